@@ -1,0 +1,30 @@
+"""The one kind of error that a user's mistake may end in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend.
+
+    The command line prints it as one paragraph and leaves with code 2; it is never shown as a
+    traceback. ``what`` names the thing at fault, ``expected`` and ``got`` say what was wanted and
+    what came, ``do`` says how to mend it, with the valid choices where there are few.
+    """
+
+    def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
+        super().__init__(f"{what}: expected {expected}, got {got}. {do}")
+        self.what, self.expected, self.got, self.do = what, expected, got, do
+
+
+def choice(what: str, got: str, valid: Iterable[str]) -> UserError:
+    """The error for a name that is not among ``valid``, with the nearest ones first."""
+    import difflib
+
+    names = sorted(valid)
+    near = difflib.get_close_matches(got, names, n=3)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return UserError(
+        what, expected=f"one of {', '.join(names) or '(none)'}", got=repr(got), do=f"{hint}Use one of those names."
+    )
