@@ -1,0 +1,218 @@
+"""What a backend is: a Protocol of few verbs. The trainer, the checkpoint and the tests see nothing else.
+
+A backend is found by the entry-point group `portatrain.backends`; `open_backend` makes one by name.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from portatrain.errors import UserError, choice
+from portatrain.layout import Layout
+from portatrain.module import Definition
+from portatrain.optim import Rule
+
+Arrays = dict[str, np.ndarray]
+
+REMATS = ("none", "block")
+"""Remat policies every backend knows: keep all activations, or recompute each block of a Stack."""
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Everything that a backend needs to know of a run, and nothing of its length, data or disk.
+
+    `decay`, `trainable` and `ema` name parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
+    `compile` None: the backend's own choice for its device.
+    """
+
+    definition: Definition
+    layout: Layout
+    optimizer: Rule
+    trainable: frozenset[str]
+    decay: frozenset[str]
+    ema: frozenset[str] = frozenset()
+    ema_decay: float | None = None
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    remat: str = "none"
+    seed: int = 0
+    compile: bool | None = None
+
+    def __post_init__(self) -> None:
+        for what, value, valid in (("precision", self.precision, PRECISIONS), ("remat", self.remat, REMATS)):
+            if value not in valid:
+                raise choice(what, value, valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepResult:
+    """What one step gives back. The arrays are the framework's own 0-d ones: read them with `float()` when needed,
+    so that a device need not be waited for.
+
+    loss: mean over the global batch's weight. grad_norm: of the gradient before clipping, over all parameters.
+    skipped: 1 where loss or gradient was not finite and nothing was changed, else 0. weight: the global batch's.
+    """
+
+    loss: Any
+    grad_norm: Any
+    skipped: Any
+    weight: Any
+    aux: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalBox:
+    """A part of a logical tensor that this process holds: what a checkpoint writes and reads.
+
+    role: 'params', 'state', 'ema', 'opt/m', ... ; `fetch` copies it to the host.
+    """
+
+    name: str
+    role: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """The circumstances of a bare call of operations, for `Backend.evaluate`."""
+
+    seed: int = 0
+    step: int = 1
+    sample: np.ndarray | None = None
+    """(B,) int64 sample indices n; needed by dropout."""
+    training: bool = False
+    precision: str = "fp32"
+
+
+class Backend(Protocol):
+    """A way to carry a `Program` out on devices.
+
+    Batches are NumPy: every array has leading axes (accumulation, microbatch) in `step` and (samples,) in `evaluate`;
+    'sample' holds the (.., ) int64 indices n. States are opaque and belong to the backend; `step` consumes the one
+    it is given.
+    """
+
+    name: str
+
+    def __init__(self, program: Program) -> None: ...
+
+    def lower(self) -> Any:
+        """The model as the framework's own module, with this program's initial parameters."""
+        ...
+
+    def init_state(self) -> Any:
+        """Parameters from `rng.truncated_normal`, optimizer slots at zero, model States, averages, counts."""
+        ...
+
+    def restore_state(self, read: Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]) -> Any:
+        """A state whose every box comes from `read(role, name, offset, shape)`."""
+        ...
+
+    def step(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> tuple[Any, StepResult]:
+        """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
+        ...
+
+    def eval(self, state: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Without dropout or update: 'loss_B' and 'weight_B', and the per-sample value of every aux by its name."""
+        ...
+
+    def predict(self, state: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The model's `predict(ops, batch)`, on the host."""
+        ...
+
+    def gradients(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
+        """(loss, gradients by parameter name) of one global batch as `step` sees them before clipping; nothing
+        changes. For checks."""
+        ...
+
+    def local_boxes(self, state: Any) -> Iterator[LocalBox]:
+        """Every box of every tensor that this process holds, with nothing left out."""
+        ...
+
+    def describe_memory(self, state: Any) -> dict[str, int]:
+        """Bytes on this process's devices by role: params, opt, state, ema, and 'peak' where the device tells."""
+        ...
+
+    def graphs(self) -> int:
+        """How many graphs have been compiled for this program so far."""
+        ...
+
+    def describe_device(self) -> dict[str, Any]:
+        """What it runs on: 'device' (a name), 'devices' (a count), 'framework' (name and version)."""
+        ...
+
+    @classmethod
+    def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
+        """`fn(ops, *args)` with the arrays of `args` as the framework's own, results as NumPy. For checks."""
+        ...
+
+    @classmethod
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
+        """(value, gradients with respect to every floating array of `args`) of a scalar `fn(ops, *args)`."""
+        ...
+
+
+FRAMEWORKS = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}
+"""What each backend of ours imports; its extra has the same name."""
+
+
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    return {e.name: e for e in importlib.metadata.entry_points(group="portatrain.backends")}
+
+
+def missing(name: str) -> tuple[str, ...]:
+    """The frameworks that backend `name` needs and that are not installed."""
+    return tuple(m for m in FRAMEWORKS.get(name, ()) if importlib.util.find_spec(m) is None)
+
+
+def check_backend(name: str) -> str:
+    """`name`, if there is such a backend and its frameworks are installed; else UserError. Imports no framework."""
+    known = _entry_points()
+    if name not in known:
+        raise choice("backend", name, known)
+    if gone := missing(name):
+        raise UserError(
+            f"backend {name}",
+            expected=f"{', '.join(FRAMEWORKS[name])} to be installed",
+            got=f"no {', '.join(gone)}",
+            do=f"Install it with: pip install 'portatrain[{name}]'",
+        )
+    return name
+
+
+def default_backend() -> str:
+    """jax where it is installed, else torch; UserError with the install command where neither is."""
+    for name in ("jax", "torch"):
+        if name in _entry_points() and not missing(name):
+            return name
+    raise UserError(
+        "backend", expected="jax or torch to be installed", got="neither", do="Install one: pip install 'portatrain[jax]'"
+    )
+
+
+def backend_class(name: str) -> type[Backend]:
+    """The class of backend `name`, its framework imported."""
+    check_backend(name)
+    return _entry_points()[name].load()
+
+
+def simulate_devices(name: str, devices: int) -> None:
+    """Have backend `name` see `devices` devices on a machine that has a CPU only. To be called before its framework
+    is imported; does nothing for one device, or where the process has been told how many there are."""
+    if name != "jax" or devices == 1:
+        return
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()

@@ -1,0 +1,341 @@
+"""The JAX backend's verbs. One compiled step; the state that it is given is donated."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import optax
+from flax import nnx
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from portatrain import hashing
+from portatrain.after_step import run_after_step
+from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
+from portatrain.backends.jax.lower import lower
+from portatrain.backends.jax.ops import JaxOps, partition_spec
+from portatrain.backends.jax.optimizer import RuleState, transformation, xp
+from portatrain.errors import UserError
+from portatrain.layout import Mesh
+from portatrain.module import TensorInfo
+from portatrain.ops import Loss
+from portatrain.optim import clip_scale, global_norm
+from portatrain.state import COUNT, initial_box, sample_words, slot_tensors
+
+COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+
+State = dict[str, Any]
+"""{'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
+
+
+def device_mesh(mesh: Mesh) -> jax.sharding.Mesh:
+    """The JAX mesh of a portable one, over the first devices that there are."""
+    there = jax.devices()
+    if len(there) < mesh.devices:
+        raise UserError(
+            f"mesh {mesh}", expected=f"{mesh.devices} devices", got=f"{len(there)} {there[0].platform} device(s)",
+            do="Use a smaller mesh; on a CPU, --devices N simulates N devices.",
+        )  # fmt: skip
+    grid = np.asarray(there[: mesh.devices]).reshape(tuple(mesh.sizes.values()))
+    return jax.sharding.Mesh(grid, tuple(mesh.sizes))
+
+
+class JaxBackend:
+    """See `portatrain.backends.base.Backend`."""
+
+    name = "jax"
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.definition, self.layout = program, program.definition, program.layout
+        self.devices = device_mesh(self.layout.mesh)
+        self.tx = transformation(program.optimizer, self.definition.params, program.decay)
+        # The structure of the native module, without arrays: enough to rebuild it inside a trace.
+        with jax.ensure_compile_time_eval():
+            self.graph, skeleton, self.paths = self._split(lambda role, name: jnp.zeros(()))
+        self.flat_paths = [path for path, _ in skeleton]
+        # A state leaves a step laid out as it came in, or the next step would compile again.
+        shardings = self._assemble(lambda tensor, role: self._sharding(tensor, role), None)
+        self._steps = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
+        self._evals = jax.jit(self._eval)
+        self._predicts = jax.jit(self._predict)
+        self._gradients_of = jax.jit(self._accumulate)
+
+    # ---- modules
+
+    def _split(self, array: Callable[[str, str], Any]) -> tuple[Any, list, dict]:
+        module, paths = lower(self.definition, array)
+        graph, state = nnx.split(module)
+        return graph, list(nnx.to_flat_state(state)), paths
+
+    def lower(self) -> nnx.Module:
+        made = self.init_state()
+        return lower(self.definition, lambda role, name: made[role][name])[0]
+
+    def _module(self, params: Mapping[str, Any], states: Mapping[str, Any]) -> Any:
+        given = {"params": params, "state": states}
+        kinds = {"params": nnx.Param, "state": nnx.Variable}
+        flat = []
+        for path in self.flat_paths:
+            role, name = self.paths[path]
+            flat.append((path, kinds[role](given[role][name])))
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def _ops(self, batch: Mapping[str, Any], step: Any, training: bool) -> JaxOps:
+        sample = batch.get("sample")
+        return JaxOps(
+            step=jnp.asarray(step, jnp.int32),
+            seed_2=jnp.asarray(hashing.words(self.program.seed), jnp.int32),
+            sample=sample if sample is not None else jnp.zeros((1, 2), jnp.int32),
+            layer=jnp.zeros((), jnp.int32),
+            training=training,
+            compute=COMPUTE[self.program.precision],
+            remat=self.program.remat,
+            layout=self.layout,
+            devices=self.devices if self.layout.mesh.devices > 1 else None,
+        )
+
+    # ---- states
+
+    def _sharding(self, tensor: TensorInfo, role: str) -> NamedSharding:
+        """`role` is a checkpoint's: averages lie as parameters do, slots as the layout's state mapping says."""
+        mapped = "params" if role == "ema" else role
+        return NamedSharding(self.devices, partition_spec(self.layout.tensor_spec(tensor, role=mapped)))
+
+    def _place(self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], role: str) -> Any:
+        """A global array, every local shard of it from `draw(offset, shape)`."""
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            bounds = [s.indices(n) for s, n in zip(index, tensor.shape, strict=True)]
+            return draw(tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds))
+
+        placed = jax.make_array_from_callback(tensor.shape, self._sharding(tensor, role), shard)
+        # On a CPU the array may share NumPy's memory, and a shared buffer cannot be donated.
+        return placed.copy() if placed.size else placed
+
+    def _assemble(self, make: Callable[[TensorInfo, str], Any], count: int | None) -> State:
+        """A state whose arrays come from make(logical tensor, role); count None: the count's sharding in its place."""
+        trained = {n: t for n, t in self.definition.params.items() if n in self.program.trainable}
+        slots: dict[str, dict[str, Any]] = {}
+        for name, info in trained.items():
+            for slot, what in slot_tensors(self.program.optimizer, info).items():
+                slots.setdefault(slot, {})[name] = make(what, what.role)
+        return {
+            "params": {n: make(t, "params") for n, t in self.definition.params.items()},
+            "state": {n: make(t, "state") for n, t in self.definition.states.items()},
+            "ema": {n: make(t, "ema") for n, t in self.definition.params.items() if n in self.program.ema},
+            "opt": RuleState(
+                self._replicated if count is None else jax.device_put(jnp.int32(count), self._replicated), slots
+            ),
+        }
+
+    @property
+    def _replicated(self) -> NamedSharding:
+        return NamedSharding(self.devices, PartitionSpec())
+
+    def init_state(self) -> State:
+        def make(tensor: TensorInfo, role: str) -> Any:
+            return self._place(tensor, lambda at, shape: initial_box(tensor, self.program.seed, at, shape), role)
+
+        return self._assemble(make, 0)
+
+    def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> State:
+        def make(tensor: TensorInfo, role: str) -> Any:
+            return self._place(tensor, lambda at, shape: read(role, tensor.name, at, shape), role)
+
+        return self._assemble(make, int(read(COUNT, "", (), ())))
+
+    # ---- the step
+
+    def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any) -> Any:
+        ops = self._ops(batch, step, training=True)
+        loss = self._module({**frozen, **trained}, states)(ops, batch)
+        if not isinstance(loss, Loss):
+            raise UserError(
+                type(self.definition.model).__name__, expected="a model that returns ops.cross_entropy(...) or ops.loss(...)",
+                got=type(loss).__name__, do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+            )  # fmt: skip
+        total = loss.sum
+        for aux in ops.auxes.values():
+            if aux.loss:
+                total = total + aux.loss * jnp.sum(aux.value_B * jax.lax.stop_gradient(loss.weight_B))
+        auxes = {k: _aux_part(a) for k, a in ops.auxes.items()}
+        return total, (total, jnp.sum(loss.weight_B), auxes, ops.tallies)
+
+    def _accumulate(self, state: State, batch: Mapping[str, Any], step: Any) -> Any:
+        """(gradients of the mean loss, loss, weight, aux, tallies) over the microbatches."""
+        trained = {n: p for n, p in state["params"].items() if n in self.program.trainable}
+        frozen = {n: p for n, p in state["params"].items() if n not in self.program.trainable}
+
+        def one(micro: Any) -> Any:
+            grads, (total, weight, auxes, tallies) = jax.grad(self._loss, has_aux=True)(
+                trained, frozen, state["state"], micro, step
+            )
+            return grads, total, weight, auxes, tallies
+
+        n = next(iter(batch.values())).shape[0]
+        first = jax.tree.map(lambda a: a[0], batch)
+        if n == 1:
+            grads, total, weight, auxes, tallies = one(first)
+        else:
+
+            def body(so_far: Any, micro: Any) -> Any:
+                return _join(so_far, one(micro)), None
+
+            shapes = jax.eval_shape(one, first)
+            start = _start(shapes)
+            (grads, total, weight, auxes, tallies), _ = jax.lax.scan(body, start, batch)
+        inverse = 1.0 / weight
+        return jax.tree.map(lambda g: g * inverse, grads), total * inverse, weight, auxes, tallies
+
+    def _step(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> tuple[State, Any]:
+        program = self.program
+        grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
+        norm = global_norm(xp, grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if program.clip_norm is not None:
+            factor = clip_scale(xp, norm, program.clip_norm)
+            grads = {n: g * factor for n, g in grads.items()}
+        trained = {n: state["params"][n] for n in grads}
+        deltas, opt = self.tx.update(grads, state["opt"], trained, scale=scale)
+        params = {**state["params"], **optax.apply_updates(trained, deltas)}
+        states = {n: state["state"][n] + tallies[n] if n in tallies else s for n, s in state["state"].items()}
+        ops = self._ops({}, step, training=True)
+        states = run_after_step(self.definition, states, ops, jnp.stack)
+        ema = state["ema"]
+        if program.ema_decay is not None:
+            ema = {n: a + (1 - program.ema_decay) * (params[n] - a) for n, a in ema.items()}
+        new = {"params": params, "state": states, "ema": ema, "opt": opt}
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        aux = {k: _aux_value(v) for k, v in auxes.items()}
+        skipped = 1 - good.astype(jnp.int32)
+        return new, {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
+
+    def step(
+        self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> tuple[State, StepResult]:
+        state, found = self._steps(state, self._put(batch, 1), np.int32(step), np.float32(scale))
+        return state, StepResult(**found)
+
+    def gradients(self, state: State, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
+        grads, loss, *_ = self._gradients_of(state, self._put(batch, 1), np.int32(step))
+        return float(loss), {n: np.array(g) for n, g in grads.items()}
+
+    # ---- without an update
+
+    def _eval(self, params: Any, states: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
+        ops = self._ops(batch, 0, training=False)
+        loss = self._module(params, states)(ops, batch)
+        means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
+        return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
+
+    def _predict(self, params: Any, states: Any, batch: Mapping[str, Any]) -> Any:
+        return self._module(params, states).predict(self._ops(batch, 0, training=False), batch)
+
+    def eval(self, state: State, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = self._evals(state["params"], state["state"], self._put(batch, 0))
+        return {k: np.asarray(v) for k, v in found.items()}
+
+    def predict(self, state: State, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        return np.asarray(self._predicts(state["params"], state["state"], self._put(batch, 0)))
+
+    def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
+        """The batch on the devices; axis `lead` is the samples'."""
+        placed = {}
+        for key, value in batch.items():
+            value = sample_words(value) if key == "sample" else value
+            axes = (None,) * lead + ("batch",) + (None,) * (value.ndim - lead - 1)
+            placed[key] = jax.device_put(value, NamedSharding(self.devices, partition_spec(self.layout.spec(axes))))
+        return placed
+
+    # ---- what it holds and runs on
+
+    def local_boxes(self, state: State) -> Iterator[LocalBox]:
+        groups = [("params", state["params"]), ("state", state["state"]), ("ema", state["ema"])]
+        groups += [(f"opt/{slot}", named) for slot, named in state["opt"].slots.items()]
+        for role, named in groups:
+            for name, array in named.items():
+                for shard in array.addressable_shards:
+                    bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
+                    yield LocalBox(
+                        name=name, role=role, offset=tuple(b[0] for b in bounds), shape=shard.data.shape,
+                        fetch=lambda data=shard.data: np.array(data),
+                    )  # fmt: skip
+        count = state["opt"].count
+        yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
+
+    def describe_memory(self, state: State) -> dict[str, int]:
+        def held(tree: Any) -> int:
+            return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards)
+
+        found = {role: held(state[role]) for role in ("params", "state", "ema")}
+        found["opt"] = held(state["opt"])
+        stats = [d.memory_stats() or {} for d in self.devices.local_devices]
+        peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+        return {**found, **({"peak": max(peaks)} if peaks else {})}
+
+    def graphs(self) -> int:
+        return sum(f._cache_size() for f in (self._steps, self._evals, self._predicts, self._gradients_of))
+
+    def describe_device(self) -> dict[str, Any]:
+        first = self.devices.devices.flat[0]
+        name = first.device_kind if first.platform != "cpu" else f"cpu ({platform.machine()})"
+        return {"device": name, "devices": self.layout.mesh.devices, "framework": f"jax {jax.__version__}"}
+
+    # ---- bare operations
+
+    @classmethod
+    def _bare(cls, context: Context) -> JaxOps:
+        sample = np.zeros(1, np.int64) if context.sample is None else context.sample
+        return JaxOps(
+            step=jnp.int32(context.step), seed_2=jnp.asarray(hashing.words(context.seed), jnp.int32),
+            sample=jnp.asarray(sample_words(sample)), layer=jnp.int32(0), training=context.training,
+            compute=COMPUTE[context.precision],
+        )  # fmt: skip
+
+    @classmethod
+    def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
+        args = jax.tree.map(jnp.asarray, args)
+        return jax.tree.map(np.asarray, jax.jit(lambda a: fn(cls._bare(context), *a))(args))
+
+    @classmethod
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
+        args = jax.tree.map(jnp.asarray, args)
+        floating = tuple(i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating))
+        run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._bare(context), *a), argnums=floating))
+        value, grads = run(*args)
+        return np.asarray(value), tuple(np.asarray(g) for g in grads)
+
+
+def _aux_part(aux: Any) -> dict[str, Any]:
+    """What of an aux goes through accumulation. The kind of reduction is in the key: it must be static."""
+    count = jnp.float32(aux.count * aux.value_B.shape[0])
+    if aux.reduce == "max":
+        return {"max": jnp.max(aux.value_B)}
+    return {"sum": jnp.sum(aux.value_B)} | ({"count": count} if aux.reduce == "mean" else {})
+
+
+def _aux_value(part: dict[str, Any]) -> Any:
+    return part["max"] if "max" in part else part["sum"] / part.get("count", 1.0)
+
+
+def _is_max(path: Any) -> bool:
+    return bool(path) and getattr(path[-1], "key", None) == "max"
+
+
+def _join(a: Any, b: Any) -> Any:
+    """Accumulate two microbatches: sums, but for the maxima of auxes."""
+    grads = jax.tree.map(jnp.add, a[0], b[0])
+    auxes = jax.tree_util.tree_map_with_path(lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3])
+    return grads, a[1] + b[1], a[2] + b[2], auxes, jax.tree.map(jnp.add, a[4], b[4])
+
+
+def _start(shapes: Any) -> Any:
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    auxes = jax.tree_util.tree_map_with_path(
+        lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3]
+    )
+    return (*zeros[:3], auxes, zeros[4])

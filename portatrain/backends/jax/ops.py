@@ -1,0 +1,232 @@
+"""`Ops` in JAX. Arrays are global: under jit a sharding is a constraint, never a change of shape."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding, PartitionSpec
+from portatrain import hashing
+from portatrain.backends.jax.attention import attention
+from portatrain.backends.jax.losses import cross_entropy
+from portatrain.layout import Layout, Spec
+from portatrain.ops import Aux, Loss, check_aux
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
+
+
+def plain(x: Any) -> Any:
+    """The array of an nnx.Variable; anything else as it is."""
+    return x.get_value() if isinstance(x, nnx.Variable) else x
+
+
+def partition_spec(spec: Spec) -> PartitionSpec:
+    return PartitionSpec(*(dim or None for dim in spec))
+
+
+@dataclasses.dataclass
+class JaxOps:
+    """See `portatrain.ops.Ops`. One is made for every trace; `auxes` and `tallies` collect what the model records."""
+
+    step: Any
+    seed_2: Any
+    sample: Any
+    layer: Any
+    training: bool
+    compute: Any = jnp.float32
+    remat: str = "none"
+    layout: Layout | None = None
+    devices: jax.sharding.Mesh | None = None
+    auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
+    tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def _precision(self) -> Any:
+        # An accelerator would otherwise round float32 operands to bfloat16 or TF32.
+        return jax.lax.Precision.HIGHEST if self.compute == jnp.float32 else None
+
+    # ---- parameters and contractions
+
+    def weight(self, p: Any) -> Any:
+        value = plain(p)
+        return value.astype(self.compute) if isinstance(p, nnx.Param) else value
+
+    def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        out = DTYPES[dtype] if dtype else self.compute
+        return jnp.einsum(
+            spec,
+            *(plain(x).astype(self.compute) for x in operands),
+            precision=self._precision,
+            preferred_element_type=out,
+        )
+
+    def embed(self, table_VE: Any, ids: Any) -> Any:
+        return jnp.take(self.weight(table_VE), ids, axis=0, mode="clip")
+
+    # ---- normalisation, position, attention
+
+    def rms_norm(self, x: Any, scale: Any = None, *, eps: float = 1e-6) -> Any:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+        return (y if scale is None else y * self.weight(scale).astype(jnp.float32)).astype(x.dtype)
+
+    def layer_norm(self, x: Any, scale: Any = None, bias: Any = None, *, eps: float = 1e-6) -> Any:
+        x32 = x.astype(jnp.float32)
+        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps)
+        if scale is not None:
+            y = y * self.weight(scale).astype(jnp.float32)
+        if bias is not None:
+            y = y + self.weight(bias).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+    def rope_table(self, positions: Any, head_dim: int, *, theta: float = 10000.0) -> tuple[Any, Any]:
+        frequencies = np.float32(theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
+        angles = positions.astype(jnp.float32)[..., None] * frequencies
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def rope(self, x_BSHD: Any, table: tuple[Any, Any]) -> Any:
+        cos, sin = (t[..., None, :] for t in table)  # (S, 1, D/2) or (B, S, 1, D/2): broadcast over heads
+        x1, x2 = jnp.split(x_BSHD.astype(jnp.float32), 2, axis=-1)
+        return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BSHD.dtype)
+
+    def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
+        return attention(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, **options)
+
+    # ---- elementwise and shape
+
+    def dropout(self, x: Any, rate: float, *, site: int) -> Any:
+        if not self.training or rate == 0:
+            return x
+        keys_B = hashing.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
+        offsets = jax.lax.iota(jnp.int32, int(np.prod(x.shape[1:], dtype=np.int64)))
+        bits = hashing.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
+        return jnp.where(bits >= hashing.threshold(rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
+
+    def silu(self, x: Any) -> Any:
+        return jax.nn.silu(x)
+
+    def gelu(self, x: Any, *, approximate: bool = False) -> Any:
+        return jax.nn.gelu(x, approximate=approximate)
+
+    def relu(self, x: Any) -> Any:
+        return jnp.maximum(x, 0)
+
+    def sigmoid(self, x: Any) -> Any:
+        return jax.nn.sigmoid(x)
+
+    def tanh(self, x: Any) -> Any:
+        return jnp.tanh(x)
+
+    def exp(self, x: Any) -> Any:
+        return jnp.exp(x)
+
+    def log(self, x: Any) -> Any:
+        return jnp.log(x)
+
+    def softmax(self, x: Any, *, axis: int = -1) -> Any:
+        return jax.nn.softmax(x.astype(jnp.float32), axis=axis).astype(x.dtype)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        return jnp.where(condition, x, y)
+
+    def concat(self, xs: Sequence[Any], *, axis: int) -> Any:
+        return jnp.concatenate(list(xs), axis=axis)
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        return plain(x).astype(self.compute if dtype == "compute" else DTYPES[dtype])
+
+    def arange(self, n: int) -> Any:
+        return jnp.arange(n, dtype=jnp.int32)
+
+    def one_hot(self, ids: Any, n: int) -> Any:
+        return jax.nn.one_hot(ids, n, dtype=jnp.float32)
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        return jax.lax.top_k(x, k)
+
+    def write(self, cache_BT: Any, value: Any, at: Any) -> Any:
+        return jax.lax.dynamic_update_slice_in_dim(cache_BT, value.astype(cache_BT.dtype), at, axis=1)
+
+    def sum(self, x: Any, axes: Sequence[str | None], *, over: Sequence[str]) -> Any:
+        dims = tuple(i for i, a in enumerate(axes) if a in over)
+        return jnp.sum(x, axis=dims, dtype=jnp.float32)
+
+    def mean(self, x: Any, axes: Sequence[str | None], *, over: Sequence[str]) -> Any:
+        count = np.prod([n for n, a in zip(x.shape, axes, strict=True) if a in over], dtype=np.float64)
+        return self.sum(x, axes, over=over) / np.float32(count)
+
+    def stop_gradient(self, x: Any) -> Any:
+        return jax.lax.stop_gradient(plain(x))
+
+    # ---- losses
+
+    def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, mask: Any = None, z_loss: float = 0.0,
+                      softcap: float | None = None) -> Loss:  # fmt: skip
+        shards = self.layout.mesh.over(self.layout.spec(("batch",))[0]) if self.layout else 1
+        total, loss_B, weight_B = cross_entropy(
+            x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap,
+            precision=self._precision, batch_shards=shards,
+        )  # fmt: skip
+        return Loss(total, weight_B, loss_B)
+
+    def loss(self, loss_B: Any, weight_B: Any) -> Loss:
+        loss_B = loss_B.astype(jnp.float32)
+        return Loss(jnp.sum(loss_B), weight_B.astype(jnp.float32), jax.lax.stop_gradient(loss_B))
+
+    # ---- structure
+
+    def shard(self, x: Any, *axes: str | None) -> Any:
+        if self.layout is None or self.devices is None:
+            return x
+        spec = self.layout.spec(axes, what=f"ops.shard of shape {x.shape}")
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.devices, partition_spec(spec)))
+
+    def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
+        graph, stacked = nnx.split(stack.block)
+        recorded: dict[str, Aux] = {}  # what is static of the auxes: known once the body has been traced
+
+        def body(carry: Any, xs: Any) -> Any:
+            mine, index, extra = xs
+            inner = dataclasses.replace(self, layer=self.layer * stack.n + index, auxes={}, tallies={})
+            args = shared if per_layer is None else (*shared, extra)
+            carry, out = nnx.merge(graph, mine)(inner, carry, *args)
+            recorded.update(inner.auxes)
+            return carry, (out, {k: a.value_B for k, a in inner.auxes.items()}, inner.tallies)
+
+        if self.remat == "block" and self.training:
+            body = jax.checkpoint(body, prevent_cse=False)
+        xs = (stacked, jnp.arange(stack.n, dtype=jnp.int32), per_layer)
+        carry, (outs, auxes, tallies) = jax.lax.scan(body, carry, xs)
+        for key, values_NB in auxes.items():
+            one = recorded[key]
+            value_B = jnp.max(values_NB, axis=0) if one.reduce == "max" else jnp.sum(values_NB, axis=0)
+            self._record(key, dataclasses.replace(one, value_B=value_B, count=one.count * stack.n))
+        for key, value in tallies.items():
+            self.tallies[key] = self.tallies[key] + value if key in self.tallies else value
+        return carry, outs
+
+    def name(self, x: Any, name: str) -> Any:
+        return checkpoint_name(x, name)
+
+    def aux(self, name: str, value_B: Any, *, reduce: str = "mean", loss: float = 0.0) -> None:
+        check_aux(name, value_B, reduce)
+        self._record(name, Aux(value_B.astype(jnp.float32), 1, reduce, loss))
+
+    def _record(self, name: str, aux: Aux) -> None:
+        self.auxes[name] = self.auxes[name].join(name, aux, jnp.maximum) if name in self.auxes else aux
+
+    def tally(self, module: Any, **values: Any) -> None:
+        if not self.training:
+            return
+        for key, value in values.items():
+            full = f"{module.path}/{key}" if module.path else key
+            value = jax.lax.stop_gradient(value).astype(plain(getattr(module, key)).dtype)
+            self.tallies[full] = self.tallies[full] + value if full in self.tallies else value

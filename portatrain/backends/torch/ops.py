@@ -1,0 +1,276 @@
+"""`Ops` in torch. Arrays are this process's tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from portatrain import hashing
+from portatrain.backends.torch.attention import attention
+from portatrain.backends.torch.losses import cross_entropy
+from portatrain.layout import Layout
+from portatrain.ops import Aux, Loss, check_aux
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "bool": torch.bool}
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What does not change while a program runs: torch.compile specialises on it."""
+
+    training: bool
+    compute: torch.dtype = torch.float32
+    remat: str = "none"
+    layout: Layout | None = None
+
+
+@dataclasses.dataclass
+class TorchOps:
+    """See `portatrain.ops.Ops`. `auxes` and `tallies` collect what the model records.
+
+    `run_block` runs one layer of a Stack (compiled, where the backend compiles); `chunk` likewise one chunk of
+    cross-entropy. `masks` keeps attention masks for the layers that follow.
+    """
+
+    static: Static
+    step: Tensor
+    seed_2: Tensor
+    sample: Tensor
+    layer: Tensor
+    run_block: Callable[..., Any] | None = None
+    chunk: Callable[..., Any] | None = None
+    auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
+    tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    masks: dict[Any, Any] | None = None
+
+    @property
+    def training(self) -> bool:
+        return self.static.training
+
+    # ---- parameters and contractions
+
+    def weight(self, p: Tensor) -> Tensor:
+        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else p
+
+    def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
+        compute = self.static.compute
+        xs = [x.to(compute) for x in operands]
+        if dtype is not None and DTYPES[dtype] != compute:
+            xs = [x.to(DTYPES[dtype]) for x in xs]  # the products stay exact, the sum is kept unrounded
+        plan = _plan(spec) if torch.compiler.is_compiling() else _cached_plan(spec)
+        if plan is None:
+            return torch.einsum(spec, *xs)
+        contracted, transposed = plan
+        return _as_matmul(xs[0], xs[1], contracted, transposed)
+
+    def embed(self, table_VE: Tensor, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight(table_VE))
+
+    # ---- normalisation, position, attention
+
+    def rms_norm(self, x: Tensor, scale: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+        x32 = x.float()
+        y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
+        return (y if scale is None else y * self.weight(scale).float()).to(x.dtype)
+
+    def layer_norm(
+        self, x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6
+    ) -> Tensor:
+        scale = None if scale is None else self.weight(scale).float()
+        bias = None if bias is None else self.weight(bias).float()
+        return F.layer_norm(x.float(), x.shape[-1:], scale, bias, eps).to(x.dtype)
+
+    def rope_table(self, positions: Tensor, head_dim: int, *, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+        angles = positions.float()[..., None] * (theta**-exponents).float()
+        return angles.cos(), angles.sin()
+
+    def rope(self, x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = (t[..., None, :] for t in table)  # (S, 1, D/2) or (B, S, 1, D/2): broadcast over heads
+        x1, x2 = x_BSHD.float().chunk(2, dim=-1)
+        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x_BSHD.dtype)
+
+    def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
+        return attention(q_BSHD, k_BTKD, v_BTKD, masks=self.masks, **options)
+
+    # ---- elementwise and shape
+
+    def dropout(self, x: Tensor, rate: float, *, site: int) -> Tensor:
+        if not self.training or rate == 0:
+            return x
+        keys_B = hashing.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
+        offsets = torch.arange(math.prod(x.shape[1:]), dtype=torch.int32, device=x.device)
+        bits = hashing.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
+        return torch.where(bits >= hashing.threshold(rate), x * (1 / (1 - rate)), 0).to(x.dtype)
+
+    def silu(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+    def gelu(self, x: Tensor, *, approximate: bool = False) -> Tensor:
+        return F.gelu(x, approximate="tanh" if approximate else "none")
+
+    def relu(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+    def sigmoid(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(x)
+
+    def tanh(self, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    def exp(self, x: Tensor) -> Tensor:
+        return torch.exp(x)
+
+    def log(self, x: Tensor) -> Tensor:
+        return torch.log(x)
+
+    def softmax(self, x: Tensor, *, axis: int = -1) -> Tensor:
+        return torch.softmax(x, dim=axis, dtype=torch.float32).to(x.dtype)
+
+    def where(self, condition: Tensor, x: Any, y: Any) -> Tensor:
+        return torch.where(condition, x, y)
+
+    def concat(self, xs: Sequence[Tensor], *, axis: int) -> Tensor:
+        return torch.cat(list(xs), dim=axis)
+
+    def cast(self, x: Tensor, dtype: str) -> Tensor:
+        return x.to(self.static.compute if dtype == "compute" else DTYPES[dtype])
+
+    def arange(self, n: int) -> Tensor:
+        return torch.arange(n, dtype=torch.int32, device=self.step.device)
+
+    def one_hot(self, ids: Tensor, n: int) -> Tensor:
+        return F.one_hot(ids.long(), n).float()
+
+    def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        # torch.topk leaves the order of ties open; a stable sort does not.
+        values, indices = torch.sort(x, dim=-1, descending=True, stable=True)
+        return values[..., :k], indices[..., :k].to(torch.int32)
+
+    def write(self, cache_BT: Tensor, value: Tensor, at: Tensor) -> Tensor:
+        index = at.long() + torch.arange(value.shape[1], device=value.device)
+        return cache_BT.index_copy(1, index, value.to(cache_BT.dtype))
+
+    def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
+        dims = [i for i, a in enumerate(axes) if a in over]
+        return x.sum(dims, dtype=torch.float32) if dims else x.float()
+
+    def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
+        count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
+        return self.sum(x, axes, over=over) / count
+
+    def stop_gradient(self, x: Tensor) -> Tensor:
+        return x.detach()
+
+    # ---- losses
+
+    def cross_entropy(self, x: Tensor, table_VE: Tensor, targets: Tensor, *, mask: Tensor | None = None,
+                      z_loss: float = 0.0, softcap: float | None = None) -> Loss:  # fmt: skip
+        total, loss_B, weight_B = cross_entropy(
+            x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, chunk=self.chunk
+        )
+        return Loss(total, weight_B, loss_B)
+
+    def loss(self, loss_B: Tensor, weight_B: Tensor) -> Loss:
+        loss_B = loss_B.float()
+        return Loss(loss_B.sum(), weight_B.float(), loss_B.detach())
+
+    # ---- structure
+
+    def shard(self, x: Tensor, *axes: str | None) -> Tensor:
+        if self.static.layout is not None and not torch.compiler.is_compiling():
+            self.static.layout.spec(axes, what=f"ops.shard of shape {tuple(x.shape)}")
+        return x
+
+    def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
+        run = self.run_block or run_block
+        if self.static.remat == "block" and self.training and torch.is_grad_enabled():
+            run = functools.partial(_rematerialised, run)
+        base = self.layer * stack.n
+        outs, tallies = [], []
+        for index, block in enumerate(stack):
+            extra = () if per_layer is None else (tree_map(lambda a, i=index: a[i], per_layer),)
+            context = (self.step, self.seed_2, self.sample, base + index)
+            carry, out, auxes, tally = run(block, self.static, context, carry, (*shared, *extra))
+            for key, (value_B, count, reduce, loss) in auxes.items():
+                self._record(key, Aux(value_B, count, reduce, loss))
+            outs.append(out)
+            tallies.append(tally)
+        for key in tallies[0]:
+            value = torch.stack([t[key] for t in tallies])
+            self.tallies[key] = self.tallies[key] + value if key in self.tallies else value
+        return carry, _stacked(outs)
+
+    def name(self, x: Tensor, name: str) -> Tensor:
+        return x
+
+    def aux(self, name: str, value_B: Tensor, *, reduce: str = "mean", loss: float = 0.0) -> None:
+        check_aux(name, value_B, reduce)
+        self._record(name, Aux(value_B.float(), 1, reduce, loss))
+
+    def _record(self, name: str, aux: Aux) -> None:
+        self.auxes[name] = self.auxes[name].join(name, aux, torch.maximum) if name in self.auxes else aux
+
+    def tally(self, module: Any, **values: Tensor) -> None:
+        if not self.training:
+            return
+        for key, value in values.items():
+            full = f"{module.path}/{key}" if module.path else key
+            value = value.detach().to(getattr(module, key).dtype)
+            self.tallies[full] = self.tallies[full] + value if full in self.tallies else value
+
+
+def run_block(block: Any, static: Static, context: tuple, carry: Any, args: tuple) -> tuple[Any, Any, dict, dict]:
+    """One layer: (carry, out, auxes as plain tuples, tallies). Pure, so it can be compiled and recomputed."""
+    ops = TorchOps(static, *context, masks=None if torch.compiler.is_compiling() else {})
+    carry, out = block(ops, carry, *args)
+    return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
+
+
+def _rematerialised(run: Callable[..., Any], *args: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    # Dropout is a hash, not a generator: there is no random state to keep.
+    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _stacked(outs: list[Any]) -> Any:
+    return None if outs[0] is None else tree_map(lambda *xs: torch.stack(xs), *outs)
+
+
+def _plan(spec: str) -> tuple[int, bool] | None:
+    """How to carry a contraction of two operands out as one plain matmul: (how many axes it contracts, whether the
+    second operand holds them last); None where it is another kind."""
+    inputs, _, out = spec.replace(" ", "").partition("->")
+    if inputs.count(",") != 1:
+        return None
+    x, w = inputs.split(",")
+    contracted = [c for c in x if c in w and c not in out]
+    n = len(contracted)
+    if n == 0 or list(x[-n:]) != contracted or any(c in x for c in out if c in w):
+        return None
+    if list(w[:n]) == contracted and out == x[:-n] + w[n:]:
+        return n, False
+    if list(w[-n:]) == contracted and out == x[:-n] + w[:-n]:
+        return n, True
+    return None
+
+
+_cached_plan = functools.lru_cache(maxsize=1024)(_plan)
+
+
+def _as_matmul(x: Tensor, w: Tensor, contracted: int, transposed: bool) -> Tensor:
+    if contracted > 1:
+        x = x.flatten(-contracted)
+    free = w.shape[:-contracted] if transposed else w.shape[contracted:]
+    if w.ndim > 2:
+        w = w.reshape(-1, x.shape[-1]) if transposed else w.reshape(x.shape[-1], -1)
+    y = x @ (w.mT if transposed else w) if w.ndim == 2 else x @ w
+    return y.unflatten(-1, free) if len(free) > 1 else y

@@ -1,0 +1,131 @@
+"""An optimizer rule as a `torch.optim.Optimizer`.
+
+AdamW and SGD go to torch's own fused optimizers, which compute the same formula (tests/contract proves it); every
+other rule runs as it is written, one torch tensor at a time: a layer's tensor is a batch slice of the logical one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from portatrain.backends.torch.lower import Piece
+from portatrain.module import TensorInfo
+from portatrain.optim import SGD, AdamW, Rule
+from torch import Tensor
+
+
+class _Namespace:
+    """torch for rules: numpy's names and signatures."""
+
+    sqrt, sign, expm1 = torch.sqrt, torch.sign, torch.expm1
+    sum, mean, matmul, swapaxes, reshape = torch.sum, torch.mean, torch.matmul, torch.swapaxes, torch.reshape
+
+    @staticmethod
+    def maximum(x: Tensor, floor: Tensor | float) -> Tensor:
+        return torch.maximum(x, floor) if isinstance(floor, Tensor) else torch.clamp_min(x, floor)
+
+
+xp = _Namespace
+
+
+def slice_info(info: TensorInfo) -> TensorInfo:
+    """What a rule may know of one layer's tensor: `info` without the axes of Stacks."""
+    n = info.stack_dims
+    return dataclasses.replace(
+        info, shape=info.shape[n:], axes=info.axes[n:], batch_dims=info.batch_dims - n, stack_dims=0
+    )
+
+
+# The names of slots in torch's own optimizers.
+NATIVE_SLOTS: dict[type, dict[str, str]] = {AdamW: {"m": "exp_avg", "v": "exp_avg_sq"}, SGD: {"m": "momentum_buffer"}}
+
+
+def _native(rule: Any, params: list[Tensor], decays: bool) -> torch.optim.Optimizer:
+    decay = rule.weight_decay if decays else 0.0
+    if isinstance(rule, AdamW):
+        return torch.optim.AdamW(
+            params, lr=rule.lr, betas=(rule.b1, rule.b2), eps=rule.eps, weight_decay=decay, fused=True
+        )
+    return torch.optim.SGD(params, lr=rule.lr, momentum=rule.momentum, nesterov=rule.nesterov, fused=True)
+
+
+class RuleOptimizer(torch.optim.Optimizer):
+    """`rule` over the trained pieces of a module. `step(scale=...)`: scale is the schedule's multiplier.
+
+    Every slot exists, at zero, from the start; `state[tensor]` is a dict by slot name, of the rule's or, where torch's
+    optimizer runs, of torch's (`slot` translates). `count` is the number of steps applied.
+    """
+
+    def __init__(
+        self, rule: Rule, pieces: Sequence[Piece], infos: dict[str, TensorInfo], decay: frozenset[str]
+    ) -> None:
+        super().__init__([p.tensor for p in pieces], {})
+        self.rule, self.decay, self.count = rule, decay, 0
+        self.infos = {p.tensor: (slice_info(infos[p.name]), p.name) for p in pieces}
+        self.natives: list[tuple[Any, torch.optim.Optimizer]] = []
+        self.plain: list[Tensor] = []
+        groups: dict[tuple[Any, bool], list[Tensor]] = {}
+        for tensor, (info, name) in self.infos.items():
+            mine = rule.rule_for(info)
+            if _runs_native(mine, tensor, name in decay):
+                groups.setdefault((mine, name in decay), []).append(tensor)
+            else:
+                self.plain.append(tensor)
+            for slot, what in mine.slots(info).items():
+                self.state[tensor][self.slot(tensor, slot)] = torch.zeros(what.shape, device=tensor.device)
+        for (mine, decays), tensors in groups.items():
+            native = _native(mine, tensors, decays)
+            for tensor in tensors:
+                if isinstance(mine, AdamW):
+                    self.state[tensor]["step"] = torch.zeros((), device=tensor.device)
+                native.state[tensor] = self.state[tensor]  # one dict: ours is theirs
+            self.natives.append((mine, native))
+
+    def slot(self, tensor: Tensor, slot: str) -> str:
+        """The key in `state[tensor]` of the rule's `slot`."""
+        info, name = self.infos[tensor]
+        mine = self.rule.rule_for(info)
+        return NATIVE_SLOTS[type(mine)][slot] if _runs_native(mine, tensor, name in self.decay) else slot
+
+    def set_count(self, count: int) -> None:
+        """Go on from `count` applied steps."""
+        self.count = count
+        for tensor in self.infos:
+            if "step" in self.state[tensor]:
+                self.state[tensor]["step"].fill_(count)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
+        self.count += 1
+        for mine, native in self.natives:
+            for group in native.param_groups:
+                group["lr"] = mine.lr * scale
+            native.step()
+        if not self.plain:
+            return
+        device = self.plain[0].device
+        scale_t = torch.tensor(scale, dtype=torch.float32, device=device)
+        count_t = torch.tensor(float(self.count), device=device)
+        for tensor in self.plain:
+            info, name = self.infos[tensor]
+            slots = self.state[tensor]
+            delta, new = self.rule.rule_for(info).update(
+                xp, info=info, grad=tensor.grad, param=tensor, slots=slots, scale=scale_t, count=count_t,
+                decay=name in self.decay,
+            )  # fmt: skip
+            tensor.add_(delta)
+            for slot, value in new.items():
+                slots[slot].copy_(value)
+
+
+def _runs_native(rule: Any, tensor: Tensor, decays: bool) -> bool:
+    """Whether torch has this very rule, fused, for the tensor's device."""
+    if tensor.device.type not in ("cpu", "cuda") or tensor.dtype != torch.float32:
+        return False
+    if type(rule) is AdamW:
+        return True
+    # torch's SGD couples its weight decay with the momentum; ours does not.
+    return type(rule) is SGD and not (decays and rule.weight_decay)
