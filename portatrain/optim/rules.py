@@ -1,0 +1,289 @@
+"""The rules. All in one module, so that ``--set optimizer=Lion`` finds Lion beside AdamW.
+
+In the equations g is the gradient, p the parameter, t the count of applied steps (1 at the first),
+a prime marks the new value, and lr d is the step of ``Rule``: p' = p - lr d - lr weight_decay p.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from portatrain.optim.base import (
+    Array,
+    Info,
+    Rule,
+    Slot,
+    Slots,
+    Step,
+    Xp,
+    bias_correction,
+    full_slot,
+    matrix_rows,
+    require,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdamW(Rule):
+    """Adam with decoupled weight decay::
+
+        m' = b1 m + (1 - b1) g
+        v' = b2 v + (1 - b2) g^2
+        d  = m' / (1 - b1^t) / (sqrt(v' / (1 - b2^t)) + eps)
+
+    Loshchilov & Hutter, Decoupled Weight Decay Regularization, 2019 (arXiv:1711.05101), algorithm 2,
+    with the decay multiplied by lr: torch.optim.AdamW and optax.adamw up to rounding. Slots ``m``
+    and ``v`` of the tensor's shape.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "b1", 0 <= self.b1 < 1, "at least 0 and below 1")
+        require(self, "b2", 0 <= self.b2 < 1, "at least 0 and below 1")
+        require(self, "eps", self.eps > 0, "a number above 0")
+
+    def slots(self, info: Info) -> dict[str, Slot]:
+        return {"m": full_slot(info), "v": full_slot(info)}
+
+    def step(
+        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
+    ) -> Step:
+        m = self.b1 * slots["m"] + (1.0 - self.b1) * grad
+        v = self.b2 * slots["v"] + (1.0 - self.b2) * (grad * grad)
+        v_hat = v * (1.0 / bias_correction(xp, self.b2, count))
+        step_size = lr / bias_correction(xp, self.b1, count)
+        return step_size * (m / (xp.sqrt(v_hat) + self.eps)), {"m": m, "v": v}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lion(Rule):
+    """The sign of an interpolated momentum::
+
+        d  = sign(b1 m + (1 - b1) g)        (sign(0) = 0)
+        m' = b2 m + (1 - b2) g
+
+    Chen et al., Symbolic Discovery of Optimization Algorithms, 2023 (arXiv:2302.06675), algorithm 2;
+    optax.lion. It wants a learning rate 3 to 10 times smaller than AdamW's and a decay as much
+    larger (section 5). Slot ``m`` of the tensor's shape.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "b1", 0 <= self.b1 < 1, "at least 0 and below 1")
+        require(self, "b2", 0 <= self.b2 < 1, "at least 0 and below 1")
+
+    def slots(self, info: Info) -> dict[str, Slot]:
+        return {"m": full_slot(info)}
+
+    def step(
+        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
+    ) -> Step:
+        m = slots["m"]
+        return lr * xp.sign(self.b1 * m + (1.0 - self.b1) * grad), {"m": self.b2 * m + (1.0 - self.b2) * grad}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SGD(Rule):
+    """Gradient descent with momentum, or without::
+
+        m' = momentum m + g
+        d  = g + momentum m'  if nesterov, else m'        (g, and no slot, where momentum is 0)
+
+    Sutskever et al., On the importance of initialization and momentum in deep learning, 2013, in the
+    form of torch.optim.SGD and optax.sgd; but the decay is decoupled (torch's goes through the
+    momentum). Slot ``m`` of the tensor's shape.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        require(self, "nesterov", self.momentum > 0 or not self.nesterov, "False where momentum is 0")
+
+    def slots(self, info: Info) -> dict[str, Slot]:
+        return {"m": full_slot(info)} if self.momentum else {}
+
+    def step(
+        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
+    ) -> Step:
+        if not self.momentum:
+            return lr * grad, {}
+        m = self.momentum * slots["m"] + grad
+        return lr * (grad + self.momentum * m if self.nesterov else m), {"m": m}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adafactor(Rule):
+    """Adam's second moment kept as the product of row and column means, the update clipped by its RMS::
+
+        c  = t^-decay_rate                                  (beta2 of step t is 1 - c: 0 at the first)
+        r' = (1 - c) r + c mean_out(g^2 + eps1)
+        k' = (1 - c) k + c mean_in(g^2 + eps1)
+        u  = g / sqrt(r' k' / mean_in(r'))
+        d  = u / max(1, rms(u) / clip)                      (times max(eps2, rms(p)) if relative)
+
+    and for what is not factored v' = (1 - c) v + c (g^2 + eps1), u = g / sqrt(v').
+
+    Shazeer & Stern, Adafactor, 2018 (arXiv:1804.04235), algorithms 4 and 5, without first moment;
+    means stand for the paper's sums, which gives the same u. mean_out runs over the output axes,
+    mean_in over the input axes, rms over the whole tensor, all within a batch slice. An embedding is
+    factored as entries x features; a tensor with a side of length 1 is not factored. The paper's
+    rate min(1e-2, t^-0.5) is left to the schedule. With relative=True this is torch.optim.Adafactor
+    (while t <= lr^-2) and, without decay, optax.adafactor; both leave layers unsliced. Slots
+    ``v_row`` (batch and input axes) and ``v_col`` (batch and output axes), or ``v``.
+    """
+
+    decay_rate: float = 0.8
+    clip: float = 1.0
+    eps1: float = 1e-30
+    eps2: float = 1e-3
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "decay_rate", 0 < self.decay_rate <= 1, "above 0 and at most 1 (the paper's is 0.8)")
+        require(self, "clip", self.clip > 0, "a number above 0")
+        require(self, "eps1", 1e-32 <= self.eps1 <= 1, "between 1e-32 and 1 (float32 ends near 1e-38)")
+        require(self, "eps2", self.eps2 > 0, "a number above 0")
+
+    def slots(self, info: Info) -> dict[str, Slot]:
+        split, batch = _factored_at(info), info.batch_dims
+        if split is None:
+            return {"v": full_slot(info)}
+        out_axes, out_shape = info.axes[split:], info.shape[split:]
+        return {
+            "v_row": Slot(axes=info.axes[:split], shape=info.shape[:split]),
+            "v_col": Slot(axes=info.axes[:batch] + out_axes, shape=info.shape[:batch] + out_shape),
+        }
+
+    def step(
+        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
+    ) -> Step:
+        new = count ** (-self.decay_rate)
+        old = 1.0 - new
+        square = grad * grad + self.eps1
+        split, batch, shape = _factored_at(info), info.batch_dims, info.shape
+        new_slots: dict[str, Array]
+        if split is None:
+            v = old * slots["v"] + new * square
+            u, new_slots = grad / xp.sqrt(v), {"v": v}
+        else:
+            ins, outs = tuple(range(batch, split)), tuple(range(split, len(shape)))
+            row = old * slots["v_row"] + new * xp.mean(square, axis=outs)
+            col = old * slots["v_col"] + new * xp.mean(square, axis=ins)
+            # Roots one by one: the product row * col may be 1e-60, below float32's range.
+            row_factor = xp.sqrt(xp.mean(row, axis=ins, keepdims=True)) / xp.sqrt(row)
+            row_factor = xp.reshape(row_factor, (*shape[:split], *(1 for _ in outs)))
+            col_factor = xp.reshape(1.0 / xp.sqrt(col), (*shape[:batch], *(1 for _ in ins), *shape[split:]))
+            u, new_slots = grad * row_factor * col_factor, {"v_row": row, "v_col": col}
+        step_size = lr / xp.maximum(_rms(xp, u, batch) / self.clip, 1.0)
+        if self.relative:
+            step_size = step_size * xp.maximum(_rms(xp, param, batch), self.eps2)
+        return step_size * u, new_slots
+
+
+def _factored_at(info: Info) -> int | None:
+    """The first output axis, where the tensor is factored; None where it is not."""
+    rows = matrix_rows(info)
+    if rows is None:
+        return None
+    split = info.batch_dims + rows
+    sides = math.prod(info.shape[info.batch_dims : split]), math.prod(info.shape[split:])
+    return split if min(sides) > 1 else None
+
+
+def _rms(xp: Xp, x: Array, batch_dims: int) -> Array:
+    """Root mean square of each batch slice, its axes kept with length 1."""
+    axes = tuple(range(batch_dims, len(x.shape)))
+    square = x * x
+    return xp.sqrt(xp.mean(square, axis=axes, keepdims=True) if axes else square)
+
+
+Quintic = tuple[float, float, float]
+
+JORDAN: Quintic = (3.4445, -4.7750, 2.0315)
+"""Coefficients chosen by Jordan et al. for the steepest slope at zero."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Muon(Rule):
+    """Momentum, each matrix of it orthogonalised by a Newton-Schulz iteration::
+
+        m' = momentum m + (1 - momentum) g
+        n  = (1 - momentum) g + momentum m'  if nesterov, else m'
+        X  = n / max(||n||_F, eps)                          (n as its matrix in x out)
+        X  = a X + b (X X^T) X + c (X X^T)^2 X              for each (a, b, c) of coefficients
+        d  = sqrt(max(1, out / in)) X
+
+    Jordan et al., Muon: an optimizer for hidden layers in neural networks, 2024
+    (kellerjordan.github.io/posts/muon), with the moving average and the shape factor of the authors'
+    code and of torch.optim.Muon (there "original"); theirs iterate in bfloat16 and leave layers
+    unsliced. in and out are the products of the input and output axes, within a batch slice. The
+    iteration keeps the singular vectors and brings the singular values near 1 (0.7 to 1.2, but for
+    the smallest).
+
+    It takes tensors with an input and an output axis, none of them ``vocab``. The others
+    (embeddings, output head, vectors) go to ``adamw``, which has its own lr and weight_decay under
+    the same schedule. Slot ``m`` of the tensor's shape; AdamW's slots where AdamW acts.
+    """
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    coefficients: tuple[Quintic, ...] = (JORDAN,) * 5
+    eps: float = 1e-7
+    adamw: AdamW = AdamW(lr=3e-4)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
+        require(
+            self, "coefficients", len(self.coefficients) > 0, f"one (a, b, c) a step, as in ({JORDAN},) * 5"
+        )
+        require(self, "eps", self.eps > 0, "a number above 0")
+
+    def rule_for(self, info: Info) -> Rule:
+        hidden = 1 <= info.inputs < len(info.shape) - info.batch_dims and "vocab" not in info.axes
+        return self if hidden else self.adamw
+
+    def slots(self, info: Info) -> dict[str, Slot]:
+        return {"m": full_slot(info)} if self.rule_for(info) is self else self.adamw.slots(info)
+
+    def update(self, xp: Xp, *, info: Info, **arguments: Any) -> Step:
+        rule = self.rule_for(info)
+        update = super().update if rule is self else rule.update
+        return update(xp, info=info, **arguments)
+
+    def step(
+        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
+    ) -> Step:
+        new = (1.0 - self.momentum) * grad
+        m = self.momentum * slots["m"] + new
+        n = new + self.momentum * m if self.nesterov else m
+        batch, split = info.batch_dims, info.batch_dims + info.inputs
+        rows, cols = math.prod(info.shape[batch:split]), math.prod(info.shape[split:])
+        x = xp.reshape(n, (*info.shape[:batch], rows, cols))
+        x = orthogonalise(xp, x, coefficients=self.coefficients, eps=self.eps)
+        return (lr * math.sqrt(max(1.0, cols / rows))) * xp.reshape(x, info.shape), {"m": m}
+
+
+def orthogonalise(xp: Xp, x: Array, *, coefficients: tuple[Quintic, ...], eps: float) -> Array:
+    """The Newton-Schulz iteration of `Muon` on every (..., rows, cols) matrix; zero stays zero."""
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:  # X X^T on the shorter side
+        x = xp.swapaxes(x, -1, -2)
+    x = x / xp.maximum(xp.sqrt(xp.sum(x * x, axis=(-2, -1), keepdims=True)), eps)
+    for a, b, c in coefficients:
+        gram = xp.matmul(x, xp.swapaxes(x, -1, -2))
+        x = a * x + xp.matmul(b * gram + c * xp.matmul(gram, gram), x)
+    return xp.swapaxes(x, -1, -2) if tall else x
