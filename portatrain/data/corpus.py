@@ -1,0 +1,131 @@
+"""From documents to packed streams of tokens, one a split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portatrain.data import pack as packs
+from portatrain.data.sources import Documents, documents
+from portatrain.data.spec import DataSpec
+from portatrain.errors import UserError
+from portatrain.rng import Permutation
+
+SPLITS = ("train", "validation")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """Documents one after another, each opened by ``bos``.
+
+    ``tokens`` (n,) unsigned; ``starts`` (documents,) int64, where each opens, rising from 0; ``bytes``: how
+    many source bytes the tokens stand for, None if unknown.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    vocab: int
+    bos: int
+    bytes: int | None
+    fingerprint: str
+
+    def document(self, number: int) -> np.ndarray:
+        """Tokens of one document, without the one that opens it."""
+        end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.tokens)
+        return self.tokens[self.starts[number] + 1 : end]
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self.document(i) for i in range(len(self.starts)))
+
+
+def identity(spec: DataSpec) -> dict[str, Any]:
+    """What a pack of ``spec`` is made from; the window length is no part of it."""
+    fields = {k: v for k, v in dataclasses.asdict(spec).items() if k != "seq_len"}
+    return json.loads(json.dumps({"source": type(spec).__name__, **fields}))
+
+
+def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
+    """The packed streams of a token source by split; without ``validation`` where nothing is held out."""
+    pack = packs.make(identity(spec), SPLITS, lambda writer: _produce(spec, writer), pack_dir)
+    meaning = pack.facts["meaning"]
+    out = {}
+    for split in SPLITS:
+        tokens, starts = pack.arrays[f"{split}-tokens"], pack.arrays[f"{split}-starts"]
+        if len(starts):
+            out[split] = Stream(
+                tokens=tokens,
+                starts=starts,
+                vocab=meaning["vocab"],
+                bos=meaning["bos"],
+                bytes=pack.facts[f"{split}_bytes"],
+                fingerprint=pack.fingerprints[split],
+            )
+    return out
+
+
+def _produce(spec: DataSpec, writer: packs.Writer) -> packs.Meta:
+    source = documents(spec)
+    fraction = spec.validation  # type: ignore[attr-defined]
+    held = source.held_out(fraction)
+    facts: packs.Meta = {"meaning": {"vocab": source.vocab, "bos": source.bos}}
+    wanted_held = bool(fraction) or bool(getattr(spec, "validation_paths", ()))
+    seq_len: int = spec.seq_len  # type: ignore[attr-defined]
+    for split, mine in zip(SPLITS, (~held, held), strict=True):
+        facts[f"{split}_bytes"] = _write(source, np.flatnonzero(mine), split, writer)
+        if not writer.entries[f"{split}-starts"]["size"] and (split == "train" or wanted_held):
+            raise UserError(
+                f"{type(spec).__name__} data",
+                expected=f"at least one document with content in the {split} split",
+                got=f"{int(mine.sum())} of {len(source)} documents there, none with content",
+                do="Add documents, change validation (the fraction held out), or name validation_paths.",
+            )
+        # Before the pack is there for good: it would outlive the documents that mend this.
+        if split == "train":
+            tokens = writer.entries["train-tokens"]["size"]
+            require_window(split, tokens, writer.entries["train-starts"]["size"], seq_len)
+    return facts
+
+
+def require_window(split: str, tokens: int, documents: int, seq_len: int) -> None:
+    """Raise UserError where a stream fills no window. A validation split may be shorter: it is padded."""
+    needed = seq_len + 1 if split == "train" else 2
+    if tokens < needed:
+        raise UserError(
+            f"{split} data",
+            expected=f"at least {needed} tokens, one window of seq_len={seq_len} and its last target",
+            got=f"{tokens} tokens in {documents} documents",
+            do="Add documents, shorten seq_len, or change the fraction held out (validation).",
+        )
+
+
+def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Writer) -> int | None:
+    """Write the documents ``numbers`` in permuted order; returns the bytes that they stand for."""
+    starts: list[int] = []
+    n_bytes: int | None = 0
+    # Not of the run's seed: one pack serves every seed, and the windows are permuted by it anyway.
+    if len(numbers):
+        numbers = numbers[Permutation(len(numbers), 0, f"data/documents/{split}")(np.arange(len(numbers)))]
+
+    def pieces(write: Callable[[np.ndarray], None]) -> None:
+        nonlocal n_bytes
+        at = 0
+        for number in numbers.tolist():
+            tokens, size = source.read(number)
+            if len(tokens):
+                write(
+                    np.concatenate((np.array([source.bos], dtype), tokens), dtype=dtype, casting="same_kind")
+                )
+                starts.append(at)
+                at += 1 + len(tokens)
+                n_bytes = None if size is None or n_bytes is None else n_bytes + size
+
+    dtype = np.min_scalar_type(source.vocab - 1)
+    writer.array(f"{split}-tokens", dtype, pieces)
+    writer.whole(f"{split}-starts", np.array(starts, np.int64))
+    return n_bytes

@@ -1,0 +1,167 @@
+"""Several token sources in fixed proportions: blocks with exact counts, permuted inside.
+
+Sample n lies in block ``n div block`` at place ``n mod block``. The block's permutation sends the place to a
+rank; ranks are dealt to the sources in turn, as many to each as its count. The source's own sample number
+is the rank within its share plus all that it gave to earlier blocks, which is a sum over the pieces of the
+schedule: nothing is remembered, any n is reached at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import math
+
+import numpy as np
+
+from portatrain.data.spec import Mixture
+from portatrain.data.split import Batch, Split, samples
+from portatrain.data.windows import Windows
+from portatrain.errors import UserError
+from portatrain.rng import Permutation
+
+
+def counts(weights: tuple[float, ...], block: int) -> np.ndarray:
+    """Samples of each source in a block, (sources,) int64, by largest remainders; ties go to earlier sources."""
+    share = [block * w / math.fsum(weights) for w in weights]
+    out = np.array([math.floor(s) for s in share], np.int64)
+    rest = sorted(range(len(share)), key=lambda i: (out[i] - share[i], i))
+    out[rest[: block - int(out.sum())]] += 1
+    return out
+
+
+class Mixed(Split):
+    """A mixture of `Windows` by the rule of ``spec``. Keys as theirs, and ``source`` (B,) int32."""
+
+    def __init__(self, spec: Mixture, parts: list[Windows], *, name: str, seed: int) -> None:
+        self.name, self._parts, self._seed, self._block = name, parts, seed, spec.block
+        pieces = [(0, spec.weights), *spec.schedule]
+        self._first = np.array([first for first, _ in pieces], np.int64)
+        self._counts = np.stack([counts(weights, spec.block) for _, weights in pieces])  # (pieces, sources)
+        # (pieces, sources): what each source gave before the piece began
+        given = self._counts[:-1] * np.diff(self._first)[:, None]
+        self._before = np.concatenate((np.zeros((1, len(parts)), np.int64), np.cumsum(given, axis=0)))
+        self.windows = sum(p.windows for p in parts)
+        rule = [spec.block, self._first.tolist(), self._counts.tolist(), [p.fingerprint for p in parts]]
+        self.fingerprint = hashlib.sha256(json.dumps(["portatrain.mixture.1", *rule]).encode()).hexdigest()
+        self.bytes_per_target = _bytes_per_target(parts)
+
+    def batch(self, start: int, count: int) -> Batch:
+        sample = samples(start, count)
+        source, number = self.locate(sample)
+        out = {k: np.repeat(v, count, axis=0) for k, v in self._parts[0].blank(1).items()}
+        for s in np.unique(source).tolist():
+            here = source == s
+            for key, value in self._parts[s].at(number[here]).items():
+                out[key][here] = value
+        return out | {"sample": sample, "source": source.astype(np.int32)}
+
+    def blank(self, count: int) -> Batch:
+        return self._parts[0].blank(count) | {"source": np.zeros(count, np.int32)}
+
+    def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source (B,) and the source's own sample number (B,), both int64, of samples (B,) int64."""
+        block, place = np.divmod(sample, self._block)
+        source, number = np.empty_like(sample), np.empty_like(sample)
+        for b in np.unique(block).tolist():
+            here = block == b
+            piece = int(np.searchsorted(self._first, b, side="right")) - 1
+            count = self._counts[piece]
+            ends = np.cumsum(count)
+            rank = Permutation(self._block, self._seed, f"data/mixture/{b}")(place[here])
+            source[here] = mine = np.searchsorted(ends, rank, side="right")
+            before = self._before[piece] + (b - self._first[piece]) * count
+            number[here] = before[mine] + rank - (ends - count)[mine]
+        return source, number
+
+
+class Chained(Split):
+    """The windows of several splits one after another: what a mixture is evaluated on."""
+
+    def __init__(self, parts: list[Windows], *, name: str) -> None:
+        self.name, self._parts = name, parts
+        self._ends = np.cumsum([p.windows for p in parts])
+        self.windows = int(self._ends[-1])
+        text = json.dumps(["portatrain.chained.1", [p.fingerprint for p in parts]])
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        self.bytes_per_target = _bytes_per_target(parts)
+
+    def batch(self, start: int, count: int) -> Batch:
+        sample = samples(start, count)
+        window = sample % self.windows
+        source = np.searchsorted(self._ends, window, side="right")
+        out = {k: np.repeat(v, count, axis=0) for k, v in self._parts[0].blank(1).items()}
+        for s in np.unique(source).tolist():
+            here = source == s
+            first = int(self._ends[s]) - self._parts[s].windows
+            for key, value in self._parts[s].at(window[here] - first).items():
+                out[key][here] = value
+        return out | {"sample": sample, "source": source.astype(np.int32)}
+
+    def blank(self, count: int) -> Batch:
+        return self._parts[0].blank(count) | {"source": np.zeros(count, np.int32)}
+
+
+def check(spec: Mixture) -> None:
+    """Raise UserError for a mixture that contradicts itself."""
+    if not spec.sources or spec.block < 1:
+        raise UserError(
+            "Mixture",
+            expected="at least one source and a block of at least one sample",
+            got=f"{len(spec.sources)} sources and block={spec.block}",
+            do="Name the sources; a block of about a thousand samples serves most mixtures.",
+        )
+    lengths = [getattr(s, "seq_len", None) for s in spec.sources]
+    if None in lengths or len(set(lengths)) > 1:
+        raise UserError(
+            "Mixture sources",
+            expected="token sources of one seq_len",
+            got=", ".join(
+                f"{type(s).__name__}(seq_len={n})" for s, n in zip(spec.sources, lengths, strict=True)
+            ),
+            do="Give every source the same seq_len; images and mixtures cannot be mixed in.",
+        )
+    firsts = [0, *(first for first, _ in spec.schedule)]
+    if any(b <= a for a, b in itertools.pairwise(firsts)):
+        raise UserError(
+            "Mixture schedule",
+            expected="first blocks that rise from 1 on",
+            got=str(firsts[1:]),
+            do="Put the pieces in order; the weights before the first piece are `weights`.",
+        )
+    for what, weights in (
+        ("weights", spec.weights),
+        *((f"schedule at block {f}", w) for f, w in spec.schedule),
+    ):
+        ok = (
+            len(weights) == len(spec.sources)
+            and all(math.isfinite(w) and w >= 0 for w in weights)
+            and sum(weights) > 0
+        )
+        if not ok:
+            raise UserError(
+                f"Mixture {what}",
+                expected=f"{len(spec.sources)} finite weights of at least 0, not all 0",
+                got=str(weights),
+                do="Give one weight a source.",
+            )
+        lost = [
+            i
+            for i, (w, c) in enumerate(zip(weights, counts(weights, spec.block), strict=True))
+            if w and not c
+        ]
+        if lost:
+            raise UserError(
+                f"Mixture {what}",
+                expected=f"at least one sample of every weighted source in a block of {spec.block}",
+                got=f"none of source {lost[0]} with weight {weights[lost[0]]}",
+                do="Use a larger block or a larger weight, or leave the source out.",
+            )
+
+
+def _bytes_per_target(parts: list[Windows]) -> float | None:
+    known = [(p.stream.bytes, len(p.stream.tokens) - len(p.stream.starts)) for p in parts]
+    if any(b is None for b, _ in known):
+        return None
+    return sum(b for b, _ in known if b is not None) / sum(t for _, t in known)

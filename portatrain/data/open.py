@@ -1,0 +1,130 @@
+"""Opening what a spec describes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from portatrain.data.corpus import Stream, streams
+from portatrain.data.digits import open_digits
+from portatrain.data.mixture import Chained, Mixed, check
+from portatrain.data.spec import DataSpec, Digits, Mixture
+from portatrain.data.split import Split
+from portatrain.data.windows import Windows
+from portatrain.errors import UserError, choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenData:
+    """Opened data.
+
+    Attributes:
+        train, validation: the splits; validation is None where nothing is held out.
+        vocab: number of token ids, or of classes.
+        bytes_per_target: of the validation split, else of the training split; see `Split`.
+        fingerprint: SHA-256, in hex, over those of the splits.
+        streams: the packed token streams by split, where the data is one token source; else empty.
+    """
+
+    train: Split
+    validation: Split | None
+    vocab: int
+    streams: dict[str, Stream]
+
+    @property
+    def bytes_per_target(self) -> float | None:
+        return (self.validation or self.train).bytes_per_target
+
+    @property
+    def fingerprint(self) -> str:
+        held = self.validation.fingerprint if self.validation else ""
+        return hashlib.sha256(f"portatrain.data.1\0{self.train.fingerprint}\0{held}".encode()).hexdigest()
+
+
+def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) -> OpenData:
+    """Find, pack and split the data of ``spec``.
+
+    Args:
+        seed: orders the windows of every epoch; the pack, the splits and the fingerprint do not depend on it.
+        pack_dir: folder for the packed corpus. Where it holds a pack that is read, and the source need not
+            exist; else the pack is written there. None: packed in memory.
+
+    Raises:
+        UserError: the source is missing, malformed, or too small; the pack is damaged or of other data.
+    """
+    pack_dir = None if pack_dir is None else Path(os.path.abspath(Path(pack_dir).expanduser()))
+    _check(spec)
+    if isinstance(spec, Digits):
+        splits = open_digits(spec, seed, pack_dir)
+        return OpenData(train=splits["train"], validation=splits.get("validation"), vocab=10, streams={})
+    if isinstance(spec, Mixture):
+        return _open_mixture(spec, seed, pack_dir)
+    found = streams(spec, pack_dir)
+    windows = _windows(spec, found, seed, "data")
+    return OpenData(
+        train=windows["train"],
+        validation=windows.get("validation"),
+        vocab=found["train"].vocab,
+        streams=found,
+    )
+
+
+def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
+    check(spec)
+    for source in spec.sources:
+        _check(source)
+    found = [streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
+    vocabs = sorted({f["train"].vocab for f in found})
+    if len(vocabs) > 1:
+        raise UserError(
+            "Mixture sources",
+            expected="one vocabulary",
+            got=f"vocabularies of {', '.join(map(str, vocabs))} ids",
+            do="Use one tokenizer for all sources.",
+        )
+    parts = [
+        _windows(s, f, seed, f"data/source/{i}")
+        for i, (s, f) in enumerate(zip(spec.sources, found, strict=True))
+    ]
+    held = [p["validation"] for p in parts if "validation" in p]
+    return OpenData(
+        train=Mixed(spec, [p["train"] for p in parts], name="train", seed=seed),
+        validation=Chained(held, name="validation") if held else None,
+        vocab=vocabs[0],
+        streams={},
+    )
+
+
+def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) -> dict[str, Windows]:
+    seq_len: int = spec.seq_len  # type: ignore[attr-defined]
+    return {
+        name: Windows(
+            stream, name=name, seq_len=seq_len, seed=seed, permuted=name == "train", order=f"{where}/{name}"
+        )
+        for name, stream in found.items()
+    }
+
+
+def _check(spec: DataSpec) -> None:
+    kind = type(spec).__name__
+    known = {c.__name__ for c in DataSpec.__subclasses__()}
+    if not isinstance(spec, DataSpec) or kind not in known:
+        raise choice("data spec", kind, known)
+    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
+    if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:
+        raise UserError(
+            f"{kind} seq_len",
+            expected="at least 1",
+            got=str(values["seq_len"]),
+            do="Set the window's length.",
+        )
+    if "validation" in values and not 0 <= values["validation"] < 1:
+        raise UserError(
+            f"{kind} validation",
+            expected="a fraction of the documents, from 0 to below 1",
+            got=str(values["validation"]),
+            do="Set how much to hold out, say 0.1.",
+        )

@@ -1,0 +1,97 @@
+"""Reading ahead on a background thread.
+
+A plain thread, not grain: grain serves random-access sources with workers and transformations of its own,
+of which nothing is left to do here (a batch is one call that seeks anywhere), and importing it costs more
+than a second, which every start of a run would pay. docs/data.md has the measurement.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+
+from portatrain.data.split import Batch, Split
+
+
+class Prefetch(Iterator[Batch]):
+    """Batches of ``count`` samples from ``start`` on, up to ``depth`` of them read ahead.
+
+    An error in reading surfaces at the ``next`` that would have returned its batch, and again at every
+    later one. ``close``, leaving the ``with`` block, or the iterator's collection ends the thread.
+    """
+
+    def __init__(self, split: Split, start: int, count: int, depth: int = 2) -> None:
+        self._stop = threading.Event()
+        if count < 1 or depth < 1:
+            raise ValueError(f"count and depth are at least 1, got {count} and {depth}")
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
+        self._error: BaseException | None = None
+        # The thread holds no reference to self, so that a forgotten iterator is collected and ends it.
+        self._thread = threading.Thread(
+            target=_read,
+            args=(split, start, count, self._ready, self._stop),
+            name="portatrain-prefetch",
+            daemon=True,
+        )
+        self._thread.start()
+
+    def __next__(self) -> Batch:
+        if self._error is None and self._stop.is_set():
+            raise StopIteration
+        if self._error is None:
+            got = self._ready.get()
+            if not isinstance(got, BaseException):
+                return got
+            self._error = got
+        raise self._error
+
+    def close(self) -> None:
+        """End the thread and wait for it; a batch being read is finished first. May be called again."""
+        self._stop.set()
+        while self._thread.is_alive():
+            try:  # room in the queue lets a blocked put return
+                self._ready.get_nowait()
+            except queue.Empty:
+                self._thread.join(0.01)
+
+    def __enter__(self) -> Prefetch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._stop.set()
+
+
+def prefetch(split: Split, start: int, count_per_step: int, depth: int = 2) -> Prefetch:
+    """Read batches [start, start + count_per_step), ... ahead; use in a ``with`` block."""
+    return Prefetch(split, start, count_per_step, depth)
+
+
+def _read(
+    split: Split,
+    start: int,
+    count: int,
+    ready: queue.Queue[Batch | BaseException],
+    stop: threading.Event,
+) -> None:
+    while not stop.is_set():
+        item: Batch | BaseException
+        try:
+            item = split.batch(start, count)
+        except BaseException as error:
+            item = error
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                break
+            except queue.Full:
+                continue
+        if isinstance(item, BaseException):
+            return
+        start += count

@@ -1,0 +1,310 @@
+"""Documents of text and token sources: found in a fixed order, read one at a time, by number.
+
+A document's name is the name of its file within the source and its index in the file. The order found and
+the names depend on nothing outside the source, so that a corpus may be moved.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import sys
+import sysconfig
+from abc import ABC, abstractmethod
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from portatrain import rng
+from portatrain.data.encode import Encoding, encoding
+from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
+from portatrain.errors import UserError, choice
+
+Files = list[tuple[str, Path]]  # (name within the source, where it lies), sorted by name
+
+
+class Documents(ABC):
+    """Documents [0, n) of one source.
+
+    Attributes:
+        vocab, bos: number of token ids; the one that opens every document in the packed stream.
+        file: (n,) int64, rising, the file each document lies in; index: (n,) int64, its place in that file.
+    """
+
+    vocab: int
+    bos: int
+    file: np.ndarray
+    index: np.ndarray
+
+    def __init__(self, files: Files, held_out: Files) -> None:
+        self.files = files + held_out
+        self._trained = len(files)
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    @abstractmethod
+    def read(self, number: int) -> tuple[np.ndarray, int | None]:
+        """Token ids of a document, without the opening one, and the bytes they stand for (None: unknown)."""
+
+    def held_out(self, fraction: float) -> np.ndarray:
+        """(n,) bool: the document belongs to the validation split.
+
+        Where files are held out by name that decides; else a word of Philox keyed by the file's name, at the
+        document's index, below ``fraction``: so adding documents moves none from one split to the other.
+        """
+        if self._trained < len(self.files):
+            return self.file >= self._trained
+        out = np.zeros(len(self), bool)
+        for f, (name, _) in enumerate(self.files):
+            here = slice(*np.searchsorted(self.file, (f, f + 1)))
+            index = self.index[here]
+            if len(index):
+                drawn = rng.words(0, f"data/split/{name}", 0, int(index[-1]) + 1)[index]
+                out[here] = (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53 < fraction
+        return out
+
+
+def documents(spec: DataSpec) -> Documents:
+    """The documents of a token source."""
+    if isinstance(spec, Stdlib):
+        return _TextDocuments(stdlib_files(), [], encoding(spec.tokenizer, spec.bos))
+    if isinstance(spec, TextFiles):
+        return _TextDocuments(*_both(spec), encoding(spec.tokenizer, spec.bos))
+    if isinstance(spec, Jsonl):
+        return _JsonlDocuments(*_both(spec), encoding(spec.tokenizer, spec.bos), spec.field)
+    if isinstance(spec, TokenMemmap):
+        return _TokenDocuments(*_both(spec), spec)
+    raise TypeError(f"{type(spec).__name__} is not a source of tokens")
+
+
+def stdlib_files(root: Path | None = None) -> Files:
+    """The running interpreter's library modules, as `Stdlib` describes them."""
+    root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
+    out_of_scope = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+    files = [
+        (path.relative_to(root).as_posix(), path)
+        for path in root.rglob("*.py")
+        if not (
+            out_of_scope.intersection(path.relative_to(root).parts) or path.name.startswith("_sysconfigdata")
+        )
+    ]
+    if not files:
+        raise UserError(
+            "data source stdlib",
+            expected=f"the .py files of Python's standard library in {root}",
+            got="none",
+            do=f"This interpreter ({sys.executable}) ships no source; use another, or TextFiles.",
+        )
+    return sorted(files)
+
+
+def find(paths: str | tuple[str, ...], what: str) -> Files:
+    """Files under ``paths`` (files, folders, globs) by name, each file once."""
+    found: dict[Path, str] = {}
+    for given in (paths,) if isinstance(paths, str) else paths:
+        path = Path(given).expanduser()
+        if path.is_dir():
+            here = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file()]
+        elif path.exists():
+            here = [(path.name, path)]
+        elif glob.has_magic(str(path)):
+            fixed = next(p for p in path.parents if not glob.has_magic(str(p)))
+            matches = (Path(p) for p in glob.glob(str(path), recursive=True))
+            here = [(p.relative_to(fixed).as_posix(), p) for p in matches if p.is_file()]
+        else:
+            here = []
+        if not here:
+            raise UserError(
+                what,
+                expected="a file, a folder with files, or a glob that matches some",
+                got=repr(given),
+                do="Check the path; relative ones start at the working directory.",
+            )
+        for name, p in here:
+            found.setdefault(p.resolve(), name)
+    return sorted((name, path) for path, name in found.items())
+
+
+def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files]:
+    kind = type(spec).__name__
+    files = find(spec.paths, f"{kind} paths")
+    held = find(spec.validation_paths, f"{kind} validation_paths") if spec.validation_paths else []
+    common = {p for _, p in files} & {p for _, p in held}
+    if common:
+        raise UserError(
+            f"{kind} validation_paths",
+            expected="files that are not among paths",
+            got=str(min(common)),
+            do="A document that is trained on cannot be held out: remove it from one of the two.",
+        )
+    return files, held
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"data file {path}",
+        expected="a file that can be read",
+        got=error.strerror or str(error),
+        do="Mend its permissions or leave it out.",
+    )
+
+
+class _TextDocuments(Documents):
+    """A document is a file."""
+
+    def __init__(self, files: Files, held_out: Files, encode: Encoding) -> None:
+        super().__init__(files, held_out)
+        self.vocab, self.bos, self._encode = encode.vocab, encode.bos, encode
+        self.file = np.arange(len(self.files))
+        self.index = np.zeros(len(self.files), np.int64)
+
+    def read(self, number: int) -> tuple[np.ndarray, int | None]:
+        path = self.files[number][1]
+        text = _bytes(path)
+        return self._encode(text, str(path)), len(text)
+
+
+class _JsonlDocuments(Documents):
+    """A document is a line; one pass finds where the lines begin."""
+
+    def __init__(self, files: Files, held_out: Files, encode: Encoding, field: str) -> None:
+        super().__init__(files, held_out)
+        self.vocab, self.bos, self._encode, self._field = encode.vocab, encode.bos, encode, field
+        rows = array("q")
+        for f, (_, path) in enumerate(self.files):
+            for line, at in _lines(path):
+                rows.extend((f, line, at))
+        self.file, self.index, self._at = np.array(rows, np.int64).reshape(-1, 3).T
+
+    def read(self, number: int) -> tuple[np.ndarray, int | None]:
+        path, line = self.files[int(self.file[number])][1], int(self.index[number]) + 1
+        try:
+            with path.open("rb") as file:
+                file.seek(int(self._at[number]))
+                raw = file.readline()
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        where = f"{path}, line {line}"
+        try:
+            value = json.loads(raw)
+        except ValueError as error:
+            raise UserError(
+                where, expected="one JSON object", got=str(error), do="Mend or delete the line."
+            ) from error
+        if not isinstance(value, dict):
+            raise UserError(
+                where, expected="one JSON object", got=type(value).__name__, do="Mend or delete the line."
+            )
+        if self._field not in value:
+            raise choice(f"{where}, field", self._field, map(str, value))
+        text = value[self._field]
+        if not isinstance(text, str):
+            raise UserError(
+                f"{where}, field {self._field!r}",
+                expected="a string",
+                got=type(text).__name__,
+                do="Mend the line.",
+            )
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}, field {self._field!r}",
+                expected="text that UTF-8 can carry",
+                got=str(error),
+                do="Mend the escapes of the line: a lone surrogate is no character.",
+            ) from error
+        return self._encode(data, where), len(data)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, int]]:
+    """(line from 0, offset in bytes) of every line that is not blank."""
+    try:
+        with path.open("rb") as file:
+            at = 0
+            for line, raw in enumerate(file):
+                if raw.strip():
+                    yield line, at
+                at += len(raw)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+class _TokenDocuments(Documents):
+    """A document is what lies between two separators, or a file."""
+
+    def __init__(self, files: Files, held_out: Files, spec: TokenMemmap) -> None:
+        super().__init__(files, held_out)
+        kinds = ("uint8", "uint16", "uint32", "int32", "int64", "uint64")
+        if spec.dtype not in kinds:
+            raise choice("TokenMemmap dtype", spec.dtype, kinds)
+        dtype = np.dtype(spec.dtype).newbyteorder("<")
+        for what, value, least, most in (
+            ("vocab", spec.vocab, 1, min(int(np.iinfo(dtype).max) + 1, 2**31)),
+            ("separator", spec.separator, 0, spec.vocab - 1),
+        ):
+            if value is not None and not least <= value <= most:
+                raise UserError(
+                    f"TokenMemmap {what}",
+                    expected=f"from {least} to {most} for ids of {spec.dtype} below vocab={spec.vocab}",
+                    got=str(value),
+                    do=f"Set {what} to what the files were written with.",
+                )
+        self.vocab, self.bos = spec.vocab, spec.separator or 0
+        self._ids = [_ids(path, dtype) for _, path in self.files]
+        tables = [_between(f, ids, spec.separator) for f, ids in enumerate(self._ids)]
+        self.file, self.index, self._from, self._to = np.concatenate(tables).T
+
+    def read(self, number: int) -> tuple[np.ndarray, int | None]:
+        f, low, high = int(self.file[number]), int(self._from[number]), int(self._to[number])
+        ids = self._ids[f][low:high]
+        bad = (ids < 0) | (ids >= self.vocab)
+        if bad.any():
+            at = int(bad.argmax())
+            raise UserError(
+                f"token {low + at} of {self.files[f][1]}",
+                expected=f"an id from 0 to {self.vocab - 1}, vocab being {self.vocab}",
+                got=str(int(ids[at])),
+                do="Set vocab and dtype to what the file was written with.",
+            )
+        return ids.astype(np.min_scalar_type(self.vocab - 1)), None
+
+
+def _ids(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        size = path.stat().st_size
+        if size % dtype.itemsize == 0:
+            if not size:
+                return np.empty(0, dtype)
+            return np.memmap(path, dtype, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    raise UserError(
+        f"token file {path}",
+        expected=f"a whole number of {dtype.itemsize}-byte ids ({dtype.name})",
+        got=f"{size} bytes",
+        do="Set dtype to what the file was written with, or write the file again.",
+    )
+
+
+def _between(file: int, ids: np.ndarray, separator: int | None) -> np.ndarray:
+    """(documents, 4) int64: file, index in it, first token, end."""
+    cut = np.empty(0, np.int64)
+    if separator is not None:
+        step = 1 << 26  # keeps the comparison's mask small beside a corpus that does not fit in memory
+        parts = (np.flatnonzero(ids[at : at + step] == separator) + at for at in range(0, len(ids), step))
+        cut = np.concatenate([cut, *parts])
+    low, high = np.append(-1, cut) + 1, np.append(cut, len(ids))
+    kept = high > low
+    low, high = low[kept], high[kept]
+    return np.stack((np.full(len(low), file), np.arange(len(low)), low, high), axis=1)

@@ -1,0 +1,84 @@
+"""Windows over a packed stream of tokens: what a language model trains on.
+
+The stream is the documents one after another, each opened by the token ``bos``. Window w reads tokens
+[w S, w S + S) and predicts tokens [w S + 1, w S + S + 1): consecutive windows overlap by one token, so every
+token of the stream but the first is a target exactly once. Targets that open a document are masked: what
+is predicted is every token of every document, once, each from what stands before it in its document and
+its window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+
+from portatrain.data.corpus import Stream, require_window
+from portatrain.data.split import Batch, Order, Split, samples
+
+
+class Windows(Split):
+    """The windows of one packed stream. Keys of a batch, all (B, S) unless said:
+
+    ``tokens`` int32; ``targets`` int32; ``mask`` float32, 1 where the target counts; ``segment_ids`` int32,
+    from 1 in each window, one more at each document, 0 for padding after the end of the stream (attention
+    must not cross them); ``positions`` int32, from 0 in each segment; ``sample`` (B,) int64.
+    """
+
+    def __init__(
+        self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str
+    ) -> None:
+        self.stream, self.name, self.seq_len = stream, name, seq_len
+        found = len(stream.tokens)
+        require_window(name, found, len(stream.starts), seq_len)
+        self.windows = -(-(found - 1) // seq_len)
+        text = f"portatrain.windows.1\0{stream.fingerprint}\0{seq_len}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        targets = found - len(stream.starts)
+        self.bytes_per_target = None if stream.bytes is None else stream.bytes / targets
+        self._order = Order(self.windows, seed, order, permuted=permuted)
+
+    def batch(self, start: int, count: int) -> Batch:
+        return self.at(samples(start, count))
+
+    def at(self, sample: np.ndarray) -> Batch:
+        """The samples numbered ``sample`` (B,) int64."""
+        size, begin = self.seq_len, self._order(sample) * self.seq_len
+        drawn = np.zeros((len(begin), size + 1), np.int32)
+        for row, at in zip(drawn, begin.tolist(), strict=True):
+            part = self.stream.tokens[at : at + size + 1]
+            row[: len(part)] = part
+        opens = self._opens(begin)
+        column = np.arange(size, dtype=np.int32)
+        inside = (begin[:, None] + column) < len(self.stream.tokens)
+        segment = 1 + np.cumsum(opens[:, :size], axis=1, dtype=np.int32)
+        position = column - np.maximum.accumulate(column * opens[:, :size], axis=1)
+        has_target = (begin[:, None] + column + 1) < len(self.stream.tokens)
+        return {
+            "tokens": drawn[:, :size].copy(),
+            "targets": drawn[:, 1:].copy(),
+            "mask": (has_target & ~opens[:, 1:]).astype(np.float32),
+            "segment_ids": np.where(inside, segment, 0).astype(np.int32),
+            "positions": np.where(inside, position, 0).astype(np.int32),
+            "sample": sample.astype(np.int64),
+        }
+
+    def blank(self, count: int) -> Batch:
+        shape = (count, self.seq_len)
+        empty = {
+            k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "mask", "segment_ids", "positions")
+        }
+        empty["mask"] = empty["mask"].astype(np.float32)
+        return empty | {"sample": np.full(count, -1, np.int64)}
+
+    def _opens(self, begin: np.ndarray) -> np.ndarray:
+        """(B, S + 1) bool: the token opens a document. Column 0 stays False: a window opens a segment anyway."""
+        starts = self.stream.starts
+        low = np.searchsorted(starts, begin, side="right")
+        high = np.searchsorted(starts, begin + self.seq_len, side="right")
+        count = high - low
+        row = np.repeat(np.arange(len(begin)), count)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        opens = np.zeros((len(begin), self.seq_len + 1), bool)
+        opens[row, starts[low[row] + nth] - begin[row]] = True
+        return opens
