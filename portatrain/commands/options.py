@@ -1,0 +1,53 @@
+"""Options that several commands share, and the checks of their values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe, apply_overrides, load_recipe
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    """RECIPE and --set."""
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="a Python file, or the name of a shipped recipe (tiny-lm)"
+    )
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a field of the recipe, as in --set steps=100 --set model.layers=8 --set optimizer=Lion",
+    )
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """--backend."""
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="jax, torch, or an installed one (default: jax where installed, else torch)",
+    )
+
+
+def resolved_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe that was named, with its overrides."""
+    return apply_overrides(load_recipe(args.recipe, cwd=Path.cwd()), args.overrides)
+
+
+def resolved_backend(name: str | None) -> str:
+    """The backend that was named, or the default one; UserError unless it is known and installed."""
+    from portatrain.backends.base import check_backend, default_backend
+
+    return default_backend() if name is None else check_backend(name)
+
+
+def positive(what: str, value: int | None) -> None:
+    """Raise UserError unless ``value`` is None or at least 1."""
+    if value is not None and value < 1:
+        raise UserError(
+            what, expected="a whole number of at least 1", got=str(value), do="Choose a larger one."
+        )

@@ -1,0 +1,102 @@
+"""Train RECIPE in this process: what a job runs.
+
+Everything of the run goes into the run directory DIR: run.json, attempts/K/metrics.jsonl, the results.
+The loss curve depends on the recipe alone, not on backend, mesh or devices.
+
+examples:
+  portatrain train tiny-lm --run-dir runs/first
+  portatrain train my_recipe.py --run-dir runs/wide --set model.embed=256 --set optimizer.lr=3e-4
+  portatrain train tiny-vit --run-dir runs/vit --backend torch
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from portatrain.commands import options
+from portatrain.errors import UserError, choice
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_recipe(parser)
+    parser.add_argument(
+        "--run-dir", metavar="DIR", required=True, help="the run directory; made where missing"
+    )
+    options.add_backend(parser)
+    parser.add_argument(
+        "--mesh", metavar="AXES", help="how many ways to split along each axis: fsdp=4,tensor=2"
+    )
+    parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
+    parser.add_argument(
+        "--stop-at", metavar="STEP", type=int, help="stop after this step, before the run is over"
+    )
+    parser.add_argument(
+        "--track",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="send metrics to wandb or tensorboard as well",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    return train(args)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Check everything that can be checked without touching the disk, then train; the exit code.
+
+    ``args`` has the attributes of the options above.
+    """
+    recipe = options.resolved_recipe(args)
+    backend = options.resolved_backend(args.backend)
+    options.positive("--devices", args.devices)
+    options.positive("--stop-at", args.stop_at)
+    if args.stop_at is not None and args.stop_at > recipe.steps:
+        raise UserError(
+            "--stop-at",
+            expected=f"a step of the run, 1 to {recipe.steps}",
+            got=str(args.stop_at),
+            do="Leave it out to train to the end.",
+        )
+    _check_mesh(args.mesh, args.devices)
+
+    from portatrain.metrics import Sink
+    from portatrain.metrics.console import ConsoleSink
+    from portatrain.metrics.trackers import TRACKERS
+    from portatrain.run_dir import RunDir
+
+    for name in args.track:
+        if name not in TRACKERS:
+            raise choice("--track", name, TRACKERS)
+    run_dir = RunDir(Path(args.run_dir))
+    run_dir.check(recipe)
+    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
+
+    from portatrain.trainer import train as train_recipe
+
+    return train_recipe(
+        recipe,
+        run_dir,
+        backend=backend,
+        mesh=args.mesh,
+        devices=args.devices,
+        stop_at=args.stop_at,
+        sinks=sinks,
+    )
+
+
+def _check_mesh(mesh: str | None, devices: int | None) -> None:
+    if mesh is None:
+        return
+    from portatrain.layout import Mesh
+
+    wanted = Mesh.parse(mesh).devices
+    if devices is not None and wanted != devices:
+        raise UserError(
+            f"--mesh {mesh}",
+            expected=f"a mesh of --devices {devices}",
+            got=f"one of {wanted}",
+            do=f"Use --devices {wanted}, or change the mesh.",
+        )

@@ -1,0 +1,53 @@
+"""The one fitted number: what share of its peak a chip's matmuls reach inside a training step.
+
+``python -m portatrain.plan.published`` fits it from published runs and prints this table's values; a test
+holds the two together. One factor for a chip with several published rows, one for a vendor otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.plan.chip import Chip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """``value``: matmul FLOPs reached over the peak. ``basis`` says what it was fitted from; ``estimate``
+    marks one that rests on no published run of that vendor."""
+
+    value: float
+    basis: str
+    estimate: bool = False
+
+
+BY_CHIP: dict[str, float] = {
+    "h100-sxm": 0.604, "h100-sxm of 500 W": 0.441, "tpu-7x": 0.703, "tpu-v5p": 0.743, "tpu-v6e": 0.611,
+}  # fmt: skip
+BY_VENDOR: dict[str, float] = {"google": 0.673, "nvidia": 0.509}
+ALL = 0.585
+
+RELATIVE: dict[str, tuple[str, float, str]] = {
+    "amd": ("h100-sxm", (620 / 1307) / (720 / 989.5), "the H100's, by both chips' sustained matmul rates"),
+    "mi250x": ("nvidia", 0.765 * 312 / 383, "an A100's, of which an MI250 reached 73 to 80 % (MosaicML)"),
+    "gaudi2": ("nvidia", 1.22 * 312 / 432, "an A100's, of which a Gaudi2 reached 1.22 (Databricks)"),
+    "intel": ("nvidia", 1.22 * 312 / 432, "Gaudi2's"),
+}
+"""Chip or vendor -> (whose factor, times what, why): figures published side by side carry a factor over to a
+vendor that has no published run of its own."""
+
+TYPICAL_ERROR, WORST_ERROR = 0.084, 0.203
+"""Median and largest error of the predictions for published runs, leave-one-out."""
+
+
+def of(chip: Chip) -> Efficiency:
+    """The factor for a chip."""
+    if chip.name in BY_CHIP:
+        return Efficiency(value=BY_CHIP[chip.name], basis=f"published runs on {chip.name}")
+    if chip.vendor in BY_VENDOR:
+        return Efficiency(value=BY_VENDOR[chip.vendor], basis=f"published runs on {chip.vendor} chips")
+    for name in (chip.name, chip.vendor):
+        if name in RELATIVE:
+            base, share, why = RELATIVE[name]
+            return Efficiency(value={**BY_VENDOR, **BY_CHIP}[base] * share, basis=why, estimate=True)
+    return Efficiency(value=ALL, basis="the mean of all published runs", estimate=True)

@@ -1,0 +1,85 @@
+"""A figure of the catalog: a number that knows its unit, where it was read, when, and how sure it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+# key -> (what was read, when). Most pages carry no date of their own: the year is that of the reading.
+SOURCES: dict[str, tuple[str, str]] = {
+    "tpu-docs": ("Google Cloud TPU documentation", "2026"),
+    "tpu-info": ("jax, tpu_info.py", "2026"),
+    "scaling-book": ("jax-ml/scaling-book", "2026"),
+    "xpk": ("xpk, system_characteristics.py", "2026"),
+    "maxtext": ("MaxText", "2026"),
+    "tpu8": ("Google's announcement of TPU 8t and 8i", "2026-04-22"),
+    "prices": ("list prices of the clouds, SkyPilot catalog v8", "2026"),
+    "pages": ("public vendor and cloud pages, page not recorded", "2026"),
+    "surveys": ("secondary chip surveys", "2026 autumn"),
+    "primus": ("AMD Primus hardware configurations", "2026"),
+    "rocm": ("AMD ROCm hardware specifications", "2026"),
+    "neuron": ("AWS Neuron documentation", "2026"),
+    "semianalysis": ("SemiAnalysis, MI300X against H100 and H200, part 1", "2026"),
+    "gaudi": ("Intel Gaudi vendor data", "2026"),
+    "cloudmatrix": ("the CloudMatrix papers", "2026"),
+    "nvidia-press": ("NVIDIA and press material", "2026"),
+    "derived": ("derived from other figures of this row", "2026"),
+    "none": ("no source; an assumption of this catalog", "2026"),
+    "user": ("the user's clusters.toml", "now"),
+    "host": ("read from this machine", "now"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """One nominal value. ``estimate`` marks a value that no source read so far confirms.
+
+    A bandwidth is per chip and per direction unless its unit says otherwise; GB and TB are decimal,
+    GiB is binary.
+    """
+
+    value: float
+    unit: str
+    source: str
+    date: str
+    estimate: bool = False
+    note: str = ""
+
+    def __str__(self) -> str:
+        return f"{'~' if self.estimate else ''}{self.value:g} {self.unit}"
+
+    def as_json(self) -> dict[str, object]:
+        return {
+            "value": self.value, "unit": self.unit, "source": self.source, "date": self.date,
+            "estimate": self.estimate, **({"note": self.note} if self.note else {}),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Raw:
+    """A number in a row of the catalog that departs from the row's own source or certainty."""
+
+    value: float
+    source: str | None = None
+    estimate: bool = False
+    note: str = ""
+
+
+def est(value: float, note: str = "", *, source: str | None = None) -> Raw:
+    """A value that no source read so far confirms."""
+    return Raw(value=value, source=source, estimate=True, note=note)
+
+
+def cite(value: float, source: str, note: str = "") -> Raw:
+    """A value read from another source than the rest of its row."""
+    return Raw(value=value, source=source, note=note)
+
+
+def figure(raw: float | Raw, unit: str, default_source: str) -> Figure:
+    """The figure for one entry of a row. ``source`` may name several keys of SOURCES, parted by spaces."""
+    entry = raw if isinstance(raw, Raw) else Raw(value=raw)
+    keys = (entry.source or default_source).split()
+    texts, dates = zip(*(SOURCES[key] for key in keys), strict=True)
+    return Figure(
+        value=float(entry.value), unit=unit, source="; ".join(texts), date=max(dates),
+        estimate=entry.estimate, note=entry.note,
+    )  # fmt: skip

@@ -1,0 +1,110 @@
+"""What would fit, where nothing does: more chips, narrower state, other chips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from portatrain.errors import UserError
+from portatrain.plan import meshes, names
+from portatrain.plan.catalog import CHIPS
+from portatrain.plan.cluster import Cluster
+from portatrain.plan.memory import memory
+from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.shapes import ADAM_BYTES, ModelShape
+from portatrain.plan.workload import on_mesh
+
+MOST_CHIPS = 8192
+SHOWN = 5
+
+
+def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | None:
+    """The least memory a device that any mesh needs, with blocks recomputed and one row a microbatch; None
+    where no mesh divides."""
+    found = None
+    tuning = TUNING[cluster.chip.stack]
+    per_domain = cluster.domain * cluster.chip.devices_per_chip
+    for mesh in meshes.legal(shape, cluster.devices, per_domain, {}):
+        work = on_mesh(shape, mesh)
+        rows = shape.batch // work.rows
+        need = memory(
+            work, tokens=work.seq, accumulation=rows, remat=REMATS["block"], precision=PRECISIONS[precision],
+            slot_bytes=shape.slot_bytes, tuning=tuning,
+        ).total  # fmt: skip
+        found = need if found is None else min(found, need)
+    return found
+
+
+def could_fit(shape: ModelShape, cluster: Cluster, precision: str) -> bool:
+    if cluster.chip.kind == "streaming":
+        return False
+    kind, room = PRECISIONS[precision], cluster.chip.memory_bytes / cluster.chip.devices_per_chip
+    # Perfectly shared out, weights, gradients and optimizer state need this much: most questions end here.
+    each = shape.parameters * (kind.param + kind.grad + shape.slot_bytes) / cluster.devices
+    trains_all = all(tensor.trainable for tensor in shape.all_tensors)
+    if trains_all and each > room:
+        return False
+    need = least_bytes(shape, cluster, precision)
+    return need is not None and need <= room
+
+
+def what_would(shape: ModelShape, cluster: Cluster, precisions: Sequence[str]) -> tuple[str, ...]:
+    """Changes after which the recipe would fit, the smallest of each kind; at least one sentence."""
+    precision = precisions[0]
+    found = []
+    more = _more_chips(shape, cluster, precision)
+    if more:
+        found.append(f"more chips: {more}")
+    if precision == "bf16" and could_fit(shape, cluster, "bf16-state"):
+        found.append("bf16 weights instead of fp32 (--precision bf16-state), which changes the numbers")
+    others = _other_chips(shape, cluster, precision)
+    if others:
+        found.append(f"other chips, as many of them: {', '.join(others)}")
+    for slots, rule in ((ADAM_BYTES / 2, "Lion or Muon"), (0.0, "Adafactor")):
+        if shape.slot_bytes > slots and could_fit(replace(shape, slot_bytes=slots), cluster, precision):
+            found.append(f"{rule} with its smaller state, which changes the curve")
+            break
+    if found:
+        return tuple(found)
+    if least_bytes(shape, cluster, precision) is None:
+        return ("no mesh of this cluster divides the sizes of the recipe",)
+    return (
+        f"nothing that was tried: {MOST_CHIPS} chips of this kind or as many of another do not hold it either",
+    )
+
+
+def _more_chips(shape: ModelShape, cluster: Cluster, precision: str) -> str:
+    """The smallest cluster of the same chip, in doublings, that could hold the recipe."""
+    chips = cluster.chips
+    while 2 * chips <= MOST_CHIPS:
+        chips *= 2
+        made = _of(cluster, cluster.chip.name, chips)
+        if made is not None and could_fit(shape, made, precision):
+            return made.name
+    return ""
+
+
+def _other_chips(shape: ModelShape, cluster: Cluster, precision: str) -> list[str]:
+    """The chips, smallest memory first, of which as many as there are would hold the recipe."""
+    found: list[str] = []
+    rows = (row for row in CHIPS.values() if row.kind not in ("single", "streaming") and row.offered)
+    for row in sorted(rows, key=lambda row: row.memory_bytes):
+        if row.memory_bytes <= cluster.chip.memory_bytes or len(found) == SHOWN:
+            continue
+        made = _of(cluster, row.name, cluster.chips)
+        if made is not None and could_fit(shape, made, precision):
+            found.append(row.name)
+    return found
+
+
+def _of(cluster: Cluster, chip: str, chips: int) -> Cluster | None:
+    from portatrain.plan.slices import RULES, default_shape, text
+
+    row = CHIPS[chip]
+    try:
+        if chip in RULES:
+            dims = default_shape(chip, chips)
+            return names.build(row, text(dims)) if dims else None
+        return names.build(row, str(chips))
+    except UserError:
+        return None

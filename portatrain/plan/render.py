@@ -1,0 +1,182 @@
+"""Plans as tables on a terminal, and as a plot of cost against time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from portatrain.plan import efficiency
+from portatrain.plan.result import CONVENTION, Plan
+
+GIB = 2**30
+
+
+def show(plans: Sequence[Plan], console: Console, *, details: bool) -> None:
+    """One table over all clusters; with ``details``, then everything about each."""
+    console.print(_overview(plans))
+    for plan in plans:
+        for note in plan.notes:
+            console.print(f"{plan.cluster.name}: {note}", soft_wrap=True)
+        if not plan.best:
+            console.print(f"{plan.cluster.name}: {_misfit(plan)}", soft_wrap=True)
+    for plan in plans if details else ():
+        _details(plan, console)
+    console.print(_legend(plans), style="dim")
+
+
+def _overview(plans: Sequence[Plan]) -> Table:
+    shape = plans[0].asked
+    title = f"{shape.name}: {_count(shape.parameters)} parameters, batch {shape.batch} x {shape.seq_len}"
+    table = Table(title=title)
+    left = ("cluster", "mesh", "microbatch", "remat")
+    for name in (
+        *left[:1],
+        "fits",
+        *left[1:],
+        "GiB",
+        "step s",
+        "tok/s/chip",
+        "MFU",
+        "days",
+        "$/Btok",
+        "k$",
+        "kWh/Btok",
+    ):
+        loose = name in ("mesh", "remat")
+        table.add_column(
+            name, justify="left" if name in left else "right", overflow="fold", min_width=9 if loose else None,
+        )  # fmt: skip
+    for plan in plans:
+        one = plan.chosen
+        if one is None:
+            short = f"{plan.short_bytes / GIB:.1f} GiB short" if plan.short_bytes else "no"
+            table.add_row(plan.cluster.name, short, *["-"] * 11)
+            continue
+        marks = plan.estimates()
+        table.add_row(
+            plan.cluster.name, "yes" if plan.fits else f"batch {plan.shape.batch}", _mesh(one.mesh_text),
+            f"{one.rows} x {one.accumulation}", one.remat + (f", {one.precision}" if one.precision != "bf16" else ""),
+            _mark(f"{one.memory.total / GIB:.1f}/{plan.device_bytes / GIB:.0f}", marks["memory"]),
+            _mark(_number(one.step_s), marks["time"]), _number(plan.tokens_per_s / plan.cluster.chips),
+            f"{100 * plan.mfu:.0f} %", _number(plan.days), _mark(_number(plan.usd_per_billion), marks["usd"]),
+            _number(plan.usd_per_run and plan.usd_per_run / 1000), _mark(_number(plan.kwh_per_billion), marks["kwh"]),
+        )  # fmt: skip
+    return table
+
+
+def _misfit(plan: Plan) -> str:
+    if plan.cluster.chip.kind == "streaming":
+        return f"not planned: {plan.cluster.chip.status}"
+    if plan.short_bytes is None:
+        return f"no mesh divides. What would help: {'; '.join(plan.hints)}."
+    near = next((r.nearest for r in plan.refused if r.reason.startswith("does not fit")), "")
+    return (
+        f"does not fit by {plan.short_bytes / GIB:.1f} GiB a device ({near}, with one sample a microbatch and blocks "
+        f"recomputed where that helps). What would fit: {'; '.join(plan.hints)}."
+    )
+
+
+def _details(plan: Plan, console: Console) -> None:
+    best = plan.chosen
+    if best is not None:
+        console.print(_terms(plan))
+        where = Table(
+            "mesh axis", "lies", title=f"{plan.cluster.name} ({plan.used.topology}): where the mesh lies"
+        )
+        for axis, path in zip(
+            ("replica", "fsdp", "expert", "context", "tensor"), best.placement.paths, strict=True
+        ):
+            if path.size > 1:
+                inside = f"; {path.rate / 1e9:.0f} GB/s a device inside" if path.inner > 1 else ""
+                outside = f"; {path.egress / 1e9:.3g} GB/s a device between" if path.outer > 1 else ""
+                where.add_row(f"{axis} = {path.size}", path.where + inside + outside)
+        console.print(where)
+        table = Table(
+            "mesh", "microbatch", "remat", "GiB", "step s", "why", title=f"{plan.cluster.name}: the best"
+        )
+        for one in plan.best:
+            table.add_row(
+                one.mesh_text, f"{one.rows} x {one.accumulation}", one.remat, f"{one.memory.total / GIB:.1f}",
+                _number(one.step_s), one.why(best),
+            )  # fmt: skip
+        console.print(table)
+    table = Table("meshes", "reason", "nearest", title=f"{plan.cluster.name}: why not the others")
+    for refused in plan.refused:
+        table.add_row(str(refused.count), refused.reason, refused.nearest)
+    if plan.refused:
+        console.print(table)
+
+
+def _terms(plan: Plan) -> Table:
+    best = plan.best[0]
+    table = Table("memory", "GiB", "time", "s", title=f"{plan.cluster.name}: by term, per device and step")
+    memory = [(name, f"{size / GIB:.2f}") for name, size in best.memory.terms().items()]
+    time = [(name, _number(seconds)) for name, seconds in best.time.terms().items() if seconds]
+    for row in range(max(len(memory), len(time))):
+        table.add_row(
+            *(memory[row] if row < len(memory) else ("", "")), *(time[row] if row < len(time) else ("", ""))
+        )
+    table.add_section()
+    table.add_row("in all", f"{best.memory.total / GIB:.2f}", "in all", _number(best.step_s))
+    table.add_row("of", f"{plan.device_bytes / GIB:.1f}", "efficiency factor", f"{plan.efficiency.value:.3f}")
+    return table
+
+
+def _legend(plans: Iterable[Plan]) -> str:
+    bases = sorted({f"{p.cluster.chip.name}: {p.efficiency.basis}" for p in plans if p.efficiency.estimate})
+    typical, worst = 100 * efficiency.TYPICAL_ERROR, 100 * efficiency.WORST_ERROR
+    lines = [
+        f"MFU: {CONVENTION}; over the nominal peak of the chips that work. kWh: chips at rated power alone.",
+        f"Times: {typical:.0f} % off in the middle and {worst:.0f} % at most on published runs, leave-one-out "
+        "(docs/plan-published.md). ~ rests on an estimate.",
+    ]
+    if bases:
+        lines.append(f"Efficiency factors that are estimates: {'; '.join(bases)}.")
+    return "\n".join(lines)
+
+
+def plot(plans: Sequence[Plan], path: Path) -> None:
+    """Cost of the run against its days, one point a cluster; the format follows the file's ending."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for plan in plans:
+        if plan.days and plan.usd_per_run:
+            axes.plot(plan.days, plan.usd_per_run, "o", label=plan.cluster.name)
+            axes.annotate(plan.cluster.name, (plan.days, plan.usd_per_run), xytext=(5, 3), textcoords="offset points",
+                          fontsize=8)  # fmt: skip
+    axes.set(
+        xscale="log", yscale="log", xlabel="days per run", ylabel="USD per run, list prices",
+        title=f"{plans[0].asked.name}: predicted cost against time",
+    )  # fmt: skip
+    axes.grid(True, which="both", alpha=0.2)
+    figure.savefig(path)
+
+
+def _mesh(text: str) -> str:
+    """With room to break after each axis."""
+    return text.replace(",", ", ")
+
+
+def _mark(text: str, estimates: tuple[str, ...]) -> str:
+    return f"~{text}" if estimates and text != "-" else text
+
+
+def _count(number: int) -> str:
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.4g} {unit}"
+    return str(number)
+
+
+def _number(value: float | None) -> str:
+    """Three digits, without an exponent."""
+    if value is None:
+        return "-"
+    if value >= 100:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"

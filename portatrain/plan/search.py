@@ -1,0 +1,260 @@
+"""The search: every legal mesh, the largest microbatch that fits under every remat policy, the fastest kept.
+
+For a mesh, a remat policy and a precision a larger microbatch is never slower here (weights are gathered
+less often, and nothing else changes), so only the largest that fits is timed. A mesh whose parameters and
+optimizer state alone do not fit is dropped before anything else is computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from portatrain.errors import UserError, choice
+from portatrain.plan import efficiency as factors
+from portatrain.plan import meshes
+from portatrain.plan.cluster import Cluster
+from portatrain.plan.hints import what_would
+from portatrain.plan.memory import Memory, memory, state_bytes
+from portatrain.plan.placement import place
+from portatrain.plan.policy import PRECISIONS, REMATS, TUNING, Precision, Remat, Tuning
+from portatrain.plan.result import Candidate, Counts, Plan, Refused, slowest_term
+from portatrain.plan.shapes import ModelShape
+from portatrain.plan.tensors import Sizes
+from portatrain.plan.timing import Rates, rates, step_time
+from portatrain.plan.workload import OnMesh, on_mesh
+
+KEEP = 10
+MARGIN = 0.05
+"""Memory that a plan leaves free where it can; a prediction is no better than that."""
+
+
+@dataclass
+class _Search:
+    """The state of one search; ``found`` holds the best candidate of every mesh."""
+
+    shape: ModelShape
+    cluster: Cluster
+    remats: Sequence[Remat]
+    precisions: Sequence[Precision]
+    tuning: Tuning
+    rates: dict[str, Rates]
+    capacity: float
+    meshes: int = 0
+    memories: int = 0
+    times: int = 0
+    found: list[Candidate] = field(default_factory=list)
+    refused: dict[str, int] = field(default_factory=dict)
+    too_big: list[tuple[float, Sizes]] = field(default_factory=list)
+
+    def run(self, fixed: Sizes | None) -> None:
+        devices = self.cluster.devices
+        per_domain = self.cluster.domain * self.cluster.chip.devices_per_chip
+        known = [fixed] if fixed else meshes.legal(self.shape, devices, per_domain, self.refused)
+        for mesh in known:
+            self.meshes += 1
+            self._mesh(mesh)
+        self.found.sort(
+            key=lambda one: (
+                one.memory.total > self.roomy,
+                one.step_s,
+                sum(n > 1 for n in one.mesh),
+                one.mesh,
+            )
+        )
+
+    @property
+    def roomy(self) -> float:
+        """What a plan may take of a device and still leave a margin."""
+        return self.capacity * (1 - MARGIN)
+
+    def _mesh(self, mesh: Sizes) -> None:
+        work = on_mesh(self.shape, mesh)
+        lightest = min(state_bytes(work, p, self.shape.slot_bytes, self.tuning) for p in self.precisions)
+        if lightest > self.capacity:
+            self._miss(lightest, mesh)
+            return
+        fitting = list(self._fitting(work))
+        if not fitting:
+            return
+        placements = place(self.cluster, mesh, self.cluster.devices)
+        if isinstance(placements, str):
+            self.refused[placements] = self.refused.get(placements, 0) + 1
+            return
+        best: Candidate | None = None
+        for rows, accumulation, remat, precision, need in fitting:
+            tokens = rows * work.seq
+            for placement in placements:
+                self.times += 1
+                time = step_time(
+                    work, placement, tokens=tokens, accumulation=accumulation, remat=remat, precision=precision,
+                    slot_bytes=self.shape.slot_bytes, rate=self.rates[precision.name], tuning=self.tuning,
+                )  # fmt: skip
+                tight = need.total > self.roomy
+                if best is None or (tight, time.total) < (best.memory.total > self.roomy, best.step_s):
+                    best = Candidate(
+                        mesh=mesh, rows=rows, accumulation=accumulation, remat=remat.name,
+                        precision=precision.name, placement=placement, memory=need, time=time,
+                    )  # fmt: skip
+        if best is not None:
+            self.found.append(best)
+
+    def _fitting(self, work: OnMesh) -> list[tuple[int, int, Remat, Precision, Memory]]:
+        """The largest microbatch that fits, for every remat policy and precision that has one; with the margin
+        where one sample leaves it, without where not even that does."""
+        rows_here = self.shape.batch // work.rows
+        found, smallest = [], None
+        for precision in self.precisions:
+            for remat in self.remats:
+                for rows in reversed(meshes.divisors(rows_here)):
+                    self.memories += 1
+                    need = memory(
+                        work, tokens=rows * work.seq, accumulation=rows_here // rows, remat=remat,
+                        precision=precision, slot_bytes=self.shape.slot_bytes, tuning=self.tuning,
+                    )  # fmt: skip
+                    if need.total <= (self.roomy if rows > 1 else self.capacity):
+                        found.append((rows, rows_here // rows, remat, precision, need))
+                        break
+                    smallest = min(smallest or need.total, need.total)
+        if not found and smallest is not None:
+            self._miss(smallest, work.mesh)
+        return found
+
+    def _miss(self, need: float, mesh: Sizes) -> None:
+        self.too_big.append((need, mesh))
+
+
+def plan(
+    shape: ModelShape,
+    cluster: Cluster,
+    *,
+    precisions: Sequence[str] | None = None,
+    remats: Sequence[str] = tuple(REMATS),
+    mesh: Sizes | None = None,
+    efficiency: factors.Efficiency | None = None,
+    hints: bool = True,
+) -> Plan:
+    """The best ways to train ``shape`` on ``cluster``.
+
+    ``precisions``: those that may be chosen from; by default the recipe's own alone, as another changes the
+    numbers. ``mesh`` plans that one only. ``hints=False`` leaves out what would fit where nothing does.
+
+    Raises:
+      UserError: an unknown precision or remat policy, or a ``mesh`` that does not fit recipe and cluster.
+    """
+    names = tuple(precisions or (shape.precision,))
+    for what, given, valid in (("precision", names, PRECISIONS), ("remat", remats, REMATS)):
+        for name in given:
+            if name not in valid:
+                raise choice(what, name, valid)
+    factor = efficiency or factors.of(cluster.chip)
+    if cluster.chip.kind == "streaming":
+        return Plan(asked=shape, shape=shape, cluster=cluster, used=cluster, efficiency=factor,
+                    hints=(f"{cluster.chip.name}: {cluster.chip.status}",))  # fmt: skip
+    if mesh is not None:
+        _check_mesh(shape, cluster, mesh)
+    search = _search(shape, cluster, names, remats, factor, mesh)
+    used, planned, notes = cluster, shape, []
+    if not search.meshes and mesh is None:
+        part = meshes.most_usable(shape, cluster)
+        if part is not None and 2 * part.chips > cluster.chips:
+            used = part
+            idle = 1 - part.chips / cluster.chips
+            notes.append(
+                f"uses {part.chips} of {cluster.chips} chips ({100 * idle:.0f} % idle): batch={shape.batch} and the "
+                "sizes of the model divide over no more"
+            )
+            search = _search(shape, part, names, remats, factor, None)
+        else:
+            others = [shape.with_batch(batch) for batch in meshes.near_batches(shape, cluster)]
+            tried = [(_search(other, cluster, names, remats, factor, None), other) for other in others]
+            if tried:
+                search, planned = max(tried, key=lambda pair: _tokens_per_s(*pair))
+                notes.append(
+                    f"batch={shape.batch} divides over no mesh of {cluster.devices} devices; planned with "
+                    f"batch={planned.batch}, which changes the curve"
+                )
+    best = tuple(search.found[:KEEP])
+    if best and best[0].memory.total > search.roomy:
+        notes.append(f"fits with less than {100 * MARGIN:.0f} % of memory to spare: it may not in practice")
+    short = min((need - search.capacity for need, _ in search.too_big), default=None) if not best else None
+    answer = Plan(
+        asked=shape, shape=planned, cluster=cluster, used=used, efficiency=factor, best=best,
+        refused=tuple(_reasons(search)), short_bytes=short, notes=tuple(notes),
+        counts=Counts(meshes=search.meshes, memories=search.memories, times=search.times),
+    )  # fmt: skip
+    if best or not hints:
+        return answer
+    return replace(answer, hints=what_would(planned, cluster, names))
+
+
+def _tokens_per_s(search: _Search, shape: ModelShape) -> float:
+    return shape.tokens_per_step / search.found[0].step_s if search.found else 0.0
+
+
+def _search(
+    shape: ModelShape, cluster: Cluster, names: Sequence[str], remats: Sequence[str], factor: factors.Efficiency,
+    mesh: Sizes | None,
+) -> _Search:  # fmt: skip
+    chosen = [PRECISIONS[name] for name in names]
+    search = _Search(
+        shape=shape, cluster=cluster, remats=[REMATS[name] for name in remats], precisions=chosen,
+        tuning=TUNING[cluster.chip.stack],
+        rates={p.name: rates(cluster.chip, p, factor.value) for p in chosen},
+        capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip,
+    )  # fmt: skip
+    search.run(mesh)
+    return search
+
+
+def _check_mesh(shape: ModelShape, cluster: Cluster, mesh: Sizes) -> None:
+    devices = 1
+    for n in mesh:
+        devices *= n
+    if devices != cluster.devices:
+        raise UserError(
+            f"mesh on {cluster.name}", expected=f"sizes that multiply to its {cluster.devices} devices",
+            got=f"{devices}", do="Change the mesh or the cluster.",
+        )  # fmt: skip
+    if not meshes.rules(shape).fits(mesh):
+        checks = meshes.rules(shape)
+        bad = next(s for s in (*checks.splits, checks.batch) if not s.fits(mesh))
+        raise UserError(
+            f"mesh for {shape.name}", expected=f"a size that divides {bad.axis}={bad.size}",
+            got=f"{bad.shards(mesh)} shards", do="Leave --mesh out to see those that work.",
+        )  # fmt: skip
+
+
+def _reasons(search: _Search) -> list[Refused]:
+    """Why every mesh that is not among the best is not, grouped."""
+    found = []
+    if search.too_big:
+        need, mesh = min(search.too_big)
+        found.append(
+            Refused(
+                reason=f"does not fit into {search.capacity / 2**30:.1f} GiB a device", count=len(search.too_big),
+                nearest=f"{_text(mesh)} needs {need / 2**30:.1f} GiB",
+            )
+        )  # fmt: skip
+    slower: dict[str, list[Candidate]] = {}
+    for one in search.found[KEEP:]:
+        slower.setdefault(slowest_term(one, search.found[0]), []).append(one)
+    for term, those in sorted(slower.items(), key=lambda item: -len(item[1])):
+        least = 100 * (those[0].step_s / search.found[0].step_s - 1)
+        found.append(
+            Refused(
+                reason=f"slower, mostly by {term}",
+                count=len(those),
+                nearest=f"{those[0].mesh_text} +{least:.0f} %",
+            )
+        )
+    found += [
+        Refused(reason=why, count=n) for why, n in sorted(search.refused.items(), key=lambda item: -item[1])
+    ]
+    return found
+
+
+def _text(mesh: Sizes) -> str:
+    from portatrain.layout import MESH_AXES
+
+    return ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, mesh, strict=True) if n > 1) or "1"

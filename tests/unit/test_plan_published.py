@@ -1,0 +1,48 @@
+"""Published speeds: the fitted factors are those of the rows, the errors are leave-one-out, the page is current."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from portatrain.plan import published
+from portatrain.plan.efficiency import TYPICAL_ERROR, of
+from portatrain.plan.names import parse
+from portatrain.plan.published_rows import ROWS
+
+
+def test_the_shipped_factors_are_what_the_rows_say() -> None:
+    assert published.stale() == []
+
+
+def test_a_row_is_met_at_its_own_factor() -> None:
+    for row in ROWS:
+        assert abs(published.predict(row, published.own_factor(row))[0] / row.tokens - 1) < 0.005
+
+
+def test_no_row_is_fitted_to_itself() -> None:
+    for row in ROWS:
+        same = [r for r in ROWS if r.chip == row.chip and r is not row]
+        basis = same or [r for r in ROWS if r.vendor == row.vendor and r is not row]
+        expected = statistics.geometric_mean([published.own_factor(r) for r in basis])
+        assert published.check(row).factor == round(expected, 3)
+
+
+def test_the_median_error_is_under_15_percent() -> None:
+    errors = [abs(published.check(row).error) for row in ROWS]
+    assert statistics.median(errors) < 0.15
+    assert round(statistics.median(errors), 3) == TYPICAL_ERROR
+
+
+def test_where_a_factor_comes_from() -> None:
+    for cluster, basis, estimate in (
+        ("tpu-v6e-256", "published runs on tpu-v6e", False), ("tpu-v4-256", "published runs on google", False),
+        ("gb300-72", "published runs on nvidia", False), ("mi300x-8", "H100's", True), ("trn2-16", "mean", True),
+    ):  # fmt: skip
+        found = of(parse(cluster).chip)
+        assert basis in found.basis and found.estimate == estimate
+
+
+def test_the_page_is_what_the_command_prints() -> None:
+    page = Path(__file__).parents[2] / "docs" / "plan-published.md"
+    assert page.read_text(encoding="utf-8") == published.report()

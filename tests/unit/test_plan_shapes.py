@@ -1,0 +1,135 @@
+"""Model shapes: published parameter counts, FLOPs by hand, sharding as the layout does it, and any recipe."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from portatrain.errors import UserError
+from portatrain.layout import Layout, Mesh
+from portatrain.module import Normal, TensorInfo
+from portatrain.plan.recipes import find, shape_of
+from portatrain.plan.shapes import PRESETS, ModelShape
+from portatrain.plan.tensors import LogicalTensor, Sizes
+from portatrain.plan.workload import on_mesh
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        # From the models' own files on their hubs.
+        ("llama3-1b", 1_235_814_400), ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496),
+        ("llama3-405b", 405_853_388_800), ("llama2-70b", 68_976_648_192), ("mixtral-8x7b", 46_702_792_704),
+        # 671,026,419,200 with the 58 x 256 biases of its router, which are not trained by gradient.
+        ("deepseek-v3", 671_026_419_200 - 58 * 256),
+    ],
+)  # fmt: skip
+def test_parameter_counts(name: str, count: int) -> None:
+    assert PRESETS[name].parameters == count
+
+
+def test_flops_by_hand() -> None:
+    """Llama 3 8B: 6 x (all but the lookup) + 12 x layers x heads x head_dim x length / 2."""
+    shape = PRESETS["llama3-8b"]
+    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336
+    matmuls = 32 * layer + 4096 * 128256
+    assert shape.active == matmuls
+    assert shape.model_flops == 6 * matmuls + 12 * 32 * 32 * 128 * 8192 / 2
+    assert shape.model_flops_uncut == 6 * matmuls + 12 * 32 * 32 * 128 * 8192
+
+
+def test_experts_count_by_the_share_that_a_token_visits() -> None:
+    shape = PRESETS["mixtral-8x7b"]
+    attention = 32 * (4096 * 4096 * 2 + 4096 * 1024 * 2)
+    experts = 32 * 2 * 3 * 4096 * 14336
+    assert shape.active == attention + experts + 32 * 4096 * 8 + 4096 * 32000
+    assert PRESETS["deepseek-v3"].active == pytest.approx(37e9, rel=0.02)
+
+
+def test_a_tied_table_is_multiplied_with() -> None:
+    shape = PRESETS["llama3-1b"]
+    assert shape.active == pytest.approx(shape.parameters, rel=1e-3)
+
+
+meshes = st.tuples(*[st.sampled_from([1, 2, 3, 4, 8, 16]) for _ in range(5)])
+
+
+@given(st.sampled_from(sorted(PRESETS)), meshes)
+def test_shards_are_those_of_the_layout(name: str, sizes: Sizes) -> None:
+    """The planner sums over groups of tensors; the layout is the judge of each tensor."""
+    shape = PRESETS[name]
+    layout = Layout(mesh=Mesh(*sizes))
+    for role in ("params", "compute"):
+        try:
+            total = sum(
+                t.size / math.prod(layout.mesh.over(dim) for dim in layout.tensor_spec(_info(t), role=role))
+                for t in shape.all_tensors
+            )
+        except UserError:
+            splits = [s for g in shape.groups for s in (g.params if role == "params" else g.compute)]
+            assert not all(split.fits(sizes) for split in splits)
+            continue
+        groups = [g.numel / (g.param_shards(sizes) if role == "params" else g.compute_shards(sizes))
+                  for g in shape.groups]  # fmt: skip
+        assert sum(groups) == pytest.approx(total)
+
+
+def _info(tensor: LogicalTensor) -> TensorInfo:
+    return TensorInfo(
+        name=tensor.name, role="params", shape=tensor.shape, axes=tensor.axes, batch_dims=tensor.batch_dims,
+        inputs=tensor.inputs, init=Normal(std=1.0),
+    )  # fmt: skip
+
+
+def test_work_is_shared_by_all_axes_but_replication() -> None:
+    """Every mesh of as many devices multiplies as much in all: tokens a device x parameters of each."""
+    shape = PRESETS["llama3-8b"]
+    for mesh in ((1, 64, 1, 1, 1), (8, 8, 1, 1, 1), (1, 8, 1, 1, 8), (2, 4, 1, 2, 4)):
+        work = on_mesh(shape, mesh)
+        tokens = shape.batch / work.rows * work.seq
+        assert sum(work.matmul.values()) * tokens * 64 == pytest.approx(shape.active * shape.tokens_per_step)
+
+
+def test_moe_work_is_shared_by_the_expert_axis() -> None:
+    shape = PRESETS["mixtral-8x7b"]
+    router = 32 * 4096 * 8  # no axis of it lies on tensor: each of those devices computes it
+    for mesh, again in (((1, 64, 1, 1, 1), 0), ((1, 8, 8, 1, 1), 0), ((1, 8, 4, 1, 2), router)):
+        work = on_mesh(shape, mesh)
+        tokens = shape.batch / work.rows * work.seq
+        in_all = sum(work.matmul.values()) * tokens * 64
+        assert in_all == pytest.approx((shape.active + again) * shape.tokens_per_step)
+
+
+def test_any_recipe_plans_from_its_tensors() -> None:
+    shape = shape_of(find("tiny-lm"))
+    assert (shape.layers, shape.embed, shape.heads, shape.kv_heads, shape.mlp, shape.vocab) == (
+        6,
+        128,
+        4,
+        2,
+        384,
+        256,
+    )
+    assert shape.gated and shape.tied and shape.causal and shape.slot_bytes == 8
+    # What the model says of itself is what the planner derives.
+    assert shape.model_flops == 6 * shape.active + 3 * shape.attention_flops
+    twin = ModelShape(
+        name="twin", layers=6, embed=128, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab=256, tied=True,
+        seq_len=256, batch=16,
+    )  # fmt: skip
+    assert (twin.parameters, twin.active) == (shape.parameters, shape.active)
+    assert twin.groups == shape.groups
+
+
+def test_a_vision_recipe_plans_from_its_tensors() -> None:
+    shape = shape_of(find("tiny-vit"))
+    assert (shape.seq_len, shape.vocab, shape.causal, shape.gated, shape.heads) == (16, 0, False, False, 4)
+    assert 6 * shape.active + 3 * shape.attention_flops == pytest.approx(shape.model_flops, rel=1e-3)
+
+
+def test_a_shape_needs_sizes() -> None:
+    with pytest.raises(UserError, match="batch"):
+        PRESETS["llama3-8b"].with_batch(0)
