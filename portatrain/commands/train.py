@@ -1,4 +1,4 @@
-"""Train RECIPE in this process: what a job runs.
+"""Train RECIPE in this process, going on from the newest checkpoint in DIR: what a job runs.
 
 Everything of the run goes into the run directory DIR: run.json, attempts/K/metrics.jsonl, the results.
 The loss curve depends on the recipe alone, not on backend, mesh or devices.
@@ -29,7 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument(
-        "--stop-at", metavar="STEP", type=int, help="stop after this step, before the run is over"
+        "--stop-at", metavar="STEP", type=int, help="save after this step and leave with exit code 85"
+    )
+    parser.add_argument(
+        "--accept-drift", metavar="REASON", help="go on although the continuity check fails; recorded with REASON"
     )
     parser.add_argument(
         "--track",
@@ -83,6 +86,7 @@ def train(args: argparse.Namespace) -> int:
         mesh=args.mesh,
         devices=args.devices,
         stop_at=args.stop_at,
+        accept_drift=args.accept_drift,
         sinks=sinks,
     )
 

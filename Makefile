@@ -1,0 +1,44 @@
+# make demo   train a small language model here, in a few minutes      make test   what every change must pass
+VENV ?= .venv
+RUNS ?= runs
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+# One thread a process: the test processes share the cores. The rest keeps an installed libtpu from looking
+# for TPUs, and lets two processes load it.
+TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
+PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+
+.PHONY: help demo setup test test-full test-rest lint format clean
+
+help:  ## what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo:  ## set up, then train tiny-lm into runs/demo
+	@.ci/setup $(VENV) jax,data,plot 3
+	@if [ -e $(RUNS)/demo/run.json ]; then echo "demo: training $(RUNS)/demo anew"; rm -r $(RUNS)/demo; fi
+	JAX_PLATFORMS=cpu $(VENV)/bin/launch --cluster local tiny-lm --run demo --runs $(RUNS)
+
+setup:  ## an environment with both frameworks and all that the tests need
+	@.ci/setup $(VENV) dev 5
+
+test: setup lint  ## lint, types and the tests, in under 15 minutes on two cores
+	$(PYTEST) -m "not full and not engines"
+
+test-rest: setup  ## only what `make test` leaves out
+	$(PYTEST) -m "full and not engines"
+
+test-full: setup lint  ## everything that needs no scheduler
+	$(PYTEST) -m "not engines"
+
+lint: setup  ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+
+format: setup  ## let ruff mend what it can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the environment and caches; runs are kept
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

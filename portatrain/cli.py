@@ -1,0 +1,123 @@
+"""The commands ``portatrain`` and ``launch``: tables, parsing, and how every end is reported.
+
+Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 85 stopped and resumable,
+130 interrupted by Ctrl-C. A traceback is a bug of ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+from portatrain import __version__
+from portatrain.errors import UserError, choice
+
+# A new command is a line here: name -> its module, and what the list of commands says of it.
+PORTATRAIN: dict[str, tuple[str, str]] = {
+    "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
+    "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan may name"),
+}
+# `launch RECIPE` without a command's name submits.
+LAUNCH: dict[str, tuple[str, str]] = {}
+SUBMIT = ("portatrain.commands.submit", "train a recipe on a cluster")
+
+PORTATRAIN_HELP = """\
+Write the model and its sharding once; train it on TPUs, GPUs or a laptop.
+
+commands:
+{commands}
+
+`portatrain COMMAND --help` explains one, with examples. `launch --help` explains training on a cluster.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``portatrain``; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return _guarded(lambda: _portatrain(words))
+
+
+def launch_main(argv: Sequence[str] | None = None) -> int:
+    """The command ``launch``; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return _guarded(lambda: _launch(words))
+
+
+def _portatrain(words: list[str]) -> int:
+    if words and words[0] in ("--version", "-V"):
+        print(f"portatrain {__version__}")
+        return 0
+    if not words or words[0] in ("--help", "-h", "help"):
+        print(PORTATRAIN_HELP.format(commands=_listing(PORTATRAIN)), end="")
+        return 0
+    if words[0] not in PORTATRAIN:
+        raise choice(f"portatrain {words[0]}: the command", words[0], PORTATRAIN)
+    return _call(f"portatrain {words[0]}", PORTATRAIN[words[0]][0], words[1:])
+
+
+def _launch(words: list[str]) -> int:
+    if words and words[0] in LAUNCH:
+        return _call(f"launch {words[0]}", LAUNCH[words[0]][0], words[1:])
+    more = f"\ncommands:\n{_listing(LAUNCH)}" if LAUNCH else ""
+    return _call("launch", SUBMIT[0], words, more_help=more)
+
+
+def _listing(table: Mapping[str, tuple[str, str]]) -> str:
+    return "\n".join(f"  {name:<10} {text}" for name, (_, text) in table.items())
+
+
+def _call(program: str, module_name: str, words: list[str], *, more_help: str = "") -> int:
+    module = importlib.import_module(module_name)
+    about, _, examples = (module.__doc__ or "").partition("\nexamples:")
+    parser = Parser(
+        prog=program,
+        description=about.strip(),
+        epilog=(f"examples:{examples}" if examples else "") + more_help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # an abbreviation would change its meaning when an option is added
+    )
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(words))
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors in our words."""
+
+    def error(self, message: str) -> NoReturn:
+        options = [option for action in self._actions for option in action.option_strings]
+        unknown = message.removeprefix("unrecognized arguments: ")
+        near: list[str] = []
+        if unknown != message and unknown.startswith("-"):
+            near = difflib.get_close_matches(unknown.split()[0].partition("=")[0], options, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
+        raise UserError(
+            self.prog, expected=usage, got=message, do=f"{hint}`{self.prog} --help` explains, with examples."
+        )
+
+
+def _guarded(call: Callable[[], int]) -> int:
+    try:
+        return call()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (`portatrain plan | head`); Python's own flush at exit must not fail over it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except SystemExit as end:  # argparse, after --help
+        return end.code if isinstance(end.code, int) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

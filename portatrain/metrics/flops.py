@@ -1,0 +1,50 @@
+"""MFU: the FLOPs of a model by one convention, over what the machine could do at best.
+
+Convention (Chowdhery et al. 2022, PaLM, appendix B; Kaplan et al. 2020, section 2.1): a multiply and an
+add are two FLOPs; a parameter that is contracted with each token costs 2 forward and 4 backward; the
+scores and the weighted sum of attention cost 12 x layers x heads x head_dim x seq a token, of which
+a causal model needs half. Recomputation, norms, softmax and embedding look-ups count for nothing, so
+MFU compares implementations of one model and cannot exceed 1. A model's sizes give the figure for
+themselves (``flops_per_sample``); nothing is guessed for a model that does not.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """FLOPs a second that MFU is relative to, and where the figure comes from."""
+
+    flops_per_s: float
+    source: str
+
+
+def measured_cpu_peak(*, budget_s: float = 0.5, size: int = 1024) -> Peak:
+    """The fastest float32 matrix product of ``size`` that NumPy does here, over about ``budget_s``.
+
+    No data sheet says what a CPU sustains, and the cores may be shared: this is a measurement of this
+    machine at this moment, with the threads that NumPy's BLAS takes, and is named so in the record.
+    """
+    import numpy as np
+
+    a = np.full((size, size), 0.5, np.float32)
+    out = np.empty_like(a)
+    np.matmul(a, a, out=out)  # starts the threads
+    best_s, end_s = float("inf"), time.perf_counter() + budget_s
+    while (began_s := time.perf_counter()) < end_s:
+        np.matmul(a, a, out=out)
+        best_s = min(best_s, time.perf_counter() - began_s)
+    return Peak(
+        flops_per_s=2.0 * size**3 / best_s,
+        source=f"measured at start: NumPy float32 matmul of {size} x {size} on this CPU",
+    )
+
+
+def mfu(*, flops: float | None, seconds: float, peak: Peak | None) -> float | None:
+    """Model FLOPs utilisation, a fraction: ``flops`` done in ``seconds``, over the peak; None if either is unknown."""
+    if flops is None or peak is None or seconds <= 0:
+        return None
+    return flops / seconds / peak.flops_per_s

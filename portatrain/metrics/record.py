@@ -1,0 +1,105 @@
+"""The records that the trainer hands to its sinks, and what a sink is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunInfo:
+    """What does not change during an attempt; known before its first step."""
+
+    run: str
+    """The run's name."""
+    run_dir: str
+    attempt: int
+    steps: int
+    """Steps of the whole run."""
+    first_step: int
+    """The first one that this attempt trains, from 1."""
+    backend: str
+    device: str
+    """What it runs on, in words: ``2 x H100`` or ``CPU``."""
+    mesh: str
+    """As on the command line: ``fsdp=4,tensor=2``; ``1`` for one device."""
+    precision: str
+    parameters: int
+    trainable: int
+    """Parameters, and those of them that are trained."""
+    tokens_per_step: int
+    """Tokens (images, for an image model) of a global batch."""
+    unit: str = "tokens"
+    """What ``tokens`` counts: tokens or images."""
+    flops_per_step: float | None = None
+    """Model FLOPs of a step, forward and backward (see ``flops``); None where the model does not say."""
+    peak_flops: float | None = None
+    """FLOPs a second that MFU is relative to, over all devices; None where none is known."""
+    peak_source: str = ""
+    """Where that figure comes from."""
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRecord:
+    """One step; a line of metrics.jsonl."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean over the weight of the global batch, before the update."""
+    grad_norm: float
+    """Of the whole gradient, before clipping."""
+    lr: float
+    tokens: int
+    """Seen since the start of the run, this step's included."""
+    time_s: float
+    """Since the attempt began."""
+    step_s: float
+    """Of this step, from the end of the one before; waiting for data included."""
+    tokens_per_s: float
+    mfu: float | None = None
+    """flops_per_step / step_s / peak_flops; None where either is not known."""
+    memory_bytes: int | None = None
+    """Peak on this process's devices, or of its host memory on a CPU."""
+    data_wait_s: float = 0.0
+    """Part of step_s spent waiting for the batch."""
+    skipped: bool = False
+    """Whether the update was left out because loss or gradient was not finite."""
+    aux: Mapping[str, float] = field(default_factory=dict)
+    """What the model reported through ``ops.aux``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalRecord:
+    """One evaluation on the validation split; an event of kind ``eval``."""
+
+    step: int
+    """Steps trained so far."""
+    loss: float
+    samples: int
+    time_s: float
+    """Since the attempt began."""
+    eval_s: float
+    """Of the evaluation."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """What else was computed: accuracy, bits_per_byte."""
+
+
+class Sink(Protocol):
+    """A place for metrics. The trainer calls ``start`` once, then the others, and ``end`` once, whatever happens."""
+
+    def start(self, info: RunInfo) -> None: ...
+
+    def step(self, record: StepRecord) -> None: ...
+
+    def eval(self, record: EvalRecord) -> None: ...
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Something worth telling that is no step: ``compiled``, ``interrupted``, ``skipped`` ..."""
+        ...
+
+    def end(self, summary: Mapping[str, object]) -> None:
+        """The results; after an interruption or an error, what there is of them, with ``status``."""
+        ...

@@ -1,0 +1,274 @@
+"""The run directory: the record of a run, over all its attempts.
+
+run.json            what the run is: the resolved recipe and its hash; written once
+claim               who is writing now
+attempts/1/         attempt.json, metrics.jsonl, events.jsonl; then 2/, 3/ ...
+summary.json        the results, at the end
+DONE                written last
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from portatrain import files
+from portatrain.claim import Claim, holder, in_use
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe
+
+FORMAT = 1
+
+
+class RunDir:
+    """A run directory on a local or shared file system. Making this object touches nothing on disk."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def is_done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def check(self, recipe: Recipe) -> None:
+        """Raise UserError unless an attempt at ``recipe`` may begin here. Writes nothing."""
+        what = f"run directory {self.path}"
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                what, expected="a folder, or a name that is free", got="a file", do="Choose another name."
+            )
+        if not self.path.exists():
+            _check_writable(what, _existing_ancestor(self.path))
+            return
+        _check_writable(what, self.path)
+        if not (self.path / "run.json").exists():
+            # What an attempt leaves that died before it wrote run.json: the corpus is packed before that.
+            ours = {"claim", "attempts", "data"}
+            others = sorted(e.name for e in self.path.iterdir() if e.name not in ours and e.name[0] != ".")
+            if others:
+                raise UserError(
+                    what,
+                    expected="an empty folder or a run of portatrain (with a run.json)",
+                    got=f"a folder with {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}",
+                    do="Choose another name; nothing in it was changed.",
+                )
+        else:
+            self._check_same(recipe)
+        self._check_open()
+        owner = holder(self.path / "claim")
+        if owner is not None and not owner.is_gone:
+            raise in_use(self.path / "claim", owner)
+
+    def _check_open(self) -> None:
+        for mark, state in (("DONE", "finished"), ("CANCELLED", "cancelled")):
+            if (self.path / mark).exists():
+                raise UserError(
+                    f"run directory {self.path}",
+                    expected="a run that is not over",
+                    got=f"one that is {state}",
+                    do="Choose another name (launch --run NAME, train --run-dir DIR) to train again.",
+                )
+
+    def _check_same(self, recipe: Recipe) -> None:
+        stored = self.run_info()
+        if stored.get("recipe_sha256") == recipe.sha256:
+            return
+        changed = sorted(_differences(stored.get("recipe", {}), recipe.to_json()))
+        raise UserError(
+            f"run directory {self.path}",
+            expected="the recipe that the run began with",
+            got=f"another one (differs in {', '.join(changed[:6])}{' ...' if len(changed) > 6 else ''})",
+            do="Use the same recipe and --set values, or another run name for a new run.",
+        )
+
+    def begin(self, recipe: Recipe, info: Mapping[str, Any] | None = None) -> Attempt:
+        """Claim the directory, made where missing, and begin the next attempt at ``recipe``.
+
+        ``info`` (backend, mesh, devices ...) goes into attempt.json. To be called when everything else has been
+        validated: this is the first write.
+        """
+        self.check(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            claim = Claim.acquire(self.path / "claim")
+            try:
+                self._check_open()  # it may have ended while we waited for the claim
+                return self._begin(recipe, info or {}, claim)
+            except BaseException:
+                claim.release()
+                raise
+        except OSError as error:
+            raise UserError(
+                f"run directory {self.path}",
+                expected="a place that can be written to",
+                got=str(error),
+                do="Choose another place, or free some space.",
+            ) from error
+
+    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Claim) -> Attempt:
+        if not (self.path / "run.json").exists():
+            run = {
+                "format": FORMAT,
+                "name": self.path.name,
+                "created_unix_s": time.time(),
+                "recipe_sha256": recipe.sha256,
+                "code_sha256": code_sha256(recipe),
+                "recipe": recipe.to_json(),
+            }
+            files.write_json(self.path / "run.json", run)
+        number = max(self.attempt_numbers(), default=0) + 1
+        folder = self.path / "attempts" / str(number)
+        folder.mkdir(parents=True)
+        attempt = Attempt(self, number, folder, claim)
+        about = {
+            "attempt": number,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began_unix_s": time.time(),
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "code_sha256": code_sha256(recipe),
+        }
+        files.write_json(folder / "attempt.json", {**about, **info})
+        if claim.taken_over is not None:
+            dead = claim.taken_over
+            attempt.event(
+                "claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s
+            )
+        return attempt
+
+    def run_info(self) -> dict[str, Any]:
+        """run.json."""
+        return files.read_json(self.path / "run.json")
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return Recipe.from_json(self.run_info()["recipe"])
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json; empty before the end."""
+        path = self.path / "summary.json"
+        return files.read_json(path) if path.exists() else {}
+
+    def attempt_numbers(self) -> list[int]:
+        folder = self.path / "attempts"
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def rows(self, number: int, name: str) -> list[dict[str, Any]]:
+        """The rows of ``metrics`` or ``events`` of one attempt."""
+        return files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl")
+
+    def curve(self) -> list[dict[str, Any]]:
+        """One row a step, in order, over all attempts; each says its ``attempt``.
+
+        Where an attempt goes on from an earlier step than the last one reached, its rows replace the
+        ones that it trained again and all after them.
+        """
+        return merge({number: self.rows(number, "metrics") for number in self.attempt_numbers()})
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
+        found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
+        return [row for row in found if kind in (None, row.get("event"))]
+
+
+class Attempt:
+    """The attempt of this process at a run. Every write checks first that the claim is still ours."""
+
+    def __init__(self, run: RunDir, number: int, folder: Path, claim: Claim) -> None:
+        self.run, self.number, self.folder, self._claim = run, number, folder, claim
+        self._metrics = files.JsonLines(folder / "metrics.jsonl")
+        self._events = files.JsonLines(folder / "events.jsonl")
+
+    def metrics(self, row: Mapping[str, object]) -> None:
+        """Append one step to metrics.jsonl."""
+        self._claim.fence()
+        self._metrics.append(row)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Append one event, with the time, to events.jsonl."""
+        self._claim.fence()
+        self._events.append({"event": kind, "unix_s": time.time(), **fields})
+
+    def write(self, name: str, data: object) -> None:
+        """Write a JSON file of the run directory, such as summary.json, whole."""
+        self._claim.fence()
+        files.write_json(self.run.path / name, data)
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Write summary.json, then DONE: the run is over, and was a success."""
+        self.write("summary.json", dict(summary))
+        self.write("DONE", {"attempt": self.number, "unix_s": time.time()})
+
+    def close(self) -> None:
+        """End the attempt; the run directory is free for the next one."""
+        self._metrics.close()
+        self._events.close()
+        self._claim.release()
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """``RunDir.curve`` of rows that have been read: attempt number -> its rows."""
+    curve: list[dict[str, Any]] = []
+    for number in sorted(attempts):
+        rows = attempts[number]
+        if rows:
+            first = min(row["step"] for row in rows)
+            curve = [row for row in curve if row["step"] < first]
+            curve += [{**row, "attempt": number} for row in rows]
+    return curve
+
+
+def code_sha256(recipe: Recipe) -> str:
+    """SHA-256, in hex, over the source of the package and of the modules that the recipe's classes come from."""
+    package = Path(__file__).parent
+    sources = {f"portatrain/{path.relative_to(package)}": path for path in package.rglob("*.py")}
+    for value in (recipe.model, recipe.data, recipe.optimizer, recipe.schedule, *recipe.hooks):
+        module = sys.modules.get(getattr(value, "__module__", ""))
+        file = getattr(module, "__file__", None)
+        if module is not None and file and not module.__name__.startswith("portatrain."):
+            sources[module.__name__] = Path(file)
+    digest = hashlib.sha256()
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(sources[name].read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _differences(old: object, new: object, path: str = "") -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {*old, *new}
+        return set().union(
+            *(_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys)
+        )
+    return set() if old == new else {path}
+
+
+def _existing_ancestor(path: Path) -> Path:
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _check_writable(what: str, folder: Path) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            what,
+            expected="a place that can be written to",
+            got=f"no permission to write in {folder}" if folder.is_dir() else f"{folder}, which is a file",
+            do="Choose another place, or change the permissions.",
+        )

@@ -1,0 +1,382 @@
+"""The training loop: data in, steps through a backend, metrics out. It knows no framework.
+
+    trainer = Trainer(recipe, run, backend="jax")
+    exit_code = trainer.run()
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from portatrain import continuity
+from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
+from portatrain.checkpoint import Checkpoints, reads
+from portatrain.data import open_data, prefetch
+from portatrain.errors import UserError
+from portatrain.layout import Layout, Mesh
+from portatrain.metrics import EvalRecord, RunInfo, Sink, StepRecord
+from portatrain.metrics.flops import Peak, measured_cpu_peak, mfu
+from portatrain.metrics.jsonl import JsonlSink
+from portatrain.module import describe
+from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
+from portatrain.recipe import Recipe
+from portatrain.run_dir import Attempt, RunDir
+
+
+def train(
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    backend: str,
+    mesh: str | None = None,
+    devices: int | None = None,
+    stop_at: int | None = None,
+    accept_drift: str | None = None,
+    sinks: Sequence[Sink] = (),
+) -> int:
+    """Train `recipe` in `run`, going on from its newest checkpoint; the exit code: 0 done, 85 saved to be resumed,
+    130 interrupted and saved. `accept_drift`: a reason to go on although the continuity check fails, recorded.
+
+    Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
+    losses that are not finite.
+    """
+    return Trainer(
+        recipe, run, backend=backend, mesh=mesh, devices=devices, stop_at=stop_at, accept_drift=accept_drift,
+        sinks=sinks,
+    ).run()  # fmt: skip
+
+
+def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
+    """What a backend is to carry out: `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
+
+    Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
+    """
+    definition = describe(recipe.model.build())
+    params = definition.params
+    recipe.check_names(params)
+    layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
+    layout.check_batch(recipe.batch // recipe.accumulation, getattr(recipe.data, "seq_len", None))
+    return Program(
+        definition=definition,
+        layout=layout,
+        optimizer=recipe.optimizer,
+        trainable=frozenset(n for n in params if recipe.trains(n)),
+        decay=frozenset(n for n, t in params.items() if recipe.decays(t)),
+        ema=frozenset(n for n in params if recipe.averages(n)),
+        ema_decay=recipe.ema_decay,
+        clip_norm=recipe.clip_norm,
+        precision=recipe.precision,
+        remat=recipe.remat,
+        seed=recipe.seed,
+    )
+
+
+class Trainer:
+    """One attempt at a run. Public for hooks: recipe, data, definition, backend, state, step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        *,
+        backend: str,
+        mesh: str | None = None,
+        devices: int | None = None,
+        stop_at: int | None = None,
+        accept_drift: str | None = None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self.recipe, self.run_dir, self.sinks, self.accept_drift = recipe, run, list(sinks), accept_drift
+        self.last_step = min(stop_at or recipe.steps, recipe.steps)
+        program = make_program(recipe, mesh=mesh if mesh is not None else f"fsdp={devices or 1}")
+        self.definition, self.mesh = program.definition, program.layout.mesh
+        simulate_devices(backend, self.mesh.devices)
+        self.backend = backend_class(backend)(program)
+        self.data = open_data(recipe.data, seed=recipe.seed, pack_dir=run.path / "data")
+        self.data.train.require(recipe.batch)
+        self._check_vocab()
+        self.state: Any = None
+        self.step = 0
+        """Steps trained so far."""
+        self._skipped: list[int] = []
+        self._saved: int | None = None
+        self._last_eval: EvalRecord | None = None
+
+    def _check_vocab(self) -> None:
+        table = next((t for t in self.definition.params.values() if "vocab" in t.axes), None)
+        if table is not None and table.shape[table.axes.index("vocab")] < self.data.vocab:
+            raise UserError(
+                f"recipe {self.recipe.name}: model",
+                expected=f"a vocabulary of at least the data's {self.data.vocab} ids",
+                got=f"{table.name} with {table.shape[table.axes.index('vocab')]}",
+                do=f"Set model.vocab={self.data.vocab}.",
+            )
+
+    # ---- the loop
+
+    def run(self) -> int:
+        """Train to the end, or to where it is stopped; the exit code."""
+        about = self.backend.describe_device()
+        info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
+        with self.run_dir.begin(self.recipe, info) as attempt, StopSignals() as signals:
+            self.sinks.append(JsonlSink(attempt))
+            self._began_s = time.perf_counter()
+            self.checkpoints = Checkpoints(
+                self.run_dir.path / "checkpoints", keep=self.recipe.checkpoint_keep, save_name=f"a{attempt.number}"
+            )
+            found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text))
+            self.step = int(found[1].meta["step"]) if found else 0
+            self._info = self._run_info(attempt, about)
+            for sink in self.sinks:
+                sink.start(self._info)
+            status, summary = "failed", {}
+            try:
+                if found:
+                    self._go_on(found[1])
+                else:
+                    self.state = self.backend.init_state()
+                for hook in self.recipe.hooks:
+                    hook.on_start(self)
+                self._loop(signals)
+                self._save()
+                self.checkpoints.wait()
+                if self.step == self.recipe.steps:
+                    summary = self._finish()
+                    status = "done"
+                else:
+                    status = {"interrupt": "interrupted", "preempt": "preempted"}.get(signals.asked or "", "stopped")
+                    summary = self._results()
+                    self.event(status, step=self.step, of=self.recipe.steps)
+                if status == "done":
+                    attempt.finish({"status": status, **summary})
+                else:
+                    attempt.write("summary.json", {"status": status, **summary})
+            finally:
+                for sink in self.sinks:
+                    sink.end({"status": status, **summary})
+        return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
+
+    def _loop(self, signals: StopSignals) -> None:
+        recipe, self._ended_s = self.recipe, time.perf_counter()
+        # Where steps run apart from us, a step's results are read after the next one has been started, so that the
+        # device never waits.
+        pending: tuple[int, StepResult, float] | None = None
+        with prefetch(self.data.train, self.step * recipe.batch, recipe.batch) as batches:
+            while self.step < self.last_step and signals.asked is None:
+                waited_s = time.perf_counter()
+                batch = self._microbatches(next(batches))
+                waited_s = time.perf_counter() - waited_s
+                step = self.step + 1
+                scale = recipe.schedule(step, recipe.steps)
+                self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
+                self.step = step
+                if pending is not None:
+                    self._record(*pending)
+                pending = (step, result, waited_s)
+                if not self.backend.asynchronous:
+                    self._record(*pending)
+                    pending = None
+                evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
+                saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
+                if (evaluates or saves) and pending is not None:  # what they follow is on the curve first
+                    self._record(*pending)
+                    pending = None
+                if evaluates:
+                    self._evaluate(recipe.eval_batches)
+                if saves:
+                    self._save()
+                if evaluates or saves:
+                    self._ended_s = time.perf_counter()
+        if pending is not None:
+            self._record(*pending)
+
+    # ---- stopping and going on
+
+    def _save(self) -> None:
+        """Begin to save the state after `self.step`, unless that has been done."""
+        if self._saved == self.step:
+            return
+        recipe = self.recipe
+        meta = {
+            "step": self.step,
+            "rng": {"algorithm": "philox4x64-10", "seed": str(recipe.seed)},
+            "data": {"next_sample": self.step * recipe.batch, "fingerprint": self.data.fingerprint},
+            "recipe_sha256": recipe.sha256,
+            "probe": continuity.probe(self.backend, self.state, recipe, self.data.train, self.step),
+        }
+        self.checkpoints.save(self.step, self.backend, self.state, meta)
+        self._saved = self.step
+        self.event("saving", step=self.step)
+
+    def _go_on(self, reader: Any) -> None:
+        """Restore, and check that the run is the same run."""
+        self.state = self.backend.restore_state(reads(reader))
+        self._saved = self.step
+        now = continuity.probe(self.backend, self.state, self.recipe, self.data.train, self.step)
+        found = continuity.verdict(reader.meta.get("probe"), now, self.recipe.precision)
+        self.event("resumed", step=self.step, **found, accepted=self.accept_drift)
+        if found["verdict"] == "broken" and self.accept_drift is None:
+            differs = ", ".join(found["differs"]) or "nothing else"
+            raise UserError(
+                f"continuity check at step {self.step}",
+                expected=f"losses of the next {found['samples']} samples within {found['loss_bound']:g}, and counts, "
+                "data and random words equal",
+                got=f"a largest loss difference of {found['loss_difference']:.3g}; different: {differs}",
+                do="This is not the run that was saved. Look for a changed model, corpus or seed; to go on all the "
+                "same, give --accept-drift REASON, which is recorded.",
+            )
+
+    def _microbatches(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        n = self.recipe.accumulation
+        return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
+
+    def _record(self, step: int, result: StepResult, waited_s: float) -> None:
+        loss, norm, skipped = float(result.loss), float(result.grad_norm), bool(int(result.skipped))
+        now_s = time.perf_counter()
+        step_s, self._ended_s = now_s - self._ended_s, now_s
+        info, recipe = self._info, self.recipe
+        peak = Peak(flops_per_s=info.peak_flops, source=info.peak_source) if info.peak_flops else None
+        record = StepRecord(
+            step=step,
+            loss=loss,
+            grad_norm=norm,
+            lr=recipe.optimizer.lr * recipe.schedule(step, recipe.steps),
+            tokens=step * info.tokens_per_step,
+            time_s=now_s - self._began_s,
+            step_s=step_s,
+            tokens_per_s=info.tokens_per_step / step_s,
+            mfu=mfu(flops=info.flops_per_step, seconds=step_s, peak=peak),
+            memory_bytes=self._memory_bytes(),
+            data_wait_s=waited_s,
+            skipped=skipped,
+            aux={k: float(v) for k, v in result.aux.items()},
+        )
+        for sink in self.sinks:
+            sink.step(record)
+        for hook in recipe.hooks:
+            hook.on_step(self, record)
+        if skipped:
+            self._skip(step, loss, norm)
+
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        self._skipped.append(step)
+        self.event("skipped", step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
+        if len(self._skipped) > self.recipe.max_skips:
+            raise UserError(
+                f"step {step} of {self.recipe.name}",
+                expected=f"at most max_skips={self.recipe.max_skips} steps whose loss or gradient is not finite",
+                got=f"loss {loss}, gradient norm {norm}, the {len(self._skipped)}th such step "
+                f"(first: step {self._skipped[0]})",
+                do="The parameters are those of the last finite step. Lower optimizer.lr, lengthen the warm-up, or "
+                "look at the data of that step.",
+            )
+
+    def _memory_bytes(self) -> int | None:
+        peak = self.backend.describe_memory(self.state).get("peak")
+        return peak if peak is not None else _peak_rss_bytes()
+
+    # ---- evaluation and the end
+
+    def _evaluate(self, batches: int | None) -> EvalRecord | None:
+        """Loss over the validation split, or over its first `batches` batches."""
+        split = self.data.validation
+        if split is None:
+            return None
+        began_s = time.perf_counter()
+        totals: dict[str, float] = {}
+        loss = weight = 0.0
+        samples = 0
+        for index, batch in enumerate(split.once(self.recipe.batch)):
+            if index == batches:
+                break
+            found = self.backend.eval(self.state, batch)
+            real = batch["sample"] >= 0
+            loss += float(found.pop("loss_B")[real].sum(dtype=np.float64))
+            weight += float(found.pop("weight_B")[real].sum(dtype=np.float64))
+            samples += int(real.sum())
+            for name, value_B in found.items():
+                totals[name] = totals.get(name, 0.0) + float(value_B[real].sum(dtype=np.float64))
+        metrics = {name: value / samples for name, value in totals.items()}
+        mean = loss / weight
+        if split.bytes_per_target:
+            metrics["bits_per_byte"] = mean / math.log(2) / split.bytes_per_target
+        now_s = time.perf_counter()
+        record = EvalRecord(
+            step=self.step, loss=mean, samples=samples, time_s=now_s - self._began_s, eval_s=now_s - began_s,
+            metrics=metrics,
+        )  # fmt: skip
+        self._last_eval = record
+        for sink in self.sinks:
+            sink.eval(record)
+        for hook in self.recipe.hooks:
+            hook.on_eval(self, record)
+        return record
+
+    def _results(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
+        if self._last_eval is not None:
+            found |= {"validation_loss": self._last_eval.loss, **self._last_eval.metrics}
+        if self._skipped:
+            found["skipped_steps"] = self._skipped
+        return found
+
+    def _finish(self) -> dict[str, Any]:
+        train_s = time.perf_counter() - self._began_s
+        self.event("evaluating_the_whole_validation_split")
+        self._evaluate(None)
+        summary = {**self._results(), "train_s": train_s}
+        for hook in self.recipe.hooks:
+            summary |= hook.on_end(self)
+        return summary
+
+    # ---- for hooks
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Tell every sink."""
+        for sink in self.sinks:
+            sink.event(kind, **fields)
+
+    def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The model's `predict` on a batch of samples, on the host."""
+        return self.backend.predict(self.state, batch)
+
+    # ---- facts
+
+    def _run_info(self, attempt: Attempt, about: Mapping[str, Any]) -> RunInfo:
+        recipe = self.recipe
+        seq_len = getattr(recipe.data, "seq_len", None)
+        counted = getattr(recipe.model, "flops_per_sample", None)
+        per_sample = None if counted is None else counted(seq_len) if seq_len else counted()
+        peak = measured_cpu_peak() if str(about["device"]).startswith("cpu") and per_sample else None
+        return RunInfo(
+            run=self.run_dir.path.name,
+            run_dir=str(self.run_dir.path),
+            attempt=attempt.number,
+            steps=recipe.steps,
+            first_step=self.step + 1,
+            backend=self.backend.name,
+            device=f"{about['devices']} x {about['device']}",
+            mesh=str(self.mesh),
+            precision=recipe.precision,
+            parameters=self.definition.parameters,
+            trainable=sum(t.size for n, t in self.definition.params.items() if recipe.trains(n)),
+            tokens_per_step=recipe.batch * (seq_len or 1),
+            unit="tokens" if seq_len else "images",
+            flops_per_step=None if per_sample is None else per_sample * recipe.batch,
+            peak_flops=peak.flops_per_s if peak else None,
+            peak_source=peak.source if peak else "",
+            recipe=recipe.to_json(),
+        )
+
+
+def _peak_rss_bytes() -> int:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,55 @@
+"""What all tests share: the environment of the frameworks, Hypothesis' settings, a look at a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+# Before any framework is imported; as in the Makefile, for a bare `pytest`. A test machine may have libtpu
+# installed without a TPU: then JAX must not look for one, and two processes must be able to load it.
+for _name, _value in {
+    "OMP_NUM_THREADS": "1",
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# The same examples in every run: a failure is a change of ours. `--hypothesis-profile=explore` looks for new ones.
+settings.register_profile(
+    "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.register_profile(
+    "explore", parent=settings.get_profile("fixed"), derandomize=False, max_examples=1000
+)
+settings.load_profile("fixed")
+
+
+def listing(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file and folder below ``folder``: relative path -> mode, time of change, content."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else b""
+        found[str(path.relative_to(folder))] = (status.st_mode, status.st_mtime_ns, content)
+    return found
+
+
+@pytest.fixture
+def unchanged() -> Iterator[Callable[[Path], None]]:
+    """``unchanged(folder)``: the test fails unless the folder is at its end as it is now."""
+    before: dict[Path, dict[str, tuple[int, int, bytes]]] = {}
+
+    def watch(folder: Path) -> None:
+        before[folder] = listing(folder)
+
+    yield watch
+    for folder, files in before.items():
+        assert listing(folder) == files

@@ -1,0 +1,296 @@
+"""Sinks, FLOPs and plots."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from portatrain.errors import UserError
+from portatrain.metrics import EvalRecord, RunInfo, StepRecord
+from portatrain.metrics.console import ConsoleSink, duration, si
+from portatrain.metrics.flops import Peak, measured_cpu_peak, mfu
+from portatrain.metrics.jsonl import JsonlSink
+from portatrain.metrics.plot import plot_run, smooth
+from portatrain.metrics.trackers import TensorBoardSink, WandbSink, scalars
+from portatrain.run_dir import RunDir
+from tests.unit.small_recipe import make
+
+INFO = RunInfo(
+    run="small",
+    run_dir="runs/small",
+    attempt=1,
+    steps=20,
+    first_step=1,
+    backend="jax",
+    device="CPU",
+    mesh="1",
+    precision="fp32",
+    parameters=1_500_000,
+    trainable=1_500_000,
+    tokens_per_step=1000,
+    flops_per_step=1e9,
+    peak_flops=5e10,
+    peak_source="measured here",
+)
+
+
+def record(step: int, **changes: Any) -> StepRecord:
+    base: dict[str, Any] = {
+        "step": step,
+        "loss": 5.0 - 0.1 * step,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "tokens": 1000 * step,
+        "time_s": 0.5 * step,
+        "step_s": 0.5,
+        "tokens_per_s": 2000.0,
+        "mfu": 0.04,
+        "aux": {"load": 0.5},
+    }
+    return StepRecord(**{**base, **changes})
+
+
+def play(sink: Any, steps: int = 20) -> None:
+    sink.start(INFO)
+    for step in range(1, steps + 1):
+        sink.step(record(step))
+    sink.eval(
+        EvalRecord(step=steps, loss=3.0, samples=8, time_s=9.0, eval_s=0.1, metrics={"bits_per_byte": 4.328})
+    )
+    sink.event("skipped", step=3)
+    sink.end({"status": "done"})
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_console_without_a_terminal_prints_plain_lines() -> None:
+    out = io.StringIO()
+    play(ConsoleSink(out, every_s=0))
+    text = out.getvalue()
+    assert "1.50 M parameters, 20 steps of 1000 tokens, fp32, jax on CPU, mesh 1" in text
+    assert "MFU is relative to 0.05 TFLOP/s (measured here)" in text
+    # A mean that forgets a tenth a step lags behind a line of slope -0.1 by 0.9 (1 - 0.9^9) = 0.5513 at step 10.
+    assert "step 10/20  loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
+    assert "step 20: validation loss 3.0000  bits per byte 4.328" in text
+    assert "skipped: step 3" in text
+    assert "\x1b" not in text
+
+
+def test_console_prints_at_intervals_and_always_the_last_step() -> None:
+    out = io.StringIO()
+    play(ConsoleSink(out, every_s=1000))
+    lines = [line for line in out.getvalue().splitlines() if line.startswith("step ") and "/20" in line]
+    assert [line.split()[1] for line in lines] == ["1/20", "20/20"]
+
+
+def test_console_on_a_terminal_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "140")
+    out = Terminal()
+    play(ConsoleSink(out))
+    text = out.getvalue()
+    assert "step 20/20" in text
+    assert "eta" in text
+    assert "2 k tokens/s" in text
+    assert "validation loss 3.0000" in text
+
+
+def test_console_says_what_is_wrong() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(out, every_s=0)
+    sink.start(INFO)
+    sink.step(record(1, data_wait_s=0.25))
+    sink.step(record(2, loss=float("nan"), skipped=True))
+    sink.step(record(3))
+    text = out.getvalue()
+    assert "data wait 50%" in text
+    assert "skipped: not finite" in text
+    assert "nan" not in text  # the shown loss is a mean over the finite ones
+
+
+def test_console_does_not_take_the_compilation_for_the_rate() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(out, every_s=0)
+    sink.start(INFO)
+    for step, rate in ((1, 10.0), (2, 2000.0), (3, 2000.0)):
+        sink.step(record(step, tokens_per_s=rate))
+    first, second, third = out.getvalue().splitlines()[1:]
+    assert "eta" not in first
+    assert "2 k tokens/s" in second
+    assert third.endswith("eta 0:08")  # 17 steps of 1000 tokens at 2000 a second
+
+
+def test_console_ends_without_a_step() -> None:
+    for stream in (io.StringIO(), Terminal()):
+        sink = ConsoleSink(stream)
+        sink.start(INFO)
+        sink.end({"status": "interrupted"})
+
+
+def test_jsonl_has_every_field_in_full(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.begin(make()) as attempt:
+        play(JsonlSink(attempt), steps=3)
+    rows = run.curve()
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert rows[2]["loss"] == 5.0 - 0.1 * 3
+    assert {"step", "loss", "grad_norm", "lr", "tokens", "time_s"} <= set(rows[0])
+    assert [event["event"] for event in run.events()] == ["start", "eval", "skipped", "end"]
+    assert run.events("eval")[0]["metrics"] == {"bits_per_byte": 4.328}
+
+
+def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    run = RunDir(tmp_path / "run")
+    with run.begin(make()) as attempt:
+        sink = JsonlSink(attempt)
+        play(sink, steps=6)
+        sink.step(record(7, loss=float("nan"), skipped=True))
+        attempt.write("summary.json", {"references": {"byte 3-gram model": 2.5}})
+    path = plot_run(run)
+    assert path == run.path / "loss.png"
+
+    from matplotlib.image import imread
+
+    picture = imread(path)
+    assert picture.shape[0] > 500
+    assert picture.shape[1] > 800
+    assert picture[..., :3].std() > 0.05  # it shows something
+
+
+def test_loss_curve_is_in_bits_per_byte_where_they_are_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    run = RunDir(tmp_path / "run")
+    with run.begin(make()) as attempt:
+        play(JsonlSink(attempt), steps=2)  # its evaluation has loss 3.0 and 4.328 bits per byte
+        attempt.write("summary.json", {"references": {"byte 3-gram model": 2.5}})
+    plot_run(run)
+    top = drawn[0].axes[0]
+    assert top.get_ylabel() == "bits per byte"
+    lines = {str(line.get_label()): list(line.get_ydata()) for line in top.get_lines()}
+    assert lines["validation"] == pytest.approx([4.328])
+    assert lines["byte 3-gram model: 2.500"] == [2.5, 2.5]
+    assert next(iter(lines.values())) == pytest.approx([4.328 / 3 * 4.9, 4.328 / 3 * 4.8])
+
+
+def test_loss_curve_without_steps_or_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    run.begin(make()).close()
+    with pytest.raises(UserError, match="at least one step"):
+        plot_run(run)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"portatrain\[plot\]"):
+        plot_run(run)
+
+
+def test_smooth_is_the_mean_of_the_neighbours_and_has_no_lag() -> None:
+    values = [float(k * k % 7) for k in range(40)]
+    for reach in (0, 1, 4):
+        for index, value in enumerate(smooth(values, reach=reach)):
+            near = min(reach, index, 39 - index)
+            window = values[index - near : index + near + 1]
+            assert value == pytest.approx(sum(window) / len(window), abs=1e-12)
+    line = [0.5 * k for k in range(300)]
+    assert smooth(line) == pytest.approx(line, abs=1e-9)
+    assert smooth([]) == []
+
+
+def test_mfu() -> None:
+    peak = Peak(flops_per_s=100.0, source="a test")
+    assert mfu(flops=50.0, seconds=2.0, peak=peak) == 0.25
+    assert mfu(flops=None, seconds=2.0, peak=peak) is None
+    assert mfu(flops=50.0, seconds=2.0, peak=None) is None
+    assert mfu(flops=50.0, seconds=0.0, peak=peak) is None
+
+
+def test_measured_peak_is_what_numpy_reaches() -> None:
+    import time
+
+    import numpy as np
+
+    began_s = time.perf_counter()
+    peak = measured_cpu_peak(budget_s=0.2)
+    assert time.perf_counter() - began_s < 5.0
+    assert "measured" in peak.source
+    a = np.full((1024, 1024), 0.5, np.float32)
+    began_s = time.perf_counter()
+    a @ a
+    # One product of our own cannot be faster than the best by more than the clock's and the machine's jitter.
+    assert 2 * 1024**3 / (time.perf_counter() - began_s) < 2 * peak.flops_per_s
+
+
+def test_numbers_for_people() -> None:
+    assert [si(v) for v in (5.0, 1234.0, 5.6e6, 7e9)] == ["5", "1.23 k", "5.6 M", "7 G"]
+    assert [duration(s) for s in (0, 59.6, 125, 3723)] == ["0:00", "1:00", "2:05", "1:02:03"]
+
+
+# --- trackers: stand-ins for the packages record what they are given ------------------------------
+
+
+def test_scalars_are_flat_numbers() -> None:
+    found = scalars(record(3), "train")
+    assert found["train/loss"] == 5.0 - 0.1 * 3
+    assert found["train/load"] == 0.5
+    assert "train/step" not in found
+    assert "train/memory_bytes" not in found  # None
+    assert all(type(value) is float for value in found.values())
+
+
+def test_wandb_gets_one_curve_over_all_attempts(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    module: Any = ModuleType("wandb")
+    module.__spec__ = SimpleNamespace()
+    summary: dict[str, object] = {}
+    run = SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)),
+        finish=lambda: calls.append("end"),
+        summary=summary,
+    )
+    module.init = lambda **options: calls.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    play(WandbSink(), steps=2)
+    assert calls[0]["id"] == "small"
+    assert calls[0]["resume"] == "allow"
+    assert [call[0] for call in calls[1:-1]] == [1, 2, 2]
+    assert calls[-1] == "end"
+    assert summary == {"status": "done"}
+
+
+def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    module: Any = ModuleType("tensorboardX")
+    module.__spec__ = SimpleNamespace()
+    module.SummaryWriter = lambda folder: SimpleNamespace(
+        add_scalar=lambda name, value, step: calls.append((name, value, step)),
+        add_text=lambda name, text: calls.append((name, text)),
+        close=lambda: calls.append("end"),
+    )
+    monkeypatch.setitem(sys.modules, "tensorboardX", module)
+    play(TensorBoardSink(), steps=1)
+    assert ("train/loss", 4.9, 1) in calls
+    assert ("validation/bits_per_byte", 4.328, 1) in calls
+    assert calls[-1] == "end"
+
+
+@pytest.mark.parametrize(("sink", "module"), [(WandbSink, "wandb"), (TensorBoardSink, "tensorboardX")])
+def test_missing_tracker_names_the_install_command(
+    sink: Any, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install 'portatrain\["):
+        sink()
