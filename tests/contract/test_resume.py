@@ -1,0 +1,177 @@
+"""A run that stops on one framework and goes on in the other: the same bits, the same curve; and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints_format import LocalStore, Reader, Writer, commit
+from portatrain.backends.base import backend_class, missing
+from portatrain.checkpoint import Checkpoints, format_layout, full_name, reads, snapshot
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.run_dir import RunDir
+from portatrain.testing import parity
+from portatrain.trainer import make_program, train
+
+BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
+PAIRS = [(a, b) for a in BACKENDS for b in BACKENDS]
+SMALL = [
+    "model.layers=2", "model.embed=32", "model.mlp=64", "model.dropout=0.1", "data.seq_len=64", "batch=8",
+    "accumulation=2", "steps=12", "schedule.warmup=2", "eval_every=none", "hooks=()", "ema_decay=0.9",
+]  # fmt: skip
+
+
+def small(*more: str) -> Recipe:
+    return apply_overrides(load_recipe("tiny-lm"), [*SMALL, *more])
+
+
+def losses(run: RunDir) -> list[float]:
+    curve = run.curve()
+    assert [row["step"] for row in curve] == list(range(1, len(curve) + 1))
+    return [row["loss"] for row in curve]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run = RunDir(tmp_path_factory.mktemp("runs") / "whole")
+    assert train(small(), run, backend="jax") == 0
+    return losses(run)
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_a_run_that_moves_stays_on_its_curve(first: str, second: str, tmp_path: Path, undisturbed: list) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train(small(), run, backend=first, stop_at=5) == 85
+    assert not run.is_done
+    assert train(small(), run, backend=second) == 0
+    moved = losses(run)
+    assert max(abs(a - b) / a for a, b in zip(undisturbed, moved, strict=True)) <= 1e-6
+    (seam,) = run.events("resumed")
+    assert (seam["step"], seam["verdict"], seam["differs"]) == (5, "continuous", [])
+    assert [row["attempt"] for row in run.curve()] == [1] * 5 + [2] * 7
+
+
+def everything(backend: Any, state: Any) -> dict[str, np.ndarray]:
+    """The whole state as logical tensors."""
+    found = {}
+    for tensor in format_layout(backend.program).tensors:
+        found[tensor.name] = np.zeros(tensor.shape, tensor.dtype)
+    for box in backend.local_boxes(state):
+        where = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+        found[full_name(box.role, box.name)][where] = box.fetch()
+    return found
+
+
+@pytest.mark.parametrize("rule", ["AdamW", "Adafactor", "Muon"])
+@pytest.mark.parametrize("first", BACKENDS)
+def test_there_and_back_again_gives_the_same_bits(first: str, rule: str, tmp_path: Path) -> None:
+    recipe = small(f"optimizer={rule}")
+    program = make_program(recipe)
+    names = [first, *(b for b in BACKENDS if b != first), first]
+    backend = backend_class(first)(program)
+    state = backend.init_state()
+    for step, batch in enumerate(parity.batches(recipe, 2), start=1):
+        state, _ = backend.step(state, batch, step=step, scale=1.0)
+    before = everything(backend, state)
+    assert any(np.any(v) for k, v in before.items() if k.startswith("opt/"))
+    assert before["opt/count"] == 2
+    for leg, name in enumerate(names):
+        checkpoints = Checkpoints(tmp_path / str(leg))
+        checkpoints.save(2, backend, state, {"step": 2})
+        checkpoints.wait()
+        found = checkpoints.newest(pytest.fail)
+        assert found is not None
+        backend = backend_class(name)(program)
+        state = backend.restore_state(reads(found[1]))
+        after = everything(backend, state)
+        assert before.keys() == after.keys()
+        for key, value in before.items():
+            assert value.tobytes() == after[key].tobytes(), (name, key)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(tmp_path: Path, undisturbed: list) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
+    folder = run.path / "checkpoints"
+    assert sorted(p.name for p in folder.iterdir()) == ["step-00000006", "step-00000008"]  # two are kept
+    flip(max((folder / "step-00000008").rglob("*.safetensors"), key=lambda p: p.stat().st_size))
+    assert train(small("checkpoint_every=3"), run, backend="jax") == 0
+    assert [e["step"] for e in run.events("resumed")] == [6]
+    assert len(run.events("checkpoint_damaged")) == 1
+    assert max(abs(a - b) / a for a, b in zip(undisturbed, losses(run), strict=True)) <= 1e-6
+
+
+def test_no_checkpoint_that_verifies_is_refused_and_nothing_lost(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train(small(), run, backend="jax", stop_at=4) == 85
+    flip(max((run.path / "checkpoints").rglob("*.safetensors"), key=lambda p: p.stat().st_size))
+    before = {p: p.read_bytes() for p in (run.path / "checkpoints").rglob("*") if p.is_file()}
+    with pytest.raises(UserError, match="one that verifies"):
+        train(small(), run, backend="jax")
+    assert before == {p: p.read_bytes() for p in (run.path / "checkpoints").rglob("*") if p.is_file()}
+
+
+def test_an_uncommitted_save_is_not_taken_for_one(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
+    (run.path / "checkpoints" / "step-00000008" / "COMMIT").unlink()
+    assert train(small("checkpoint_every=3"), run, backend="jax") == 0
+    assert [e["step"] for e in run.events("resumed")] == [6]
+    assert run.events("checkpoint_damaged") == []
+
+
+def rewritten(run: RunDir, tensor: str | None, meta: dict[str, Any]) -> None:
+    """Replace a run's checkpoint by one with valid checksums but other contents."""
+    (path,) = (run.path / "checkpoints").iterdir()
+    with LocalStore(path) as store:
+        reader = Reader(store)
+        layout, old = reader.layout, json.loads(json.dumps(dict(reader.meta)))
+        values = {t.name: reader.read(t.name) for t in layout.tensors}
+    shutil.rmtree(path)
+    if tensor is not None:
+        values[tensor] = values[tensor][::-1].copy()  # the layers in reverse order
+    old["probe"]["exact"] |= meta
+    with LocalStore(path, create=True) as store:
+        Writer(store, layout, save="m").write(values)
+        commit(store, layout, save="m", meta=old)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "meta"),
+    [
+        ("params/blocks/mlp/down", {}),
+        (None, {"next_sample": 48}),
+        (None, {"random_word": "1"}),
+        (None, {"learning_rate": 1e-9}),
+        (None, {"next_batch": "0" * 64}),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_unless_told(tensor: str | None, meta: dict, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train(small(), run, backend="jax", stop_at=4) == 85
+    rewritten(run, tensor, meta)
+    with pytest.raises(UserError, match="continuity check at step 4"):
+        train(small(), run, backend="jax")
+    assert train(small(), run, backend="jax", accept_drift="a test") == 0
+    seams = run.events("resumed")
+    assert [(s["verdict"], s["accepted"]) for s in seams] == [("broken", None), ("broken", "a test")]
+
+
+def test_the_format_holds_every_tensor_of_the_state_once(tmp_path: Path) -> None:
+    program = make_program(small())
+    backend = backend_class("torch")(program)
+    names = {t.name for t in format_layout(program).tensors}
+    assert names == set(snapshot(backend, backend.init_state()))
+    assert {"params/blocks/attn/wq", "opt/m/blocks/attn/wq", "opt/v/embed/table", "ema/embed/table", "opt/count"} <= names
