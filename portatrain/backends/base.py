@@ -105,6 +105,9 @@ class Backend(Protocol):
     """
 
     name: str
+    program: Program
+    asynchronous: bool
+    """Whether `step` returns before the step is done."""
 
     def __init__(self, program: Program) -> None: ...
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import platform
+import platform as machine
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from portatrain import hashing
 from portatrain.after_step import run_after_step
 from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
+from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, transformation, xp
@@ -59,10 +60,16 @@ class JaxBackend:
         self.flat_paths = [path for path, _ in skeleton]
         # A state leaves a step laid out as it came in, or the next step would compile again.
         shardings = self._assemble(lambda tensor, role: self._sharding(tensor, role), None)
-        self._steps = jax.jit(self._step, donate_argnums=0, out_shardings=(shardings, None))
-        self._evals = jax.jit(self._eval)
-        self._predicts = jax.jit(self._predict)
-        self._gradients_of = jax.jit(self._accumulate)
+        platform = self.devices.devices.flat[0].platform
+        # On a CPU a step takes the cores that would prepare the next one; small ones even run in the calling thread.
+        self.asynchronous = platform != "cpu"
+        options = compiler_options(platform)
+        self._steps = jax.jit(
+            self._step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+        )
+        self._evals = jax.jit(self._eval, compiler_options=options)
+        self._predicts = jax.jit(self._predict, compiler_options=options)
+        self._gradients_of = jax.jit(self._accumulate, compiler_options=options)
 
     # ---- modules
 
@@ -282,7 +289,7 @@ class JaxBackend:
 
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
-        name = first.device_kind if first.platform != "cpu" else f"cpu ({platform.machine()})"
+        name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"
         return {"device": name, "devices": self.layout.mesh.devices, "framework": f"jax {jax.__version__}"}
 
     # ---- bare operations

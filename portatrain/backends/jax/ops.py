@@ -50,7 +50,7 @@ class JaxOps:
     @property
     def _precision(self) -> Any:
         # An accelerator would otherwise round float32 operands to bfloat16 or TF32.
-        return jax.lax.Precision.HIGHEST if self.compute == jnp.float32 else None
+        return None
 
     # ---- parameters and contractions
 
