@@ -134,7 +134,7 @@ class Module:
     path: str = ""
     site: int = 0
 
-    def __call__(self, ops: Any, *args: Any) -> Any:
+    def __call__(self, ops: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not define __call__(self, ops, ...)")
 
     def after_step(self, ops: Any) -> None:
@@ -261,16 +261,15 @@ def _walk(
         _same_stack(type(module).__name__, path, stack, seen[id(module)])
         return
     seen[id(module)] = (path, stack)
+    _refuse_reserved(module)
     module.path, module.site = path, site_of(path)
-    found.modules[path or "."] = module
-    inner = (*stack, (module.axis, module.n)) if isinstance(module, Stack) else stack
     if isinstance(module, Stack):
         # The block shares its Stack's path: the list of layers is what a reader sees there.
-        _walk(found, module.block, path, inner, seen)
-        found.modules[path or "."] = module.block
+        _walk(found, module.block, path, (*stack, (module.axis, module.n)), seen)
         return
+    found.modules[path or "."] = module
+    inner = stack
     for name, value in children(module):
-        _refuse_reserved(type(module).__name__, name)
         full = f"{path}/{name}" if path else name
         if isinstance(value, Module):
             _walk(found, value, full, inner, seen)
@@ -319,14 +318,22 @@ def _same_stack(what: str, path: str, stack: tuple, first: tuple) -> None:
         )
 
 
-def _refuse_reserved(owner: str, name: str) -> None:
-    first = name.split("/")[0]
-    if first in RESERVED_NAMES or first.startswith("_") or "." in name:
+def _refuse_reserved(module: Module) -> None:
+    """Whatever its value, an attribute would hide what the native class has under that name, or be hidden by it."""
+    ours = {"path": str, "site": int}  # as `describe` sets them
+    taken = [n for n, v in vars(module).items() if n in RESERVED_NAMES and not isinstance(v, ours.get(n, ()))]
+    for name, _ in children(module):
+        # Keys of dicts become attributes of an nn.ModuleDict, which has the names of a dict besides.
+        first, *keys = name.split("/")
+        if name.startswith("_") or "." in name:
+            taken.append(first if "." not in name else name)
+        taken += [key for key in keys if key in RESERVED_NAMES or hasattr(dict, key)]
+    if taken:
         raise UserError(
-            f"{owner}.{name}",
+            f"{type(module).__name__}.{taken[0]}",
             expected="a name that torch.nn.Module and flax.nnx.Module do not use, without '.' or a leading '_'",
-            got=repr(first),
-            do=f"Rename it, for instance to {first.strip('_') or 'weight'}_1.",
+            got=repr(taken[0]),
+            do=f"Rename it, for instance to {taken[0].strip('_').replace('.', '_') or 'weight'}_1.",
         )
 
 

@@ -1,0 +1,135 @@
+"""A Llama-like decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, gated MLP.
+
+B batch, S seq, E embed, V vocab.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
+from portatrain.module import Module, Param, Stack
+from portatrain.ops import Array, Batch, Loss, Ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The sizes of a `Decoder`. head_dim None is embed / heads; mlp None is 8/3 embed, rounded up to 32.
+
+    window: a token sees itself and the window-1 before it. softcap: of attention scores; logit_softcap: of logits.
+    """
+
+    vocab: int
+    embed: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp: int | None = None
+    rope_theta: float = 10_000.0
+    tied: bool = True
+    dropout: float = 0.0
+    window: int | None = None
+    softcap: float | None = None
+    logit_softcap: float | None = None
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
+    z_loss: float = 0.0
+
+    def build(self) -> Decoder:
+        return Decoder(self)
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.embed // self.heads
+
+    @property
+    def mlp_size(self) -> int:
+        return self.mlp or -(-8 * self.embed // 96) * 32
+
+    def flops_per_sample(self, seq_len: int) -> float:
+        """Floating-point operations of forward and backward for one sample of `seq_len` tokens, without recomputation.
+
+        6 a token for every weight of a matrix multiplication (the head included, the embedding's lookup not), and
+        12 * layers * heads * head_dim * seq_len for attention, halved as it is causal (Chowdhery et al. 2022,
+        appendix B), with the span that a window leaves.
+        """
+        heads, kv_heads, d = self.heads, self.kv_heads or self.heads, self.head_size
+        layer = self.embed * d * (2 * heads + 2 * kv_heads) + 3 * self.embed * self.mlp_size
+        weights = self.layers * layer + self.vocab * self.embed
+        window = min(self.window or seq_len, seq_len)
+        seen = window * (seq_len - window / 2)  # pairs of query and key, S^2 / 2 without a window
+        return 6.0 * weights * seq_len + 12.0 * self.layers * heads * d * seen
+
+
+class Block(Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        self.attn_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
+        self.attn = Attention(
+            embed=c.embed,
+            heads=c.heads,
+            kv_heads=c.kv_heads or c.heads,
+            head_dim=c.head_size,
+            window=c.window,
+            softcap=c.softcap,
+            qk_norm=c.qk_norm,
+            norm_eps=c.norm_eps,
+        )
+        self.attn_dropout = Dropout(c.dropout)
+        self.mlp_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
+        self.mlp = GatedMLP(embed=c.embed, mlp=c.mlp_size)
+        self.mlp_dropout = Dropout(c.dropout)
+
+    def __call__(
+        self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array], segment_ids: Array | None
+    ) -> tuple[Array, None]:
+        x_BSE = x_BSE + self.attn_dropout(ops, self.attn(ops, self.attn_norm(ops, x_BSE), rope, segment_ids))
+        x_BSE = x_BSE + self.mlp_dropout(ops, self.mlp(ops, self.mlp_norm(ops, x_BSE)))
+        return x_BSE, None
+
+
+class Decoder(Module):
+    """Predicts the next token. A batch has tokens and targets, (B, S) integers, and where documents are packed
+    segment_ids and positions, (B, S) integers, and mask, (B, S) float, what each target counts."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        self.embed = Embedding(vocab=c.vocab, embed=c.embed)
+        self.embed_dropout = Dropout(c.dropout)
+        self.blocks = Stack(Block(c), c.layers)
+        self.final_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
+        self.head = None if c.tied else Param(vocab=c.vocab, embed=c.embed, inputs=0, init=c.embed**-0.5)
+        self.config = c
+
+    def __call__(self, ops: Ops, batch: Batch) -> Loss:
+        """Summed cross-entropy, in nats."""
+        return ops.cross_entropy(
+            self.hidden(ops, batch),
+            self.output_table,
+            batch["targets"],
+            mask=batch.get("mask"),
+            z_loss=self.config.z_loss,
+            softcap=self.config.logit_softcap,
+        )
+
+    def predict(self, ops: Ops, batch: Batch) -> Array:
+        """Logits (B, S, V), float32. Needs no targets."""
+        cap = self.config.logit_softcap
+        logits = ops.einsum("bse,ve->bsv", self.hidden(ops, batch), self.output_table, dtype="float32")
+        return logits if cap is None else cap * ops.tanh(logits / cap)
+
+    @property
+    def output_table(self) -> Array:
+        """(V, E): the embedding's own table where tied."""
+        return self.embed.table if self.head is None else self.head
+
+    def hidden(self, ops: Ops, batch: Batch) -> Array:
+        """(B, S, E), normalised, before the output table."""
+        tokens, positions = batch["tokens"], batch.get("positions")
+        if positions is None:
+            positions = ops.arange(tokens.shape[1])
+        rope = ops.rope_table(positions, self.config.head_size, theta=self.config.rope_theta)
+        x_BSE = ops.shard(self.embed(ops, tokens), "batch", "res_seq", None)
+        x_BSE, _ = self.blocks(ops, self.embed_dropout(ops, x_BSE), rope, batch.get("segment_ids"))
+        return ops.shard(self.final_norm(ops, x_BSE), "batch", "seq", None)

@@ -1,0 +1,105 @@
+"""A vision transformer (Dosovitskiy et al. 2021), pre-norm, with the mean over patches in place of a class token.
+
+B batch, S patches (the sequence), E embed, C classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.layers import MLP, Attention, Dropout, LayerNorm, PatchEmbedding
+from portatrain.module import Module, Param, Stack
+from portatrain.ops import Array, Batch, Loss, Ops
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig:
+    """The sizes of a `ViT`; the image is (rows, columns, channels). mlp None is 4 embed."""
+
+    rows: int
+    columns: int
+    channels: int
+    patch: int
+    classes: int
+    embed: int
+    layers: int
+    heads: int
+    mlp: int | None = None
+    dropout: float = 0.0
+    norm_eps: float = 1e-6
+
+    def build(self) -> ViT:
+        return ViT(self)
+
+    @property
+    def mlp_size(self) -> int:
+        return self.mlp or 4 * self.embed
+
+    def flops_per_sample(self) -> float:
+        """Floating-point operations of forward and backward for one image, without recomputation: 6 for every weight
+        and patch, 12 * layers * embed * patches^2 for attention, 6 for every weight of the head."""
+        patches = (self.rows // self.patch) * (self.columns // self.patch)
+        weights = self.layers * (4 * self.embed**2 + 2 * self.embed * self.mlp_size)
+        weights += self.patch**2 * self.channels * self.embed
+        attention = 12.0 * self.layers * self.embed * patches**2
+        return 6.0 * weights * patches + attention + 6.0 * self.classes * self.embed
+
+
+class Block(Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), all with biases, every patch seeing every other."""
+
+    def __init__(self, c: ViTConfig) -> None:
+        self.attn_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
+        self.attn = Attention(
+            embed=c.embed,
+            heads=c.heads,
+            kv_heads=c.heads,
+            head_dim=c.embed // c.heads,
+            causal=False,
+            bias=True,
+        )
+        self.attn_dropout = Dropout(c.dropout)
+        self.mlp_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
+        self.mlp = MLP(embed=c.embed, mlp=c.mlp_size)
+        self.mlp_dropout = Dropout(c.dropout)
+
+    def __call__(self, ops: Ops, x_BSE: Array) -> tuple[Array, None]:
+        x_BSE = x_BSE + self.attn_dropout(ops, self.attn(ops, self.attn_norm(ops, x_BSE)))
+        x_BSE = x_BSE + self.mlp_dropout(ops, self.mlp(ops, self.mlp_norm(ops, x_BSE)))
+        return x_BSE, None
+
+
+class ViT(Module):
+    """Classifies images. A batch has image: (B, rows, columns, channels) float, and label: (B,) integers."""
+
+    def __init__(self, c: ViTConfig) -> None:
+        self.patches = PatchEmbedding(
+            rows=c.rows, columns=c.columns, channels=c.channels, patch=c.patch, embed=c.embed
+        )
+        self.position = Param(patches=self.patches.patches, embed=c.embed, inputs=0)
+        self.embed_dropout = Dropout(c.dropout)
+        self.blocks = Stack(Block(c), c.layers)
+        self.final_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
+        self.head = Param(classes=c.classes, embed=c.embed, inputs=0, init=c.embed**-0.5)
+
+    def __call__(self, ops: Ops, batch: Batch) -> Loss:
+        """Summed cross-entropy, in nats, with the side output `accuracy`."""
+        x_BE = self.features(ops, batch)
+        correct_B = ops.top_k(self.logits(ops, x_BE), 1)[1][:, 0] == batch["label"]
+        ops.aux("accuracy", ops.cast(correct_B, "float32"))
+        return ops.cross_entropy(x_BE, self.head, batch["label"])
+
+    def predict(self, ops: Ops, batch: Batch) -> Array:
+        """Logits (B, C), float32."""
+        return self.logits(ops, self.features(ops, batch))
+
+    def logits(self, ops: Ops, x_BE: Array) -> Array:
+        return ops.einsum("be,ce->bc", x_BE, self.head, dtype="float32")
+
+    def features(self, ops: Ops, batch: Batch) -> Array:
+        """(B, E): the mean over the patches."""
+        x_BSE = self.patches(ops, batch["image"]) + ops.weight(self.position)
+        x_BSE = ops.shard(x_BSE, "batch", "res_seq", None)
+        x_BSE, _ = self.blocks(ops, self.embed_dropout(ops, x_BSE))
+        x_BSE = ops.shard(self.final_norm(ops, x_BSE), "batch", "seq", None)
+        return ops.mean(x_BSE, ("batch", "seq", "embed"), over=("seq",))

@@ -1,0 +1,71 @@
+"""Names, shapes, axes and initial values of every shipped model, as text. Checkpoints and runs depend on all of them.
+
+After a change that is meant: ``python tests/golden/test_models.py`` rewrites the files; read the difference.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from portatrain.module import Constant, Definition, Module, describe
+from portatrain.recipe import load_recipe
+from recipes.models.decoder import DecoderConfig
+from recipes.models.vit import ViTConfig
+
+HERE = Path(__file__).parent
+
+_DECODER = DecoderConfig(vocab=256, embed=64, layers=2, heads=4, kv_heads=2)
+_VIT = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=32, layers=2, heads=4)
+
+MODELS: dict[str, Callable[[], Module]] = {
+    "decoder": _DECODER.build,
+    "decoder-untied-qk-norm": replace(_DECODER, tied=False, qk_norm=True).build,
+    "vit": _VIT.build,
+    "tiny-lm": lambda: load_recipe("tiny-lm").model.build(),
+    "tiny-vit": lambda: load_recipe("tiny-vit").model.build(),
+}
+
+
+def render(definition: Definition) -> str:
+    """One line a tensor: role, name, axes with sizes, inputs, initial values."""
+    lines = []
+    for info in definition.tensors.values():
+        axes = ", ".join(f"{axis}={size}" for axis, size in zip(info.axes, info.shape, strict=True))
+        start = (
+            f"constant {info.init.value:g}"
+            if isinstance(info.init, Constant)
+            else f"normal {info.init.std:.6g}"
+        )
+        lines.append(
+            f"{info.role} {info.name} ({axes}) inputs={info.inputs} batch_dims={info.batch_dims} {start}"
+        )
+    return "\n".join([*lines, f"{definition.parameters} parameters", ""])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_as_recorded(name: str) -> None:
+    path = HERE / f"model-{name}.txt"
+    recorded = path.read_text(encoding="utf-8") if path.exists() else ""
+    found = render(describe(MODELS[name]()))
+    if found != recorded:
+        lines = difflib.unified_diff(
+            recorded.splitlines(), found.splitlines(), "recorded", "found", lineterm=""
+        )
+        pytest.fail(
+            f"{path.name} differs:\n"
+            + "\n".join(lines)
+            + "\nIf this is meant: python tests/golden/test_models.py",
+            pytrace=False,
+        )
+
+
+if __name__ == "__main__":
+    for name, make in MODELS.items():
+        path = HERE / f"model-{name}.txt"
+        path.write_text(render(describe(make())), encoding="utf-8")
+        print(f"wrote {path}")
