@@ -1,0 +1,282 @@
+"""`ReferenceOps`: the operations of `portatrain.ops.Ops` in NumPy float64. Docstrings and legend are there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from portatrain import hashing
+from portatrain.backends.reference.trees import tree_map
+from portatrain.bind import bind, source_of
+from portatrain.errors import UserError, choice
+from portatrain.module import Module, Param, Stack, State
+from portatrain.ops import Aux, Loss, check_aux
+
+Array = np.ndarray
+
+
+class ReferenceOps:
+    """The oracle. Floating arrays are float64 throughout: 'float32', 'bfloat16' and 'compute' all mean float64.
+
+    `values` are the logical arrays of Params and States by id (a running model needs them, bare calls do not).
+    `auxes` and `tallies` ({id of State: {index in the Stacks: sum}}) collect what the model records.
+    """
+
+    def __init__(
+        self,
+        *,
+        seed: int = 0,
+        step: int = 1,
+        sample: Array | None = None,
+        training: bool = False,
+        values: Mapping[int, Array] | None = None,
+    ) -> None:
+        self.training = training
+        self.step = np.asarray(step, np.int32)
+        self.layer = np.asarray(0, np.int32)
+        self.sample = np.array(
+            [hashing.words(int(n)) for n in sample] if sample is not None else [], np.int32
+        )
+        self._seed_2 = np.array(hashing.words(seed), np.int32)
+        self._values = values or {}
+        self._index: tuple[int, ...] = ()
+        self.auxes: dict[str, Aux] = {}
+        self.tallies: dict[int, dict[tuple[int, ...], Array]] = {}
+
+    # ---- parameters and contractions
+
+    def weight(self, p: Array) -> Array:
+        return p
+
+    def einsum(self, spec: str, *operands: Array, dtype: str | None = None) -> Array:
+        return np.einsum(spec, *operands)
+
+    def embed(self, table_VE: Array, ids: Array) -> Array:
+        return table_VE[ids]
+
+    # ---- normalisation, position, attention
+
+    def rms_norm(self, x: Array, scale: Array | None = None, *, eps: float = 1e-6) -> Array:
+        y = x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+        return y if scale is None else y * scale
+
+    def layer_norm(
+        self, x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6
+    ) -> Array:
+        y = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+        y = y if scale is None else y * scale
+        return y if bias is None else y + bias
+
+    def rope_table(self, positions: Array, head_dim: int, *, theta: float = 10000.0) -> tuple[Array, Array]:
+        frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
+        angles = (positions[..., None].astype(np.float32) * frequencies).astype(np.float64)
+        return np.cos(angles), np.sin(angles)
+
+    def rope(self, x_BSHD: Array, table: tuple[Array, Array]) -> Array:
+        cos, sin = (t[..., None, :] for t in table)
+        x1, x2 = np.split(x_BSHD, 2, axis=-1)
+        return np.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1)
+
+    def attention(
+        self,
+        q_BSHD: Array,
+        k_BTKD: Array,
+        v_BTKD: Array,
+        *,
+        causal: bool = True,
+        window: int | None = None,
+        segment_ids: Array | tuple[Array, Array] | None = None,
+        positions: tuple[Array, Array] | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
+    ) -> Array:
+        S, H, D = q_BSHD.shape[1:]
+        T, K = k_BTKD.shape[1:3]
+        q_pos, k_pos = positions if positions is not None else (np.arange(S), np.arange(T))
+        behind = q_pos[..., :, None] - k_pos[..., None, :]  # (S, T) or (B, S, T)
+        visible = behind >= 0 if causal else np.ones_like(behind, bool)
+        if window is not None:
+            visible = visible & (np.abs(behind) < window)
+        if segment_ids is not None:
+            q_seg, k_seg = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+            visible = visible & (q_seg[:, :, None] == k_seg[:, None, :])
+        out = np.zeros_like(q_BSHD)
+        for h in range(H):
+            k_BTD, v_BTD = k_BTKD[:, :, h // (H // K)], v_BTKD[:, :, h // (H // K)]
+            scores_BST = (D**-0.5 if scale is None else scale) * (q_BSHD[:, :, h] @ k_BTD.swapaxes(1, 2))
+            if softcap is not None:
+                scores_BST = softcap * np.tanh(scores_BST / softcap)
+            scores_BST = np.where(visible, scores_BST, -np.inf)
+            top = scores_BST.max(-1, keepdims=True)
+            weights_BST = np.exp(scores_BST - np.where(np.isfinite(top), top, 0.0))
+            total = weights_BST.sum(-1, keepdims=True)
+            out[:, :, h] = (weights_BST / np.where(total == 0, 1.0, total)) @ v_BTD
+        return out
+
+    # ---- elementwise and shape
+
+    def dropout(self, x: Array, rate: float, *, site: int) -> Array:
+        if not self.training or rate == 0:
+            return x
+        with np.errstate(over="ignore"):
+            keys_B = hashing.sample_keys(self._seed_2, self.step, site, self.layer, self.sample)
+            offsets = np.arange(math.prod(x.shape[1:]), dtype=np.int32)
+            bits = hashing.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
+        return np.where(bits < hashing.threshold(rate), 0.0, x / (1 - rate))
+
+    def silu(self, x: Array) -> Array:
+        return x * self.sigmoid(x)
+
+    def gelu(self, x: Array, *, approximate: bool = False) -> Array:
+        if approximate:
+            return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        return 0.5 * x * np.vectorize(math.erfc, otypes=[float])(-x / math.sqrt(2))
+
+    def relu(self, x: Array) -> Array:
+        return np.maximum(x, 0)
+
+    def sigmoid(self, x: Array) -> Array:
+        return 0.5 * (1 + np.tanh(0.5 * x))
+
+    def tanh(self, x: Array) -> Array:
+        return np.tanh(x)
+
+    def exp(self, x: Array) -> Array:
+        return np.exp(x)
+
+    def log(self, x: Array) -> Array:
+        return np.log(x)
+
+    def softmax(self, x: Array, *, axis: int = -1) -> Array:
+        e = np.exp(x - x.max(axis, keepdims=True))
+        return e / e.sum(axis, keepdims=True)
+
+    def where(self, condition: Array, x: Array, y: Array) -> Array:
+        return np.where(condition, x, y)
+
+    def concat(self, xs: Sequence[Array], *, axis: int) -> Array:
+        return np.concatenate(xs, axis)
+
+    def cast(self, x: Array, dtype: str) -> Array:
+        dtypes = {"float32": float, "bfloat16": float, "compute": float, "int32": np.int32, "bool": bool}
+        if dtype not in dtypes:
+            raise choice("ops.cast", dtype, dtypes)
+        return x.astype(dtypes[dtype])
+
+    def arange(self, n: int) -> Array:
+        return np.arange(n, dtype=np.int32)
+
+    def one_hot(self, ids: Array, n: int) -> Array:
+        return (ids[..., None] == np.arange(n)).astype(float)
+
+    def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
+        indices = np.argsort(-x, axis=-1, kind="stable")[..., :k]
+        return np.take_along_axis(x, indices, -1), indices.astype(np.int32)
+
+    def write(self, cache_BT: Array, value: Array, at: Array) -> Array:
+        written = cache_BT.copy()
+        written[:, int(at) : int(at) + value.shape[1]] = value
+        return written
+
+    def sum(self, x: Array, axes: Sequence[str | None], *, over: Sequence[str]) -> Array:
+        return x.sum(_dims("ops.sum", x, axes, over))
+
+    def mean(self, x: Array, axes: Sequence[str | None], *, over: Sequence[str]) -> Array:
+        return x.mean(_dims("ops.mean", x, axes, over))
+
+    def stop_gradient(self, x: Array) -> Array:
+        return x
+
+    # ---- losses
+
+    def cross_entropy(
+        self,
+        x: Array,
+        table_VE: Array,
+        targets: Array,
+        *,
+        mask: Array | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Loss:
+        logits = x @ table_VE.T
+        if softcap is not None:
+            logits = softcap * np.tanh(logits / softcap)
+        top = logits.max(-1)
+        log_z = top + np.log(np.exp(logits - top[..., None]).sum(-1))
+        each = log_z - np.take_along_axis(logits, targets[..., None], -1)[..., 0] + z_loss * log_z**2
+        weight = np.ones(targets.shape) if mask is None else mask
+        rest = tuple(range(1, targets.ndim))
+        return self.loss((each * weight).sum(rest), weight.sum(rest))
+
+    def loss(self, loss_B: Array, weight_B: Array) -> Loss:
+        return Loss(loss_B.sum(), weight_B, loss_B)
+
+    # ---- structure
+
+    def shard(self, x: Array, *axes: str | None) -> Array:
+        _check_axes("ops.shard", x, axes)
+        return x
+
+    def stack(self, stack: Stack, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
+        outer_layer, outer_index, outs = self.layer, self._index, []
+        for i in range(stack.n):
+            self.layer = np.asarray(int(outer_layer) * stack.n + i, np.int32)
+            self._index = (*outer_index, i)
+            mine = () if per_layer is None else (tree_map(_slice(i), per_layer),)
+            carry, out = bind(stack.block, self.value)(self, carry, *shared, *mine)
+            outs.append(out)
+        self.layer, self._index = outer_layer, outer_index
+        return carry, tree_map(lambda *leaves: np.stack(leaves), outs[0], *outs[1:])
+
+    def value(self, p: Param | State) -> Array:
+        """The array of `p` in the layer that is running."""
+        return self._values[id(p)][self._index]
+
+    def name(self, x: Array, name: str) -> Array:
+        return x
+
+    def aux(self, name: str, value_B: Array, *, reduce: str = "mean", loss: float = 0.0) -> None:
+        check_aux(name, value_B, reduce)
+        new = Aux(value_B, 1, reduce, loss)
+        self.auxes[name] = self.auxes[name].join(name, new, np.maximum) if name in self.auxes else new
+
+    def tally(self, module: Module, **values: Array) -> None:
+        if not self.training:
+            return
+        for name, value in values.items():
+            at = self.tallies.setdefault(id(vars(source_of(module))[name]), {})
+            at[self._index] = at.get(self._index, 0) + value
+
+    def update(self, module: Module, **values: Array) -> None:
+        raise UserError(
+            f"ops.update({type(module).__name__}, ...)",
+            expected="a call from within after_step",
+            got="one from the forward pass",
+            do="Use ops.tally to add to a State while computing.",
+        )
+
+
+def _slice(i: int) -> Callable[[Array], Array]:
+    return lambda array: array[i]
+
+
+def _check_axes(what: str, x: Array, axes: Sequence[str | None]) -> None:
+    if len(axes) != x.ndim:
+        raise UserError(
+            what,
+            expected=f"one logical axis (or None) for each of the {x.ndim} dimensions of shape {x.shape}",
+            got=f"{len(axes)}: {', '.join(map(str, axes))}",
+            do="Name every dimension; None where it is not split.",
+        )
+
+
+def _dims(what: str, x: Array, axes: Sequence[str | None], over: Sequence[str]) -> tuple[int, ...]:
+    _check_axes(what, x, axes)
+    for axis in over:
+        if axis not in axes:
+            raise choice(f"{what}, over=", axis, [a for a in axes if a])
+    return tuple(axes.index(axis) for axis in over)

@@ -1,0 +1,104 @@
+"""A whole portable model in the oracle: forward pass, side outputs, and the States after a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from portatrain.after_step import run_after_step
+from portatrain.backends.base import Context
+from portatrain.backends.reference.ops import ReferenceOps
+from portatrain.bind import bind
+from portatrain.module import Constant, Definition
+from portatrain.ops import Aux, Loss
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forward:
+    """What a forward pass gives.
+
+    value: what the model returned (a `Loss` from __call__). auxes: by name. states: the States with what
+    `ops.tally` added. objective: () float64, the loss that is differentiated: the sum plus the auxiliary losses, each
+    sample's weighted by its loss weight; None where the model returned no `Loss`.
+    """
+
+    value: Any
+    auxes: dict[str, Aux]
+    states: dict[str, np.ndarray]
+    objective: np.ndarray | None
+
+
+def forward(
+    definition: Definition,
+    params: Arrays,
+    batch: Arrays,
+    context: Context | None = None,
+    *,
+    states: Arrays | None = None,
+    method: str = "__call__",
+) -> Forward:
+    """`model(ops, batch)` in float64, with parameters and States by logical name (stacked ones as one array).
+
+    The sample indices are `context.sample`, or else `batch['sample']`. `method` names another method of the model,
+    such as 'predict'.
+    """
+    context = context or Context()
+    states = initial_states(definition) if states is None else dict(states)
+    named = {**params, **states}
+    values = {key: as_reference(named[name]) for key, name in definition.owners.items()}
+    sample = context.sample if context.sample is not None else batch.get("sample")
+    ops = ReferenceOps(
+        seed=context.seed, step=context.step, sample=sample, training=context.training, values=values
+    )
+    model = bind(definition.model, ops.value)
+    value = getattr(model, method)(ops, {key: as_reference(array) for key, array in batch.items()})
+    for key, added in ops.tallies.items():
+        states[definition.owners[key]] = states[definition.owners[key]].copy()
+        for index, amount in added.items():
+            states[definition.owners[key]][index] += amount
+    objective = None
+    if isinstance(value, Loss):
+        objective = value.sum + sum(
+            aux.loss * (aux.value_B * value.weight_B).sum() for aux in ops.auxes.values() if aux.loss
+        )
+    return Forward(value=value, auxes=ops.auxes, states=states, objective=objective)
+
+
+def after_step(definition: Definition, states: Arrays) -> dict[str, np.ndarray]:
+    """The States after `Module.after_step` of every module."""
+    return run_after_step(definition, states, ReferenceOps(), np.stack)
+
+
+def as_reference(array: Any) -> np.ndarray:
+    """An array as the oracle takes it: float64, or integers and booleans as they are."""
+    array = np.asarray(array)
+    return array.astype(np.float64) if array.dtype.kind not in "iub" else array
+
+
+def initial_states(definition: Definition) -> dict[str, np.ndarray]:
+    """The States of a fresh model."""
+    made: dict[str, np.ndarray] = {}
+    for name, info in definition.states.items():
+        assert isinstance(info.init, Constant)  # State accepts nothing else
+        dtype = {"float32": np.float64, "int32": np.int32, "bool": np.bool_}[info.dtype]
+        made[name] = np.full(info.shape, info.init.value, dtype)
+    return made
+
+
+def initial(definition: Definition, seed: int = 0) -> dict[str, np.ndarray]:
+    """Fresh parameters for tests, float64 holding float32 values: normal with each tensor's standard deviation, or
+    its constant, from NumPy's own generator. (What a run starts from is `portatrain.rng`.)"""
+    rng = np.random.default_rng(seed)
+    made = {}
+    for name, info in definition.params.items():
+        if isinstance(info.init, Constant):
+            values = np.full(info.shape, info.init.value)
+        else:
+            values = rng.normal(0, info.init.std, info.shape)
+        made[name] = values.astype(np.float32).astype(np.float64)
+    return made

@@ -1,0 +1,152 @@
+"""One trajectory: does a backend follow the same curve as another, on the same recipe?
+
+The check has four parts, each blind where another sees: the gradients of the first step (an adaptive optimizer hides a
+wrong scale from the curve), the parameters after one update (what is between gradient and parameter: clipping, the
+rule), the losses of some steps (what accumulates), and the reported gradient norms. Rules that take a sign or an
+adaptive root amplify rounding; for those the bound of the curve is a multiple of the baseline's own floor: how far it
+drifts from itself when the rows of every batch are reordered, which changes nothing but the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from portatrain.backends.base import Backend, Program
+from portatrain.data import open_data
+from portatrain.optim import Adafactor, Lion
+from portatrain.recipe import Recipe
+from portatrain.trainer import make_program
+
+GRADIENT_BOUND = 1e-6
+"""Largest difference of a parameter's gradient, over the largest magnitude in it (its scale)."""
+LOSS_BOUND = 1e-6
+"""Largest relative difference of a loss, or of a gradient norm at the first step."""
+FLOOR_FACTOR = 4.0
+"""What a rule that amplifies rounding may drift, over its own floor."""
+AMPLIFYING = (Lion, Adafactor)
+
+Batches = list[dict[str, np.ndarray]]
+Make = Callable[[Program], Backend]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What a run of a few steps leaves: everything that the check compares."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: Mapping[str, np.ndarray]
+    """Of the first step, before clipping."""
+    updated: Mapping[str, np.ndarray]
+    """Parameters after the first step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The measured differences beside their bounds; `failures` is empty where all hold."""
+
+    gradient: float
+    worst_gradient: str
+    update: float
+    loss: float
+    norm: float
+    loss_bound: float
+    failures: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return (
+            f"gradient {self.gradient:.1e} ({self.worst_gradient}), update {self.update:.1e}, norm {self.norm:.1e}, "
+            f"loss {self.loss:.1e} (bound {self.loss_bound:.1e})" + "".join(f"\n  {f}" for f in self.failures)
+        )
+
+
+def batches(recipe: Recipe, steps: int) -> Batches:
+    """The first global batches of a recipe, cut into its microbatches."""
+    split = open_data(recipe.data, seed=recipe.seed).train
+    cut = []
+    for step in range(steps):
+        batch = split.batch(step * recipe.batch, recipe.batch)
+        cut.append({k: v.reshape(recipe.accumulation, -1, *v.shape[1:]) for k, v in batch.items()})
+    return cut
+
+
+def reordered(given: Batches, seed: int = 0) -> Batches:
+    """The same samples, the rows of every global batch permuted across its microbatches: the same mathematics."""
+    rng = np.random.default_rng(seed)
+    out = []
+    for batch in given:
+        n, b = batch["sample"].shape
+        order = rng.permutation(n * b)
+        out.append({k: v.reshape(n * b, *v.shape[2:])[order].reshape(v.shape) for k, v in batch.items()})
+    return out
+
+
+def trace(make: Make, recipe: Recipe, given: Batches, *, mesh: str = "") -> Trace:
+    """Run `recipe` over `given` on the backend that `make` makes."""
+    backend = make(make_program(recipe, mesh=mesh))
+    state = backend.init_state()
+    _, gradients = backend.gradients(state, given[0], step=1)
+    losses, norms = [], []
+    updated: dict[str, np.ndarray] = {}
+    for step, batch in enumerate(given, start=1):
+        scale = recipe.schedule(step, recipe.steps)
+        state, result = backend.step(state, batch, step=step, scale=scale)
+        losses.append(float(result.loss))
+        norms.append(float(result.grad_norm))
+        if step == 1:
+            updated = parameters(backend, state)
+    return Trace(losses=losses, norms=norms, gradients=gradients, updated=updated)
+
+
+def parameters(backend: Backend, state: object) -> dict[str, np.ndarray]:
+    """The parameters that a process holds, as whole logical tensors (one process: all of them)."""
+    infos = backend.program.definition.params
+    found = {n: np.zeros(t.shape, np.float32) for n, t in infos.items()}
+    for box in backend.local_boxes(state):
+        if box.role == "params":
+            where = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+            found[box.name][where] = box.fetch()
+    return found
+
+
+def compare(
+    baseline: Trace, other: Trace, *, loss_bound: float = LOSS_BOUND, update_bound: float | None = None
+) -> Verdict:
+    """Every difference between two traces of one recipe, and which are too large.
+
+    `update_bound`: the largest difference of a parameter after one step over the largest change of that parameter;
+    None where the rule is not continuous in the gradient, so that a rounding may turn a whole step around.
+    """
+    gradient, worst = max(
+        (_relative(other.gradients[n], g, float(np.abs(g).max())), n) for n, g in baseline.gradients.items()
+    )
+    update = max(_relative(other.updated[n], p, float(np.abs(p).max())) for n, p in baseline.updated.items())
+    loss = max(abs(a - b) / abs(a) for a, b in zip(baseline.losses, other.losses, strict=True))
+    norm = abs(baseline.norms[0] - other.norms[0]) / baseline.norms[0]
+    checks = [
+        ("gradient", gradient, GRADIENT_BOUND),
+        ("norm", norm, GRADIENT_BOUND),
+        ("loss", loss, loss_bound),
+        *([("update", update, update_bound)] if update_bound is not None else []),
+    ]
+    failures = [
+        f"{what} differs by {d:.2e}, bound {bound:.1e}" for what, d, bound in checks if not d <= bound
+    ]
+    return Verdict(
+        gradient=gradient, worst_gradient=worst, update=update, loss=loss, norm=norm, loss_bound=loss_bound,
+        failures=failures,
+    )  # fmt: skip
+
+
+def floor(make: Make, recipe: Recipe, given: Batches, baseline: Trace) -> float:
+    """How far the baseline drifts from itself when every batch is reordered: its largest relative loss difference."""
+    again = trace(make, recipe, reordered(given))
+    return max(abs(a - b) / abs(a) for a, b in zip(baseline.losses, again.losses, strict=True))
+
+
+def _relative(a: np.ndarray, b: np.ndarray, scale: float) -> float:
+    difference = float(np.abs(a.astype(np.float64) - b).max())
+    return difference / scale if scale else difference

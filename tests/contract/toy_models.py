@@ -1,0 +1,173 @@
+"""Models that use what the shipped ones do not: a router with State, caches, Stacks in Stacks, superblocks.
+
+B batch, S seq, E embed, X experts, N layers, T cache, K kv_heads, D head_dim, M mlp.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portatrain.layers import Dropout, Embedding, GatedMLP, Linear, RMSNorm
+from portatrain.module import Module, Param, Stack, State
+from recipes.models.decoder import Block, Decoder, DecoderConfig
+
+
+class CachedBlock(Block):
+    """A decoder's block that keeps keys and values."""
+
+    def __call__(self, ops: Any, x_BSE: Any, rope: Any, positions_S: Any, cache: Any) -> Any:
+        q_BSHD, k_BSKD, v_BSKD = self.attn.qkv(ops, self.attn_norm(ops, x_BSE), rope)
+        keys_BTKD = ops.write(cache["k"], k_BSKD, positions_S[0])
+        values_BTKD = ops.write(cache["v"], v_BSKD, positions_S[0])
+        seen = ops.attention(
+            q_BSHD, keys_BTKD, values_BTKD, positions=(positions_S, ops.arange(keys_BTKD.shape[1]))
+        )
+        x_BSE = x_BSE + self.attn.project(ops, seen)
+        x_BSE = x_BSE + self.mlp(ops, self.mlp_norm(ops, x_BSE))
+        return x_BSE, {"k": keys_BTKD, "v": values_BTKD}
+
+
+class CachedDecoder(Decoder):
+    """Predicts with a cache: `prompt` tokens at once, then one at a time.
+
+    Empty caches (B, N, T, K, D) come with the batch.
+    """
+
+    def __init__(self, c: DecoderConfig, *, prompt: int) -> None:
+        super().__init__(c)
+        self.blocks = Stack(CachedBlock(c), c.layers)
+        self.prompt = prompt
+
+    def predict(self, ops: Any, batch: Any) -> Any:
+        cache = {name: ops.einsum("bntkd->nbtkd", batch[f"{name}_cache"]) for name in ("k", "v")}
+        tokens, length = batch["tokens"], batch["tokens"].shape[1]
+        logits, start = [], 0
+        for end in range(self.prompt, length + 1):
+            positions_S = ops.arange(length)[start:end]
+            rope = ops.rope_table(positions_S, self.config.head_size, theta=self.config.rope_theta)
+            x_BSE = self.embed(ops, tokens[:, start:end])
+            x_BSE, cache = self.blocks(ops, x_BSE, rope, positions_S, per_layer=cache)
+            hidden = self.final_norm(ops, x_BSE)
+            logits.append(ops.einsum("bse,ve->bsv", hidden, self.output_table, dtype="float32"))
+            start = end
+        return ops.concat(logits, axis=1)
+
+
+class Experts(Module):
+    """A mixture of experts whose load is balanced by a bias that no gradient reaches (Wang et al. 2024,
+    arXiv:2408.15664): top_k of score + bias, weights from the score alone; after a step the bias of experts with more
+    than the mean load falls by `rate`, that of the others rises."""
+
+    def __init__(self, *, embed: int, experts: int, mlp: int, chosen: int, rate: float) -> None:
+        self.gate = Param(embed=embed, experts=experts)
+        self.up = Param(experts=experts, embed=embed, mlp=mlp)
+        self.down = Param(experts=experts, mlp=mlp, embed=embed)
+        self.bias = State(experts=experts)
+        self.load = State(experts=experts)
+        self.last_load = State(experts=experts, dtype="int32")
+        self.steps = State(dtype="int32")
+        self.experts, self.chosen, self.rate = experts, chosen, rate
+
+    def __call__(self, ops: Any, x_BSE: Any) -> Any:
+        score_BSX = ops.sigmoid(ops.einsum("bse,ex->bsx", x_BSE, self.gate, dtype="float32"))
+        _, best_BSC = ops.top_k(ops.stop_gradient(score_BSX) + ops.weight(self.bias), self.chosen)
+        chosen_BSX = ops.einsum("bscx->bsx", ops.one_hot(best_BSC, self.experts), dtype="float32")
+        axes = ("batch", "seq", "experts")
+        ops.tally(self, load=ops.sum(chosen_BSX, axes, over=("batch", "seq")))
+        ops.aux("router/score", ops.mean(score_BSX, axes, over=("seq", "experts")))
+        ops.aux("router/top", ops.top_k(ops.mean(score_BSX, axes, over=("seq",)), 1)[0][:, 0], reduce="max")
+        share_BX = ops.mean(chosen_BSX, axes, over=("seq",))
+        chance_BX = ops.mean(score_BSX, axes, over=("seq",))
+        ops.aux("router/balance", (share_BX * chance_BX)[:, : self.experts].sum(-1), reduce="sum", loss=0.3)
+        weight_BSX = score_BSX * chosen_BSX
+        weight_BSX = weight_BSX / ops.einsum("bsx->bs", weight_BSX, dtype="float32")[..., None]
+        hidden_BSXM = ops.gelu(ops.einsum("bse,xem->bsxm", x_BSE, self.up))
+        out_BSXE = ops.einsum("bsxm,xme->bsxe", hidden_BSXM, self.down)
+        return ops.einsum("bsxe,bsx->bse", out_BSXE, weight_BSX)
+
+    def after_step(self, ops: Any) -> None:
+        mean = ops.mean(self.load, ("experts",), over=("experts",))
+        bias = self.bias + ops.where(self.load > mean, -self.rate, self.rate)
+        ops.update(
+            self,
+            bias=bias,
+            load=self.load * 0.0,
+            last_load=ops.cast(self.load, "int32"),
+            steps=self.steps + 1,
+        )
+
+
+class RoutedBlock(Module):
+    def __init__(self, *, embed: int, experts: int, mlp: int, chosen: int, rate: float) -> None:
+        self.norm = RMSNorm(embed=embed)
+        self.experts = Experts(embed=embed, experts=experts, mlp=mlp, chosen=chosen, rate=rate)
+
+    def __call__(self, ops: Any, x_BSE: Any) -> Any:
+        return x_BSE + self.experts(ops, self.norm(ops, x_BSE)), None
+
+
+class Routed(Module):
+    """Embedding, a Stack of routed blocks, a tied output."""
+
+    def __init__(
+        self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, rate: float
+    ) -> None:
+        self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
+        block = RoutedBlock(embed=embed, experts=experts, mlp=embed, chosen=chosen, rate=rate)
+        self.blocks = Stack(block, layers)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        x_BSE, _ = self.blocks(ops, self.embed(ops, batch["tokens"]))
+        return ops.cross_entropy(x_BSE, self.embed.table, batch["targets"], mask=batch["mask"])
+
+
+class Super(Module):
+    """A superblock: an MLP, then a Stack of its own, with dropout inside and out; counts its calls in a State."""
+
+    def __init__(self, *, embed: int, inner: int, rate: float) -> None:
+        self.mlp = GatedMLP(embed=embed, mlp=2 * embed)
+        self.dropout = Dropout(rate)
+        self.inner = Stack(Inner(embed=embed, rate=rate), inner, axis="sublayers")
+
+    def __call__(self, ops: Any, x_BSE: Any, shift: Any, mine: Any) -> Any:
+        x_BSE = x_BSE + self.dropout(ops, self.mlp(ops, x_BSE)) + mine["offset"]
+        x_BSE, sums = self.inner(ops, x_BSE, shift)
+        return x_BSE, {"x": x_BSE * 0.5, "inner": (sums,)}
+
+
+class Inner(Module):
+    def __init__(self, *, embed: int, rate: float) -> None:
+        self.pair = [
+            Linear({"embed": embed}, {"embed_out": embed}),
+            Linear({"embed": embed}, {"embed_out": embed}),
+        ]
+        self.norms = {"a": RMSNorm(embed=embed), "b": RMSNorm(embed=embed)}
+        self.dropout = Dropout(rate)
+        self.calls = State(dtype="int32")
+
+    def __call__(self, ops: Any, x_BSE: Any, shift: Any) -> Any:
+        y_BSE = ops.tanh(self.pair[0](ops, self.norms["a"](ops, x_BSE)) + shift)
+        y_BSE = self.dropout(ops, self.pair[1](ops, self.norms["b"](ops, y_BSE)))
+        ops.tally(self, calls=ops.cast(ops.step * 0 + 1, "int32"))
+        return x_BSE + y_BSE, ops.mean(y_BSE, ("batch", "seq", "embed"), over=("seq", "embed"))
+
+
+class Nested(Module):
+    """A Stack in a Stack, with per-layer inputs, a shared one, and outputs as a tree; one Linear used twice; its head
+    is a Param in a list."""
+
+    def __init__(self, *, vocab: int, embed: int, layers: int, inner: int, rate: float) -> None:
+        self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
+        self.mix = Linear({"embed": embed}, {"embed_out": embed}, bias=False)
+        self.mix_again = self.mix
+        self.offset = Param(layers=layers, embed=embed, inputs=0)
+        self.blocks = Stack(Super(embed=embed, inner=inner, rate=rate), layers)
+        self.heads = [Param(vocab=vocab, embed=embed, inputs=0, init=0.5)]
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        x_BSE = self.mix_again(ops, self.mix(ops, self.embed(ops, batch["tokens"])))
+        per_layer = {"offset": ops.weight(self.offset)[:, None, None]}
+        x_BSE, outs = self.blocks(ops, x_BSE, 0.25, per_layer=per_layer)
+        ops.aux("inner", outs["inner"][0][1, 0])
+        x_BSE = x_BSE + outs["x"][0]
+        return ops.cross_entropy(x_BSE, self.heads[0], batch["targets"], mask=batch["mask"])
