@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-import math
+import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -17,8 +17,9 @@ import numpy as np
 from portatrain import continuity
 from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
 from portatrain.checkpoint import Checkpoints, reads
-from portatrain.data import open_data, prefetch
+from portatrain.data import OpenData, open_data, prefetch
 from portatrain.errors import UserError
+from portatrain.evaluation import evaluate
 from portatrain.layout import Layout, Mesh
 from portatrain.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.metrics.flops import Peak, measured_cpu_peak, mfu
@@ -26,7 +27,7 @@ from portatrain.metrics.jsonl import JsonlSink
 from portatrain.module import describe
 from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
-from portatrain.run_dir import Attempt, RunDir
+from portatrain.run_dir import Attempt, Follower, RunDir
 
 
 def train(
@@ -98,9 +99,12 @@ class Trainer:
         self.definition, self.mesh = program.definition, program.layout.mesh
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
-        self.data = open_data(recipe.data, seed=recipe.seed, pack_dir=run.path / "data")
-        self.data.train.require(recipe.batch)
-        self._check_vocab()
+        if self.backend.process:  # process 0 packs, and is the only one that writes or prints
+            self.sinks = []
+            self.backend.agree(0)
+        self.data = self._open_data()
+        if not self.backend.process:
+            self.backend.agree(0)
         self.state: Any = None
         self.step = 0
         """Steps trained so far."""
@@ -108,14 +112,30 @@ class Trainer:
         self._saved: int | None = None
         self._last_eval: EvalRecord | None = None
 
-    def _check_vocab(self) -> None:
+    def _open_data(self) -> OpenData:
+        """The data, packed into the run directory; nothing stays there of data that will not do."""
+        folder = self.run_dir.path / "data"
+        made = [p for p in (folder, *folder.parents) if not p.exists()]
+        data = open_data(self.recipe.data, seed=self.recipe.seed, pack_dir=folder)
+        try:
+            data.train.require(self.recipe.batch)
+            self._check_vocab(data.vocab)
+        except UserError:
+            if folder in made:
+                shutil.rmtree(folder)
+                for parent in made[1:]:
+                    parent.rmdir()
+            raise
+        return data
+
+    def _check_vocab(self, ids: int) -> None:
         table = next((t for t in self.definition.params.values() if "vocab" in t.axes), None)
-        if table is not None and table.shape[table.axes.index("vocab")] < self.data.vocab:
+        if table is not None and table.shape[table.axes.index("vocab")] < ids:
             raise UserError(
                 f"recipe {self.recipe.name}: model",
-                expected=f"a vocabulary of at least the data's {self.data.vocab} ids",
+                expected=f"a vocabulary of at least the data's {ids} ids",
                 got=f"{table.name} with {table.shape[table.axes.index('vocab')]}",
-                do=f"Set model.vocab={self.data.vocab}.",
+                do=f"Set model.vocab={ids}.",
             )
 
     # ---- the loop
@@ -124,51 +144,74 @@ class Trainer:
         """Train to the end, or to where it is stopped; the exit code."""
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
-        with self.run_dir.begin(self.recipe, info) as attempt, StopSignals() as signals:
-            self.sinks.append(JsonlSink(attempt))
+        with self._begin(info) as attempt, StopSignals() as self._signals:
+            if isinstance(attempt, Attempt):
+                self.sinks.append(JsonlSink(attempt))
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
-                self.run_dir.path / "checkpoints", keep=self.recipe.checkpoint_keep, save_name=f"a{attempt.number}"
-            )
-            found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text))
-            self.step = int(found[1].meta["step"]) if found else 0
+                self.run_dir.path / "checkpoints", keep=self.recipe.checkpoint_keep, save_name=f"a{attempt.number}",
+                process=self.backend.process, processes=self.backend.processes,
+            )  # fmt: skip
+            found = self._newest(attempt)
+            self.step = int(found.meta["step"]) if found else 0
             self._info = self._run_info(attempt, about)
             for sink in self.sinks:
                 sink.start(self._info)
             status, summary = "failed", {}
             try:
                 if found:
-                    self._go_on(found[1])
+                    self._go_on(found)
                 else:
                     self.state = self.backend.init_state()
                 for hook in self.recipe.hooks:
                     hook.on_start(self)
-                self._loop(signals)
+                self._loop()
                 self._save()
                 self.checkpoints.wait()
-                if self.step == self.recipe.steps:
-                    summary = self._finish()
+                summary = self._finish() if self.step == self.recipe.steps else self._results()
+                # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
+                asked = self._asked()
+                if asked is None and self.step == self.recipe.steps:
                     status = "done"
-                else:
-                    status = {"interrupt": "interrupted", "preempt": "preempted"}.get(signals.asked or "", "stopped")
-                    summary = self._results()
-                    self.event(status, step=self.step, of=self.recipe.steps)
-                if status == "done":
                     attempt.finish({"status": status, **summary})
                 else:
+                    status = {"interrupt": "interrupted", "preempt": "preempted"}.get(asked or "", "stopped")
+                    self.event(status, step=self.step, of=self.recipe.steps)
                     attempt.write("summary.json", {"status": status, **summary})
             finally:
                 for sink in self.sinks:
                     sink.end({"status": status, **summary})
         return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
 
-    def _loop(self, signals: StopSignals) -> None:
+    def _begin(self, info: Mapping[str, Any]) -> Attempt | Follower:
+        """The attempt: process 0 begins one, which the others follow."""
+        if self.backend.process:
+            return Follower(self.backend.agree(0))
+        attempt = self.run_dir.begin(self.recipe, info)
+        self.backend.agree(attempt.number)
+        return attempt
+
+    def _newest(self, attempt: Attempt | Follower) -> Any:
+        """The newest checkpoint, as process 0 finds and verifies it; None where there is none."""
+        found = None
+        if not self.backend.process:
+            found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text))
+        step = self.backend.agree(found[0] if found else -1)
+        return found[1] if found else self.checkpoints.at(step) if step >= 0 else None
+
+    def _asked(self) -> str | None:
+        """Whether a process has been asked to stop, and how: all leave after the same step."""
+        kinds = (None, "preempt", "interrupt")
+        self._signals.asked = kinds[self.backend.agree(kinds.index(self._signals.asked))]
+        return self._signals.asked
+
+    def _loop(self) -> None:
         recipe, self._ended_s = self.recipe, time.perf_counter()
         # Where steps run apart from us, a step's results are read after the next one has been started, so that the
         # device never waits.
         pending: tuple[int, StepResult, float] | None = None
         with prefetch(self.data.train, self.step * recipe.batch, recipe.batch) as batches:
-            while self.step < self.last_step and signals.asked is None:
+            while self.step < self.last_step and self._asked() is None:
                 waited_s = time.perf_counter()
                 batch = self._microbatches(next(batches))
                 waited_s = time.perf_counter() - waited_s
@@ -283,40 +326,27 @@ class Trainer:
 
     # ---- evaluation and the end
 
-    def _evaluate(self, batches: int | None) -> EvalRecord | None:
-        """Loss over the validation split, or over its first `batches` batches."""
-        split = self.data.validation
-        if split is None:
-            return None
+    def _evaluate(self, batches: int | None) -> None:
+        """Evaluate on the validation split, or on its first `batches` batches."""
+        if self.data.validation is None:
+            return
         began_s = time.perf_counter()
-        totals: dict[str, float] = {}
-        loss = weight = 0.0
-        samples = 0
-        for index, batch in enumerate(split.once(self.recipe.batch)):
-            if index == batches:
-                break
-            found = self.backend.eval(self.state, batch)
-            real = batch["sample"] >= 0
-            loss += float(found.pop("loss_B")[real].sum(dtype=np.float64))
-            weight += float(found.pop("weight_B")[real].sum(dtype=np.float64))
-            samples += int(real.sum())
-            for name, value_B in found.items():
-                totals[name] = totals.get(name, 0.0) + float(value_B[real].sum(dtype=np.float64))
-        metrics = {name: value / samples for name, value in totals.items()}
-        mean = loss / weight
-        if split.bytes_per_target:
-            metrics["bits_per_byte"] = mean / math.log(2) / split.bytes_per_target
-        now_s = time.perf_counter()
-        record = EvalRecord(
-            step=self.step, loss=mean, samples=samples, time_s=now_s - self._began_s, eval_s=now_s - began_s,
-            metrics=metrics,
+        found = evaluate(
+            self.backend, self.state, self.data.validation, batch=self.recipe.batch, batches=batches,
+            stopped=lambda: self._asked() is not None,
         )  # fmt: skip
-        self._last_eval = record
+        if found is None:
+            return
+        now_s = time.perf_counter()
+        loss, samples, metrics = found
+        self._last_eval = EvalRecord(
+            step=self.step, loss=loss, samples=samples, metrics=metrics, time_s=now_s - self._began_s,
+            eval_s=now_s - began_s,
+        )  # fmt: skip
         for sink in self.sinks:
-            sink.eval(record)
+            sink.eval(self._last_eval)
         for hook in self.recipe.hooks:
-            hook.on_eval(self, record)
-        return record
+            hook.on_eval(self, self._last_eval)
 
     def _results(self) -> dict[str, Any]:
         found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
@@ -332,7 +362,8 @@ class Trainer:
         self._evaluate(None)
         summary = {**self._results(), "train_s": train_s}
         for hook in self.recipe.hooks:
-            summary |= hook.on_end(self)
+            if self._asked() is None:
+                summary |= hook.on_end(self)
         return summary
 
     # ---- for hooks
@@ -348,7 +379,7 @@ class Trainer:
 
     # ---- facts
 
-    def _run_info(self, attempt: Attempt, about: Mapping[str, Any]) -> RunInfo:
+    def _run_info(self, attempt: Attempt | Follower, about: Mapping[str, Any]) -> RunInfo:
         recipe = self.recipe
         seq_len = getattr(recipe.data, "seq_len", None)
         counted = getattr(recipe.model, "flops_per_sample", None)
