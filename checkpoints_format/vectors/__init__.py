@@ -1,0 +1,1 @@
+"""Golden checkpoints of every released version, and what makes them. Imports the package itself only."""

@@ -1,0 +1,294 @@
+"""Saving: every process writes its own packs and leaves a receipt; one process commits."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .boxes import Box
+from .crc import crc32c, crc32c_each
+from .dtypes import as_words, dtype_name, little_endian
+from .errors import AlreadyCommittedError, FormatError, MissingFileError, shorten
+from .layout import Layout, Tensor
+from .manifest import (
+    MAX_RECEIPT_BYTES,
+    PackRecord,
+    Receipt,
+    Root,
+    check_save,
+    decode_receipt,
+    encode_commit,
+    encode_receipt,
+    encode_root,
+    layout_digest,
+)
+from .moves import as_bytes, copy_tiles, part_of, tiles_first
+from .packs import Entry, Pack, pack_name, receipt_name, root_name
+from .plan import Planner
+from .store import Store, read_small
+
+COMMIT = "COMMIT"
+_SLAB_BYTES = 8 << 20
+_SLABS = 2  # one at the disk, one being filled: see _one_ahead
+_ZEROS = memoryview(bytes(4096))
+
+#: Where a tensor's values come from: one array for the writer's only box of it; several (box, array);
+#: or a function from a box inside what this writer holds, in global coordinates, to an array of its shape.
+Source = np.ndarray | Sequence[tuple[Box, np.ndarray]] | Callable[[Box], np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """What a writer did: number of pack files, bytes of values, bytes of files."""
+
+    packs: int
+    value_bytes: int
+    file_bytes: int
+
+
+class Writer:
+    """Writes one process's part of a checkpoint.
+
+    Args:
+        store: where the checkpoint goes.
+        layout: the same on every process.
+        save: a name that no other attempt at this checkpoint has, the same on every process.
+        writer: this process's number.
+        budget_bytes: host memory that buffers and lazily fetched arrays may take. At least 4 tiles.
+        streams: pack files written at the same time.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        layout: Layout,
+        *,
+        save: str,
+        writer: int = 0,
+        budget_bytes: int = 256 << 20,
+        streams: int = 1,
+    ) -> None:
+        if not 0 <= writer < layout.writers:
+            raise FormatError(
+                "writer",
+                expected=f"a number from 0 to {layout.writers - 1}",
+                got=shorten(writer),
+                do="Number the processes from 0.",
+            )
+        self.store, self.layout, self.save, self.number = store, layout, check_save(save), writer
+        self.plan = Planner(layout).writer(writer)
+        self._streams = max(1, streams)
+        largest = max((int(np.prod(t.tile or ())) * t.item_bytes for t in layout.tensors), default=1)
+        half = budget_bytes // (2 * self._streams)  # one half for fetched arrays, one for slabs
+        if half < _SLABS * largest:
+            raise FormatError(
+                "host memory budget",
+                got=f"{budget_bytes}",
+                do="Raise the budget or use fewer streams.",
+                expected=f"at least {2 * _SLABS * largest * self._streams} bytes for {self._streams} "
+                f"stream(s) of tiles up to {largest} bytes",
+            )
+        self._fetch_bytes, self._slab_bytes = half, min(_SLAB_BYTES, half // _SLABS)
+
+    def write(self, sources: Mapping[str, Source]) -> Written:
+        """Write all packs of this process, then its receipt. Durable when it returns.
+
+        Raises:
+            FormatError: a tensor is missing, has another shape or dtype, or the store refuses; names both.
+                Nothing that was committed before is touched.
+        """
+        held = sorted({entry.run.tensor for pack in self.plan.packs for entry in pack.entries})
+        for index in held:
+            _check_source(self.layout.tensors[index], sources)
+        with ThreadPoolExecutor(self._streams, thread_name_prefix="ckpt-stream") as pool:
+            jobs = [
+                pool.submit(self._write_pack, number, pack, sources)
+                for number, pack in enumerate(self.plan.packs)
+            ]
+            try:
+                records = [job.result() for job in jobs]
+            except BaseException:
+                for job in jobs:
+                    job.cancel()
+                raise
+        receipt = Receipt(
+            save=self.save, writer=self.number, layout=layout_digest(self.layout), packs=tuple(records)
+        )
+        data = encode_receipt(receipt)
+        # Only the committer reads it, after the barrier; should the machine die before, the save is void anyway.
+        self.store.put(receipt_name(self.save, self.number), [memoryview(data)], len(data), durable=False)
+        return Written(
+            packs=len(records), value_bytes=self.plan.nbytes, file_bytes=sum(r.length for r in records)
+        )
+
+    def _write_pack(self, number: int, pack: Pack, sources: Mapping[str, Source]) -> PackRecord:
+        header = pack.header(save=self.save, writer=self.number, number=number)
+        crcs = np.zeros(pack.tiles, "<u4")
+        length = len(header) + pack.data_bytes
+
+        def chunks() -> Generator[memoryview, None, None]:
+            yield memoryview(header)
+            yield from self._values(pack, sources, crcs)
+            yield crcs.view(np.uint8).data
+
+        ready = chunks() if length <= self._slab_bytes else _one_ahead(chunks())
+        # Closed here where the store gives up half-way: collected later, in a thread of the generator's own pool, it
+        # would wait for that very thread.
+        with contextlib.closing(ready):
+            self.store.put(pack_name(self.save, self.number, number), ready, length)
+        return PackRecord(length, len(header), crc32c(header), crc32c(crcs.view(np.uint8)))
+
+    def _values(self, pack: Pack, sources: Mapping[str, Source], crcs: np.ndarray) -> Iterator[memoryview]:
+        """The data of a pack up to the table, slab by slab; fills in ``crcs``."""
+        slabs = [np.empty(min(self._slab_bytes, pack.data_bytes), np.uint8) for _ in range(_SLABS)]
+        turn = at = 0
+        for entry in pack.entries:
+            if entry.begin > at:
+                yield _ZEROS[: entry.begin - at]
+            at, crc = entry.begin + entry.nbytes, entry.crc
+            tensor, grid = self.layout.tensors[entry.run.tensor], entry.run.grid
+            item, whole = tensor.item_bytes, [(0, n) for n in entry.run.box.shape]
+            for part in self._parts(tensor, entry, sources[tensor.name]):
+                for block in grid.blocks(whole, part.first, part.stop, self._slab_bytes // item):
+                    where = Box(block.start, block.shape).slices(part.start)
+                    tiles = tiles_first(part_of(part.words, where), block.tiles)
+                    if tiles.flags.c_contiguous:
+                        data = as_bytes(tiles)
+                    else:
+                        data = slabs[turn][: block.elements * item]
+                        turn = (turn + 1) % _SLABS
+                        copy_tiles(data.view(tiles.dtype).reshape(tiles.shape), tiles)
+                    crcs[crc : crc + block.count] = crc32c_each(data, block.tile_elements * item)
+                    crc += block.count
+                    yield data.data
+        if pack.table_begin > at:
+            yield _ZEROS[: pack.table_begin - at]
+
+    def _parts(self, tensor: Tensor, entry: Entry, source: Source) -> Iterator[_Part]:
+        """The values of an entry: at once where there is an array, else fetched in pieces within the budget."""
+        box = entry.run.box
+        if not callable(source):
+            yield _Part(
+                _words(tensor, box, _find(tensor, box, source)),
+                (0,) * len(box.shape),
+                entry.first,
+                entry.stop,
+            )
+            return
+        whole = [(0, n) for n in box.shape]
+        for block in entry.run.grid.blocks(
+            whole, entry.first, entry.stop, self._fetch_bytes // tensor.item_bytes
+        ):
+            part = Box(tuple(o + s for o, s in zip(box.offset, block.start, strict=True)), block.shape)
+            yield _Part(
+                _words(tensor, part, source(part)), block.start, block.first, block.first + block.count
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Values as unsigned words from ``start`` of the box on; of them tiles [first, stop) are to be written."""
+
+    words: np.ndarray
+    start: tuple[int, ...]
+    first: int
+    stop: int
+
+
+def commit(
+    store: Store, layout: Layout, *, save: str, meta: Mapping[str, Any] | None = None, requests: int = 8
+) -> None:
+    """Make the save of that name the checkpoint. Called by one process after all writers have returned.
+
+    Reads every receipt, writes the root, then COMMIT if there is none yet. ``meta`` is any JSON object.
+
+    Raises:
+        FormatError: a receipt is missing or disagrees; names it. AlreadyCommittedError: another save was first.
+    """
+    digest = layout_digest(layout)
+
+    def receipt_of(writer: int) -> tuple[PackRecord, ...]:
+        name = receipt_name(check_save(save), writer)
+        what = store.describe(name)
+        try:
+            receipt = decode_receipt(read_small(store, name, MAX_RECEIPT_BYTES), what)
+        except MissingFileError:
+            raise MissingFileError(
+                what,
+                expected=f"the receipt of writer {writer}",
+                got="none",
+                do="Commit only after every writer has returned.",
+            ) from None
+        if (receipt.save, receipt.writer, receipt.layout) != (save, writer, digest):
+            raise FormatError(
+                what,
+                expected=f"save {save}, writer {writer}, layout {digest[:12]}",
+                got=f"{receipt.save}, {receipt.writer}, {receipt.layout[:12]}",
+                do="Give every process the same layout and save name.",
+            )
+        return receipt.packs
+
+    with ThreadPoolExecutor(max(1, requests), thread_name_prefix="ckpt-commit") as pool:
+        packs = tuple(pool.map(receipt_of, range(layout.writers)))
+    root = encode_root(Root(save=save, layout=layout, packs=packs, meta=meta or {}))
+    store.put(root_name(save), [memoryview(root)], len(root))
+    if not store.put_if_absent(COMMIT, encode_commit(save, root)):
+        raise AlreadyCommittedError(
+            store.describe(COMMIT),
+            expected="no COMMIT yet",
+            got="one of another save",
+            do="That checkpoint stands; this one is void and its files may be removed.",
+        )
+
+
+def _one_ahead(chunks: Generator[memoryview, None, None]) -> Generator[memoryview, None, None]:
+    """The same chunks, the next one prepared in another thread while the store takes this one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="ckpt-slab") as pool:
+        coming = pool.submit(next, chunks, None)
+        while (chunk := coming.result()) is not None:
+            coming = pool.submit(next, chunks, None)
+            yield chunk
+
+
+def _check_source(tensor: Tensor, sources: Mapping[str, Source]) -> None:
+    if tensor.name not in sources:
+        raise FormatError(
+            f"tensor {tensor.name!r}",
+            expected="its values, of which this process writes a part",
+            got="no source by that name",
+            do="Give every process all tensors that it holds.",
+        )
+
+
+def _find(tensor: Tensor, box: Box, source: np.ndarray | Sequence[tuple[Box, np.ndarray]]) -> np.ndarray:
+    if isinstance(source, np.ndarray):
+        return source
+    for held, array in source:
+        if held == box:
+            return array
+    raise FormatError(
+        f"tensor {tensor.name!r}",
+        expected=f"an array for {box}",
+        got=f"boxes {[b for b, _ in source][:4]}",
+        do="Give every box that the layout assigns to this process.",
+    )
+
+
+def _words(tensor: Tensor, box: Box, array: np.ndarray) -> np.ndarray:
+    """The array's bits as unsigned words, after a check of shape and dtype."""
+    what = f"tensor {tensor.name!r}, {box}"
+    array = np.asarray(array)
+    name = dtype_name(array, what=what)
+    if array.shape != box.shape or name != tensor.dtype:
+        raise FormatError(
+            what,
+            expected=f"{tensor.dtype} {list(box.shape)}",
+            got=f"{name} {list(array.shape)}",
+            do="Save the values that the layout declares.",
+        )
+    return as_words(little_endian(array))
