@@ -50,9 +50,11 @@ def attention(
     """See `portatrain.ops.Ops.attention`."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
-    q_BSKGD = q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d)
+    # Heads first, so that no array of scores is ever transposed: q, k, v and the result are smaller.
+    q_BKGSD = jnp.einsum("bskgd->bkgsd", q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d))
+    k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (k_BTKD, v_BTKD))
     scores = jnp.einsum(
-        "bskgd,btkd->bkgst", q_BSKGD, k_BTKD, precision=precision, preferred_element_type=jnp.float32
+        "bkgsd,bktd->bkgst", q_BKGSD, k_BKTD, precision=precision, preferred_element_type=jnp.float32
     ) * (d**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
@@ -60,12 +62,25 @@ def attention(
     if mask is not None:
         mask = mask[:, None, None]
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1)
-    if mask is not None and positions is not None:
-        # Only with free positions may a query see nothing: in place, it sees itself at least.
+    weights = softmax(scores)
+    if mask is not None and (positions is not None or isinstance(segment_ids, tuple)):
+        # Only then may a query see nothing: in place, it sees itself at least.
         weights = jnp.where(mask, weights, 0.0)
-    out = jnp.einsum(
-        "bkgst,btkd->bskgd", weights.astype(v_BTKD.dtype), v_BTKD, precision=precision,
-        preferred_element_type=v_BTKD.dtype,
+    out_BKGSD = jnp.einsum(
+        "bkgst,bktd->bkgsd", weights.astype(v_BKTD.dtype), v_BKTD, precision=precision,
+        preferred_element_type=v_BKTD.dtype,
     )  # fmt: skip
-    return out.reshape(b, s, h, d)
+    return jnp.einsum("bkgsd->bskgd", out_BKGSD).reshape(b, s, h, d)
+
+
+@jax.custom_jvp
+def softmax(x: Any) -> Any:
+    """Over the last axis. `jax.nn.softmax` keeps the exponentials for its backward pass, and the result too."""
+    exps = jnp.exp(x - jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)))
+    return exps / jnp.sum(exps, axis=-1, keepdims=True)
+
+
+@softmax.defjvp
+def _softmax_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
+    y, (dx,) = softmax(*primals), tangents
+    return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))

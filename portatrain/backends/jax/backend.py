@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import platform as machine
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from flax import nnx
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from portatrain import hashing
 from portatrain.after_step import run_after_step
@@ -115,7 +117,7 @@ class JaxBackend:
     def _place(self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], role: str) -> Any:
         """A global array, every local shard of it from `draw(offset, shape)`."""
 
-        def shard(index: tuple[slice, ...]) -> np.ndarray:
+        def shard(index: Any) -> np.ndarray:
             bounds = [s.indices(n) for s, n in zip(index, tensor.shape, strict=True)]
             return draw(tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds))
 
@@ -135,7 +137,8 @@ class JaxBackend:
             "state": {n: make(t, "state") for n, t in self.definition.states.items()},
             "ema": {n: make(t, "ema") for n, t in self.definition.params.items() if n in self.program.ema},
             "opt": RuleState(
-                self._replicated if count is None else jax.device_put(jnp.int32(count), self._replicated), slots
+                self._replicated if count is None else jax.device_put(jnp.int32(count), self._replicated),
+                slots,
             ),
         }
 
@@ -145,7 +148,9 @@ class JaxBackend:
 
     def init_state(self) -> State:
         def make(tensor: TensorInfo, role: str) -> Any:
-            return self._place(tensor, lambda at, shape: initial_box(tensor, self.program.seed, at, shape), role)
+            return self._place(
+                tensor, lambda at, shape: initial_box(tensor, self.program.seed, at, shape), role
+            )
 
         return self._assemble(make, 0)
 
@@ -162,7 +167,8 @@ class JaxBackend:
         loss = self._module({**frozen, **trained}, states)(ops, batch)
         if not isinstance(loss, Loss):
             raise UserError(
-                type(self.definition.model).__name__, expected="a model that returns ops.cross_entropy(...) or ops.loss(...)",
+                type(self.definition.model).__name__,
+                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
                 got=type(loss).__name__, do="Return a portatrain.ops.Loss from __call__(ops, batch).",
             )  # fmt: skip
         total = loss.sum
@@ -198,11 +204,9 @@ class JaxBackend:
         inverse = 1.0 / weight
         return jax.tree.map(lambda g: g * inverse, grads), total * inverse, weight, auxes, tallies
 
-    def _step(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> tuple[State, Any]:
+    def _updated(self, state: State, grads: Any, norm: Any, tallies: Any, step: Any, scale: Any) -> State:
+        """The state after an update by the gradients of the mean loss, which have this norm."""
         program = self.program
-        grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
-        norm = global_norm(xp, grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
         if program.clip_norm is not None:
             factor = clip_scale(xp, norm, program.clip_norm)
             grads = {n: g * factor for n, g in grads.items()}
@@ -215,8 +219,21 @@ class JaxBackend:
         ema = state["ema"]
         if program.ema_decay is not None:
             ema = {n: a + (1 - program.ema_decay) * (params[n] - a) for n, a in ema.items()}
-        new = {"params": params, "state": states, "ema": ema, "opt": opt}
-        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, state)
+        return {"params": params, "state": states, "ema": ema, "opt": opt}
+
+    def _step(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> tuple[State, Any]:
+        grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
+        norm = global_norm(xp, grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def update() -> State:
+            return self._updated(state, grads, norm, tallies, step, scale)
+
+        if self.devices.devices.flat[0].platform == "cpu":
+            # Here a selection would copy every slot first: XLA fuses the update into each of its results.
+            new = jax.lax.cond(good, update, lambda: state)
+        else:  # where a branch may have to wait for the host
+            new = jax.tree.map(lambda a, b: jnp.where(good, a, b), update(), state)
         aux = {k: _aux_value(v) for k, v in auxes.items()}
         skipped = 1 - good.astype(jnp.int32)
         return new, {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
@@ -255,7 +272,9 @@ class JaxBackend:
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value
             axes = (None,) * lead + ("batch",) + (None,) * (value.ndim - lead - 1)
-            placed[key] = jax.device_put(value, NamedSharding(self.devices, partition_spec(self.layout.spec(axes))))
+            placed[key] = jax.device_put(
+                value, NamedSharding(self.devices, partition_spec(self.layout.spec(axes)))
+            )
         return placed
 
     # ---- what it holds and runs on
@@ -269,7 +288,7 @@ class JaxBackend:
                     bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
                     yield LocalBox(
                         name=name, role=role, offset=tuple(b[0] for b in bounds), shape=shard.data.shape,
-                        fetch=lambda data=shard.data: np.array(data),
+                        fetch=functools.partial(np.array, shard.data),
                     )  # fmt: skip
         count = state["opt"].count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
@@ -285,7 +304,21 @@ class JaxBackend:
         return {**found, **({"peak": max(peaks)} if peaks else {})}
 
     def graphs(self) -> int:
-        return sum(f._cache_size() for f in (self._steps, self._evals, self._predicts, self._gradients_of))
+        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of]
+        return sum(f._cache_size() for f in jitted)
+
+    @property
+    def process(self) -> int:
+        return jax.process_index()
+
+    @property
+    def processes(self) -> int:
+        return jax.process_count()
+
+    def agree(self, value: int) -> int:
+        if self.processes == 1:
+            return value
+        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
@@ -309,7 +342,9 @@ class JaxBackend:
         return jax.tree.map(np.asarray, jax.jit(lambda a: fn(cls._bare(context), *a))(args))
 
     @classmethod
-    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
+    def differentiate(
+        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
+    ) -> tuple[Any, tuple]:
         args = jax.tree.map(jnp.asarray, args)
         floating = tuple(i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating))
         run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._bare(context), *a), argnums=floating))
@@ -336,7 +371,9 @@ def _is_max(path: Any) -> bool:
 def _join(a: Any, b: Any) -> Any:
     """Accumulate two microbatches: sums, but for the maxima of auxes."""
     grads = jax.tree.map(jnp.add, a[0], b[0])
-    auxes = jax.tree_util.tree_map_with_path(lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3])
+    auxes = jax.tree_util.tree_map_with_path(
+        lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3]
+    )
     return grads, a[1] + b[1], a[2] + b[2], auxes, jax.tree.map(jnp.add, a[4], b[4])
 
 

@@ -72,11 +72,14 @@ def _cut_all(n: int, *arrays: Any) -> tuple:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any) -> tuple[Any, Any]:
+def _cross_entropy(
+    options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any
+) -> tuple[Any, Any]:
     n = options[-1]
     if n == 1:
         loss_B = _chunk(options, x_BSE, table_VE, targets_BS, mask_BS, False)
     else:
+
         def body(loss_B: Any, cut: Any) -> Any:
             x, targets, mask = cut
             return loss_B + _chunk(options, x, table_VE, targets, mask, False), None
@@ -91,6 +94,7 @@ def _forward(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS
     if n == 1:
         loss_B, dx, dtable = _chunk(options, x_BSE, table_VE, targets_BS, mask_BS, True)
     else:
+
         def body(so_far: Any, cut: Any) -> Any:
             x, targets, mask = cut
             loss_B, dx, dtable = _chunk(options, x, table_VE, targets, mask, True)

@@ -33,7 +33,9 @@ def native_class(portable: type[Module]) -> type:
     })  # fmt: skip
 
 
-def lower(definition: Definition, array: Callable[[str, str], Any]) -> tuple[nnx.Module, dict[tuple, tuple[str, str]]]:
+def lower(
+    definition: Definition, array: Callable[[str, str], Any]
+) -> tuple[nnx.Module, dict[tuple, tuple[str, str]]]:
     """The native module, its arrays from `array(role, name)`, and for every nnx path the (role, name) found there.
 
     A tied parameter is one nnx.Param under several paths, all of which the map has.
@@ -53,7 +55,7 @@ def lower(definition: Definition, array: Callable[[str, str], Any]) -> tuple[nnx
         if isinstance(value, Module):
             attributes = {n: convert(v, (*at, n)) for n, v in vars(value).items()}
             if id(value) not in made:
-                made[id(value)] = native_class(type(value))(attributes)
+                made[id(value)] = native_class(type(value))(attributes)  # type: ignore[arg-type]  # a class is hashable
             return made[id(value)]
         if isinstance(value, (list, tuple)) and _holds(value):
             return nnx.List([convert(v, (*at, i)) for i, v in enumerate(value)])
@@ -68,5 +70,3 @@ def _holds(value: Any) -> bool:
     """Whether a container has anything native in it."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return any(isinstance(v, (Param, State, Module)) or _holds(v) for v in items)
-
-

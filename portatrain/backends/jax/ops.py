@@ -22,6 +22,10 @@ from portatrain.ops import Aux, Loss, check_aux
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
 
 
+SMALL_TABLES = 1 << 20
+"""Elements of the embedding tables, one a sample, up to which `JaxOps.embed` sums their gradient in two steps."""
+
+
 def plain(x: Any) -> Any:
     """The array of an nnx.Variable; anything else as it is."""
     return x.get_value() if isinstance(x, nnx.Variable) else x
@@ -50,7 +54,7 @@ class JaxOps:
     @property
     def _precision(self) -> Any:
         # An accelerator would otherwise round float32 operands to bfloat16 or TF32.
-        return None
+        return jax.lax.Precision.HIGHEST if self.compute == jnp.float32 else None
 
     # ---- parameters and contractions
 
@@ -68,7 +72,14 @@ class JaxOps:
         )
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
-        return jnp.take(self.weight(table_VE), ids, axis=0, mode="clip")
+        table = self.weight(table_VE)
+        b, (v, e) = ids.shape[0], table.shape
+        if ids.ndim < 2 or b * v * e > SMALL_TABLES:
+            return jnp.take(table, ids, axis=0, mode="clip")
+        # One table a sample, so that the gradient is summed within samples first: in a small vocabulary some ids come
+        # so often that adding them one after another would show in float32.
+        rows = jnp.arange(b).reshape(b, *(1,) * (ids.ndim - 1))
+        return jnp.broadcast_to(table, (b, v, e)).at[rows, ids].get(mode="clip")
 
     # ---- normalisation, position, attention
 

@@ -44,7 +44,9 @@ def transformation(
                 slots.setdefault(slot, {})[name] = jnp.zeros(what.shape, what.dtype)
         return RuleState(jnp.zeros((), jnp.int32), slots)
 
-    def update(grads: Mapping[str, Any], state: RuleState, params: Any = None, *, scale: Any, **_: Any) -> Any:
+    def update(
+        grads: Mapping[str, Any], state: RuleState, params: Any = None, *, scale: Any, **_: Any
+    ) -> Any:
         count = state.count + 1
         deltas, slots = {}, {slot: dict(named) for slot, named in state.slots.items()}
         for name, grad in grads.items():
