@@ -10,8 +10,10 @@ Names: `params/<name>`, `state/<name>`, `ema/<name>`, `opt/<slot>/<name>`, `opt/
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -32,10 +34,14 @@ from checkpoints_format import (
     commit,
 )
 from checkpoints_format import Layout as FormatLayout
+from checkpoints_format.packs import receipt_name
 from portatrain.backends.base import Backend, Program
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.state import COUNT, slot_tensors
+
+RECEIPTS_WITHIN_S = 600.0
+"""How long the committing process waits for the others to have written."""
 
 Read = Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]
 
@@ -110,10 +116,16 @@ def reads(reader: Reader) -> Read:
 
 
 class Checkpoints:
-    """The folder `checkpoints/step-NNNNNNNN` of a run, one process writing. A second save waits for the first."""
+    """The folder `checkpoints/step-NNNNNNNN` of a run. A second save waits for the first.
 
-    def __init__(self, folder: Path, *, keep: int = 2, save_name: str = "a1") -> None:
+    Every process writes its own boxes; `process` 0 commits when the receipts of all are there.
+    """
+
+    def __init__(
+        self, folder: Path, *, keep: int = 2, save_name: str = "a1", process: int = 0, processes: int = 1
+    ) -> None:
         self.folder, self.keep, self.save_name = folder, keep, save_name
+        self.process, self.processes = process, processes
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -133,22 +145,39 @@ class Checkpoints:
         Raises UserError if the save before this one failed; what was committed earlier stands.
         """
         self.wait()
-        layout = format_layout(backend.program)
+        layout = dataclasses.replace(format_layout(backend.program), writers=self.processes)
         held = snapshot(backend, state)
         self._thread = threading.Thread(
             target=self._write, args=(step, layout, held, dict(meta)), name="portatrain-checkpoint"
         )
         self._thread.start()
 
-    def _write(self, step: int, layout: FormatLayout, held: Mapping[str, Any], meta: Mapping[str, Any]) -> None:
+    def _write(
+        self, step: int, layout: FormatLayout, held: Mapping[str, Any], meta: Mapping[str, Any]
+    ) -> None:
         try:
             sources = {name: _source(boxes) for name, boxes in held.items()}
             with LocalStore(self.path(step), create=True) as store:
-                Writer(store, layout, save=self.save_name).write(sources)
+                Writer(store, layout, save=self.save_name, writer=self.process).write(sources)
+                if self.process:
+                    return
+                self._await_receipts(store)
                 commit(store, layout, save=self.save_name, meta=meta)
             self._sweep(step)
         except BaseException as error:
             self._error = error
+
+    def _await_receipts(self, store: LocalStore) -> None:
+        """Until every process has written. In the file system, as a collective here could meet one of the step's."""
+        deadline_s = time.monotonic() + RECEIPTS_WITHIN_S
+        for writer in range(self.processes):
+            while store.size(receipt_name(self.save_name, writer)) is None:
+                if time.monotonic() > deadline_s:
+                    raise UserError(
+                        f"checkpoint in {self.folder}", expected=f"the receipt of process {writer}",
+                        got=f"none within {RECEIPTS_WITHIN_S:.0f} s", do="All processes must see one run directory.",
+                    )  # fmt: skip
+                time.sleep(0.01)
 
     def _sweep(self, newest: int) -> None:
         """Remove all but the last `keep` checkpoints that are committed. Nothing is removed before this one stands."""
@@ -169,6 +198,10 @@ class Checkpoints:
             raise error
 
     # ---- going on
+
+    def at(self, step: int) -> Reader:
+        """The checkpoint of `step`, which another process has found and verified."""
+        return Reader(LocalStore(self.path(step)))
 
     def newest(self, report: Callable[[str], None]) -> tuple[int, Reader] | None:
         """The newest committed checkpoint of which every byte verifies; None where nothing was ever committed.

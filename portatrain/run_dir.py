@@ -221,6 +221,28 @@ class Attempt:
         self.close()
 
 
+class Follower:
+    """An attempt that another process of the run has begun: the same number, and nothing is written."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Nothing."""
+
+    def write(self, name: str, data: object) -> None:
+        """Nothing."""
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """``RunDir.curve`` of rows that have been read: attempt number -> its rows."""
     curve: list[dict[str, Any]] = []

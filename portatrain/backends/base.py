@@ -108,6 +108,10 @@ class Backend(Protocol):
     program: Program
     asynchronous: bool
     """Whether `step` returns before the step is done."""
+    process: int
+    """This process's number among those that carry the program out together; 0 writes what a run leaves."""
+    processes: int
+    """How many there are. All of them call every verb together, with the same arguments."""
 
     def __init__(self, program: Program) -> None: ...
 
@@ -123,7 +127,9 @@ class Backend(Protocol):
         """A state whose every box comes from `read(role, name, offset, shape)`."""
         ...
 
-    def step(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> tuple[Any, StepResult]:
+    def step(
+        self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> tuple[Any, StepResult]:
         """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
         ...
 
@@ -152,6 +158,10 @@ class Backend(Protocol):
         """How many graphs have been compiled for this program so far."""
         ...
 
+    def agree(self, value: int) -> int:
+        """The largest `value` of all processes, once all have come here."""
+        ...
+
     def describe_device(self) -> dict[str, Any]:
         """What it runs on: 'device' (a name), 'devices' (a count), 'framework' (name and version)."""
         ...
@@ -162,7 +172,9 @@ class Backend(Protocol):
         ...
 
     @classmethod
-    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
+    def differentiate(
+        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
+    ) -> tuple[Any, tuple]:
         """(value, gradients with respect to every floating array of `args`) of a scalar `fn(ops, *args)`."""
         ...
 
@@ -201,7 +213,10 @@ def default_backend() -> str:
         if name in _entry_points() and not missing(name):
             return name
     raise UserError(
-        "backend", expected="jax or torch to be installed", got="neither", do="Install one: pip install 'portatrain[jax]'"
+        "backend",
+        expected="jax or torch to be installed",
+        got="neither",
+        do="Install one: pip install 'portatrain[jax]'",
     )
 
 

@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--stop-at", metavar="STEP", type=int, help="save after this step and leave with exit code 85"
     )
     parser.add_argument(
-        "--accept-drift", metavar="REASON", help="go on although the continuity check fails; recorded with REASON"
+        "--accept-drift",
+        metavar="REASON",
+        help="go on although the continuity check fails; recorded with REASON",
     )
     parser.add_argument(
         "--track",
@@ -64,17 +66,30 @@ def train(args: argparse.Namespace) -> int:
             do="Leave it out to train to the end.",
         )
     _check_mesh(args.mesh, args.devices)
+    args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
+    if (n := _processes_wanted(backend, args)) is not None:
+        from portatrain.processes import run_processes
+        from portatrain.run_dir import RunDir
+        from portatrain.trainer import make_program
+
+        make_program(
+            recipe, mesh=args.mesh or f"fsdp={n}"
+        )  # what does not go together, before any of them starts
+        RunDir(Path(args.run_dir)).check(recipe)
+        return run_processes(n, "portatrain.commands.train:train", vars(args))
 
     from portatrain.metrics import Sink
     from portatrain.metrics.console import ConsoleSink
     from portatrain.metrics.trackers import TRACKERS
+    from portatrain.processes import rank
     from portatrain.run_dir import RunDir
 
     for name in args.track:
         if name not in TRACKERS:
             raise choice("--track", name, TRACKERS)
     run_dir = RunDir(Path(args.run_dir))
-    run_dir.check(recipe)
+    if rank() == 0:  # the one that writes there
+        run_dir.check(recipe)
     sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
 
     from portatrain.trainer import train as train_recipe
@@ -89,6 +104,28 @@ def train(args: argparse.Namespace) -> int:
         accept_drift=args.accept_drift,
         sinks=sinks,
     )
+
+
+PROCESS_A_DEVICE = ("torch",)
+"""Backends of which every device has a process of its own."""
+
+
+def _processes_there(backend: str, mesh: str | None) -> int | None:
+    """Under torchrun, without --mesh or --devices: a device for every process that was started."""
+    from portatrain.processes import world_size
+
+    return world_size() if backend in PROCESS_A_DEVICE and mesh is None else None
+
+
+def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
+    """How many processes to start for this command; None where this process is one of them, or all that it takes."""
+    from portatrain.layout import Mesh
+    from portatrain.processes import world_size
+
+    if backend not in PROCESS_A_DEVICE or world_size() is not None:
+        return None
+    n = Mesh.parse(args.mesh).devices if args.mesh is not None else args.devices or 1
+    return n if n > 1 else None
 
 
 def _check_mesh(mesh: str | None, devices: int | None) -> None:

@@ -5,6 +5,7 @@ Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,26 +17,26 @@ def visible(
     s: int,
     t: int,
     device: torch.device,
-    *,
     causal: bool,
     window: int | None,
-    segment_ids: Tensor | tuple[Tensor, Tensor] | None,
-    positions: tuple[Tensor, Tensor] | None,
+    segment_q: Tensor | None,
+    segment_k: Tensor | None,
+    at_q: Tensor | None,
+    at_k: Tensor | None,
 ) -> Tensor | None:
     """A boolean mask that broadcasts to (B, S, T), True where a query sees a key; None where it sees all."""
     mask = None
     if causal or window is not None:
-        if positions is None:
-            positions = (torch.arange(s, device=device), torch.arange(t, device=device))
-        behind = positions[0][..., :, None] - positions[1][..., None, :]
+        if at_q is None or at_k is None:
+            at_q, at_k = torch.arange(s, device=device), torch.arange(t, device=device)
+        behind = at_q[..., :, None] - at_k[..., None, :]
         if causal:
             mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         elif window is not None:
             mask = behind.abs() < window
         mask = mask if mask is None or mask.ndim == 3 else mask[None]
-    if segment_ids is not None:
-        of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
-        same = of_q[:, :, None] == of_k[:, None, :]
+    if segment_q is not None and segment_k is not None:
+        same = segment_q[:, :, None] == segment_k[:, None, :]
         mask = same if mask is None else mask & same
     return mask
 
@@ -51,39 +52,43 @@ def attention(
     positions: tuple[Tensor, Tensor] | None = None,
     softcap: float | None = None,
     scale: float | None = None,
-    masks: dict[Any, Any] | None = None,
+    kept: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """See `portatrain.ops.Ops.attention`. `masks` keeps the mask for further calls with the same tensors."""
+    """See `portatrain.ops.Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
     s, h, d = q_BSHD.shape[1:]
     t, kv_heads = k_BTKD.shape[1:3]
     scale = d**-0.5 if scale is None else scale
-    rule: dict[str, Any] = {
-        "causal": causal, "window": window, "segment_ids": segment_ids, "positions": positions,
-    }  # fmt: skip
+    kept = kept or (lambda what, of, make: make(*of))
     in_place = causal and window is None and segment_ids is None and positions is None and s == t
-    mask = None if in_place else _kept(masks, s, t, q_BSHD.device, rule)
+    # Pairs are laid flat: it is the tensors in them that stay the same from layer to layer.
+    rule = (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions))
     if softcap is not None:
-        if in_place:
-            mask = visible(s, t, q_BSHD.device, **rule)
-        return _written_out(q_BSHD, k_BTKD, v_BTKD, mask, softcap, scale)
+        return _written_out(q_BSHD, k_BTKD, v_BTKD, kept("visible", rule, visible), softcap, scale)
+    # The kernels want numbers to add, and would otherwise make them from a boolean mask in every layer.
+    bias = None if in_place else kept("bias", (*rule, q_BSHD.dtype), _bias)
     q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=None if mask is None else mask[:, None], is_causal=in_place, scale=scale,
-        enable_gqa=h != kv_heads,
-    )  # fmt: skip
-    if positions is not None and mask is not None:
+        q, k, v, attn_mask=bias, is_causal=in_place, scale=scale, enable_gqa=h != kv_heads
+    )
+    if positions is not None and bias is not None:
         # Only with free positions may a query see nothing: in place, it sees itself at least.
+        mask = kept("visible", rule, visible)
         out = torch.where(mask.any(-1)[:, None, :, None], out, 0.0)
     return out.transpose(1, 2)
 
 
-def _kept(masks: dict[Any, Any] | None, s: int, t: int, device: torch.device, rule: dict[str, Any]) -> Tensor | None:
-    if masks is None:
-        return visible(s, t, device, **rule)
-    key = (s, t, *(tuple(map(id, v)) if isinstance(v, tuple) else v if isinstance(v, int) else id(v) for v in rule.values()))
-    if key not in masks:
-        masks[key] = (visible(s, t, device, **rule), rule)  # the rule holds the tensors: their ids stay theirs
-    return masks[key][0]
+def _pair(given: Any) -> tuple[Any, Any]:
+    """(for queries, for keys)."""
+    return given if isinstance(given, tuple) else (given, given)
+
+
+def _bias(*rule_and_dtype: Any) -> Tensor | None:
+    """(B, 1, S, T): 0 where a query sees a key, else -inf; None where it sees all."""
+    *rule, dtype = rule_and_dtype
+    mask = visible(*rule)
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
 
 
 def _written_out(

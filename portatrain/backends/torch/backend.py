@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +15,10 @@ from portatrain import hashing
 from portatrain.after_step import needs_after_step, run_after_step
 from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
 from portatrain.backends.torch.devices import device_name, pick_device
-from portatrain.backends.torch.losses import chunk_loss
+from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.ops import Static, TorchOps, run_block
-from portatrain.backends.torch.optimizer import RuleOptimizer
+from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.ops import Aux, Loss
@@ -42,25 +43,36 @@ class TorchBackend:
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch"
+    asynchronous = False  # a step ends in one wait for the device: is it finite?
+    ops: Any = TorchOps
+    process, processes = 0, 1
+
+    def __new__(cls, program: Program) -> TorchBackend:
+        if cls is TorchBackend and program.layout.mesh.devices > 1:
+            from portatrain.backends.torch.distributed import MeshBackend
+
+            return super().__new__(MeshBackend)
+        return super().__new__(cls)
 
     def __init__(self, program: Program) -> None:
-        if program.layout.mesh.devices > 1:
-            raise UserError(
-                f"mesh {program.layout.mesh}", expected="a mesh of one device on the torch backend", got="a larger one",
-                do="Use --backend jax for this mesh.",
-            )  # fmt: skip
         self.program, self.definition = program, program.definition
-        self.device = pick_device()
+        self.device = self._device()
         self.compiles = program.compile if program.compile is not None else self.device.type == "cuda"
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self._run_block: Callable[..., Any] = run_block
-        self._chunk: Callable[..., Any] = chunk_loss
+        self._losses: tuple[Callable[..., Any], Callable[..., Any]] = (token_losses, chunk_loss)
         if self.compiles:
-            self._run_block = torch.compile(run_block, fullgraph=True, dynamic=False, backend=self._counted)
-            self._chunk = torch.compile(chunk_loss, fullgraph=True, dynamic=False, backend=self._counted)
+            compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
+            self._run_block, self._losses = (
+                compiled(run_block),
+                (compiled(token_losses), compiled(chunk_loss)),
+            )
         if self.device.type == "cuda" and program.precision == "fp32":
             torch.backends.cuda.matmul.allow_tf32 = False
+
+    def _device(self) -> torch.device:
+        return pick_device()
 
     def _counted(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -69,51 +81,70 @@ class TorchBackend:
         return compile_fx(graph, inputs)
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
-        static = Static(training, COMPUTE[self.program.precision], self.program.remat, self.program.layout)
+        static = Static(
+            training, COMPUTE[self.program.precision], self.program.remat, self.program.layout, self.ops
+        )
         sample = batch.get("sample")
-        return TorchOps(
+        return self.ops(
             static, *_words(self.program.seed, step, self.device),
             sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
-            run_block=self._run_block, chunk=self._chunk, masks={},
+            run_block=self._run_block, losses=self._losses, kept={},
         )  # fmt: skip
 
     # ---- states
 
-    def _build(self, draw: Callable[[TensorInfo, str, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int) -> Any:
+    def _build(
+        self, draw: Callable[[TensorInfo, str, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int
+    ) -> Any:
         """A state whose every piece comes from draw(logical tensor, role, offset, shape)."""
 
         def piece(info: TensorInfo, role: str, index: tuple[int, ...]) -> Tensor:
-            inner = info.shape[len(index) :]
-            offset = (*index, *(0 for _ in inner))
-            array = draw(info, role, offset, (*(1 for _ in index), *inner)).reshape(inner)
+            at, inner = self._part(info, role)
+            array = draw(info, role, (*index, *at), (*(1 for _ in index), *inner)).reshape(inner)
             return torch.from_numpy(np.array(array)).to(self.device)
 
         infos = self.definition.tensors
-        module, pieces = lower(self.definition, lambda role, name, index: piece(infos[role, name], role, index))
+        state = self._lowered(lambda role, name, index: piece(infos[role, name], role, index))
+        optimizer = state.optimizer
+        if count:
+            optimizer.set_count(count)
+        for i, p in enumerate(state.pieces):
+            if p.tensor in optimizer.infos:
+                for slot, info in slot_tensors(
+                    self.program.optimizer, self.definition.params[p.name]
+                ).items():
+                    optimizer.state[p.tensor][optimizer.slot(p.tensor, slot)].copy_(
+                        piece(info, info.role, p.index)
+                    )
+            if p.role == "params" and p.name in self.program.ema:
+                state.ema[i] = piece(infos["params", p.name], "ema", p.index)
+        return state
+
+    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offset, shape) of what this process holds of one layer of a logical tensor."""
+        inner = info.shape[info.stack_dims :]
+        return (0,) * len(inner), inner
+
+    def _lowered(self, value: Callable[[str, str, tuple[int, ...]], Tensor]) -> TorchState:
+        """The module with the parts `value(role, name, index)`, and an optimizer whose slots are zero."""
+        module, pieces = lower(self.definition, value)
         for p in pieces:
             if p.role == "params":
                 p.tensor.requires_grad_(p.name in self.program.trainable)
         trained = [p for p in pieces if p.role == "params" and p.name in self.program.trainable]
         optimizer = RuleOptimizer(self.program.optimizer, trained, self.definition.params, self.program.decay)
-        if count:
-            optimizer.set_count(count)
-        for p in trained:
-            for slot, info in slot_tensors(self.program.optimizer, self.definition.params[p.name]).items():
-                optimizer.state[p.tensor][optimizer.slot(p.tensor, slot)].copy_(piece(info, info.role, p.index))
-        ema = {
-            i: piece(infos["params", p.name], "ema", p.index)
-            for i, p in enumerate(pieces)
-            if p.role == "params" and p.name in self.program.ema
-        }
-        return TorchState(module, pieces, optimizer, ema)
+        return TorchState(module, pieces, optimizer, {})
 
     def init_state(self) -> TorchState:
-        return self._build(lambda info, role, offset, shape: initial_box(info, self.program.seed, offset, shape), 0)
+        return self._build(
+            lambda info, role, offset, shape: initial_box(info, self.program.seed, offset, shape), 0
+        )
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> TorchState:
         return self._build(
-            lambda info, role, offset, shape: read(role, info.name, offset, shape), int(read(COUNT, "", (), ()))
+            lambda info, role, offset, shape: read(role, info.name, offset, shape),
+            int(read(COUNT, "", (), ())),
         )
 
     def lower(self) -> nn.Module:
@@ -121,12 +152,15 @@ class TorchBackend:
 
     # ---- the step
 
-    def _forward(self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool) -> tuple[Loss, TorchOps]:
+    def _forward(
+        self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool
+    ) -> tuple[Loss, TorchOps]:
         ops = self._ops(batch, step, training)
         loss = state.module(ops, batch)
         if not isinstance(loss, Loss):
             raise UserError(
-                type(self.definition.model).__name__, expected="a model that returns ops.cross_entropy(...) or ops.loss(...)",
+                type(self.definition.model).__name__,
+                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
                 got=type(loss).__name__, do="Return a portatrain.ops.Loss from __call__(ops, batch).",
             )  # fmt: skip
         return loss, ops
@@ -135,26 +169,50 @@ class TorchBackend:
         """Leaves the gradients of the mean loss in `.grad`; (loss, weight, aux sums, tallies)."""
         state.optimizer.zero_grad(set_to_none=True)
         n = next(iter(batch.values())).shape[0]
-        total = weight = torch.zeros((), device=self.device)
+        mean: Any = 0.0
+        weight: Any = 0.0
         auxes: dict[str, dict[str, Tensor]] = {}
         tallies: dict[str, Tensor] = {}
         for i in range(n):
+            self._begin(state, last=i == n - 1)
             loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True)
             objective = loss.sum
             for aux in ops.auxes.values():
                 if aux.loss:
                     objective = objective + aux.loss * (aux.value_B * loss.weight_B).sum()
-            total, weight = total + objective.detach(), weight + loss.weight_B.sum()
+            mine = loss.weight_B.sum()
             # With one microbatch the weight is known before the backward pass, which then scales for free.
-            (objective / weight if n == 1 else objective).backward()
+            objective = objective / self._over_rows(mine) if n == 1 else objective
+            objective.backward()
+            mean, weight = (
+                (objective.detach(), mine) if n == 1 else (mean + objective.detach(), weight + mine)
+            )
             with torch.no_grad():
                 for key, found in ops.auxes.items():
                     auxes[key] = _join_aux(auxes.get(key), found)
             for key, value in ops.tallies.items():
                 tallies[key] = tallies[key] + value if key in tallies else value
+        mean, weight, auxes = self._reduced(state, mean, weight, auxes)
         if n > 1:
             torch._foreach_mul_(self._grads(state), 1.0 / weight)
-        return total / weight, weight, auxes, tallies
+            mean = mean / weight
+        return mean, weight, auxes, tallies
+
+    def _begin(self, state: TorchState, *, last: bool) -> None:
+        """Before every microbatch of a step."""
+
+    def _over_rows(self, x: Tensor) -> Tensor:
+        """A sum over this process's rows as one over the rows of the microbatch."""
+        return x
+
+    def _reduced(
+        self, state: TorchState, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]
+    ) -> tuple[Any, ...]:
+        """Sums over this process's rows as sums over the batch; the gradients of its parts are in `.grad` after it."""
+        return loss, weight, auxes
+
+    def _norm(self, state: TorchState) -> Tensor:
+        return total_norm(self._grads(state))
 
     def _grads(self, state: TorchState) -> list[Tensor]:
         grads = []
@@ -164,19 +222,20 @@ class TorchBackend:
             grads.append(p.grad)
         return grads
 
-    def step(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> tuple[TorchState, StepResult]:
+    def step(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> tuple[TorchState, StepResult]:
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         grads = self._grads(state)
-        norm = torch.nn.utils.get_total_norm(grads)
-        clip = self.program.clip_norm
+        norm = self._norm(state)
         # One wait for the device a step: a step that is not finite must change nothing.
-        good, factor = torch.stack([
-            torch.isfinite(loss) & torch.isfinite(norm),
-            clip / torch.clamp_min(norm, clip) if clip is not None else torch.ones_like(norm),
-        ]).tolist()  # fmt: skip
+        loss_there, norm_there = torch.stack([loss, norm]).tolist()
+        good = math.isfinite(loss_there) and math.isfinite(norm_there)
         if good:
-            if factor != 1.0:
-                torch._foreach_mul_(grads, factor)
+            clip = self.program.clip_norm
+            if clip is not None and norm_there > clip:
+                # A quotient of float32 numbers rounded from float64 is the correctly rounded float32 one.
+                torch._foreach_mul_(grads, clip / norm_there)
             state.optimizer.step(scale=scale)
             self._after(state, step, tallies)
         return state, StepResult(
@@ -190,7 +249,9 @@ class TorchBackend:
         if self.definition.states and (tallies or self._after_step):
             states = self._states(state)
             states = {n: s + tallies[n] if n in tallies else s for n, s in states.items()}
-            states = run_after_step(self.definition, states, self._ops({}, step, True), torch.stack)
+            states = run_after_step(
+                self.definition, states, self._ops_after(step), lambda xs: torch.stack(list(xs))
+            )
             for p in state.pieces:
                 if p.role == "state":
                     p.tensor.copy_(states[p.name][p.index] if p.index else states[p.name])
@@ -199,6 +260,9 @@ class TorchBackend:
             for i, average in state.ema.items():
                 average.lerp_(state.pieces[i].tensor, 1 - decay)
 
+    def _ops_after(self, step: int) -> TorchOps:
+        return self._ops({}, step, True)
+
     def _states(self, state: TorchState) -> dict[str, Tensor]:
         """The model's States as logical tensors."""
         parts: dict[str, list[Tensor]] = {}
@@ -206,12 +270,19 @@ class TorchBackend:
             if p.role == "state":
                 parts.setdefault(p.name, []).append(p.tensor)
         infos = self.definition.states
-        return {n: torch.stack(ts).reshape(infos[n].shape) if infos[n].stack_dims else ts[0] for n, ts in parts.items()}
+        return {
+            n: torch.stack(ts).reshape(infos[n].shape) if infos[n].stack_dims else ts[0]
+            for n, ts in parts.items()
+        }
 
-    def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
+    def gradients(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
+    ) -> tuple[float, Arrays]:
         loss, *_ = self._accumulate(state, batch, step)
         self._grads(state)
-        found = {n: np.zeros(self.definition.params[n].shape, np.float32) for n in sorted(self.program.trainable)}
+        found = {
+            n: np.zeros(self.definition.params[n].shape, np.float32) for n in sorted(self.program.trainable)
+        }
         for p in state.pieces:
             if p.role == "params" and p.tensor.grad is not None:
                 found[p.name][p.index] = p.tensor.grad.cpu().numpy()
@@ -224,12 +295,19 @@ class TorchBackend:
     def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         loss, ops = self._forward(state, self._put(batch), 0, False)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
-        return {k: v.cpu().numpy() for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()}
+        return {
+            k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()
+        }
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         there = self._put(batch)
-        return state.module.predict(self._ops(there, 0, False), there).float().cpu().numpy()
+        predict: Any = state.module.predict
+        return self._fetch(predict(self._ops(there, 0, False), there).float())
+
+    def _fetch(self, x_B: Tensor) -> np.ndarray:
+        """Values by sample, on the host."""
+        return x_B.cpu().numpy()
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {
@@ -241,13 +319,14 @@ class TorchBackend:
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         for i, p in enumerate(state.pieces):
-            yield _box(p.name, p.role, p.index, p.tensor)
+            info = self.definition.tensors[p.role, p.name]
+            yield _box(p.role, info, p.index, p.tensor, self._part(info, p.role)[0])
             if i in state.ema:
-                yield _box(p.name, "ema", p.index, state.ema[i])
-            if p.role == "params" and p.tensor in state.optimizer.infos:
-                for slot in slot_tensors(self.program.optimizer, self.definition.params[p.name]):
+                yield _box("ema", info, p.index, state.ema[i], self._part(info, "ema")[0])
+            if p.tensor in state.optimizer.infos:
+                for slot, what in slot_tensors(self.program.optimizer, info).items():
                     held = state.optimizer.state[p.tensor][state.optimizer.slot(p.tensor, slot)]
-                    yield _box(p.name, f"opt/{slot}", p.index, held)
+                    yield _box(what.role, info, p.index, held, self._part(what, what.role)[0])
         count = state.optimizer.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
@@ -264,6 +343,9 @@ class TorchBackend:
     def graphs(self) -> int:
         return self._graphs
 
+    def agree(self, value: int) -> int:
+        return value
+
     def describe_device(self) -> dict[str, Any]:
         return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}
 
@@ -275,7 +357,7 @@ class TorchBackend:
         return TorchOps(
             Static(context.training, COMPUTE[context.precision]),
             *_words(context.seed, context.step, torch.device("cpu")),
-            sample=torch.from_numpy(sample_words(sample)), layer=torch.zeros((), dtype=torch.int32), masks={},
+            sample=torch.from_numpy(sample_words(sample)), layer=torch.zeros((), dtype=torch.int32), kept={},
         )  # fmt: skip
 
     @classmethod
@@ -285,13 +367,16 @@ class TorchBackend:
             return tree_map(lambda t: t.numpy(), fn(cls._bare(context), *args))
 
     @classmethod
-    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
+    def differentiate(
+        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
+    ) -> tuple[Any, tuple]:
         args = tree_map(lambda a: torch.from_numpy(np.array(a)), args)
         floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
         value = fn(cls._bare(context), *args)
         grads = torch.autograd.grad(value, floating, allow_unused=True)
         return value.detach().numpy(), tuple(
-            np.zeros(t.shape, np.float32) if g is None else g.numpy() for g, t in zip(grads, floating, strict=True)
+            np.zeros(t.shape, np.float32) if g is None else g.numpy()
+            for g, t in zip(grads, floating, strict=True)
         )
 
 
@@ -302,11 +387,13 @@ def _words(seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-def _box(name: str, role: str, index: tuple[int, ...], tensor: Tensor) -> LocalBox:
+def _box(
+    role: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor, at: tuple[int, ...]
+) -> LocalBox:
     lead = (1,) * len(index)
     return LocalBox(
-        name=name, role=role, offset=(*index, *(0,) * tensor.ndim), shape=(*lead, *tensor.shape),
-        fetch=lambda: tensor.detach().cpu().numpy().copy().reshape(*lead, *tensor.shape),
+        name=info.name, role=role, offset=(*index, *at), shape=(*lead, *tensor.shape),
+        fetch=lambda: tensor.detach().cpu().numpy().copy().reshape((*lead, *tensor.shape)),
     )  # fmt: skip
 
 

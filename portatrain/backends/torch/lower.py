@@ -55,7 +55,7 @@ def lower(
     def module(value: Module, index: tuple[int, ...]) -> nn.Module:
         if (id(value), index) in made:
             return made[id(value), index]
-        kind = native_class(type(value))
+        kind: Any = native_class(type(value))  # type: ignore[arg-type]  # a class is hashable
         native = kind.__new__(kind)
         if isinstance(value, Stack):
             nn.ModuleList.__init__(native, [module(value.block, (*index, i)) for i in range(value.n)])

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from portatrain import hashing
 from portatrain.backends.torch.attention import attention
-from portatrain.backends.torch.losses import cross_entropy
+from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
+from portatrain.backends.torch.norms import rms_norm
 from portatrain.layout import Layout
 from portatrain.ops import Aux, Loss, check_aux
 from torch import Tensor
@@ -29,14 +30,16 @@ class Static:
     compute: torch.dtype = torch.float32
     remat: str = "none"
     layout: Layout | None = None
+    ops: Any = None
+    """The class of operations, TorchOps unless a mesh wants another."""
 
 
 @dataclasses.dataclass
 class TorchOps:
     """See `portatrain.ops.Ops`. `auxes` and `tallies` collect what the model records.
 
-    `run_block` runs one layer of a Stack (compiled, where the backend compiles); `chunk` likewise one chunk of
-    cross-entropy. `masks` keeps attention masks for the layers that follow.
+    `run_block` runs one layer of a Stack (compiled, where the backend compiles), `losses` all logits or one chunk of
+    them. `kept` holds what one layer makes and the others need too: masks, rotation tables.
     """
 
     static: Static
@@ -45,10 +48,10 @@ class TorchOps:
     sample: Tensor
     layer: Tensor
     run_block: Callable[..., Any] | None = None
-    chunk: Callable[..., Any] | None = None
+    losses: tuple[Callable[..., Any], Callable[..., Any]] = (token_losses, chunk_loss)
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    masks: dict[Any, Any] | None = None
+    kept: dict[Any, Any] | None = None
 
     @property
     def training(self) -> bool:
@@ -76,29 +79,50 @@ class TorchOps:
     # ---- normalisation, position, attention
 
     def rms_norm(self, x: Tensor, scale: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-        x32 = x.float()
-        y = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
-        return (y if scale is None else y * self.weight(scale).float()).to(x.dtype)
+        return rms_norm(x, None if scale is None else self.weight(scale), eps)
 
     def layer_norm(
         self, x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6
     ) -> Tensor:
         scale = None if scale is None else self.weight(scale).float()
         bias = None if bias is None else self.weight(bias).float()
-        return F.layer_norm(x.float(), x.shape[-1:], scale, bias, eps).to(x.dtype)
+        if x.device.type != "cpu":
+            return F.layer_norm(x.float(), x.shape[-1:], scale, bias, eps).to(x.dtype)
+        # On a CPU the fused kernel adds the gradients of scale and bias row after row (2.13: off by 3e-6 of their scale
+        # over 1024 rows); outside it they are ordinary sums, which torch adds in pairs.
+        y = F.layer_norm(x.float(), x.shape[-1:], None, None, eps)
+        y = y if scale is None else y * scale
+        return (y if bias is None else y + bias).to(x.dtype)
 
-    def rope_table(self, positions: Tensor, head_dim: int, *, theta: float = 10000.0) -> tuple[Tensor, Tensor]:
+    def rope_table(
+        self, positions: Tensor, head_dim: int, *, theta: float = 10000.0
+    ) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
         angles = positions.float()[..., None] * (theta**-exponents).float()
         return angles.cos(), angles.sin()
 
     def rope(self, x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-        cos, sin = (t[..., None, :] for t in table)  # (S, 1, D/2) or (B, S, 1, D/2): broadcast over heads
-        x1, x2 = x_BSHD.float().chunk(2, dim=-1)
-        return torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1).to(x_BSHD.dtype)
+        x = x_BSHD.float()
+        if torch.compiler.is_compiling():  # which fuses it, and turns a roll into slow indexing
+            cos, sin = (t[..., None, :] for t in table)  # (S, 1, D/2) or (B, S, 1, D/2): broadcast over heads
+            x1, x2 = x.chunk(2, dim=-1)
+            y = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
+        else:
+            cos, sin = self._kept("rope", table, _whole_table)
+            y = torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        return y.to(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
-        return attention(q_BSHD, k_BTKD, v_BTKD, masks=self.masks, **options)
+        return attention(q_BSHD, k_BTKD, v_BTKD, kept=self._kept, **options)
+
+    def _kept(self, what: str, of: tuple[Any, ...], make: Callable[..., Any]) -> Any:
+        """make(*of), or what it gave an earlier layer for the same tensors and values."""
+        if self.kept is None:
+            return make(*of)
+        key = (what, *(id(v) if isinstance(v, Tensor) else v for v in of))
+        if key not in self.kept:
+            self.kept[key] = (make(*of), of)  # holding the tensors keeps their ids theirs
+        return self.kept[key][0]
 
     # ---- elementwise and shape
 
@@ -173,8 +197,9 @@ class TorchOps:
 
     def cross_entropy(self, x: Tensor, table_VE: Tensor, targets: Tensor, *, mask: Tensor | None = None,
                       z_loss: float = 0.0, softcap: float | None = None) -> Loss:  # fmt: skip
+        whole, chunk = self.losses
         total, loss_B, weight_B = cross_entropy(
-            x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, chunk=self.chunk
+            x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, whole=whole, chunk=chunk
         )
         return Loss(total, weight_B, loss_B)
 
@@ -193,12 +218,19 @@ class TorchOps:
         run = self.run_block or run_block
         if self.static.remat == "block" and self.training and torch.is_grad_enabled():
             run = functools.partial(_rematerialised, run)
-        base = self.layer * stack.n
+        layers = (
+            self.layer * stack.n + torch.arange(stack.n, dtype=torch.int32, device=self.step.device)
+        ).unbind()
+        # A compiled block cannot keep anything: it makes masks and tables anew, fused into what uses them.
+        kept = self.kept if self.run_block in (None, run_block) else None
         outs, tallies = [], []
         for index, block in enumerate(stack):
             extra = () if per_layer is None else (tree_map(lambda a, i=index: a[i], per_layer),)
-            context = (self.step, self.seed_2, self.sample, base + index)
-            carry, out, auxes, tally = run(block, self.static, context, carry, (*shared, *extra))
+            context = (self.step, self.seed_2, self.sample, layers[index])
+            # Where FSDP2 holds the block, the call goes through its hooks.
+            hooked = getattr(block, "run_layer", None)
+            call = functools.partial(run, block) if hooked is None else functools.partial(hooked, run)
+            carry, out, auxes, tally = call(self.static, context, carry, (*shared, *extra), kept)
             for key, (value_B, count, reduce, loss) in auxes.items():
                 self._record(key, Aux(value_B, count, reduce, loss))
             outs.append(out)
@@ -227,10 +259,14 @@ class TorchOps:
             self.tallies[full] = self.tallies[full] + value if full in self.tallies else value
 
 
-def run_block(block: Any, static: Static, context: tuple, carry: Any, args: tuple) -> tuple[Any, Any, dict, dict]:
+def run_block(
+    block: Any, static: Static, context: tuple, carry: Any, args: tuple, kept: dict[Any, Any] | None
+) -> tuple[Any, Any, dict, dict]:
     """One layer: (carry, out, auxes as plain tuples, tallies). Pure, so it can be compiled and recomputed."""
-    ops = TorchOps(static, *context, masks=None if torch.compiler.is_compiling() else {})
-    carry, out = block(ops, carry, *args)
+    make: Callable[..., TorchOps] = static.ops or TorchOps
+    ops = make(static, *context, kept=kept)
+    # Not the module's own call: hooks (FSDP2's) are around all of this, not inside what is compiled.
+    carry, out = block.forward(ops, carry, *args)
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
 
 
@@ -239,6 +275,11 @@ def _rematerialised(run: Callable[..., Any], *args: Any) -> Any:
 
     # Dropout is a hash, not a generator: there is no random state to keep.
     return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _whole_table(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 1, D) of cos and of sin with the sign of its half, so that a rotation is x cos + roll(x, D/2) sin."""
+    return torch.cat([cos, cos], dim=-1)[..., None, :], torch.cat([-sin, sin], dim=-1)[..., None, :]
 
 
 def _stacked(outs: list[Any]) -> Any:
@@ -270,7 +311,9 @@ def _as_matmul(x: Tensor, w: Tensor, contracted: int, transposed: bool) -> Tenso
     if contracted > 1:
         x = x.flatten(-contracted)
     free = w.shape[:-contracted] if transposed else w.shape[contracted:]
+    if not free:
+        return x @ w.flatten()
     if w.ndim > 2:
         w = w.reshape(-1, x.shape[-1]) if transposed else w.reshape(x.shape[-1], -1)
-    y = x @ (w.mT if transposed else w) if w.ndim == 2 else x @ w
+    y = x @ (w.mT if transposed else w)
     return y.unflatten(-1, free) if len(free) > 1 else y

@@ -1,0 +1,201 @@
+"""This process's place in the mesh: its coordinates, the process groups, the device meshes of DTensor and FSDP2.
+
+Ranks count row-major over `MESH_AXES`, as `Mesh.coordinates` does. Three views of the same processes:
+
+- rows: the axes that split the batch (replica, fsdp, expert). Activations are plain tensors over them.
+- values: context and tensor, those of them that are larger than 1. Activations are DTensors over them.
+- params: replicas x fsdp x tensor, for FSDP2. `replicas` is replica and context together: over both, a parameter is
+  whole and its gradient is a sum of what each process found.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from portatrain.errors import UserError
+from portatrain.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+TIMEOUT_S = 600
+"""How long a collective waits for a process that does not come."""
+
+REPLICAS = ("replica", "context")
+"""Mesh axes over which FSDP2 holds copies of its shards."""
+
+
+def check_processes(mesh: Mesh, processes: int | None) -> None:
+    """Raise UserError unless `processes`, those that there are, are as many as the mesh has devices."""
+    if processes is None:
+        raise UserError(
+            f"mesh {mesh} on the torch backend", expected=f"{mesh.devices} processes, one a device", got="one process",
+            do=f"Start it with `portatrain train ... --devices {mesh.devices}` on one machine, or with torchrun.",
+        )  # fmt: skip
+    if processes != mesh.devices:
+        raise UserError(
+            f"mesh {mesh} on the torch backend", expected=f"{mesh.devices} processes, one a device", got=str(processes),
+            do=f"Use a mesh of {processes} devices, such as fsdp={processes}, or start {mesh.devices} processes.",
+        )  # fmt: skip
+
+
+def join(mesh: Mesh) -> torch.device:
+    """Join the process group that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as
+    torchrun and `portatrain train --devices` set them), unless this process has; the device of this process.
+
+    NCCL carries CUDA tensors, gloo those on the CPU. Raises UserError before it waits for anybody.
+    """
+    if dist.is_initialized():
+        check_processes(mesh, dist.get_world_size())
+    else:
+        there = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+        check_processes(mesh, int(there) if there is not None else None)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        if local >= torch.cuda.device_count():
+            raise UserError(
+                f"mesh {mesh}", expected="a GPU for every process of this machine",
+                got=f"{torch.cuda.device_count()} for process {local}", do="Start fewer processes on it.",
+            )  # fmt: skip
+        torch.cuda.set_device(local)
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
+            device_id=device if cuda else None,
+        )  # fmt: skip
+        atexit.register(leave)
+    return device
+
+
+def leave() -> None:
+    """Take the process group down, if there is one."""
+    _groups_of.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The process groups of a mesh. They hold threads and connections: made once for all programs on it."""
+
+    params: DeviceMesh
+    values: DeviceMesh | None
+    lines: dict[tuple[str, ...], dist.ProcessGroup | None]
+
+
+@functools.cache
+def _groups_of(mesh: Mesh, device_type: str) -> _Groups:
+    sizes = mesh.sizes
+    ranks = torch.arange(mesh.devices).view(tuple(sizes.values()))
+    r, f, e, c, t = sizes.values()
+    by_params = ranks.permute(0, 3, 2, 1, 4).reshape(r * c * e, f, t)
+    params = DeviceMesh(device_type, by_params, mesh_dim_names=("replicas", "fsdp", "tensor"))
+    names = tuple(a for a in ("context", "tensor") if sizes[a] > 1)
+    values = None
+    if names:
+        kept = ranks.view(r * f * e, *(sizes[a] for a in names))
+        values = DeviceMesh(device_type, kept, mesh_dim_names=("rows", *names))[names]
+    return _Groups(params, values, {})
+
+
+class World:
+    """The processes of one program. Collectives must be called by all of them in the same order."""
+
+    def __init__(self, layout: Layout, device: torch.device) -> None:
+        self.layout, self.mesh, self.device = layout, layout.mesh, device
+        self.rank = dist.get_rank()
+        self.at = self.mesh.coordinates(self.rank)
+        groups = _groups_of(self.mesh, device.type)
+        self.params, self.values, self._lines = groups.params, groups.values, groups.lines
+        self.row_blocks = self.mesh.over(BATCH_MESH_AXES)
+        """How many parts a microbatch is cut into."""
+        self.row_block = self._index(BATCH_MESH_AXES)
+        """Which of them is this process's."""
+
+    def _index(self, axes: Sequence[str]) -> int:
+        index = 0
+        for axis in axes:
+            index = index * self.mesh.sizes[axis] + self.at[axis]
+        return index
+
+    @property
+    def data_parallel(self) -> DeviceMesh | None:
+        """FSDP2's mesh: fsdp, or replicas x fsdp; None where there is nothing to shard or to reduce."""
+        replicas, fsdp, _ = self.params.shape
+        if replicas > 1:
+            return self.params["replicas", "fsdp"]
+        return self.params["fsdp"] if fsdp > 1 else None
+
+    def group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
+        """The processes that differ from this one along `axes` alone; None where that is only itself."""
+        wanted = tuple(a for a in MESH_AXES if a in axes and self.mesh.sizes[a] > 1)
+        if wanted not in self._lines:
+            self._lines[wanted] = self._new_group(wanted)
+        return self._lines[wanted]
+
+    def _new_group(self, axes: tuple[str, ...]) -> dist.ProcessGroup | None:
+        if not axes:
+            return None
+        if self.mesh.over(axes) == self.mesh.devices:
+            return dist.group.WORLD
+        mine = None
+        others = [a for a in MESH_AXES if a not in axes]
+        for fixed in itertools.product(*(range(self.mesh.sizes[a]) for a in others)):
+            at = dict(zip(others, fixed, strict=True))
+            moved = itertools.product(*(range(self.mesh.sizes[a]) for a in axes))
+            ranks = [self._rank({**at, **dict(zip(axes, m, strict=True))}) for m in moved]
+            made = dist.new_group(ranks)  # every process makes every group
+            if self.rank in ranks:
+                mine = made
+        return mine
+
+    def _rank(self, at: dict[str, int]) -> int:
+        rank = 0
+        for axis in MESH_AXES:
+            rank = rank * self.mesh.sizes[axis] + at[axis]
+        return rank
+
+    # ---- collectives without gradient
+
+    def all_reduce(self, x: Tensor, axes: Sequence[str] = MESH_AXES, op: Any = dist.ReduceOp.SUM) -> Tensor:
+        """x, reduced in place over `axes`; all processes of a line get the same bits."""
+        group = self.group(axes)
+        if group is not None:
+            dist.all_reduce(x, op=op, group=group)
+        return x
+
+    def gather(self, x: Tensor, axes: Sequence[str], dim: int) -> Tensor:
+        """The parts along `axes` (major first) joined along `dim`."""
+        for axis in reversed(axes):
+            group = self.group((axis,))
+            if group is not None:
+                parts = [torch.empty_like(x) for _ in range(self.mesh.sizes[axis])]
+                dist.all_gather(parts, x.contiguous(), group=group)
+                x = torch.cat(parts, dim=dim)
+        return x
+
+    def gather_tensor(self, x: Tensor, spec: Sequence[Sequence[str]]) -> Tensor:
+        """The logical tensor of which `x` is this process's box under `spec`."""
+        for dim, axes in enumerate(spec):
+            x = self.gather(x, axes, dim)
+        return x
+
+    def first(self, axes: Sequence[str]) -> bool:
+        """Whether this process is the first along every one of `axes`: of equal copies, the one that counts."""
+        return all(self.at[a] == 0 for a in axes)
+
+    def my_rows(self, rows: int) -> slice:
+        """This process's part of `rows` samples."""
+        mine = math.ceil(rows / self.row_blocks)
+        return slice(self.row_block * mine, (self.row_block + 1) * mine)

@@ -1,0 +1,298 @@
+"""A lowered module cut over the mesh: tensor parallel DTensors first, FSDP2 over them, then weights drawn box by box.
+
+The module is made on the meta device, so that no process ever holds a whole tensor. Rule, per parameter: over the
+mesh axes of its params spec that its compute spec has too (tensor), it stays cut while computing; over those that it
+has not (fsdp), FSDP2 gathers it for each block; a parameter without an fsdp axis is whole on every rank of it, and its
+gradient is summed by `Sharded.reduce`. After the backward pass all is arithmetic on this process's plain tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from portatrain.backends.base import Program
+from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.mesh import REPLICAS, World
+from portatrain.errors import UserError
+from portatrain.layout import Layout, Spec
+from portatrain.module import Stack, TensorInfo
+from portatrain.ops import Loss
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.utils import _pytree
+
+# It warns of in-place operations on what a block returns; nothing here is in place.
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+
+# FSDP2 puts its hooks on the tensors that it finds in a module's output.
+_pytree.register_pytree_node(
+    Loss, lambda loss: ([loss.sum, loss.weight_B, loss.loss_B], None), lambda leaves, _: Loss(*leaves)
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a layer's part of a parameter is cut: `shape` without the axes of Stacks, and for each dimension the mesh
+    axes that split it, major first."""
+
+    shape: tuple[int, ...]
+    spec: Spec
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(a for dim in self.spec for a in dim)
+
+    def dim(self, mesh_axis: str) -> int | None:
+        """The dimension that `mesh_axis` splits."""
+        return next((i for i, axes in enumerate(self.spec) if mesh_axis in axes), None)
+
+
+def cut_of(layout: Layout, info: TensorInfo) -> Cut:
+    """The cut of the parameter `info`; UserError for what FSDP2 over tensor parallelism cannot hold."""
+    sizes = layout.mesh.sizes
+
+    def real(spec: Spec) -> Spec:
+        return tuple(tuple(a for a in dim if sizes[a] > 1) for dim in spec)
+
+    held, used = real(layout.tensor_spec(info)), real(layout.tensor_spec(info, role="compute"))
+    for axis, mine, computing in zip(info.axes, held, used, strict=True):
+        fits = mine[: len(computing)] == computing and mine[len(computing) :] in ((), ("fsdp",))
+        if not fits or computing not in ((), ("tensor",)):
+            raise UserError(
+                f"layout of {info.name}, axis {axis!r}, on the torch backend",
+                expected="parameters cut over tensor as while computing, then over fsdp",
+                got=f"params over {mine or 'nothing'}, compute over {computing or 'nothing'}",
+                do="Map the axis to 'tensor', to 'fsdp' or to ('tensor', 'fsdp') in params; or use --backend jax.",
+            )
+    n = info.stack_dims
+    if any(held[:n]):
+        raise UserError(
+            f"layout of {info.name} on the torch backend", expected="the axis of a Stack not to be cut",
+            got=f"{info.axes[:n]} over {held[:n]}", do="It holds one module a layer: map another axis.",
+        )  # fmt: skip
+    return Cut(info.shape[n:], held[n:])
+
+
+def check_layout(layout: Layout, params: dict[str, TensorInfo]) -> None:
+    """Raise UserError for what the torch backend cannot do with this layout."""
+    if layout.mesh.expert > 1:
+        raise UserError(
+            f"mesh {layout.mesh} on the torch backend", expected="no expert axis", got=f"expert={layout.mesh.expert}",
+            do="Use fsdp in its place, or --backend jax.",
+        )  # fmt: skip
+    if layout.state is not None and layout.state != layout.params:
+        raise UserError(
+            "layout on the torch backend", expected="optimizer state laid out as the parameters", got="a state mapping",
+            do="Leave the state mapping out; on the jax backend it may differ.",
+        )  # fmt: skip
+    for info in params.values():
+        cut_of(layout, info)
+
+
+@dataclass
+class Trained:
+    """A trained parameter of the module and this process's part of it, a plain tensor that shares its memory.
+
+    owner, attribute: where the module holds it. summed_over: the mesh axes over which its gradient, as the backward
+    pass leaves it, is still to be summed. copies_over: those along which equal copies of the part lie.
+    """
+
+    local: Tensor
+    owner: nn.Module
+    attribute: str
+    summed_over: tuple[str, ...]
+    copies_over: tuple[str, ...]
+
+    @property
+    def param(self) -> nn.Parameter:
+        return getattr(self.owner, self.attribute)
+
+
+@dataclass
+class Sharded:
+    """What `shard_module` makes. pieces: as `lower` gives them, with this process's plain tensors."""
+
+    module: nn.Module
+    pieces: list[Piece]
+    trained: list[Trained]
+    world: World
+
+    def zero_grad(self) -> None:
+        for t in self.trained:
+            t.param.grad = t.local.grad = None
+
+    def sync(self, *, last: bool) -> None:
+        """Told before every microbatch: shards are reduced each time, replicas after the last only."""
+        if isinstance(self.module, FSDPModule):
+            self.module.set_requires_all_reduce(last)
+            self.module.set_is_last_backward(last)
+
+    def collect(self) -> None:
+        """Leave every gradient, summed over the mesh, in the `.grad` of this process's parts."""
+        waiting: dict[tuple[str, ...], list[Tensor]] = {}
+        for t in self.trained:
+            grad = t.param.grad
+            if grad is None:  # the loss does not depend on it
+                t.local.grad = torch.zeros_like(t.local)
+                continue
+            # Autograd lays a gradient out as its parameter; inside a DTensor nobody does, and fused rules rely on it.
+            t.local.grad = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().contiguous()
+            if t.summed_over:
+                waiting.setdefault(t.summed_over, []).append(t.local.grad)
+        for axes in sorted(waiting):
+            self.reduce(waiting[axes], axes)
+
+    def reduce(self, grads: list[Tensor], axes: tuple[str, ...]) -> None:
+        """Sum `grads` in place over `axes`, in one collective."""
+        if self.world.group(axes) is None:
+            return
+        flat = self.world.all_reduce(torch.cat([g.flatten() for g in grads]), axes)
+        for grad, part in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(part.view_as(grad))
+
+    def norm(self) -> Tensor:
+        """() the 2-norm of the gradients of all logical tensors, each element counted once."""
+        mine = [
+            g for t in self.trained if self.world.first(t.copies_over) and (g := t.local.grad) is not None
+        ]
+        square = torch.zeros((), device=self.world.device)
+        if mine:
+            square = torch.stack(torch._foreach_norm(mine)).square().sum()
+        return self.world.all_reduce(square).sqrt()
+
+
+def shard_module(
+    program: Program,
+    world: World,
+    value: Callable[[str, str, tuple[int, ...]], Tensor],
+    compute: torch.dtype,
+) -> Sharded:
+    """The module of `program`, cut over `world`. `value(role, name, index)` is this process's part of a tensor."""
+    definition = program.definition
+    cuts = {name: cut_of(world.layout, info) for name, info in definition.params.items()}
+
+    def make(role: str, name: str, index: tuple[int, ...]) -> Tensor:
+        return value(role, name, index) if role == "state" else _on_meta(world, cuts[name])
+
+    module, pieces = lower(definition, make)
+    module.requires_grad_(False)
+    names = {id(p.tensor): p.name for p in pieces if p.role == "params"}
+    held: dict[int, list[tuple[nn.Module, str]]] = {}
+    for owner in module.modules():
+        for attribute, param in owner._parameters.items():
+            held.setdefault(id(param), []).append((owner, attribute))
+    for p in pieces:
+        if p.role == "params":
+            p.tensor.requires_grad_(p.name in program.trainable)
+    _apply_fsdp(module, world, cuts, names, compute)
+    new: list[Piece] = []
+    trained: list[Trained] = []
+    for p in pieces:
+        if p.role == "state":
+            new.append(p)
+            continue
+        places = held[id(p.tensor)]
+        local = value(p.role, p.name, p.index)
+        _place(places, local)
+        new.append(dataclasses.replace(p, tensor=local))
+        if p.name in program.trainable:
+            axes = cuts[p.name].axes
+            over = () if _managed(world, cuts[p.name]) else (*REPLICAS, "fsdp")
+            over = over if "tensor" in axes else (*over, "tensor")
+            copies = tuple(a for a, n in world.mesh.sizes.items() if n > 1 and a not in axes)
+            trained.append(
+                Trained(local, *places[0], tuple(a for a in over if world.mesh.sizes[a] > 1), copies)
+            )
+    return Sharded(module, new, trained, world)
+
+
+def _on_meta(world: World, cut: Cut) -> Tensor:
+    """A parameter as it computes, without memory: a DTensor over tensor where there is such an axis."""
+    dim = cut.dim("tensor")
+    tensor = world.mesh.tensor
+    shape = [n // tensor if d == dim else n for d, n in enumerate(cut.shape)]
+    local = torch.empty(shape, device="meta")
+    if tensor == 1:
+        return local
+    whole = torch.empty(cut.shape, device="meta")
+    return DTensor.from_local(
+        local, world.params["tensor"], [Replicate() if dim is None else Shard(dim)], run_check=False,
+        shape=whole.shape, stride=whole.stride(),
+    )  # fmt: skip
+
+
+def _managed(world: World, cut: Cut) -> bool:
+    """Whether FSDP2 holds the parameter: those that the layout does not cut over fsdp, and scalars, stay whole."""
+    return (
+        world.data_parallel is not None and cut.shape != () and (world.mesh.fsdp == 1 or "fsdp" in cut.axes)
+    )
+
+
+def _apply_fsdp(
+    module: nn.Module, world: World, cuts: dict[str, Cut], names: dict[int, str], compute: torch.dtype
+) -> None:
+    """fully_shard on every block of every Stack, innermost first, and on the root."""
+    mesh = world.data_parallel
+    if mesh is None:
+        return
+
+    def placement(param: nn.Parameter) -> Shard:
+        return Shard(cuts[names[id(param)]].dim("fsdp") or 0)
+
+    def whole(part: nn.Module) -> set[nn.Parameter]:
+        return {p for p in part.parameters() if id(p) in names and not _managed(world, cuts[names[id(p)]])}
+
+    def shard(part: nn.Module, *, root: bool) -> None:
+        low = compute if compute != torch.float32 else None
+        policy = MixedPrecisionPolicy(
+            param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
+        )
+        fully_shard(
+            part, mesh=mesh, reshard_after_forward=not root, shard_placement_fn=placement, mp_policy=policy,
+            ignored_params=whole(part),
+        )  # fmt: skip
+
+    for stack in reversed(list(module.modules())):
+        if isinstance(stack, Stack):
+            for block in stack.children():
+                shard(block, root=False)
+                block.run_layer = functools.partial(_run_layer, block)  # type: ignore[assignment]
+                register_fsdp_forward_method(block, "run_layer")
+    shard(module, root=True)
+    if hasattr(module, "predict"):
+        register_fsdp_forward_method(module, "predict")
+    assert isinstance(module, FSDPModule)
+    # A loss is a sum over the whole batch, divided once by its weight: gradients are summed, never averaged.
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)
+
+
+def _run_layer(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
+    """`run(block, ...)` between FSDP2's hooks: they gather the block's parameters, and see all that comes out."""
+    return run(block, *args)
+
+
+def _place(places: Sequence[tuple[nn.Module, str]], local: Tensor) -> None:
+    """Give a parameter of the module its memory, in all the places that hold it."""
+    owner, attribute = places[0]
+    old = getattr(owner, attribute)
+    data: Any = local
+    if isinstance(old, DTensor):
+        placements: Sequence[Placement] = old.placements
+        data = DTensor.from_local(
+            local, old.device_mesh, placements, run_check=False, shape=old.shape, stride=old.stride()
+        )
+        if data._local_tensor.data_ptr() != local.data_ptr():
+            raise RuntimeError("a DTensor did not take its local tensor as it is")
+    param = nn.Parameter(data, requires_grad=old.requires_grad)
+    for owner, attribute in places:
+        setattr(owner, attribute, param)

@@ -1,0 +1,69 @@
+"""Optimizer rules on a mesh: on this process's parts where a rule is elementwise, else on the whole layer's tensor.
+
+A rule that reduces over a tensor (Muon's Newton-Schulz, Adafactor's means) sees it whole: gradient, parameter and
+slots are gathered over the mesh axes that cut them, one tensor at a time, and every process keeps its part of what
+comes back. That moves each such tensor once a step and needs memory for one of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from portatrain.backends.torch.lower import Piece
+from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.optimizer import RuleOptimizer
+from portatrain.layout import Spec
+from portatrain.module import TensorInfo
+from portatrain.optim import SGD, AdamW, Lion, Rule
+from portatrain.state import slot_tensors
+from torch import Tensor
+
+ELEMENTWISE = (AdamW, Lion, SGD)
+"""Rules whose update of an element depends on that element alone; others are taken to reduce."""
+
+
+class ShardedOptimizer(RuleOptimizer):
+    """A `RuleOptimizer` over parts. The tensors of `pieces` are this process's boxes under the layout of `world`."""
+
+    def __init__(
+        self,
+        rule: Rule,
+        pieces: Sequence[Piece],
+        infos: dict[str, TensorInfo],
+        decay: frozenset[str],
+        world: World,
+    ) -> None:
+        self.world = world
+        self.stacked = {p.tensor: infos[p.name] for p in pieces}
+        super().__init__(rule, pieces, infos, decay)
+
+    def box(self, info: TensorInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offset, shape) of this process's part of one layer of the logical tensor `info`."""
+        offset, shape = self.world.layout.box(info, self.world.at)
+        return offset[info.stack_dims :], shape[info.stack_dims :]
+
+    def _spec(self, info: TensorInfo) -> Spec:
+        return self.world.layout.tensor_spec(info)[info.stack_dims :]
+
+    def _slots(self, tensor: Tensor) -> dict[str, TensorInfo]:
+        return slot_tensors(self.rule, self.stacked[tensor])
+
+    def slot_shape(self, tensor: Tensor, slot: str) -> tuple[int, ...]:
+        return self.box(self._slots(tensor)[slot])[1]
+
+    def updated(self, rule: Rule, tensor: Tensor, slots: dict[str, Tensor], **options: Any) -> Any:
+        if isinstance(rule, ELEMENTWISE):
+            return super().updated(rule, tensor, slots, **options)
+        stacked, slot_infos, world = self.stacked[tensor], self._slots(tensor), self.world
+        whole = {n: world.gather_tensor(slots[n], self._spec(i)) for n, i in slot_infos.items()}
+        delta, new = rule.update(
+            options.pop("xp"), info=self.infos[tensor][0], slots=whole,
+            grad=world.gather_tensor(options.pop("grad"), self._spec(stacked)),
+            param=world.gather_tensor(tensor, self._spec(stacked)), **options,
+        )  # fmt: skip
+        return self._mine(delta, stacked), {n: self._mine(v, slot_infos[n]) for n, v in new.items()}
+
+    def _mine(self, whole: Tensor, info: TensorInfo) -> Tensor:
+        offset, shape = self.box(info)
+        return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]

@@ -1,0 +1,86 @@
+"""What the torch backend refuses, before it waits for anybody or allocates anything; one paragraph with a way out."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from portatrain.backends.torch import TorchBackend
+from portatrain.backends.torch.mesh import check_processes
+from portatrain.backends.torch.parallel import Cut, cut_of
+from portatrain.errors import UserError
+from portatrain.layout import COMPUTE, PARAMS, Layout, Mesh
+from portatrain.module import describe
+from tests.distributed.cases import CASES
+
+LM = CASES["lm"]
+
+
+def test_one_process_on_a_mesh_of_more() -> None:
+    with pytest.raises(UserError, match=r"2 processes, one a device, got one process.*--devices 2.*torchrun"):
+        TorchBackend(LM.program("fsdp=2"))
+
+
+@pytest.mark.parametrize(("world", "mesh"), [("3", "fsdp=2"), ("2", "fsdp=2,tensor=2")])
+def test_a_mesh_unequal_to_the_processes(world: str, mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", world)
+    with pytest.raises(UserError, match=f"got {world}.*fsdp={world}"):
+        TorchBackend(LM.program(mesh))
+
+
+def test_as_many_processes_as_devices() -> None:
+    check_processes(Mesh.parse("fsdp=2,tensor=2"), 4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "said"),
+    [
+        ("fsdp=3", r"axis 'embed'.*nearest sizes that work are 30 or 33"),
+        ("tensor=3", "axis '(heads|vocab|mlp|kv_heads)'"),
+        ("context=3", "axis 'seq'.*nearest sizes"),
+        ("replica=32", "axis 'batch'"),
+        ("expert=2", "an 'experts' axis"),
+    ],
+)
+def test_sizes_that_do_not_divide(mesh: str, said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        LM.program(mesh)
+
+
+def _with(params: dict[str, object] | None = None, state: dict[str, object] | None = None, case: str = "lm",
+          mesh: str = "fsdp=2,tensor=2") -> None:  # fmt: skip
+    program = CASES[case].program(mesh)
+    layout = dataclasses.replace(program.layout, params={**COMPUTE, **PARAMS, **(params or {})}, state=state)
+    TorchBackend(dataclasses.replace(program, layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("params", "said"),
+    [
+        ({"mlp": ("fsdp", "tensor"), "embed": ()}, r"axis 'mlp'.*'fsdp', 'tensor'.*\('tensor', 'fsdp'\)"),
+        ({"heads": ()}, "axis 'heads'"),
+        ({"layers": "fsdp", "embed": ()}, "the axis of a Stack"),
+    ],
+)
+def test_layouts_that_fsdp2_cannot_hold(params: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        _with(params)
+
+
+def test_optimizer_state_that_lies_elsewhere() -> None:
+    with pytest.raises(UserError, match="optimizer state laid out as the parameters"):
+        _with(state={**COMPUTE})
+
+
+def test_experts_over_processes() -> None:
+    with pytest.raises(UserError, match=r"no expert axis, got expert=2.*--backend jax"):
+        _with(case="routed", mesh="expert=2")
+
+
+def test_tensor_is_major_to_fsdp_on_one_dimension() -> None:
+    info = describe(LM.model.build()).params["blocks/mlp/up"]
+    params = {**COMPUTE, "mlp": ("tensor", "fsdp")}
+    layout = Layout(mesh=Mesh(fsdp=2, tensor=2), params=params)
+    assert cut_of(layout, info) == Cut((32, 64), ((), ("tensor", "fsdp")))

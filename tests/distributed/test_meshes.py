@@ -1,0 +1,300 @@
+"""The torch backend on meshes of gloo processes against one process: gradients, curves, all state, evaluation.
+
+One group of processes runs all cells of its size. A gradient's scale is the largest magnitude in it.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from portatrain.backends.torch import TorchBackend
+from portatrain.processes import run_processes
+from portatrain.testing import parity
+from tests.distributed.cases import CASES, ROWS, SEQ
+from tests.distributed.measure import Measured, measure
+from tests.distributed.mutants import MUTANTS
+
+PLAIN = ("lm, accumulation, dropout", "vit, accumulation, dropout")
+
+CELLS: dict[int, list[tuple[str, str]]] = {
+    2: [
+        *((mesh, case) for mesh in ("fsdp=2", "replica=2", "tensor=2", "context=2") for case in PLAIN),
+        ("fsdp=2", "lm, a step that is not finite"),
+        ("fsdp=2", "lm, clipping, averages, frozen"),
+        ("fsdp=2", "routed"),
+        ("fsdp=2", "lm, remat"),
+        ("tensor=2", "lm, untied, all options"),
+        ("tensor=2", "routed"),
+        ("context=2", "lm, untied, all options"),
+        ("context=2", "lm, norms of queries and keys"),
+        ("context=2", "nested"),
+        ("fsdp=2", "lm, bf16"),
+    ],
+    4: [
+        *((mesh, PLAIN[0]) for mesh in ("replica=2,fsdp=2", "fsdp=2,tensor=2", "context=2,tensor=2")),
+        ("fsdp=2,tensor=2", PLAIN[1]),
+        ("fsdp=2,context=2", PLAIN[0]),
+        ("fsdp=2,tensor=2", "lm, clipping, averages, frozen"),
+        ("fsdp=2,tensor=2", "lm, tensor and fsdp on one axis"),
+        ("fsdp=2,tensor=2", "lm, Muon"),
+        ("fsdp=2,tensor=2", "lm, Adafactor"),
+    ],
+}
+MESHES = {
+    2: ["fsdp=2", "replica=2", "tensor=2", "context=2"],
+    4: ["fsdp=4", "replica=2,fsdp=2", "replica=2,tensor=2", "replica=2,context=2", "fsdp=2,tensor=2",
+        "fsdp=2,context=2", "context=2,tensor=2", "tensor=4", "context=4"],
+}  # fmt: skip
+
+
+def _applies(mesh: str, case: str) -> bool:
+    if "one axis" in case:  # which two by two divide
+        return "=4" not in mesh
+    if "compiled" in case:  # minutes on a CPU; with tensor or context blocks are not compiled
+        return mesh == "fsdp=2"
+    return not ("tensor" in mesh and "norms of" in case)
+
+
+FULL: dict[int, list[tuple[str, str]]] = {
+    **{n: [(m, c) for m in meshes for c in CASES if _applies(m, c)] for n, meshes in MESHES.items()},
+    8: [
+        (mesh, case)
+        for mesh in ("fsdp=2,context=2,tensor=2", "replica=2,fsdp=2,tensor=2", "fsdp=8")
+        for case in PLAIN
+    ],
+}
+
+# A mutant is seen on one mesh, on a case where it matters.
+SEEN: dict[int, list[tuple[str, str, str]]] = {
+    2: [
+        ("fsdp=2", PLAIN[0], "rows: loss and weight of this process alone"),
+        ("fsdp=2", PLAIN[0], "rows: every process trains on the first rows"),
+        ("fsdp=2", PLAIN[0], "fsdp: gradients averaged"),
+        ("fsdp=2", PLAIN[1], "whole parameters: gradients not summed"),
+        ("replica=2", PLAIN[0], "replicas: gradients not summed"),
+        ("replica=2", PLAIN[0], "replicas: the last microbatch is not told"),
+        ("replica=2", PLAIN[0], "norm: copies counted"),
+        ("context=2", PLAIN[0], "replicas: gradients not summed"),
+        ("context=2", PLAIN[0], "tensor, context: an operand that is whole has a gradient that is not a sum"),
+        ("context=2", PLAIN[0], "dropout: offsets within this process's part"),
+        ("tensor=2", PLAIN[0], "whole parameters: gradients not summed"),
+        ("tensor=2", PLAIN[0], "tensor: logits of this process alone"),
+        ("tensor=2", PLAIN[0], "tensor, context: an operand that is whole has a gradient that is not a sum"),
+        ("tensor=2", PLAIN[0], "norm: copies counted"),
+    ]
+}
+MOVED = [
+    ("lm, clipping, averages, frozen", "fsdp=2,tensor=2", "replica=2,fsdp=2"),
+    ("lm, Adafactor", "context=2,tensor=2", "fsdp=4"),
+]
+
+TRAFFIC = ("fsdp=2", "replica=2", "tensor=2", "context=2")
+
+Found = dict[str, tuple[Any, float]]
+
+
+def _run(n: int, cells: list[tuple[str, str, tuple]], folder: Path) -> Found:
+    out = folder / f"found-{n}"
+    code = run_processes(n, "tests.distributed.worker:main", {"cells": cells, "out": str(out)})
+    assert code == 0
+    found: Found = {}
+    with out.open("rb") as stream:
+        for _ in cells:
+            name, value, seconds = pickle.load(stream)
+            found[name] = (value, seconds)
+    return found
+
+
+def _cells(pairs: list[tuple[str, str]]) -> list[tuple[str, str, tuple]]:
+    return [(f"{mesh}: {case}", "case", (case, mesh, "")) for mesh, case in pairs]
+
+
+@pytest.fixture(scope="session")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
+    """Everything of the fast tests for a world size, run once."""
+    done: dict[int, Found] = {}
+
+    def run(n: int) -> Found:
+        if n not in done:
+            cells = _cells(CELLS[n])
+            cells += [(f"{mesh}: {m}", "case", (case, mesh, m)) for mesh, case, m in SEEN.get(n, [])]
+            cells += [(f"traffic {m}", "traffic", (PLAIN[0], m)) for m in TRAFFIC if n == 2]
+            cells += [(f"{a} to {b}", "moved", (case, a, b)) for case, a, b in MOVED if n == 4]
+            done[n] = _run(n, cells, tmp_path_factory.mktemp("group"))
+        return done[n]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def alone() -> Callable[[str], Measured]:
+    """The same on one process."""
+    done: dict[str, Measured] = {}
+    torch.set_num_threads(1)
+
+    def run(case: str) -> Measured:
+        if case not in done:
+            done[case] = measure(TorchBackend, CASES[case], "")
+        return done[case]
+
+    return run
+
+
+def differences(one: Measured, many: Measured, case: str) -> list[str]:
+    """What of `many` is not what `one` has, within the bounds of `portatrain.testing.parity`."""
+    low = CASES[case].options.get("precision") == "bf16"
+    # bf16: an activation carries 8 bits, and sums of rounded parts differ by a few of its last ones.
+    gradient_bound, loss_bound = (2.0**-5, 2.0**-8) if low else (parity.GRADIENT_BOUND, parity.LOSS_BOUND)
+    failures = []
+
+    def within(what: str, a: Any, b: Any, bound: float, scale: float | None = None) -> None:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if a.shape != b.shape or not np.array_equal(np.isfinite(a), np.isfinite(b)):
+            failures.append(f"{what}: {b} in place of {a}")
+            return
+        good = np.isfinite(a)
+        scale = np.abs(a[good]).max(initial=0.0) if scale is None else scale
+        off = np.abs(a - b)[good].max(initial=0.0) / (scale or 1.0)
+        if not off <= bound:
+            failures.append(f"{what} differs by {off:.2e}, bound {bound:.1e}")
+
+    assert one.gradients.keys() == many.gradients.keys()
+    for name, gradient in one.gradients.items():
+        within(f"gradient of {name}", gradient, many.gradients[name], gradient_bound)
+    for step, (a, b) in enumerate(zip(one.losses, many.losses, strict=True), start=1):
+        within(f"loss of step {step}", a, b, loss_bound)
+    within(
+        "gradient norm of step 1",
+        one.norms[0],
+        many.norms[0],
+        gradient_bound if low else parity.GRADIENT_BOUND,
+    )
+    within("weights", one.weights, many.weights, 0.0)
+    if one.skipped != many.skipped:
+        failures.append(f"skipped {many.skipped} in place of {one.skipped}")
+    for step, (a, b) in enumerate(zip(one.aux, many.aux, strict=True), start=1):
+        for name in a:
+            within(f"{name} of step {step}", a[name], b[name], 1e-5)
+    if one.first.keys() != many.first.keys():
+        failures.append(f"tensors {sorted(one.first.keys() ^ many.first.keys())}")
+        return failures
+    for role, name in one.last:
+        if role == "state" or role == "opt/count":
+            within(f"{role} {name}", one.last[role, name], many.last[role, name], 1e-6)
+        elif role == "opt/m" and not low:
+            # Linear in the gradient: its first value is.
+            within(f"{role} {name}", one.first[role, name], many.first[role, name], gradient_bound)
+    evaluated = [("loss_B", 1e-5), ("weight_B", 0.0)]
+    for name, bound in evaluated:
+        within(f"evaluated {name}", one.evaluated[name], many.evaluated[name], 2.0**-5 if low else bound)
+    if one.predicted is not None and not low:
+        # After steps of Adam from gradients that differ in their last bits.
+        within("predictions", one.predicted, many.predicted, 1e-3)
+    return failures
+
+
+def _check(found: Any, alone: Callable[[str], Measured], case: str) -> None:
+    assert isinstance(found, Measured), found
+    failures = differences(alone(case), found, case)
+    assert not failures, "\n".join(failures)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mesh", "case"), [(m, c) for n in CELLS for m, c in CELLS[n]])
+def test_a_mesh_follows_one_process(mesh: str, case: str, group: Any, alone: Any) -> None:
+    n = next(n for n in CELLS if (mesh, case) in CELLS[n])
+    found, seconds = group(n)[f"{mesh}: {case}"]
+    _check(found, alone, case)
+    one = alone(case)
+    worst = max(
+        np.abs(found.gradients[k] - g).max() / (np.abs(g).max() or 1.0) for k, g in one.gradients.items()
+    )
+    loss = np.nanmax(np.abs(np.array(found.losses) / np.array(one.losses) - 1))
+    print(f"{mesh}, {case}: gradient {worst:.1e}, loss {loss:.1e}, {seconds:.1f} s")
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mesh", "case", "mutant"), [s for n in SEEN for s in SEEN[n]])
+def test_a_wrong_reduction_is_seen(mesh: str, case: str, mutant: str, group: Any, alone: Any) -> None:
+    n = next(n for n in SEEN if (mesh, case, mutant) in SEEN[n])
+    found, _ = group(n)[f"{mesh}: {mutant}"]
+    if isinstance(found, Measured):  # else processes came to disagree, which is noticed too
+        assert differences(alone(case), found, case)
+    else:
+        assert "disagree" in found or "different values" in found, found
+
+
+def test_every_mutant_is_tried() -> None:
+    assert {m for n in SEEN for *_, m in SEEN[n]} == set(MUTANTS) - {""}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("case", "start", "end"), MOVED)
+def test_a_state_moves_between_meshes_bit_for_bit(case: str, start: str, end: str, group: Any) -> None:
+    found, _ = group(4)[f"{start} to {end}"]
+    assert found is True, found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mesh", "case"), [("fsdp=2,tensor=2", "lm, Muon"), ("replica=2,fsdp=2", PLAIN[0])])
+def test_a_process_holds_what_the_layout_says(mesh: str, case: str, group: Any) -> None:
+    found, _ = group(4)[f"{mesh}: {case}"]
+    program = CASES[case].program(mesh)
+    at = program.layout.mesh.coordinates(0)
+    boxes = [program.layout.box(t, at)[1] for t in program.definition.params.values()]
+    assert found.bytes["params"] == 4 * sum(int(np.prod(b)) for b in boxes)
+    # AdamW's two slots, Muon's one; torch's own count of steps for each tensor of AdamW's.
+    assert found.bytes["params"] <= found.bytes["opt"] <= 2 * found.bytes["params"] + 4 * 100
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("mesh", TRAFFIC)
+def test_nothing_moves_that_need_not(mesh: str, group: Any) -> None:
+    """Bytes between processes in one step of two microbatches, to the last one."""
+    found, _ = group(2)[f"traffic {mesh}"]
+    assert isinstance(found, dict), found
+    definition = CASES[PLAIN[0]].program(mesh).definition
+    n, layers, e, kv = 2, 2, 32, 2 * 8
+    params = 4 * definition.parameters
+    root = 4 * sum(t.size for t in definition.params.values() if not t.stack_dims)
+    tokens = ROWS // n * SEQ
+    gathered, scattered = sum(found.get("all_gather", [])), sum(found.get("reduce_scatter", []))
+    reduced = sum(found.get("all_reduce", []))
+    scalars = 16  # loss, weight and norm
+    if mesh == "fsdp=2":
+        # All parameters for the forward pass, the blocks' again for the backward pass; gradients once a microbatch.
+        assert (gathered, scattered) == (n * (2 * params - root), n * params)
+        assert reduced <= scalars
+    elif mesh == "replica=2":
+        assert (gathered, scattered) == (0, 0)
+        assert params <= reduced <= params + scalars  # once a step, not once a microbatch
+    elif mesh == "tensor=2":
+        # In and out of attention and MLP of every layer, the embedding and the loss; in both directions.
+        assert gathered == scattered == n * 2 * (2 * layers + 1) * tokens * e * 4
+        assert max(found["all_reduce"]) <= tokens * 2 * 4  # two numbers a token: never logits
+    else:
+        # Keys and values, and who may see whom (a segment id a token), once; gradients of keys and values.
+        pairs = n * layers * 2 * tokens * kv * 4
+        assert scattered == pairs
+        assert pairs <= gathered <= pairs + n * tokens * 4
+        assert params <= reduced <= params + 2 * n * tokens
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("n", FULL)
+def test_all_cells(n: int, alone: Any, tmp_path: Path) -> None:
+    found = _run(n, _cells(FULL[n]), tmp_path)
+    failures = []
+    for mesh, case in FULL[n]:
+        value, _ = found[f"{mesh}: {case}"]
+        wrong = differences(alone(case), value, case) if isinstance(value, Measured) else [value]
+        failures += [f"{mesh}, {case}: {w}" for w in wrong]
+    assert not failures, "\n".join(failures)

@@ -1,0 +1,78 @@
+"""`portatrain train --devices`: one run over processes and meshes has the curve of one process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from portatrain.run_dir import RunDir
+
+SIZES = ["steps=8", "schedule.warmup=2", "batch=16", "accumulation=2", "model.layers=2", "model.embed=32"]
+
+
+def command(run: Path, *more: str) -> list[str]:
+    sizes = [word for size in SIZES for word in ("--set", size)]
+    words = ["tiny-vit", "--backend", "torch", "--run-dir", str(run)]
+    return [sys.executable, "-m", "portatrain.cli", "train", *words, *sizes, *more]
+
+
+def train(run: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(run, *more), capture_output=True, text=True, timeout=200, check=False)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_run_moves_between_meshes_on_one_curve(tmp_path: Path) -> None:
+    alone = train(tmp_path / "one", "--stop-at", "4")
+    assert alone.returncode == 85, alone.stderr
+    many = tmp_path / "many"
+    for stop, mesh in ((2, "fsdp=2"), (4, "fsdp=2,tensor=2")):
+        done = train(many, "--mesh", mesh, "--stop-at", str(stop))
+        assert done.returncode == 85, done.stderr
+        assert "Traceback" not in done.stderr
+    one, two = RunDir(tmp_path / "one").curve(), RunDir(many).curve()
+    assert [r["step"] for r in two] == [r["step"] for r in one] == [1, 2, 3, 4]
+    assert [r["attempt"] for r in two] == [1, 1, 2, 2]
+    for a, b in zip(one, two, strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-6 * a["loss"]
+    (resumed,) = RunDir(many).events("resumed")
+    assert resumed["verdict"] == "continuous"
+
+
+@pytest.mark.timeout(120)
+def test_what_does_not_fit_is_refused_before_a_process_starts(tmp_path: Path) -> None:
+    began_s = time.monotonic()
+    done = train(tmp_path / "run", "--mesh", "fsdp=3")
+    assert done.returncode == 2
+    assert "axis 'batch'" in done.stderr or "axis 'embed'" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+    assert time.monotonic() - began_s < 20  # generous: no framework is imported
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+def test_a_process_that_dies_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [*command(run, "--mesh", "fsdp=2"), "--set", "steps=100000"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True,
+    ) as parent:  # fmt: skip
+        deadline_s = time.monotonic() + 120
+        while not (run / "attempts/1/metrics.jsonl").exists() or not RunDir(run).rows(1, "metrics"):
+            assert parent.poll() is None and time.monotonic() < deadline_s
+            time.sleep(0.2)
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        os.kill(int(children[1]), signal.SIGKILL)
+        began_s = time.monotonic()
+        _, errors = parent.communicate(timeout=60)
+        assert time.monotonic() - began_s < 15
+    assert parent.returncode == 1
+    assert "process 1 of 2 was ended by SIGKILL" in errors
+    assert not any(Path(f"/proc/{c}").exists() for c in children)
