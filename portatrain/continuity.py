@@ -1,9 +1,9 @@
 """Is the run that goes on the run that stopped? A probe at every save, computed again on arrival.
 
-The exact part must be equal: the counts, the hash of the next batch, the next random word, the learning rate of the next
-step, the data's fingerprint. The numeric part is the loss of each of the next samples, without dropout, under the restored
-parameters: within 1e-5 relative in fp32. What it does not see yet: the optimizer's slots (their bytes are checksummed, but
-a wrong one that was written is not noticed here).
+The exact part must be equal: the counts, the hash of the next batch, the next random word, the learning rate of the
+next step, the data's fingerprint. The numeric part is the loss of each of the next samples, without dropout, under the
+restored parameters: within 1e-5 relative in fp32. What it does not see yet: the optimizer's slots (their bytes are
+checksummed, but a wrong one that was written is not noticed here).
 """
 
 from __future__ import annotations

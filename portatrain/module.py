@@ -112,11 +112,17 @@ class State:
         made = _init(init)
         if not isinstance(made, Constant):
             raise UserError(
-                "State", expected="init='zeros', 'ones' or Constant", got=repr(init), do="A State starts as a constant."
+                "State",
+                expected="init='zeros', 'ones' or Constant",
+                got=repr(init),
+                do="A State starts as a constant.",
             )
         if dtype not in ("float32", "int32", "bool"):
             raise UserError(
-                "State", expected="dtype 'float32', 'int32' or 'bool'", got=repr(dtype), do="Use one of those."
+                "State",
+                expected="dtype 'float32', 'int32' or 'bool'",
+                got=repr(dtype),
+                do="Use one of those.",
             )
         self.init, self.dtype = made, dtype
 
@@ -154,7 +160,9 @@ class Stack(Module):
 
     def __init__(self, block: Module, n: int, *, axis: str = "layers") -> None:
         if n < 1:
-            raise UserError("Stack", expected="at least one layer", got=str(n), do="Give a positive number of layers.")
+            raise UserError(
+                "Stack", expected="at least one layer", got=str(n), do="Give a positive number of layers."
+            )
         self.block, self.n, self.axis = block, n, axis
 
     def __call__(self, ops: Any, carry: Any, *shared: Any, per_layer: Any = None) -> Any:

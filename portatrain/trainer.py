@@ -1,7 +1,7 @@
 """The training loop: data in, steps through a backend, metrics out. It knows no framework.
 
-    trainer = Trainer(recipe, run, backend="jax")
-    exit_code = trainer.run()
+trainer = Trainer(recipe, run, backend="jax")
+exit_code = trainer.run()
 """
 
 from __future__ import annotations
@@ -226,7 +226,9 @@ class Trainer:
                     self._record(*pending)
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
-                saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
+                saves = (
+                    recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
+                )
                 if (evaluates or saves) and pending is not None:  # what they follow is on the curve first
                     self._record(*pending)
                     pending = None

@@ -82,7 +82,11 @@ def test_a_corpus_that_will_not_do(
     ],
 )
 def test_what_does_not_go_together(
-    change: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture, unchanged: Callable[[Path], None]
+    change: list[str],
+    says: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    unchanged: Callable[[Path], None],
 ) -> None:
     unchanged(tmp_path)
     options = [f"--set={o}" for o in TINY]
@@ -95,7 +99,9 @@ def test_losses_that_are_not_finite_end_the_run_and_name_the_step(
     backend: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A learning rate that blows up: the steps are skipped and counted, the state stays finite, the run ends."""
-    options = [f"--set={o}" for o in [*TINY, "optimizer.lr=1e30", "optimizer.weight_decay=0.0", "max_skips=2"]]
+    options = [
+        f"--set={o}" for o in [*TINY, "optimizer.lr=1e30", "optimizer.weight_decay=0.0", "max_skips=2"]
+    ]
     assert run("tiny-lm", "--run-dir", str(tmp_path / "run"), f"--backend={backend}", *options) == 2
     found = RunDir(tmp_path / "run")
     skipped = [e["step"] for e in found.events("skipped")]
@@ -105,4 +111,6 @@ def test_losses_that_are_not_finite_end_the_run_and_name_the_step(
     assert [row["step"] for row in found.curve()] == list(range(1, skipped[-1] + 1))
     assert not found.is_done
     rows = (tmp_path / "run/attempts/1/metrics.jsonl").read_text().splitlines()
-    assert all(json.loads(row)["step"] for row in rows)  # not-finite numbers too are on record, as valid lines
+    assert all(
+        json.loads(row)["step"] for row in rows
+    )  # not-finite numbers too are on record, as valid lines

@@ -63,6 +63,7 @@ def test_both_backends_follow_the_same_curve(name: str, rule: str, accumulation:
 
 
 @pytest.mark.full
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_recipes_as_they_are(name: str) -> None:
     verdict = check(small(name, "AdamW", 1, WHOLE))

@@ -45,7 +45,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_a_run_that_moves_stays_on_its_curve(first: str, second: str, tmp_path: Path, undisturbed: list) -> None:
+def test_a_run_that_moves_stays_on_its_curve(
+    first: str, second: str, tmp_path: Path, undisturbed: list
+) -> None:
     run = RunDir(tmp_path / "run")
     assert train(small(), run, backend=first, stop_at=5) == 85
     assert not run.is_done
@@ -101,7 +103,9 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(tmp_path: Path, undisturbed: list) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(
+    tmp_path: Path, undisturbed: list
+) -> None:
     run = RunDir(tmp_path / "run")
     assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
     folder = run.path / "checkpoints"
@@ -158,7 +162,9 @@ def rewritten(run: RunDir, tensor: str | None, meta: dict[str, Any]) -> None:
         (None, {"next_batch": "0" * 64}),
     ],
 )
-def test_a_checkpoint_of_another_run_is_refused_unless_told(tensor: str | None, meta: dict, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_unless_told(
+    tensor: str | None, meta: dict, tmp_path: Path
+) -> None:
     run = RunDir(tmp_path / "run")
     assert train(small(), run, backend="jax", stop_at=4) == 85
     rewritten(run, tensor, meta)
@@ -174,4 +180,10 @@ def test_the_format_holds_every_tensor_of_the_state_once(tmp_path: Path) -> None
     backend = backend_class("torch")(program)
     names = {t.name for t in format_layout(program).tensors}
     assert names == set(snapshot(backend, backend.init_state()))
-    assert {"params/blocks/attn/wq", "opt/m/blocks/attn/wq", "opt/v/embed/table", "ema/embed/table", "opt/count"} <= names
+    assert {
+        "params/blocks/attn/wq",
+        "opt/m/blocks/attn/wq",
+        "opt/v/embed/table",
+        "ema/embed/table",
+        "opt/count",
+    } <= names

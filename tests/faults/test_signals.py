@@ -24,8 +24,20 @@ OPTIONS = [
 
 
 def start(run: Path, *more: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "portatrain.cli", "train", "tiny-lm", "--run-dir", str(run), *OPTIONS, *more]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+    command = [
+        sys.executable,
+        "-m",
+        "portatrain.cli",
+        "train",
+        "tiny-lm",
+        "--run-dir",
+        str(run),
+        *OPTIONS,
+        *more,
+    ]
+    return subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> None:
@@ -40,7 +52,9 @@ def steps(run: Path) -> int:
     return len(RunDir(run).curve()) if (run / "run.json").exists() else 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)]
+)
 def test_a_signal_ends_the_step_saves_and_leaves(number: int, code: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run)

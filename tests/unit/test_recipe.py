@@ -40,7 +40,7 @@ INVALID = [
     ({"frozen": ["a"]}, "frozen", "comma-separated"),
     ({"optimizer": "adamw"}, "optimizer", "Rule"),
     ({"data": None}, "data", "DataSpec"),
-    ({"model": object()}, "model", "frozen dataclass"),
+    ({"model": frozenset()}, "model", "frozen dataclass"),
     ({"schedule": Constant(warmup=11)}, "warmup", "10 steps"),
     ({"params": {"embed": 3}}, "params", "mapping"),
 ]

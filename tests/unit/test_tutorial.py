@@ -14,7 +14,15 @@ from portatrain.testing import parity
 from portatrain.trainer import make_program
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
-SMALL = ["model.layers=2", "model.embed=32", "model.mlp=64", "data.seq_len=32", "batch=8", "steps=10", "schedule.warmup=0"]
+SMALL = [
+    "model.layers=2",
+    "model.embed=32",
+    "model.mlp=64",
+    "data.seq_len=32",
+    "batch=8",
+    "steps=10",
+    "schedule.warmup=0",
+]
 
 
 @pytest.fixture(scope="module")

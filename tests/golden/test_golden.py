@@ -1,6 +1,6 @@
 """Names, shapes, axes and initial values of every shipped model, as text. Checkpoints and runs depend on all of them.
 
-After a change that is meant: ``python tests/golden/test_models.py`` rewrites the files; read the difference.
+After a change that is meant: ``python tests/golden/test_golden.py`` rewrites the files; read the difference.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def test_model_is_as_recorded(name: str) -> None:
         pytest.fail(
             f"{path.name} differs:\n"
             + "\n".join(lines)
-            + "\nIf this is meant: python tests/golden/test_models.py",
+            + "\nIf this is meant: python tests/golden/test_golden.py",
             pytrace=False,
         )
 
