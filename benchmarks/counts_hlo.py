@@ -33,9 +33,11 @@ class Instruction:
 @dataclass(kw_only=True)
 class HloCounts:
     """operations: instructions run, by opcode (a fusion is one), those of loops times the trips.
+    in_loops: those of one pass through every loop that is in no other.
     matmul_flops: 2 m n k of every dot, wherever it lies."""
 
     operations: Counter[str] = field(default_factory=Counter)
+    in_loops: int = 0
     matmul_flops: float = 0.0
 
     @property
@@ -108,7 +110,9 @@ def _add(
             if trips is None:
                 raise ValueError(f"while {one.name} has no known trip count")
             called = dict(re.findall(r"(body|condition)=%?([\w.\-]+)", one.text))
+            before = found.total
             _add(computations, called["body"], times * int(trips[1]), found, inside_fusion=False)
+            found.in_loops += (found.total - before) // int(trips[1]) if times == 1 else 0
         elif one.opcode in ("fusion", "call", "custom-call"):
             for inner in _CALLED.findall(one.text):
                 fused = inside_fusion or one.opcode != "call"

@@ -1,6 +1,6 @@
 """The training step of the lowered decoder beside others of the same shapes and mathematics, in paired rounds.
 
-    python -m benchmarks.step_time                        # everything, and the table of docs/speed.md
+    python -m benchmarks.step_time                        # everything; --write puts the table into docs/speed.md
     python -m benchmarks.step_time --modes jax --shapes toy --rounds 10
 
 Contenders: `ours` (Backend.step: forward, backward, clip, AdamW), `hand` (the best native style of the framework: see
