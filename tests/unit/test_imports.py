@@ -66,6 +66,7 @@ ARRAY_MODULES = tuple(
         "testing",
         "checkpoint",
         "continuity",
+        "evaluation",
     )
 )
 LIGHT = [name for name in CORE if not name.startswith(ARRAY_MODULES)]
