@@ -14,6 +14,8 @@ from portatrain.layout import COMPUTE, PARAMS, Layout, Mesh
 from portatrain.module import describe
 from tests.distributed.cases import CASES
 
+pytestmark = pytest.mark.meshes
+
 LM = CASES["lm"]
 
 

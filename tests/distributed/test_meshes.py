@@ -21,6 +21,8 @@ from tests.distributed.cases import CASES, ROWS, SEQ
 from tests.distributed.measure import Measured, measure
 from tests.distributed.mutants import MUTANTS
 
+pytestmark = pytest.mark.meshes
+
 PLAIN = ("lm, accumulation, dropout", "vit, accumulation, dropout")
 
 CELLS: dict[int, list[tuple[str, str]]] = {

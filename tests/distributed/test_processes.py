@@ -16,6 +16,8 @@ import pytest
 from portatrain.errors import UserError
 from portatrain.processes import rank, run_processes, world_size
 
+pytestmark = pytest.mark.meshes
+
 HERE = "tests.distributed.test_processes"
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from portatrain.run_dir import RunDir
 
+pytestmark = pytest.mark.meshes
+
 SIZES = ["steps=8", "schedule.warmup=2", "batch=16", "accumulation=2", "model.layers=2", "model.embed=32"]
 
 

@@ -247,7 +247,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
 def test_train_hands_everything_to_the_trainer(trainer: Trainer) -> None:
     words = [
         "--backend",
-        "torch",
+        "jax",
         "--mesh",
         "fsdp=2",
         "--devices",
@@ -262,7 +262,7 @@ def test_train_hands_everything_to_the_trainer(trainer: Trainer) -> None:
     (call,) = trainer.calls
     assert call["recipe"].model.width == 9
     assert call["run"].path == Path("run")
-    assert (call["backend"], call["mesh"], call["devices"], call["stop_at"]) == ("torch", "fsdp=2", 2, 4)
+    assert (call["backend"], call["mesh"], call["devices"], call["stop_at"]) == ("jax", "fsdp=2", 2, 4)
     assert len(call["sinks"]) == 1
 
 
