@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo setup test test-full test-rest test-meshes lint format clean
+.PHONY: help demo setup test test-full test-rest test-meshes soak lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,13 +23,16 @@ setup:  ## an environment with both frameworks and all that the tests need
 	@.ci/setup $(VENV) dev 5
 
 test: setup lint  ## lint, types and the tests, in under 15 minutes on two cores
-	$(PYTEST) -m "not full and not engines and not meshes"
+	$(PYTEST) -m "not full and not engines and not meshes and not soak"
 
 test-rest: setup  ## only what `make test` leaves out
-	$(PYTEST) -m "full and not engines and not meshes"
+	$(PYTEST) -m "full and not engines and not meshes and not soak"
 
 test-full: setup lint  ## everything that needs no scheduler
-	$(PYTEST) -m "not engines and not meshes"
+	$(PYTEST) -m "not engines and not meshes and not soak"
+
+soak: setup  ## every bit of a checkpoint's headers flipped, a hundred thousand manifests fuzzed
+	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults
 
 test-meshes: setup  ## the torch backend on meshes of several processes; alone, as they need the cores
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full" tests/distributed

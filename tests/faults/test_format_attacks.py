@@ -119,7 +119,7 @@ def test_single_bits(folder: Path) -> None:
     _flip_each(folder, _flips())
 
 
-@pytest.mark.full
+@pytest.mark.soak
 @pytest.mark.timeout(3600)
 def test_every_single_bit(folder: Path) -> None:
     _flip_each(folder, _all_flips())

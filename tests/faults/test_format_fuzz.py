@@ -167,7 +167,7 @@ def test_bytes(folder: Path) -> None:
     _fuzz_bytes(folder, range(500))
 
 
-@pytest.mark.full
+@pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_many(folder: Path) -> None:
     _fuzz_roots(folder, range(1000, 61_000))
