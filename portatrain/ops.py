@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from portatrain.errors import UserError
+from portatrain.rope import RopeScaling
 
 Array = Any
 """A jax.Array, a torch.Tensor or a numpy.ndarray, according to the backend."""
@@ -110,11 +111,18 @@ class Ops(Protocol):
         (Ba, Kiros and Hinton 2016, eq. 4)."""
         ...
 
-    def rope_table(self, positions: Array, head_dim: int, *, theta: float = 10000.0) -> tuple[Array, Array]:
+    def rope_table(
+        self,
+        positions: Array,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        scaling: RopeScaling | None = None,
+    ) -> tuple[Array, Array]:
         """(cos, sin), each positions.shape + (head_dim/2,), float32: angles positions * theta^(-2i/head_dim).
 
-        The frequencies are computed in float64 and rounded once; the product is float32. Make the table once,
-        outside the Stack, and pass it in as a shared argument.
+        The frequencies, stretched by `scaling` where it is given, are computed in float64 and rounded once; the product
+        is float32. Make the table once, outside the Stack, and pass it in as a shared argument.
         """
         ...
 

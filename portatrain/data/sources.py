@@ -130,6 +130,8 @@ def find(paths: str | tuple[str, ...], what: str) -> Files:
 
 def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files]:
     kind = type(spec).__name__
+    if not spec.paths:
+        raise _unnamed(kind, spec)
     files = find(spec.paths, f"{kind} paths")
     held = find(spec.validation_paths, f"{kind} validation_paths") if spec.validation_paths else []
     common = {p for _, p in files} & {p for _, p in held}
@@ -141,6 +143,19 @@ def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files]:
             do="A document that is trained on cannot be held out: remove it from one of the two.",
         )
     return files, held
+
+
+def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
+    """The recipe leaves it to the user to name the corpus."""
+    what = {"TextFiles": "text files", "Jsonl": "files of JSON lines"}.get(kind, "files of token ids")
+    if isinstance(spec, TokenMemmap):
+        opens = "" if spec.separator is None else f", every document after the id {spec.separator}"
+        what += f" ({spec.dtype}, little-endian, below {spec.vocab}{opens})"
+    return UserError(
+        f"{kind} paths", expected=what, got="none: this recipe comes without data",
+        do="Name yours with --set data.paths=/data/corpus/*, or choose another source with --set data=Stdlib, say, and "
+        "model.vocab to go with it.",
+    )  # fmt: skip
 
 
 def _bytes(path: Path) -> bytes:

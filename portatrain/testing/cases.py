@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
+from portatrain.rope import RopeScaling
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.testing.case import FP32, Args, Case, Rng, normal, with_ints
 from portatrain.testing.loss_cases import loss_cases
@@ -120,6 +121,14 @@ def _rope_cases() -> list[Case]:
                     gradient=False,
                 )
             )
+        cases.append(
+            Case(
+                name=f"rope_table positions {what}, stretched",
+                fn=lambda ops, p: ops.rope_table(p, 16, scaling=RopeScaling(factor=8.0)),
+                args=with_ints(ints=[positions]),
+                gradient=False,
+            )
+        )
         cases.append(
             Case(
                 name=f"rope positions {what}",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from portatrain.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
 from portatrain.module import Module, Param, Stack
 from portatrain.ops import Array, Batch, Loss, Ops
+from portatrain.rope import RopeScaling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,7 @@ class DecoderConfig:
     head_dim: int | None = None
     mlp: int | None = None
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
     tied: bool = True
     dropout: float = 0.0
     window: int | None = None
@@ -129,7 +131,8 @@ class Decoder(Module):
         tokens, positions = batch["tokens"], batch.get("positions")
         if positions is None:
             positions = ops.arange(tokens.shape[1])
-        rope = ops.rope_table(positions, self.config.head_size, theta=self.config.rope_theta)
+        c = self.config
+        rope = ops.rope_table(positions, c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
         x_BSE = ops.shard(self.embed(ops, tokens), "batch", "res_seq", None)
         x_BSE, _ = self.blocks(ops, self.embed_dropout(ops, x_BSE), rope, batch.get("segment_ids"))
         return ops.shard(self.final_norm(ops, x_BSE), "batch", "seq", None)

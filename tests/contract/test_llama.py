@@ -10,6 +10,7 @@ from running import BACKENDS, Running, parameters, tokens_batch
 
 from portatrain.backends import reference
 from portatrain.module import describe
+from portatrain.rope import RopeScaling
 from portatrain.testing.tolerance import amplification, tolerance
 from recipes.models.decoder import DecoderConfig
 
@@ -22,7 +23,28 @@ CONFIGS = {
     "one kv head, wide heads, theta": DecoderConfig(
         vocab=40, embed=24, layers=2, heads=3, kv_heads=1, head_dim=16, mlp=40, tied=False, rope_theta=5e5
     ),
+    # Eight frequencies, of which some stay, some are mixed and some divided: at 12 positions, 4 to 1 turns are 3 to 12
+    # positions long.
+    "stretched positions": DecoderConfig(
+        vocab=40, embed=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=40, tied=False, rope_theta=50.0,
+        rope_scaling=RopeScaling(factor=8.0, low=1.0, high=4.0, original=64),
+    ),
 }
+
+
+def rope_parameters(c: DecoderConfig) -> dict[str, Any]:
+    """How transformers is told of rotary positions."""
+    if c.rope_scaling is None:
+        return {"rope_theta": c.rope_theta, "rope_type": "default"}
+    s = c.rope_scaling
+    return {
+        "rope_theta": c.rope_theta,
+        "rope_type": "llama3",
+        "factor": s.factor,
+        "low_freq_factor": s.low,
+        "high_freq_factor": s.high,
+        "original_max_position_embeddings": s.original,
+    }
 
 
 def llama_logits(c: DecoderConfig, params: dict[str, np.ndarray], tokens: np.ndarray) -> np.ndarray:
@@ -37,7 +59,7 @@ def llama_logits(c: DecoderConfig, params: dict[str, np.ndarray], tokens: np.nda
             num_key_value_heads=c.kv_heads,
             head_dim=c.head_size,
             rms_norm_eps=c.norm_eps,
-            rope_parameters={"rope_theta": c.rope_theta, "rope_type": "default"},
+            rope_parameters=rope_parameters(c),
             tie_word_embeddings=c.tied,
             attn_implementation="eager",
         )

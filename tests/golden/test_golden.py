@@ -28,6 +28,8 @@ MODELS: dict[str, Callable[[], Module]] = {
     "vit": _VIT.build,
     "tiny-lm": lambda: load_recipe("tiny-lm").model.build(),
     "tiny-vit": lambda: load_recipe("tiny-vit").model.build(),
+    "llama3-8b": lambda: load_recipe("llama3-8b").model.build(),
+    "llama3-1b": lambda: load_recipe("llama3-1b").model.build(),
 }
 
 

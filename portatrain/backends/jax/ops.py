@@ -18,6 +18,7 @@ from portatrain.backends.jax.attention import attention
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.layout import Layout, Spec
 from portatrain.ops import Aux, Loss, check_aux
+from portatrain.rope import RopeScaling
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
 
@@ -98,9 +99,12 @@ class JaxOps:
             y = y + self.weight(bias).astype(jnp.float32)
         return y.astype(x.dtype)
 
-    def rope_table(self, positions: Any, head_dim: int, *, theta: float = 10000.0) -> tuple[Any, Any]:
-        frequencies = np.float32(theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
-        angles = positions.astype(jnp.float32)[..., None] * frequencies
+    def rope_table(
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+    ) -> tuple[Any, Any]:
+        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
+        angles = positions.astype(jnp.float32)[..., None] * np.float32(frequencies)
         return jnp.cos(angles), jnp.sin(angles)
 
     def rope(self, x_BSHD: Any, table: tuple[Any, Any]) -> Any:

@@ -14,6 +14,7 @@ from portatrain.bind import bind, source_of
 from portatrain.errors import UserError, choice
 from portatrain.module import Module, Param, Stack, State
 from portatrain.ops import Aux, Loss, check_aux
+from portatrain.rope import RopeScaling
 
 Array = np.ndarray
 
@@ -70,9 +71,18 @@ class ReferenceOps:
         y = y if scale is None else y * scale
         return y if bias is None else y + bias
 
-    def rope_table(self, positions: Array, head_dim: int, *, theta: float = 10000.0) -> tuple[Array, Array]:
-        frequencies = (float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)).astype(np.float32)
-        angles = (positions[..., None].astype(np.float32) * frequencies).astype(np.float64)
+    def rope_table(
+        self,
+        positions: Array,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        scaling: RopeScaling | None = None,
+    ) -> tuple[Array, Array]:
+        frequencies = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
+        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
+        angles = positions[..., None].astype(np.float32) * frequencies.astype(np.float32)
+        angles = angles.astype(np.float64)
         return np.cos(angles), np.sin(angles)
 
     def rope(self, x_BSHD: Array, table: tuple[Array, Array]) -> Array:

@@ -27,6 +27,7 @@ from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.layout import BATCH_MESH_AXES
 from portatrain.ops import Loss
+from portatrain.rope import RopeScaling
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -237,10 +238,12 @@ class MeshOps(RowOps):
         scale, bias = (None if p is None else self._whole(p, at) for p in (scale, bias))
         return self._from(self.parts.layer_norm(self._local(x, at), scale, bias, eps=eps), at)
 
-    def rope_table(self, positions: Any, head_dim: int, *, theta: float = 10000.0) -> Any:
+    def rope_table(
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+    ) -> Any:
         positions = self._value(positions)
         at = self._keep(positions)
-        cos, sin = self.parts.rope_table(self._local(positions, at), head_dim, theta=theta)
+        cos, sin = self.parts.rope_table(self._local(positions, at), head_dim, theta=theta, scaling=scaling)
         return self._from(cos, at), self._from(sin, at)
 
     def rope(self, x_BSHD: Any, table: Any) -> Any:

@@ -16,6 +16,7 @@ from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_lo
 from portatrain.backends.torch.norms import rms_norm
 from portatrain.layout import Layout
 from portatrain.ops import Aux, Loss, check_aux
+from portatrain.rope import RopeScaling
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -95,10 +96,17 @@ class TorchOps:
         return (y if bias is None else y + bias).to(x.dtype)
 
     def rope_table(
-        self, positions: Tensor, head_dim: int, *, theta: float = 10000.0
+        self,
+        positions: Tensor,
+        head_dim: int,
+        *,
+        theta: float = 10000.0,
+        scaling: RopeScaling | None = None,
     ) -> tuple[Tensor, Tensor]:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
-        angles = positions.float()[..., None] * (theta**-exponents).float()
+        frequencies = theta**-exponents
+        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
+        angles = positions.float()[..., None] * frequencies.float()
         return angles.cos(), angles.sin()
 
     def rope(self, x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,0 +1,45 @@
+"""llama3-8b: a decoder of 8.03 billion parameters on 15.6 trillion tokens.
+
+Sizes and rotary positions are those of the released Llama 3.1 8B; the token ids are those of its
+tokenizer. The training data is yours: files of token ids, named with --set data.paths=/data/tokens/*.bin (uint32,
+every document after the id 128000). Planned and compiled, never trained here.
+"""
+
+from __future__ import annotations
+
+from portatrain.data import TokenMemmap
+from portatrain.optim import AdamW
+from portatrain.recipe import Recipe
+from portatrain.rope import RopeScaling
+from portatrain.schedules import Cosine
+from recipes.models.decoder import DecoderConfig
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        name="llama3-8b",
+        model=DecoderConfig(
+            vocab=128_256,
+            embed=4096,
+            layers=32,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            mlp=14_336,
+            tied=False,
+            rope_theta=500_000.0,
+            rope_scaling=RopeScaling(factor=8.0),
+        ),
+        data=TokenMemmap(
+            paths=(), seq_len=8192, vocab=128_256, dtype="uint32", separator=128_000, validation=0.001
+        ),
+        # Peak learning rate, warm-up and decay: The Llama 3 Herd of Models (2024), table 3 and section 3.4.1.
+        optimizer=AdamW(lr=3e-4, b2=0.95, weight_decay=0.1),
+        schedule=Cosine(warmup=8000, min_ratio=0.01),
+        steps=3_719_000,  # 15.6 trillion tokens, 4.2 million a step
+        batch=512,
+        precision="bf16",
+        remat="block",
+        eval_every=1000,
+        checkpoint_every=500,
+    )
