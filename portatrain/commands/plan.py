@@ -1,7 +1,7 @@
 """Say how a recipe would run on each of several clusters: mesh, memory, time, cost, and why.
 
 Arithmetic on nominal figures: nothing is run, no accelerator and no framework is needed. RECIPE is a file, a
-shipped recipe, or a preset shape (llama3-1b, llama3-8b, llama3-70b, llama3-405b, llama2-70b, mixtral-8x7b,
+shipped recipe (tiny-lm, llama3-1b, llama3-8b, llama3-70b, llama3-405b) or a preset shape (llama2-70b, mixtral-8x7b,
 deepseek-v3). `portatrain clusters` lists chips; a cluster is CHIP-COUNT or a name of your clusters.toml.
 
 examples:
@@ -30,6 +30,7 @@ from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
 from portatrain.plan.shapes import ModelShape
 from portatrain.plan.tensors import sizes_of
+from portatrain.recipe import Recipe
 
 SUMMARY = "plan a recipe for clusters: mesh, memory, time and cost"
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clusters to plan for; all: one of each kind of chip, and your own (default)",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="N", help="samples a step, in place of the recipe's")
-    parser.add_argument("--seq-len", type=int, metavar="N", help="positions a sample (preset shapes only)")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="positions a sample, in place of the recipe's")
     parser.add_argument(
         "--precision", metavar="NAME[,NAME...]",
         help=f"choose from these ({', '.join(PRECISIONS)}; default: the recipe's own)",
@@ -93,6 +94,8 @@ def run(args: argparse.Namespace) -> int:
 def _shape(args: argparse.Namespace) -> ModelShape:
     found = recipes.find(args.recipe, cwd=Path.cwd())
     changed = override(found, args.overrides) if args.overrides else found
+    if isinstance(changed, Recipe) and args.seq_len is not None and hasattr(changed.data, "seq_len"):
+        changed = override(changed, [f"data.seq_len={args.seq_len}"])
     shape = recipes.shape_of(changed)
     for name in ("batch", "seq_len"):
         value = getattr(args, name)
@@ -103,10 +106,10 @@ def _shape(args: argparse.Namespace) -> ModelShape:
                 f"--{name.replace('_', '-')}", expected="a whole number of at least 1", got=str(value),
                 do="Choose a larger one.",
             )  # fmt: skip
-        if name == "seq_len" and not isinstance(found, ModelShape):
+        if name == "seq_len" and isinstance(changed, Recipe) and not hasattr(changed.data, "seq_len"):
             raise UserError(
-                "--seq-len", expected="a preset shape", got=f"recipe {shape.name}",
-                do=f"Write --set data.seq_len={value}.",
+                "--seq-len", expected="a recipe whose samples have a length", got=f"recipe {shape.name}",
+                do="Leave it out: the model says how long its samples are.",
             )  # fmt: skip
         shape = replace(shape, **{name: value})
     return shape

@@ -6,6 +6,7 @@ examples:
   launch --cluster local tiny-lm
   launch --cluster local tiny-vit --run first-vit --backend torch
   launch --cluster local my_recipe.py --set steps=50 --dry-run
+  launch --cluster tpu-v5p-256,h100-64 llama3-8b --dry-run
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from pathlib import Path
 
 from launchers.base import Job, launcher_class, launcher_names
 from portatrain.commands import options
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
     names = [name.strip() for name in args.cluster.split(",") if name.strip()]
     if not names:
         raise UserError("--cluster", expected="a name", got=repr(args.cluster), do="Use --cluster local.")
-    for name in names:
-        if name not in launcher_names():
-            raise choice(f"cluster {name!r}", name, launcher_names())
     recipe = options.resolved_recipe(args)
+    elsewhere = [name for name in names if name not in launcher_names()]
+    if elsewhere:
+        return _elsewhere(args, recipe, elsewhere)
     backend = options.resolved_backend(args.backend) if args.backend else None
     run_name = _run_name(args.run, Path(args.runs), recipe.name)
 
@@ -64,6 +66,23 @@ def run(args: argparse.Namespace) -> int:
         print(launcher.materialize(job))
         return 0
     return launcher.submit(job)
+
+
+def _elsewhere(args: argparse.Namespace, recipe: Recipe, names: list[str]) -> int:
+    """Clusters of the catalog or of clusters.toml: planned; nothing here can submit to them yet."""
+    from portatrain.commands import dry_run
+
+    wanted = dry_run.clusters(names, args.recipe, launcher_names())
+    if not args.dry_run:
+        raise UserError(
+            f"cluster {names[0]!r}",
+            expected=f"one that a launcher of this version submits to ({', '.join(launcher_names())})",
+            got=f"{wanted[0].chips} chips of {wanted[0].chip.name}, which it can plan for and train on, not submit to",
+            do="Add --dry-run for the plan; in a job that is already there, run: portatrain train "
+            f"{args.recipe} --run-dir DIR.",
+        )
+    dry_run.show(recipe, wanted)
+    return 0
 
 
 def _run_name(given: str | None, runs: Path, recipe_name: str) -> str:

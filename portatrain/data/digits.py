@@ -36,12 +36,17 @@ class Images(Split):
         }
 
     def blank(self, count: int) -> Batch:
-        return {
-            "image": np.zeros((count, 8, 8, 1), np.float32),
-            "label": np.zeros(count, np.int32),
-            "mask": np.zeros(count, np.float32),
-            "sample": np.full(count, -1, np.int64),
-        }
+        return blank(count)
+
+
+def blank(count: int) -> Batch:
+    """``count`` samples of no image, as `Split.blank`."""
+    return {
+        "image": np.zeros((count, 8, 8, 1), np.float32),
+        "label": np.zeros(count, np.int32),
+        "mask": np.zeros(count, np.float32),
+        "sample": np.full(count, -1, np.int64),
+    }
 
 
 def open_digits(spec: Digits, seed: int, pack_dir: Path | None) -> dict[str, Split]:

@@ -17,6 +17,17 @@ from portatrain.data.corpus import Stream, require_window
 from portatrain.data.split import Batch, Order, Split, samples
 
 
+def blank(count: int, seq_len: int) -> Batch:
+    """``count`` samples of no tokens, as `Split.blank`; with no stream, for their shapes and dtypes."""
+    names = ("tokens", "targets", "segment_ids", "positions")
+    empty = {k: np.zeros((count, seq_len), np.int32) for k in names}
+    return {
+        **empty,
+        "mask": np.zeros((count, seq_len), np.float32),
+        "sample": np.full(count, -1, np.int64),
+    }
+
+
 class Windows(Split):
     """The windows of one packed stream. Keys of a batch, all (B, S) unless said:
 
@@ -64,12 +75,7 @@ class Windows(Split):
         }
 
     def blank(self, count: int) -> Batch:
-        shape = (count, self.seq_len)
-        empty = {
-            k: np.zeros(shape, np.int32) for k in ("tokens", "targets", "mask", "segment_ids", "positions")
-        }
-        empty["mask"] = empty["mask"].astype(np.float32)
-        return empty | {"sample": np.full(count, -1, np.int64)}
+        return blank(count, self.seq_len)
 
     def _opens(self, begin: np.ndarray) -> np.ndarray:
         """(B, S + 1) bool: the token opens a document. Column 0 stays False: a window opens a segment anyway."""

@@ -31,14 +31,16 @@ EXAMPLES = (
 )  # fmt: skip
 
 
-def resolve(name: str, *, files: Iterable[Path] = ()) -> Cluster:
+def resolve(name: str, *, files: Iterable[Path] = (), others: Iterable[str] = ()) -> Cluster:
     """The cluster of that name: one of the user's own (``files``, first match wins), or a chip and a count.
+
+    ``others``: names that are valid where the caller looks, for the error.
 
     Raises:
       UserError: an unknown chip, a count that is no legal slice or no whole hosts (with the nearest that
         are), or a clusters.toml that contradicts itself (with its line).
     """
-    mine: list[str] = []
+    mine: list[str] = list(others)
     for path in files:
         entries = toml.read(path)
         if name in entries:

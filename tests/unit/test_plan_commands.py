@@ -100,7 +100,7 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["llama3-8b", "--cluster", "h100-8", "--remat", "all"], "block"),
         (["llama3-8b", "--cluster", "h100-8", "--batch", "0"], "at least 1"),
         (["llama3-8b", "--cluster", "h100-8", "--set", "bach=8"], "batch"),
-        (["tiny-lm", "--cluster", "h100-8", "--seq-len", "512"], "data.seq_len"),
+        (["tiny-vit", "--cluster", "h100-8", "--seq-len", "512"], "how long its samples are"),
         (["llama3-8b", "--cluster", "h100-8", "--plot", "/nowhere/cost.png"], "--plot"),
         (["llama3-8b", "--cluster", "h100-8", "--plot", "cost.txt"], "png"),
     ],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import platform as machine
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,26 +35,27 @@ State = dict[str, Any]
 """{'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
-def device_mesh(mesh: Mesh) -> jax.sharding.Mesh:
-    """The JAX mesh of a portable one, over the first devices that there are."""
-    there = jax.devices()
+def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+    """The JAX mesh of a portable one, over `devices` in their order; None: over the first that there are."""
+    there = jax.devices() if devices is None else devices
     if len(there) < mesh.devices:
         raise UserError(
             f"mesh {mesh}", expected=f"{mesh.devices} devices", got=f"{len(there)} {there[0].platform} device(s)",
             do="Use a smaller mesh; on a CPU, --devices N simulates N devices.",
         )  # fmt: skip
-    grid = np.asarray(there[: mesh.devices]).reshape(tuple(mesh.sizes.values()))
+    grid = np.array(there[: mesh.devices], dtype=object).reshape(tuple(mesh.sizes.values()))
     return jax.sharding.Mesh(grid, tuple(mesh.sizes))
 
 
 class JaxBackend:
-    """See `portatrain.backends.base.Backend`."""
+    """See `portatrain.backends.base.Backend`. `devices`: those of the mesh, row-major, where their order matters; they
+    may be descriptions of devices that are not there, to compile for (`abstract_step`)."""
 
     name = "jax"
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
-        self.devices = device_mesh(self.layout.mesh)
+        self.devices = device_mesh(self.layout.mesh, devices)
         self.tx = transformation(program.optimizer, self.definition.params, program.decay)
         # The structure of the native module, without arrays: enough to rebuild it inside a trace.
         with jax.ensure_compile_time_eval():
@@ -243,6 +244,25 @@ class JaxBackend:
     ) -> tuple[State, StepResult]:
         state, found = self._steps(state, self._put(batch, 1), np.int32(step), np.float32(scale))
         return state, StepResult(**found)
+
+    def abstract_step(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, tuple[Any, ...]]:
+        """The function that `step` calls, and its arguments without their contents: to compile with no device there.
+        Of `batch`, shapes and dtypes count."""
+
+        def like(tensor: TensorInfo, role: str) -> Any:
+            return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=self._sharding(tensor, role))
+
+        state = self._assemble(like, None)
+        count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
+        state["opt"] = RuleState(count, state["opt"].slots)
+        shapes = {}
+        for key, value in batch.items():
+            shape, dtype = ((*value.shape, 2), np.int32) if key == "sample" else (value.shape, value.dtype)
+            axes = (None, "batch") + (None,) * (len(shape) - 2)
+            placed = NamedSharding(self.devices, partition_spec(self.layout.spec(axes)))
+            shapes[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
+        step, scale = (jax.ShapeDtypeStruct((), d, sharding=self._replicated) for d in (jnp.int32, jnp.float32))
+        return self._steps, (state, shapes, step, scale)
 
     def gradients(self, state: State, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
         grads, loss, *_ = self._gradients_of(state, self._put(batch, 1), np.int32(step))
