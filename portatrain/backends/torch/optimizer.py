@@ -31,14 +31,18 @@ class _Namespace:
 xp = _Namespace
 
 
+NORM_PART = 1 << 15
+"""Elements of a gradient whose squares torch may add one after another: the error stays below 2e-7."""
+
+
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
     """The 2-norm, 0-d, of all gradients as one vector.
 
-    On a CPU torch's own adds the squares of a tensor one after another (2.13: off by 1e-3 at 16 million elements,
-    1e-6 at 50 thousand); norms of rows first are as fast and right to 1e-7.
+    On a CPU torch adds the squares of a tensor one after another (2.13: off by 7e-4 at 16 million elements, 7e-6 at 700
+    thousand); so it is given parts of each, in one call.
     """
     if grads[0].device.type == "cpu":
-        grads = [torch.linalg.vector_norm(g, dim=-1) if g.ndim > 1 else g for g in grads]
+        grads = [part for g in grads for part in g.reshape(-1).split(NORM_PART)]
     return torch.nn.utils.get_total_norm(grads)
 
 
