@@ -26,8 +26,9 @@ class Counts:
         return sum(self.operations.values())
 
 
-# They allocate, or describe: no kernel runs.
+# They allocate, describe, or call what is counted itself: no kernel of their own runs.
 NOT_KERNELS = {
+    "to", "detach_", "zero_",
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
     "alias", "result_type", "resize_", "_reshape_alias", "set_", "resolve_conj", "resolve_neg",
 }  # fmt: skip

@@ -77,8 +77,12 @@ def load(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return jax.tree.map(lambda a: jnp.array(a, copy=True), given)
 
 
-def make_step(shape: Shape) -> tuple[Any, Any]:
-    """(optimizer, compiled step): step(params, opt, batch) -> (params, opt, loss, gradient norm)."""
+def make_step(shape: Shape, *, defaults: bool) -> tuple[Any, Any]:
+    """(optimizer, compiled step): step(params, opt, batch) -> (params, opt, loss, gradient norm).
+
+    The matmul is the one that ours selects (portatrain/backends/jax/flags.py), so that the two compute with the same
+    kernels; with `defaults` it is XLA's own choice, which is less exact.
+    """
 
     def decays(params: Any) -> Any:
         norms = ("attn_norm", "mlp_norm", "final_norm")
@@ -96,13 +100,14 @@ def make_step(shape: Shape) -> tuple[Any, Any]:
         updates, opt = optimizer.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt, loss, optax.tree.norm(grads)
 
-    # With the same matmul as ours: XLA's default on CPUs is faster here and there, and less exact (flags.py).
-    options = compiler_options(jax.devices()[0].platform)
+    options = {} if defaults else compiler_options(jax.devices()[0].platform)
     return optimizer, jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
 
 
-def hand_written(shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> Step:
-    optimizer, step = make_step(shape)
+def hand_written(
+    shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, defaults: bool = False
+) -> Step:
+    optimizer, step = make_step(shape, defaults=defaults)
     held = load(params)
     state = [held, optimizer.init(held)]
     given = {k: v for k, v in batch.items() if k != "sample"}
@@ -115,9 +120,11 @@ def hand_written(shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[
     return run
 
 
-def hand_written_hlo(shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray]) -> str:
+def hand_written_hlo(
+    shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, defaults: bool = False
+) -> str:
     """The optimised program."""
-    optimizer, step = make_step(shape)
+    optimizer, step = make_step(shape, defaults=defaults)
     held = load(params)
     given = {k: v for k, v in batch.items() if k != "sample"}
     return step.lower(held, optimizer.init(held), given).compile().as_text()

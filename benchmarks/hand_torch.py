@@ -3,7 +3,8 @@
 What is chosen, and why: nn.RMSNorm; rotations in the rotate-half form from tables made once; the fused attention with
 grouped heads and is_causal (with packed documents one boolean mask, made once a step); F.cross_entropy on all logits;
 foreach gradient clipping; fused AdamW with decay on matrices alone; gradients set to None. Compiled: torch.compile over
-the whole model and its loss, one graph.
+the whole model and its loss, one graph, which takes the longer the deeper the model; or over each block and over the
+loss, as training at scale does, two graphs at any depth.
 
 B batch, S seq, E embed, V vocab, H heads, K kv_heads, D head_dim.
 """
@@ -11,6 +12,7 @@ B batch, S seq, E embed, V vocab, H heads, K kv_heads, D head_dim.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -93,8 +95,17 @@ class Llama(nn.Module):
         x_BSE = self.embed(tokens)
         for block in self.blocks:
             x_BSE = block(x_BSE, cos, sin, mask)
+        return self.loss_of(x_BSE, targets)
+
+    def loss_of(self, x_BSE: Tensor, targets: Tensor) -> Tensor:
         logits = F.linear(self.final_norm(x_BSE), self.embed.weight)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
+
+    def compile_parts(self) -> None:
+        """Each block, and the loss."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+        self.loss_of = torch.compile(self.loss_of, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
 
 
 def load(model: Llama, params: Mapping[str, np.ndarray]) -> None:
@@ -145,11 +156,19 @@ def as_tensors(batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
 
 
 def hand_written(
-    shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, compile: bool
+    shape: Shape,
+    params: Mapping[str, np.ndarray],
+    batch: Mapping[str, np.ndarray],
+    *,
+    compile: Literal["", "whole", "parts"] = "",
 ) -> Step:
     model = Llama(shape)
     load(model, params)
-    run = torch.compile(model, fullgraph=True, dynamic=False) if compile else model
+    run: Callable[..., Tensor] = model
+    if compile == "whole":
+        run = torch.compile(model, fullgraph=True, dynamic=False)
+    elif compile == "parts":
+        model.compile_parts()
     return training_step(model, lambda: run(**as_tensors(batch)))
 
 
