@@ -27,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -143,19 +144,9 @@ def count(mode: str, shape: Shape) -> dict[str, tuple[int, float]]:
 # ---- one process per mode and shape, and the table
 
 
-def apart(task: str, mode: str, shape: str, rounds: int) -> Any:
+def apart(task: str, mode: str, shape: str, *options: str) -> Any:
     """`measure` or `count` in a fresh process: to count, kernels are compiled with names for the profiler."""
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.step_time",
-        "--task",
-        task,
-        mode,
-        shape,
-        "--rounds",
-        str(rounds),
-    ]
+    command = [sys.executable, "-m", "benchmarks.step_time", "--task", task, mode, shape, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -187,22 +178,21 @@ def main() -> None:
     parser.add_argument("--shapes", default="tiny-lm,22m", help="of " + ", ".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--task", nargs=3, metavar=("TASK", "MODE", "SHAPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        task, mode, shape = args.task
-        print(
-            json.dumps(
-                measure(mode, SHAPES[shape], args.rounds) if task == "measure" else count(mode, SHAPES[shape])
-            )
-        )
+        task, mode, name = args.task
+        shape = replace(SHAPES[name], layers=args.layers or SHAPES[name].layers)
+        print(json.dumps(measure(mode, shape, args.rounds) if task == "measure" else count(mode, shape)))
         return
     began = time.perf_counter()
     print(HEADER, flush=True)
     lines, losses_apart = [HEADER], 0.0
     for shape in args.shapes.split(","):
         for mode in args.modes.split(","):
-            measured, counted = (apart(task, mode, shape, args.rounds) for task in ("measure", "count"))
+            measured = apart("measure", mode, shape, "--rounds", str(args.rounds))
+            counted = apart("count", mode, shape)
             losses_apart = max(losses_apart, measured["losses_apart"])
             lines += (new := rows(mode, SHAPES[shape], measured, counted))
             print("\n".join(new), flush=True)

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from benchmarks.shapes import SHAPES, Shape, batch_of, open_ours, parameters_of
+from benchmarks.step_time import apart
 from portatrain.backends.base import Backend
 
 TOY = replace(SHAPES["toy"], layers=8)
@@ -88,43 +89,14 @@ def test_operations_of_a_torch_layer(shape: Shape) -> None:
     assert many.total - few.total == known, difference(many.operations, few.operations)
 
 
-@pytest.fixture
-def kernels_named(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Compiled kernels have names for the profiler."""
-    import torch
-    from torch._inductor import config
-
-    monkeypatch.setattr(config.cpp, "enable_kernel_profile", True)
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @pytest.mark.full
 @pytest.mark.timeout(900)
-@pytest.mark.usefixtures("kernels_named")
-@pytest.mark.filterwarnings(*INDUCTOR_WARNS)
 def test_a_compiled_torch_layer_runs_no_more_kernels_than_by_hand() -> None:
     """Neither than one compiled by itself, nor than one within a model compiled whole."""
-    from benchmarks.counts_torch import count_compiled
-    from benchmarks.hand_torch import hand_written
-
-    def a_layer(make: Callable[[Shape], Callable[[], float]]) -> int:
-        totals = []
-        for n in (2, 3):
-            step = make(replace(TOY, layers=n))
-            step()
-            step()
-            totals.append(count_compiled(step).total)
-        return totals[1] - totals[0]
-
-    def by_hand(shape: Shape, how: Any) -> Callable[[], float]:
-        backend = open_ours("torch", shape, compile=False)
-        params = parameters_of(backend, backend.init_state())
-        return hand_written(shape, params, batch_of(shape), compile=how)
-
-    ours = a_layer(lambda s: steps(open_ours("torch", s, compile=True), s))
-    assert 0 < ours <= min(a_layer(lambda s: by_hand(s, "parts")), a_layer(lambda s: by_hand(s, "whole")))
+    few, many = (apart("count", "torch-compiled", "toy", "--layers", str(n)) for n in (2, 3))
+    a_layer = {name: many[name][0] - few[name][0] for name in few}
+    assert 0 < a_layer["ours"] <= min(a_layer["hand, by parts"], a_layer["hand, whole"]), a_layer
+    assert few["ours"][1] == few["hand, whole"][1]
 
 
 # ---- JAX
