@@ -79,9 +79,15 @@ def draw_curve(
     top.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
     top.plot(steps, smooth(losses), color="C0", linewidth=1.6, label="training (smoothed)")
     shown = [row for row in evals if row.get("loss") is not None]
-    if shown:
-        values = [factor * row["loss"] for row in shown]
-        top.plot([row["step"] for row in shown], values, "o-", color="C1", markersize=4, label="validation")
+    few = min((row.get("samples", 0) for row in shown), default=0)
+    # Evaluations on the way see a part of the split, the last all of it: another set, so another mark.
+    for style, label, of in (
+        ("o-", "validation", [r for r in shown if r.get("samples", 0) == few]),
+        ("D", "validation, whole split", [r for r in shown if r.get("samples", 0) != few]),
+    ):
+        if of:
+            values = [factor * row["loss"] for row in of]
+            top.plot([row["step"] for row in of], values, style, color="C1", markersize=4, label=label)
     for index, (label, value) in enumerate(references.items()):
         top.axhline(
             value, color=f"C{2 + index}", linestyle="--", linewidth=1.2, label=f"{label}: {value:.3f}"

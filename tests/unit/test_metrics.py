@@ -187,6 +187,25 @@ def test_loss_curve_is_in_bits_per_byte_where_they_are_known(
     assert next(iter(lines.values())) == pytest.approx([4.328 / 3 * 4.9, 4.328 / 3 * 4.8])
 
 
+def test_loss_curve_keeps_the_whole_split_apart_from_a_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+    run = RunDir(tmp_path / "run")
+    with run.begin(make()) as attempt:
+        sink = JsonlSink(attempt)
+        play(sink, steps=2)  # evaluates 8 samples
+        sink.eval(EvalRecord(step=2, loss=2.0, samples=800, time_s=9.0, eval_s=0.1))
+    plot_run(run)
+    lines = {str(line.get_label()): list(line.get_ydata()) for line in drawn[0].axes[0].get_lines()}
+    assert len(lines["validation"]) == len(lines["validation, whole split"]) == 1
+    assert lines["validation"] != lines["validation, whole split"]
+
+
 def test_loss_curve_without_steps_or_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = RunDir(tmp_path / "run")
     run.begin(make()).close()
