@@ -15,6 +15,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,15 @@ def reads(reader: Reader) -> Read:
 class Checkpoints:
     """The folder `checkpoints/step-NNNNNNNN` of a run. A second save waits for the first.
 
-    Every process writes its own boxes; `process` 0 commits when the receipts of all are there.
+    Every process writes its own boxes; `process` 0 commits when the receipts of all are there, inside `guard()`, which
+    raises where the run has gone to another attempt.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int = 2, save_name: str = "a1", process: int = 0, processes: int = 1
-    ) -> None:
+        self, folder: Path, *, keep: int = 2, save_name: str = "a1", process: int = 0, processes: int = 1,
+        guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:  # fmt: skip
+        self.guard = guard
         self.folder, self.keep, self.save_name = folder, keep, save_name
         self.process, self.processes = process, processes
         self._thread: threading.Thread | None = None
@@ -162,7 +166,8 @@ class Checkpoints:
                 if self.process:
                     return
                 self._await_receipts(store)
-                commit(store, layout, save=self.save_name, meta=meta)
+                with self.guard():
+                    commit(store, layout, save=self.save_name, meta=meta)
             self._sweep(step)
         except BaseException as error:
             self._error = error
@@ -183,7 +188,8 @@ class Checkpoints:
         """Remove all but the last `keep` checkpoints that are committed. Nothing is removed before this one stands."""
         good = [s for s in self.steps() if s <= newest and (self.path(s) / "COMMIT").exists()]
         for step in good[: -self.keep]:
-            (self.path(step) / "COMMIT").unlink()  # first: what is half removed is not a checkpoint
+            with self.guard():
+                (self.path(step) / "COMMIT").unlink()  # first: what is half removed is not a checkpoint
             shutil.rmtree(self.path(step), ignore_errors=True)
 
     def wait(self) -> None:

@@ -1,4 +1,10 @@
-"""Exclusive use of a run directory: one attempt at a time writes to it."""
+"""Exclusive use of a run directory: one attempt at a time writes to it, and one that lost its claim writes nothing.
+
+`claim` is a file that names its owner. It is made under a lock, because a lock alone ends with its process and tells a
+reader nothing. Its modification time is a sign of life, renewed every BEAT_S: an owner on this host is looked up by
+process, one on another host is taken for gone when the file has been silent for LEASE_S. What must never come from a
+loser (a checkpoint's commit, DONE) happens inside `Claim.guard()`, under the same lock as a change of owner.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +14,7 @@ import os
 import secrets
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +22,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from portatrain.errors import UserError
+
+BEAT_S = 5.0
+LEASE_S = 60.0
+LOCK_WITHIN_S = 60.0
+TOKEN = "PORTATRAIN_CLAIM"
+"""Environment variable: the token of a claim that this process's supervisor holds for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +52,19 @@ class Owner:
         )
 
     @property
+    def is_here(self) -> bool:
+        """Whether its process is, or was, one of this host."""
+        return self.host == socket.gethostname()
+
+    @property
     def is_gone(self) -> bool:
-        """Whether it is known to have ended. Of another host nothing is known."""
-        return self.host == socket.gethostname() and process_start(self.pid) != self.process_start
+        """Whether its process is known to have ended. Of another host nothing is known."""
+        return self.is_here and process_start(self.pid) != self.process_start
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is the claim that this process's supervisor holds for it."""
+        return os.environ.get(TOKEN) == self.token
 
 
 def process_start(pid: int) -> str | None:
@@ -67,25 +90,39 @@ def process_start(pid: int) -> str | None:
 
 
 class Claim:
-    """The file ``claim`` of a run directory, held by this process."""
+    """The file ``claim`` of a run directory, held by this process, or by the supervisor that started it."""
 
-    def __init__(self, path: Path, owner: Owner, *, taken_over: Owner | None) -> None:
-        self.path, self.owner, self.taken_over = path, owner, taken_over
+    def __init__(self, path: Path, owner: Owner, *, taken_over: Owner | None, adopted: bool = False) -> None:
+        self.path, self.owner, self.taken_over, self.adopted = path, owner, taken_over, adopted
+        self._stop = threading.Event()
+        if not adopted:
+            # Of this very file: after another owner has replaced it, nothing of theirs is touched.
+            handle = os.open(path, os.O_RDONLY)
+            threading.Thread(target=self._beat, args=(handle,), name="portatrain-claim", daemon=True).start()
+
+    def _beat(self, handle: int) -> None:
+        try:
+            while not self._stop.wait(BEAT_S):
+                os.utime(handle)
+        except OSError:  # the file system is away; the lease runs out if it stays so
+            pass
+        finally:
+            os.close(handle)
 
     @staticmethod
     def acquire(path: Path) -> Claim:
-        """Take the claim; ``taken_over`` names the dead owner whose claim it was.
+        """Take the claim; ``taken_over`` names the owner that is gone and whose claim it was.
 
         Raises:
             UserError: another process holds it.
         """
         me = Owner.this_process()
-        # The lock makes "look, remove the dead one's, put mine" one act among processes that do the same; the claim
-        # itself is a file, because a lock ends with its process and tells a reader nothing.
         with _locked(path.parent):
             dead = holder(path)
             if dead is not None:
-                if not dead.is_gone:
+                if dead.is_ours:
+                    return Claim(path, dead, taken_over=None, adopted=True)
+                if not is_over(path, dead):
                     raise in_use(path, dead)
                 path.unlink()
             handle, temporary = tempfile.mkstemp(prefix=".claim.", dir=path.parent)
@@ -101,7 +138,7 @@ class Claim:
                 raise in_use(path, other) from None
             finally:
                 Path(temporary).unlink()
-        return Claim(path, me, taken_over=dead)
+            return Claim(path, me, taken_over=dead)
 
     @property
     def held(self) -> bool:
@@ -114,7 +151,22 @@ class Claim:
         if not self.held:
             raise in_use(self.path, holder(self.path))
 
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """While entered the claim is held and nobody can take it over; for writes that are short and final.
+
+        Raises:
+            UserError: it has been lost.
+        """
+        with _locked(self.path.parent):
+            self.fence()
+            yield
+
     def release(self) -> None:
+        """Give it up; one that was adopted stays its supervisor's."""
+        if self.adopted:
+            return
+        self._stop.set()
         with _locked(self.path.parent):
             if self.held:
                 self.path.unlink()
@@ -135,6 +187,30 @@ def holder(path: Path) -> Owner | None:
         ) from error
 
 
+def silent_s(path: Path) -> float:
+    """Seconds since the last sign of life of the owner, by the clock of the file system that both write to."""
+    try:
+        then_s = path.stat().st_mtime
+    except OSError:  # released meanwhile
+        return 0.0
+    try:
+        with tempfile.TemporaryFile(dir=path.parent) as probe:
+            return os.fstat(probe.fileno()).st_mtime - then_s
+    except OSError:  # a reader that may not write
+        return time.time() - then_s
+
+
+def is_over(path: Path, owner: Owner) -> bool:
+    """Whether the claim at ``path`` may be taken over from ``owner``."""
+    return owner.is_gone or (not owner.is_here and silent_s(path) > LEASE_S)
+
+
+def live_owner(path: Path) -> Owner | None:
+    """Who holds the claim and is, as far as can be known, alive."""
+    owner = holder(path)
+    return None if owner is None or is_over(path, owner) else owner
+
+
 def in_use(path: Path, owner: Owner | None) -> UserError:
     """The error for a run directory that somebody else is using."""
     who = f"process {owner.pid} on {owner.host}" if owner else "nobody (the claim is gone)"
@@ -142,15 +218,30 @@ def in_use(path: Path, owner: Owner | None) -> UserError:
         f"run directory {path.parent}",
         expected="to be the only one that writes to it",
         got=f"a claim of {who}",
-        do=f"Wait for it or end it. If it is known to be dead on another host, remove {path}.",
+        do=f"Wait for it or end it (launch cancel). A claim of another host that has given no sign of life for "
+        f"{LEASE_S:.0f} s is taken over by itself.",
     )
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
+    # A file that can be written, and is never removed: network file systems lock nothing else across hosts.
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        deadline_s = time.monotonic() + LOCK_WITHIN_S
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline_s:
+                    raise UserError(
+                        f"run directory {folder}",
+                        expected=f"its lock within {LOCK_WITHIN_S:.0f} s",
+                        got="a process that keeps it",
+                        do=f"Look for a stopped process of this run: fuser {folder / '.lock'}.",
+                    ) from None
+                time.sleep(0.01)
         yield
     finally:
         os.close(handle)

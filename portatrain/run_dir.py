@@ -1,30 +1,40 @@
 """The run directory: the record of a run, over all its attempts.
 
 run.json            what the run is: the resolved recipe and its hash; written once
-claim               who is writing now
-attempts/1/         attempt.json, metrics.jsonl, events.jsonl; then 2/, 3/ ...
+claim               who is writing now; its modification time is the sign of life
+attempts/1/         attempt.json, metrics.jsonl, events.jsonl, rank-0.log ...; then 2/, 3/ ...
+jobs/1.json         what was handed to a scheduler; then 2.json ... (`portatrain.jobs`)
+checkpoints/        step-00000010/ ... (`portatrain.checkpoint`)
+data/               the packed corpus
 summary.json        the results, at the end
 DONE                written last
+CANCELLED           somebody asked that it end
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from portatrain import files
-from portatrain.claim import Claim, holder, in_use
+from portatrain.claim import Claim, in_use, live_owner
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 
 FORMAT = 1
+ATTEMPT = "PORTATRAIN_ATTEMPT"
+"""Environment variable: the attempt that this process's supervisor has begun for it."""
+PLACE = "PORTATRAIN_PLACE"
+"""Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
 
 
 class RunDir:
@@ -37,20 +47,23 @@ class RunDir:
     def is_done(self) -> bool:
         return (self.path / "DONE").exists()
 
-    def check(self, recipe: Recipe) -> None:
-        """Raise UserError unless an attempt at ``recipe`` may begin here. Writes nothing."""
+    def check(self, recipe: Recipe, *, cancelled_too: bool = False) -> None:
+        """Raise UserError unless an attempt at ``recipe`` may begin here. Writes nothing.
+
+        ``cancelled_too``: also one that somebody has cancelled.
+        """
         what = f"run directory {self.path}"
         if self.path.exists() and not self.path.is_dir():
             raise UserError(
                 what, expected="a folder, or a name that is free", got="a file", do="Choose another name."
             )
         if not self.path.exists():
-            _check_writable(what, _existing_ancestor(self.path))
+            _check_writable(what, existing_ancestor(self.path))
             return
         _check_writable(what, self.path)
         if not (self.path / "run.json").exists():
             # What an attempt leaves that died before it wrote run.json: the corpus is packed before that.
-            ours = {"claim", "attempts", "data"}
+            ours = {"claim", "attempts", "data", "jobs", "code"}
             others = sorted(e.name for e in self.path.iterdir() if e.name not in ours and e.name[0] != ".")
             if others:
                 raise UserError(
@@ -61,19 +74,22 @@ class RunDir:
                 )
         else:
             self._check_same(recipe)
-        self._check_open()
-        owner = holder(self.path / "claim")
-        if owner is not None and not owner.is_gone:
+        if not cancelled_too:
+            self.check_open()
+        owner = live_owner(self.path / "claim")
+        if owner is not None and not owner.is_ours:
             raise in_use(self.path / "claim", owner)
 
-    def _check_open(self) -> None:
+    def check_open(self) -> None:
+        """Raise UserError for a run that is over: finished or cancelled."""
         for mark, state in (("DONE", "finished"), ("CANCELLED", "cancelled")):
             if (self.path / mark).exists():
                 raise UserError(
                     f"run directory {self.path}",
                     expected="a run that is not over",
                     got=f"one that is {state}",
-                    do="Choose another name (launch --run NAME, train --run-dir DIR) to train again.",
+                    do="Choose another name (launch --run NAME, train --run-dir DIR) to train again."
+                    + (" `launch resume` goes on with a cancelled run." if mark == "CANCELLED" else ""),
                 )
 
     def _check_same(self, recipe: Recipe) -> None:
@@ -99,7 +115,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             claim = Claim.acquire(self.path / "claim")
             try:
-                self._check_open()  # it may have ended while we waited for the claim
+                self.check_open()  # it may have ended while we waited for the claim
                 return self._begin(recipe, info or {}, claim)
             except BaseException:
                 claim.release()
@@ -112,21 +128,36 @@ class RunDir:
                 do="Choose another place, or free some space.",
             ) from error
 
-    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Claim) -> Attempt:
-        if not (self.path / "run.json").exists():
-            run = {
-                "format": FORMAT,
-                "name": self.path.name,
-                "created_unix_s": time.time(),
-                "recipe_sha256": recipe.sha256,
-                "code_sha256": code_sha256(recipe),
-                "recipe": recipe.to_json(),
-            }
-            files.write_json(self.path / "run.json", run)
+    def create(self, recipe: Recipe) -> None:
+        """Write run.json, unless it is there; to be called after `check`."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if (self.path / "run.json").exists():
+            return
+        run = {
+            "format": FORMAT,
+            "name": self.path.name,
+            "created_unix_s": time.time(),
+            "recipe_sha256": recipe.sha256,
+            "code_sha256": code_sha256(recipe),
+            "recipe": recipe.to_json(),
+        }
+        files.write_json(self.path / "run.json", run)
+
+    def new_attempt(self, claim: Claim) -> Attempt:
+        """The folder and record of the next attempt, empty."""
         number = max(self.attempt_numbers(), default=0) + 1
         folder = self.path / "attempts" / str(number)
         folder.mkdir(parents=True)
-        attempt = Attempt(self, number, folder, claim)
+        return Attempt(self, number, folder, claim)
+
+    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Claim) -> Attempt:
+        self.create(recipe)
+        if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
+            number = int(os.environ[ATTEMPT])
+            attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
+        else:
+            attempt = self.new_attempt(claim)
+        number, folder = attempt.number, attempt.folder
         about = {
             "attempt": number,
             "host": socket.gethostname(),
@@ -136,7 +167,9 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        files.write_json(folder / "attempt.json", {**about, **info})
+        files.write_json(
+            folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info}
+        )
         if claim.taken_over is not None:
             dead = claim.taken_over
             attempt.event(
@@ -188,6 +221,11 @@ class Attempt:
         self._metrics = files.JsonLines(folder / "metrics.jsonl")
         self._events = files.JsonLines(folder / "events.jsonl")
 
+    @property
+    def token(self) -> str:
+        """Of the claim; the environment variable `claim.TOKEN` hands it to a process that goes on with it."""
+        return self._claim.owner.token
+
     def metrics(self, row: Mapping[str, object]) -> None:
         """Append one step to metrics.jsonl."""
         self._claim.fence()
@@ -198,10 +236,14 @@ class Attempt:
         self._claim.fence()
         self._events.append({"event": kind, "unix_s": time.time(), **fields})
 
+    def guard(self) -> AbstractContextManager[None]:
+        """While entered the run is ours and nobody can take it over; UserError on entering where it is not."""
+        return self._claim.guard()
+
     def write(self, name: str, data: object) -> None:
         """Write a JSON file of the run directory, such as summary.json, whole."""
-        self._claim.fence()
-        files.write_json(self.run.path / name, data)
+        with self.guard():
+            files.write_json(self.run.path / name, data)
 
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write summary.json, then DONE: the run is over, and was a success."""
@@ -230,10 +272,17 @@ class Follower:
     def event(self, kind: str, **fields: object) -> None:
         """Nothing."""
 
+    def guard(self) -> AbstractContextManager[None]:
+        """Nothing: the process that began the attempt guards it."""
+        return nullcontext()
+
     def write(self, name: str, data: object) -> None:
         """Nothing."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
         """Nothing."""
 
     def __enter__(self) -> Follower:
@@ -279,7 +328,8 @@ def _differences(old: object, new: object, path: str = "") -> set[str]:
     return set() if old == new else {path}
 
 
-def _existing_ancestor(path: Path) -> Path:
+def existing_ancestor(path: Path) -> Path:
+    """The nearest folder or file above `path` that is there."""
     path = path.absolute()
     while not path.exists():
         path = path.parent

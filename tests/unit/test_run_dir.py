@@ -32,6 +32,7 @@ def test_a_run_from_begin_to_done(tmp_path: Path) -> None:
         attempt.event("eval", step=1, loss=0.25)
         attempt.finish({"status": "done", "loss": 1 / 3})
     assert sorted(path.name for path in run.path.iterdir()) == [
+        ".lock",
         "DONE",
         "attempts",
         "run.json",
