@@ -1,45 +1,126 @@
-"""Signals that ask a run to stop: seen between steps, so that a step is never cut in two.
+"""Requests that a run stop: signals, and the notices of clouds. Seen at once, whatever the main thread is doing.
 
-Ctrl-C (SIGINT) finishes the step, and a second one leaves at once. SIGTERM and SIGUSR1 are how schedulers announce a
-preemption.
+Python runs a signal's handler between two bytecodes of the main thread, so one that compiles for minutes would see
+nothing. The C half of a handler writes to a pipe, however, and a thread reads that. It decides:
+
+- The first request is noted in `asked`; the trainer looks at it between steps, while it evaluates and while it waits
+  for data, saves, and leaves.
+- Before anything has been trained (imports, restoring, compiling the first step) the last commit is all there is: the
+  process leaves at once.
+- When the grace is nearly over and the trainer has not left, the process leaves with the checkpoint before.
+- A second request leaves at once. Signals less than SAME_S apart are one: schedulers send several.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import sys
 import threading
-from types import FrameType, TracebackType
+import time
+from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 RESUME_ME = 85
 """Exit code for 'saved, resume me'."""
+GRACE = "PORTATRAIN_GRACE_S"
+"""Environment variable: seconds from a preemption's first signal to the kill, where the launcher knows them."""
+SAME_S = 1.0
+MARGIN_S = 1.0
+"""Left of the grace for leaving."""
+
+_KINDS = {signal.SIGINT: "interrupt", signal.SIGTERM: "preempt", signal.SIGUSR1: "preempt"}
 
 
 class StopSignals:
     """While entered, `asked` is None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1); use in a `with` block.
 
-    Off the main thread, where Python takes no signals, nothing is ever asked.
+    `trained`: whether there is anything to save; the trainer sets it. `on_asked(kind)` and `on_leaving(why)` are called
+    from the watching thread, the latter before the process ends without returning to the main thread. Off the main
+    thread, where Python takes no signals, only `ask` asks.
     """
 
     def __init__(self) -> None:
         self.asked: str | None = None
+        self.trained = False
+        self.on_asked: Callable[[str], None] = lambda kind: None
+        self.on_leaving: Callable[[str], None] = lambda why: None
+        given = os.environ.get(GRACE)
+        self.grace_s = float(given) if given else None
+        self._first_s = self._last_s = 0.0
         self._before: dict[int, Any] = {}
+        self._pipe: tuple[int, int] | None = None
+        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> StopSignals:
+        self._pipe = os.pipe()
+        for end in self._pipe:
+            os.set_blocking(end, False)
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._seen)
+            for number in _KINDS:
+                self._before[number] = signal.signal(number, lambda number, frame: None)
+            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._watch, name="portatrain-signals", daemon=True)
+        self._thread.start()
         return self
 
-    def _seen(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.asked == "interrupt":
-            raise KeyboardInterrupt
-        self.asked = "interrupt" if number == signal.SIGINT else "preempt"
+    def ask(self) -> None:
+        """As if SIGTERM had come; for notices that are no signals."""
+        if self._pipe is not None and self.asked is None:
+            os.write(self._pipe[1], bytes([signal.SIGTERM]))
+
+    def _watch(self) -> None:
+        assert self._pipe is not None
+        while True:
+            ready, _, _ = select.select([self._pipe[0]], [], [], 0.1 if self.asked else None)
+            for number in os.read(self._pipe[0], 64) if ready else b"":
+                if number == 0:
+                    return
+                if number in _KINDS:
+                    self._seen(number)
+            if self.asked and not self.trained:
+                self._leave("nothing had been trained since the last checkpoint")
+            if self.asked == "preempt" and time.monotonic() > self._first_s + self._patience_s:
+                self._leave(f"the grace of {self.grace_s:g} s was nearly over")
+
+    @property
+    def _patience_s(self) -> float:
+        """How long after the first signal the trainer may go on saving."""
+        return float("inf") if self.grace_s is None else max(self.grace_s - MARGIN_S, self.grace_s / 2)
+
+    def _seen(self, number: int) -> None:
+        kind, now_s = _KINDS[signal.Signals(number)], time.monotonic()
+        if self.asked is None:
+            self.asked, self._first_s = kind, now_s
+            self.on_asked(kind)
+        elif kind == "interrupt" or now_s - self._last_s >= SAME_S:
+            self._leave("a second signal came")
+        self._last_s = now_s
+
+    def _leave(self, why: str) -> None:
+        """End the process now; what was committed before stands."""
+        code = INTERRUPTED if self.asked == "interrupt" else RESUME_ME
+        # In a thread of its own: the main one may hold a lock that telling needs.
+        telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
+        telling.start()
+        telling.join(2.0)
+        print(f"\nleaving at once: {why}; the last committed checkpoint stands", file=sys.stderr, flush=True)
+        os._exit(code)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        assert self._pipe is not None and self._thread is not None
+        if self._before:
+            signal.set_wakeup_fd(self._wakeup)
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.write(self._pipe[1], b"\0")
+        self._thread.join()
+        for end in self._pipe:
+            os.close(end)
+        self._pipe = None

@@ -30,6 +30,8 @@ REPORTS = "PORTATRAIN_REPORTS"
 """Environment variable: the folder where a process says how it failed."""
 PARENT = "PORTATRAIN_PARENT"
 """Environment variable: who started this process; it ends when that one is gone."""
+LOGS = "PORTATRAIN_LOGS"
+"""Environment variable: the folder that the processes' output goes to, rank-R.log; process 0 has this one's own."""
 GRACE_S = 3.0
 """How long the others may take to end by themselves once one has failed."""
 ENDINGS = (0, 85, 130)
@@ -58,7 +60,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any]) -> int:
             "WORLD_SIZE": str(n),
             "LOCAL_WORLD_SIZE": str(n),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             REPORTS: folder,
             PARENT: str(os.getpid()),
         }
@@ -85,13 +87,14 @@ def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> sub
     # A session of its own: Ctrl-C reaches this process alone, which hands it on once.
     if r == 0:
         return subprocess.Popen(command, env=env, start_new_session=True)
-    with (folder / f"stderr-{r}").open("wb") as errors:
+    logs = os.environ.get(LOGS)
+    with (Path(logs) / f"rank-{r}.log" if logs else folder / f"stderr-{r}").open("ab") as errors:
         return subprocess.Popen(
             command,
             env=env,
             start_new_session=True,
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=errors if logs else subprocess.DEVNULL,
             stderr=errors,
         )
 
@@ -119,7 +122,7 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
         r = silent[0]
         code = processes[r].returncode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        errors = folder / f"stderr-{r}"
+        errors = Path(os.environ[LOGS]) / f"rank-{r}.log" if LOGS in os.environ else folder / f"stderr-{r}"
         tail = errors.read_text(errors="replace")[-4000:].strip() if errors.exists() else ""
         print(
             f"error: process {r} of {len(processes)} was ended {how}; the others were stopped.",
@@ -159,7 +162,8 @@ def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that nothing listens on now."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -168,16 +172,21 @@ def _free_port() -> int:
 # ---- in a process
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent() -> None:
+    """Where the environment says who started this process, end it when that one is gone."""
+    parent = os.environ.pop(PARENT, None)
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)
 
 
 def _run(entry: str, args: Mapping[str, Any]) -> int:
-    parent = os.environ.get(PARENT)
-    if parent is not None:
-        threading.Thread(target=_end_with_parent, args=(int(parent),), daemon=True).start()
+    end_with_parent()
     module, _, name = entry.partition(":")
     function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), name)
     try:
@@ -202,12 +211,22 @@ def _report(user: dict[str, str] | None) -> None:
 
 def main() -> None:
     """`python -m portatrain.processes ENTRY ARGS`: one process of `run_processes`."""
-    code = _run(sys.argv[1], json.loads(sys.argv[2]))
+    sys.exit(ends_at_once(lambda: _run(sys.argv[1], json.loads(sys.argv[2]))))
+
+
+def ends_at_once(call: Callable[[], int]) -> int:
+    """The exit code of `call`; on a failure the process ends here, as tidying up would wait for processes that do not
+    answer."""
+    try:
+        code = call()
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in ENDINGS:
-        os._exit(code)  # tidying up would wait for processes that do not answer
-    sys.exit(code)
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from portatrain.data import OpenData, open_data, prefetch
 from portatrain.errors import UserError
 from portatrain.evaluation import evaluate
 from portatrain.layout import Layout, Mesh
+from portatrain.leaving import Leaving
 from portatrain.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.metrics.jsonl import JsonlSink
@@ -40,16 +41,18 @@ def train(
     stop_at: int | None = None,
     accept_drift: str | None = None,
     sinks: Sequence[Sink] = (),
+    signals: StopSignals | None = None,
 ) -> int:
     """Train `recipe` in `run`, going on from its newest checkpoint; the exit code: 0 done, 85 saved to be resumed,
     130 interrupted and saved. `accept_drift`: a reason to go on although the continuity check fails, recorded.
+    `signals`: entered by the caller, so that a request to stop is seen from the start.
 
     Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
     losses that are not finite.
     """
     return Trainer(
         recipe, run, backend=backend, mesh=mesh, devices=devices, stop_at=stop_at, accept_drift=accept_drift,
-        sinks=sinks,
+        sinks=sinks, signals=signals,
     ).run()  # fmt: skip
 
 
@@ -92,7 +95,9 @@ class Trainer:
         stop_at: int | None = None,
         accept_drift: str | None = None,
         sinks: Sequence[Sink] = (),
+        signals: StopSignals | None = None,
     ) -> None:
+        self._given_signals = signals
         self.recipe, self.run_dir, self.sinks, self.accept_drift = recipe, run, list(sinks), accept_drift
         self.last_step = min(stop_at or recipe.steps, recipe.steps)
         program = make_program(recipe, mesh=mesh if mesh is not None else f"fsdp={devices or 1}")
@@ -144,13 +149,13 @@ class Trainer:
         """Train to the end, or to where it is stopped; the exit code."""
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
-        with self._begin(info) as attempt, StopSignals() as self._signals:
+        with self._begin(info) as attempt, self._leaving(attempt) as self._stop:
             if isinstance(attempt, Attempt):
                 self.sinks.append(JsonlSink(attempt))
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
                 self.run_dir.path / "checkpoints", keep=self.recipe.checkpoint_keep, save_name=f"a{attempt.number}",
-                process=self.backend.process, processes=self.backend.processes,
+                process=self.backend.process, processes=self.backend.processes, guard=attempt.guard,
             )  # fmt: skip
             found = self._newest(attempt)
             self.step = int(found.meta["step"]) if found else 0
@@ -166,8 +171,11 @@ class Trainer:
                 for hook in self.recipe.hooks:
                     hook.on_start(self)
                 self._loop()
+                self._stop.at("save", self.step)
                 self._save()
                 self.checkpoints.wait()
+                self.backend.agree(0)  # they leave together: whoever starts them may end the rest after the first
+                self._stop.at("eval", self.step)
                 summary = self._finish() if self.step == self.recipe.steps else self._results()
                 # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
                 asked = self._asked()
@@ -191,6 +199,12 @@ class Trainer:
         self.backend.agree(attempt.number)
         return attempt
 
+    def _leaving(self, attempt: Attempt | Follower) -> Leaving:
+        return Leaving(
+            attempt, self.run_dir.path, process=self.backend.process, processes=self.backend.processes,
+            signals=self._given_signals, sinks=self.sinks,
+        )  # fmt: skip
+
     def _newest(self, attempt: Attempt | Follower) -> Any:
         """The newest checkpoint, as process 0 finds and verifies it; None where there is none."""
         found = None
@@ -202,8 +216,8 @@ class Trainer:
     def _asked(self) -> str | None:
         """Whether a process has been asked to stop, and how: all leave after the same step."""
         kinds = (None, "preempt", "interrupt")
-        self._signals.asked = kinds[self.backend.agree(kinds.index(self._signals.asked))]
-        return self._signals.asked
+        self._stop.asked = kinds[self.backend.agree(kinds.index(self._stop.asked))]
+        return self._stop.asked
 
     def _loop(self) -> None:
         recipe, self._ended_s = self.recipe, time.perf_counter()
@@ -211,14 +225,20 @@ class Trainer:
         # device never waits.
         pending: tuple[int, StepResult, float] | None = None
         with prefetch(self.data.train, self.step * recipe.batch, recipe.batch) as batches:
-            while self.step < self.last_step and self._asked() is None:
-                waited_s = time.perf_counter()
-                batch = self._microbatches(next(batches))
-                waited_s = time.perf_counter() - waited_s
+            while self.step < self.last_step:
                 step = self.step + 1
+                waited_s = time.perf_counter()
+                self._stop.at("data", step)
+                rows = batches.get(lambda: self._stop.asked is not None)
+                waited_s = time.perf_counter() - waited_s
+                self._stop.at("agree", step)
+                if self._asked() is not None or rows is None:
+                    break
+                batch = self._microbatches(rows)
+                self._stop.at("step", step)
                 scale = recipe.schedule(step, recipe.steps)
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
-                self.step = step
+                self.step, self._stop.trained = step, True
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)
@@ -233,8 +253,10 @@ class Trainer:
                     self._record(*pending)
                     pending = None
                 if evaluates:
+                    self._stop.at("eval", step)
                     self._evaluate(recipe.eval_batches)
                 if saves:
+                    self._stop.at("save", step)
                     self._save()
                 if evaluates or saves:
                     self._ended_s = time.perf_counter()

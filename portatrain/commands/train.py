@@ -46,6 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from portatrain.processes import end_with_parent
+
+    end_with_parent()
     return train(args)
 
 
@@ -92,18 +95,23 @@ def train(args: argparse.Namespace) -> int:
         run_dir.check(recipe)
     sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
 
-    from portatrain.trainer import train as train_recipe
+    from portatrain.notices import Notices
+    from portatrain.preemption import StopSignals
 
-    return train_recipe(
-        recipe,
-        run_dir,
-        backend=backend,
-        mesh=args.mesh,
-        devices=args.devices,
-        stop_at=args.stop_at,
-        accept_drift=args.accept_drift,
-        sinks=sinks,
-    )
+    with StopSignals() as signals, Notices(signals.ask):  # before the framework is imported, which takes seconds
+        from portatrain.trainer import train as train_recipe
+
+        return train_recipe(
+            recipe,
+            run_dir,
+            backend=backend,
+            mesh=args.mesh,
+            devices=args.devices,
+            stop_at=args.stop_at,
+            accept_drift=args.accept_drift,
+            sinks=sinks,
+            signals=signals,
+        )
 
 
 PROCESS_A_DEVICE = ("torch",)

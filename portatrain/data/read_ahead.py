@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from portatrain.data.split import Batch, Split
+
+CLOSE_WITHIN_S = 2.0
 
 
 class Prefetch(Iterator[Batch]):
@@ -38,19 +41,32 @@ class Prefetch(Iterator[Batch]):
         self._thread.start()
 
     def __next__(self) -> Batch:
-        if self._error is None and self._stop.is_set():
-            raise StopIteration
-        if self._error is None:
-            got = self._ready.get()
+        batch = self.get(lambda: False)
+        assert batch is not None
+        return batch
+
+    def get(self, stopped: Callable[[], bool]) -> Batch | None:
+        """The next batch; None where it has not come when ``stopped()`` is first seen to be true."""
+        while self._error is None:
+            if self._stop.is_set():
+                raise StopIteration
+            try:
+                got = self._ready.get(timeout=0.1)
+            except queue.Empty:
+                if stopped():
+                    return None
+                continue
             if not isinstance(got, BaseException):
                 return got
             self._error = got
         raise self._error
 
     def close(self) -> None:
-        """End the thread and wait for it; a batch being read is finished first. May be called again."""
+        """End the thread; a batch being read is finished first, unless that takes longer than CLOSE_WITHIN_S: its
+        source may be what has stalled. May be called again."""
         self._stop.set()
-        while self._thread.is_alive():
+        until_s = time.monotonic() + CLOSE_WITHIN_S
+        while self._thread.is_alive() and time.monotonic() < until_s:
             try:  # room in the queue lets a blocked put return
                 self._ready.get_nowait()
             except queue.Empty:

@@ -1,0 +1,81 @@
+"""Notices of clouds that a machine is about to be taken away: spot preemption and maintenance, read from its metadata.
+
+The environment variable PORTATRAIN_NOTICES says whose: `gcp` or `aws` (with `=URL` another address than the usual one).
+A notice is the same as SIGTERM: the run saves and leaves with 85.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from types import TracebackType
+
+from portatrain.errors import UserError, choice
+
+NOTICES = "PORTATRAIN_NOTICES"
+EVERY_S = 5.0
+TIMEOUT_S = 3.0
+SOURCES = {"gcp": "http://metadata.google.internal", "aws": "http://169.254.169.254"}
+
+
+class Notices:
+    """Polls from a thread while entered; `ask` is called once, when there is a notice."""
+
+    def __init__(self, ask: Callable[[], None], *, every_s: float = EVERY_S) -> None:
+        self.ask, self.every_s = ask, every_s
+        self.cloud, self.url = source(os.environ.get(NOTICES, ""))
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> Notices:
+        if self.cloud:
+            self._thread = threading.Thread(target=self._poll, name="portatrain-notices", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+
+    def _poll(self) -> None:
+        while not self._stop.wait(self.every_s):
+            if noticed(self.cloud, self.url):
+                self.ask()
+                return
+
+
+def source(text: str) -> tuple[str, str]:
+    """(cloud, URL) of the variable's value; ('', '') where there is none. UserError for an unknown cloud."""
+    if not text:
+        return "", ""
+    cloud, _, url = text.partition("=")
+    if cloud not in SOURCES:
+        raise choice(f"{NOTICES}={text}", cloud, SOURCES)
+    if url and not url.startswith("http"):
+        raise UserError(f"{NOTICES}={text}", expected="an http:// address", got=url, do="Leave it out.")
+    return cloud, url or SOURCES[cloud]
+
+
+def noticed(cloud: str, url: str) -> bool:
+    """Whether the machine is about to be taken away. No answer is no notice."""
+    if cloud == "gcp":
+        base = f"{url}/computeMetadata/v1/instance"
+        if _get(f"{base}/preempted", {"Metadata-Flavor": "Google"}) == "TRUE":
+            return True
+        return _get(f"{base}/maintenance-event", {"Metadata-Flavor": "Google"}).startswith("TERMINATE")
+    token = _get(f"{url}/latest/api/token", {"X-aws-ec2-metadata-token-ttl-seconds": "60"}, method="PUT")
+    headers = {"X-aws-ec2-metadata-token": token} if token else {}
+    return bool(_get(f"{url}/latest/meta-data/spot/instance-action", headers))
+
+
+def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
+    try:
+        request = urllib.request.Request(url, headers=headers, method=method)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+            return answer.read(4096).decode(errors="replace").strip()
+    except (urllib.error.URLError, OSError, ValueError):
+        return ""
