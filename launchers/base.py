@@ -1,67 +1,182 @@
-"""What a launcher is, and how one is found."""
+"""What a launcher is, and how one is found.
+
+A launcher carries jobs to one kind of place. A job runs `launchers.supervisor` on its first host; that reads the
+record, takes the claim, and starts `portatrain train` as the launcher's `Landed` says. So what differs between places
+is: what is submitted, how processes are started there, and what a signal means there.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import shlex
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
+
+from portatrain.errors import UserError, choice
+from portatrain.jobs import Job
+
+__all__ = [
+    "GROUP",
+    "Job",
+    "JobState",
+    "Landed",
+    "Launcher",
+    "launcher",
+    "launcher_names",
+    "supervise_command",
+]
 
 GROUP = "portatrain.launchers"
 """The entry-point group that a lab's own launchers register in."""
 
-_OURS = {"local": "launchers.local:LocalLauncher"}
+_OURS = {
+    "local": "launchers.local:LocalLauncher",
+    "slurm": "launchers.slurm:SlurmLauncher",
+    "kubernetes": "launchers.kubernetes:KubernetesLauncher",
+    "skypilot": "launchers.skypilot:SkyPilotLauncher",
+    "gcp_tpu": "launchers.gcp_tpu:GcpTpuLauncher",
+}
+
+STATES = ("pending", "held", "running", "gone", "unknown")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One run to be carried out somewhere."""
+class JobState:
+    """What a scheduler says of a job: a hint, the run directory is the record."""
 
-    recipe: str
-    """A file or a name, as it was given."""
-    run_dir: str
-    cluster: str
-    backend: str | None = None
-    """None: the job chooses by what it lands on."""
-    overrides: tuple[str, ...] = ()
-
-    def command(self) -> list[str]:
-        """The ``portatrain train`` that the job runs, as words."""
-        words = ["portatrain", "train", self.recipe, "--run-dir", self.run_dir]
-        if self.backend is not None:
-            words += ["--backend", self.backend]
-        for override in self.overrides:
-            words += ["--set", override]
-        return words
-
-    def shell(self) -> str:
-        """The same as a line for a shell."""
-        return shlex.join(self.command())
+    state: str
+    """'pending', 'held', 'running', 'gone' (it knows no such job, or one that has ended) or 'unknown' (no answer)."""
+    reason: str = ""
+    """The scheduler's own words."""
+    where: str = ""
+    """Nodes, where it runs."""
 
 
 class Launcher(Protocol):
-    """Carries jobs to one kind of place."""
+    """Carries jobs to one kind of place. Every verb raises UserError where the place cannot be reached."""
 
     def materialize(self, job: Job) -> str:
-        """Exactly what ``submit`` would hand over, as text; changes nothing."""
+        """Exactly what `submit` would hand over, as text; changes nothing and needs nothing installed."""
         ...
 
-    def submit(self, job: Job) -> int:
-        """Hand the job over; in the foreground, see it to its end. The exit code."""
+    def check(self, job: Job) -> None:
+        """Raise UserError for what would keep the job from ever starting; changes nothing."""
+        ...
+
+    def submit(self, job: Job) -> str | int:
+        """Hand a written job over. The scheduler's id; or, where it was seen to its end here, its exit code."""
+        ...
+
+    def describe(self, job: Job) -> JobState:
+        """What the scheduler says of it."""
+        ...
+
+    def logs(self, job: Job) -> Iterator[str]:
+        """What the engine itself has of the job's output, beside the logs in the run directory."""
+        ...
+
+    def cancel(self, job: Job) -> None:
+        """Take it out of the scheduler, pending or running; nothing where it is gone."""
+        ...
+
+    def release(self, job: Job) -> None:
+        """Let a held job start."""
+        ...
+
+    def names(self, prefix: str) -> Mapping[str, str]:
+        """name -> id of the user's jobs in the scheduler whose names begin so; for finding orphans."""
+        ...
+
+    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+        """(what was looked at, 'ok' | 'warn' | 'bad', what was found and how to mend it)."""
+        ...
+
+
+class Landed(Protocol):
+    """A job where it has landed: how the supervisor starts an attempt there, and what ends mean."""
+
+    restarts: bool
+    """Whether another attempt can be started after one has failed. False where the engine starts the processes of the
+    other hosts: it must start them all again."""
+
+    def arrive(self) -> None:
+        """The claim is ours: siblings may not start."""
+        ...
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        """(command, more environment, file for its output or None where it opens its own) of one attempt."""
+        ...
+
+    def means(self, signum: int) -> str:
+        """What a signal to the supervisor means here: 'preempt', 'cancel' or 'unclear'."""
+        ...
+
+    def leave(self, outcome: str) -> None:
+        """The claim has been released. 'over' (done, cancelled or given up), 'preempted', 'unclear' (asked to stop, and
+        nothing says why), 'failed' (for the engine to start again) or 'aside' (another attempt has the run)."""
         ...
 
 
 def launcher_names() -> list[str]:
-    """The names that ``--cluster`` may have, ours first."""
+    """The engines that there are, ours first."""
     theirs = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
     return [*_OURS, *sorted(theirs - set(_OURS))]
 
 
-def launcher_class(name: str) -> Any:
-    """The class of the launcher ``name``, one of ``launcher_names()``."""
+def launcher(name: str) -> Any:
+    """The launcher `name`; UserError for one that there is not."""
+    if name not in launcher_names():
+        raise choice(f"engine {name!r}", name, launcher_names())
     if name in _OURS:
         module, _, qualname = _OURS[name].partition(":")
-        return getattr(importlib.import_module(module), qualname)
+        return getattr(importlib.import_module(module), qualname)()
     (point,) = importlib.metadata.entry_points(group=GROUP, name=name)
-    return point.load()
+    return point.load()()
+
+
+def supervise_command(job: Job) -> list[str]:
+    """What a job runs on its first host, as words for `env`."""
+    words = [
+        "env",
+        "PYTHONSAFEPATH=1",
+    ]  # else the working directory's modules would come before the run's own
+    if job.code is not None:
+        words.append(f"PYTHONPATH={job.code}")
+    elif os.environ.get("PYTHONPATH"):
+        words.append(f"PYTHONPATH={os.environ['PYTHONPATH']}")
+    return [*words, python(job), "-m", "launchers.supervisor", job.run_dir, str(job.number)]
+
+
+def python(job: Job) -> str:
+    """The Python to run with: the cluster's, else this one."""
+    return str(job.options.get("python", sys.executable))
+
+
+def shell(words: list[str]) -> str:
+    """Words as a line for a shell."""
+    return shlex.join(words)
+
+
+def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
+    """An option of the job's cluster; UserError where it is of another kind."""
+    value = job.options.get(name, default)
+    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
+        return value
+    if kind is bool and isinstance(value, bool):
+        return value
+    raise UserError(
+        f"cluster {job.cluster}: option {name}", expected=f"a {kind.__name__}", got=repr(value),
+        do="Mend it in clusters.toml.",
+    )  # fmt: skip
+
+
+def check_options(job: Job, known: Mapping[str, str]) -> None:
+    """Raise UserError for an option that the engine does not know."""
+    for name in job.options:
+        if name not in known:
+            raise choice(f"cluster {job.cluster}: option {name!r} of {job.engine}", name, known)

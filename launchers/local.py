@@ -1,63 +1,143 @@
-"""This machine, in the foreground: ``launch --cluster local RECIPE``."""
+"""This machine: `launch --cluster local RECIPE`, in the foreground, or in the background with --detach."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Mapping
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
-from launchers.base import Job
+from launchers.base import Job, JobState, Landed, check_options, python, shell, supervise_command
+from portatrain.claim import live_owner, process_start
 from portatrain.errors import UserError
+from portatrain.run_dir import PLACE
+
+OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
+STARTS_WITHIN_S = 20.0
+_started: list[subprocess.Popen[bytes]] = []  # they are to outlive this process, which Popen would warn of
 
 
 class LocalLauncher:
-    """Runs ``portatrain train`` in this process, so that Ctrl-C reaches the trainer and nothing else."""
+    """In the foreground `portatrain train` runs in this process, so that Ctrl-C reaches the trainer and nothing else.
+    Detached, a supervisor in a session of its own starts it, and again after a failure."""
 
     def materialize(self, job: Job) -> str:
-        return job.shell()
+        if not job.detached:
+            return shell(job.train())
+        return f"{shell(supervise_command(job))}\n# which runs, as often as needed:\n{shell(job.train())}"
 
-    def submit(self, job: Job) -> int:
+    def check(self, job: Job) -> None:
+        check_options(job, OPTIONS)
+
+    def submit(self, job: Job) -> str | int:
+        if job.detached:
+            return self._detach(job)
+        from launchers.report import report
         from portatrain.commands import train
 
         parser = argparse.ArgumentParser()
         train.add_arguments(parser)
         # Through the options of `portatrain train`: what --dry-run prints is what is run.
-        code = train.run(parser.parse_args(job.command()[2:]))
+        args = parser.parse_args(job.train()[2:])
+        # What `launch resume` goes on from.
+        source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd")}
+        before = os.environ.get(PLACE)
+        os.environ[PLACE] = json.dumps({"engine": "local", "cluster": "local", "source": source})
+        try:
+            code = train.run(args)
+        finally:
+            os.environ.pop(PLACE)
+            if before is not None:
+                os.environ[PLACE] = before
         report(Path(job.run_dir))
         return code
 
+    def _detach(self, job: Job) -> str:
+        log = Path(job.run_dir) / "jobs" / f"{job.number}.log"
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                supervise_command(job), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True, env={**os.environ, **_env(job)},
+            )  # fmt: skip
+        _started.append(process)
+        # It is this machine's: whether it has taken the claim shows at once.
+        until_s = time.monotonic() + STARTS_WITHIN_S
+        while time.monotonic() < until_s and process.poll() is None:
+            owner = live_owner(Path(job.run_dir) / "claim")
+            if owner is not None and owner.pid == process.pid:
+                break
+            time.sleep(0.05)
+        if process.poll() not in (None, 0):
+            raise UserError(
+                f"job {job.number} of {job.run}", expected="a supervisor that starts",
+                got=f"exit code {process.returncode}: {log.read_text(errors='replace').strip()[-400:]}",
+                do=f"Its output is in {log}.",
+            )  # fmt: skip
+        return f"{process.pid}@{process_start(process.pid) or ''}"
 
-def report(run_dir: Path) -> None:
-    """Draw the loss curve and print what a run has to show, on standard output."""
-    from portatrain.metrics.plot import plot_run
-    from portatrain.run_dir import RunDir
+    def describe(self, job: Job) -> JobState:
+        pid = _pid(job)
+        if pid is None:
+            return JobState(state="gone")
+        return JobState(state="running", where=f"process {pid}")
 
-    run = RunDir(run_dir)
-    if not run.curve():
-        return
-    summary = run.summary()
-    print(f"\nrun directory    {run_dir}")
-    try:
-        print(f"loss curve       {plot_run(run)}")
-    except UserError as error:
-        print(f"no loss curve: {error}", file=sys.stderr)
-    _print(summary)
+    def logs(self, job: Job) -> Iterator[str]:
+        path = Path(job.run_dir) / "jobs" / f"{job.number}.log"
+        if path.exists():
+            yield from path.read_text(errors="replace").splitlines()
+
+    def cancel(self, job: Job) -> None:
+        pid = _pid(job)
+        if pid is not None:
+            os.kill(pid, signal.SIGTERM)
+
+    def release(self, job: Job) -> None:
+        """Nothing is ever held here."""
+
+    def names(self, prefix: str) -> Mapping[str, str]:
+        return {}
+
+    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+        yield from ()
+
+    def land(self, job: Job) -> Landed:
+        return LandedHere(job)
 
 
-def _print(summary: Mapping[str, object]) -> None:
-    """The results, a line each: plain values first, then tables, then longer texts such as a generated sample."""
-    texts = {k: v for k, v in summary.items() if isinstance(v, str) and ("\n" in v or len(v) > 60)}
-    for name, value in summary.items():
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                _row(f"{name}: {key}", item)
-        elif name not in texts:
-            _row(name, value)
-    for name, text in texts.items():
-        print(f"\n{name.replace('_', ' ')}:\n{text}")
+class LandedHere:
+    """A detached job: there is no scheduler, so nothing is requeued; `launch resume` goes on."""
+
+    restarts = True
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def arrive(self) -> None:
+        """There are no siblings."""
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        from portatrain.processes import PARENT
+
+        words = [python(self.job), "-m", "portatrain.cli", *self.job.train()[1:]]
+        return words, {PARENT: str(os.getpid())}, attempt / "rank-0.log"
+
+    def means(self, signum: int) -> str:
+        return "unclear"
+
+    def leave(self, outcome: str) -> None:
+        """Nothing is left behind."""
 
 
-def _row(name: str, value: object) -> None:
-    shown = f"{value:.4f}" if isinstance(value, float) and 1e-3 <= abs(value) < 1e5 else str(value)
-    print(f"{name.replace('_', ' '):<16} {shown}")
+def _pid(job: Job) -> int | None:
+    """The supervisor's process, where it lives."""
+    pid, _, start = (job.id or "").partition("@")
+    return int(pid) if pid.isdigit() and start and process_start(int(pid)) == start else None
+
+
+def _env(job: Job) -> dict[str, str]:
+    return {str(k): str(v) for k, v in dict(job.options.get("env", {})).items()}

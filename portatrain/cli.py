@@ -24,7 +24,16 @@ PORTATRAIN: dict[str, tuple[str, str]] = {
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan may name"),
 }
 # `launch RECIPE` without a command's name submits.
-LAUNCH: dict[str, tuple[str, str]] = {}
+LAUNCH: dict[str, tuple[str, str]] = {
+    "status": ("portatrain.commands.status", "show where a run stands"),
+    "list": ("portatrain.commands.list_runs", "list the runs of a folder"),
+    "logs": ("portatrain.commands.logs", "print what an attempt wrote"),
+    "cancel": ("portatrain.commands.cancel", "end a run, saved"),
+    "resume": ("portatrain.commands.resume", "go on with a run, here or elsewhere"),
+    "reconcile": ("portatrain.commands.reconcile", "make schedulers agree with the record"),
+    "doctor": ("portatrain.commands.doctor", "look at a cluster for what would break a run"),
+    "clusters": ("portatrain.commands.clusters", "show the chips and clusters that there are"),
+}
 SUBMIT = ("portatrain.commands.submit", "train a recipe on a cluster")
 
 PORTATRAIN_HELP = """\

@@ -24,6 +24,14 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN and --runs."""
+    parser.add_argument("run", metavar="RUN", help="a run's name, or its run directory")
+    parser.add_argument(
+        "--runs", metavar="DIR", default="runs", help="the folder that runs are in (default: runs)"
+    )
+
+
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """--backend."""
     parser.add_argument(

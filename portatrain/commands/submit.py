@@ -1,24 +1,27 @@
 """Train RECIPE on a cluster. `local` is this machine: it trains here, in the foreground.
 
-The run directory is runs/NAME. At the end come the loss curve as a picture and the results.
+--cluster takes an ordered list of what is acceptable. Each is planned first; one that the recipe cannot run on is
+refused with the reason, and the rest are submitted: the first to start claims the run, and goes on where another one
+was preempted. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of your clusters.toml, which also says with
+which engine it is reached. The run directory is runs/NAME, and is the record of everything.
 
 examples:
   launch --cluster local tiny-lm
-  launch --cluster local tiny-vit --run first-vit --backend torch
-  launch --cluster local my_recipe.py --set steps=50 --dry-run
-  launch --cluster tpu-v5p-256,h100-64 llama3-8b --dry-run
+  launch --cluster local tiny-vit --run first-vit --backend torch --devices 2 --detach
+  launch --cluster tpu-v5p-256,h100-64 llama3-8b --run long --max-restarts 10
+  launch --cluster tpu-v5p-256 llama3-8b --dry-run
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 
-from launchers.base import Job, launcher_class, launcher_names
+from launchers import planned
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.recipe import Recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,62 +30,87 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cluster",
         metavar="NAME[,NAME...]",
         required=True,
-        help="where to train; the first that can, in this order",
+        help="where to train; all that are acceptable, best first",
     )
     parser.add_argument(
         "--run", metavar="NAME", help="name of the run (default: the recipe's, numbered if taken)"
     )
     parser.add_argument(
-        "--runs", metavar="DIR", default="runs", help="the folder that run directories are in"
+        "--runs", metavar="DIR", default="runs", help="the folder that run directories are in (default: runs)"
     )
     options.add_backend(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print what would be run, and stop")
+    parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
+    parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
+    parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
+    parser.add_argument(
+        "--max-restarts", metavar="N", type=int, default=3,
+        help="failures in a row, without a new checkpoint, after which a job gives up (default: 3)",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
-    names = [name.strip() for name in args.cluster.split(",") if name.strip()]
+    names = list(dict.fromkeys(name.strip() for name in args.cluster.split(",") if name.strip()))
     if not names:
         raise UserError("--cluster", expected="a name", got=repr(args.cluster), do="Use --cluster local.")
+    options.positive("--devices", args.devices)
+    if args.max_restarts < 0:
+        raise UserError(
+            "--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one."
+        )
+    backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
+    targets = planned.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
     recipe = options.resolved_recipe(args)
-    elsewhere = [name for name in names if name not in launcher_names()]
-    if elsewhere:
-        return _elsewhere(args, recipe, elsewhere)
-    backend = options.resolved_backend(args.backend) if args.backend else None
     run_name = _run_name(args.run, Path(args.runs), recipe.name)
 
+    from launchers.base import Job, launcher
     from portatrain.run_dir import RunDir
 
-    run_dir = Path(args.runs) / run_name
-    RunDir(run_dir).check(recipe)
-    job = Job(
-        recipe=args.recipe,
-        run_dir=str(run_dir),
-        backend=backend,
-        overrides=tuple(args.overrides),
-        cluster=names[0],
+    run_dir = (Path(args.runs) / run_name).absolute()
+    run = RunDir(run_dir)
+    run.check(recipe)
+    _check_not_submitted(run_dir)
+    fitting = targets if args.dry_run else planned.fitting(targets, recipe)
+    source = (
+        str(Path(args.recipe).resolve()) if args.recipe.endswith(".py") or "/" in args.recipe else args.recipe
     )
-    launcher = launcher_class(names[0])()
-    if args.dry_run:
-        print(launcher.materialize(job))
-        return 0
-    return launcher.submit(job)
-
-
-def _elsewhere(args: argparse.Namespace, recipe: Recipe, names: list[str]) -> int:
-    """Clusters of the catalog or of clusters.toml: planned; nothing here can submit to them yet."""
-    from portatrain.commands import dry_run
-
-    wanted = dry_run.clusters(names, args.recipe, launcher_names())
-    if not args.dry_run:
-        raise UserError(
-            f"cluster {names[0]!r}",
-            expected=f"one that a launcher of this version submits to ({', '.join(launcher_names())})",
-            got=f"{wanted[0].chips} chips of {wanted[0].chip.name}, which it can plan for and train on, not submit to",
-            do="Add --dry-run for the plan; in a job that is already there, run: portatrain train "
-            f"{args.recipe} --run-dir DIR.",
+    jobs = [
+        Job(
+            run_dir=str(run_dir) if target.engine != "local" or args.detach else str(Path(args.runs) / run_name),
+            recipe=source if target.engine != "local" or args.detach else args.recipe,
+            overrides=tuple(args.overrides), cluster=target.name, engine=target.engine, backend=target.backend,
+            mesh=target.mesh, devices=target.devices, hosts=target.hosts, processes=target.processes,
+            max_restarts=args.max_restarts, detached=target.engine != "local" or args.detach, cwd=os.getcwd(),
+            options=target.options, place=target.place,
         )
-    dry_run.show(recipe, wanted)
+        for target in fitting
+    ]  # fmt: skip
+    if args.dry_run:
+        planned.show(jobs, targets, recipe)
+        return 0
+    for job in jobs:
+        launcher(job.engine).check(job)
+    if len(jobs) == 1 and not jobs[0].detached:
+        return int(launcher("local").submit(jobs[0]))
+    from launchers.submission import submit
+
+    submit(run, recipe, jobs)
+    print(
+        f"\nrun directory    {run_dir}\nlaunch status {run_name}   launch logs -f {run_name}   launch cancel {run_name}"
+    )
     return 0
+
+
+def _check_not_submitted(run_dir: Path) -> None:
+    from portatrain import jobs
+
+    there = jobs.of(run_dir)
+    if there:
+        raise UserError(
+            f"run {run_dir.name}", expected="a name for a new run, or `launch resume` for one that there is",
+            got=f"a run that has {len(there)} job{'s' if len(there) > 1 else ''}",
+            do=f"See `launch status {run_dir.name}`; `launch resume {run_dir.name}` goes on with it.",
+        )  # fmt: skip
 
 
 def _run_name(given: str | None, runs: Path, recipe_name: str) -> str:

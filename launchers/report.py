@@ -1,0 +1,44 @@
+"""What a person sees at the end of a run that was trained here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from portatrain.errors import UserError
+
+
+def report(run_dir: Path) -> None:
+    """Draw the loss curve and print what a run has to show, on standard output."""
+    from portatrain.metrics.plot import plot_run
+    from portatrain.run_dir import RunDir
+
+    run = RunDir(run_dir)
+    if not run.curve():
+        return
+    summary = run.summary()
+    print(f"\nrun directory    {run_dir}")
+    try:
+        print(f"loss curve       {plot_run(run)}")
+    except UserError as error:
+        print(f"no loss curve: {error}", file=sys.stderr)
+    _print(summary)
+
+
+def _print(summary: Mapping[str, object]) -> None:
+    """The results, a line each: plain values first, then tables, then longer texts such as a generated sample."""
+    texts = {k: v for k, v in summary.items() if isinstance(v, str) and ("\n" in v or len(v) > 60)}
+    for name, value in summary.items():
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                _row(f"{name}: {key}", item)
+        elif name not in texts:
+            _row(name, value)
+    for name, text in texts.items():
+        print(f"\n{name.replace('_', ' ')}:\n{text}")
+
+
+def _row(name: str, value: object) -> None:
+    shown = f"{value:.4f}" if isinstance(value, float) and 1e-3 <= abs(value) < 1e5 else str(value)
+    print(f"{name.replace('_', ' '):<16} {shown}")

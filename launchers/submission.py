@@ -1,0 +1,46 @@
+"""Handing a run's jobs over, and going on with a run: what is written before, and after, and what is undone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from launchers.base import Job, launcher
+from portatrain.errors import UserError
+from portatrain.package import pack
+from portatrain.recipe import Recipe
+from portatrain.run_dir import RunDir
+
+
+def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None = None) -> list[Job]:
+    """Write the run's record and hand every job over, in order; the jobs with their ids.
+
+    `code`: a copy of the code that the run already has; None packs what runs here. Where one job is refused, the
+    others that were handed over are taken back, and nothing is left in any scheduler.
+    """
+    run.create(recipe)
+    source = jobs[0].recipe
+    if code is None:
+        folder, source = pack(run.path.absolute(), jobs[0].recipe)
+        code = str(folder)
+    written = [replace(job, code=code, recipe=source).write() for job in jobs]
+    handed: list[Job] = []
+    for job in written:
+        try:
+            answer = launcher(job.engine).submit(job)
+        except BaseException:
+            for other in handed:
+                try:
+                    launcher(other.engine).cancel(other)
+                except UserError as error:
+                    print(
+                        f"job {other.number} ({other.id}) could not be taken back: {error}", file=sys.stderr
+                    )
+            for other in written:
+                (Path(other.run_dir) / "jobs" / f"{other.number}.json").unlink(missing_ok=True)
+            raise
+        handed.append(job.submitted(str(answer)))
+        print(f"submitted        job {job.number}: {job.engine} {answer} on {job.cluster}")
+    return handed

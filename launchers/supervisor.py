@@ -1,0 +1,231 @@
+"""What a job runs on its first host: `python -m launchers.supervisor RUN_DIR JOB`.
+
+Takes the claim, so that of several acceptable jobs one runs; starts attempts, hands signals on to them, and decides by
+the record and the exit code whether to go on, to requeue or to stop:
+
+    0 and DONE       over
+    85               saved: requeue where the engine said that it preempts; where somebody ended it, leave it so
+    2                a user's mistake: over, no second try
+    anything else    a failure: another attempt, at most --max-restarts in a row without a new commit
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+
+from launchers.base import Job, Landed, launcher
+from portatrain import files, jobs
+from portatrain.claim import TOKEN, Claim
+from portatrain.errors import UserError
+from portatrain.package import differences
+from portatrain.preemption import RESUME_ME
+from portatrain.processes import LOGS
+from portatrain.run_dir import ATTEMPT, PLACE, Attempt, RunDir
+from portatrain.status import committed
+from portatrain.watchdog import host_name
+
+MISTAKE = 2
+BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 60.0)
+
+
+class Supervisor:
+    """Carries one job out. `signals` has what it was sent."""
+
+    def __init__(self, job: Job, landed: Landed) -> None:
+        self.job, self.landed, self.run = job, landed, RunDir(job.run_dir)
+        self.signals: list[int] = []
+        self.asked = ""
+        """'preempt', 'cancel' or 'unclear': what the last signal meant; '' where there was none."""
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def main(self) -> int:
+        """Until the run is over, or this job's part in it; the exit code."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._signal)
+        if self._over():
+            self.landed.leave("over")
+            return 0
+        try:
+            claim = Claim.acquire(self.run.path / "claim")
+        except UserError as error:
+            print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
+            self.landed.leave("aside")
+            return RESUME_ME
+        code, outcome = RESUME_ME, "unclear"
+        try:
+            code, outcome = self._attempts(claim)
+        except UserError as error:
+            if claim.held:
+                raise
+            print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
+            outcome = "aside"
+        finally:
+            claim.release()
+            self.landed.leave(outcome)
+        return code
+
+    def _over(self) -> bool:
+        return any((self.run.path / mark).exists() for mark in ("DONE", "CANCELLED"))
+
+    def _attempts(self, claim: Claim) -> tuple[int, str]:
+        if self._over():  # it ended while we waited for the claim
+            return 0, "over"
+        self.landed.arrive()
+        while True:
+            failures = self._failures_without_progress()
+            if failures and not self._pause(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]):
+                return self._asked_end()
+            attempt = self.run.new_attempt(claim)
+            code, outcome, why = self._attempt(attempt)
+            if self._over():
+                return (0 if self.run.is_done else RESUME_ME), "over"
+            if outcome in ("failed", "hung"):
+                if code == MISTAKE:
+                    attempt.event("gave_up", why=why)
+                    return code, "over"
+                if self._failures_without_progress() > self.job.max_restarts:
+                    text = f"{self.job.max_restarts} restarts in a row brought no new commit; the last attempt: {why}"
+                    attempt.event("gave_up", why=text)
+                    print(text, file=sys.stderr, flush=True)
+                    return code if code else 1, "over"
+                if not self.asked and self.landed.restarts:
+                    continue
+                if not self.asked:
+                    return code if code > 0 else 1, "failed"
+            elif not self.asked and outcome == "preempted":
+                # Its own processes were told, and this one was not: a notice of the cloud, or somebody's kill.
+                return RESUME_ME, "preempted"
+            return self._asked_end()
+
+    def _asked_end(self) -> tuple[int, str]:
+        if (
+            self.asked == "cancel"
+        ):  # by the scheduler's own command; that holds for the other acceptable places too
+            files.write_json(
+                self.run.path / "CANCELLED", {"unix_s": time.time(), "by": f"job {self.job.number}"}
+            )
+            return RESUME_ME, "over"
+        return RESUME_ME, "preempted" if self.asked == "preempt" else "unclear"
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait; False where a signal came meanwhile."""
+        until_s = time.monotonic() + seconds
+        while time.monotonic() < until_s and not self.asked:
+            time.sleep(0.1)
+        return not self.asked
+
+    def _failures_without_progress(self) -> int:
+        """Attempts of this job, at the end of the record, that failed or hung and left the commit that there is now."""
+        now, count = committed(self.run), 0
+        for number in reversed(self.run.attempt_numbers()):
+            left = [e for e in self.run.rows(number, "events") if e["event"] == "left"]
+            if not left or left[-1].get("job") != self.job.number or left[-1].get("committed") != now:
+                break
+            if left[-1]["outcome"] in ("failed", "hung"):
+                count += 1
+        return count
+
+    # ---- one attempt
+
+    def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
+        """(exit code, 'done' | 'preempted' | 'stopped' | 'cancelled' | 'failed' | 'hung', why)."""
+        place = {
+            "job": self.job.number,
+            "engine": self.job.engine,
+            "cluster": self.job.cluster,
+            "host": host_name(),
+        }
+        attempt.event("landed", **place, id=self.job.id, scheduler=scheduler_facts())
+        changed = differences(self.job.code)
+        if changed:
+            attempt.event("environment_differs", packages=changed)
+        command, more, output = self.landed.command(attempt.folder)
+        token = attempt.token
+        env = {
+            **os.environ, **more, TOKEN: token, ATTEMPT: str(attempt.number), PLACE: json.dumps(place),
+            LOGS: str(attempt.folder),
+        }  # fmt: skip
+        with open(output or os.devnull, "ab") as log:
+            # A session of its own: what is sent to this process's group comes once, from here.
+            self._child = subprocess.Popen(
+                command, env=env, stdin=subprocess.DEVNULL, stdout=log if output else None,
+                stderr=subprocess.STDOUT if output else None, start_new_session=True,
+            )  # fmt: skip
+            if self.asked:  # it came in between
+                self._child.send_signal(signal.SIGUSR1)
+            code = self._child.wait()
+        if code not in (0, RESUME_ME) and _mistake(attempt.folder):
+            code = MISTAKE
+        outcome, why = self._outcome(attempt, code)
+        attempt.event(
+            "left", outcome=outcome, code=code, why=why, asked=self.asked, signals=self.signals,
+            committed=committed(self.run), job=self.job.number,
+        )  # fmt: skip
+        return code, outcome, why
+
+    def _outcome(self, attempt: Attempt, code: int) -> tuple[str, str]:
+        events = self.run.rows(attempt.number, "events")
+        if self.run.is_done:
+            return "done", ""
+        if (self.run.path / "CANCELLED").exists() or self.asked == "cancel":
+            return "cancelled", ""
+        hang = next((e for e in events if e["event"] == "hang"), None)
+        if hang is not None:
+            return "hung", f"a hang; {hang['behind']['text']}"
+        if self.asked or code in (RESUME_ME, 130):
+            ends = [e["status"] for e in events if e["event"] == "end"]
+            if ends or code == RESUME_ME:
+                return ("stopped" if ends and ends[-1] in ("stopped", "interrupted") else "preempted"), ""
+            return "preempted", "it was ended before it could say how"
+        how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return "failed", f"{how}{_last_words(attempt.folder)}"
+
+    def _signal(self, number: int, frame: FrameType | None) -> None:
+        self.signals.append(number)
+        meaning = self.landed.means(number)
+        if self.asked in ("", "unclear"):
+            self.asked = meaning
+        if self._child is not None and self._child.poll() is None:
+            # One kind for all engines, and not the one that means "end" to programs in between.
+            self._child.send_signal(signal.SIGUSR1)
+
+
+def _mistake(folder: Path) -> bool:
+    """Whether one of the processes ended with a user's mistake; the others were killed for it."""
+    return any(path.read_text().strip() == str(MISTAKE) for path in folder.glob("exit-*"))
+
+
+def _last_words(folder: Path) -> str:
+    """The last line that process 0 wrote, or the first other one that wrote an error."""
+    for path in sorted(folder.glob("rank-*.log"), key=lambda p: int(p.stem[5:])):
+        lines = path.read_text(errors="replace").strip().splitlines()
+        for line in reversed(lines):
+            if "error" in line.lower() and not line.startswith(("slurmstepd", "srun")):
+                return f": {line.strip()[:500]}"
+    return ""
+
+
+def scheduler_facts() -> dict[str, str]:
+    """What the scheduler's environment says of where this is."""
+    names = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "JOB_COMPLETION_INDEX",
+             "JOBSET_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")  # fmt: skip
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def main() -> int:
+    """`python -m launchers.supervisor RUN_DIR JOB`."""
+    job = jobs.read(sys.argv[1], int(sys.argv[2]))
+    if job.cwd and os.path.isdir(job.cwd):
+        os.chdir(job.cwd)
+    return Supervisor(job, launcher(job.engine).land(job)).main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""End RUN: what it has reached is saved where it still can be, and its jobs are taken out of their schedulers.
+
+`launch resume` goes on with it later.
+
+examples:
+  launch cancel tiny-lm
+  launch cancel tiny-lm --no-wait
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from portatrain import files, jobs
+from portatrain.claim import live_owner
+from portatrain.commands import options
+from portatrain.errors import UserError
+from portatrain.run_dir import RunDir
+from portatrain.status import committed, find
+
+WAIT_S = 120.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_run(parser)
+    parser.add_argument("--no-wait", action="store_true", help="do not wait until it has left")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    if found.is_done:
+        raise UserError(
+            f"run {found.path.name}",
+            expected="a run that is not over",
+            got="one that is finished",
+            do="Nothing to do.",
+        )
+    # The mark first: whatever ends from now on knows that it was no preemption, and saves; a running attempt looks
+    # for it every two seconds, wherever it is.
+    try:
+        if not (found.path / "CANCELLED").exists():
+            files.write_json(found.path / "CANCELLED", {"unix_s": time.time()})
+    except OSError as error:
+        raise UserError(
+            f"run directory {found.path}", expected="permission to write there", got=str(error),
+            do="Ask its owner to cancel it.",
+        ) from error  # fmt: skip
+    owner = live_owner(found.path / "claim")
+    if not args.no_wait and owner is not None:
+        _wait(found, first_s=20.0)
+    problems = take_out(found)
+    if not args.no_wait and owner is not None and not _wait(found, first_s=WAIT_S):
+        print(f"still held by process {owner.pid} on {owner.host} after {WAIT_S:.0f} s", file=sys.stderr)
+        problems += 1
+    if RunDir(found.path).is_done:
+        print(f"{found.path.name}: finished before it could be cancelled")
+        return 0
+    step = committed(found)
+    print(f"{found.path.name}: cancelled; saved: {f'step {step}' if step is not None else 'nothing'}")
+    return 1 if problems else 0
+
+
+def take_out(run: RunDir) -> int:
+    """Cancel every job of the run in its scheduler; how many could not be."""
+    from launchers.base import launcher
+
+    problems = 0
+    for job in jobs.of(run.path):
+        if job.id is None:
+            continue
+        try:
+            launcher(job.engine).cancel(job)
+        except UserError as error:
+            print(f"job {job.number} ({job.engine} {job.id}): {error}", file=sys.stderr)
+            problems += 1
+    return problems
+
+
+def _wait(run: RunDir, *, first_s: float) -> bool:
+    """Until nobody holds the run; whether that came within `first_s`."""
+    until_s, told = time.monotonic() + first_s, False
+    while live_owner(run.path / "claim") is not None:
+        if time.monotonic() > until_s:
+            return False
+        if not told:
+            print("waiting for it to save and leave ...", file=sys.stderr, flush=True)
+            told = True
+        time.sleep(0.1)
+    return True

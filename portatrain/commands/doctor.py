@@ -1,0 +1,94 @@
+"""Look at CLUSTER for what would break a run there, and say how to mend it. Changes nothing that lasts.
+
+examples:
+  launch doctor local
+  launch doctor lab-h100 --runs /shared/runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from portatrain.errors import UserError
+from portatrain.run_dir import existing_ancestor
+
+Finding = tuple[str, str, str]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cluster", metavar="CLUSTER", help="local, or a cluster of clusters.toml")
+    parser.add_argument("--runs", metavar="DIR", default="runs", help="where runs would be (default: runs)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from launchers import planned
+    from launchers.base import launcher
+
+    (target,) = planned.targets([args.cluster], "", mesh=None, devices=None, backend=None)
+    if not target.engine:
+        raise UserError(
+            f"cluster {args.cluster}", expected="one of clusters.toml, with an engine", got="a name of the catalog",
+            do="Configure it; `launch --cluster NAME RECIPE --dry-run` shows how.",
+        )  # fmt: skip
+    worst = 0
+    for what, level, text in [
+        *here(Path(args.runs)),
+        *launcher(target.engine).doctor(target.options, Path(args.runs)),
+    ]:
+        print(f"{level:<5} {what}: {text}", flush=True)
+        worst = max(worst, {"ok": 0, "warn": 0, "bad": 1}[level])
+    return worst
+
+
+def here(runs: Path) -> Iterator[Finding]:
+    """What holds for any cluster: this machine's Python, frameworks and storage."""
+    found = []
+    for name in ("jax", "torch"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    level = "ok" if found else "bad"
+    text = ", ".join(found) or "neither jax nor torch is installed: pip install 'portatrain[jax]'"
+    yield "software", level, f"Python {sys.version.split()[0]}, {text}"
+    folder = existing_ancestor(runs)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        yield (
+            "storage",
+            "bad",
+            f"no permission to write in {folder}: choose another --runs, or change the permissions",
+        )
+        return
+    yield "storage", *_links(folder)
+    free = shutil.disk_usage(folder).free
+    yield "space", "ok" if free > 1 << 30 else "warn", f"{free / 2**30:.1f} GiB free in {folder}"
+
+
+def _links(folder: Path) -> tuple[str, str]:
+    """Whether what claims and commits rest on works there: locks, links that fail on a name that exists."""
+    import fcntl
+
+    with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
+        a, b = Path(scratch, "a"), Path(scratch, "b")
+        a.write_text("a")
+        try:
+            with a.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.link(a, b)
+        except OSError as error:
+            return "bad", f"{folder} cannot lock or link ({error}): put --runs on another file system"
+        try:
+            os.link(a, b)
+            return (
+                "bad",
+                f"{folder}: a link over a name that exists succeeded: put --runs on another file system",
+            )
+        except FileExistsError:
+            return "ok", f"{folder} can be written, locked and linked"

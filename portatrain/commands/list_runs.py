@@ -1,0 +1,61 @@
+"""List the runs of a folder, the last one that moved first.
+
+examples:
+  launch list
+  launch list --runs /shared/runs --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from portatrain.errors import UserError
+from portatrain.run_dir import RunDir
+from portatrain.status import Status, age, names, status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--runs", metavar="DIR", default="runs", help="the folder (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print data instead of a table")
+
+
+def run(args: argparse.Namespace) -> int:
+    found: list[tuple[float, Status]] = []
+    for name in names(args.runs):
+        path = Path(args.runs) / name
+        try:
+            now = status(RunDir(path))
+        except UserError as error:  # one damaged record does not hide the others
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        files = [path, *path.glob("attempts/*/*.jsonl")]
+        found.append((max(p.stat().st_mtime for p in files), now))
+    found.sort(key=lambda pair: -pair[0])
+    if args.json:
+        print(json.dumps([{**now.as_json(), "moved_unix_s": moved_s} for moved_s, now in found], indent=1))
+        return 0
+    if not found:
+        print(f"no runs in {args.runs}")
+        return 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("run", "state", "step", "loss", "where", "attempts", "moved")
+    for moved_s, now in found:
+        where = now.attempts[-1].where if now.attempts else "-"
+        loss = f"{now.loss:.4f}" if now.loss is not None else "-"
+        table.add_row(
+            now.run,
+            now.state,
+            f"{now.step}/{now.steps}",
+            loss,
+            where,
+            str(len(now.attempts)),
+            f"{age(moved_s)} ago",
+        )
+    console = Console() if Console().is_terminal else Console(width=160)
+    console.print(table)
+    return 0

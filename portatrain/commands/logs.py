@@ -1,0 +1,140 @@
+"""Print what a process of an attempt wrote; with -f go on until the run is over, from attempt to attempt.
+
+examples:
+  launch logs tiny-lm
+  launch logs -f tiny-lm
+  launch logs tiny-lm --attempt 2 --rank 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from portatrain import jobs
+from portatrain.commands import options
+from portatrain.errors import UserError
+from portatrain.run_dir import RunDir
+from portatrain.status import find, status
+
+POLL_S = 0.3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_run(parser)
+    parser.add_argument(
+        "-f", "--follow", action="store_true", help="go on printing until the run, or attempt, ends"
+    )
+    parser.add_argument("--attempt", metavar="N", type=int, help="of this attempt (default: the last one)")
+    parser.add_argument("--rank", metavar="R", type=int, default=0, help="of this process (default: 0)")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    numbers = found.attempt_numbers()
+    if args.attempt is not None and args.attempt not in numbers:
+        raise UserError(
+            f"run {found.path.name}: attempt {args.attempt}", expected=_range(numbers), got=str(args.attempt),
+            do="See `launch status`.",
+        )  # fmt: skip
+    if not numbers and not args.follow:
+        return _engine_logs(found)
+    number = args.attempt or (numbers[-1] if numbers else 1)
+    if not args.follow:
+        _check(found, number, args.rank)
+    while True:
+        _print(found, number, args.rank, follow=args.follow)
+        if not args.follow or args.attempt is not None:
+            return 0
+        number = _next(found, number)
+        if not number:
+            return 0
+        print(f"--- attempt {number}", flush=True)
+
+
+def _range(numbers: list[int]) -> str:
+    return f"1 to {numbers[-1]}" if numbers else "an attempt that has begun (none has)"
+
+
+def _log(run: RunDir, number: int, rank: int) -> Path:
+    return run.path / "attempts" / str(number) / f"rank-{rank}.log"
+
+
+def _check(run: RunDir, number: int, rank: int) -> None:
+    if _log(run, number, rank).exists():
+        return
+    there = sorted(int(p.stem[5:]) for p in _log(run, number, rank).parent.glob("rank-*.log"))
+    raise UserError(
+        f"run {run.path.name}, attempt {number}: rank {rank}",
+        expected=f"one of {', '.join(map(str, there))}"
+        if there
+        else "an attempt of a job, whose output is kept",
+        got=str(rank) if there else "one that ran in the foreground, and wrote to its terminal",
+        do="Give --rank."
+        if there
+        else "What it recorded is in attempts/*/events.jsonl; see `launch status`.",
+    )
+
+
+def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
+    path, at = _log(run, number, rank), 0
+    while True:
+        over = _ended(
+            run, number
+        )  # looked at before reading, so that nothing written before the end is missed
+        if path.exists():
+            with path.open("rb") as file:
+                file.seek(at)
+                while chunk := file.read(1 << 16):
+                    at += len(chunk)
+                    sys.stdout.buffer.write(chunk)
+                sys.stdout.flush()
+        if not follow or over:
+            return
+        time.sleep(POLL_S)
+
+
+def _ended(run: RunDir, number: int) -> bool:
+    events = run.rows(number, "events") if number in run.attempt_numbers() else []
+    if (
+        any(e["event"] in ("left", "gave_up") for e in events)
+        or max(run.attempt_numbers(), default=0) > number
+    ):
+        return True
+    now = status(run)
+    return now.over or (now.state in ("LOST", "REQUEUED") and bool(now.attempts))
+
+
+def _next(run: RunDir, number: int) -> int:
+    """The attempt after `number`, waited for; 0 once the run is over."""
+    while True:
+        later = [n for n in run.attempt_numbers() if n > number]
+        if later:
+            return later[0]
+        now = status(run)
+        if now.over or (now.state in ("LOST", "REQUEUED") and not _queued(run)):
+            return 0
+        time.sleep(POLL_S)
+
+
+def _queued(run: RunDir) -> bool:
+    from launchers.base import launcher
+
+    for job in jobs.of(run.path):
+        try:
+            if launcher(job.engine).describe(job).state in ("pending", "held", "running"):
+                return True
+        except UserError:
+            continue
+    return False
+
+
+def _engine_logs(run: RunDir) -> int:
+    from launchers.base import launcher
+
+    for job in jobs.of(run.path):
+        for line in launcher(job.engine).logs(job):
+            print(line)
+    return 0

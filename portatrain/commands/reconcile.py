@@ -1,0 +1,88 @@
+"""Make the schedulers agree with the record: of RUN, or of all runs of the folder.
+
+A held job of a run that nothing is training is released; jobs of a run that is over, and jobs by our names that no run
+knows, are taken out; a run that nothing will go on with by itself is named.
+
+examples:
+  launch reconcile
+  launch reconcile tiny-lm
+  launch reconcile --dry-run
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from portatrain import jobs
+from portatrain.errors import UserError
+from portatrain.run_dir import RunDir
+from portatrain.status import find, names, status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run", metavar="RUN", nargs="?", help="a run's name, or its run directory (default: all)"
+    )
+    parser.add_argument(
+        "--runs", metavar="DIR", default="runs", help="the folder that runs are in (default: runs)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = (
+        [find(args.run, args.runs)] if args.run else [RunDir(Path(args.runs) / n) for n in names(args.runs)]
+    )
+    done = 0
+    for one in found:
+        try:
+            for text in reconcile(one, dry_run=args.dry_run):
+                print(f"{one.path.name}: {text}")
+                done += 1
+        except UserError as error:
+            print(f"{one.path.name}: {error}", file=sys.stderr)
+    if not done:
+        print(f"{len(found)} run{'' if len(found) == 1 else 's'}: nothing to do")
+    return 0
+
+
+def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
+    """What is, or with `dry_run` would be, done for `run`, a line each."""
+    from launchers.base import launcher
+
+    now, there = status(run), [job for job in jobs.of(run.path) if job.detached]
+    by_name = {job.name: job for job in there}
+    said = {}
+    for engine in {job.engine for job in there}:
+        prefix = next(iter(by_name)).rsplit("-", 1)[0] + "-"
+        for name, id in launcher(engine).names(prefix).items():
+            known = by_name.get(name)
+            if known is None:
+                yield f"job {id} ({engine}, {name}) is in no record: taken out"
+                if not dry_run:
+                    orphan = jobs.Job(run_dir=str(run.path), recipe="", cluster="", engine=engine, id=id)
+                    launcher(engine).cancel(orphan)
+            elif known.id is None:
+                yield f"job {known.number} had been submitted as {id} before its launch was cut short: recorded"
+                by_name[name] = known if dry_run else known.submitted(id)
+    for job in by_name.values():
+        said[job.number] = launcher(job.engine).describe(job)
+    alive = {n for n, s in said.items() if s.state in ("pending", "held", "running")}
+    if now.over:
+        for job in by_name.values():
+            if job.number in alive and now.owner is None:
+                yield f"is {now.state}; job {job.number} ({job.engine} {job.id}, {said[job.number].state}) taken out"
+                if not dry_run:
+                    launcher(job.engine).cancel(job)
+        return
+    if now.owner is None:
+        for job in by_name.values():
+            if said[job.number].state == "held":
+                yield f"nothing trains it; job {job.number} ({job.engine} {job.id}) was held: released"
+                if not dry_run:
+                    launcher(job.engine).release(job)
+        if not alive:
+            yield f"is {now.state} and no scheduler has a job of it: go on with `launch resume {run.path.name}`"

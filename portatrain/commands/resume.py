@@ -1,0 +1,154 @@
+"""Go on with RUN from its newest checkpoint: where it was, or on another cluster with --cluster.
+
+For a run that was stopped, cancelled or lost, or that failed. It uses the code that it began with, which lies in its
+run directory; --new-code takes what is here now, and the change is recorded.
+
+examples:
+  launch resume tiny-lm
+  launch resume tiny-lm --cluster lab-h100
+  launch resume tiny-lm --cluster local --backend torch --devices 2 --detach
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from portatrain import files, jobs
+from portatrain.claim import in_use, live_owner
+from portatrain.commands import options
+from portatrain.errors import UserError
+from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.run_dir import RunDir
+from portatrain.status import find
+
+LEAVING_S = 10.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_run(parser)
+    parser.add_argument(
+        "--cluster", metavar="NAME[,NAME...]", help="where (default: the clusters that it had)"
+    )
+    options.add_backend(parser)
+    parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
+    parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
+    parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
+    parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: as before)")
+    parser.add_argument(
+        "--new-code", action="store_true", help="take the code that is here, not the run's own"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    _check(found)
+    before = jobs.of(found.path) or [_of_foreground(found)]
+    last = before[-1]
+    _check_idle(found, [job for job in before if job.number])
+    recipe = apply_overrides(load_recipe(last.recipe, cwd=Path(last.cwd or ".")), last.overrides)
+    if (found.path / "run.json").exists():
+        found.check(recipe, cancelled_too=True)
+    new = _jobs(args, found, before, recipe)
+    from launchers.base import launcher
+
+    for job in new:
+        launcher(job.engine).check(job)
+    if args.dry_run:
+        for job in new:
+            print(launcher(job.engine).materialize(replace(job, number=job.number or last.number + 1)))
+        return 0
+    cancelled = found.path / "CANCELLED"
+    if cancelled.exists():
+        cancelled.unlink()
+        files.sync_folder(found.path)
+    if len(new) == 1 and not new[0].detached:
+        return int(launcher("local").submit(new[0]))
+    from launchers.submission import submit
+
+    submit(found, recipe, new, code=None if args.new_code else last.code)
+    return 0
+
+
+def _check(run: RunDir) -> None:
+    if run.is_done:
+        raise UserError(
+            f"run {run.path.name}", expected="a run that is not over", got="one that is finished",
+            do="Begin another with launch --run NAME.",
+        )  # fmt: skip
+    owner = live_owner(run.path / "claim")
+    if owner is not None:
+        raise in_use(run.path / "claim", owner)
+
+
+def _check_idle(run: RunDir, there: list[jobs.Job]) -> None:
+    """UserError where a scheduler still has a job of the run: two of them would be one too many."""
+    from launchers.base import JobState, launcher
+
+    for job in there:
+        if job.id is None:
+            continue
+        until_s = time.monotonic() + LEAVING_S
+        while True:
+            try:
+                said = launcher(job.engine).describe(job)
+            except UserError as error:
+                print(f"job {job.number} could not be asked for: {error}", file=sys.stderr)
+                said = JobState(state="unknown")
+            if said.state != "running" or time.monotonic() > until_s:
+                break
+            time.sleep(0.2)  # it has given the run up, and is about to end
+        if said.state in ("pending", "held", "running"):
+            raise UserError(
+                f"run {run.path.name}", expected="no job of it in a scheduler",
+                got=f"job {job.number} ({job.engine} {job.id}), {said.state} {said.reason}".rstrip(),
+                do=f"Wait for it; `launch reconcile {run.path.name}` releases a held one, `launch cancel` ends all.",
+            )  # fmt: skip
+
+
+def _of_foreground(run: RunDir) -> jobs.Job:
+    """The job of a run that was only ever trained in the foreground, as its last attempt recorded it."""
+    for number in reversed(run.attempt_numbers()):
+        path = run.path / "attempts" / str(number) / "attempt.json"
+        source = files.read_json(path).get("source") if path.exists() else None
+        if source:
+            known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()}
+            return jobs.Job(run_dir=str(run.path), cluster="local", engine="local", detached=False, **known)
+    raise UserError(
+        f"run {run.path.name}", expected="a run that `launch` began", got="one of `portatrain train`",
+        do=f"Go on with: portatrain train RECIPE --run-dir {run.path}.",
+    )  # fmt: skip
+
+
+def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe: object) -> list[jobs.Job]:
+    from launchers import planned
+    from portatrain.recipe import Recipe
+
+    assert isinstance(recipe, Recipe)
+    options.positive("--devices", args.devices)
+    last = before[-1]
+    restarts = last.max_restarts if args.max_restarts is None else args.max_restarts
+    more: dict[str, Any] = {"max_restarts": restarts, "number": 0, "id": None, "submitted_unix_s": None}
+    if args.cluster is None:
+        newest = {job.cluster: job for job in before}  # one job a cluster, the newest of each
+        changes: dict[str, Any] = {k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None}
+        if args.detach:
+            changes["detached"] = True
+        return [replace(job, **more, **changes) for job in newest.values()]
+    names = list(dict.fromkeys(name.strip() for name in args.cluster.split(",") if name.strip()))
+    targets = planned.targets(names, last.recipe, mesh=args.mesh, devices=args.devices, backend=args.backend)
+    return [
+        replace(
+            last, **more, cluster=t.name, engine=t.engine, backend=t.backend, mesh=t.mesh, devices=t.devices,
+            hosts=t.hosts, processes=t.processes, options=t.options, place=t.place,
+            cwd=last.cwd or os.getcwd(), detached=t.engine != "local" or args.detach,
+            run_dir=str(run.path.absolute()),
+        )
+        for t in planned.fitting(targets, recipe)
+    ]  # fmt: skip

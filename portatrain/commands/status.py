@@ -1,0 +1,92 @@
+"""Show where RUN stands: state, step, loss, speed, every attempt with its place and its seam, jobs, time lost.
+
+From the run directory; with --ask also what the schedulers say of its jobs, which is a hint.
+
+examples:
+  launch status tiny-lm
+  launch status tiny-lm --ask
+  launch status runs/tiny-lm --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from portatrain import jobs
+from portatrain.commands import options
+from portatrain.errors import UserError
+from portatrain.status import Status, age, find, status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_run(parser)
+    parser.add_argument("--ask", action="store_true", help="ask the schedulers about the jobs as well")
+    parser.add_argument("--json", action="store_true", help="print data instead of tables")
+
+
+def run(args: argparse.Namespace) -> int:
+    found = find(args.run, args.runs)
+    now = status(found)
+    there: list[dict[str, object]] = [
+        {
+            "job": j.number,
+            "engine": j.engine,
+            "cluster": j.cluster,
+            "id": j.id,
+            **(_asked(j) if args.ask else {}),
+        }
+        for j in jobs.of(found.path)
+    ]
+    if args.json:
+        print(json.dumps({**now.as_json(), "jobs": there}, indent=1))
+        return 0
+    _print(now, there)
+    return 0
+
+
+def _asked(job: jobs.Job) -> dict[str, str]:
+    from launchers.base import launcher
+
+    try:
+        said = launcher(job.engine).describe(job)
+    except UserError as error:
+        return {"scheduler": f"no answer: {error}"}
+    return {"scheduler": " ".join(filter(None, (said.state, said.where, said.reason and f"({said.reason})")))}
+
+
+def _print(now: Status, there: list[dict[str, object]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if Console().is_terminal else Console(width=180)
+    loss = f", loss {now.loss:.4f}" if now.loss is not None else ""
+    rate = f", {now.tokens_per_s:,.0f} tokens/s" if now.tokens_per_s and now.state == "RUNNING" else ""
+    console.print(f"{now.run}: {now.state}, step {now.step}/{now.steps}{loss}{rate}", highlight=False)
+    if now.owner is not None:
+        console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False)
+    saved = f"step {now.committed}" if now.committed is not None else "nothing"
+    console.print(
+        f"saved: {saved}; lost between attempts: {now.lost_s:.0f} s; steps trained again: {now.trained_again}",
+        highlight=False,
+    )
+    if now.why:
+        console.print(f"the last attempt: {now.why}", highlight=False, markup=False)
+    if now.attempts:
+        table = Table("attempt", "where", "backend", "mesh", "began", "steps", "kept", "seam", "ended")
+        for one in now.attempts:
+            steps = f"{one.steps[0]}-{one.steps[1]}" if one.steps else "-"
+            table.add_row(
+                str(one.number), one.where, one.backend, one.mesh, f"{age(one.began_unix_s)} ago", steps,
+                str(one.kept), one.verdict or "-", one.ended or "-",
+            )  # fmt: skip
+        console.print(table)
+    if there:
+        table = Table("job", "engine", "cluster", "id", *(["scheduler"] if "scheduler" in there[0] else []))
+        for job in there:
+            table.add_row(*(str(v if v is not None else "-") for v in job.values()))
+        console.print(table)
+    if now.state in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
+        console.print(
+            f"`launch resume {now.run}` goes on from there, `launch logs {now.run}` shows why.", style="dim"
+        )

@@ -1,0 +1,204 @@
+"""`launch` for this machine, in the background: submit, status, logs, cancel, resume. The training is a stand-in that
+computes nothing (tests/fakes/train.py); tests/faults has the real one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from portatrain import jobs
+from portatrain.claim import live_owner
+from portatrain.cli import launch_main
+from portatrain.run_dir import RunDir
+from portatrain.status import Status, status
+
+ROOT = Path(__file__).parents[2]
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("REAL_PYTHON", sys.executable)
+    monkeypatch.setenv("FAKE_STEP_S", "0.04")
+    monkeypatch.setenv("FAKES", str(ROOT / "tests" / "fakes"))
+    options = f'{{ python = "{ROOT}/tests/fakes/python" }}'
+    tmp_path.joinpath("clusters.toml").write_text(
+        f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {options}\n'
+    )
+    return tmp_path
+
+
+def now() -> Status:
+    return status(RunDir(Path("runs/a")))
+
+
+def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
+    end_s = time.monotonic() + seconds
+    while not condition():
+        logs = "\n".join(p.read_text() for p in sorted(Path("runs/a").glob("**/*.log")))
+        assert time.monotonic() < end_s, f"{what}\n{now()}\n{logs}"
+        time.sleep(0.05)
+
+
+def start(*more: str) -> None:
+    assert launch_main(["--cluster", "here", "tiny-lm", "--detach", "--run", "a", *more]) == 0
+
+
+def ended() -> bool:
+    return live_owner(Path("runs/a/claim")) is None
+
+
+def test_from_submission_to_the_end(capsys: Capture) -> None:
+    start()
+    until(lambda: now().state == "RUNNING", "running")
+    assert launch_main(["status", "a", "--ask"]) == 0
+    shown = capsys.readouterr().out
+    assert "a: RUNNING" in shown and "running process" in shown
+    assert launch_main(["logs", "-f", "a"]) == 0  # until it is over
+    assert now().state == "SUCCEEDED" and now().step == 60
+    until(ended, "the supervisor has left")
+    assert launch_main(["list"]) == 0
+    assert "SUCCEEDED" in capsys.readouterr().out
+    assert launch_main(["resume", "a"]) == 2
+    assert launch_main(["cancel", "a"]) == 2
+    assert capsys.readouterr().err.count("one that is finished") == 2
+
+
+def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+    start()
+    until(lambda: now().step >= 2, "steps")
+    assert launch_main(["resume", "a"]) == 2
+    assert "a claim of process" in capsys.readouterr().err
+    assert launch_main(["cancel", "a"]) == 0
+    assert "cancelled; saved: step" in capsys.readouterr().out
+    reached = now().step
+    assert (
+        now().state == "CANCELLED" and now().committed == reached and now().attempts[0].ended == "cancelled"
+    )
+    monkeypatch.setenv("FAKE_STEP_S", "0.02")
+    assert launch_main(["resume", "a"]) == 0
+    until(lambda: now().state == "SUCCEEDED", "the end")
+    assert now().trained_again == 0 and now().attempts[1].steps == (reached + 1, 60)
+    first, second = jobs.of("runs/a")
+    assert first.code == second.code and (Path(str(first.code)) / "portatrain" / "trainer.py").exists()
+    until(ended, "the supervisor has left")
+
+
+def test_the_code_of_a_run_is_its_own(place: Path) -> None:
+    helper, recipe = place / "helper.py", place / "mine.py"
+    helper.write_text("STEPS = 60\n")
+    recipe.write_text(
+        "from dataclasses import replace\nfrom helper import STEPS\nfrom recipes.tiny_lm import recipe as base\n"
+        "def recipe():\n    return replace(base(), steps=STEPS, name='mine')\n"
+    )
+    words = ["--cluster", "here", "mine.py", "--detach", "--run", "a"]
+    # A process of its own: a test process has imported other helpers.
+    program = "import sys; from portatrain.cli import launch_main; sys.exit(launch_main())"
+    subprocess.run([sys.executable, "-c", program, *words], check=True)
+    (job,) = jobs.of("runs/a")
+    assert (Path(str(job.code)) / "recipe" / "helper.py").read_text() == "STEPS = 60\n"
+    assert job.recipe == f"{job.code}/recipe/mine.py"
+    until(ended, "it has ended")
+
+
+def test_a_second_job_steps_aside(capsys: Capture) -> None:
+    start()
+    until(lambda: now().step >= 3, "steps")
+    (job,) = jobs.of("runs/a")
+    second = subprocess.run(
+        [sys.executable, "-m", "launchers.supervisor", job.run_dir, "1"], capture_output=True, text=True,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert second.returncode == 85 and "steps aside" in second.stderr
+    until(lambda: now().state == "SUCCEEDED", "the end")
+    assert len(now().attempts) == 1
+    until(ended, "the supervisor has left")
+
+
+def test_failures_without_progress_end_it(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("FAKE", "crash")
+    start("--max-restarts", "1")
+    until(lambda: now().state == "FAILED", "given up")
+    until(ended, "the supervisor has left")
+    assert len(now().attempts) == 2 and "some error of a library" in now().why
+    monkeypatch.setenv("FAKE", "")
+    assert launch_main(["resume", "a"]) == 0
+    until(lambda: now().state == "SUCCEEDED", "the end after a resume")
+    until(ended, "the supervisor has left")
+
+
+def test_a_crash_is_only_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", "crash-once")
+    start()
+    until(lambda: [a.ended for a in now().attempts] == ["failed", "done"], "the end")
+    until(ended, "the supervisor has left")
+
+
+def test_a_hang_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", "hang")
+    monkeypatch.setenv("PORTATRAIN_HANG_S", "1")
+    start("--max-restarts", "0")
+    until(lambda: now().state == "FAILED", "given up")
+    until(ended, "the supervisor has left")
+    (hang,) = RunDir(Path("runs/a")).events("hang")
+    assert (hang["step"], hang["phase"]) == (10, "step")
+    stacks = Path("runs/a/attempts/1", hang["stacks"]).read_text()
+    assert "time.sleep" in stacks or "in main" in stacks
+    assert now().attempts[0].ended == "hung"
+
+
+def test_a_supervisor_that_is_killed_takes_its_attempt_along_and_the_next_goes_on() -> None:
+    start()
+    until(lambda: (now().committed or 0) >= 20, "a commit")
+    owner = live_owner(Path("runs/a/claim"))
+    assert owner is not None
+    os.kill(owner.pid, signal.SIGKILL)
+    until(lambda: now().state == "LOST", "lost")
+    assert launch_main(["resume", "a"]) == 0
+    until(lambda: now().state == "SUCCEEDED", "the end")
+    curve = RunDir(Path("runs/a")).curve()
+    assert [row["step"] for row in curve] == list(range(1, 61))
+    until(ended, "the supervisor has left")
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["status", "nothing"], "none there"),
+        (["logs", "nothing"], "none there"),
+        (["cancel", "nothing"], "none there"),
+        (["resume", "nothing"], "none there"),
+        (["reconcile", "nothing"], "none there"),
+        (["doctor", "tpu-v5p-256"], "a name of the catalog"),
+        (["doctor", "nowhere"], "local"),
+        (["--cluster", "local,tpu-v5p-256", "tiny-lm"], "or one alone"),
+        (["--cluster", "local", "tiny-lm", "--max-restarts", "-1"], "0 or more"),
+        (["--cluster", "tpu-v5p-8", "tiny-lm"], "engine"),
+    ],
+)
+def test_mistakes(words: list[str], hint: str, capsys: Capture) -> None:
+    assert launch_main(words) == 2
+    err = capsys.readouterr().err
+    assert hint in err and "Traceback" not in err and err.count("\n") == 1
+    assert not Path("runs").exists()
+
+
+def test_names_that_are_near(capsys: Capture) -> None:
+    start()
+    until(ended, "it has ended")
+    assert launch_main(["status", "aa"]) == 2
+    assert "Did you mean a?" in capsys.readouterr().err
+    assert launch_main(["logs", "a", "--attempt", "7"]) == 2
+    assert launch_main(["logs", "a", "--rank", "3"]) == 2
+    assert launch_main(["reconcile"]) == 0
+    assert launch_main(["doctor", "local"]) == 0
