@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo setup test test-full test-rest test-meshes soak lint format clean
+.PHONY: help demo setup test test-full test-rest test-meshes test-engines soak soak-engines lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,14 @@ soak: setup  ## every bit of a checkpoint's headers flipped, a hundred thousand 
 
 test-meshes: setup  ## the torch backend on meshes of several processes; alone, as they need the cores
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full" tests/distributed
+
+test-engines: setup  ## on a real Slurm, installed where apt-get can and started on loopback, and on loopback APIs
+	@.ci/slurm
+	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "engines and not soak" tests/engines
+
+soak-engines: setup  ## one run, 50 preemptions and kills at random moments on that Slurm; prints the table of docs/reliability.md
+	@.ci/slurm
+	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -s -m "engines and soak" --timeout 14400 tests/engines
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -1,0 +1,291 @@
+"""Slurm: one batch job for every acceptable partition, of which the first to start claims the run.
+
+The one that starts holds its siblings; preempted, it saves, releases them and requeues itself; the one that finishes
+takes the others out. No daemon, no accounting and no job array is needed, and `squeue` is only ever a hint.
+
+What a signal means: the script asks for USR1 before its time is up (`--signal=B:USR1@60`); with
+`SlurmctldParameters=preempt_send_user_signal` the same comes at a preemption. TERM is a preemption's where Slurm says
+that the job is being preempted, and a cancel where it says so.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launchers.base import Job, JobState, Landed, check_options, option, python, shell, supervise_command
+from portatrain import jobs
+from portatrain.errors import UserError
+from portatrain.preemption import GRACE
+from portatrain.processes import free_port
+
+OPTIONS = {
+    "partition": "a partition", "account": "an account", "qos": "a QOS", "gres": "generic resources, as in gpu:h100:8",
+    "constraint": "node features", "time": "a time limit, as in 24:00:00", "signal_s": "seconds of notice to ask for",
+    "grace_s": "seconds from a preemption's signal to the kill (default: the partition's GraceTime)",
+    "cpus_per_task": "CPUs of a process", "mem": "memory of a node, as in 500G", "exclusive": "whole nodes",
+    "setup": "shell lines before the start, as in module load cuda", "python": "the Python to run with",
+    "env": "environment variables", "sbatch": "more #SBATCH options, a list of words", "srun": "more options of srun",
+    "hang_s": "seconds without moving on that are taken for a hang; 0: never",
+}  # fmt: skip
+SIGNAL_S = 60
+ENDS_WITHIN_S = 15
+"""How long srun lets the others run once one process has ended. They leave together; where one fails, the others wait
+for it in a collective, and are killed."""
+STAY_S = 90.0
+
+
+class SlurmLauncher:
+    """See `launchers.base.Launcher`."""
+
+    def materialize(self, job: Job) -> str:
+        def given(name: str, flag: str) -> list[str]:
+            value = option(job, name, object)
+            return [] if value is None else [f"--{flag}={value}"]
+
+        lines = [
+            f"--job-name={job.name}", *given("partition", "partition"), *given("account", "account"),
+            *given("qos", "qos"), *given("constraint", "constraint"), *given("time", "time"),
+            f"--nodes={job.hosts}", f"--ntasks={job.processes}", f"--ntasks-per-node={job.processes // job.hosts}",
+            *given("cpus_per_task", "cpus-per-task"), *given("mem", "mem"), *given("gres", "gres"),
+            *(["--exclusive"] if option(job, "exclusive", bool) else []),
+            f"--signal=B:USR1@{option(job, 'signal_s', int, SIGNAL_S)}", "--requeue", "--open-mode=append",
+            f'--output="{_escaped(Path(job.run_dir) / "jobs" / f"{job.number}.log")}"',
+            *([f'--chdir="{job.cwd}"'] if job.cwd else []), *option(job, "sbatch", list, []),
+        ]  # fmt: skip
+        setup = option(job, "setup", str, "").strip()
+        env = [f"export {shell([f'{k}={v}'])}" for k, v in option(job, "env", dict, {}).items()]
+        return "\n".join(
+            [
+                "#!/bin/bash",
+                *(f"#SBATCH {line}" for line in lines),
+                "set -e",
+                *([setup] if setup else []),
+                *env,
+                "trap '' USR1  # until the supervisor listens",
+                f"exec {shell(supervise_command(job))}",
+                "",
+            ]
+        )
+
+    def check(self, job: Job) -> None:
+        check_options(job, OPTIONS)
+        for name, kind in (
+            ("env", dict),
+            ("sbatch", list),
+            ("srun", list),
+            ("signal_s", int),
+            ("setup", str),
+        ):
+            option(job, name, kind)
+        if re.search(r'["\n\\]', job.run_dir + job.cwd):
+            raise UserError(
+                f"run directory {job.run_dir}", expected="a path that sbatch can take, without quotes and line ends",
+                got=repr(job.run_dir), do="Choose another --runs.",
+            )  # fmt: skip
+        _installed(job.cluster)
+        partition = job.options.get("partition")
+        known = _call(["sinfo", "--noheader", "--format=%R"]).split()
+        for one in str(partition).split(",") if partition else []:
+            if one not in known:
+                from portatrain.errors import choice
+
+                raise choice(f"cluster {job.cluster}: partition {one!r}", one, known)
+
+    def submit(self, job: Job) -> str:
+        _installed(job.cluster)
+        answer = _call(
+            ["sbatch", "--parsable"], text=self.materialize(job), what=f"job {job.number} of {job.run}"
+        )
+        return answer.strip().split(";")[0]
+
+    def describe(self, job: Job) -> JobState:
+        if job.id is None:
+            return JobState(state="gone", reason="never submitted")
+        _installed(job.cluster)
+        try:
+            said = _call(["squeue", "--noheader", f"--jobs={job.id}", "--format=%T|%r|%N"]).strip()
+        except UserError as error:
+            if "Invalid job id" in error.got:
+                return JobState(state="gone")
+            raise
+        if not said:
+            return JobState(state="gone")
+        state, reason, nodes = said.splitlines()[0].split("|")
+        if state == "PENDING":
+            held = "held" in reason.lower()
+            return JobState(state="held" if held else "pending", reason=reason)
+        running = state in ("RUNNING", "COMPLETING", "CONFIGURING", "STAGE_OUT", "SUSPENDED", "REQUEUED")
+        return JobState(state="running" if running else "gone", reason=state, where=nodes)
+
+    def logs(self, job: Job) -> Iterator[str]:
+        path = Path(job.run_dir) / "jobs" / f"{job.number}.log"
+        if path.exists():
+            yield from path.read_text(errors="replace").splitlines()
+
+    def cancel(self, job: Job) -> None:
+        if job.id is not None and self.describe(job).state != "gone":
+            _call(["scancel", job.id])
+
+    def release(self, job: Job) -> None:
+        if job.id is not None:
+            _call(["scontrol", "release", job.id])
+
+    def hold(self, job: Job) -> None:
+        """Keep a pending job from starting."""
+        if job.id is not None:
+            _call(["scontrol", "hold", job.id])
+
+    def names(self, prefix: str) -> Mapping[str, str]:
+        _installed("slurm")
+        rows = _call(["squeue", "--noheader", "--me", "--format=%i|%j"]).split()
+        pairs = (row.split("|", 1) for row in rows if "|" in row)
+        return {name: number for number, name in pairs if name.startswith(prefix)}
+
+    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+        from launchers.slurm_doctor import look
+
+        yield from look(options, storage)
+
+    def land(self, job: Job) -> Landed:
+        return LandedOnSlurm(job)
+
+
+class LandedOnSlurm:
+    """A batch job on its first node."""
+
+    restarts = True
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.slurm = job, SlurmLauncher()
+        self.id = os.environ["SLURM_JOB_ID"]
+
+    def _siblings(self) -> Iterator[Job]:
+        for job in jobs.of(self.job.run_dir):
+            if job.engine == "slurm" and job.id is not None and job.id != self.id:
+                yield job
+
+    def _each(self, verb: Any) -> None:
+        """`verb` of every sibling; one that Slurm refuses (it has just started, or is gone) settles itself."""
+        for sibling in self._siblings():
+            try:
+                verb(sibling)
+            except UserError as error:
+                print(f"job {sibling.number} ({sibling.id}): {error}", file=sys.stderr, flush=True)
+
+    def arrive(self) -> None:
+        def hold(job: Job) -> None:
+            if self.slurm.describe(job).state == "pending":
+                self.slurm.hold(job)
+
+        self._each(hold)
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        job = self.job
+        words = [
+            "srun", f"--nodes={job.hosts}", f"--ntasks={job.processes}",
+            f"--ntasks-per-node={job.processes // job.hosts}", "--kill-on-bad-exit=0", f"--wait={ENDS_WITHIN_S}",
+            "--open-mode=append", f"--output={_escaped(attempt / 'rank-%t.log', keep=True)}",
+            *option(job, "srun", list, []), python(job), "-m", "portatrain.landing", *job.train()[1:],
+        ]  # fmt: skip
+        # Slurm's default port follows from the job's number, which a requeue keeps; a socket of the attempt before may
+        # still be closing there. So: a free one each time, on this host, which has process 0.
+        env = {"MASTER_ADDR": head_address(), "MASTER_PORT": str(free_port())}
+        grace = option(job, "grace_s", int) or _grace_s(os.environ.get("SLURM_JOB_PARTITION", ""))
+        if grace:
+            env[GRACE] = str(grace)
+        if "hang_s" in job.options:
+            from portatrain.watchdog import LIMIT
+
+            env[LIMIT] = str(job.options["hang_s"])
+        return words, env, None
+
+    def means(self, signum: int) -> str:
+        if signum == signal.SIGUSR1:
+            return "preempt"
+        try:
+            said = _call(["scontrol", "show", "job", self.id], timeout_s=5.0)
+        except UserError:
+            return "unclear"
+        state = re.search(r"JobState=(\S+)", said)
+        if state and state[1] in ("CANCELLED", "COMPLETING", "DEADLINE"):
+            return "cancel"
+        preempted = re.search(r"PreemptTime=(\S+)", said)
+        if preempted and preempted[1] not in ("None", "N/A", "Unknown"):
+            return "preempt"
+        return "unclear"
+
+    def leave(self, outcome: str) -> None:
+        if outcome == "over":
+            self._each(self.slurm.cancel)
+        elif outcome == "aside":
+            self._self(["scontrol", "requeuehold", self.id])
+        elif outcome == "preempted":
+            self._each(self.slurm.release)
+            self._self(["scontrol", "requeue", self.id])
+        else:  # Slurm ends this job for a reason of its own, and decides by the same whether to requeue it
+            time.sleep(STAY_S)
+
+    def _self(self, words: list[str]) -> None:
+        try:
+            _call(words)
+        except UserError as error:
+            print(str(error), file=sys.stderr, flush=True)
+            return
+        time.sleep(STAY_S)  # Slurm ends it
+
+
+def head_address() -> str:
+    """The address at which Slurm itself reaches this node."""
+    name = os.environ.get("SLURMD_NODENAME")
+    said = _call(["scontrol", "show", "node", name]) if name else ""
+    found = re.search(r"NodeAddr=(\S+)", said)
+    return found[1] if found else os.uname().nodename
+
+
+def _grace_s(partition: str) -> int | None:
+    """The partition's GraceTime; None where preemption gives none."""
+    try:
+        found = re.search(r"GraceTime=(\d+)", _call(["scontrol", "show", "partition", partition]))
+    except UserError:
+        return None
+    return int(found[1]) if found and int(found[1]) else None
+
+
+def _installed(cluster: str) -> None:
+    if shutil.which("sbatch") is None:
+        raise UserError(
+            f"cluster {cluster}", expected="Slurm's commands on this machine (sbatch, squeue, scontrol, scancel)",
+            got="no sbatch", do="Launch from a login node of the cluster.",
+        )  # fmt: skip
+
+
+def _call(words: list[str], *, text: str | None = None, what: str = "Slurm", timeout_s: float = 60.0) -> str:
+    """What a command of Slurm answers; UserError with its words where it refuses."""
+    try:
+        done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=timeout_s)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(
+            what, expected=f"an answer from `{' '.join(words[:3])}`", got=str(error),
+            do="See whether the controller answers: scontrol ping.",
+        ) from error  # fmt: skip
+    if done.returncode:
+        raise UserError(
+            what, expected=f"`{' '.join(words[:3])}` to be accepted",
+            got=done.stderr.strip() or f"code {done.returncode}",
+            do="`launch doctor CLUSTER` looks at what is configured.",
+        )  # fmt: skip
+    return done.stdout
+
+
+def _escaped(path: Path, *, keep: bool = False) -> str:
+    """A path for --output, where % begins a pattern; `keep`: of its last part, which has one."""
+    return f"{str(path.parent).replace('%', '%%')}/{path.name if keep else path.name.replace('%', '%%')}"

@@ -1,0 +1,103 @@
+"""One run over two partitions of a real Slurm: begins as jax, is preempted, goes on as torch, is preempted, ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portatrain.run_dir import RunDir
+from portatrain.status import Status, committed, status
+from tests.engines.slurm_here import Slurm
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+
+HERE = Path(__file__).parent
+Until = Callable[..., None]
+
+
+def launch(*words: str, code: int = 0) -> str:
+    """`launch WORDS`; what it printed, where it ended with `code`."""
+    program = "import sys; from portatrain.cli import launch_main; sys.exit(launch_main())"
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
+    return done.stdout + done.stderr
+
+
+def prepare() -> None:
+    """The recipe and its corpus, in the working directory."""
+    for name in ("paced.py", "pace.py"):
+        shutil.copyfile(HERE / name, name)
+    Path("corpus").mkdir()
+    for k in range(40):
+        lines = (f"{i} times {i} is {i * i}, and that is all.\n" for i in range(100 * k, 100 * k + 100))
+        Path("corpus", f"{k}.txt").write_text("".join(lines))
+
+
+def now(name: str = "story") -> Status:
+    return status(RunDir(Path("runs", name)))
+
+
+def story_of(name: str = "story") -> str:
+    """Everything that a failed test wants to see."""
+    run = Path("runs", name)
+    parts = [json.dumps(now(name).as_json(), indent=1)]
+    for path in sorted(
+        [*run.glob("attempts/*/events.jsonl"), *run.glob("attempts/*/*.log"), *run.glob("jobs/*.log")]
+    ):
+        parts.append(f"=== {path}\n{path.read_text(errors='replace')[-3000:]}")
+    return "\n".join(parts)
+
+
+def curves_agree(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
+    """The largest relative difference of two curves of the same steps."""
+    assert [row["step"] for row in a] == [row["step"] for row in b]
+    return max(abs(x["loss"] - y["loss"]) / abs(y["loss"]) for x, y in zip(a, b, strict=True))
+
+
+def test_preempted_on_tpu_goes_on_on_gpu_and_finishes(lab: Slurm, until: Until) -> None:
+    prepare()
+    launch("--cluster", "lab-tpu,lab-gpu", "paced.py", "--run", "story")
+    until(lambda: now().step >= 8, 90, "training on tpu", story_of)
+    assert now().state == "RUNNING" and now().attempts[-1].backend == "jax"
+    assert "PENDING" in lab.jobs().values()
+
+    asked_s = time.time()
+    first = lab.preempt("tpu", 2)
+    until(lambda: len(now().attempts) == 2, 60, "an attempt on gpu", story_of)
+    run = RunDir(Path("runs/story"))
+    landed = run.rows(2, "events")[0]
+    (left,) = [e for e in run.rows(1, "events") if e["event"] == "left"]
+    assert landed["cluster"] == "lab-gpu" and left["outcome"] == "preempted"
+    scheduler_s = landed["unix_s"] - left["unix_s"]
+    assert scheduler_s < 15, (scheduler_s, landed["unix_s"] - asked_s)
+    until(lambda: now().attempts[1].steps, 90, "steps on gpu", story_of)
+    seam = now().attempts
+    assert seam[0].steps is not None and seam[1].steps is not None
+    assert seam[1].steps[0] == seam[0].steps[1] + 1 == left["committed"] + 1
+    assert seam[1].backend == "torch" and seam[1].mesh == "fsdp=2"
+
+    until(lambda: now().step >= seam[1].steps[0] + 6, 90, "more steps on gpu", story_of)
+    lab.call("scancel", first)
+    lab.preempt("gpu", 1)
+    until(lambda: now().state == "SUCCEEDED", 180, "the end", story_of)
+    until(lambda: len(lab.jobs()) == 1, 30, "no job of the run is left in the scheduler", lab.jobs)
+
+    end = now()
+    assert [a.backend for a in end.attempts] == ["jax", "torch", "jax"]
+    assert [a.verdict for a in end.attempts] == ["", "continuous", "continuous"]
+    assert end.trained_again == 0 and end.step == end.steps == 40
+    launch("--cluster", "local", "paced.py", "--run", "undisturbed", "--backend", "jax")
+    difference = curves_agree(run.curve(), RunDir(Path("runs/undisturbed")).curve())
+    print(f"largest relative difference of the curves: {difference:.2g}; scheduler: {scheduler_s:.1f} s")
+    assert difference <= 1e-6
+    assert committed(run) == 40
