@@ -1,0 +1,264 @@
+"""Cloud TPU: one queued resource for every acceptable slice, through Google's typed client.
+
+Every host runs the same start-up script, finds its place in the metadata that Google gives it, and starts one process;
+the first one under the supervisor. A preempted slice is not given back by Google: the queued resource ends as
+SUSPENDED, `launch reconcile` says so, and `launch resume` asks for another. When the run is over the first host deletes
+it, so that it costs no more. None of this was run at Google: requests are built and sent by the typed client, to a
+fake.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launchers.base import Job, JobState, Landed, check_options, option, shell, supervise_command
+from launchers.yaml_text import to_yaml
+from portatrain import jobs
+from portatrain.errors import UserError
+from portatrain.preemption import GRACE
+
+OPTIONS = {
+    "project": "a Google Cloud project", "zone": "a zone, as in us-east5-a", "runtime": "the TPU software version",
+    "spot": "true for spot capacity", "reservation": "true for reserved capacity", "network": "a VPC network",
+    "service_account": "its e-mail address", "setup": "shell lines before the start: mounts, environment",
+    "python": "the Python to run with", "env": "environment variables", "endpoint": "another API address (for tests)",
+}  # fmt: skip
+RUNTIMES = {"tpu-v4": "tpu-ubuntu2204-base", "tpu-v5e": "v2-alpha-tpuv5-lite", "tpu-v5p": "v2-alpha-tpuv5",
+            "tpu-v6e": "v2-alpha-tpuv6e", "tpu-7x": "v2-alpha-tpu7-ubuntu2404"}  # fmt: skip
+TYPES = {"tpu-v4": "V4", "tpu-v5e": "V5LITE_POD", "tpu-v5p": "V5P", "tpu-v6e": "V6E"}
+"""Of the API's AcceleratorConfig; other chips are asked for by their accelerator type's name."""
+PORT = 8476
+NOTICE_S = 30
+"""What Google gives a spot host between the notice and the end."""
+
+PLACE = """\
+METADATA=http://metadata.google.internal/computeMetadata/v1/instance/attributes
+attribute() { curl -sf -H Metadata-Flavor:Google "$METADATA/$1"; }
+export TPU_WORKER_ID=$(attribute agent-worker-number)
+export TPU_WORKER_HOSTNAMES=$(attribute worker-network-endpoints | tr , '\\n' | cut -d : -f 3 | paste -sd ,)
+export MEGASCALE_NUM_SLICES=$(attribute megascale-num-slices || echo 1)
+export MEGASCALE_SLICE_ID=$(attribute megascale-slice-id || echo 0)
+export MASTER_ADDR=$(attribute megascale-coordinator-address | cut -d : -f 1)
+export MASTER_ADDR=${MASTER_ADDR:-${TPU_WORKER_HOSTNAMES%%,*}}"""
+
+
+class GcpTpuLauncher:
+    """See `launchers.base.Launcher`."""
+
+    def materialize(self, job: Job) -> str:
+        return to_yaml(request(job))
+
+    def check(self, job: Job) -> None:
+        check_options(job, OPTIONS)
+        for name, example in (("project", "my-project"), ("zone", "us-east5-a")):
+            if option(job, name, str) is None:
+                raise UserError(
+                    f"cluster {job.cluster}: option {name}", expected=OPTIONS[name], got="none",
+                    do=f'Add it in clusters.toml: options = {{ {name} = "{example}" }}.',
+                )  # fmt: skip
+        if job.place.get("chip") not in RUNTIMES:
+            raise UserError(
+                f"cluster {job.cluster}", expected=f"TPUs that can be queued for: {', '.join(RUNTIMES)}",
+                got=str(job.place.get("chip")), do="Use another engine.",
+            )  # fmt: skip
+        _client(job)
+
+    def submit(self, job: Job) -> str:
+        tpu = _types(job)
+        _call(
+            job, lambda api: api.create_queued_resource(request=tpu.CreateQueuedResourceRequest(request(job)))
+        )
+        return job.name
+
+    def describe(self, job: Job) -> JobState:
+        if job.id is None:
+            return JobState(state="gone", reason="never submitted")
+        try:
+            found = _call(job, lambda api: api.get_queued_resource(name=_name(job)))
+        except UserError as error:
+            if error.got.startswith("404"):
+                return JobState(state="gone")
+            raise
+        state = found.state.state.name
+        known = {"ACTIVE": "running", "PROVISIONING": "running", "SUSPENDED": "gone", "FAILED": "gone"}
+        why = (
+            "SUSPENDED: Google took it back, and gives none again by itself"
+            if state == "SUSPENDED"
+            else state
+        )
+        return JobState(state=known.get(state, "pending"), reason=why, where=option(job, "zone", str, ""))
+
+    def logs(self, job: Job) -> Iterator[str]:
+        yield f"gcloud compute tpus tpu-vm ssh {job.id} --worker=0 --command='journalctl -u google-startup-scripts'"
+
+    def cancel(self, job: Job) -> None:
+        if job.id is None:
+            return
+        tpu = _types(job)
+        try:
+            _call(job, lambda api: api.delete_queued_resource(
+                request=tpu.DeleteQueuedResourceRequest(name=_name(job), force=True)))  # fmt: skip
+        except UserError as error:
+            if not error.got.startswith("404"):
+                raise
+
+    def release(self, job: Job) -> None:
+        """Nothing is held here."""
+
+    def names(self, prefix: str) -> Mapping[str, str]:
+        return {}
+
+    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+        job = Job(run_dir=str(storage), recipe="", cluster="this cluster", engine="gcp_tpu", options=options)
+        try:
+            _call(job, lambda api: list(api.list_queued_resources(parent=_parent(job))))
+            yield "queued resources", "ok", "the API answers, and you may list them"
+        except UserError as error:
+            yield "queued resources", "bad", str(error)
+
+    def land(self, job: Job) -> Landed:
+        return LandedOnTpu(job)
+
+
+def request(job: Job) -> dict[str, Any]:
+    """The CreateQueuedResourceRequest, as plain data."""
+    chip, slices = str(job.place.get("chip", "")), int(job.place.get("slices", 1))
+    node: dict[str, Any] = {
+        "runtime_version": option(job, "runtime", str, RUNTIMES.get(chip, "RUNTIME")),
+        "metadata": {"startup-script": script(job)},
+        "labels": {"managed-by": "portatrain"},
+    }
+    if chip in TYPES:
+        node["accelerator_config"] = {"type_": TYPES[chip], "topology": str(job.place.get("topology", ""))}
+    else:
+        node["accelerator_type"] = job.cluster
+    if option(job, "network", str) is not None:
+        node["network_config"] = {"network": job.options["network"], "enable_external_ips": False}
+    if option(job, "service_account", str) is not None:
+        node["service_account"] = {
+            "email": job.options["service_account"], "scope": ["https://www.googleapis.com/auth/cloud-platform"]
+        }  # fmt: skip
+    spec: dict[str, Any] = {"parent": _parent(job), "node": node}
+    if slices > 1:
+        spec["multi_node_params"] = {"node_count": slices, "node_id_prefix": job.name}
+    else:
+        spec["node_id"] = job.name
+    queued: dict[str, Any] = {"tpu": {"node_spec": [spec]}}
+    if option(job, "spot", bool):
+        queued["spot"] = {}
+    elif option(job, "reservation", bool):
+        queued["guaranteed"] = {"reserved": True}
+    return {"parent": _parent(job), "queued_resource_id": job.name, "queued_resource": queued}
+
+
+def script(job: Job) -> str:
+    """What every host runs when it has started."""
+    inside = [w.replace(sys.executable, "python3") for w in supervise_command(job)]
+    python = str(job.options.get("python", "python3"))
+    path = [w for w in inside if w.startswith("PYTHON")]
+    task = ["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]]
+    env = {"MASTER_PORT": str(PORT), GRACE: str(NOTICE_S - 5), "PORTATRAIN_NOTICES": "gcp",
+           **option(job, "env", dict, {})}  # fmt: skip
+    setup = option(job, "setup", str, "").strip()
+    lines = [
+        "#!/bin/bash", PLACE, *(f"export {shell([f'{k}={v}'])}" for k, v in env.items()), *([setup] if setup else []),
+        "carry_out() {",
+        f'    if [ "$TPU_WORKER_ID$MEGASCALE_SLICE_ID" = 00 ]; then {shell(inside)}; else {shell(task)}; fi', "}",
+        # Nobody else starts the hosts again after a failure; 2 is a mistake that stays one.
+        f"for start in $(seq {job.max_restarts + 1}); do",
+        "    carry_out && break", '    if [ "$?" = 2 ]; then break; fi', "    sleep 10", "done", "",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _parent(job: Job) -> str:
+    return f"projects/{option(job, 'project', str, 'PROJECT')}/locations/{option(job, 'zone', str, 'ZONE')}"
+
+
+def _name(job: Job) -> str:
+    return f"{_parent(job)}/queuedResources/{job.id}"
+
+
+class LandedOnTpu:
+    """The first host of a slice."""
+
+    restarts = False
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.launcher = job, GcpTpuLauncher()
+
+    def arrive(self) -> None:
+        """Siblings that start step aside by the claim, and are deleted then."""
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        return [sys.executable, "-m", "portatrain.landing", *self.job.train()[1:]], {}, attempt / "rank-0.log"
+
+    def means(self, signum: int) -> str:
+        return "preempt"
+
+    def leave(self, outcome: str) -> None:
+        mine = [self.job] if outcome in ("over", "aside") else []
+        others = [
+            j for j in jobs.of(self.job.run_dir) if j.engine == "gcp_tpu" and j.number != self.job.number
+        ]
+        for job in [*(others if outcome == "over" else []), *mine]:
+            try:
+                self.launcher.cancel(job)
+            except UserError as error:
+                print(f"job {job.number} ({job.id}): {error}", file=sys.stderr, flush=True)
+
+
+# ---- the API
+
+
+def _types(job: Job) -> Any:
+    try:
+        from google.cloud import tpu_v2alpha1
+    except ImportError:
+        raise UserError(
+            f"cluster {job.cluster}", expected="Google's Cloud TPU client to be installed",
+            got="no module google.cloud.tpu_v2alpha1", do="Install it with: pip install 'portatrain[gcp]'",
+        ) from None  # fmt: skip
+    return tpu_v2alpha1
+
+
+def _client(job: Job) -> Any:
+    tpu = _types(job)
+    endpoint = option(job, "endpoint", str)
+    if endpoint is not None:
+        import grpc
+        from google.cloud.tpu_v2alpha1.services.tpu.transports import TpuGrpcTransport
+
+        return tpu.TpuClient(transport=TpuGrpcTransport(channel=grpc.insecure_channel(endpoint)))
+    from google.auth.exceptions import DefaultCredentialsError
+
+    try:
+        return tpu.TpuClient()
+    except DefaultCredentialsError as error:
+        raise UserError(
+            f"cluster {job.cluster}", expected="Google credentials", got="none on this machine",
+            do="Log in with: gcloud auth application-default login.",
+        ) from error  # fmt: skip
+
+
+def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
+    api = _client(job)
+    from google.api_core.exceptions import GoogleAPICallError, RetryError
+
+    try:
+        return verb(api)
+    except GoogleAPICallError as error:
+        raise UserError(
+            f"cluster {job.cluster}", expected="the Cloud TPU API to accept it",
+            got=f"{int(error.code) if error.code else ''} {error.message}".strip(), do="Mend what it names.",
+        ) from error  # fmt: skip
+    except RetryError as error:
+        raise UserError(
+            f"cluster {job.cluster}",
+            expected="an answer from the Cloud TPU API",
+            got=str(error),
+            do="Try again.",
+        ) from error

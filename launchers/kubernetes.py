@@ -1,0 +1,368 @@
+"""Kubernetes: one JobSet for every acceptable cluster, queued by Kueue where a queue is named.
+
+Every pod is one process (`portatrain.landing`); the first one runs it under the supervisor. Each start of the JobSet is
+one attempt. Exit code 85 and disruptions (preemption, node drain, spot) restart the JobSet without counting; other
+failures count against maxRestarts. The run directory lies on a volume that every pod mounts at the same path.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from launchers.base import Job, JobState, Landed, check_options, option, shell, supervise_command
+from launchers.yaml_text import to_yaml
+from portatrain import jobs
+from portatrain.errors import UserError, choice
+from portatrain.preemption import GRACE, RESUME_ME
+
+OPTIONS = {
+    "image": "the container image, with Python and the frameworks", "namespace": "a namespace (default: default)",
+    "queue": "Kueue's local queue", "priority_class": "a priority class", "volume": "{ claim = NAME, path = FOLDER }",
+    "node_selector": "more node labels", "tolerations": "a list of tables", "service_account": "of the pods",
+    "resources": "limits that replace the chip's", "env": "environment variables", "python": "in the image (python3)",
+    "grace_s": "seconds from SIGTERM to the kill (default: 60)", "context": "of your kubeconfig",
+}  # fmt: skip
+GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
+PORT = 8476
+"""Every attempt has new pods, each with a network of its own, so one number serves."""
+GRACE_S = 60
+GKE_TPU = {
+    "tpu-v4": "tpu-v4-podslice", "tpu-v5e": "tpu-v5-lite-podslice", "tpu-v5p": "tpu-v5p-slice",
+    "tpu-v6e": "tpu-v6e-slice", "tpu-7x": "tpu7x",
+}  # fmt: skip
+"""The label cloud.google.com/gke-tpu-accelerator of each chip's node pools."""
+
+
+class KubernetesLauncher:
+    """See `launchers.base.Launcher`."""
+
+    def materialize(self, job: Job) -> str:
+        return to_yaml(manifest(job))
+
+    def check(self, job: Job) -> None:
+        check_options(job, OPTIONS)
+        if option(job, "image", str) is None:
+            raise _missing(
+                job, "image", "the container image with Python and the frameworks", '"registry/image:tag"'
+            )
+        volume = option(job, "volume", dict)
+        if volume is None or {"claim", "path"} - set(volume):
+            raise _missing(
+                job, "volume", "a claim that every pod mounts", '{ claim = "runs", path = "/runs" }'
+            )
+        if not Path(job.run_dir).is_relative_to(str(volume["path"])):
+            raise UserError(
+                f"run directory {job.run_dir}", expected=f"a folder of the pods' volume, {volume['path']}",
+                got=job.run_dir, do=f"Mount the volume here too, and give --runs {volume['path']}/...",
+            )  # fmt: skip
+        _api(job)
+
+    def submit(self, job: Job) -> str:
+        made = _call(job, lambda api: api.create_namespaced_custom_object(*_where(job), manifest(job)))
+        return str(made["metadata"]["name"])
+
+    def describe(self, job: Job) -> JobState:
+        found = _get(job)
+        if found is None:
+            return JobState(state="gone")
+        for condition in found.get("status", {}).get("conditions", []):
+            if condition["type"] in ("Completed", "Failed") and condition["status"] == "True":
+                return JobState(state="gone", reason=f"{condition['type']}: {condition.get('reason', '')}")
+        if found.get("spec", {}).get("suspend"):
+            held = found["metadata"].get("annotations", {}).get("portatrain/held") == "true"
+            return JobState(state="held" if held else "pending", reason="suspended")
+        rows = found.get("status", {}).get("replicatedJobsStatus", [])
+        active = sum(row.get("active", 0) + row.get("ready", 0) for row in rows)
+        return JobState(
+            state="running" if active else "pending", where=option(job, "namespace", str, "default")
+        )
+
+    def logs(self, job: Job) -> Iterator[str]:
+        namespace = option(job, "namespace", str, "default")
+        yield f"kubectl logs --namespace {namespace} -l jobset.sigs.k8s.io/jobset-name={job.id}"
+
+    def cancel(self, job: Job) -> None:
+        if job.id is not None and _get(job) is not None:
+            kind = {"propagation_policy": "Foreground"}
+            _call(job, lambda api: api.delete_namespaced_custom_object(*_where(job), job.id, **kind))
+
+    def hold(self, job: Job) -> None:
+        """Keep it from starting: its pods are taken away if it has any."""
+        self._suspend(job, True)
+
+    def release(self, job: Job) -> None:
+        self._suspend(job, False)
+
+    def _suspend(self, job: Job, suspend: bool) -> None:
+        change: dict[str, Any] = {"metadata": {"annotations": {"portatrain/held": str(suspend).lower()}}}
+        if option(job, "queue", str) is None:  # else Kueue is the one that decides
+            change["spec"] = {"suspend": suspend}
+            _call(job, lambda api: api.patch_namespaced_custom_object(*_where(job), job.id, change))
+            return
+        _call(job, lambda api: api.patch_namespaced_custom_object(*_where(job), job.id, change))
+        uid = (_get(job) or {}).get("metadata", {}).get("uid", "")
+        namespace = option(job, "namespace", str, "default")
+        kueue = ("kueue.x-k8s.io", "v1beta1", namespace, "workloads")
+        found = _call(
+            job,
+            lambda api: api.list_namespaced_custom_object(
+                *kueue, label_selector=f"kueue.x-k8s.io/job-uid={uid}"
+            ),
+        )
+        active = {"spec": {"active": not suspend}}
+        for name in [workload["metadata"]["name"] for workload in found["items"]]:
+            _call(job, partial(_patch, kueue, name, active))
+
+    def names(self, prefix: str) -> Mapping[str, str]:
+        return {}
+
+    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+        job = Job(
+            run_dir=str(storage), recipe="", cluster="this cluster", engine="kubernetes", options=options
+        )
+        try:
+            _call(job, lambda api: api.list_namespaced_custom_object(*_where(job), limit=1))
+            yield "JobSet", "ok", "its API answers, and you may list JobSets"
+        except UserError as error:
+            yield "JobSet", "bad", str(error)
+        grace = int(options.get("grace_s", GRACE_S))
+        text = f"{grace} s from SIGTERM to the kill; spot nodes give 30 at most"
+        yield "grace", "ok" if grace >= 30 else "warn", text
+        if "queue" not in options:
+            yield (
+                "Kueue",
+                "warn",
+                "no queue is named: the JobSet starts as soon as there is room, without quota",
+            )
+
+    def land(self, job: Job) -> Landed:
+        return LandedInPod(job)
+
+
+def manifest(job: Job) -> dict[str, Any]:
+    """The JobSet of `job`. One replicated job for each slice, one pod for each host of it."""
+    place = dict(job.place)
+    slices = int(place.get("slices", 1))
+    hosts = max(1, job.hosts // slices)
+    namespace, queue = option(job, "namespace", str, "default"), option(job, "queue", str)
+    tpu = place.get("chip") in GKE_TPU
+    grace = option(job, "grace_s", int, GRACE_S)
+    labels = {
+        "app.kubernetes.io/managed-by": "portatrain",
+        **({"kueue.x-k8s.io/queue-name": queue} if queue else {}),
+    }
+    annotations = {"portatrain/run": job.run}
+    if tpu:  # a slice is a node pool of its own
+        annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
+    pod_spec = {
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": grace,
+        **_given(job, "service_account", "serviceAccountName", str),
+        **_given(job, "priority_class", "priorityClassName", str),
+        "nodeSelector": {**_selector(place), **option(job, "node_selector", dict, {})},
+        **_given(job, "tolerations", "tolerations", list),
+        "containers": [_container(job, place, slices, hosts, grace)],
+        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": _volume(job)["claim"]}}],
+    }
+    job_spec = {
+        "completionMode": "Indexed", "completions": hosts, "parallelism": hosts, "backoffLimit": 0,
+        "podFailurePolicy": {
+            "rules": [
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUME_ME]}},
+                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+            ]
+        },
+        "template": {"spec": pod_spec},
+    }  # fmt: skip
+    return {
+        "apiVersion": f"{GROUP}/{VERSION}",
+        "kind": "JobSet",
+        "metadata": {"name": job.name, "namespace": namespace, "labels": labels, "annotations": annotations},
+        "spec": {
+            "suspend": queue is not None,
+            "network": {"enableDNSHostnames": True, "publishNotReadyAddresses": True},
+            "failurePolicy": {
+                "maxRestarts": job.max_restarts,
+                "rules": [
+                    {"name": "saved", "action": "RestartJobSetAndIgnoreMaxRestarts",
+                     "onJobFailureReasons": ["PodFailurePolicy"]},
+                ],
+            },
+            "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job_spec}}],
+        },
+    }  # fmt: skip
+
+
+def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grace: int) -> dict[str, Any]:
+    inside = [w.replace(sys.executable, "python3") for w in supervise_command(job)]
+    python = str(job.options.get("python", "python3"))
+    path = [w for w in inside if w.startswith("PYTHON")]
+    task = ["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]]
+    script = (
+        f'if [ "$JOB_INDEX" = 0 ] && [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec {shell(inside)}; fi\n'
+        f"exec {shell(task)}"
+    )
+    env = {
+        "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}", "MASTER_PORT": str(PORT), GRACE: str(grace - 5),
+        "PORTATRAIN_HOSTS": str(slices * hosts), "PORTATRAIN_SLICE_HOSTS": str(hosts),
+        **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
+    }  # fmt: skip
+    each = int(place.get("chips_per_host", 0))
+    chips = {place["resource"]: each} if place.get("resource") and each else {}
+    index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
+    return {
+        "name": "train",
+        "image": option(job, "image", str, "IMAGE"),
+        "command": ["sh", "-c", script],
+        "env": [
+            {"name": "JOB_INDEX", "valueFrom": index},
+            *({"name": k, "value": v} for k, v in env.items()),
+        ],
+        "ports": [{"containerPort": PORT, "protocol": "TCP"}],
+        "resources": {"limits": {k: str(v) for k, v in option(job, "resources", dict, chips).items()}},
+        "volumeMounts": [{"name": "runs", "mountPath": _volume(job)["path"]}],
+    }
+
+
+def _volume(job: Job) -> dict[str, str]:
+    """The volume; where none is configured (--dry-run), one that says so."""
+    return option(job, "volume", dict) or {"claim": "CLAIM", "path": str(Path(job.run_dir).parent)}
+
+
+def _selector(place: Mapping[str, Any]) -> dict[str, str]:
+    chip = place.get("chip", "")
+    if chip in GKE_TPU:
+        return {
+            "cloud.google.com/gke-tpu-accelerator": GKE_TPU[chip],
+            "cloud.google.com/gke-tpu-topology": place["topology"],
+        }
+    return {}
+
+
+def _given(job: Job, name: str, key: str, kind: type) -> dict[str, Any]:
+    value = option(job, name, kind)
+    return {} if value is None else {key: value}
+
+
+def _missing(job: Job, name: str, expected: str, example: str) -> UserError:
+    return UserError(
+        f"cluster {job.cluster}: option {name}", expected=expected, got="none",
+        do=f"Add it in clusters.toml: options = {{ {name} = {example} }}.",
+    )  # fmt: skip
+
+
+class LandedInPod:
+    """The first pod of a JobSet."""
+
+    restarts = False
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.launcher = job, KubernetesLauncher()
+
+    def _each(self, verb: Callable[[Job], None]) -> None:
+        for other in jobs.of(self.job.run_dir):
+            if other.engine == "kubernetes" and other.id is not None and other.number != self.job.number:
+                try:
+                    verb(other)
+                except UserError as error:
+                    print(f"job {other.number} ({other.id}): {error}", file=sys.stderr, flush=True)
+
+    def arrive(self) -> None:
+        def hold(job: Job) -> None:
+            if self.launcher.describe(job).state in ("pending", "running"):
+                self.launcher.hold(job)
+
+        self._each(hold)
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        return [sys.executable, "-m", "portatrain.landing", *self.job.train()[1:]], {}, None
+
+    def means(self, signum: int) -> str:
+        return "preempt"  # a cancel deletes the JobSet, and leaves nothing that could restart
+
+    def leave(self, outcome: str) -> None:
+        if outcome == "over":
+            self._each(self.launcher.cancel)
+        elif outcome == "preempted":
+            self._each(self.launcher.release)
+        elif outcome == "aside":
+            self.launcher.hold(self.job)
+            time.sleep(GRACE_S)  # the pod is taken away
+
+
+# ---- the API
+
+
+def _api(job: Job) -> Any:
+    """The client; UserError where it is not installed, or no cluster is configured."""
+    try:
+        from kubernetes import client, config
+    except ImportError:
+        raise UserError(
+            f"cluster {job.cluster}", expected="the Kubernetes client to be installed", got="no module kubernetes",
+            do="Install it with: pip install 'portatrain[kubernetes]'",
+        ) from None  # fmt: skip
+    try:
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            config.load_incluster_config()
+        else:
+            config.load_kube_config(context=option(job, "context", str))
+    except Exception as error:
+        known = []
+        try:
+            known = [c["name"] for c in config.list_kube_config_contexts()[0]]
+        except Exception:
+            known = []
+        context = option(job, "context", str)
+        if context is not None and known and context not in known:
+            raise choice(f"cluster {job.cluster}: context {context!r}", context, known) from None
+        raise UserError(
+            f"cluster {job.cluster}", expected="a kubeconfig that names the cluster", got=str(error),
+            do="Log in to the cluster first, so that `kubectl get nodes` answers.",
+        ) from error  # fmt: skip
+    return client.CustomObjectsApi()
+
+
+def _where(job: Job) -> tuple[str, str, str, str]:
+    return GROUP, VERSION, option(job, "namespace", str, "default"), PLURAL
+
+
+def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
+    api = _api(job)
+    from kubernetes.client.exceptions import ApiException
+    from urllib3.exceptions import HTTPError
+
+    try:
+        return verb(api)
+    except ApiException as error:
+        raise UserError(
+            f"cluster {job.cluster}", expected="the Kubernetes API to accept it",
+            got=f"{error.status} {error.reason}: {str(error.body)[:300]}",
+            do="`launch doctor CLUSTER` looks at what is configured.",
+        ) from error  # fmt: skip
+    except HTTPError as error:
+        raise UserError(
+            f"cluster {job.cluster}", expected="an answer from the Kubernetes API", got=str(error),
+            do="See whether `kubectl get nodes` answers.",
+        ) from error  # fmt: skip
+
+
+def _patch(where: tuple[str, str, str, str], name: str, change: dict[str, Any], api: Any) -> Any:
+    return api.patch_namespaced_custom_object(*where, name, change)
+
+
+def _get(job: Job) -> dict[str, Any] | None:
+    if job.id is None:
+        return None
+    try:
+        return _call(job, lambda api: api.get_namespaced_custom_object(*_where(job), job.id))
+    except UserError as error:
+        if error.got.startswith("404"):
+            return None
+        raise

@@ -1,0 +1,178 @@
+"""SkyPilot: one managed job whose task file names every acceptable kind of machine; SkyPilot finds the capacity.
+
+Exit code 85 is a recovery code, so that a saved run is started again wherever there is room. SkyPilot is installed by
+its user (it brings about a hundred packages): the task file needs nothing, submitting needs its command `sky`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from launchers.base import Job, JobState, Landed, check_options, option, shell, supervise_command
+from launchers.yaml_text import to_yaml
+from portatrain.errors import UserError
+from portatrain.preemption import RESUME_ME
+
+OPTIONS = {
+    "accelerators": "SkyPilot's name and count a node, as in H100:8", "any_of": "a list of resources tables",
+    "infra": "a cloud, region or context, as in gcp/us-east5", "spot": "true for spot capacity",
+    "image": "an image", "setup": "shell lines, once a machine", "volumes": "a table: folder -> volume",
+    "file_mounts": "a table: folder -> bucket", "env": "environment variables", "python": "the Python there (python3)",
+}  # fmt: skip
+PORT = 8476
+NAMES = {"mi300x": "MI300X", "mi325x": "MI325X", "mi355x": "MI355X", "gaudi3": "Gaudi3"}
+
+
+class SkyPilotLauncher:
+    """See `launchers.base.Launcher`."""
+
+    def materialize(self, job: Job) -> str:
+        return to_yaml(task(job))
+
+    def check(self, job: Job) -> None:
+        check_options(job, OPTIONS)
+        _sky(job)
+
+    def submit(self, job: Job) -> str:
+        _sky(job)
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="portatrain-") as file:
+            file.write(self.materialize(job))
+            file.flush()
+            _call(
+                job,
+                ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, file.name],
+                timeout_s=900,
+            )
+        return job.name
+
+    def describe(self, job: Job) -> JobState:
+        if job.id is None:
+            return JobState(state="gone", reason="never submitted")
+        _sky(job)
+        rows = json.loads(_call(job, ["sky", "jobs", "queue", "--output", "json"]) or "[]")
+        found = [row for row in rows if row.get("job_name") == job.id]
+        if not found:
+            return JobState(state="gone")
+        status = str(found[0].get("status", "")).rpartition(".")[2]
+        if status in ("RUNNING", "CANCELLING"):
+            return JobState(state="running", reason=status)
+        return JobState(
+            state="pending" if status in ("PENDING", "SUBMITTED", "STARTING", "RECOVERING") else "gone",
+            reason=status,
+        )
+
+    def logs(self, job: Job) -> Iterator[str]:
+        yield f"sky jobs logs --name {job.id}"
+
+    def cancel(self, job: Job) -> None:
+        if self.describe(job).state != "gone":
+            _call(job, ["sky", "jobs", "cancel", "--yes", "--name", str(job.id)])
+
+    def release(self, job: Job) -> None:
+        """Nothing is held here."""
+
+    def names(self, prefix: str) -> Mapping[str, str]:
+        return {}
+
+    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+        job = Job(run_dir=str(storage), recipe="", cluster="this cluster", engine="skypilot", options=options)
+        try:
+            _sky(job)
+            yield "SkyPilot", "ok", _call(job, ["sky", "--version"]).strip()
+        except UserError as error:
+            yield "SkyPilot", "bad", str(error)
+
+    def land(self, job: Job) -> Landed:
+        return LandedBySky(job)
+
+
+def task(job: Job) -> dict[str, Any]:
+    """The task file, as plain data."""
+    one: dict[str, Any] = {"accelerators": option(job, "accelerators", str) or _accelerators(job)}
+    for name, key, kind in (("infra", "infra", str), ("image", "image_id", str), ("spot", "use_spot", bool)):
+        if option(job, name, kind) is not None:
+            one[key] = job.options[name]
+    recovery = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": [RESUME_ME]}
+    anything = option(job, "any_of", list)
+    resources: dict[str, Any] = {"job_recovery": recovery}
+    resources |= {"any_of": [dict(r) for r in anything]} if anything else one
+    inside = [w.replace(sys.executable, "python3") for w in supervise_command(job)]
+    python = str(job.options.get("python", "python3"))
+    path = [w for w in inside if w.startswith("PYTHON")]
+    each = shell(["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]])
+    run = (
+        f'export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={PORT}\n'
+        f'if [ "$SKYPILOT_NODE_RANK" = 0 ]; then exec {shell(inside)}; fi\n'
+        f"exec {each}\n"
+    )
+    found: dict[str, Any] = {"name": job.name, "num_nodes": job.hosts, "resources": resources}
+    env = {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}
+    if env:
+        found["envs"] = env
+    for name in ("file_mounts", "volumes"):
+        if option(job, name, dict):
+            found[name] = dict(job.options[name])
+    if option(job, "setup", str):
+        found["setup"] = job.options["setup"]
+    return {**found, "run": run}
+
+
+def _accelerators(job: Job) -> str:
+    chip, each = str(job.place.get("chip", "")), int(job.place.get("chips_per_host", 1))
+    if chip.startswith("tpu-"):
+        return f"{job.cluster}:1"
+    return f"{NAMES.get(chip, chip.upper())}:{each}"
+
+
+class LandedBySky:
+    """The first node of a managed job: SkyPilot restarts it by its exit code."""
+
+    restarts = False
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def arrive(self) -> None:
+        """A run has one managed job; what is acceptable is in its task file."""
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        return [sys.executable, "-m", "portatrain.landing", *self.job.train()[1:]], {}, attempt / "rank-0.log"
+
+    def means(self, signum: int) -> str:
+        return "preempt"
+
+    def leave(self, outcome: str) -> None:
+        """Nothing is left behind: SkyPilot takes machines down when the job has ended."""
+
+
+def _sky(job: Job) -> None:
+    if shutil.which("sky") is None:
+        raise UserError(
+            f"cluster {job.cluster}", expected="SkyPilot's command `sky` on this machine", got="none",
+            do="Install it in an environment of its own: pip install skypilot, then `sky check`.",
+        )  # fmt: skip
+
+
+def _call(job: Job, words: list[str], *, timeout_s: float = 120.0) -> str:
+    try:
+        done = subprocess.run(
+            words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UserError(
+            f"cluster {job.cluster}", expected=f"an answer from `{' '.join(words[:3])}`", got=str(error),
+            do="Try it by hand.",
+        ) from error  # fmt: skip
+    if done.returncode:
+        raise UserError(
+            f"cluster {job.cluster}", expected=f"`{' '.join(words[:3])}` to be accepted",
+            got=(done.stderr or done.stdout).strip()[-500:], do="`sky check` says what is configured.",
+        )  # fmt: skip
+    return done.stdout

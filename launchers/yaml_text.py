@@ -1,0 +1,57 @@
+"""Plain data as YAML, for people to read and for engines to take; strings are quoted wherever YAML might read another
+thing, so that no YAML package is needed to print a job."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PLAIN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./-]*")
+_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
+
+
+def to_yaml(data: Any) -> str:
+    """`data` (mappings, sequences, text, numbers, booleans, None) as a YAML document."""
+    return "\n".join(_lines(data)) + "\n"
+
+
+def _lines(data: Any) -> list[str]:
+    if isinstance(data, Mapping) and data:
+        found = []
+        for key, value in data.items():
+            found += _entry(f"{_scalar(str(key))}:", value)
+        return found
+    if isinstance(data, Sequence) and not isinstance(data, str) and data:
+        found = []
+        for value in data:
+            first, *rest = _block(value) if isinstance(value, str) and "\n" in value else _lines(value)
+            found += [f"- {first}", *(f"  {line}" for line in rest)]
+        return found
+    return [_scalar(data)]
+
+
+def _entry(key: str, value: Any) -> list[str]:
+    if isinstance(value, str) and "\n" in value:
+        first, *rest = _block(value)
+        return [f"{key} {first}", *(f"  {line}" for line in rest)]
+    lines = _lines(value)
+    nested = isinstance(value, (Mapping, Sequence)) and not isinstance(value, str) and len(value)
+    return [key, *(f"  {line}" for line in lines)] if nested else [f"{key} {lines[0]}"]
+
+
+def _block(text: str) -> list[str]:
+    """A literal block: lines as they are. Text that a block cannot hold exactly is quoted instead."""
+    body = text.removesuffix("\n")
+    if body[:1] in ("", " ", "\t", "\n") or not all(line.isprintable() for line in body.split("\n")):
+        return [json.dumps(text)]
+    return ["|" if text.endswith("\n") else "|-", *body.split("\n")]
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, str) and _PLAIN.fullmatch(value) and value.lower() not in _WORDS:
+        return value
+    if isinstance(value, Mapping):
+        return "{}"
+    return json.dumps(value)
