@@ -19,7 +19,6 @@ from portatrain.run_dir import PLACE
 
 OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
 STARTS_WITHIN_S = 20.0
-_started: list[subprocess.Popen[bytes]] = []  # they are to outlive this process, which Popen would warn of
 
 
 class LocalLauncher:
@@ -64,7 +63,6 @@ class LocalLauncher:
                 supervise_command(job), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True, env={**os.environ, **_env(job)},
             )  # fmt: skip
-        _started.append(process)
         # It is this machine's: whether it has taken the claim shows at once.
         until_s = time.monotonic() + STARTS_WITHIN_S
         while time.monotonic() < until_s and process.poll() is None:
@@ -78,7 +76,9 @@ class LocalLauncher:
                 got=f"exit code {process.returncode}: {log.read_text(errors='replace').strip()[-400:]}",
                 do=f"Its output is in {log}.",
             )  # fmt: skip
-        return f"{process.pid}@{process_start(process.pid) or ''}"
+        started = f"{process.pid}@{process_start(process.pid) or ''}"
+        process.returncode = 0  # it is to outlive this process, which Popen would warn of
+        return started
 
     def describe(self, job: Job) -> JobState:
         pid = _pid(job)
