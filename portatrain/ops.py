@@ -258,6 +258,7 @@ class Ops(Protocol):
         mask: float, same shape, what each target counts. Per target: logsumexp(z) - z[target] + z_loss *
         logsumexp(z)^2 (Chowdhery et al. 2022, section 5), in float32, with z softcapped first if asked. Logits
         exist for one chunk of tokens at a time; the gradient is formed in the same pass, so nothing is computed twice.
+        mask is given, not learned: no gradient flows into it.
         """
         ...
 
