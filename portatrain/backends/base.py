@@ -133,6 +133,12 @@ class Backend(Protocol):
         """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
         ...
 
+    def rehearse(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+        """What `step` would do, with nothing changed, for the continuity check. By 'ROLE/NAME' the 2-norm of every
+        tensor of the state; as 'grad/NAME' that of the gradient before clipping, as 'update/NAME' of what would be
+        added to the parameter. Each array has the axes of the tensor's Stacks: a value a layer, () without one."""
+        ...
+
     def eval(self, state: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Without dropout or update: 'loss_B' and 'weight_B', and the per-sample value of every aux by its name."""
         ...

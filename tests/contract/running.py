@@ -9,9 +9,11 @@ import numpy as np
 
 from portatrain.backends import reference
 from portatrain.backends.base import Backend, Context, Program, backend_class, missing
+from portatrain.checkpoint import format_layout
 from portatrain.layout import Layout
 from portatrain.module import Definition, Module, describe
 from portatrain.optim import SGD
+from portatrain.state import full_name
 
 BACKENDS = [name for name in ("jax", "torch") if not missing(name)]
 
@@ -107,3 +109,14 @@ def image_batch(*, classes: int, batch: int, seed: int = 0) -> dict[str, np.ndar
 def microbatches(batch: Arrays, n: int = 1) -> dict[str, np.ndarray]:
     """(samples, ...) as (n, samples / n, ...), as `Backend.step` takes it."""
     return {key: array.reshape(n, -1, *array.shape[1:]) for key, array in batch.items()}
+
+
+def everything(backend: Any, state: Any) -> dict[str, np.ndarray]:
+    """The whole state as logical tensors."""
+    found = {}
+    for tensor in format_layout(backend.program).tensors:
+        found[tensor.name] = np.zeros(tensor.shape, tensor.dtype)
+    for box in backend.local_boxes(state):
+        where = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+        found[full_name(box.role, box.name)][where] = box.fetch()
+    return found

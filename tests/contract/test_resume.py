@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
-from checkpoints_format import LocalStore, Reader, Writer, commit
 from portatrain.backends.base import backend_class, missing
-from portatrain.checkpoint import Checkpoints, format_layout, full_name, reads, snapshot
+from portatrain.checkpoint import Checkpoints, format_layout, reads, snapshot
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.run_dir import RunDir
 from portatrain.testing import parity
 from portatrain.trainer import make_program, train
+from tests.contract.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 PAIRS = [(a, b) for a in BACKENDS for b in BACKENDS]
@@ -57,17 +54,6 @@ def test_a_run_that_moves_stays_on_its_curve(
     (seam,) = run.events("resumed")
     assert (seam["step"], seam["verdict"], seam["differs"]) == (5, "continuous", [])
     assert [row["attempt"] for row in run.curve()] == [1] * 5 + [2] * 7
-
-
-def everything(backend: Any, state: Any) -> dict[str, np.ndarray]:
-    """The whole state as logical tensors."""
-    found = {}
-    for tensor in format_layout(backend.program).tensors:
-        found[tensor.name] = np.zeros(tensor.shape, tensor.dtype)
-    for box in backend.local_boxes(state):
-        where = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-        found[full_name(box.role, box.name)][where] = box.fetch()
-    return found
 
 
 @pytest.mark.parametrize("rule", ["AdamW", "Adafactor", "Muon"])
@@ -134,45 +120,6 @@ def test_an_uncommitted_save_is_not_taken_for_one(tmp_path: Path) -> None:
     assert train(small("checkpoint_every=3"), run, backend="jax") == 0
     assert [e["step"] for e in run.events("resumed")] == [6]
     assert run.events("checkpoint_damaged") == []
-
-
-def rewritten(run: RunDir, tensor: str | None, meta: dict[str, Any]) -> None:
-    """Replace a run's checkpoint by one with valid checksums but other contents."""
-    (path,) = (run.path / "checkpoints").iterdir()
-    with LocalStore(path) as store:
-        reader = Reader(store)
-        layout, old = reader.layout, json.loads(json.dumps(dict(reader.meta)))
-        values = {t.name: reader.read(t.name) for t in layout.tensors}
-    shutil.rmtree(path)
-    if tensor is not None:
-        values[tensor] = values[tensor][::-1].copy()  # the layers in reverse order
-    old["probe"]["exact"] |= meta
-    with LocalStore(path, create=True) as store:
-        Writer(store, layout, save="m").write(values)
-        commit(store, layout, save="m", meta=old)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "meta"),
-    [
-        ("params/blocks/mlp/down", {}),
-        (None, {"next_sample": 48}),
-        (None, {"random_word": "1"}),
-        (None, {"learning_rate": 1e-9}),
-        (None, {"next_batch": "0" * 64}),
-    ],
-)
-def test_a_checkpoint_of_another_run_is_refused_unless_told(
-    tensor: str | None, meta: dict, tmp_path: Path
-) -> None:
-    run = RunDir(tmp_path / "run")
-    assert train(small(), run, backend="jax", stop_at=4) == 85
-    rewritten(run, tensor, meta)
-    with pytest.raises(UserError, match="continuity check at step 4"):
-        train(small(), run, backend="jax")
-    assert train(small(), run, backend="jax", accept_drift="a test") == 0
-    seams = run.events("resumed")
-    assert [(s["verdict"], s["accepted"]) for s in seams] == [("broken", None), ("broken", "a test")]
 
 
 def test_the_format_holds_every_tensor_of_the_state_once(tmp_path: Path) -> None:

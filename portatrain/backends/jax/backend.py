@@ -22,6 +22,7 @@ from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, transformation, xp
+from portatrain.backends.jax.rehearsal import norms
 from portatrain.errors import UserError
 from portatrain.layout import Mesh
 from portatrain.module import TensorInfo
@@ -73,6 +74,7 @@ class JaxBackend:
         self._evals = jax.jit(self._eval, compiler_options=options)
         self._predicts = jax.jit(self._predict, compiler_options=options)
         self._gradients_of = jax.jit(self._accumulate, compiler_options=options)
+        self._rehearses = jax.jit(self._rehearse, out_shardings=self._replicated, compiler_options=options)
 
     # ---- modules
 
@@ -205,14 +207,19 @@ class JaxBackend:
         inverse = 1.0 / weight
         return jax.tree.map(lambda g: g * inverse, grads), total * inverse, weight, auxes, tallies
 
+    def _deltas(self, state: State, grads: Any, norm: Any, scale: Any) -> tuple[Any, RuleState]:
+        """(what to add to each trained parameter, the optimizer's next state)."""
+        clip = self.program.clip_norm
+        if clip is not None:
+            factor = clip_scale(xp, norm, clip)
+            grads = {n: g * factor for n, g in grads.items()}
+        return self.tx.update(grads, state["opt"], {n: state["params"][n] for n in grads}, scale=scale)
+
     def _updated(self, state: State, grads: Any, norm: Any, tallies: Any, step: Any, scale: Any) -> State:
         """The state after an update by the gradients of the mean loss, which have this norm."""
         program = self.program
-        if program.clip_norm is not None:
-            factor = clip_scale(xp, norm, program.clip_norm)
-            grads = {n: g * factor for n, g in grads.items()}
+        deltas, opt = self._deltas(state, grads, norm, scale)
         trained = {n: state["params"][n] for n in grads}
-        deltas, opt = self.tx.update(grads, state["opt"], trained, scale=scale)
         params = {**state["params"], **optax.apply_updates(trained, deltas)}
         states = {n: state["state"][n] + tallies[n] if n in tallies else s for n, s in state["state"].items()}
         ops = self._ops({}, step, training=True)
@@ -270,6 +277,15 @@ class JaxBackend:
 
     # ---- without an update
 
+    def _rehearse(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
+        grads, *_ = self._accumulate(state, batch, step)
+        deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
+        return norms(self.definition, self.program.optimizer, state, grads, deltas)
+
+    def rehearse(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+        found = self._rehearses(state, self._put(batch, 1), np.int32(step), np.float32(scale))
+        return {k: np.asarray(v, np.float64) for k, v in found.items()}
+
     def _eval(self, params: Any, states: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
         ops = self._ops(batch, 0, training=False)
         loss = self._module(params, states)(ops, batch)
@@ -324,7 +340,7 @@ class JaxBackend:
         return {**found, **({"peak": max(peaks)} if peaks else {})}
 
     def graphs(self) -> int:
-        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of]
+        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of, self._rehearses]
         return sum(f._cache_size() for f in jitted)
 
     @property

@@ -19,6 +19,7 @@ from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.ops import Static, TorchOps, run_block
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
+from portatrain.backends.torch.rehearsal import norms
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.ops import Aux, Loss
@@ -290,6 +291,23 @@ class TorchBackend:
         return float(loss), found
 
     # ---- without an update
+
+    def rehearse(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> Arrays:
+        self._accumulate(state, batch, step)
+        self._grads(state)
+        norm, clip = float(self._norm(state)), self.program.clip_norm
+        factor = clip / norm if clip is not None and norm > clip else 1.0
+        return norms(self, state, clip=factor, scale=scale, counts=self._counts, total=self._total)
+
+    def _counts(self, info: TensorInfo, role: str) -> bool:
+        """Whether this process's part of a tensor is the one that counts, of equal copies."""
+        return True
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return x
 
     @torch.no_grad()
     def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

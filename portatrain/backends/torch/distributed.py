@@ -131,6 +131,15 @@ class MeshBackend(TorchBackend):
 
     # ---- without an update
 
+    def _counts(self, info: TensorInfo, role: str) -> bool:
+        if role == "state":
+            return self.world.rank == 0
+        cut = {a for dim in self.world.layout.tensor_spec(info, role=role) for a in dim}
+        return self.world.first([a for a in self.world.mesh.sizes if a not in cut])
+
+    def _total(self, x: Tensor) -> Tensor:
+        return self.world.all_reduce(x)
+
     def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
         rows = next(iter(batch.values())).shape[0]
         found = super().eval(state, self._even(batch))

@@ -129,6 +129,16 @@ class RuleOptimizer(torch.optim.Optimizer):
             options.pop("xp"), info=self.infos[tensor][0], param=tensor, slots=slots, **options
         )
 
+    def delta(self, tensor: Tensor, grad: Tensor, scale: float) -> Tensor:
+        """What `step` would add to `tensor` for this gradient, by the rule's formula; nothing changes."""
+        info, name = self.infos[tensor]
+        mine = self.rule.rule_for(info)
+        return self.updated(
+            mine, tensor, {slot: self.state[tensor][self.slot(tensor, slot)] for slot in mine.slots(info)}, xp=xp,
+            grad=grad, scale=torch.tensor(scale, dtype=torch.float32, device=tensor.device),
+            count=torch.tensor(float(self.count + 1), device=tensor.device), decay=name in self.decay,
+        )[0]  # fmt: skip
+
     def set_count(self, count: int) -> None:
         """Go on from `count` applied steps."""
         self.count = count
