@@ -57,6 +57,9 @@ class Store(Protocol):
     def describe(self, name: str) -> str:
         """What to call an object in a message, such as its path."""
 
+    def close(self) -> None:
+        """Give back what it holds; the store is of no use afterwards."""
+
 
 def read_small(store: Store, name: str, limit: int) -> bytes:
     """All of an object of at most ``limit`` bytes.

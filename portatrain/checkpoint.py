@@ -10,11 +10,13 @@ Names: `params/<name>`, `state/<name>`, `ema/<name>`, `opt/<slot>/<name>`, `opt/
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import shutil
+import math
+import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -24,11 +26,12 @@ import numpy as np
 from checkpoints_format import (
     Box,
     FormatError,
-    LocalStore,
     Mesh,
     NotCommittedError,
+    Planner,
     Reader,
     Sharded,
+    Store,
     Tensor,
     Want,
     Writer,
@@ -36,20 +39,18 @@ from checkpoints_format import (
 )
 from checkpoints_format import Layout as FormatLayout
 from checkpoints_format.packs import receipt_name
+from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, Program
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
-from portatrain.state import COUNT, slot_tensors
+from portatrain.places import place_of
+from portatrain.retention import Retention
+from portatrain.state import COUNT, full_name, slot_tensors
 
 RECEIPTS_WITHIN_S = 600.0
 """How long the committing process waits for the others to have written."""
 
 Read = Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]
-
-
-def full_name(role: str, name: str) -> str:
-    """The name in a checkpoint of tensor `name` in `role`."""
-    return f"{role}/{name}" if name else role
 
 
 def format_layout(program: Program) -> FormatLayout:
@@ -80,14 +81,36 @@ def format_layout(program: Program) -> FormatLayout:
     return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes),))
 
 
-def snapshot(backend: Backend, state: Any) -> dict[str, list[tuple[Box, np.ndarray]]]:
-    """Copies on the host of all that this process holds, each box once."""
-    held: dict[str, dict[tuple[int, ...], tuple[Box, np.ndarray]]] = {}
+def snapshot(
+    backend: Backend, state: Any, wanted: Mapping[str, list[Box]] | None = None
+) -> dict[str, list[tuple[Box, np.ndarray]]]:
+    """Copies on the host of what this process holds, each box once; with `wanted` boxes by tensor, what meets them."""
+    held: dict[str, list[tuple[Box, np.ndarray]]] = {}
+    for name, box, fetch in _boxes(backend, state):
+        if wanted is None or any(box.intersect(w) is not None or not box.shape for w in wanted.get(name, ())):
+            held.setdefault(name, []).append((box, fetch()))
+    return held
+
+
+def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[], np.ndarray]]]:
+    """(full name, box, how to copy it) of all that this process holds, each box once."""
+    seen = set()
     for box in backend.local_boxes(state):
-        boxes = held.setdefault(full_name(box.role, box.name), {})
-        if box.offset not in boxes:
-            boxes[box.offset] = (Box(box.offset, box.shape), box.fetch())
-    return {name: list(boxes.values()) for name, boxes in held.items()}
+        name = full_name(box.role, box.name)
+        if (name, box.offset) not in seen:
+            seen.add((name, box.offset))
+            yield name, Box(box.offset, box.shape), box.fetch
+
+
+def written_by(layout: FormatLayout, writer: int) -> dict[str, list[Box]]:
+    """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
+    found: dict[str, list[Box]] = {}
+    for pack in Planner(layout).writer(writer).packs:
+        for entry in pack.entries:
+            boxes = found.setdefault(layout.tensors[entry.run.tensor].name, [])
+            if entry.run.box not in boxes:
+                boxes.append(entry.run.box)
+    return found
 
 
 def _source(held: list[tuple[Box, np.ndarray]]) -> Callable[[Box], np.ndarray]:
@@ -107,6 +130,29 @@ def _source(held: list[tuple[Box, np.ndarray]]) -> Callable[[Box], np.ndarray]:
     return values
 
 
+def check_tensors(reader: Reader, program: Program) -> None:
+    """Raise UserError unless a checkpoint holds the tensors of `program`, with the same shapes; names what differs."""
+    there = {t.name: t for t in reader.layout.tensors}
+    wanted = {t.name: t for t in format_layout(program).tensors}
+    found = [
+        ("not in it", sorted(wanted.keys() - there.keys())),
+        ("not the model's", sorted(there.keys() - wanted.keys())),
+        ("different", [
+            f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})" for n, t in wanted.items()
+            if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
+        ]),
+    ]  # fmt: skip
+    if any(names for _, names in found):
+        got = [
+            f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for kind, names in found if names
+        ]  # fmt: skip
+        raise UserError(
+            reader.store.describe("COMMIT"), expected="the tensors of this model and optimizer", got="; ".join(got),
+            do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
+        )  # fmt: skip
+
+
 def reads(reader: Reader) -> Read:
     """For `Backend.restore_state`: boxes out of an open checkpoint, checked as they are read."""
 
@@ -117,80 +163,121 @@ def reads(reader: Reader) -> Read:
 
 
 class Checkpoints:
-    """The folder `checkpoints/step-NNNNNNNN` of a run. A second save waits for the first.
+    """The checkpoints of a run, one a step, in a folder or an object store. Two saves never overlap.
 
-    Every process writes its own boxes; `process` 0 commits when the receipts of all are there, inside `guard()`, which
-    raises where the run has gone to another attempt.
+    Every process writes its own boxes; `process` 0 commits when the receipts of all are there.
+
+    Args:
+        where: the folder checkpoints of the run directory, or a URL (s3://bucket/prefix).
+        keep: which committed ones stay.
+        save_name: of this attempt: no two attempts write one file.
+        guard: entered around a commit and a removal; raises where another attempt has taken the run over.
+        budget_bytes: host memory for the copy of the state; None: half of what is free. A state that is larger is
+            written before training goes on, a box at a time.
     """
 
     def __init__(
-        self, folder: Path, *, keep: int = 2, save_name: str = "a1", process: int = 0, processes: int = 1,
-        guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+        self, where: Path | str, *, keep: Retention | None = None, save_name: str = "a1", process: int = 0,
+        processes: int = 1, guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+        budget_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        self.guard = guard
-        self.folder, self.keep, self.save_name = folder, keep, save_name
-        self.process, self.processes = process, processes
+        self.place, self.keep, self.save_name = place_of(where), keep or Retention(), save_name
+        self.process, self.processes, self.guard, self.budget_bytes = process, processes, guard, budget_bytes
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-
-    def steps(self) -> list[int]:
-        """Steps that a folder exists for, ascending; whether one is whole, only its COMMIT says."""
-        names = [p.name for p in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
-
-    def path(self, step: int) -> Path:
-        return self.folder / f"step-{step:08d}"
+        self._damaged: set[int] = set()
+        self._metrics: dict[int, Mapping[str, float]] = {}
 
     # ---- saving
 
-    def save(self, step: int, backend: Backend, state: Any, meta: Mapping[str, Any]) -> None:
-        """Copy the state to the host, then write and commit in the background.
+    def save(
+        self, step: int, backend: Backend, state: Any, meta: Mapping[str, Any], *, skip_if_busy: bool = False
+    ) -> bool:
+        """Copy the state to the host, then write and commit in the background; whether a save was begun.
 
-        Raises UserError if the save before this one failed; what was committed earlier stands.
+        While one is under way this waits for it, or with `skip_if_busy` leaves this one out (all processes do, or
+        none). Raises UserError if the save before this one failed; what was committed earlier stands.
         """
+        if skip_if_busy and backend.agree(int(self._thread is not None and self._thread.is_alive())):
+            return False
         self.wait()
         layout = dataclasses.replace(format_layout(backend.program), writers=self.processes)
-        held = snapshot(backend, state)
+        wanted = written_by(layout, self.process)
+        sizes = {t.name: t.item_bytes for t in layout.tensors}
+        needed = sum(sizes[n] * math.prod(b.shape) for n, b, _ in _boxes(backend, state) if n in wanted)
+        budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
+        if needed > budget:
+            self._write(step, layout, _lazy(backend, state), dict(meta))
+            self.check()
+            return True
+        held = {name: _source(boxes) for name, boxes in snapshot(backend, state, wanted).items()}
         self._thread = threading.Thread(
             target=self._write, args=(step, layout, held, dict(meta)), name="portatrain-checkpoint"
         )
         self._thread.start()
+        return True
 
     def _write(
-        self, step: int, layout: FormatLayout, held: Mapping[str, Any], meta: Mapping[str, Any]
+        self, step: int, layout: FormatLayout, sources: Mapping[str, Any], meta: Mapping[str, Any]
     ) -> None:
         try:
-            sources = {name: _source(boxes) for name, boxes in held.items()}
-            with LocalStore(self.path(step), create=True) as store:
+            with contextlib.closing(self.place.open(step, create=True)) as store:
                 Writer(store, layout, save=self.save_name, writer=self.process).write(sources)
                 if self.process:
                     return
                 self._await_receipts(store)
                 with self.guard():
+                    if step in self._damaged:  # it was read, and will not do: ours takes its place
+                        store.delete(COMMIT)
+                        self._damaged.discard(step)
                     commit(store, layout, save=self.save_name, meta=meta)
+                self._metrics[step] = meta.get("metrics", {})
+                self._sweep_others(store)
             self._sweep(step)
         except BaseException as error:
             self._error = error
 
-    def _await_receipts(self, store: LocalStore) -> None:
-        """Until every process has written. In the file system, as a collective here could meet one of the step's."""
-        deadline_s = time.monotonic() + RECEIPTS_WITHIN_S
+    def _await_receipts(self, store: Store) -> None:
+        """Until every process has written. In the store, as a collective here could meet one of the step's."""
+        deadline_s, pause_s = time.monotonic() + RECEIPTS_WITHIN_S, 0.01
         for writer in range(self.processes):
             while store.size(receipt_name(self.save_name, writer)) is None:
                 if time.monotonic() > deadline_s:
                     raise UserError(
-                        f"checkpoint in {self.folder}", expected=f"the receipt of process {writer}",
+                        f"checkpoint in {self.place.name}", expected=f"the receipt of process {writer}",
                         got=f"none within {RECEIPTS_WITHIN_S:.0f} s", do="All processes must see one run directory.",
                     )  # fmt: skip
-                time.sleep(0.01)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
+
+    def _sweep_others(self, store: Store) -> None:
+        """Remove what saves left here that were not committed. The commit that stands names files of ours alone."""
+        ours = tuple(f"{kind}-{self.save_name}" for kind in ("pack", "root", "receipt"))
+        for name in list(store.list()):
+            if name.startswith(("pack-", "root-", "receipt-")) and not name.startswith(
+                (f"{ours[0]}-", f"{ours[1]}.", f"{ours[2]}-")
+            ):
+                store.delete(name)
 
     def _sweep(self, newest: int) -> None:
-        """Remove all but the last `keep` checkpoints that are committed. Nothing is removed before this one stands."""
-        good = [s for s in self.steps() if s <= newest and (self.path(s) / "COMMIT").exists()]
-        for step in good[: -self.keep]:
-            with self.guard():
-                (self.path(step) / "COMMIT").unlink()  # first: what is half removed is not a checkpoint
-            shutil.rmtree(self.path(step), ignore_errors=True)
+        """Remove what is not to be kept, and what was never committed. Nothing is removed before this one stands."""
+        there = [s for s in self.place.steps() if s <= newest]
+        good = [s for s in there if s not in self._damaged and self.place.committed(s)]
+        if self.keep.best is not None:
+            for step in good:
+                if step not in self._metrics:
+                    with contextlib.closing(self.place.open(step)) as store:
+                        self._metrics[step] = Reader(store).meta.get("metrics", {})
+        kept = self.keep.kept(good, self._metrics)
+        for step in there:
+            if step not in kept:
+                with self.guard():
+                    self.place.remove(step)
+
+    def check(self) -> None:
+        """UserError if a save in the background has failed. Does not wait."""
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
 
     def wait(self) -> None:
         """Wait for the save under way; UserError if it failed."""
@@ -207,28 +294,71 @@ class Checkpoints:
 
     def at(self, step: int) -> Reader:
         """The checkpoint of `step`, which another process has found and verified."""
-        return Reader(LocalStore(self.path(step)))
+        return Reader(self.place.open(step))
 
     def newest(self, report: Callable[[str], None]) -> tuple[int, Reader] | None:
         """The newest committed checkpoint of which every byte verifies; None where nothing was ever committed.
 
-        An uncommitted folder is a save that did not finish: passed over in silence. A damaged one is reported, and the
+        An uncommitted one is a save that did not finish: passed over in silence. A damaged one is reported, and the
         one before it taken. UserError where there are commits and none is left that verifies.
         """
         damaged: list[str] = []
-        for step in reversed(self.steps()):
+        for step in reversed(self.place.steps()):
             try:
-                reader = Reader(LocalStore(self.path(step)))
+                reader = Reader(self.place.open(step))
                 reader.verify_all()
                 return step, reader
             except NotCommittedError:
                 continue
             except FormatError as error:
                 damaged.append(str(error))
+                self._damaged.add(step)
                 report(f"checkpoint of step {step} is damaged and passed over: {error}")
         if damaged:
             raise UserError(
-                f"checkpoints in {self.folder}", expected="one that verifies", got=f"none: {damaged[0]}",
+                f"checkpoints in {self.place.name}", expected="one that verifies", got=f"none: {damaged[0]}",
                 do="Restore the folder from a copy, or begin a new run under another name.",
             )  # fmt: skip
         return None
+
+
+def _lazy(backend: Backend, state: Any) -> dict[str, Callable[[Box], np.ndarray]]:
+    """Sources that copy a box when it is asked for, and keep the last one."""
+    there: dict[str, list[tuple[Box, Callable[[], np.ndarray]]]] = {}
+    for name, box, fetch in _boxes(backend, state):
+        there.setdefault(name, []).append((box, fetch))
+    kept: dict[str, Any] = {"fetch": None, "array": None}
+
+    def copied(fetch: Callable[[], np.ndarray]) -> np.ndarray:
+        if kept["fetch"] is not fetch:
+            kept.update(fetch=fetch, array=fetch())
+        return kept["array"]
+
+    def source(pieces: list[tuple[Box, Callable[[], np.ndarray]]]) -> Callable[[Box], np.ndarray]:
+        def values(wanted: Box) -> np.ndarray:
+            meet = [(b, f) for b, f in pieces if b.intersect(wanted) is not None or not b.shape]
+            out: np.ndarray | None = None
+            for box, fetch in meet:
+                array = copied(fetch)
+                if out is None:
+                    out = np.empty(wanted.shape, array.dtype)
+                common = box.intersect(wanted)
+                if common is None:  # a scalar
+                    return array
+                out[common.slices(wanted.offset)] = array[common.slices(box.offset)]
+            assert out is not None
+            return out
+
+        return values
+
+    return {name: source(pieces) for name, pieces in there.items()}
+
+
+def free_memory_bytes() -> int:
+    """Memory of this host that is free, or can be made so."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            found = next(line for line in lines if line.startswith("MemAvailable"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -23,6 +23,7 @@ from portatrain import config, overrides
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
 from portatrain.optim import Info, Rule, decays_by_default
+from portatrain.retention import Retention
 from portatrain.schedules import Schedule
 
 MeshAxes = Mapping[str, str | tuple[str, ...]]
@@ -98,7 +99,16 @@ class Recipe:
     checkpoint_every: int | None = None
     """Steps between checkpoints; None: one where the run stops or ends."""
     checkpoint_keep: int = 2
-    """How many committed checkpoints are kept."""
+    """How many committed checkpoints are kept: the newest ones."""
+    checkpoint_keep_every: int | None = None
+    """Those whose step is a multiple of it are kept too."""
+    checkpoint_keep_best: str | None = None
+    """And the best by an evaluation's metric: min:loss, max:accuracy."""
+    checkpoint_busy: Literal["wait", "skip"] = "wait"
+    """What a save does while the one before it is being written. The last one of an attempt always waits."""
+
+    probe_every: int = 1
+    """Every how many checkpoints carry the continuity check's virtual step; that of a stopping run always does."""
 
     hooks: tuple[Any, ...] = ()
     """What a researcher adds to the training loop; see ``portatrain.trainer``."""
@@ -111,8 +121,8 @@ class Recipe:
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", self.name):
             self._refuse("name", "1 to 63 small letters, digits, '-' or '_'", "Use a name such as tiny-lm.")
         least = {"steps": 1, "batch": 1, "accumulation": 1, "seed": 0, "max_skips": 0, "eval_batches": 1,
-                 "checkpoint_keep": 1}  # fmt: skip
-        for name in ("eval_every", "checkpoint_every"):
+                 "checkpoint_keep": 1, "probe_every": 1}  # fmt: skip
+        for name in ("eval_every", "checkpoint_every", "checkpoint_keep_every"):
             if getattr(self, name) is not None:
                 least[name] = 1
         for name, bound in least.items():
@@ -134,10 +144,18 @@ class Recipe:
                 do=f"The nearest sizes that work: batch={' or batch='.join(sizes)}.",
             )
         self.schedule.check(self.steps)
+        self.retention  # noqa: B018  # raises
 
     def _refuse(self, field: str, expected: str, do: str) -> None:
         raise UserError(
             f"recipe {self.name!r}: {field}", expected=expected, got=repr(getattr(self, field)), do=do
+        )
+
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints stay."""
+        return Retention(
+            last=self.checkpoint_keep, every=self.checkpoint_keep_every, best=self.checkpoint_keep_best
         )
 
     def trains(self, name: str) -> bool:

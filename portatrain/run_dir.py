@@ -177,6 +177,23 @@ class RunDir:
             )
         return attempt
 
+    def checkpoints(self, url: str | None = None) -> Path | str:
+        """Where the checkpoints are: the folder ``checkpoints``, or the URL in checkpoints.json, which the first
+        attempt that is given one writes. UserError for another URL than that."""
+        note = self.path / "checkpoints.json"
+        stored = files.read_json(note)["url"] if note.exists() else None
+        if url is None or url == stored:
+            return stored or self.path / "checkpoints"
+        if stored is not None or (self.path / "checkpoints").exists():
+            raise UserError(
+                f"--checkpoints {url}",
+                expected="the place that the run began with",
+                got=f"another one ({stored or self.path / 'checkpoints'})",
+                do="Leave --checkpoints out: the run knows its place.",
+            )
+        files.write_json(note, {"url": url})
+        return url
+
     def run_info(self) -> dict[str, Any]:
         """run.json."""
         return files.read_json(self.path / "run.json")

@@ -15,6 +15,11 @@ from portatrain.rng import truncated_normal
 COUNT = "opt/count"
 
 
+def full_name(role: str, name: str) -> str:
+    """The name in a checkpoint of tensor `name` in `role`."""
+    return f"{role}/{name}" if name else role
+
+
 def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
     """The optimizer's slots for the parameter `info`, each as a logical tensor of role 'opt/<slot>'."""
     return {

@@ -7,8 +7,8 @@ exit_code = trainer.run()
 from __future__ import annotations
 
 import shutil
-import sys
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,18 +16,20 @@ import numpy as np
 
 from portatrain import continuity
 from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
-from portatrain.checkpoint import Checkpoints, reads
+from portatrain.checkpoint import Checkpoints, check_tensors
 from portatrain.data import OpenData, open_data, prefetch
 from portatrain.errors import UserError
 from portatrain.evaluation import evaluate
+from portatrain.facts import peak_rss_bytes, run_info
 from portatrain.layout import Layout, Mesh
 from portatrain.leaving import Leaving
-from portatrain.metrics import EvalRecord, RunInfo, Sink, StepRecord
-from portatrain.metrics.flops import Peak, measured_cpu_peak, mfu
+from portatrain.metrics import EvalRecord, Sink, StepRecord
+from portatrain.metrics.flops import Peak, mfu
 from portatrain.metrics.jsonl import JsonlSink
 from portatrain.module import describe
 from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
+from portatrain.restoring import Restoring, boxes_of
 from portatrain.run_dir import Attempt, Follower, RunDir
 
 
@@ -40,19 +42,21 @@ def train(
     devices: int | None = None,
     stop_at: int | None = None,
     accept_drift: str | None = None,
+    checkpoints: str | None = None,
     sinks: Sequence[Sink] = (),
     signals: StopSignals | None = None,
 ) -> int:
     """Train `recipe` in `run`, going on from its newest checkpoint; the exit code: 0 done, 85 saved to be resumed,
     130 interrupted and saved. `accept_drift`: a reason to go on although the continuity check fails, recorded.
     `signals`: entered by the caller, so that a request to stop is seen from the start.
+    `checkpoints`: a URL of an object store for the checkpoints, kept in the run directory; None: as it says, or there.
 
     Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
     losses that are not finite.
     """
     return Trainer(
         recipe, run, backend=backend, mesh=mesh, devices=devices, stop_at=stop_at, accept_drift=accept_drift,
-        sinks=sinks, signals=signals,
+        checkpoints=checkpoints, sinks=sinks, signals=signals,
     ).run()  # fmt: skip
 
 
@@ -94,11 +98,12 @@ class Trainer:
         devices: int | None = None,
         stop_at: int | None = None,
         accept_drift: str | None = None,
+        checkpoints: str | None = None,
         sinks: Sequence[Sink] = (),
         signals: StopSignals | None = None,
     ) -> None:
-        self._given_signals = signals
-        self.recipe, self.run_dir, self.sinks, self.accept_drift = recipe, run, list(sinks), accept_drift
+        self.recipe, self.run_dir, self.sinks = recipe, run, list(sinks)
+        self.accept_drift, self._where, self._given_signals = accept_drift, checkpoints, signals
         self.last_step = min(stop_at or recipe.steps, recipe.steps)
         program = make_program(recipe, mesh=mesh if mesh is not None else f"fsdp={devices or 1}")
         self.definition, self.mesh = program.definition, program.layout.mesh
@@ -114,7 +119,8 @@ class Trainer:
         self.step = 0
         """Steps trained so far."""
         self._skipped: list[int] = []
-        self._saved: int | None = None
+        self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
+        self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
 
     def _open_data(self) -> OpenData:
@@ -154,12 +160,12 @@ class Trainer:
                 self.sinks.append(JsonlSink(attempt))
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
-                self.run_dir.path / "checkpoints", keep=self.recipe.checkpoint_keep, save_name=f"a{attempt.number}",
+                self.run_dir.checkpoints(self._where), keep=self.recipe.retention, save_name=f"a{attempt.number}",
                 process=self.backend.process, processes=self.backend.processes, guard=attempt.guard,
             )  # fmt: skip
             found = self._newest(attempt)
             self.step = int(found.meta["step"]) if found else 0
-            self._info = self._run_info(attempt, about)
+            self._info = run_info(self, attempt.number, about)
             for sink in self.sinks:
                 sink.start(self._info)
             status, summary = "failed", {}
@@ -172,7 +178,7 @@ class Trainer:
                     hook.on_start(self)
                 self._loop()
                 self._stop.at("save", self.step)
-                self._save()
+                self._save(last=True)
                 self.checkpoints.wait()
                 self.backend.agree(0)  # they leave together: whoever starts them may end the rest after the first
                 self._stop.at("eval", self.step)
@@ -226,6 +232,7 @@ class Trainer:
         pending: tuple[int, StepResult, float] | None = None
         with prefetch(self.data.train, self.step * recipe.batch, recipe.batch) as batches:
             while self.step < self.last_step:
+                self.checkpoints.check()  # what failed in the background ends the run here
                 step = self.step + 1
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
@@ -265,39 +272,47 @@ class Trainer:
 
     # ---- stopping and going on
 
-    def _save(self) -> None:
+    def _save(self, *, last: bool = False) -> None:
         """Begin to save the state after `self.step`, unless that has been done."""
         if self._saved == self.step:
             return
         recipe = self.recipe
-        meta = {
-            "step": self.step,
-            "rng": {"algorithm": "philox4x64-10", "seed": str(recipe.seed)},
-            "data": {"next_sample": self.step * recipe.batch, "fingerprint": self.data.fingerprint},
-            "recipe_sha256": recipe.sha256,
-            "probe": continuity.probe(self.backend, self.state, recipe, self.data.train, self.step),
-        }
-        self.checkpoints.save(self.step, self.backend, self.state, meta)
-        self._saved = self.step
-        self.event("saving", step=self.step)
+        self._saves += 1
+        probes = last or (self._saves - 1) % recipe.probe_every == 0
+        found = continuity.record(
+            self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes
+        )
+        found |= {
+            "recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)
+        }  # fmt: skip
+        if self._last_eval is not None and self._last_eval.step == self.step:
+            found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
+        skips = recipe.checkpoint_busy == "skip" and not last
+        if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
+            self._saved = self.step
+            self.event("saving", step=self.step)
+        else:
+            self.event("save_skipped", step=self.step, why="the one before is still being written")
 
     def _go_on(self, reader: Any) -> None:
         """Restore, and check that the run is the same run."""
-        self.state = self.backend.restore_state(reads(reader))
+        check_tensors(reader, self.backend.program)
+        boxes = boxes_of(self.backend.program, self.backend.process, self.backend.processes)
+        with Restoring(reader, boxes) as restoring:
+            self.state = self.backend.restore_state(restoring.read)
         self._saved = self.step
-        now = continuity.probe(self.backend, self.state, self.recipe, self.data.train, self.step)
-        found = continuity.verdict(reader.meta.get("probe"), now, self.recipe.precision)
-        self.event("resumed", step=self.step, **found, accepted=self.accept_drift)
+        self._history.extend(reader.meta.get("history", ()))
+        now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
+        found = continuity.verdict(reader.meta, now, self.recipe.precision)
+        if found["verdict"] == "unproven":
+            self._replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+        self._judge(self.step, found)
+
+    def _judge(self, step: int, found: Mapping[str, Any]) -> None:
+        """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
+        self.event("resumed", step=step, **found, accepted=self.accept_drift)
         if found["verdict"] == "broken" and self.accept_drift is None:
-            differs = ", ".join(found["differs"]) or "nothing else"
-            raise UserError(
-                f"continuity check at step {self.step}",
-                expected=f"losses of the next {found['samples']} samples within {found['loss_bound']:g}, and counts, "
-                "data and random words equal",
-                got=f"a largest loss difference of {found['loss_difference']:.3g}; different: {differs}",
-                do="This is not the run that was saved. Look for a changed model, corpus or seed; to go on all the "
-                "same, give --accept-drift REASON, which is recorded.",
-            )
+            raise continuity.refusal(step, found)
 
     def _microbatches(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         n = self.recipe.accumulation
@@ -328,6 +343,10 @@ class Trainer:
             sink.step(record)
         for hook in recipe.hooks:
             hook.on_step(self, record)
+        self._history.append([step, loss])
+        if self._replay is not None and (found := self._replay.add(step, loss)) is not None:
+            self._replay = None
+            self._judge(step, found)
         if skipped:
             self._skip(step, loss, norm)
 
@@ -346,7 +365,7 @@ class Trainer:
 
     def _memory_bytes(self) -> int | None:
         peak = self.backend.describe_memory(self.state).get("peak")
-        return peak if peak is not None else _peak_rss_bytes()
+        return peak if peak is not None else peak_rss_bytes()
 
     # ---- evaluation and the end
 
@@ -400,38 +419,3 @@ class Trainer:
     def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """The model's `predict` on a batch of samples, on the host."""
         return self.backend.predict(self.state, batch)
-
-    # ---- facts
-
-    def _run_info(self, attempt: Attempt | Follower, about: Mapping[str, Any]) -> RunInfo:
-        recipe = self.recipe
-        seq_len = getattr(recipe.data, "seq_len", None)
-        counted = getattr(recipe.model, "flops_per_sample", None)
-        per_sample = None if counted is None else counted(seq_len) if seq_len else counted()
-        peak = measured_cpu_peak() if str(about["device"]).startswith("cpu") and per_sample else None
-        return RunInfo(
-            run=self.run_dir.path.name,
-            run_dir=str(self.run_dir.path),
-            attempt=attempt.number,
-            steps=recipe.steps,
-            first_step=self.step + 1,
-            backend=self.backend.name,
-            device=f"{about['devices']} x {about['device']}",
-            mesh=str(self.mesh),
-            precision=recipe.precision,
-            parameters=self.definition.parameters,
-            trainable=sum(t.size for n, t in self.definition.params.items() if recipe.trains(n)),
-            tokens_per_step=recipe.batch * (seq_len or 1),
-            unit="tokens" if seq_len else "images",
-            flops_per_step=None if per_sample is None else per_sample * recipe.batch,
-            peak_flops=peak.flops_per_s if peak else None,
-            peak_source=peak.source if peak else "",
-            recipe=recipe.to_json(),
-        )
-
-
-def _peak_rss_bytes() -> int:
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

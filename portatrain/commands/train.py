@@ -16,6 +16,7 @@ from pathlib import Path
 
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
+from portatrain.places import SCHEMES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accept-drift",
         metavar="REASON",
         help="go on although the continuity check fails; recorded with REASON",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="URL",
+        help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
     )
     parser.add_argument(
         "--track",
@@ -68,6 +74,12 @@ def train(args: argparse.Namespace) -> int:
             got=str(args.stop_at),
             do="Leave it out to train to the end.",
         )
+    if (url := getattr(args, "checkpoints", None)) is not None:
+        from portatrain.places import place_of
+
+        if not url.startswith(SCHEMES):
+            raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
+        place_of(url)  # what the URL or the environment lacks, before anything starts
     _check_mesh(args.mesh, args.devices)
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
@@ -109,6 +121,7 @@ def train(args: argparse.Namespace) -> int:
             devices=args.devices,
             stop_at=args.stop_at,
             accept_drift=args.accept_drift,
+            checkpoints=getattr(args, "checkpoints", None),
             sinks=sinks,
             signals=signals,
         )

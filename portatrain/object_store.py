@@ -1,0 +1,221 @@
+"""Checkpoints in an object store (s3://, gs://, az://), through obstore. The commit is a conditional put.
+
+Credentials and regions come from the environment, as each cloud's own tools read them (AWS_*, GOOGLE_*, AZURE_*).
+Requests that fail with a server's error or time out are tried again; what fails for good is one FormatError.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any
+
+from checkpoints_format import FormatError, MissingFileError
+from checkpoints_format.store import FILE_NAME
+from checkpoints_format.writer import COMMIT
+from portatrain.errors import UserError
+from portatrain.places import step_name, steps_of
+
+PART_BYTES = 16 << 20
+"""Of an upload in parts; S3 allows 10,000 of them, which is more than any pack has."""
+PARTS_AT_ONCE = 4
+RETRY = {
+    "max_retries": 10, "retry_timeout": timedelta(seconds=300),
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
+}  # fmt: skip
+TIMEOUT_S = 60
+"""Environment variable PORTATRAIN_STORE_TIMEOUT_S: how long one request may take before it is tried again."""
+
+
+class ObjectStore:
+    """See `checkpoints_format.Store`. url: s3://bucket/prefix and the like; options go to obstore as they are."""
+
+    merge_gap_bytes = 1 << 20
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.url = url.rstrip("/")
+        self._store = _connect(self.url, options)
+
+    def describe(self, name: str) -> str:
+        return f"object {self.url}/{name}"
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def put(self, name: str, chunks: Iterable[memoryview], nbytes: int, *, durable: bool = True) -> None:
+        obstore = _obstore()
+        with self._explained(name, f"to write {nbytes} bytes"):
+            obstore.put(
+                self._store,
+                self._checked(name),
+                _parts(chunks),
+                chunk_size=PART_BYTES,
+                max_concurrency=PARTS_AT_ONCE,
+            )
+            found = obstore.head(self._store, name)["size"]
+        if found != nbytes:
+            raise FormatError(
+                self.describe(name),
+                expected=f"{nbytes} bytes written",
+                got=f"{found}",
+                do="Look at the store.",
+            )
+
+    def put_if_absent(self, name: str, data: bytes) -> bool:
+        obstore = _obstore()
+        with self._explained(name, f"to write {len(data)} bytes"):
+            try:
+                obstore.put(self._store, self._checked(name), data, mode="create", use_multipart=False)
+            except obstore.exceptions.AlreadyExistsError:
+                return self._is(name, data)
+            except obstore.exceptions.NotSupportedError as error:
+                raise FormatError(
+                    self.describe(name), expected="a store with conditional writes", got=str(error),
+                    do="Use a store that has them: a commit must be one step.",
+                ) from error  # fmt: skip
+            except obstore.exceptions.BaseError:
+                if not self._is(name, data):
+                    raise
+        return True
+
+    def _is(self, name: str, data: bytes) -> bool:
+        """Whether the object is ours: the store may have taken it, and its answer been lost on the way."""
+        with contextlib.suppress(FileNotFoundError):
+            return bytes(_obstore().get(self._store, name).bytes()) == data
+        return False
+
+    def read_into(self, name: str, offset: int, views: Sequence[memoryview]) -> None:
+        pending = [v.cast("B") for v in views if v.nbytes]
+        length = sum(len(v) for v in pending)
+        if not length:
+            return
+        with self._explained(name, "to read it"):
+            found = memoryview(
+                _obstore().get_range(self._store, self._checked(name), start=offset, length=length)
+            )
+        if len(found) != length:
+            raise FormatError(
+                self.describe(name), expected=f"{length} bytes at {offset}", got=f"{len(found)}",
+                do="The checkpoint is damaged or incomplete: restore from another one.",
+            )  # fmt: skip
+        at = 0
+        for view in pending:
+            view[:] = found[at : at + len(view)]
+            at += len(view)
+
+    def size(self, name: str) -> int | None:
+        with self._explained(name, "to look at it"):
+            try:
+                return int(_obstore().head(self._store, self._checked(name))["size"])
+            except FileNotFoundError:
+                return None
+
+    def list(self) -> Iterator[str]:
+        with self._explained("", "to list it"):
+            names = [row["path"] for batch in _obstore().list(self._store) for row in batch]
+        yield from sorted(n for n in names if "/" not in n)
+
+    def delete(self, name: str) -> None:
+        with self._explained(name, "to remove it"), contextlib.suppress(FileNotFoundError):
+            _obstore().delete(self._store, self._checked(name))
+
+    def _checked(self, name: str) -> str:
+        if not FILE_NAME.fullmatch(name):
+            raise FormatError(
+                f"object name {name!r}", expected="letters, digits and _.=- in one part", got="something else",
+                do="The checkpoint is damaged or incomplete: restore from another one.",
+            )  # fmt: skip
+        return name
+
+    @contextlib.contextmanager
+    def _explained(self, name: str, expected: str) -> Iterator[None]:
+        with explained(self.describe(name) if name else self.url, expected):
+            yield
+
+
+@contextlib.contextmanager
+def explained(what: str, expected: str) -> Iterator[None]:
+    """Within it, what a store refuses is a FormatError that names the object."""
+    obstore = _obstore()
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(what, expected=expected, got="no such object", do="Check the URL.") from error
+    except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
+        raise FormatError(
+            what,
+            expected=expected,
+            got="no permission",
+            do="Check the credentials in the environment, and the bucket.",
+        ) from error
+    except obstore.exceptions.BaseError as error:
+        got = " ".join(str(error).split())[:300]
+        raise FormatError(
+            what,
+            expected=expected,
+            got=got,
+            do="Look at the store; checkpoints already committed are untouched.",
+        ) from error
+
+
+def _parts(chunks: Iterable[memoryview]) -> Iterator[bytes]:
+    """Copies, as a chunk is valid only until the next one: an upload sends several at once."""
+    for chunk in chunks:
+        yield bytes(chunk)
+
+
+def _obstore() -> Any:
+    try:
+        import obstore
+    except ImportError:
+        raise UserError(
+            "checkpoints in an object store", expected="obstore to be installed", got="no such package",
+            do="pip install 'portatrain[remote]'",
+        ) from None  # fmt: skip
+    return obstore
+
+
+def _connect(url: str, options: dict[str, Any]) -> Any:
+    obstore = _obstore()
+    timeout_s = float(os.environ.get("PORTATRAIN_STORE_TIMEOUT_S", TIMEOUT_S))
+    given: dict[str, Any] = {
+        "retry_config": RETRY,
+        "client_options": {"timeout": timedelta(seconds=timeout_s), "connect_timeout": timedelta(seconds=10)},
+        **options,
+    }
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") and url.startswith("s3://"):
+        given["client_options"]["allow_http"] = True
+    try:
+        return obstore.store.from_url(url, **given)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise UserError(
+            f"checkpoints at {url}", expected="s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix",
+            got=" ".join(str(error).split())[:200], do="Check the URL and the environment's credentials.",
+        ) from error  # fmt: skip
+
+
+class ObjectPlace:
+    """See `portatrain.places.Place`."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.name, self._options = url.rstrip("/"), options
+        self._root = _connect(self.name, options)
+
+    def steps(self) -> list[int]:
+        with explained(self.name, "to list it"):
+            found = _obstore().list_with_delimiter(self._root)
+        return steps_of(p.rstrip("/").rpartition("/")[2] for p in found["common_prefixes"])
+
+    def open(self, step: int, *, create: bool = False) -> ObjectStore:
+        return ObjectStore(f"{self.name}/{step_name(step)}", **self._options)
+
+    def committed(self, step: int) -> bool:
+        return self.open(step).size(COMMIT) is not None
+
+    def remove(self, step: int) -> None:
+        store = self.open(step)
+        store.delete(COMMIT)
+        for name in list(store.list()):
+            store.delete(name)

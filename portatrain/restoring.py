@@ -1,0 +1,192 @@
+"""Restoring: the boxes that a process will ask for are read ahead, merged, several requests at a time, within a budget.
+
+A backend asks for one box after another (`Backend.restore_state`), torch for one a layer. What this process holds
+follows from the layout, so a thread reads whole tensors' worth of it in groups, whose requests the reader merges and
+sends together, each tile checked. A box that was not foreseen is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import numpy as np
+
+from checkpoints_format import Box, FormatError, Reader, Want
+from portatrain.backends.base import Program
+from portatrain.errors import UserError
+from portatrain.state import COUNT, full_name, slot_tensors
+
+GROUP_BYTES = 64 << 20
+BUDGET_BYTES = 512 << 20
+"""Host memory for what was read and not yet asked for; a single tensor's boxes may exceed it."""
+
+
+def boxes_of(program: Program, process: int = 0, processes: int = 1) -> dict[str, list[Box]]:
+    """By full name what process `process` holds of every tensor, a box a device, in the order of the checkpoint."""
+    layout, infos = program.layout, program.definition
+    devices = layout.mesh.devices
+    mine = [layout.mesh.coordinates(d) for d in range(devices) if d * processes // devices == process]
+    roles = [(t, "params", "params") for t in infos.params.values()]
+    roles += [(t, "state", "state") for t in infos.states.values()]
+    roles += [(t, "ema", "params") for n, t in infos.params.items() if n in program.ema]
+    for name, info in infos.params.items():
+        if name in program.trainable:
+            slots = slot_tensors(program.optimizer, info).values()
+            roles += [(slot, slot.role, slot.role) for slot in slots]
+    found = {
+        full_name(role, info.name): [Box(*layout.box(info, at, role=lies)) for at in mine]
+        for info, role, lies in roles
+    }
+    return {**found, COUNT: [Box((), ())] * len(mine)}
+
+
+@dataclass
+class _Held:
+    box: Box
+    array: np.ndarray
+    left: int
+    """Elements that are still to be asked for; below 1 the array is given up."""
+
+
+@dataclass
+class _Shared:
+    """What the two threads share, under one lock."""
+
+    waiting: deque[str]
+    held: dict[str, list[_Held]] = field(default_factory=dict)
+    reading: set[str] = field(default_factory=set)
+    nbytes: int = 0
+    wanted: str | None = None
+    error: BaseException | None = None
+    closed: bool = False
+
+
+class Restoring:
+    """`read(role, name, offset, shape)` for `Backend.restore_state`, out of an open checkpoint.
+
+    Args:
+        boxes: what will be asked for, by full name (`boxes_of`); a box as often as it will be.
+        budget_bytes: host memory for what was read ahead.
+
+    Raises (read): UserError for damage, with tensor and file, and for a tensor that the checkpoint has not.
+    """
+
+    def __init__(
+        self, reader: Reader, boxes: Mapping[str, Sequence[Box]], *, budget_bytes: int = BUDGET_BYTES
+    ) -> None:
+        self._reader, self._boxes, self._budget_bytes = reader, boxes, budget_bytes
+        self._tensors = {t.name: t for t in reader.layout.tensors}
+        self._shared = _Shared(deque(n for n in boxes if n in self._tensors))
+        self._changed = threading.Condition()
+        self._reading = threading.Lock()  # a Reader serves one thread at a time
+        self._thread = threading.Thread(target=self._run, name="portatrain-restore", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Restoring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._shared.closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def read(self, role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        full, box = full_name(role, name), Box(offset, shape)
+        try:
+            found = self._ahead(full, box)
+            if found is not None:
+                return found
+            with self._reading:
+                return self._reader.read_many([Want(full, box, None)])[0]
+        except FormatError as error:
+            raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+
+    def _ahead(self, full: str, box: Box) -> np.ndarray | None:
+        """The box out of what was read ahead; None if it is not to be had there."""
+        shared = self._shared
+        with self._changed:
+            if full in shared.waiting:
+                shared.wanted = full
+                self._changed.notify_all()
+            while full in shared.waiting or full in shared.reading:
+                if shared.error is not None:
+                    raise shared.error
+                self._changed.wait()
+            for held in shared.held.get(full, ()):
+                if held.box == box or (box.shape and held.box.intersect(box) == box):
+                    part = held.array[box.slices(held.box.offset)] if box.shape else held.array
+                    held.left -= max(1, box.size)
+                    if held.left <= 0:
+                        shared.held[full].remove(held)
+                        shared.nbytes -= held.array.nbytes
+                        self._changed.notify_all()
+                    return part
+        return None
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        shared = self._shared
+        try:
+            while (names := self._next_group()) is not None:
+                wants = [(n, box) for n in names for box in dict.fromkeys(self._boxes[n])]
+                with self._reading:
+                    arrays = self._reader.read_many([Want(n, box, None) for n, box in wants])
+                with self._changed:
+                    for (n, box), array in zip(wants, arrays, strict=True):
+                        times = list(self._boxes[n]).count(box)
+                        shared.held.setdefault(n, []).append(_Held(box, array, max(1, box.size) * times))
+                        shared.nbytes += array.nbytes
+                    shared.reading.clear()
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                shared.error = error
+                self._changed.notify_all()
+
+    def _next_group(self) -> list[str] | None:
+        """The next tensors to read, once there is room or somebody waits for one; None at the end."""
+        shared = self._shared
+        with self._changed:
+            while not shared.closed and shared.wanted is None and shared.nbytes >= self._budget_bytes:
+                self._changed.wait()
+            if shared.closed or not shared.waiting:
+                return None
+            if shared.wanted is not None and shared.wanted in shared.waiting:
+                # What is asked for now tells where the backend is: go on from there.
+                shared.waiting.rotate(-shared.waiting.index(shared.wanted))
+            shared.wanted = None
+            if shared.nbytes >= self._budget_bytes:
+                self._give_up()
+            names: list[str] = []
+            used = 0
+            while shared.waiting and (
+                not names or used + self._nbytes(shared.waiting[0]) <= self._group_bytes
+            ):
+                names.append(shared.waiting.popleft())
+                used += self._nbytes(names[-1])
+            shared.reading.update(names)
+            return names
+
+    @property
+    def _group_bytes(self) -> int:
+        return min(GROUP_BYTES, self._budget_bytes // 2)
+
+    def _give_up(self) -> None:
+        """Make room: what was read first and not asked for is read again if it is."""
+        shared = self._shared
+        for name in list(shared.held):
+            if shared.nbytes < self._budget_bytes:
+                return
+            for held in shared.held.pop(name):
+                shared.nbytes -= held.array.nbytes
+
+    def _nbytes(self, name: str) -> int:
+        return sum(box.size for box in dict.fromkeys(self._boxes[name])) * self._tensors[name].item_bytes

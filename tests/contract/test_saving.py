@@ -1,0 +1,205 @@
+"""Saving while training: retention and its sweep, busy saves, errors of the background, fences, small budgets."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints_format import LocalStore, Reader
+from portatrain import places
+from portatrain.backends.base import LocalBox, Program
+from portatrain.checkpoint import Checkpoints, format_layout
+from portatrain.errors import UserError
+from portatrain.layout import Layout
+from portatrain.module import Module, Param, describe
+from portatrain.optim import AdamW
+from portatrain.retention import Retention
+
+
+class Toy(Module):
+    def __init__(self) -> None:
+        self.w = Param(rows=64, columns=96)
+        self.b = Param(columns=96)
+
+
+class Holding:
+    """A backend as far as a checkpoint needs one: it holds arrays."""
+
+    def __init__(self) -> None:
+        definition = describe(Toy())
+        names = frozenset(definition.params)
+        self.program = Program(
+            definition=definition, layout=Layout.of(definition), optimizer=AdamW(lr=1e-3), trainable=names,
+            decay=names,
+        )  # fmt: skip
+        self.fetched_bytes: list[int] = []
+
+    def state(self, value: int) -> dict[str, np.ndarray]:
+        made = {}
+        for i, t in enumerate(format_layout(self.program).tensors):
+            made[t.name] = (np.arange(np.prod(t.shape), dtype=t.dtype) + i).reshape(t.shape) * value
+        return made
+
+    def local_boxes(self, state: Mapping[str, np.ndarray]) -> Iterator[LocalBox]:
+        for full, array in state.items():
+            role, _, name = full.rpartition("/") if full != "opt/count" else (full, "", "")
+
+            def fetch(array: np.ndarray = array) -> np.ndarray:
+                self.fetched_bytes.append(array.nbytes)
+                return array.copy()
+
+            yield LocalBox(name=name, role=role, offset=(0,) * array.ndim, shape=array.shape, fetch=fetch)
+
+    def agree(self, value: int) -> int:
+        return value
+
+
+@pytest.fixture
+def backend() -> Any:
+    return Holding()
+
+
+def save(checkpoints: Checkpoints, backend: Any, step: int, **meta: Any) -> None:
+    checkpoints.save(step, backend, backend.state(step), {"step": step, **meta})
+    checkpoints.wait()
+
+
+def loads(path: Path, backend: Any, step: int) -> None:
+    with LocalStore(path / f"step-{step:08d}") as store:
+        reader = Reader(store)
+        reader.verify_all()
+        for name, array in backend.state(step).items():
+            assert np.array_equal(reader.read(name), array)
+
+
+def test_the_last_every_nth_and_the_best_stay_and_load(backend: Any, tmp_path: Path) -> None:
+    keep = Retention(last=1, every=4, best="min:loss")
+    for step in range(1, 8):
+        checkpoints = Checkpoints(
+            tmp_path, keep=keep, save_name=f"a{step}"
+        )  # as after restarts: nothing in memory
+        save(checkpoints, backend, step, metrics={"loss": abs(step - 3)})
+    assert checkpoints.place.steps() == [3, 4, 7]
+    for step in (3, 4, 7):
+        loads(tmp_path, backend, step)
+
+
+def test_a_sweep_removes_what_no_commit_names_and_nothing_else(backend: Any, tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, save_name="a1"), backend, 1)
+    folder = tmp_path / "step-00000002"
+    folder.mkdir()
+    for name in (
+        "pack-a1-00000-0000.safetensors",
+        "receipt-a1-00000.json",
+        "root-a1.json",
+        "pack-a10-00000-0000.safetensors",
+    ):
+        (folder / name).write_bytes(b"left by a save that was killed")
+    (folder / "notes.txt").write_text("a person's")
+    (tmp_path / "step-00000001b").mkdir()
+    save(Checkpoints(tmp_path, save_name="a2"), backend, 2)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "COMMIT", "notes.txt", "pack-a2-00000-0000.safetensors", "receipt-a2-00000.json", "root-a2.json",
+    ]  # fmt: skip
+    assert (tmp_path / "step-00000001b").exists()
+    for step in (1, 2):
+        loads(tmp_path, backend, step)
+    (tmp_path / "step-00000000").mkdir()  # a first save that never was committed
+    save(Checkpoints(tmp_path, save_name="a3"), backend, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001b", "step-00000002", "step-00000003"]
+
+
+def test_a_step_whose_checkpoint_is_damaged_is_saved_anew(backend: Any, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(Checkpoints(tmp_path, save_name=f"a{step}"), backend, step)
+    pack = tmp_path / "step-00000002/pack-a2-00000-0000.safetensors"
+    pack.write_bytes(pack.read_bytes()[:-1])
+    checkpoints = Checkpoints(tmp_path, save_name="a3", keep=Retention(last=2))
+    seen: list[str] = []
+    found = checkpoints.newest(seen.append)
+    assert found is not None and found[0] == 1 and len(seen) == 1
+    save(checkpoints, backend, 2)
+    loads(tmp_path, backend, 2)
+    loads(tmp_path, backend, 1)
+    assert not pack.exists()
+
+
+class Slow(places.Folder):
+    """A folder whose stores wait at their first write until told."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.go, self.fail = threading.Event(), False
+
+    def open(self, step: int, *, create: bool = False) -> LocalStore:
+        store = super().open(step, create=create)
+        create_file = store._create
+
+        def waiting(name: str) -> int:
+            assert self.go.wait(20)
+            if self.fail:
+                raise OSError(28, "No space left on device")
+            return create_file(name)
+
+        store._create = waiting  # type: ignore[method-assign]
+        return store
+
+
+def test_a_second_save_waits_or_is_skipped(backend: Any, tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.place = slow = Slow(tmp_path)
+    assert checkpoints.save(1, backend, backend.state(1), {"step": 1})
+    checkpoints.check()  # does not wait
+    assert not checkpoints.save(2, backend, backend.state(2), {"step": 2}, skip_if_busy=True)
+    threading.Timer(0.2, slow.go.set).start()
+    assert checkpoints.save(3, backend, backend.state(3), {"step": 3})  # waits
+    assert slow.go.is_set()
+    checkpoints.wait()
+    assert slow.steps() == [1, 3]
+    loads(tmp_path, backend, 1)
+    loads(tmp_path, backend, 3)
+
+
+def test_an_error_of_the_background_is_told_at_the_next_step(backend: Any, tmp_path: Path) -> None:
+    save(Checkpoints(tmp_path, save_name="a1"), backend, 1)
+    checkpoints = Checkpoints(tmp_path, save_name="a2")
+    checkpoints.place = slow = Slow(tmp_path)
+    slow.fail = True
+    checkpoints.save(2, backend, backend.state(2), {"step": 2})
+    checkpoints.check()
+    slow.go.set()
+    assert checkpoints._thread is not None
+    checkpoints._thread.join(20)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoints.check()
+    checkpoints.check()  # once
+    loads(tmp_path, backend, 1)
+    found = Checkpoints(tmp_path).newest(pytest.fail)
+    assert found is not None and found[0] == 1
+
+
+def test_an_attempt_that_lost_the_run_cannot_commit(backend: Any, tmp_path: Path) -> None:
+    def lost() -> None:
+        raise UserError("run", expected="our claim", got="another's", do="Nothing.")
+
+    checkpoints = Checkpoints(tmp_path, guard=lost)
+    checkpoints.save(1, backend, backend.state(1), {"step": 1})
+    with pytest.raises(UserError, match="our claim"):
+        checkpoints.wait()
+    assert not list(tmp_path.rglob("COMMIT"))
+
+
+def test_a_state_beyond_the_budget_is_written_box_by_box_in_the_foreground(
+    backend: Any, tmp_path: Path
+) -> None:
+    checkpoints = Checkpoints(tmp_path, budget_bytes=30_000)
+    checkpoints.save(5, backend, backend.state(5), {"step": 5})
+    assert checkpoints._thread is None
+    loads(tmp_path, backend, 5)
+    largest = 64 * 96 * 4
+    assert max(backend.fetched_bytes) == largest and sum(backend.fetched_bytes) < 4 * largest  # each once
