@@ -21,6 +21,8 @@ from portatrain.errors import UserError, choice
 PORTATRAIN: dict[str, tuple[str, str]] = {
     "train": ("portatrain.commands.train", "train a recipe in this process"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
+    "report": ("portatrain.commands.report", "write a run as one HTML page"),
+    "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan may name"),
 }
 # `launch RECIPE` without a command's name submits.

@@ -7,10 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from portatrain.errors import UserError
+from portatrain.exchange import Hub, Row
 from portatrain.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
 from portatrain.module import Module, Param, Stack
 from portatrain.ops import Array, Batch, Loss, Ops
 from portatrain.rope import RopeScaling
+
+# A layer's tensors: the name in LlamaForCausalLM, ours, and how many axes the product contracts.
+LLAMA = (
+    ("input_layernorm", "attn_norm/scale", None),
+    ("self_attn.q_proj", "attn/wq", 1),
+    ("self_attn.k_proj", "attn/wk", 1),
+    ("self_attn.v_proj", "attn/wv", 1),
+    ("self_attn.o_proj", "attn/wo", 2),
+    ("post_attention_layernorm", "mlp_norm/scale", None),
+    ("mlp.gate_proj", "mlp/gate", 1),
+    ("mlp.up_proj", "mlp/up", 1),
+    ("mlp.down_proj", "mlp/down", 1),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +63,41 @@ class DecoderConfig:
     @property
     def mlp_size(self) -> int:
         return self.mlp or -(-8 * self.embed // 96) * 32
+
+    def huggingface(self) -> Hub:
+        """As transformers' LlamaForCausalLM has it; UserError for what no Llama has."""
+        for name, off in (("window", None), ("softcap", None), ("logit_softcap", None), ("qk_norm", False)):
+            if getattr(self, name) != off:
+                raise UserError(
+                    f"model.{name}", expected=f"{off}, as in a Llama", got=repr(getattr(self, name)),
+                    do="Export --to orbax, dcp, torch or nnx.",
+                )  # fmt: skip
+        kv_heads, scaling = self.kv_heads or self.heads, self.rope_scaling
+        rope: dict[str, object] = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        if scaling is not None:
+            rope |= {
+                "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.original,
+            }  # fmt: skip
+        config = {
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocab,
+            "hidden_size": self.embed, "intermediate_size": self.mlp_size, "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads, "num_key_value_heads": kv_heads, "head_dim": self.head_size,
+            "rms_norm_eps": self.norm_eps, "rope_parameters": rope, "tie_word_embeddings": self.tied,
+            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        }  # fmt: skip
+        rows = [
+            Row(theirs="model.embed_tokens.weight", ours="embed/table"),
+            Row(theirs="model.norm.weight", ours="final_norm/scale"),
+        ]
+        if not self.tied:
+            rows.append(Row(theirs="lm_head.weight", ours="head"))
+        for i in range(self.layers):
+            rows += [
+                Row(theirs=f"model.layers.{i}.{theirs}.weight", ours=f"blocks/{ours}", layer=i, rows=inputs)
+                for theirs, ours, inputs in LLAMA
+            ]
+        return Hub(config=config, rows=tuple(rows))
 
     def flops_per_sample(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward for one sample of `seq_len` tokens, without recomputation.

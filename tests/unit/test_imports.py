@@ -49,8 +49,10 @@ def modules_below(package: str) -> list[str]:
     return found
 
 
-BACKENDS = tuple(
-    f"portatrain.backends.{name}" for name in ("reference", "jax", "torch", "deepspeed", "torch_xla")
+BACKENDS = (
+    *(f"portatrain.backends.{name}" for name in ("reference", "jax", "torch", "deepspeed", "torch_xla")),
+    "portatrain.foreign.jax",  # these two are a framework's, as a backend is
+    "portatrain.foreign.torch",
 )
 CORE = [name for name in modules_below("portatrain") if not name.startswith(BACKENDS)]
 # These are about arrays; everything else in the core works without NumPy.
@@ -67,6 +69,10 @@ ARRAY_MODULES = tuple(
         "checkpoint",
         "continuity",
         "evaluation",
+        "exchange.",
+        "foreign.",
+        "object_store",
+        "restoring",
     )
 )
 LIGHT = [name for name in CORE if not name.startswith(ARRAY_MODULES)]

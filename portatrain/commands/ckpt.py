@@ -1,0 +1,251 @@
+"""Look at checkpoints, check them, compare them, and move them to and from other formats.
+
+PATH is a run directory (its newest committed checkpoint, or --step N), one checkpoint's folder, or a URL
+(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a mistake in what was asked.
+
+examples:
+  portatrain ckpt ls runs/first
+  portatrain ckpt show runs/first --step 200
+  portatrain ckpt verify runs/first
+  portatrain ckpt diff runs/first/checkpoints/step-00000100 runs/first/checkpoints/step-00000200
+  portatrain ckpt export runs/first exported --to huggingface
+  portatrain ckpt import exported tiny-lm --run-dir runs/second --from huggingface
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from portatrain.errors import UserError
+
+TO = ("huggingface", "orbax", "dcp", "torch", "nnx")
+FROM = ("huggingface", "orbax", "dcp")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    # Without these, argparse would show this whole page for every subcommand.
+    commands = parser.add_subparsers(dest="what", metavar="COMMAND", required=True)
+
+    def command(name: str, about: str) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+        )
+
+    def path(made: argparse.ArgumentParser, name: str = "path") -> None:
+        about = "a run directory, a checkpoint's folder, or the URL of either's checkpoints in an object store"
+        made.add_argument(name, metavar=name.upper(), help=about)
+
+    def step(made: argparse.ArgumentParser) -> None:
+        made.add_argument(
+            "--step", metavar="N", type=int, help="of a run directory: this step, not the newest"
+        )
+
+    def as_json(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--json", action="store_true", help="print data for programs")
+
+    for name, about in (
+        ("ls", "list the checkpoints of a run"),
+        ("show", "what a checkpoint holds: its meta and its tensors"),
+        ("verify", "read every byte of every file, and name what is damaged"),
+    ):
+        made = command(name, about)
+        path(made)
+        step(made)
+        as_json(made)
+    made = command("diff", "which tensors of two checkpoints differ, and by how much")
+    path(made, "first")
+    path(made, "second")
+    as_json(made)
+    made = command("export", "write a checkpoint in another format")
+    path(made)
+    made.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    made.add_argument("--to", required=True, choices=TO, help="huggingface: weights that transformers loads; orbax, "
+                      "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state")  # fmt: skip
+    made.add_argument("--ema", action="store_true", help="huggingface: the averaged weights")
+    step(made)
+    made = command("import", "begin a run from a checkpoint in another format")
+    made.add_argument("source", metavar="SOURCE", type=Path, help="the folder to read")
+    from portatrain.commands import options
+
+    options.add_recipe(made)
+    made.add_argument("--run-dir", metavar="DIR", type=Path, required=True, help="the run directory to make")
+    made.add_argument("--from", dest="format", required=True, choices=FROM, help="the format of SOURCE (dcp keeps its "
+                      "metadata as a pickle: import only what you trust)")  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    return {"ls": ls, "show": show, "verify": verify, "diff": diff, "export": export, "import": bring}[
+        args.what
+    ](args)
+
+
+def ls(args: argparse.Namespace) -> int:
+    from checkpoints_format import FormatError, NotCommittedError, Reader
+    from portatrain.exchange.find import places
+
+    rows: list[dict[str, Any]] = []
+    for place in places(args.path):
+        if args.step not in (None, place.step):
+            continue
+        row: dict[str, Any] = {"step": place.step, "path": str(place.path)}
+        try:
+            with contextlib.closing(place.open()) as store:
+                reader = Reader(store)
+                files = [record for records in reader.root.packs for record in records]
+                row |= {
+                    "state": "committed", "bytes": sum(r.length for r in files), "packs": len(files),
+                    "writers": reader.layout.writers, "save": reader.root.save, "probe": "probe" in reader.meta,
+                }  # fmt: skip
+        except NotCommittedError:
+            row["state"] = "not committed: a save that did not finish"
+        except FormatError as error:
+            row |= {"state": "damaged", "error": str(error)}
+        rows.append(row)
+    if args.json:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for row in rows:
+        more = (
+            f"  {_size(row['bytes'])} in {row['packs']} pack(s) by {row['writers']} writer(s)"
+            if "bytes" in row
+            else ""
+        )
+        print(f"step {row['step']}  {row['state']}{more}  {row.get('error', '')}".rstrip())
+    return 0
+
+
+def show(args: argparse.Namespace) -> int:
+    from portatrain.exchange.find import opened
+
+    with opened(args.path, args.step) as reader:
+        tensors = [
+            {
+                "name": t.name,
+                "dtype": t.dtype,
+                "shape": list(t.shape),
+                "axes": list(t.axes),
+                "tile": list(t.tile or ()),
+            }
+            for t in reader.layout.tensors
+        ]
+        meta = {k: v for k, v in reader.meta.items() if k not in ("recipe", "probe", "history")}
+        if args.json:
+            print(json.dumps({"meta": dict(reader.meta), "tensors": tensors}, indent=1))
+            return 0
+        for key, value in sorted(meta.items()):
+            print(f"{key:14} {json.dumps(value)}")
+        probe = reader.meta.get("probe")
+        print(
+            f"{'probe':14} {len(probe['losses'])} losses, {len(probe['norms'])} norms"
+            if probe
+            else f"{'probe':14} none"
+        )
+        total = sum(t.nbytes for t in reader.layout.tensors)
+        print(f"{'tensors':14} {len(tensors)}, {_size(total)}\n")
+        width = max(len(t["name"]) for t in tensors)
+        for t in tensors:
+            print(f"{t['name']:{width}}  {t['dtype']:9} {_dims(t)}")
+    return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    from checkpoints_format import NotCommittedError, Reader
+    from portatrain.exchange.find import explained, places
+
+    found = [p for p in places(args.path) if args.step in (None, p.step)]
+    if not found:
+        raise UserError(
+            f"checkpoint {args.path}", expected=f"one of step {args.step}", got="none", do="See ckpt ls."
+        )
+    rows: list[dict[str, Any]] = []
+    for place in found:
+        row: dict[str, Any] = {"path": str(place.path), "step": place.step, "problems": []}
+        rows.append(row)
+        print(f"{place.path}: reading ...", file=sys.stderr)
+        try:
+            with explained(), contextlib.closing(place.open()) as store:
+                try:
+                    reader = Reader(store)
+                    row["problems"] = [str(problem) for problem in reader.problems()]
+                    row["bytes"] = sum(r.length for records in reader.root.packs for r in records)
+                except NotCommittedError:
+                    if len(found) == 1:
+                        raise
+                    row["uncommitted"] = True
+        except UserError as error:
+            row["problems"] = [str(error)]
+    if args.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        for row in rows:
+            if row.get("uncommitted"):
+                print(f"{row['path']}: not committed, a save that did not finish")
+            elif row["problems"]:
+                print(f"{row['path']}: DAMAGED", *row["problems"], sep="\n  ")
+            else:
+                print(f"{row['path']}: good, {_size(row['bytes'])} read")
+    return int(any(row["problems"] for row in rows))
+
+
+def diff(args: argparse.Namespace) -> int:
+    from portatrain.exchange.differences import differences, meta_differences
+    from portatrain.exchange.find import explained, opened
+
+    with opened(args.first) as a, opened(args.second) as b, explained():
+        found = list(differences(a, b))
+        meta = [
+            m for m in meta_differences(a.meta, b.meta) if not m.startswith(("probe.", "history", "recipe."))
+        ]
+        count = len({*a.names, *b.names})
+    if args.json:
+        print(json.dumps({"tensors": [vars(d) for d in found], "meta": meta}, indent=1))
+        return int(bool(found))
+    width = max((len(d.name) for d in found), default=0)
+    for d in found:
+        relative = f", {d.largest / d.scale:.2g} of its scale" if d.scale else ""
+        how = d.why or f"{d.elements} of {d.size} elements, by at most {d.largest:.3g}{relative}"
+        print(f"{d.name:{width}}  {how}")
+    print(f"{len(found)} of {count} tensors differ{'; meta: ' + ', '.join(meta) if meta else ''}")
+    return int(bool(found))
+
+
+def export(args: argparse.Namespace) -> int:
+    from portatrain.exchange.find import opened
+    from portatrain.exchange.move import export_to
+
+    with opened(args.path, args.step) as reader:
+        names = export_to(reader, args.to, args.out, role="ema" if args.ema else "params")
+    print(f"{args.out}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}")
+    return 0
+
+
+def bring(args: argparse.Namespace) -> int:
+    from portatrain.commands import options
+    from portatrain.exchange.move import import_from
+
+    recipe = options.resolved_recipe(args)
+    step = import_from(args.source, args.format, recipe, args.run_dir)
+    print(
+        f"{args.run_dir}: a checkpoint of step {step}. Go on with: "
+        f"portatrain train {args.recipe} --run-dir {args.run_dir}"
+    )
+    return 0
+
+
+def _size(nbytes: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} TiB"
+
+
+def _dims(tensor: dict[str, Any]) -> str:
+    if not tensor["axes"]:
+        return str(tensor["shape"])
+    return " ".join(f"{axis}={size}" for axis, size in zip(tensor["axes"], tensor["shape"], strict=True))

@@ -1,0 +1,41 @@
+"""Write a run's report: one HTML page that needs no network, DIR/report.html.
+
+Loss, gradient norm, throughput and learning rate over the steps; a coloured band for every attempt, with what it ran
+on; each place where the run moved, with the verdict of the continuity check; time lost to restarts; checkpoints; the
+resolved recipe; planned beside measured where a plan was recorded.
+
+examples:
+  portatrain report runs/first
+  portatrain report runs/first --out first.html
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from portatrain.errors import UserError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", metavar="DIR", type=Path, help="the run directory")
+    parser.add_argument("--out", metavar="FILE", type=Path, help="write here (default: DIR/report.html)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from portatrain.report.facts import gather
+    from portatrain.report.page import page
+
+    found = gather(args.run_dir)
+    out = args.out or args.run_dir / "report.html"
+    try:
+        out.write_text(page(found), encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"file {out}",
+            expected="a place that can be written to",
+            got=str(error),
+            do="Choose another with --out.",
+        ) from error
+    print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.seams)} seams")
+    return 0
