@@ -9,7 +9,7 @@ PYTEST_ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo setup test test-full test-rest test-meshes test-engines soak soak-engines lint format clean
+.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-engines soak soak-engines lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +18,10 @@ demo:  ## set up, then train tiny-lm into runs/demo
 	@.ci/setup $(VENV) jax,data,plot 3
 	@if [ -e $(RUNS)/demo/run.json ]; then echo "demo: training $(RUNS)/demo anew"; rm -r $(RUNS)/demo; fi
 	JAX_PLATFORMS=cpu $(VENV)/bin/launch --cluster local tiny-lm --run demo --runs $(RUNS)
+
+demo-move:  ## a run killed twice, moved from JAX to torch and to four devices: one curve, runs/demo-move/moved/report.html
+	@.ci/setup $(VENV) jax,torch,data,plot 4
+	$(TEST_ENV) $(VENV)/bin/python examples/move.py $(RUNS)/demo-move
 
 setup:  ## an environment with both frameworks and all that the tests need
 	@.ci/setup $(VENV) dev 5
