@@ -136,7 +136,8 @@ class Backend(Protocol):
     def rehearse(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         """What `step` would do, with nothing changed, for the continuity check. By 'ROLE/NAME' the 2-norm of every
         tensor of the state; as 'grad/NAME' that of the gradient before clipping, as 'update/NAME' of what would be
-        added to the parameter. Each array has the axes of the tensor's Stacks: a value a layer, () without one."""
+        added to the parameter. Each array has the axes of the tensor's Stacks: a value a layer, () without one.
+        A backend that cannot has `rehearse = None`."""
         ...
 
     def eval(self, state: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
