@@ -1,34 +1,42 @@
-"""Attention in plain XLA operations. Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim."""
+"""Attention in plain XLA operations. Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
+
+Scores exist for one chunk of queries at a time, forward and backward, so that memory grows with the length, not with
+its square.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+SCORES_BYTES = 256 << 20
+"""The most that a chunk's float32 scores may take on a device."""
 
-def visible(
-    s: int,
-    t: int,
-    *,
-    causal: bool,
-    window: int | None,
-    segment_ids: Any | tuple[Any, Any] | None,
-    positions: tuple[Any, Any] | None,
-) -> Any | None:
-    """A boolean mask that broadcasts to (B, S, T), True where a query sees a key; None where it sees all."""
+
+def chunks(rows: int, heads: int, queries: int, keys: int) -> int:
+    """How many chunks the queries are cut into, of sizes on a device: the fewest that divide them and keep the scores
+    of one within SCORES_BYTES."""
+    for n in range(1, queries):
+        if queries % n == 0 and 4 * rows * heads * (queries // n) * keys <= SCORES_BYTES:
+            return n
+    return max(queries, 1)
+
+
+def visible(at_q: Any, at_k: Any, of_q: Any, of_k: Any, *, causal: bool, window: int | None) -> Any | None:
+    """A boolean mask that broadcasts to (B, S, T), True where a query sees a key; None where it sees all. `at` are
+    positions, (S,) or (B, S); `of` segments, (B, S), or None."""
     mask = None
     if causal or window is not None:
-        at_q, at_k = positions if positions is not None else (jnp.arange(s), jnp.arange(t))
         behind = at_q[..., :, None] - at_k[..., None, :]
         if causal:
             mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
         elif window is not None:
             mask = jnp.abs(behind) < window
         mask = mask if mask is None or mask.ndim == 3 else mask[None]
-    if segment_ids is not None:
-        of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    if of_q is not None:
         same = of_q[:, :, None] == of_k[:, None, :]
         mask = same if mask is None else mask & same
     return mask
@@ -46,31 +54,94 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     precision: Any = None,
+    shards: tuple[int, int, int] = (1, 1, 1),
 ) -> Any:
-    """See `portatrain.ops.Ops.attention`."""
+    """See `portatrain.ops.Ops.attention`. `shards`: parts that batch, heads and queries are cut into over devices."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     # Heads first, so that no array of scores is ever transposed: q, k, v and the result are smaller.
     q_BKGSD = jnp.einsum("bskgd->bkgsd", q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d))
     k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (k_BTKD, v_BTKD))
-    scores = jnp.einsum(
-        "bkgsd,bktd->bkgst", q_BKGSD, k_BKTD, precision=precision, preferred_element_type=jnp.float32
-    ) * (d**-0.5 if scale is None else scale)
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
-    mask = visible(s, t, causal=causal, window=window, segment_ids=segment_ids, positions=positions)
+    at_q, at_k = positions if positions is not None else (jnp.arange(s), jnp.arange(t))
+    of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    options = {
+        "causal": causal, "window": window, "softcap": softcap, "precision": precision,
+        "scale": d**-0.5 if scale is None else scale,
+        # Only then may a query see nothing: in place, it sees itself at least.
+        "may_be_blind": positions is not None or isinstance(segment_ids, tuple),
+    }  # fmt: skip
+    rows, heads, parts = shards
+    n = chunks(-(-b // rows), -(-h // heads), s // parts, t) if s % parts == 0 else 1
+    if n == 1:
+        out_BKGSD = _seen(options, q_BKGSD, at_q, of_q, k_BKTD, at_k, of_k, v_BKTD)
+    else:
+        kind = q_BKGSD.dtype
+        # Their gradients are summed over the chunks, in float32.
+        k32, v32 = (x.astype(jnp.float32) for x in (k_BKTD, v_BKTD))
+
+        def body(_: None, cut: tuple[Any, Any, Any]) -> tuple[None, Any]:
+            q, at, of = cut
+            return None, _seen(options, q, at, of, k32.astype(kind), at_k, of_k, v32.astype(kind))
+
+        cut = _Cut(n, parts)
+        xs = cut.into(q_BKGSD, 3), cut.into(at_q, at_q.ndim - 1), None if of_q is None else cut.into(of_q, 1)
+        _, outs = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, xs)
+        out_BKGSD = cut.back(outs, 3)
+    return jnp.einsum("bkgsd->bskgd", out_BKGSD).reshape(b, s, h, d)
+
+
+def _seen(
+    options: Mapping[str, Any],
+    q_BKGSD: Any,
+    at_q: Any,
+    of_q: Any,
+    k_BKTD: Any,
+    at_k: Any,
+    of_k: Any,
+    v_BKTD: Any,
+) -> Any:
+    """(B, K, G, S, D): what these queries see of all keys."""
+    scores = options["scale"] * jnp.einsum(
+        "bkgsd,bktd->bkgst",
+        q_BKGSD,
+        k_BKTD,
+        precision=options["precision"],
+        preferred_element_type=jnp.float32,
+    )
+    if (cap := options["softcap"]) is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    mask = visible(at_q, at_k, of_q, of_k, causal=options["causal"], window=options["window"])
     if mask is not None:
         mask = mask[:, None, None]
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
     weights = softmax(scores)
-    if mask is not None and (positions is not None or isinstance(segment_ids, tuple)):
-        # Only then may a query see nothing: in place, it sees itself at least.
+    if mask is not None and options["may_be_blind"]:
         weights = jnp.where(mask, weights, 0.0)
-    out_BKGSD = jnp.einsum(
-        "bkgst,bktd->bkgsd", weights.astype(v_BKTD.dtype), v_BKTD, precision=precision,
+    return jnp.einsum(
+        "bkgst,bktd->bkgsd", weights.astype(v_BKTD.dtype), v_BKTD, precision=options["precision"],
         preferred_element_type=v_BKTD.dtype,
     )  # fmt: skip
-    return jnp.einsum("bkgsd->bskgd", out_BKGSD).reshape(b, s, h, d)
+
+
+class _Cut:
+    """An axis cut into `n` chunks, each of which takes as much of every one of its `parts` on other devices."""
+
+    def __init__(self, n: int, parts: int) -> None:
+        self.n, self.parts = n, parts
+
+    def into(self, x: Any, axis: int) -> Any:
+        """(..., S, ...) -> (n, ..., S/n, ...)."""
+        shape, each = x.shape, x.shape[axis] // (self.n * self.parts)
+        x = x.reshape(*shape[:axis], self.parts, self.n, each, *shape[axis + 1 :])
+        return jnp.moveaxis(x, axis + 1, 0).reshape(
+            self.n, *shape[:axis], self.parts * each, *shape[axis + 1 :]
+        )
+
+    def back(self, x: Any, axis: int) -> Any:
+        """(n, ..., S/n, ...) -> (..., S, ...)."""
+        shape, each = x.shape[1:], x.shape[axis + 1] // self.parts
+        x = x.reshape(self.n, *shape[:axis], self.parts, each, *shape[axis + 1 :])
+        return jnp.moveaxis(x, 0, axis + 1).reshape(*shape[:axis], self.n * shape[axis], *shape[axis + 1 :])
 
 
 @jax.custom_jvp

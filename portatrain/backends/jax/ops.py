@@ -141,7 +141,14 @@ class JaxOps:
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
-        return attention(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, **options)
+        shards = self._shards("batch", "heads", "seq")
+        return attention(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, shards=shards, **options)
+
+    def _shards(self, *axes: str) -> Any:
+        """Into how many parts each logical axis of a value is cut."""
+        if self.layout is None:
+            return (1,) * len(axes)
+        return tuple(self.layout.mesh.over(self.layout.spec((axis,))[0]) for axis in axes)
 
     # ---- elementwise and shape
 
@@ -213,7 +220,7 @@ class JaxOps:
 
     def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, mask: Any = None, z_loss: float = 0.0,
                       softcap: float | None = None) -> Loss:  # fmt: skip
-        shards = self.layout.mesh.over(self.layout.spec(("batch",))[0]) if self.layout else 1
+        (shards,) = self._shards("batch")
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap,
             precision=self._precision, batch_shards=shards,
