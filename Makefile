@@ -9,7 +9,11 @@ PYTEST_ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
+<<<<<<< HEAD
 .PHONY: help demo demo-move setup test test-full test-rest test-meshes test-engines soak soak-engines lint format clean
+=======
+.PHONY: help demo setup test test-full test-rest test-meshes test-engines soak soak-engines plan-accuracy lint format clean
+>>>>>>> d23c06c (plan --compile: the real compilers check a plan; runs record theirs, and teach the planner; TPU meshes lie as planned)
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,6 +52,10 @@ test-engines: setup  ## on a real Slurm, installed where apt-get can and started
 soak-engines: setup  ## one run, 50 preemptions and kills at random moments on that Slurm; prints the table of docs/reliability.md
 	@.ci/slurm
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -s -m "engines and soak" --timeout 14400 tests/engines
+
+plan-accuracy:  ## the planner beside the real compilers, for TPUs and NVIDIA GPUs that are not there; hours
+	@.ci/setup $(VENV)-plan dev,tpu,cuda 20
+	$(TEST_ENV) $(VENV)-plan/bin/python -m benchmarks.plan_accuracy --write
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -262,6 +262,11 @@ class Attempt:
         with self.guard():
             files.write_json(self.run.path / name, data)
 
+    def note(self, name: str, data: object) -> None:
+        """Write a JSON file of this attempt's folder, such as plan.json, whole."""
+        self._claim.fence()
+        files.write_json(self.folder / name, data)
+
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write summary.json, then DONE: the run is over, and was a success."""
         self.write("summary.json", dict(summary))
@@ -294,6 +299,9 @@ class Follower:
         return nullcontext()
 
     def write(self, name: str, data: object) -> None:
+        """Nothing."""
+
+    def note(self, name: str, data: object) -> None:
         """Nothing."""
 
     def finish(self, summary: Mapping[str, object]) -> None:

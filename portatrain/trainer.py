@@ -6,6 +6,7 @@ exit_code = trainer.run()
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections import deque
@@ -27,6 +28,7 @@ from portatrain.metrics import EvalRecord, Sink, StepRecord
 from portatrain.metrics.flops import Peak, mfu
 from portatrain.metrics.jsonl import JsonlSink
 from portatrain.module import describe
+from portatrain.plan.of_run import device_order, of_run
 from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
 from portatrain.restoring import Restoring, boxes_of
@@ -82,6 +84,7 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
         precision=recipe.precision,
         remat=recipe.remat,
         seed=recipe.seed,
+        order=functools.partial(device_order, recipe, layout.mesh),
     )
 
 
@@ -166,6 +169,7 @@ class Trainer:
             found = self._newest(attempt)
             self.step = int(found.meta["step"]) if found else 0
             self._info = run_info(self, attempt.number, about)
+            attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
             for sink in self.sinks:
                 sink.start(self._info)
             status, summary = "failed", {}

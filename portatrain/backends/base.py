@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -47,6 +47,8 @@ class Program:
     remat: str = "none"
     seed: int = 0
     compile: bool | None = None
+    order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
+    """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
 
     def __post_init__(self) -> None:
         for what, value, valid in (("precision", self.precision, PRECISIONS), ("remat", self.remat, REMATS)):

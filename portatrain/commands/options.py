@@ -9,11 +9,12 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
+def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """RECIPE and --set."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", help="a Python file, or the name of a shipped recipe (tiny-lm)"
-    )
+        "recipe", metavar="RECIPE", nargs=None if required else "?",
+        help="a Python file, or the name of a shipped recipe (tiny-lm)",
+    )  # fmt: skip
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -9,15 +9,19 @@ examples:
   portatrain plan llama3-405b --cluster 4*tpu-v5p-4096 --details
   portatrain plan tiny-lm --cluster cpu-2 --json
   portatrain plan llama3-70b --cluster all --plot cost.png
+  portatrain plan --calibrate runs/demo runs/wide                  # planned beside measured; learns the factor
+  portatrain plan llama3-8b --cluster tpu-v5p-256 --compile       # the real compiler checks it; takes minutes
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from portatrain.commands.options import add_recipe
 from portatrain.errors import UserError
@@ -32,12 +36,16 @@ from portatrain.plan.shapes import ModelShape
 from portatrain.plan.tensors import sizes_of
 from portatrain.recipe import Recipe
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COMPILERS = ("auto", "tpu", "cuda", "fsdp2")
 SUMMARY = "plan a recipe for clusters: mesh, memory, time and cost"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command on ``parser``."""
-    add_recipe(parser)
+    add_recipe(parser, required=False)
     parser.add_argument(
         "--cluster", metavar="NAME[,NAME...]", default="all",
         help="clusters to plan for; all: one of each kind of chip, and your own (default)",
@@ -56,11 +64,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--details", action="store_true", help="terms, placement, the ten best and why not the others"
     )
     parser.add_argument("--json", action="store_true", help="print a list with one object a cluster")
+    parser.add_argument(
+        "--compile", action="store_true",
+        help="have the chip's own compiler check the best way, with no accelerator here: libtpu, or XLA for NVIDIA; "
+        "else FSDP2 traced with fake tensors. Takes minutes; what it finds is kept",
+    )  # fmt: skip
+    parser.add_argument(
+        "--compiler", metavar="NAME", choices=COMPILERS, default="auto", help=f"for --compile: {', '.join(COMPILERS)}"
+    )
+    parser.add_argument("--fresh", action="store_true", help="compile anew, whatever is kept")
+    parser.add_argument(
+        "--calibrate", metavar="RUN_DIR", nargs="+", type=Path,
+        help="in place of a plan: fit the efficiency factors to these runs, say what changes, and keep it",
+    )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days (png, svg, pdf)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; 0 also where nothing fits, since that is an answer."""
+    if args.calibrate:
+        return _calibrate(args)
+    if args.recipe is None:
+        raise UserError(
+            "portatrain plan", expected="a recipe", got="none", do="Write portatrain plan llama3-8b --cluster h100-64.",
+        )  # fmt: skip
     shape = _shape(args)
     files = toml.files(args.recipe)
     clusters = [names.resolve(name, files=files) for name in _cluster_names(args.cluster, files)]
@@ -74,8 +101,11 @@ def run(args: argparse.Namespace) -> int:
         for cluster in clusters
     ]  # fmt: skip
     took_s = time.perf_counter() - began_s
+    checks: dict[str, dict[str, object]] = {}
     if args.json:
-        print(json.dumps([as_json(one) for one in plans], indent=1))
+        if args.compile:
+            checks = {one.cluster.name: _compiled(one, args, None) for one in plans if one.chosen}
+        print(json.dumps([as_json(one) | checks.get(one.cluster.name, {}) for one in plans], indent=1))
     if args.plot or not args.json:
         from rich.console import Console
 
@@ -88,7 +118,72 @@ def run(args: argparse.Namespace) -> int:
             render.show(plans, console, details=args.details or len(plans) == 1)
             tried = sum(one.counts.meshes for one in plans)
             console.print(f"{tried} meshes on {len(plans)} clusters in {took_s:.2f} s.", style="dim")
+            for one in plans if args.compile else ():
+                if one.chosen:
+                    _compiled(one, args, console)
     return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    """Planned beside measured of every attempt, the factors that follow, and where they are kept."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from portatrain.plan import calibrate
+
+    if args.recipe is not None:
+        args.calibrate.insert(0, Path(args.recipe))  # `--calibrate` may stand after the first folder
+    attempts = calibrate.seen(args.calibrate)
+    changes = calibrate.fit(attempts)
+    kept = calibrate.keep(changes) if changes else None
+    if args.json:
+        print(json.dumps({"attempts": [asdict(one) for one in attempts], "changes": [asdict(one) for one in changes],
+                          "kept": str(kept) if kept else None}, indent=1))  # fmt: skip
+        return 0
+    console = Console() if Console().is_terminal else Console(width=140)
+    table = Table("attempt", "chip", "planned s", "measured s", "planned GiB", "measured GiB", "own factor")
+    for one in attempts:
+        bytes_ = "-" if one.measured_bytes is None else f"{one.measured_bytes / 2**30:.2f}"
+        table.add_row(
+            one.where, one.chip, f"{one.planned_s:.4g}", f"{one.measured_s:.4g}", f"{one.planned_bytes / 2**30:.2f}",
+            bytes_, "none" if one.factor is None else f"{one.factor:.3f}",
+        )  # fmt: skip
+    console.print(table)
+    for change in changes:
+        console.print(
+            f"{change.chip}: efficiency factor {change.before:.3f} ({change.before_from}) -> {change.after:.3f} "
+            f"(your own runs: {change.attempts})", soft_wrap=True,
+        )  # fmt: skip
+    told = f"Kept in {kept}; delete it to go back to published runs."
+    console.print(told if kept else "Nothing was changed: no factor explains these times.", soft_wrap=True)
+    return 0
+
+
+def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> dict[str, object]:
+    """The best way of a plan, compiled: predicted beside compiled, printed where there is a console."""
+    from portatrain.plan.compilers import compare, job, targets
+
+    chosen = made.chosen
+    assert chosen is not None
+    if isinstance(recipes.find(args.recipe, cwd=Path.cwd()), ModelShape):
+        raise UserError(
+            f"--compile of {args.recipe}", expected="a recipe, which has a model to compile", got="a preset shape",
+            do="Use a recipe such as llama3-8b, or leave --compile out.",
+        )  # fmt: skip
+    target = targets.target(made.used, args.compiler)
+    predicted = compare.predict(made, chosen)
+    extra = [f"data.seq_len={args.seq_len}"] if args.seq_len is not None else []
+    request = job.request(made, chosen, target, args.recipe, (*args.overrides, *extra))
+
+    def tell(line: str) -> None:
+        print(f"{made.cluster.name}: {line}", file=sys.stderr, flush=True)
+
+    found = job.answer(request, target, tell=tell, fresh=args.fresh)
+    if console is not None:
+        if not found.fits:
+            console.print(f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}")
+        console.print(compare.table(made.cluster.name, predicted, found))
+    return compare.as_json(predicted, found)
 
 
 def _shape(args: argparse.Namespace) -> ModelShape:

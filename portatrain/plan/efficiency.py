@@ -6,9 +6,13 @@ holds the two together. One factor for a chip with several published rows, one f
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
 
+from portatrain.errors import UserError
 from portatrain.plan.chip import Chip
+from portatrain.plan.toml import config_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +44,43 @@ TYPICAL_ERROR, WORST_ERROR = 0.084, 0.203
 """Median and largest error of the predictions for published runs, leave-one-out."""
 
 
+def own_file() -> Path:
+    """Where `portatrain plan --calibrate` keeps the factors of the user's own runs."""
+    return config_folder() / "efficiency.json"
+
+
 def of(chip: Chip) -> Efficiency:
-    """The factor for a chip."""
+    """The factor for a chip: of the user's own runs where there are some.
+
+    Raises:
+      UserError: the file of those cannot be read.
+    """
+    own = _own(own_file()).get(chip.name)
+    if own is not None:
+        return Efficiency(value=own, basis="your own runs")
+    return published(chip)
+
+
+def _own(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        return {}
+    try:
+        found = {name: float(entry["factor"]) for name, entry in json.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        found = {"?": 0.0}
+        told = f"{type(error).__name__}: {error}"
+    else:
+        told = ", ".join(f"{name} {value}" for name, value in found.items())
+    if any(not 0 < value < 10 for value in found.values()):
+        raise UserError(
+            str(path), expected="factors of your own runs, as `portatrain plan --calibrate` writes them", got=told,
+            do="Delete the file, and calibrate again.",
+        )  # fmt: skip
+    return found
+
+
+def published(chip: Chip) -> Efficiency:
+    """The factor for a chip from published runs."""
     if chip.name in BY_CHIP:
         return Efficiency(value=BY_CHIP[chip.name], basis=f"published runs on {chip.name}")
     if chip.vendor in BY_VENDOR:

@@ -55,7 +55,7 @@ def predict(row: Row, factor: float) -> tuple[float, Candidate]:
     if row.mesh is None:
         return _searched(row, factor)
     cluster, precision = row.on, PRECISIONS[row.precision]
-    tuning = TUNING[cluster.chip.stack]
+    tuning = replace(TUNING[cluster.chip.stack], skips_masked=True)  # theirs are kernels of their own
     places = row.mesh[0] * row.mesh[1] * row.mesh[2]
     shape = replace(PRESETS[row.model], batch=places * row.rows * row.accumulation, capacity=row.capacity)
     work = on_mesh(shape, row.mesh)
@@ -91,7 +91,7 @@ def _searched(row: Row, factor: float) -> tuple[float, Candidate]:
         shape = replace(PRESETS[row.model], batch=samples * cluster.devices)
         made = plan(
             shape, cluster, precisions=(row.precision,), efficiency=Efficiency(value=factor, basis="given"),
-            hints=False,
+            tuning=replace(TUNING[cluster.chip.stack], skips_masked=True), hints=False,
         )  # fmt: skip
         if made.best and (best is None or made.tokens_per_s / cluster.chips > best[0]):
             best = made.tokens_per_s / cluster.chips, made.best[0]

@@ -40,6 +40,7 @@ class _Search:
     tuning: Tuning
     rates: dict[str, Rates]
     capacity: float
+    accumulation: int | None = None
     meshes: int = 0
     memories: int = 0
     times: int = 0
@@ -106,19 +107,26 @@ class _Search:
         found, smallest = [], None
         for precision in self.precisions:
             for remat in self.remats:
-                for rows in reversed(meshes.divisors(rows_here)):
+                for rows in self._microbatches(rows_here):
                     self.memories += 1
                     need = memory(
                         work, tokens=rows * work.seq, accumulation=rows_here // rows, remat=remat,
                         precision=precision, slot_bytes=self.shape.slot_bytes, tuning=self.tuning,
                     )  # fmt: skip
-                    if need.total <= (self.roomy if rows > 1 else self.capacity):
+                    only = rows == 1 or self.accumulation is not None
+                    if need.total <= (self.capacity if only else self.roomy):
                         found.append((rows, rows_here // rows, remat, precision, need))
                         break
                     smallest = min(smallest or need.total, need.total)
         if not found and smallest is not None:
             self._miss(smallest, work.mesh)
         return found
+
+    def _microbatches(self, rows_here: int) -> list[int]:
+        """Rows a microbatch may have, the most first."""
+        if self.accumulation is None:
+            return list(reversed(meshes.divisors(rows_here)))
+        return [] if rows_here % self.accumulation else [rows_here // self.accumulation]
 
     def _miss(self, need: float, mesh: Sizes) -> None:
         self.too_big.append((need, mesh))
@@ -131,13 +139,16 @@ def plan(
     precisions: Sequence[str] | None = None,
     remats: Sequence[str] = tuple(REMATS),
     mesh: Sizes | None = None,
+    accumulation: int | None = None,
     efficiency: factors.Efficiency | None = None,
+    tuning: Tuning | None = None,
     hints: bool = True,
 ) -> Plan:
     """The best ways to train ``shape`` on ``cluster``.
 
     ``precisions``: those that may be chosen from; by default the recipe's own alone, as another changes the
-    numbers. ``mesh`` plans that one only. ``hints=False`` leaves out what would fit where nothing does.
+    numbers. ``mesh`` and ``accumulation`` plan those only. ``tuning``: in place of that of the chip's stack.
+    ``hints=False`` leaves out what would fit where nothing does.
 
     Raises:
       UserError: an unknown precision or remat policy, or a ``mesh`` that does not fit recipe and cluster.
@@ -153,7 +164,7 @@ def plan(
                     hints=(f"{cluster.chip.name}: {cluster.chip.status}",))  # fmt: skip
     if mesh is not None:
         _check_mesh(shape, cluster, mesh)
-    search = _search(shape, cluster, names, remats, factor, mesh)
+    search = _search(shape, cluster, names, remats, factor, tuning, mesh, accumulation)
     used, planned, notes = cluster, shape, []
     if not search.meshes and mesh is None:
         part = meshes.most_usable(shape, cluster)
@@ -164,10 +175,10 @@ def plan(
                 f"uses {part.chips} of {cluster.chips} chips ({100 * idle:.0f} % idle): batch={shape.batch} and the "
                 "sizes of the model divide over no more"
             )
-            search = _search(shape, part, names, remats, factor, None)
+            search = _search(shape, part, names, remats, factor, tuning)
         else:
             others = [shape.with_batch(batch) for batch in meshes.near_batches(shape, cluster)]
-            tried = [(_search(other, cluster, names, remats, factor, None), other) for other in others]
+            tried = [(_search(other, cluster, names, remats, factor, tuning), other) for other in others]
             if tried:
                 search, planned = max(tried, key=lambda pair: _tokens_per_s(*pair))
                 notes.append(
@@ -194,14 +205,14 @@ def _tokens_per_s(search: _Search, shape: ModelShape) -> float:
 
 def _search(
     shape: ModelShape, cluster: Cluster, names: Sequence[str], remats: Sequence[str], factor: factors.Efficiency,
-    mesh: Sizes | None,
+    tuning: Tuning | None, mesh: Sizes | None = None, accumulation: int | None = None,
 ) -> _Search:  # fmt: skip
     chosen = [PRECISIONS[name] for name in names]
     search = _Search(
         shape=shape, cluster=cluster, remats=[REMATS[name] for name in remats], precisions=chosen,
-        tuning=TUNING[cluster.chip.stack],
+        tuning=tuning or TUNING[cluster.chip.stack],
         rates={p.name: rates(cluster.chip, p, factor.value) for p in chosen},
-        capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip,
+        capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip, accumulation=accumulation,
     )  # fmt: skip
     search.run(mesh)
     return search

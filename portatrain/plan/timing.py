@@ -77,6 +77,11 @@ def _left(collective: float, behind: float, share: float) -> float:
     return max(collective - share * behind, collective * (1 - share))
 
 
+def attention_flops(work: OnMesh, tuning: Tuning) -> float:
+    """A token's FLOPs of the forward pass of attention, as the stack computes it."""
+    return work.attention_flops + (0.0 if tuning.skips_masked else work.masked_flops)
+
+
 def step_time(
     work: OnMesh, placement: Placement, *, tokens: float, accumulation: int, remat: Remat, precision: Precision,
     slot_bytes: float, rate: Rates, tuning: Tuning,
@@ -87,7 +92,7 @@ def step_time(
     per_token = sum(work.matmul.values())
     moved = work.weights * width + sum(kind.n * kind.touched for kind in work.kinds) * tokens * width
     matmul = max(2 * per_token * tokens / rate.matmul, moved / rate.memory)
-    attention = work.attention_flops * tokens / rate.attention
+    attention = attention_flops(work, tuning) * tokens / rate.attention
     streamed = sum(kind.n * kind.streamed for kind in work.kinds) * tokens * width
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory

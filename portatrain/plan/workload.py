@@ -63,7 +63,8 @@ class LayerKind:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnMesh:
     """The sums that memory and time are made of. Numbers are of parameters unless said otherwise; all are
-    a device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with."""
+    a device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with.
+    ``attention_flops`` and ``masked_flops``: a token's, of what the mask shows and of what it hides."""
 
     mesh: Sizes
     rows: int
@@ -79,6 +80,7 @@ class OnMesh:
     replicated: tuple[tuple[float, tuple[int, ...]], ...]
     kinds: tuple[LayerKind, ...]
     attention_flops: float
+    masked_flops: float
     embed: int
     vocab: float
     seq: float
@@ -121,8 +123,9 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         gathered_layers=gathered_layers, gathered_ends=gathered_ends, largest_layer=max(layers.values(), default=0.0),
         ends=ends, head=head, weights=weights, matmul=matmul,
         replicated=tuple((numel, axes) for axes, numel in replicated.items()), kinds=_kinds(shape, tensor),
-        attention_flops=shape.attention_flops / tensor, embed=shape.embed, vocab=shape.vocab / tensor,
-        seq=shape.seq_len / context,
+        attention_flops=shape.attention_flops / tensor,
+        masked_flops=shape.attention_flops / tensor if shape.causal else 0.0, embed=shape.embed,
+        vocab=shape.vocab / tensor, seq=shape.seq_len / context,
     )  # fmt: skip
 
 

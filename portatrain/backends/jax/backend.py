@@ -36,15 +36,22 @@ State = dict[str, Any]
 """{'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
-def device_mesh(mesh: Mesh, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
-    """The JAX mesh of a portable one, over `devices` in their order; None: over the first that there are."""
+def device_mesh(
+    mesh: Mesh,
+    devices: Sequence[Any] | None = None,
+    order: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+) -> jax.sharding.Mesh:
+    """The JAX mesh of a portable one, over `devices` as they come; None: over the first that there are, in `order`."""
     there = jax.devices() if devices is None else devices
     if len(there) < mesh.devices:
         raise UserError(
             f"mesh {mesh}", expected=f"{mesh.devices} devices", got=f"{len(there)} {there[0].platform} device(s)",
             do="Use a smaller mesh; on a CPU, --devices N simulates N devices.",
         )  # fmt: skip
-    grid = np.array(there[: mesh.devices], dtype=object).reshape(tuple(mesh.sizes.values()))
+    there = there[: mesh.devices]
+    if devices is None and order is not None:
+        there = order(there)
+    grid = np.array(there, dtype=object).reshape(tuple(mesh.sizes.values()))
     return jax.sharding.Mesh(grid, tuple(mesh.sizes))
 
 
@@ -56,7 +63,7 @@ class JaxBackend:
 
     def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
-        self.devices = device_mesh(self.layout.mesh, devices)
+        self.devices = device_mesh(self.layout.mesh, devices, program.order)
         self.tx = transformation(program.optimizer, self.definition.params, program.decay)
         # The structure of the native module, without arrays: enough to rebuild it inside a trace.
         with jax.ensure_compile_time_eval():

@@ -1,0 +1,195 @@
+"""The planner beside the real compilers: writes docs/plan-accuracy.md.
+
+    python -m benchmarks.plan_accuracy [--only WORD...] [--fresh] [--write]
+
+Every row is planned first, and all predictions are written to docs/plan-accuracy.json before any compiler runs: a row
+that is there keeps its prediction until --fresh. Then each is compiled, in a process of its own, and the page is
+written from both. Hours on two cores, minutes for one row; what was compiled is kept (`portatrain plan --compile`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.layout import Mesh
+from portatrain.overrides import override
+from portatrain.plan import names, recipes
+from portatrain.plan.compilers import compare, job, targets
+from portatrain.plan.result import Candidate, Plan
+from portatrain.plan.search import plan
+from portatrain.plan.tensors import sizes_of
+from portatrain.recipe import load_recipe
+
+HERE = Path(__file__).parents[1] / "docs"
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One program. ``bound``: how far the memory may be off. ``remat``, ``accumulation`` and ``mesh`` are fixed, so
+    that a row stays the same program whatever the planner would choose."""
+
+    recipe: str
+    cluster: str
+    mesh: str
+    batch: int
+    bound: float = 0.10
+    remat: str = "block"
+    accumulation: int = 1
+    compiler: str = "auto"
+    seq_len: int = 8192
+    more: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        how = f", {self.compiler}" if self.compiler != "auto" else ""
+        more = "".join(f", {word}" for word in self.more)
+        batch = f"batch {self.batch} in {self.accumulation}"
+        return f"{self.recipe} on {self.cluster}: {self.mesh}, {batch}, {self.remat}{more}{how}"
+
+
+ROWS = (
+    Row(recipe="llama3-8b", cluster="tpu-v5p-256", mesh="fsdp=128", batch=512, accumulation=4, bound=0.05),
+    Row(recipe="llama3-8b", cluster="tpu-v5p-256", mesh="fsdp=128", batch=512, accumulation=1),
+    Row(recipe="llama3-8b", cluster="tpu-v5p-256", mesh="fsdp=32,tensor=4", batch=128, accumulation=1),
+    Row(recipe="llama3-70b", cluster="tpu-v5p-256", mesh="fsdp=128", batch=128),
+    Row(recipe="llama3-8b", cluster="tpu-v6e-256", mesh="fsdp=256", batch=256),
+    Row(recipe="llama3-70b", cluster="tpu-v6e-256", mesh="fsdp=256", batch=256),
+    Row(recipe="llama3-8b", cluster="tpu-7x-128", mesh="fsdp=128", batch=256),
+    Row(recipe="llama3-70b", cluster="tpu-7x-128", mesh="fsdp=128", batch=128),
+    Row(recipe="llama3-1b", cluster="tpu-v5e-64", mesh="fsdp=64", batch=64),
+    Row(recipe="llama3-1b", cluster="tpu-v4-64", mesh="fsdp=32", batch=64),
+    Row(recipe="llama3-8b", cluster="2*tpu-v5p-64", mesh="replica=2,fsdp=32", batch=64),
+    Row(recipe="llama3-8b", cluster="h100-64", mesh="fsdp=64", batch=64),
+    Row(recipe="llama3-8b", cluster="b200-64", mesh="fsdp=64", batch=128),
+    Row(recipe="llama3-70b", cluster="b200-64", mesh="fsdp=64", batch=64),
+    Row(recipe="llama3-8b", cluster="h100-64", mesh="fsdp=64", batch=64, compiler="fsdp2"),
+    Row(recipe="llama3-8b", cluster="h100-64", mesh="replica=2,fsdp=32", batch=128, compiler="fsdp2"),
+    Row(recipe="llama3-1b", cluster="h100-8", mesh="fsdp=8", batch=16, compiler="fsdp2"),
+)
+
+
+def planned(row: Row) -> tuple[Plan, Candidate]:
+    """The row's own way, priced by the planner."""
+    recipe = load_recipe(row.recipe)
+    words = (*row.more, f"batch={row.batch}", f"data.seq_len={row.seq_len}")
+    shape = recipes.shape_of(override(recipe, words))
+    made = plan(shape, names.resolve(row.cluster), mesh=sizes_of(Mesh.parse(row.mesh)), remats=(row.remat,),
+                accumulation=row.accumulation)  # fmt: skip
+    if made.chosen is None:
+        raise UserError(row.name, expected="a way that fits", got="none", do="Change the row.")
+    return made, made.chosen
+
+
+def asked(row: Row, made: Plan, chosen: Candidate) -> tuple[job.Request, targets.Target]:
+    target = targets.target(made.used, row.compiler)
+    words = (*row.more, f"data.seq_len={row.seq_len}")
+    return job.request(made, chosen, target, row.recipe, words), target
+
+
+def predictions(rows: list[Row], *, fresh: bool) -> dict[str, Any]:
+    """Every row's prediction, written before anything is compiled."""
+    path = HERE / "plan-accuracy.json"
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    for row in rows:
+        if fresh or row.name not in known:
+            made, chosen = planned(row)
+            known[row.name] = {
+                "predicted": compare.predict(made, chosen).as_json(), "terms": chosen.memory.terms(),
+                "device_bytes": made.device_bytes,
+            }  # fmt: skip
+    path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    return known
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", default=[], help="rows whose name has all of these words")
+    parser.add_argument("--fresh", action="store_true", help="predict and compile anew")
+    parser.add_argument("--write", action="store_true", help="write docs/plan-accuracy.md")
+    args = parser.parse_args()
+    rows = [row for row in ROWS if all(word in row.name for word in args.only)]
+    known = predictions(rows, fresh=args.fresh)
+    for row in rows:
+        made, chosen = planned(row)
+        request, target = asked(row, made, chosen)
+
+        def tell(text: str, name: str = row.name) -> None:
+            print(f"{name}: {text}", file=sys.stderr, flush=True)
+
+        try:
+            found = job.answer(request, target, tell=tell, fresh=args.fresh)
+        except UserError as error:
+            print(f"{row.name}: {error}", file=sys.stderr)
+            continue
+        known[row.name]["compiled"] = compare.as_json(compare.predict(made, chosen), found)["compiled"]
+        (HERE / "plan-accuracy.json").write_text(
+            json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8"
+        )
+        print(line(row, known[row.name]), flush=True)
+    if args.write:
+        (HERE / "plan-accuracy.md").write_text(page(known), encoding="utf-8")
+    return 0
+
+
+def memory_error(entry: dict[str, Any]) -> float | None:
+    """Predicted over compiled peak memory, less 1; None where it was not compiled."""
+    compiled = entry.get("compiled")
+    after = compiled and (compiled["peak_bytes"] or compiled["needs_bytes"])
+    return entry["predicted"]["peak_bytes"] / after - 1 if after else None
+
+
+def line(row: Row, entry: dict[str, Any]) -> str:
+    compiled = entry.get("compiled")
+    if compiled is None:
+        return f"| {row.name} | {entry['predicted']['peak_bytes'] / GIB:.2f} | not compiled | - | - | - | - |"
+    error = memory_error(entry)
+    after = compiled["peak_bytes"] or compiled["needs_bytes"]
+    flops = entry["predicted"]["flops"], compiled["flops"]
+    before, moved = entry["predicted"]["collective_bytes"], compiled["collective_bytes"]
+    traffic = "; ".join(
+        f"{axes} {before.get(axes, 0) / GIB:.1f} / {(moved or {}).get(axes, 0) / GIB:.1f}"
+        for axes in sorted({*before, *(moved or {})})
+    )
+    fits = "" if compiled["fits"] else " (does not fit)"
+    return (
+        f"| {row.name} | {entry['predicted']['peak_bytes'] / GIB:.2f} | {after / GIB:.2f}{fits} | "
+        f"{100 * error:+.1f} % | {flops[0] / 1e12:.1f} | {flops[1] / 1e12:.1f} | {traffic if moved else 'not told'} |"
+        if error is not None and flops[1]
+        else f"| {row.name} | {entry['predicted']['peak_bytes'] / GIB:.2f} | not told{fits} | - | - | - | - |"
+    )
+
+
+def page(known: dict[str, Any]) -> str:
+    """docs/plan-accuracy.md."""
+    compiled = [(row, known[row.name]) for row in ROWS if "compiled" in known.get(row.name, {})]
+    errors = {row.name: error for row, entry in compiled if (error := memory_error(entry)) is not None}
+    beyond = [
+        (row, errors[row.name])
+        for row, _ in compiled
+        if row.name in errors and abs(errors[row.name]) > row.bound
+    ]
+    compilers = sorted({entry["compiled"]["compiler"] for _, entry in compiled})
+    text = (HERE / "plan-accuracy.in.md").read_text(encoding="utf-8")
+    table = "\n".join(line(row, known[row.name]) for row in ROWS if row.name in known)
+    middle = statistics.median(abs(e) for e in errors.values()) if errors else 0.0
+    worst = max((abs(e) for e in errors.values()), default=0.0)
+    summary = (
+        f"{len(errors)} rows compiled ({'; '.join(compilers)}): memory {100 * middle:.1f} % off in the middle, "
+        f"{100 * worst:.1f} % at most. Out of bounds (5 % for the first row, 10 % elsewhere): "
+        + ("; ".join(f"{row.name} ({100 * error:+.1f} %)" for row, error in beyond) or "none") + "."
+    )  # fmt: skip
+    return text.replace("{table}", table).replace("{summary}", summary)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""Efficiency factors from runs: what a chip reached where it was used, in place of what others published.
+
+Kept in the user's config folder (``efficiency.json``), which `portatrain.plan.efficiency.of` looks into first.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from portatrain import files
+from portatrain.errors import UserError
+from portatrain.layout import Mesh
+from portatrain.plan import efficiency, of_run
+from portatrain.plan.catalog import CHIPS
+from portatrain.recipe import Recipe
+from portatrain.run_dir import RunDir
+
+LOW, HIGH = 0.005, 4.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """An attempt at a run: planned and measured seconds of a step, bytes at the peak, and the factor at which the plan
+    would have been right; None where no factor makes it so."""
+
+    where: str
+    chip: str
+    planned_s: float
+    measured_s: float
+    planned_bytes: float
+    measured_bytes: float | None
+    factor: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A chip's factor ``before`` and after, and from how many attempts."""
+
+    chip: str
+    before: float
+    before_from: str
+    after: float
+    attempts: int
+
+
+def seen(run_dirs: Sequence[Path]) -> list[Seen]:
+    """Every attempt of the runs that was planned and trained long enough to be measured.
+
+    Raises:
+      UserError: a folder that is no run directory, or none of the attempts can be used.
+    """
+    found: list[Seen] = []
+    why: list[str] = []
+    for folder in run_dirs:
+        if not (folder / "run.json").is_file():
+            raise UserError(
+                f"--calibrate {folder}", expected="a run directory, with run.json in it", got="none",
+                do="Name the folders that `portatrain train --run-dir` or `launch` made.",
+            )  # fmt: skip
+        run = RunDir(folder)
+        recipe = run.recipe()
+        for number in run.attempt_numbers():
+            one = _attempt(run, recipe, number)
+            if isinstance(one, Seen):
+                found.append(one)
+            else:
+                why.append(f"{folder} attempt {number}: {one}")
+    if not found:
+        raise UserError(
+            "--calibrate", expected="an attempt that was planned and took five steps or more",
+            got="; ".join(why) or "no attempts", do="Train a little longer, on a chip of the catalog.",
+        )  # fmt: skip
+    return found
+
+
+def fit(attempts: Sequence[Seen]) -> list[Change]:
+    """The factor of every chip: the geometric mean over its attempts."""
+    changes = []
+    for chip in sorted({one.chip for one in attempts}):
+        mine = [one.factor for one in attempts if one.chip == chip and one.factor is not None]
+        if mine:
+            before = efficiency.of(CHIPS[chip])
+            after = float(f"{statistics.geometric_mean(mine):.4g}")
+            changes.append(
+                Change(
+                    chip=chip, before=before.value, before_from=before.basis, after=after, attempts=len(mine)
+                )
+            )
+    return changes
+
+
+def keep(changes: Sequence[Change]) -> Path:
+    """Write the factors to the user's config folder, beside those of other chips; the file."""
+    path = efficiency.own_file()
+    known = files.read_json(path) if path.is_file() else {}
+    known |= {one.chip: {"factor": one.after, "attempts": one.attempts} for one in changes}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    files.write_json(path, known)
+    return path
+
+
+def _attempt(run: RunDir, recipe: Recipe, number: int) -> Seen | str:
+    path = run.path / "attempts" / str(number) / "plan.json"
+    if not path.is_file():
+        return "no plan.json"
+    plan = files.read_json(path)
+    if not plan.get("planned"):
+        return str(plan.get("why", "not planned"))
+    measured = of_run.measured(run.rows(number, "metrics"))
+    if measured is None:
+        return "too few steps"
+    mesh = Mesh.parse("" if plan["mesh"] == "1" else plan["mesh"])
+    return Seen(
+        where=f"{run.path.name}, attempt {number}", chip=plan["chip"], planned_s=plan["plan"]["step_s"],
+        measured_s=measured["step_s"], planned_bytes=plan["plan"]["memory_total_bytes"],
+        measured_bytes=measured["memory_bytes"], factor=_factor(recipe, mesh, plan["device"], measured["step_s"]),
+    )  # fmt: skip
+
+
+def _factor(recipe: Recipe, mesh: Mesh, device: str, measured_s: float) -> float | None:
+    """The factor at which the plan takes as long as was measured, to three digits."""
+
+    def planned_s(value: float) -> float:
+        return of_run.with_factor(recipe, mesh, device, value) or 0.0
+
+    if planned_s(HIGH) > measured_s:  # memory or network alone take longer: the factor is not what is wrong
+        return None
+    low, high = LOW, HIGH
+    while high / low > 1.0005:
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if planned_s(middle) > measured_s else (low, middle)
+    return (low * high) ** 0.5

@@ -1,0 +1,86 @@
+"""Predicted beside compiled: memory, FLOPs and bytes of collectives of one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.table import Table
+
+from portatrain.plan.compilers.job import Answer
+from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.result import Candidate, Plan
+from portatrain.plan.volumes import volumes
+from portatrain.plan.workload import on_mesh
+
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """What the planner says of one device and step, before any compiler has run."""
+
+    peak_bytes: float
+    flops: float
+    collectives: Mapping[str, float]
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "peak_bytes": self.peak_bytes,
+            "flops": self.flops,
+            "collective_bytes": dict(self.collectives),
+        }
+
+
+def predict(plan: Plan, chosen: Candidate) -> Predicted:
+    """The figures of one way that a plan found."""
+    precision, tuning = PRECISIONS[chosen.precision], TUNING[plan.cluster.chip.stack]
+    work = on_mesh(plan.shape, chosen.mesh)
+    amounts = volumes(
+        work, tokens=chosen.rows * work.seq, remat=REMATS[chosen.remat], precision=precision, tuning=tuning
+    )
+    return Predicted(
+        peak_bytes=chosen.memory.total, flops=amounts.flops(chosen.accumulation),
+        collectives=amounts.bytes(chosen.accumulation, precision),
+    )  # fmt: skip
+
+
+def rows(predicted: Predicted, found: Answer) -> list[tuple[str, float | None, float | None, float, str]]:
+    """(what, predicted, compiled, divisor, unit) of every quantity."""
+    compiled = found.peak_bytes if found.fits else found.needs_bytes
+    made = [
+        ("peak memory", predicted.peak_bytes, compiled, GIB, "GiB"),
+        ("matmul FLOPs", predicted.flops, found.flops, 1e12, "TFLOP"),
+    ]
+    told = found.collectives
+    for axes in sorted({*predicted.collectives, *(told or {})}):
+        made.append((f"collectives over {axes}", predicted.collectives.get(axes, 0.0),
+                     told.get(axes, 0.0) if told is not None else None, GIB, "GiB"))  # fmt: skip
+    return [(what, a, b, divisor, unit) for what, a, b, divisor, unit in made]
+
+
+def table(name: str, predicted: Predicted, found: Answer) -> Table:
+    how = "from the cache" if found.cached else f"in {found.seconds:.0f} s"
+    made = Table(title=f"{name}: predicted beside compiled, a device and a step ({found.compiler}; {how})")
+    for column in ("", "predicted", "compiled", "difference", "unit"):
+        made.add_column(column, justify="left" if column in ("", "unit") else "right")
+    for what, before, after, divisor, unit in rows(predicted, found):
+        off = f"{100 * (before / after - 1):+.1f} %" if before is not None and after else "-"
+        made.add_row(what, _text(before, divisor), _text(after, divisor), off, unit)
+    return made
+
+
+def as_json(predicted: Predicted, found: Answer) -> dict[str, Any]:
+    return {
+        "predicted": predicted.as_json(),
+        "compiled": {
+            "fits": found.fits, "peak_bytes": found.peak_bytes, "needs_bytes": found.needs_bytes, "flops": found.flops,
+            "collective_bytes": dict(found.collectives) if found.collectives is not None else None,
+            "compiler": found.compiler, "seconds": found.seconds, "cached": found.cached,
+        },
+    }  # fmt: skip
+
+
+def _text(value: float | None, divisor: float) -> str:
+    return "not told" if value is None else f"{value / divisor:,.3f}"

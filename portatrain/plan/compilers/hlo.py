@@ -1,0 +1,299 @@
+"""What an optimised HLO module does, read off its text: FLOPs of matmuls, and bytes of collectives by mesh axis.
+
+XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. A collective is named by
+the mesh axes along which its groups differ, not by its operation: a compiler may write one as another.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
+         "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
+)
+
+_HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*(\([^=]*\)\s*->.*)?\{\s*$")
+_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^}\s]*(?:, *%[^}\s]*)*)"
+)
+
+
+@dataclass
+class Instruction:
+    """One line: ``type`` its result's, ``rest`` all after the operands."""
+
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+
+
+@dataclass
+class Computation:
+    name: str
+    entry: bool
+    lines: list[Instruction] = field(default_factory=list)
+
+    def type_of(self, name: str) -> str:
+        """The type of an instruction of this computation."""
+        return next((line.type for line in self.lines if line.name == name), "")
+
+
+@dataclass
+class Found:
+    """Of one device and one run of the module. ``bytes`` by mesh axes (joined by ``+``): what the collectives' gathered
+    arrays hold, an all-reduce counted twice; ``calls`` how many there are."""
+
+    flops: float = 0.0
+    bytes: dict[str, float] = field(default_factory=dict)
+    calls: dict[str, float] = field(default_factory=dict)
+
+
+def read(text: str) -> dict[str, Computation]:
+    """The computations of a module by name."""
+    found: dict[str, Computation] = {}
+    now: Computation | None = None
+    for line in text.splitlines():
+        if now is None:
+            head = _HEAD.match(line)
+            if head and "=" not in line.split("{")[0].split("->")[0]:
+                now = Computation(head[2], bool(head[1]))
+                found[now.name] = now
+        elif line.strip().startswith("}"):
+            now = None
+        else:
+            made = _instruction(line)
+            if made is not None:
+                now.lines.append(made)
+    return found
+
+
+def measure(text: str, sizes: Mapping[str, int]) -> Found:
+    """Count a module whose devices are numbered row-major over the mesh of these axis sizes."""
+    computations = read(text)
+    found = Found()
+    for name, times in _multiplicity(computations).items():
+        one = computations[name]
+        for line in one.lines:
+            if line.opcode in ("dot", "convolution"):
+                found.flops += times * _flops(one, line)
+            kind = line.opcode.removesuffix("-start")
+            if kind in COLLECTIVES and not line.opcode.endswith("-done"):
+                axes = "+".join(_axes(line.rest, sizes)) or "none"
+                moved = _gathered(one, line, kind, _group_size(line.rest, sizes))
+                found.bytes[axes] = found.bytes.get(axes, 0.0) + times * moved
+                found.calls[axes] = found.calls.get(axes, 0.0) + times
+    return found
+
+
+def elements(type_: str) -> list[tuple[str, tuple[int, ...]]]:
+    """Every array in a type, of a tuple in order: (element type, dimensions)."""
+    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _SHAPE.findall(type_)]
+
+
+def nbytes(type_: str) -> float:
+    return sum(BYTES.get(kind, 0) * math.prod(dims) for kind, dims in elements(type_))
+
+
+def _instruction(line: str) -> Instruction | None:
+    left, equals, right = line.strip().removeprefix("ROOT ").partition(" = ")
+    if not equals:
+        return None
+    if right.startswith("("):
+        end = _closing(right, 0) + 1
+    else:
+        end = right.find(" ")
+    type_, right = right[:end], right[end:].lstrip()
+    opcode, bracket, _ = right.partition("(")
+    if not bracket or not re.fullmatch(r"[\w\-]+", opcode):
+        return None
+    close = _closing(right, len(opcode))
+    inside = right[len(opcode) + 1 : close]
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(
+        w.split()[-1] for w in inside.split(",") if w.strip()
+    )
+    return Instruction(left.lstrip("%"), type_, opcode, operands, right[close + 1 :])
+
+
+def _closing(text: str, start: int) -> int:
+    """The index of the bracket that closes the one at ``start``."""
+    depth = 0
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
+        if not depth:
+            return index
+    return len(text) - 1
+
+
+def _multiplicity(computations: Mapping[str, Computation]) -> dict[str, float]:
+    """How often each computation runs when the module does."""
+    times: dict[str, float] = {}
+
+    def visit(name: str, count: float) -> None:
+        times[name] = times.get(name, 0.0) + count
+        for line in computations[name].lines:
+            inside = count * (_trips(line, computations) if line.opcode == "while" else 1)
+            for called in _called(line, computations):
+                visit(called, inside)
+
+    for one in computations.values():
+        if one.entry:
+            visit(one.name, 1.0)
+    return times
+
+
+def _called(line: Instruction, computations: Mapping[str, Computation]) -> Iterable[str]:
+    for group in _CALLED.findall(line.rest):
+        for name in re.findall(r"[\w.\-]+", group):
+            if name in computations:
+                yield name
+
+
+def _trips(line: Instruction, computations: Mapping[str, Computation]) -> float:
+    known = re.search(r'known_trip_count"?[:=]\s*\{\s*"?n"?[:=]\s*"?(\d+)', line.rest)
+    if known:
+        return float(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line.rest)
+    bounds = [
+        int(found[1])
+        for one in (computations[condition[1]].lines if condition and condition[1] in computations else ())
+        if one.opcode == "constant"
+        and (
+            found := re.search(
+                r"constant\((\d+)\)", f"{one.opcode}({one.operands[0] if one.operands else ''})"
+            )
+        )
+    ]
+    return float(max(bounds, default=1))
+
+
+# ---- matmuls
+
+
+def _flops(one: Computation, line: Instruction) -> float:
+    """2 x multiplications of a ``dot``, or of the ``convolution`` that XLA makes of one on TPUs."""
+    out = elements(line.type)[0][1]
+    left = elements(one.type_of(line.operands[0]))
+    if not left:
+        return 0.0
+    dims = left[0][1]
+    if line.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line.rest)
+        inner = [dims[int(n)] for n in contracted[1].split(",") if n] if contracted else []
+        return 2.0 * math.prod(out) * math.prod(inner)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest)
+    if labels is None:
+        return 0.0
+    at = {label: index for index, label in enumerate(labels[1])}
+    out_at = {label: index for index, label in enumerate(labels[3])}
+    groups = re.search(r"feature_group_count=(\d+)", line.rest)
+    inner_size = dims[at["f"]] // (int(groups[1]) if groups else 1)
+    pairs = 1.0
+    spatial = sorted(label for label in at if label.isdigit())
+    for label, window in zip(spatial, _windows(line.rest, len(spatial)), strict=True):
+        pairs *= _pairs(dims[at[label]], out[out_at[label]], *window)
+    batch = re.search(r"batch_group_count=(\d+)", line.rest)
+    return 2.0 * out[out_at["b"]] * out[out_at["f"]] * inner_size * pairs / (int(batch[1]) if batch else 1)
+
+
+def _windows(rest: str, n: int) -> list[tuple[int, int, int, int, int]]:
+    """(size, stride, low padding, dilation of the left, of the right) of every spatial dimension."""
+    found = re.search(r"window=\{([^}]*)\}", rest)
+    parts = dict(p.split("=") for p in found[1].split()) if found else {}
+    size, stride = parts.get("size", ""), parts.get("stride", "")
+    pad, left, right = parts.get("pad", ""), parts.get("lhs_dilate", ""), parts.get("rhs_dilate", "")
+
+    def ints(text: str, default: int) -> list[int]:
+        return [int(v.split("_")[0]) for v in text.split("x")] if text else [default] * n
+
+    return list(zip(ints(size, 1), ints(stride, 1), ints(pad, 0), ints(left, 1), ints(right, 1), strict=True))
+
+
+def _pairs(base: int, out: int, size: int, stride: int, pad: int, left: int, right: int) -> float:
+    """Pairs of output and window position that meet an element of the left operand."""
+    last = (base - 1) * left
+    count = 0
+    for k in range(size):
+        # o * stride + k * right - pad = i * left, with 0 <= i < base
+        offset = k * right - pad
+        step = math.lcm(stride, left)
+        first = next((o for o in range(min(out, step)) if (o * stride + offset) % left == 0), None)
+        if first is None:
+            continue
+        each = step // stride
+        low = max(0, -(-(-offset - first * stride) // (stride * each)))
+        high = min((out - 1 - first) // each, (last - offset - first * stride) // (stride * each))
+        count += max(0, high - low + 1)
+    return float(count)
+
+
+# ---- collectives
+
+
+def _gathered(one: Computation, line: Instruction, kind: str, group: int) -> float:
+    """Bytes of the gathered array; of an all-reduce, twice its array; of a permute, what one device sends."""
+    out = nbytes(line.type)
+    into = sum(nbytes(one.type_of(name)) for name in line.operands)
+    if line.opcode.endswith("-start"):  # its result holds the operand too
+        out = max(out - into, into) if kind != "all-reduce" else into
+    if kind == "all-gather":
+        return max(out, into * group) if into else out
+    if kind == "reduce-scatter":
+        return into
+    return 2 * into if kind == "all-reduce" else into
+
+
+def _axes(rest: str, sizes: Mapping[str, int]) -> list[str]:
+    """The mesh axes along which the members of a collective's groups differ."""
+    axes, group = list(sizes), _group(rest, sizes)
+    places = [_place(rank, list(sizes.values())) for rank in group]
+    return [axis for i, axis in enumerate(axes) if len({place[i] for place in places}) > 1]
+
+
+def _group_size(rest: str, sizes: Mapping[str, int]) -> int:
+    return len(_group(rest, sizes))
+
+
+def _group(rest: str, sizes: Mapping[str, int]) -> Sequence[int]:
+    """The members of the first group; of a permute, a source and its target."""
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
+    if pairs:
+        return int(pairs[1]), int(pairs[2])
+    listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
+    if listed:
+        return [int(n) for n in listed[1].split(",")]
+    iota = re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest)
+    if iota:
+        groups = [int(n) for n in iota[1].split(",")]
+        dims = [int(n) for n in iota[2].split(",")]
+        order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(dims)))
+        return list(itertools.islice(_transposed(dims, order), math.prod(groups[1:])))
+    return range(math.prod(sizes.values()))
+
+
+def _transposed(dims: Sequence[int], order: Sequence[int]) -> Iterable[int]:
+    """The elements of an iota of ``dims``, transposed, row-major."""
+    strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
+    for place in itertools.product(*(range(dims[i]) for i in order)):
+        yield sum(at * strides[i] for at, i in zip(place, order, strict=True))
+
+
+def _place(rank: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    found = []
+    for n in reversed(sizes):
+        rank, digit = divmod(rank, n)
+        found.append(digit)
+    return tuple(reversed(found))

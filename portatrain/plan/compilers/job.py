@@ -1,0 +1,214 @@
+"""One compilation: asked for as data, kept by what it depends on, run in a process of its own, its progress shown."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.plan import placement
+from portatrain.plan.cluster import Cluster
+from portatrain.plan.compilers import targets
+from portatrain.plan.compilers.targets import Target
+from portatrain.plan.result import Candidate, Plan
+
+FORMAT = 1
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "torch")
+_SOURCES = ("backends", "layers", "optim", "plan/compilers", "plan/order.py", "module.py", "ops.py", "layout.py",
+            "rope.py", "remat.py")  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be compiled: a recipe as on the command line, on a mesh, for a target's devices in an order.
+
+    ``places``: see `portatrain.plan.order`; None: the devices as the compiler lists them.
+    """
+
+    compiler: str
+    recipe: str
+    overrides: tuple[str, ...]
+    mesh: str
+    options: Mapping[str, Any]
+    places: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    source: str = ""
+    """SHA-256 of a recipe file's contents; '' for a shipped one."""
+
+    @property
+    def key(self) -> str:
+        """Of all that the answer depends on: the request, the versions installed, and our sources."""
+        text = json.dumps([FORMAT, asdict(self), versions(), sources()], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def request(
+    plan: Plan, chosen: Candidate, target: Target, recipe: str, overrides: tuple[str, ...]
+) -> Request:
+    """The compilation of one way that a plan found. Batch, accumulation and remat are the plan's."""
+    own = Path(recipe).read_bytes() if recipe.endswith(".py") else b""
+    asked = (
+        *overrides, f"batch={plan.shape.batch}", f"accumulation={chosen.accumulation}", f"remat={chosen.remat}",
+        f"precision={chosen.precision}",
+    )  # fmt: skip
+    places = None
+    if target.compiler != "fsdp2":
+        places = tuple(placement.coordinates(plan.used, chosen.mesh, chosen.placement))
+    return Request(
+        compiler=target.compiler, recipe=str(Path(recipe).resolve()) if own else recipe, overrides=asked,
+        mesh=chosen.mesh_text if chosen.mesh_text != "1" else "", options=target.options, places=places,
+        source=hashlib.sha256(own).hexdigest() if own else "",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a compiler said of one device. ``peak_bytes``: of a program that fits; of another, ``needs_bytes``.
+    ``flops``: of its matmuls; ``collectives``: bytes by mesh axes. None: it did not tell."""
+
+    fits: bool
+    peak_bytes: float | None
+    needs_bytes: float | None
+    flops: float | None
+    collectives: Mapping[str, float] | None
+    compiler: str
+    seconds: float
+    cached: bool
+    raw: Mapping[str, Any] = field(default_factory=dict)
+
+
+def answer(
+    asked: Request, target: Target, *, tell: Callable[[str], None], fresh: bool = False, limit_s: float = 3600
+) -> Answer:
+    """The answer, from the cache unless ``fresh``; ``tell`` gets a line at every stage and every few seconds.
+
+    Raises:
+      UserError: the compiler is not installed, or it failed for another reason than memory.
+    """
+    path = cache_folder() / f"{asked.key}.json"
+    if path.is_file() and not fresh:
+        return _read(path, cached=True)
+    targets.check_installed(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        question = Path(folder) / "request.json"
+        question.write_text(json.dumps(asdict(asked)), encoding="utf-8")
+        _run(question, path, target, tell, limit_s)
+    return _read(path, cached=False)
+
+
+def cache_folder() -> Path:
+    """$XDG_CACHE_HOME/portatrain/compiled, else ~/.cache/portatrain/compiled."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "portatrain" / "compiled"
+
+
+def versions() -> dict[str, str]:
+    """The installed versions of what may compile."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def sources() -> str:
+    """SHA-256 over the sources that decide what is compiled."""
+    root = Path(__file__).parents[2]
+    digest = hashlib.sha256()
+    for path in sorted(_files(root)):
+        digest.update(f"{path.relative_to(root.parent)}\0".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _files(root: Path) -> Iterator[Path]:
+    for name in _SOURCES:
+        path = root / name
+        yield from path.rglob("*.py") if path.is_dir() else [path] if path.exists() else []
+    yield from (root.parent / "recipes").rglob("*.py")
+
+
+def _run(question: Path, path: Path, target: Target, tell: Callable[[str], None], limit_s: float) -> None:
+    command = [sys.executable, "-m", "portatrain.plan.compilers.worker", str(question), str(path)]
+    errors = question.with_name("stderr")
+    with (
+        errors.open("wb") as log,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=log, env=targets.environment(target), text=True
+        ) as process,
+    ):
+        try:
+            _follow(process, tell, limit_s)
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or not path.is_file():
+        lines = [
+            line for line in errors.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
+        ]
+        told = next(
+            (line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "nothing on stderr"
+        )
+        raise UserError(
+            f"--compile with {target.compiler}", expected="the compiler to end with an answer",
+            got=f"exit code {process.returncode}: {told[:600]}",
+            do="Leave --compile out for the plan by arithmetic. If the message is of a missing library, install "
+            f"'portatrain[{target.extra}]' anew.",
+        )  # fmt: skip
+
+
+def _follow(process: subprocess.Popen[str], tell: Callable[[str], None], limit_s: float) -> None:
+    """Pass the stages on, with the seconds since the start every ten."""
+    import threading
+
+    began_s, now = time.monotonic(), "starting"
+    lines: list[str] = []
+    assert process.stdout is not None
+    reader = threading.Thread(
+        target=lambda: lines.extend(line.strip() for line in process.stdout or ()), daemon=True
+    )
+    reader.start()
+    told = -10.0
+    while process.poll() is None:
+        spent_s = time.monotonic() - began_s
+        if spent_s > limit_s:
+            raise UserError(
+                "--compile", expected=f"an answer within {limit_s:.0f} s", got="none",
+                do="Compile fewer devices or layers.",
+            )  # fmt: skip
+        if lines and lines[-1] != now:
+            now, told = lines[-1], -10.0
+        if spent_s - told >= 10:
+            tell(f"{now} ({spent_s:.0f} s)")
+            told = spent_s
+        time.sleep(0.2)
+    reader.join(timeout=5)
+
+
+def _read(path: Path, *, cached: bool) -> Answer:
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    return Answer(
+        fits=raw["fits"], peak_bytes=raw.get("peak_bytes"), needs_bytes=raw.get("needs_bytes"),
+        flops=raw.get("flops", raw.get("traced_flops")), collectives=raw.get("collective_bytes"),
+        compiler=raw["compiler"], seconds=raw["seconds"], cached=cached, raw=raw,
+    )  # fmt: skip
+
+
+def usable(cluster: Cluster) -> bool:
+    """Whether some compiler answers for the cluster."""
+    try:
+        targets.target(cluster)
+    except UserError:
+        return False
+    return True

@@ -1,0 +1,140 @@
+"""The jax backend's own step, compiled for devices that are not there. Runs in a process of its own."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portatrain.data import digits, windows
+from portatrain.data.spec import DataSpec, Digits
+from portatrain.overrides import override
+from portatrain.recipe import load_recipe
+from portatrain.trainer import make_program
+
+PLATFORM = {"tpu": "tpu", "cuda": "cuda"}
+
+
+def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
+    """Compile; what the compiler says of memory, FLOPs and collectives of one device. A program that does not fit is
+    an answer too: 'fits' is False and 'needs_bytes' what it would take."""
+    recipe = override(load_recipe(asked["recipe"], cwd=None), asked["overrides"])
+    stage("loading the compiler")
+    import jax
+
+    from portatrain.backends.jax import JaxBackend
+    from portatrain.plan.compilers import hlo
+
+    devices = _devices(asked, jax)
+    program = make_program(recipe, mesh=asked["mesh"])
+    backend = JaxBackend(program, devices)
+    stage(f"tracing for {len(devices)} x {devices[0].device_kind}")
+    step, args = backend.abstract_step(batch_of(recipe.data, recipe.batch, recipe.accumulation))
+    traced = step.trace(*args)
+    stage("lowering")
+    lowered = traced.lower(lowering_platforms=(PLATFORM[asked["compiler"]],))
+    found: dict[str, Any] = {
+        "compiler": f"{asked['compiler']}, {_version(asked['compiler'])}", "device_kind": devices[0].device_kind,
+        "devices": len(devices), "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
+    }  # fmt: skip
+    stage("compiling, which may take minutes")
+    with tempfile.TemporaryDirectory() as folder:
+        # jaxlib cannot always read back what a newer libtpu compiled, so the compiler writes its text out itself.
+        try:
+            compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        except jax.errors.JaxRuntimeError as error:
+            return found | {"fits": False, **_too_large(error)}
+        stage("reading what was compiled")
+        text, largest = _written(Path(folder))
+    memory = compiled.memory_analysis()
+    found |= {
+        "fits": True, "peak_bytes": memory.peak_memory_in_bytes, "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes,
+        "largest_buffers": largest,
+    }  # fmt: skip
+    if not text:
+        return found
+    counted = hlo.measure(text, backend.layout.mesh.sizes)
+    return found | {"flops": counted.flops, "collective_bytes": counted.bytes, "collective_calls": counted.calls}
+
+
+def _written(folder: Path) -> tuple[str, list[str]]:
+    """The optimised module as text, and the largest buffers at its peak, one a line."""
+
+    def largest(ending: str) -> str:
+        files = sorted(folder.glob(f"*{ending}"), key=lambda path: path.stat().st_size)
+        return files[-1].read_text(encoding="utf-8", errors="replace") if files else ""
+
+    report = [line.strip()[:200] for line in largest("memory-usage-report.txt").splitlines() if "iB(" in line]
+    return largest("after_optimizations.txt"), report[:16]
+
+
+def batch_of(data: DataSpec, batch: int, accumulation: int) -> dict[str, np.ndarray]:
+    """The shapes of a batch of ``data``, as the trainer hands it over; the contents are blank."""
+    seq_len = getattr(data, "seq_len", None) or getattr(getattr(data, "sources", [None])[0], "seq_len", None)
+    made = digits.blank(batch) if isinstance(data, Digits) else windows.blank(batch, int(seq_len or 1))
+    return {k: v.reshape(accumulation, batch // accumulation, *v.shape[1:]) for k, v in made.items()}
+
+
+def flops(jaxpr: Any) -> float:
+    """Of the matmuls of a traced program, all devices together: loops as often as they run, recomputation included."""
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inside = sum(flops(getattr(sub, "jaxpr", sub)) for sub in _inner(equation.params.values()))
+        total += inside * (equation.params["length"] if equation.primitive.name == "scan" else 1)
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            total += (
+                2.0
+                * float(np.prod([shape[d] for d in contracted]))
+                * float(np.prod(equation.outvars[0].aval.shape))
+            )
+    return total
+
+
+def _inner(params: Any) -> Any:
+    for value in params:
+        if hasattr(value, "eqns") or hasattr(value, "jaxpr"):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _inner(value)
+
+
+def _devices(asked: Mapping[str, Any], jax: Any) -> list[Any]:
+    """The devices of the target, in the order that the plan lays the mesh on them."""
+    from jax.experimental import topologies
+
+    options = dict(asked["options"])
+    if asked["compiler"] == "tpu":
+        name = options.pop("topology_name")
+        options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+        made = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+    else:
+        made = topologies.get_topology_desc("plan", "cuda", **options)
+    from portatrain.plan.order import ordered
+
+    return ordered(list(made.devices), asked.get("places"))
+
+
+def _version(compiler: str) -> str:
+    from importlib import metadata
+
+    names = ("libtpu", "jaxlib") if compiler == "tpu" else ("jax-cuda13-pjrt", "jaxlib")
+    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+
+
+def _too_large(error: Exception) -> dict[str, Any]:
+    """The sizes in a RESOURCE_EXHAUSTED; any other error is the compiler's own and goes up."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
+        raise error
+    found = re.search(r"Used ([\d.]+)([KMGT]) of ([\d.]+)([KMGT])", text)
+    units = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    needs = float(found[1]) * units[found[2]] if found else None
+    return {"needs_bytes": needs, "said": text.splitlines()[0][:400]}

@@ -1,0 +1,43 @@
+"""The order of devices that a placement stands for: what a backend lays its mesh on.
+
+Where a device is, is what the runtime says of it: on a TPU its slice, its coordinates and its core; elsewhere its
+number. Works on any objects with those attributes, and imports no framework.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Places = Sequence[tuple[int, Sequence[int]]]
+"""For every device of the mesh, row-major: (slice or domain, place inside), as ``placement.coordinates`` gives them."""
+
+
+def ordered(devices: Sequence[Any], places: Places | None) -> list[Any]:
+    """``devices`` in the order of ``places``; as they are where ``places`` is None, or says no more than their number.
+
+    Raises:
+      ValueError: a place that no device has, or one that several have.
+    """
+    if places is None:
+        return list(devices)
+    if not all(hasattr(device, "coords") for device in devices):
+        # Ranks are numbered along hosts and domains already: a domain's devices follow one another.
+        per_domain = len(devices) // (max(domain for domain, _ in places) + 1)
+        return [devices[domain * per_domain + inside[0]] for domain, inside in places]
+    dies = max(getattr(device, "core_on_chip", 0) for device in devices) + 1
+    there: dict[tuple[int, tuple[int, ...]], Any] = {}
+    for device in devices:
+        at = tuple(device.coords)
+        key = (device.core_on_chip, *at) if dies > 1 else at
+        there[(getattr(device, "slice_index", 0) or 0, key)] = device
+    if len(there) != len(devices):
+        raise ValueError("several devices have one place")
+    found = []
+    for domain, inside in places:
+        rank = 3 + (dies > 1)
+        place = (*inside, *(0,) * (rank - len(inside)))  # two-dimensional slices have z = 0
+        if (domain, place) not in there:
+            raise ValueError(f"no device at {place} of slice {domain}")
+        found.append(there[(domain, place)])
+    return found

@@ -1,0 +1,151 @@
+"""`portatrain plan --compile`: the real compilers beside the planner, on programs small enough for a test.
+
+Those that compile for a TPU or trace FSDP2 take a minute each and are marked full; where libtpu is not installed they
+say so. The whole comparison is `make plan-accuracy`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portatrain.cli import main
+from portatrain.plan.compilers import gpus, job, targets
+from portatrain.plan.names import parse
+from portatrain.plan.of_run import chip_of
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'portatrain[tpu]')"
+)
+SMALL = ["--set", "model.layers=4", "--set", "model.embed=512", "--set", "model.mlp=1536", "--set", "model.heads=8",
+         "--set", "model.head_dim=64", "--set", "model.vocab=32768", "--set", "data.vocab=32768",
+         "--set", "data.separator=0"]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    return tmp_path / "cache" / "portatrain" / "compiled"
+
+
+def compiled(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
+    assert main(["plan", *words, "--compile", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("cluster", "mesh", "batch"),
+    [("tpu-v5p-8", "fsdp=4", 16), ("tpu-v6e-8", "fsdp=4,tensor=2", 8), ("2*tpu-v4-8", "replica=2,fsdp=4", 8)],
+)
+def test_a_tpu_program(cluster: str, mesh: str, batch: int, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["llama3-8b", "--cluster", cluster, "--mesh", mesh, "--batch", str(batch), "--remat", "block", *SMALL]
+    found = compiled(capsys, *words, "--seq-len", "2048")
+    assert found["compiled"]["fits"] and not found["compiled"]["cached"]
+    assert found["predicted"]["flops"] == pytest.approx(found["compiled"]["flops"], rel=0.05)
+    assert found["predicted"]["peak_bytes"] == pytest.approx(found["compiled"]["peak_bytes"], rel=0.25)
+    again = compiled(capsys, *words, "--seq-len", "2048")
+    assert again["compiled"] == found["compiled"] | {"cached": True}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@needs_libtpu
+def test_a_program_that_does_not_fit_is_an_answer() -> None:
+    """The compiler is asked for more than the planner would: 64 samples a device, all activations kept."""
+    from portatrain.plan.compilers.job import Request
+
+    target = targets.target(parse("tpu-v5e-4"))
+    asked = Request(
+        compiler="tpu", recipe="llama3-8b",
+        overrides=(*SMALL[1::2], "batch=1024", "data.seq_len=2048", "remat=none"), mesh="fsdp=4",
+        options=target.options,
+    )  # fmt: skip
+    found = job.answer(asked, target, tell=lambda line: None)
+    assert not found.fits and found.peak_bytes is None
+    assert found.needs_bytes is None or found.needs_bytes > 16 * 2**30
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
+def test_fsdp2_traced(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["llama3-8b", "--cluster", "h100-8", "--mesh", "fsdp=8", "--batch", "16", "--remat", "block", *SMALL]
+    found = compiled(capsys, *words, "--seq-len", "2048", "--compiler", "fsdp2")
+    assert found["compiled"]["compiler"].startswith("FSDP2 traced")
+    state = found["plan"]["memory_bytes"]
+    assert found["compiled"]["peak_bytes"] > sum(state[term] for term in ("params", "grads", "optimizer"))
+
+
+def test_every_chip_has_the_compiler_that_knows_it() -> None:
+    kinds = {name: targets.target(parse(name)).compiler for name in (
+        "tpu-v4-8", "tpu-v5e-4", "tpu-v5p-8", "tpu-v6e-1", "tpu-7x-8", "h100-8", "b200-8", "gb300-72", "mi300x-8",
+    )}  # fmt: skip
+    assert kinds == {
+        "tpu-v4-8": "tpu", "tpu-v5e-4": "tpu", "tpu-v5p-8": "tpu", "tpu-v6e-1": "tpu", "tpu-7x-8": "tpu",
+        "h100-8": "cuda", "b200-8": "cuda", "gb300-72": "cuda", "mi300x-8": "fsdp2",
+    }  # fmt: skip
+
+
+def test_what_the_compiler_is_told() -> None:
+    v4 = targets.target(parse("2*tpu-v4-8"))
+    assert v4.options == {"topology_name": "v4:2x2x1", "chip_config_name": "megacore", "num_slices": 2}
+    assert targets.target(parse("tpu-v6e-1")).options["chips_per_host_bounds"] == (1, 1, 1)
+    assert targets.target(parse("tpu-7x-4x4x4")).options == {"topology_name": "tpu7x:4x4x4"}
+    assert targets.target(parse("h100-64")).options["topology"] == "8x1x8"
+    assert targets.target(parse("gb200-72")).options["topology"] == "1x18x4"
+
+
+@pytest.mark.parametrize("name", gpus.DEVICES)
+def test_a_gpu_is_found_by_the_name_that_its_description_has(name: str) -> None:
+    found = chip_of(gpus.DEVICES[name].name)
+    assert found is not None and found.name == name
+    assert f"memory_bandwidth: {int(found.memory_bw.value * 1e9)}" in gpus.description(found)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["mixtral-8x7b", "--cluster", "h100-64"], "a preset shape"),
+        (["llama3-1b", "--cluster", "mi300x-64", "--compiler", "tpu"], "a TPU of generation"),
+        (["llama3-1b", "--cluster", "mi300x-64", "--compiler", "cuda"], "h100-sxm"),
+        (["llama3-1b", "--cluster", "tpu-v5p-64", "--compiler", "fsdp2"], "a chip that torch runs on"),
+        (["llama3-1b", "--cluster", "tpu-v5p-64", "--compiler", "gcc"], "--compiler"),
+    ],
+)
+def test_mistakes(words: list[str], told: str, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", *words, "--compile"]) == 2
+    assert told in capsys.readouterr().err
+    assert not own_cache.exists()
+
+
+def test_a_compiler_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(targets, "_there", lambda name: name != "libtpu")
+    assert main(["plan", "llama3-1b", "--cluster", "tpu-v5p-64", "--compile"]) == 2
+    told = capsys.readouterr().err
+    assert "no libtpu" in told and "pip install 'portatrain[tpu]'" in told
+
+
+def test_a_compiler_that_fails_is_one_paragraph(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(targets, "check_installed", lambda wanted: None)
+    monkeypatch.setattr(targets, "environment", lambda wanted: {"PATH": "/nowhere"})  # no portatrain, no jax
+    monkeypatch.setattr(job.sys, "executable", "/usr/bin/false")
+    assert main(["plan", "llama3-1b", "--cluster", "tpu-v5p-64", "--compile"]) == 2
+    told = capsys.readouterr().err
+    assert "exit code 1" in told.splitlines()[-1]
+
+
+def test_the_answer_is_kept_by_what_it_depends_on(tmp_path: Path) -> None:
+    one = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1})
+    other = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1})
+    assert one.key != other.key and one.key == job.Request(**vars(one)).key

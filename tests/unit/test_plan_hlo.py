@@ -1,0 +1,135 @@
+"""Reading compiled programs: loops count as often as they run, collectives by the mesh axes of their groups."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from portatrain.plan.compilers import hlo
+
+MESH = {"replica": 1, "fsdp": 4, "expert": 1, "context": 1, "tensor": 2}
+
+MODULE = """
+HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[8,16]{1,0})->f32[8,16]{1,0}}
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %s = f32[] add(%a, %b)
+}
+
+%fused (p: f32[8,16], q: f32[16,16]) -> f32[8,16] {
+  %p = f32[8,16]{1,0} parameter(0)
+  %q = f32[16,16]{1,0:T(8,128)} parameter(1)
+  ROOT %d = f32[8,16]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (t: (s32[], f32[8,16], f32[4,16])) -> (s32[], f32[8,16], f32[4,16]) {
+  %t = (s32[], f32[8,16]{1,0}, f32[4,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %x = f32[8,16]{1,0} get-tuple-element(%t), index=1
+  %w = f32[4,16]{1,0} get-tuple-element(%t), index=2
+  %g = f32[16,16]{1,0} all-gather(%w), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, use_global_device_ids=true
+  %y = f32[8,16]{1,0} fusion(%x, %g), kind=kOutput, calls=%fused
+  ROOT %r = (s32[], f32[8,16]{1,0}, f32[4,16]{1,0}) tuple(%i, %y, %w)
+}
+
+%condition (t: (s32[], f32[8,16], f32[4,16])) -> pred[] {
+  %t = (s32[], f32[8,16]{1,0}, f32[4,16]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %n = s32[] constant(6)
+  ROOT %c = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (x: f32[8,16], w: f32[4,16]) -> f32[8,16] {
+  %x = f32[8,16]{1,0} parameter(0)
+  %w = f32[4,16]{1,0} parameter(1)
+  %z = s32[] constant(0)
+  %t = (s32[], f32[8,16]{1,0}, f32[4,16]{1,0}) tuple(%z, %x, %w)
+  %l = (s32[], f32[8,16]{1,0}, f32[4,16]{1,0}) while(%t), condition=%condition, body=%bodyTRIPS
+  %o = f32[8,16]{1,0} get-tuple-element(%l), index=1
+  %s = f32[8,16]{1,0} all-reduce(%o), replica_groups={{0,1},{2,3},{4,5},{6,7}}, to_apply=%add
+  %k = f32[2,16]{1,0} reduce-scatter(%s), replica_groups=[1,8]<=[8], dimensions={0}, to_apply=%add
+  ROOT %p = f32[8,16]{1,0} collective-permute(%s), source_target_pairs={{0,2},{2,4}}
+}
+"""
+
+
+@pytest.mark.parametrize("trips", [', backend_config={"known_trip_count":{"n":"6"}}', ""])
+def test_a_loop_counts_as_often_as_it_runs(trips: str) -> None:
+    found = hlo.measure(MODULE.replace("TRIPS", trips), MESH)
+    assert found.flops == 6 * 2 * 8 * 16 * 16
+    assert found.calls == {"fsdp": 6 + 1, "tensor": 1, "fsdp+tensor": 1}
+    array = 8 * 16 * 4
+    assert found.bytes == {"fsdp": 6 * 16 * 16 * 4 + array, "tensor": 2 * array, "fsdp+tensor": array}
+
+
+@pytest.mark.parametrize(
+    ("groups", "axes"),
+    [
+        ("replica_groups={{0,1,2,3,4,5,6,7}}", "fsdp+tensor"),
+        ("replica_groups=[4,2]<=[8]", "tensor"),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "fsdp"),
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", "fsdp"),
+        ("replica_groups={}", "fsdp+tensor"),
+        ("source_target_pairs={{0,1},{2,3}}", "tensor"),
+    ],
+)
+def test_axes_of_groups(groups: str, axes: str) -> None:
+    assert "+".join(hlo._axes(groups, MESH)) == axes
+
+
+@pytest.mark.parametrize(
+    ("line", "flops"),
+    [
+        # A plain matmul as TPUs have it, one over a batch, and a convolution of 3 taps with padding.
+        ("convolution(%p, %q), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
+        ("convolution(%b, %c), window={size=4 pad=0_0 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf", None),
+        (
+            "convolution(%b, %d), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
+            2 * 4 * 32 * 16 * (3 * 8 - 2),
+        ),
+    ],
+)
+def test_flops_of_convolutions(line: str, flops: float | None) -> None:
+    out = {"bf_io": "f32[8,32]", "0bf": "f32[4,8,32]", "b0f": "f32[4,8,32]"}
+    kind = next(v for k, v in out.items() if f"dim_labels={k}" in line)
+    text = f"""
+ENTRY %main (p: f32[8,16]) -> {kind} {{
+  %p = f32[8,16]{{1,0}} parameter(0)
+  %q = f32[16,32]{{1,0}} parameter(1)
+  %b = f32[4,8,16]{{2,1,0}} parameter(2)
+  %c = f32[4,16,32]{{2,1,0}} parameter(3)
+  %d = f32[3,16,32]{{2,1,0}} parameter(4)
+  ROOT %r = {kind}{{1,0}} {line}
+}}
+"""
+    # Of a batch as a dilated window: each of 4 outputs meets one of the 4 elements.
+    assert hlo.measure(text, MESH).flops == (flops if flops is not None else 4 * 2 * 8 * 16 * 32)
+
+
+def test_a_program_that_was_really_compiled() -> None:
+    pytest.importorskip("jax")
+    code = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec as P
+from portatrain.plan.compilers import hlo
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("fsdp", "tensor"))
+def f(x, w):
+    return jax.lax.scan(lambda c, w: (jnp.tanh(c @ w), None), x, w)[0]
+put = lambda shape, *spec: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh, P(*spec)))
+text = jax.jit(f).lower(put((64, 32), "fsdp"), put((5, 32, 32), None, "fsdp")).compile().as_text()
+found = hlo.measure(text, {"fsdp": 4, "tensor": 2})
+print(found.flops, found.bytes)
+"""
+    env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    import os
+
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **env}
+    )
+    flops, found = done.stdout.strip().split(" ", 1)
+    assert float(flops) == 5 * 2 * 16 * 32 * 32  # a quarter of the rows, on both tensor ranks
+    assert eval(found) == {"fsdp": 5 * 32 * 32 * 4}
