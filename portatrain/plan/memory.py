@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from portatrain.plan.policy import LOGITS_CHUNK_BYTES, LOGITS_COPIES, REMATS, Precision, Remat, Tuning
-from portatrain.plan.workload import OnMesh
+from portatrain.plan.policy import (
+    LOGITS_CHUNK_BYTES,
+    LOGITS_COPIES,
+    REMATS,
+    SCORES_CHUNK_BYTES,
+    SCORES_COPIES,
+    Precision,
+    Remat,
+    Tuning,
+)
+from portatrain.plan.workload import LayerKind, OnMesh
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,12 +61,30 @@ def memory(
 ) -> Memory:
     """The peak, with ``tokens`` (T) of a microbatch on a device.
 
-    It falls into the backward pass: all that is kept, and the larger of what a layer needs and what the loss
-    needs. The loss forms its gradients as it goes, so that those of the output projection exist, in fp32,
-    from the loss on.
+    It falls into the backward pass of a layer, or into the loss. The loss forms its gradients as it goes: those of the
+    output projection are summed in fp32, whole, on every device.
     """
     width = precision.compute
     kept = sum(kind.n * kind.kept(remat) for kind in work.kinds) * tokens * width * (1 - remat.offload)
+    state = work.held * precision.param, work.trained * slot_bytes * precision.slots
+    phases = _static if tuning.static else _eager
+    grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning)
+    moving = kept + workspace + gathered
+    return Memory(
+        params=state[0], grads=grads, optimizer=state[1], activations=kept, gathered=gathered, logits=logits,
+        workspace=workspace, runtime=tuning.runtime_bytes + tuning.fragmentation * moving,
+    )  # fmt: skip
+
+
+Phase = tuple[float, float, float, float]
+"""Bytes of gradients, gathered and cast weights, logits, and what is being worked on."""
+
+
+def _eager(
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning
+) -> Phase:
+    """Memory as it is asked for: gradients in place from the first step, weights gathered and cast layer by layer."""
+    width = precision.compute
     # One layer's recomputed values, and the gradients of its widest ones.
     again = max(
         (kind.kept(REMATS["none"]) - kind.kept(remat) + kind.working for kind in work.kinds), default=0.0
@@ -76,16 +103,59 @@ def memory(
     head = work.head * (width if shared or cast else 0.0)
     head_grad = work.head * 4 if shared else 0.0
     ends = work.ends * width if tuning.keeps_ends and shared else 0.0
-    layer_phase = layer_work + stream + layer_gathered + ends + head_grad
-    loss_phase = loss_stream + logits + max(head, ends) + head_grad
-    in_layer = layer_phase >= loss_phase
-    gathered = (layer_gathered + ends + head_grad) if in_layer else (max(head, ends) + head_grad)
-    workspace = (layer_work + stream) if in_layer else loss_stream
-    slots = slot_bytes * precision.slots
     grads = work.trained * precision.grad * (2 if tuning.twice_grads and accumulation > 1 else 1)
-    moving = kept + workspace + gathered
-    return Memory(
-        params=work.held * precision.param, grads=grads, optimizer=work.trained * slots, activations=kept,
-        gathered=gathered, logits=0.0 if in_layer else logits, workspace=workspace,
-        runtime=tuning.runtime_bytes + tuning.fragmentation * moving,
-    )  # fmt: skip
+    in_layer = (grads, layer_gathered + ends + head_grad, 0.0, layer_work + stream)
+    in_loss = (grads, max(head, ends) + head_grad, logits, loss_stream)
+    return max(in_layer, in_loss, key=sum)
+
+
+def _static(
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning
+) -> Phase:
+    """Memory as XLA plans it: what is not alive at the peak takes nothing."""
+    width, grad = precision.compute, precision.grad
+    shared = work.mesh[1] > 1
+    # Every weight as it is held, in the compute type: the cast is moved out of the loop over layers.
+    copies = work.held * width if precision.param != width else 0.0
+    sums = work.trained * grad if tuning.twice_grads and accumulation > 1 else 0.0
+    layers = (work.trained - work.trained_ends) * grad
+    stream = work.embed / work.mesh[4] * tokens * width
+
+    # In a layer: its weights and the next one's, or what is still to be scattered of its gradients.
+    layer = work.largest_layer * width * 2 if shared else 0.0
+    rows = tokens / work.seq
+    chunk = (
+        min(max(SCORES_CHUNK_BYTES, 4 * rows * work.scores), 4 * rows * work.scores * work.seq)
+        if work.scores
+        else 0.0
+    )
+    working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
+    attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
+    busy = max(working, attending + SCORES_COPIES * chunk) + 2 * stream
+    in_layer = (sums + layers + work.trained_head * grad, copies + layer, 0.0, busy)
+
+    # In the loss: the output projection, and the sums of its gradient, in fp32 and whole.
+    most = max(LOGITS_CHUNK_BYTES, work.head)
+    logits = LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
+    head = work.head * (width if work.head_gathered else 0.0) + work.head * 4
+    in_loss = (sums, copies + head, logits, 3 * work.embed * tokens * width)
+    in_update = (sums + work.trained * grad, 0.0, 0.0, 0.0)
+    return max(in_layer, in_loss, in_update, key=sum)
+
+
+def _layer_numbers(kind: LayerKind, remat: Remat) -> float:
+    """Numbers a token while the backward pass of a layer's feed-forward runs: what was computed again of the layer, and
+    the gradients of the hidden width."""
+    again = (
+        (1 - remat.qkv) * (kind.q + kind.kv)
+        + (1 - remat.attention) * kind.out
+        + (1 - remat.projected) * kind.res
+    )
+    hidden = (1 - remat.hidden) * kind.ways * kind.mlp + kind.ways * kind.mlp
+    return again + hidden + 2 * kind.wide + 2 * kind.copies * kind.wide
+
+
+def _attention_numbers(kind: LayerKind) -> float:
+    """Numbers a token while that of attention runs, without its scores: queries and result with their gradients, keys
+    and values with theirs, the latter in fp32."""
+    return 2 * kind.q + 2 * kind.out + 5 * kind.kv + 2 * kind.wide

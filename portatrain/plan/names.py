@@ -19,7 +19,7 @@ from portatrain.plan import slices, toml
 from portatrain.plan.catalog import CHIPS, chip_names, find_chip
 from portatrain.plan.chip import GIB, Chip
 from portatrain.plan.cluster import Cluster
-from portatrain.plan.figures import figure
+from portatrain.plan.figures import Figure, figure
 
 _FIXED_TORUS = {"trn-4x4": (4, 4), "trn-4x4x4": (4, 4, 4)}
 
@@ -179,9 +179,17 @@ def _hosts(chip: Chip, chips: int, what: str) -> Cluster:
 
 
 def _this_cpu(chip: Chip, devices: int) -> Chip:
-    """The CPU row as so many devices of one machine, with this one's memory shared out where the system tells it."""
-    count = figure(devices, "chips", "host")
-    chip = replace(chip, domain=count, chips_per_host=count)
+    """The CPU row as so many devices of one machine: this one's cores shared out among them, and its memory where the
+    system tells it."""
+    count, cores = figure(devices, "chips", "host"), (os.cpu_count() or 1) / devices
+
+    def share(of_a_core: Figure) -> Figure:
+        return replace(of_a_core, value=of_a_core.value * cores)
+
+    chip = replace(
+        chip, domain=count, chips_per_host=count, peaks={name: share(peak) for name, peak in chip.peaks.items()},
+        memory_bw=share(chip.memory_bw) if chip.memory_bw else None,
+    )  # fmt: skip
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # no such call on this system: the catalog's value stands

@@ -78,8 +78,10 @@ class Tuning:
     runtime takes of a device before the first tensor. ``keeps_ends``: the gathered embedding and output
     projection live through the whole step (FSDP2's root group). ``twice_grads``: with accumulation, a
     microbatch's gradients exist beside their sum (XLA), instead of being added in place (torch).
-    ``skips_masked``: attention leaves out what a causal mask hides. Our backends do not: documents are packed, and
-    neither XLA nor torch's kernel with a mask of its own skips anything. Published runs used kernels that do.
+    ``static``: XLA plans memory ahead: weights are cast once for all layers, gradients of layers exist only once the
+    loss is done with, attention goes through chunks of queries, and only the output projection is gathered outside of
+    layers. ``skips_masked``: attention leaves out what a causal mask hides. Our backends do not: documents are packed,
+    and neither XLA nor torch's kernel with a mask of its own skips anything. Published runs used kernels that do.
     """
 
     hide_fsdp: float = 0.9
@@ -91,23 +93,24 @@ class Tuning:
     keeps_ends: bool = True
     twice_grads: bool = False
     skips_masked: bool = False
+    static: bool = False
     fragmentation: float = 0.03
 
 
 TUNING = {
     # XLA splits a matmul so that its collective runs beside it ("collective matmul"), and allocates statically.
     "jax-tpu": Tuning(
-        hide_tensor=0.5, hide_expert=0.3, runtime_bytes=0.25 * 2**30, keeps_ends=False, twice_grads=True,
+        hide_tensor=0.5, hide_expert=0.3, runtime_bytes=0.0, keeps_ends=False, twice_grads=True, static=True,
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
     "torch-rocm": Tuning(),
-    "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, fragmentation=0.0),
+    "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, fragmentation=0.0),
     "hpu": Tuning(),
     "cann": Tuning(),
     "mlx": Tuning(runtime_bytes=8.0 * 2**30),
     "cpu": Tuning(hide_fsdp=0.0, hide_replica=0.0, hide_context=0.0, runtime_bytes=0.3 * 2**30, keeps_ends=False,
-                  twice_grads=True, fragmentation=0.0),
+                  twice_grads=True, static=True, fragmentation=0.0),
 }  # fmt: skip
 
 ATTENTION_SHARE = 0.75
@@ -121,6 +124,12 @@ MEMORY_SHARE = 0.85
 
 LOGITS_CHUNK_BYTES = 64 * 2**20
 """The loss takes fp32 logits in chunks of at most this."""
+
+SCORES_CHUNK_BYTES = 256 * 2**20
+"""Attention in XLA takes fp32 scores in chunks of at most this."""
+
+SCORES_COPIES = 3.5
+"""Scores, their weights (and those in bf16) and their gradient exist at once in a chunk's backward pass."""
 
 LOGITS_COPIES = 3
 """Logits, their exponentials and their gradient exist at once."""

@@ -88,8 +88,14 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
     gathered = (work.gathered_layers + work.gathered_ends) if mesh[FSDP] > 1 else 0.0
     ends = work.gathered_ends if tuning.keeps_ends and mesh[FSDP] > 1 else 0.0
+    scatter = gathered * precision.grad
+    if tuning.static and gathered:
+        # Only the output projection is gathered outside of layers, once; a lookup sends the stream round instead. The
+        # gradients of layers travel as they are computed.
+        gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
+        scatter = work.gathered_layers * width + work.head_gathered * 4
     return Volumes(
         matmul=2 * per_token * tokens, attention=attention, again=again, gather=gathered * width,
-        regather=(gathered - ends) * width, scatter=gathered * precision.grad, tensor=tensor, context=context,
+        regather=(gathered - ends) * width, scatter=scatter, tensor=tensor, context=context,
         expert=expert, reduced=work.replicated,
     )  # fmt: skip

@@ -64,7 +64,8 @@ class LayerKind:
 class OnMesh:
     """The sums that memory and time are made of. Numbers are of parameters unless said otherwise; all are
     a device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with.
-    ``attention_flops`` and ``masked_flops``: a token's, of what the mask shows and of what it hides."""
+    ``scores``: of one query, over the heads here. ``attention_flops`` and ``masked_flops``: a token's, of what
+    the mask shows and of what it hides."""
 
     mesh: Sizes
     rows: int
@@ -75,6 +76,10 @@ class OnMesh:
     largest_layer: float
     ends: float
     head: float
+    head_gathered: float
+    trained_ends: float
+    trained_head: float
+    scores: float
     weights: float
     matmul: dict[str, float]
     replicated: tuple[tuple[float, tuple[int, ...]], ...]
@@ -97,6 +102,7 @@ def on_mesh(shape: ModelShape, mesh: Sizes) -> OnMesh:
 def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
     tensor, context = mesh[TENSOR], mesh[CONTEXT]
     held = trained = gathered_layers = gathered_ends = weights = ends = head = 0.0
+    head_gathered = trained_ends = trained_head = 0.0
     matmul = dict.fromkeys(ROLES, 0.0)
     layers: dict[int, float] = {}
     replicated: dict[tuple[int, ...], float] = {}
@@ -114,14 +120,18 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         else:
             gathered_ends += gathered
             ends += part.numel / cut
-            head = max(head, part.active / cut)
+            if part.active / cut > head:
+                head, trained_head = part.active / cut, part.active / mine * (part.trainable / part.numel)
+                head_gathered = head if mine > cut else 0.0
+            trained_ends += part.trainable / mine
         spread = _unsharded(part, mesh)
         if spread:
             replicated[spread] = replicated.get(spread, 0.0) + part.trainable / mine
     return OnMesh(
         mesh=mesh, rows=mesh[REPLICA] * mesh[FSDP] * mesh[EXPERT], held=held, trained=trained,
         gathered_layers=gathered_layers, gathered_ends=gathered_ends, largest_layer=max(layers.values(), default=0.0),
-        ends=ends, head=head, weights=weights, matmul=matmul,
+        ends=ends, head=head, head_gathered=head_gathered, trained_ends=trained_ends, trained_head=trained_head,
+        scores=shape.heads * shape.seq_len / tensor, weights=weights, matmul=matmul,
         replicated=tuple((numel, axes) for axes, numel in replicated.items()), kinds=_kinds(shape, tensor),
         attention_flops=shape.attention_flops / tensor,
         masked_flops=shape.attention_flops / tensor if shape.causal else 0.0, embed=shape.embed,

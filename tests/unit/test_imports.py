@@ -73,6 +73,8 @@ ARRAY_MODULES = tuple(
         "foreign.",
         "object_store",
         "restoring",
+        "plan.compilers.xla",
+        "plan.compilers.fsdp2",
     )
 )
 LIGHT = [name for name in CORE if not name.startswith(ARRAY_MODULES)]

