@@ -101,10 +101,8 @@ def predictions(rows: list[Row], *, fresh: bool) -> dict[str, Any]:
     for row in rows:
         if fresh or row.name not in known:
             made, chosen = planned(row)
-            known[row.name] = {
-                "predicted": compare.predict(made, chosen).as_json(), "terms": chosen.memory.terms(),
-                "device_bytes": made.device_bytes,
-            }  # fmt: skip
+            compiler = targets.target(made.used, row.compiler).compiler
+            known[row.name] = {"predicted": compare.predict(made, chosen, compiler).as_json()}
     path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     return known
 
@@ -131,7 +129,7 @@ def main() -> int:
         except UserError as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             continue
-        known[row.name]["compiled"] = compare.as_json(compare.predict(made, chosen), found)["compiled"]
+        known[row.name]["compiled"] = compare.as_json(compare.predict(made, chosen, target.compiler), found)["compiled"]
         (HERE / "plan-accuracy.json").write_text(
             json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )

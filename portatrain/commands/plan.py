@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     plans: list[Plan] = [
         plan(
             shape, cluster, mesh=mesh, precisions=_words(args.precision) or None,
-            remats=_words(args.remat) or tuple(REMATS),
+            remats=_words(args.remat) or (_runnable() if args.compile else tuple(REMATS)),
         )
         for cluster in clusters
     ]  # fmt: skip
@@ -122,6 +122,14 @@ def run(args: argparse.Namespace) -> int:
                 if one.chosen:
                     _compiled(one, args, console)
     return 0
+
+
+def _runnable() -> tuple[str, ...]:
+    """The remat policies of a plan that the backends have: what is compiled must be what runs."""
+    from portatrain.backends import base
+
+    known = getattr(base, "REMATS", tuple(REMATS))
+    return tuple(name for name in REMATS if name in known)
 
 
 def _calibrate(args: argparse.Namespace) -> int:
@@ -171,7 +179,7 @@ def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> 
             do="Use a recipe such as llama3-8b, or leave --compile out.",
         )  # fmt: skip
     target = targets.target(made.used, args.compiler)
-    predicted = compare.predict(made, chosen)
+    predicted = compare.predict(made, chosen, target.compiler)
     extra = [f"data.seq_len={args.seq_len}"] if args.seq_len is not None else []
     request = job.request(made, chosen, target, args.recipe, (*args.overrides, *extra))
 

@@ -12,7 +12,15 @@ from portatrain.plan.memory import Memory, memory
 from portatrain.plan.meshes import rules
 from portatrain.plan.names import parse
 from portatrain.plan.placement import place
-from portatrain.plan.policy import ATTENTION_BACKWARD, ATTENTION_SHARE, PRECISIONS, REMATS, TUNING
+from portatrain.plan.policy import (
+    ATTENTION_BACKWARD,
+    ATTENTION_SHARE,
+    LOGITS_COPIES,
+    PRECISIONS,
+    REMATS,
+    SCORES_COPIES,
+    TUNING,
+)
 from portatrain.plan.shapes import PRESETS
 from portatrain.plan.tensors import Sizes
 from portatrain.plan.timing import Time, rates, step_time
@@ -39,15 +47,17 @@ def need(
     [("fp32", 16), ("bf16", 16), ("bf16-state", 12)],
 )
 def test_state_is_so_many_bytes_a_parameter(precision: str, per_param: int) -> None:
-    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, precision=precision)
+    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, precision=precision, stack="torch-cuda")
     assert terms.params + terms.grads + terms.optimizer == pytest.approx(per_param * P8B / 128)
 
 
 def test_gradients_exist_twice_while_xla_accumulates() -> None:
-    once = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192)
-    twice = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=4)
-    torch = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=4, stack="torch-cuda")
-    assert twice.grads == 2 * once.grads and torch.grads == once.grads
+    once, twice = (need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=n) for n in (1, 4))
+    assert twice.grads - once.grads == pytest.approx(P8B / 128 * 4)
+    once, twice = (
+        need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=n, stack="torch-cuda") for n in (1, 4)
+    )
+    assert twice.grads == once.grads == pytest.approx(P8B / 128 * 4)
 
 
 @pytest.mark.parametrize(
@@ -74,9 +84,23 @@ def test_tensor_parallelism_cuts_what_lies_on_its_axis() -> None:
 def test_gathered_weights_and_the_output_projections_gradient() -> None:
     """Two layers in bf16 and the gradient of one; the projection's gradient in fp32, whole."""
     layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336 + 2 * 4096
-    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192)
-    assert terms.gathered == layer * 6 + 4096 * 128_256 * 4
-    assert need("llama3-8b", (128, 1, 1, 1, 1), tokens=8192).gathered == layer * 2  # only the bf16 copy
+    ends = 2 * 4096 * 128_256 + 4096
+    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, stack="torch-cuda")
+    assert terms.gathered == layer * 6 + 4096 * 128_256 * 4 + ends * 2
+    alone = need("llama3-8b", (128, 1, 1, 1, 1), tokens=8192, stack="torch-cuda")
+    assert alone.gathered == layer * 2  # only the bf16 copy
+
+
+def test_xla_holds_what_is_alive_at_the_peak() -> None:
+    """Where the loss is the peak: all weights cast, the projection whole in bf16, its gradient whole in fp32, three
+    chunks of logits, and no gradient of a layer; where it is a layer: every layer's gradient, and chunks of scores."""
+    head = 4096 * 128_256
+    loss = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192)
+    assert loss.grads == 0 and loss.logits == LOGITS_COPIES * head
+    assert loss.gathered == pytest.approx(P8B / 128 * 2 + head * 6)
+    layer = need("llama3-8b", (1, 4, 1, 1, 1), tokens=8192)
+    assert layer.logits == 0 and layer.grads == pytest.approx((P8B - head - 4096) / 4 * 4)
+    assert layer.workspace > SCORES_COPIES * 2**28
 
 
 def test_fewer_kv_heads_than_the_tensor_axis_are_held_whole() -> None:

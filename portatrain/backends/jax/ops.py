@@ -228,14 +228,15 @@ class JaxOps:
 
     def _cut(self, table_VE: Any) -> Cut:
         """How the tokens of a loss and its table lie on the devices."""
-        if self.layout is None or self.devices is None:
+        devices = self.devices
+        if self.layout is None or devices is None:
             return Cut()
         batch, seq, vocab = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))
         if plain(table_VE).shape[0] % self.layout.mesh.over(vocab):
             vocab = ()
 
         def lies(*dims: Any) -> NamedSharding:
-            return NamedSharding(self.devices, partition_spec(dims))
+            return NamedSharding(devices, partition_spec(dims))
 
         rows, parts = self.layout.mesh.over(batch), self.layout.mesh.over(seq)
         return Cut(rows, parts, lies(vocab, ()), lies(batch, seq, vocab, ()))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from portatrain.plan.compilers.job import Answer
+from portatrain.plan.memory import memory
 from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.result import Candidate, Plan
 from portatrain.plan.volumes import volumes
@@ -22,26 +23,36 @@ class Predicted:
     """What the planner says of one device and step, before any compiler has run."""
 
     peak_bytes: float
+    terms: Mapping[str, float]
     flops: float
     collectives: Mapping[str, float]
 
     def as_json(self) -> dict[str, Any]:
         return {
             "peak_bytes": self.peak_bytes,
+            "memory_bytes": dict(self.terms),
             "flops": self.flops,
             "collective_bytes": dict(self.collectives),
         }
 
 
-def predict(plan: Plan, chosen: Candidate) -> Predicted:
-    """The figures of one way that a plan found."""
+def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
+    """The figures of one way that a plan found, as ``compiler`` counts them: XLA's of the jax backend, and in a trace
+    of torch's neither the runtime nor fragments of the allocator."""
     precision, tuning = PRECISIONS[chosen.precision], TUNING[plan.cluster.chip.stack]
+    if compiler == "cuda":
+        tuning = TUNING["jax-cuda"]
+    elif compiler == "fsdp2":
+        tuning = replace(tuning, runtime_bytes=0.0, fragmentation=0.0)
     work = on_mesh(plan.shape, chosen.mesh)
-    amounts = volumes(
-        work, tokens=chosen.rows * work.seq, remat=REMATS[chosen.remat], precision=precision, tuning=tuning
-    )
+    remat, tokens = REMATS[chosen.remat], chosen.rows * work.seq
+    amounts = volumes(work, tokens=tokens, remat=remat, precision=precision, tuning=tuning)
+    need = memory(
+        work, tokens=tokens, accumulation=chosen.accumulation, remat=remat, precision=precision,
+        slot_bytes=plan.shape.slot_bytes, tuning=tuning,
+    )  # fmt: skip
     return Predicted(
-        peak_bytes=chosen.memory.total, flops=amounts.flops(chosen.accumulation),
+        peak_bytes=need.total, terms=need.terms(), flops=amounts.flops(chosen.accumulation),
         collectives=amounts.bytes(chosen.accumulation, precision),
     )  # fmt: skip
 

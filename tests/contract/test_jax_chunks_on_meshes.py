@@ -1,0 +1,71 @@
+"""The chunks of loss and attention on meshes: the same gradients as on one device, and the table moved once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from running import BACKENDS
+
+pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed")
+
+CODE = """
+import json, sys
+import numpy as np
+from portatrain.backends.jax import JaxBackend, attention, losses
+from portatrain.overrides import override
+from portatrain.plan.compilers import hlo
+from portatrain.recipe import load_recipe
+from portatrain.trainer import make_program
+
+losses.CHUNK_BYTES, attention.SCORES_BYTES = 4 * 32 * 512, 4 * 2 * 4 * 64
+sizes = ["vocab=512", "embed=32", "layers=2", "heads=4", "kv_heads=2", "mlp=64"]
+recipe = override(load_recipe("tiny-lm"), [f"model.{s}" for s in sizes] + ["data.seq_len=64", "batch=8"])
+rng = np.random.default_rng(0)
+shape = (1, 8, 64)
+batch = {
+    "tokens": rng.integers(0, 512, shape).astype(np.int32), "targets": rng.integers(0, 512, shape).astype(np.int32),
+    "mask": (rng.random(shape) > 0.1).astype(np.float32),
+    "positions": np.tile(np.arange(64, dtype=np.int32), (1, 8, 1)),
+    "segment_ids": np.sort(rng.integers(0, 3, shape)).astype(np.int32), "sample": np.arange(8)[None],
+}
+found = {}
+for mesh in json.loads(sys.argv[1]):
+    backend = JaxBackend(make_program(recipe, mesh=mesh))
+    state = backend.init_state()
+    loss, grads = backend.gradients(state, batch, step=1)
+    step, args = backend.abstract_step(batch)
+    text = step.lower(*args).compile().as_text()
+    computations = hlo.read(text)
+    table = sum(
+        times * ("[512,32]" in line.type)
+        for name, times in hlo._multiplicity(computations).items()
+        for line in computations[name].lines if line.opcode.removesuffix("-start") in hlo.COLLECTIVES
+    )
+    found[mesh] = {"loss": loss, "grads": {n: g.tolist() for n, g in grads.items()}, "table": table}
+one = found.pop("")
+for mesh, got in found.items():
+    worst = max(
+        float(np.max(np.abs(np.array(g) - np.array(one["grads"][n]))) / np.max(np.abs(one["grads"][n])))
+        for n, g in got["grads"].items()
+    )
+    print(json.dumps([mesh, abs(got["loss"] / one["loss"] - 1), worst, got["table"]]))
+"""
+
+
+def test_gradients_are_those_of_one_device() -> None:
+    meshes = ["", "fsdp=4", "fsdp=2,context=2", "replica=2,fsdp=2,tensor=2", "context=4", "tensor=2"]
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps(meshes)], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row[0] for row in rows] == meshes[1:]
+    for mesh, loss, gradient, table in rows:
+        assert loss < 1e-6 and gradient < 1e-6, (mesh, loss, gradient)
+        # Gathered for the loss, its gradient added up: not once a chunk, of which there are 16 on one device.
+        assert table <= 4, (mesh, table)
