@@ -1,0 +1,72 @@
+"""What a device multiplies and sends in a step: by hand, and the same amounts that the times are made of."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from portatrain.plan.names import parse
+from portatrain.plan.placement import place
+from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.shapes import PRESETS
+from portatrain.plan.tensors import Sizes
+from portatrain.plan.timing import rates, step_time
+from portatrain.plan.volumes import Volumes, volumes
+from portatrain.plan.workload import on_mesh
+
+BF16, TORCH, XLA = PRECISIONS["bf16"], TUNING["torch-cuda"], TUNING["jax-tpu"]
+
+
+def amounts(mesh: Sizes, *, remat: str = "block", stack: str = "jax-tpu", tokens: float = 8192) -> Volumes:
+    work = on_mesh(PRESETS["llama3-8b"], mesh)
+    return volumes(work, tokens=tokens, remat=REMATS[remat], precision=BF16, tuning=TUNING[stack])
+
+
+def test_flops_of_llama3_8b_by_hand() -> None:
+    """8192 tokens. A layer has 218 million weights, the output projection 525 million; attention sees all pairs."""
+    layer, head, down = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336, 4096 * 128_256, 4096 * 14_336
+    pairs = 4 * 32 * 4096 * 8192
+    kept, again = (amounts((1, 128, 1, 1, 1), remat=remat).flops(1) for remat in ("none", "block"))
+    assert kept == pytest.approx(8192 * (6 * (32 * layer + head) + 3.5 * pairs), rel=1e-9)
+    assert again - kept == pytest.approx(8192 * (2 * 32 * (layer - down) + pairs), rel=1e-9)
+
+
+def test_fsdp_traffic_by_hand() -> None:
+    """XLA gathers a layer's weights in bf16 forward and backward and scatters their gradients as it computed them; the
+    output projection is gathered once and its gradient scattered in fp32."""
+    layers, head = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336 + 2 * 4096), 4096 * 128_256
+    moved = amounts((1, 128, 1, 1, 1)).bytes(4, BF16)["fsdp"]
+    assert moved == pytest.approx(4 * (layers * 6 + head * 6), rel=1e-4)
+
+
+def test_nothing_moves_on_one_device() -> None:
+    for stack in ("jax-tpu", "torch-cuda"):
+        assert amounts((1, 1, 1, 1, 1), stack=stack).bytes(2, BF16) == {}
+
+
+@pytest.mark.parametrize("mesh", [(1, 64, 1, 1, 1), (2, 32, 1, 1, 1), (1, 16, 1, 1, 4), (1, 16, 1, 4, 1)])
+def test_times_are_made_of_these_amounts(mesh: Sizes) -> None:
+    """On one rate for all, without latency, the seconds that collectives take are their bytes over it."""
+    cluster = parse("h100-64")
+    shape = replace(PRESETS["llama3-8b"], batch=128)
+    work = on_mesh(shape, mesh)
+    placements = place(cluster, mesh, 64)
+    assert not isinstance(placements, str)
+    rate = 1e9
+    paths = tuple(
+        replace(path, inner=path.size, outer=1, rate=rate * (path.size - 1) / path.size if path.size > 1 else 0.0,
+                latency_s=0.0)
+        for path in placements[0].paths
+    )  # fmt: skip
+    placed = replace(placements[0], paths=paths)  # type: ignore[arg-type]
+    tokens, tuning = work.seq, replace(TORCH, skips_masked=True)
+    time = step_time(
+        work, placed, tokens=tokens, accumulation=2, remat=REMATS["block"], precision=BF16, slot_bytes=8.0,
+        rate=rates(cluster.chip, BF16, 0.5), tuning=tuning,
+    )  # fmt: skip
+    told = volumes(work, tokens=tokens, remat=REMATS["block"], precision=BF16, tuning=tuning).bytes(2, BF16)
+    # The gradients of what is whole on several devices are in both, over whichever axes it is whole on.
+    assert sum(time.busy) * rate == pytest.approx(sum(told.values()), rel=1e-9)
+    assert time.busy[1] * rate == pytest.approx(told["fsdp"], rel=1e-9)
+    assert time.busy[4] * rate == pytest.approx(told.get("tensor", 0.0), rel=1e-9)
