@@ -21,7 +21,7 @@ from portatrain.plan.compilers import hlo
 from portatrain.recipe import load_recipe
 from portatrain.trainer import make_program
 
-losses.CHUNK_BYTES, attention.SCORES_BYTES = 4 * 32 * 512, 4 * 2 * 4 * 64
+losses.CHUNK_BYTES, attention.SCORES_BYTES = 4 * 8 * 512, 4 * 2 * 4 * 64
 sizes = ["vocab=512", "embed=32", "layers=2", "heads=4", "kv_heads=2", "mlp=64"]
 recipe = override(load_recipe("tiny-lm"), [f"model.{s}" for s in sizes] + ["data.seq_len=64", "batch=8"])
 rng = np.random.default_rng(0)
@@ -67,5 +67,5 @@ def test_gradients_are_those_of_one_device() -> None:
     assert [row[0] for row in rows] == meshes[1:]
     for mesh, loss, gradient, table in rows:
         assert loss < 1e-6 and gradient < 1e-6, (mesh, loss, gradient)
-        # Gathered for the loss, its gradient added up: not once a chunk, of which there are 16 on one device.
-        assert table <= 4, (mesh, table)
+        # Gathered for the loss, its gradient added up: not once a chunk, of which there are 16 and more.
+        assert table <= 8, (mesh, table)
