@@ -36,20 +36,21 @@ found = {}
 for mesh in json.loads(sys.argv[1]):
     backend = JaxBackend(make_program(recipe, mesh=mesh))
     state = backend.init_state()
-    loss, grads = backend.gradients(state, batch, step=1)
-    step, args = backend.abstract_step(batch)
-    text = step.lower(*args).compile().as_text()
+    placed = backend._put(batch, 1)
+    compiled = backend._gradients_of.lower(state, placed, np.int32(1)).compile()  # once, to run and to read
+    grads, loss, *_ = compiled(state, placed, np.int32(1))
+    text = compiled.as_text()
     computations = hlo.read(text)
     table = sum(
         times * ("[512,32]" in line.type)
         for name, times in hlo._multiplicity(computations).items()
         for line in computations[name].lines if line.opcode.removesuffix("-start") in hlo.COLLECTIVES
     )
-    found[mesh] = {"loss": loss, "grads": {n: g.tolist() for n, g in grads.items()}, "table": table}
+    found[mesh] = {"loss": float(loss), "grads": {n: np.array(g) for n, g in grads.items()}, "table": table}
 one = found.pop("")
 for mesh, got in found.items():
     worst = max(
-        float(np.max(np.abs(np.array(g) - np.array(one["grads"][n]))) / np.max(np.abs(one["grads"][n])))
+        float(np.max(np.abs(g - one["grads"][n])) / np.max(np.abs(one["grads"][n])))
         for n, g in got["grads"].items()
     )
     print(json.dumps([mesh, abs(got["loss"] / one["loss"] - 1), worst, got["table"]]))
@@ -57,7 +58,7 @@ for mesh, got in found.items():
 
 
 def test_gradients_are_those_of_one_device() -> None:
-    meshes = ["", "fsdp=4", "fsdp=2,context=2", "replica=2,fsdp=2,tensor=2", "context=4", "tensor=2"]
+    meshes = ["", "fsdp=4", "fsdp=2,context=2", "replica=2,fsdp=2,tensor=2"]
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(meshes)], capture_output=True, text=True, env=env, check=False
