@@ -9,11 +9,7 @@ PYTEST_ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-<<<<<<< HEAD
-.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-engines soak soak-engines lint format clean
-=======
-.PHONY: help demo setup test test-full test-rest test-meshes test-engines soak soak-engines plan-accuracy lint format clean
->>>>>>> d23c06c (plan --compile: the real compilers check a plan; runs record theirs, and teach the planner; TPU meshes lie as planned)
+.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-engines soak soak-engines plan-accuracy lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
