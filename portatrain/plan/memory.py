@@ -10,7 +10,6 @@ from portatrain.plan.policy import (
     REMATS,
     SCORES_CHUNK_BYTES,
     SCORES_COPIES,
-    STATIC_LOGITS_COPIES,
     Precision,
     Remat,
     Tuning,
@@ -137,7 +136,7 @@ def _static(
 
     # In the loss: the output projection, and the sums of its gradient, in fp32 and whole.
     most = max(LOGITS_CHUNK_BYTES, work.head)
-    logits = STATIC_LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
+    logits = LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
     head = work.head * (width if work.head_gathered else 0.0) + work.head * 4
     in_loss = (sums, copies + head, logits, 3 * work.embed * tokens * width)
     in_update = (sums + work.trained * grad, 0.0, 0.0, 0.0)

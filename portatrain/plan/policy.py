@@ -136,8 +136,5 @@ SCORES_COPIES = 3.5
 LOGITS_COPIES = 3
 """Logits, their exponentials and their gradient exist at once."""
 
-STATIC_LOGITS_COPIES = 1
-"""XLA computes exponentials and gradient of a chunk where they are used."""
-
 LOGITS_PASSES = 6
 """Times that an fp32 logit is read or written."""

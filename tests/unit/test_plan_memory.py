@@ -15,10 +15,10 @@ from portatrain.plan.placement import place
 from portatrain.plan.policy import (
     ATTENTION_BACKWARD,
     ATTENTION_SHARE,
+    LOGITS_COPIES,
     PRECISIONS,
     REMATS,
     SCORES_COPIES,
-    STATIC_LOGITS_COPIES,
     TUNING,
 )
 from portatrain.plan.shapes import PRESETS
@@ -96,7 +96,7 @@ def test_xla_holds_what_is_alive_at_the_peak() -> None:
     chunk of logits, and no gradient of a layer; where it is a layer: every layer's gradient, and chunks of scores."""
     head = 4096 * 128_256
     loss = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192)
-    assert loss.grads == 0 and loss.logits == STATIC_LOGITS_COPIES * head
+    assert loss.grads == 0 and loss.logits == LOGITS_COPIES * head
     assert loss.gathered == pytest.approx(P8B / 128 * 2 + head * 6)
     layer = need("llama3-8b", (1, 4, 1, 1, 1), tokens=8192)
     assert layer.logits == 0 and layer.grads == pytest.approx((P8B - head - 4096) / 4 * 4)
