@@ -215,6 +215,11 @@ class LandedOnSlurm:
             said = _call(["scontrol", "show", "job", self.id], timeout_s=5.0)
         except UserError:
             return "unclear"
+        # A job that is requeued by others (an administrator, a preemption without grace) is COMPLETING as one that is
+        # cancelled; but Slurm has counted the restart already.
+        restarts = re.search(r"Restarts=(\d+)", said)
+        if restarts and int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
+            return "preempt"
         state = re.search(r"JobState=(\S+)", said)
         if state and state[1] in ("CANCELLED", "COMPLETING", "DEADLINE"):
             return "cancel"

@@ -94,6 +94,16 @@ def test_cancelled_while_running_it_saves_and_is_not_requeued(
     assert now().trained_again == 0 and now().step == 60
 
 
+def test_requeued_by_an_administrator_is_no_cancel(light_lab: Slurm, until: Until) -> None:
+    start("lab-tpu")
+    until(lambda: now().step >= 5, 40, "steps", seen)
+    light_lab.call("scontrol", "requeue", events("landed")[0]["id"])
+    until(lambda: now().state == "SUCCEEDED", 90, "the end", seen)
+    left = events("left")[0]
+    assert (left["outcome"], left["asked"]) == ("preempted", "preempt")
+    assert now().trained_again == 0 and len(now().attempts) == 2
+
+
 def test_cancelled_while_pending(light_lab: Slurm, until: Until) -> None:
     blocks = [light_lab.preempt("tpu", 2), light_lab.preempt("gpu", 1)]
     until(
