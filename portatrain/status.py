@@ -22,6 +22,7 @@ from typing import Any
 from portatrain import files
 from portatrain.claim import Owner, live_owner
 from portatrain.errors import UserError
+from portatrain.places import place_of
 from portatrain.run_dir import RunDir, merge
 
 STATES = (
@@ -106,8 +107,8 @@ def names(runs: str | Path) -> list[str]:
 
 def committed(run: RunDir) -> int | None:
     """The step of the newest checkpoint that has been committed; whether it verifies is for the restore to say."""
-    found = [p.parent.name[5:] for p in (run.path / "checkpoints").glob("step-*/COMMIT")]
-    return max((int(step) for step in found if step.isdigit()), default=None)
+    place = place_of(run.checkpoints())
+    return next((step for step in reversed(place.steps()) if place.committed(step)), None)
 
 
 def status(run: RunDir) -> Status:
