@@ -54,7 +54,7 @@ def test_of_two_acceptable_partitions_one_runs_and_nothing_is_left(light_lab: Sl
     until(lambda: not light_lab.jobs(), 20, "no job left", light_lab.jobs)
     assert len(now().attempts) == 1
     assert "one that is finished" in launch("resume", "a", code=2)
-    assert "expected a name for a new run" in launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", code=2)
+    assert "one that is finished" in launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", code=2)
 
 
 def test_a_preempted_run_goes_on_elsewhere_and_comes_back(light_lab: Slurm, until: Until) -> None:

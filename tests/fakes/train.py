@@ -17,7 +17,7 @@ from portatrain.run_dir import RunDir
 from portatrain.status import committed
 from portatrain.watchdog import Watchdog
 
-STEPS, STEP_S = 60, float(os.environ.get("FAKE_STEP_S", "0.05"))
+STEPS, STEP_S = int(os.environ.get("FAKE_STEPS", "60")), float(os.environ.get("FAKE_STEP_S", "0.05"))
 
 
 def save(run: RunDir, attempt: object, step: int) -> None:
