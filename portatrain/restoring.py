@@ -2,7 +2,8 @@
 
 A backend asks for one box after another (`Backend.restore_state`), torch for one a layer. What this process holds
 follows from the layout, so a thread reads whole tensors' worth of it in groups, whose requests the reader merges and
-sends together, each tile checked. A box that was not foreseen is read when it is asked for.
+sends together, each tile checked. A box that was not foreseen is read when it is asked for; where the very first one
+was not, nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class _Shared:
     reading: set[str] = field(default_factory=set)
     nbytes: int = 0
     wanted: str | None = None
+    served: bool = False
     error: BaseException | None = None
     closed: bool = False
 
@@ -127,7 +129,14 @@ class Restoring:
                         shared.held[full].remove(held)
                         shared.nbytes -= held.array.nbytes
                         self._changed.notify_all()
+                    shared.served = True
                     return part
+            if not shared.served:
+                # This backend's boxes are others than the layout's (flat ranges, say): leave the reading to it.
+                shared.closed = True
+                shared.waiting.clear()
+                shared.held.clear()
+                self._changed.notify_all()
         return None
 
     # ---- the thread

@@ -95,6 +95,18 @@ def test_boxes_that_nobody_foresaw_and_boxes_asked_for_again(saved: tuple[Path, 
         assert np.array_equal(restoring.read("params", "b", (0,), (64,)), values["params/b"])
 
 
+def test_nothing_more_is_read_ahead_of_a_backend_that_holds_other_boxes(saved: tuple[Path, dict]) -> None:
+    path, values = saved
+    boxes = {n: [Box((0,) * v.ndim, tuple(max(1, s // 2) for s in v.shape))] for n, v in values.items()}
+    with LocalStore(path) as store, Restoring(Reader(store), boxes, budget_bytes=1) as restoring:
+        for name, value in values.items():
+            for _ in range(2):
+                found = restoring.read(*split(name), (0,) * value.ndim, value.shape)
+                assert np.array_equal(found, value)
+            restoring._thread.join(20)
+            assert not restoring._thread.is_alive()
+
+
 def test_damage_and_strangers_reach_the_one_who_asks(saved: tuple[Path, dict]) -> None:
     path, values = saved
     boxes = {n: [Box.whole(v.shape)] for n, v in values.items()}
