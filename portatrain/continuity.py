@@ -59,7 +59,8 @@ def record(
 ) -> dict[str, Any]:
     """What the state after `step` steps looks like, as JSON for a checkpoint's meta. Changes nothing.
 
-    `virtual_step` False leaves the probe out, which costs 64 samples forward and a step.
+    `virtual_step` False leaves the probe out, which costs 64 samples forward and a step. After the last step there is
+    no next one: the probe is its losses then.
     """
     start = step * recipe.batch
     ahead = train.batch(start, recipe.batch)
@@ -79,7 +80,7 @@ def record(
     if virtual_step:
         found["probe"] = {
             "losses": _losses(backend, state, recipe, train, start),
-            "norms": _norms(backend, state, recipe, ahead, upcoming),
+            "norms": _norms(backend, state, recipe, ahead, upcoming) if step < recipe.steps else {},
         }
     return found
 
