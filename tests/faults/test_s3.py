@@ -180,7 +180,9 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
     there: tuple[str, Proxy], tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     url, proxy = there
-    backend = next(n for n in ("torch", "jax") if not missing(n))
+    backend = next((n for n in ("torch", "jax") if not missing(n)), None)
+    if backend is None:
+        pytest.skip("neither framework is installed")
     sizes = [
         "model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=4", "steps=12", "eval_every=none",
         "hooks=()", "checkpoint_every=2", "schedule.warmup=2",
