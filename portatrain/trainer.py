@@ -7,7 +7,6 @@ exit_code = trainer.run()
 from __future__ import annotations
 
 import functools
-import shutil
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -18,7 +17,7 @@ import numpy as np
 from portatrain import continuity
 from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
 from portatrain.checkpoint import Checkpoints, check_tensors
-from portatrain.data import OpenData, open_data, prefetch
+from portatrain.data import prefetch
 from portatrain.errors import UserError
 from portatrain.evaluation import evaluate
 from portatrain.facts import peak_rss_bytes, run_info
@@ -31,6 +30,7 @@ from portatrain.module import describe
 from portatrain.plan.of_run import device_order, of_run
 from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
+from portatrain.recipe_data import data_of
 from portatrain.restoring import Restoring, boxes_of
 from portatrain.run_dir import Attempt, Follower, RunDir
 
@@ -115,7 +115,7 @@ class Trainer:
         if self.backend.process:  # process 0 packs, and is the only one that writes or prints
             self.sinks = []
             self.backend.agree(0)
-        self.data = self._open_data()
+        self.data = data_of(recipe, self.definition, run.path / "data")
         if not self.backend.process:
             self.backend.agree(0)
         self.state: Any = None
@@ -125,32 +125,6 @@ class Trainer:
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
-
-    def _open_data(self) -> OpenData:
-        """The data, packed into the run directory; nothing stays there of data that will not do."""
-        folder = self.run_dir.path / "data"
-        made = [p for p in (folder, *folder.parents) if not p.exists()]
-        data = open_data(self.recipe.data, seed=self.recipe.seed, pack_dir=folder)
-        try:
-            data.train.require(self.recipe.batch)
-            self._check_vocab(data.vocab)
-        except UserError:
-            if folder in made:
-                shutil.rmtree(folder)
-                for parent in made[1:]:
-                    parent.rmdir()
-            raise
-        return data
-
-    def _check_vocab(self, ids: int) -> None:
-        table = next((t for t in self.definition.params.values() if "vocab" in t.axes), None)
-        if table is not None and table.shape[table.axes.index("vocab")] < ids:
-            raise UserError(
-                f"recipe {self.recipe.name}: model",
-                expected=f"a vocabulary of at least the data's {ids} ids",
-                got=f"{table.name} with {table.shape[table.axes.index('vocab')]}",
-                do=f"Set model.vocab={ids}.",
-            )
 
     # ---- the loop
 
