@@ -35,8 +35,8 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     program = make_program(recipe, mesh=asked["mesh"])
     batch = batch_of(recipe.data, recipe.batch, recipe.accumulation)
     stage(f"tracing rank 0 of {world}, layer by layer")
+    backend = _backend(program)  # its process groups are made of real ranks
     with FakeTensorMode(allow_non_fake_inputs=True), MemTracker() as memory:
-        backend = _backend(program)
         infos = backend.definition.tensors
 
         def part(role: str, name: str, index: tuple[int, ...]) -> Any:
