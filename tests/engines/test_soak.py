@@ -29,7 +29,7 @@ from tests.engines.test_story import launch, now, prepare, story_of
 pytestmark = [pytest.mark.engines, pytest.mark.soak, pytest.mark.timeout(14_000)]
 
 KILLS, SEED = int(os.environ.get("SOAK_KILLS", "50")), int(os.environ.get("SOAK_SEED", "1"))
-STEPS_A_KILL = 24
+STEPS_A_KILL = 60
 Until = Callable[..., None]
 
 
@@ -79,8 +79,8 @@ def disturbed(lab: Slurm, run: RunDir, until: Until) -> Counter[str]:
         until(lambda n=before: left(run, n), 60, f"attempt {before} has left after {kind}", story_of)
         if sum(kinds.values()) % 5 == 0:
             print(f"{sum(kinds.values())} of {KILLS}: step {now().step}, {len(now().attempts)} attempts", flush=True)
-        for job, state in lab.jobs().items():  # whatever preempted it has done so
-            if name(lab, job) == "wrap" and state == "RUNNING":
+        for job in lab.jobs():  # whatever preempted it has done so
+            if name(lab, job) == "wrap":
                 lab.call("scancel", job)
     until(lambda: now().state == "SUCCEEDED", 900, "the end", story_of)
     until(lambda: not [j for j in lab.jobs() if name(lab, j) != "wrap"], 60, "no job of the run is left", lab.jobs)
