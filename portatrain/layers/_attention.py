@@ -82,7 +82,7 @@ class Attention(Module):
 
     def qkv(self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
         """Queries (B, S, H, D), keys and values (B, S, K, D), rotated."""
-        x_BSE = ops.shard(x_BSE, "batch", "seq", None)
+        x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
         q_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, self.wq)
         k_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wk)
         v_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wv)
@@ -93,9 +93,9 @@ class Attention(Module):
             q_BSHD, k_BSKD = self.q_norm(ops, q_BSHD), self.k_norm(ops, k_BSKD)
         if rope is not None:
             q_BSHD, k_BSKD = ops.rope(q_BSHD, rope), ops.rope(k_BSKD, rope)
-        return q_BSHD, k_BSKD, v_BSKD
+        return ops.name(q_BSHD, "qkv"), ops.name(k_BSKD, "qkv"), ops.name(v_BSKD, "qkv")
 
     def project(self, ops: Ops, out_BSHD: Array) -> Array:
         """(B, S, H, D) -> (B, S, E), laid out as the residual stream."""
         out_BSE = ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
-        return out_BSE if self.o_bias is None else out_BSE + ops.weight(self.o_bias)
+        return ops.name(out_BSE if self.o_bias is None else out_BSE + ops.weight(self.o_bias), "projected")

@@ -36,11 +36,11 @@ class GatedMLP(Module):
 
     def __call__(self, ops: Ops, x_BSE: Array) -> Array:
         """(B, S, E) -> (B, S, E)."""
-        x_BSE = ops.shard(x_BSE, "batch", "seq", None)
-        gate_BSM = ops.einsum("bse,em->bsm", x_BSE, self.gate)
-        up_BSM = ops.einsum("bse,em->bsm", x_BSE, self.up)
-        hidden_BSM = _activate(ops, self.activation, gate_BSM) * up_BSM
-        return ops.shard(ops.einsum("bsm,me->bse", hidden_BSM, self.down), "batch", "res_seq", None)
+        x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
+        gate_BSM = ops.name(ops.einsum("bse,em->bsm", x_BSE, self.gate), "hidden")
+        up_BSM = ops.name(ops.einsum("bse,em->bsm", x_BSE, self.up), "hidden")
+        product_BSM = ops.name(_activate(ops, self.activation, gate_BSM) * up_BSM, "product")
+        return ops.shard(ops.einsum("bsm,me->bse", product_BSM, self.down), "batch", "res_seq", None)
 
 
 class MLP(Module):
@@ -55,9 +55,9 @@ class MLP(Module):
 
     def __call__(self, ops: Ops, x_BSE: Array) -> Array:
         """(B, S, E) -> (B, S, E)."""
-        up_BSM = ops.einsum("bse,em->bsm", ops.shard(x_BSE, "batch", "seq", None), self.up)
-        if self.up_bias is not None:
-            up_BSM = up_BSM + ops.weight(self.up_bias)
-        hidden_BSM = _activate(ops, self.activation, up_BSM)
-        out_BSE = ops.shard(ops.einsum("bsm,me->bse", hidden_BSM, self.down), "batch", "res_seq", None)
+        x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
+        up_BSM = ops.einsum("bse,em->bsm", x_BSE, self.up)
+        up_BSM = ops.name(up_BSM if self.up_bias is None else up_BSM + ops.weight(self.up_bias), "hidden")
+        product_BSM = ops.name(_activate(ops, self.activation, up_BSM), "product")
+        out_BSE = ops.shard(ops.einsum("bsm,me->bse", product_BSM, self.down), "batch", "res_seq", None)
         return out_BSE if self.down_bias is None else out_BSE + ops.weight(self.down_bias)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from portatrain.remat import POLICIES
+
 
 @dataclass(frozen=True, kw_only=True)
 class Remat:
@@ -27,18 +29,9 @@ class Remat:
     offload: float = 0.0
 
 
-REMATS = {
-    r.name: r
-    for r in (
-        Remat(name="none", normed=1, qkv=1, attention=1, projected=1, hidden=1, product=1),
-        Remat(name="dots", qkv=1, projected=1, hidden=1),
-        Remat(name="attention", attention=1),
-        Remat(name="block"),
-    )
-}
-"""none: keep all. dots: keep what matmuls returned. attention: keep what attention returned, so that it alone is not
-computed again. block: keep each block's input. The last projection of a block is never computed again: nothing
-in the backward pass needs what it returned."""
+REMATS = {p.name: Remat(name=p.name, **dict.fromkeys(p.names, 1.0)) for p in POLICIES.values()}
+"""The policies of `portatrain.remat`. The last projection of a block is never computed again: nothing in the backward
+pass needs what it returned."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from portatrain.backends.jax.attention import attention
 from portatrain.backends.jax.losses import Cut, cross_entropy
 from portatrain.layout import Layout, Spec
 from portatrain.ops import Aux, Loss, check_aux
+from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
@@ -31,6 +32,19 @@ SMALL_TABLES = 1 << 20
 def plain(x: Any) -> Any:
     """The array of an nnx.Variable; anything else as it is."""
     return x.get_value() if isinstance(x, nnx.Variable) else x
+
+
+def saveable(policy: Policy) -> Any:
+    """The `jax.checkpoint` policy that keeps what `policy` says."""
+    known = jax.checkpoint_policies
+    if policy.dots:
+        return known.dots_with_no_batch_dims_saveable
+    if policy.offload:
+        return known.save_and_offload_only_these_names(
+            names_which_can_be_saved=[], names_which_can_be_offloaded=sorted(policy.names), offload_src="device",
+            offload_dst="pinned_host",
+        )  # fmt: skip
+    return known.save_only_these_names(*sorted(policy.names))
 
 
 def partition_spec(spec: Spec) -> PartitionSpec:
@@ -63,11 +77,12 @@ class JaxOps:
     layer: Any
     training: bool
     compute: Any = jnp.float32
-    remat: str = "none"
+    remat: Policy = POLICIES["none"]
     layout: Layout | None = None
     devices: jax.sharding.Mesh | None = None
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
+    named: set[str] = dataclasses.field(default_factory=set)
 
     @property
     def _precision(self) -> Any:
@@ -142,7 +157,8 @@ class JaxOps:
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         shards = self._shards("batch", "heads", "seq")
-        return attention(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, shards=shards, **options)
+        out = attention(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, shards=shards, **options)
+        return self.name(out, "attention")
 
     def _shards(self, *axes: str) -> Any:
         """Into how many parts each logical axis of a value is cut."""
@@ -256,19 +272,24 @@ class JaxOps:
     def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
         graph, stacked = nnx.split(stack.block)
         recorded: dict[str, Aux] = {}  # what is static of the auxes: known once the body has been traced
+        named: set[str] = set()
 
         def body(carry: Any, xs: Any) -> Any:
             mine, index, extra = xs
-            inner = dataclasses.replace(self, layer=self.layer * stack.n + index, auxes={}, tallies={})
+            layer = self.layer * stack.n + index
+            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named)
             args = shared if per_layer is None else (*shared, extra)
             carry, out = nnx.merge(graph, mine)(inner, carry, *args)
             recorded.update(inner.auxes)
             return carry, (out, {k: a.value_B for k, a in inner.auxes.items()}, inner.tallies)
 
-        if self.remat == "block" and self.training:
-            body = jax.checkpoint(body, prevent_cse=False)
+        if not self.remat.keeps_all and self.training:
+            body = jax.checkpoint(body, prevent_cse=False, policy=saveable(self.remat))
         xs = (stacked, jnp.arange(stack.n, dtype=jnp.int32), per_layer)
         carry, (outs, auxes, tallies) = jax.lax.scan(body, carry, xs)
+        if self.training:
+            check_used(self.remat, named)
+        self.named |= named
         for key, values_NB in auxes.items():
             one = recorded[key]
             value_B = jnp.max(values_NB, axis=0) if one.reduce == "max" else jnp.sum(values_NB, axis=0)
@@ -278,7 +299,8 @@ class JaxOps:
         return carry, outs
 
     def name(self, x: Any, name: str) -> Any:
-        return checkpoint_name(x, name)
+        self.named.add(name)
+        return checkpoint_name(x, name) if self.remat.by_name else x
 
     def aux(self, name: str, value_B: Any, *, reduce: str = "mean", loss: float = 0.0) -> None:
         check_aux(name, value_B, reduce)

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from portatrain import hashing
-from portatrain.backends.torch.attention import attention
 from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
 from portatrain.backends.torch.ops import TorchOps
+from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.layout import BATCH_MESH_AXES
@@ -86,6 +86,25 @@ class _Weight(torch.autograd.Function):
         return DTensor.from_local(
             local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
         ), None
+
+
+class _Kept(torch.autograd.Function):
+    """x, of which a remat policy keeps this process's part. A gradient passes as it lies: a sum need not be made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any) -> Any:
+        return DTensor.from_local(
+            keep(x._local_tensor),
+            x.device_mesh,
+            x.placements,
+            run_check=False,
+            shape=x.shape,
+            stride=x.stride(),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> Any:
+        return g
 
 
 @dataclasses.dataclass
@@ -289,7 +308,7 @@ class MeshOps(RowOps):
         if take is not None:
             locals_[1:] = [x[:, :, take] for x in locals_[1:]]
         options |= self._attention_rule(q, at_q, k.shape[1], options)
-        return self._from(attention(*locals_, kept=self._kept, **options), at_q)
+        return self._from(self.parts.attention(*locals_, **options), at_q)
 
     def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
         """Local segment_ids and positions: for this process's queries, and for all keys."""
@@ -436,6 +455,10 @@ class MeshOps(RowOps):
             for a in mine:
                 lie[self.axes.index(a)] = Shard(dim)
         return x.redistribute(placements=lie)
+
+    def name(self, x: Any, name: str) -> Any:
+        x = self._value(x)
+        return _Kept.apply(x) if self.keeps(name) else x
 
     def aux(self, name: str, value_B: Any, *, reduce: str = "mean", loss: float = 0.0) -> None:
         super().aux(name, self._made(self._value(value_B)), reduce=reduce, loss=loss)

@@ -14,13 +14,19 @@ from portatrain import hashing
 from portatrain.backends.torch.attention import attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.norms import rms_norm
+from portatrain.backends.torch.remat import keep
 from portatrain.layout import Layout
 from portatrain.ops import Aux, Loss, check_aux
+from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "bool": torch.bool}
+
+
+NAMED = "names of activations"
+"""The key in `TorchOps.kept` of the names that blocks gave."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +35,21 @@ class Static:
 
     training: bool
     compute: torch.dtype = torch.float32
-    remat: str = "none"
+    remat: Policy = POLICIES["none"]
     layout: Layout | None = None
     ops: Any = None
     """The class of operations, TorchOps unless a mesh wants another."""
+    calls: bool = False
+    """Whether a block is run by its own call, with the hooks that others put on it."""
 
 
 @dataclasses.dataclass
 class TorchOps:
     """See `portatrain.ops.Ops`. `auxes` and `tallies` collect what the model records.
 
-    `run_block` runs one layer of a Stack (compiled, where the backend compiles), `losses` all logits or one chunk of
-    them. `kept` holds what one layer makes and the others need too: masks, rotation tables.
+    `run_block` runs one layer of a Stack (compiled, where the backend compiles), `run_again` one under the remat
+    policy, `losses` all logits or one chunk of them. `kept` holds what one layer makes and the others need too: masks,
+    rotation tables.
     """
 
     static: Static
@@ -49,6 +58,7 @@ class TorchOps:
     sample: Tensor
     layer: Tensor
     run_block: Callable[..., Any] | None = None
+    run_again: Callable[..., Any] | None = None
     losses: tuple[Callable[..., Any], Callable[..., Any]] = (token_losses, chunk_loss)
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -103,10 +113,12 @@ class TorchOps:
         theta: float = 10000.0,
         scaling: RopeScaling | None = None,
     ) -> tuple[Tensor, Tensor]:
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=positions.device) / head_dim
+        # Made on the host where the device may lack float64.
+        there = positions.device if positions.device.type in ("cpu", "cuda") else torch.device("cpu")
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=there) / head_dim
         frequencies = theta**-exponents
         frequencies = frequencies if scaling is None else scaling.applied(frequencies)
-        angles = positions.float()[..., None] * frequencies.float()
+        angles = positions.float()[..., None] * frequencies.float().to(positions.device)
         return angles.cos(), angles.sin()
 
     def rope(self, x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
@@ -121,7 +133,9 @@ class TorchOps:
         return y.to(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
-        return attention(q_BSHD, k_BTKD, v_BTKD, kept=self._kept, **options)
+        out = attention(q_BSHD, k_BTKD, v_BTKD, kept=self._kept, **options)
+        # What a kernel returns is kept with what its backward pass needs; what is written out, by name.
+        return out if options.get("softcap") is None else self.name(out, "attention")
 
     def _kept(self, what: str, of: tuple[Any, ...], make: Callable[..., Any]) -> Any:
         """make(*of), or what it gave an earlier layer for the same tensors and values."""
@@ -223,14 +237,14 @@ class TorchOps:
         return x
 
     def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
-        run = self.run_block or run_block
-        if self.static.remat == "block" and self.training and torch.is_grad_enabled():
-            run = functools.partial(_rematerialised, run)
+        again = not self.static.remat.keeps_all and self.training and torch.is_grad_enabled()
+        run = (self.run_again if again else None) or self.run_block or run_block
         layers = (
             self.layer * stack.n + torch.arange(stack.n, dtype=torch.int32, device=self.step.device)
         ).unbind()
         # A compiled block cannot keep anything: it makes masks and tables anew, fused into what uses them.
         kept = self.kept if self.run_block in (None, run_block) else None
+        outside = set() if kept is None else kept.pop(NAMED, set())
         outs, tallies = [], []
         for index, block in enumerate(stack):
             extra = () if per_layer is None else (tree_map(lambda a, i=index: a[i], per_layer),)
@@ -243,13 +257,25 @@ class TorchOps:
                 self._record(key, Aux(value_B, count, reduce, loss))
             outs.append(out)
             tallies.append(tally)
+        if kept is not None:
+            named = kept.setdefault(NAMED, set())
+            if again:
+                check_used(self.static.remat, named)
+            named |= outside
         for key in tallies[0]:
             value = torch.stack([t[key] for t in tallies])
             self.tallies[key] = self.tallies[key] + value if key in self.tallies else value
         return carry, _stacked(outs)
 
     def name(self, x: Tensor, name: str) -> Tensor:
-        return x
+        return keep(x) if self.keeps(name) else x
+
+    def keeps(self, name: str) -> bool:
+        """Note that a block gave this name; whether the remat policy keeps what has it."""
+        if self.kept is not None:
+            self.kept.setdefault(NAMED, set()).add(name)
+        policy = self.static.remat
+        return self.training and policy.by_name and name in policy.names
 
     def aux(self, name: str, value_B: Tensor, *, reduce: str = "mean", loss: float = 0.0) -> None:
         check_aux(name, value_B, reduce)
@@ -274,15 +300,8 @@ def run_block(
     make: Callable[..., TorchOps] = static.ops or TorchOps
     ops = make(static, *context, kept=kept)
     # Not the module's own call: hooks (FSDP2's) are around all of this, not inside what is compiled.
-    carry, out = block.forward(ops, carry, *args)
+    carry, out = (block if static.calls else block.forward)(ops, carry, *args)
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
-
-
-def _rematerialised(run: Callable[..., Any], *args: Any) -> Any:
-    from torch.utils.checkpoint import checkpoint
-
-    # Dropout is a hash, not a generator: there is no random state to keep.
-    return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def _whole_table(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

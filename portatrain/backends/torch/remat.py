@@ -1,0 +1,78 @@
+"""Remat policies in torch: what a block keeps is chosen operation by operation (selective activation checkpointing)."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from portatrain.errors import UserError
+from portatrain.remat import Policy
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_aten: Any = torch.ops.aten
+
+DOTS = frozenset({_aten.mm.default, _aten.addmm.default})
+"""Contractions without a batch dimension; those with one are bmm and baddbmm."""
+
+ATTENTION = frozenset(
+    getattr(_aten, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(_aten, name)
+)  # fmt: skip
+"""The kernels that `scaled_dot_product_attention` chooses from; without one it is written out in matmuls."""
+
+
+@torch.library.custom_op("portatrain::keep", mutates_args=())
+def keep(x: Tensor) -> Tensor:
+    """A copy of x, which a policy by name keeps. Only what a policy names is copied."""
+    return x.clone()
+
+
+@keep.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+keep.register_autograd(lambda ctx, grad: grad)
+
+
+def check_policy(policy: Policy) -> None:
+    """Raise UserError for what this backend cannot do."""
+    if policy.offload:
+        raise UserError(
+            f"remat {policy.name!r} on the torch backend", expected="a policy that keeps activations on the device",
+            got="one that moves them to the host", do=f"Use keep:{'+'.join(sorted(policy.names))}, or --backend jax.",
+        )  # fmt: skip
+
+
+def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, of which the backward pass has what `policy` keeps and computes the rest again."""
+    if policy.keeps_all:
+        return run
+    options: dict[str, Any] = {}
+    if policy.name != "block":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _choice(policy))
+
+    def again(*args: Any) -> Any:
+        # Dropout is a hash, not a generator: there is no random state to keep.
+        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return again
+
+
+def _choice(policy: Policy) -> Callable[..., CheckpointPolicy]:
+    kept = set(DOTS if policy.dots else {torch.ops.portatrain.keep.default})
+    if "attention" in policy.names and not policy.dots:
+        kept |= ATTENTION
+
+    def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return choose
