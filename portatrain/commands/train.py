@@ -30,6 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument(
+        "--processes",
+        metavar="N",
+        type=int,
+        help="as N processes of this machine, which share the devices, as on a pod (jax; torch has one a device)",
+    )
+    parser.add_argument(
         "--stop-at", metavar="STEP", type=int, help="save after this step and leave with exit code 85"
     )
     parser.add_argument(
@@ -67,6 +73,7 @@ def train(args: argparse.Namespace) -> int:
     backend = options.resolved_backend(args.backend)
     options.positive("--devices", args.devices)
     options.positive("--stop-at", args.stop_at)
+    options.positive("--processes", args.processes)
     if args.stop_at is not None and args.stop_at > recipe.steps:
         raise UserError(
             "--stop-at",
@@ -87,9 +94,8 @@ def train(args: argparse.Namespace) -> int:
         from portatrain.run_dir import RunDir
         from portatrain.trainer import make_program
 
-        make_program(
-            recipe, mesh=args.mesh or f"fsdp={n}"
-        )  # what does not go together, before any of them starts
+        # What does not go together, before any of them starts.
+        make_program(recipe, mesh=args.mesh or f"fsdp={args.devices or n}")
         RunDir(Path(args.run_dir)).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
@@ -127,7 +133,7 @@ def train(args: argparse.Namespace) -> int:
         )
 
 
-PROCESS_A_DEVICE = ("torch",)
+PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 """Backends of which every device has a process of its own."""
 
 
@@ -140,12 +146,20 @@ def _processes_there(backend: str, mesh: str | None) -> int | None:
 
 def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
     """How many processes to start for this command; None where this process is one of them, or all that it takes."""
+    from portatrain.backends.base import devices_a_process
     from portatrain.layout import Mesh
     from portatrain.processes import world_size
 
-    if backend not in PROCESS_A_DEVICE or world_size() is not None:
+    if world_size() is not None:
         return None
-    n = Mesh.parse(args.mesh).devices if args.mesh is not None else args.devices or 1
+    devices = Mesh.parse(args.mesh).devices if args.mesh is not None else args.devices or 1
+    n = devices if backend in PROCESS_A_DEVICE else args.processes or 1
+    if args.processes not in (None, n):
+        raise UserError(
+            f"--processes {args.processes} on the {backend} backend", expected=f"{devices}, one a device",
+            got=str(args.processes), do="Leave --processes out.",
+        )  # fmt: skip
+    devices_a_process(devices, n)
     return n if n > 1 else None
 
 

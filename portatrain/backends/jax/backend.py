@@ -15,16 +15,16 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from portatrain import hashing
+from portatrain import hashing, remat
 from portatrain.after_step import run_after_step
-from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
+from portatrain.backends.base import Arrays, Context, LocalBox, Program, Scattered, StepResult
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
+from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, transformation, xp
 from portatrain.backends.jax.rehearsal import norms
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
 from portatrain.module import TensorInfo
 from portatrain.ops import Loss
 from portatrain.optim import clip_scale, global_norm
@@ -36,25 +36,6 @@ State = dict[str, Any]
 """{'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
-def device_mesh(
-    mesh: Mesh,
-    devices: Sequence[Any] | None = None,
-    order: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
-) -> jax.sharding.Mesh:
-    """The JAX mesh of a portable one, over `devices` as they come; None: over the first that there are, in `order`."""
-    there = jax.devices() if devices is None else devices
-    if len(there) < mesh.devices:
-        raise UserError(
-            f"mesh {mesh}", expected=f"{mesh.devices} devices", got=f"{len(there)} {there[0].platform} device(s)",
-            do="Use a smaller mesh; on a CPU, --devices N simulates N devices.",
-        )  # fmt: skip
-    there = there[: mesh.devices]
-    if devices is None and order is not None:
-        there = order(there)
-    grid = np.array(there, dtype=object).reshape(tuple(mesh.sizes.values()))
-    return jax.sharding.Mesh(grid, tuple(mesh.sizes))
-
-
 class JaxBackend:
     """See `portatrain.backends.base.Backend`. `devices`: those of the mesh, row-major, where their order matters; they
     may be descriptions of devices that are not there, to compile for (`abstract_step`)."""
@@ -63,7 +44,10 @@ class JaxBackend:
 
     def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
+        if devices is None:
+            join()
         self.devices = device_mesh(self.layout.mesh, devices, program.order)
+        self.process, self.processes = jax.process_index(), jax.process_count()
         self.tx = transformation(program.optimizer, self.definition.params, program.decay)
         # The structure of the native module, without arrays: enough to rebuild it inside a trace.
         with jax.ensure_compile_time_eval():
@@ -75,13 +59,14 @@ class JaxBackend:
         # On a CPU a step takes the cores that would prepare the next one; small ones even run in the calling thread.
         self.asynchronous = platform != "cpu"
         options = compiler_options(platform)
-        self._steps = jax.jit(
-            self._step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
-        )
-        self._evals = jax.jit(self._eval, compiler_options=options)
-        self._predicts = jax.jit(self._predict, compiler_options=options)
-        self._gradients_of = jax.jit(self._accumulate, compiler_options=options)
-        self._rehearses = jax.jit(self._rehearse, out_shardings=self._replicated, compiler_options=options)
+        # Of many processes each can read only what it has: what the host reads is whole on all of them.
+        read: Any = self._replicated if self.processes > 1 else None
+        jit = functools.partial(jax.jit, compiler_options=options)
+        self._steps = jit(self._step, donate_argnums=0, out_shardings=(shardings, read))
+        self._evals = jit(self._eval, out_shardings=read)
+        self._predicts = jit(self._predict, out_shardings=read)
+        self._gradients_of = jit(self._accumulate, out_shardings=read)
+        self._rehearses = jit(self._rehearse, out_shardings=self._replicated)
 
     # ---- modules
 
@@ -112,7 +97,7 @@ class JaxBackend:
             layer=jnp.zeros((), jnp.int32),
             training=training,
             compute=COMPUTE[self.program.precision],
-            remat=self.program.remat,
+            remat=remat.parse(self.program.remat),
             layout=self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
         )
@@ -147,10 +132,13 @@ class JaxBackend:
             "state": {n: make(t, "state") for n, t in self.definition.states.items()},
             "ema": {n: make(t, "ema") for n, t in self.definition.params.items() if n in self.program.ema},
             "opt": RuleState(
-                self._replicated if count is None else jax.device_put(jnp.int32(count), self._replicated),
+                self._replicated if count is None else self._whole(np.int32(count)),
                 slots,
             ),
         }
+
+    def _whole(self, value: np.int32) -> Any:
+        return jax.make_array_from_callback((), self._replicated, lambda _: np.asarray(value)).copy()
 
     @property
     def _replicated(self) -> NamedSharding:
@@ -303,11 +291,23 @@ class JaxBackend:
         return self._module(params, states).predict(self._ops(batch, 0, training=False), batch)
 
     def eval(self, state: State, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        found = self._evals(state["params"], state["state"], self._put(batch, 0))
-        return {k: np.asarray(v) for k, v in found.items()}
+        rows = next(iter(batch.values())).shape[0]
+        found = self._evals(state["params"], state["state"], self._put(self._even(batch), 0))
+        return {k: np.asarray(v)[:rows] for k, v in found.items()}
 
     def predict(self, state: State, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        return np.asarray(self._predicts(state["params"], state["state"], self._put(batch, 0)))
+        rows = next(iter(batch.values())).shape[0]
+        there = self._put(self._even(batch), 0)
+        return np.asarray(self._predicts(state["params"], state["state"], there))[:rows]
+
+    def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """As many rows as divide over the mesh; the last one again where they do not."""
+        more = -next(iter(batch.values())).shape[0] % self.layout.mesh.over(self.layout.spec(("batch",))[0])
+        return (
+            {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
+            if more
+            else batch
+        )
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """The batch on the devices; axis `lead` is the samples'."""
@@ -315,9 +315,11 @@ class JaxBackend:
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value
             axes = (None,) * lead + ("batch",) + (None,) * (value.ndim - lead - 1)
-            placed[key] = jax.device_put(
-                value, NamedSharding(self.devices, partition_spec(self.layout.spec(axes)))
-            )
+            sharding = NamedSharding(self.devices, partition_spec(self.layout.spec(axes)))
+            if self.processes == 1:
+                placed[key] = jax.device_put(value, sharding)
+            else:  # which would first have all processes compare what they were given
+                placed[key] = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
         return placed
 
     # ---- what it holds and runs on
@@ -336,6 +338,9 @@ class JaxBackend:
         count = state["opt"].count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
 
+    def scattered(self, state: Any) -> Scattered:
+        return {}
+
     def describe_memory(self, state: State) -> dict[str, int]:
         def held(tree: Any) -> int:
             return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards)
@@ -349,14 +354,6 @@ class JaxBackend:
     def graphs(self) -> int:
         jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of, self._rehearses]
         return sum(f._cache_size() for f in jitted)
-
-    @property
-    def process(self) -> int:
-        return jax.process_index()
-
-    @property
-    def processes(self) -> int:
-        return jax.process_count()
 
     def agree(self, value: int) -> int:
         if self.processes == 1:

@@ -1,0 +1,66 @@
+"""The processes and devices of a mesh: one process, or several that each hold as many of its devices."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+import jax
+from portatrain import processes
+from portatrain.errors import UserError
+from portatrain.layout import Mesh
+
+
+def join() -> None:
+    """Join the processes that the environment names, unless this one has. To be called before any JAX computation.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as `portatrain train --processes` and torchrun set them, name them;
+    on a TPU slice of several hosts JAX asks the TPU's own environment. On CPUs gloo carries the collectives.
+    """
+    if jax.distributed.is_initialized():
+        return
+    n = processes.world_size()
+    if n is not None and n > 1:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"process {processes.rank()} of {n}", expected="MASTER_ADDR and MASTER_PORT, where process 0 listens",
+                got=f"no {' and no '.join(missing)}", do="Start it with --processes, or a launcher that sets them.",
+            )  # fmt: skip
+        jax.config.update("jax_cpu_collectives_implementation", "gloo")
+        jax.distributed.initialize(
+            coordinator_address=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
+            num_processes=n,
+            process_id=processes.rank(),
+        )
+    elif n is None and len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+        jax.distributed.initialize()
+
+
+def device_mesh(
+    mesh: Mesh,
+    devices: Sequence[Any] | None = None,
+    order: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+) -> jax.sharding.Mesh:
+    """The JAX mesh of a portable one: over `devices` as they come; where none are given, over the first devices of one
+    process or all devices of several, in `order`.
+
+    Without it devices count process by process, so that a process holds neighbours on the minor axes. Raises UserError
+    where there are too few, and in several processes where there are others than the mesh has.
+    """
+    there = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else list(devices)
+    many = devices is None and jax.process_count() > 1
+    if len(there) < mesh.devices or (many and len(there) != mesh.devices):
+        of = f" in {jax.process_count()} processes" if many else ""
+        raise UserError(
+            f"mesh {mesh}", expected=f"{mesh.devices} devices", got=f"{len(there)} {there[0].platform} device(s){of}",
+            do="Use a mesh of as many; on a CPU, --devices N simulates N devices.",
+        )  # fmt: skip
+    there = there[: mesh.devices]
+    if devices is None and order is not None:
+        there = list(order(there))
+    grid = np.array(there, dtype=object).reshape(tuple(mesh.sizes.values()))
+    return jax.sharding.Mesh(grid, tuple(mesh.sizes))
