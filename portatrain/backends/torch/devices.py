@@ -1,20 +1,180 @@
-"""What device this process has."""
+"""Every kind of device that torch can compute on, a row each: what it is called, how it is found, what it can do.
+
+What torch itself says decides: a ROCm build is one whose `torch.version.hip` is set, and its device type is 'cuda'.
+Rows of devices that no test of ours ever ran on say so in `ran`.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import platform
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from portatrain.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """One kind of device.
+
+    type: torch's name of it. collectives: the library that carries them, as torch.distributed calls it; None: one
+    process only. present: whether torch (given) sees one. plugin: the package that makes torch know of it, imported
+    where installed. precisions: of `Program.precision`. attention: the kernels that scaled_dot_product_attention has
+    there. compiles: whether blocks are compiled unless a program says otherwise. float64: whether it has that type.
+    environment: variables that help, and why; they are set by the user, never by us. ran: what was run there.
+    """
+
+    name: str
+    type: str
+    collectives: str | None
+    present: Callable[[Any], bool]
+    plugin: str | None = None
+    precisions: tuple[str, ...] = ("fp32", "bf16")
+    attention: tuple[str, ...] = ("math",)
+    compiles: bool = False
+    float64: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict)
+    ran: str = "never: this row is by its maker's documentation"
+
+
+def _there(name: str) -> Callable[[Any], bool]:
+    """Whether `torch.NAME.is_available()`."""
+
+    def present(torch: Any) -> bool:
+        module = getattr(torch, name, None)
+        return module is not None and bool(module.is_available())
+
+    return present
+
+
+def _hip(torch: Any) -> bool:
+    return getattr(torch.version, "hip", None) is not None
+
+
+_ALLOCATOR = "expandable segments lose less memory to gaps between tensors of many sizes"
+
+DEVICES = {
+    d.name: d
+    for d in (
+        Device(
+            name="cuda", type="cuda", collectives="nccl", present=lambda t: _there("cuda")(t) and not _hip(t),
+            attention=("flash", "cudnn", "efficient", "math"), compiles=True,
+            environment={"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True": _ALLOCATOR},
+        ),
+        Device(
+            name="rocm", type="cuda", collectives="nccl", present=lambda t: _there("cuda")(t) and _hip(t),
+            attention=("flash", "efficient", "math"), compiles=True,
+            environment={
+                "ROCR_VISIBLE_DEVICES=0,1": "the GPUs that a process may see, below HIP and torch",
+                "TORCH_BLAS_PREFER_HIPBLASLT=1": "matmuls by hipBLASLt",
+                "HSA_NO_SCRATCH_RECLAIM=1": "scratch memory stays with its queue instead of being asked for again",
+                "HSA_FORCE_FINE_GRAIN_PCIE=1": "peer-to-peer copies of RCCL between GPUs on PCIe",
+            },
+        ),
+        Device(
+            name="xpu", type="xpu", collectives="xccl", present=_there("xpu"), attention=("flash", "math"),
+            compiles=True,
+        ),
+        Device(
+            name="hpu", type="hpu", collectives="hccl", present=_there("hpu"), plugin="habana_frameworks.torch",
+            float64=False, environment={"PT_HPU_LAZY_MODE=0": "eager mode, which torch.compile and DTensor need"},
+        ),
+        Device(
+            name="npu", type="npu", collectives="hccl", present=_there("npu"), plugin="torch_npu", float64=False,
+            environment={"HCCL_BUFFSIZE=200": "MiB of each of a group's two buffers; many groups want smaller ones"},
+        ),
+        Device(
+            name="mps", type="mps", collectives=None, float64=False,
+            present=lambda t: bool(getattr(getattr(t.backends, "mps", None), "is_available", bool)()),
+        ),
+        Device(
+            name="cpu", type="cpu", collectives="gloo", present=lambda t: True, attention=("flash", "math"),
+            environment={"OMP_NUM_THREADS=1": "where several processes share the cores"},
+            ran="every test of this project",
+        ),
+    )
+}  # fmt: skip
+"""In the order in which they are looked for."""
+
+
+def detect(torch: Any = torch) -> Device:
+    """The first row of `DEVICES` that `torch` sees: an accelerator where there is one, else the CPU."""
+    for row in DEVICES.values():
+        if row.plugin is not None and _installed(row.plugin):
+            importlib.import_module(row.plugin)
+        if row.present(torch):
+            return row
+    raise AssertionError("there is always a CPU")
+
+
+def _installed(plugin: str) -> bool:
+    try:
+        return importlib.util.find_spec(plugin) is not None
+    except ModuleNotFoundError:  # the package above it is not there
+        return False
+
+
+def row_of(device: torch.device) -> Device:
+    """The row of a device of this machine."""
+    found = detect()
+    return found if found.type == device.type else DEVICES[device.type]
 
 
 def pick_device() -> torch.device:
-    """The first accelerator of this process where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu")
+    """The device of a program in one process: the current accelerator where there is one, else the CPU."""
+    row = detect()
+    if row.type == "cpu":
+        return torch.device("cpu")
+    return torch.device(row.type, getattr(torch, row.type).current_device() if row.name != "mps" else 0)
+
+
+def check_device(row: Device, precision: str) -> None:
+    """Raise UserError unless a program of this precision runs there."""
+    if precision not in row.precisions:
+        raise UserError(
+            f"precision {precision} on {row.name}", expected=f"one of {', '.join(row.precisions)}", got=precision,
+            do="Choose one of those, or another device.",
+        )  # fmt: skip
+
+
+def local_device(row: Device, what: str) -> torch.device:
+    """This process's device among those of its machine, by LOCAL_RANK, made the current one. UserError where there
+    are too few, or where the kind has no collectives."""
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if row.type == "cpu":
+        return torch.device("cpu")
+    if row.collectives is None:
+        raise UserError(
+            what, expected="a kind of device with collectives between processes", got=row.name,
+            do="Use one process and a mesh of one device, or another machine.",
+        )  # fmt: skip
+    module = getattr(torch, row.type)
+    if local >= module.device_count():
+        raise UserError(
+            what, expected="a device for every process of this machine",
+            got=f"{module.device_count()} {row.name} device(s) for process {local}", do="Start fewer processes on it.",
+        )  # fmt: skip
+    module.set_device(local)
+    return torch.device(row.type, local)
+
+
+def process_group_backend(row: Device) -> str:
+    """What `init_process_group` is told: gloo for what lies on the host, the device's own for the rest."""
+    return "gloo" if row.type == "cpu" else f"cpu:gloo,{row.type}:{row.collectives}"
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The most that was allocated on a device, where it tells."""
+    tell = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
+    return None if device.type == "cpu" or tell is None else int(tell(device))
 
 
 def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} ({platform.machine()})"
+    tell = getattr(getattr(torch, device.type, None), "get_device_name", None)
+    return (
+        f"{device.type} ({platform.machine()})" if device.type == "cpu" or tell is None else str(tell(device))
+    )

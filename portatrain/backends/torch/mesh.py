@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from portatrain.backends.torch.devices import detect, local_device, process_group_backend
 from portatrain.errors import UserError
 from portatrain.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
 from torch import Tensor
@@ -52,27 +53,20 @@ def join(mesh: Mesh) -> torch.device:
     """Join the process group that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as
     torchrun and `portatrain train --devices` set them), unless this process has; the device of this process.
 
-    NCCL carries CUDA tensors, gloo those on the CPU. Raises UserError before it waits for anybody.
+    gloo carries tensors of the host, the device's own library (`devices`) the others. Raises UserError before it waits
+    for anybody.
     """
     if dist.is_initialized():
         check_processes(mesh, dist.get_world_size())
     else:
         there = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
         check_processes(mesh, int(there) if there is not None else None)
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"mesh {mesh}", expected="a GPU for every process of this machine",
-                got=f"{torch.cuda.device_count()} for process {local}", do="Start fewer processes on it.",
-            )  # fmt: skip
-        torch.cuda.set_device(local)
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    row = detect()
+    device = local_device(row, f"mesh {mesh}")
     if not dist.is_initialized():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=TIMEOUT_S),
-            device_id=device if cuda else None,
+            process_group_backend(row), timeout=timedelta(seconds=TIMEOUT_S),
+            device_id=device if row.type == "cuda" else None,
         )  # fmt: skip
         atexit.register(leave)
     return device
