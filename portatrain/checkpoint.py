@@ -11,7 +11,6 @@ Names: `params/<name>`, `state/<name>`, `ema/<name>`, `opt/<slot>/<name>`, `opt/
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import os
 import threading
@@ -25,6 +24,7 @@ import numpy as np
 
 from checkpoints_format import (
     Box,
+    Explicit,
     FormatError,
     Mesh,
     NotCommittedError,
@@ -40,7 +40,7 @@ from checkpoints_format import (
 from checkpoints_format import Layout as FormatLayout
 from checkpoints_format.packs import receipt_name
 from checkpoints_format.writer import COMMIT
-from portatrain.backends.base import Backend, Program
+from portatrain.backends.base import Backend, Program, Scattered
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.places import place_of
@@ -53,17 +53,21 @@ RECEIPTS_WITHIN_S = 600.0
 Read = Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]
 
 
-def format_layout(program: Program) -> FormatLayout:
-    """What a checkpoint of `program` holds, and which mesh position has which box of it."""
+def format_layout(program: Program, scattered: Scattered | None = None, writers: int = 1) -> FormatLayout:
+    """What a checkpoint of `program` holds, and which mesh position has which box of it. `scattered`: the tensors
+    that do not lie as the layout says, as `Backend.scattered` gives them."""
+    scattered = scattered or {}
     mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
 
     def tensor(info: TensorInfo, role: str) -> Tensor:
         # Averages lie as parameters do; a slot as the layout's mapping for the optimizer says.
         spec = program.layout.tensor_spec(info, role="params" if role == "ema" else role)
+        by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
+        listed = tuple((process, Box(*box)) for process, *box in scattered.get((role, info.name), ()))
         return Tensor(
             name=full_name(role, info.name), dtype=info.dtype, shape=info.shape, axes=info.axes,
             role=role.split("/")[0], batch=info.batch_dims,
-            placement=Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec)),
+            placement=Explicit(boxes=listed) if listed else by_rule,
         )  # fmt: skip
 
     infos = program.definition
@@ -78,7 +82,7 @@ def format_layout(program: Program) -> FormatLayout:
     ]
     tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
     axes = tuple(mesh.items()) or (("device", 1),)
-    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes),))
+    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes),), writers=writers)
 
 
 def snapshot(
@@ -121,10 +125,14 @@ def _source(held: list[tuple[Box, np.ndarray]]) -> Callable[[Box], np.ndarray]:
             if box.intersect(wanted) == wanted:
                 return array[wanted.slices(box.offset)]
         out = np.empty(wanted.shape, held[0][1].dtype)
+        filled = 0
         for box, array in held:
             common = box.intersect(wanted)
             if common is not None:
                 out[common.slices(wanted.offset)] = array[common.slices(box.offset)]
+                filled += common.size
+        if filled < wanted.size:
+            raise RuntimeError(f"{filled} of {wanted.size} elements of {wanted} are held by this process")
         return out
 
     return values
@@ -201,7 +209,7 @@ class Checkpoints:
         if skip_if_busy and backend.agree(int(self._thread is not None and self._thread.is_alive())):
             return False
         self.wait()
-        layout = dataclasses.replace(format_layout(backend.program), writers=self.processes)
+        layout = format_layout(backend.program, backend.scattered(state), self.processes)
         wanted = written_by(layout, self.process)
         sizes = {t.name: t.item_bytes for t in layout.tensors}
         needed = sum(sizes[n] * math.prod(b.shape) for n, b, _ in _boxes(backend, state) if n in wanted)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,15 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from portatrain import processes, remat
 from portatrain.errors import UserError, choice
 from portatrain.layout import Layout
 from portatrain.module import Definition
 from portatrain.optim import Rule
 
 Arrays = dict[str, np.ndarray]
-
-REMATS = ("none", "block")
-"""Remat policies every backend knows: keep all activations, or recompute each block of a Stack."""
 
 PRECISIONS = ("fp32", "bf16")
 
@@ -51,9 +50,9 @@ class Program:
     """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
 
     def __post_init__(self) -> None:
-        for what, value, valid in (("precision", self.precision, PRECISIONS), ("remat", self.remat, REMATS)):
-            if value not in valid:
-                raise choice(what, value, valid)
+        if self.precision not in PRECISIONS:
+            raise choice("precision", self.precision, PRECISIONS)
+        remat.parse(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +95,10 @@ class Context:
     """(B,) int64 sample indices n; needed by dropout."""
     training: bool = False
     precision: str = "fp32"
+
+
+Scattered = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]
+"""By role and name: (process, offset, shape) of boxes that cover the tensor, without overlap."""
 
 
 class Backend(Protocol):
@@ -159,6 +162,10 @@ class Backend(Protocol):
         """Every box of every tensor that this process holds, with nothing left out."""
         ...
 
+    def scattered(self, state: Any) -> Scattered:
+        """Which process has which boxes of the tensors that do not lie as the layout says; all processes call it."""
+        ...
+
     def describe_memory(self, state: Any) -> dict[str, int]:
         """Bytes on this process's devices by role: params, opt, state, ema, and 'peak' where the device tells."""
         ...
@@ -188,17 +195,27 @@ class Backend(Protocol):
         ...
 
 
-FRAMEWORKS = {"jax": ("jax", "flax", "optax"), "torch": ("torch",)}
-"""What each backend of ours imports; its extra has the same name."""
+GROUP = "portatrain.backends"
+"""The entry-point group that a lab's own backends register in."""
+
+_ZERO = "portatrain.backends.deepspeed:Zero"
+_OURS = {
+    "jax": ("portatrain.backends.jax:JaxBackend", "jax", ("jax", "flax", "optax")),
+    "torch": ("portatrain.backends.torch:TorchBackend", "torch", ("torch",)),
+    **{f"deepspeed-{n}": (f"{_ZERO}{n}", "deepspeed", ("torch", "deepspeed")) for n in (1, 2, 3)},
+}
+"""Our backends: where each is, the extra that installs what it needs, and what that is."""
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    return {e.name: e for e in importlib.metadata.entry_points(group="portatrain.backends")}
+    ours = {n: importlib.metadata.EntryPoint(n, where, GROUP) for n, (where, *_) in _OURS.items()}
+    return {e.name: e for e in importlib.metadata.entry_points(group=GROUP)} | ours
 
 
 def missing(name: str) -> tuple[str, ...]:
     """The frameworks that backend `name` needs and that are not installed."""
-    return tuple(m for m in FRAMEWORKS.get(name, ()) if importlib.util.find_spec(m) is None)
+    needs = _OURS[name][2] if name in _OURS else ()
+    return tuple(m for m in needs if importlib.util.find_spec(m) is None)
 
 
 def check_backend(name: str) -> str:
@@ -209,9 +226,9 @@ def check_backend(name: str) -> str:
     if gone := missing(name):
         raise UserError(
             f"backend {name}",
-            expected=f"{', '.join(FRAMEWORKS[name])} to be installed",
+            expected=f"{', '.join(_OURS[name][2])} to be installed",
             got=f"no {', '.join(gone)}",
-            do=f"Install it with: pip install 'portatrain[{name}]'",
+            do=f"Install it with: pip install 'portatrain[{_OURS[name][1]}]'",
         )
     return name
 
@@ -230,16 +247,43 @@ def default_backend() -> str:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of backend `name`, its framework imported."""
+    """The class of backend `name`, its framework imported. UserError where it does not import, or is none."""
     check_backend(name)
-    return _entry_points()[name].load()
+    point = _entry_points()[name]
+    try:
+        found = point.load()
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"backend {name}", expected=f"{point.value} to import", got=f"{type(error).__name__}: {error}",
+            do="Mend or remove the package that registers it under portatrain.backends.",
+        ) from error  # fmt: skip
+    lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
+    if lacks:
+        raise UserError(
+            f"backend {name}", expected="a class with the verbs of portatrain.backends.base.Backend",
+            got=f"one without {', '.join(lacks)}", do="Add them; `python -m portatrain.testing` checks what they do.",
+        )  # fmt: skip
+    return found
 
 
 def simulate_devices(name: str, devices: int) -> None:
-    """Have backend `name` see `devices` devices on a machine that has a CPU only. To be called before its framework
-    is imported; does nothing for one device, or where the process has been told how many there are."""
-    if name != "jax" or devices == 1:
+    """Have backend `name` see `devices` devices, over all processes, on a machine that has a CPU only. To be called
+    before its framework is imported; does nothing for one, or where the process has been told how many there are."""
+    if name != "jax":
         return
+    mine = devices_a_process(devices, processes.world_size() or 1)
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={devices}".strip()
+    if mine > 1 and "xla_force_host_platform_device_count" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count={mine}".strip()
+
+
+def devices_a_process(devices: int, among: int) -> int:
+    """How many of a mesh's `devices` each of `among` processes has; UserError where they do not divide."""
+    if devices % among:
+        raise UserError(
+            f"{among} processes",
+            expected=f"a number that divides the mesh's {devices} devices",
+            got=str(among),
+            do=f"Every process holds as many: use {math.gcd(devices, among)} processes, or another mesh.",
+        )
+    return devices // among

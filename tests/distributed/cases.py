@@ -114,6 +114,11 @@ CASES: dict[str, Case] = {
         params={"embed": (), "mlp": ("tensor", "fsdp"), "vocab": ("tensor", "fsdp"), "heads": ("tensor", "fsdp")},
     ),
     "lm, remat": Case(model=_lm(dropout=0.1), accumulation=2, options={"remat": "block"}),
+    "lm, remat by name": Case(
+        model=_lm(dropout=0.1), accumulation=2, options={"remat": "keep:normed+qkv+projected+product"}
+    ),
+    "lm, remat of dots": Case(model=_lm(dropout=0.1, softcap=20.0), options={"remat": "dots"}),
+    "lm, remat but attention": Case(model=_lm(dropout=0.1), options={"remat": "attention"}),
     "lm, a step that is not finite": Case(model=_lm(), accumulation=2, blank_step=2),
     "lm, Muon": Case(model=_lm(), optimizer=Muon(lr=0.02)),
     "lm, Adafactor": Case(model=_lm(), optimizer=Adafactor(lr=1e-3)),

@@ -55,7 +55,34 @@ def _replicas_not_summed() -> Iterator[None]:
         yield
 
 
+def _zero(name: str, make: Callable[[Any], Any]) -> Callable[[], AbstractContextManager[Any]]:
+    """A mutant of the deepspeed backends, which are imported where one is run."""
+
+    def enter() -> AbstractContextManager[Any]:
+        from portatrain.backends.deepspeed.backend import ZeroBackend
+
+        return mock.patch.object(ZeroBackend, name, make(getattr(ZeroBackend, name)))
+
+    return enter
+
+
+ZERO: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "zero: gradients averaged": _zero(
+        "_backward",
+        lambda whole: lambda self, state, objective: state.engine.backward(objective, scale_wrt_gas=False),
+    ),
+    "zero: the weight of the batch is forgotten": _zero(
+        "_scale", lambda whole: lambda self, state, factor: None
+    ),
+    "zero: norm of this process's part": _zero(
+        "_norm",
+        lambda whole: lambda self, state: whole(self, state) / self.processes**0.5,
+    ),
+}
+"""Those of the deepspeed backends."""
+
 MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    **ZERO,
     "": nullcontext,
     "rows: loss and weight of this process alone": _method(World, "all_reduce", _rows_not_summed),
     "fsdp: gradients averaged": _method(FSDPModule, "set_gradient_divide_factor", _averaged),

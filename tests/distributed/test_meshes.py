@@ -19,7 +19,7 @@ from portatrain.processes import run_processes
 from portatrain.testing import parity
 from tests.distributed.cases import CASES, ROWS, SEQ
 from tests.distributed.measure import Measured, measure
-from tests.distributed.mutants import MUTANTS
+from tests.distributed.mutants import MUTANTS, ZERO
 
 pytestmark = pytest.mark.meshes
 
@@ -32,6 +32,9 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
         ("fsdp=2", "lm, remat"),
+        ("tensor=2", "lm, remat by name"),
+        ("context=2", "lm, remat of dots"),
+        ("fsdp=2", "lm, remat but attention"),
         ("tensor=2", "lm, untied, all options"),
         ("tensor=2", "routed"),
         ("context=2", "lm, untied, all options"),
@@ -234,7 +237,7 @@ def test_a_wrong_reduction_is_seen(mesh: str, case: str, mutant: str, group: Any
 
 
 def test_every_mutant_is_tried() -> None:
-    assert {m for n in SEEN for *_, m in SEEN[n]} == set(MUTANTS) - {""}
+    assert {m for n in SEEN for *_, m in SEEN[n]} == set(MUTANTS) - {"", *ZERO}
 
 
 @pytest.mark.timeout(300)

@@ -60,11 +60,12 @@ def test_what_does_not_fit_is_refused_before_a_process_starts(tmp_path: Path) ->
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-def test_a_process_that_dies_ends_the_run_with_its_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", [[], ["--backend", "jax", "--processes", "2"]], ids=["torch", "jax"])
+def test_a_process_that_dies_ends_the_run_with_its_name(how: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
-        [*command(run, "--mesh", "fsdp=2"), "--set", "steps=100000"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-        text=True,
+        [*command(run, "--mesh", "fsdp=2", *how), "--set", "steps=100000"],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
     ) as parent:  # fmt: skip
         deadline_s = time.monotonic() + 120
         while not (run / "attempts/1/metrics.jsonl").exists() or not RunDir(run).rows(1, "metrics"):

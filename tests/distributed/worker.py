@@ -12,11 +12,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks.traffic import recorder
+from portatrain.backends.base import backend_class
 from portatrain.backends.torch import TorchBackend, mesh
 from tests.distributed.cases import CASES
 from tests.distributed.measure import held, measure, tensors
 from tests.distributed.mutants import MUTANTS
-from tests.distributed.traffic import Traffic
 
 
 def gather(mine: Any) -> list[Any]:
@@ -51,13 +52,15 @@ def traffic(case: str, on: str) -> dict[str, list[int]]:
     state = backend.init_state()
     first, second, *_ = CASES[case].batches()
     state, _ = backend.step(state, first, step=1, scale=1.0)
-    with Traffic() as seen:
+    with recorder() as seen:
         backend.step(state, second, step=2, scale=1.0)
     return dict(seen.found)
 
 
 def main(args: argparse.Namespace) -> int:
-    """`args.cells`: [(id, kind, arguments)]; what each gives goes into `args.out`, a pickle after another."""
+    """`args.cells`: [(id, kind, arguments)]; what each gives goes into `args.out`, a pickle after another. `backend`:
+    another one than torch, for cells of kind case."""
+    backend = backend_class(getattr(args, "backend", "torch"))
     torch.set_num_threads(1)
     mesh.TIMEOUT_S = 60
     with Path(args.out if dist_rank() == 0 else "/dev/null").open("ab") as out:
@@ -71,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
                 else:
                     case, on, mutant = given
                     with MUTANTS[mutant]():
-                        found = measure(TorchBackend, CASES[case], on, gather)
+                        found = measure(backend, CASES[case], on, gather)
             except Exception:
                 found = traceback.format_exc()
             pickle.dump((name, found, time.perf_counter() - began_s), out)

@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 
 import torch
-from portatrain import hashing
+from portatrain import hashing, remat
 from portatrain.after_step import needs_after_step, run_after_step
-from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
-from portatrain.backends.torch.devices import device_name, pick_device
+from portatrain.backends.base import Arrays, Context, LocalBox, Program, Scattered, StepResult
+from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.ops import Static, TorchOps, run_block
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.rehearsal import norms
+from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.ops import Aux, Loss
@@ -58,22 +59,35 @@ class TorchBackend:
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition
         self.device = self._device()
-        self.compiles = program.compile if program.compile is not None else self.device.type == "cuda"
+        row = row_of(self.device)
+        check_device(row, program.precision)
+        self.compiles = program.compile if program.compile is not None else row.compiles
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
-        self._run_block: Callable[..., Any] = run_block
-        self._losses: tuple[Callable[..., Any], Callable[..., Any]] = (token_losses, chunk_loss)
-        if self.compiles:
-            compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
-            self._run_block, self._losses = (
-                compiled(run_block),
-                (compiled(token_losses), compiled(chunk_loss)),
-            )
+        self.remat = remat.parse(program.remat)
+        check_policy(self.remat)
+        self._runners = self._made_runners()
         if self.device.type == "cuda" and program.precision == "fp32":
             torch.backends.cuda.matmul.allow_tf32 = False
 
     def _device(self) -> torch.device:
         return pick_device()
+
+    def _made_runners(self) -> dict[str, Any]:
+        """What runs blocks and losses: `TorchOps.run_block`, `run_again` and `losses`."""
+        if not self.compiles:
+            return {"run_block": run_block, "run_again": rematerialised(self.remat, run_block),
+                    "losses": (token_losses, chunk_loss)}  # fmt: skip
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
+        block = compiled(run_block)
+        # A block that is computed again as a whole is compiled as it is; what is chosen in it, with the choice.
+        again = (
+            rematerialised(self.remat, block)
+            if self.remat.name == "block"
+            else compiled(rematerialised(self.remat, run_block))
+        )
+        losses = (compiled(token_losses), compiled(chunk_loss))
+        return {"run_block": block, "run_again": again, "losses": losses}
 
     def _counted(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -83,14 +97,14 @@ class TorchBackend:
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
         static = Static(
-            training, COMPUTE[self.program.precision], self.program.remat, self.program.layout, self.ops
+            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops
         )
         sample = batch.get("sample")
         return self.ops(
             static, *_words(self.program.seed, step, self.device),
             sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
-            run_block=self._run_block, losses=self._losses, kept={},
+            **self._runners, kept={},
         )  # fmt: skip
 
     # ---- states
@@ -184,7 +198,7 @@ class TorchBackend:
             mine = loss.weight_B.sum()
             # With one microbatch the weight is known before the backward pass, which then scales for free.
             objective = objective / self._over_rows(mine) if n == 1 else objective
-            objective.backward()
+            self._backward(state, objective)
             mean, weight = (
                 (objective.detach(), mine) if n == 1 else (mean + objective.detach(), weight + mine)
             )
@@ -195,12 +209,19 @@ class TorchBackend:
                 tallies[key] = tallies[key] + value if key in tallies else value
         mean, weight, auxes = self._reduced(state, mean, weight, auxes)
         if n > 1:
-            torch._foreach_mul_(self._grads(state), 1.0 / weight)
+            self._scale(state, 1.0 / weight)
             mean = mean / weight
         return mean, weight, auxes, tallies
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
         """Before every microbatch of a step."""
+
+    def _backward(self, state: TorchState, objective: Tensor) -> None:
+        objective.backward()
+
+    def _scale(self, state: TorchState, factor: Tensor) -> None:
+        """Multiply the gradients."""
+        torch._foreach_mul_(self._grads(state), factor)
 
     def _over_rows(self, x: Tensor) -> Tensor:
         """A sum over this process's rows as one over the rows of the microbatch."""
@@ -258,8 +279,11 @@ class TorchBackend:
                     p.tensor.copy_(states[p.name][p.index] if p.index else states[p.name])
         decay = self.program.ema_decay
         if decay is not None:
-            for i, average in state.ema.items():
-                average.lerp_(state.pieces[i].tensor, 1 - decay)
+            self._average(state, decay)
+
+    def _average(self, state: TorchState, decay: float) -> None:
+        for i, average in state.ema.items():
+            average.lerp_(state.pieces[i].tensor, 1 - decay)
 
     def _ops_after(self, step: int) -> TorchOps:
         return self._ops({}, step, True)
@@ -348,6 +372,9 @@ class TorchBackend:
         count = state.optimizer.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
+    def scattered(self, state: Any) -> Scattered:
+        return {}
+
     def describe_memory(self, state: TorchState) -> dict[str, int]:
         def held(tensors: Any) -> int:
             return sum(t.nbytes for t in tensors)
@@ -355,8 +382,8 @@ class TorchBackend:
         found = {role: held(p.tensor for p in state.pieces if p.role == role) for role in ("params", "state")}
         found["ema"] = held(state.ema.values())
         found["opt"] = held(t for slots in state.optimizer.state.values() for t in slots.values())
-        peak = {"peak": torch.cuda.max_memory_allocated(self.device)} if self.device.type == "cuda" else {}
-        return {**found, **peak}
+        peak = peak_bytes(self.device)
+        return found if peak is None else {**found, "peak": peak}
 
     def graphs(self) -> int:
         return self._graphs
@@ -372,8 +399,8 @@ class TorchBackend:
     @classmethod
     def _bare(cls, context: Context) -> TorchOps:
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
-        return TorchOps(
-            Static(context.training, COMPUTE[context.precision]),
+        return cls.ops(
+            Static(context.training, COMPUTE[context.precision], ops=cls.ops),
             *_words(context.seed, context.step, torch.device("cpu")),
             sample=torch.from_numpy(sample_words(sample)), layer=torch.zeros((), dtype=torch.int32), kept={},
         )  # fmt: skip

@@ -43,7 +43,8 @@ class MeshBackend(TorchBackend):
                 got="compile=True", do="Leave compile out: blocks run eagerly on such a mesh.",
             )  # fmt: skip
         if values:
-            self._run_block, self._losses, self.compiles = _eager()
+            self.compiles = False
+            self._runners = self._made_runners()
         self.ops = functools.partial(MeshOps if values else RowOps, world=self.world)
 
     def _device(self) -> torch.device:
@@ -92,6 +93,10 @@ class MeshBackend(TorchBackend):
         self, state: TorchState, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]
     ) -> tuple[Any, ...]:
         _sharded(state).collect()
+        return self._summed(loss, weight, auxes)
+
+    def _summed(self, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]) -> tuple[Any, ...]:
+        """Sums over this process's rows as sums over the batch."""
         sums = [plain(loss), plain(weight)]
         places = [(name, kind) for name in sorted(auxes) for kind in sorted(auxes[name]) if kind != "max"]
         sums += [plain(auxes[name][kind]).to(self.device) for name, kind in places]
@@ -194,10 +199,3 @@ class MeshState(TorchState):
 def _sharded(state: TorchState) -> Sharded:
     assert isinstance(state, MeshState)
     return state.sharded
-
-
-def _eager() -> tuple[Any, Any, bool]:
-    from portatrain.backends.torch.losses import chunk_loss, token_losses
-    from portatrain.backends.torch.ops import run_block
-
-    return run_block, (token_losses, chunk_loss), False

@@ -1,0 +1,401 @@
+"""The backend's verbs over a DeepSpeed engine. Rows, sums and evaluation are the torch backend's on a mesh.
+
+DeepSpeed averages gradients over processes; a loss here is a sum, so every process hands it its own loss times their
+number. What it takes gradients to be scaled by when it steps is the weight of the global batch, times what clipping
+asks for: its own clipping (which it switches on unless told not to) adds 1e-6 to the norm, and stays off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from portatrain.backends.base import Arrays, LocalBox, Program, Scattered, StepResult
+from portatrain.backends.deepspeed.engine import (
+    Part,
+    Root,
+    ZeroState,
+    boxes_of,
+    in_rows,
+    outside_of_stacks,
+    settings,
+    zero_state,
+)
+from portatrain.backends.deepspeed.optimizer import FlatOptimizer
+from portatrain.backends.deepspeed.ranges import boxes_of_range
+from portatrain.backends.torch.backend import TorchBackend, TorchState, _aux_value
+from portatrain.backends.torch.devices import peak_bytes
+from portatrain.backends.torch.distributed import MeshBackend
+from portatrain.backends.torch.distributed_ops import RowOps
+from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.optimizer import total_norm
+from portatrain.errors import UserError
+from portatrain.layout import Mesh
+from portatrain.module import TensorInfo
+from portatrain.ops import Loss
+from portatrain.optim import SGD, AdamW, Lion
+from portatrain.state import COUNT, initial_box, slot_tensors
+
+# It calls collectives by names that torch 2.13 has newer ones for.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+
+RULES = (AdamW, Lion, SGD)
+"""Rules that act on every element alone, so that a flat range of a tensor is as good as a tensor."""
+
+
+class ZeroBackend(MeshBackend):
+    """See `portatrain.backends.base.Backend`. `stage` is ZeRO's."""
+
+    stage = 0
+
+    def __init__(self, program: Program) -> None:
+        self._check(program)
+        super().__init__(program)
+        self.ops = functools.partial(RowOps, world=self.world)
+
+    def _check(self, program: Program) -> None:
+        """Raise UserError for what ZeRO cannot do, before anybody is waited for."""
+        mesh, rule = program.layout.mesh, program.optimizer
+        sizes = [axis for axis, n in mesh.sizes.items() if n > 1]
+        if sizes not in ([], ["fsdp"], ["replica"]):
+            raise UserError(
+                f"mesh {mesh} on the {self.name} backend", expected="fsdp or replica alone, over all processes",
+                got=" and ".join(sizes), do=f"Use fsdp={mesh.devices}, or --backend torch, which has the other axes.",
+            )  # fmt: skip
+        if not isinstance(rule, RULES):
+            raise UserError(
+                f"optimizer {type(rule).__name__} on the {self.name} backend",
+                expected=f"one of {', '.join(r.__name__ for r in RULES)}, which act on every element alone",
+                got=type(rule).__name__, do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
+            )  # fmt: skip
+        if program.compile:
+            raise UserError(
+                f"compile on the {self.name} backend", expected="blocks that run eagerly", got="compile=True",
+                do="Leave compile out, or use --backend torch.",
+            )  # fmt: skip
+        if self.stage == 3 and program.remat != "none":
+            raise UserError(
+                f"remat {program.remat!r} on the {self.name} backend", expected="none", got=repr(program.remat),
+                do="Stage 3 gathers parameters by hooks that a second pass would upset: use stage 2 or torch.",
+            )  # fmt: skip
+
+    def _device(self) -> torch.device:
+        mesh: Mesh = self.program.layout.mesh
+        if mesh.devices == 1 and not dist.is_initialized() and "RANK" not in os.environ:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        device = super()._device()
+        os.environ.setdefault("DS_ACCELERATOR", device.type)  # else it looks for what the machine lacks
+        os.environ.setdefault("LOCAL_RANK", "0")  # which it wants of one process too
+        return device
+
+    def _made_runners(self) -> dict[str, Any]:
+        self.compiles = False
+        return super()._made_runners()
+
+    # ---- states
+
+    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return TorchBackend._part(self, info, role)  # modules are made whole, then cut by DeepSpeed
+
+    def _build(self, draw: Callable[..., np.ndarray], count: int) -> ZeroState:
+        def value(role: str, name: str, index: tuple[int, ...]) -> Tensor:
+            info = self.definition.tensors[role, name]
+            inner = info.shape[info.stack_dims :]
+            box = draw(info, role, (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
+            return torch.from_numpy(np.array(box)).reshape(inner).to(self.device)
+
+        module, pieces = lower(self.definition, value)
+        state = self._engine(module, pieces)
+        state.client.count = count
+        for i, part in state.parts.items():
+            p, info = pieces[i], self.definition.params[pieces[i].name]
+            slots = state.client.slots_of(part.flat)
+            for slot, what in slot_tensors(self.program.optimizer, info).items():
+                self._fill(draw, what, what.role, p.index, part, part.of(slots[slot]))
+            if p.name in self.program.ema:
+                state.ema[i] = torch.empty(part.n, device=self.device)
+                self._fill(draw, info, "ema", p.index, part, state.ema[i])
+        return state
+
+    @staticmethod
+    def _fill(
+        draw: Callable[..., np.ndarray],
+        info: TensorInfo,
+        role: str,
+        index: tuple[int, ...],
+        part: Part,
+        into: Tensor,
+    ) -> None:
+        lead, at = (1,) * len(index), 0
+        for offset, shape in boxes_of_range(info.shape[info.stack_dims :], part.start, part.start + part.n):
+            n = math.prod(shape)
+            array = draw(info, role, (*index, *offset), (*lead, *shape))
+            into[at : at + n].copy_(torch.from_numpy(np.array(array)).flatten())
+            at += n
+
+    def init_state(self) -> ZeroState:
+        return self._build(lambda t, role, at, shape: initial_box(t, self.program.seed, at, shape), 0)
+
+    def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> ZeroState:
+        def box(info: TensorInfo, role: str, at: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+            return read(role, info.name, at, shape)
+
+        return self._build(box, int(read(COUNT, "", (), ())))
+
+    def _engine(self, module: nn.Module, pieces: list[Piece]) -> ZeroState:
+        import deepspeed
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        if self.device.type == "cpu":
+            # Else it compiles collectives of its own for shared memory, with a compiler that may not be there.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        program = self.program
+        trained = [p for p in pieces if p.role == "params" and p.name in program.trainable]
+        for p in pieces:
+            if p.role == "params":
+                p.tensor.requires_grad_(p.name in program.trainable)
+        groups = [
+            {"params": [p.tensor for p in trained if (p.name in program.decay) == decays], "decay": decays}
+            for decays in (True, False)
+        ]
+        any_info = next(iter(self.definition.params.values()))
+        client = FlatOptimizer(program.optimizer, [g for g in groups if g["params"]], any_info)
+        root = Root(module)
+        engine, *_ = deepspeed.initialize(model=root, optimizer=client, config=settings(self.stage))
+        if self.stage == 3:
+            for param in outside_of_stacks(module):
+                deepspeed.zero.register_external_parameter(root, param)
+        state = ZeroState(module, pieces, engine, client)
+        for i, p in enumerate(pieces):
+            if p.role == "params" and p.name in program.trainable:
+                state.parts[i] = self._where(state.zero, p.tensor)
+        return state
+
+    def _where(self, zero: Any, param: Any) -> Part:
+        if self.stage < 3:
+            found = getattr(param, "_hp_mapping", None)
+            flats = zero.single_partition_of_fp32_groups
+            if found is None:
+                return Part(flats[0], 0, 0, 0)
+            here, mine = found.get_hp_fragment_address(), found.lp_fragment_address
+            return Part(flats[found.param_group_index], here.start, mine.start, mine.numel)
+        group, at, n = zero.grad_position[param.ds_id]
+        start = self.world.rank * param.ds_tensor.ds_numel
+        # The last process's part is filled up so that all are alike.
+        mine = max(0, min(n, param.ds_numel - start))
+        return Part(zero.fp32_partitioned_groups_flat[group], at, start, mine)
+
+    def lower(self) -> nn.Module:
+        return self.init_state().module
+
+    # ---- the step
+
+    def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> Any:
+        ops = super()._ops(batch, step, training)
+        ops.static = dataclasses.replace(
+            ops.static, calls=True
+        )  # DeepSpeed's hooks are around a block's own call
+        return ops
+
+    def _forward(self, state: TorchState, batch: Any, step: int, training: bool) -> tuple[Loss, Any]:
+        ops = self._ops(batch, step, training)
+        return Loss(*zero_state(state).engine("loss", ops, batch)), ops
+
+    def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
+        """Leaves gradients with DeepSpeed: those of the mean loss times `factor`."""
+        held = zero_state(state)
+        held.zero.override_loss_scale(1.0)
+        held.factor = 1.0
+        return TorchBackend._accumulate(self, state, batch, step)
+
+    def _begin(self, state: TorchState, *, last: bool) -> None:
+        zero_state(state).engine.set_gradient_accumulation_boundary(last)
+
+    def _backward(self, state: TorchState, objective: Tensor) -> None:
+        zero_state(state).engine.backward(objective * self.processes, scale_wrt_gas=False)
+
+    def _scale(self, state: TorchState, factor: Tensor) -> None:
+        zero_state(state).factor = 1.0 / float(factor)
+
+    def _reduced(
+        self, state: TorchState, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]
+    ) -> tuple[Any, ...]:
+        return self._summed(loss, weight, auxes)
+
+    def _norm(self, state: TorchState) -> Tensor:
+        held = zero_state(state)
+        mine = [g.float().flatten() for group in held.zero.averaged_gradients.values() for g in group or ()]
+        square = (
+            total_norm([in_rows(g) for g in mine]).square() if mine else torch.zeros((), device=self.device)
+        )
+        return self.world.all_reduce(square).sqrt() / held.factor
+
+    def step(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> tuple[TorchState, StepResult]:
+        held = zero_state(state)
+        loss, weight, auxes, tallies = self._accumulate(state, batch, step)
+        norm = self._norm(state)
+        loss_there, norm_there = torch.stack([loss, norm]).tolist()
+        good = math.isfinite(loss_there) and math.isfinite(norm_there)
+        clip = self.program.clip_norm
+        if good:
+            down = norm_there / clip if clip is not None and norm_there > clip else 1.0
+            held.zero.override_loss_scale(held.factor * down)
+            held.client.begin(held.client.count + 1, scale)
+            held.engine.step()
+            self._after(state, step, tallies)
+        else:
+            self._drop(held)
+        return state, StepResult(
+            loss=loss, grad_norm=norm, skipped=int(not good), weight=weight,
+            aux={k: _aux_value(v) for k, v in auxes.items()},
+        )  # fmt: skip
+
+    @staticmethod
+    def _drop(held: ZeroState) -> None:
+        """Have DeepSpeed forget its gradients by the way it has for those that are not finite."""
+        for group in held.zero.averaged_gradients.values():
+            for gradient in group or ():
+                gradient.fill_(torch.nan)
+        held.engine.step()
+        if not held.zero.overflow:
+            raise RuntimeError("DeepSpeed took a step with gradients that are not finite")
+
+    def _average(self, state: TorchState, decay: float) -> None:
+        for i, average in state.ema.items():
+            average.lerp_(zero_state(state).parts[i].values, 1 - decay)
+
+    def gradients(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
+    ) -> tuple[float, Arrays]:
+        """Whole gradients, on every process. For checks of small models."""
+        from deepspeed.utils import safe_get_full_grad
+
+        held = zero_state(state)
+        loss, *_ = self._accumulate(state, batch, step)
+        params = self.definition.params
+        found = {n: np.zeros(params[n].shape, np.float32) for n in sorted(self.program.trainable)}
+        for i in held.parts:
+            p = held.pieces[i]
+            gradient = safe_get_full_grad(p.tensor)
+            if gradient is not None:
+                found[p.name][p.index] = (
+                    (gradient.float() / held.factor).view(found[p.name][p.index].shape).cpu().numpy()
+                )
+        self._drop(held)
+        return float(loss), found
+
+    # ---- without an update
+
+    rehearse: Any = None  # type: ignore[assignment]  # the continuity check takes losses and hashes alone
+
+    @torch.no_grad()
+    def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        rows = next(iter(batch.values())).shape[0]
+        there = self._put(self._even(batch))
+        found = zero_state(state).engine("predict", self._ops(there, 0, False), there)
+        return self._fetch(found.float())[:rows]
+
+    def _free(self, state: TorchState) -> None:
+        """Hooks let go of what was gathered."""
+
+    # ---- what it holds
+
+    def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
+        """Whole parameters in stages 1 and 2, flat ranges of them in stage 3; flat ranges of slots and averages."""
+        held = zero_state(state)
+        for i, p in enumerate(held.pieces):
+            info = self.definition.tensors[p.role, p.name]
+            part = held.parts.get(i)
+            if p.role == "state" or self.stage < 3:
+                yield from boxes_of(info, p.role, p.index, p.tensor.detach().flatten(), 0)
+            elif part is not None:
+                yield from boxes_of(info, p.role, p.index, part.values, part.start)
+            else:  # frozen: DeepSpeed cuts it, and updates nothing
+                yield from self._frozen(info, p)
+            if part is None or not part.n:
+                continue
+            slots = held.client.slots_of(part.flat)
+            for slot, what in slot_tensors(self.program.optimizer, info).items():
+                yield from boxes_of(what, what.role, p.index, part.of(slots[slot]), part.start)
+            if i in held.ema:
+                yield from boxes_of(info, "ema", p.index, held.ema[i], part.start)
+        count = held.client.count
+        yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
+
+    def scattered(self, state: TorchState) -> Scattered:
+        """Slots and averages, and in stage 3 parameters: whatever lies in flat ranges."""
+        mine = [
+            (box.role, box.name, box.offset, box.shape)
+            for box in self.local_boxes(state)
+            if (box.role.startswith(("opt/", "ema")) and box.name)
+            or (box.role == "params" and self.stage == 3)
+        ]
+        every: list[Any] = [None] * self.processes
+        dist.all_gather_object(every, mine)
+        found: dict[tuple[str, str], list[tuple[int, tuple[int, ...], tuple[int, ...]]]] = {}
+        for process, boxes in enumerate(every):
+            for role, name, offset, shape in boxes:
+                found.setdefault((role, name), []).append((process, offset, shape))
+        return found
+
+    def _frozen(self, info: TensorInfo, p: Any) -> Iterator[LocalBox]:
+        shard = p.tensor.ds_tensor
+        start = self.world.rank * shard.ds_numel
+        mine = max(0, min(shard.ds_numel, p.tensor.ds_numel - start))
+        yield from boxes_of(info, p.role, p.index, shard.detach()[:mine], start)
+
+    def describe_memory(self, state: TorchState) -> dict[str, int]:
+        """What DeepSpeed holds, with its padding. In stages 1 and 2 its float32 copies of this process's parts count as
+        the optimizer's."""
+        held = zero_state(state)
+        params: list[Any] = [p.tensor for p in held.pieces if p.role == "params"]
+        flats = {id(part.flat): part.flat for part in held.parts.values()}
+        slots = sum(t.nbytes for f in flats.values() for t in held.client.slots_of(f).values())
+        copies = sum(f.nbytes for f in flats.values())
+        here = sum((p if self.stage < 3 else p.ds_tensor).nbytes for p in params)
+        found = {
+            "params": here, "opt": slots + copies, "ema": sum(t.nbytes for t in held.ema.values()),
+            "state": sum(p.tensor.nbytes for p in held.pieces if p.role == "state"),
+        }  # fmt: skip
+        peak = peak_bytes(self.device)
+        return found if peak is None else {**found, "peak": peak}
+
+    def describe_device(self) -> dict[str, Any]:
+        import deepspeed
+
+        found = super().describe_device()
+        return {
+            **found,
+            "framework": f"{found['framework']}, deepspeed {deepspeed.__version__}, stage {self.stage}",
+        }
+
+
+class Zero1(ZeroBackend):
+    """ZeRO stage 1: every process updates a part, and holds the optimizer's slots of that part alone."""
+
+    name, stage = "deepspeed-1", 1
+
+
+class Zero2(ZeroBackend):
+    """ZeRO stage 2: gradients too are reduced to the process that updates with them."""
+
+    name, stage = "deepspeed-2", 2
+
+
+class Zero3(ZeroBackend):
+    """ZeRO stage 3: parameters too, gathered where a module runs."""
+
+    name, stage = "deepspeed-3", 3

@@ -1,0 +1,57 @@
+"""An optimizer rule over ZeRO's flat partitions: what DeepSpeed is given as the client's optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portatrain.backends.torch.optimizer import slice_info, xp
+from portatrain.module import TensorInfo
+from portatrain.optim import Rule
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """An elementwise rule. DeepSpeed puts flat parts of many parameters in the place of the parameters, a group by
+    itself; group['decay'] says whether weight decay applies.
+
+    `begin` is told of every step before it: stage 3 calls `step` once for each of its sub-groups.
+    """
+
+    def __init__(self, rule: Rule, groups: Sequence[dict[str, Any]], info: TensorInfo) -> None:
+        self.rule, self.info, self.count, self.scale = rule, slice_info(info), 0, 1.0
+        self.live = False
+        """False while DeepSpeed makes its buffers, for which it calls `step` with gradients of zero."""
+        super().__init__(list(groups), {"lr": rule.lr})
+
+    def begin(self, count: int, scale: float) -> None:
+        self.count, self.scale, self.live = count, scale, True
+
+    def slots_of(self, flat: Tensor) -> dict[str, Tensor]:
+        """The slots of a flat part, zero at first, each of its shape."""
+        held = self.state[flat]
+        for slot in self.rule.slots(self.info):
+            if slot not in held:
+                held[slot] = torch.zeros_like(flat, dtype=torch.float32)
+        return held
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if not self.live:
+            return
+        namespace: Any = xp
+        for group in self.param_groups:
+            for flat in group["params"]:
+                if flat.grad is None:
+                    continue
+                slots = self.slots_of(flat)
+                delta, new = self.rule.update(
+                    namespace, info=self.info, grad=flat.grad, param=flat, slots=slots, decay=group["decay"],
+                    scale=torch.tensor(self.scale, dtype=torch.float32, device=flat.device),
+                    count=torch.tensor(float(self.count), device=flat.device),
+                )  # fmt: skip
+                flat.add_(delta)
+                for slot, value in new.items():
+                    slots[slot].copy_(value)

@@ -1,0 +1,68 @@
+"""A pairwise cover of the parity matrix (`make matrix`): every pair of backend, mesh and row in one cell or more."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.matrix.cells import BACKENDS, MESHES, ROWS, cover, installed, refusal
+from tests.matrix.run import CELL_S, run_group
+from tests.matrix.table import problem, table
+
+FOLDER: list[Path] = []
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("matrix")
+
+
+@pytest.mark.full
+@pytest.mark.timeout(2 * CELL_S)
+@pytest.mark.parametrize(("backend", "mesh", "row"), cover(), ids=" | ".join)
+def test_a_cell(backend: str, mesh: str, row: str, folder: Path) -> None:
+    if not installed(backend):
+        pytest.skip(f"{backend} is not installed")
+    found = run_group(backend, mesh, [row], folder)[row]
+    print(found)
+    assert problem(backend, mesh, row, found) is None, found
+
+
+def test_the_cover_has_every_pair() -> None:
+    cells = cover()
+    for a, b in itertools.combinations(range(3), 2):
+        names = [list(BACKENDS), list(MESHES), list(ROWS)]
+        assert {(c[a], c[b]) for c in cells} == set(itertools.product(names[a], names[b]))
+
+
+def test_sizes_that_three_does_not_divide_are_refused_everywhere() -> None:
+    for backend, row in itertools.product(BACKENDS, ROWS):
+        why = refusal(backend, "fsdp=3, sizes as they are", row)
+        assert why and "fsdp=3" in why and "nearest sizes that work" in why
+
+
+def test_what_is_a_problem() -> None:
+    def of(**found: object) -> str | None:
+        return problem("torch", "fsdp=4", "tiny-lm", dict(found))
+
+    assert of(gradient=9e-7, loss=9e-7) is None
+    assert "gradient off" in (of(gradient=1.1e-6, loss=0.0) or "")
+    assert "gradient off" in (of(gradient=float("nan"), loss=0.0) or "")
+    assert "loss off" in (of(gradient=0.0, loss=1.1e-6) or "")
+    assert "loss off" in (of(gradient=0.0, loss=float("nan")) or "")
+    assert "ZeroDivisionError" in (of(failed="Traceback\nZeroDivisionError: no") or "")
+    assert of(refused="mesh fsdp=2: expected 2 processes, got one. Start two.") is None
+    assert "without saying why" in (of(refused="Killed") or "")
+
+
+def test_the_table() -> None:
+    text = table({
+        "torch | fsdp=4 | tiny-lm": {"gradient": 3e-7, "loss": 1e-7, "commit": "abc"},
+        "torch | tensor=2 | tiny-lm": {"gradient": 3e-4, "loss": 1e-7, "commit": "abc"},
+        "jax | fsdp=3, sizes as they are | tiny-lm": {"refused": "expected a size", "commit": "def"},
+    })  # fmt: skip
+    assert "| fsdp=4 |  |  | 3.0e-07, 1.0e-07 |" in text
+    assert "**3.0e-04, 1.0e-07**" in text
+    assert "[1]" in text and "1. expected a size" in text and "abc, def" in text
