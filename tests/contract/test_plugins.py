@@ -1,0 +1,80 @@
+"""A backend of another package: found by its entry point, run by name, held to the public contract."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from portatrain.backends.base import missing
+from portatrain.run_dir import RunDir
+
+pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
+
+ACME = Path(__file__).parents[1] / "plugins" / "acme"
+
+
+def python(*words: str, plugins: bool = True) -> subprocess.CompletedProcess[str]:
+    paths = [str(Path.cwd()), *([str(ACME)] if plugins else [])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    command = [sys.executable, "-m", *words]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+
+
+def train(run: Path, backend: str, *, plugins: bool = True) -> subprocess.CompletedProcess[str]:
+    sizes = ["steps=3", "schedule.warmup=1", "batch=8", "model.layers=2", "model.embed=32"]
+    more = [word for size in sizes for word in ("--set", size)]
+    words = ["portatrain.cli", "train", "tiny-vit", "--run-dir", str(run), "--backend", backend, *more]
+    return python(*words, plugins=plugins)
+
+
+def test_it_passes_where_it_is_right() -> None:
+    done = python("portatrain.testing", "acme", "--only", "rms_norm")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 differ" in done.stdout
+
+
+def test_it_fails_where_it_is_wrong_and_says_where() -> None:
+    done = python("portatrain.testing", "acme-broken", "--only", "attention full, window")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "DIFFERS attention full, window=3: fp32 result" in done.stdout
+
+
+def test_it_trains_on_the_same_curve(tmp_path: Path) -> None:
+    for backend in ("acme", "torch"):
+        done = train(tmp_path / backend, backend)
+        assert done.returncode == 0, done.stderr
+    mine, ours = RunDir(tmp_path / "acme").curve(), RunDir(tmp_path / "torch").curve()
+    assert [r["step"] for r in mine] == [1, 2, 3]
+    for a, b in zip(mine, ours, strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-6 * b["loss"]
+
+
+@pytest.mark.parametrize(
+    ("backend", "said"),
+    [
+        (
+            "acme-empty",
+            "backend acme-empty: expected a class with the verbs of portatrain.backends.base.Backend",
+        ),
+        ("acme-gone", "backend acme-gone: expected acme_chip.nowhere:Backend to import"),
+        ("acne", "Did you mean acme"),
+    ],
+)
+def test_what_cannot_be_used(backend: str, said: str, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", backend)
+    assert done.returncode == 2 and said in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "run").exists()
+
+
+def test_without_the_package_there_is_no_such_backend(tmp_path: Path) -> None:
+    done = train(tmp_path / "run", "acme", plugins=False)
+    assert done.returncode == 2 and "got 'acme'" in done.stderr, done.stderr
+
+
+def test_cases_that_no_word_selects() -> None:
+    done = python("portatrain.testing", "acme", "--only", "flux capacitor")
+    assert done.returncode == 2 and "a word in the name of a case" in done.stderr
