@@ -3,13 +3,14 @@ VENV ?= .venv
 RUNS ?= runs
 JOBS ?= 2
 PYTEST_ARGS ?=
+MATRIX_ARGS ?=
 
 # One thread a process: the test processes share the cores. The rest keeps an installed libtpu from looking
 # for TPUs, and lets two processes load it.
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-engines soak soak-engines plan-accuracy lint format clean
+.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-engines matrix soak soak-engines plan-accuracy lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,7 +39,10 @@ test-full: setup lint  ## everything that needs no scheduler
 soak: setup  ## every bit of a checkpoint's headers flipped, a hundred thousand manifests fuzzed
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults
 
-test-meshes: setup  ## the torch backend on meshes of several processes; alone, as they need the cores
+matrix: setup  ## backends x meshes x recipes, into docs/parity.md; goes on where it stopped (MATRIX_ARGS="--minutes 10")
+	$(TEST_ENV) $(VENV)/bin/python -m tests.matrix $(MATRIX_ARGS)
+
+test-meshes: setup  ## backends on meshes of several processes; alone, as they need the cores
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full" tests/distributed
 
 test-engines: setup  ## on a real Slurm, installed where apt-get can and started on loopback, and on loopback APIs

@@ -1,0 +1,117 @@
+"""What the parity matrix is made of: backends x meshes x rows, a row being a recipe with its overrides.
+
+The recipe files are the shipped ones, byte for byte; sizes are overrides, and the same for all cells of a row. Only the
+mesh of three devices has sizes of its own, which three divides, and stands beside the recipe's own sizes on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from portatrain.backends.base import Program, backend_class, devices_a_process, missing
+from portatrain.errors import UserError
+from portatrain.layout import Mesh
+from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.trainer import make_program
+
+STEPS = 20
+
+_LM = ["model.layers=2", "model.embed=64", "model.mlp=192", "data.seq_len=64", "batch=16", "clip_norm=none"]
+_VIT = ["model.layers=2", "model.dropout=0.0", "batch=16", "clip_norm=none"]
+
+ROWS: dict[str, tuple[str, list[str]]] = {
+    "tiny-lm": ("tiny-lm", _LM),
+    "tiny-vit": ("tiny-vit", _VIT),
+    "accumulation 4": ("tiny-lm", [*_LM, "accumulation=4"]),
+    "dropout": ("tiny-lm", [*_LM, "model.dropout=0.1"]),
+}
+
+BY_THREE = {
+    "tiny-lm": ["batch=24", "model.embed=96", "model.mlp=288"],
+    "tiny-vit": ["batch=24", "model.embed=96"],
+}
+"""What makes the sizes divide by three."""
+
+MESHES = {
+    "1": "",
+    "fsdp=4": "fsdp=4",
+    "replica=2,fsdp=2": "replica=2,fsdp=2",
+    "tensor=2": "tensor=2",
+    "fsdp=2,tensor=2": "fsdp=2,tensor=2",
+    "context=2": "context=2",
+    "fsdp=2,context=2,tensor=2": "fsdp=2,context=2,tensor=2",
+    "fsdp=3, sizes by three": "fsdp=3",
+    "fsdp=3, sizes as they are": "fsdp=3",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class How:
+    """A column: a backend and how it runs. processes: None is one a device. needs: what must be installed."""
+
+    backend: str
+    processes: int | None = None
+    changes: tuple[tuple[str, Any], ...] = ()
+    needs: str | None = None
+
+    def make(self) -> Callable[[Program], Any]:
+        found = backend_class(self.backend)
+        return lambda program: found(dataclasses.replace(program, **dict(self.changes)))
+
+
+BACKENDS: dict[str, How] = {
+    "jax": How(backend="jax", processes=1),
+    "jax, 2 processes": How(backend="jax", processes=2),
+    "torch": How(backend="torch", changes=(("compile", False),)),
+    "torch, compiled": How(backend="torch", changes=(("compile", True),)),
+    "deepspeed-1": How(backend="deepspeed-1"),
+    "deepspeed-2": How(backend="deepspeed-2"),
+    "deepspeed-3": How(backend="deepspeed-3"),
+}
+
+REASONS: dict[tuple[str, str, str], str] = {}
+"""Why the loss of a cell may differ by more than 1e-6 (never by more than 1e-5): backend, mesh, row."""
+
+
+def recipe_of(mesh: str, row: str) -> Recipe:
+    name, overrides = ROWS[row]
+    more = BY_THREE[name] if mesh.endswith("by three") else []
+    return apply_overrides(load_recipe(name), [*overrides, *more, f"steps={STEPS}", "schedule.warmup=5"])
+
+
+def baseline_of(mesh: str, row: str) -> str:
+    """The name of the one-device run that a cell is compared with."""
+    return f"{row}, by three" if mesh.endswith("by three") else row
+
+
+def refusal(backend: str, mesh: str, row: str) -> str | None:
+    """The error that a cell ends in before anything starts, or None."""
+    how = BACKENDS[backend]
+    try:
+        program = make_program(recipe_of(mesh, row), mesh=MESHES[mesh])
+        if how.processes is not None:
+            devices_a_process(program.layout.mesh.devices, how.processes)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def processes(backend: str, mesh: str) -> int:
+    return BACKENDS[backend].processes or Mesh.parse(MESHES[mesh]).devices
+
+
+def installed(backend: str) -> bool:
+    return not missing(BACKENDS[backend].backend)
+
+
+def cover() -> list[tuple[str, str, str]]:
+    """Cells in which every pair of backend and mesh, backend and row, mesh and row occurs."""
+    rows = list(ROWS)
+    return [
+        (backend, mesh, rows[(b + m) % len(rows)])
+        for b, backend in enumerate(BACKENDS)
+        for m, mesh in enumerate(MESHES)
+    ]
