@@ -305,6 +305,9 @@ def stall(state: State, where: Path, rounds: int) -> None:
         def agree(self, value: int) -> int:
             return value
 
+        def scattered(self, held: State) -> Any:
+            return {}
+
         def local_boxes(self, held: State) -> Any:
             from portatrain.backends.base import LocalBox
 
