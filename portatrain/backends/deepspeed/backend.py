@@ -299,7 +299,7 @@ class ZeroBackend(MeshBackend):
 
     # ---- without an update
 
-    rehearse: Any = None  # type: ignore[assignment]  # the continuity check takes losses and hashes alone
+    rehearse: Any = None  # the continuity check takes losses and hashes alone
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
