@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import listing
 
 from portatrain.data import Digits, Jsonl, Mixture, OpenData, TextFiles, TokenMemmap, batch_hash, open_data
 from portatrain.data import pack as packs
 from portatrain.data.corpus import SPLITS
 from portatrain.errors import UserError
+from tests.conftest import listing
 
 
 def corpus(root: Path) -> Path:

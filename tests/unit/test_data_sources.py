@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import listing
 
 from portatrain.data import Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap, open_data
 from portatrain.data.corpus import streams
 from portatrain.data.sources import documents, find, stdlib_files
 from portatrain.errors import UserError
+from tests.conftest import listing
 
 TEXTS = {f"d/{i}.txt": f"document {i} ".encode() * (i + 1) for i in range(30)}
 
