@@ -75,8 +75,10 @@ class StopSignals:
 
     def _watch(self) -> None:
         assert self._pipe is not None
+        pipe = select.poll()  # not select(), which takes no descriptor above 1023
+        pipe.register(self._pipe[0], select.POLLIN)
         while True:
-            ready, _, _ = select.select([self._pipe[0]], [], [], 0.1 if self.asked else None)
+            ready = pipe.poll(100 if self.asked else None)
             for number in os.read(self._pipe[0], 64) if ready else b"":
                 if number == 0:
                     return

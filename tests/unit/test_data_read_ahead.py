@@ -130,5 +130,5 @@ def test_ctrl_c_leaves_at_once_and_cleanly():
     assert process.stdout.readline() == "ready\n"
     time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=10)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (0, "['MainThread']\n", "")
