@@ -72,6 +72,7 @@ ARRAY_MODULES = tuple(
         "exchange.",
         "foreign.",
         "object_store",
+        "recipe_data",
         "restoring",
         "plan.compilers.xla",
         "plan.compilers.fsdp2",
