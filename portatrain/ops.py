@@ -97,6 +97,11 @@ class Ops(Protocol):
         """Rows of a table: (..., E) for ids of shape (...), integers in [0, V)."""
         ...
 
+    def bias(self, x: Array, p: Array) -> Array:
+        """x + p, p having the last axes of x: (B, S, H, D) and (H, D). In x's dtype; the gradient of p, a sum over
+        many rows, is made in float32."""
+        ...
+
     # ---- normalisation, position, attention
 
     def rms_norm(self, x: Array, scale: Array | None = None, *, eps: float = 1e-6) -> Array:

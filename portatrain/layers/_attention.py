@@ -87,8 +87,8 @@ class Attention(Module):
         k_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wk)
         v_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wv)
         if self.q_bias is not None:
-            q_BSHD = q_BSHD + ops.weight(self.q_bias)
-            v_BSKD = v_BSKD + ops.weight(self.v_bias)
+            q_BSHD = ops.bias(q_BSHD, self.q_bias)
+            v_BSKD = ops.bias(v_BSKD, self.v_bias)
         if self.q_norm is not None and self.k_norm is not None:
             q_BSHD, k_BSKD = self.q_norm(ops, q_BSHD), self.k_norm(ops, k_BSKD)
         if rope is not None:
@@ -98,4 +98,4 @@ class Attention(Module):
     def project(self, ops: Ops, out_BSHD: Array) -> Array:
         """(B, S, H, D) -> (B, S, E), laid out as the residual stream."""
         out_BSE = ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
-        return ops.name(out_BSE if self.o_bias is None else out_BSE + ops.weight(self.o_bias), "projected")
+        return ops.name(out_BSE if self.o_bias is None else ops.bias(out_BSE, self.o_bias), "projected")

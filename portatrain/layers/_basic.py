@@ -54,7 +54,7 @@ class Linear(Module):
         contracted = letters[len(lead) : x.ndim]
         out = letters[x.ndim : x.ndim + self.n_out]
         y = ops.einsum(f"{lead}{contracted},{contracted}{out}->{lead}{out}", x, self.weight)
-        return y if self.bias is None else y + ops.weight(self.bias)
+        return y if self.bias is None else ops.bias(y, self.bias)
 
 
 class Dropout(Module):
@@ -99,4 +99,4 @@ class PatchEmbedding(Module):
         cut = image.reshape(-1, self.rows // p, p, self.columns // p, p, channels)
         x_BRCE = ops.einsum("brxcyk,xyke->brce", cut, self.kernel)
         x_BPE = x_BRCE.reshape(-1, self.patches, self.features)
-        return x_BPE if self.bias is None else x_BPE + ops.weight(self.bias)
+        return x_BPE if self.bias is None else ops.bias(x_BPE, self.bias)

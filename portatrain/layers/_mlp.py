@@ -57,7 +57,7 @@ class MLP(Module):
         """(B, S, E) -> (B, S, E)."""
         x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
         up_BSM = ops.einsum("bse,em->bsm", x_BSE, self.up)
-        up_BSM = ops.name(up_BSM if self.up_bias is None else up_BSM + ops.weight(self.up_bias), "hidden")
+        up_BSM = ops.name(up_BSM if self.up_bias is None else ops.bias(up_BSM, self.up_bias), "hidden")
         product_BSM = ops.name(_activate(ops, self.activation, up_BSM), "product")
         out_BSE = ops.shard(ops.einsum("bsm,me->bse", product_BSM, self.down), "batch", "res_seq", None)
-        return out_BSE if self.down_bias is None else out_BSE + ops.weight(self.down_bias)
+        return out_BSE if self.down_bias is None else ops.bias(out_BSE, self.down_bias)

@@ -73,6 +73,15 @@ def _embed_cases() -> list[Case]:
     ]
 
 
+def _bias_cases() -> list[Case]:
+    return [
+        Case(
+            name=f"bias of shape {sizes[1]} on {sizes[0]}", fn=lambda ops, x, p: ops.bias(x, p), args=normal(*sizes)
+        )
+        for sizes in (((2, 5, 3, 4), (3, 4)), ((2, 3, 5, 6), (6,)), ((4, 6), (6,)), ((8, 512, 6), (6,)))
+    ]
+
+
 # ---- norms and positions
 
 
@@ -350,6 +359,7 @@ def _reduction_cases() -> list[Case]:
 CASES: tuple[Case, ...] = (
     *_einsum_cases(),
     *_embed_cases(),
+    *_bias_cases(),
     *_norm_cases(),
     *_rope_cases(),
     *attention_cases(),

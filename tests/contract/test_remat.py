@@ -138,6 +138,9 @@ def test_what_is_no_policy(text: str, said: str) -> None:
                 trainable=frozenset(definition.params), decay=frozenset(), remat=text)  # fmt: skip
 
 
+# torch's compiler imports what torch calls deprecated, and looks at the .grad of every tensor it is given.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 @pytest.mark.full
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")

@@ -52,18 +52,19 @@ def partition_spec(spec: Spec) -> PartitionSpec:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def summed_in_two_steps(p_E: Any, shape: tuple[int, ...]) -> Any:
-    """`p_E` broadcast to `shape`, (B, 1, ..., E), its gradient summed within samples first and then over them.
+def summed_in_two_steps(p: Any, lead: tuple[int, ...]) -> Any:
+    """`p` broadcast to (*lead, *p.shape), lead being (B, 1, ...), its gradient summed within samples first and then
+    over them.
 
-    XLA on a CPU adds all rows of a column one after another: the bias of a norm over 1024 rows is off by 2e-6 of its
-    scale. It would merge the two sums into one, were there no barrier.
+    XLA on a CPU adds all rows of a column one after another: a bias over 1024 rows is off by 2e-6 of its scale. It
+    would merge the two sums into one, were there no barrier.
     """
-    return jnp.broadcast_to(p_E, shape)
+    return jnp.broadcast_to(p, (*lead, *p.shape))
 
 
 summed_in_two_steps.defvjp(
-    lambda p_E, shape: (jnp.broadcast_to(p_E, shape), None),
-    lambda shape, _, g: (jnp.sum(jax.lax.optimization_barrier(g), axis=tuple(range(len(shape) - 1))),),
+    lambda p, lead: (jnp.broadcast_to(p, (*lead, *p.shape)), None),
+    lambda lead, _, g: (jnp.sum(jax.lax.optimization_barrier(g), axis=tuple(range(len(lead)))),),
 )
 
 
@@ -114,6 +115,9 @@ class JaxOps:
         rows = jnp.arange(b).reshape(b, *(1,) * (ids.ndim - 1))
         return jnp.broadcast_to(table, (b, v, e)).at[rows, ids].get(mode="clip")
 
+    def bias(self, x: Any, p: Any) -> Any:
+        return (x.astype(jnp.float32) + self._features(p, x)).astype(x.dtype)
+
     # ---- normalisation, position, attention
 
     def rms_norm(self, x: Any, scale: Any = None, *, eps: float = 1e-6) -> Any:
@@ -131,12 +135,13 @@ class JaxOps:
             y = y + self._features(bias, y)
         return y.astype(x.dtype)
 
-    def _features(self, p: Any, like_BE: Any) -> Any:
-        """A norm's parameter (E,) in float32, to be broadcast over `like_BE`, (B, ..., E)."""
+    def _features(self, p: Any, like: Any) -> Any:
+        """A parameter in float32, to be broadcast over `like`, (B, ..., *p.shape)."""
         p = self.weight(p).astype(jnp.float32)
-        if self._platform != "cpu" or like_BE.ndim < 3:
+        between = like.ndim - p.ndim - 1
+        if self._platform != "cpu" or between < 1:
             return p
-        return summed_in_two_steps(p, (like_BE.shape[0], *(1,) * (like_BE.ndim - 2), like_BE.shape[-1]))
+        return summed_in_two_steps(p, (like.shape[0], *(1,) * between))
 
     @property
     def _platform(self) -> str:

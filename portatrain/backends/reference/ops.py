@@ -58,6 +58,9 @@ class ReferenceOps:
     def embed(self, table_VE: Array, ids: Array) -> Array:
         return table_VE[ids]
 
+    def bias(self, x: Array, p: Array) -> Array:
+        return x + p
+
     # ---- normalisation, position, attention
 
     def rms_norm(self, x: Array, scale: Array | None = None, *, eps: float = 1e-6) -> Array:

@@ -243,6 +243,9 @@ class MeshOps(RowOps):
         local = torch.where(mine[..., None], local, 0)
         return self._from(local, [Partial() if v else p for v, p in zip(vocab, at, strict=True)])
 
+    def bias(self, x: Any, p: Any) -> Any:
+        return x + self.weight(p)
+
     # ---- normalisation, position, attention
 
     def rms_norm(self, x: Any, scale: Any = None, *, eps: float = 1e-6) -> Any:

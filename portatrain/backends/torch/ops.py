@@ -89,6 +89,9 @@ class TorchOps:
 
     # ---- normalisation, position, attention
 
+    def bias(self, x: Tensor, p: Tensor) -> Tensor:
+        return x + self.weight(p)
+
     def rms_norm(self, x: Tensor, scale: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
         return rms_norm(x, None if scale is None else self.weight(scale), eps)
 
