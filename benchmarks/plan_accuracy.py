@@ -129,7 +129,9 @@ def main() -> int:
         except UserError as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             continue
-        known[row.name]["compiled"] = compare.as_json(compare.predict(made, chosen, target.compiler), found)["compiled"]
+        known[row.name]["compiled"] = compare.as_json(compare.predict(made, chosen, target.compiler), found)[
+            "compiled"
+        ]
         (HERE / "plan-accuracy.json").write_text(
             json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8"
         )

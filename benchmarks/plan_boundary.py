@@ -60,7 +60,13 @@ def planner_boundary(case: Case) -> int:
 
 def compiler_fits(case: Case, layers: int) -> bool:
     target = targets.target(names.resolve(case.cluster))
-    words = (f"model.layers={layers}", f"batch={case.batch}", "accumulation=1", "remat=block", "precision=bf16")
+    words = (
+        f"model.layers={layers}",
+        f"batch={case.batch}",
+        "accumulation=1",
+        "remat=block",
+        "precision=bf16",
+    )
     asked = job.Request(
         compiler=target.compiler, recipe=case.recipe, overrides=words, mesh=case.mesh, options=target.options
     )
@@ -93,7 +99,9 @@ def compiler_boundary(case: Case, start: int, within: float) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--within", type=float, default=0.05, help="how near the two ends are to be brought")
     parser.add_argument("--only", nargs="+", default=[], help="clusters")
     args = parser.parse_args()

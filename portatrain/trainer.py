@@ -158,7 +158,9 @@ class Trainer:
                 self._stop.at("save", self.step)
                 self._save(last=True)
                 self.checkpoints.wait()
-                self.backend.agree(0)  # they leave together: whoever starts them may end the rest after the first
+                self.backend.agree(
+                    0
+                )  # they leave together: whoever starts them may end the rest after the first
                 self._stop.at("eval", self.step)
                 summary = self._finish() if self.step == self.recipe.steps else self._results()
                 # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.

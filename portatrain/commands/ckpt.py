@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
     def path(made: argparse.ArgumentParser, name: str = "path") -> None:
-        about = "a run directory, a checkpoint's folder, or the URL of either's checkpoints in an object store"
+        about = (
+            "a run directory, a checkpoint's folder, or the URL of either's checkpoints in an object store"
+        )
         made.add_argument(name, metavar=name.upper(), help=about)
 
     def step(made: argparse.ArgumentParser) -> None:

@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="clusters to plan for; all: one of each kind of chip, and your own (default)",
     )  # fmt: skip
     parser.add_argument("--batch", type=int, metavar="N", help="samples a step, in place of the recipe's")
-    parser.add_argument("--seq-len", type=int, metavar="N", help="positions a sample, in place of the recipe's")
+    parser.add_argument(
+        "--seq-len", type=int, metavar="N", help="positions a sample, in place of the recipe's"
+    )
     parser.add_argument(
         "--precision", metavar="NAME[,NAME...]",
         help=f"choose from these ({', '.join(PRECISIONS)}; default: the recipe's own)",
@@ -70,7 +72,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "else FSDP2 traced with fake tensors. Takes minutes; what it finds is kept",
     )  # fmt: skip
     parser.add_argument(
-        "--compiler", metavar="NAME", choices=COMPILERS, default="auto", help=f"for --compile: {', '.join(COMPILERS)}"
+        "--compiler",
+        metavar="NAME",
+        choices=COMPILERS,
+        default="auto",
+        help=f"for --compile: {', '.join(COMPILERS)}",
     )
     parser.add_argument("--fresh", action="store_true", help="compile anew, whatever is kept")
     parser.add_argument(
@@ -189,7 +195,9 @@ def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> 
     found = job.answer(request, target, tell=tell, fresh=args.fresh)
     if console is not None:
         if not found.fits:
-            console.print(f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}")
+            console.print(
+                f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}"
+            )
         console.print(compare.table(made.cluster.name, predicted, found))
     return compare.as_json(predicted, found)
 

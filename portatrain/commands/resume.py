@@ -137,7 +137,9 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
     more: dict[str, Any] = {"max_restarts": restarts, "number": 0, "id": None, "submitted_unix_s": None}
     if args.cluster is None:
         newest = {job.cluster: job for job in before}  # one job a cluster, the newest of each
-        changes: dict[str, Any] = {k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None}
+        changes: dict[str, Any] = {
+            k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None
+        }
         if args.detach:
             changes["detached"] = True
         return [replace(job, **more, **changes) for job in newest.values()]

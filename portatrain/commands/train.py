@@ -116,7 +116,10 @@ def train(args: argparse.Namespace) -> int:
     from portatrain.notices import Notices
     from portatrain.preemption import StopSignals
 
-    with StopSignals() as signals, Notices(signals.ask):  # before the framework is imported, which takes seconds
+    with (
+        StopSignals() as signals,
+        Notices(signals.ask),
+    ):  # before the framework is imported, which takes seconds
         from portatrain.trainer import train as train_recipe
 
         return train_recipe(

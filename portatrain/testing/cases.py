@@ -76,7 +76,9 @@ def _embed_cases() -> list[Case]:
 def _bias_cases() -> list[Case]:
     return [
         Case(
-            name=f"bias of shape {sizes[1]} on {sizes[0]}", fn=lambda ops, x, p: ops.bias(x, p), args=normal(*sizes)
+            name=f"bias of shape {sizes[1]} on {sizes[0]}",
+            fn=lambda ops, x, p: ops.bias(x, p),
+            args=normal(*sizes),
         )
         for sizes in (((2, 5, 3, 4), (3, 4)), ((2, 3, 5, 6), (6,)), ((4, 6), (6,)), ((8, 512, 6), (6,)))
     ]

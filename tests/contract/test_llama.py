@@ -26,7 +26,15 @@ CONFIGS = {
     # Eight frequencies, of which some stay, some are mixed and some divided: at 12 positions, 4 to 1 turns are 3 to 12
     # positions long.
     "stretched positions": DecoderConfig(
-        vocab=40, embed=32, layers=2, heads=2, kv_heads=1, head_dim=16, mlp=40, tied=False, rope_theta=50.0,
+        vocab=40,
+        embed=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+        mlp=40,
+        tied=False,
+        rope_theta=50.0,
         rope_scaling=RopeScaling(factor=8.0, low=1.0, high=4.0, original=64),
     ),
 }

@@ -19,7 +19,8 @@ from portatrain.plan.names import parse
 from portatrain.plan.of_run import chip_of
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'portatrain[tpu]')"
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed (pip install 'portatrain[tpu]')",
 )
 SMALL = ["--set", "model.layers=4", "--set", "model.embed=512", "--set", "model.mlp=1536", "--set", "model.heads=8",
          "--set", "model.head_dim=64", "--set", "model.vocab=32768", "--set", "data.vocab=32768",
@@ -47,7 +48,18 @@ def compiled(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     [("tpu-v5p-8", "fsdp=4", 16), ("tpu-v6e-8", "fsdp=4,tensor=2", 8), ("2*tpu-v4-8", "replica=2,fsdp=4", 8)],
 )
 def test_a_tpu_program(cluster: str, mesh: str, batch: int, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["llama3-8b", "--cluster", cluster, "--mesh", mesh, "--batch", str(batch), "--remat", "block", *SMALL]
+    words = [
+        "llama3-8b",
+        "--cluster",
+        cluster,
+        "--mesh",
+        mesh,
+        "--batch",
+        str(batch),
+        "--remat",
+        "block",
+        *SMALL,
+    ]
     found = compiled(capsys, *words, "--seq-len", "2048")
     assert found["compiled"]["fits"] and not found["compiled"]["cached"]
     assert found["predicted"]["flops"] == pytest.approx(found["compiled"]["flops"], rel=0.05)
@@ -78,7 +90,18 @@ def test_a_program_that_does_not_fit_is_an_answer() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 def test_fsdp2_traced(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["llama3-8b", "--cluster", "h100-8", "--mesh", "fsdp=8", "--batch", "16", "--remat", "block", *SMALL]
+    words = [
+        "llama3-8b",
+        "--cluster",
+        "h100-8",
+        "--mesh",
+        "fsdp=8",
+        "--batch",
+        "16",
+        "--remat",
+        "block",
+        *SMALL,
+    ]
     found = compiled(capsys, *words, "--seq-len", "2048", "--compiler", "fsdp2")
     assert found["compiled"]["compiler"].startswith("FSDP2 traced")
     state = found["plan"]["memory_bytes"]
@@ -127,7 +150,9 @@ def test_mistakes(words: list[str], told: str, own_cache: Path, capsys: pytest.C
     assert not own_cache.exists()
 
 
-def test_a_compiler_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_compiler_that_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(targets, "_there", lambda name: name != "libtpu")
     assert main(["plan", "llama3-1b", "--cluster", "tpu-v5p-64", "--compile"]) == 2
     told = capsys.readouterr().err
@@ -146,6 +171,10 @@ def test_a_compiler_that_fails_is_one_paragraph(
 
 
 def test_the_answer_is_kept_by_what_it_depends_on(tmp_path: Path) -> None:
-    one = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1})
-    other = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1})
+    one = job.Request(
+        compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1}
+    )
+    other = job.Request(
+        compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1}
+    )
     assert one.key != other.key and one.key == job.Request(**vars(one)).key

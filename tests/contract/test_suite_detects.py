@@ -26,7 +26,9 @@ class Interleaved(ReferenceOps):
 
 
 class WrongFrequencies(ReferenceOps):
-    def rope_table(self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Any = None) -> Any:
+    def rope_table(
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Any = None
+    ) -> Any:
         return super().rope_table(positions, head_dim, theta=theta * (1 + 1e-5), scaling=scaling)
 
 

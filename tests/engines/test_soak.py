@@ -37,7 +37,11 @@ def test_no_step_is_lost_or_trained_twice(lab: Slurm, until: Until) -> None:
     prepare()
     # Both partitions as the same backend and mesh, so that the end can be compared bit for bit.
     text = Path("clusters.toml").read_text()
-    for old, new in (('backend = "torch"', 'backend = "jax"'), ("count = 2", "count = 4"), ("fsdp=2", "fsdp=4")):
+    for old, new in (
+        ('backend = "torch"', 'backend = "jax"'),
+        ("count = 2", "count = 4"),
+        ("fsdp=2", "fsdp=4"),
+    ):
         text = text.replace(old, new)
     Path("clusters.toml").write_text(text)
     Path("paced.py").write_text(Path("paced.py").read_text().replace("seconds=0.25", "seconds=0.1"))
@@ -78,12 +82,20 @@ def disturbed(lab: Slurm, run: RunDir, until: Until) -> Counter[str]:
         kinds[kind] += 1
         until(lambda n=before: left(run, n), 60, f"attempt {before} has left after {kind}", story_of)
         if sum(kinds.values()) % 5 == 0:
-            print(f"{sum(kinds.values())} of {KILLS}: step {now().step}, {len(now().attempts)} attempts", flush=True)
+            print(
+                f"{sum(kinds.values())} of {KILLS}: step {now().step}, {len(now().attempts)} attempts",
+                flush=True,
+            )
         for job in lab.jobs():  # whatever preempted it has done so
             if name(lab, job) == "wrap":
                 lab.call("scancel", job)
     until(lambda: now().state == "SUCCEEDED", 900, "the end", story_of)
-    until(lambda: not [j for j in lab.jobs() if name(lab, j) != "wrap"], 60, "no job of the run is left", lab.jobs)
+    until(
+        lambda: not [j for j in lab.jobs() if name(lab, j) != "wrap"],
+        60,
+        "no job of the run is left",
+        lab.jobs,
+    )
     return kinds
 
 

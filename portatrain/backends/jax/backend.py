@@ -263,7 +263,9 @@ class JaxBackend:
             axes = (None, "batch") + (None,) * (len(shape) - 2)
             placed = NamedSharding(self.devices, partition_spec(self.layout.spec(axes)))
             shapes[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        step, scale = (jax.ShapeDtypeStruct((), d, sharding=self._replicated) for d in (jnp.int32, jnp.float32))
+        step, scale = (
+            jax.ShapeDtypeStruct((), d, sharding=self._replicated) for d in (jnp.int32, jnp.float32)
+        )
         return self._steps, (state, shapes, step, scale)
 
     def gradients(self, state: State, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:

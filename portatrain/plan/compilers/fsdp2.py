@@ -118,7 +118,9 @@ def _moved(name: str, args: Any, out: Any) -> tuple[float, str]:
     from torch.utils._pytree import tree_leaves
 
     def nbytes(tree: Any) -> float:
-        return float(sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)))
+        return float(
+            sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
+        )
 
     groups = [a for a in tree_leaves(args) if hasattr(a, "size") and not isinstance(a, torch.Tensor)]
     size = groups[0].size() if groups else 0

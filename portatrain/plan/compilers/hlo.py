@@ -92,7 +92,9 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
                 found.flops += times * _flops(one, line)
             kind = line.opcode.removesuffix("-start")
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # a TPU's: the fusion of an all-reduce with the slice that is kept of it
+                kind = (
+                    "reduce-scatter"  # a TPU's: the fusion of an all-reduce with the slice that is kept of it
+                )
             if kind in COLLECTIVES and not line.opcode.endswith("-done"):
                 axes = "+".join(_axes(line.rest, sizes)) or "none"
                 moved = _gathered(one, line, kind, _group_size(line.rest, sizes))

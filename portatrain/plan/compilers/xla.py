@@ -60,7 +60,11 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     if not text:
         return found
     counted = hlo.measure(text, backend.layout.mesh.sizes)
-    return found | {"flops": counted.flops, "collective_bytes": counted.bytes, "collective_calls": counted.calls}
+    return found | {
+        "flops": counted.flops,
+        "collective_bytes": counted.bytes,
+        "collective_calls": counted.calls,
+    }
 
 
 def _written(folder: Path) -> tuple[str, list[str]]:
