@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from benchmarks.shapes import ADAMW, CLIP_NORM, Shape
 from portatrain.backends.jax.flags import compiler_options
@@ -39,8 +40,13 @@ def tables(s: Shape) -> tuple[np.ndarray, np.ndarray]:
     return np.cos(angles), np.sin(angles)
 
 
-def loss_of(shape: Shape, params: Mapping[str, Any], batch: Mapping[str, Any]) -> Any:
-    """The mean loss."""
+def loss_of(
+    shape: Shape,
+    params: Mapping[str, Any],
+    batch: Mapping[str, Any],
+    rows: Callable[[Any], Any] = lambda x: x,
+) -> Any:
+    """The mean loss. `rows` says of an activation that it is split over its rows."""
     cos, sin = tables(shape)
     mask = None
     if shape.packed:
@@ -50,16 +56,17 @@ def loss_of(shape: Shape, params: Mapping[str, Any], batch: Mapping[str, Any]) -
 
     def block(x_BSE: Any, p: Mapping[str, Any]) -> Any:
         b, s, _ = x_BSE.shape
+        x_BSE = rows(x_BSE)
         y = rms_norm(x_BSE, p["attn_norm"], shape.norm_eps)
         q = rotate((y @ p["wq"]).reshape(b, s, shape.heads, shape.head_dim), cos, sin)
         k = rotate((y @ p["wk"]).reshape(b, s, shape.kv_heads, shape.head_dim), cos, sin)
         v = (y @ p["wv"]).reshape(b, s, shape.kv_heads, shape.head_dim)
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True)
-        x_BSE = x_BSE + out.reshape(b, s, -1) @ p["wo"]
+        x_BSE = rows(x_BSE + out.reshape(b, s, -1) @ p["wo"])
         y = rms_norm(x_BSE, p["mlp_norm"], shape.norm_eps)
         return x_BSE + (jax.nn.silu(y @ p["gate"]) * (y @ p["up"])) @ p["down"], None
 
-    x_BSE = params["embed"][batch["tokens"]]
+    x_BSE = rows(params["embed"][batch["tokens"]])
     x_BSE, _ = jax.lax.scan(block, x_BSE, params["blocks"])
     logits = rms_norm(x_BSE, params["final_norm"], shape.norm_eps) @ params["embed"].T
     return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
@@ -77,12 +84,8 @@ def load(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
     return jax.tree.map(lambda a: jnp.array(a, copy=True), given)
 
 
-def make_step(shape: Shape, *, defaults: bool) -> tuple[Any, Any]:
-    """(optimizer, compiled step): step(params, opt, batch) -> (params, opt, loss, gradient norm).
-
-    The matmul is the one that ours selects (portatrain/backends/jax/flags.py), so that the two compute with the same
-    kernels; with `defaults` it is XLA's own choice, which is less exact.
-    """
+def step_of(shape: Shape, rows: Callable[[Any], Any] = lambda x: x) -> tuple[Any, Any]:
+    """(optimizer, step): step(params, opt, batch) -> (params, opt, loss, gradient norm)."""
 
     def decays(params: Any) -> Any:
         norms = ("attn_norm", "mlp_norm", "final_norm")
@@ -96,10 +99,20 @@ def make_step(shape: Shape, *, defaults: bool) -> tuple[Any, Any]:
     )
 
     def step(params: Any, opt: Any, batch: Any) -> Any:
-        loss, grads = jax.value_and_grad(lambda p: loss_of(shape, p, batch))(params)
+        loss, grads = jax.value_and_grad(lambda p: loss_of(shape, p, batch, rows))(params)
         updates, opt = optimizer.update(grads, opt, params)
         return optax.apply_updates(params, updates), opt, loss, optax.tree.norm(grads)
 
+    return optimizer, step
+
+
+def make_step(shape: Shape, *, defaults: bool) -> tuple[Any, Any]:
+    """(optimizer, compiled step).
+
+    The matmul is the one that ours selects (portatrain/backends/jax/flags.py), so that the two compute with the same
+    kernels; with `defaults` it is XLA's own choice, which is less exact.
+    """
+    optimizer, step = step_of(shape)
     options = {} if defaults else compiler_options(jax.devices()[0].platform)
     return optimizer, jax.jit(step, donate_argnums=(0, 1), compiler_options=options)
 
@@ -114,6 +127,48 @@ def hand_written(
 
     def run() -> float:
         state[0], state[1], loss, _ = step(*state, given)
+        jax.block_until_ready(state)
+        return float(loss)
+
+    return run
+
+
+def hand_sharded(
+    shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, devices: int
+) -> Step:
+    """Every matrix and table split over its embed axis, norms whole, the batch over its rows; one jit, donated."""
+    mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+    optimizer, step = step_of(shape, lambda x: jax.lax.with_sharding_constraint(x, rows))
+
+    def placed(path: Any, leaf: Any) -> Any:
+        last = {"wo": 2, "down": 2, "embed": 1}  # (N, inputs, E), (V, E)
+        spec = [None] * leaf.ndim
+        name = path[-1].key
+        if leaf.ndim > 1 and "norm" not in name:
+            spec[last.get(name, leaf.ndim - 2)] = "fsdp"
+        return jax.device_put(leaf, NamedSharding(mesh, PartitionSpec(*spec)))
+
+    held = jax.tree_util.tree_map_with_path(placed, load(params))
+    state = [held, jax.jit(optimizer.init)(held)]
+    shardings = jax.tree.map(lambda p: p.sharding, held)
+    of_opt = optax.tree.map_params(
+        optimizer,
+        lambda _, s: s,
+        state[1],
+        shardings,
+        transform_non_params=lambda _: NamedSharding(mesh, PartitionSpec()),
+    )
+    state[1] = jax.device_put(state[1], of_opt)
+    given = {k: jax.device_put(v, rows) for k, v in batch.items() if k != "sample"}
+    whole = NamedSharding(mesh, PartitionSpec())
+    run_step = jax.jit(
+        step, donate_argnums=(0, 1), out_shardings=(shardings, of_opt, whole, whole),
+        compiler_options=compiler_options(jax.devices()[0].platform),
+    )  # fmt: skip
+
+    def run() -> float:
+        state[0], state[1], loss, _ = run_step(*state, given)
         jax.block_until_ready(state)
         return float(loss)
 

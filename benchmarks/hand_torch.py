@@ -172,6 +172,32 @@ def hand_written(
     return training_step(model, lambda: run(**as_tensors(batch)))
 
 
+def hand_fsdp2(
+    shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, compile: bool
+) -> Step:
+    """Every block and the root under `fully_shard`, this process's rows of the batch; of a group that is there."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    model = Llama(shape)
+    load(model, params)
+    if compile:
+        model.compile_parts()
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    n, mine = dist.get_world_size(), dist.get_rank()
+    given = {k: v.chunk(n)[mine] for k, v in as_tensors(batch).items()}
+    step = training_step(model, lambda: model(**given))
+
+    def run() -> float:
+        loss = torch.tensor(step())
+        dist.all_reduce(loss)
+        return float(loss) / n
+
+    return run
+
+
 def transformers_llama(
     shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, compile: bool
 ) -> Step:

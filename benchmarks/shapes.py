@@ -109,12 +109,12 @@ def batch_of(shape: Shape) -> dict[str, np.ndarray]:
     return batch
 
 
-def program_of(shape: Shape, *, compile: bool | None = None) -> Program:
+def program_of(shape: Shape, *, compile: bool | None = None, mesh: str = "") -> Program:
     recipe = Recipe(
         name="benchmark", model=shape.config, data=Stdlib(seq_len=shape.seq), optimizer=ADAMW,
         schedule=Constant(), steps=1000, batch=shape.batch, clip_norm=CLIP_NORM,
     )  # fmt: skip
-    return replace(make_program(recipe), compile=compile)
+    return replace(make_program(recipe, mesh=mesh), compile=compile)
 
 
 def parameters_of(backend: Backend, state: object) -> dict[str, np.ndarray]:
