@@ -62,9 +62,8 @@ def record(
     `virtual_step` False leaves the probe out, which costs 64 samples forward and a step. After the last step there is
     no next one: the probe is its losses then.
     """
-    start = step * recipe.batch
-    ahead = train.batch(start, recipe.batch)
-    upcoming = min(step + 1, recipe.steps)
+    start, upcoming = recipe.samples_after(step), min(step + 1, recipe.steps)
+    ahead = train.batch(start, recipe.batch_at(step + 1))
     found: dict[str, Any] = {
         "step": step,
         "applied": next(int(b.fetch()) for b in backend.local_boxes(state) if b.role == COUNT),
@@ -103,9 +102,7 @@ def _norms(
     rehearse = getattr(backend, "rehearse", None)
     if rehearse is None:
         return {}
-    n = recipe.accumulation
-    batch = {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in ahead.items()}
-    found = rehearse(state, batch, step=step, scale=recipe.schedule(step, recipe.steps))
+    found = rehearse(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
     return {name: norm.tolist() for name, norm in sorted(found.items())}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 import sys
 import traceback
@@ -62,6 +63,11 @@ class Recipe:
     """Samples a step, over all devices together."""
     accumulation: int = 1
     """Microbatches a step; ``batch`` is a multiple of it."""
+    batch_start: int | None = None
+    """Samples of the first step, where the batch grows: a multiple of the microbatch, whose size stays. None: it does
+    not grow."""
+    batch_ramp: int = 0
+    """Steps in which it grows, by a microbatch at a time and evenly; each after them takes ``batch``."""
     seed: int = 0
 
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -143,13 +149,64 @@ class Recipe:
                 got=str(self.batch),
                 do=f"The nearest sizes that work: batch={' or batch='.join(sizes)}.",
             )
+        self._check_ramp()
         self.schedule.check(self.steps)
         self.retention  # noqa: B018  # raises
+
+    def _check_ramp(self) -> None:
+        start, micro = self.batch_start, self.microbatch
+        if start is None:
+            if self.batch_ramp:
+                self._refuse(
+                    "batch_ramp", "0 where batch_start is none", "Set batch_start to the first batch."
+                )
+            return
+        if not 0 < start <= self.batch or start % micro:
+            finer = self.batch // math.gcd(max(start, 1), self.batch)
+            self._refuse(
+                "batch_start",
+                f"a multiple of the microbatch, {self.batch} / {self.accumulation} = {micro}, up to {self.batch}",
+                f"Use batch_start={micro}"
+                + (f", or accumulation={finer}." if 0 < start < self.batch else "."),
+            )
+        stages = (self.batch - start) // micro
+        if self.batch_ramp < stages:
+            self._refuse(
+                "batch_ramp",
+                f"at least {stages} steps, one for every microbatch between {start} and {self.batch}",
+                "Lengthen it, or start from a larger batch.",
+            )
 
     def _refuse(self, field: str, expected: str, do: str) -> None:
         raise UserError(
             f"recipe {self.name!r}: {field}", expected=expected, got=repr(getattr(self, field)), do=do
         )
+
+    @property
+    def microbatch(self) -> int:
+        """Samples of a microbatch."""
+        return self.batch // self.accumulation
+
+    def batch_at(self, step: int) -> int:
+        """Samples of a step, counted from 1."""
+        if self.batch_start is None or step > self.batch_ramp:
+            return self.batch
+        stages = (self.batch - self.batch_start) // self.microbatch
+        return self.batch_start + (step - 1) * stages // self.batch_ramp * self.microbatch
+
+    def microbatches(self, rows: Mapping[str, Any]) -> dict[str, Any]:
+        """Arrays of a step's samples with leading axes (microbatches, microbatch)."""
+        return {k: v.reshape(-1, self.microbatch, *v.shape[1:]) for k, v in rows.items()}
+
+    def samples_after(self, step: int) -> int:
+        """Samples that the steps 1 to ``step`` take: where the next one begins in the sequence of samples."""
+        if self.batch_start is None:
+            return step * self.batch
+        stages = (self.batch - self.batch_start) // self.microbatch
+        # Stage j begins after ceil(j * ramp / stages) steps; what every later step lacks of the full batch.
+        begins = [-(-j * self.batch_ramp // stages) for j in range(stages + 1)] if stages else [0]
+        lacking = sum(min(step, end) for end in begins[1:]) * self.microbatch
+        return step * self.batch - lacking
 
     @property
     def retention(self) -> Retention:

@@ -7,6 +7,7 @@ exit_code = trainer.run()
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -71,7 +72,7 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
     params = definition.params
     recipe.check_names(params)
     layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
-    layout.check_batch(recipe.batch // recipe.accumulation, getattr(recipe.data, "seq_len", None))
+    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
     return Program(
         definition=definition,
         layout=layout,
@@ -158,9 +159,7 @@ class Trainer:
                 self._stop.at("save", self.step)
                 self._save(last=True)
                 self.checkpoints.wait()
-                self.backend.agree(
-                    0
-                )  # they leave together: whoever starts them may end the rest after the first
+                self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
                 self._stop.at("eval", self.step)
                 summary = self._finish() if self.step == self.recipe.steps else self._results()
                 # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
@@ -210,7 +209,8 @@ class Trainer:
         # Where steps run apart from us, a step's results are read after the next one has been started, so that the
         # device never waits.
         pending: tuple[int, StepResult, float] | None = None
-        with prefetch(self.data.train, self.step * recipe.batch, recipe.batch) as batches:
+        counts = map(recipe.batch_at, itertools.count(self.step + 1))
+        with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # what failed in the background ends the run here
                 step = self.step + 1
@@ -221,7 +221,7 @@ class Trainer:
                 self._stop.at("agree", step)
                 if self._asked() is not None or rows is None:
                     break
-                batch = self._microbatches(rows)
+                batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
                 scale = recipe.schedule(step, recipe.steps)
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
@@ -294,26 +294,23 @@ class Trainer:
         if found["verdict"] == "broken" and self.accept_drift is None:
             raise continuity.refusal(step, found)
 
-    def _microbatches(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        n = self.recipe.accumulation
-        return {k: v.reshape(n, v.shape[0] // n, *v.shape[1:]) for k, v in batch.items()}
-
     def _record(self, step: int, result: StepResult, waited_s: float) -> None:
         loss, norm, skipped = float(result.loss), float(result.grad_norm), bool(int(result.skipped))
         now_s = time.perf_counter()
         step_s, self._ended_s = now_s - self._ended_s, now_s
         info, recipe = self._info, self.recipe
         peak = Peak(flops_per_s=info.peak_flops, source=info.peak_source) if info.peak_flops else None
+        share = recipe.batch_at(step) / recipe.batch
         record = StepRecord(
             step=step,
             loss=loss,
             grad_norm=norm,
             lr=recipe.optimizer.lr * recipe.schedule(step, recipe.steps),
-            tokens=step * info.tokens_per_step,
+            tokens=recipe.samples_after(step) * info.tokens_per_step // recipe.batch,
             time_s=now_s - self._began_s,
             step_s=step_s,
-            tokens_per_s=info.tokens_per_step / step_s,
-            mfu=mfu(flops=info.flops_per_step, seconds=step_s, peak=peak),
+            tokens_per_s=share * info.tokens_per_step / step_s,
+            mfu=mfu(flops=info.flops_per_step and share * info.flops_per_step, seconds=step_s, peak=peak),
             memory_bytes=self._memory_bytes(),
             data_wait_s=waited_s,
             skipped=skipped,

@@ -7,6 +7,7 @@ than a second, which every start of a run would pay. docs/data.md has the measur
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 import time
@@ -19,22 +20,24 @@ CLOSE_WITHIN_S = 2.0
 
 
 class Prefetch(Iterator[Batch]):
-    """Batches of ``count`` samples from ``start`` on, up to ``depth`` of them read ahead.
+    """Batches of ``count`` samples, or of as many as it gives for each, from ``start`` on, up to ``depth`` of them read
+    ahead.
 
     An error in reading surfaces at the ``next`` that would have returned its batch, and again at every
     later one. ``close``, leaving the ``with`` block, or the iterator's collection ends the thread.
     """
 
-    def __init__(self, split: Split, start: int, count: int, depth: int = 2) -> None:
+    def __init__(self, split: Split, start: int, count: int | Iterator[int], depth: int = 2) -> None:
         self._stop = threading.Event()
-        if count < 1 or depth < 1:
+        counts = itertools.repeat(count) if isinstance(count, int) else count
+        if (isinstance(count, int) and count < 1) or depth < 1:
             raise ValueError(f"count and depth are at least 1, got {count} and {depth}")
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._error: BaseException | None = None
         # The thread holds no reference to self, so that a forgotten iterator is collected and ends it.
         self._thread = threading.Thread(
             target=_read,
-            args=(split, start, count, self._ready, self._stop),
+            args=(split, start, counts, self._ready, self._stop),
             name="portatrain-prefetch",
             daemon=True,
         )
@@ -84,19 +87,21 @@ class Prefetch(Iterator[Batch]):
         self._stop.set()
 
 
-def prefetch(split: Split, start: int, count_per_step: int, depth: int = 2) -> Prefetch:
-    """Read batches [start, start + count_per_step), ... ahead; use in a ``with`` block."""
-    return Prefetch(split, start, count_per_step, depth)
+def prefetch(split: Split, start: int, count: int | Iterator[int], depth: int = 2) -> Prefetch:
+    """Read batches [start, start + count), ... ahead; use in a ``with`` block."""
+    return Prefetch(split, start, count, depth)
 
 
 def _read(
     split: Split,
     start: int,
-    count: int,
+    counts: Iterator[int],
     ready: queue.Queue[Batch | BaseException],
     stop: threading.Event,
 ) -> None:
-    while not stop.is_set():
+    for count in counts:
+        if stop.is_set():
+            return
         item: Batch | BaseException
         try:
             item = split.batch(start, count)

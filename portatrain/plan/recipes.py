@@ -54,7 +54,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         experts_per_token=max((getattr(module, "experts_per_token", 0) for module in modules), default=0),
         slot_bytes=(slots + averaged) / numel if numel else 0.0,
         precision=recipe.precision,
-        train_tokens=float(recipe.steps * recipe.batch * positions),
+        train_tokens=float(recipe.samples_after(recipe.steps) * positions),
         flops_per_sample=flops,
         compute=dict(recipe.compute or {}),
         params=dict(recipe.params or {}),

@@ -71,8 +71,8 @@ def batches(recipe: Recipe, steps: int) -> Batches:
     split = open_data(recipe.data, seed=recipe.seed).train
     cut = []
     for step in range(steps):
-        batch = split.batch(step * recipe.batch, recipe.batch)
-        cut.append({k: v.reshape(recipe.accumulation, -1, *v.shape[1:]) for k, v in batch.items()})
+        rows = split.batch(recipe.samples_after(step), recipe.batch_at(step + 1))
+        cut.append(recipe.microbatches(rows))
     return cut
 
 

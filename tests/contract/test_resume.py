@@ -56,6 +56,27 @@ def test_a_run_that_moves_stays_on_its_curve(
     assert [row["attempt"] for row in run.curve()] == [1] * 5 + [2] * 7
 
 
+GROWS = ("batch=8", "accumulation=4", "batch_start=2", "batch_ramp=7")
+
+
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
+def test_a_batch_that_grows_goes_on_where_it_was(tmp_path: Path) -> None:
+    """Stopped while the batch grows, and moved: each sample once, in the sequence's order, and the same curve."""
+    recipe = small(*GROWS)
+    whole, run = RunDir(tmp_path / "whole"), RunDir(tmp_path / "run")
+    assert train(recipe, whole, backend="jax") == 0
+    assert train(recipe, run, backend="torch", stop_at=4) == 85
+    assert train(recipe, run, backend="jax", stop_at=6) == 85
+    assert train(recipe, run, backend="torch") == 0
+    assert max(abs(a - b) / a for a, b in zip(losses(whole), losses(run), strict=True)) <= 1e-6
+    assert [seam["verdict"] for seam in run.events("resumed")] == ["continuous"] * 2
+    tokens = [row["tokens"] for row in run.curve()]
+    assert tokens == [64 * recipe.samples_after(step) for step in range(1, 13)]
+    assert tokens[:8] == [64 * n for n in (2, 4, 6, 10, 14, 20, 26, 34)]
+    taken = np.concatenate([b["sample"].ravel() for b in parity.batches(recipe, 12)])
+    assert taken.tolist() == list(range(recipe.samples_after(12)))
+
+
 @pytest.mark.parametrize("rule", ["AdamW", "Adafactor", "Muon"])
 @pytest.mark.parametrize("first", BACKENDS)
 def test_there_and_back_again_gives_the_same_bits(first: str, rule: str, tmp_path: Path) -> None:

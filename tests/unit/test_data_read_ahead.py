@@ -57,6 +57,13 @@ def test_batches_come_in_order(depth):
             assert next(batches)["sample"].tolist() == list(range(30 + 4 * i, 34 + 4 * i))
 
 
+def test_batches_of_sizes_that_change():
+    with prefetch(Numbers(), 5, iter([2, 2, 3, 7])) as batches:
+        found = [next(batches)["sample"].tolist() for _ in range(4)]
+    assert [len(one) for one in found] == [2, 2, 3, 7]
+    assert [n for one in found for n in one] == list(range(5, 19))
+
+
 def test_no_more_than_depth_is_read_ahead():
     split = Numbers()
     with prefetch(split, 0, 1, depth=3) as batches:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -100,6 +101,39 @@ def test_overrides_apply_in_order_and_together() -> None:
     assert changed.optimizer == Muon(lr=0.5)
     assert apply_overrides(make(), ["optimizer.lr=0.5", "optimizer=SGD"]).optimizer == SGD(lr=0.5)
     assert apply_overrides(make(), []) == make()
+
+
+@given(micro=st.integers(1, 5), stages=st.integers(0, 6), first=st.integers(1, 4), more=st.integers(0, 9))
+def test_a_batch_that_grows(micro: int, stages: int, first: int, more: int) -> None:
+    ramp = stages + more
+    recipe = make(
+        batch=micro * (first + stages), accumulation=first + stages, batch_start=micro * first, batch_ramp=ramp,
+        steps=ramp + 3, schedule=Constant(),
+    )  # fmt: skip
+    sizes = [recipe.batch_at(step) for step in range(1, ramp + 4)]
+    assert sizes[-3:] == [recipe.batch] * 3
+    assert sizes[0] == (recipe.batch_start if ramp else recipe.batch)
+    assert all(b - a in (0, micro) for a, b in itertools.pairwise(sizes))
+    if stages:  # every size below the full one for as many steps as every other, to one
+        taken = [sizes[:ramp].count(micro * (first + j)) for j in range(stages)]
+        assert sum(taken) == ramp and max(taken) - min(taken) <= 1
+    assert [recipe.samples_after(step) for step in range(ramp + 4)] == [0, *itertools.accumulate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"batch_ramp": 3}, "Set batch_start"),
+        ({"batch": 8, "batch_start": 4, "batch_ramp": 9}, "accumulation=2"),
+        ({"batch": 8, "accumulation": 2, "batch_start": 3, "batch_ramp": 9}, "accumulation=8"),
+        ({"batch": 8, "accumulation": 2, "batch_start": 0, "batch_ramp": 9}, "Use batch_start=4."),
+        ({"batch": 8, "accumulation": 2, "batch_start": 12, "batch_ramp": 9}, "up to 8"),
+        ({"batch": 8, "accumulation": 4, "batch_start": 2, "batch_ramp": 2}, "at least 3 steps"),
+    ],
+)
+def test_a_batch_that_cannot_grow_so(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        make(**fields)
 
 
 BAD_OVERRIDES = [
