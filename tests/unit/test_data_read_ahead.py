@@ -106,7 +106,8 @@ def test_sizes(count, depth):
 
 
 SCRIPT = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts background jobs with it ignored
 import numpy as np
 from portatrain.data import Split, prefetch
 class Slow(Split):
