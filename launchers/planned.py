@@ -19,15 +19,20 @@ from portatrain.package import where
 from portatrain.plan import toml
 from portatrain.plan.catalog import STACKS
 from portatrain.plan.cluster import Cluster
+from portatrain.processes import PROCESS_A_DEVICE
 from portatrain.recipe import Recipe
 
-PROCESS_A_DEVICE = ("torch", "deepspeed")
-"""Backends of which every device has a process of its own; of the others every host has one."""
 RESOURCES = {
     "jax-tpu": "google.com/tpu", "torch-cuda": "nvidia.com/gpu", "torch-rocm": "amd.com/gpu",
     "hpu": "habana.ai/gaudi", "neuron": "aws.amazon.com/neuron",
 }  # fmt: skip
 """What the chips of a software stack are called in Kubernetes."""
+EXAMPLES = {
+    "gcp_tpu": '{ project = "PROJECT", zone = "ZONE" }', "slurm": '{ partition = "PARTITION" }',
+    "kubernetes": '{ image = "IMAGE", volume = { claim = "CLAIM", path = "FOLDER" } }',
+    "skypilot": '{ infra = "CLOUD" }',
+}  # fmt: skip
+"""What an engine cannot do without, to be filled in."""
 GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
 """Options of a cluster that are not for its engine: they replace what the plan says."""
 
@@ -111,19 +116,18 @@ def fitting(found: Sequence[Target], recipe: Recipe) -> list[Target]:
     Raises:
         UserError: it can run on none, or one of them has no engine that could carry a job there.
     """
-    good, refused = [], []
+    good = []
     for target in found:
         try:
             good.append(_fit(target, recipe))
         except UserError as error:
             if len(found) == 1:
                 raise
-            refused.append(str(error))
             print(f"refused: {error}", file=sys.stderr)
     if not good:
         raise UserError(
-            f"recipe {recipe.name}", expected="a cluster that it can run on", got=f"none of {len(found)}: {refused[0]}",
-            do="`portatrain plan` shows what would fit.",
+            f"recipe {recipe.name}", expected="a cluster that it can run on",
+            got=f"none of {len(found)}, for the reasons above", do="`portatrain plan` shows what would fit.",
         )  # fmt: skip
     return good
 
@@ -178,14 +182,21 @@ def carriers(cluster: Cluster) -> list[str]:
 
 
 def _no_engine(cluster: Cluster) -> UserError:
-    table = f'[my-{cluster.chip.name}]\nchip = "{cluster.chip.name}"\ncount = {cluster.chips}\n'
     return UserError(
         f"cluster {cluster.name}", expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster))})",
         got="a name of the catalog, which says only what it is",
-        do=f"Put a table into clusters.toml beside the recipe or in {toml.config_folder()}: "
-        + " ".join(table.split("\n")) + f'engine = "{carriers(cluster)[0]}"; then launch there. --dry-run shows '
-        "the job for each engine.",
+        do=f"Put a table into clusters.toml, beside the recipe or in {toml.config_folder()}, and name that: "
+        f"{'; '.join(_table(cluster))}; a line each. --dry-run shows the job for each engine.",
     )  # fmt: skip
+
+
+def _table(cluster: Cluster) -> list[str]:
+    """The lines of clusters.toml that would configure it, for the first engine that could carry a job there."""
+    engine = carriers(cluster)[0]
+    return [
+        f"[my-{cluster.chip.name}]", f'chip = "{cluster.chip.name}"', f"count = {cluster.chips}",
+        f'engine = "{engine}"', f"options = {EXAMPLES[engine]}",
+    ]  # fmt: skip
 
 
 # ---- --dry-run
@@ -211,4 +222,8 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
         for engine in carriers(cluster):
             print(f"\n# {job.cluster} by {engine} (not configured)")
             print(launcher(engine).materialize(replace(numbered, engine=engine)))
-        print(f"\n# To launch there: {_no_engine(cluster).do}")
+        print(
+            f"\n# To launch there: put this, with your own values, into clusters.toml beside the recipe or in "
+            f"{toml.config_folder()}, then launch --cluster my-{cluster.chip.name}"
+        )
+        print("\n".join(_table(cluster)))

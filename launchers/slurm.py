@@ -285,7 +285,7 @@ def _call(words: list[str], *, text: str | None = None, what: str = "Slurm", tim
     if done.returncode:
         raise UserError(
             what, expected=f"`{' '.join(words[:3])}` to be accepted",
-            got=done.stderr.strip() or f"code {done.returncode}",
+            got="; ".join(done.stderr.split("\n")).strip("; ") or f"code {done.returncode}",
             do="`launch doctor CLUSTER` looks at what is configured.",
         )  # fmt: skip
     return done.stdout

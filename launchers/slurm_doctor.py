@@ -20,8 +20,8 @@ TRIAL_S = 30
 
 def look(options: Mapping[str, Any], storage: Path) -> Iterator[Finding]:
     """Findings as of `launchers.base.Launcher.doctor`."""
-    _installed("slurm")
     try:
+        _installed("slurm")
         config = dict(
             re.findall(r"^(\S+)\s*=\s*(.*?)\s*$", _call(["scontrol", "show", "config"]), re.MULTILINE)
         )

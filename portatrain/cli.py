@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import sys
@@ -51,7 +52,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``portatrain``; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: _portatrain(words))
+    return _guarded(lambda: _portatrain(words), places=words[:1] != ["train"])
 
 
 def launch_main(argv: Sequence[str] | None = None) -> int:
@@ -113,19 +114,37 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def _guarded(call: Callable[[], int]) -> int:
+PLACES = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
+)  # fmt: skip
+"""Errors of the operating system that a user mends."""
+
+
+def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
+    """The exit code of `call`. `places`: errors of the file system are the user's. Those of training are not: a job
+    tries again."""
     try:
         return call()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         # The reader went away (`portatrain plan | head`); Python's own flush at exit must not fail over it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if not places or error.errno not in PLACES:
+            raise
+        name = f" {error.filename}" if error.filename else ""
+        where = UserError(
+            "the file system", expected="a place that can be used", got=f"{error.strerror}{name}",
+            do="Choose another place or a shorter name, free some space, or mend the permissions.",
+        )  # fmt: skip
+        print(f"error: {where}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
     except SystemExit as end:  # argparse, after --help
         return end.code if isinstance(end.code, int) else 0
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+LONGEST = 1000
+
 
 class UserError(Exception):
     """A mistake that the user can mend.
@@ -14,8 +16,15 @@ class UserError(Exception):
     """
 
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
-        super().__init__(f"{what}: expected {expected}, got {got}. {do}")
+        super().__init__(f"{_short(what)}: expected {expected}, got {_short(got)}. {do}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
+
+
+def _short(text: str) -> str:
+    """What a user gave may be of any length; a message is a paragraph of sentences."""
+    if text.endswith(".") and not text.endswith(".."):
+        text = text[:-1]
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def choice(what: str, got: str, valid: Iterable[str]) -> UserError:

@@ -32,6 +32,8 @@ PARENT = "PORTATRAIN_PARENT"
 """Environment variable: who started this process; it ends when that one is gone."""
 LOGS = "PORTATRAIN_LOGS"
 """Environment variable: the folder that the processes' output goes to, rank-R.log; process 0 has this one's own."""
+PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
+"""Backends of which every device has a process of its own; of the others every host has one."""
 GRACE_S = 3.0
 """How long the others may take to end by themselves once one has failed."""
 ENDINGS = (0, 85, 130)

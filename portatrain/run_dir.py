@@ -121,16 +121,22 @@ class RunDir:
                 claim.release()
                 raise
         except OSError as error:
-            raise UserError(
-                f"run directory {self.path}",
-                expected="a place that can be written to",
-                got=str(error),
-                do="Choose another place, or free some space.",
-            ) from error
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(
+            f"run directory {self.path}",
+            expected="a place that can be written to",
+            got=str(error),
+            do="Choose another place, or free some space.",
+        )
 
     def create(self, recipe: Recipe) -> None:
         """Write run.json, unless it is there; to be called after `check`."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
         if (self.path / "run.json").exists():
             return
         run = {

@@ -14,6 +14,7 @@ LOST        an attempt ended without a word; the next one goes on from the last 
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +87,7 @@ def find(name: str, runs: str | Path) -> RunDir:
     from portatrain.errors import choice
 
     for path in (Path(runs) / name, Path(name)):
-        if (path / "run.json").exists() or (path / "jobs").is_dir():
+        if _is_run(path):
             return RunDir(path)
     known = names(runs)
     if not known:
@@ -98,11 +99,15 @@ def find(name: str, runs: str | Path) -> RunDir:
 
 
 def names(runs: str | Path) -> list[str]:
-    """The runs in a folder."""
+    """The runs in a folder; without those that are somebody else's and closed to us."""
     folder = Path(runs)
     if not folder.is_dir():
         return []
-    return sorted(p.name for p in folder.iterdir() if (p / "run.json").exists() or (p / "jobs").is_dir())
+    return sorted(p.name for p in folder.iterdir() if os.access(p, os.X_OK) and _is_run(p))
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "run.json").exists() or (path / "jobs").is_dir()
 
 
 def committed(run: RunDir) -> int | None:

@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         path = Path(args.runs) / name
         try:
             now = status(RunDir(path))
-        except UserError as error:  # one damaged record does not hide the others
+        except (UserError, OSError) as error:  # one that is damaged or private does not hide the others
             print(f"{name}: {error}", file=sys.stderr)
             continue
         files = [path, *path.glob("attempts/*/*.jsonl")]

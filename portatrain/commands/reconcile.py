@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
             for text in reconcile(one, dry_run=args.dry_run):
                 print(f"{one.path.name}: {text}")
                 done += 1
-        except UserError as error:
+        except (UserError, OSError) as error:
             print(f"{one.path.name}: {error}", file=sys.stderr)
     if not done:
         print(f"{len(found)} run{'' if len(found) == 1 else 's'}: nothing to do")

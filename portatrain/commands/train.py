@@ -136,13 +136,9 @@ def train(args: argparse.Namespace) -> int:
         )
 
 
-PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
-"""Backends of which every device has a process of its own."""
-
-
 def _processes_there(backend: str, mesh: str | None) -> int | None:
     """Under torchrun, without --mesh or --devices: a device for every process that was started."""
-    from portatrain.processes import world_size
+    from portatrain.processes import PROCESS_A_DEVICE, world_size
 
     return world_size() if backend in PROCESS_A_DEVICE and mesh is None else None
 
@@ -151,7 +147,7 @@ def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
     """How many processes to start for this command; None where this process is one of them, or all that it takes."""
     from portatrain.backends.base import devices_a_process
     from portatrain.layout import Mesh
-    from portatrain.processes import world_size
+    from portatrain.processes import PROCESS_A_DEVICE, world_size
 
     if world_size() is not None:
         return None

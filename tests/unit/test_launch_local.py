@@ -184,6 +184,12 @@ def test_a_supervisor_that_is_killed_takes_its_attempt_along_and_the_next_goes_o
         (["--cluster", "local,tpu-v5p-256", "tiny-lm"], "or one alone"),
         (["--cluster", "local", "tiny-lm", "--max-restarts", "-1"], "0 or more"),
         (["--cluster", "tpu-v5p-8", "tiny-lm"], "engine"),
+        (["--cluster", "local", "tiny-lm", "--run", "x" * 64], "64 characters"),
+        (["--cluster", "local", "tiny-lm", "--run", "../x"], "letters, digits"),
+        (["--cluster", "here", "tiny-lm", "--detach", "--runs", "/proc/x"], "can be written to"),
+        (["--cluster", "here", "tiny-lm", "--detach", "--runs", "x" * 5000], "name too long"),
+        (["status", "x" * 5000], "name too long"),
+        (["doctor", "x" * 5000], " ... "),
     ],
 )
 def test_mistakes(words: list[str], hint: str, capsys: Capture) -> None:
@@ -191,6 +197,39 @@ def test_mistakes(words: list[str], hint: str, capsys: Capture) -> None:
     err = capsys.readouterr().err
     assert hint in err and "Traceback" not in err and err.count("\n") == 1
     assert not Path("runs").exists()
+
+
+def test_of_several_clusters_each_is_refused_with_its_reason(capsys: Capture) -> None:
+    assert launch_main(["--cluster", "tpu-v5p-8,h100-8", "tiny-lm"]) == 2
+    *refused, last = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1].strip() for line in refused] == ["cluster tpu-v5p-8", "cluster h100-8"]
+    assert "none of 2, for the reasons above" in last
+
+
+@pytest.mark.parametrize("name", ["tpu-v5p-8", "h100-8", "mi300x-8"])
+def test_what_a_dry_run_says_of_configuring_a_cluster_configures_it(
+    name: str, place: Path, capsys: Capture
+) -> None:
+    assert launch_main(["--cluster", name, "tiny-lm", "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    table = said[said.rindex("\n[my-") :]
+    place.joinpath("clusters.toml").write_text(table)
+    chip = table.split("]")[0].strip("\n[")
+    assert f"--cluster {chip}" in said
+    assert launch_main(["--cluster", chip, "tiny-lm", "--dry-run"]) == 0
+    assert "not configured" not in capsys.readouterr().out
+
+
+def test_runs_of_others_are_no_obstacle(place: Path, capsys: Capture) -> None:
+    for name in ("mine", "theirs"):
+        folder = place / "runs" / name
+        (folder / "jobs").mkdir(parents=True)
+        (folder / "run.json").write_text('{"recipe": {"steps": 3}}')
+    (folder / "attempts").touch()  # which the file system refuses to list, also to root
+    assert launch_main(["list"]) == 0
+    found = capsys.readouterr()
+    assert "mine" in found.out and "theirs: " in found.err
+    assert launch_main(["reconcile"]) == 0
 
 
 def test_names_that_are_near(capsys: Capture) -> None:
