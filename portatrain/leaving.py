@@ -36,11 +36,11 @@ class Leaving:
         self._stack = ExitStack()
 
     def __enter__(self) -> Leaving:
+        self.signals.on_asked = self._asked
+        self.signals.on_leaving = self._leave
         if self._own:
             self._stack.enter_context(self.signals)
         self._stack.enter_context(self._watchdog)
-        self.signals.on_asked = self._asked
-        self.signals.on_leaving = self._leave
         return self
 
     def __exit__(

@@ -19,7 +19,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -55,6 +56,7 @@ class StopSignals:
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
+        self._staying = threading.Lock()
 
     def __enter__(self) -> StopSignals:
         self._pipe = os.pipe()
@@ -72,6 +74,12 @@ class StopSignals:
         """As if SIGTERM had come; for notices that are no signals."""
         if self._pipe is not None and self.asked is None:
             os.write(self._pipe[1], bytes([signal.SIGTERM]))
+
+    @contextmanager
+    def staying(self) -> Iterator[None]:
+        """While entered the process does not leave at once; for moments in which what is to be told changes hands."""
+        with self._staying:
+            yield
 
     def _watch(self) -> None:
         assert self._pipe is not None
@@ -105,6 +113,7 @@ class StopSignals:
 
     def _leave(self, why: str) -> None:
         """End the process now; what was committed before stands."""
+        self._staying.acquire()  # for good
         code = INTERRUPTED if self.asked == "interrupt" else RESUME_ME
         # In a thread of its own: the main one may hold a lock that telling needs.
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)

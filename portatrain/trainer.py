@@ -11,6 +11,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import numpy as np
@@ -133,9 +134,8 @@ class Trainer:
         """Train to the end, or to where it is stopped; the exit code."""
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
-        with self._begin(info) as attempt, self._leaving(attempt) as self._stop:
-            if isinstance(attempt, Attempt):
-                self.sinks.append(JsonlSink(attempt))
+        with ExitStack() as stack:
+            attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
                 self.run_dir.checkpoints(self._where), keep=self.recipe.retention, save_name=f"a{attempt.number}",
@@ -176,19 +176,22 @@ class Trainer:
                     sink.end({"status": status, **summary})
         return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
 
-    def _begin(self, info: Mapping[str, Any]) -> Attempt | Follower:
-        """The attempt: process 0 begins one, which the others follow."""
-        if self.backend.process:
-            return Follower(self.backend.agree(0))
-        attempt = self.run_dir.begin(self.recipe, info)
-        self.backend.agree(attempt.number)
+    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
+        """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
+        first, signals = not self.backend.process, self._given_signals
+        # A request to stop finds an attempt that can be told and closed, or none.
+        with signals.staying() if first and signals is not None else nullcontext():
+            attempt = self.run_dir.begin(self.recipe, info) if first else Follower(self.backend.agree(0))
+            stack.enter_context(attempt)
+            if isinstance(attempt, Attempt):
+                self.sinks.append(JsonlSink(attempt))
+            self._stop = stack.enter_context(Leaving(
+                attempt, self.run_dir.path, process=self.backend.process, processes=self.backend.processes,
+                signals=signals, sinks=self.sinks,
+            ))  # fmt: skip
+        if first:
+            self.backend.agree(attempt.number)
         return attempt
-
-    def _leaving(self, attempt: Attempt | Follower) -> Leaving:
-        return Leaving(
-            attempt, self.run_dir.path, process=self.backend.process, processes=self.backend.processes,
-            signals=self._given_signals, sinks=self.sinks,
-        )  # fmt: skip
 
     def _newest(self, attempt: Attempt | Follower) -> Any:
         """The newest checkpoint, as process 0 finds and verifies it; None where there is none."""

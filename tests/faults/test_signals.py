@@ -53,6 +53,20 @@ def save(self, step, *rest, **options):
 Checkpoints.save = save
 sys.exit(main())
 """
+# A signal comes when the attempt has just begun.
+BEGINNING = """
+import os, signal, sys, time
+from portatrain.cli import main
+from portatrain.run_dir import RunDir
+whole = RunDir.begin
+def begin(*rest):
+    attempt = whole(*rest)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    return attempt
+RunDir.begin = begin
+sys.exit(main())
+"""
 
 
 def start(run: Path, *more: str, program: str = PLAIN, **env: str) -> subprocess.Popen:
@@ -132,6 +146,13 @@ def test_while_it_compiles_it_leaves_at_once(tmp_path: Path) -> None:
     if steps(run) == 0:  # else the first step was quicker than this test
         assert "leaving at once" in errors
         assert RunDir(run).rows(1, "events")[-1]["status"] == "preempted"
+    assert not (run / "claim").exists()
+
+
+def test_while_it_begins_it_leaves_an_attempt_that_says_so(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert "leaving at once" in ends(start(run, program=BEGINNING), 85, 60)
+    assert RunDir(run).rows(1, "events")[-1]["status"] == "preempted"
     assert not (run / "claim").exists()
 
 
