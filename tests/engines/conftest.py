@@ -17,7 +17,7 @@ CLUSTERS = """
 chip = "cpu"
 count = 4
 engine = "slurm"
-options = {{ partition = "tpu", backend = "jax", gres = "tpu:4", mesh = "fsdp=4", {common} }}
+options = {{ partition = "tpu", backend = "jax", hosts = 2, gres = "tpu:2", mesh = "fsdp=4", {common} }}
 
 [lab-gpu]
 chip = "cpu"

@@ -1,4 +1,5 @@
-"""One run over two partitions of a real Slurm: begins as jax, is preempted, goes on as torch, is preempted, ends."""
+"""One run over two partitions of a real Slurm: begins as jax on two hosts, is preempted, goes on as torch in two
+processes, is preempted, ends as it began."""
 
 from __future__ import annotations
 
@@ -58,6 +59,11 @@ def story_of(name: str = "story") -> str:
     return "\n".join(parts)
 
 
+def processes(attempt: int) -> list[str]:
+    """Those of an attempt, by the signs of life that they leave."""
+    return sorted(p.name for p in Path(f"runs/story/attempts/{attempt}/beats").iterdir())
+
+
 def curves_agree(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> float:
     """The largest relative difference of two curves of the same steps."""
     assert [row["step"] for row in a] == [row["step"] for row in b]
@@ -70,6 +76,9 @@ def test_preempted_on_tpu_goes_on_on_gpu_and_finishes(lab: Slurm, until: Until) 
     until(lambda: now().step >= 8, 90, "training on tpu", story_of)
     assert now().state == "RUNNING" and now().attempts[-1].backend == "jax"
     assert "PENDING" in lab.jobs().values()
+    (landed,) = RunDir(Path("runs/story")).events("landed")
+    assert landed["scheduler"]["SLURM_JOB_NODELIST"] == "tpu[0-1]"
+    assert processes(1) == ["rank-0.json", "rank-1.json"]
 
     asked_s = time.time()
     first = lab.preempt("tpu", 2)
@@ -87,6 +96,7 @@ def test_preempted_on_tpu_goes_on_on_gpu_and_finishes(lab: Slurm, until: Until) 
     assert seam[1].backend == "torch" and seam[1].mesh == "fsdp=2"
 
     until(lambda: now().step >= seam[1].steps[0] + 6, 90, "more steps on gpu", story_of)
+    assert processes(2) == ["rank-0.json", "rank-1.json"]
     lab.call("scancel", first)
     lab.preempt("gpu", 1)
     until(lambda: now().state == "SUCCEEDED", 180, "the end", story_of)
