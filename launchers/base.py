@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from portatrain.errors import UserError, choice
 from portatrain.jobs import Job
+from portatrain.landing import HOST_PROCESSES
 
 __all__ = [
     "GROUP",
@@ -104,6 +105,10 @@ class Landed(Protocol):
     """Whether another attempt can be started after one has failed. False where the engine starts the processes of the
     other hosts: it must start them all again."""
 
+    def give_way(self) -> None:
+        """Nothing is claimed yet: wait for a job of a place that is preferred to this one and starts at this moment."""
+        ...
+
     def arrive(self) -> None:
         """The claim is ours: siblings may not start."""
         ...
@@ -150,6 +155,11 @@ def supervise_command(job: Job) -> list[str]:
     elif os.environ.get("PYTHONPATH"):
         words.append(f"PYTHONPATH={os.environ['PYTHONPATH']}")
     return [*words, python(job), "-m", "launchers.supervisor", job.run_dir, str(job.number)]
+
+
+def host_processes(job: Job) -> dict[str, str]:
+    """What `portatrain.landing` has to be told where an engine starts one process a host and the backend has more."""
+    return {HOST_PROCESSES: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
 
 
 def python(job: Job) -> str:

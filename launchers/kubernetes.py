@@ -1,6 +1,6 @@
 """Kubernetes: one JobSet for every acceptable cluster, queued by Kueue where a queue is named.
 
-Every pod is one process (`portatrain.landing`); the first one runs it under the supervisor. Each start of the JobSet is
+Every pod runs `portatrain.landing`; the first one runs it under the supervisor. Each start of the JobSet is
 one attempt. Exit code 85 and disruptions (preemption, node drain, spot) restart the JobSet without counting; other
 failures count against maxRestarts. The run directory lies on a volume that every pod mounts at the same path.
 """
@@ -15,7 +15,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, JobState, Landed, check_options, option, shell, supervise_command
+from launchers.base import (
+    Job,
+    JobState,
+    Landed,
+    check_options,
+    host_processes,
+    option,
+    shell,
+    supervise_command,
+)
 from launchers.yaml_text import to_yaml
 from portatrain import jobs
 from portatrain.errors import UserError, choice
@@ -211,6 +220,7 @@ def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grac
     env = {
         "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}", "MASTER_PORT": str(PORT), GRACE: str(grace - 5),
         "PORTATRAIN_HOSTS": str(slices * hosts), "PORTATRAIN_SLICE_HOSTS": str(hosts),
+        **host_processes(job),
         **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
     }  # fmt: skip
     each = int(place.get("chips_per_host", 0))
@@ -272,6 +282,9 @@ class LandedInPod:
                     verb(other)
                 except UserError as error:
                     print(f"job {other.number} ({other.id}): {error}", file=sys.stderr, flush=True)
+
+    def give_way(self) -> None:
+        """There is nothing to wait for: whichever claims the run first goes on."""
 
     def arrive(self) -> None:
         def hold(job: Job) -> None:

@@ -52,7 +52,7 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command ``portatrain``; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: _portatrain(words), places=words[:1] != ["train"])
+    return _guarded(lambda: run(words), places=words[:1] != ["train"])
 
 
 def launch_main(argv: Sequence[str] | None = None) -> int:
@@ -61,7 +61,8 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
     return _guarded(lambda: _launch(words))
 
 
-def _portatrain(words: list[str]) -> int:
+def run(words: list[str]) -> int:
+    """``portatrain WORDS``; its exit code, or a UserError."""
     if words and words[0] in ("--version", "-V"):
         print(f"portatrain {__version__}")
         return 0

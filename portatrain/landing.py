@@ -1,11 +1,13 @@
 """`python -m portatrain.landing train ...`: one process of a job, as the scheduler started it.
 
 Puts what the scheduler's environment says (Slurm, Kubernetes JobSet, Cloud TPU) into the variables that torchrun would
-set, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and goes on as `portatrain`.
+set, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and goes on as `portatrain`. Where the
+scheduler starts one process a host and the backend needs more (HOST_PROCESSES), it starts them.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
@@ -14,6 +16,9 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.processes import LOGS
+
+HOST_PROCESSES = "PORTATRAIN_HOST_PROCESSES"
+"""Environment variable: how many processes a host has, where the scheduler starts one."""
 
 
 def place(env: Mapping[str, str]) -> dict[str, str]:
@@ -61,15 +66,20 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
 def main() -> int:
     """Take the place, then be `portatrain`."""
     from portatrain.cli import main as portatrain
-    from portatrain.processes import PARENT, ends_at_once
+    from portatrain.processes import PARENT, ends_at_once, run_processes
 
     os.environ.pop(PARENT, None)
+    n = int(os.environ.pop(HOST_PROCESSES, "1"))
     try:
-        os.environ.update(place(os.environ))
+        found = place(os.environ)
+        if found and found["LOCAL_WORLD_SIZE"] == "1" and n > 1:
+            entry, args = "portatrain.landing:one", {"words": sys.argv[1:]}
+            return run_processes(n, entry, args, host=int(found["RANK"]), hosts=int(found["WORLD_SIZE"]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         _note(2)
         return 2
+    os.environ.update(found)
 
     def run() -> int:
         code = portatrain()
@@ -77,6 +87,15 @@ def main() -> int:
         return code
 
     return ends_at_once(run)
+
+
+def one(args: argparse.Namespace) -> int:
+    """One of a host's processes: `portatrain` with these words. Whoever started it prints its errors."""
+    from portatrain.cli import run as portatrain
+
+    code = portatrain(args.words)
+    _note(code)
+    return code
 
 
 def _note(code: int) -> None:

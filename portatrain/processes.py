@@ -50,19 +50,19 @@ def world_size() -> int | None:
     return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
 
 
-def run_processes(n: int, entry: str, args: Mapping[str, Any]) -> int:
+def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0, hosts: int = 1) -> int:
     """Run `entry` ('package.module:function', of an argparse.Namespace, giving an exit code) in `n` processes.
 
-    Only process 0 has this one's standard output and error. Returns the exit code of all; a UserError of the process
-    that failed first is raised here, another failure is printed and gives 1.
+    Of several `hosts`, each of which does the same, this is number `host`; then the environment has MASTER_ADDR and
+    MASTER_PORT. Only the first process here has this one's standard output and error. Returns the exit code of all; a
+    UserError of the process that failed first is raised here, another failure is printed and gives 1.
     """
     with tempfile.TemporaryDirectory(prefix="portatrain-") as folder:
         shared = {
             **os.environ,
-            "WORLD_SIZE": str(n),
+            "WORLD_SIZE": str(n * hosts),
             "LOCAL_WORLD_SIZE": str(n),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            **({} if hosts > 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}),
             REPORTS: folder,
             PARENT: str(os.getpid()),
         }
@@ -73,9 +73,8 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any]) -> int:
         with _forwarding(started):
             try:
                 for r in range(n):
-                    started.append(
-                        _start(command, {**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, Path(folder), r)
-                    )
+                    env = {**shared, "RANK": str(host * n + r), "LOCAL_RANK": str(r)}
+                    started.append(_start(command, env, Path(folder), r))
                 failed = _wait(started)
             finally:
                 for process in started:
@@ -204,7 +203,7 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
 
 
 def _report(user: dict[str, str] | None) -> None:
-    path = Path(os.environ[REPORTS]) / f"report-{rank()}.json"
+    path = Path(os.environ[REPORTS]) / f"report-{os.environ['LOCAL_RANK']}.json"
     found = {"unix_s": time.time(), "user": user, "text": traceback.format_exc()}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found))
