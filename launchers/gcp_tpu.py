@@ -18,6 +18,7 @@ from launchers.base import Job, JobState, Landed, check_options, option, shell, 
 from launchers.yaml_text import to_yaml
 from portatrain import jobs
 from portatrain.errors import UserError
+from portatrain.plan.slices import RULES
 from portatrain.preemption import GRACE
 
 OPTIONS = {
@@ -134,7 +135,9 @@ def request(job: Job) -> dict[str, Any]:
     if chip in TYPES:
         node["accelerator_config"] = {"type_": TYPES[chip], "topology": str(job.place.get("topology", ""))}
     else:
-        node["accelerator_type"] = job.cluster
+        per_slice = int(job.place.get("chips", 1)) // slices
+        number = per_slice * (RULES[chip].per_name if chip in RULES else 1)
+        node["accelerator_type"] = f"{chip.replace('-7x', '7x')}-{number}"
     if option(job, "network", str) is not None:
         node["network_config"] = {"network": job.options["network"], "enable_external_ips": False}
     if option(job, "service_account", str) is not None:
@@ -189,6 +192,9 @@ class LandedOnTpu:
 
     def __init__(self, job: Job) -> None:
         self.job, self.launcher = job, GcpTpuLauncher()
+
+    def give_way(self) -> None:
+        """There is nothing to wait for: whichever claims the run first goes on."""
 
     def arrive(self) -> None:
         """Siblings that start step aside by the claim, and are deleted then."""

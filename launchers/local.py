@@ -117,6 +117,9 @@ class LandedHere:
     def __init__(self, job: Job) -> None:
         self.job = job
 
+    def give_way(self) -> None:
+        """There is nothing to wait for: whichever claims the run first goes on."""
+
     def arrive(self) -> None:
         """There are no siblings."""
 

@@ -15,9 +15,19 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, JobState, Landed, check_options, option, shell, supervise_command
+from launchers.base import (
+    Job,
+    JobState,
+    Landed,
+    check_options,
+    host_processes,
+    option,
+    shell,
+    supervise_command,
+)
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
+from portatrain.plan.slices import RULES
 from portatrain.preemption import RESUME_ME
 
 OPTIONS = {
@@ -27,7 +37,9 @@ OPTIONS = {
     "file_mounts": "a table: folder -> bucket", "env": "environment variables", "python": "the Python there (python3)",
 }  # fmt: skip
 PORT = 8476
-NAMES = {"mi300x": "MI300X", "mi325x": "MI325X", "mi355x": "MI355X", "gaudi3": "Gaudi3"}
+NAMES = {"a100-40": "A100", "a100-80": "A100-80GB", "h100-sxm": "H100", "gaudi3": "Gaudi3"}
+"""Chips whose name in SkyPilot is not theirs in capitals."""
+TPUS = {"tpu-v5e": "tpu-v5litepod", "tpu-7x": "tpu-v7x"}
 
 
 class SkyPilotLauncher:
@@ -107,12 +119,15 @@ def task(job: Job) -> dict[str, Any]:
     python = str(job.options.get("python", "python3"))
     path = [w for w in inside if w.startswith("PYTHON")]
     each = shell(["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]])
+    more = "".join(f" {key}={value}" for key, value in host_processes(job).items())
     run = (
-        f'export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={PORT}\n'
+        f'export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={PORT}{more}\n'
         f'if [ "$SKYPILOT_NODE_RANK" = 0 ]; then exec {shell(inside)}; fi\n'
         f"exec {each}\n"
     )
-    found: dict[str, Any] = {"name": job.name, "num_nodes": job.hosts, "resources": resources}
+    # A TPU slice is one node to SkyPilot, of however many hosts; it runs the command on each of them.
+    nodes = int(job.place.get("slices", 1)) if _is_tpu(job) else job.hosts
+    found: dict[str, Any] = {"name": job.name, "num_nodes": nodes, "resources": resources}
     env = {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}
     if env:
         found["envs"] = env
@@ -126,9 +141,14 @@ def task(job: Job) -> dict[str, Any]:
 
 def _accelerators(job: Job) -> str:
     chip, each = str(job.place.get("chip", "")), int(job.place.get("chips_per_host", 1))
-    if chip.startswith("tpu-"):
-        return f"{job.cluster}:1"
+    if _is_tpu(job):
+        of_a_slice = int(job.place["chips"]) // int(job.place["slices"]) * RULES[chip].per_name
+        return f"{TPUS.get(chip, chip)}-{of_a_slice}:1"
     return f"{NAMES.get(chip, chip.upper())}:{each}"
+
+
+def _is_tpu(job: Job) -> bool:
+    return job.place.get("chip", "") in RULES
 
 
 class LandedBySky:
@@ -138,6 +158,9 @@ class LandedBySky:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+
+    def give_way(self) -> None:
+        """There is nothing to wait for: whichever claims the run first goes on."""
 
     def arrive(self) -> None:
         """A run has one managed job; what is acceptable is in its task file."""

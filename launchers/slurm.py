@@ -23,6 +23,7 @@ from typing import Any
 
 from launchers.base import Job, JobState, Landed, check_options, option, python, shell, supervise_command
 from portatrain import jobs
+from portatrain.claim import live_owner
 from portatrain.errors import UserError
 from portatrain.preemption import GRACE
 from portatrain.processes import free_port
@@ -41,6 +42,8 @@ ENDS_WITHIN_S = 15
 """How long srun lets the others run once one process has ended. They leave together; where one fails, the others wait
 for it in a collective, and are killed."""
 STAY_S = 90.0
+PREFERRED_STARTS_WITHIN_S = 10.0
+"""How long a job waits for one of a preferred partition that Slurm has started too, to claim the run."""
 
 
 class SlurmLauncher:
@@ -180,6 +183,20 @@ class LandedOnSlurm:
                 verb(sibling)
             except UserError as error:
                 print(f"job {sibling.number} ({sibling.id}): {error}", file=sys.stderr, flush=True)
+
+    def give_way(self) -> None:
+        until_s = time.monotonic() + PREFERRED_STARTS_WITHIN_S
+        while time.monotonic() < until_s and live_owner(Path(self.job.run_dir) / "claim") is None:
+            better = [job for job in self._siblings() if job.number < self.job.number]
+            if not any(self._starts(job) for job in better):
+                break
+            time.sleep(0.5)
+
+    def _starts(self, job: Job) -> bool:
+        try:
+            return self.slurm.describe(job).reason in ("RUNNING", "CONFIGURING")
+        except UserError:
+            return False
 
     def arrive(self) -> None:
         def hold(job: Job) -> None:

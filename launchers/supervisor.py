@@ -52,6 +52,7 @@ class Supervisor:
         if self._over():
             self.landed.leave("over")
             return 0
+        self.landed.give_way()
         try:
             claim = Claim.acquire(self.run.path / "claim")
         except UserError as error:

@@ -52,7 +52,7 @@ def test_of_two_acceptable_partitions_one_runs_and_nothing_is_left(light_lab: Sl
     assert "RUNNING" in shown and ("held" in shown or "pending" in shown)
     until(lambda: now().state == "SUCCEEDED", 40, "the end", seen)
     until(lambda: not light_lab.jobs(), 20, "no job left", light_lab.jobs)
-    assert len(now().attempts) == 1
+    assert len(now().attempts) == 1 and events("landed")[0]["cluster"] == "lab-tpu"  # the preferred one
     assert "one that is finished" in launch("resume", "a", code=2)
     assert "one that is finished" in launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", code=2)
 
