@@ -10,7 +10,7 @@ MATRIX_ARGS ?=
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-engines matrix soak soak-engines plan-accuracy lint format clean
+.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-skypilot test-engines matrix soak soak-engines plan-accuracy lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,10 @@ test-s3:  ## checkpoints in a simulated S3, in an environment of its own
 	@.ci/setup $(VENV)-s3 s3-test 3
 	$(TEST_ENV) $(VENV)-s3/bin/python -m pytest $(PYTEST_ARGS) tests/faults/test_s3.py
 
+test-skypilot:  ## task files by SkyPilot's own parser, in an environment of its own
+	@.ci/setup $(VENV)-sky sky-test 3
+	$(TEST_ENV) $(VENV)-sky/bin/python -m pytest $(PYTEST_ARGS) tests/engines/test_skypilot.py
+
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -70,5 +74,5 @@ format: setup  ## let ruff mend what it can
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the environment and caches; runs are kept
-	rm -rf $(VENV) $(VENV)-s3 build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
