@@ -63,7 +63,7 @@ test-s3:  ## checkpoints in a simulated S3, in an environment of its own
 
 test-skypilot:  ## task files by SkyPilot's own parser, in an environment of its own
 	@.ci/setup $(VENV)-sky sky-test 3
-	$(TEST_ENV) $(VENV)-sky/bin/python -m pytest $(PYTEST_ARGS) tests/engines/test_skypilot.py
+	HOME=$(abspath $(VENV)-sky) $(TEST_ENV) $(VENV)-sky/bin/python -m pytest $(PYTEST_ARGS) tests/engines/test_skypilot.py
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -21,12 +21,6 @@ pytestmark = pytest.mark.engines
 TASKS = [name for name, (engine, *_) in CASES.items() if engine == "skypilot"]
 
 
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of the user's SkyPilot is read or written."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-
-
 def read(path: Path, data: dict[str, Any]) -> Any:
     path.write_text(to_yaml(data))
     return sky.Task.from_yaml(str(path))
@@ -41,10 +35,8 @@ def test_it_reads_what_was_meant(name: str, tmp_path: Path) -> None:
     assert found.setup == data.get("setup")
     assert dict(found.envs) == data.get("envs", {})
     asked = data["resources"].get("any_of", [data["resources"]])
-    seen = {(*_only(one.accelerators), str(one.infra), bool(one.use_spot)) for one in found.resources}
-    assert seen == {
-        (*_parts(one["accelerators"]), _infra(one.get("infra")), bool(one.get("use_spot"))) for one in asked
-    }
+    seen = {(*_only(one.accelerators), one.infra.to_str().lower(), one.use_spot) for one in found.resources}
+    assert seen == {(*_parts(one["accelerators"]), one["infra"], bool(one.get("use_spot"))) for one in asked}
     for one in found.resources:
         assert one.job_recovery["recover_on_exit_codes"] == [RESUME_ME]
         assert one.job_recovery["max_restarts_on_errors"] == made.max_restarts
@@ -75,9 +67,3 @@ def _only(accelerators: dict[str, float]) -> tuple[str, int]:
 def _parts(text: str) -> tuple[str, int]:
     name, _, count = text.partition(":")
     return name, int(count)
-
-
-def _infra(text: str | None) -> str:
-    from sky.utils.infra_utils import InfraInfo
-
-    return str(InfraInfo.from_str(text))
