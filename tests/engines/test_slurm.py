@@ -234,6 +234,19 @@ def test_a_submission_that_is_refused_leaves_nothing(light_lab: Slurm) -> None:
     assert not Path("runs/b").exists()
 
 
+def test_a_folder_of_odd_characters(light_lab: Slurm, until: Until) -> None:
+    runs = "my runs, %j $(id) 'so'"
+    launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", "--runs", runs)
+    run = RunDir(Path(runs, "a"))
+    until(lambda: status(run).state == "SUCCEEDED", 60, "the end", lambda: list(Path().rglob("*.log")))
+    assert sorted(p.name for p in (run.path / "attempts/1").glob("rank-*.log")) == [
+        "rank-0.log",
+        "rank-1.log",
+    ]
+    refused = launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", "--runs", 'say "so"', code=2)
+    assert "without quotes" in refused and not Path('say "so"').exists()
+
+
 def test_an_orphan_is_found_and_taken_out(light_lab: Slurm) -> None:
     blocks = {light_lab.preempt("tpu", 2), light_lab.preempt("gpu", 1)}
     start()
