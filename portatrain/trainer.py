@@ -153,6 +153,9 @@ class Trainer:
                     self._go_on(found)
                 else:
                     self.state = self.backend.init_state()
+                    # What a save on demand would have to compile within the grace.
+                    if self._stop.signals.grace_s is not None:
+                        continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
                 for hook in self.recipe.hooks:
                     hook.on_start(self)
                 self._loop()

@@ -67,6 +67,18 @@ def begin(*rest):
 RunDir.begin = begin
 sys.exit(main())
 """
+# Says when the continuity record is taken.
+RECORDING = """
+import sys
+from portatrain import continuity
+from portatrain.cli import main
+whole = continuity.record
+def record(backend, state, recipe, train, step, **options):
+    print("record", step, file=sys.stderr)
+    return whole(backend, state, recipe, train, step, **options)
+continuity.record = record
+sys.exit(main())
+"""
 
 
 def start(run: Path, *more: str, program: str = PLAIN, **env: str) -> subprocess.Popen:
@@ -147,6 +159,15 @@ def test_while_it_compiles_it_leaves_at_once(tmp_path: Path) -> None:
         assert "leaving at once" in errors
         assert RunDir(run).rows(1, "events")[-1]["status"] == "preempted"
     assert not (run / "claim").exists()
+
+
+@pytest.mark.parametrize(("grace", "steps"), [({}, ["3"]), ({"PORTATRAIN_GRACE_S": "60"}, ["0", "3"])])
+def test_what_a_save_needs_is_compiled_before_the_first_step_where_a_grace_is_given(
+    grace: dict[str, str], steps: list[str], tmp_path: Path
+) -> None:
+    process = start(tmp_path / "run", "--stop-at=3", program=RECORDING, **grace)
+    errors = ends(process, 85, 90)
+    assert [line.split()[1] for line in errors.splitlines() if line.startswith("record ")] == steps
 
 
 def test_while_it_begins_it_leaves_an_attempt_that_says_so(tmp_path: Path) -> None:
