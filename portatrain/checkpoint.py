@@ -26,6 +26,7 @@ from checkpoints_format import (
     Box,
     Explicit,
     FormatError,
+    LocalStore,
     Mesh,
     NotCommittedError,
     Planner,
@@ -38,7 +39,9 @@ from checkpoints_format import (
     commit,
 )
 from checkpoints_format import Layout as FormatLayout
+from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
 from checkpoints_format.packs import receipt_name
+from checkpoints_format.store import read_small
 from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, Program, Scattered
 from portatrain.errors import UserError
@@ -51,6 +54,18 @@ RECEIPTS_WITHIN_S = 600.0
 """How long the committing process waits for the others to have written."""
 
 Read = Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]
+
+
+def _is_whole(store: Store, receipt: str) -> bool:
+    """Whether a receipt is there to its end. A file is seen from its first byte on; in an object store only whole."""
+    if store.size(receipt) is None:
+        return False
+    if isinstance(store, LocalStore):
+        try:
+            decode_receipt(read_small(store, receipt, MAX_RECEIPT_BYTES), receipt)
+        except FormatError:
+            return False
+    return True
 
 
 def format_layout(program: Program, scattered: Scattered | None = None, writers: int = 1) -> FormatLayout:
@@ -249,7 +264,7 @@ class Checkpoints:
         """Until every process has written. In the store, as a collective here could meet one of the step's."""
         deadline_s, pause_s = time.monotonic() + RECEIPTS_WITHIN_S, 0.01
         for writer in range(self.processes):
-            while store.size(receipt_name(self.save_name, writer)) is None:
+            while not _is_whole(store, receipt_name(self.save_name, writer)):
                 if time.monotonic() > deadline_s:
                     raise UserError(
                         f"checkpoint in {self.place.name}", expected=f"the receipt of process {writer}",

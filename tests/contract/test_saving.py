@@ -206,3 +206,22 @@ def test_a_state_beyond_the_budget_is_written_box_by_box_in_the_foreground(
     loads(tmp_path, backend, 5)
     largest = 64 * 96 * 4
     assert max(backend.fetched_bytes) == largest and sum(backend.fetched_bytes) < 4 * largest  # each once
+
+
+def test_a_receipt_counts_once_it_is_whole(tmp_path: Path) -> None:
+    backend, checkpoints = Holding(), Checkpoints(tmp_path)
+    checkpoints.save(1, backend, backend.state(1), {})
+    checkpoints.wait()
+    (receipt,) = tmp_path.glob("step-00000001/receipt-*")
+    whole = receipt.read_bytes()
+    with LocalStore(receipt.parent) as store:
+        receipt.unlink()
+        waiting = threading.Thread(target=checkpoints._await_receipts, args=(store,))
+        waiting.start()
+        for part in (b"", whole[:10], whole[:-2]):  # as the committing process may find it
+            receipt.write_bytes(part)
+            waiting.join(0.3)
+            assert waiting.is_alive(), part
+        receipt.write_bytes(whole)
+        waiting.join(10)
+        assert not waiting.is_alive()
