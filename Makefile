@@ -8,9 +8,11 @@ MATRIX_ARGS ?=
 # One thread a process: the test processes share the cores. The rest keeps an installed libtpu from looking
 # for TPUs, and lets two processes load it.
 TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
-PYTEST = $(TEST_ENV) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+# Where `make test-xla` has made its environment, the parity matrix runs the cells of torch-xla there.
+XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
+PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-skypilot test-engines matrix soak soak-engines plan-accuracy lint format clean
+.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +42,7 @@ soak: setup  ## every bit of a checkpoint's headers flipped, a hundred thousand 
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults
 
 matrix: setup  ## backends x meshes x recipes, into docs/parity.md; goes on where it stopped (MATRIX_ARGS="--minutes 10")
-	$(TEST_ENV) $(VENV)/bin/python -m tests.matrix $(MATRIX_ARGS)
+	$(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m tests.matrix $(MATRIX_ARGS)
 
 test-meshes: setup  ## backends on meshes of several processes; alone, as they need the cores
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full" tests/distributed
@@ -65,6 +67,10 @@ test-skypilot:  ## task files by SkyPilot's own parser, in an environment of its
 	@.ci/setup $(VENV)-sky sky-test 3
 	HOME=$(abspath $(VENV)-sky) $(TEST_ENV) $(VENV)-sky/bin/python -m pytest $(PYTEST_ARGS) tests/engines/test_skypilot.py
 
+test-xla:  ## the torch-xla backend on simulated devices, in an environment of its own (7 GB)
+	@.ci/setup $(VENV)-xla xla-test 16 constraints-xla.txt
+	$(TEST_ENV) PJRT_DEVICE=CPU CPU_NUM_DEVICES=1 $(VENV)-xla/bin/python -m pytest $(PYTEST_ARGS) tests/xla
+
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
@@ -74,5 +80,5 @@ format: setup  ## let ruff mend what it can
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the environment and caches; runs are kept
-	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky $(VENV)-xla build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

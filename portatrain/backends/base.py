@@ -203,6 +203,7 @@ _OURS = {
     "jax": ("portatrain.backends.jax:JaxBackend", "jax", ("jax", "flax", "optax")),
     "torch": ("portatrain.backends.torch:TorchBackend", "torch", ("torch",)),
     **{f"deepspeed-{n}": (f"{_ZERO}{n}", "deepspeed", ("torch", "deepspeed")) for n in (1, 2, 3)},
+    "torch-xla": ("portatrain.backends.torch_xla:XlaBackend", "torch-xla", ("torch", "torch_xla")),
 }
 """Our backends: where each is, the extra that installs what it needs, and what that is."""
 
@@ -269,6 +270,8 @@ def backend_class(name: str) -> type[Backend]:
 def simulate_devices(name: str, devices: int) -> None:
     """Have backend `name` see `devices` devices, over all processes, on a machine that has a CPU only. To be called
     before its framework is imported; does nothing for one, or where the process has been told how many there are."""
+    if name == "torch-xla":
+        os.environ.setdefault("CPU_NUM_DEVICES", str(devices))
     if name != "jax":
         return
     mine = devices_a_process(devices, processes.world_size() or 1)

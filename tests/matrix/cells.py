@@ -7,6 +7,8 @@ mesh of three devices has sizes of its own, which three divides, and stands besi
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,12 +52,13 @@ MESHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """A column: a backend and how it runs. processes: None is one a device. needs: what must be installed."""
+    """A column: a backend and how it runs. processes: None is one a device. elsewhere: the environment variable that
+    names the Python of an environment of the backend's own, where it cannot share this one."""
 
     backend: str
     processes: int | None = None
     changes: tuple[tuple[str, Any], ...] = ()
-    needs: str | None = None
+    elsewhere: str | None = None
 
     def make(self) -> Callable[[Program], Any]:
         found = backend_class(self.backend)
@@ -70,6 +73,7 @@ BACKENDS: dict[str, How] = {
     "deepspeed-1": How(backend="deepspeed-1"),
     "deepspeed-2": How(backend="deepspeed-2"),
     "deepspeed-3": How(backend="deepspeed-3"),
+    "torch-xla": How(backend="torch-xla", processes=1, elsewhere="PORTATRAIN_XLA_PYTHON"),
 }
 
 REASONS: dict[tuple[str, str, str], str] = {}
@@ -103,8 +107,16 @@ def processes(backend: str, mesh: str) -> int:
     return BACKENDS[backend].processes or Mesh.parse(MESHES[mesh]).devices
 
 
+def interpreter(backend: str) -> str | None:
+    """The Python that runs the cells of a column; None where its backend is not installed."""
+    how = BACKENDS[backend]
+    if not missing(how.backend):
+        return sys.executable
+    return os.environ.get(how.elsewhere) if how.elsewhere else None
+
+
 def installed(backend: str) -> bool:
-    return not missing(BACKENDS[backend].backend)
+    return interpreter(backend) is not None
 
 
 def cover() -> list[tuple[str, str, str]]:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.cells import ROWS, baseline_of, processes, refusal
+from tests.matrix.cells import ROWS, baseline_of, interpreter, processes, refusal
 
 CELL_S = 240
 """What a cell may take, starting its processes included."""
@@ -18,14 +18,16 @@ CELL_S = 240
 Found = dict[str, Any]
 
 
-def start(n: int, entry: str, args: dict[str, Any], timeout_s: float) -> tuple[bool, str]:
-    """`run_processes` in a process of its own. (whether it ended in time, what it said last)."""
+def start(
+    n: int, entry: str, args: dict[str, Any], timeout_s: float, python: str = sys.executable
+) -> tuple[bool, str]:
+    """`run_processes` in a process of its own, of `python`. (whether it ended in time, what it said last)."""
     call = (
         "import sys, json; from portatrain.processes import run_processes;"
         f"sys.exit(run_processes({n}, {entry!r}, json.loads(sys.argv[1])))"
     )
     child = subprocess.Popen(
-        [sys.executable, "-c", call, json.dumps(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [python, "-c", call, json.dumps(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:
@@ -66,7 +68,10 @@ def run_group(backend: str, mesh: str, rows: list[str], folder: Path) -> dict[st
         given = {
             "backend": backend, "mesh": mesh, "rows": [(row, str(files[mesh, row])) for row in left], "out": str(out)
         }  # fmt: skip
-        in_time, said = start(processes(backend, mesh), "tests.matrix.cell:main", given, CELL_S * len(left))
+        in_time, said = start(
+            processes(backend, mesh), "tests.matrix.cell:main", given, CELL_S * len(left),
+            interpreter(backend) or sys.executable,
+        )  # fmt: skip
         ended = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         out.unlink(missing_ok=True)
         for one in ended:

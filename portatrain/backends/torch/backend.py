@@ -117,7 +117,7 @@ class TorchBackend:
         def piece(info: TensorInfo, role: str, index: tuple[int, ...]) -> Tensor:
             at, inner = self._part(info, role)
             array = draw(info, role, (*index, *at), (*(1 for _ in index), *inner)).reshape(inner)
-            return torch.from_numpy(np.array(array)).to(self.device)
+            return self._piece(array, info, role)
 
         infos = self.definition.tensors
         state = self._lowered(lambda role, name, index: piece(infos[role, name], role, index))
@@ -129,12 +129,15 @@ class TorchBackend:
                 for slot, info in slot_tensors(
                     self.program.optimizer, self.definition.params[p.name]
                 ).items():
-                    optimizer.state[p.tensor][optimizer.slot(p.tensor, slot)].copy_(
-                        piece(info, info.role, p.index)
-                    )
+                    slots = optimizer.state[p.tensor]
+                    slots[optimizer.slot(p.tensor, slot)] = piece(info, info.role, p.index)
             if p.role == "params" and p.name in self.program.ema:
                 state.ema[i] = piece(infos["params", p.name], "ema", p.index)
         return state
+
+    def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
+        """A tensor of the device with what this process holds of one layer of a logical tensor."""
+        return torch.from_numpy(np.array(array)).to(self.device)
 
     def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(offset, shape) of what this process holds of one layer of a logical tensor."""

@@ -1,0 +1,50 @@
+"""Attention written out, for XLA to fuse and to cut over the mesh: all scores exist, (B, K, G, S, T) over all devices.
+
+Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from portatrain.backends.torch.attention import visible
+
+
+def attention(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+    kept: Callable[..., Any],
+) -> Tensor:
+    """See `portatrain.ops.Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
+    b, s, h, d = q_BSHD.shape
+    t, kv_heads = k_BTKD.shape[1:3]
+    of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
+    at_q, at_k = positions if positions is not None else (None, None)
+    rule = (s, t, q_BSHD.device, causal, window, of_q, of_k, at_q, at_k)
+    mask = kept("visible", rule, visible)
+    q_BSKGD = q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d)
+    scores = torch.einsum("bskgd,btkd->bkgst", q_BSKGD.float(), k_BTKD.float())
+    scores = scores * (d**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        mask = mask[:, None, None]
+        scores = torch.where(mask, scores, torch.finfo(torch.float32).min)
+    weights = torch.softmax(scores, dim=-1)
+    # Only with these may a query see nothing: in place, it sees itself at least.
+    if mask is not None and (positions is not None or isinstance(segment_ids, tuple)):
+        weights = torch.where(mask, weights, 0.0)
+    out = torch.einsum("bkgst,btkd->bskgd", weights.to(v_BTKD.dtype), v_BTKD)
+    return out.reshape(b, s, h, d)

@@ -1,0 +1,362 @@
+"""The backend's verbs on torch-xla. The module, its blocks and the loop over microbatches are the torch backend's; here
+is what is different on devices that run a step as one graph: nothing is decided by the host in the middle of a step,
+and what changes from step to step enters as a tensor.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from portatrain import hashing, remat
+from portatrain.after_step import needs_after_step, run_after_step
+from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
+from portatrain.backends.torch.backend import COMPUTE, TorchBackend, TorchState
+from portatrain.backends.torch.ops import Static, run_block
+from portatrain.backends.torch.optimizer import xp
+from portatrain.backends.torch_xla import devices as xla
+from portatrain.backends.torch_xla.devices import Devices
+from portatrain.backends.torch_xla.ops import XlaOps
+from portatrain.backends.torch_xla.rehearsal import norms
+from portatrain.backends.torch_xla.remat import check_policy, rematerialised
+from portatrain.errors import UserError
+from portatrain.layout import Spec
+from portatrain.module import TensorInfo
+from portatrain.optim import clip_scale
+from portatrain.state import COUNT, sample_words, slot_tensors
+
+
+@dataclass
+class XlaState(TorchState):
+    """Changed in place by `step`. count_1: (1,) int32, the steps applied so far; it is the devices', which alone know
+    whether a step was skipped."""
+
+    count_1: Tensor
+
+
+class Numbers(NamedTuple):
+    """What changes from step to step. Of one axis: torch-xla makes constants of the scalars 0 and 1."""
+
+    ints_3: Tensor
+    """The step and the two words of the seed."""
+    scale_1: Tensor
+
+
+class XlaBackend(TorchBackend):
+    """See `portatrain.backends.base.Backend`."""
+
+    name = "torch-xla"
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.definition = program, program.definition
+        self.remat = remat.parse(program.remat)
+        self._check(program)
+        self.devices = Devices(program.layout)
+        self.device, self.compiles = self.devices.device, False
+        # On a CPU a step takes the cores that would prepare the next one.
+        self.asynchronous = not xla.on_cpu()
+        self._after_step = needs_after_step(self.definition)
+        self._graphs = 0
+        self._runners = {"run_block": run_block, "run_again": rematerialised(self.remat, run_block)}
+        self.ops = functools.partial(XlaOps, devices=self.devices)
+
+    def _check(self, program: Program) -> None:
+        check_policy(self.remat)
+        if program.compile:
+            raise UserError(
+                f"compile on the {self.name} backend", expected="no choice, as XLA compiles the whole step",
+                got="compile=True", do="Leave compile out.",
+            )  # fmt: skip
+        for info in self.definition.tensors.values():
+            held = program.layout.tensor_spec(info)[: info.stack_dims]
+            if any(program.layout.mesh.over(axes) > 1 for axes in held):
+                raise UserError(
+                    f"layout of {info.name} on the {self.name} backend", expected="the axis of a Stack not to be cut",
+                    got=f"{info.axes[: info.stack_dims]} over {held}",
+                    do="It holds one module a layer: map another axis, or use --backend jax.",
+                )  # fmt: skip
+
+    def _ops(self, batch: Mapping[str, Tensor], step: Any, training: bool) -> XlaOps:
+        numbers = step if isinstance(step, Numbers) else self._numbers(step)
+        xla.use_precision(self.program.precision)
+        static = Static(
+            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops
+        )
+        sample = batch.get("sample")
+        return self.ops(
+            static, numbers.ints_3[0], numbers.ints_3[1:],
+            sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
+            layer=torch.zeros((), dtype=torch.int32, device=self.device), **self._runners, kept={},
+        )  # fmt: skip
+
+    def _numbers(self, step: int, scale: float = 0.0) -> Numbers:
+        ints = np.array([step, *hashing.words(self.program.seed)], np.int32)
+        return Numbers(self.devices.put(ints), self.devices.put(np.array([scale], np.float32)))
+
+    def _sync(self) -> None:
+        """Run what is pending."""
+        before = xla.compilations()
+        xla.sync()
+        self._graphs += xla.compilations() - before
+
+    def _read(self, values: Mapping[str, Tensor]) -> Arrays:
+        self._sync()
+        return {name: self.devices.whole(value) for name, value in values.items()}
+
+    # ---- states
+
+    def _spec(self, info: TensorInfo, role: str) -> Spec:
+        """How one layer of a logical tensor lies. `role` is a checkpoint's: averages lie as parameters do."""
+        spec = self.program.layout.tensor_spec(info, role="params" if role == "ema" else role)
+        return spec[info.stack_dims :]
+
+    def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
+        return self.devices.put(array, self._spec(info, role))
+
+    def _build(self, draw: Callable[..., np.ndarray], count: int) -> XlaState:
+        made: TorchState = super()._build(draw, count)
+        count_1 = self.devices.put(np.array([count], np.int32))
+        return XlaState(made.module, made.pieces, made.optimizer, made.ema, count_1)
+
+    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        placed = {}
+        for key, value in batch.items():
+            value = sample_words(value) if key == "sample" else value
+            axes = ("batch", *(None for _ in value.shape[1:]))
+            placed[key] = self.devices.put(value, self.program.layout.spec(axes))
+        return placed
+
+    def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """As many rows as divide over the mesh; the last one again where they do not."""
+        over = self.program.layout.mesh.over(self.program.layout.spec(("batch",))[0])
+        more = -next(iter(batch.values())).shape[0] % over
+        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
+
+    # ---- the step
+
+    def _norm(self, state: TorchState) -> Tensor:
+        # Rows first: XLA on a CPU adds one after another.
+        squares = [(g * g).sum(-1).sum() if g.ndim else g * g for g in self._grads(state)]
+        return torch.stack(squares).sum().sqrt()
+
+    def step(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> tuple[TorchState, StepResult]:
+        assert isinstance(state, XlaState)
+        numbers: Any = self._numbers(step, scale)
+        loss, weight, auxes, tallies = self._accumulate(state, batch, numbers)
+        norm = self._norm(state)
+        good = torch.isfinite(loss) & torch.isfinite(norm)
+        self._update(state, numbers, norm, good)
+        self._follow(state, numbers, tallies, good)
+        aux = {k: v["max"] if "max" in v else v["sum"] / float(v.get("count", 1.0)) for k, v in auxes.items()}
+        found = StepResult(
+            loss=loss, grad_norm=norm, skipped=1 - good.to(torch.int32), weight=weight, aux=aux
+        )
+        state.optimizer.zero_grad(set_to_none=True)
+        self._sync()
+        return state, found
+
+    @torch.no_grad()
+    def _update(self, state: XlaState, numbers: Numbers, norm: Tensor, good: Tensor) -> None:
+        """Parameters, slots and the count after one step of the rule, where `good`."""
+        optimizer, clip = state.optimizer, self.program.clip_norm
+        count_1 = state.count_1 + 1
+        factor = None if clip is None else clip_scale(xp, norm, clip)
+        for p in state.pieces:
+            if p.tensor not in optimizer.infos:
+                continue
+            delta, slots = self._delta(state, p.tensor, factor, numbers, count_1)
+            infos = slot_tensors(self.program.optimizer, self.definition.params[p.name])
+            for slot, value in slots.items():
+                self._set(
+                    optimizer.state[p.tensor][slot], value, good, self._spec(infos[slot], infos[slot].role)
+                )
+            spec = self._spec(self.definition.params[p.name], "params")
+            self._set(p.tensor, p.tensor + delta, good, spec)
+        self._set(state.count_1, count_1, good, ((),))
+
+    def _delta(
+        self, state: XlaState, tensor: Tensor, factor: Tensor | None, numbers: Numbers, count_1: Tensor
+    ) -> Any:
+        """(what the rule adds to `tensor` for its gradient times `factor`, its new slots)."""
+        optimizer = state.optimizer
+        info, name = optimizer.infos[tensor]
+        grad = tensor.grad if factor is None else tensor.grad * factor  # type: ignore[operator]
+        return optimizer.updated(
+            optimizer.rule.rule_for(info), tensor, optimizer.state[tensor], xp=xp, grad=grad,
+            scale=numbers.scale_1[0], count=count_1[0].float(), decay=name in self.program.decay,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _follow(self, state: XlaState, numbers: Any, tallies: dict[str, Tensor], good: Tensor) -> None:
+        """Model States and averages, where `good`."""
+        if self.definition.states and (tallies or self._after_step):
+            states = {n: s + tallies[n] if n in tallies else s for n, s in self._states(state).items()}
+            states = run_after_step(
+                self.definition, states, self._ops_after(numbers), lambda xs: torch.stack(list(xs))
+            )
+            for p in state.pieces:
+                if p.role == "state":
+                    value = states[p.name][p.index] if p.index else states[p.name]
+                    self._set(p.tensor, value, good, self._spec(self.definition.states[p.name], "state"))
+        if (decay := self.program.ema_decay) is not None:
+            for i, average in state.ema.items():
+                p = state.pieces[i]
+                value = average + (1 - decay) * (p.tensor - average)
+                self._set(average, value, good, self._spec(self.definition.params[p.name], "ema"))
+
+    def _set(self, tensor: Tensor, value: Tensor, good: Tensor, spec: Spec) -> None:
+        """`tensor` becomes `value` where `good`, and lies as it lay: else the next step would compile again."""
+        tensor.copy_(torch.where(good, value, tensor))
+        self.devices.laid(tensor, spec)
+
+    def gradients(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
+    ) -> tuple[float, Arrays]:
+        numbers: Any = self._numbers(step)
+        loss, *_ = self._accumulate(state, batch, numbers)
+        self._grads(state)
+        self._sync()
+        params = self.definition.params
+        found = {n: np.zeros(params[n].shape, np.float32) for n in sorted(self.program.trainable)}
+        for p in state.pieces:
+            if p.role == "params" and p.tensor.grad is not None:
+                found[p.name][p.index] = self.devices.whole(p.tensor.grad)
+        state.optimizer.zero_grad(set_to_none=True)
+        return float(loss), found
+
+    # ---- without an update
+
+    def rehearse(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> Arrays:
+        assert isinstance(state, XlaState)
+        numbers: Any = self._numbers(step, scale)
+        self._accumulate(state, batch, numbers)
+        self._grads(state)
+        norm, clip = self._norm(state), self.program.clip_norm
+        factor = None if clip is None else clip_scale(xp, norm, clip)
+        count_1 = state.count_1 + 1
+        found = norms(
+            self, state, lambda tensor: self._delta(state, tensor, factor, numbers, count_1)[0], self._sync
+        )
+        state.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    @torch.no_grad()
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
+        rows = next(iter(batch.values())).shape[0]
+        numbers: Any = self._numbers(0)
+        loss, ops = self._forward(state, self._put(self._even(batch)), numbers, False)
+        means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
+        values = {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
+        del loss, ops
+        return {k: v[:rows] for k, v in self._read(values).items()}
+
+    @torch.no_grad()
+    def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        rows = next(iter(batch.values())).shape[0]
+        there = self._put(self._even(batch))
+        predict: Any = state.module.predict
+        found = predict(self._ops(there, 0, False), there).float()
+        return self._read({"": found})[""][:rows]
+
+    # ---- what it holds and runs on
+
+    def _held(self, state: TorchState) -> Iterator[tuple[str, TensorInfo, tuple[int, ...], Tensor]]:
+        """(role, logical tensor, index in its Stacks, tensor) of all but the count."""
+        for i, p in enumerate(state.pieces):
+            info = self.definition.tensors[p.role, p.name]
+            yield p.role, info, p.index, p.tensor
+            if i in state.ema:
+                yield "ema", info, p.index, state.ema[i]
+            if p.tensor in state.optimizer.infos:
+                for slot, what in slot_tensors(self.program.optimizer, info).items():
+                    yield what.role, what, p.index, state.optimizer.state[p.tensor][slot]
+
+    def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
+        """The parts that devices hold, each once."""
+        assert isinstance(state, XlaState)
+        for role, info, index, tensor in self._held(state):
+            copies = _Copies(self.devices, tensor)
+            for offset, shape in copies.parts:
+                boxed = (*(1 for _ in index), *shape)
+                yield LocalBox(
+                    name=info.name, role=role, offset=(*index, *offset), shape=boxed,
+                    fetch=functools.partial(copies.fetch, offset, boxed),
+                )  # fmt: skip
+        count_1 = state.count_1
+        yield LocalBox(name="", role=COUNT, offset=(), shape=(),
+                       fetch=lambda: self.devices.whole(count_1).astype(np.int32).reshape(()))  # fmt: skip
+
+    def describe_memory(self, state: TorchState) -> dict[str, int]:
+        found = dict.fromkeys(("params", "state", "ema", "opt"), 0)
+        for role, _, _, tensor in self._held(state):
+            found[role.partition("/")[0]] += self.devices.bytes_held(tensor)
+        return found
+
+    def describe_device(self) -> dict[str, Any]:
+        return xla.describe()
+
+    # ---- bare operations
+
+    @classmethod
+    def _bare(cls, context: Context) -> Any:
+        xla.use_precision(context.precision)
+        sample = np.zeros(1, np.int64) if context.sample is None else context.sample
+        ints = cls._given(np.array([context.step, *hashing.words(context.seed)], np.int32))
+        static = Static(context.training, COMPUTE[context.precision], ops=XlaOps)
+        return XlaOps(
+            static, ints[0], ints[1:], sample=cls._given(sample_words(sample)),
+            layer=torch.zeros((), dtype=torch.int32, device=xla.device()), kept={},
+        )  # fmt: skip
+
+    @classmethod
+    def _given(cls, array: Any) -> Tensor:
+        """An argument on the devices."""
+        return torch.from_numpy(np.array(array)).to(xla.device())
+
+    @classmethod
+    def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
+        args = tree_map(cls._given, args)
+        with torch.no_grad():
+            found = fn(cls._bare(context), *args)
+        xla.sync()
+        return tree_map(xla.fetched, found)
+
+    @classmethod
+    def differentiate(
+        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
+    ) -> tuple[Any, tuple]:
+        args = tree_map(cls._given, args)
+        floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
+        value = fn(cls._bare(context), *args)
+        grads = torch.autograd.grad(value, floating, allow_unused=True)
+        xla.sync()
+        return xla.fetched(value), tuple(
+            np.zeros(t.shape, np.float32) if g is None else xla.fetched(g)
+            for g, t in zip(grads, floating, strict=True)
+        )
+
+
+class _Copies:
+    """The host's copies of a tensor's parts. They come all at once, and each is handed out once."""
+
+    def __init__(self, devices: Devices, tensor: Tensor) -> None:
+        self.devices, self.tensor = devices, tensor
+        self.parts = list(dict.fromkeys(devices.parts(tensor)))
+        self.there: dict[tuple[int, ...], np.ndarray] = {}
+
+    def fetch(self, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        if offset not in self.there:
+            parts, arrays = self.devices.parts(self.tensor), self.devices.contents(self.tensor)
+            self.there = {part[0]: array for part, array in zip(parts, arrays, strict=True)}
+        return self.there.pop(offset).reshape(shape)

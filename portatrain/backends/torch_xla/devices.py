@@ -1,0 +1,194 @@
+"""The devices that torch-xla sees, as one SPMD mesh: how a tensor is laid over them, and read from them.
+
+One process holds all devices. A tensor has its global shape; an annotation says where its parts lie, and XLA's
+partitioner adds the collectives.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import platform
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import torch_xla
+import torch_xla.backends as backends
+import torch_xla.distributed.spmd as spmd
+import torch_xla.runtime as runtime
+from portatrain import processes
+from portatrain.errors import UserError
+from portatrain.layout import Layout, Mesh, Spec
+from torch_xla.debug import metrics
+
+Part = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offset, shape) of what a device holds of a tensor."""
+
+
+@functools.cache
+def device() -> torch.device:
+    """The one virtual device that stands for all of them. The first call starts XLA's client."""
+    runtime.use_spmd()
+    return torch_xla.device()
+
+
+def on_cpu() -> bool:
+    return runtime.device_type() == "CPU"
+
+
+def check_mesh(mesh: Mesh) -> None:
+    """Raise UserError unless `mesh` has all devices that there are: SPMD on torch-xla leaves none out."""
+    if (n := processes.world_size() or 1) > 1:
+        raise UserError(
+            f"{n} processes on the torch-xla backend", expected="one process, which sees all devices of its host",
+            got=str(n), do="Start one process; for several hosts use --backend jax.",
+        )  # fmt: skip
+    there = runtime.global_runtime_device_count()
+    if there != mesh.devices:
+        more = (
+            f"or set CPU_NUM_DEVICES={mesh.devices} before it starts"
+            if on_cpu()
+            else "or hide the others from it"
+        )
+        raise UserError(
+            f"mesh {mesh} on the torch-xla backend", expected=f"a mesh of the {there} device(s) that torch-xla sees",
+            got=f"{mesh.devices}", do=f"Use one of {there}, as in fsdp={there}; {more}.",
+        )  # fmt: skip
+
+
+def sync() -> None:
+    """Run all that is pending, as one graph."""
+    torch_xla.sync()
+
+
+def use_precision(precision: str) -> None:
+    """How exact the products are that are traced from here on: an accelerator would round float32 operands to bfloat16;
+    of those that are bfloat16 nothing more is asked."""
+    wanted = "highest" if precision == "fp32" else "default"
+    if backends.get_mat_mul_precision() != wanted:
+        # It warns when it is told more than once in a process, as precisions of graphs are then easily mixed up.
+        logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
+        backends.set_mat_mul_precision(wanted)
+
+
+def compilations() -> int:
+    """How many graphs this process has compiled."""
+    found = metrics.metric_data("CompileTime")
+    return 0 if found is None else int(found[0])
+
+
+class Devices:
+    """The mesh of a layout on the devices: `laid` annotates a tensor, `put` makes one, `parts` reads one."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.device = device()
+        check_mesh(layout.mesh)
+        self.layout = layout
+        # Axes of size 1 split nothing; those that are left keep the layout's order.
+        self.sizes = {axis: n for axis, n in layout.mesh.sizes.items() if n > 1}
+        self.mesh: Any = None
+        if self.sizes:
+            ids = np.arange(layout.mesh.devices)
+            self.mesh = spmd.Mesh(ids, tuple(self.sizes.values()), tuple(self.sizes))
+
+    def partition(self, spec: Spec) -> tuple[Any, ...]:
+        """A spec as torch-xla writes it: None, an axis or a tuple of axes a dimension."""
+        found = []
+        for dim in spec:
+            axes = tuple(a for a in dim if a in self.sizes)
+            found.append(axes[0] if len(axes) == 1 else axes or None)
+        return tuple(found)
+
+    def laid(self, tensor: Tensor, spec: Spec) -> Tensor:
+        """`tensor`, annotated in place. Its contents go to the devices that hold them, or, where they are still to be
+        computed, will be laid out so."""
+        if self.mesh is not None:
+            spmd.mark_sharding(tensor, self.mesh, self.partition(spec))
+        else:  # as a step leaves it, or the next one would be another graph
+            torch_xla._XLAC._xla_mark_sharding(tensor, torch_xla._XLAC.OpSharding([], [], [], 0))
+        return tensor
+
+    def constrained(self, x: Tensor, spec: Spec) -> Tensor:
+        """x as a value that lies so, and so does its gradient."""
+        return x if self.mesh is None else _Constrained.apply(x, self, spec)
+
+    def put(self, array: np.ndarray, spec: Spec | None = None) -> Tensor:
+        """A tensor with the contents of `array`, laid out by `spec`; whole on every device without one."""
+        tensor = torch.from_numpy(np.array(array)).to(self.device)
+        return self.laid(tensor, ((),) * array.ndim if spec is None else spec)
+
+    def parts(self, tensor: Tensor) -> list[Part]:
+        """What each device holds of a tensor that has been computed."""
+        shape = tuple(tensor.shape)
+        whole = ((0,) * len(shape), shape)
+        if self.mesh is None:
+            return [whole]
+        found = []
+        for _, index in torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]:
+            if index is Ellipsis or not isinstance(index, Sequence):
+                found.append(whole)
+                continue
+            bounds = [s.indices(n) for s, n in zip(index, shape, strict=True)]
+            found.append((tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds)))
+        return found
+
+    def contents(self, tensor: Tensor) -> list[np.ndarray]:
+        """The host's copies of what `parts` lists."""
+        if self.mesh is None:
+            return [fetched(tensor)]
+        shards = torch_xla._XLAC._get_local_shards([tensor])[0]
+        parts = self.parts(tensor)
+        return [_array(shard).reshape(shape) for (shard, _), (_, shape) in zip(shards, parts, strict=True)]
+
+    def whole(self, tensor: Tensor) -> np.ndarray:
+        """The whole of a tensor that has been computed, on the host."""
+        if self.mesh is None or not tensor.ndim:
+            return fetched(tensor)
+        parts, arrays = self.parts(tensor), self.contents(tensor)
+        out = np.empty(tuple(tensor.shape), arrays[0].dtype)
+        for (offset, shape), array in zip(parts, arrays, strict=True):
+            out[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))] = array
+        return out
+
+    def bytes_held(self, tensor: Tensor) -> int:
+        """On all devices together."""
+        return sum(math.prod(shape) for _, shape in self.parts(tensor)) * tensor.element_size()
+
+
+class _Constrained(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, devices: Devices, spec: Spec) -> Tensor:
+        ctx.devices, ctx.spec = devices, spec
+        return devices.laid(_computed(x), spec)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.devices.laid(_computed(g), ctx.spec), None, None
+
+
+def _computed(x: Tensor) -> Tensor:
+    """x as the result of an operation, which XLA removes: an annotation of what devices hold would move it there."""
+    return x * 1
+
+
+def _array(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().numpy().copy()
+
+
+def fetched(tensor: Tensor) -> np.ndarray:
+    """A copy on the host."""
+    return _array(tensor.detach().cpu())
+
+
+def describe() -> dict[str, Any]:
+    kind = runtime.device_type()
+    name = f"cpu ({platform.machine()})" if on_cpu() else str(kind).lower()
+    return {
+        "device": name, "devices": runtime.global_runtime_device_count(),
+        "framework": f"torch_xla {torch_xla.__version__}, torch {torch.__version__}",
+    }  # fmt: skip

@@ -1,0 +1,154 @@
+"""`Ops` on torch-xla. Tensors are global: under SPMD a sharding is an annotation, never a change of shape.
+
+What is not here is the torch backend's. Contractions stay einsums, whose axes XLA can cut; a matmul over flattened axes
+would have it gather what was cut before.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+import torch_xla.core.xla_model as xla_model
+from portatrain.backends.torch.ops import DTYPES, TorchOps
+from portatrain.backends.torch_xla.attention import attention
+from portatrain.backends.torch_xla.devices import Devices, on_cpu
+from portatrain.backends.torch_xla.losses import Cut, cross_entropy
+from portatrain.ops import Loss
+
+
+class _SummedInTwoSteps(torch.autograd.Function):
+    """p broadcast to (*lead, *p.shape), lead being (B, 1, ...), its gradient summed within samples first and then over
+    them: XLA on a CPU adds rows one after another, and would merge the two sums were there no barrier."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, lead: tuple[int, ...]) -> Tensor:
+        ctx.lead = len(lead)
+        return p.expand(*lead, *p.shape)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return barrier(g)[0].sum(tuple(range(ctx.lead))), None
+
+
+class _Shifts(TorchFunctionMode):
+    """Within it `x >> n` of integers is a shift: torch-xla 2.9 divides, which rounds negative numbers the other way."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__rshift__:
+            return torch.bitwise_right_shift(args[0], torch.full_like(args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+def barrier(*tensors: Tensor) -> list[Tensor]:
+    """The same values, across which XLA moves and merges nothing."""
+    copies = [t.detach().clone() for t in tensors]
+    xla_model.optimization_barrier_(copies)
+    return copies
+
+
+@dataclasses.dataclass
+class XlaOps(TorchOps):
+    """See `portatrain.ops.Ops`. devices: None where values lie as they come."""
+
+    devices: Devices | None = None
+
+    # ---- parameters and contractions
+
+    def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
+        xs = [x.to(self.static.compute) for x in operands]
+        if dtype is not None:
+            xs = [x.to(DTYPES[dtype]) for x in xs]  # the products stay exact, the sum is kept unrounded
+        return torch.einsum(spec, *xs)
+
+    def bias(self, x: Tensor, p: Tensor) -> Tensor:
+        return (x.float() + self._features(p, x)).to(x.dtype)
+
+    # ---- normalisation, attention
+
+    def rms_norm(self, x: Tensor, scale: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
+        x32 = x.float()
+        y = x32 * torch.rsqrt((x32 * x32).mean(-1, keepdim=True) + eps)
+        return (y if scale is None else y * self._features(scale, y)).to(x.dtype)
+
+    def layer_norm(
+        self, x: Tensor, scale: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-6
+    ) -> Tensor:
+        x32 = x.float()
+        centred = x32 - x32.mean(-1, keepdim=True)
+        y = centred * torch.rsqrt((centred * centred).mean(-1, keepdim=True) + eps)
+        if scale is not None:
+            y = y * self._features(scale, y)
+        if bias is not None:
+            y = y + self._features(bias, y)
+        return y.to(x.dtype)
+
+    def _features(self, p: Tensor, like: Tensor) -> Tensor:
+        """A parameter in float32, to be broadcast over `like`, (B, ..., *p.shape)."""
+        p = self.weight(p).float()
+        between = like.ndim - p.ndim - 1
+        if between < 1 or not on_cpu():
+            return p
+        return _SummedInTwoSteps.apply(p, (like.shape[0], *(1,) * between))
+
+    def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
+        return self.name(attention(q_BSHD, k_BTKD, v_BTKD, kept=self._kept, **options), "attention")
+
+    # ---- elementwise and shape
+
+    def dropout(self, x: Tensor, rate: float, *, site: int) -> Tensor:
+        with _Shifts():
+            return super().dropout(x, rate, site=site)
+
+    def one_hot(self, ids: Tensor, n: int) -> Tensor:
+        return (ids[..., None] == torch.arange(n, dtype=ids.dtype, device=ids.device)).float()
+
+    def write(self, cache_BT: Tensor, value: Tensor, at: Tensor) -> Tensor:
+        """As a choice between cache and value at every position: an update at a computed place would be a scatter."""
+        t, n = cache_BT.shape[1], value.shape[1]
+        behind = (
+            torch.arange(t, dtype=torch.int32, device=value.device) - at
+        )  # the value's position, where it has one
+        inside = ((behind >= 0) & (behind < n)).reshape(1, t, *(1,) * (value.ndim - 2))
+        there = value.to(cache_BT.dtype).index_select(1, behind.clamp(0, n - 1))
+        return torch.where(inside, there, cache_BT)
+
+    # ---- losses
+
+    def cross_entropy(self, x: Tensor, table_VE: Tensor, targets: Tensor, *, mask: Tensor | None = None,
+                      z_loss: float = 0.0, softcap: float | None = None) -> Loss:  # fmt: skip
+        total, loss_B, weight_B = cross_entropy(
+            x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, cut=self._cut(table_VE)
+        )
+        return Loss(total, weight_B, loss_B)
+
+    def _cut(self, table_VE: Tensor) -> Cut:
+        """How the tokens of a loss and its table lie on the devices."""
+        layout, devices = self.static.layout, self.devices
+        if layout is None or devices is None:
+            return Cut()
+        batch, seq, vocab = (layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))
+        if table_VE.shape[0] % layout.mesh.over(vocab):
+            vocab = ()
+        return Cut(
+            layout.mesh.over(batch), layout.mesh.over(seq),
+            lambda t: devices.constrained(t, (vocab, ())),
+            lambda t: devices.constrained(t, (batch, seq, vocab, ())),
+        )  # fmt: skip
+
+    # ---- structure
+
+    def shard(self, x: Tensor, *axes: str | None) -> Tensor:
+        if self.static.layout is None:
+            return x
+        spec = self.static.layout.spec(axes, what=f"ops.shard of shape {tuple(x.shape)}")
+        return x if self.devices is None else self.devices.constrained(x, spec)
+
+    def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
+        dims = [i for i, a in enumerate(axes) if a in over]
+        return x.float().sum(dims) if dims else x.float()
