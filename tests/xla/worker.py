@@ -20,10 +20,11 @@ from torch_xla.debug import metrics
 from portatrain.backends.torch import TorchBackend
 from portatrain.backends.torch_xla import XlaBackend, devices, losses, ops
 from portatrain.layout import Layout, Mesh
-from portatrain.testing import CASES, measure
+from portatrain.testing import CASES, measure, parity
 from tests.distributed.cases import CASES as PROGRAMS
 from tests.distributed.measure import held, tensors
 from tests.distributed.measure import measure as run_steps
+from tests.matrix.cells import STEPS, recipe_of
 
 
 class Scattered(XlaBackend):
@@ -133,6 +134,15 @@ def moved(case: str, start: str, mesh: str, end: str) -> dict[str, int]:
     return {"same": same, "tensors": len(before), "boxes before": boxes[0], "boxes after": boxes[1]}
 
 
+def recipe(row: str, mesh: str) -> parity.Verdict:
+    """A row of the parity matrix on `mesh` beside one device of the torch backend."""
+    chosen = recipe_of(mesh, row)
+    given = parity.batches(chosen, STEPS)
+    return parity.compare(
+        parity.trace(TorchBackend, chosen, given), parity.trace(XlaBackend, chosen, given, mesh=mesh)
+    )
+
+
 def refused(mesh: str) -> str:
     XlaBackend(PROGRAMS["lm"].program(mesh))
     return "nothing"
@@ -145,7 +155,7 @@ def laid(mesh: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
 
 
 KINDS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (contract, steps, graphs, held_bytes, moved, refused, laid)
+    f.__name__: f for f in (contract, steps, graphs, held_bytes, moved, recipe, refused, laid)
 }
 
 

@@ -167,9 +167,9 @@ class XlaBackend(TorchBackend):
     @torch.no_grad()
     def _update(self, state: XlaState, numbers: Numbers, norm: Tensor, good: Tensor) -> None:
         """Parameters, slots and the count after one step of the rule, where `good`."""
-        optimizer, clip = state.optimizer, self.program.clip_norm
+        optimizer = state.optimizer
         count_1 = state.count_1 + 1
-        factor = None if clip is None else clip_scale(xp, norm, clip)
+        factor = self._clip_factor(norm)
         for p in state.pieces:
             if p.tensor not in optimizer.infos:
                 continue
@@ -182,6 +182,11 @@ class XlaBackend(TorchBackend):
             spec = self._spec(self.definition.params[p.name], "params")
             self._set(p.tensor, p.tensor + delta, good, spec)
         self._set(state.count_1, count_1, good, ((),))
+
+    def _clip_factor(self, norm: Tensor) -> Tensor | None:
+        clip = self.program.clip_norm
+        functions: Any = xp  # torch's have more signatures than rules use
+        return None if clip is None else clip_scale(functions, norm, clip)
 
     def _delta(
         self, state: XlaState, tensor: Tensor, factor: Tensor | None, numbers: Numbers, count_1: Tensor
@@ -242,8 +247,7 @@ class XlaBackend(TorchBackend):
         numbers: Any = self._numbers(step, scale)
         self._accumulate(state, batch, numbers)
         self._grads(state)
-        norm, clip = self._norm(state), self.program.clip_norm
-        factor = None if clip is None else clip_scale(xp, norm, clip)
+        factor = self._clip_factor(self._norm(state))
         count_1 = state.count_1 + 1
         found = norms(
             self, state, lambda tensor: self._delta(state, tensor, factor, numbers, count_1)[0], self._sync

@@ -19,6 +19,7 @@ from torch import Tensor
 
 import torch_xla
 import torch_xla.backends as backends
+import torch_xla.core.xla_model as xla_model
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
 from portatrain import processes
@@ -128,6 +129,7 @@ class Devices:
         whole = ((0,) * len(shape), shape)
         if self.mesh is None:
             return [whole]
+        xla_model.wait_device_ops()  # where they lie is known once they are there
         found = []
         for _, index in torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]:
             if index is Ellipsis or not isinstance(index, Sequence):

@@ -59,15 +59,13 @@ class _Again(torch.autograd.Function):
         ctx.save_for_backward(*given)
         with torch.no_grad():
             outs = call(*given)
-        return tuple(
-            out.clone() for out in outs
-        )  # one that came in, and goes out as it is, is no result of its own
+        return tuple(out.clone() for out in outs)  # one may be an input, which is no result
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         given = ctx.saved_tensors
-        there = [i for i, g in enumerate(grads) if g is not None]
-        behind = barrier(*given, *(grads[i] for i in there))
+        there = {i: g for i, g in enumerate(grads) if g is not None}
+        behind = barrier(*given, *there.values())
         inputs, after = behind[: len(given)], behind[len(given) :]
         for tensor, old in zip(inputs, given, strict=True):
             tensor.requires_grad_(old.requires_grad)
