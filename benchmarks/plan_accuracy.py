@@ -96,15 +96,25 @@ def asked(row: Row, made: Plan, chosen: Candidate) -> tuple[job.Request, targets
 
 def predictions(rows: list[Row], *, fresh: bool) -> dict[str, Any]:
     """Every row's prediction, written before anything is compiled."""
-    path = HERE / "plan-accuracy.json"
-    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known = read()
     for row in rows:
         if fresh or row.name not in known:
             made, chosen = planned(row)
             compiler = targets.target(made.used, row.compiler).compiler
             known[row.name] = {"predicted": compare.predict(made, chosen, compiler).as_json()}
-    path.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    write(known)
     return known
+
+
+def read() -> dict[str, Any]:
+    """Every row's entry by its name, as it is in docs/plan-accuracy.json."""
+    path = HERE / "plan-accuracy.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def write(known: dict[str, Any]) -> None:
+    text = json.dumps(known, indent=1, sort_keys=True) + "\n"
+    (HERE / "plan-accuracy.json").write_text(text, encoding="utf-8")
 
 
 def main() -> int:
@@ -129,12 +139,10 @@ def main() -> int:
         except UserError as error:
             print(f"{row.name}: {error}", file=sys.stderr)
             continue
-        known[row.name]["compiled"] = compare.as_json(compare.predict(made, chosen, target.compiler), found)[
-            "compiled"
-        ]
-        (HERE / "plan-accuracy.json").write_text(
-            json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        said = compare.as_json(compare.predict(made, chosen, target.compiler), found)
+        known = read()  # another process may have written its row meanwhile
+        known[row.name]["compiled"] = said["compiled"]
+        write(known)
         print(line(row, known[row.name]), flush=True)
     if args.write:
         (HERE / "plan-accuracy.md").write_text(page(known), encoding="utf-8")

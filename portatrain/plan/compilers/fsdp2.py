@@ -23,10 +23,9 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     import torch
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.distributed._tools.mem_tracker import MemTracker
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from torch.utils.flop_counter import FlopCounterMode
 
+    from portatrain.plan.compilers.watch import Watch
     from portatrain.plan.compilers.xla import batch_of
 
     recipe = override(load_recipe(asked["recipe"], cwd=None), asked["overrides"])
@@ -36,26 +35,21 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     batch = batch_of(recipe.data, recipe.batch, recipe.accumulation)
     stage(f"tracing rank 0 of {world}, layer by layer")
     backend = _backend(program)  # its process groups are made of real ranks
-    with FakeTensorMode(allow_non_fake_inputs=True), MemTracker() as memory:
+    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         infos = backend.definition.tensors
 
         def part(role: str, name: str, index: tuple[int, ...]) -> Any:
             return torch.empty(backend._part(infos[role, name], role)[1], dtype=torch.float32)
 
         state = backend._lowered(part)
-        with FlopCounterMode(display=False) as counter, _Traffic() as traffic:
-            backend._accumulate(state, batch, 1)
-            norm = backend._norm(state)
-            grads = backend._grads(state)
-            torch._foreach_mul_(grads, 1.0)
-            state.optimizer.step(scale=1.0)
-        del norm, grads
-    peak = memory.get_tracker_snapshot("peak")[torch.device("cpu")]
-    kinds = {str(getattr(kind, "value", kind)): int(size) for kind, size in peak.items()}
+        backend._accumulate(state, batch, 1)
+        backend._norm(state)
+        torch._foreach_mul_(backend._grads(state), 1.0)
+        state.optimizer.step(scale=1.0)
     return {
-        "compiler": f"FSDP2 traced, torch {torch.__version__}", "fits": True, "peak_bytes": kinds.pop("Total"),
-        "kinds": kinds, "flops": float(counter.get_total_flops()), "devices": world,
-        "collective_bytes": traffic.named(backend.world),
+        "compiler": f"FSDP2 traced, torch {torch.__version__}", "fits": True, "peak_bytes": watch.peak_bytes,
+        "flops": watch.flops, "devices": world,
+        "collective_bytes": {_axes(program.layout.mesh, n): moved for n, moved in sorted(watch.moved.items())},
     }  # fmt: skip
 
 
@@ -81,53 +75,7 @@ def _backend(program: Any) -> Any:
     return Traced(program)
 
 
-class _Traffic:
-    """Bytes of the gathered array of every functional or plain collective, by process group."""
-
-    def __init__(self) -> None:
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        found: dict[str, float] = {}
-
-        class Mode(TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                out = func(*args, **(kwargs or {}))
-                name = str(func)
-                if "c10d" in name and "wait" not in name and "barrier" not in name:
-                    size, group = _moved(name, args, out)
-                    found[group] = found.get(group, 0.0) + size
-                return out
-
-        self.found, self.mode = found, Mode()
-
-    def __enter__(self) -> _Traffic:
-        self.mode.__enter__()
-        return self
-
-    def __exit__(self, *exc: Any) -> None:
-        self.mode.__exit__(*exc)
-
-    def named(self, world: Any) -> dict[str, float]:
-        """By mesh axes, as far as the groups are known by their size."""
-        return {name: size for name, size in sorted(self.found.items()) if size}
-
-
-def _moved(name: str, args: Any, out: Any) -> tuple[float, str]:
-    """(bytes of the gathered array, an all-reduce twice; the size of its group) of one call."""
-    import torch
-    from torch.utils._pytree import tree_leaves
-
-    def nbytes(tree: Any) -> float:
-        return float(
-            sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
-        )
-
-    groups = [a for a in tree_leaves(args) if hasattr(a, "size") and not isinstance(a, torch.Tensor)]
-    size = groups[0].size() if groups else 0
-    given = nbytes(args)
-    if "allreduce" in name or "all_reduce" in name:
-        return 2 * nbytes(args[0]), f"{size} processes"
-    # Either the result or the operand is the gathered array: the larger of the two.
-    first = nbytes(args[0]) if args else given
-    second = nbytes(args[1]) if len(args) > 1 else 0.0
-    return max(first, second, nbytes(out) if "all_gather" in name else 0.0), f"{size} processes"
+def _axes(mesh: Any, size: int) -> str:
+    """The mesh axes whose groups have that many processes, as the planner writes them; the size where several do."""
+    found = [axis for axis, n in mesh.sizes.items() if n == size > 1]
+    return found[0] if len(found) == 1 else f"{size} processes"
