@@ -93,6 +93,8 @@ def _eager(
     stream = 2 * work.embed / work.mesh[4] * tokens * width  # the stream itself, and its gradient
     loss_stream = 3 * work.embed * tokens * width  # the normed result whole, its gradient, the stream's
     logits = LOGITS_COPIES * min(LOGITS_CHUNK_BYTES, tokens * work.vocab * 4) if work.vocab else 0.0
+    # Of packed documents, the numbers that attention adds to its scores: made once, alive to the end of the step.
+    mask = tokens * work.seq * work.mesh[3] * width if work.scores else 0.0
 
     cast = precision.param != precision.compute
     shared = work.mesh[1] > 1
@@ -104,8 +106,10 @@ def _eager(
     head_grad = work.head * 4 if shared else 0.0
     ends = work.ends * width if tuning.keeps_ends and shared else 0.0
     grads = work.trained * precision.grad * (2 if tuning.twice_grads and accumulation > 1 else 1)
-    in_layer = (grads, layer_gathered + ends + head_grad, 0.0, layer_work + stream)
-    in_loss = (grads, max(head, ends) + head_grad, logits, loss_stream)
+    # A chunk's part of the output table's gradient, before it is added to the sum of all chunks.
+    part = work.head * width if tokens * work.vocab * 4 > LOGITS_CHUNK_BYTES else 0.0
+    in_layer = (grads, layer_gathered + ends + head_grad, 0.0, layer_work + stream + mask)
+    in_loss = (grads, max(head, ends) + head_grad, logits, loss_stream + part + mask)
     return max(in_layer, in_loss, key=sum)
 
 
