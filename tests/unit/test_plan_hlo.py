@@ -68,6 +68,25 @@ def test_a_loop_counts_as_often_as_it_runs(trips: str) -> None:
     assert found.bytes == {"fsdp": 6 * 16 * 16 * 4 + array, "tensor": 2 * array, "fsdp+tensor": array}
 
 
+def test_a_collective_in_pieces_counts_once() -> None:
+    """A TPU's: the gather of the loop's body stands in a second fusion too, and in one of the entry, on channel 7."""
+    config = ', channel_id=7, backend_config={"async_collective_fusion_config":{"flag_end":"-1"}}'
+    gather = "%g = f32[16,16]{1,0} all-gather(%w), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}"
+    piece = f"""
+%piece (w: f32[4,16]) -> f32[16,16] {{
+  %w = f32[4,16]{{1,0}} parameter(0)
+  ROOT {gather}{config}
+}}
+"""
+    text = MODULE.replace("TRIPS", "").replace("\n%condition", piece + "\n%condition")
+    text = text.replace("dimensions={0}, use_global_device_ids=true\n", f"dimensions={{0}}{config}\n")
+    text = text.replace(
+        "  %y = f32", "  %h = f32[16,16]{1,0} fusion(%w), kind=kCustom, calls=%piece\n  %y = f32"
+    )
+    assert text.count("channel_id=7") == 2
+    assert hlo.measure(text, MESH) == hlo.measure(MODULE.replace("TRIPS", ""), MESH)
+
+
 @pytest.mark.parametrize(
     ("groups", "axes"),
     [
