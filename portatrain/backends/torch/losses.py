@@ -79,6 +79,7 @@ class _Chunked(torch.autograd.Function):
             dxs.append(dx)
             # Chunks accumulate in float32 whatever the compute dtype.
             dtable = dw.float() if dtable is None else dtable.add_(dw)
+            del dw  # as large as the table: it would live on beside the next chunk's
         ctx.save_for_backward(torch.cat(dxs), dtable.to(table_VE.dtype))
         loss_T = torch.cat(losses)
         ctx.mark_non_differentiable(loss_T)

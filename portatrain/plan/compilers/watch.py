@@ -33,7 +33,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         self._count(func, args, kwargs or {}, out)
         for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
                 storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
                 if (key := storage._cdata) not in self._alive:
                     self._alive[key] = weakref.ref(storage)
