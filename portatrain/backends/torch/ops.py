@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from portatrain import hashing
 from portatrain.backends.torch.attention import attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
-from portatrain.backends.torch.norms import rms_norm
+from portatrain.backends.torch.norms import by_sample, rms_norm
 from portatrain.backends.torch.remat import keep
 from portatrain.layout import Layout
 from portatrain.ops import Aux, Loss, check_aux
@@ -90,7 +90,8 @@ class TorchOps:
     # ---- normalisation, position, attention
 
     def bias(self, x: Tensor, p: Tensor) -> Tensor:
-        return x + self.weight(p)
+        p = self.weight(p)
+        return x + (by_sample(p, x) if p.ndim == 1 else p)
 
     def rms_norm(self, x: Tensor, scale: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
         return rms_norm(x, None if scale is None else self.weight(scale), eps)
@@ -105,8 +106,8 @@ class TorchOps:
         # On a CPU the fused kernel adds the gradients of scale and bias row after row (2.13: off by 3e-6 of their scale
         # over 1024 rows); outside it they are ordinary sums, which torch adds in pairs.
         y = F.layer_norm(x.float(), x.shape[-1:], None, None, eps)
-        y = y if scale is None else y * scale
-        return (y if bias is None else y + bias).to(x.dtype)
+        y = y if scale is None else y * by_sample(scale, y)
+        return (y if bias is None else y + by_sample(bias, y)).to(x.dtype)
 
     def rope_table(
         self,
