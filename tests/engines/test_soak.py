@@ -231,11 +231,12 @@ def report(run: RunDir, found: list[Disturbance]) -> None:
     """The figures of docs/reliability.md."""
     numbers, kinds = run.attempt_numbers(), Counter(d.kind for d in found)
     rows = {n: run.rows(n, "metrics") for n in numbers}
-    commits = {n: [e["committed"] for e in run.rows(n, "events") if e["event"] == "left"] for n in numbers}
+    again = dict(lost_steps(run))
     told, killed = [d for d in found if d.kind != "kill"], [d for d in found if d.kind == "kill"]
     with_work = [d for d in told if rows[d.attempt]]
-    fired = [d for d in with_work if commits[d.attempt] == [rows[d.attempt][-1]["step"]]]
-    lost = [n for _, n in lost_steps(run)]
+    # By where the next attempt went on: a supervisor that is killed after the save leaves no word of it.
+    fired = [d for d in with_work if again[d.attempt] == 0]
+    lost = list(again.values())
     print(
         f"\ndisturbances      {len(found)} ({', '.join(f'{v} {k}' for k, v in sorted(kinds.items()))})\n"
         f"attempts          {len(numbers)}, {sum(1 for n in numbers if rows[n])} of them with a step\n"
