@@ -75,6 +75,11 @@ class XlaBackend(TorchBackend):
                 got="compile=True", do="Leave compile out.",
             )  # fmt: skip
         for info in self.definition.tensors.values():
+            if len(info.shape) - info.stack_dims > xla.MOST_AXES and program.layout.mesh.devices > 1:
+                raise UserError(
+                    f"{info.name} on the {self.name} backend", expected=f"at most {xla.MOST_AXES} axes of its own",
+                    got=", ".join(info.axes[info.stack_dims :]), do="Join some, use one device, or --backend jax.",
+                )  # fmt: skip
             held = program.layout.tensor_spec(info)[: info.stack_dims]
             if any(program.layout.mesh.over(axes) > 1 for axes in held):
                 raise UserError(

@@ -30,6 +30,9 @@ from torch_xla.debug import metrics
 Part = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of what a device holds of a tensor."""
 
+MOST_AXES = 5
+"""Of what is cut on the way to the devices: torch-xla 2.9 does not cut an array of six."""
+
 
 @functools.cache
 def device() -> torch.device:

@@ -41,6 +41,6 @@ def _norm(x: Tensor) -> Tensor:
     """() the 2-norm, of what is scaled to at most 1: squares of second moments would vanish. Rows first, as XLA on a
     CPU adds one after another."""
     x = x.float()
-    top = x.abs().amax() if x.ndim else x.abs()
+    top = x.abs().max()
     squares = (x / torch.where(top > 0, top, 1.0)).square()
     return top * (squares.sum(-1).sum() if x.ndim else squares).sqrt()
