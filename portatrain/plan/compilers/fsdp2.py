@@ -25,7 +25,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from portatrain.plan.compilers.watch import Watch
+    from portatrain.backends.torch.watch import Watch
     from portatrain.plan.compilers.xla import batch_of
 
     recipe = override(load_recipe(asked["recipe"], cwd=None), asked["overrides"])
