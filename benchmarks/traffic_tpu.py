@@ -1,0 +1,91 @@
+"""Bytes between TPU chips in one step of the jax backend, by mesh axis: what the compiled program moves, beside what
+the planner says that the layout implies. Written into docs/traffic-tpu.md.
+
+Run: python -m benchmarks.traffic_tpu [--write]     (libtpu, no TPU: pip install 'portatrain[tpu]'; a minute a mesh)
+
+Counted is the gathered array of every collective of the optimised program, an all-reduce twice, loops as often as they
+run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from portatrain.cli import main as portatrain
+
+PAGE = Path(__file__).parents[1] / "docs" / "traffic-tpu.md"
+SIZES = ("model.layers=4", "model.embed=512", "model.mlp=1536", "model.heads=8", "model.kv_heads=4",
+         "model.head_dim=64", "model.vocab=32768", "data.vocab=32768", "data.separator=0")  # fmt: skip
+SEQ, BATCH = 2048, 16
+PROGRAMS = (
+    *(("tpu-v5p-8", mesh) for mesh in ("fsdp=4", "replica=2,fsdp=2", "tensor=4", "fsdp=2,tensor=2", "fsdp=2,context=2",
+                                       "context=2,tensor=2", "replica=2,tensor=2")),
+    ("tpu-v5p-32", "fsdp=16"), ("tpu-v6e-16", "fsdp=16"),
+)  # fmt: skip
+
+
+def compiled(cluster: str, mesh: str) -> dict[str, Any]:
+    words = [
+        "plan",
+        "llama3-1b",
+        "--cluster",
+        cluster,
+        "--mesh",
+        mesh,
+        "--batch",
+        str(BATCH),
+        "--seq-len",
+        str(SEQ),
+    ]
+    words += [w for size in SIZES for w in ("--set", size)]
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = portatrain([*words, "--remat", "block", "--compile", "--json"])
+    if code:
+        raise SystemExit(code)
+    (found,) = json.loads(out.getvalue())
+    return found
+
+
+def rows(cluster: str, mesh: str, found: dict[str, Any]) -> list[str]:
+    implied, moved = found["predicted"]["collective_bytes"], found["compiled"]["collective_bytes"] or {}
+    lines = []
+    for axes in sorted({*implied, *moved}):
+        a, b = implied.get(axes, 0.0), moved.get(axes, 0.0)
+        lines.append(f"| {cluster} | {mesh} | {axes} | {b:,.0f} | {a:,.0f} | {f'{b / a:.3f}' if a else ''} |")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="write docs/traffic-tpu.md")
+    args = parser.parse_args()
+    lines = ["| slice | mesh | axes | bytes that move | implied | ratio |", "|---|---|---|---|---|---|"]
+    print("\n".join(lines), flush=True)
+    compiler = ""
+    for cluster, mesh in PROGRAMS:
+        found = compiled(cluster, mesh)
+        compiler = found["compiled"]["compiler"]
+        lines += (new := rows(cluster, mesh, found))
+        print("\n".join(new), flush=True)
+    if args.write:
+        head = (
+            "# Traffic between TPU chips\n\nPrinted by `python -m benchmarks.traffic_tpu` on a machine with no TPU: "
+            f"the jax backend's step as compiled by {compiler}; nothing ran. llama3-1b with {', '.join(SIZES)}, "
+            f"{BATCH} x {SEQ} tokens, bf16, remat block. Bytes of the gathered array of every collective in one "
+            "step, an all-reduce twice. Implied: by the planner, from the layout.\n\n"
+        )
+        PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
