@@ -19,7 +19,7 @@ import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from portatrain.errors import UserError
 
@@ -139,6 +139,8 @@ class Module:
 
     path: str = ""
     site: int = 0
+    unnamed: ClassVar[tuple[str, ...]] = ()
+    """Attributes whose Param adds no name of its own: it is called as the module is."""
 
     def __call__(self, ops: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not define __call__(self, ops, ...)")
@@ -225,7 +227,7 @@ def children(module: Module) -> Iterator[tuple[str, Any]]:
         yield "", module.block
         return
     for name, value in vars(module).items():
-        yield from _held(name, value)
+        yield from _held("" if name in module.unnamed else name, value)
 
 
 def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -278,7 +280,7 @@ def _walk(
     found.modules[path or "."] = module
     inner = stack
     for name, value in children(module):
-        full = f"{path}/{name}" if path else name
+        full = "/".join(part for part in (path, name) if part)
         if isinstance(value, Module):
             _walk(found, value, full, inner, seen)
         elif id(value) in found.owners:

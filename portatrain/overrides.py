@@ -154,8 +154,12 @@ def alternatives(hint: Any, current: object) -> dict[str, type]:
                 continue
             if other is hint:  # the base of them all
                 continue
+            if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not issubclass(other, hint):
+                continue
             if other.__module__.startswith(module) and wanted <= _members(other) | set(hints(other)):
                 found[name] = other
+    if not found and isinstance(hint, type) and dataclasses.is_dataclass(hint):
+        found[hint.__name__] = hint  # the base of none
     return found
 
 

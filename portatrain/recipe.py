@@ -23,6 +23,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from portatrain import config, overrides
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
+from portatrain.lora import LoRA, adapt, is_factor
+from portatrain.module import Definition, describe
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.retention import Retention
 from portatrain.schedules import Schedule
@@ -80,9 +82,12 @@ class Recipe:
     """Steps that may be skipped because loss or gradient is not finite, before the run ends."""
 
     # Rules by name: shell patterns (`*`, `?`, `[...]`) over whole parameter names such as blocks/attn/wq.
-    trainable: tuple[str, ...] = ("*",)
+    trainable: tuple[str, ...] | None = None
+    """What is trained; None: everything or, with ``lora``, its factors."""
     frozen: tuple[str, ...] = ()
     """What is not trained although ``trainable`` names it; it has no optimizer state."""
+    lora: LoRA | None = None
+    """Low-rank factors beside the weights that it targets; None: there are none."""
     decay: tuple[str, ...] | None = None
     """What weight decay applies to; None: matrices and embeddings (``optim.decays_by_default``)."""
     no_decay: tuple[str, ...] = ()
@@ -215,9 +220,18 @@ class Recipe:
             last=self.checkpoint_keep, every=self.checkpoint_keep_every, best=self.checkpoint_keep_best
         )
 
+    def describe(self) -> Definition:
+        """The model, built, with what the recipe adds to it."""
+        model = self.model.build()
+        return describe(model if self.lora is None else adapt(model, self.lora))
+
     def trains(self, name: str) -> bool:
         """Whether the parameter ``name`` is trained."""
-        return _matches(name, self.trainable) and not _matches(name, self.frozen)
+        if self.trainable is None:
+            named = self.lora is None or is_factor(name)
+        else:
+            named = _matches(name, self.trainable)
+        return named and not _matches(name, self.frozen)
 
     def decays(self, info: Info) -> bool:
         """Whether weight decay applies to the parameter that ``info`` describes."""

@@ -28,7 +28,6 @@ from portatrain.leaving import Leaving
 from portatrain.metrics import EvalRecord, Sink, StepRecord
 from portatrain.metrics.flops import Peak, mfu
 from portatrain.metrics.jsonl import JsonlSink
-from portatrain.module import describe
 from portatrain.plan.of_run import device_order, of_run
 from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
@@ -69,7 +68,7 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
 
     Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
     """
-    definition = describe(recipe.model.build())
+    definition = recipe.describe()
     params = definition.params
     recipe.check_names(params)
     layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)

@@ -12,6 +12,8 @@ import numpy as np
 from checkpoints_format import Box, Reader
 from portatrain.errors import UserError
 from portatrain.exchange.tables import Hub, Row
+from portatrain.lora import FACTORS
+from portatrain.module import TensorInfo
 from portatrain.recipe import Recipe
 
 FILE_BYTES = 4 << 30
@@ -44,11 +46,11 @@ def _inner(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -> list[str]:
     """Write the folder `out`, which is there and empty; the names written. One file of weights in memory at a time."""
     hub, names = hub_of(recipe), []
-    shapes = {t.name: t.shape for t in reader.layout.tensors}
+    params = recipe.describe().params
     parts: list[list[Row]] = [[]]
     used = 0
     for row in hub.rows:
-        nbytes = 4 * int(np.prod(_inner(row, shapes[f"{role}/{row.ours}"])))
+        nbytes = 4 * int(np.prod(_inner(row, params[row.ours].shape)))
         if parts[-1] and used + nbytes > FILE_BYTES:
             parts.append([])
             used = 0
@@ -61,8 +63,7 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         held = {}
         for row in rows:
-            shape = shapes[f"{role}/{row.ours}"]
-            array = reader.read(f"{role}/{row.ours}", _slice(row, shape)).reshape(_inner(row, shape))
+            array = _weight(reader, recipe, params, role, row)
             held[row.theirs] = np.ascontiguousarray(row.out(array))
             total += held[row.theirs].nbytes
             weights[row.theirs] = file
@@ -73,6 +74,28 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
     config = {**hub.config, "torch_dtype": "float32"}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return [*names, INDEX, "config.json"]
+
+
+def _weight(
+    reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row
+) -> np.ndarray:
+    """The weight of a row; with LoRA the product of its factors is added. Of what has no average, the parameter."""
+    shapes = {t.name: t.shape for t in reader.layout.tensors}
+
+    def read(name: str) -> np.ndarray:
+        full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
+        shape = shapes[full]
+        return reader.read(full, _slice(row, shape)).reshape(_inner(row, shape))
+
+    weight, factors = read(row.ours), [f"{row.ours}/{factor}" for factor in FACTORS]
+    if recipe.lora is None or factors[0] not in params:
+        return weight
+    info = params[row.ours]
+    lead = weight.shape[: info.batch_dims - (row.layer is not None)]
+    a, b = (read(factor) for factor in factors)
+    rank = recipe.lora.rank
+    product = a.reshape(*lead, -1, rank) @ b.reshape(*lead, rank, -1)
+    return weight + np.float32(recipe.lora.alpha / rank) * product.reshape(weight.shape)
 
 
 def read(

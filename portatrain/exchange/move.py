@@ -16,7 +16,7 @@ from portatrain.checkpoint import format_layout
 from portatrain.errors import UserError
 from portatrain.exchange import huggingface, trees
 from portatrain.exchange.find import explained
-from portatrain.module import describe
+from portatrain.lora import is_factor
 from portatrain.recipe import Recipe
 from portatrain.run_dir import RunDir
 from portatrain.state import COUNT, initial_box
@@ -87,7 +87,7 @@ def _written(reader: Reader, to: str, out: Path, role: str) -> list[str]:
         return trees.to_orbax(reader, out)
     if to == "dcp":
         return trees.to_dcp(reader, out)
-    definition = describe(recipe_in(reader).model.build())
+    definition = recipe_in(reader).describe()
     if to == "torch":
         return trees.to_torch(reader, {n: t.stack_dims for n, t in definition.params.items()}, out)
     return trees.to_nnx(reader, definition, out)
@@ -138,6 +138,9 @@ def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
         if role == "state":
             info = program.definition.states[rest]
             return lambda box: initial_box(info, recipe.seed, box.offset, box.shape)
+        if role == "params":  # factors of LoRA, which the source need not have
+            param = program.definition.params[rest]
+            return lambda box: initial_box(param, recipe.seed, box.offset, box.shape)
         return lambda box: np.zeros(box.shape, NUMPY[dtype])
 
     with explained():
@@ -156,7 +159,10 @@ def _taken(
     """What there is of the tensors of `shapes`: all of them if `whole`, else the parameters. UserError otherwise."""
     if not any(n.startswith("params/") for n in found):
         found = {f"params/{n}": a for n, a in found.items()}
-    wanted = {n: s for n, s in shapes.items() if whole or n.startswith("params/")}
+    wanted = {
+        n: s for n, s in shapes.items()
+        if whole or (n.startswith("params/") and (n in found or not is_factor(n)))
+    }  # fmt: skip
     missing = sorted(wanted.keys() - found.keys())
     more = sorted(n for n in found.keys() - shapes.keys() if n != COUNT)
     wrong = [

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from portatrain.errors import choice
-from portatrain.module import Definition, describe
+from portatrain.module import Definition
 from portatrain.plan.shapes import PRESETS, ModelShape, from_tensors
 from portatrain.plan.tensors import LogicalTensor
 from portatrain.recipe import Recipe, load_recipe, shipped_recipes
@@ -32,7 +32,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
     """What the planner needs of ``recipe``."""
     if isinstance(recipe, ModelShape):
         return recipe
-    definition = describe(recipe.model.build())
+    definition = recipe.describe()
     tensors = logical_tensors(definition, recipe)
     seq_len = getattr(recipe.data, "seq_len", None)
     positions = seq_len or _positions(tensors)

@@ -251,3 +251,39 @@ def test_another_models_tensors_are_listed(run: Path, tmp_path: Path, capsys: py
         assert "other shapes" in error or "not there" in error, error
         assert "layers.2" in error or "for [3, " in error, error
         assert not (tmp_path / "r").exists()
+
+
+def test_low_rank_factors_are_trained_beside_imported_weights_and_leave_merged(
+    run: Path, tmp_path: Path
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    base, tuned, merged = tmp_path / "base", tmp_path / "tuned", tmp_path / "merged"
+    assert main(["ckpt", "export", str(run), str(base), "--to", "huggingface"]) == 0
+    more = ("lora=LoRA", "lora.rank=4", "lora.targets=*/attn/*,*/down", "ema_decay=none")
+    words = ["--run-dir", str(tuned), "--from", "huggingface", *sizes(*more)]
+    assert main(["ckpt", "import", str(base), "tiny-lm", *words]) == 0
+    begun, recipe = values(tuned / "checkpoints/step-00000000"), small(*more)
+    assert (
+        begun["params/blocks/attn/wq/lora_a"].std() > 0.05
+    )  # drawn, or no gradient would ever reach the other
+    assert not begun["params/blocks/attn/wq/lora_b"].any()
+    assert train(recipe, RunDir(tuned), backend=BACKEND, stop_at=3) == 85
+    after = values(tuned / "checkpoints/step-00000003")
+    changed = {n for n in after if n.startswith("params/") and (after[n] != begun[n]).any()}
+    factors = {n for n in after if "/lora_" in n and n.startswith("params/")}
+    assert changed == factors and len(factors) == 10
+    assert {n.partition("/params/")[0].split("/")[1] for n in after if n.startswith("opt/")} == {
+        "m",
+        "v",
+        "count",
+    }
+    assert main(["ckpt", "export", str(tuned), str(merged), "--to", "huggingface"]) == 0
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
+    ours = predicted(recipe, tuned / "checkpoints/step-00000003", tokens)
+    before, theirs = (
+        logits(transformers.AutoModelForCausalLM.from_pretrained(path).eval(), tokens)
+        for path in (base, merged)
+    )
+    bound = 2e-5 * np.abs(ours).max()
+    np.testing.assert_allclose(theirs, ours, rtol=0, atol=bound)
+    assert np.abs(before - ours).max() > 100 * bound

@@ -34,6 +34,7 @@ CELLS = [
     ("fsdp=2", "lm, a step that is not finite"),
     ("replica=2", "routed"),
     ("fsdp=2", "nested"),
+    ("fsdp=2", "lm, LoRA"),
     ("fsdp=2", "lm, remat"),
 ]
 

@@ -31,6 +31,7 @@ FOUR = [
     ("replica=2,fsdp=2", "lm, clipping, averages, frozen"),
     ("context=2,tensor=2", "lm, untied, all options"),
     ("expert=4", "routed"),
+    ("fsdp=2,tensor=2", "lm, LoRA"),
     ("fsdp=2,tensor=2", "lm, Muon"),
 ]
 """Cells of two processes with two devices each."""

@@ -31,6 +31,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, a step that is not finite"),
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
+        ("fsdp=2", "lm, LoRA"),
         ("fsdp=2", "lm, remat"),
         ("tensor=2", "lm, remat by name"),
         ("context=2", "lm, remat of dots"),
@@ -50,6 +51,8 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2,tensor=2", "lm, tensor and fsdp on one axis"),
         ("fsdp=2,tensor=2", "lm, Muon"),
         ("fsdp=2,tensor=2", "lm, Adafactor"),
+        ("fsdp=2,tensor=2", "lm, LoRA"),
+        ("context=2,tensor=2", "lm, LoRA"),
     ],
 }
 MESHES = {

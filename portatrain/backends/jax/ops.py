@@ -18,6 +18,7 @@ from portatrain import hashing
 from portatrain.backends.jax.attention import attention
 from portatrain.backends.jax.losses import Cut, cross_entropy
 from portatrain.layout import Layout, Spec
+from portatrain.lora import adapts
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
@@ -96,6 +97,7 @@ class JaxOps:
         value = plain(p)
         return value.astype(self.compute) if isinstance(p, nnx.Param) else value
 
+    @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         out = DTYPES[dtype] if dtype else self.compute
         return jnp.einsum(

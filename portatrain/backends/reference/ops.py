@@ -12,6 +12,7 @@ from portatrain import hashing
 from portatrain.backends.reference.trees import tree_map
 from portatrain.bind import bind, source_of
 from portatrain.errors import UserError, choice
+from portatrain.lora import adapts
 from portatrain.module import Module, Param, Stack, State
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.rope import RopeScaling
@@ -52,6 +53,7 @@ class ReferenceOps:
     def weight(self, p: Array) -> Array:
         return p
 
+    @adapts
     def einsum(self, spec: str, *operands: Array, dtype: str | None = None) -> Array:
         return np.einsum(spec, *operands)
 

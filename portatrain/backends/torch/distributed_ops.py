@@ -26,6 +26,7 @@ from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.layout import BATCH_MESH_AXES
+from portatrain.lora import adapts
 from portatrain.ops import Loss
 from portatrain.rope import RopeScaling
 from torch import Tensor, nn
@@ -200,6 +201,7 @@ class MeshOps(RowOps):
         value = self._value(p)
         return value.to(self.static.compute) if isinstance(p, nn.Parameter) else value
 
+    @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         """Per mesh axis one letter may be cut, the parameter's if one is: operands that have it are cut along it, the
         others whole; the result is cut along it, or, where it is contracted, a sum to be made."""

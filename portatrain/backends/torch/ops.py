@@ -16,6 +16,7 @@ from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_lo
 from portatrain.backends.torch.norms import by_sample, rms_norm
 from portatrain.backends.torch.remat import keep
 from portatrain.layout import Layout
+from portatrain.lora import adapts
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
@@ -73,6 +74,7 @@ class TorchOps:
     def weight(self, p: Tensor) -> Tensor:
         return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else p
 
+    @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
         compute = self.static.compute
         xs = [x.to(compute) for x in operands]

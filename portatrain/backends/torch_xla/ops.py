@@ -19,6 +19,7 @@ from portatrain.backends.torch.ops import DTYPES, TorchOps
 from portatrain.backends.torch_xla.attention import attention
 from portatrain.backends.torch_xla.devices import Devices, on_cpu
 from portatrain.backends.torch_xla.losses import Cut, cross_entropy
+from portatrain.lora import adapts
 from portatrain.ops import Loss
 
 
@@ -60,6 +61,7 @@ class XlaOps(TorchOps):
 
     # ---- parameters and contractions
 
+    @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
         xs = [x.to(self.static.compute) for x in operands]
         if dtype is not None:
