@@ -47,6 +47,7 @@ from portatrain.backends.base import Backend, Program, Scattered
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.places import place_of
+from portatrain.precision import averaged
 from portatrain.retention import Retention
 from portatrain.state import COUNT, full_name, slot_tensors
 
@@ -88,7 +89,7 @@ def format_layout(program: Program, scattered: Scattered | None = None, writers:
     infos = program.definition
     tensors = [tensor(t, "params") for t in infos.params.values()]
     tensors += [tensor(t, "state") for t in infos.states.values()]
-    tensors += [tensor(t, "ema") for n, t in infos.params.items() if n in program.ema]
+    tensors += [tensor(averaged(t), "ema") for n, t in infos.params.items() if n in program.ema]
     tensors += [
         tensor(slot, slot.role)
         for n, t in infos.params.items()

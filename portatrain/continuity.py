@@ -51,6 +51,7 @@ class Bounds:
 BOUNDS = {
     "fp32": Bounds(loss=1e-5, mean=5e-7, state=2e-6, grad=5e-6, update=5e-6, replay=1e-5),
     "bf16": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
+    "bf16-state": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
 }
 
 

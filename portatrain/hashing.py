@@ -38,6 +38,14 @@ def sample_keys(seed_2: Array, step: Array, site: int, layer: Array, sample_B2: 
     return mix(h_B ^ sample_B2[:, 1])
 
 
+def tensor_key(seed_2: Array, step: Array, site: int) -> Array:
+    """(1,) int32: the key of a tensor at a step. All arrays are int32."""
+    h = mix(seed_2[:1] ^ (_GOLDEN + 1))  # another stream than the samples'
+    h = mix(h ^ seed_2[1:])
+    h = mix(h ^ step)
+    return mix(h ^ site)
+
+
 def random_bits(key_B1: Array, offset_1F: Array) -> Array:
     """24 random bits, (B, F) int32, for element offsets within a sample."""
     h = mix(key_B1 + offset_1F * _GOLDEN)

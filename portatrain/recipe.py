@@ -26,6 +26,7 @@ from portatrain.errors import UserError, choice
 from portatrain.lora import LoRA, adapt, is_factor
 from portatrain.module import Definition, describe
 from portatrain.optim import Info, Rule, decays_by_default
+from portatrain.precision import stored
 from portatrain.retention import Retention
 from portatrain.schedules import Schedule
 
@@ -72,8 +73,8 @@ class Recipe:
     """Steps in which it grows, by a microbatch at a time and evenly; each after them takes ``batch``."""
     seed: int = 0
 
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the computation; parameters and optimizer state are fp32 with either."""
+    precision: Literal["fp32", "bf16", "bf16-state"] = "fp32"
+    """Of the computation. Parameters and optimizer state are fp32, with bf16-state bf16 too (``precision.py``)."""
     remat: str = "none"
     """What the backward pass computes again instead of keeping: the name of a policy."""
     clip_norm: float | None = 1.0
@@ -223,7 +224,7 @@ class Recipe:
     def describe(self) -> Definition:
         """The model, built, with what the recipe adds to it."""
         model = self.model.build()
-        return describe(model if self.lora is None else adapt(model, self.lora))
+        return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
 
     def trains(self, name: str) -> bool:
         """Whether the parameter ``name`` is trained."""

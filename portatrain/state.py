@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from checkpoints_format.dtypes import NUMPY
 from portatrain.module import Constant, TensorInfo
 from portatrain.optim import Rule
 from portatrain.rng import truncated_normal
@@ -25,7 +26,8 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
     return {
         slot: TensorInfo(
             name=info.name, role=f"opt/{slot}", shape=what.shape, axes=what.axes, batch_dims=info.batch_dims,
-            inputs=0, init=Constant(value=0.0), dtype=what.dtype, stack_dims=info.stack_dims,
+            inputs=0, init=Constant(value=0.0), stack_dims=info.stack_dims,
+            dtype=info.dtype if what.dtype == "float32" else what.dtype,
         )
         for slot, what in rule.rule_for(info).slots(info).items()
     }  # fmt: skip
@@ -34,8 +36,9 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
 def initial_box(tensor: TensorInfo, seed: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
     """The initial values of a box of `tensor`: a pure function of seed, name and logical index."""
     if isinstance(tensor.init, Constant):
-        return np.full(shape, tensor.init.value, tensor.dtype)
-    return truncated_normal(seed, tensor.name, tensor.shape, std=tensor.init.std, offset=offset, box=shape)
+        return np.full(shape, tensor.init.value, NUMPY[tensor.dtype])
+    values = truncated_normal(seed, tensor.name, tensor.shape, std=tensor.init.std, offset=offset, box=shape)
+    return values.astype(NUMPY[tensor.dtype], copy=False)
 
 
 def sample_words(sample: np.ndarray) -> np.ndarray:

@@ -20,10 +20,9 @@ from portatrain.errors import UserError, choice
 from portatrain.layout import Layout
 from portatrain.module import Definition
 from portatrain.optim import Rule
+from portatrain.precision import PRECISIONS
 
 Arrays = dict[str, np.ndarray]
-
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)

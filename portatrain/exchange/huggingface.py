@@ -85,7 +85,9 @@ def _weight(
     def read(name: str) -> np.ndarray:
         full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
         shape = shapes[full]
-        return reader.read(full, _slice(row, shape)).reshape(_inner(row, shape))
+        return (
+            reader.read(full, _slice(row, shape)).reshape(_inner(row, shape)).astype(np.float32, copy=False)
+        )
 
     weight, factors = read(row.ours), [f"{row.ours}/{factor}" for factor in FACTORS]
     if recipe.lora is None or factors[0] not in params:

@@ -56,7 +56,7 @@ def what_would(shape: ModelShape, cluster: Cluster, precisions: Sequence[str]) -
     if more:
         found.append(f"more chips: {more}")
     if precision == "bf16" and could_fit(shape, cluster, "bf16-state"):
-        found.append("bf16 weights instead of fp32 (--precision bf16-state), which changes the numbers")
+        found.append("bf16 weights and optimizer state (--precision bf16-state), which changes the numbers")
     others = _other_chips(shape, cluster, precision)
     if others:
         found.append(f"other chips, as many of them: {', '.join(others)}")

@@ -51,8 +51,10 @@ PRECISIONS = {
     for p in (
         Precision(name="fp32", peak="fp32", param=4, compute=4, grad=4),
         Precision(name="bf16", peak="bf16", param=4, compute=2, grad=4),
-        # bf16 weights with fp32 Adam: 10 bytes a parameter and bf16 gradients.
-        Precision(name="bf16-state", peak="bf16", param=2, compute=2, grad=2),
+        # Weights and moments in bf16; gradients are summed in fp32.
+        Precision(name="bf16-state", peak="bf16", param=2, compute=2, grad=4, slots=0.5),
+        # As others publish it: bf16 weights with fp32 Adam, 10 bytes a parameter and bf16 gradients.
+        Precision(name="bf16-weights", peak="bf16", param=2, compute=2, grad=2),
         # Matmuls in fp8; weights, moments and everything that is kept as with bf16.
         Precision(name="fp8", peak="fp8", param=4, compute=2, grad=4),
     )

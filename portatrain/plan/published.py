@@ -209,7 +209,7 @@ _HEAD = (
 )
 _REASONS = {
     "llama2-70b on tpu-v5p-512, bf16, 512 in the name: 256 chips": "Predicted from the Mixtral row alone.",
-    "mixtral-8x7b on tpu-v5p-128, bf16-state": "Predicted from the Llama 2 row alone, which sorts no tokens: routing "
+    "mixtral-8x7b on tpu-v5p-128, bf16-weights": "Predicted from the Llama 2 row alone, which sorts no tokens: routing "
     "and ragged experts are not modelled beyond their matmuls.",
     "llama3-8b on h100-8, bf16, eager": "The planner plans compiled steps.",
     "llama3-70b on gb300-64, fp8": "Predicted from six rows of which five are H100s; its bf16 and fp8 peaks are "

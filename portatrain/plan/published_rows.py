@@ -86,7 +86,7 @@ ROWS = (
         remat=Remat(name="dots but gate and up", qkv=1, projected=1), note="512 in the name: 256 chips",
     ),
     Row(
-        model="mixtral-8x7b", cluster="tpu-v5p-128", precision="bf16-state", tokens=2909, utilisation="53 %",
+        model="mixtral-8x7b", cluster="tpu-v5p-128", precision="bf16-weights", tokens=2909, utilisation="53 %",
         who="MaxText", mesh=(1, 64, 1, 1, 1), rows=36, counted=False,
         remat=REMATS["block"],
     ),

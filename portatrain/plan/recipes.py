@@ -7,6 +7,7 @@ from pathlib import Path
 
 from portatrain.errors import choice
 from portatrain.module import Definition
+from portatrain.plan.policy import PRECISIONS
 from portatrain.plan.shapes import PRESETS, ModelShape, from_tensors
 from portatrain.plan.tensors import LogicalTensor
 from portatrain.recipe import Recipe, load_recipe, shipped_recipes
@@ -42,7 +43,10 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         for tensor in trained
         for slot in recipe.optimizer.slots(tensor).values()
     )
-    averaged = sum(4 * t.size for t in tensors if recipe.averages(t.name))
+    # Averages are fp32 whatever the slots are, which the precision scales.
+    averaged = (
+        sum(4 * t.size for t in tensors if recipe.averages(t.name)) / PRECISIONS[recipe.precision].slots
+    )
     numel = sum(t.size for t in trained)
     counted = getattr(recipe.model, "flops_per_sample", None)
     flops = None if counted is None else counted(seq_len) if seq_len else counted()

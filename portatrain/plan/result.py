@@ -9,6 +9,7 @@ from portatrain.plan.cluster import Cluster
 from portatrain.plan.efficiency import Efficiency
 from portatrain.plan.memory import Memory
 from portatrain.plan.placement import Placement
+from portatrain.plan.policy import PRECISIONS
 from portatrain.plan.shapes import ModelShape
 from portatrain.plan.tensors import Sizes
 from portatrain.plan.timing import Time
@@ -107,7 +108,7 @@ class Plan:
     def peak(self) -> float:
         """FLOPs a second that MFU is relative to, over the chips that work."""
         chip, one = self.cluster.chip, self.best[0].precision if self.best else "bf16"
-        kind = {"bf16-state": "bf16"}.get(one, one)
+        kind = PRECISIONS[one].peak
         return (chip.peaks.get(kind) or chip.peaks["bf16"]).value * 1e12 * self.used.chips
 
     @property
@@ -151,11 +152,7 @@ class Plan:
         """For every figure of the plan the estimates that it rests on; an empty tuple: confirmed figures only."""
         chip, found = self.cluster.chip, {}
         found["memory"] = _marked(memory=chip.memory)
-        kind = (
-            {"bf16-state": "bf16"}.get(self.best[0].precision, self.best[0].precision)
-            if self.best
-            else "bf16"
-        )
+        kind = PRECISIONS[self.best[0].precision].peak if self.best else "bf16"
         paths = self.best[0].placement.paths if self.best else ()
         links = {"memory_bw": chip.memory_bw, "peak": chip.peaks.get(kind)}
         if any(path.inner > 1 for path in paths):

@@ -14,6 +14,7 @@ from portatrain.layout import Layout, Mesh
 from portatrain.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.module import Module, Normal, describe
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
+from portatrain.precision import stored
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.contract.running import image_batch, tokens_batch
@@ -42,7 +43,7 @@ class Case:
 
     def program(self, mesh: str) -> Program:
         model = self.model if isinstance(self.model, Module) else self.model.build()
-        definition = describe(model)
+        definition = stored(describe(model), self.options.get("precision", "fp32"))
         names = frozenset(definition.params)
         given: dict[str, Any] = {
             "trainable": names,
@@ -99,6 +100,10 @@ def _adapted() -> Module:
     return model
 
 
+def _all(name: str) -> bool:
+    return True
+
+
 CASES: dict[str, Case] = {
     "lm": Case(model=_lm()),
     "lm, accumulation, dropout": Case(model=_lm(dropout=0.1), accumulation=2),
@@ -148,5 +153,8 @@ CASES: dict[str, Case] = {
         model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False
     ),
     "lm, compiled": Case(model=_lm(dropout=0.1), accumulation=2, options={"compile": True}),
+    "lm, bf16 state": Case(
+        model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all},
+    ),
     "lm, bf16": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16"}),
 }  # fmt: skip

@@ -105,6 +105,11 @@ def test_what_a_process_holds(backend: str, found: Any) -> None:
         ("replica=2,fsdp=2", "lm", "Use fsdp=4"),
         ("fsdp=2", "lm, Muon", "optimizer Muon on the deepspeed-2 backend: expected one of AdamW, Lion, SGD"),
         ("fsdp=2", "lm, compiled", "Leave compile out"),
+        (
+            "fsdp=2",
+            "lm, bf16 state",
+            "precision bf16-state on the deepspeed-2 backend: expected fp32 or bf16",
+        ),
     ],
 )
 def test_what_zero_cannot_do(mesh: str, case: str, said: str) -> None:

@@ -32,6 +32,7 @@ FOUR = [
     ("context=2,tensor=2", "lm, untied, all options"),
     ("expert=4", "routed"),
     ("fsdp=2,tensor=2", "lm, LoRA"),
+    ("fsdp=2,tensor=2", "lm, bf16 state"),
     ("fsdp=2,tensor=2", "lm, Muon"),
 ]
 """Cells of two processes with two devices each."""
@@ -75,7 +76,8 @@ def test_two_processes_follow_one_device(mesh: str, case: str, two: Any, alone: 
         program.layout.box(t, program.layout.mesh.coordinates(0))[1]
         for t in program.definition.params.values()
     ]
-    one_device = 4 * sum(_product(shape) for shape in held)
+    width = 2 if case == "lm, bf16 state" else 4
+    one_device = width * sum(_product(shape) for shape in held)
     assert found.bytes["params"] == 2 * one_device  # of two devices, and of no others
 
 

@@ -44,7 +44,7 @@ def need(
 @pytest.mark.parametrize(
     ("precision", "per_param"),
     # fp32 weights, gradients and Adam: 16 bytes. bf16 weights with fp32 Adam: 10, and bf16 gradients.
-    [("fp32", 16), ("bf16", 16), ("bf16-state", 12)],
+    [("fp32", 16), ("bf16", 16), ("bf16-state", 10), ("bf16-weights", 12)],
 )
 def test_state_is_so_many_bytes_a_parameter(precision: str, per_param: int) -> None:
     terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, precision=precision, stack="torch-cuda")

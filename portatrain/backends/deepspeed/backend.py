@@ -79,6 +79,11 @@ class ZeroBackend(MeshBackend):
                 expected=f"one of {', '.join(r.__name__ for r in RULES)}, which act on every element alone",
                 got=type(rule).__name__, do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
             )  # fmt: skip
+        if program.precision == "bf16-state":
+            raise UserError(
+                f"precision bf16-state on the {self.name} backend", expected="fp32 or bf16", got="bf16-state",
+                do="Use bf16, or --backend torch.",
+            )  # fmt: skip
         if program.compile:
             raise UserError(
                 f"compile on the {self.name} backend", expected="blocks that run eagerly", got="compile=True",

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import optax
 from flax import nnx
 
 import jax
@@ -22,15 +21,16 @@ from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
-from portatrain.backends.jax.optimizer import RuleState, transformation, xp
+from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.rehearsal import norms
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.ops import Loss
 from portatrain.optim import clip_scale, global_norm
+from portatrain.precision import averaged
 from portatrain.state import COUNT, initial_box, sample_words, slot_tensors
 
-COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16}
+COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16}
 
 State = dict[str, Any]
 """{'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
@@ -48,7 +48,7 @@ class JaxBackend:
             join()
         self.devices = device_mesh(self.layout.mesh, devices, program.order)
         self.process, self.processes = jax.process_index(), jax.process_count()
-        self.tx = transformation(program.optimizer, self.definition.params, program.decay)
+        self.tx = transformation(program.optimizer, self.definition.params, program.decay, program.seed)
         # The structure of the native module, without arrays: enough to rebuild it inside a trace.
         with jax.ensure_compile_time_eval():
             self.graph, skeleton, self.paths = self._split(lambda role, name: jnp.zeros(()))
@@ -130,7 +130,11 @@ class JaxBackend:
         return {
             "params": {n: make(t, "params") for n, t in self.definition.params.items()},
             "state": {n: make(t, "state") for n, t in self.definition.states.items()},
-            "ema": {n: make(t, "ema") for n, t in self.definition.params.items() if n in self.program.ema},
+            "ema": {
+                n: make(averaged(t), "ema")
+                for n, t in self.definition.params.items()
+                if n in self.program.ema
+            },
             "opt": RuleState(
                 self._replicated if count is None else self._whole(np.int32(count)),
                 slots,
@@ -214,8 +218,11 @@ class JaxBackend:
         """The state after an update by the gradients of the mean loss, which have this norm."""
         program = self.program
         deltas, opt = self._deltas(state, grads, norm, scale)
-        trained = {n: state["params"][n] for n in grads}
-        params = {**state["params"], **optax.apply_updates(trained, deltas)}
+        trained = {
+            n: kept(state["params"][n] + d, self.definition.params[n], "params", program.seed, opt.count)
+            for n, d in deltas.items()
+        }
+        params = {**state["params"], **trained}
         states = {n: state["state"][n] + tallies[n] if n in tallies else s for n, s in state["state"].items()}
         ops = self._ops({}, step, training=True)
         states = run_after_step(self.definition, states, ops, jnp.stack)
@@ -420,7 +427,14 @@ def _join(a: Any, b: Any) -> Any:
 
 
 def _start(shapes: Any) -> Any:
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    # Sums are float32 whatever their terms are.
+    zeros = jax.tree.map(
+        lambda s: jnp.zeros(
+            s.shape,
+            jnp.promote_types(s.dtype, jnp.float32) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype,
+        ),
+        shapes,
+    )
     auxes = jax.tree_util.tree_map_with_path(
         lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3]
     )

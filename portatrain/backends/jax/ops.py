@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from portatrain import hashing
 from portatrain.backends.jax.attention import attention
 from portatrain.backends.jax.losses import Cut, cross_entropy
+from portatrain.backends.jax.low import contraction, low_rows, rows, transposable
 from portatrain.layout import Layout, Spec
 from portatrain.lora import adapts
 from portatrain.ops import Aux, Loss, check_aux
@@ -24,10 +25,6 @@ from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
-
-
-SMALL_TABLES = 1 << 20
-"""Elements of the embedding tables, one a sample, up to which `JaxOps.embed` sums their gradient in two steps."""
 
 
 def plain(x: Any) -> Any:
@@ -99,6 +96,9 @@ class JaxOps:
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        if dtype is None and self._is_low(operands[-1]) and transposable(spec):
+            x, w = (plain(value) for value in operands)
+            return contraction(spec, self.compute, w.dtype, x, w)
         out = DTYPES[dtype] if dtype else self.compute
         return jnp.einsum(
             spec,
@@ -108,14 +108,14 @@ class JaxOps:
         )
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
-        table = self.weight(table_VE)
-        b, (v, e) = ids.shape[0], table.shape
-        if ids.ndim < 2 or b * v * e > SMALL_TABLES:
-            return jnp.take(table, ids, axis=0, mode="clip")
-        # One table a sample, so that the gradient is summed within samples first: in a small vocabulary some ids come
-        # so often that adding them one after another would show in float32.
-        rows = jnp.arange(b).reshape(b, *(1,) * (ids.ndim - 1))
-        return jnp.broadcast_to(table, (b, v, e)).at[rows, ids].get(mode="clip")
+        table = plain(table_VE)
+        if self._is_low(table_VE):
+            return low_rows(self.compute, table.dtype, table.shape, table, ids)
+        return rows(self.weight(table_VE), ids)
+
+    def _is_low(self, p: Any) -> bool:
+        """Whether `p` is a parameter that is used in less than float32."""
+        return isinstance(p, nnx.Param) and self.compute != jnp.float32
 
     def bias(self, x: Any, p: Any) -> Any:
         return (x.astype(jnp.float32) + self._features(p, x)).astype(x.dtype)

@@ -10,8 +10,10 @@ import optax
 
 import jax
 import jax.numpy as jnp
+from portatrain import hashing, precision
 from portatrain.module import TensorInfo
 from portatrain.optim import Rule
+from portatrain.state import slot_tensors
 
 
 class RuleState(NamedTuple):
@@ -32,15 +34,29 @@ class _Namespace:
 xp = _Namespace
 
 
+def kept(value: Any, info: TensorInfo, role: str, seed: int, count: Any) -> Any:
+    """A new float32 value of a tensor of the state as it is kept: rounded stochastically where that is bfloat16."""
+    if info.dtype != "bfloat16":
+        return value
+    words = precision.noise(
+        jnp.asarray(hashing.words(seed), jnp.int32), count, role, info.name, (0,) * value.ndim, value.shape,
+        lambda n: jnp.arange(n, dtype=jnp.int32),
+    )  # fmt: skip
+    bits = precision.rounded_bits(jax.lax.bitcast_convert_type(value, jnp.int32), words)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
+
+
 def transformation(
-    rule: Rule, infos: Mapping[str, TensorInfo], decay: frozenset[str]
+    rule: Rule, infos: Mapping[str, TensorInfo], decay: frozenset[str], seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule for a dict of parameters by name. `update` takes `scale=`, the schedule's multiplier, () float32."""
+    """The rule for a dict of parameters by name. `update` takes `scale=`, the schedule's multiplier, () float32, and
+    returns float32 deltas; slots are kept as their tensors are, rounded by `seed`."""
+    slot_infos = {name: slot_tensors(rule, info) for name, info in infos.items()}
 
     def init(params: Mapping[str, Any]) -> RuleState:
         slots: dict[str, dict[str, Any]] = {}
         for name in params:
-            for slot, what in rule.rule_for(infos[name]).slots(infos[name]).items():
+            for slot, what in slot_infos[name].items():
                 slots.setdefault(slot, {})[name] = jnp.zeros(what.shape, what.dtype)
         return RuleState(jnp.zeros((), jnp.int32), slots)
 
@@ -52,12 +68,17 @@ def transformation(
         for name, grad in grads.items():
             info = infos[name]
             deltas[name], new = rule.rule_for(info).update(
-                xp, info=info, grad=grad, param=params[name],
-                slots={slot: named[name] for slot, named in state.slots.items() if name in named},
+                xp, info=info, grad=grad, param=_wide(params[name]),
+                slots={slot: _wide(named[name]) for slot, named in state.slots.items() if name in named},
                 scale=scale, count=count.astype(jnp.float32), decay=name in decay,
             )  # fmt: skip
             for slot, value in new.items():
-                slots[slot][name] = value
+                what = slot_infos[name][slot]
+                slots[slot][name] = kept(value, what, what.role, seed, count)
         return deltas, RuleState(count, slots)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _wide(x: Any) -> Any:
+    return x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 import torch
+from checkpoints_format.dtypes import NUMPY
 from portatrain import hashing, remat
 from portatrain.after_step import needs_after_step, run_after_step
 from portatrain.backends.base import Arrays, Context, LocalBox, Program, Scattered, StepResult
@@ -24,11 +25,12 @@ from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.errors import UserError
 from portatrain.module import TensorInfo
 from portatrain.ops import Aux, Loss
+from portatrain.precision import averaged
 from portatrain.state import COUNT, initial_box, sample_words, slot_tensors
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16}
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-state": torch.bfloat16}
 
 
 @dataclass
@@ -61,6 +63,11 @@ class TorchBackend:
         self.device = self._device()
         row = row_of(self.device)
         check_device(row, program.precision)
+        if program.precision == "bf16-state" and not hasattr(Tensor, "grad_dtype"):
+            raise UserError(
+                "precision bf16-state on the torch backend", expected="torch 2.10 or newer, which sums gradients of "
+                "bfloat16 tensors in float32", got=f"torch {torch.__version__}", do="Use bf16, or a newer torch.",
+            )  # fmt: skip
         self.compiles = program.compile if program.compile is not None else row.compiles
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
@@ -132,11 +139,13 @@ class TorchBackend:
                     slots = optimizer.state[p.tensor]
                     slots[optimizer.slot(p.tensor, slot)] = piece(info, info.role, p.index)
             if p.role == "params" and p.name in self.program.ema:
-                state.ema[i] = piece(infos["params", p.name], "ema", p.index)
+                state.ema[i] = piece(averaged(infos["params", p.name]), "ema", p.index)
         return state
 
     def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
         """A tensor of the device with what this process holds of one layer of a logical tensor."""
+        if info.dtype == "bfloat16":  # which torch does not take from NumPy
+            return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).to(self.device)
         return torch.from_numpy(np.array(array)).to(self.device)
 
     def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -150,8 +159,13 @@ class TorchBackend:
         for p in pieces:
             if p.role == "params":
                 p.tensor.requires_grad_(p.name in self.program.trainable)
+                if p.tensor.dtype != torch.float32:
+                    p.tensor.grad_dtype = torch.float32  # microbatches are summed in it
         trained = [p for p in pieces if p.role == "params" and p.name in self.program.trainable]
-        optimizer = RuleOptimizer(self.program.optimizer, trained, self.definition.params, self.program.decay)
+        program = self.program
+        optimizer = RuleOptimizer(
+            program.optimizer, trained, self.definition.params, program.decay, program.seed
+        )
         return TorchState(module, pieces, optimizer, {})
 
     def init_state(self) -> TorchState:
@@ -243,7 +257,7 @@ class TorchBackend:
         grads = []
         for p in state.optimizer.param_groups[0]["params"]:
             if p.grad is None:  # the loss does not depend on it
-                p.grad = torch.zeros_like(p)
+                p.grad = torch.zeros_like(p, dtype=torch.float32)
             grads.append(p.grad)
         return grads
 
@@ -286,7 +300,7 @@ class TorchBackend:
 
     def _average(self, state: TorchState, decay: float) -> None:
         for i, average in state.ema.items():
-            average.lerp_(state.pieces[i].tensor, 1 - decay)
+            average.lerp_(state.pieces[i].tensor.float(), 1 - decay)
 
     def _ops_after(self, step: int) -> TorchOps:
         return self._ops({}, step, True)
@@ -441,8 +455,12 @@ def _box(
     lead = (1,) * len(index)
     return LocalBox(
         name=info.name, role=role, offset=(*index, *at), shape=(*lead, *tensor.shape),
-        fetch=lambda: tensor.detach().cpu().numpy().copy().reshape((*lead, *tensor.shape)),
+        fetch=lambda: _to_numpy(tensor.detach().cpu()).copy().reshape((*lead, *tensor.shape)),
     )  # fmt: skip
+
+
+def _to_numpy(x: Tensor) -> np.ndarray:
+    return x.view(torch.int16).numpy().view(NUMPY["bfloat16"]) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:

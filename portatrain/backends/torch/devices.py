@@ -33,7 +33,7 @@ class Device:
     collectives: str | None
     present: Callable[[Any], bool]
     plugin: str | None = None
-    precisions: tuple[str, ...] = ("fp32", "bf16")
+    precisions: tuple[str, ...] = ("fp32", "bf16", "bf16-state")
     attention: tuple[str, ...] = ("math",)
     compiles: bool = False
     float64: bool = True

@@ -63,7 +63,7 @@ class MeshBackend(TorchBackend):
         sharded = shard_module(program, self.world, value, COMPUTE[program.precision])
         trained = [p for p in sharded.pieces if p.role == "params" and p.name in program.trainable]
         optimizer = ShardedOptimizer(
-            program.optimizer, trained, self.definition.params, program.decay, self.world
+            program.optimizer, trained, self.definition.params, program.decay, self.world, program.seed
         )
         return MeshState(sharded.module, sharded.pieces, optimizer, {}, sharded)
 
@@ -81,6 +81,10 @@ class MeshBackend(TorchBackend):
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
         _sharded(state).sync(last=last)
+
+    def _backward(self, state: TorchState, objective: Tensor) -> None:
+        super()._backward(state, objective)
+        _sharded(state).fold()
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
         _sharded(state).zero_grad()

@@ -8,7 +8,7 @@ of a chunk, E embed, V vocab.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -67,6 +67,12 @@ def _cut(n: int, *tensors_T: Tensor | None) -> list[tuple]:
     return list(zip(*([None] * n if t is None else t.tensor_split(n) for t in tensors_T), strict=True))
 
 
+def scaled(gradients: Sequence[Tensor], g: Tensor, *, given: int) -> tuple[Tensor | None, ...]:
+    """The backward pass of a loss whose gradients were formed with it: they are scaled, and of the other arguments of
+    the `given` ones there is none."""
+    return (*(d * g.to(d.dtype) for d in gradients), *[None] * (given - len(gradients)))
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TE: Tensor, table_VE: Tensor, targets_T: Tensor, mask_T: Tensor | None, z_loss: float,
@@ -87,8 +93,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple:
-        dx, dtable = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dtable * g.to(dtable.dtype), None, None, None, None, None, None
+        return scaled(ctx.saved_tensors, g, given=8)
 
 
 def cross_entropy(

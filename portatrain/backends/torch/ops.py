@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from portatrain import hashing
 from portatrain.backends.torch.attention import attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
+from portatrain.backends.torch.low import low_rows
 from portatrain.backends.torch.norms import by_sample, rms_norm
 from portatrain.backends.torch.remat import keep
 from portatrain.layout import Layout
@@ -87,6 +88,8 @@ class TorchOps:
         return _as_matmul(xs[0], xs[1], contracted, transposed)
 
     def embed(self, table_VE: Tensor, ids: Tensor) -> Tensor:
+        if self.static.compute != torch.float32:
+            return low_rows(table_VE, ids, self.static.compute)
         return F.embedding(ids, self.weight(table_VE))
 
     # ---- normalisation, position, attention

@@ -11,9 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from portatrain import hashing, precision
 from portatrain.backends.torch.lower import Piece
 from portatrain.module import TensorInfo
 from portatrain.optim import SGD, AdamW, Rule
+from portatrain.state import slot_tensors
 from torch import Tensor
 
 
@@ -87,10 +89,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, rule: Rule, pieces: Sequence[Piece], infos: dict[str, TensorInfo], decay: frozenset[str]
-    ) -> None:
+        self, rule: Rule, pieces: Sequence[Piece], infos: dict[str, TensorInfo], decay: frozenset[str],
+        seed: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__([p.tensor for p in pieces], {})
-        self.rule, self.decay, self.count = rule, decay, 0
+        self.rule, self.decay, self.seed, self.count = rule, decay, seed, 0
+        self.stacked = {p.tensor: (infos[p.name], p.index) for p in pieces}
         self.infos = {p.tensor: (slice_info(infos[p.name]), p.name) for p in pieces}
         self.natives: list[tuple[Any, torch.optim.Optimizer]] = []
         self.plain: list[Tensor] = []
@@ -102,7 +106,7 @@ class RuleOptimizer(torch.optim.Optimizer):
             else:
                 self.plain.append(tensor)
             for slot in mine.slots(info):
-                zeros = torch.zeros(self.slot_shape(tensor, slot), device=tensor.device)
+                zeros = torch.zeros(self.slot_shape(tensor, slot), dtype=tensor.dtype, device=tensor.device)
                 self.state[tensor][self.slot(tensor, slot)] = zeros
         for (mine, decays), tensors in groups.items():
             native = _native(mine, tensors, decays)
@@ -123,11 +127,32 @@ class RuleOptimizer(torch.optim.Optimizer):
         info, _ = self.infos[tensor]
         return self.rule.rule_for(info).slots(info)[slot].shape
 
+    def box(self, info: TensorInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offset, shape) of this process's part of one layer of the logical tensor `info`."""
+        shape = info.shape[info.stack_dims :]
+        return (0,) * len(shape), shape
+
     def updated(self, rule: Rule, tensor: Tensor, slots: dict[str, Tensor], **options: Any) -> Any:
-        """(what to add to `tensor`, the new slots)."""
+        """(what to add to `tensor`, the new slots), all in float32."""
         return rule.update(
-            options.pop("xp"), info=self.infos[tensor][0], param=tensor, slots=slots, **options
-        )
+            options.pop("xp"), info=self.infos[tensor][0], param=tensor.float(),
+            slots={slot: value.float() for slot, value in slots.items()}, **options,
+        )  # fmt: skip
+
+    def keep(self, held: Tensor, value: Tensor, info: TensorInfo, role: str, index: tuple[int, ...]) -> None:
+        """Store the new `value` of one layer's tensor in `held`, rounded stochastically where that is bfloat16."""
+        if held.dtype == torch.float32:
+            held.copy_(value)
+            return
+        offset, shape = self.box(info)
+        there = held.device
+        words = precision.noise(
+            torch.tensor(hashing.words(self.seed), dtype=torch.int32, device=there),
+            torch.tensor(self.count, dtype=torch.int32, device=there), role, info.name,
+            (*index, *offset), (*(1 for _ in index), *shape),
+            lambda n: torch.arange(n, dtype=torch.int32, device=there),
+        ).reshape(held.shape)  # fmt: skip
+        held.copy_(precision.rounded_bits(value.contiguous().view(torch.int32), words).view(torch.float32))
 
     def delta(self, tensor: Tensor, grad: Tensor, scale: float) -> Tensor:
         """What `step` would add to `tensor` for this gradient, by the rule's formula; nothing changes."""
@@ -165,9 +190,13 @@ class RuleOptimizer(torch.optim.Optimizer):
                 self.rule.rule_for(info), tensor, slots, xp=xp, grad=tensor.grad, scale=scale_t, count=count_t,
                 decay=name in self.decay,
             )  # fmt: skip
-            tensor.add_(delta)
-            for slot, value in new.items():
-                slots[slot].copy_(value)
+            whole, index = self.stacked[tensor]
+            if tensor.dtype == torch.float32:
+                tensor.add_(delta)
+            else:
+                self.keep(tensor, tensor.float().add_(delta), whole, "params", index)
+            for slot, what in slot_tensors(self.rule, whole).items():
+                self.keep(slots[slot], new[slot], what, what.role, index)
 
 
 def _runs_native(rule: Any, tensor: Tensor, decays: bool) -> bool:

@@ -134,13 +134,22 @@ class Sharded:
             self.module.set_requires_all_reduce(last)
             self.module.set_is_last_backward(last)
 
+    def fold(self) -> None:
+        """After every microbatch: gradients of what is kept in bfloat16 are added up in float32."""
+        for t in self.trained:
+            if t.local.dtype != torch.float32 and (grad := t.param.grad) is not None:
+                mine = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().float()
+                t.local.grad = mine if t.local.grad is None else t.local.grad.add_(mine)
+                t.param.grad = None
+
     def collect(self) -> None:
         """Leave every gradient, summed over the mesh, in the `.grad` of this process's parts."""
         waiting: dict[tuple[str, ...], list[Tensor]] = {}
+        self.fold()
         for t in self.trained:
-            grad = t.param.grad
+            grad = t.param.grad if t.local.grad is None else t.local.grad
             if grad is None:  # the loss does not depend on it
-                t.local.grad = torch.zeros_like(t.local)
+                t.local.grad = torch.zeros_like(t.local, dtype=torch.float32)
                 continue
             # Autograd lays a gradient out as its parameter; inside a DTensor nobody does, and fused rules rely on it.
             t.local.grad = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().contiguous()
@@ -179,7 +188,9 @@ def shard_module(
     cuts = {name: cut_of(world.layout, info) for name, info in definition.params.items()}
 
     def make(role: str, name: str, index: tuple[int, ...]) -> Tensor:
-        return value(role, name, index) if role == "state" else _on_meta(world, cuts[name])
+        if role == "state":
+            return value(role, name, index)
+        return _on_meta(world, cuts[name], getattr(torch, definition.params[name].dtype))
 
     module, pieces = lower(definition, make)
     module.requires_grad_(False)
@@ -203,6 +214,8 @@ def shard_module(
         _place(places, local)
         new.append(dataclasses.replace(p, tensor=local))
         if p.name in program.trainable:
+            if local.dtype != torch.float32:
+                local.grad_dtype = torch.float32
             axes = cuts[p.name].axes
             over = () if _managed(world, cuts[p.name]) else (*REPLICAS, "fsdp")
             over = over if "tensor" in axes else (*over, "tensor")
@@ -213,15 +226,15 @@ def shard_module(
     return Sharded(module, new, trained, world)
 
 
-def _on_meta(world: World, cut: Cut) -> Tensor:
+def _on_meta(world: World, cut: Cut, dtype: torch.dtype) -> Tensor:
     """A parameter as it computes, without memory: a DTensor over tensor where there is such an axis."""
     dim = cut.dim("tensor")
     tensor = world.mesh.tensor
     shape = [n // tensor if d == dim else n for d, n in enumerate(cut.shape)]
-    local = torch.empty(shape, device="meta")
+    local = torch.empty(shape, dtype=dtype, device="meta")
     if tensor == 1:
         return local
-    whole = torch.empty(cut.shape, device="meta")
+    whole = torch.empty(cut.shape, dtype=dtype, device="meta")
     return DTensor.from_local(
         local, world.params["tensor"], [Replicate() if dim is None else Shard(dim)], run_check=False,
         shape=whole.shape, stride=whole.stride(),

@@ -33,13 +33,12 @@ class ShardedOptimizer(RuleOptimizer):
         infos: dict[str, TensorInfo],
         decay: frozenset[str],
         world: World,
+        seed: int = 0,
     ) -> None:
         self.world = world
-        self.stacked = {p.tensor: infos[p.name] for p in pieces}
-        super().__init__(rule, pieces, infos, decay)
+        super().__init__(rule, pieces, infos, decay, seed)
 
     def box(self, info: TensorInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(offset, shape) of this process's part of one layer of the logical tensor `info`."""
         offset, shape = self.world.layout.box(info, self.world.at)
         return offset[info.stack_dims :], shape[info.stack_dims :]
 
@@ -47,7 +46,7 @@ class ShardedOptimizer(RuleOptimizer):
         return self.world.layout.tensor_spec(info)[info.stack_dims :]
 
     def _slots(self, tensor: Tensor) -> dict[str, TensorInfo]:
-        return slot_tensors(self.rule, self.stacked[tensor])
+        return slot_tensors(self.rule, self.stacked[tensor][0])
 
     def slot_shape(self, tensor: Tensor, slot: str) -> tuple[int, ...]:
         return self.box(self._slots(tensor)[slot])[1]
@@ -55,12 +54,12 @@ class ShardedOptimizer(RuleOptimizer):
     def updated(self, rule: Rule, tensor: Tensor, slots: dict[str, Tensor], **options: Any) -> Any:
         if isinstance(rule, ELEMENTWISE):
             return super().updated(rule, tensor, slots, **options)
-        stacked, slot_infos, world = self.stacked[tensor], self._slots(tensor), self.world
-        whole = {n: world.gather_tensor(slots[n], self._spec(i)) for n, i in slot_infos.items()}
+        (stacked, _), slot_infos, world = self.stacked[tensor], self._slots(tensor), self.world
+        whole = {n: world.gather_tensor(slots[n].float(), self._spec(i)) for n, i in slot_infos.items()}
         delta, new = rule.update(
             options.pop("xp"), info=self.infos[tensor][0], slots=whole,
             grad=world.gather_tensor(options.pop("grad"), self._spec(stacked)),
-            param=world.gather_tensor(tensor, self._spec(stacked)), **options,
+            param=world.gather_tensor(tensor.float(), self._spec(stacked)), **options,
         )  # fmt: skip
         return self._mine(delta, stacked), {n: self._mine(v, slot_infos[n]) for n, v in new.items()}
 

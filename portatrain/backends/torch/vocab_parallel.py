@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from portatrain.backends.torch.losses import CHUNK_BYTES
+from portatrain.backends.torch.losses import CHUNK_BYTES, scaled
 from portatrain.backends.torch.mesh import World
 from torch import Tensor
 
@@ -66,6 +66,7 @@ class _VocabParallel(torch.autograd.Function):
             if dx is not None and dw is not None:
                 dxs.append(dx)
                 dtable = dw.float() if dtable is None else dtable.add_(dw)
+                del dw  # as large as the table's part: it would live on beside the next chunk's
         if dtable is not None:
             ctx.save_for_backward(torch.cat(dxs), dtable.to(table_WE.dtype))
         loss_T = torch.cat(losses)
@@ -74,8 +75,7 @@ class _VocabParallel(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple:
-        dx, dtable = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dtable * g.to(dtable.dtype), None, None, None, None, None, None
+        return scaled(ctx.saved_tensors, g, given=8)
 
 
 def vocab_parallel_loss(

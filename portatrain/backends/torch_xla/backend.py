@@ -69,6 +69,11 @@ class XlaBackend(TorchBackend):
 
     def _check(self, program: Program) -> None:
         check_policy(self.remat)
+        if program.precision == "bf16-state":
+            raise UserError(
+                f"precision bf16-state on the {self.name} backend", expected="fp32 or bf16", got="bf16-state",
+                do="Use bf16, or --backend jax.",
+            )  # fmt: skip
         if program.compile:
             raise UserError(
                 f"compile on the {self.name} backend", expected="no choice, as XLA compiles the whole step",

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from portatrain.backends.torch.losses import scaled
+
 CHUNK_BYTES = 64 << 20
 """The most that a chunk of float32 logits may take on a device."""
 
@@ -88,8 +90,7 @@ class _Loss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple:
-        dx, dtable = ctx.saved_tensors
-        return dx * g.to(dx.dtype), dtable * g.to(dtable.dtype), None, None, None, None, None
+        return scaled(ctx.saved_tensors, g, given=7)
 
 
 def _chunk(x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor, z_loss: float,
