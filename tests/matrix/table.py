@@ -9,7 +9,7 @@ from tests.matrix.cells import BACKENDS, MESHES, REASONS, ROWS, STEPS
 from tests.matrix.run import Found
 
 MOST = 1e-5
-"""What a loss may differ by with a reason."""
+"""What a gradient or loss may differ by with a reason."""
 
 
 def problem(backend: str, mesh: str, row: str, found: Found) -> str | None:
@@ -22,10 +22,13 @@ def problem(backend: str, mesh: str, row: str, found: Found) -> str | None:
             if "expected" in found["refused"]
             else f"refused without saying why: {found['refused'][:200]}"
         )
-    bound = MOST if (backend, mesh, row) in REASONS else LOSS_BOUND
-    if not found["gradient"] <= GRADIENT_BOUND:
-        return f"gradient off by {found['gradient']:.2e} of its scale, bound {GRADIENT_BOUND:.0e}"
-    return None if found["loss"] <= bound else f"loss off by {found['loss']:.2e}, bound {bound:.0e}"
+    reason = (backend, mesh, row) in REASONS
+    for what, bound in (("gradient", GRADIENT_BOUND), ("loss", LOSS_BOUND)):
+        bound = MOST if reason else bound
+        if not found[what] <= bound:
+            of = " of its scale" if what == "gradient" else ""
+            return f"{what} off by {found[what]:.2e}{of}, bound {bound:.0e}"
+    return None
 
 
 def problems(results: Mapping[str, Found]) -> list[str]:

@@ -1,0 +1,88 @@
+"""How far the gradients of a first step in float32 are from the same step in float64: what no comparison of two
+backends can be expected to fall below. One device, any row of the parity matrix.
+
+    python -m benchmarks.gradient_floor [--row tiny-vit] [--mesh "fsdp=3, sizes by three"]
+
+In float64 the torch backend runs, eagerly: its parameters and inputs converted, its casts to float32 made casts to
+float64. Prints for every parameter the largest difference over the largest gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from portatrain.backends.base import Program
+from portatrain.backends.jax import JaxBackend
+from portatrain.backends.torch import TorchBackend
+from portatrain.backends.torch import backend as torch_backend
+from portatrain.testing import parity
+from portatrain.trainer import make_program
+from tests.matrix.cells import MESHES, ROWS, recipe_of
+
+Arrays = dict[str, np.ndarray]
+
+
+class Exact(TorchBackend):
+    """The torch backend with float64 in the place of float32."""
+
+    def init_state(self) -> Any:
+        state = super().init_state()
+        state.module.double()
+        return state
+
+    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
+        return {k: v.double() if v.is_floating_point() else v for k, v in super()._put(batch).items()}
+
+    def _grads(self, state: Any) -> list[torch.Tensor]:
+        return [p.grad for p in state.optimizer.param_groups[0]["params"]]
+
+
+def exact(program: Program, batch: Arrays) -> Arrays:
+    def double(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return x.double(*args, **options)
+
+    with mock.patch.object(torch.Tensor, "float", double):
+        with mock.patch.dict(torch_backend.COMPUTE, {"fp32": torch.float64}):
+            backend = Exact(program)
+            state = backend.init_state()
+            backend._accumulate(state, batch, 1)
+    found = {n: np.zeros(program.definition.params[n].shape) for n in program.trainable}
+    for p in state.pieces:
+        if p.role == "params":
+            found[p.name][p.index] = p.tensor.grad.numpy()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--row", default="tiny-vit", choices=list(ROWS))
+    parser.add_argument("--mesh", default="1", choices=list(MESHES), help="whose sizes: one device runs")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    recipe = recipe_of(args.mesh, args.row)
+    batch = parity.batches(recipe, 1)[0]
+    program = dataclasses.replace(make_program(recipe), compile=False)
+    truth = exact(program, batch)
+    found = {}
+    for make in (JaxBackend, TorchBackend):
+        backend = make(program)
+        found[make.name] = backend.gradients(backend.init_state(), batch, step=1)[1]
+    print(f"{args.row}: gradients of step 1, largest difference over the largest value")
+    print(f"{'':28s}{'jax - float64':>15s}{'torch - float64':>17s}{'jax - torch':>13s}")
+    for name in sorted(truth):
+        top, jax, mine = np.abs(truth[name]).max(), found["jax"][name], found["torch"][name]
+        apart = [np.abs(a - b).max() / top for a, b in ((jax, truth[name]), (mine, truth[name]), (jax, mine))]
+        print(f"{name:28s}{apart[0]:15.1e}{apart[1]:17.1e}{apart[2]:13.1e}")
+
+
+if __name__ == "__main__":
+    main()
