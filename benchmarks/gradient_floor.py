@@ -48,11 +48,11 @@ def exact(program: Program, batch: Arrays) -> Arrays:
     def double(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         return x.double(*args, **options)
 
-    with mock.patch.object(torch.Tensor, "float", double):
-        with mock.patch.dict(torch_backend.COMPUTE, {"fp32": torch.float64}):
-            backend = Exact(program)
-            state = backend.init_state()
-            backend._accumulate(state, batch, 1)
+    wide = mock.patch.dict(torch_backend.COMPUTE, {"fp32": torch.float64})
+    with mock.patch.object(torch.Tensor, "float", double), wide:
+        backend = Exact(program)
+        state = backend.init_state()
+        backend._accumulate(state, batch, 1)
     found = {n: np.zeros(program.definition.params[n].shape) for n in program.trainable}
     for p in state.pieces:
         if p.role == "params":

@@ -119,6 +119,16 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
     return through
 
 
+def plain(p: Any) -> Any:
+    """`p`, a parameter or value that something else than einsum uses; UserError where it is adapted."""
+    if isinstance(p, Adapted):
+        raise UserError(
+            f"LoRA on {p.path}", expected="a weight that ops.einsum contracts", got="another use of it",
+            do="Leave it out of the targets of LoRA.",
+        )  # fmt: skip
+    return p
+
+
 def adapt(model: Module, lora: LoRA) -> Module:
     """`model`, its weights that `lora` targets replaced. UserError for a pattern that names no such weight."""
     found = describe(model)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from portatrain.backends import reference
-from portatrain.backends.base import Context
+from portatrain.backends.base import Context, backend_class
 from portatrain.errors import UserError
 from portatrain.lora import Adapted, LoRA, adapt, base_of, is_factor
 from portatrain.module import Module, Param, describe
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
-from tests.contract.running import image_batch, parameters, tokens_batch
+from tests.contract.running import BACKENDS, image_batch, microbatches, parameters, program, tokens_batch
 from tests.contract.toy_models import Routed
 
 DECODER = DecoderConfig(vocab=32, embed=16, layers=2, heads=4, kv_heads=2, mlp=24)
@@ -146,6 +146,28 @@ def test_a_weight_that_is_contracted_on_the_other_side_is_refused() -> None:
     batch = {"x": np.ones((2, 8)), "mask": np.ones(2)}
     with pytest.raises(UserError, match="LoRA on first: expected its first 1 axes"):
         reference.forward(found, parameters(found), batch, Context(), states={})
+
+
+class Read(Module):
+    """A weight that is read as a value."""
+
+    def __init__(self) -> None:
+        self.w = Param(embed=8, embed_out=8)
+
+    def __call__(self, ops, batch):
+        return ops.loss(ops.einsum("bf->b", batch["x"] * ops.weight(self.w)[:2]), batch["mask"])
+
+
+@pytest.mark.parametrize("name", ["reference", *BACKENDS])
+def test_another_use_of_an_adapted_weight_is_refused(name: str) -> None:
+    found = describe(adapt(Read(), LoRA(rank=2)))
+    batch = {"x": np.ones((2, 8), np.float32), "mask": np.ones(2, np.float32), "sample": np.arange(2)}
+    with pytest.raises(UserError, match=r"LoRA on w: expected a weight that ops\.einsum contracts"):
+        if name == "reference":
+            reference.forward(found, parameters(found), batch, Context(), states={})
+        else:
+            backend = backend_class(name)(program(found))
+            backend.step(backend.init_state(), microbatches(batch), step=1, scale=1.0)
 
 
 def test_adapted_keeps_its_place() -> None:

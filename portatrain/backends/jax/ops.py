@@ -20,6 +20,7 @@ from portatrain.backends.jax.losses import Cut, cross_entropy
 from portatrain.backends.jax.low import contraction, low_rows, rows, transposable
 from portatrain.layout import Layout, Spec
 from portatrain.lora import adapts
+from portatrain.lora import plain as not_adapted
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
@@ -91,7 +92,7 @@ class JaxOps:
     # ---- parameters and contractions
 
     def weight(self, p: Any) -> Any:
-        value = plain(p)
+        value = plain(not_adapted(p))
         return value.astype(self.compute) if isinstance(p, nnx.Param) else value
 
     @adapts

@@ -13,6 +13,7 @@ from portatrain.backends.reference.trees import tree_map
 from portatrain.bind import bind, source_of
 from portatrain.errors import UserError, choice
 from portatrain.lora import adapts
+from portatrain.lora import plain as not_adapted
 from portatrain.module import Module, Param, Stack, State
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.rope import RopeScaling
@@ -51,7 +52,7 @@ class ReferenceOps:
     # ---- parameters and contractions
 
     def weight(self, p: Array) -> Array:
-        return p
+        return not_adapted(p)
 
     @adapts
     def einsum(self, spec: str, *operands: Array, dtype: str | None = None) -> Array:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 
 import torch
-from checkpoints_format.dtypes import NUMPY
-from portatrain import hashing, remat
+from portatrain import remat
 from portatrain.after_step import needs_after_step, run_after_step
-from portatrain.backends.base import Arrays, Context, LocalBox, Program, Scattered, StepResult
+from portatrain.backends.base import Arrays, LocalBox, Program, Scattered, StepResult
+from portatrain.backends.torch.bare import COMPUTE, Bare, words
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
+from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.ops import Static, TorchOps, run_block
@@ -28,9 +29,6 @@ from portatrain.ops import Aux, Loss
 from portatrain.precision import averaged
 from portatrain.state import COUNT, initial_box, sample_words, slot_tensors
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-state": torch.bfloat16}
 
 
 @dataclass
@@ -43,7 +41,7 @@ class TorchState:
     ema: dict[int, Tensor]
 
 
-class TorchBackend:
+class TorchBackend(Bare):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch"
@@ -108,7 +106,7 @@ class TorchBackend:
         )
         sample = batch.get("sample")
         return self.ops(
-            static, *_words(self.program.seed, step, self.device),
+            static, *words(self.program.seed, step, self.device),
             sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
             **self._runners, kept={},
@@ -144,9 +142,7 @@ class TorchBackend:
 
     def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
         """A tensor of the device with what this process holds of one layer of a logical tensor."""
-        if info.dtype == "bfloat16":  # which torch does not take from NumPy
-            return torch.from_numpy(np.array(array).view(np.int16)).view(torch.bfloat16).to(self.device)
-        return torch.from_numpy(np.array(array)).to(self.device)
+        return to_torch(array).to(self.device)
 
     def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(offset, shape) of what this process holds of one layer of a logical tensor."""
@@ -379,13 +375,13 @@ class TorchBackend:
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         for i, p in enumerate(state.pieces):
             info = self.definition.tensors[p.role, p.name]
-            yield _box(p.role, info, p.index, p.tensor, self._part(info, p.role)[0])
+            yield box(p.role, info, p.index, p.tensor, self._part(info, p.role)[0])
             if i in state.ema:
-                yield _box("ema", info, p.index, state.ema[i], self._part(info, "ema")[0])
+                yield box("ema", info, p.index, state.ema[i], self._part(info, "ema")[0])
             if p.tensor in state.optimizer.infos:
                 for slot, what in slot_tensors(self.program.optimizer, info).items():
                     held = state.optimizer.state[p.tensor][state.optimizer.slot(p.tensor, slot)]
-                    yield _box(what.role, info, p.index, held, self._part(what, what.role)[0])
+                    yield box(what.role, info, p.index, held, self._part(what, what.role)[0])
         count = state.optimizer.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
@@ -410,57 +406,6 @@ class TorchBackend:
 
     def describe_device(self) -> dict[str, Any]:
         return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}
-
-    # ---- bare operations
-
-    @classmethod
-    def _bare(cls, context: Context) -> TorchOps:
-        sample = np.zeros(1, np.int64) if context.sample is None else context.sample
-        return cls.ops(
-            Static(context.training, COMPUTE[context.precision], ops=cls.ops),
-            *_words(context.seed, context.step, torch.device("cpu")),
-            sample=torch.from_numpy(sample_words(sample)), layer=torch.zeros((), dtype=torch.int32), kept={},
-        )  # fmt: skip
-
-    @classmethod
-    def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
-        args = tree_map(lambda a: torch.from_numpy(np.array(a)), args)
-        with torch.no_grad():
-            return tree_map(lambda t: t.numpy(), fn(cls._bare(context), *args))
-
-    @classmethod
-    def differentiate(
-        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
-    ) -> tuple[Any, tuple]:
-        args = tree_map(lambda a: torch.from_numpy(np.array(a)), args)
-        floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
-        value = fn(cls._bare(context), *args)
-        grads = torch.autograd.grad(value, floating, allow_unused=True)
-        return value.detach().numpy(), tuple(
-            np.zeros(t.shape, np.float32) if g is None else g.numpy()
-            for g, t in zip(grads, floating, strict=True)
-        )
-
-
-def _words(seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    return (
-        torch.tensor(step, dtype=torch.int32, device=device),
-        torch.tensor(hashing.words(seed), dtype=torch.int32, device=device),
-    )
-
-
-def _box(
-    role: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor, at: tuple[int, ...]
-) -> LocalBox:
-    lead = (1,) * len(index)
-    return LocalBox(
-        name=info.name, role=role, offset=(*index, *at), shape=(*lead, *tensor.shape),
-        fetch=lambda: _to_numpy(tensor.detach().cpu()).copy().reshape((*lead, *tensor.shape)),
-    )  # fmt: skip
-
-
-def _to_numpy(x: Tensor) -> np.ndarray:
-    return x.view(torch.int16).numpy().view(NUMPY["bfloat16"]) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:

@@ -13,9 +13,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from portatrain.backends.base import Arrays, LocalBox, Program
-from portatrain.backends.torch.backend import COMPUTE, TorchBackend, TorchState
-from portatrain.backends.torch.distributed_ops import MeshOps, RowOps, plain
+from portatrain.backends.torch.backend import TorchBackend, TorchState
+from portatrain.backends.torch.bare import COMPUTE
+from portatrain.backends.torch.distributed_ops import MeshOps, RowOps
 from portatrain.backends.torch.mesh import World, check_processes, join
+from portatrain.backends.torch.mesh_values import plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.parallel import Sharded, check_layout, shard_module
 from portatrain.backends.torch.sharded_optimizer import ShardedOptimizer

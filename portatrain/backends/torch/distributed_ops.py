@@ -21,91 +21,18 @@ import torch
 from portatrain import hashing
 from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, plain
 from portatrain.backends.torch.ops import TorchOps
-from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
-from portatrain.layout import BATCH_MESH_AXES
 from portatrain.lora import adapts
+from portatrain.lora import plain as not_adapted
 from portatrain.ops import Loss
 from portatrain.rope import RopeScaling
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 Placements = Sequence[Placement]
-
-
-def plain(x: Any) -> Any:
-    """The value of a DTensor that is (made) whole on every process; other values as they are."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
-class _SumRows(torch.autograd.Function):
-    """Sum over processes; every one has its own loss of the result, so gradients are summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
-        ctx.world = world
-        return world.all_reduce(x.contiguous().clone(), BATCH_MESH_AXES)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
-        return ctx.world.all_reduce(g.contiguous().clone(), BATCH_MESH_AXES), None
-
-
-class _Weight(torch.autograd.Function):
-    """A parameter, plain or a DTensor over tensor, as a value on the mesh. Its gradient is left as this process's share
-    of a sum over the axes on which it is whole: over those the sum is made once a step, not here."""
-
-    @staticmethod
-    def forward(ctx: Any, p: Tensor, world: World) -> Tensor:
-        mesh = world.values
-        assert mesh is not None and mesh.mesh_dim_names is not None
-        ctx.world, ctx.of = world, p._spec if isinstance(p, DTensor) else None
-        over_tensor = p.placements[0] if isinstance(p, DTensor) else Replicate()
-        ctx.placements = tuple(over_tensor if n == "tensor" else Replicate() for n in mesh.mesh_dim_names)
-        local = p._local_tensor if isinstance(p, DTensor) else p
-        return DTensor.from_local(
-            local.view_as(local), mesh, ctx.placements, run_check=False, shape=p.shape, stride=p.stride()
-        )
-
-    @staticmethod
-    def backward(ctx: Any, g: Any) -> tuple[Tensor, None]:
-        keep = [
-            have if isinstance(have, Partial) and isinstance(want, Replicate) else want
-            for have, want in zip(g.placements, ctx.placements, strict=True)
-        ]
-        local = g.redistribute(placements=keep).to_local()
-        names = ctx.world.values.mesh_dim_names
-        # Of equal copies the first one counts: the others add nothing to the sum.
-        for name, kept in zip(names, keep, strict=True):
-            if isinstance(kept, Replicate) and ctx.world.at[name]:
-                local = torch.zeros_like(local)
-        if ctx.of is None:
-            return local, None
-        spec = ctx.of
-        return DTensor.from_local(
-            local, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
-        ), None
-
-
-class _Kept(torch.autograd.Function):
-    """x, of which a remat policy keeps this process's part. A gradient passes as it lies: a sum need not be made."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Any) -> Any:
-        return DTensor.from_local(
-            keep(x._local_tensor),
-            x.device_mesh,
-            x.placements,
-            run_check=False,
-            shape=x.shape,
-            stride=x.stride(),
-        )
-
-    @staticmethod
-    def backward(ctx: Any, g: Any) -> Any:
-        return g
 
 
 @dataclasses.dataclass
@@ -116,7 +43,7 @@ class RowOps(TorchOps):
 
     def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
         y = super().sum(x, axes, over=over)
-        return _SumRows.apply(y, self.world) if self._crosses(axes, over) else y
+        return SumRows.apply(y, self.world) if self._crosses(axes, over) else y
 
     def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
         count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
@@ -160,9 +87,9 @@ class MeshOps(RowOps):
     def _value(self, x: Any) -> Any:
         """x as a DTensor over the mesh's context and tensor axes."""
         if isinstance(x, nn.Parameter):
-            return _Weight.apply(x, self.world)
+            return Weight.apply(x, self.world)
         if isinstance(x, DTensor) or not isinstance(x, Tensor):
-            return x
+            return not_adapted(x)
         return self._from(x, [Replicate() for _ in self.axes])
 
     def _from(self, local: Tensor, placements: Placements) -> Any:
@@ -403,7 +330,7 @@ class MeshOps(RowOps):
         y = y.redistribute(placements=self._keep(y) if y.ndim else [Replicate() for _ in self.axes])
         if not self._crosses(axes, over):
             return y
-        return self._from(_SumRows.apply(y.to_local(), self.world), y.placements)
+        return self._from(SumRows.apply(y.to_local(), self.world), y.placements)
 
     # ---- losses
 
@@ -463,7 +390,7 @@ class MeshOps(RowOps):
 
     def name(self, x: Any, name: str) -> Any:
         x = self._value(x)
-        return _Kept.apply(x) if self.keeps(name) else x
+        return Kept.apply(x) if self.keeps(name) else x
 
     def aux(self, name: str, value_B: Any, *, reduce: str = "mean", loss: float = 0.0) -> None:
         super().aux(name, self._made(self._value(value_B)), reduce=reduce, loss=loss)

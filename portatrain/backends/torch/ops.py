@@ -18,6 +18,7 @@ from portatrain.backends.torch.norms import by_sample, rms_norm
 from portatrain.backends.torch.remat import keep
 from portatrain.layout import Layout
 from portatrain.lora import adapts
+from portatrain.lora import plain as not_adapted
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
@@ -73,7 +74,7 @@ class TorchOps:
     # ---- parameters and contractions
 
     def weight(self, p: Tensor) -> Tensor:
-        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else p
+        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else not_adapted(p)
 
     @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:

@@ -18,7 +18,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from portatrain import hashing, remat
 from portatrain.after_step import needs_after_step, run_after_step
 from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
-from portatrain.backends.torch.backend import COMPUTE, TorchBackend, TorchState
+from portatrain.backends.torch.backend import TorchBackend, TorchState
+from portatrain.backends.torch.bare import COMPUTE
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
 from portatrain.backends.torch_xla import devices as xla
