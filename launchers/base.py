@@ -20,15 +20,20 @@ from typing import Any, Protocol
 from portatrain.errors import UserError, choice
 from portatrain.jobs import Job
 from portatrain.landing import HOST_PROCESSES
+from portatrain.places import is_remote
 
 __all__ = [
     "GROUP",
     "Job",
     "JobState",
     "Landed",
+    "LandedInImage",
     "Launcher",
+    "check_shared",
+    "commands_in_image",
     "launcher",
     "launcher_names",
+    "train_here",
     "supervise_command",
 ]
 
@@ -93,8 +98,9 @@ class Launcher(Protocol):
         """name -> id of the user's jobs in the scheduler whose names begin so; for finding orphans."""
         ...
 
-    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
-        """(what was looked at, 'ok' | 'warn' | 'bad', what was found and how to mend it)."""
+    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
+        """(what was looked at, 'ok' | 'warn' | 'bad', what was found and how to mend it). `storage`: where runs would
+        be; None where that is an object store."""
         ...
 
 
@@ -127,6 +133,33 @@ class Landed(Protocol):
         ...
 
 
+class LandedInImage:
+    """The first host of a job whose engine starts the processes of all hosts, and all of them again. See `Landed`."""
+
+    restarts = False
+    logs = True
+    """Whether the output of process 0 goes to the attempt's folder; else to the engine."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+
+    def give_way(self) -> None:
+        """There is nothing to wait for: whichever claims the run first goes on."""
+
+    def arrive(self) -> None:
+        """Siblings that start step aside by the claim."""
+
+    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
+        words = [sys.executable, "-m", "portatrain.landing", *train_here(self.job)]
+        return words, {}, attempt / "rank-0.log" if self.logs else None
+
+    def means(self, signum: int) -> str:
+        return "preempt"  # a cancel takes the job out, and leaves nothing that could start again
+
+    def leave(self, outcome: str) -> None:
+        """Nothing is left behind."""
+
+
 def launcher_names() -> list[str]:
     """The engines that there are, ours first."""
     theirs = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
@@ -146,15 +179,51 @@ def launcher(name: str) -> Any:
 
 def supervise_command(job: Job) -> list[str]:
     """What a job runs on its first host, as words for `env`."""
-    words = [
-        "env",
-        "PYTHONSAFEPATH=1",
-    ]  # else the working directory's modules would come before the run's own
-    if job.code is not None:
-        words.append(f"PYTHONPATH={job.code}")
-    elif os.environ.get("PYTHONPATH"):
-        words.append(f"PYTHONPATH={os.environ['PYTHONPATH']}")
-    return [*words, python(job), "-m", "launchers.supervisor", job.run_dir, str(job.number)]
+    return _with_code(job, python(job), *_supervisor(job))
+
+
+def commands_in_image(job: Job) -> tuple[list[str], list[str]]:
+    """(what the first host runs, what the others run), where an engine starts the same command on every host of an
+    image or machine that is not this one."""
+    there = str(job.options.get("python", "python3"))
+    landing = ("-m", "portatrain.landing", *job.train()[1:])
+    return _with_code(job, there, *_supervisor(job)), _with_code(job, there, *landing)
+
+
+def train_here(job: Job) -> list[str]:
+    """`Job.train` without its first word, with the code of the run where it lies on this machine."""
+    words = job.train()[1:]
+    if job.code is None or not is_remote(job.code):
+        return words
+    from portatrain.remote_run import localized
+
+    return localized(words, job.code)
+
+
+def _supervisor(job: Job) -> tuple[str, ...]:
+    return "-m", "launchers.supervisor", job.run_dir, str(job.number)
+
+
+def _with_code(job: Job, python: str, *args: str) -> list[str]:
+    # Without PYTHONSAFEPATH the working directory's modules would come before the run's own.
+    words = ["env", "PYTHONSAFEPATH=1"]
+    if job.code is not None and is_remote(job.code):
+        # What is installed there fetches the run's own code, and goes on with that.
+        return [*words, python, "-m", "portatrain.remote_run", job.code, python, *args]
+    path = job.code if job.code is not None else os.environ.get("PYTHONPATH")
+    return [*words, *([f"PYTHONPATH={path}"] if path else []), python, *args]
+
+
+def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
+    """Raise UserError unless machines that share nothing with this one will see the run directory: in an object store,
+    or in one of the folders that are `mounted` there (None: the user's set-up lines may do so)."""
+    if is_remote(job.run_dir) or mounted is None:
+        return
+    if not any(Path(job.run_dir).is_relative_to(folder) for folder in mounted):
+        raise UserError(
+            f"run directory {job.run_dir}", expected="a place that the machines there see too",
+            got="a folder of this one", do=f"Give --runs s3://bucket/runs (gs://, az://), or {how}.",
+        )  # fmt: skip
 
 
 def host_processes(job: Job) -> dict[str, str]:

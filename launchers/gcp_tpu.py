@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, JobState, Landed, check_options, option, shell, supervise_command
+from launchers.base import (
+    Job,
+    JobState,
+    Landed,
+    LandedInImage,
+    check_options,
+    check_shared,
+    commands_in_image,
+    option,
+    shell,
+)
 from launchers.yaml_text import to_yaml
 from portatrain import jobs
 from portatrain.errors import UserError
@@ -65,6 +75,7 @@ class GcpTpuLauncher:
                 f"cluster {job.cluster}", expected=f"TPUs that can be queued for: {', '.join(RUNTIMES)}",
                 got=str(job.place.get("chip")), do="Use another engine.",
             )  # fmt: skip
+        check_shared(job, None if option(job, "setup", str) else {}, "mount it there in the option setup")
         _client(job)
 
     def submit(self, job: Job) -> str:
@@ -112,8 +123,10 @@ class GcpTpuLauncher:
     def names(self, prefix: str) -> Mapping[str, str]:
         return {}
 
-    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
-        job = Job(run_dir=str(storage), recipe="", cluster="this cluster", engine="gcp_tpu", options=options)
+    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
+        job = Job(
+            run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="gcp_tpu", options=options
+        )
         try:
             _call(job, lambda api: list(api.list_queued_resources(parent=_parent(job))))
             yield "queued resources", "ok", "the API answers, and you may list them"
@@ -159,17 +172,14 @@ def request(job: Job) -> dict[str, Any]:
 
 def script(job: Job) -> str:
     """What every host runs when it has started."""
-    inside = [w.replace(sys.executable, "python3") for w in supervise_command(job)]
-    python = str(job.options.get("python", "python3"))
-    path = [w for w in inside if w.startswith("PYTHON")]
-    task = ["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]]
+    first, other = commands_in_image(job)
     env = {"MASTER_PORT": str(PORT), GRACE: str(NOTICE_S - 5), "PORTATRAIN_NOTICES": "gcp",
            **option(job, "env", dict, {})}  # fmt: skip
     setup = option(job, "setup", str, "").strip()
     lines = [
         "#!/bin/bash", PLACE, *(f"export {shell([f'{k}={v}'])}" for k, v in env.items()), *([setup] if setup else []),
         "carry_out() {",
-        f'    if [ "$TPU_WORKER_ID$MEGASCALE_SLICE_ID" = 00 ]; then {shell(inside)}; else {shell(task)}; fi', "}",
+        f'    if [ "$TPU_WORKER_ID$MEGASCALE_SLICE_ID" = 00 ]; then {shell(first)}; else {shell(other)}; fi', "}",
         # Nobody else starts the hosts again after a failure; 2 is a mistake that stays one.
         f"for start in $(seq {job.max_restarts + 1}); do",
         "    carry_out && break", '    if [ "$?" = 2 ]; then break; fi', "    sleep 10", "done", "",
@@ -185,25 +195,12 @@ def _name(job: Job) -> str:
     return f"{_parent(job)}/queuedResources/{job.id}"
 
 
-class LandedOnTpu:
-    """The first host of a slice."""
-
-    restarts = False
+class LandedOnTpu(LandedInImage):
+    """The first host of a slice. Siblings that start step aside, and are deleted then."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.launcher = job, GcpTpuLauncher()
-
-    def give_way(self) -> None:
-        """There is nothing to wait for: whichever claims the run first goes on."""
-
-    def arrive(self) -> None:
-        """Siblings that start step aside by the claim, and are deleted then."""
-
-    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        return [sys.executable, "-m", "portatrain.landing", *self.job.train()[1:]], {}, attempt / "rank-0.log"
-
-    def means(self, signum: int) -> str:
-        return "preempt"
+        super().__init__(job)
+        self.launcher = GcpTpuLauncher()
 
     def leave(self, outcome: str) -> None:
         mine = [self.job] if outcome in ("over", "aside") else []

@@ -19,15 +19,17 @@ from launchers.base import (
     Job,
     JobState,
     Landed,
+    LandedInImage,
     check_options,
+    commands_in_image,
     host_processes,
     option,
     shell,
-    supervise_command,
 )
 from launchers.yaml_text import to_yaml
 from portatrain import jobs
 from portatrain.errors import UserError, choice
+from portatrain.places import is_remote
 from portatrain.preemption import GRACE, RESUME_ME
 
 OPTIONS = {
@@ -61,6 +63,9 @@ class KubernetesLauncher:
                 job, "image", "the container image with Python and the frameworks", '"registry/image:tag"'
             )
         volume = option(job, "volume", dict)
+        if is_remote(job.run_dir):  # which every pod sees without one
+            _api(job)
+            return
         if volume is None or {"claim", "path"} - set(volume):
             raise _missing(
                 job, "volume", "a claim that every pod mounts", '{ claim = "runs", path = "/runs" }'
@@ -131,9 +136,13 @@ class KubernetesLauncher:
     def names(self, prefix: str) -> Mapping[str, str]:
         return {}
 
-    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
         job = Job(
-            run_dir=str(storage), recipe="", cluster="this cluster", engine="kubernetes", options=options
+            run_dir=str(storage or ""),
+            recipe="",
+            cluster="this cluster",
+            engine="kubernetes",
+            options=options,
         )
         try:
             _call(job, lambda api: api.list_namespaced_custom_object(*_where(job), limit=1))
@@ -161,7 +170,7 @@ def manifest(job: Job) -> dict[str, Any]:
     hosts = max(1, job.hosts // slices)
     namespace, queue = option(job, "namespace", str, "default"), option(job, "queue", str)
     tpu = place.get("chip") in GKE_TPU
-    grace = option(job, "grace_s", int, GRACE_S)
+    grace, volume = option(job, "grace_s", int, GRACE_S), _volume(job)
     labels = {
         "app.kubernetes.io/managed-by": "portatrain",
         **({"kueue.x-k8s.io/queue-name": queue} if queue else {}),
@@ -177,7 +186,11 @@ def manifest(job: Job) -> dict[str, Any]:
         "nodeSelector": {**_selector(place), **option(job, "node_selector", dict, {})},
         **_given(job, "tolerations", "tolerations", list),
         "containers": [_container(job, place, slices, hosts, grace)],
-        "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": _volume(job)["claim"]}}],
+        **(
+            {"volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": volume["claim"]}}]}
+            if volume
+            else {}
+        ),
     }
     job_spec = {
         "completionMode": "Indexed", "completions": hosts, "parallelism": hosts, "backoffLimit": 0,
@@ -209,13 +222,10 @@ def manifest(job: Job) -> dict[str, Any]:
 
 
 def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grace: int) -> dict[str, Any]:
-    inside = [w.replace(sys.executable, "python3") for w in supervise_command(job)]
-    python = str(job.options.get("python", "python3"))
-    path = [w for w in inside if w.startswith("PYTHON")]
-    task = ["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]]
+    first, other = commands_in_image(job)
     script = (
-        f'if [ "$JOB_INDEX" = 0 ] && [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec {shell(inside)}; fi\n'
-        f"exec {shell(task)}"
+        f'if [ "$JOB_INDEX" = 0 ] && [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec {shell(first)}; fi\n'
+        f"exec {shell(other)}"
     )
     env = {
         "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}", "MASTER_PORT": str(PORT), GRACE: str(grace - 5),
@@ -225,6 +235,7 @@ def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grac
     }  # fmt: skip
     each = int(place.get("chips_per_host", 0))
     chips = {place["resource"]: each} if place.get("resource") and each else {}
+    volume = _volume(job)
     index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
     return {
         "name": "train",
@@ -236,12 +247,14 @@ def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grac
         ],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"limits": {k: str(v) for k, v in option(job, "resources", dict, chips).items()}},
-        "volumeMounts": [{"name": "runs", "mountPath": _volume(job)["path"]}],
-    }
+        **({"volumeMounts": [{"name": "runs", "mountPath": volume["path"]}]} if volume else {}),
+    }  # fmt: skip
 
 
-def _volume(job: Job) -> dict[str, str]:
-    """The volume; where none is configured (--dry-run), one that says so."""
+def _volume(job: Job) -> dict[str, str] | None:
+    """The volume; where none is configured (--dry-run), one that says so; None where none is needed."""
+    if is_remote(job.run_dir) and option(job, "volume", dict) is None:
+        return None
     return option(job, "volume", dict) or {"claim": "CLAIM", "path": str(Path(job.run_dir).parent)}
 
 
@@ -267,13 +280,14 @@ def _missing(job: Job, name: str, expected: str, example: str) -> UserError:
     )  # fmt: skip
 
 
-class LandedInPod:
+class LandedInPod(LandedInImage):
     """The first pod of a JobSet."""
 
-    restarts = False
+    logs = False
 
     def __init__(self, job: Job) -> None:
-        self.job, self.launcher = job, KubernetesLauncher()
+        super().__init__(job)
+        self.launcher = KubernetesLauncher()
 
     def _each(self, verb: Callable[[Job], None]) -> None:
         for other in jobs.of(self.job.run_dir):
@@ -283,21 +297,12 @@ class LandedInPod:
                 except UserError as error:
                     print(f"job {other.number} ({other.id}): {error}", file=sys.stderr, flush=True)
 
-    def give_way(self) -> None:
-        """There is nothing to wait for: whichever claims the run first goes on."""
-
     def arrive(self) -> None:
         def hold(job: Job) -> None:
             if self.launcher.describe(job).state in ("pending", "running"):
                 self.launcher.hold(job)
 
         self._each(hold)
-
-    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        return [sys.executable, "-m", "portatrain.landing", *self.job.train()[1:]], {}, None
-
-    def means(self, signum: int) -> str:
-        return "preempt"  # a cancel deletes the JobSet, and leaves nothing that could restart
 
     def leave(self, outcome: str) -> None:
         if outcome == "over":

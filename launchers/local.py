@@ -12,10 +12,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, JobState, Landed, check_options, python, shell, supervise_command
-from portatrain.claim import live_owner, process_start
+from launchers.base import Job, JobState, Landed, check_options, python, shell, supervise_command, train_here
+from portatrain.claim import process_start
 from portatrain.errors import UserError
-from portatrain.run_dir import PLACE
+from portatrain.places import is_remote
+from portatrain.run_dir import PLACE, open_run
 
 OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
 STARTS_WITHIN_S = 20.0
@@ -48,16 +49,34 @@ class LocalLauncher:
         before = os.environ.get(PLACE)
         os.environ[PLACE] = json.dumps({"engine": "local", "cluster": "local", "source": source})
         try:
-            code = train.run(args)
+            code = train.run(args) if job.code is None else self._with_code(job)
         finally:
             os.environ.pop(PLACE)
             if before is not None:
                 os.environ[PLACE] = before
-        report(Path(job.run_dir))
+        report(job.run_dir)
         return code
 
+    def _with_code(self, job: Job) -> int:
+        """In a process of its own, with the run's copy of the code: what is imported here is another."""
+        from portatrain.processes import forwarding
+
+        folder = job.code if not is_remote(str(job.code)) else None
+        if folder is None:
+            from portatrain.remote_run import local_code
+
+            folder = str(local_code(str(job.code)))
+        env = {**os.environ, **_env(job), "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
+        words = [python(job), "-m", "portatrain.cli", *train_here(job)]
+        started: list[subprocess.Popen[bytes]] = []
+        with forwarding(started):
+            started.append(subprocess.Popen(words, env=env, start_new_session=True))
+            return started[0].wait()
+
     def _detach(self, job: Job) -> str:
-        log = Path(job.run_dir) / "jobs" / f"{job.number}.log"
+        run = open_run(job.run_dir, work=True)
+        log = run.path / "jobs" / f"{job.number}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
                 supervise_command(job), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
@@ -66,10 +85,10 @@ class LocalLauncher:
         # It is this machine's: whether it has taken the claim shows at once.
         until_s = time.monotonic() + STARTS_WITHIN_S
         while time.monotonic() < until_s and process.poll() is None:
-            owner = live_owner(Path(job.run_dir) / "claim")
+            owner = run.owner()
             if owner is not None and owner.pid == process.pid:
                 break
-            time.sleep(0.05)
+            time.sleep(0.05 if run.locks else 1.0)
         if process.poll() not in (None, 0):
             raise UserError(
                 f"job {job.number} of {job.run}", expected="a supervisor that starts",
@@ -87,7 +106,9 @@ class LocalLauncher:
         return JobState(state="running", where=f"process {pid}")
 
     def logs(self, job: Job) -> Iterator[str]:
-        path = Path(job.run_dir) / "jobs" / f"{job.number}.log"
+        run = open_run(job.run_dir)
+        run.refresh(logs=True)
+        path = run.path / "jobs" / f"{job.number}.log"
         if path.exists():
             yield from path.read_text(errors="replace").splitlines()
 
@@ -102,7 +123,7 @@ class LocalLauncher:
     def names(self, prefix: str) -> Mapping[str, str]:
         return {}
 
-    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
         yield from ()
 
     def land(self, job: Job) -> Landed:
@@ -126,7 +147,7 @@ class LandedHere:
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
         from portatrain.processes import PARENT
 
-        words = [python(self.job), "-m", "portatrain.cli", *self.job.train()[1:]]
+        words = [python(self.job), "-m", "portatrain.cli", *train_here(self.job)]
         return words, {PARENT: str(os.getpid())}, attempt / "rank-0.log"
 
     def means(self, signum: int) -> str:

@@ -16,6 +16,7 @@ from launchers.base import Job, launcher, launcher_names
 from portatrain.commands import dry_run
 from portatrain.errors import UserError
 from portatrain.package import where
+from portatrain.places import is_remote
 from portatrain.plan import toml
 from portatrain.plan.catalog import STACKS
 from portatrain.plan.cluster import Cluster
@@ -214,7 +215,8 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
         numbered = replace(job, number=number, mesh=job.mesh or meshes.get(job.cluster))
         if job.detached:
             folder, source, _ = where(Path(job.run_dir), job.recipe)
-            numbered = replace(numbered, code=str(folder), recipe=source)
+            code = f"{job.run_dir}/code/{folder.name}" if is_remote(job.run_dir) else str(folder)
+            numbered = replace(numbered, code=code, recipe=source.replace(str(folder), code, 1))
         if cluster is None or job.engine:
             title = f"# {job.cluster} by {job.engine}\n" if job.detached else ""
             print(title + launcher(job.engine).materialize(numbered if job.detached else job))

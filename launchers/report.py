@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 
 from portatrain.errors import UserError
 
 
-def report(run_dir: Path) -> None:
+def report(run_dir: str) -> None:
     """Draw the loss curve and print what a run has to show, on standard output."""
     from portatrain.metrics.plot import plot_run
-    from portatrain.run_dir import RunDir
+    from portatrain.run_dir import open_run
 
-    run = RunDir(run_dir)
+    run = open_run(run_dir)
     if not run.curve():
         return
     summary = run.summary()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,11 +18,13 @@ from launchers.base import (
     Job,
     JobState,
     Landed,
+    LandedInImage,
     check_options,
+    check_shared,
+    commands_in_image,
     host_processes,
     option,
     shell,
-    supervise_command,
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
@@ -50,6 +51,10 @@ class SkyPilotLauncher:
 
     def check(self, job: Job) -> None:
         check_options(job, OPTIONS)
+        mounted = {**option(job, "file_mounts", dict, {}), **option(job, "volumes", dict, {})}
+        check_shared(
+            job, None if option(job, "setup", str) else mounted, "mount it: the option volumes or file_mounts"
+        )
         _sky(job)
 
     def submit(self, job: Job) -> str:
@@ -93,8 +98,10 @@ class SkyPilotLauncher:
     def names(self, prefix: str) -> Mapping[str, str]:
         return {}
 
-    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
-        job = Job(run_dir=str(storage), recipe="", cluster="this cluster", engine="skypilot", options=options)
+    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
+        job = Job(
+            run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="skypilot", options=options
+        )
         try:
             _sky(job)
             yield "SkyPilot", "ok", _call(job, ["sky", "--version"]).strip()
@@ -115,15 +122,12 @@ def task(job: Job) -> dict[str, Any]:
     anything = option(job, "any_of", list)
     resources: dict[str, Any] = {"job_recovery": recovery}
     resources |= {"any_of": [dict(r) for r in anything]} if anything else one
-    inside = [w.replace(sys.executable, "python3") for w in supervise_command(job)]
-    python = str(job.options.get("python", "python3"))
-    path = [w for w in inside if w.startswith("PYTHON")]
-    each = shell(["env", *path, python, "-m", "portatrain.landing", *job.train()[1:]])
+    first, other = commands_in_image(job)
     more = "".join(f" {key}={value}" for key, value in host_processes(job).items())
     run = (
         f'export MASTER_ADDR=$(echo "$SKYPILOT_NODE_IPS" | head -n 1) MASTER_PORT={PORT}{more}\n'
-        f'if [ "$SKYPILOT_NODE_RANK" = 0 ]; then exec {shell(inside)}; fi\n'
-        f"exec {each}\n"
+        f'if [ "$SKYPILOT_NODE_RANK" = 0 ]; then exec {shell(first)}; fi\n'
+        f"exec {shell(other)}\n"
     )
     # A TPU slice is one node to SkyPilot, of however many hosts; it runs the command on each of them.
     nodes = int(job.place.get("slices", 1)) if _is_tpu(job) else job.hosts
@@ -151,28 +155,9 @@ def _is_tpu(job: Job) -> bool:
     return job.place.get("chip", "") in RULES
 
 
-class LandedBySky:
-    """The first node of a managed job: SkyPilot restarts it by its exit code."""
-
-    restarts = False
-
-    def __init__(self, job: Job) -> None:
-        self.job = job
-
-    def give_way(self) -> None:
-        """There is nothing to wait for: whichever claims the run first goes on."""
-
-    def arrive(self) -> None:
-        """A run has one managed job; what is acceptable is in its task file."""
-
-    def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        return [sys.executable, "-m", "portatrain.landing", *self.job.train()[1:]], {}, attempt / "rank-0.log"
-
-    def means(self, signum: int) -> str:
-        return "preempt"
-
-    def leave(self, outcome: str) -> None:
-        """Nothing is left behind: SkyPilot takes machines down when the job has ended."""
+class LandedBySky(LandedInImage):
+    """The first node of a managed job: SkyPilot restarts it by its exit code, and takes machines down when it has
+    ended. A run has one managed job; what is acceptable is in its task file."""
 
 
 def _sky(job: Job) -> None:

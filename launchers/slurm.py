@@ -23,10 +23,11 @@ from typing import Any
 
 from launchers.base import Job, JobState, Landed, check_options, option, python, shell, supervise_command
 from portatrain import jobs
-from portatrain.claim import live_owner
 from portatrain.errors import UserError
+from portatrain.places import is_remote
 from portatrain.preemption import GRACE
 from portatrain.processes import free_port
+from portatrain.run_dir import open_run
 
 OPTIONS = {
     "partition": "a partition", "account": "an account", "qos": "a QOS", "gres": "generic resources, as in gpu:h100:8",
@@ -61,7 +62,7 @@ class SlurmLauncher:
             *given("cpus_per_task", "cpus-per-task"), *given("mem", "mem"), *given("gres", "gres"),
             *(["--exclusive"] if option(job, "exclusive", bool) else []),
             f"--signal=B:USR1@{option(job, 'signal_s', int, SIGNAL_S)}", "--requeue", "--open-mode=append",
-            f'--output="{_escaped(Path(job.run_dir) / "jobs" / f"{job.number}.log")}"',
+            f'--output="{_escaped(_log(job))}"',
             *([f'--chdir="{job.cwd}"'] if job.cwd else []), *option(job, "sbatch", list, []),
         ]  # fmt: skip
         setup = option(job, "setup", str, "").strip()
@@ -130,7 +131,7 @@ class SlurmLauncher:
         return JobState(state="running" if running else "gone", reason=state, where=nodes)
 
     def logs(self, job: Job) -> Iterator[str]:
-        path = Path(job.run_dir) / "jobs" / f"{job.number}.log"
+        path = _log(job)
         if path.exists():
             yield from path.read_text(errors="replace").splitlines()
 
@@ -153,7 +154,7 @@ class SlurmLauncher:
         pairs = (row.split("|", 1) for row in rows if "|" in row)
         return {name: number for number, name in pairs if name.startswith(prefix)}
 
-    def doctor(self, options: Mapping[str, Any], storage: Path) -> Iterator[tuple[str, str, str]]:
+    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
         from launchers.slurm_doctor import look
 
         yield from look(options, storage)
@@ -186,7 +187,7 @@ class LandedOnSlurm:
 
     def give_way(self) -> None:
         until_s = time.monotonic() + PREFERRED_STARTS_WITHIN_S
-        while time.monotonic() < until_s and live_owner(Path(self.job.run_dir) / "claim") is None:
+        while time.monotonic() < until_s and open_run(self.job.run_dir).owner() is None:
             better = [job for job in self._siblings() if job.number < self.job.number]
             if not any(self._starts(job) for job in better):
                 break
@@ -207,11 +208,13 @@ class LandedOnSlurm:
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
         job = self.job
+        remote = job.code is not None and is_remote(job.code)  # every node has a copy of its own
+        fetch = ["-m", "portatrain.remote_run", str(job.code), python(job)] if remote else []
         words = [
             "srun", f"--nodes={job.hosts}", f"--ntasks={job.processes}",
             f"--ntasks-per-node={job.processes // job.hosts}", "--kill-on-bad-exit=0", f"--wait={ENDS_WITHIN_S}",
             "--open-mode=append", f"--output={_escaped(attempt / 'rank-%t.log', keep=True)}",
-            *option(job, "srun", list, []), python(job), "-m", "portatrain.landing", *job.train()[1:],
+            *option(job, "srun", list, []), python(job), *fetch, "-m", "portatrain.landing", *job.train()[1:],
         ]  # fmt: skip
         # Slurm's default port follows from the job's number, which a requeue keeps; a socket of the attempt before may
         # still be closing there. So: a free one each time, on this host, which has process 0.
@@ -262,7 +265,15 @@ class LandedOnSlurm:
         except UserError as error:
             print(str(error), file=sys.stderr, flush=True)
             return
-        time.sleep(STAY_S)  # Slurm ends it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be done when Slurm ends it
+        time.sleep(STAY_S)
+
+
+def _log(job: Job) -> Path:
+    """Of the batch script itself. Slurm writes to file systems alone."""
+    if is_remote(job.run_dir):
+        return Path(job.cwd, f"{job.name}.log")
+    return Path(job.run_dir, "jobs", f"{job.number}.log")
 
 
 def head_address() -> str:

@@ -18,7 +18,7 @@ Finding = tuple[str, str, str]
 TRIAL_S = 30
 
 
-def look(options: Mapping[str, Any], storage: Path) -> Iterator[Finding]:
+def look(options: Mapping[str, Any], storage: Path | None) -> Iterator[Finding]:
     """Findings as of `launchers.base.Launcher.doctor`."""
     try:
         _installed("slurm")
@@ -36,7 +36,8 @@ def look(options: Mapping[str, Any], storage: Path) -> Iterator[Finding]:
     yield from findings
     if partition:
         yield from _nodes(partition)
-        yield _trial(partition, storage)
+        if storage is not None:
+            yield _trial(partition, storage)
 
 
 def _requeue(config: Mapping[str, str]) -> Finding:

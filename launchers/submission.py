@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 from launchers.base import Job, launcher
 from portatrain.errors import UserError
@@ -24,8 +23,11 @@ def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None
     source = jobs[0].recipe
     if code is None:
         folder, source = pack(run.path.absolute(), jobs[0].recipe)
-        code = str(folder)
-    written = [replace(job, code=code, recipe=source).write() for job in jobs]
+        code = run.share_code(folder)
+        source = source.replace(str(folder), code, 1)
+    written = [
+        replace(job, code=code, recipe=source, source=job.source or job.recipe).write() for job in jobs
+    ]
     handed: list[Job] = []
     for job in written:
         try:
@@ -39,7 +41,7 @@ def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None
                         f"job {other.number} ({other.id}) could not be taken back: {error}", file=sys.stderr
                     )
             for other in written:
-                (Path(other.run_dir) / "jobs" / f"{other.number}.json").unlink(missing_ok=True)
+                other.forget()
             raise
         handed.append(job.submitted(str(answer)))
         print(f"submitted        job {job.number}: {job.engine} {answer} on {job.cluster}")

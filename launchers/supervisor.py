@@ -6,11 +6,12 @@ the record and the exit code whether to go on, to requeue or to stop:
     0 and DONE       over
     85               saved: requeue where the engine said that it preempts; where somebody ended it, leave it so
     2                a user's mistake: over, no second try
-    anything else    a failure: another attempt, at most --max-restarts in a row without a new commit
+    anything else    a failure, of storage (75) too: another attempt, at most --max-restarts in a row with no new commit
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -21,17 +22,19 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.base import Job, Landed, launcher
-from portatrain import files, jobs
-from portatrain.claim import TOKEN, Claim
-from portatrain.errors import UserError
+from portatrain import jobs
+from portatrain.claim import TOKEN, Holding
+from portatrain.errors import StorageError, UserError
 from portatrain.package import differences
+from portatrain.places import is_remote
 from portatrain.preemption import RESUME_ME
 from portatrain.processes import LOGS
-from portatrain.run_dir import ATTEMPT, PLACE, Attempt, RunDir
+from portatrain.run_dir import ATTEMPT, PLACE, Attempt, open_run
 from portatrain.status import committed
 from portatrain.watchdog import host_name
 
 MISTAKE = 2
+STORE_TRIES, STORE_EVERY_S = 20, 30.0
 BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 
 
@@ -39,7 +42,7 @@ class Supervisor:
     """Carries one job out. `signals` has what it was sent."""
 
     def __init__(self, job: Job, landed: Landed) -> None:
-        self.job, self.landed, self.run = job, landed, RunDir(job.run_dir)
+        self.job, self.landed, self.run = job, landed, open_run(job.run_dir, work=True)
         self.signals: list[int] = []
         self.asked = ""
         """'preempt', 'cancel' or 'unclear': what the last signal meant; '' where there was none."""
@@ -54,36 +57,55 @@ class Supervisor:
             return 0
         self.landed.give_way()
         try:
-            claim = Claim.acquire(self.run.path / "claim")
+            claim = self.run.acquire()
         except UserError as error:
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
             self.landed.leave("aside")
             return RESUME_ME
         code, outcome = RESUME_ME, "unclear"
         try:
-            code, outcome = self._attempts(claim)
+            code, outcome = self._patiently(claim)
         except UserError as error:
-            if claim.held:
+            if isinstance(error, StorageError) or claim.held:
                 raise
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
             outcome = "aside"
         finally:
-            claim.release()
+            for last in (self.run.send, claim.release):
+                with contextlib.suppress(StorageError):  # the lease runs out
+                    last()
             self.landed.leave(outcome)
         return code
 
-    def _over(self) -> bool:
-        return any((self.run.path / mark).exists() for mark in ("DONE", "CANCELLED"))
+    def _patiently(self, claim: Holding) -> tuple[int, str]:
+        """`_attempts`, again where the run's store is away, for some minutes."""
+        for left in reversed(range(STORE_TRIES)):
+            try:
+                return self._attempts(claim)
+            except StorageError as error:
+                print(str(error), file=sys.stderr, flush=True)
+                if not left or not self._pause(STORE_EVERY_S):
+                    raise
+        raise AssertionError("unreachable")
 
-    def _attempts(self, claim: Claim) -> tuple[int, str]:
+    def _over(self) -> bool:
+        return any(self.run.marked(mark) for mark in ("DONE", "CANCELLED"))
+
+    def _attempts(self, claim: Holding) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim
             return 0, "over"
         self.landed.arrive()
+        dead = claim.taken_over
         while True:
             failures = self._failures_without_progress()
             if failures and not self._pause(BACKOFF_S[min(failures, len(BACKOFF_S)) - 1]):
                 return self._asked_end()
             attempt = self.run.new_attempt(claim)
+            if dead is not None:
+                attempt.event(
+                    "claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s
+                )
+                dead = None
             code, outcome, why = self._attempt(attempt)
             if self._over():
                 return (0 if self.run.is_done else RESUME_ME), "over"
@@ -109,9 +131,7 @@ class Supervisor:
         if (
             self.asked == "cancel"
         ):  # by the scheduler's own command; that holds for the other acceptable places too
-            files.write_json(
-                self.run.path / "CANCELLED", {"unix_s": time.time(), "by": f"job {self.job.number}"}
-            )
+            self.run.put("CANCELLED", {"unix_s": time.time(), "by": f"job {self.job.number}"})
             return RESUME_ME, "over"
         return RESUME_ME, "preempted" if self.asked == "preempt" else "unclear"
 
@@ -133,6 +153,13 @@ class Supervisor:
                 count += 1
         return count
 
+    def _code(self) -> str | None:
+        if self.job.code is None or not is_remote(self.job.code):
+            return self.job.code
+        from portatrain.remote_run import local_code
+
+        return str(local_code(self.job.code))
+
     # ---- one attempt
 
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
@@ -144,7 +171,7 @@ class Supervisor:
             "host": host_name(),
         }
         attempt.event("landed", **place, id=self.job.id, scheduler=scheduler_facts())
-        changed = differences(self.job.code)
+        changed = differences(self._code())
         if changed:
             attempt.event("environment_differs", packages=changed)
         command, more, output = self.landed.command(attempt.folder)
@@ -175,7 +202,7 @@ class Supervisor:
         events = self.run.rows(attempt.number, "events")
         if self.run.is_done:
             return "done", ""
-        if (self.run.path / "CANCELLED").exists() or self.asked == "cancel":
+        if self.run.marked("CANCELLED") or self.asked == "cancel":
             return "cancelled", ""
         hang = next((e for e in events if e["event"] == "hang"), None)
         if hang is not None:
@@ -225,7 +252,11 @@ def main() -> int:
     job = jobs.read(sys.argv[1], int(sys.argv[2]))
     if job.cwd and os.path.isdir(job.cwd):
         os.chdir(job.cwd)
-    return Supervisor(job, launcher(job.engine).land(job)).main()
+    try:
+        return Supervisor(job, launcher(job.engine).land(job)).main()
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.code
 
 
 if __name__ == "__main__":

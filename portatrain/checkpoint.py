@@ -44,7 +44,7 @@ from checkpoints_format.packs import receipt_name
 from checkpoints_format.store import read_small
 from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, Program, Scattered
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
 from portatrain.module import TensorInfo
 from portatrain.places import place_of
 from portatrain.precision import averaged
@@ -298,6 +298,13 @@ class Checkpoints:
                 with self.guard():
                     self.place.remove(step)
 
+    def remove_unfinished(self) -> None:
+        """Remove what no commit names, before anything is saved: an attempt that lost its claim in the moment of a
+        commit, where no lock can keep it from that, commits nothing that is whole."""
+        for step in self.place.steps():
+            if not self.place.committed(step):
+                self.place.remove(step)
+
     def check(self) -> None:
         """UserError if a save in the background has failed. Does not wait."""
         if self._thread is None or not self._thread.is_alive():
@@ -310,7 +317,7 @@ class Checkpoints:
             self._thread = None
         error, self._error = self._error, None
         if isinstance(error, FormatError):
-            raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            raise StorageError(error.what, expected=error.expected, got=error.got, do=error.do) from error
         if error is not None:
             raise error
 

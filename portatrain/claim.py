@@ -17,9 +17,10 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 from portatrain.errors import UserError
 
@@ -89,6 +90,32 @@ def process_start(pid: int) -> str | None:
     return ""
 
 
+class Holding(Protocol):
+    """A claim that this process holds, or the supervisor that started it (`adopted`)."""
+
+    owner: Owner
+    taken_over: Owner | None
+    """The owner that was gone, and whose claim it was."""
+    adopted: bool
+
+    @property
+    def held(self) -> bool:
+        """Whether it is still this process's."""
+        ...
+
+    def fence(self) -> None:
+        """Raise UserError unless the claim is still held; to be called before anything is written."""
+        ...
+
+    def guard(self) -> AbstractContextManager[None]:
+        """To be entered for writes that are final; UserError where the claim has been lost."""
+        ...
+
+    def release(self) -> None:
+        """Give it up; one that was adopted stays its supervisor's."""
+        ...
+
+
 class Claim:
     """The file ``claim`` of a run directory, held by this process, or by the supervisor that started it."""
 
@@ -123,7 +150,7 @@ class Claim:
                 if dead.is_ours:
                     return Claim(path, dead, taken_over=None, adopted=True)
                 if not is_over(path, dead):
-                    raise in_use(path, dead)
+                    raise in_use(path.parent, dead)
                 path.unlink()
             handle, temporary = tempfile.mkstemp(prefix=".claim.", dir=path.parent)
             try:
@@ -135,7 +162,7 @@ class Claim:
                 os.link(temporary, path)  # fails where the name exists; a reader never sees half a claim
             except FileExistsError:
                 other = holder(path)
-                raise in_use(path, other) from None
+                raise in_use(path.parent, other) from None
             finally:
                 Path(temporary).unlink()
             return Claim(path, me, taken_over=dead)
@@ -149,7 +176,7 @@ class Claim:
     def fence(self) -> None:
         """Raise UserError unless the claim is still held; to be called before anything is written."""
         if not self.held:
-            raise in_use(self.path, holder(self.path))
+            raise in_use(self.path.parent, holder(self.path))
 
     @contextmanager
     def guard(self) -> Iterator[None]:
@@ -211,11 +238,11 @@ def live_owner(path: Path) -> Owner | None:
     return None if owner is None or is_over(path, owner) else owner
 
 
-def in_use(path: Path, owner: Owner | None) -> UserError:
+def in_use(run_dir: Path | str, owner: Owner | None) -> UserError:
     """The error for a run directory that somebody else is using."""
     who = f"process {owner.pid} on {owner.host}" if owner else "nobody (the claim is gone)"
     return UserError(
-        f"run directory {path.parent}",
+        f"run directory {run_dir}",
         expected="to be the only one that writes to it",
         got=f"a claim of {who}",
         do=f"Wait for it or end it (launch cancel). A claim of another host that has given no sign of life for "

@@ -1,7 +1,7 @@
 """The commands ``portatrain`` and ``launch``: tables, parsing, and how every end is reported.
 
-Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 85 stopped and resumable,
-130 interrupted by Ctrl-C. A traceback is a bug of ours.
+Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 storage that failed while it was used,
+85 stopped and resumable, 130 interrupted by Ctrl-C. A traceback is a bug of ours.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         return call()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.code
     except BrokenPipeError:
         # The reader went away (`portatrain plan | head`); Python's own flush at exit must not fail over it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -15,9 +15,18 @@ class UserError(Exception):
     what came, ``do`` says how to mend it, with the valid choices where there are few.
     """
 
+    code = 2
+    """Exit code of a command that ends in it."""
+
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
         super().__init__(f"{_short(what)}: expected {expected}, got {_short(got)}. {do}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
+
+
+class StorageError(UserError):
+    """Storage that did not do what it was asked for. It may do so when it is tried again, so a job tries again."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def _short(text: str) -> str:

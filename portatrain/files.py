@@ -15,7 +15,7 @@ from portatrain.errors import UserError
 
 def write_json(path: Path, data: object) -> None:
     """Write ``data`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    text = json.dumps(_finite(data), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(finite(data), indent=2, allow_nan=False) + "\n"
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -63,7 +63,7 @@ class JsonLines:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(_finite(row), separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.write(json.dumps(finite(row), separators=(",", ":"), allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -103,11 +103,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _finite(value: object) -> object:
+def finite(value: object) -> object:
+    """`value` with null for numbers that JSON has not: NaN and infinities."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

@@ -16,6 +16,8 @@ from typing import Any
 
 from portatrain import files
 from portatrain.errors import UserError
+from portatrain.places import is_remote
+from portatrain.run_dir import open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class Job:
     run_dir: str
     """Absolute."""
     recipe: str
-    """A file (absolute) or the name of a shipped recipe."""
+    """A file (absolute), of the run's own code once that has been copied, or the name of a shipped recipe."""
     cluster: str
     engine: str
     overrides: tuple[str, ...] = ()
@@ -40,6 +42,8 @@ class Job:
     detached: bool = True
     cwd: str = ""
     """Where it was submitted from: relative paths of the recipe's data are relative to it."""
+    source: str = ""
+    """The recipe as it was given: a file (absolute), or ''; for --new-code."""
     code: str | None = None
     """The folder with the run's own copy of the code; None: what is installed where the job runs."""
     place: Mapping[str, Any] = field(default_factory=dict)
@@ -81,9 +85,14 @@ class Job:
 
     def write(self) -> Job:
         """Record it under the next free number; the job with that number."""
+        number = max((job.number for job in of(self.run_dir)), default=0) + 1
+        if is_remote(self.run_dir):
+            run = open_run(self.run_dir)
+            while not run.put(f"jobs/{number}.json", asdict(replace(self, number=number)), once=True):
+                number += 1
+            return replace(self, number=number)
         folder = Path(self.run_dir) / "jobs"
         folder.mkdir(parents=True, exist_ok=True)
-        number = max((job.number for job in of(self.run_dir)), default=0) + 1
         while True:
             try:  # the number is taken by making the file
                 os.close(os.open(folder / f"{number}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
@@ -93,8 +102,12 @@ class Job:
         return replace(self, number=number).update()
 
     def update(self) -> Job:
-        files.write_json(Path(self.run_dir) / "jobs" / f"{self.number}.json", asdict(self))
+        open_run(self.run_dir).put(f"jobs/{self.number}.json", asdict(self))
         return self
+
+    def forget(self) -> None:
+        """Take it out of the record: it was never submitted."""
+        open_run(self.run_dir).remove(f"jobs/{self.number}.json")
 
     def submitted(self, id: str) -> Job:
         """Record the scheduler's id."""
@@ -103,7 +116,11 @@ class Job:
 
 def read(run_dir: str | Path, number: int) -> Job:
     """Job `number` of a run; UserError where it is missing or damaged."""
-    path = Path(run_dir) / "jobs" / f"{number}.json"
+    return _read(open_run(run_dir).path, number)
+
+
+def _read(folder: Path, number: int) -> Job:
+    path = folder / "jobs" / f"{number}.json"
     found = files.read_json(path)
     known = {f.name for f in fields(Job)}
     try:
@@ -122,6 +139,6 @@ def read(run_dir: str | Path, number: int) -> Job:
 
 def of(run_dir: str | Path) -> list[Job]:
     """The jobs of a run, in order."""
-    folder = Path(run_dir) / "jobs"
-    numbers = [int(p.stem) for p in folder.glob("*.json") if p.stem.isdigit() and p.stat().st_size]
-    return [read(run_dir, n) for n in sorted(numbers)]
+    path = open_run(run_dir).path
+    numbers = [int(p.stem) for p in (path / "jobs").glob("*.json") if p.stem.isdigit() and p.stat().st_size]
+    return [_read(path, n) for n in sorted(numbers)]

@@ -77,8 +77,8 @@ def main() -> int:
             return run_processes(n, entry, args, host=int(found["RANK"]), hosts=int(found["WORLD_SIZE"]))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        _note(2)
-        return 2
+        _note(error.code)
+        return error.code
     os.environ.update(found)
 
     def run() -> int:

@@ -151,7 +151,7 @@ def explained(what: str, expected: str) -> Iterator[None]:
             do="Check the credentials in the environment, and the bucket.",
         ) from error
     except obstore.exceptions.BaseError as error:
-        got = " ".join(str(error).split())[:300]
+        got = " ".join(str(error).partition("Debug source")[0].split())[:300]
         raise FormatError(
             what,
             expected=expected,
@@ -171,7 +171,7 @@ def _obstore() -> Any:
         import obstore
     except ImportError:
         raise UserError(
-            "checkpoints in an object store", expected="obstore to be installed", got="no such package",
+            "object stores", expected="obstore to be installed", got="no such package",
             do="pip install 'portatrain[remote]'",
         ) from None  # fmt: skip
     return obstore
@@ -191,8 +191,9 @@ def _connect(url: str, options: dict[str, Any]) -> Any:
         return obstore.store.from_url(url, **given)
     except (obstore.exceptions.BaseError, ValueError) as error:
         raise UserError(
-            f"checkpoints at {url}", expected="s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix",
-            got=" ".join(str(error).split())[:200], do="Check the URL and the environment's credentials.",
+            url, expected="s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix",
+            got=" ".join(str(error).partition("Debug source")[0].split())[:200],
+            do="Check the URL and the environment's credentials.",
         ) from error  # fmt: skip
 
 
@@ -213,6 +214,17 @@ class ObjectPlace:
 
     def committed(self, step: int) -> bool:
         return self.open(step).size(COMMIT) is not None
+
+    def sizes(self, step: int) -> dict[str, int]:
+        store = self.open(step)
+        with explained(store.url, "to list it"):
+            rows = [row for batch in _obstore().list(store._store) for row in batch]
+        return {row["path"]: int(row["size"]) for row in rows}
+
+    def commit(self, step: int) -> bytes:
+        store = self.open(step)
+        with explained(store.describe(COMMIT), "to read it"):
+            return bytes(_obstore().get(store._store, COMMIT).bytes())
 
     def remove(self, step: int) -> None:
         store = self.open(step)

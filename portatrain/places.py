@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from portatrain.errors import UserError
+
 if TYPE_CHECKING:
     from checkpoints_format import LocalStore, Store
 
@@ -33,9 +35,30 @@ class Place(Protocol):
         """Whether it has a COMMIT."""
         ...
 
+    def sizes(self, step: int) -> dict[str, int]:
+        """Bytes of its files, by name."""
+        ...
+
+    def commit(self, step: int) -> bytes:
+        """What its COMMIT holds."""
+        ...
+
     def remove(self, step: int) -> None:
         """Remove a checkpoint, its COMMIT first: what is half removed is not a checkpoint."""
         ...
+
+
+def is_remote(where: str | Path) -> bool:
+    """Whether it is a URL of an object store; UserError for one of another kind."""
+    scheme, _, rest = str(where).partition("://")
+    if not rest or "/" in scheme:
+        return False
+    if f"{scheme}://" not in SCHEMES:
+        raise UserError(
+            str(where), expected=f"a folder, or a URL of an object store ({', '.join(SCHEMES)})",
+            got=f"{scheme}://", do="Use one of these.",
+        )  # fmt: skip
+    return True
 
 
 def place_of(where: Path | str) -> Place:
@@ -72,6 +95,12 @@ class Folder:
 
     def committed(self, step: int) -> bool:
         return (self.path / step_name(step) / COMMIT).exists()
+
+    def sizes(self, step: int) -> dict[str, int]:
+        return {p.name: p.stat().st_size for p in (self.path / step_name(step)).iterdir() if p.is_file()}
+
+    def commit(self, step: int) -> bytes:
+        return (self.path / step_name(step) / COMMIT).read_bytes()
 
     def remove(self, step: int) -> None:
         folder = self.path / step_name(step)

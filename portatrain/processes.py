@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
 
 REPORTS = "PORTATRAIN_REPORTS"
 """Environment variable: the folder where a process says how it failed."""
@@ -70,7 +70,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
         shared.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "portatrain.processes", entry, json.dumps(dict(args))]
         started: list[subprocess.Popen[bytes]] = []
-        with _forwarding(started):
+        with forwarding(started):
             try:
                 for r in range(n):
                     env = {**shared, "RANK": str(host * n + r), "LOCAL_RANK": str(r)}
@@ -135,7 +135,8 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
     r = min(reports, key=lambda k: reports[k]["unix_s"])
     found = reports[r]
     if found["user"] is not None:
-        raise UserError(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
+        kind = StorageError if found["code"] == StorageError.code else UserError
+        raise kind(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
     print(
         f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}",
         file=sys.stderr,
@@ -144,7 +145,7 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
 
 
 @contextmanager
-def _forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
+def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
     """While entered, signals that ask a run to stop go to every process, and not to this one."""
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -195,16 +196,18 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do})
-        return 2
+        _report(
+            {"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code
+        )
+        return error.code
     except BaseException:
         _report(None)
         return 1
 
 
-def _report(user: dict[str, str] | None) -> None:
+def _report(user: dict[str, str] | None, code: int = 1) -> None:
     path = Path(os.environ[REPORTS]) / f"report-{os.environ['LOCAL_RANK']}.json"
-    found = {"unix_s": time.time(), "user": user, "text": traceback.format_exc()}
+    found = {"unix_s": time.time(), "user": user, "code": code, "text": traceback.format_exc()}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found))
     partial.replace(path)

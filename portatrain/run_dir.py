@@ -20,14 +20,15 @@ import platform
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from portatrain import files
-from portatrain.claim import Claim, in_use, live_owner
+from portatrain.claim import Claim, Holding, Owner, in_use, live_owner
 from portatrain.errors import UserError
+from portatrain.places import is_remote
 from portatrain.recipe import Recipe
 
 FORMAT = 1
@@ -38,33 +39,112 @@ PLACE = "PORTATRAIN_PLACE"
 
 
 class RunDir:
-    """A run directory on a local or shared file system. Making this object touches nothing on disk."""
+    """A run directory on a local or shared file system. Making this object touches nothing on disk.
+
+    `portatrain.remote_run.RemoteRun` is one in an object store; `open_run` makes either.
+    """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     @property
     def is_done(self) -> bool:
-        return (self.path / "DONE").exists()
+        """Whether it is over, and was a success; asks the record each time."""
+        return self.marked("DONE")
+
+    # ---- what differs where the record is in an object store, of which `path` then is a copy
+
+    @property
+    def where(self) -> str:
+        """Path or URL, for messages and for commands."""
+        return str(self.path)
+
+    @property
+    def locks(self) -> bool:
+        """Whether nobody can take the run over while `Attempt.guard` is entered."""
+        return True
+
+    def entries(self) -> list[str] | None:
+        """Names of what lies in it; None where there is no such folder."""
+        return [entry.name for entry in self.path.iterdir()] if self.path.exists() else None
+
+    def refresh(self, *, logs: bool = False) -> None:
+        """See what others have written since; `logs`: the output of processes too."""
+
+    def looked_at(self) -> RunDir:
+        """The same run, to look at as it is now."""
+        return self
+
+    def owner(self) -> Owner | None:
+        """Who holds the claim and is, as far as can be known, alive."""
+        return live_owner(self.path / "claim")
+
+    def acquire(self) -> Holding:
+        """Take the claim; UserError where another process holds it. The directory is there."""
+        return Claim.acquire(self.path / "claim")
+
+    def marked(self, name: str) -> bool:
+        """Whether it has the mark DONE, or CANCELLED."""
+        return (self.path / name).exists()
+
+    def put(self, name: str, data: object, *, once: bool = False) -> bool:
+        """Write a JSON file of it whole, seen by all at once; `once`: False, and nothing done, where it is there."""
+        if once and (self.path / name).exists():
+            return False
+        files.write_json(self.path / name, data)
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove a mark; nothing where it is not there."""
+        if (self.path / name).exists():
+            (self.path / name).unlink(missing_ok=True)
+            files.sync_folder(self.path)
+
+    def began(self, folder: Path) -> None:
+        """The attempt in `folder` is this process's."""
+
+    def send(self) -> None:
+        """What this process has written of its attempt is in the record when this returns."""
+
+    def default_checkpoints(self) -> Path | str:
+        """Where checkpoints are unless somebody says otherwise."""
+        return self.path / "checkpoints"
+
+    def data(self) -> Path:
+        """The folder of the packed corpus, with what the record has of it."""
+        return self.path / "data"
+
+    def share_data(self) -> None:
+        """The packed corpus is in the record when this returns."""
+
+    def share_code(self, folder: Path) -> str:
+        """The copy of the code in `folder` is in the record when this returns; what a job calls it."""
+        return str(folder)
+
+    def _writable(self, what: str) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                what, expected="a folder, or a name that is free", got="a file", do="Choose another name."
+            )
+        _check_writable(what, existing_ancestor(self.path))
+
+    # ---- for all
 
     def check(self, recipe: Recipe, *, cancelled_too: bool = False) -> None:
         """Raise UserError unless an attempt at ``recipe`` may begin here. Writes nothing.
 
         ``cancelled_too``: also one that somebody has cancelled.
         """
-        what = f"run directory {self.path}"
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(
-                what, expected="a folder, or a name that is free", got="a file", do="Choose another name."
-            )
-        if not self.path.exists():
-            _check_writable(what, existing_ancestor(self.path))
+        what = f"run directory {self.where}"
+        self._writable(what)
+        there = self.entries()
+        if there is None:
             return
-        _check_writable(what, self.path)
-        if not (self.path / "run.json").exists():
+        run = self.looked_at()
+        if "run.json" not in there:
             # What an attempt leaves that died before it wrote run.json: the corpus is packed before that.
             ours = {"claim", "attempts", "data", "jobs", "code"}
-            others = sorted(e.name for e in self.path.iterdir() if e.name not in ours and e.name[0] != ".")
+            others = sorted(name for name in there if name not in ours and name[0] != ".")
             if others:
                 raise UserError(
                     what,
@@ -73,19 +153,19 @@ class RunDir:
                     do="Choose another name; nothing in it was changed.",
                 )
         else:
-            self._check_same(recipe)
+            run._check_same(recipe)
         if not cancelled_too:
             self.check_open()
-        owner = live_owner(self.path / "claim")
+        owner = self.owner()
         if owner is not None and not owner.is_ours:
-            raise in_use(self.path / "claim", owner)
+            raise in_use(self.where, owner)
 
     def check_open(self) -> None:
         """Raise UserError for a run that is over: finished or cancelled."""
         for mark, state in (("DONE", "finished"), ("CANCELLED", "cancelled")):
-            if (self.path / mark).exists():
+            if self.marked(mark):
                 raise UserError(
-                    f"run directory {self.path}",
+                    f"run directory {self.where}",
                     expected="a run that is not over",
                     got=f"one that is {state}",
                     do="Choose another name (launch --run NAME, train --run-dir DIR) to train again."
@@ -98,7 +178,7 @@ class RunDir:
             return
         changed = sorted(_differences(stored.get("recipe", {}), recipe.to_json()))
         raise UserError(
-            f"run directory {self.path}",
+            f"run directory {self.where}",
             expected="the recipe that the run began with",
             got=f"another one (differs in {', '.join(changed[:6])}{' ...' if len(changed) > 6 else ''})",
             do="Use the same recipe and --set values, or another run name for a new run.",
@@ -113,7 +193,7 @@ class RunDir:
         self.check(recipe)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            claim = Claim.acquire(self.path / "claim")
+            claim = self.acquire()
             try:
                 self.check_open()  # it may have ended while we waited for the claim
                 return self._begin(recipe, info or {}, claim)
@@ -125,7 +205,7 @@ class RunDir:
 
     def _unusable(self, error: OSError) -> UserError:
         return UserError(
-            f"run directory {self.path}",
+            f"run directory {self.where}",
             expected="a place that can be written to",
             got=str(error),
             do="Choose another place, or free some space.",
@@ -147,20 +227,22 @@ class RunDir:
             "code_sha256": code_sha256(recipe),
             "recipe": recipe.to_json(),
         }
-        files.write_json(self.path / "run.json", run)
+        self.put("run.json", run, once=True)
 
-    def new_attempt(self, claim: Claim) -> Attempt:
+    def new_attempt(self, claim: Holding) -> Attempt:
         """The folder and record of the next attempt, empty."""
         number = max(self.attempt_numbers(), default=0) + 1
         folder = self.path / "attempts" / str(number)
         folder.mkdir(parents=True)
+        self.began(folder)
         return Attempt(self, number, folder, claim)
 
-    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Claim) -> Attempt:
+    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
             number = int(os.environ[ATTEMPT])
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
+            self.began(attempt.folder)
         else:
             attempt = self.new_attempt(claim)
         number, folder = attempt.number, attempt.folder
@@ -176,28 +258,31 @@ class RunDir:
         files.write_json(
             folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info}
         )
+        if self.run_info().get("code_sha256") != about["code_sha256"]:
+            attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:
             dead = claim.taken_over
             attempt.event(
                 "claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s
             )
+        self.send()
         return attempt
 
     def checkpoints(self, url: str | None = None) -> Path | str:
-        """Where the checkpoints are: the folder ``checkpoints``, or the URL in checkpoints.json, which the first
-        attempt that is given one writes. UserError for another URL than that."""
+        """Where the checkpoints are: ``checkpoints`` in the run directory, or the URL in checkpoints.json, which the
+        first attempt that is given one writes. UserError for another URL than that."""
         note = self.path / "checkpoints.json"
         stored = files.read_json(note)["url"] if note.exists() else None
         if url is None or url == stored:
-            return stored or self.path / "checkpoints"
-        if stored is not None or (self.path / "checkpoints").exists():
+            return stored or self.default_checkpoints()
+        if stored is not None or "checkpoints" in (self.entries() or ()):
             raise UserError(
                 f"--checkpoints {url}",
                 expected="the place that the run began with",
-                got=f"another one ({stored or self.path / 'checkpoints'})",
+                got=f"another one ({stored or self.default_checkpoints()})",
                 do="Leave --checkpoints out: the run knows its place.",
             )
-        files.write_json(note, {"url": url})
+        self.put("checkpoints.json", {"url": url})
         return url
 
     def run_info(self) -> dict[str, Any]:
@@ -236,10 +321,19 @@ class RunDir:
         return [row for row in found if kind in (None, row.get("event"))]
 
 
+def open_run(where: str | Path, *, work: bool = False) -> RunDir:
+    """The run directory at a path, or at a URL of an object store. `work`: to carry the run out, see `RemoteRun`."""
+    if not is_remote(where):
+        return RunDir(where)
+    from portatrain.remote_run import RemoteRun
+
+    return RemoteRun(str(where), work=work)
+
+
 class Attempt:
     """The attempt of this process at a run. Every write checks first that the claim is still ours."""
 
-    def __init__(self, run: RunDir, number: int, folder: Path, claim: Claim) -> None:
+    def __init__(self, run: RunDir, number: int, folder: Path, claim: Holding) -> None:
         self.run, self.number, self.folder, self._claim = run, number, folder, claim
         self._metrics = files.JsonLines(folder / "metrics.jsonl")
         self._events = files.JsonLines(folder / "events.jsonl")
@@ -259,14 +353,17 @@ class Attempt:
         self._claim.fence()
         self._events.append({"event": kind, "unix_s": time.time(), **fields})
 
-    def guard(self) -> AbstractContextManager[None]:
-        """While entered the run is ours and nobody can take it over; UserError on entering where it is not."""
-        return self._claim.guard()
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """While entered the run is ours; UserError where it is not. No commit is ahead of the rows on record."""
+        self.run.send()
+        with self._claim.guard():
+            yield
 
     def write(self, name: str, data: object) -> None:
         """Write a JSON file of the run directory, such as summary.json, whole."""
         with self.guard():
-            files.write_json(self.run.path / name, data)
+            self.run.put(name, data)
 
     def note(self, name: str, data: object) -> None:
         """Write a JSON file of this attempt's folder, such as plan.json, whole."""
@@ -282,7 +379,10 @@ class Attempt:
         """End the attempt; the run directory is free for the next one."""
         self._metrics.close()
         self._events.close()
-        self._claim.release()
+        try:
+            self.run.send()
+        finally:
+            self._claim.release()
 
     def __enter__(self) -> Attempt:
         return self

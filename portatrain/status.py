@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from portatrain import files
-from portatrain.claim import Owner, live_owner
+from portatrain.claim import Owner
 from portatrain.errors import UserError
-from portatrain.places import place_of
-from portatrain.run_dir import RunDir, merge
+from portatrain.places import is_remote, place_of
+from portatrain.run_dir import RunDir, merge, open_run
 
 STATES = (
     "QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST",
@@ -83,10 +83,20 @@ class Status:
 
 
 def find(name: str, runs: str | Path) -> RunDir:
-    """The run of that name in the folder `runs`, or at that path; UserError with the nearest names if there is none."""
+    """The run of that name in the folder `runs`, or at that path; UserError with the nearest names if there is none.
+    Either may be a URL of an object store."""
     from portatrain.errors import choice
 
-    for path in (Path(runs) / name, Path(name)):
+    if is_remote(name) or is_remote(runs):
+        url = name if is_remote(name) else f"{str(runs).rstrip('/')}/{name}"
+        if "run.json" in ((run := open_run(url)).entries() or ()):
+            return run
+        if is_remote(name):
+            raise UserError(
+                f"run {name}", expected="a run of portatrain, with a run.json", got="none below that URL",
+                do="`launch list --runs URL` lists the runs below one.",
+            )  # fmt: skip
+    for path in (Path(runs) / name, Path(name)) if not is_remote(runs) else ():
         if _is_run(path):
             return RunDir(path)
     known = names(runs)
@@ -99,7 +109,11 @@ def find(name: str, runs: str | Path) -> RunDir:
 
 
 def names(runs: str | Path) -> list[str]:
-    """The runs in a folder; without those that are somebody else's and closed to us."""
+    """The runs in a folder, or below a URL; without those that are somebody else's and closed to us."""
+    if is_remote(runs):
+        from portatrain.remote_run import run_names
+
+        return run_names(str(runs))
     folder = Path(runs)
     if not folder.is_dir():
         return []
@@ -118,7 +132,7 @@ def committed(run: RunDir) -> int | None:
 
 def status(run: RunDir) -> Status:
     """Where `run` stands now."""
-    owner = live_owner(run.path / "claim")
+    owner = run.owner()
     numbers = run.attempt_numbers()
     events = {n: run.rows(n, "events") for n in numbers}
     rows = {n: run.rows(n, "metrics") for n in numbers}
@@ -140,7 +154,7 @@ def _state(run: RunDir, owner: Owner | None, numbers: list[int], last: list[dict
     if run.is_done:
         return "SUCCEEDED"
     kinds = [event["event"] for event in last]
-    if (run.path / "CANCELLED").exists():
+    if run.marked("CANCELLED"):
         return "PREEMPTING" if owner is not None and numbers and "left" not in kinds else "CANCELLED"
     if "gave_up" in kinds:
         return "FAILED" if owner is None else "STARTING"

@@ -116,8 +116,9 @@ class Trainer:
         if self.backend.process:  # process 0 packs, and is the only one that writes or prints
             self.sinks = []
             self.backend.agree(0)
-        self.data = data_of(recipe, self.definition, run.path / "data")
+        self.data = data_of(recipe, self.definition, run.data())
         if not self.backend.process:
+            run.share_data()
             self.backend.agree(0)
         self.state: Any = None
         self.step = 0
@@ -199,6 +200,8 @@ class Trainer:
         """The newest checkpoint, as process 0 finds and verifies it; None where there is none."""
         found = None
         if not self.backend.process:
+            if not self.run_dir.locks:
+                self.checkpoints.remove_unfinished()
             found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text))
         step = self.backend.agree(found[0] if found else -1)
         return found[1] if found else self.checkpoints.at(step) if step >= 0 else None

@@ -13,8 +13,7 @@ import argparse
 import sys
 import time
 
-from portatrain import files, jobs
-from portatrain.claim import live_owner
+from portatrain import jobs
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.run_dir import RunDir
@@ -40,21 +39,21 @@ def run(args: argparse.Namespace) -> int:
     # The mark first: whatever ends from now on knows that it was no preemption, and saves; a running attempt looks
     # for it every two seconds, wherever it is.
     try:
-        if not (found.path / "CANCELLED").exists():
-            files.write_json(found.path / "CANCELLED", {"unix_s": time.time()})
+        if not found.marked("CANCELLED"):
+            found.put("CANCELLED", {"unix_s": time.time()})
     except OSError as error:
         raise UserError(
-            f"run directory {found.path}", expected="permission to write there", got=str(error),
+            f"run directory {found.where}", expected="permission to write there", got=str(error),
             do="Ask its owner to cancel it.",
         ) from error  # fmt: skip
-    owner = live_owner(found.path / "claim")
+    owner = found.owner()
     if not args.no_wait and owner is not None:
         _wait(found, first_s=20.0)
     problems = take_out(found)
     if not args.no_wait and owner is not None and not _wait(found, first_s=WAIT_S):
         print(f"still held by process {owner.pid} on {owner.host} after {WAIT_S:.0f} s", file=sys.stderr)
         problems += 1
-    if RunDir(found.path).is_done:
+    if found.marked("DONE"):
         print(f"{found.path.name}: finished before it could be cancelled")
         return 0
     step = committed(found)
@@ -67,7 +66,7 @@ def take_out(run: RunDir) -> int:
     from launchers.base import launcher
 
     problems = 0
-    for job in jobs.of(run.path):
+    for job in jobs.of(run.where):
         if job.id is None:
             continue
         try:
@@ -81,11 +80,11 @@ def take_out(run: RunDir) -> int:
 def _wait(run: RunDir, *, first_s: float) -> bool:
     """Until nobody holds the run; whether that came within `first_s`."""
     until_s, told = time.monotonic() + first_s, False
-    while live_owner(run.path / "claim") is not None:
+    while run.owner() is not None:
         if time.monotonic() > until_s:
             return False
         if not told:
             print("waiting for it to save and leave ...", file=sys.stderr, flush=True)
             told = True
-        time.sleep(0.1)
+        time.sleep(0.1 if run.locks else 1.0)
     return True

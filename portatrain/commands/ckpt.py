@@ -18,9 +18,9 @@ import argparse
 import contextlib
 import json
 import sys
-from pathlib import Path
 from typing import Any
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 
 TO = ("huggingface", "orbax", "dcp", "torch", "nnx")
@@ -65,17 +65,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     as_json(made)
     made = command("export", "write a checkpoint in another format")
     path(made)
-    made.add_argument("out", metavar="OUT", type=Path, help="the folder to make")
+    made.add_argument("out", metavar="OUT", type=options.folder, help="the folder to make")
     made.add_argument("--to", required=True, choices=TO, help="huggingface: weights that transformers loads; orbax, "
                       "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state")  # fmt: skip
     made.add_argument("--ema", action="store_true", help="huggingface: the averaged weights")
     step(made)
     made = command("import", "begin a run from a checkpoint in another format")
-    made.add_argument("source", metavar="SOURCE", type=Path, help="the folder to read")
-    from portatrain.commands import options
-
+    made.add_argument("source", metavar="SOURCE", type=options.folder, help="the folder to read")
     options.add_recipe(made)
-    made.add_argument("--run-dir", metavar="DIR", type=Path, required=True, help="the run directory to make")
+    made.add_argument(
+        "--run-dir", metavar="DIR", type=options.folder, required=True, help="the run directory to make"
+    )
     made.add_argument("--from", dest="format", required=True, choices=FROM, help="the format of SOURCE (dcp keeps its "
                       "metadata as a pickle: import only what you trust)")  # fmt: skip
 

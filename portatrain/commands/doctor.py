@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import secrets
 import shutil
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.places import is_remote
 from portatrain.run_dir import existing_ancestor
 
 Finding = tuple[str, str, str]
@@ -24,7 +26,9 @@ Finding = tuple[str, str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER", help="local, or a cluster of clusters.toml")
-    parser.add_argument("--runs", metavar="DIR", default="runs", help="where runs would be (default: runs)")
+    parser.add_argument(
+        "--runs", metavar="DIR", default="runs", help="where runs would be, or a URL (default: runs)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,17 +42,19 @@ def run(args: argparse.Namespace) -> int:
             do="Configure it; `launch --cluster NAME RECIPE --dry-run` shows how.",
         )  # fmt: skip
     worst = 0
+    remote = is_remote(args.runs)
     for what, level, text in [
-        *here(Path(args.runs)),
-        *launcher(target.engine).doctor(target.options, Path(args.runs)),
+        *software(),
+        *(in_store(args.runs) if remote else in_folder(Path(args.runs))),
+        *launcher(target.engine).doctor(target.options, None if remote else Path(args.runs)),
     ]:
         print(f"{level:<5} {what}: {text}", flush=True)
         worst = max(worst, {"ok": 0, "warn": 0, "bad": 1}[level])
     return worst
 
 
-def here(runs: Path) -> Iterator[Finding]:
-    """What holds for any cluster: this machine's Python, frameworks and storage."""
+def software() -> Iterator[Finding]:
+    """This machine's Python and frameworks."""
     found = []
     for name in ("jax", "torch"):
         try:
@@ -58,6 +64,35 @@ def here(runs: Path) -> Iterator[Finding]:
     level = "ok" if found else "bad"
     text = ", ".join(found) or "neither jax nor torch is installed: pip install 'portatrain[jax]'"
     yield "software", level, f"Python {sys.version.split()[0]}, {text}"
+
+
+def in_store(url: str) -> Iterator[Finding]:
+    """Whether what claims and commits rest on works there: puts that fail where somebody else has written."""
+    from portatrain.remote import Objects
+
+    name = f".doctor-{secrets.token_hex(6)}"
+    try:
+        objects = Objects(url)
+        first = objects.create(name, b"1")
+        second = objects.replace(name, b"2", first) if first else None
+        fenced = second and not objects.create(name, b"3") and not objects.replace(name, b"4", first or {})
+        objects.delete(name)
+        seen = not objects.exists(name)
+    except UserError as error:
+        yield "storage", "bad", str(error)
+        return
+    if fenced and seen:
+        yield "storage", "ok", f"{url} can be written, and conditional puts are held to"
+    else:
+        yield (
+            "storage",
+            "bad",
+            f"{url} takes puts that it should refuse; no run is safe there: use another store",
+        )
+
+
+def in_folder(runs: Path) -> Iterator[Finding]:
+    """Whether runs can be in that folder of this machine."""
     folder = existing_ancestor(runs)
     if not os.access(folder, os.W_OK | os.X_OK):
         yield (

@@ -10,28 +10,27 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from pathlib import Path
 
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir
+from portatrain.run_dir import open_run
 from portatrain.status import Status, age, names, status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", metavar="DIR", default="runs", help="the folder (default: runs)")
+    parser.add_argument("--runs", metavar="DIR", default="runs", help="the folder, or a URL (default: runs)")
     parser.add_argument("--json", action="store_true", help="print data instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
     found: list[tuple[float, Status]] = []
     for name in names(args.runs):
-        path = Path(args.runs) / name
         try:
-            now = status(RunDir(path))
+            run = open_run(f"{args.runs}/{name}")
+            path, now = run.path, status(run)
         except (UserError, OSError) as error:  # one that is damaged or private does not hide the others
             print(f"{name}: {error}", file=sys.stderr)
             continue
-        files = [path, *path.glob("attempts/*/*.jsonl")]
+        files = [*path.glob("attempts/*/*.jsonl"), *path.glob("*.json")] or [path]
         found.append((max(p.stat().st_mtime for p in files), now))
     found.sort(key=lambda pair: -pair[0])
     if args.json:

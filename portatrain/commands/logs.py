@@ -33,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
+    found.refresh(logs=True)
     numbers = found.attempt_numbers()
     if args.attempt is not None and args.attempt not in numbers:
         raise UserError(
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _range(numbers: list[int]) -> str:
+    if len(numbers) == 1:
+        return "1, the only one"
     return f"1 to {numbers[-1]}" if numbers else "an attempt that has begun (none has)"
 
 
@@ -81,6 +84,7 @@ def _check(run: RunDir, number: int, rank: int) -> None:
 def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
     path, at = _log(run, number, rank), 0
     while True:
+        run.refresh(logs=True)
         over = _ended(
             run, number
         )  # looked at before reading, so that nothing written before the end is missed
@@ -93,7 +97,7 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
                 sys.stdout.flush()
         if not follow or over:
             return
-        time.sleep(POLL_S)
+        time.sleep(POLL_S if run.locks else 10 * POLL_S)
 
 
 def _ended(run: RunDir, number: int) -> bool:
@@ -110,19 +114,20 @@ def _ended(run: RunDir, number: int) -> bool:
 def _next(run: RunDir, number: int) -> int:
     """The attempt after `number`, waited for; 0 once the run is over."""
     while True:
+        run.refresh()
         later = [n for n in run.attempt_numbers() if n > number]
         if later:
             return later[0]
         now = status(run)
         if now.over or (now.state in ("LOST", "REQUEUED") and not _queued(run)):
             return 0
-        time.sleep(POLL_S)
+        time.sleep(POLL_S if run.locks else 10 * POLL_S)
 
 
 def _queued(run: RunDir) -> bool:
     from launchers.base import launcher
 
-    for job in jobs.of(run.path):
+    for job in jobs.of(run.where):
         try:
             if launcher(job.engine).describe(job).state in ("pending", "held", "running"):
                 return True
@@ -134,7 +139,7 @@ def _queued(run: RunDir) -> bool:
 def _engine_logs(run: RunDir) -> int:
     from launchers.base import launcher
 
-    for job in jobs.of(run.path):
+    for job in jobs.of(run.where):
         for line in launcher(job.engine).logs(job):
             print(line)
     return 0

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.places import is_remote
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 
 
@@ -25,11 +26,24 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
 
 
+def folder(text: str) -> Path:
+    """For `type=`: a folder; UserError for a URL, of which a path would be a folder named 's3:'."""
+    if is_remote(text):
+        raise UserError(
+            text, expected="a folder of this machine", got="a URL of an object store",
+            do="This command works on local files; `portatrain train --run-dir` and `launch --runs` take URLs.",
+        )  # fmt: skip
+    return Path(text)
+
+
 def add_run(parser: argparse.ArgumentParser) -> None:
     """RUN and --runs."""
     parser.add_argument("run", metavar="RUN", help="a run's name, or its run directory")
     parser.add_argument(
-        "--runs", metavar="DIR", default="runs", help="the folder that runs are in (default: runs)"
+        "--runs",
+        metavar="DIR",
+        default="runs",
+        help="the folder that runs are in, or a URL of an object store (default: runs)",
     )
 
 

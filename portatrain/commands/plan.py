@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portatrain.commands.options import add_recipe
+from portatrain.commands.options import add_recipe, folder
 from portatrain.errors import UserError
 from portatrain.layout import Mesh
 from portatrain.overrides import override
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--fresh", action="store_true", help="compile anew, whatever is kept")
     parser.add_argument(
-        "--calibrate", metavar="RUN_DIR", nargs="+", type=Path,
+        "--calibrate", metavar="RUN_DIR", nargs="+", type=folder,
         help="in place of a plan: fit the efficiency factors to these runs, say what changes, and keep it",
     )  # fmt: skip
     parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days (png, svg, pdf)")

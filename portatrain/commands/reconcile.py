@@ -14,11 +14,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from portatrain import jobs
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir
+from portatrain.run_dir import RunDir, open_run
 from portatrain.status import find, names, status
 
 
@@ -27,14 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run", metavar="RUN", nargs="?", help="a run's name, or its run directory (default: all)"
     )
     parser.add_argument(
-        "--runs", metavar="DIR", default="runs", help="the folder that runs are in (default: runs)"
+        "--runs",
+        metavar="DIR",
+        default="runs",
+        help="the folder that runs are in, or a URL of an object store (default: runs)",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
 
 
 def run(args: argparse.Namespace) -> int:
     found = (
-        [find(args.run, args.runs)] if args.run else [RunDir(Path(args.runs) / n) for n in names(args.runs)]
+        [find(args.run, args.runs)] if args.run else [open_run(f"{args.runs}/{n}") for n in names(args.runs)]
     )
     done = 0
     for one in found:
@@ -53,7 +55,7 @@ def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
     """What is, or with `dry_run` would be, done for `run`, a line each."""
     from launchers.base import launcher
 
-    now, there = status(run), [job for job in jobs.of(run.path) if job.detached]
+    now, there = status(run), [job for job in jobs.of(run.where) if job.detached]
     by_name = {job.name: job for job in there}
     said = {}
     for engine in {job.engine for job in there}:
@@ -63,7 +65,7 @@ def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
             if known is None:
                 yield f"job {id} ({engine}, {name}) is in no record: taken out"
                 if not dry_run:
-                    orphan = jobs.Job(run_dir=str(run.path), recipe="", cluster="", engine=engine, id=id)
+                    orphan = jobs.Job(run_dir=run.where, recipe="", cluster="", engine=engine, id=id)
                     launcher(engine).cancel(orphan)
             elif known.id is None:
                 yield f"job {known.number} had been submitted as {id} before its launch was cut short: recorded"

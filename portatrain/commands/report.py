@@ -15,11 +15,17 @@ import argparse
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.places import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="DIR", type=Path, help="the run directory")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write here (default: DIR/report.html)")
+    parser.add_argument("run_dir", metavar="DIR", help="the run directory, or its URL in an object store")
+    parser.add_argument(
+        "--out",
+        metavar="FILE",
+        type=Path,
+        help="write here (default: DIR/report.html, or ./NAME.html)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,7 +33,9 @@ def run(args: argparse.Namespace) -> int:
     from portatrain.report.page import page
 
     found = gather(args.run_dir)
-    out = args.out or args.run_dir / "report.html"
+    out = args.out or (
+        Path(f"{found.name}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html")
+    )
     try:
         out.write_text(page(found), encoding="utf-8")
     except OSError as error:

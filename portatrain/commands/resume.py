@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from portatrain import files, jobs
-from portatrain.claim import in_use, live_owner
+from portatrain.claim import in_use
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.recipe import apply_overrides, load_recipe
-from portatrain.run_dir import RunDir
+from portatrain.places import is_remote
+from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.run_dir import RunDir, code_sha256
 from portatrain.status import find
 
 LEAVING_S = 10.0
@@ -49,12 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     _check(found)
-    before = jobs.of(found.path) or [_of_foreground(found)]
+    before = jobs.of(found.where) or [_of_foreground(found)]
     last = before[-1]
     _check_idle(found, [job for job in before if job.number])
-    recipe = apply_overrides(load_recipe(last.recipe, cwd=Path(last.cwd or ".")), last.overrides)
+    if args.new_code and last.source:
+        before = [replace(job, recipe=last.source) for job in before]
+    last = before[-1]
+    recipe = apply_overrides(load_recipe(_here(last), cwd=Path(last.cwd or ".")), last.overrides)
     if (found.path / "run.json").exists():
         found.check(recipe, cancelled_too=True)
+        if last.code is None and not args.new_code:
+            _check_code(found, recipe)
     new = _jobs(args, found, before, recipe)
     from launchers.base import launcher
 
@@ -64,10 +70,7 @@ def run(args: argparse.Namespace) -> int:
         for job in new:
             print(launcher(job.engine).materialize(replace(job, number=job.number or last.number + 1)))
         return 0
-    cancelled = found.path / "CANCELLED"
-    if cancelled.exists():
-        cancelled.unlink()
-        files.sync_folder(found.path)
+    found.remove("CANCELLED")
     if len(new) == 1 and not new[0].detached:
         return int(launcher("local").submit(new[0]))
     from launchers.submission import submit
@@ -76,15 +79,33 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_code(run: RunDir, recipe: Recipe) -> None:
+    """UserError where a run that took no copy of its code along began with other code than there is now."""
+    if run.run_info().get("code_sha256") != code_sha256(recipe):
+        raise UserError(
+            f"run {run.path.name}", expected="the code that it began with (portatrain, and the recipe's modules)",
+            got="code that has been changed since", do="Go back to it, or go on with what is here: --new-code.",
+        )  # fmt: skip
+
+
+def _here(job: jobs.Job) -> str:
+    """The job's recipe, as it lies on this machine."""
+    if not is_remote(job.recipe):
+        return job.recipe
+    from portatrain.remote_run import localized
+
+    return localized([job.recipe], job.code)[0]
+
+
 def _check(run: RunDir) -> None:
     if run.is_done:
         raise UserError(
             f"run {run.path.name}", expected="a run that is not over", got="one that is finished",
             do="Begin another with launch --run NAME.",
         )  # fmt: skip
-    owner = live_owner(run.path / "claim")
+    owner = run.owner()
     if owner is not None:
-        raise in_use(run.path / "claim", owner)
+        raise in_use(run.where, owner)
 
 
 def _check_idle(run: RunDir, there: list[jobs.Job]) -> None:
@@ -119,18 +140,16 @@ def _of_foreground(run: RunDir) -> jobs.Job:
         source = files.read_json(path).get("source") if path.exists() else None
         if source:
             known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()}
-            return jobs.Job(run_dir=str(run.path), cluster="local", engine="local", detached=False, **known)
+            return jobs.Job(run_dir=run.where, cluster="local", engine="local", detached=False, **known)
     raise UserError(
         f"run {run.path.name}", expected="a run that `launch` began", got="one of `portatrain train`",
-        do=f"Go on with: portatrain train RECIPE --run-dir {run.path}.",
+        do=f"Go on with: portatrain train RECIPE --run-dir {run.where}.",
     )  # fmt: skip
 
 
-def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe: object) -> list[jobs.Job]:
+def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe: Recipe) -> list[jobs.Job]:
     from launchers import planned
-    from portatrain.recipe import Recipe
 
-    assert isinstance(recipe, Recipe)
     options.positive("--devices", args.devices)
     last = before[-1]
     restarts = last.max_restarts if args.max_restarts is None else args.max_restarts
@@ -150,7 +169,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             last, **more, cluster=t.name, engine=t.engine, backend=t.backend, mesh=t.mesh, devices=t.devices,
             hosts=t.hosts, processes=t.processes, options=t.options, place=t.place,
             cwd=last.cwd or os.getcwd(), detached=t.engine != "local" or args.detach,
-            run_dir=str(run.path.absolute()),
+            run_dir=run.where if is_remote(run.where) else str(run.path.absolute()),
         )
         for t in planned.fitting(targets, recipe)
     ]  # fmt: skip

@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
             "id": j.id,
             **(_asked(j) if args.ask else {}),
         }
-        for j in jobs.of(found.path)
+        for j in jobs.of(found.where)
     ]
     if args.json:
         print(json.dumps({**now.as_json(), "jobs": there}, indent=1))

@@ -22,6 +22,7 @@ from pathlib import Path
 from launchers import planned
 from portatrain.commands import options
 from portatrain.errors import UserError
+from portatrain.places import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run", metavar="NAME", help="name of the run (default: the recipe's, numbered if taken)"
     )
     parser.add_argument(
-        "--runs", metavar="DIR", default="runs", help="the folder that run directories are in (default: runs)"
+        "--runs",
+        metavar="DIR",
+        default="runs",
+        help="the folder that run directories are in, or a URL of an object store (default: runs)",
     )
     options.add_backend(parser)
     parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
@@ -61,13 +65,14 @@ def run(args: argparse.Namespace) -> int:
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     targets = planned.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
     recipe = options.resolved_recipe(args)
-    run_name = _run_name(args.run, Path(args.runs), recipe.name)
+    run_name = _run_name(args.run, args.runs, recipe.name)
 
     from launchers.base import Job, launcher
-    from portatrain.run_dir import RunDir
+    from portatrain.run_dir import open_run
 
-    run_dir = (Path(args.runs) / run_name).absolute()
-    run = RunDir(run_dir)
+    given = f"{args.runs.rstrip('/')}/{run_name}" if is_remote(args.runs) else str(Path(args.runs) / run_name)
+    run_dir = given if is_remote(given) else str(Path(given).absolute())
+    run = open_run(run_dir)
     run.check(recipe)
     _check_not_submitted(run_dir)
     fitting = targets if args.dry_run else planned.fitting(targets, recipe)
@@ -76,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     )
     jobs = [
         Job(
-            run_dir=str(run_dir) if target.engine != "local" or args.detach else str(Path(args.runs) / run_name),
+            run_dir=run_dir if target.engine != "local" or args.detach else given,
             recipe=source if target.engine != "local" or args.detach else args.recipe,
             overrides=tuple(args.overrides), cluster=target.name, engine=target.engine, backend=target.backend,
             mesh=target.mesh, devices=target.devices, hosts=target.hosts, processes=target.processes,
@@ -95,25 +100,27 @@ def run(args: argparse.Namespace) -> int:
     from launchers.submission import submit
 
     submit(run, recipe, jobs)
+    name = run_name if args.runs == "runs" else run_dir
     print(
-        f"\nrun directory    {run_dir}\nlaunch status {run_name}   launch logs -f {run_name}   launch cancel {run_name}"
+        f"\nrun directory    {run_dir}\nlaunch status {name}   launch logs -f {name}   launch cancel {name}"
     )
     return 0
 
 
-def _check_not_submitted(run_dir: Path) -> None:
+def _check_not_submitted(run_dir: str) -> None:
     from portatrain import jobs
 
     there = jobs.of(run_dir)
     if there:
+        name = Path(run_dir).name
         raise UserError(
-            f"run {run_dir.name}", expected="a name for a new run, or `launch resume` for one that there is",
+            f"run {name}", expected="a name for a new run, or `launch resume` for one that there is",
             got=f"a run that has {len(there)} job{'s' if len(there) > 1 else ''}",
-            do=f"See `launch status {run_dir.name}`; `launch resume {run_dir.name}` goes on with it.",
+            do=f"See `launch status {name}`; `launch resume {name}` goes on with it.",
         )  # fmt: skip
 
 
-def _run_name(given: str | None, runs: Path, recipe_name: str) -> str:
+def _run_name(given: str | None, runs: str, recipe_name: str) -> str:
     """The name that was given, if it can be a folder's; else the recipe's, or the first free of name-2, name-3 ..."""
     if given is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", given):
@@ -125,4 +132,9 @@ def _run_name(given: str | None, runs: Path, recipe_name: str) -> str:
             )
         return given
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 10_000))]
-    return next(name for name in names if not (runs / name).exists())
+    if is_remote(runs):
+        from portatrain.remote_run import run_names
+
+        taken = set(run_names(runs))
+        return next(name for name in names if name not in taken)
+    return next(name for name in names if not Path(runs, name).exists())

@@ -12,7 +12,6 @@ examples:
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
@@ -22,7 +21,10 @@ from portatrain.places import SCHEMES
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
     parser.add_argument(
-        "--run-dir", metavar="DIR", required=True, help="the run directory; made where missing"
+        "--run-dir",
+        metavar="DIR",
+        required=True,
+        help="the run directory, made where missing; or a URL of an object store (s3://bucket/runs/NAME, gs://, az://)",
     )
     options.add_backend(parser)
     parser.add_argument(
@@ -91,24 +93,24 @@ def train(args: argparse.Namespace) -> int:
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
         from portatrain.processes import run_processes
-        from portatrain.run_dir import RunDir
+        from portatrain.run_dir import open_run
         from portatrain.trainer import make_program
 
         # What does not go together, before any of them starts.
         make_program(recipe, mesh=args.mesh or f"fsdp={args.devices or n}")
-        RunDir(Path(args.run_dir)).check(recipe)
+        open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
     from portatrain.metrics import Sink
     from portatrain.metrics.console import ConsoleSink
     from portatrain.metrics.trackers import TRACKERS
     from portatrain.processes import rank
-    from portatrain.run_dir import RunDir
+    from portatrain.run_dir import open_run
 
     for name in args.track:
         if name not in TRACKERS:
             raise choice("--track", name, TRACKERS)
-    run_dir = RunDir(Path(args.run_dir))
+    run_dir = open_run(args.run_dir, work=True)
     if rank() == 0:  # the one that writes there
         run_dir.check(recipe)
     sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]

@@ -80,6 +80,10 @@ def _remote(url: str) -> list[Place]:
         return [Place(path=url, step=where.steps_of([last])[0])]
     with explained():
         steps = where.place_of(url).steps()
+        if not steps and (
+            inside := where.place_of(f"{url.rstrip('/')}/checkpoints").steps()
+        ):  # a run directory
+            url, steps = f"{url.rstrip('/')}/checkpoints", inside
     if not steps:
         raise UserError(
             f"checkpoint {url}", expected="checkpoints below it", got="nothing",

@@ -11,7 +11,8 @@ from typing import Any
 
 from portatrain import files
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir
+from portatrain.places import place_of
+from portatrain.run_dir import RunDir, open_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,15 +82,17 @@ class RunFacts:
         return sum(s.retrained_s + (s.gap_s or 0.0) for s in self.seams)
 
 
-def gather(path: Path) -> RunFacts:
-    """Everything that the report shows. UserError for a folder that is no run directory."""
+def gather(where: Path | str) -> RunFacts:
+    """Everything that the report shows. UserError for a folder or URL that is no run directory."""
+    run = open_run(where)
+    path = run.path
     if not (path / "run.json").is_file():
+        there = run.entries() is not None
         raise UserError(
-            f"run directory {path}", expected="a run of portatrain, with a run.json",
-            got="no such folder" if not path.exists() else "a file" if path.is_file() else "none in it",
-            do="Give the folder that `portatrain train --run-dir` or `launch` made.",
+            f"run directory {where}", expected="a run of portatrain, with a run.json",
+            got="a file" if path.is_file() else "none in it" if there else "no such folder",
+            do="Give the folder or URL that `portatrain train --run-dir` or `launch` made.",
         )  # fmt: skip
-    run = RunDir(path)
     info, summary = run.run_info(), run.summary()
     numbers = run.attempt_numbers()
     rows = {n: run.rows(n, "metrics") for n in numbers}
@@ -100,7 +103,7 @@ def gather(path: Path) -> RunFacts:
     return RunFacts(
         name=info.get("name", path.name), state=_state(run, attempts), steps=int(info["recipe"].get("steps", 0)),
         recipe=info["recipe"], recipe_sha256=info.get("recipe_sha256", ""), curve=curve, evals=run.events("eval"),
-        attempts=attempts, seams=_seams(attempts, rows, events), checkpoints=_checkpoints(path), summary=summary,
+        attempts=attempts, seams=_seams(attempts, rows, events), checkpoints=_checkpoints(run), summary=summary,
         skipped=[row["step"] for row in curve if row.get("skipped")],
     )  # fmt: skip
 
@@ -108,9 +111,9 @@ def gather(path: Path) -> RunFacts:
 def _state(run: RunDir, attempts: Sequence[AttemptFacts]) -> str:
     if run.is_done:
         return "done"
-    if (run.path / "CANCELLED").exists():
+    if run.marked("CANCELLED"):
         return "cancelled"
-    if (run.path / "claim").exists():
+    if run.owner() is not None or (run.path / "claim").exists():
         return "running, or ended without a word"
     return attempts[-1].ended if attempts else "not begun"
 
@@ -167,16 +170,15 @@ def _seams(
     return found
 
 
-def _checkpoints(path: Path) -> list[dict[str, Any]]:
+def _checkpoints(run: RunDir) -> list[dict[str, Any]]:
     """Steps, whether committed, and bytes: from COMMIT and the sizes of the files, without reading them."""
-    found = []
-    folder = path / "checkpoints"
-    for step in sorted(folder.glob("step-*")) if folder.is_dir() else []:
-        row: dict[str, Any] = {"step": int(step.name[5:]), "committed": (step / "COMMIT").exists()}
-        row["bytes"] = sum(p.stat().st_size for p in step.iterdir() if p.is_file())
+    place, found = place_of(run.checkpoints()), []
+    for step in place.steps():
+        sizes = place.sizes(step)
+        row: dict[str, Any] = {"step": step, "committed": "COMMIT" in sizes, "bytes": sum(sizes.values())}
         if row["committed"]:
             try:
-                row["save"] = json.loads((step / "COMMIT").read_text())["save"]
+                row["save"] = json.loads(place.commit(step))["save"]
             except (ValueError, KeyError):
                 row["committed"] = False
         found.append(row)

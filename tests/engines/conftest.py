@@ -10,6 +10,7 @@ import pytest
 
 from tests.engines.slurm_here import NODES, Slurm, missing
 
+PATIENCE = 5
 FAKES = Path(__file__).parents[1] / "fakes"
 
 CLUSTERS = """
@@ -73,15 +74,15 @@ def _user() -> str:
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Wait for a condition."""
+    """Wait for a condition: PATIENCE times as long as it takes on a machine that has little else to do."""
     import time
 
     def wait(
         condition: Callable[[], object], seconds: float, what: str, see: Callable[[], object] = str
     ) -> None:
-        end_s = time.monotonic() + seconds
+        end_s = time.monotonic() + PATIENCE * seconds
         while not condition():
-            assert time.monotonic() < end_s, f"not within {seconds} s: {what}\n{see()}"
+            assert time.monotonic() < end_s, f"not within {PATIENCE * seconds} s: {what}\n{see()}"
             time.sleep(0.1)
 
     return wait

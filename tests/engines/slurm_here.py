@@ -12,8 +12,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
+
+from tests.engines.guardian import kill
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "scontrol")
 NODES = ("tpu0", "tpu1", "gpu0")
@@ -47,9 +51,9 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
-KillWait=5
+KillWait=30
 MinJobAge=600
-SlurmdTimeout=10
+SlurmdTimeout=20
 OverTimeLimit=0
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
@@ -75,12 +79,16 @@ class Slurm:
     """Use in a `with` block; SLURM_CONF is set meanwhile."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.run = folder, folder / "run"
+        self.folder = folder
         self.pids: dict[str, int] = {}
 
     def __enter__(self) -> Slurm:
         folder, host = self.folder, socket.gethostname().split(".")[0]
-        for name in ("state", "log", "run", "spool"):
+        self.run = Path(
+            tempfile.mkdtemp(prefix="pt-slurm-", dir="/tmp")
+        )  # a socket's path has 108 characters at most
+        self.run.chmod(0o755)
+        for name in ("state", "log", "spool"):
             (folder / name).mkdir(parents=True)
             (folder / name).chmod(0o755)
         folder.chmod(0o755)
@@ -102,6 +110,11 @@ class Slurm:
         )
         self._before = os.environ.get("SLURM_CONF")
         os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        # Ends all of it when this process is gone, however it went: its end of the pipe closes.
+        self._guardian = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("guardian.py")), str(folder / "slurm.conf"), str(self.run)],
+            stdin=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
         try:
             self._start("munged", [
                 "munged", "--force", f"--key-file={key}", f"--socket={self.run}/munge.socket",
@@ -118,8 +131,8 @@ class Slurm:
         return self
 
     def _start(self, name: str, words: list[str]) -> None:
-        subprocess.run(words, check=True, capture_output=True, timeout=30, stdin=subprocess.DEVNULL)
-        until_s = time.monotonic() + 10
+        subprocess.run(words, check=True, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+        until_s = time.monotonic() + 60
         path = self.run / f"{name}.pid"
         while not (path.exists() and path.read_text().strip()):
             assert time.monotonic() < until_s, f"{name} did not start"
@@ -133,21 +146,9 @@ class Slurm:
         """As if its power were cut: the daemon, and everything that runs there."""
         os.kill(self.pids.pop(f"slurmd-{node}"), signal.SIGKILL)
         (self.run / f"slurmd-{node}.pid").unlink(missing_ok=True)
-        for pid in [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit()]:
-            try:
-                said = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            except OSError:
-                continue
-            if (
-                f"SLURMD_NODENAME={node}".encode() in said
-                and f"SLURM_CONF={self.folder}/slurm.conf".encode() in said
-            ):
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+        kill(f"{self.folder}/slurm.conf", f"SLURMD_NODENAME={node}")
 
-    def wait_idle(self, seconds: float = 40) -> None:
+    def wait_idle(self, seconds: float = 180) -> None:
         until_s = time.monotonic() + seconds
         while True:
             states = self.call("sinfo", "-h", "-N", "-o", "%t", check=False).split()
@@ -157,7 +158,7 @@ class Slurm:
             time.sleep(0.1)
 
     def call(self, *words: str, check: bool = True) -> str:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=180)
         assert not check or done.returncode == 0, (words, done.stderr)
         return done.stdout
 
@@ -175,13 +176,16 @@ class Slurm:
 
     def __exit__(self, *_: object) -> None:
         self.call("scancel", "--user", str(os.getuid()), check=False)
-        until_s = time.monotonic() + 15
+        until_s = time.monotonic() + 60
         while self.jobs_left() and time.monotonic() < until_s:
             time.sleep(0.1)
         for name in (*(f"slurmd-{n}" for n in NODES), "slurmctld", "munged"):
             pid = self.pids.get(name)
             if pid is not None:
                 _end(pid)
+        assert self._guardian.stdin is not None
+        self._guardian.stdin.close()
+        self._guardian.wait()
         if self._before is None:
             os.environ.pop("SLURM_CONF", None)
         else:

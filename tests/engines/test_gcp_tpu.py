@@ -99,7 +99,9 @@ def server() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def one(endpoint: str, **options: Any) -> Job:
-    return job("gcp_tpu", "tpu-v5p-256", "fsdp=128", {**GCP, "endpoint": endpoint, **options})
+    return job(
+        "gcp_tpu", "tpu-v5p-256", "fsdp=128", {**GCP, "setup": "mount /runs", "endpoint": endpoint, **options}
+    )
 
 
 def test_submitted_described_cancelled(server: tuple[str, dict[str, Any]]) -> None:
@@ -129,6 +131,7 @@ def test_mistakes() -> None:
         ({"project": None}, "option project"),
         ({"zone": None}, "option zone"),
         ({"sopt": 1}, "spot"),
+        ({"setup": None}, "the machines there see too"),
     )
     for options, hint in cases:
         with pytest.raises(UserError, match=hint):

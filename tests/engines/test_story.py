@@ -18,7 +18,7 @@ from portatrain.run_dir import RunDir
 from portatrain.status import Status, committed, status
 from tests.engines.slurm_here import Slurm
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(2400)]
 
 HERE = Path(__file__).parent
 Until = Callable[..., None]
@@ -28,7 +28,7 @@ def launch(*words: str, code: int = 0) -> str:
     """`launch WORDS`; what it printed, where it ended with `code`."""
     program = "import sys; from portatrain.cli import launch_main; sys.exit(launch_main())"
     done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
     return done.stdout + done.stderr

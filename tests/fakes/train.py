@@ -8,12 +8,13 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 from portatrain.commands import options, train
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
+from portatrain.places import place_of
 from portatrain.preemption import RESUME_ME, StopSignals
-from portatrain.run_dir import RunDir
+from portatrain.processes import end_with_parent
+from portatrain.run_dir import RunDir, open_run
 from portatrain.status import committed
 from portatrain.watchdog import Watchdog
 
@@ -21,23 +22,25 @@ STEPS, STEP_S = int(os.environ.get("FAKE_STEPS", "60")), float(os.environ.get("F
 
 
 def save(run: RunDir, attempt: object, step: int) -> None:
-    folder = run.path / "checkpoints" / f"step-{step:08d}"
-    folder.mkdir(parents=True, exist_ok=True)
+    store = place_of(run.checkpoints()).open(step, create=True)
     time.sleep(float(os.environ.get("FAKE_SAVE_S", "0")))
     with attempt.guard():  # type: ignore[attr-defined]
-        (folder / "COMMIT").write_text(json.dumps({"step": step}))
+        store.put_if_absent("COMMIT", json.dumps({"step": step}).encode())
 
 
 def main() -> int:
+    end_with_parent()
     how = os.environ.get("FAKE", "")
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
     args = parser.parse_args(sys.argv[sys.argv.index("train") + 1 :])
     recipe = options.resolved_recipe(args)
+    if how == "storage":
+        raise StorageError("object x", expected="to be written", got="error 500 of some error", do="Wait.")
     if int(os.environ.get("SLURM_PROCID", "0")):
-        return follow(RunDir(Path(args.run_dir)))
+        return follow(open_run(args.run_dir))
     with StopSignals() as signals:
-        run = RunDir(Path(args.run_dir))
+        run = open_run(args.run_dir, work=True)
         first = (committed(run) or 0) + 1
         if how == "crash" or (how == "crash-once" and not run.path.joinpath("crashed").exists()):
             run.path.joinpath("crashed").touch()
@@ -85,6 +88,6 @@ if __name__ == "__main__":
         code = main()
     except UserError as error:  # as the command line says it
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = error.code
     sys.stdout.flush()
     sys.exit(code)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -23,10 +28,11 @@ from checkpoints_format import (
     commit,
 )
 from portatrain.backends.base import missing
-from portatrain.cli import main
+from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
-from portatrain.run_dir import RunDir
+from portatrain.run_dir import RunDir, open_run
+from portatrain.status import Status, status
 from portatrain.trainer import train
 from tests.faults.s3 import Proxy, s3
 
@@ -183,11 +189,7 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
     backend = next((n for n in ("torch", "jax") if not missing(n)), None)
     if backend is None:
         pytest.skip("neither framework is installed")
-    sizes = [
-        "model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=4", "steps=12", "eval_every=none",
-        "hooks=()", "checkpoint_every=2", "schedule.warmup=2",
-    ]  # fmt: skip
-    recipe, run = apply_overrides(load_recipe("tiny-lm"), sizes), RunDir(tmp_path / "run")
+    recipe, run = apply_overrides(load_recipe("tiny-lm"), SIZES), RunDir(tmp_path / "run")
     proxy.fault = lambda method, path, number: 500 if number % 5 == 0 else None
     assert train(recipe, run, backend=backend, stop_at=7, checkpoints=url) == 85
     assert not (tmp_path / "run/checkpoints").exists()
@@ -203,3 +205,122 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
     assert [(s["step"], s["verdict"]) for s in run.events("resumed")] == [(7, "continuous")]
     assert main(["ckpt", "verify", url]) == main(["ckpt", "show", url]) == 0
     assert "good" in capsys.readouterr().out
+
+
+# ---- a whole run there
+
+SIZES = [
+    "model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=4", "steps=12", "eval_every=none",
+    "hooks=()", "checkpoint_every=2", "schedule.warmup=2",
+]  # fmt: skip
+
+
+def words(command: str, url: str, *more: str) -> list[str]:
+    return [*command.split(), "--run-dir", url, *(w for s in SIZES for w in ("--set", s)), *more]
+
+
+def test_a_run_directory_in_s3_goes_on_on_another_machine(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    url, proxy = there
+    monkeypatch.chdir(tmp_path)
+    backend = next((n for n in ("jax", "torch") if not missing(n)), None)
+    if backend is None:
+        pytest.skip("neither framework is installed")
+    proxy.fault = lambda method, path, number: 500 if number % 7 == 0 else None
+    monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "one"))
+    assert main(words("train tiny-lm", url, "--backend", backend, "--stop-at", "5")) == 85
+    monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "two"))
+    capsys.readouterr()
+    assert launch_main(["status", url, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["state"], found["step"], found["committed"]) == ("REQUEUED", 5, 5)
+    assert main(words("train tiny-lm", url, "--backend", backend)) == 0
+    assert main(words("train tiny-lm", url, "--backend", backend)) == 2
+    assert "one that is finished" in capsys.readouterr().err
+    run = open_run(url)
+    assert [row["step"] for row in run.curve()] == list(range(1, 13))
+    assert [(s["step"], s["verdict"]) for s in run.events("resumed")] == [(5, "continuous")]
+    alone = str(tmp_path / "alone")
+    assert main(words("train tiny-lm", alone, "--backend", backend)) == 0
+    assert [row["loss"] for row in run.curve()] == [row["loss"] for row in RunDir(alone).curve()]
+    assert main(["report", url]) == 0 and "continuous" in Path("one.html").read_text()
+    assert main(["ckpt", "verify", url]) == 0
+    assert not list(tmp_path.glob("s3:*"))
+
+
+def test_launched_killed_and_gone_on_with_elsewhere(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What carries a run, with a training that computes nothing (tests/fakes/train.py)."""
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(tmp_path)
+    for key, value in {
+        "PYTHONPATH": str(root), "REAL_PYTHON": sys.executable, "FAKES": str(root / "tests" / "fakes"),
+        "FAKE_STEP_S": "0.1", "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    Path("clusters.toml").write_text(
+        f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {{ python = "{root}/tests/fakes/python" }}\n'
+    )
+    Path("mine.py").write_text("from recipes.tiny_lm import recipe\n")
+    runs, run = "s3://runs/many", "s3://runs/many/a"
+    assert launch_main(["--cluster", "here", "mine.py", "--detach", "--run", "a", "--runs", runs]) == 0
+
+    def now() -> Status:
+        return status(open_run(run))
+
+    until(lambda: (now().committed or 0) >= 20, "a commit", now)
+    refused = launch_main(["--cluster", "here", "mine.py", "--detach", "--run", "a", "--runs", runs])
+    assert refused == 2 and "a claim of process" in capsys.readouterr().err
+    owner = open_run(run).owner()
+    assert owner is not None
+    os.killpg(owner.pid, signal.SIGKILL)
+    until(lambda: now().state == "LOST", "lost", now)  # what it started ends by itself
+    # Another machine: nothing of the recipe is there but what the run has taken along.
+    Path("mine.py").unlink()
+    monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "two"))
+    assert launch_main(["resume", run]) == 0
+    until(lambda: now().state == "SUCCEEDED", "the end", now)
+    until(lambda: open_run(run).owner() is None, "the supervisor has left", now)
+    seen = open_run(run)
+    assert [row["step"] for row in seen.curve()] == list(range(1, 61))
+    assert len(now().attempts) == 2 and seen.events("landed")[1]["job"] == 2
+    assert launch_main(["logs", run, "--attempt", "2"]) == 0
+    assert launch_main(["reconcile", "--runs", runs]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_cancel_reaches_a_run_on_another_machine(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    root = Path(__file__).parents[2]
+    monkeypatch.chdir(tmp_path)
+    for key, value in {
+        "PYTHONPATH": str(root), "REAL_PYTHON": sys.executable, "FAKES": str(root / "tests" / "fakes"),
+        "FAKE_STEP_S": "0.5", "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
+    }.items():  # fmt: skip
+        monkeypatch.setenv(key, value)
+    Path("clusters.toml").write_text(
+        f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {{ python = "{root}/tests/fakes/python" }}\n'
+    )
+    run = "s3://runs/many/b"
+    assert (
+        launch_main(["--cluster", "here", "tiny-lm", "--detach", "--run", "b", "--runs", "s3://runs/many"])
+        == 0
+    )
+    until(lambda: status(open_run(run)).step >= 1, "a step", lambda: status(open_run(run)))
+    monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "two"))
+    assert launch_main(["cancel", run]) == 0
+    found = status(open_run(run))
+    assert found.state == "CANCELLED" and found.committed == found.step >= 1 and found.owner is None
+    assert "cancelled; saved: step" in capsys.readouterr().out
+
+
+def until(
+    condition: Callable[[], object], what: str, see: Callable[[], object], seconds: float = 120
+) -> None:
+    end_s = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end_s, f"{what}: {see()}"
+        time.sleep(0.5)

@@ -72,6 +72,7 @@ ARRAY_MODULES = tuple(
         "exchange.",
         "foreign.",
         "object_store",
+        "remote",  # and what begins so: a run directory in an object store
         "recipe_data",
         "restoring",
         "plan.compilers.xla",

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from portatrain import jobs
+from portatrain import files, jobs
 from portatrain.claim import live_owner
 from portatrain.cli import launch_main
+from portatrain.recipe import load_recipe
 from portatrain.run_dir import RunDir
 from portatrain.status import Status, status
 
@@ -94,7 +95,8 @@ def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: 
     until(ended, "the supervisor has left")
 
 
-def test_the_code_of_a_run_is_its_own(place: Path) -> None:
+def test_the_code_of_a_run_is_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "1")
     helper, recipe = place / "helper.py", place / "mine.py"
     helper.write_text("STEPS = 60\n")
     recipe.write_text(
@@ -108,7 +110,34 @@ def test_the_code_of_a_run_is_its_own(place: Path) -> None:
     (job,) = jobs.of("runs/a")
     assert (Path(str(job.code)) / "recipe" / "helper.py").read_text() == "STEPS = 60\n"
     assert job.recipe == f"{job.code}/recipe/mine.py"
+    until(lambda: now().step >= 2, "steps")
+    assert launch_main(["cancel", "a"]) == 0
+    # Changed since: told so, the run takes it along; else the file as it was goes on.
+    recipe.write_text(recipe.read_text() + "# changed\n")
+    resume = "import sys; from portatrain.cli import launch_main; sys.exit(launch_main(['resume', 'a', *sys.argv[1:]]))"
+    subprocess.run([sys.executable, "-c", resume], check=True)
+    until(lambda: now().state == "RUNNING", "running")
+    assert jobs.of("runs/a")[1].code == job.code
+    assert launch_main(["cancel", "a"]) == 0
+    monkeypatch.setenv("FAKE_STEP_S", "0.02")
+    subprocess.run([sys.executable, "-c", resume, "--new-code"], check=True)
+    third = jobs.of("runs/a")[2]
+    assert third.code != job.code and "# changed" in Path(third.recipe).read_text()
+    until(lambda: now().state == "SUCCEEDED", "the end")
     until(ended, "it has ended")
+
+
+def test_a_run_of_the_foreground_does_not_go_on_with_other_code(capsys: Capture) -> None:
+    recipe = load_recipe("tiny-lm")
+    run = RunDir(Path("runs/a"))
+    source = {"recipe": "tiny-lm", "overrides": [], "backend": None, "mesh": None, "devices": None, "cwd": ""}
+    run.begin(recipe, {"source": source}).close()
+    told = {**run.run_info(), "code_sha256": "of other code"}
+    files.write_json(run.path / "run.json", told)
+    assert launch_main(["resume", "a"]) == 2
+    assert "--new-code" in capsys.readouterr().err
+    with run.begin(recipe) as attempt:
+        assert [e["attempt"] for e in run.events("code_differs")] == [attempt.number]
 
 
 def test_a_second_job_steps_aside(capsys: Capture) -> None:
@@ -125,12 +154,14 @@ def test_a_second_job_steps_aside(capsys: Capture) -> None:
     until(ended, "the supervisor has left")
 
 
-def test_failures_without_progress_end_it(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setenv("FAKE", "crash")
+# A store that is away is no mistake: it is tried again.
+@pytest.mark.parametrize(("how", "why"), [("crash", "some error of a library"), ("storage", "error 500")])
+def test_failures_without_progress_end_it(how: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", how)
     start("--max-restarts", "1")
     until(lambda: now().state == "FAILED", "given up")
     until(ended, "the supervisor has left")
-    assert len(now().attempts) == 2 and "some error of a library" in now().why
+    assert len(now().attempts) == 2 and why in now().why
     monkeypatch.setenv("FAKE", "")
     assert launch_main(["resume", "a"]) == 0
     until(lambda: now().state == "SUCCEEDED", "the end after a resume")

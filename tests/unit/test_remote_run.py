@@ -1,0 +1,342 @@
+"""A run directory in an object store: the claim, the record, and the copy on each machine. The store is obstore's, in
+memory; tests/faults/test_s3.py has one behind HTTP."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portatrain import claim as file_claim
+from portatrain import jobs, object_store, remote, remote_claim, remote_run
+from portatrain.claim import Owner
+from portatrain.cli import launch_main, main
+from portatrain.errors import UserError
+from portatrain.jobs import Job
+from portatrain.remote import Objects
+from portatrain.run_dir import RunDir, open_run
+from portatrain.status import find, names, status
+from tests.unit.small_recipe import make
+
+obstore = pytest.importorskip("obstore")
+RECIPE = make()
+URL = "s3://bucket/runs/one"
+
+
+class Below:
+    """A prefix of a store in memory, with obstore's functions over it."""
+
+    def __init__(self, url: str) -> None:
+        self.prefix = url.partition("://")[2].rstrip("/") + "/"
+
+
+class Api:
+    """obstore's functions on `Below`."""
+
+    exceptions = obstore.exceptions
+
+    def __init__(self) -> None:
+        self.memory = obstore.store.MemoryStore()
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(obstore, name)
+
+        def call(store: Below, path: str, *args: Any, **more: Any) -> Any:
+            return function(self.memory, store.prefix + path, *args, **more)
+
+        return call
+
+    def _cut(self, store: Below, rows: Any) -> list[dict[str, Any]]:
+        return [{**row, "path": row["path"].removeprefix(store.prefix)} for row in rows]
+
+    def list(self, store: Below, prefix: str = "") -> Any:
+        for batch in obstore.list(self.memory, prefix=store.prefix + prefix):
+            yield self._cut(store, batch)
+
+    def list_with_delimiter(self, store: Below) -> Any:
+        found = obstore.list_with_delimiter(self.memory, prefix=store.prefix)
+        return {"objects": self._cut(store, found["objects"]), "common_prefixes": found["common_prefixes"]}
+
+
+@pytest.fixture(autouse=True)
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    made = Api()
+    monkeypatch.setattr(object_store, "_connect", lambda url, options: Below(url))
+    monkeypatch.setattr(object_store, "_obstore", lambda: made)
+    monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / "scratch"))
+    yield made
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Be another machine: with a copy of its own."""
+
+    def go(name: str) -> None:
+        monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / name))
+
+    return go
+
+
+def held_by(objects: Objects, **changes: object) -> Owner:
+    """Make somebody else the owner."""
+    owner = replace(Owner.this_process(), **changes)
+    objects.put("claim", json.dumps({**asdict(owner), "beat": "x"}).encode())
+    return owner
+
+
+def test_a_run_from_begin_to_done(elsewhere: Any) -> None:
+    run = open_run(URL, work=True)
+    with run.begin(RECIPE, {"backend": "jax"}) as attempt:
+        assert status(open_run(URL)).state == "STARTING"
+        attempt.metrics({"step": 1, "loss": 1 / 3, "grad_norm": float("inf"), "time_s": 0.5})
+        attempt.event("eval", step=1, loss=0.25)
+        attempt.finish({"status": "done", "loss": 1 / 3})
+    elsewhere("other")
+    seen = open_run(URL)
+    assert seen.is_done and seen.recipe() == RECIPE and seen.summary() == {"status": "done", "loss": 1 / 3}
+    assert [(r["step"], r["loss"], r["attempt"]) for r in seen.curve()] == [(1, 1 / 3, 1)]
+    assert [(e["event"], e["loss"]) for e in seen.events("eval")] == [("eval", 0.25)]
+    assert seen.owner() is None and status(seen).state == "SUCCEEDED"
+    with pytest.raises(UserError, match="finished"):
+        open_run(URL, work=True).begin(RECIPE)
+
+
+def test_another_machine_goes_on_with_the_next_attempt(elsewhere: Any) -> None:
+    with open_run(URL, work=True).begin(RECIPE) as attempt:
+        attempt.metrics({"step": 1, "loss": 1.0, "time_s": 0.1})
+    elsewhere("other")
+    with open_run(URL, work=True).begin(RECIPE) as attempt:
+        assert attempt.number == 2
+        attempt.metrics({"step": 2, "loss": 0.5, "time_s": 0.1})
+    elsewhere("scratch")  # the first one again: its copy is of then
+    with open_run(URL, work=True).begin(RECIPE) as attempt:
+        assert attempt.number == 3 and [r["step"] for r in attempt.run.curve()] == [1, 2]
+
+
+def test_two_at_once_and_one_of_them_has_it() -> None:
+    outcomes: list[object] = []
+    start = threading.Barrier(8)
+
+    def try_it() -> None:
+        start.wait()
+        try:
+            outcomes.append(remote_claim.RemoteClaim.acquire(Objects(URL), lambda: None))
+        except UserError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=try_it) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [o for o in outcomes if isinstance(o, remote_claim.RemoteClaim)]
+    assert len(winners) == 1 and winners[0].held
+    assert all("a claim of process" in str(o) for o in outcomes if o is not winners[0])
+    winners[0].release()
+    again = remote_claim.RemoteClaim.acquire(Objects(URL), lambda: None)
+    assert again.taken_over is None  # it had been given up
+    again.release()
+
+
+def test_whose_owner_is_gone_or_silent_is_taken_over_and_others_are_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objects = Objects(URL)
+    me = Owner.this_process()
+    held_by(objects, host="elsewhere", token="theirs")
+    with pytest.raises(UserError, match="on elsewhere"):
+        open_run(URL, work=True).begin(RECIPE)
+    # Another machine of this one's name: its processes cannot be looked up here.
+    held_by(objects, process_start="another-boot/1", token="theirs")
+    with pytest.raises(UserError, match=f"process {me.pid}"):
+        open_run(URL, work=True).begin(RECIPE)
+    monkeypatch.setattr(remote_claim, "LEASE_S", -1.0)  # silent for longer than that
+    open_run(URL, work=True).begin(RECIPE).close()
+    monkeypatch.undo()
+
+
+def test_an_owner_of_this_machine_that_has_ended_is_taken_over_at_once() -> None:
+    me = Owner.this_process()
+    boot = me.process_start.partition("/")[0]
+    dead = held_by(Objects(URL), process_start=f"{boot}/1", token="theirs")
+    with open_run(URL, work=True).begin(RECIPE) as attempt:
+        (event,) = attempt.run.events("claim_taken_over")
+        assert event["pid"] == dead.pid
+
+
+def test_a_loser_commits_nothing_and_leaves_the_winners_claim_alone() -> None:
+    run = open_run(URL, work=True)
+    attempt = run.begin(RECIPE)
+    objects = Objects(URL)
+    winner = held_by(objects, host="elsewhere", token="theirs")
+    with pytest.raises(UserError, match="on elsewhere"), attempt.guard():
+        raise AssertionError("not reached")
+    with pytest.raises(
+        UserError, match="on elsewhere"
+    ):  # it has been found out: no request is made for a row
+        attempt.metrics({"step": 1, "loss": 1.0})
+    with pytest.raises(UserError, match="on elsewhere"):
+        attempt.finish({"status": "done"})
+    attempt.close()
+    assert not objects.exists("DONE")
+    assert remote_claim.holder(objects) == winner
+
+
+def test_a_claim_lost_in_the_middle_of_a_guard_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    objects = Objects(URL)
+    claim = remote_claim.RemoteClaim.acquire(objects, lambda: None)
+    began_s = remote_claim._now_s()
+    with pytest.raises(UserError, match="on elsewhere"), claim.guard():
+        monkeypatch.setattr(remote_claim, "_now_s", lambda: began_s + 100.0)  # it stood still
+        held_by(objects, host="elsewhere", token="theirs")
+    claim.release()
+
+
+def test_a_supervisor_and_its_trainer_hold_one_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = open_run(URL, work=True)
+    run.put("run.json", {})
+    supervisor = run.acquire()
+    with pytest.raises(UserError, match="a claim of process"):
+        open_run(URL, work=True).acquire()
+    monkeypatch.setenv(file_claim.TOKEN, supervisor.owner.token)
+    trainer = open_run(URL, work=True).acquire()
+    assert trainer.adopted and trainer.held
+    for _ in range(3):  # each writes it anew, over the other's version
+        with trainer.guard():
+            pass
+        with supervisor.guard():
+            pass
+    trainer.release()
+    assert supervisor.held
+    supervisor.release()
+    assert open_run(URL).owner() is None
+
+
+def test_no_commit_is_ahead_of_its_rows(elsewhere: Any) -> None:
+    attempt = open_run(URL, work=True).begin(RECIPE)
+    for step in range(1, 4):
+        attempt.metrics({"step": step, "loss": 1.0, "time_s": 0.1})
+    with attempt.guard():
+        elsewhere("other")
+        assert [row["step"] for row in open_run(URL).curve()] == [1, 2, 3]
+    attempt.close()
+
+
+def test_what_is_looked_at_is_refreshed_and_marks_that_are_gone_go() -> None:
+    run, objects = open_run(URL, work=True), Objects(URL)
+    run.create(RECIPE)
+    looked = open_run(URL)
+    assert status(looked).state == "QUEUED"
+    objects.put("CANCELLED", b"{}")
+    assert status(looked).state == "CANCELLED"  # a mark is asked for each time
+    looked.refresh()
+    assert (looked.path / "CANCELLED").exists()
+    looked.remove("CANCELLED")
+    looked.refresh()
+    assert not (looked.path / "CANCELLED").exists() and status(looked).state == "QUEUED"
+
+
+def test_jobs_have_numbers_of_their_own() -> None:
+    open_run(URL, work=True).create(RECIPE)
+    job = Job(run_dir=URL, recipe="tiny-lm", cluster="lab", engine="slurm")
+    first, second = job.write(), job.write()
+    assert (first.number, second.number) == (1, 2) and first.run == "one"
+    second.submitted("77")
+    assert [(j.number, j.id) for j in jobs.of(URL)] == [(1, None), (2, "77")]
+    assert jobs.read(URL, 2).id == "77"
+    first.forget()
+    assert [j.number for j in jobs.of(URL)] == [2]
+
+
+def test_data_and_code_go_along(elsewhere: Any, tmp_path: Path) -> None:
+    run = open_run(URL, work=True)
+    run.data().mkdir(parents=True)
+    (run.path / "data" / "train").mkdir()
+    (run.path / "data" / "train" / "tokens.bin").write_bytes(b"abc")
+    run.share_data()
+    code = tmp_path / "code" / "0123"
+    (code / "recipe").mkdir(parents=True)
+    (code / "recipe" / "mine.py").write_text("x = 1\n")
+    there = run.share_code(code)
+    assert there == f"{URL}/code/0123"
+    elsewhere("other")
+    assert (open_run(URL, work=True).data() / "train" / "tokens.bin").read_bytes() == b"abc"
+    words = remote_run.localized(["train", f"{there}/recipe/mine.py", "--run-dir", URL], there)
+    assert Path(words[1]).read_text() == "x = 1\n" and words[3] == URL
+    assert Path(words[1]).is_relative_to(tmp_path / "other")
+
+
+def test_what_is_large_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PART_BYTES", 1000)
+    data, objects = bytes(range(256)) * 40, Objects(URL)
+    objects.put("x", data)
+    objects.fetch("x", tmp_path / "x")
+    assert (tmp_path / "x").read_bytes() == data
+
+
+def test_names_that_leave_the_folder_are_refused() -> None:
+    Objects(URL).put("run.json", b"{}")
+    run = open_run(URL, work=True)
+    assert isinstance(run, remote_run.RemoteRun)
+    with pytest.raises(UserError, match="leaves the folder"):
+        run._fetch("data/../../x")
+
+
+def test_found_by_name_and_by_url() -> None:
+    for name in ("one", "two"):
+        open_run(f"s3://bucket/runs/{name}", work=True).create(RECIPE)
+    assert names("s3://bucket/runs") == ["one", "two"]
+    assert find("two", "s3://bucket/runs").where == find("s3://bucket/runs/two/", "runs").where
+    with pytest.raises(UserError, match="Did you mean two"):
+        find("twoo", "s3://bucket/runs")
+    with pytest.raises(UserError, match=r"none below that URL"):
+        find("s3://bucket/runs/three", "runs")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("train", "tiny-lm", "--run-dir", "ftp://host/x"), "s3://, gs://, az://"),
+        (("train", "tiny-lm", "--run-dir", "s3://bucket"), "a bucket and a name below it"),
+        (("report", "s3://bucket/none"), "no such folder"),
+        (("ckpt", "import", "x", "tiny-lm", "--run-dir", URL, "--from", "dcp"), "a folder of this machine"),
+    ],
+)
+def test_bad_places(words: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(list(words)) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+    assert not list(Path().glob("s3:*"))
+
+
+def test_foreign_objects_and_a_folder_that_cannot_be_written(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    Objects(URL).put("their.txt", b"x")
+    with pytest.raises(UserError, match=r"a folder with their\.txt"):
+        open_run(URL, work=True).begin(RECIPE)
+    tmp_path.joinpath("file").touch()
+    monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / "file" / "x"))
+    with pytest.raises(UserError, match="PORTATRAIN_SCRATCH"):
+        open_run(URL)
+
+
+def test_listed_cancelled_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with open_run(URL, work=True).begin(RECIPE, {"backend": "jax", "mesh": "1"}) as attempt:
+        attempt.metrics({"step": 1, "loss": 0.5, "time_s": 0.1})
+    assert launch_main(["list", "--runs", "s3://bucket/runs"]) == 0
+    assert "LOST" in capsys.readouterr().out
+    assert launch_main(["cancel", URL]) == 0
+    assert launch_main(["status", URL, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n")[2])["state"] == "CANCELLED"
+    assert launch_main(["doctor", "local", "--runs", "s3://bucket/runs"]) == 0
+    assert "conditional puts are held to" in capsys.readouterr().out
+
+
+def test_a_run_on_a_file_system_is_as_before(tmp_path: Path) -> None:
+    assert type(open_run(tmp_path)) is RunDir and open_run(tmp_path).where == str(tmp_path)
