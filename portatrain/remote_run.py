@@ -197,8 +197,10 @@ class RemoteRun(RunDir):
     # ---- data and code
 
     def data(self) -> Path:
-        if self._work and not (self.path / "run.json").exists() and self.objects.exists("run.json"):
-            self._fetch("run.json")
+        # On a host that begins no attempt nothing else fetches these.
+        for name in ("run.json", "checkpoints.json"):
+            if not (self.path / name).exists() and self.objects.exists(name):
+                self._fetch(name)
         for name in (o.name for o in self.objects.below("data")):
             if not (self.path / name).exists():
                 self._fetch(name)
