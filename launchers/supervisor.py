@@ -23,13 +23,14 @@ from types import FrameType
 
 from launchers.base import Job, Landed, launcher
 from portatrain import jobs
+from portatrain.attempt import Attempt
 from portatrain.claim import TOKEN, Holding
 from portatrain.errors import StorageError, UserError
 from portatrain.package import differences
 from portatrain.places import is_remote
 from portatrain.preemption import RESUME_ME
 from portatrain.processes import LOGS
-from portatrain.run_dir import ATTEMPT, PLACE, Attempt, open_run
+from portatrain.run_dir import ATTEMPT, PLACE, open_run
 from portatrain.status import committed
 from portatrain.watchdog import host_name
 

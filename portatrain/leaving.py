@@ -14,9 +14,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from portatrain.attempt import Attempt, Follower
 from portatrain.metrics.record import Sink
 from portatrain.preemption import StopSignals
-from portatrain.run_dir import Attempt, Follower
 from portatrain.watchdog import Watchdog
 
 

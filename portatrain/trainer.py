@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from portatrain import continuity
+from portatrain.attempt import Attempt, Follower
 from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
 from portatrain.checkpoint import Checkpoints, check_tensors
 from portatrain.data import prefetch
@@ -33,7 +34,7 @@ from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
 from portatrain.recipe_data import data_of
 from portatrain.restoring import Restoring, boxes_of
-from portatrain.run_dir import Attempt, Follower, RunDir
+from portatrain.run_dir import RunDir
 
 
 def train(

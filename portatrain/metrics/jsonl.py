@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
+from portatrain.attempt import Attempt
 from portatrain.metrics.record import EvalRecord, RunInfo, StepRecord
-from portatrain.run_dir import Attempt
 
 
 class JsonlSink:
