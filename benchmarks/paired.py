@@ -30,14 +30,16 @@ class Ratio:
 
 
 def interleaved(
-    run: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1, seed: int = 0
-) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each, by name, one value a round."""
+    run: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1, seed: int = 0,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[float]]:  # fmt: skip
+    """Seconds of `repeats` calls of each, by name, one value a round; `before` each of them is not counted."""
     order, rng = list(run), random.Random(seed)
     taken: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds):
         rng.shuffle(order)
         for name in order:
+            before()
             began = time.perf_counter()
             for _ in range(repeats):
                 run[name]()

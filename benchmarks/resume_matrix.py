@@ -1,73 +1,88 @@
-"""The resume matrix: every pair of backends, with a change of mesh and of devices at the move.
+"""The resume matrix: every pair of backends, with a change of mesh and of the number of devices at the move.
 
-    python -m benchmarks.resume_matrix [--write]        # minutes; --write: into docs/resume.md
+    python -m benchmarks.resume_matrix [--write]        # half an hour on two cores; --write: into docs/resume.md
 
 tiny-lm with AdamW, accumulation 2, dropout and averages. For every pair: 10 steps on the first backend and mesh, then
 to step 30 on the second. Printed: the verdict at the move, the largest relative difference of the losses of steps 11 to
 30 from the run that never moved (jax, one device), and whether the state goes from the first to the second and back bit
-for bit. A backend that is not installed, or cannot go there, stands in the table with the reason.
+for bit. With a row out of bounds the exit code is 1. Rows that have ended are kept in docs/resume-matrix.json, with the
+commit: an interrupted call goes on with the next row, `--again` runs all anew. A backend that cannot share this
+environment runs in its own where PORTATRAIN_XLA_PYTHON names the Python of one (`make test-xla` makes it); one that is
+not installed stands in the table with the reason.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
-import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from portatrain.backends.base import _entry_points, missing
+from portatrain.backends.base import missing
 
-STEP, STEPS = 10, 30
+STEP, STEPS, BOUND = 10, 30, 1e-6
 SIZES = (
     "model.layers=2", "model.embed=32", "model.mlp=64", "model.dropout=0.1", "data.seq_len=64", "batch=8",
     "accumulation=2", f"steps={STEPS}", "schedule.warmup=4", "eval_every=none", "hooks=()", "ema_decay=0.9",
 )  # fmt: skip
 KINDS = {
-    "jax": ("jax", "fsdp=2", "fsdp=2,tensor=2"),
-    "torch": ("torch", "fsdp=2", "tensor=2"),
-    "deepspeed-3": ("deepspeed-3", "fsdp=2", "fsdp=2"),
-    "torch-xla": ("torch-xla", "fsdp=2", "fsdp=4"),
+    "jax": ("fsdp=2", "fsdp=2,tensor=2"),
+    "torch": ("fsdp=2", "fsdp=2,tensor=2"),
+    "deepspeed-3": ("fsdp=2", "fsdp=4"),
+    "torch-xla": ("fsdp=2", "fsdp=2,tensor=2"),
 }
-"""Name in the table -> (backend, mesh before the move, mesh after it)."""
+"""Backend -> (mesh before the move, mesh after it): two devices, then four."""
+ELSEWHERE = {"torch-xla": "PORTATRAIN_XLA_PYTHON"}
+LEG_S = 600
 MARKS = ("<!-- resume matrix -->", "<!-- end of resume matrix -->")
+ROOT = Path(__file__).parents[1]
+
+Row = dict[str, Any]
 
 
-def there(kind: str) -> str | None:
-    """Why a backend is not in the matrix; None where it is."""
-    name = KINDS[kind][0]
-    if name not in _entry_points():
-        return "no such backend here"
-    gone = missing(name)
-    return f"{', '.join(gone)} not installed" if gone else None
+def python_of(kind: str) -> str | None:
+    """The Python that runs a backend; None where there is none."""
+    return sys.executable if not missing(kind) else os.environ.get(ELSEWHERE.get(kind, ""))
 
 
-def train(run: Path, kind: str, mesh: str, *more: str) -> tuple[int, str]:
+def run(kind: str, module: str, words: list[str]) -> tuple[int, str]:
+    """(exit code, last line of what it said) of a Python module in the environment of backend `kind`."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if kind in ELSEWHERE:
+        env.setdefault("PJRT_DEVICE", "CPU")
+    try:
+        done = subprocess.run(
+            [python_of(kind) or sys.executable, "-m", module, *words],
+            capture_output=True, text=True, check=False, timeout=LEG_S, env=env, cwd=ROOT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return -1, f"not done in {LEG_S} s"
+    return done.returncode, (done.stderr.strip().splitlines() or ["no word"])[-1]
+
+
+def train(at: Path, kind: str, mesh: str, *more: str) -> tuple[int, str]:
     sizes = [word for size in SIZES for word in ("--set", size)]
-    words = ["tiny-lm", "--run-dir", str(run), "--backend", kind, "--mesh", mesh, *sizes, *more]
-    done = subprocess.run(
-        [sys.executable, "-m", "portatrain.cli", "train", *words], capture_output=True, text=True, check=False
-    )
-    return done.returncode, done.stderr
+    words = ["train", "tiny-lm", "--run-dir", str(at), "--backend", kind, "--mesh", mesh, *sizes, *more]
+    return run(kind, "portatrain.cli", words)
 
 
 def carry(source: Path, target: Path, kind: str, mesh: str) -> str | None:
     """Restore the checkpoint `source` on a backend and save what it then holds at `target`; an error, or None."""
+    shutil.rmtree(target, ignore_errors=True)
     words = {"source": str(source), "target": str(target), "backend": kind, "mesh": mesh}
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.resume_matrix", "--carry", json.dumps(words)],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return None if done.returncode == 0 else done.stderr.strip().splitlines()[-1]
+    code, error = run(kind, "benchmarks.resume_matrix", ["--carry", json.dumps(words)])
+    return None if code == 0 else f"failed: {error}"
 
 
 def carrying(words: dict[str, Any]) -> int:
-    from portatrain.commands.train import PROCESS_A_DEVICE
     from portatrain.layout import Mesh
-    from portatrain.processes import run_processes
+    from portatrain.processes import PROCESS_A_DEVICE, run_processes
 
     n = Mesh.parse(words["mesh"]).devices
     if n > 1 and words["backend"] in PROCESS_A_DEVICE:
@@ -110,32 +125,93 @@ def same(a: Path, b: Path) -> str:
         return "same bits" if not found else f"{len(found)} of {len(first.names)} tensors differ"
 
 
-def cell(first: str, second: str, scratch: Path, baseline: list[float]) -> tuple[str, ...]:
-    """(pair, verdict, largest difference, there and back)."""
-    pair = f"{first} {KINDS[first][1]} to {second} {KINDS[second][2]}"
-    for kind in (first, second):
-        if why := there(kind):
-            return pair, f"not run: {why}", "", ""
+def move(first: str, second: str, scratch: Path) -> Row:
+    """What a move from one backend to another comes to: verdict, worst, back; or failed; or not_run."""
     from portatrain.run_dir import RunDir
 
+    for kind in (first, second):
+        if python_of(kind) is None:
+            hint = f"; {ELSEWHERE[kind]} is not set" if kind in ELSEWHERE else ""
+            return {"not_run": f"{', '.join(missing(kind))} not installed{hint}"}
+    baseline = losses(scratch, "whole", "jax", "")
     left = scratch / f"left-{first}"
-    if not left.exists():
-        code, error = train(left, KINDS[first][0], KINDS[first][1], "--stop-at", str(STEP))
+    if not (left / "left").exists():
+        shutil.rmtree(left, ignore_errors=True)
+        code, error = train(left, first, KINDS[first][0], "--stop-at", str(STEP))
         if code != 85:
-            return pair, f"failed: {error.strip().splitlines()[-1]}", "", ""
-    run = scratch / f"{first}-{second}"
-    shutil.copytree(left, run)
-    code, error = train(run, KINDS[second][0], KINDS[second][2])
+            return {"failed": f"before the move: {error}"}
+        (left / "left").touch()
+    at = scratch / f"{first}-{second}"
+    shutil.rmtree(at, ignore_errors=True)
+    shutil.copytree(left, at)
+    code, error = train(at, second, KINDS[second][1])
     if code != 0:
-        return pair, f"failed: {error.strip().splitlines()[-1]}", "", ""
-    losses = [row["loss"] for row in RunDir(run).curve()]
-    worst = max(abs(a - b) / a for a, b in zip(baseline[STEP:], losses[STEP:], strict=True))
-    verdict = RunDir(run).events("resumed")[0]["verdict"]
+        return {"failed": f"after the move: {error}"}
+    curve = [row["loss"] for row in RunDir(at).curve()]
     name = f"step-{STEP:08d}"
     out, back = scratch / f"out-{first}-{second}", scratch / f"back-{first}-{second}"
-    wrong = carry(left / "checkpoints" / name, out, KINDS[second][0], KINDS[second][2])
-    wrong = wrong or carry(out / name, back, KINDS[first][0], KINDS[first][1])
-    return pair, verdict, f"{worst:.1e}", wrong or same(left / "checkpoints" / name, back / name)
+    start = left / "checkpoints" / name
+    wrong = carry(start, out, second, KINDS[second][1]) or carry(out / name, back, first, KINDS[first][0])
+    return {
+        "verdict": RunDir(at).events("resumed")[0]["verdict"],
+        "worst": max(abs(a - b) / a for a, b in zip(baseline[STEP:], curve[STEP:], strict=True)),
+        "back": wrong or same(start, back / name),
+    }
+
+
+def losses(scratch: Path, name: str, kind: str, mesh: str) -> list[float]:
+    """The curve of a run that never moved."""
+    from portatrain.run_dir import RunDir
+
+    at = scratch / name
+    if not (at / "DONE").exists():
+        code, error = train(at, kind, mesh)
+        if code:
+            raise SystemExit(f"resume matrix: the run that never moves failed: {error}")
+    return [row["loss"] for row in RunDir(at).curve()]
+
+
+def wrong(row: Row) -> bool:
+    """Whether a row is out of bounds."""
+    if "not_run" in row:
+        return False
+    return (
+        "failed" in row or row["verdict"] != "continuous" or not row["worst"] <= BOUND or row["back"] != "same bits"
+    )  # fmt: skip
+
+
+def table(found: dict[str, Row]) -> str:
+    rows = [
+        ("move after step 10", "devices", "verdict", "losses of steps 11 to 30", "there and back"),
+        ("---",) * 5,
+    ]
+    for first in KINDS:
+        for second in KINDS:
+            before, after = KINDS[first][0], KINDS[second][1]
+            row = found.get(f"{first} {second}", {"not_run": "not yet"})
+            told = (
+                (f"not run: {row['not_run']}", "", "") if "not_run" in row
+                else (f"**failed**: {row['failed']}", "", "") if "failed" in row
+                else (row["verdict"], f"{row['worst']:.1e}", row["back"])
+            )  # fmt: skip
+            rows.append((f"{first} {before} to {second} {after}", "2 to 4", *told))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def sources() -> str:
+    """A name for what the runs under runs/ are made by."""
+    digest = hashlib.sha256()
+    for root in ("portatrain", "checkpoints_format", "recipes", "benchmarks/resume_matrix.py"):
+        for path in sorted((ROOT / root).rglob("*.py")) or [ROOT / root]:
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> int:
@@ -143,32 +219,46 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--write", action="store_true", help="put the table into docs/resume.md")
+    parser.add_argument(
+        "--only", metavar="KIND", action="append", default=[], choices=KINDS,
+        help="only rows from or to this backend; given twice, only those of both",
+    )  # fmt: skip
+    parser.add_argument("--again", action="store_true", help="run rows that have a result, too")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after so many")
     parser.add_argument("--carry", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.carry:
         return carrying(json.loads(args.carry))
-    from portatrain.run_dir import RunDir
-
-    with tempfile.TemporaryDirectory(prefix="resume-") as folder:
-        scratch = Path(folder)
-        code, error = train(scratch / "whole", "jax", "")
-        if code:
-            print(error)
-            return 1
-        baseline = [row["loss"] for row in RunDir(scratch / "whole").curve()]
-        rows = []
-        for first in KINDS:
-            for second in KINDS:
-                rows.append(cell(first, second, scratch, baseline))
-                print(*rows[-1], sep=" | ", flush=True)
-    head = ("move after step 10", "verdict", "losses of steps 11 to 30", "there and back")
-    table = "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * 4, *rows))
+    scratch = ROOT / "runs" / "resume-matrix" / sources()
+    scratch.mkdir(parents=True, exist_ok=True)
+    kept, began_s = ROOT / "docs" / "resume-matrix.json", time.monotonic()
+    found: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
+    pairs = [(a, b) for a in KINDS for b in KINDS]
+    for number, (first, second) in enumerate(pairs, start=1):
+        name = f"{first} {second}"
+        if not set(args.only) <= {first, second} or (name in found and not args.again):
+            continue
+        if time.monotonic() - began_s > args.minutes * 60:
+            print("resume matrix: the minutes are over; the next call goes on", flush=True)
+            break
+        print(f"resume matrix: {number} of {len(pairs)}: {first} to {second} ...", flush=True)
+        row_began_s = time.monotonic()
+        row = move(first, second, scratch)
+        print(f"resume matrix:   {row} in {time.monotonic() - row_began_s:.0f} s", flush=True)
+        if "not_run" not in row:
+            found[name] = {**row, "commit": commit()}
+            kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+    print(table(found))
     if args.write:
-        path = Path(__file__).parents[1] / "docs" / "resume.md"
+        path = ROOT / "docs" / "resume.md"
         before, _, rest = path.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
-        path.write_text(f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{after}")
-    return int(any("failed" in r[1] or "differ" in r[3] or r[1] == "broken" for r in rows))
+        path.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{after}")
+    bad = [name for name, row in found.items() if wrong(row)]
+    print(
+        f"resume matrix: {len(found)} of {len(pairs)} rows run, {len(bad)} out of bounds {bad or ''}".rstrip()
+    )
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -19,13 +19,17 @@ def crc32c(data: bytes | np.ndarray) -> int:
 
 def crc32c_each(data: np.ndarray, size: int) -> list[int]:
     """The crcs of consecutive pieces of ``size`` bytes of a uint8 array; the last may be shorter."""
-    value = google_crc32c.value
-    return [value(data[start : start + size]) for start in range(0, len(data), size)]
+    whole = len(data) - len(data) % size
+    # Iterating over rows costs half as much as slicing them out, which at tiles of a KiB is more than the crc itself.
+    found = list(map(google_crc32c.value, data[:whole].reshape(-1, size)))
+    return found if whole == len(data) else [*found, google_crc32c.value(data[whole:])]
 
 
 def first_mismatch(data: np.ndarray, size: int, expected: Sequence[int]) -> int | None:
     """Index of the first piece of ``size`` bytes whose crc is not the expected one, or None."""
     got = crc32c_each(data, size)
+    if got == list(expected):
+        return None
     for index, (have, want) in enumerate(zip(got, expected, strict=True)):
         if have != want:
             return index

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -22,8 +23,6 @@ from .store import Store, read_small
 from .strict_json import RESTORE
 from .verify import check_length, verify_pack
 from .writer import COMMIT
-
-_REQUEST_BYTES = 16 << 20
 
 
 class Reader:
@@ -60,7 +59,7 @@ class Reader:
         self._requests = RequestPlanner(
             self.root,
             store.describe,
-            request_bytes=max(1, min(_REQUEST_BYTES, budget_bytes // self._in_flight)),
+            request_bytes=max(1, min(store.request_bytes, budget_bytes // self._in_flight)),
             gap_bytes=store.merge_gap_bytes,
         )
 
@@ -131,23 +130,23 @@ class Reader:
         Raises:
             FormatError: the first damage, with tensor and file.
         """
-        return sum(
-            verify_pack(
-                self.store,
-                file.pack,
-                file.record,
-                save=self.root.save,
-                writer=file.writer,
-                number=file.number,
-            )
-            for file in self._requests.all_files()
-        )
+        found = 0
+        for good in self._verified():
+            if isinstance(good, FormatError):
+                raise good
+            found += good
+        return found
 
     def problems(self) -> Iterator[FormatError]:
         """Like ``verify_all``, but goes on: one error for each damaged file."""
-        for file in self._requests.all_files():
+        return (found for found in self._verified() if isinstance(found, FormatError))
+
+    def _verified(self) -> Iterator[int | FormatError]:
+        """What checking each file comes to, in their order; several at a time."""
+
+        def verify(file: PackFile) -> int | FormatError:
             try:
-                verify_pack(
+                return verify_pack(
                     self.store,
                     file.pack,
                     file.record,
@@ -156,7 +155,14 @@ class Reader:
                     number=file.number,
                 )
             except FormatError as error:
-                yield error
+                return error
+
+        files = self._requests.all_files()
+        with ThreadPoolExecutor(self._in_flight, thread_name_prefix="ckpt-verify") as pool:
+            while some := list(
+                islice(files, 4 * self._in_flight)
+            ):  # not all at once: their plans take memory
+                yield from pool.map(verify, some)
 
     def _empty(self, want: Want) -> np.ndarray:
         return np.empty(want.box.shape if want.box else (), NUMPY[self.layout.tensor(want.name).dtype])

@@ -32,6 +32,8 @@ class Store(Protocol):
 
     #: Gaps up to this many bytes between wanted ranges are read too, rather than asked around.
     merge_gap_bytes: int
+    #: What one read asks for where more is wanted: enough to pay for the request.
+    request_bytes: int
 
     def put(self, name: str, chunks: Iterable[memoryview], nbytes: int, *, durable: bool = True) -> None:
         """Write an object that must not exist yet; visible to all when this returns, and durable if asked.
@@ -96,6 +98,7 @@ class LocalStore:
     """
 
     merge_gap_bytes = 0
+    request_bytes = 2 << 20  # larger ones leave the cores' caches before they are checked and placed
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)

@@ -12,7 +12,7 @@ from .store import Store
 from .strict_json import RESTORE
 from .tiles import Grid
 
-_STEP_BYTES = 8 << 20
+_STEP_BYTES = 2 << 20
 
 
 def check_length(store: Store, name: str, record: PackRecord, what: str) -> None:
@@ -76,9 +76,14 @@ def _verify_entry(
 ) -> None:
     grid: Grid = entry.run.grid
     base, whole = grid.elements_before(entry.first), [(0, n) for n in grid.box.shape]
+    buffer = np.empty(0, np.uint8)
     for block in grid.blocks(whole, entry.first, entry.stop, max(1, _STEP_BYTES // item)):
         offset = record.data_begin + entry.begin + (grid.elements_before(block.first) - base) * item
-        data, size = _read(store, name, offset, block.elements * item), block.tile_elements * item
+        nbytes, size = block.elements * item, block.tile_elements * item
+        if len(buffer) < nbytes:
+            buffer = np.empty(nbytes, np.uint8)
+        data = buffer[:nbytes]
+        store.read_into(name, offset, [data.data])
         crc = entry.crc + block.first - entry.first
         bad = first_mismatch(data, size, crcs[crc : crc + block.count].tolist())
         if bad is not None:

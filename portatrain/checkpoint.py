@@ -11,11 +11,9 @@ Names: `params/<name>`, `state/<name>`, `ema/<name>`, `opt/<slot>/<name>`, `opt/
 from __future__ import annotations
 
 import contextlib
-import math
-import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -49,6 +47,7 @@ from portatrain.module import TensorInfo
 from portatrain.places import place_of
 from portatrain.precision import averaged
 from portatrain.retention import Retention
+from portatrain.staging import Staging, free_memory_bytes, given_budget_bytes
 from portatrain.state import COUNT, full_name, slot_tensors
 
 RECEIPTS_WITHIN_S = 600.0
@@ -107,9 +106,13 @@ def snapshot(
     """Copies on the host of what this process holds, each box once; with `wanted` boxes by tensor, what meets them."""
     held: dict[str, list[tuple[Box, np.ndarray]]] = {}
     for name, box, fetch in _boxes(backend, state):
-        if wanted is None or any(box.intersect(w) is not None or not box.shape for w in wanted.get(name, ())):
+        if wanted is None or _meets(box, wanted.get(name, ())):
             held.setdefault(name, []).append((box, fetch()))
     return held
+
+
+def _meets(box: Box, others: Iterable[Box]) -> bool:
+    return any(box.intersect(other) is not None for other in others)
 
 
 def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[], np.ndarray]]]:
@@ -131,27 +134,6 @@ def written_by(layout: FormatLayout, writer: int) -> dict[str, list[Box]]:
             if entry.run.box not in boxes:
                 boxes.append(entry.run.box)
     return found
-
-
-def _source(held: list[tuple[Box, np.ndarray]]) -> Callable[[Box], np.ndarray]:
-    """Any box of a tensor, put together from the pieces that this process holds (torch has one a layer)."""
-
-    def values(wanted: Box) -> np.ndarray:
-        for box, array in held:
-            if box.intersect(wanted) == wanted:
-                return array[wanted.slices(box.offset)]
-        out = np.empty(wanted.shape, held[0][1].dtype)
-        filled = 0
-        for box, array in held:
-            common = box.intersect(wanted)
-            if common is not None:
-                out[common.slices(wanted.offset)] = array[common.slices(box.offset)]
-                filled += common.size
-        if filled < wanted.size:
-            raise RuntimeError(f"{filled} of {wanted.size} elements of {wanted} are held by this process")
-        return out
-
-    return values
 
 
 def check_tensors(reader: Reader, program: Program) -> None:
@@ -196,8 +178,8 @@ class Checkpoints:
         keep: which committed ones stay.
         save_name: of this attempt: no two attempts write one file.
         guard: entered around a commit and a removal; raises where another attempt has taken the run over.
-        budget_bytes: host memory for the copy of the state; None: half of what is free. A state that is larger is
-            written before training goes on, a box at a time.
+        budget_bytes: host memory for the copy of the state (`staging`); None: as the environment says, else half of
+            what is free.
     """
 
     def __init__(
@@ -206,11 +188,13 @@ class Checkpoints:
         budget_bytes: int | None = None,
     ) -> None:  # fmt: skip
         self.place, self.keep, self.save_name = place_of(where), keep or Retention(), save_name
-        self.process, self.processes, self.guard, self.budget_bytes = process, processes, guard, budget_bytes
+        self.process, self.processes, self.guard = process, processes, guard
+        self.budget_bytes = given_budget_bytes() if budget_bytes is None else budget_bytes
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
         self._metrics: dict[int, Mapping[str, float]] = {}
+        self._plan: tuple[Program, Scattered, FormatLayout, dict[str, list[Box]]] | None = None
 
     # ---- saving
 
@@ -225,28 +209,47 @@ class Checkpoints:
         if skip_if_busy and backend.agree(int(self._thread is not None and self._thread.is_alive())):
             return False
         self.wait()
-        layout = format_layout(backend.program, backend.scattered(state), self.processes)
-        wanted = written_by(layout, self.process)
-        sizes = {t.name: t.item_bytes for t in layout.tensors}
-        needed = sum(sizes[n] * math.prod(b.shape) for n, b, _ in _boxes(backend, state) if n in wanted)
-        budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
-        if needed > budget:
-            self._write(step, layout, _lazy(backend, state), dict(meta))
-            self.check()
-            return True
-        held = {name: _source(boxes) for name, boxes in snapshot(backend, state, wanted).items()}
+        layout, wanted = self._planned(backend.program, backend.scattered(state))
+        staging = self._staging(backend, state, layout, wanted)
         self._thread = threading.Thread(
-            target=self._write, args=(step, layout, held, dict(meta)), name="portatrain-checkpoint"
+            target=self._write, args=(step, layout, staging, dict(meta)), name="portatrain-checkpoint"
         )
-        self._thread.start()
+        if staging.beyond_bytes:
+            self._thread.start()
+            staging.fill()
+        else:
+            staging.fill()
+            self._thread.start()
         return True
 
-    def _write(
-        self, step: int, layout: FormatLayout, sources: Mapping[str, Any], meta: Mapping[str, Any]
-    ) -> None:
+    def beyond_bytes(self, backend: Backend, state: Any) -> int:
+        """How much of a save of `state` training would wait for to be written, beside the copy: at most so much, 0
+        where the budget holds the copies of all."""
+        layout, wanted = self._planned(backend.program, backend.scattered(state))
+        return self._staging(backend, state, layout, wanted).beyond_bytes
+
+    def _staging(
+        self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]
+    ) -> Staging:
+        budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
+        sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
+        boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
+        return Staging(boxes, sizes, budget_bytes=budget)
+
+    def _planned(
+        self, program: Program, scattered: Scattered
+    ) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
+        """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
+        if self._plan is None or self._plan[0] is not program or self._plan[1] != scattered:
+            layout = format_layout(program, scattered, self.processes)
+            self._plan = program, scattered, layout, written_by(layout, self.process)
+        return self._plan[2], self._plan[3]
+
+    def _write(self, step: int, layout: FormatLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
             with contextlib.closing(self.place.open(step, create=True)) as store:
-                Writer(store, layout, save=self.save_name, writer=self.process).write(sources)
+                Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
+                staging.close()
                 if self.process:
                     return
                 self._await_receipts(store)
@@ -260,6 +263,8 @@ class Checkpoints:
             self._sweep(step)
         except BaseException as error:
             self._error = error
+        finally:
+            staging.close()
 
     def _await_receipts(self, store: Store) -> None:
         """Until every process has written. In the store, as a collective here could meet one of the step's."""
@@ -351,45 +356,3 @@ class Checkpoints:
                 do="Restore the folder from a copy, or begin a new run under another name.",
             )  # fmt: skip
         return None
-
-
-def _lazy(backend: Backend, state: Any) -> dict[str, Callable[[Box], np.ndarray]]:
-    """Sources that copy a box when it is asked for, and keep the last one."""
-    there: dict[str, list[tuple[Box, Callable[[], np.ndarray]]]] = {}
-    for name, box, fetch in _boxes(backend, state):
-        there.setdefault(name, []).append((box, fetch))
-    kept: dict[str, Any] = {"fetch": None, "array": None}
-
-    def copied(fetch: Callable[[], np.ndarray]) -> np.ndarray:
-        if kept["fetch"] is not fetch:
-            kept.update(fetch=fetch, array=fetch())
-        return kept["array"]
-
-    def source(pieces: list[tuple[Box, Callable[[], np.ndarray]]]) -> Callable[[Box], np.ndarray]:
-        def values(wanted: Box) -> np.ndarray:
-            meet = [(b, f) for b, f in pieces if b.intersect(wanted) is not None or not b.shape]
-            out: np.ndarray | None = None
-            for box, fetch in meet:
-                array = copied(fetch)
-                if out is None:
-                    out = np.empty(wanted.shape, array.dtype)
-                common = box.intersect(wanted)
-                if common is None:  # a scalar
-                    return array
-                out[common.slices(wanted.offset)] = array[common.slices(box.offset)]
-            assert out is not None
-            return out
-
-        return values
-
-    return {name: source(pieces) for name, pieces in there.items()}
-
-
-def free_memory_bytes() -> int:
-    """Memory of this host that is free, or can be made so."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

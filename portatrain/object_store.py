@@ -33,6 +33,7 @@ class ObjectStore:
     """See `checkpoints_format.Store`. url: s3://bucket/prefix and the like; options go to obstore as they are."""
 
     merge_gap_bytes = 1 << 20
+    request_bytes = 16 << 20
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url.rstrip("/")

@@ -157,6 +157,8 @@ class Trainer:
                     # What a save on demand would have to compile within the grace.
                     if self._stop.signals.grace_s is not None:
                         continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
+                if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
+                    self.event("saves_exceed_memory", training_waits_for_gib_written=round(beyond / 2**30, 3))
                 for hook in self.recipe.hooks:
                     hook.on_start(self)
                 self._loop()

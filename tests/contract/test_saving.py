@@ -197,15 +197,33 @@ def test_an_attempt_that_lost_the_run_cannot_commit(backend: Any, tmp_path: Path
     assert not list(tmp_path.rglob("COMMIT"))
 
 
-def test_a_state_beyond_the_budget_is_written_box_by_box_in_the_foreground(
-    backend: Any, tmp_path: Path
-) -> None:
-    checkpoints = Checkpoints(tmp_path, budget_bytes=30_000)
-    checkpoints.save(5, backend, backend.state(5), {"step": 5})
-    assert checkpoints._thread is None
-    loads(tmp_path, backend, 5)
+def test_a_state_beyond_the_budget_is_copied_before_training_goes_on(backend: Any, tmp_path: Path) -> None:
+    checkpoints, state = Checkpoints(tmp_path, budget_bytes=30_000), backend.state(5)
     largest = 64 * 96 * 4
+    assert checkpoints.beyond_bytes(backend, state) == 3 * (largest + 96 * 4) + 4 - 30_000 + largest
+    assert Checkpoints(tmp_path).beyond_bytes(backend, state) == 0
+    checkpoints.save(5, backend, state, {"step": 5})
+    for array in state.values():
+        array.fill(0)  # the next step
+    checkpoints.wait()
+    loads(tmp_path, backend, 5)
     assert max(backend.fetched_bytes) == largest and sum(backend.fetched_bytes) < 4 * largest  # each once
+
+
+def test_a_write_that_fails_beyond_the_budget_stops_the_copies(
+    backend: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path, budget_bytes=0)
+    save(checkpoints, backend, 1)
+
+    def full(self: LocalStore, fd: int, chunk: memoryview) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalStore, "_write", full)
+    checkpoints.save(2, backend, backend.state(2), {"step": 2})
+    with pytest.raises(UserError, match="No space left"):
+        checkpoints.wait()
+    loads(tmp_path, backend, 1)
 
 
 def test_a_receipt_counts_once_it_is_whole(tmp_path: Path) -> None:

@@ -130,4 +130,4 @@ def boxes_of(
 
 
 def _fetched(part: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-    return part.detach().cpu().numpy().reshape(shape).copy()
+    return part.detach().to("cpu", copy=True).numpy().reshape(shape)
