@@ -16,6 +16,7 @@ from .boxes import flat_range_boxes as flat_range_boxes
 from .errors import AlreadyCommittedError as AlreadyCommittedError
 from .errors import FormatError as FormatError
 from .errors import MissingFileError as MissingFileError
+from .errors import NewerFormatError as NewerFormatError
 from .errors import NotCommittedError as NotCommittedError
 from .layout import Explicit as Explicit
 from .layout import Layout as Layout

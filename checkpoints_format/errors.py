@@ -27,6 +27,10 @@ class AlreadyCommittedError(FormatError):
     """Another save has committed here first; its checkpoint stands and ours is void."""
 
 
+class NewerFormatError(FormatError):
+    """A version or a required feature that this library does not know: not damage, and not to be replaced."""
+
+
 class MissingFileError(FormatError):
     """A file that the checkpoint names is not there."""
 

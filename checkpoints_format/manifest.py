@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from .boxes import Box
-from .errors import FormatError, shorten
+from .errors import FormatError, NewerFormatError, shorten
 from .layout import Explicit, Layout, Sharded, Tensor
 from .packs import FORMAT, VERSION, root_name
 from .rule import Mesh
 from .strict_json import RESTORE, Fields, canonical, parse, same_text
 
 MAX_ROOT_BYTES, MAX_RECEIPT_BYTES, MAX_COMMIT_BYTES, MAX_META_BYTES = 32 << 20, 4 << 20, 4096, 4 << 20
+_NEWER = "Read it with a newer version of this library; nothing in it was changed."
 FEATURES: frozenset[str] = frozenset()  # required features that this version knows; version 1 has none
 SAVE = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
 SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -223,11 +224,11 @@ def decode_root(data: bytes, commit: Commit, what: str) -> Root:
     _check_head(value)
     unknown = [f for f in value.list("features") if not isinstance(f, str) or f not in FEATURES]
     if unknown:
-        raise FormatError(
+        raise NewerFormatError(
             what,
-            expected=f"required features among {sorted(FEATURES)}",
+            expected=f"required features that this version knows ({', '.join(sorted(FEATURES)) or 'there are none'})",
             got=shorten(unknown[0]),
-            do="Read it with a newer version of this library.",
+            do=_NEWER,
         )
     value.equal("save", commit.save)
     fields: dict[str, Any] = {
@@ -328,9 +329,5 @@ def _check_head(value: Fields) -> None:
     value.equal("format", FORMAT)
     version = value.take("version", int)
     if version != VERSION:
-        raise FormatError(
-            f"{value.what}, version",
-            expected=str(VERSION),
-            got=shorten(version),
-            do="Read it with a version of this library that knows that format.",
-        )
+        kind, do = (NewerFormatError, _NEWER) if version > VERSION else (FormatError, RESTORE)
+        raise kind(f"{value.what}, version", expected=str(VERSION), got=shorten(version), do=do)

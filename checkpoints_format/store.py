@@ -98,7 +98,7 @@ class LocalStore:
     """
 
     merge_gap_bytes = 0
-    request_bytes = 2 << 20  # larger ones leave the cores' caches before they are checked and placed
+    request_bytes = 4 << 20  # much larger ones leave the cores' caches before they are checked and placed
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)

@@ -33,7 +33,7 @@ from .plan import Planner
 from .store import Store, read_small
 
 COMMIT = "COMMIT"
-_SLAB_BYTES = 2 << 20  # a slab is gathered, checked and handed to the store while the cores' caches hold it
+_SLAB_BYTES = 8 << 20
 _SLABS = 2  # one at the disk, one being filled: see _one_ahead
 _ZEROS = memoryview(bytes(4096))
 

@@ -26,6 +26,7 @@ from checkpoints_format import (
     FormatError,
     LocalStore,
     Mesh,
+    NewerFormatError,
     NotCommittedError,
     Planner,
     Reader,
@@ -157,6 +158,32 @@ def check_tensors(reader: Reader, program: Program) -> None:
             reader.store.describe("COMMIT"), expected="the tensors of this model and optimizer", got="; ".join(got),
             do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
         )  # fmt: skip
+
+
+def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
+    """Raise UserError where the newest commit cannot be this run's: of a newer format, of another model, or of data
+    with another fingerprint (None: whatever it is). Reads its root alone, before an attempt begins; damage is left to
+    `Checkpoints.newest`.
+    """
+    place = place_of(where)
+    for step in reversed(place.steps()):
+        with contextlib.closing(place.open(step)) as store:
+            try:
+                reader = Reader(store)
+            except NewerFormatError as error:
+                raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            except FormatError:
+                continue
+            check_tensors(reader, program)
+            saved = reader.meta.get("data", {}).get("fingerprint")
+            if fingerprint is not None and saved is not None and saved != fingerprint:
+                raise UserError(
+                    store.describe("COMMIT"), expected=f"a run on this corpus, fingerprint {fingerprint}",
+                    got=f"one on another, {saved}",
+                    do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go on "
+                    "with other data all the same, give --accept-drift REASON, which is recorded.",
+                )  # fmt: skip
+            return
 
 
 def reads(reader: Reader) -> Read:
@@ -336,7 +363,8 @@ class Checkpoints:
         """The newest committed checkpoint of which every byte verifies; None where nothing was ever committed.
 
         An uncommitted one is a save that did not finish: passed over in silence. A damaged one is reported, and the
-        one before it taken. UserError where there are commits and none is left that verifies.
+        one before it taken. UserError where there are commits and none is left that verifies, and where one is of a
+        newer format: that is not damage.
         """
         damaged: list[str] = []
         for step in reversed(self.place.steps()):
@@ -346,6 +374,10 @@ class Checkpoints:
                 return step, reader
             except NotCommittedError:
                 continue
+            except (
+                NewerFormatError
+            ) as error:  # its steps are good: going on from before them would replace it
+                raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
             except FormatError as error:
                 damaged.append(str(error))
                 self._damaged.add(step)

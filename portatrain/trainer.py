@@ -19,7 +19,7 @@ import numpy as np
 from portatrain import continuity
 from portatrain.attempt import Attempt, Follower
 from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
-from portatrain.checkpoint import Checkpoints, check_tensors
+from portatrain.checkpoint import Checkpoints, check_newest, check_tensors
 from portatrain.data import prefetch
 from portatrain.errors import UserError
 from portatrain.evaluation import evaluate
@@ -135,6 +135,9 @@ class Trainer:
         """Train to the end, or to where it is stopped; the exit code."""
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
+        if not self.backend.process:
+            fingerprint = self.data.train.fingerprint if self.accept_drift is None else None
+            check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ls(args: argparse.Namespace) -> int:
-    from checkpoints_format import FormatError, NotCommittedError, Reader
+    from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader
     from portatrain.exchange.find import places
 
     rows: list[dict[str, Any]] = []
@@ -105,6 +105,8 @@ def ls(args: argparse.Namespace) -> int:
                 }  # fmt: skip
         except NotCommittedError:
             row["state"] = "not committed: a save that did not finish"
+        except NewerFormatError as error:
+            row |= {"state": "of a newer format", "error": str(error)}
         except FormatError as error:
             row |= {"state": "damaged", "error": str(error)}
         rows.append(row)
@@ -149,20 +151,23 @@ def show(args: argparse.Namespace) -> int:
         )
         total = sum(t.nbytes for t in reader.layout.tensors)
         print(f"{'tensors':14} {len(tensors)}, {_size(total)}\n")
-        width = max(len(t["name"]) for t in tensors)
+        width = max((len(t["name"]) for t in tensors), default=0)
         for t in tensors:
             print(f"{t['name']:{width}}  {t['dtype']:9} {_dims(t)}")
     return 0
 
 
 def verify(args: argparse.Namespace) -> int:
-    from checkpoints_format import NotCommittedError, Reader
+    from checkpoints_format import NewerFormatError, NotCommittedError, Reader
     from portatrain.exchange.find import explained, places
 
     found = [p for p in places(args.path) if args.step in (None, p.step)]
     if not found:
         raise UserError(
-            f"checkpoint {args.path}", expected=f"one of step {args.step}", got="none", do="See ckpt ls."
+            f"checkpoint {args.path}",
+            expected=f"step {args.step} among its checkpoints",
+            got="none",
+            do="See ckpt ls.",
         )
     rows: list[dict[str, Any]] = []
     for place in found:
@@ -179,6 +184,8 @@ def verify(args: argparse.Namespace) -> int:
                     if len(found) == 1:
                         raise
                     row["uncommitted"] = True
+                except NewerFormatError as error:
+                    row |= {"problems": [str(error)], "newer": True}
         except UserError as error:
             row["problems"] = [str(error)]
     if args.json:
@@ -188,7 +195,11 @@ def verify(args: argparse.Namespace) -> int:
             if row.get("uncommitted"):
                 print(f"{row['path']}: not committed, a save that did not finish")
             elif row["problems"]:
-                print(f"{row['path']}: DAMAGED", *row["problems"], sep="\n  ")
+                print(
+                    f"{row['path']}: {'of a newer format' if row.get('newer') else 'DAMAGED'}",
+                    *row["problems"],
+                    sep="\n  ",
+                )
             else:
                 print(f"{row['path']}: good, {_size(row['bytes'])} read")
     return int(any(row["problems"] for row in rows))

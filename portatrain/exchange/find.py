@@ -102,7 +102,7 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
             steps = ", ".join(str(p.step) for p in found)
             raise UserError(
                 f"checkpoint {path}",
-                expected=f"one of step {step}",
+                expected=f"step {step} among its checkpoints",
                 got=f"steps {steps}",
                 do="Choose one of these.",
             )

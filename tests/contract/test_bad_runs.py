@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,3 +116,69 @@ def test_losses_that_are_not_finite_end_the_run_and_name_the_step(
     assert all(
         json.loads(row)["step"] for row in rows
     )  # not-finite numbers too are on record, as valid lines
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that stopped after step 3, and beside it one of a wider model."""
+    path = tmp_path_factory.mktemp("stopped")
+    for name, more in (("run", ()), ("wide", ("--set", "model.embed=48"))):
+        words = [word for size in TINY for word in ("--set", size)]
+        assert run("tiny-lm", "--run-dir", str(path / name), *words, *more, "--stop-at", "3") == 85
+    return path
+
+
+def edit_root(folder: Path, change: Callable[[dict], None]) -> None:
+    """Change a checkpoint's root, with a COMMIT that agrees."""
+    commit = json.loads((folder / "COMMIT").read_text())
+    root = json.loads((folder / commit["root"]).read_text())
+    change(root)
+    data = json.dumps(root, separators=(",", ":")).encode()
+    (folder / commit["root"]).write_bytes(data)
+    commit |= {"length": len(data), "sha256": hashlib.sha256(data).hexdigest(), "version": root["version"]}
+    (folder / "COMMIT").write_text(json.dumps(commit, separators=(",", ":")))
+
+
+def _other_model(run: Path, wide: Path) -> None:
+    shutil.rmtree(run / "checkpoints")
+    shutil.copytree(wide / "checkpoints", run / "checkpoints")
+
+
+def _root(change: Callable[[dict], None]) -> Callable[[Path, Path], None]:
+    return lambda run, wide: edit_root(run / "checkpoints" / "step-00000003", change)
+
+
+NOT_THIS_RUNS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+    "a newer format": (_root(lambda root: root.update(version=2)), "version: expected 1, got 2"),
+    "an unknown feature": (_root(lambda root: root.update(features=["zstd"])), "got 'zstd'. Read it with a newer"),
+    "another model's": (_other_model, "different: params/embed/table"),
+    "another corpus": (
+        _root(lambda root: root["meta"]["data"].update(fingerprint="0" * 64)), "got one on another, 000000"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", NOT_THIS_RUNS)
+def test_a_checkpoint_that_is_not_this_runs(
+    case: str, stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture, unchanged: Callable[[Path], None]
+) -> None:
+    change, said = NOT_THIS_RUNS[case]
+    path = tmp_path / "run"
+    shutil.copytree(stopped / "run", path)
+    change(path, stopped / "wide")
+    unchanged(tmp_path)
+    words = [word for size in TINY for word in ("--set", size)]
+    assert run("tiny-lm", "--run-dir", str(path), *words) == 2
+    assert said in paragraph(capsys.readouterr().err)
+
+
+def test_a_checkpoint_of_a_newer_format_is_not_called_damaged(
+    stopped: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(stopped / "run", path)
+    edit_root(path / "checkpoints" / "step-00000003", lambda root: root.update(version=7))
+    assert main(["ckpt", "ls", str(path)]) == 0
+    assert main(["ckpt", "verify", str(path)]) == 1
+    said = capsys.readouterr().out
+    assert said.count("of a newer format") == 2 and "amaged" not in said.replace("DAMAGED", "damaged")
