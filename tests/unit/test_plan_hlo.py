@@ -68,6 +68,31 @@ def test_a_loop_counts_as_often_as_it_runs(trips: str) -> None:
     assert found.bytes == {"fsdp": 6 * 16 * 16 * 4 + array, "tensor": 2 * array, "fsdp+tensor": array}
 
 
+INLINE = "  %one = s32[] constant(2)\n  %copied = s32[] copy(%i)\n  %next = s32[] add(%copied, %one)\n"
+FUSED = "  %next = s32[] fusion(%i), kind=kLoop, calls=%plus\n"
+PLUS = """
+%plus (n: s32[]) -> s32[] {
+  %n = s32[] parameter(0)
+  %one = s32[] constant(2)
+  ROOT %next = s32[] add(%one, %n)
+}
+"""
+
+
+@pytest.mark.parametrize(("counted", "more"), [(INLINE, ""), (FUSED, PLUS)], ids=["inline", "fused"])
+@pytest.mark.parametrize(("start", "trips"), [(0, 3), (1, 3), (3, 2)])
+def test_a_loop_that_counts_by_two_runs_half_as_often(
+    counted: str, more: str, start: int, trips: int
+) -> None:
+    """As a TPU's compiler writes the loops of its windowed matmuls: bound 6, step 2."""
+    text = MODULE.replace("TRIPS", "").replace("tuple(%i, %y, %w)", "tuple(%next, %y, %w)")
+    text = text.replace("  ROOT %r = (s32[]", counted + "  ROOT %r = (s32[]")
+    text = text.replace("\n%body", more + "\n%body").replace(
+        "%z = s32[] constant(0)", f"%z = s32[] constant({start})"
+    )
+    assert hlo.measure(text, MESH).flops == trips * 2 * 8 * 16 * 16
+
+
 def test_a_collective_in_pieces_counts_once() -> None:
     """A TPU's: the gather of the loop's body stands in a second fusion too, and in one of the entry, on channel 7."""
     config = ', channel_id=7, backend_config={"async_collective_fusion_config":{"flag_end":"-1"}}'
@@ -96,6 +121,15 @@ def test_a_collective_in_pieces_counts_once() -> None:
         ("replica_groups={{0,2,4,6},{1,3,5,7}}", "fsdp"),
         ("replica_groups={}", "fsdp+tensor"),
         ("source_target_pairs={{0,1},{2,3}}", "tensor"),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0'}, dimensions={0}", "fsdp+tensor"),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}", "fsdp"),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_1'}, dimensions={0}", "tensor"),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}", "fsdp+tensor"),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(1)4}, dimensions={0}", "fsdp"),
+        ("replica_groups=mesh['axis_0'=8] {'axis_0':(4)2}, dimensions={0}", "tensor"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}, dimensions={0}", "tensor"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}, dimensions={0}", "fsdp"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=(0,2,4,6,1,3,5,7) {'b'}, dimensions={0}", "fsdp"),
     ],
 )
 def test_axes_of_groups(groups: str, axes: str) -> None:

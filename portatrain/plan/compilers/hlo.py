@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-         "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
+from portatrain.plan.compilers.hlo_text import Computation, Instruction, elements, multiplicity, nbytes, read
+
 COLLECTIVES = (
     "all-gather",
     "all-reduce",
@@ -23,34 +23,10 @@ COLLECTIVES = (
     "collective-permute",
 )
 
-_HEAD = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:calls|to_apply|body|condition|branch_computations|called_computations)=\{?([^}\s]*(?:, *%[^}\s]*)*)"
+_MESH_GROUPS = re.compile(
+    r"replica_groups=mesh\[([^\]]*)\](?:,\s*device_ids=\((\[[\d,]+\](?:T\([\d,]+\))?|[\d,]+)\))?\s*\{([^}]*)\}"
 )
-
-
-@dataclass
-class Instruction:
-    """One line: ``type`` its result's, ``rest`` all after the operands."""
-
-    name: str
-    type: str
-    opcode: str
-    operands: tuple[str, ...]
-    rest: str
-
-
-@dataclass
-class Computation:
-    name: str
-    entry: bool
-    lines: list[Instruction] = field(default_factory=list)
-
-    def type_of(self, name: str) -> str:
-        """The type of an instruction of this computation."""
-        return next((line.type for line in self.lines if line.name == name), "")
 
 
 @dataclass
@@ -67,31 +43,12 @@ class Found:
         self.calls[axes] = self.calls.get(axes, 0.0) + times
 
 
-def read(text: str) -> dict[str, Computation]:
-    """The computations of a module by name."""
-    found: dict[str, Computation] = {}
-    now: Computation | None = None
-    for line in text.splitlines():
-        if now is None:
-            head = _HEAD.match(line)
-            if head:
-                now = Computation(head[2], bool(head[1]))
-                found[now.name] = now
-        elif line.strip().startswith("}"):
-            now = None
-        else:
-            made = _instruction(line)
-            if made is not None:
-                now.lines.append(made)
-    return found
-
-
 def measure(text: str, sizes: Mapping[str, int]) -> Found:
     """Count a module whose devices are numbered row-major over the mesh of these axis sizes."""
     computations = read(text)
     found = Found()
     in_pieces: dict[str, tuple[float, float, str]] = {}
-    for name, times in _multiplicity(computations).items():
+    for name, times in multiplicity(computations).items():
         one = computations[name]
         for line in one.lines:
             if line.opcode in ("dot", "convolution"):
@@ -114,87 +71,6 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
     for times, moved, axes in in_pieces.values():
         found.add(axes, times, moved)
     return found
-
-
-def elements(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Every array in a type, of a tuple in order: (element type, dimensions)."""
-    return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _SHAPE.findall(type_)]
-
-
-def nbytes(type_: str) -> float:
-    return sum(BYTES.get(kind, 0) * math.prod(dims) for kind, dims in elements(type_))
-
-
-def _instruction(line: str) -> Instruction | None:
-    left, equals, right = line.strip().removeprefix("ROOT ").partition(" = ")
-    if not equals:
-        return None
-    if right.startswith("("):
-        end = _closing(right, 0) + 1
-    else:
-        end = right.find(" ")
-    type_, right = right[:end], right[end:].lstrip()
-    opcode, bracket, _ = right.partition("(")
-    if not bracket or not re.fullmatch(r"[\w\-]+", opcode):
-        return None
-    close = _closing(right, len(opcode))
-    inside = right[len(opcode) + 1 : close]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(
-        w.split()[-1] for w in inside.split(",") if w.strip()
-    )
-    return Instruction(left.lstrip("%"), type_, opcode, operands, right[close + 1 :])
-
-
-def _closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at ``start``."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if not depth:
-            return index
-    return len(text) - 1
-
-
-def _multiplicity(computations: Mapping[str, Computation]) -> dict[str, float]:
-    """How often each computation runs when the module does."""
-    times: dict[str, float] = {}
-
-    def visit(name: str, count: float) -> None:
-        times[name] = times.get(name, 0.0) + count
-        for line in computations[name].lines:
-            inside = count * (_trips(line, computations) if line.opcode == "while" else 1)
-            for called in _called(line, computations):
-                visit(called, inside)
-
-    for one in computations.values():
-        if one.entry:
-            visit(one.name, 1.0)
-    return times
-
-
-def _called(line: Instruction, computations: Mapping[str, Computation]) -> Iterable[str]:
-    for group in _CALLED.findall(line.rest):
-        for name in re.findall(r"[\w.\-]+", group):
-            if name in computations:
-                yield name
-
-
-def _trips(line: Instruction, computations: Mapping[str, Computation]) -> float:
-    known = re.search(r'known_trip_count"?[:=]\s*\{\s*"?n"?[:=]\s*"?(\d+)', line.rest)
-    if known:
-        return float(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", line.rest)
-    bounds = [
-        int(found[1])
-        for one in (computations[condition[1]].lines if condition and condition[1] in computations else ())
-        if one.opcode == "constant"
-        and (
-            found := re.search(
-                r"constant\((\d+)\)", f"{one.opcode}({one.operands[0] if one.operands else ''})"
-            )
-        )
-    ]
-    return float(max(bounds, default=1))
 
 
 # ---- matmuls
@@ -289,6 +165,9 @@ def _group(rest: str, sizes: Mapping[str, int]) -> Sequence[int]:
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
     if pairs:
         return int(pairs[1]), int(pairs[2])
+    named = _MESH_GROUPS.search(rest)
+    if named:
+        return _along_named(named[1], named[2] or "", named[3])
     listed = re.search(r"replica_groups=\{\{([\d,]*)\}", rest)
     if listed:
         return [int(n) for n in listed[1].split(",")]
@@ -299,6 +178,30 @@ def _group(rest: str, sizes: Mapping[str, int]) -> Sequence[int]:
         order = [int(n) for n in iota[3].split(",")] if iota[3] else list(range(len(dims)))
         return list(itertools.islice(_transposed(dims, order), math.prod(groups[1:])))
     return range(math.prod(sizes.values()))
+
+
+def _along_named(axes: str, order: str, along: str) -> Sequence[int]:
+    """The first group along the axes ``along`` ('a', or the part 'a':(n)m of it: m long, n of them before it) of a mesh
+    of named axes whose devices count row-major, unless ``order`` says otherwise."""
+    sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
+    devices: Sequence[int] = range(math.prod(sizes.values()))
+    iota = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if iota:
+        dims = [int(n) for n in iota[1].split(",")]
+        turned = [int(n) for n in iota[2].split(",")] if iota[2] else list(range(len(dims)))
+        devices = list(_transposed(dims, turned))
+    elif order:
+        devices = [int(n) for n in order.split(",")]
+    places, stride = [0], len(devices)
+    strides = {}
+    for name, n in sizes.items():
+        stride //= n
+        strides[name] = stride
+    for name, before, part in re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", along):
+        size = int(part) if part else sizes[name]
+        step = strides[name] * (sizes[name] // (int(before) * size) if part else 1)
+        places = [at + i * step for at in places for i in range(size)]
+    return [devices[at] for at in places]
 
 
 def _transposed(dims: Sequence[int], order: Sequence[int]) -> Iterable[int]:
