@@ -21,8 +21,10 @@ def ordered(devices: Sequence[Any], places: Places | None) -> list[Any]:
     """
     if places is None:
         return list(devices)
-    if not all(hasattr(device, "coords") for device in devices):
-        # Ranks are numbered along hosts and domains already: a domain's devices follow one another.
+    numbered = all(len(inside) == 1 for _, inside in places)
+    if numbered or not all(hasattr(device, "coords") for device in devices):
+        # Ranks are numbered along hosts and domains already: a domain's devices follow one another. So are GPUs that
+        # XLA describes, though they have coordinates too: domain, host and number.
         per_domain = len(devices) // (max(domain for domain, _ in places) + 1)
         return [devices[domain * per_domain + inside[0]] for domain, inside in places]
     dies = max(getattr(device, "core_on_chip", 0) for device in devices) + 1

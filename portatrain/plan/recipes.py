@@ -25,7 +25,7 @@ def find(name: str, *, cwd: Path | None = None) -> Recipe | ModelShape:
     if name in shipped or name.endswith(".py") or "/" in name:
         return load_recipe(name, cwd=cwd)
     if name not in PRESETS:
-        raise choice(f"recipe {name!r} (a file ends in .py)", name, [*shipped, *PRESETS])
+        raise choice(f"recipe {name!r} (a file ends in .py)", name, dict.fromkeys([*shipped, *PRESETS]))
     return PRESETS[name]
 
 

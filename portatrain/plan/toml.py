@@ -12,6 +12,7 @@ options = { partition = "gpu" }        # passed to the engine as it is
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import tomllib
@@ -145,7 +146,8 @@ class _Table:
     def _prices(self) -> dict[str, Figure]:
         found = {}
         for kind, value in (self._get("prices", dict) or {}).items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not 0 <= value < math.inf:
                 raise self._error("prices", f"USD per chip-hour for {kind!r}", repr(value), "Give a number.")
             found[kind] = figure(float(value), "USD/chip-hour", "user")
         return found
@@ -159,7 +161,7 @@ class _Table:
             dict: "a table",
         }
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
-        if value is not None and (not right or (kind in (int, float) and value <= 0)):
+        if value is not None and (not right or (kind in (int, float) and not 0 < value < math.inf)):
             raise self._error(key, wanted[kind], repr(value), "Mend that line.")
         return float(value) if kind is float and value is not None else value
 

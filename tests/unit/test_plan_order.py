@@ -88,6 +88,19 @@ def test_devices_without_coordinates_follow_domains() -> None:
     assert ordered(list(range(16)), coordinates(cluster, sizes_of(mesh), placement)) == list(range(16))
 
 
+@pytest.mark.parametrize("name", ["h100-64", "gb200-72", "h100-8"])
+def test_described_gpus_follow_their_numbers(name: str) -> None:
+    """Those that XLA's GPU compiler is given have coordinates too, (domain, host, number), and no slice."""
+    cluster, mesh = parse(name), sizes_of(Mesh(fsdp=parse(name).chips))
+    placements = place(cluster, mesh, cluster.devices)
+    assert not isinstance(placements, str)
+    each = min(cluster.chip.chips_in_host, cluster.domain)
+    shape = cluster.chips // cluster.domain, cluster.domain // each, each
+    places = itertools.product(*(range(n) for n in shape))
+    devices = [Device(i, "gpu", (a, b, c)) for i, (a, b, c) in enumerate(places)]
+    assert ordered(devices, coordinates(cluster, mesh, placements[0])) == devices
+
+
 def test_a_place_that_no_device_has_is_an_error() -> None:
     devices = torus("TPU v5", (2, 2, 1))
     with pytest.raises(ValueError, match="no device at"):
