@@ -17,7 +17,7 @@ import json, sys
 import numpy as np
 from portatrain.backends.jax import JaxBackend, attention, losses
 from portatrain.overrides import override
-from portatrain.plan.compilers import hlo
+from portatrain.plan.compilers import hlo, hlo_text
 from portatrain.recipe import load_recipe
 from portatrain.trainer import make_program
 
@@ -40,10 +40,10 @@ for mesh in json.loads(sys.argv[1]):
     compiled = backend._gradients_of.lower(state, placed, np.int32(1)).compile()  # once, to run and to read
     grads, loss, *_ = compiled(state, placed, np.int32(1))
     text = compiled.as_text()
-    computations = hlo.read(text)
+    computations = hlo_text.read(text)
     table = sum(
         times * ("[512,32]" in line.type)
-        for name, times in hlo._multiplicity(computations).items()
+        for name, times in hlo_text.multiplicity(computations).items()
         for line in computations[name].lines if line.opcode.removesuffix("-start") in hlo.COLLECTIVES
     )
     found[mesh] = {"loss": float(loss), "grads": {n: np.array(g) for n, g in grads.items()}, "table": table}
