@@ -11,53 +11,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
 
-from portatrain.backends.base import Program
 from portatrain.backends.jax import JaxBackend
 from portatrain.backends.torch import TorchBackend
-from portatrain.backends.torch import backend as torch_backend
 from portatrain.testing import parity
 from portatrain.trainer import make_program
+from tests.distributed.exact import exact
 from tests.matrix.cells import MESHES, ROWS, recipe_of
-
-Arrays = dict[str, np.ndarray]
-
-
-class Exact(TorchBackend):
-    """The torch backend with float64 in the place of float32."""
-
-    def init_state(self) -> Any:
-        state = super().init_state()
-        state.module.double()
-        return state
-
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        return {k: v.double() if v.is_floating_point() else v for k, v in super()._put(batch).items()}
-
-    def _grads(self, state: Any) -> list[torch.Tensor]:
-        return [p.grad for p in state.optimizer.param_groups[0]["params"]]
-
-
-def exact(program: Program, batch: Arrays) -> Arrays:
-    def double(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
-        return x.double(*args, **options)
-
-    wide = mock.patch.dict(torch_backend.COMPUTE, {"fp32": torch.float64})
-    with mock.patch.object(torch.Tensor, "float", double), wide:
-        backend = Exact(program)
-        state = backend.init_state()
-        backend._accumulate(state, batch, 1)
-    found = {n: np.zeros(program.definition.params[n].shape) for n in program.trainable}
-    for p in state.pieces:
-        if p.role == "params":
-            found[p.name][p.index] = p.tensor.grad.numpy()
-    return found
 
 
 def main() -> None:

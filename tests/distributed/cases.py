@@ -32,6 +32,8 @@ class Case:
     model: Any
     optimizer: Rule = dataclasses.field(default_factory=lambda: AdamW(lr=1e-3, b2=0.95, weight_decay=0.1))
     accumulation: int = 1
+    grows: bool = False
+    """The first step takes one microbatch, each after it one more, up to `accumulation`."""
     steps: int = 4
     images: bool = False
     predicts: bool = True
@@ -73,7 +75,8 @@ class Case:
             batch["sample"] = batch["sample"] + step * ROWS
             if step == self.blank_step:
                 batch["mask"] = np.full_like(batch["mask"], np.nan)
-            made.append({k: v.reshape(self.accumulation, -1, *v.shape[1:]) for k, v in batch.items()})
+            n = min(step, self.accumulation) if self.grows else self.accumulation
+            made.append({k: v.reshape(self.accumulation, -1, *v.shape[1:])[:n] for k, v in batch.items()})
         return made
 
 
@@ -126,6 +129,9 @@ CASES: dict[str, Case] = {
             "ema": lambda name: "mlp" in name,
             "trainable": lambda name: "attn/wo" not in name and name != "final_norm/scale",
         },
+    ),
+    "lm, growing batch, averages": Case(
+        model=_lm(dropout=0.1), accumulation=4, grows=True, options={"ema_decay": 0.9, "ema": _all},
     ),
     "lm, tensor and fsdp on one axis": Case(
         model=_lm(dropout=0.1),

@@ -32,6 +32,7 @@ FOUR = [
     ("context=2,tensor=2", "lm, untied, all options"),
     ("expert=4", "routed"),
     ("fsdp=2,tensor=2", "lm, LoRA"),
+    ("context=2,tensor=2", "lm, growing batch, averages"),
     ("fsdp=2,tensor=2", "lm, bf16 state"),
     ("fsdp=2,tensor=2", "lm, Muon"),
 ]

@@ -5,6 +5,7 @@ One group of processes runs all cells of its size. A gradient's scale is the lar
 
 from __future__ import annotations
 
+import functools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from portatrain.backends.torch import TorchBackend
 from portatrain.processes import run_processes
 from portatrain.testing import parity
 from tests.distributed.cases import CASES, ROWS, SEQ
+from tests.distributed.exact import exact
 from tests.distributed.measure import Measured, measure
 from tests.distributed.mutants import MUTANTS, ZERO
 
@@ -32,6 +34,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
         ("fsdp=2", "lm, LoRA"),
+        ("tensor=2", "lm, growing batch, averages"),
         ("fsdp=2", "lm, remat"),
         ("tensor=2", "lm, remat by name"),
         ("context=2", "lm, remat of dots"),
@@ -53,6 +56,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2,tensor=2", "lm, Muon"),
         ("fsdp=2,tensor=2", "lm, Adafactor"),
         ("fsdp=2,tensor=2", "lm, LoRA"),
+        ("replica=2,fsdp=2", "lm, growing batch, averages"),
         ("fsdp=2,tensor=2", "lm, bf16 state"),
         ("replica=2,fsdp=2", "lm, bf16 state"),
         ("context=2,tensor=2", "lm, LoRA"),
@@ -160,7 +164,11 @@ def alone() -> Callable[[str], Measured]:
 
 
 def differences(one: Measured, many: Measured, case: str) -> list[str]:
-    """What of `many` is not what `one` has, within the bounds of `portatrain.testing.parity`."""
+    """What of `many` is not what `one` has, within the bounds of `portatrain.testing.parity`.
+
+    A gradient beyond the bound is held to the same step in float64: where gradients nearly cancel, one process is as
+    far from it as a mesh (9.7e-7 of blocks/attn/wk), on the other side.
+    """
     low = CASES[case].options.get("precision", "fp32") != "fp32"
     # bf16: an activation carries 8 bits, and sums of rounded parts differ by a few of its last ones.
     gradient_bound, loss_bound = (2.0**-5, 2.0**-8) if low else (parity.GRADIENT_BOUND, parity.LOSS_BOUND)
@@ -180,6 +188,10 @@ def differences(one: Measured, many: Measured, case: str) -> list[str]:
     assert one.gradients.keys() == many.gradients.keys()
     for name, gradient in one.gradients.items():
         within(f"gradient of {name}", gradient, many.gradients[name], gradient_bound)
+    if failures and not low:
+        failures.clear()
+        for name, gradient in _truth(case).items():
+            within(f"gradient of {name} from float64", gradient, many.gradients[name], gradient_bound)
     for step, (a, b) in enumerate(zip(one.losses, many.losses, strict=True), start=1):
         within(f"loss of step {step}", a, b, loss_bound)
     within(
@@ -201,8 +213,10 @@ def differences(one: Measured, many: Measured, case: str) -> list[str]:
         if role == "state" or role == "opt/count":
             within(f"{role} {name}", one.last[role, name], many.last[role, name], 1e-6)
         elif role == "opt/m" and not low:
-            # Linear in the gradient: its first value is.
-            within(f"{role} {name}", one.first[role, name], many.first[role, name], gradient_bound)
+            # Linear in the gradient: its first value is, by a factor that is one process's.
+            m, g = one.first[role, name].astype(np.float64), one.gradients[name].astype(np.float64)
+            factor = (m * g).sum() / ((g * g).sum() or 1.0)
+            within(f"{role} {name}", factor * many.gradients[name], many.first[role, name], gradient_bound)
     evaluated = [("loss_B", 1e-5), ("weight_B", 0.0)]
     for name, bound in evaluated:
         within(f"evaluated {name}", one.evaluated[name], many.evaluated[name], 2.0**-5 if low else bound)
@@ -210,6 +224,11 @@ def differences(one: Measured, many: Measured, case: str) -> list[str]:
         # After steps of Adam from gradients that differ in their last bits.
         within("predictions", one.predicted, many.predicted, 1e-3)
     return failures
+
+
+@functools.cache
+def _truth(case: str) -> dict[str, np.ndarray]:
+    return exact(CASES[case].program(""), CASES[case].batches()[0])
 
 
 def _check(found: Any, alone: Callable[[str], Measured], case: str) -> None:

@@ -46,7 +46,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         *(("fsdp=2,tensor=2", case) for case in OPTIONS),
         ("fsdp=2,context=2", PLAIN[0]),
         ("fsdp=2,tensor=2", "lm, tensor and fsdp on one axis"),
-        ("fsdp=2,tensor=2", "lm, LoRA"),
+        ("fsdp=2,tensor=2", "lm, LoRA"), ("fsdp=4", "lm, growing batch, averages"),
         ("fsdp=2,tensor=2", "lm, Muon"), ("fsdp=2,tensor=2", "lm, Adafactor"),
         ("fsdp=4", "lm, a step that is not finite"), ("fsdp=4", "lm, remat"), ("fsdp=4", "lm, bf16"),
         ("expert=4", "routed"),
