@@ -28,7 +28,7 @@ from portatrain.claim import TOKEN, Holding
 from portatrain.errors import StorageError, UserError
 from portatrain.package import differences
 from portatrain.places import is_remote
-from portatrain.preemption import RESUME_ME
+from portatrain.preemption import RESUME_ME, SAME_S
 from portatrain.processes import LOGS
 from portatrain.run_dir import ATTEMPT, PLACE, open_run
 from portatrain.status import committed
@@ -48,6 +48,7 @@ class Supervisor:
         self.asked = ""
         """'preempt', 'cancel' or 'unclear': what the last signal meant; '' where there was none."""
         self._child: subprocess.Popen[bytes] | None = None
+        self._last_s: dict[int, float] = {}
 
     def main(self) -> int:
         """Until the run is over, or this job's part in it; the exit code."""
@@ -187,7 +188,7 @@ class Supervisor:
                 command, env=env, stdin=subprocess.DEVNULL, stdout=log if output else None,
                 stderr=subprocess.STDOUT if output else None, start_new_session=True,
             )  # fmt: skip
-            if self.asked:  # it came in between
+            if self.signals:  # it came in between
                 self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
         if code not in (0, RESUME_ME) and _mistake(attempt.folder):
@@ -217,13 +218,17 @@ class Supervisor:
         return "failed", f"{how}{_last_words(attempt.folder)}"
 
     def _signal(self, number: int, frame: FrameType | None) -> None:
+        first, now_s = not self.signals, time.monotonic()
+        again = now_s - self._last_s.get(number, now_s) >= SAME_S
+        self._last_s[number] = now_s
         self.signals.append(number)
+        # Handed on before anything is asked of the engine, and once, however many signals it makes of one request.
+        if (first or again) and self._child is not None and self._child.poll() is None:
+            # One kind for all engines, and not the one that means "end" to programs in between.
+            self._child.send_signal(signal.SIGUSR1)
         meaning = self.landed.means(number)
         if self.asked in ("", "unclear"):
             self.asked = meaning
-        if self._child is not None and self._child.poll() is None:
-            # One kind for all engines, and not the one that means "end" to programs in between.
-            self._child.send_signal(signal.SIGUSR1)
 
 
 def _mistake(folder: Path) -> bool:

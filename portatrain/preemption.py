@@ -8,7 +8,9 @@ nothing. The C half of a handler writes to a pipe, however, and a thread reads t
 - Before anything has been trained (imports, restoring, compiling the first step) the last commit is all there is: the
   process leaves at once.
 - When the grace is nearly over and the trainer has not left, the process leaves with the checkpoint before.
-- A second request leaves at once. Signals less than SAME_S apart are one: schedulers send several.
+- A second request leaves at once: the same signal again, SAME_S or more after the first. One request comes as several
+  signals (a scheduler tells the processes, and the supervisor, which hands it on; a cloud's notice goes before its
+  SIGTERM), and on a busy machine they are seconds apart.
 """
 
 from __future__ import annotations
@@ -34,7 +36,11 @@ SAME_S = 1.0
 MARGIN_S = 1.0
 """Left of the grace for leaving."""
 
-_KINDS = {signal.SIGINT: "interrupt", signal.SIGTERM: "preempt", signal.SIGUSR1: "preempt"}
+_ASKED = 255
+"""Stands for `ask` where signals have their numbers."""
+_KINDS: dict[int, str] = {
+    signal.SIGINT: "interrupt", signal.SIGTERM: "preempt", signal.SIGUSR1: "preempt", _ASKED: "preempt",
+}  # fmt: skip
 
 
 class StopSignals:
@@ -52,7 +58,8 @@ class StopSignals:
         self.on_leaving: Callable[[str], None] = lambda why: None
         given = os.environ.get(GRACE)
         self.grace_s = float(given) if given else None
-        self._first_s = self._last_s = 0.0
+        self._first_s = 0.0
+        self._last_s: dict[int, float] = {}
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
@@ -63,7 +70,7 @@ class StopSignals:
         for end in self._pipe:
             os.set_blocking(end, False)
         if threading.current_thread() is threading.main_thread():
-            for number in _KINDS:
+            for number in (n for n in _KINDS if n != _ASKED):
                 self._before[number] = signal.signal(number, lambda number, frame: None)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="portatrain-signals", daemon=True)
@@ -71,9 +78,9 @@ class StopSignals:
         return self
 
     def ask(self) -> None:
-        """As if SIGTERM had come; for notices that are no signals."""
+        """As if a signal had come; for notices that are none."""
         if self._pipe is not None and self.asked is None:
-            os.write(self._pipe[1], bytes([signal.SIGTERM]))
+            os.write(self._pipe[1], bytes([_ASKED]))
 
     @contextmanager
     def staying(self) -> Iterator[None]:
@@ -103,13 +110,13 @@ class StopSignals:
         return float("inf") if self.grace_s is None else max(self.grace_s - MARGIN_S, self.grace_s / 2)
 
     def _seen(self, number: int) -> None:
-        kind, now_s = _KINDS[signal.Signals(number)], time.monotonic()
+        kind, now_s = _KINDS[number], time.monotonic()
         if self.asked is None:
             self.asked, self._first_s = kind, now_s
             self.on_asked(kind)
-        elif kind == "interrupt" or now_s - self._last_s >= SAME_S:
+        elif kind == "interrupt" or now_s - self._last_s.get(number, now_s) >= SAME_S:
             self._leave("a second signal came")
-        self._last_s = now_s
+        self._last_s[number] = now_s
 
     def _leave(self, why: str) -> None:
         """End the process now; what was committed before stands."""
