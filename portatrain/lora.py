@@ -119,7 +119,7 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
     return through
 
 
-def plain(p: Any) -> Any:
+def not_adapted(p: Any) -> Any:
     """`p`, a parameter or value that something else than einsum uses; UserError where it is adapted."""
     if isinstance(p, Adapted):
         raise UserError(

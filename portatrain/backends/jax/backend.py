@@ -429,11 +429,7 @@ def _join(a: Any, b: Any) -> Any:
 def _start(shapes: Any) -> Any:
     # Sums are float32 whatever their terms are.
     zeros = jax.tree.map(
-        lambda s: jnp.zeros(
-            s.shape,
-            jnp.promote_types(s.dtype, jnp.float32) if jnp.issubdtype(s.dtype, jnp.floating) else s.dtype,
-        ),
-        shapes,
+        lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes
     )
     auxes = jax.tree_util.tree_map_with_path(
         lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3]

@@ -19,8 +19,7 @@ from portatrain.backends.jax.attention import attention
 from portatrain.backends.jax.losses import Cut, cross_entropy
 from portatrain.backends.jax.low import contraction, low_rows, rows, transposable
 from portatrain.layout import Layout, Spec
-from portatrain.lora import adapts
-from portatrain.lora import plain as not_adapted
+from portatrain.lora import adapts, not_adapted
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling

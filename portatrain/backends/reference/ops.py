@@ -12,8 +12,7 @@ from portatrain import hashing
 from portatrain.backends.reference.trees import tree_map
 from portatrain.bind import bind, source_of
 from portatrain.errors import UserError, choice
-from portatrain.lora import adapts
-from portatrain.lora import plain as not_adapted
+from portatrain.lora import adapts, not_adapted
 from portatrain.module import Module, Param, Stack, State
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.rope import RopeScaling

@@ -25,8 +25,7 @@ from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
-from portatrain.lora import adapts
-from portatrain.lora import plain as not_adapted
+from portatrain.lora import adapts, not_adapted
 from portatrain.ops import Loss
 from portatrain.rope import RopeScaling
 from torch import Tensor, nn

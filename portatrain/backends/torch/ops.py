@@ -17,8 +17,7 @@ from portatrain.backends.torch.low import low_rows
 from portatrain.backends.torch.norms import by_sample, rms_norm
 from portatrain.backends.torch.remat import keep
 from portatrain.layout import Layout
-from portatrain.lora import adapts
-from portatrain.lora import plain as not_adapted
+from portatrain.lora import adapts, not_adapted
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling

@@ -95,6 +95,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         super().__init__([p.tensor for p in pieces], {})
         self.rule, self.decay, self.seed, self.count = rule, decay, seed, 0
         self.stacked = {p.tensor: (infos[p.name], p.index) for p in pieces}
+        self.slot_infos = {p.tensor: slot_tensors(rule, infos[p.name]) for p in pieces}
         self.infos = {p.tensor: (slice_info(infos[p.name]), p.name) for p in pieces}
         self.natives: list[tuple[Any, torch.optim.Optimizer]] = []
         self.plain: list[Tensor] = []
@@ -124,8 +125,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
     def slot_shape(self, tensor: Tensor, slot: str) -> tuple[int, ...]:
         """The shape of what this process holds of a slot."""
-        info, _ = self.infos[tensor]
-        return self.rule.rule_for(info).slots(info)[slot].shape
+        return self.box(self.slot_infos[tensor][slot])[1]
 
     def box(self, info: TensorInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(offset, shape) of this process's part of one layer of the logical tensor `info`."""
@@ -195,7 +195,7 @@ class RuleOptimizer(torch.optim.Optimizer):
                 tensor.add_(delta)
             else:
                 self.keep(tensor, tensor.float().add_(delta), whole, "params", index)
-            for slot, what in slot_tensors(self.rule, whole).items():
+            for slot, what in self.slot_infos[tensor].items():
                 self.keep(slots[slot], new[slot], what, what.role, index)
 
 

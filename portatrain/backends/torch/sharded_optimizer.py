@@ -16,7 +16,6 @@ from portatrain.backends.torch.optimizer import RuleOptimizer
 from portatrain.layout import Spec
 from portatrain.module import TensorInfo
 from portatrain.optim import SGD, AdamW, Lion, Rule
-from portatrain.state import slot_tensors
 from torch import Tensor
 
 ELEMENTWISE = (AdamW, Lion, SGD)
@@ -45,16 +44,10 @@ class ShardedOptimizer(RuleOptimizer):
     def _spec(self, info: TensorInfo) -> Spec:
         return self.world.layout.tensor_spec(info)[info.stack_dims :]
 
-    def _slots(self, tensor: Tensor) -> dict[str, TensorInfo]:
-        return slot_tensors(self.rule, self.stacked[tensor][0])
-
-    def slot_shape(self, tensor: Tensor, slot: str) -> tuple[int, ...]:
-        return self.box(self._slots(tensor)[slot])[1]
-
     def updated(self, rule: Rule, tensor: Tensor, slots: dict[str, Tensor], **options: Any) -> Any:
         if isinstance(rule, ELEMENTWISE):
             return super().updated(rule, tensor, slots, **options)
-        (stacked, _), slot_infos, world = self.stacked[tensor], self._slots(tensor), self.world
+        (stacked, _), slot_infos, world = self.stacked[tensor], self.slot_infos[tensor], self.world
         whole = {n: world.gather_tensor(slots[n].float(), self._spec(i)) for n, i in slot_infos.items()}
         delta, new = rule.update(
             options.pop("xp"), info=self.infos[tensor][0], slots=whole,
