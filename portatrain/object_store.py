@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -68,24 +69,13 @@ class ObjectStore:
         obstore = _obstore()
         with self._explained(name, f"to write {len(data)} bytes"):
             try:
-                obstore.put(self._store, self._checked(name), data, mode="create", use_multipart=False)
-            except obstore.exceptions.AlreadyExistsError:
-                return self._is(name, data)
-            except obstore.exceptions.NotSupportedError as error:
+                done = in_one_step(self._store, self._checked(name), data, "create", RETRY)
+            except (obstore.exceptions.NotSupportedError, NotImplementedError) as error:
                 raise FormatError(
                     self.describe(name), expected="a store with conditional writes", got=str(error),
                     do="Use a store that has them: a commit must be one step.",
                 ) from error  # fmt: skip
-            except obstore.exceptions.BaseError:
-                if not self._is(name, data):
-                    raise
-        return True
-
-    def _is(self, name: str, data: bytes) -> bool:
-        """Whether the object is ours: the store may have taken it, and its answer been lost on the way."""
-        with contextlib.suppress(FileNotFoundError):
-            return bytes(_obstore().get(self._store, name).bytes()) == data
-        return False
+        return done is not None
 
     def read_into(self, name: str, offset: int, views: Sequence[memoryview]) -> None:
         pending = [v.cast("B") for v in views if v.nbytes]
@@ -134,6 +124,43 @@ class ObjectStore:
     def _explained(self, name: str, expected: str) -> Iterator[None]:
         with explained(self.describe(name) if name else self.url, expected):
             yield
+
+
+def in_one_step(store: Any, name: str, data: bytes, mode: Any, retry: Mapping[str, Any]) -> Any:
+    """A conditional put (`mode` as obstore has it): what the store says of the new object, or None where it did not
+    take it, as another's is there. A store may take an object and its answer be lost: one with this very content is
+    ours, so no two contents may be equal by chance.
+
+    What a server refused with an error obstore sends again, but not a conditional put that got no answer at all: that
+    is done here.
+    """
+    api = _obstore()
+    errors = api.exceptions
+    wait_s, longest_s = (retry["backoff"][k].total_seconds() for k in ("init_backoff", "max_backoff"))
+    end_s = time.monotonic() + retry["retry_timeout"].total_seconds()
+    while True:
+        try:
+            return api.put(store, name, data, mode=mode, use_multipart=False)
+        except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
+            return _ours(store, name, data)
+        except (errors.NotSupportedError, NotImplementedError):
+            raise
+        except errors.BaseError as error:
+            if (found := _ours(store, name, data)) is not None:
+                return found
+            if "HTTP error" not in str(error) or time.monotonic() + wait_s > end_s:
+                raise
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, longest_s)
+
+
+def _ours(store: Any, name: str, data: bytes) -> Any:
+    """What the store says of the object `name`, if its content is `data`; else None."""
+    with contextlib.suppress(FileNotFoundError):
+        found = _obstore().get(store, name)
+        if bytes(found.bytes()) == data:
+            return found.meta
+    return None
 
 
 @contextlib.contextmanager

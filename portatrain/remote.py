@@ -67,29 +67,15 @@ class Objects:
         return self._conditional(name, data, version)
 
     def _conditional(self, name: str, data: bytes, mode: Any) -> Version | None:
-        errors = self._api.exceptions
         with self._told(name, "to write it"):
             try:
-                return _version(self._api.put(self._store, name, data, mode=mode, use_multipart=False))
-            except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
-                return self._own(name, data)
-            except (errors.NotSupportedError, NotImplementedError):
+                made = object_store.in_one_step(self._store, name, data, mode, RETRY)
+            except (self._api.exceptions.NotSupportedError, NotImplementedError):
                 raise UserError(
                     f"object {self.url}/{name}", expected="a store with conditional writes", got="one without",
                     do="Use a store that has them (S3, Google Cloud Storage, Azure): a claim must be one step.",
                 ) from None  # fmt: skip
-            except errors.BaseError:
-                version = self._own(name, data)  # it may have been taken, and the answer lost
-                if version is None:
-                    raise
-                return version
-
-    def _own(self, name: str, data: bytes) -> Version | None:
-        with contextlib.suppress(FileNotFoundError):
-            found = self._api.get(self._store, name)
-            if bytes(found.bytes()) == data:
-                return _version(found.meta)
-        return None
+        return None if made is None else _version(made)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """Write, whatever was there; a path is read as it is sent."""

@@ -93,8 +93,11 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
     }.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     there = http.client.HTTPConnection("127.0.0.1", proxy.port)
-    there.request("PUT", "/runs")
-    assert there.getresponse().status == 200
+    for method, path in (("POST", "/moto-api/reset"), ("PUT", "/runs")):  # what moto holds is its process's
+        there.request(method, path)
+        answer = there.getresponse()
+        answer.read()
+        assert answer.status == 200
     there.close()
     proxy.seen.clear()
     try:

@@ -31,6 +31,7 @@ from portatrain.backends.base import missing
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.remote import Objects
 from portatrain.run_dir import RunDir, open_run
 from portatrain.status import Status, status
 from portatrain.trainer import train
@@ -119,6 +120,33 @@ def test_answers_that_come_too_late_are_asked_for_again(
     save(url, "a1")
     good(url)
     assert len(late) >= 3
+
+
+def test_a_conditional_put_that_nobody_answers_in_time_is_done_once(
+    there: tuple[str, Proxy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be carried out long after it was given up: what is sent again then finds its own content."""
+    url, proxy = there
+    monkeypatch.setenv("PORTATRAIN_STORE_TIMEOUT_S", "1")
+    waits: list[float] = []
+
+    def fault(method: str, path: str, number: int) -> float | None:
+        return waits.pop() if method == "PUT" and waits else None
+
+    proxy.fault = fault
+    objects = Objects(url)
+    for late in ([1.5], [9.0], [9.0, 1.3]):
+        waits[:] = late
+        version = objects.create(f"claim-{late}", b"mine")
+        assert version is not None
+        waits[:] = late
+        renewed = objects.replace(f"claim-{late}", b"mine still", version)
+        assert renewed is not None
+        waits[:] = late
+        assert objects.replace(f"claim-{late}", b"another's", version) is None
+        waits[:] = late
+        assert objects.create(f"claim-{late}", b"another's") is None
+        assert objects.get(f"claim-{late}") == (b"mine still", renewed)
 
 
 def test_a_commit_whose_answer_was_lost_stands_and_is_ours(there: tuple[str, Proxy]) -> None:
@@ -249,20 +277,24 @@ def test_a_run_directory_in_s3_goes_on_on_another_machine(
     assert not list(tmp_path.glob("s3:*"))
 
 
-def test_launched_killed_and_gone_on_with_elsewhere(
-    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    """What carries a run, with a training that computes nothing (tests/fakes/train.py)."""
+def _light_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, step_s: float) -> None:
+    """A cluster `here` with a training that computes nothing (tests/fakes/train.py): only what carries a run."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)
     for key, value in {
         "PYTHONPATH": str(root), "REAL_PYTHON": sys.executable, "FAKES": str(root / "tests" / "fakes"),
-        "FAKE_STEP_S": "0.1", "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
+        "FAKE_STEP_S": str(step_s), "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
     }.items():  # fmt: skip
         monkeypatch.setenv(key, value)
     Path("clusters.toml").write_text(
         f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {{ python = "{root}/tests/fakes/python" }}\n'
     )
+
+
+def test_launched_killed_and_gone_on_with_elsewhere(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    _light_cluster(tmp_path, monkeypatch, step_s=0.1)
     Path("mine.py").write_text("from recipes.tiny_lm import recipe\n")
     runs, run = "s3://runs/many", "s3://runs/many/a"
     assert launch_main(["--cluster", "here", "mine.py", "--detach", "--run", "a", "--runs", runs]) == 0
@@ -294,16 +326,7 @@ def test_launched_killed_and_gone_on_with_elsewhere(
 def test_a_cancel_reaches_a_run_on_another_machine(
     there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    root = Path(__file__).parents[2]
-    monkeypatch.chdir(tmp_path)
-    for key, value in {
-        "PYTHONPATH": str(root), "REAL_PYTHON": sys.executable, "FAKES": str(root / "tests" / "fakes"),
-        "FAKE_STEP_S": "0.5", "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
-    }.items():  # fmt: skip
-        monkeypatch.setenv(key, value)
-    Path("clusters.toml").write_text(
-        f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {{ python = "{root}/tests/fakes/python" }}\n'
-    )
+    _light_cluster(tmp_path, monkeypatch, step_s=0.5)
     run = "s3://runs/many/b"
     assert (
         launch_main(["--cluster", "here", "tiny-lm", "--detach", "--run", "b", "--runs", "s3://runs/many"])
