@@ -55,8 +55,10 @@ def attention(
     scale: float | None = None,
     precision: Any = None,
     shards: tuple[int, int, int] = (1, 1, 1),
+    may_be_blind: bool | None = None,
 ) -> Any:
-    """See `portatrain.ops.Ops.attention`. `shards`: parts that batch, heads and queries are cut into over devices."""
+    """See `portatrain.ops.Ops.attention`. `shards`: parts that batch, heads and queries are cut into over devices.
+    `may_be_blind`: a query may see nothing; None: where positions or two kinds of segments are given."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     # Heads first, so that no array of scores is ever transposed: q, k, v and the result are smaller.
@@ -68,7 +70,8 @@ def attention(
         "causal": causal, "window": window, "softcap": softcap, "precision": precision,
         "scale": d**-0.5 if scale is None else scale,
         # Only then may a query see nothing: in place, it sees itself at least.
-        "may_be_blind": positions is not None or isinstance(segment_ids, tuple),
+        "may_be_blind": positions is not None or isinstance(segment_ids, tuple)
+        if may_be_blind is None else may_be_blind,
     }  # fmt: skip
     rows, heads, parts = shards
     n = chunks(-(-b // rows), -(-h // heads), s // parts, t) if s % parts == 0 else 1

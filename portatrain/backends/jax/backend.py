@@ -85,7 +85,8 @@ class JaxBackend:
         flat = []
         for path in self.flat_paths:
             role, name = self.paths[path]
-            flat.append((path, kinds[role](given[role][name])))
+            info = self.definition.tensors[role, name]
+            flat.append((path, kinds[role](given[role][name], axes=info.axes[info.stack_dims :])))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
     def _ops(self, batch: Mapping[str, Any], step: Any, training: bool) -> JaxOps:

@@ -8,6 +8,7 @@ batch and P of the positions.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,8 +31,9 @@ def chunks(batch: int, positions: int, vocab: int, most: int | None = None) -> i
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tokens of a loss lie on devices: in `rows` parts of the batch and `parts` of the sequence. `table` and
-    `sums` are shardings of the table while computing and of its gradient's sums, (rows, parts, V, E); None: anywhere.
+    """How the tokens of a loss lie on devices: in `rows` parts of the batch and `parts` of the sequence. `table`,
+    `sums` and `stored` are shardings of the table while computing, of its gradient's sums, (rows, parts, V, E), and of
+    the gradient; None: anywhere.
 
     Every part sums the gradient of its own tokens, over all chunks; the parts are added once, at the end. Left to
     itself the compiler would add them after each chunk, and gather the table for each.
@@ -41,10 +43,15 @@ class Cut:
     parts: int = 1
     table: Any = None
     sums: Any = None
+    stored: Any = None
 
     def of(self, batch: int, positions: int) -> Cut:
         """This cut, or none where it does not divide these sizes (an evaluation's last batch)."""
-        return self if batch % self.rows == 0 and positions % self.parts == 0 else Cut(table=self.table)
+        return (
+            self
+            if batch % self.rows == 0 and positions % self.parts == 0
+            else Cut(table=self.table, stored=self.stored)
+        )
 
 
 def cross_entropy(x: Any, table_VE: Any, targets: Any, mask: Any, *, z_loss: float, softcap: float | None,
@@ -101,6 +108,36 @@ def _laid(x: Any, sharding: Any) -> Any:
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
+def _axes(dim: Any, mesh: Any) -> tuple[str, ...]:
+    """The mesh axes in one entry of a PartitionSpec that are longer than 1."""
+    return tuple(a for a in ((dim,) if isinstance(dim, str) else dim or ()) if mesh.shape[a] > 1)
+
+
+def _added(dtable_RPVE: Any, cut: Cut) -> Any:
+    """(V, E): the parts added, laid out as the table is stored: every device gets the sum of its own columns. Asked for
+    by a constraint alone, the compiler gives all of them the whole sum, which moves twice as much."""
+    sums, stored = cut.sums, cut.stored
+    if sums is not None and stored is not None and math.prod(dtable_RPVE.shape[:2]) > 1:
+        batch, seq, vocab = (_axes(dim, sums.mesh) for dim in sums.spec[:3])
+        rows, columns = (_axes(dim, sums.mesh) for dim in stored.spec)
+        if rows == vocab and set(columns) <= {*batch, *seq}:
+
+            def mine(part: Any) -> Any:
+                part = part[
+                    0, 0
+                ].T  # a TPU's compiler scatters along the minor dimension only in whole tiles of 128
+                for axis in columns:  # major first
+                    part = jax.lax.psum_scatter(part, axis, scatter_dimension=0, tiled=True)
+                rest = tuple(axis for axis in batch + seq if axis not in columns)
+                return (jax.lax.psum(part, rest) if rest else part).T
+
+            given = jax.lax.with_sharding_constraint(dtable_RPVE, sums)
+            return jax.shard_map(
+                mine, mesh=sums.mesh, in_specs=sums.spec, out_specs=stored.spec, check_vma=False
+            )(given)
+    return _laid(jnp.sum(dtable_RPVE, axis=(0, 1)), stored)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _cross_entropy(
     options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any
@@ -141,7 +178,7 @@ def _forward(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS
         start = (jnp.zeros((cut.rows, b // cut.rows), jnp.float32), sums)
         (loss_RB, dtable), dx = jax.lax.scan(body, start, parts)
         dx = jnp.moveaxis(dx, 0, 3).reshape(x_BSE.shape)
-    loss_B, dtable_VE = loss_RB.reshape(-1), jnp.sum(dtable, axis=(0, 1))
+    loss_B, dtable_VE = loss_RB.reshape(-1), _added(dtable, cut)
     return (jnp.sum(loss_B), loss_B), (dx, dtable_VE.astype(kind))
 
 

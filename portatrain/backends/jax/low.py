@@ -29,28 +29,38 @@ def transposable(spec: str) -> bool:
     )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def contraction(spec: str, compute: Any, kind: Any, x: Any, w: Any) -> Any:
-    """einsum(spec, x, w) in dtype `compute`, w being a parameter of dtype `kind`."""
-    return _einsum(spec, x.astype(compute), w.astype(compute), compute)
+Gathering = tuple[Any, Any]
+"""Shardings of a parameter as it is used and as it is stored, or (None, None)."""
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def contraction(spec: str, compute: Any, kind: Any, gathering: Gathering, x: Any, w: Any) -> Any:
+    """einsum(spec, x, w) in dtype `compute`, w being a parameter of dtype `kind`, gathered for it; its gradient is
+    summed in float32 and scattered."""
+    return _einsum(spec, x.astype(compute), _laid(w.astype(compute), gathering[0]), compute)
 
 
 def _einsum(spec: str, x: Any, w: Any, out: Any) -> Any:
     return jnp.einsum(spec, x, w, preferred_element_type=out)
 
 
-def _contraction(spec: str, compute: Any, kind: Any, x: Any, w: Any) -> Any:
-    low = w.astype(compute)
-    return _einsum(spec, x.astype(compute), low, compute), (x, low)
+def _laid(x: Any, sharding: Any) -> Any:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def _contraction_back(spec: str, compute: Any, kind: Any, saved: Any, g: Any) -> Any:
-    x, w = saved
+def _contraction(spec: str, compute: Any, kind: Any, gathering: Gathering, x: Any, w: Any) -> Any:
+    used, stored = gathering
+    low = _laid(w.astype(compute), stored)  # kept as it is stored, gathered again on the way back
+    return _einsum(spec, x.astype(compute), _laid(low, used), compute), (x, low)
+
+
+def _contraction_back(spec: str, compute: Any, kind: Any, gathering: Gathering, saved: Any, g: Any) -> Any:
+    (x, low), (used, stored) = saved, gathering
     terms, _, out = spec.replace(" ", "").partition("->")
     mine, theirs = terms.split(",")
-    dx = _einsum(f"{out},{theirs}->{mine}", g, w, compute).astype(x.dtype)
+    dx = _einsum(f"{out},{theirs}->{mine}", g, _laid(low, used), compute).astype(x.dtype)
     dw = _einsum(f"{mine},{out}->{theirs}", x.astype(compute), g, jnp.float32)
-    return dx, dw.astype(kind)
+    return dx, _laid(dw, stored).astype(kind)
 
 
 contraction.defvjp(_contraction, _contraction_back)
@@ -67,18 +77,18 @@ def rows(table_VE: Any, ids: Any) -> Any:
     return jnp.broadcast_to(table_VE, (b, v, e)).at[at, ids].get(mode="clip")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def low_rows(compute: Any, kind: Any, shape: tuple[int, int], table_VE: Any, ids: Any) -> Any:
-    """`rows` in dtype `compute` of a parameter of dtype `kind` and of this shape."""
-    return rows(table_VE.astype(compute), ids)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def low_rows(compute: Any, kind: Any, shape: tuple[int, int], find: Any, table_VE: Any, ids: Any) -> Any:
+    """`find` (`rows`, or the like on a mesh) in dtype `compute`, of a parameter of dtype `kind` and of this shape."""
+    return find(table_VE.astype(compute), ids)
 
 
-def _low_rows(compute: Any, kind: Any, shape: tuple[int, int], table_VE: Any, ids: Any) -> Any:
-    return rows(table_VE.astype(compute), ids), ids
+def _low_rows(compute: Any, kind: Any, shape: tuple[int, int], find: Any, table_VE: Any, ids: Any) -> Any:
+    return find(table_VE.astype(compute), ids), ids
 
 
-def _low_rows_back(compute: Any, kind: Any, shape: tuple[int, int], ids: Any, g: Any) -> Any:
-    _, back = jax.vjp(lambda table: rows(table, ids), jnp.zeros(shape, jnp.float32))
+def _low_rows_back(compute: Any, kind: Any, shape: tuple[int, int], find: Any, ids: Any, g: Any) -> Any:
+    _, back = jax.vjp(lambda table: find(table, ids), jnp.zeros(shape, jnp.float32))
     return back(g.astype(jnp.float32))[0].astype(kind), None
 
 

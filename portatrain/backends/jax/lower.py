@@ -38,7 +38,8 @@ def lower(
 ) -> tuple[nnx.Module, dict[tuple, tuple[str, str]]]:
     """The native module, its arrays from `array(role, name)`, and for every nnx path the (role, name) found there.
 
-    A tied parameter is one nnx.Param under several paths, all of which the map has.
+    A tied parameter is one nnx.Param under several paths, all of which the map has. Its metadata has `axes`, the
+    logical axes of one layer.
     """
     made: dict[int, Any] = {}
     paths: dict[tuple, tuple[str, str]] = {}
@@ -50,7 +51,7 @@ def lower(
             paths[at] = (role, name)
             if id(value) not in made:
                 kind = nnx.Param if role == "params" else StateVariable
-                made[id(value)] = kind(array(role, name))
+                made[id(value)] = kind(array(role, name), axes=tuple(value.axes))
             return made[id(value)]
         if isinstance(value, Module):
             attributes = {n: convert(v, (*at, n)) for n, v in vars(value).items()}

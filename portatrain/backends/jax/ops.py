@@ -13,23 +13,18 @@ from flax import nnx
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 from portatrain import hashing
-from portatrain.backends.jax.attention import attention
-from portatrain.backends.jax.losses import Cut, cross_entropy
-from portatrain.backends.jax.low import contraction, low_rows, rows, transposable
-from portatrain.layout import Layout, Spec
+from portatrain.backends.jax.losses import cross_entropy
+from portatrain.backends.jax.low import contraction, low_rows, transposable
+from portatrain.backends.jax.on_mesh import OnMesh, gathered, partition_spec, plain
+from portatrain.layout import Layout
 from portatrain.lora import adapts, not_adapted
 from portatrain.ops import Aux, Loss, check_aux
 from portatrain.remat import POLICIES, Policy, check_used
 from portatrain.rope import RopeScaling
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
-
-
-def plain(x: Any) -> Any:
-    """The array of an nnx.Variable; anything else as it is."""
-    return x.get_value() if isinstance(x, nnx.Variable) else x
 
 
 def saveable(policy: Policy) -> Any:
@@ -43,10 +38,6 @@ def saveable(policy: Policy) -> Any:
             offload_dst="pinned_host",
         )  # fmt: skip
     return known.save_only_these_names(*sorted(policy.names))
-
-
-def partition_spec(spec: Spec) -> PartitionSpec:
-    return PartitionSpec(*(dim or None for dim in spec))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -67,7 +58,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps:
+class JaxOps(OnMesh):
     """See `portatrain.ops.Ops`. One is made for every trace; `auxes` and `tallies` collect what the model records."""
 
     step: Any
@@ -91,27 +82,41 @@ class JaxOps:
     # ---- parameters and contractions
 
     def weight(self, p: Any) -> Any:
-        value = plain(not_adapted(p))
-        return value.astype(self.compute) if isinstance(p, nnx.Param) else value
+        p = not_adapted(p)
+        value = plain(p)
+        if not isinstance(p, nnx.Param):
+            return value
+        value, (used, stored) = value.astype(self.compute), self._gathering(p)
+        return value if used is None else gathered(value, used, stored)
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        letters, _, out = spec.replace(" ", "").partition("->")
+        terms = letters.split(",")
+        split = self._split(terms, operands)
         if dtype is None and self._is_low(operands[-1]) and transposable(spec):
             x, w = (plain(value) for value in operands)
-            return contraction(spec, self.compute, w.dtype, x, w)
-        out = DTYPES[dtype] if dtype else self.compute
-        return jnp.einsum(
+            x = self._along(x, terms[0], split)
+            product = contraction(spec, self.compute, w.dtype, self._gathering(operands[-1]), x, w)
+            return self._along(product, out, split)
+        arrays = [self.weight(x) if isinstance(x, nnx.Param) else plain(x) for x in operands]
+        arrays = [
+            self._along(x.astype(self.compute), its, split) for x, its in zip(arrays, terms, strict=True)
+        ]
+        product = jnp.einsum(
             spec,
-            *(plain(x).astype(self.compute) for x in operands),
+            *arrays,
             precision=self._precision,
-            preferred_element_type=out,
+            preferred_element_type=DTYPES[dtype] if dtype else self.compute,
         )
+        return self._along(product, out, split)
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
-        table = plain(table_VE)
+        # Over the mesh the table stays as it is stored: what was looked up is smaller.
+        table, find = plain(table_VE), self._finder(table_VE, ids)
         if self._is_low(table_VE):
-            return low_rows(self.compute, table.dtype, table.shape, table, ids)
-        return rows(self.weight(table_VE), ids)
+            return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
+        return find(table.astype(self.compute), ids)
 
     def _is_low(self, p: Any) -> bool:
         """Whether `p` is a parameter that is used in less than float32."""
@@ -163,15 +168,8 @@ class JaxOps:
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
-        shards = self._shards("batch", "heads", "seq")
-        out = attention(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, shards=shards, **options)
+        out = self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, **options)
         return self.name(out, "attention")
-
-    def _shards(self, *axes: str) -> Any:
-        """Into how many parts each logical axis of a value is cut."""
-        if self.layout is None:
-            return (1,) * len(axes)
-        return tuple(self.layout.mesh.over(self.layout.spec((axis,))[0]) for axis in axes)
 
     # ---- elementwise and shape
 
@@ -248,21 +246,6 @@ class JaxOps:
             precision=self._precision, cut=self._cut(table_VE),
         )  # fmt: skip
         return Loss(total, weight_B, loss_B)
-
-    def _cut(self, table_VE: Any) -> Cut:
-        """How the tokens of a loss and its table lie on the devices."""
-        devices = self.devices
-        if self.layout is None or devices is None:
-            return Cut()
-        batch, seq, vocab = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))
-        if plain(table_VE).shape[0] % self.layout.mesh.over(vocab):
-            vocab = ()
-
-        def lies(*dims: Any) -> NamedSharding:
-            return NamedSharding(devices, partition_spec(dims))
-
-        rows, parts = self.layout.mesh.over(batch), self.layout.mesh.over(seq)
-        return Cut(rows, parts, lies(vocab, ()), lies(batch, seq, vocab, ()))
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
         loss_B = loss_B.astype(jnp.float32)
