@@ -26,7 +26,7 @@ SEQ, BATCH = 2048, 16
 PROGRAMS = (
     *(("tpu-v5p-8", mesh) for mesh in ("fsdp=4", "replica=2,fsdp=2", "tensor=4", "fsdp=2,tensor=2", "fsdp=2,context=2",
                                        "context=2,tensor=2", "replica=2,tensor=2")),
-    ("tpu-v5p-32", "fsdp=16"), ("tpu-v6e-16", "fsdp=16"),
+    ("tpu-v5p-32", "fsdp=16"), ("tpu-v5p-32", "replica=2,fsdp=8"), ("tpu-v6e-16", "fsdp=16"),
 )  # fmt: skip
 
 
@@ -77,13 +77,11 @@ def main() -> int:
         lines += (new := rows(cluster, mesh, found))
         print("\n".join(new), flush=True)
     if args.write:
-        head = (
-            "# Traffic between TPU chips\n\nPrinted by `python -m benchmarks.traffic_tpu` on a machine with no TPU: "
-            f"the jax backend's step as compiled by {compiler}; nothing ran. llama3-1b with {', '.join(SIZES)}, "
-            f"{BATCH} x {SEQ} tokens, bf16, remat block. Bytes of the gathered array of every collective in one "
-            "step, an all-reduce twice. Implied: by the planner, from the layout.\n\n"
-        )
-        PAGE.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
+        text = (PAGE.with_name("traffic-tpu.in.md")).read_text(encoding="utf-8")
+        about = {"compiler": compiler, "sizes": ", ".join(SIZES), "tokens": f"{BATCH} x {SEQ}"}
+        for name, value in about.items():
+            text = text.replace("{" + name + "}", value)
+        PAGE.write_text(text.replace("{table}", "\n".join(lines)), encoding="utf-8")
     return 0
 
 
