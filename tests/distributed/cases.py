@@ -103,6 +103,10 @@ def _adapted() -> Module:
     return model
 
 
+def _routed() -> Routed:
+    return Routed(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, rate=0.01)
+
+
 def _all(name: str) -> bool:
     return True
 
@@ -151,9 +155,10 @@ CASES: dict[str, Case] = {
     "lm, LoRA": Case(
         model=_adapted(), accumulation=2, options={"trainable": is_factor, "ema_decay": 0.9, "ema": is_factor},
     ),
-    "routed": Case(
-        model=Routed(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, rate=0.01), accumulation=2,
-        predicts=False,
+    "routed": Case(model=_routed(), accumulation=2, predicts=False),
+    "routed, Muon": Case(model=_routed(), optimizer=Muon(lr=0.02), predicts=False),
+    "routed, bf16": Case(
+        model=_routed(), accumulation=2, predicts=False, options={"precision": "bf16", "remat": "block"}
     ),
     "nested": Case(
         model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False

@@ -100,6 +100,10 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         World, "all_reduce",
         lambda whole: lambda self, x, *args: x if args[:1] == (("tensor",),) and x.ndim == 2 else whole(self, x, *args),
     ),
+    "expert: gradients not summed": _method(
+        World, "scatter_sum",
+        lambda whole: lambda self, x, axis, dim: x.chunk(self.mesh.sizes[axis], dim=dim)[self.at[axis]].contiguous(),
+    ),
     "norm: copies counted": _method(World, "first", lambda whole: lambda self, axes: True),
     "rows: every process trains on the first rows": _method(
         World, "my_rows", lambda whole: lambda self, rows: slice(0, rows // self.row_blocks)

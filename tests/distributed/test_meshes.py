@@ -33,6 +33,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, a step that is not finite"),
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
+        ("expert=2", "routed"),
         ("fsdp=2", "lm, LoRA"),
         ("tensor=2", "lm, growing batch, averages"),
         ("fsdp=2", "lm, remat"),
@@ -60,16 +61,23 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2,tensor=2", "lm, bf16 state"),
         ("replica=2,fsdp=2", "lm, bf16 state"),
         ("context=2,tensor=2", "lm, LoRA"),
+        *((f"{other},expert=2", "routed") for other in ("replica=2", "fsdp=2", "context=2", "tensor=2")),
+        ("expert=4", "routed"),
+        ("fsdp=2,expert=2", "routed, Muon"),
+        ("fsdp=2,expert=2", "routed, bf16"),
     ],
 }
 MESHES = {
-    2: ["fsdp=2", "replica=2", "tensor=2", "context=2"],
-    4: ["fsdp=4", "replica=2,fsdp=2", "replica=2,tensor=2", "replica=2,context=2", "fsdp=2,tensor=2",
+    2: ["fsdp=2", "replica=2", "expert=2", "tensor=2", "context=2"],
+    4: ["expert=4", "replica=2,expert=2", "fsdp=2,expert=2", "expert=2,context=2", "expert=2,tensor=2",
+        "fsdp=4", "replica=2,fsdp=2", "replica=2,tensor=2", "replica=2,context=2", "fsdp=2,tensor=2",
         "fsdp=2,context=2", "context=2,tensor=2", "tensor=4", "context=4"],
 }  # fmt: skip
 
 
 def _applies(mesh: str, case: str) -> bool:
+    if "expert" in mesh:
+        return "routed" in case
     if "one axis" in case:  # which two by two divide
         return "=4" not in mesh
     if "compiled" in case:  # minutes on a CPU; with tensor or context blocks are not compiled
@@ -103,12 +111,16 @@ SEEN: dict[int, list[tuple[str, str, str]]] = {
         ("tensor=2", PLAIN[0], "tensor: logits of this process alone"),
         ("tensor=2", PLAIN[0], "tensor, context: an operand that is whole has a gradient that is not a sum"),
         ("tensor=2", PLAIN[0], "norm: copies counted"),
+        ("expert=2", "routed", "whole parameters: gradients not summed"),
+        ("expert=2", "routed", "expert: gradients not summed"),
+        ("expert=2", "routed", "norm: copies counted"),
     ]
 }
 MOVED = [
     ("lm, clipping, averages, frozen", "fsdp=2,tensor=2", "replica=2,fsdp=2"),
     ("lm, Adafactor", "context=2,tensor=2", "fsdp=4"),
     ("lm, bf16 state", "fsdp=2,tensor=2", "replica=2,fsdp=2"),
+    ("routed", "fsdp=2,expert=2", "expert=2,tensor=2"),
 ]
 
 TRAFFIC = ("fsdp=2", "replica=2", "tensor=2", "context=2")

@@ -39,12 +39,13 @@ class MeshBackend(TorchBackend):
         self.world = World(program.layout, self.device)
         self.process, self.processes = self.world.rank, program.layout.mesh.devices
         values = self.world.values is not None
-        if values and program.compile:
+        eager = values or program.layout.mesh.expert > 1
+        if eager and program.compile:
             raise UserError(
-                f"compile on mesh {program.layout.mesh}", expected="a mesh without context or tensor axes",
+                f"compile on mesh {program.layout.mesh}", expected="a mesh without expert, context or tensor axes",
                 got="compile=True", do="Leave compile out: blocks run eagerly on such a mesh.",
             )  # fmt: skip
-        if values:
+        if eager:
             self.compiles = False
             self._runners = self._made_runners()
         self.ops = functools.partial(MeshOps if values else RowOps, world=self.world)

@@ -21,7 +21,7 @@ import torch
 from portatrain import hashing
 from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
-from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, plain
+from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
@@ -36,9 +36,17 @@ Placements = Sequence[Placement]
 
 @dataclasses.dataclass
 class RowOps(TorchOps):
-    """Sums over the batch reach the other processes."""
+    """Sums over the batch reach the other processes; parameters that are cut over expert are gathered."""
 
     world: Any = None
+
+    def weight(self, p: Any) -> Any:
+        value = of_all_experts(p, self.world)
+        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else not_adapted(value)
+
+    @adapts
+    def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        return super().einsum(spec, *(of_all_experts(x, self.world) for x in operands), dtype=dtype)
 
     def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
         y = super().sum(x, axes, over=over)
@@ -86,7 +94,7 @@ class MeshOps(RowOps):
     def _value(self, x: Any) -> Any:
         """x as a DTensor over the mesh's context and tensor axes."""
         if isinstance(x, nn.Parameter):
-            return Weight.apply(x, self.world)
+            return Weight.apply(of_all_experts(x, self.world), self.world)
         if isinstance(x, DTensor) or not isinstance(x, Tensor):
             return not_adapted(x)
         return self._from(x, [Replicate() for _ in self.axes])

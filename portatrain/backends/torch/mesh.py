@@ -4,8 +4,8 @@ Ranks count row-major over `MESH_AXES`, as `Mesh.coordinates` does. Three views 
 
 - rows: the axes that split the batch (replica, fsdp, expert). Activations are plain tensors over them.
 - values: context and tensor, those of them that are larger than 1. Activations are DTensors over them.
-- params: replicas x fsdp x tensor, for FSDP2. `replicas` is replica and context together: over both, a parameter is
-  whole and its gradient is a sum of what each process found.
+- params: replicas x fsdp x expert x tensor, for FSDP2. `replicas` is replica and context together: over both, a
+  parameter is whole and its gradient is a sum of what each process found.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def _groups_of(mesh: Mesh, device_type: str) -> _Groups:
     sizes = mesh.sizes
     ranks = torch.arange(mesh.devices).view(tuple(sizes.values()))
     r, f, e, c, t = sizes.values()
-    by_params = ranks.permute(0, 3, 2, 1, 4).reshape(r * c * e, f, t)
-    params = DeviceMesh(device_type, by_params, mesh_dim_names=("replicas", "fsdp", "tensor"))
+    by_params = ranks.permute(0, 3, 1, 2, 4).reshape(r * c, f, e, t)
+    params = DeviceMesh(device_type, by_params, mesh_dim_names=("replicas", "fsdp", "expert", "tensor"))
     names = tuple(a for a in ("context", "tensor") if sizes[a] > 1)
     values = None
     if names:
@@ -126,7 +126,7 @@ class World:
     @property
     def data_parallel(self) -> DeviceMesh | None:
         """FSDP2's mesh: fsdp, or replicas x fsdp; None where there is nothing to shard or to reduce."""
-        replicas, fsdp, _ = self.params.shape
+        replicas, fsdp, *_ = self.params.shape
         if replicas > 1:
             return self.params["replicas", "fsdp"]
         return self.params["fsdp"] if fsdp > 1 else None
@@ -178,6 +178,17 @@ class World:
                 dist.all_gather(parts, x.contiguous(), group=group)
                 x = torch.cat(parts, dim=dim)
         return x
+
+    def scatter_sum(self, x: Tensor, axis: str, dim: int) -> Tensor:
+        """This process's part along `dim` of the sum of x over `axis`."""
+        group = self.group((axis,))
+        if group is None:
+            return x
+        parts = x.chunk(self.mesh.sizes[axis], dim=dim)
+        mine = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # its name to torch 2.12
+        scatter(mine, torch.cat(parts), group=group)
+        return mine
 
     def gather_tensor(self, x: Tensor, spec: Sequence[Sequence[str]]) -> Tensor:
         """The logical tensor of which `x` is this process's box under `spec`."""

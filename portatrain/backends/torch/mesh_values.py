@@ -30,6 +30,44 @@ class SumRows(torch.autograd.Function):
         return ctx.world.all_reduce(g.contiguous().clone(), BATCH_MESH_AXES), None
 
 
+class Experts(torch.autograd.Function):
+    """A parameter that is cut over expert, of all experts: plain, or a DTensor over tensor. It is gathered where it is
+    used, as over fsdp; its gradient, of this process's rows, is summed in float32 and cut again."""
+
+    @staticmethod
+    def forward(ctx: Any, p: DTensor, world: World) -> Tensor:
+        at = dict(zip(p.device_mesh.mesh_dim_names or (), p.placements, strict=True))
+        ctx.world, ctx.of, ctx.dim = world, p._spec, at["expert"].dim  # type: ignore[attr-defined]
+        ctx.over_tensor = at.get("tensor")
+        whole = world.gather(p._local_tensor.detach(), ("expert",), ctx.dim)
+        if ctx.over_tensor is None:
+            return whole
+        return DTensor.from_local(
+            whole,
+            world.params["tensor"],
+            [ctx.over_tensor],
+            run_check=False,
+            shape=p.shape,
+            stride=p.stride(),
+        )
+
+    @staticmethod
+    def backward(ctx: Any, g: Any) -> tuple[Tensor, None]:
+        spec = ctx.of
+        local = g._local_tensor if isinstance(g, DTensor) else g
+        mine = ctx.world.scatter_sum(local.float(), "expert", ctx.dim).to(local.dtype)
+        return DTensor.from_local(
+            mine, spec.mesh, spec.placements, run_check=False, shape=spec.shape, stride=spec.stride
+        ), None
+
+
+def of_all_experts(p: Any, world: World) -> Any:
+    """`p`, gathered if it is a parameter that is cut over expert."""
+    if isinstance(p, DTensor) and "expert" in (p.device_mesh.mesh_dim_names or ()):
+        return Experts.apply(p, world)
+    return p
+
+
 class Weight(torch.autograd.Function):
     """A parameter, plain or a DTensor over tensor, as a value on the mesh. Its gradient is left as this process's share
     of a sum over the axes on which it is whole: over those the sum is made once a step, not here."""

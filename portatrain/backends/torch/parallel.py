@@ -2,8 +2,9 @@
 
 The module is made on the meta device, so that no process ever holds a whole tensor. Rule, per parameter: over the
 mesh axes of its params spec that its compute spec has too (tensor), it stays cut while computing; over those that it
-has not (fsdp), FSDP2 gathers it for each block; a parameter without an fsdp axis is whole on every rank of it, and its
-gradient is summed by `Sharded.reduce`. After the backward pass all is arithmetic on this process's plain tensors.
+has not (fsdp), FSDP2 gathers it for each block; over expert it is gathered where it is used. A parameter that an axis
+does not cut is whole on every rank of it, and its gradient is summed by `Sharded.reduce`. After the backward pass all
+is arithmetic on this process's plain tensors.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ def cut_of(layout: Layout, info: TensorInfo) -> Cut:
     held, used = real(layout.tensor_spec(info)), real(layout.tensor_spec(info, role="compute"))
     for axis, mine, computing in zip(info.axes, held, used, strict=True):
         fits = mine[: len(computing)] == computing and mine[len(computing) :] in ((), ("fsdp",))
-        if not fits or computing not in ((), ("tensor",)):
+        if not fits or computing not in ((), ("tensor",), ("expert",)):
             raise UserError(
                 f"layout of {info.name}, axis {axis!r}, on the torch backend",
                 expected="parameters cut over tensor as while computing, then over fsdp",
@@ -82,11 +83,6 @@ def cut_of(layout: Layout, info: TensorInfo) -> Cut:
 
 def check_layout(layout: Layout, params: dict[str, TensorInfo]) -> None:
     """Raise UserError for what the torch backend cannot do with this layout."""
-    if layout.mesh.expert > 1:
-        raise UserError(
-            f"mesh {layout.mesh} on the torch backend", expected="no expert axis", got=f"expert={layout.mesh.expert}",
-            do="Use fsdp in its place, or --backend jax.",
-        )  # fmt: skip
     if layout.state is not None and layout.state != layout.params:
         raise UserError(
             "layout on the torch backend", expected="optimizer state laid out as the parameters", got="a state mapping",
@@ -217,8 +213,8 @@ def shard_module(
             if local.dtype != torch.float32:
                 local.grad_dtype = torch.float32
             axes = cuts[p.name].axes
-            over = () if _managed(world, cuts[p.name]) else (*REPLICAS, "fsdp")
-            over = over if "tensor" in axes else (*over, "tensor")
+            over: tuple[str, ...] = () if _managed(world, cuts[p.name]) else (*REPLICAS, "fsdp")
+            over += tuple(a for a in ("expert", "tensor") if a not in axes)
             copies = tuple(a for a, n in world.mesh.sizes.items() if n > 1 and a not in axes)
             trained.append(
                 Trained(local, *places[0], tuple(a for a in over if world.mesh.sizes[a] > 1), copies)
@@ -227,16 +223,21 @@ def shard_module(
 
 
 def _on_meta(world: World, cut: Cut, dtype: torch.dtype) -> Tensor:
-    """A parameter as it computes, without memory: a DTensor over tensor where there is such an axis."""
-    dim = cut.dim("tensor")
-    tensor = world.mesh.tensor
-    shape = [n // tensor if d == dim else n for d, n in enumerate(cut.shape)]
+    """A parameter as it computes, without memory: a DTensor over tensor where there is such an axis, and over expert
+    where it is cut over it."""
+    sizes = world.mesh.sizes
+    names = tuple(a for a in ("expert", "tensor") if sizes[a] > 1 and (a == "tensor" or a in cut.axes))
+    dims = [cut.dim(a) for a in names]
+    shape = list(cut.shape)
+    for name, dim in zip(names, dims, strict=True):
+        if dim is not None:
+            shape[dim] //= sizes[name]
     local = torch.empty(shape, dtype=dtype, device="meta")
-    if tensor == 1:
+    if not names:
         return local
     whole = torch.empty(cut.shape, dtype=dtype, device="meta")
     return DTensor.from_local(
-        local, world.params["tensor"], [Replicate() if dim is None else Shard(dim)], run_check=False,
+        local, world.params[names], [Replicate() if dim is None else Shard(dim) for dim in dims], run_check=False,
         shape=whole.shape, stride=whole.stride(),
     )  # fmt: skip
 
