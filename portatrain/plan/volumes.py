@@ -19,7 +19,7 @@ class Volumes:
     """Of one microbatch, but for ``reduced``, which is once a step: (numel, mesh axes) of what is all-reduced.
 
     ``gather``, ``regather``: bytes of weights collected forward and backward; ``scatter``: of gradients spread out;
-    ``tensor``, ``context``, ``expert``: of activations over that axis, the last one exchanged all to all.
+    ``lookup``: of rows of an embedding that stays split, and of their gradients, exchanged over fsdp; ``tensor``, ``context``, ``expert``: of activations over that axis, the last one exchanged all to all.
     ``matmul``: FLOPs of the forward pass without attention, ``attention`` of its attention, ``again`` of both
     that the backward pass repeats, besides its own 2 and 2.5 times.
     """
@@ -30,6 +30,7 @@ class Volumes:
     gather: float
     regather: float
     scatter: float
+    lookup: float
     tensor: float
     context: float
     expert: float
@@ -43,7 +44,7 @@ class Volumes:
         """Of a step, by mesh axes (joined by ``+``)."""
         n = accumulation
         found = {
-            MESH_AXES[FSDP]: n * (self.gather + self.regather + self.scatter),
+            MESH_AXES[FSDP]: n * (self.gather + self.regather + self.scatter + self.lookup),
             MESH_AXES[TENSOR]: n * self.tensor,
             MESH_AXES[CONTEXT]: n * self.context,
             MESH_AXES[EXPERT]: n * self.expert,
@@ -88,14 +89,14 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
     gathered = (work.gathered_layers + work.gathered_ends) if mesh[FSDP] > 1 else 0.0
     ends = work.gathered_ends if tuning.keeps_ends and mesh[FSDP] > 1 else 0.0
-    scatter = gathered * precision.grad
+    lookup = 0.0
     if tuning.static and gathered:
-        # Only the output projection is gathered outside of layers, once; a lookup sends the stream round instead. The
-        # gradients of layers travel as they are computed.
+        # Only the output projection is gathered outside of layers, once. A lookup deals out what it found instead, and
+        # collects the gradient in fp32.
         gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
-        scatter = work.gathered_layers * width + work.head_gathered * 4
+        lookup = tokens * work.embed * (width + 4) if work.vocab else 0.0
     return Volumes(
         matmul=2 * per_token * tokens, attention=attention, again=again, gather=gathered * width,
-        regather=(gathered - ends) * width, scatter=scatter, tensor=tensor, context=context,
-        expert=expert, reduced=work.replicated,
+        regather=(gathered - ends) * width, scatter=gathered * precision.grad, lookup=lookup, tensor=tensor,
+        context=context, expert=expert, reduced=work.replicated,
     )  # fmt: skip
