@@ -24,8 +24,10 @@ SIZES = ("model.layers=4", "model.embed=512", "model.mlp=1536", "model.heads=8",
          "model.head_dim=64", "model.vocab=32768", "data.vocab=32768", "data.separator=0")  # fmt: skip
 SEQ, BATCH = 2048, 16
 PROGRAMS = (
-    *(("tpu-v5p-8", mesh, ()) for mesh in ("fsdp=4", "replica=2,fsdp=2", "tensor=4", "fsdp=2,tensor=2", "fsdp=2,context=2",
-                                       "context=2,tensor=2", "replica=2,tensor=2")),
+    *(("tpu-v5p-8", mesh, ()) for mesh in (
+        "fsdp=4", "replica=2,fsdp=2", "tensor=4", "fsdp=2,tensor=2", "fsdp=2,context=2", "context=2,tensor=2",
+        "replica=2,tensor=2",
+    )),
     ("tpu-v5p-32", "fsdp=16", ()), ("tpu-v5p-32", "replica=2,fsdp=8", ()),
     ("tpu-v5p-32", "replica=2,fsdp=8", ("model.embed=1024",)), ("tpu-v6e-16", "fsdp=16", ()),
 )  # fmt: skip

@@ -19,7 +19,8 @@ class Volumes:
     """Of one microbatch, but for ``reduced``, which is once a step: (numel, mesh axes) of what is all-reduced.
 
     ``gather``, ``regather``: bytes of weights collected forward and backward; ``scatter``: of gradients spread out;
-    ``lookup``: of rows of an embedding that stays split, and of their gradients, exchanged over fsdp; ``tensor``, ``context``, ``expert``: of activations over that axis, the last one exchanged all to all.
+    ``lookup``: of rows of an embedding that stays split, and of their gradients, exchanged over fsdp; ``tensor``,
+    ``context``, ``expert``: of activations over that axis, the last one exchanged all to all.
     ``matmul``: FLOPs of the forward pass without attention, ``attention`` of its attention, ``again`` of both
     that the backward pass repeats, besides its own 2 and 2.5 times.
     """
