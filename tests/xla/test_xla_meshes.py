@@ -38,7 +38,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         *(("", case) for case in (*PLAIN, *OPTIONS)),
         *(("", f"lm, {rule}") for rule in ("Muon", "Adafactor", "Lion")),
         ("", "lm, a step that is not finite"), ("", "lm, remat"), ("", "lm, bf16"), ("", "routed"), ("", "nested"),
-        ("", "lm, tensor and fsdp on one axis"),
+        ("", "lm, tensor and fsdp on one axis"), ("", "lm, LoRA"), ("", "lm, growing batch, averages"),
     ],
     2: [("context=2", case) for case in PLAIN] + [("context=2", OPTIONS[1]), ("tensor=2", PLAIN[0])],
     4: [
