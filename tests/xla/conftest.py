@@ -9,6 +9,7 @@ from portatrain.backends.base import missing
 def pytest_sessionstart() -> None:
     if not missing("torch-xla"):
         import torch
+
         from portatrain.backends.torch_xla.devices import device, sync
 
         torch.zeros((), device=device())
