@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
@@ -131,18 +131,22 @@ class Reader:
             FormatError: the first damage, with tensor and file.
         """
         found = 0
-        for good in self._verified():
+        for _, good in self._verified():
             if isinstance(good, FormatError):
                 raise good
             found += good
         return found
 
-    def problems(self) -> Iterator[FormatError]:
-        """Like ``verify_all``, but goes on: one error for each damaged file."""
-        return (found for found in self._verified() if isinstance(found, FormatError))
+    def problems(self, read: Callable[[int], None] = lambda nbytes: None) -> Iterator[FormatError]:
+        """Like ``verify_all``, but goes on: one error for each damaged file. ``read`` is told the bytes of every file
+        that has been read."""
+        for nbytes, found in self._verified():
+            read(nbytes)
+            if isinstance(found, FormatError):
+                yield found
 
-    def _verified(self) -> Iterator[int | FormatError]:
-        """What checking each file comes to, in their order; several at a time."""
+    def _verified(self) -> Iterator[tuple[int, int | FormatError]]:
+        """The length of each file and what checking it comes to, in their order; several at a time."""
 
         def verify(file: PackFile) -> int | FormatError:
             try:
@@ -162,7 +166,7 @@ class Reader:
             while some := list(
                 islice(files, 4 * self._in_flight)
             ):  # not all at once: their plans take memory
-                yield from pool.map(verify, some)
+                yield from zip((file.record.length for file in some), pool.map(verify, some), strict=True)
 
     def _empty(self, want: Want) -> np.ndarray:
         return np.empty(want.box.shape if want.box else (), NUMPY[self.layout.tensor(want.name).dtype])

@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import json
 import sys
+import time
 from typing import Any
 
 from portatrain.commands import options
@@ -157,6 +158,19 @@ def show(args: argparse.Namespace) -> int:
     return 0
 
 
+class _Told:
+    """A line of progress every few seconds of a long read of `total` bytes."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self.what, self.total, self.done, self.last_s = what, total, 0, time.monotonic()
+
+    def read(self, nbytes: int) -> None:
+        self.done += nbytes
+        if time.monotonic() > self.last_s + 2:
+            self.last_s = time.monotonic()
+            print(f"{self.what}: {self.done / 2**30:.1f} of {self.total / 2**30:.1f} GiB", file=sys.stderr)
+
+
 def verify(args: argparse.Namespace) -> int:
     from checkpoints_format import NewerFormatError, NotCommittedError, Reader
     from portatrain.exchange.find import explained, places
@@ -178,8 +192,9 @@ def verify(args: argparse.Namespace) -> int:
             with explained(), contextlib.closing(place.open()) as store:
                 try:
                     reader = Reader(store)
-                    row["problems"] = [str(problem) for problem in reader.problems()]
                     row["bytes"] = sum(r.length for records in reader.root.packs for r in records)
+                    told = _Told(str(place.path), row["bytes"])
+                    row["problems"] = [str(problem) for problem in reader.problems(told.read)]
                 except NotCommittedError:
                     if len(found) == 1:
                         raise

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -70,6 +72,19 @@ def test_ls_show_and_verify(run: Path, capsys: pytest.CaptureFixture) -> None:
     for what in ("ls", "show"):
         assert main(["ckpt", what, str(run)]) == 0
         assert "4" in capsys.readouterr().out
+
+
+def test_a_long_verify_says_how_far_it_is(
+    run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10**6, 3))
+    fast = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr("portatrain.commands.ckpt.time", fast)
+    assert main(["ckpt", "verify", str(run)]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if " of " in line]
+    assert told and all(re.search(r"step-\d+: (\S+) of (\S+) GiB$", line) for line in told)
+    done, total = told[-1].split(": ")[-1].removesuffix(" GiB").split(" of ")
+    assert done == total
 
 
 def test_verify_names_every_damaged_file(copy: Path, capsys: pytest.CaptureFixture) -> None:
