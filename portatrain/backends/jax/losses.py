@@ -123,9 +123,7 @@ def _added(dtable_RPVE: Any, cut: Cut) -> Any:
         if rows == vocab and set(columns) <= {*batch, *seq}:
 
             def mine(part: Any) -> Any:
-                part = part[
-                    0, 0
-                ].T  # a TPU's compiler scatters along the minor dimension only in whole tiles of 128
+                part = part[0, 0].T  # libtpu scatters along the last dimension in whole tiles of 128 only
                 for axis in columns:  # major first
                     part = jax.lax.psum_scatter(part, axis, scatter_dimension=0, tiled=True)
                 rest = tuple(axis for axis in batch + seq if axis not in columns)
