@@ -123,7 +123,7 @@ MOVED = [
     ("routed", "fsdp=2,expert=2", "expert=2,tensor=2"),
 ]
 
-TRAFFIC = ("fsdp=2", "replica=2", "tensor=2", "context=2")
+TRAFFIC = {**dict.fromkeys(("fsdp=2", "replica=2", "tensor=2", "context=2"), PLAIN[0]), "expert=2": "routed"}
 
 Found = dict[str, tuple[Any, float]]
 
@@ -153,7 +153,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
         if n not in done:
             cells = _cells(CELLS[n])
             cells += [(f"{mesh}: {m}", "case", (case, mesh, m)) for mesh, case, m in SEEN.get(n, [])]
-            cells += [(f"traffic {m}", "traffic", (PLAIN[0], m)) for m in TRAFFIC if n == 2]
+            cells += [(f"traffic {m}", "traffic", (case, m)) for m, case in TRAFFIC.items() if n == 2]
             cells += [(f"{a} to {b}", "moved", (case, a, b)) for case, a, b in MOVED if n == 4]
             done[n] = _run(n, cells, tmp_path_factory.mktemp("group"))
         return done[n]
@@ -303,7 +303,7 @@ def test_nothing_moves_that_need_not(mesh: str, group: Any) -> None:
     """Bytes between processes in one step of two microbatches, to the last one."""
     found, _ = group(2)[f"traffic {mesh}"]
     assert isinstance(found, dict), found
-    definition = CASES[PLAIN[0]].program(mesh).definition
+    definition = CASES[TRAFFIC[mesh]].program(mesh).definition
     n, layers, e, kv = 2, 2, 32, 2 * 8
     params = 4 * definition.parameters
     root = 4 * sum(t.size for t in definition.params.values() if not t.stack_dims)
@@ -322,6 +322,11 @@ def test_nothing_moves_that_need_not(mesh: str, group: Any) -> None:
         # In and out of attention and MLP of every layer, the embedding and the loss; in both directions.
         assert gathered == scattered == n * 2 * (2 * layers + 1) * tokens * e * 4
         assert max(found["all_reduce"]) <= tokens * 2 * 4  # two numbers a token: never logits
+    elif mesh == "expert=2":
+        # What experts have, each microbatch; all that is whole, and statistics of the routing, once a step.
+        experts = 4 * sum(t.size for t in definition.params.values() if "experts" in t.axes)
+        assert gathered == scattered == n * experts
+        assert params - experts <= reduced <= params - experts + 100
     else:
         # Keys and values, and who may see whom (a segment id a token), once; gradients of keys and values.
         pairs = n * layers * 2 * tokens * kv * 4
