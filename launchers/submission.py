@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,8 +26,10 @@ def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None
         folder, source = pack(run.path.absolute(), jobs[0].recipe)
         code = run.share_code(folder)
         source = source.replace(str(folder), code, 1)
+    together = secrets.token_hex(8)
     written = [
-        replace(job, code=code, recipe=source, source=job.source or job.recipe).write() for job in jobs
+        replace(job, code=code, recipe=source, source=job.source or job.recipe, submission=together).write()
+        for job in jobs
     ]
     handed: list[Job] = []
     for job in written:

@@ -93,9 +93,19 @@ class Supervisor:
     def _over(self) -> bool:
         return any(self.run.marked(mark) for mark in ("DONE", "CANCELLED"))
 
+    def _given_up(self) -> bool:
+        """Whether a job that was submitted together with this one has given the run up: it cancels this one too, but
+        has let the claim go before."""
+        numbers = self.run.attempt_numbers()
+        last = self.run.rows(numbers[-1], "events") if numbers else []
+        by = [e.get("submission") for e in last if e["event"] == "gave_up"]
+        return bool(self.job.submission) and self.job.submission in by
+
     def _attempts(self, claim: Holding) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim
             return 0, "over"
+        if self._given_up():
+            return MISTAKE, "over"
         self.landed.arrive()
         dead = claim.taken_over
         while True:
@@ -113,11 +123,11 @@ class Supervisor:
                 return (0 if self.run.is_done else RESUME_ME), "over"
             if outcome in ("failed", "hung"):
                 if code == MISTAKE:
-                    attempt.event("gave_up", why=why)
+                    attempt.event("gave_up", why=why, submission=self.job.submission)
                     return code, "over"
                 if self._failures_without_progress() > self.job.max_restarts:
                     text = f"{self.job.max_restarts} restarts in a row brought no new commit; the last attempt: {why}"
-                    attempt.event("gave_up", why=text)
+                    attempt.event("gave_up", why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
                     return code if code else 1, "over"
                 if not self.asked and self.landed.restarts:

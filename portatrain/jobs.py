@@ -55,6 +55,8 @@ class Job:
     id: str | None = None
     """The scheduler's; None: not submitted, or cut short."""
     submitted_unix_s: float | None = None
+    submission: str = ""
+    """The same for all jobs that were handed over together."""
 
     @property
     def run(self) -> str:

@@ -168,6 +168,20 @@ def test_failures_without_progress_end_it(how: str, why: str, monkeypatch: pytes
     until(ended, "the supervisor has left")
 
 
+def test_a_job_that_comes_as_the_run_is_given_up_leaves_it_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One submitted together with the job that gave it up, that has the claim before it can be cancelled."""
+    monkeypatch.setenv("FAKE", "crash")
+    start("--max-restarts", "0")
+    until(lambda: now().state == "FAILED", "given up")
+    until(ended, "the supervisor has left")
+    (job,) = jobs.of("runs/a")
+    late = subprocess.run(
+        [sys.executable, "-m", "launchers.supervisor", job.run_dir, str(job.write().number)], cwd=ROOT, timeout=60,
+        check=False,
+    )  # fmt: skip
+    assert late.returncode == 2 and now().state == "FAILED" and len(now().attempts) == 1
+
+
 def test_a_crash_is_only_another_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "crash-once")
     start()
