@@ -63,4 +63,4 @@ def norms(
 def _square(x: Tensor) -> Tensor:
     """() the sum of squares, in float64 where the device has it: those of second moments vanish in float32."""
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
-    return torch.linalg.vector_norm(x, dtype=wide).square()
+    return torch.linalg.vector_norm(x if x.is_floating_point() else x.to(wide), dtype=wide).square()
