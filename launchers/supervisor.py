@@ -96,10 +96,8 @@ class Supervisor:
     def _given_up(self) -> bool:
         """Whether a job that was submitted together with this one has given the run up: it cancels this one too, but
         has let the claim go before."""
-        numbers = self.run.attempt_numbers()
-        last = self.run.rows(numbers[-1], "events") if numbers else []
-        by = [e.get("submission") for e in last if e["event"] == "gave_up"]
-        return bool(self.job.submission) and self.job.submission in by
+        mine = self.job.submission
+        return bool(mine) and any(e.get("submission") == mine for e in self.run.events("gave_up"))
 
     def _attempts(self, claim: Holding) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from portatrain.backends.jax.low import laid
 
 CHUNK_BYTES = 64 << 20
 """What a chunk of float32 logits may take on a device, or a quarter of the table's float32 gradient where that is more:
@@ -47,11 +48,8 @@ class Cut:
 
     def of(self, batch: int, positions: int) -> Cut:
         """This cut, or none where it does not divide these sizes (an evaluation's last batch)."""
-        return (
-            self
-            if batch % self.rows == 0 and positions % self.parts == 0
-            else Cut(table=self.table, stored=self.stored)
-        )
+        divides = batch % self.rows == 0 and positions % self.parts == 0
+        return self if divides else Cut(table=self.table, stored=self.stored)
 
 
 def cross_entropy(x: Any, table_VE: Any, targets: Any, mask: Any, *, z_loss: float, softcap: float | None,
@@ -104,10 +102,6 @@ def _split_all(n: int, cut: Cut, *arrays: Any) -> tuple:
     return tuple(_split(a, n, cut) for a in arrays)
 
 
-def _laid(x: Any, sharding: Any) -> Any:
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
-
 def _axes(dim: Any, mesh: Any) -> tuple[str, ...]:
     """The mesh axes in one entry of a PartitionSpec that are longer than 1."""
     return tuple(a for a in ((dim,) if isinstance(dim, str) else dim or ()) if mesh.shape[a] > 1)
@@ -129,11 +123,11 @@ def _added(dtable_RPVE: Any, cut: Cut) -> Any:
                 rest = tuple(axis for axis in batch + seq if axis not in columns)
                 return (jax.lax.psum(part, rest) if rest else part).T
 
-            given = jax.lax.with_sharding_constraint(dtable_RPVE, sums)
-            return jax.shard_map(
+            add = jax.shard_map(
                 mine, mesh=sums.mesh, in_specs=sums.spec, out_specs=stored.spec, check_vma=False
-            )(given)
-    return _laid(jnp.sum(dtable_RPVE, axis=(0, 1)), stored)
+            )
+            return add(laid(dtable_RPVE, sums))
+    return laid(jnp.sum(dtable_RPVE, axis=(0, 1)), stored)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -141,7 +135,7 @@ def _cross_entropy(
     options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any
 ) -> tuple[Any, Any]:
     n, cut = options[-2:]
-    table_VE = _laid(table_VE, cut.table)
+    table_VE = laid(table_VE, cut.table)
     parts = _split_all(n, cut, x_BSE, targets_BS, mask_BS)
     if n == 1:
         loss_RB = _chunk(options, parts[0][0], table_VE, parts[1][0], parts[2][0], False)
@@ -160,7 +154,7 @@ def _cross_entropy(
 def _forward(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any) -> Any:
     n, cut = options[-2:]
     kind, b = table_VE.dtype, x_BSE.shape[0]
-    table_VE = _laid(table_VE, cut.table)
+    table_VE = laid(table_VE, cut.table)
     parts = _split_all(n, cut, x_BSE, targets_BS, mask_BS)
     if n == 1:
         loss_RB, dx, dtable = _chunk(options, parts[0][0], table_VE, parts[1][0], parts[2][0], True)
@@ -170,9 +164,9 @@ def _forward(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS
         def body(so_far: Any, one: Any) -> Any:
             x, targets, mask = one
             loss_RB, dx, dtable = _chunk(options, x, table_VE, targets, mask, True)
-            return (so_far[0] + loss_RB, so_far[1] + _laid(dtable, cut.sums)), dx
+            return (so_far[0] + loss_RB, so_far[1] + laid(dtable, cut.sums)), dx
 
-        sums = _laid(jnp.zeros((cut.rows, cut.parts, *table_VE.shape), jnp.float32), cut.sums)
+        sums = laid(jnp.zeros((cut.rows, cut.parts, *table_VE.shape), jnp.float32), cut.sums)
         start = (jnp.zeros((cut.rows, b // cut.rows), jnp.float32), sums)
         (loss_RB, dtable), dx = jax.lax.scan(body, start, parts)
         dx = jnp.moveaxis(dx, 0, 3).reshape(x_BSE.shape)

@@ -29,6 +29,11 @@ def transposable(spec: str) -> bool:
     )
 
 
+def laid(x: Any, sharding: Any) -> Any:
+    """x, held to a sharding; None: to none."""
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
 Gathering = tuple[Any, Any]
 """Shardings of a parameter as it is used and as it is stored, or (None, None)."""
 
@@ -37,30 +42,26 @@ Gathering = tuple[Any, Any]
 def contraction(spec: str, compute: Any, kind: Any, gathering: Gathering, x: Any, w: Any) -> Any:
     """einsum(spec, x, w) in dtype `compute`, w being a parameter of dtype `kind`, gathered for it; its gradient is
     summed in float32 and scattered."""
-    return _einsum(spec, x.astype(compute), _laid(w.astype(compute), gathering[0]), compute)
+    return _einsum(spec, x.astype(compute), laid(w.astype(compute), gathering[0]), compute)
 
 
 def _einsum(spec: str, x: Any, w: Any, out: Any) -> Any:
     return jnp.einsum(spec, x, w, preferred_element_type=out)
 
 
-def _laid(x: Any, sharding: Any) -> Any:
-    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
-
 def _contraction(spec: str, compute: Any, kind: Any, gathering: Gathering, x: Any, w: Any) -> Any:
     used, stored = gathering
-    low = _laid(w.astype(compute), stored)  # kept as it is stored, gathered again on the way back
-    return _einsum(spec, x.astype(compute), _laid(low, used), compute), (x, low)
+    low = laid(w.astype(compute), stored)  # kept as it is stored, gathered again on the way back
+    return _einsum(spec, x.astype(compute), laid(low, used), compute), (x, low)
 
 
 def _contraction_back(spec: str, compute: Any, kind: Any, gathering: Gathering, saved: Any, g: Any) -> Any:
     (x, low), (used, stored) = saved, gathering
     terms, _, out = spec.replace(" ", "").partition("->")
     mine, theirs = terms.split(",")
-    dx = _einsum(f"{out},{theirs}->{mine}", g, _laid(low, used), compute).astype(x.dtype)
+    dx = _einsum(f"{out},{theirs}->{mine}", g, laid(low, used), compute).astype(x.dtype)
     dw = _einsum(f"{mine},{out}->{theirs}", x.astype(compute), g, jnp.float32)
-    return dx, _laid(dw, stored).astype(kind)
+    return dx, laid(dw, stored).astype(kind)
 
 
 contraction.defvjp(_contraction, _contraction_back)

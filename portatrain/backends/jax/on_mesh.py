@@ -115,14 +115,17 @@ class OnMesh:
         run = functools.partial(attention, precision=precision)
         rows, heads, parts = self._shards("batch", "heads", "seq")
         b, s = q_BSHD.shape[:2]
-        if self.devices is None or self.layout is None or parts == 1 or b % rows or s % parts:
+        segments = options.get("segment_ids")
+        in_place = (
+            k_BTKD.shape[1] == s and options.get("positions") is None and not isinstance(segments, tuple)
+        )
+        if self.layout is None or self.devices is None or parts == 1 or b % rows or s % parts or not in_place:
             return run(q_BSHD, k_BTKD, v_BTKD, shards=(rows, heads, parts), **options)
-        batch, seq, kv = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads"))
+        batch, seq, kv, split = (
+            self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads", "heads")
+        )
         kv = () if k_BTKD.shape[2] % self.layout.mesh.over(kv) else kv
         used, stored = self._named((batch, (), kv, ())), self._named((batch, seq, kv, ()))
-        segments = options.get("segment_ids")
-        if k_BTKD.shape[1] != s or options.get("positions") is not None or isinstance(segments, tuple):
-            return run(q_BSHD, k_BTKD, v_BTKD, shards=(rows, heads, parts), **options)
         # Every part of the positions is a sample of its own, with keys and values of all positions. So their gradients
         # are summed on a device over all chunks of its queries, and travel once; else they would after every chunk.
         k_BTKD, v_BTKD = (gathered(x, used, stored) for x in (k_BTKD, v_BTKD))
@@ -142,7 +145,6 @@ class OnMesh:
 
         of = None if segments is None else (cut(segments), whole(segments))
         at = cut(jnp.broadcast_to(jnp.arange(s), (b, s))), jnp.arange(s)
-        (split,) = self.layout.spec(("heads",))
         q_QSHD, k_QTKD, v_QTKD = lies(cut(q_BSHD), split), lies(whole(k_BTKD), kv), lies(whole(v_BTKD), kv)
         shards = rows * parts, heads, 1
         options |= {"segment_ids": of, "positions": at, "may_be_blind": False}
@@ -157,17 +159,12 @@ class OnMesh:
 
     def _cut(self, table_VE: Any) -> Cut:
         """How the tokens of a loss and its table lie on the devices."""
-        devices = self.devices
-        if self.layout is None or devices is None:
+        if self.layout is None or self.devices is None:
             return Cut()
         batch, seq, vocab = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))
         if plain(table_VE).shape[0] % self.layout.mesh.over(vocab):
             vocab = ()
-
-        def lies(*dims: Any) -> NamedSharding:
-            return NamedSharding(devices, partition_spec(dims))
-
         rows, parts = self.layout.mesh.over(batch), self.layout.mesh.over(seq)
         kept = self._spec(table_VE, "params") if isinstance(table_VE, nnx.Param) else ()
-        stored = lies(*kept) if kept else None
-        return Cut(rows, parts, lies(vocab, ()), lies(batch, seq, vocab, ()), stored)
+        stored = self._named(kept) if kept else None
+        return Cut(rows, parts, self._named((vocab, ())), self._named((batch, seq, vocab, ())), stored)

@@ -186,9 +186,8 @@ class World:
             return x
         parts = x.chunk(self.mesh.sizes[axis], dim=dim)
         mine = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-        scatter = (
-            getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        )  # its name to torch 2.12
+        # Its name until torch 2.12.
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(mine, torch.cat(parts), group=group)
         return mine
 

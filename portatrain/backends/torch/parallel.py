@@ -68,7 +68,7 @@ def cut_of(layout: Layout, info: TensorInfo) -> Cut:
         if not fits or computing not in ((), ("tensor",), ("expert",)):
             raise UserError(
                 f"layout of {info.name}, axis {axis!r}, on the torch backend",
-                expected="parameters cut over tensor as while computing, then over fsdp",
+                expected="parameters cut over tensor or expert as while computing, then over fsdp",
                 got=f"params over {mine or 'nothing'}, compute over {computing or 'nothing'}",
                 do="Map the axis to 'tensor', to 'fsdp' or to ('tensor', 'fsdp') in params; or use --backend jax.",
             )
