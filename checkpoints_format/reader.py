@@ -124,14 +124,15 @@ class Reader:
             ),
         )
 
-    def verify_all(self) -> int:
-        """Read every byte of every file and check it; returns the bytes of values found good.
+    def verify_all(self, part: int = 0, of: int = 1) -> int:
+        """Read every byte of every file and check it; returns the bytes of values found good. Of several processes
+        that each check some files, this is number ``part`` of ``of``.
 
         Raises:
             FormatError: the first damage, with tensor and file.
         """
         found = 0
-        for _, good in self._verified():
+        for _, good in self._verified(part, of):
             if isinstance(good, FormatError):
                 raise good
             found += good
@@ -145,7 +146,7 @@ class Reader:
             if isinstance(found, FormatError):
                 yield found
 
-    def _verified(self) -> Iterator[tuple[int, int | FormatError]]:
+    def _verified(self, part: int = 0, of: int = 1) -> Iterator[tuple[int, int | FormatError]]:
         """The length of each file and what checking it comes to, in their order; several at a time."""
 
         def verify(file: PackFile) -> int | FormatError:
@@ -161,7 +162,7 @@ class Reader:
             except FormatError as error:
                 return error
 
-        files = self._requests.all_files()
+        files = islice(self._requests.all_files(), part, None, of)
         with ThreadPoolExecutor(self._in_flight, thread_name_prefix="ckpt-verify") as pool:
             while some := list(
                 islice(files, 4 * self._in_flight)

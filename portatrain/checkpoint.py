@@ -359,32 +359,59 @@ class Checkpoints:
         """The checkpoint of `step`, which another process has found and verified."""
         return Reader(self.place.open(step))
 
-    def newest(self, report: Callable[[str], None]) -> tuple[int, Reader] | None:
-        """The newest committed checkpoint of which every byte verifies; None where nothing was ever committed.
+    def newest(
+        self, report: Callable[[str], None], agree: Callable[[int], int] = int
+    ) -> tuple[int, Reader] | None:
+        """The newest committed checkpoint of which every byte verifies; None where nothing was ever committed. All
+        processes call it together, process 0 looks, and each reads its part of the files; `agree` is the backend's.
 
         An uncommitted one is a save that did not finish: passed over in silence. A damaged one is reported, and the
         one before it taken. UserError where there are commits and none is left that verifies, and where one is of a
         newer format: that is not damage.
         """
         damaged: list[str] = []
-        for step in reversed(self.place.steps()):
+        left = [] if self.process else self.place.steps()
+
+        def passed_over(step: int, error: FormatError | None) -> None:
+            damaged.append(
+                str(error or f"checkpoint of step {step}: another process could not read its part")
+            )
+            self._damaged.add(step)
+            report(f"checkpoint of step {step} is damaged and passed over: {damaged[-1]}")
+
+        while True:
+            step, reader = self._next_of(left, passed_over)
+            if not self.process and reader is None and damaged:
+                raise UserError(
+                    f"checkpoints in {self.place.name}", expected="one that verifies", got=f"none: {damaged[0]}",
+                    do="Restore the folder from a copy, or begin a new run under another name.",
+                )  # fmt: skip
+            step = agree(step)
+            if step < 0:
+                return None
+            reader = reader or self.at(step)
+            error: FormatError | None = None
             try:
-                reader = Reader(self.place.open(step))
-                reader.verify_all()
+                reader.verify_all(self.process, self.processes)
+            except FormatError as found:
+                error = found
+            if not agree(int(error is not None)):
                 return step, reader
+            if not self.process:  # who did not find the damage itself looks where it is
+                passed_over(step, error or next(reader.problems(), None))
+
+    def _next_of(
+        self, left: list[int], passed_over: Callable[[int, FormatError | None], None]
+    ) -> tuple[int, Reader | None]:
+        """The newest step of those `left` that is committed and opens, taken off with all after it; else -1."""
+        while left:
+            step = left.pop()
+            try:
+                return step, Reader(self.place.open(step))
             except NotCommittedError:
                 continue
-            except (
-                NewerFormatError
-            ) as error:  # its steps are good: going on from before them would replace it
+            except NewerFormatError as error:  # its steps are good: going on before them would replace it
                 raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
             except FormatError as error:
-                damaged.append(str(error))
-                self._damaged.add(step)
-                report(f"checkpoint of step {step} is damaged and passed over: {error}")
-        if damaged:
-            raise UserError(
-                f"checkpoints in {self.place.name}", expected="one that verifies", got=f"none: {damaged[0]}",
-                do="Restore the folder from a copy, or begin a new run under another name.",
-            )  # fmt: skip
-        return None
+                passed_over(step, error)
+        return -1, None

@@ -13,36 +13,50 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box, FormatError, Reader, Want
-from portatrain.backends.base import Program
+from checkpoints_format import Box, FormatError, LocalStore, Reader, Want
+from portatrain.backends.base import Backend, Program
 from portatrain.errors import UserError
-from portatrain.state import COUNT, full_name, slot_tensors
+from portatrain.sharing import Shares, pays, roles_of, shares_of
+from portatrain.state import COUNT, full_name
 
 GROUP_BYTES = 64 << 20
 BUDGET_BYTES = 512 << 20
 """Host memory for what was read and not yet asked for; a single tensor's boxes may exceed it."""
 
 
-def boxes_of(program: Program, process: int = 0, processes: int = 1) -> dict[str, list[Box]]:
-    """By full name what process `process` holds of every tensor, a box a device, in the order of the checkpoint."""
-    layout, infos = program.layout, program.definition
+def boxes_of(
+    program: Program, process: int = 0, processes: int = 1, shares: Shares | None = None
+) -> dict[str, list[Box]]:
+    """By full name what process `process` asks for of every tensor, a box a device, in the order of the checkpoint:
+    what the layout says that it holds, of the tensors in `shares` its part of that."""
+    layout, shares = program.layout, shares or {}
     devices = layout.mesh.devices
     mine = [layout.mesh.coordinates(d) for d in range(devices) if d * processes // devices == process]
-    roles = [(t, "params", "params") for t in infos.params.values()]
-    roles += [(t, "state", "state") for t in infos.states.values()]
-    roles += [(t, "ema", "params") for n, t in infos.params.items() if n in program.ema]
-    for name, info in infos.params.items():
-        if name in program.trainable:
-            slots = slot_tensors(program.optimizer, info).values()
-            roles += [(slot, slot.role, slot.role) for slot in slots]
-    found = {
-        full_name(role, info.name): [Box(*layout.box(info, at, role=lies)) for at in mine]
-        for info, role, lies in roles
-    }
+    found = {}
+    for info, role, lies in roles_of(program):
+        boxes, share = [(at, *layout.box(info, at, role=lies)) for at in mine], shares.get((role, info.name))
+        if share is None:
+            found[full_name(role, info.name)] = [Box(offset, shape) for _, offset, shape in boxes]
+        else:
+            found[full_name(role, info.name)] = [Box(*share.part(layout.mesh, *box)) for box in boxes]
     return {**found, COUNT: [Box((), ())] * len(mine)}
+
+
+def restored(backend: Backend, reader: Reader) -> Any:
+    """The state of an open checkpoint on `backend`. Processes that hold copies read them in parts where that pays, and
+    where the backend can exchange them."""
+    program, processes, shares = backend.program, backend.processes, {}
+    remote = not isinstance(reader.store, LocalStore)
+    if backend.restore_shared is not None and pays(processes, remote=remote):
+        shares = shares_of(program, processes)
+    with Restoring(reader, boxes_of(program, backend.process, processes, shares)) as restoring:
+        if shares and backend.restore_shared is not None:
+            return backend.restore_shared(restoring.read, shares)
+        return backend.restore_state(restoring.read)
 
 
 @dataclass

@@ -33,7 +33,7 @@ from portatrain.plan.of_run import device_order, of_run
 from portatrain.preemption import INTERRUPTED, RESUME_ME, StopSignals
 from portatrain.recipe import Recipe
 from portatrain.recipe_data import data_of
-from portatrain.restoring import Restoring, boxes_of
+from portatrain.restoring import restored
 from portatrain.run_dir import RunDir
 
 
@@ -203,14 +203,13 @@ class Trainer:
         return attempt
 
     def _newest(self, attempt: Attempt | Follower) -> Any:
-        """The newest checkpoint, as process 0 finds and verifies it; None where there is none."""
-        found = None
-        if not self.backend.process:
-            if not self.run_dir.locks:
-                self.checkpoints.remove_unfinished()
-            found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text))
-        step = self.backend.agree(found[0] if found else -1)
-        return found[1] if found else self.checkpoints.at(step) if step >= 0 else None
+        """The newest checkpoint that verifies, the same for all processes; None where there is none."""
+        if not self.backend.process and not self.run_dir.locks:
+            self.checkpoints.remove_unfinished()
+        found = self.checkpoints.newest(
+            lambda text: attempt.event("checkpoint_damaged", what=text), self.backend.agree
+        )
+        return found[1] if found else None
 
     def _asked(self) -> str | None:
         """Whether a process has been asked to stop, and how: all leave after the same step."""
@@ -291,9 +290,7 @@ class Trainer:
     def _go_on(self, reader: Any) -> None:
         """Restore, and check that the run is the same run."""
         check_tensors(reader, self.backend.program)
-        boxes = boxes_of(self.backend.program, self.backend.process, self.backend.processes)
-        with Restoring(reader, boxes) as restoring:
-            self.state = self.backend.restore_state(restoring.read)
+        self.state = restored(self.backend, reader)
         self._saved = self.step
         self._history.extend(reader.meta.get("history", ()))
         now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)

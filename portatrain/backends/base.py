@@ -131,6 +131,16 @@ class Backend(Protocol):
         """A state whose every box comes from `read(role, name, offset, shape)`."""
         ...
 
+    def restore_shared(
+        self,
+        read: Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray],
+        shares: Mapping[Any, Any],
+    ) -> Any:
+        """The same state, where of the tensors in `shares` (portatrain.sharing) each process reads its part of a box
+        (`Share.part`) and has the rest from those that hold copies. A backend that cannot has `restore_shared = None`.
+        """
+        ...
+
     def step(
         self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float
     ) -> tuple[Any, StepResult]:

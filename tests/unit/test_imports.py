@@ -75,6 +75,7 @@ ARRAY_MODULES = tuple(
         "remote",  # and what begins so: a run directory in an object store
         "recipe_data",
         "restoring",
+        "sharing",
         "staging",
         "plan.compilers.xla",
         "plan.compilers.fsdp2",

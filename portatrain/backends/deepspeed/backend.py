@@ -305,6 +305,7 @@ class ZeroBackend(MeshBackend):
     # ---- without an update
 
     rehearse: Any = None  # the continuity check takes losses and hashes alone
+    restore_shared: Any = None  # it reads flat ranges of its own
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -105,19 +105,24 @@ class JaxBackend:
 
     # ---- states
 
-    def _sharding(self, tensor: TensorInfo, role: str) -> NamedSharding:
-        """`role` is a checkpoint's: averages lie as parameters do, slots as the layout's state mapping says."""
-        mapped = "params" if role == "ema" else role
-        return NamedSharding(self.devices, partition_spec(self.layout.tensor_spec(tensor, role=mapped)))
+    def _sharding(self, tensor: TensorInfo, role: str, share: Any = None) -> NamedSharding:
+        """`role` is a checkpoint's: averages lie as parameters do, slots as the layout's state mapping says. With a
+        `share` copies have a part each."""
+        spec = list(self.layout.tensor_spec(tensor, role="params" if role == "ema" else role))
+        if share is not None:
+            spec[share.dim] = (*spec[share.dim], *share.axes)
+        return NamedSharding(self.devices, partition_spec(tuple(spec)))
 
-    def _place(self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], role: str) -> Any:
-        """A global array, every local shard of it from `draw(offset, shape)`."""
+    def _place(
+        self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], lies: NamedSharding
+    ) -> Any:
+        """A global array that lies as `lies` says, every local shard of it from `draw(offset, shape)`."""
 
         def shard(index: Any) -> np.ndarray:
             bounds = [s.indices(n) for s, n in zip(index, tensor.shape, strict=True)]
             return draw(tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds))
 
-        placed = jax.make_array_from_callback(tensor.shape, self._sharding(tensor, role), shard)
+        placed = jax.make_array_from_callback(tensor.shape, lies, shard)
         # On a CPU the array may share NumPy's memory, and a shared buffer cannot be donated.
         return placed.copy() if placed.size else placed
 
@@ -152,14 +157,23 @@ class JaxBackend:
     def init_state(self) -> State:
         def make(tensor: TensorInfo, role: str) -> Any:
             return self._place(
-                tensor, lambda at, shape: initial_box(tensor, self.program.seed, at, shape), role
-            )
+                tensor, lambda at, shape: initial_box(tensor, self.program.seed, at, shape),
+                self._sharding(tensor, role),
+            )  # fmt: skip
 
         return self._assemble(make, 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> State:
+        return self.restore_shared(read, {})
+
+    def restore_shared(
+        self, read: Callable[[str, str, tuple, tuple], np.ndarray], shares: Mapping[Any, Any]
+    ) -> State:
         def make(tensor: TensorInfo, role: str) -> Any:
-            return self._place(tensor, lambda at, shape: read(role, tensor.name, at, shape), role)
+            share, lies = shares.get((role, tensor.name)), self._sharding(tensor, role)
+            parts = self._sharding(tensor, role, share)
+            placed = self._place(tensor, lambda at, shape: read(role, tensor.name, at, shape), parts)
+            return placed if share is None else jax.jit(lambda x: x, out_shardings=lies)(placed)
 
         return self._assemble(make, int(read(COUNT, "", (), ())))
 

@@ -16,6 +16,7 @@ from portatrain.backends.base import Arrays, LocalBox, Program
 from portatrain.backends.torch.backend import TorchBackend, TorchState
 from portatrain.backends.torch.bare import COMPUTE
 from portatrain.backends.torch.distributed_ops import MeshOps, RowOps
+from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
 from portatrain.backends.torch.mesh_values import plain
 from portatrain.backends.torch.ops import TorchOps
@@ -60,6 +61,22 @@ class MeshBackend(TorchBackend):
             return super()._part(info, role)
         offset, shape = self.world.layout.box(info, self.world.at, role="params" if role == "ema" else role)
         return offset[info.stack_dims :], shape[info.stack_dims :]
+
+    def restore_shared(
+        self, read: Callable[[str, str, tuple, tuple], np.ndarray], shares: Mapping[Any, Any]
+    ) -> TorchState:
+        mesh, at = self.program.layout.mesh, self.world.at
+
+        def whole(role: str, name: str, offset: tuple, shape: tuple) -> np.ndarray:
+            share = shares.get((role, name))
+            if share is None:
+                return read(role, name, offset, shape)
+            mine = np.ascontiguousarray(read(role, name, *share.part(mesh, at, offset, shape)))
+            words = mine.reshape(*mine.shape, 1).view(np.uint8)  # which every transport carries
+            joined = self.world.gather(to_torch(words).to(self.device), share.axes, share.dim)
+            return joined.cpu().numpy().view(mine.dtype).reshape(shape)
+
+        return self.restore_state(whole)
 
     def _lowered(self, value: Callable[[str, str, tuple[int, ...]], Tensor]) -> MeshState:
         program = self.program

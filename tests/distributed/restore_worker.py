@@ -1,0 +1,77 @@
+"""One process of a group that restores checkpoint after checkpoint, with copies read by everyone and in parts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pickle
+import traceback
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from checkpoints_format import Box, LocalStore, Reader
+from portatrain import processes, sharing
+from portatrain.backends.base import backend_class, simulate_devices
+from portatrain.restoring import restored
+from portatrain.state import full_name
+from tests.distributed.cases import CASES
+
+
+class Counting(LocalStore):
+    """Counts the bytes that are asked of the packs."""
+
+    nbytes = 0
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        if name.startswith("pack-"):
+            self.nbytes += sum(b.nbytes for b in buffers)
+        super().read_into(name, offset, buffers)
+
+
+def wrong_part(self: sharing.Share, mesh: Any, at: Any, offset: Any, shape: Any) -> Any:
+    """`Share.part` of a process that always takes the first part."""
+    return PART(self, mesh, dict.fromkeys(at, 0), offset, shape)
+
+
+PART = sharing.Share.part
+
+
+def restore(backend: Any, folder: str, how: str) -> tuple[int, list[str], int]:
+    """(bytes read of values, names of boxes that are not the checkpoint's, boxes looked at)."""
+    wrong = mock.patch.object(sharing.Share, "part", wrong_part) if how == "wrong" else nullcontext()
+    said = {sharing.READ_ONCE: "0" if how == "each" else "1"}
+    with Counting(Path(folder)) as store, mock.patch.dict("os.environ", said), wrong:
+        through = Reader(store)
+        state = restored(backend, through)
+        nbytes = store.nbytes - sum(table.nbytes for table in through._tables.values())
+        boxes = [
+            (full_name(b.role, b.name), Box(b.offset, b.shape), b.fetch()) for b in backend.local_boxes(state)
+        ]
+        off = [n for n, box, array in boxes if np.asarray(array).tobytes() != through.read(n, box).tobytes()]
+    return nbytes, off, len(boxes)
+
+
+def main(args: argparse.Namespace) -> int:
+    """`args.cells`: [(case, mesh, folder of a checkpoint, 'each' | 'parts' | 'wrong')]; every process leaves a
+    pickle of what it found in `args.out`."""
+    if args.backend == "jax":
+        simulate_devices("jax", args.devices)
+    else:
+        import torch
+
+        torch.set_num_threads(1)
+    sharing.LEAST_BYTES = 1  # the cases are small
+    kind, found = backend_class(args.backend), []
+    for case, mesh, folder, how in args.cells:
+        try:
+            program = dataclasses.replace(CASES[case].program(mesh), seed=1)
+            found.append(restore(kind(program), folder, how))
+        except Exception:
+            found.append(traceback.format_exc())
+    (Path(args.out) / str(processes.rank())).write_bytes(pickle.dumps(found))
+    return 0

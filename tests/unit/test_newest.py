@@ -1,0 +1,117 @@
+"""`Checkpoints.newest` by several processes: each reads its part, and all take the same step."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from checkpoints_format import Layout, LocalStore, Mesh, Sharded, Tensor, Writer, commit
+from portatrain.checkpoint import Checkpoints
+from portatrain.errors import UserError
+from portatrain.places import step_name
+
+PROCESSES = 3
+
+
+class Agreed:
+    """`Backend.agree` of threads."""
+
+    def __init__(self) -> None:
+        self.values: list[int] = []
+        self.barrier = threading.Barrier(PROCESSES, timeout=30)
+        self.lock = threading.Lock()
+
+    def __call__(self, value: int) -> int:
+        with self.lock:
+            self.values.append(value)
+        self.barrier.wait()
+        highest = max(self.values)
+        if self.barrier.wait() == 0:
+            self.values.clear()
+        self.barrier.wait()
+        return highest
+
+
+def save(folder: Path, step: int) -> None:
+    values = np.random.default_rng(step).standard_normal((3, 64), dtype=np.float32)
+    layout = Layout(
+        tensors=(Tensor(name="w", dtype="float32", shape=(3, 64), placement=Sharded(spec=(("fsdp",), ()))),),
+        meshes=(Mesh(axes=(("fsdp", PROCESSES),)),), writers=PROCESSES,
+    )  # fmt: skip
+    with LocalStore(folder / step_name(step), create=True) as store:
+        for writer in range(PROCESSES):
+            Writer(store, layout, save="a", writer=writer).write({"w": values[writer : writer + 1]})
+        commit(store, layout, save="a")
+
+
+def damage(folder: Path, step: int, writer: int) -> None:
+    path = folder / step_name(step) / f"pack-a-{writer:05d}-0000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-300] ^= 1
+    path.write_bytes(data)
+
+
+def look(folder: Path) -> tuple[list[int | str | None], list[list[str]]]:
+    """(the step or error of each process, what each reports)."""
+    agree, reports = Agreed(), [[] for _ in range(PROCESSES)]
+
+    def one(process: int) -> int | str | None:
+        try:
+            found = Checkpoints(folder, process=process, processes=PROCESSES).newest(
+                reports[process].append, agree
+            )
+        except UserError as error:
+            agree.barrier.abort()
+            return str(error)
+        except threading.BrokenBarrierError:
+            return "ended"
+        return found and found[0]
+
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        return list(pool.map(one, range(PROCESSES))), reports
+
+
+@pytest.mark.parametrize("writer", range(PROCESSES))
+def test_damage_that_any_process_reads_passes_a_checkpoint_over(writer: int, tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert look(tmp_path)[0] == [2] * PROCESSES
+    damage(tmp_path, 2, writer)
+    steps, reports = look(tmp_path)
+    assert steps == [1] * PROCESSES
+    (said,) = reports[0]
+    assert "step 2" in said
+    assert f"pack-a-{writer:05d}-0000" in said
+    assert "w" in said
+    assert reports[1:] == [[]] * (PROCESSES - 1)
+
+
+def test_nothing_left_that_verifies(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    damage(tmp_path, 1, 2)
+    (first, *others), _ = look(tmp_path)
+    assert "expected one that verifies" in str(first)
+    assert others == ["ended"] * (PROCESSES - 1)
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    assert look(tmp_path)[0] == [None] * PROCESSES
+
+
+def test_every_file_is_read_by_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    read: list[str] = []
+    inner = LocalStore.read_into
+
+    def counted(self: LocalStore, name: str, offset: int, buffers: list[memoryview]) -> None:
+        if name.startswith("pack-") and not offset:
+            read.append(name)
+        inner(self, name, offset, buffers)
+
+    monkeypatch.setattr(LocalStore, "read_into", counted)
+    look(tmp_path)
+    assert sorted(read) == [f"pack-a-{writer:05d}-0000.safetensors" for writer in range(PROCESSES)]
