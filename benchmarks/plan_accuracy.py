@@ -1,9 +1,10 @@
 """The planner beside the real compilers: writes docs/plan-accuracy.md.
 
-    python -m benchmarks.plan_accuracy [--only WORD...] [--fresh] [--write]
+    python -m benchmarks.plan_accuracy [--only WORD...] [--fresh | --again] [--write]
 
 Every row is planned first, and all predictions are written to docs/plan-accuracy.json before any compiler runs: a row
-that is there keeps its prediction until --fresh. Then each is compiled, in a process of its own, and the page is
+that is there keeps its prediction until --fresh, or --again where the planner has changed and the programs have not.
+Then each is compiled, in a process of its own, and the page is
 written from both. Hours on two cores, minutes for one row; what was compiled is kept (`portatrain plan --compile`).
 """
 
@@ -46,6 +47,8 @@ class Row:
     compiler: str = "auto"
     seq_len: int = 8192
     more: tuple[str, ...] = ()
+    blind: bool = False
+    """Compiled after the planner's terms were last changed; of the others the lists of live buffers have been read."""
 
     @property
     def name(self) -> str:
@@ -67,12 +70,75 @@ ROWS = (
     Row(recipe="llama3-1b", cluster="tpu-v5e-64", mesh="fsdp=64", batch=64),
     Row(recipe="llama3-1b", cluster="tpu-v4-64", mesh="fsdp=32", batch=64),
     Row(recipe="llama3-8b", cluster="2*tpu-v5p-64", mesh="replica=2,fsdp=32", batch=64),
+    Row(
+        recipe="llama3-8b",
+        cluster="tpu-v5p-12288",
+        mesh="replica=24,fsdp=16,context=4,tensor=4",
+        batch=384,
+        remat="none",
+    ),
     Row(recipe="llama3-8b", cluster="h100-64", mesh="fsdp=64", batch=64),
     Row(recipe="llama3-8b", cluster="b200-64", mesh="fsdp=64", batch=128),
     Row(recipe="llama3-70b", cluster="b200-64", mesh="fsdp=64", batch=64),
     Row(recipe="llama3-8b", cluster="h100-64", mesh="fsdp=64", batch=64, compiler="fsdp2"),
     Row(recipe="llama3-8b", cluster="h100-64", mesh="replica=2,fsdp=32", batch=128, compiler="fsdp2"),
     Row(recipe="llama3-1b", cluster="h100-8", mesh="fsdp=8", batch=16, compiler="fsdp2"),
+    *(
+        Row(recipe="llama3-8b", cluster="h100-64", mesh="fsdp=64", batch=64, remat=remat, compiler=compiler)
+        for remat in ("none", "dots", "attention")
+        for compiler in ("auto", "fsdp2")
+    ),
+    Row(
+        recipe="llama3-8b", cluster="tpu-v6e-64", mesh="fsdp=16,tensor=4", batch=64, remat="dots", blind=True
+    ),
+    Row(
+        recipe="llama3-1b",
+        cluster="tpu-v5p-32",
+        mesh="fsdp=16",
+        batch=64,
+        accumulation=2,
+        remat="none",
+        blind=True,
+    ),
+    Row(recipe="llama3-8b", cluster="tpu-7x-64", mesh="fsdp=64", batch=64, remat="attention", blind=True),
+    Row(
+        recipe="llama3-8b",
+        cluster="b200-64",
+        mesh="fsdp=16,tensor=4",
+        batch=64,
+        accumulation=4,
+        remat="attention",
+        blind=True,
+    ),
+    Row(
+        recipe="llama3-1b",
+        cluster="h100-8",
+        mesh="fsdp=8",
+        batch=32,
+        accumulation=2,
+        remat="none",
+        blind=True,
+    ),
+    Row(recipe="llama3-70b", cluster="h200-64", mesh="fsdp=64", batch=64, compiler="fsdp2", blind=True),
+    Row(
+        recipe="llama3-8b",
+        cluster="h200-64",
+        mesh="fsdp=32,tensor=2",
+        batch=64,
+        remat="dots",
+        compiler="fsdp2",
+        blind=True,
+    ),
+    Row(
+        recipe="llama3-1b",
+        cluster="h100-8",
+        mesh="replica=2,fsdp=4",
+        batch=64,
+        accumulation=4,
+        remat="none",
+        compiler="fsdp2",
+        blind=True,
+    ),
 )
 
 
@@ -94,14 +160,16 @@ def asked(row: Row, made: Plan, chosen: Candidate) -> tuple[job.Request, targets
     return job.request(made, chosen, target, row.recipe, words), target
 
 
-def predictions(rows: list[Row], *, fresh: bool) -> dict[str, Any]:
-    """Every row's prediction, written before anything is compiled."""
+def predictions(rows: list[Row], *, fresh: bool, again: bool = False) -> dict[str, Any]:
+    """Every row's prediction, written before anything is compiled. ``fresh`` forgets what was compiled, ``again`` does
+    not."""
     known = read()
     for row in rows:
-        if fresh or row.name not in known:
+        if fresh or again or row.name not in known:
             made, chosen = planned(row)
             compiler = targets.target(made.used, row.compiler).compiler
-            known[row.name] = {"predicted": compare.predict(made, chosen, compiler).as_json()}
+            kept = {} if fresh else known.get(row.name, {})
+            known[row.name] = {**kept, "predicted": compare.predict(made, chosen, compiler).as_json()}
     write(known)
     return known
 
@@ -123,10 +191,13 @@ def main() -> int:
     )
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name has all of these words")
     parser.add_argument("--fresh", action="store_true", help="predict and compile anew")
+    parser.add_argument(
+        "--again", action="store_true", help="predict anew, of rows that stay the programs they are"
+    )
     parser.add_argument("--write", action="store_true", help="write docs/plan-accuracy.md")
     args = parser.parse_args()
     rows = [row for row in ROWS if all(word in row.name for word in args.only)]
-    known = predictions(rows, fresh=args.fresh)
+    known = predictions(rows, fresh=args.fresh, again=args.again)
     for row in rows:
         made, chosen = planned(row)
         request, target = asked(row, made, chosen)

@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 from portatrain.plan.policy import (
     LOGITS_CHUNK_BYTES,
     LOGITS_COPIES,
-    REMATS,
     SCORES_CHUNK_BYTES,
     SCORES_COPIES,
+    STATIC_LOGITS_COPIES,
     Precision,
     Remat,
     Tuning,
@@ -65,10 +65,16 @@ def memory(
     output projection are summed in fp32, whole, on every device.
     """
     width = precision.compute
-    kept = sum(kind.n * kind.kept(remat) for kind in work.kinds) * tokens * width * (1 - remat.offload)
+    kept = sum(
+        kind.n * (kind.kept_by_framework(width, static=tuning.static) if remat.everything else kind.kept(remat))
+        for kind in work.kinds
+    ) * tokens * width * (1 - remat.offload)  # fmt: skip
     state = work.held * precision.param, work.trained * slot_bytes * precision.slots
     phases = _static if tuning.static else _eager
     grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning)
+    if not tuning.static and accumulation == 1:
+        # They come as what was kept goes: both are whole at opposite ends of the backward pass.
+        grads = max(0.0, grads - kept)
     moving = kept + workspace + gathered
     return Memory(
         params=state[0], grads=grads, optimizer=state[1], activations=kept, gathered=gathered, logits=logits,
@@ -83,13 +89,9 @@ Phase = tuple[float, float, float, float]
 def _eager(
     work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning
 ) -> Phase:
-    """Memory as it is asked for: gradients in place from the first step, weights gathered and cast layer by layer."""
+    """Memory as it is asked for: weights gathered and cast layer by layer, the gradients of the microbatches before."""
     width = precision.compute
-    # One layer's recomputed values, and the gradients of its widest ones.
-    again = max(
-        (kind.kept(REMATS["none"]) - kind.kept(remat) + kind.working for kind in work.kinds), default=0.0
-    )
-    layer_work = again * tokens * width
+    layer_work = max((_again(kind, remat, width) for kind in work.kinds), default=0.0) * tokens * width
     stream = 2 * work.embed / work.mesh[4] * tokens * width  # the stream itself, and its gradient
     loss_stream = 3 * work.embed * tokens * width  # the normed result whole, its gradient, the stream's
     logits = LOGITS_COPIES * min(LOGITS_CHUNK_BYTES, tokens * work.vocab * 4) if work.vocab else 0.0
@@ -102,6 +104,8 @@ def _eager(
     if shared or cast:
         ahead = 2 if shared else 1  # the next layer's weights arrive while this one's work
         layer_gathered = work.largest_layer * (ahead * width + (width if shared else 0.0))
+        if remat.everything and not shared:
+            layer_gathered = work.held * width  # autograd keeps every layer's
     head = work.head * (width if shared or cast else 0.0)
     head_grad = work.head * 4 if shared else 0.0
     ends = work.ends * width if tuning.keeps_ends and shared else 0.0
@@ -113,6 +117,13 @@ def _eager(
     return max(in_layer, in_loss, key=sum)
 
 
+def _again(kind: LayerKind, remat: Remat, width: float) -> float:
+    """Numbers a token of one layer's backward pass besides what is kept: its values, which autograd keeps while they
+    are computed again, and the gradients of the hidden widths."""
+    values = 0.0 if remat.everything else kind.kept_by_framework(width, static=False) - kind.kept(remat)
+    return values + kind.ways * kind.mlp
+
+
 def _static(
     work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning
 ) -> Phase:
@@ -122,10 +133,10 @@ def _static(
     # Every weight as it is held, in the compute type: the cast is moved out of the loop over layers.
     copies = work.held * width if precision.param != width else 0.0
     sums = work.trained * grad if tuning.twice_grads and accumulation > 1 else 0.0
-    layers = (work.trained - work.trained_ends) * grad
     stream = work.embed / work.mesh[4] * tokens * width
 
-    # In a layer: its weights and the next one's, or what is still to be scattered of its gradients.
+    # In a layer: its weights and the next one's, or what is still to be scattered of its gradients. The gradient of the
+    # output table, from the loss, waits whole; those of layers come to lie where kept values were.
     layer = work.largest_layer * width * 2 if shared else 0.0
     rows = tokens / work.seq
     chunk = (
@@ -136,13 +147,15 @@ def _static(
     working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
     attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
     busy = max(working, attending + SCORES_COPIES * chunk) + 2 * stream
-    in_layer = (sums + layers + work.trained_head * grad, copies + layer, 0.0, busy)
+    in_layer = (sums, copies + layer + work.head * 4, 0.0, busy)
 
-    # In the loss: the output projection, and the sums of its gradient, in fp32 and whole.
+    # In the loss: the output projection, and the sum of its gradient, in fp32 and whole. A chunk has its logits, and is
+    # then added to that sum, in place; not so within a loop over microbatches, which writes the new sum beside the old.
     most = max(LOGITS_CHUNK_BYTES, work.head)
-    logits = LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
+    logits = STATIC_LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
+    beside = work.head * 4 if accumulation > 1 else 0.0
     head = work.head * (width if work.head_gathered else 0.0) + work.head * 4
-    in_loss = (sums, copies + head, logits, 3 * work.embed * tokens * width)
+    in_loss = (sums, copies + head, max(logits, beside), 3 * work.embed * tokens * width)
     in_update = (sums + work.trained * grad, 0.0, 0.0, 0.0)
     return max(in_layer, in_loss, in_update, key=sum)
 

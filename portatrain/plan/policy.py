@@ -17,6 +17,7 @@ class Remat:
     again. ``normed``: the inputs of attention and feed-forward after their norms; ``qkv``; ``attention``: what
     attention returned; ``projected``: its output projection; ``hidden``: gate and up; ``product``: their product.
     ``offload``: the share of all that is kept which lies in host memory (its traffic is taken as hidden).
+    ``everything``: a layer runs as it is and keeps whatever its framework wants for the backward pass, which is more.
     """
 
     name: str
@@ -27,9 +28,13 @@ class Remat:
     hidden: float = 0.0
     product: float = 0.0
     offload: float = 0.0
+    everything: bool = False
 
 
-REMATS = {p.name: Remat(name=p.name, **dict.fromkeys(p.names, 1.0)) for p in POLICIES.values()}
+REMATS = {
+    p.name: Remat(name=p.name, everything=p.keeps_all, **dict.fromkeys(p.names, 1.0))
+    for p in POLICIES.values()
+}
 """The policies of `portatrain.remat`. The last projection of a block is never computed again: nothing in the backward
 pass needs what it returned."""
 
@@ -130,6 +135,9 @@ SCORES_COPIES = 3.5
 
 LOGITS_COPIES = 3
 """Logits, their exponentials and their gradient exist at once."""
+
+STATIC_LOGITS_COPIES = 2
+"""What of them exists at once where XLA fuses the exponentials into what uses them."""
 
 LOGITS_PASSES = 6
 """Times that an fp32 logit is read or written."""

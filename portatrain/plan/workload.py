@@ -41,6 +41,16 @@ class LayerKind:
             + remat.hidden * self.ways * self.mlp + remat.product * self.mlp + remat.normed * (2 * self.wide + copies)
         )  # fmt: skip
 
+    def kept_by_framework(self, width: float, *, static: bool) -> float:
+        """Numbers of ``width`` bytes a token that a layer keeps where nothing is computed again: what both frameworks'
+        derivatives ask for. Of each norm its input and its result before scaling, in fp32; of the feed-forward its
+        widths, the activation and the product, and in XLA (``static``) two more factors of the activation's
+        derivative. Counted from jax's scans and torch's saved tensors."""
+        copies = 2 * self.copies * self.wide
+        fp32 = 4 * self.res * 4 / width
+        hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
+        return fp32 + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
+
     @property
     def streamed(self) -> float:
         """Numbers a token that the forward pass's elementwise operations read or write: two norms, two

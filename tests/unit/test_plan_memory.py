@@ -15,7 +15,6 @@ from portatrain.plan.placement import place
 from portatrain.plan.policy import (
     ATTENTION_BACKWARD,
     ATTENTION_SHARE,
-    LOGITS_COPIES,
     PRECISIONS,
     REMATS,
     SCORES_COPIES,
@@ -47,17 +46,25 @@ def need(
     [("fp32", 16), ("bf16", 16), ("bf16-state", 10), ("bf16-weights", 12)],
 )
 def test_state_is_so_many_bytes_a_parameter(precision: str, per_param: int) -> None:
-    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, precision=precision, stack="torch-cuda")
+    mesh = (1, 128, 1, 1, 1)
+    terms = need("llama3-8b", mesh, tokens=8192, precision=precision, stack="torch-cuda", accumulation=2)
     assert terms.params + terms.grads + terms.optimizer == pytest.approx(per_param * P8B / 128)
 
 
 def test_gradients_exist_twice_while_xla_accumulates() -> None:
     once, twice = (need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=n) for n in (1, 4))
     assert twice.grads - once.grads == pytest.approx(P8B / 128 * 4)
-    once, twice = (
-        need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=n, stack="torch-cuda") for n in (1, 4)
-    )
-    assert twice.grads == once.grads == pytest.approx(P8B / 128 * 4)
+
+
+def test_torchs_gradients_come_as_what_was_kept_goes() -> None:
+    def grads(tokens: float, accumulation: int) -> float:
+        mesh = (1, 128, 1, 1, 1)
+        return need("llama3-8b", mesh, tokens=tokens, accumulation=accumulation, stack="torch-cuda").grads
+
+    whole, kept = P8B / 128 * 4, 32 * 128 * 2 * 4096
+    assert grads(8192, 4) == pytest.approx(whole)  # of the microbatches before
+    assert grads(8192, 1) == 0
+    assert grads(128, 1) == pytest.approx(whole - kept)
 
 
 @pytest.mark.parametrize(
@@ -66,18 +73,25 @@ def test_gradients_exist_twice_while_xla_accumulates() -> None:
         ("block", 4096),
         ("attention", 4096 + 4096),
         ("dots", 4096 + 6144 + 4096 + 2 * 14336),
-        ("none", 4096 + 2 * 4096 + 6144 + 4096 + 4096 + 3 * 14336),
     ],
 )
 def test_kept_activations_by_hand(remat: str, widths: int) -> None:
     """32 layers, 8192 tokens, two bytes a number; widths of Llama 3 8B: stream 4096, q k v 6144, mlp 14336."""
-    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, remat=remat)
-    assert terms.activations == 32 * 8192 * 2 * widths
+    for stack in ("jax-tpu", "torch-cuda"):
+        terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, remat=remat, stack=stack)
+        assert terms.activations == 32 * 8192 * 2 * widths
+
+
+@pytest.mark.parametrize(("stack", "hidden"), [("jax-tpu", 6), ("torch-cuda", 4)])
+def test_what_a_framework_keeps_of_a_layer_that_runs_as_it_is(stack: str, hidden: int) -> None:
+    """Both norms' inputs and results in fp32 and what they return; q k v; attention's result; the feed-forward."""
+    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, remat="none", stack=stack)
+    assert terms.activations == 32 * 8192 * (4 * 4096 * 4 + 2 * (2 * 4096 + 6144 + 4096 + hidden * 14336))
 
 
 def test_tensor_parallelism_cuts_what_lies_on_its_axis() -> None:
     terms = need("llama3-8b", (1, 16, 1, 1, 8), tokens=8192, remat="none")
-    cut = 4096 + 6144 + 4096 + 4096 + 3 * 14336
+    cut = 8 * 4096 + 6144 + 4096 + 6 * 14336
     assert terms.activations == 32 * 8192 * 2 * (cut / 8 + 2 * 4096)
 
 
@@ -92,15 +106,18 @@ def test_gathered_weights_and_the_output_projections_gradient() -> None:
 
 
 def test_xla_holds_what_is_alive_at_the_peak() -> None:
-    """Where the loss is the peak: all weights cast, the projection whole in bf16, its gradient whole in fp32, a
-    chunk of logits, and no gradient of a layer; where it is a layer: every layer's gradient, and chunks of scores."""
+    """Where a layer is the peak: all weights cast, two layers gathered, the projection's gradient whole in fp32, and
+    chunks of scores; where it is the loss of one of several microbatches: the projection, and that gradient twice."""
     head = 4096 * 128_256
-    loss = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192)
-    assert loss.grads == 0 and loss.logits == LOGITS_COPIES * head
+    layer = 4096 * 4096 * 2 + 4096 * 1024 * 2 + 3 * 4096 * 14336 + 2 * 4096
+    terms = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192)
+    assert terms.grads == terms.logits == 0
+    assert terms.gathered == pytest.approx(P8B / 128 * 2 + layer * 4 + head * 4)
+    assert terms.workspace > SCORES_COPIES * 2**28
+    loss = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=4)
     assert loss.gathered == pytest.approx(P8B / 128 * 2 + head * 6)
-    layer = need("llama3-8b", (1, 4, 1, 1, 1), tokens=8192)
-    assert layer.logits == 0 and layer.grads == pytest.approx((P8B - head - 4096) / 4 * 4)
-    assert layer.workspace > SCORES_COPIES * 2**28
+    assert loss.logits == head * 4
+    assert loss.grads == pytest.approx(P8B / 128 * 4)
 
 
 def test_fewer_kv_heads_than_the_tensor_axis_are_held_whole() -> None:
