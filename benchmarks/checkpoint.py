@@ -1,14 +1,14 @@
 """Saving and restoring one state: ours beside raw files, safetensors, Orbax and torch DCP, on the same bytes.
 
-    python -m benchmarks.checkpoint [--mib 256] [--rounds 7] [--disk DIR] [--memory DIR] [--write]
+    python -m benchmarks.checkpoint [--mib 720] [--rounds 9] [--disk DIR] [--memory DIR] [--write]
 
-A decoder's state in fp32 (parameters and two slots) is saved and restored by every contender once a round, in an order
-drawn anew, on a disk and on a RAM disk; ratios are taken within a round, medians with their 95 % interval of order
-statistics. `raw` is what no format can avoid: pwrite of the arrays into one file and fsync; pread of that file into new
-arrays, by one thread, an array a call. New arrays are fresh memory in every contender's restore, so that the kernel's
-zeroing of pages is in all of them, raw too. Saves are durable as far as each contender makes them (raw, safetensors and
-ours: fsync); before each, what others left to be written is synced. Before a read the pages of all files are dropped
-from the cache (posix_fadvise), which a disk then reads; a RAM disk has no colder place.
+The state of llama3-1b's layers in fp32 (parameters and two slots) is saved and restored by every contender once a
+round, in an order drawn anew, on a disk and on a RAM disk; ratios are taken within a round, medians with their 95 %
+interval of order statistics. `raw` is what no format can avoid: pwrite of the arrays into one file and fsync; pread of
+that file into new arrays, by one thread, an array a call. New arrays are fresh memory in every contender's restore, so
+that the kernel's zeroing of pages is in all of them, raw too. Saves are durable as far as each contender makes them
+(raw, safetensors and ours: fsync); before each, what others left to be written is synced. Before a read the pages of
+all files are dropped from the cache (posix_fadvise), which a disk then reads; a RAM disk has no colder place.
 
 Then: what a column read of row shards reads beside what it needs, by the plan and by /proc/self/io; how long a save
 stalls training, over a copy of the state; and with half of the memory that the copies take, over the stated bound.
@@ -44,14 +44,18 @@ MARKS = ("<!-- checkpoint benchmark -->", "<!-- end of checkpoint benchmark -->"
 
 
 def make_state(mib: int) -> State:
-    """A decoder's parameters, m and v, of about `mib` MiB in all."""
+    """Parameters, m and v of about `mib` MiB in all: as many layers of llama3-1b, at least one, and a short table."""
     rng = np.random.default_rng(0)
-    embed = 512
-    layers = max(1, round((mib * 2**20 / 4 / 3 - 8192 * embed) / (12 * embed * embed)))
+    embed, heads, kv_heads, mlp, vocab = 2048, 32, 8, 8192, 1024
+    a_layer = embed * (2 * embed + 2 * kv_heads * embed // heads + 3 * mlp)
+    layers = max(1, round((mib * 2**20 / 4 / 3 - vocab * embed) / a_layer))
     shapes = {
-        "embed/table": (8192, embed), "blocks/attn/wqkv": (layers, embed, 3, 8, embed // 8),
-        "blocks/attn/wo": (layers, 8, embed // 8, embed), "blocks/mlp/up": (layers, embed, 4 * embed),
-        "blocks/mlp/down": (layers, 4 * embed, embed), "blocks/norm/scale": (layers, embed),
+        "embed/table": (vocab, embed), "blocks/attn/wq": (layers, embed, heads, embed // heads),
+        "blocks/attn/wk": (layers, embed, kv_heads, embed // heads),
+        "blocks/attn/wv": (layers, embed, kv_heads, embed // heads),
+        "blocks/attn/wo": (layers, heads, embed // heads, embed), "blocks/mlp/gate": (layers, embed, mlp),
+        "blocks/mlp/up": (layers, embed, mlp), "blocks/mlp/down": (layers, mlp, embed),
+        "blocks/norm/scale": (layers, embed),
     }  # fmt: skip
     return {
         f"{role}/{name}": rng.standard_normal(shape, dtype=np.float32)
@@ -249,8 +253,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--mib", type=int, default=256, help="size of the state (256)")
-    parser.add_argument("--rounds", type=int, default=7, help="at least 6, for an interval (7)")
+    parser.add_argument("--mib", type=int, default=720, help="size of the state (720: a layer of llama3-1b)")
+    parser.add_argument("--rounds", type=int, default=9, help="at least 6, for an interval (9)")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), metavar="DIR")
     parser.add_argument("--write", action="store_true", help="put the tables into docs/checkpoints.md")

@@ -104,11 +104,11 @@ def torch_remat(args: argparse.Namespace) -> int:
 
 
 def kept(policy: str, rows: int) -> float:
-    """Bytes of activations that the planner says a policy keeps of the blocks, fp32."""
+    """Bytes of activations that the planner says a policy keeps of the blocks in torch, fp32."""
     chosen = recipe()
     work = on_mesh(shape_of(chosen), (1,) * len(MESH_AXES))
     tokens = rows * shape_of(chosen).seq_len
-    return sum(kind.n * kind.kept(REMATS[policy]) for kind in work.kinds) * tokens * 4
+    return sum(kind.n * kind.kept(REMATS[policy], 4, static=False) for kind in work.kinds) * tokens * 4
 
 
 def _run(n: int, entry: str, folder: str, **args: Any) -> Any:

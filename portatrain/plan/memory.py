@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from portatrain.plan.policy import (
     LOGITS_CHUNK_BYTES,
     LOGITS_COPIES,
+    REMATS,
     SCORES_CHUNK_BYTES,
     SCORES_COPIES,
     STATIC_LOGITS_COPIES,
@@ -65,10 +66,8 @@ def memory(
     output projection are summed in fp32, whole, on every device.
     """
     width = precision.compute
-    kept = sum(
-        kind.n * (kind.kept_by_framework(width, static=tuning.static) if remat.everything else kind.kept(remat))
-        for kind in work.kinds
-    ) * tokens * width * (1 - remat.offload)  # fmt: skip
+    a_token = sum(kind.n * kind.kept(remat, width, static=tuning.static) for kind in work.kinds)
+    kept = a_token * tokens * width * (1 - remat.offload)
     state = work.held * precision.param, work.trained * slot_bytes * precision.slots
     phases = _static if tuning.static else _eager
     grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning)
@@ -120,7 +119,7 @@ def _eager(
 def _again(kind: LayerKind, remat: Remat, width: float) -> float:
     """Numbers a token of one layer's backward pass besides what is kept: its values, which autograd keeps while they
     are computed again, and the gradients of the hidden widths."""
-    values = 0.0 if remat.everything else kind.kept_by_framework(width, static=False) - kind.kept(remat)
+    values = kind.kept(REMATS["none"], width, static=False) - kind.kept(remat, width, static=False)
     return values + kind.ways * kind.mlp
 
 

@@ -33,23 +33,21 @@ class LayerKind:
     ways: int
     copies: float
 
-    def kept(self, remat: Remat) -> float:
-        """Numbers a token that one layer keeps from forward to backward."""
+    def kept(self, remat: Remat, width: float, *, static: bool) -> float:
+        """Numbers of ``width`` bytes a token that one layer keeps from forward to backward.
+
+        Where nothing is computed again it is what the frameworks' derivatives ask for, as counted in jax's scans and in
+        torch's saved tensors: of each norm its input and its result before scaling, in fp32; of the feed-forward its
+        widths, the activation and the product, and in XLA (``static``) two more factors of the activation's derivative.
+        """
         copies = 2 * self.copies * self.wide  # what experts get and what they return
+        if remat.everything:
+            hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
+            return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
         return (
             self.res + remat.qkv * (self.q + self.kv) + remat.attention * self.out + remat.projected * self.res
             + remat.hidden * self.ways * self.mlp + remat.product * self.mlp + remat.normed * (2 * self.wide + copies)
         )  # fmt: skip
-
-    def kept_by_framework(self, width: float, *, static: bool) -> float:
-        """Numbers of ``width`` bytes a token that a layer keeps where nothing is computed again: what both frameworks'
-        derivatives ask for. Of each norm its input and its result before scaling, in fp32; of the feed-forward its
-        widths, the activation and the product, and in XLA (``static``) two more factors of the activation's
-        derivative. Counted from jax's scans and torch's saved tensors."""
-        copies = 2 * self.copies * self.wide
-        fp32 = 4 * self.res * 4 / width
-        hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
-        return fp32 + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
 
     @property
     def streamed(self) -> float:
