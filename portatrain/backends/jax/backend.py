@@ -173,7 +173,7 @@ class JaxBackend:
             share, lies = shares.get((role, tensor.name)), self._sharding(tensor, role)
             parts = self._sharding(tensor, role, share)
             placed = self._place(tensor, lambda at, shape: read(role, tensor.name, at, shape), parts)
-            return placed if share is None else jax.jit(lambda x: x, out_shardings=lies)(placed)
+            return placed if share is None else jax.jit(_as_it_is, out_shardings=lies)(placed)
 
         return self._assemble(make, int(read(COUNT, "", (), ())))
 
@@ -414,6 +414,11 @@ class JaxBackend:
         run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._bare(context), *a), argnums=floating))
         value, grads = run(*args)
         return np.asarray(value), tuple(np.asarray(g) for g in grads)
+
+
+def _as_it_is(x: Any) -> Any:
+    """What changes a sharding when it is jitted; one function, so that tensors of a shape share a program."""
+    return x
 
 
 def _aux_part(aux: Any) -> dict[str, Any]:
