@@ -89,13 +89,14 @@ def test_a_program_that_does_not_fit_is_an_answer() -> None:
 @pytest.mark.full
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
-def test_fsdp2_traced(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
+def test_fsdp2_traced(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
     words = [
         "llama3-8b",
         "--cluster",
         "h100-8",
         "--mesh",
-        "fsdp=8",
+        mesh,
         "--batch",
         "16",
         "--remat",
@@ -106,7 +107,9 @@ def test_fsdp2_traced(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["compiled"]["compiler"].startswith("FSDP2 traced")
     predicted, traced = found["predicted"], found["compiled"]
     assert traced["flops"] == predicted["flops"]
-    assert traced["collective_bytes"] == pytest.approx(predicted["collective_bytes"], rel=0.001)
+    # Numbers that all processes add up, such as the gradient's norm, are not planned.
+    moved = {axes: nbytes for axes, nbytes in traced["collective_bytes"].items() if nbytes > 1024}
+    assert moved == pytest.approx(predicted["collective_bytes"], rel=0.001)
     assert traced["peak_bytes"] == pytest.approx(predicted["peak_bytes"], rel=0.1)
 
 

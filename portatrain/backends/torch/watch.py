@@ -62,6 +62,12 @@ def _group_size(value: Any) -> int:
 
     if isinstance(value, dist.ProcessGroup):
         return value.size()
+    if isinstance(value, str):  # a group's name, or that of a reduction
+        named: Any = dist.distributed_c10d._resolve_process_group
+        try:
+            return named(value).size()
+        except (RuntimeError, ValueError, KeyError):
+            return 0
     if isinstance(value, torch.ScriptObject):
         try:
             return dist.ProcessGroup.unbox(value).size()

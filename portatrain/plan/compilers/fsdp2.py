@@ -7,8 +7,10 @@ buffers, not a compiler's fusions.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
@@ -35,7 +37,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     batch = batch_of(recipe.data, recipe.batch, recipe.accumulation)
     stage(f"tracing rank 0 of {world}, layer by layer")
     backend = _backend(program)  # its process groups are made of real ranks
-    with FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
+    with _real_meshes(), FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         infos = backend.definition.tensors
 
         def part(role: str, name: str, index: tuple[int, ...]) -> Any:
@@ -51,6 +53,23 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "flops": watch.flops, "devices": world,
         "collective_bytes": {_axes(program.layout.mesh, n): moved for n, moved in sorted(watch.moved.items())},
     }  # fmt: skip
+
+
+@contextmanager
+def _real_meshes() -> Iterator[None]:
+    """While entered, device meshes that torch makes on the way (FSDP2 joins its own with tensor's) look their ranks up
+    in tensors that have contents."""
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    begin = DeviceMesh.__init__
+
+    def begin_with_contents(self: Any, *args: Any, **options: Any) -> None:
+        with _disable_current_modes():
+            begin(self, *args, **options)
+
+    with mock.patch.object(DeviceMesh, "__init__", begin_with_contents):
+        yield
 
 
 def _backend(program: Any) -> Any:
