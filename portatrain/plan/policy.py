@@ -18,6 +18,7 @@ class Remat:
     attention returned; ``projected``: its output projection; ``hidden``: gate and up; ``product``: their product.
     ``offload``: the share of all that is kept which lies in host memory (its traffic is taken as hidden).
     ``everything``: a layer runs as it is and keeps whatever its framework wants for the backward pass, which is more.
+    ``matmuls``: what is kept is chosen by kind of operation, what every matmul of weights returned.
     """
 
     name: str
@@ -29,10 +30,11 @@ class Remat:
     product: float = 0.0
     offload: float = 0.0
     everything: bool = False
+    matmuls: bool = False
 
 
 REMATS = {
-    p.name: Remat(name=p.name, everything=p.keeps_all, **dict.fromkeys(p.names, 1.0))
+    p.name: Remat(name=p.name, everything=p.keeps_all, matmuls=p.dots, **dict.fromkeys(p.names, 1.0))
     for p in POLICIES.values()
 }
 """The policies of `portatrain.remat`. The last projection of a block is never computed again: nothing in the backward

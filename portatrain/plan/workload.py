@@ -39,13 +39,16 @@ class LayerKind:
         Where nothing is computed again it is what the frameworks' derivatives ask for, as counted in jax's scans and in
         torch's saved tensors: of each norm its input and its result before scaling, in fp32; of the feed-forward its
         widths, the activation and the product, and in XLA (``static``) two more factors of the activation's derivative.
+        Chosen by kind of operation, torch also keeps what the last projection returned, which nothing needs, and of
+        projections that tensor cuts by rows what they returned before it was summed.
         """
         copies = 2 * self.copies * self.wide  # what experts get and what they return
         if remat.everything:
             hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
             return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
+        more = 2 * self.wide - remat.projected * self.res if remat.matmuls and not static else 0.0
         return (
-            self.res + remat.qkv * (self.q + self.kv) + remat.attention * self.out + remat.projected * self.res
+            self.res + remat.qkv * (self.q + self.kv) + remat.attention * self.out + remat.projected * self.res + more
             + remat.hidden * self.ways * self.mlp + remat.product * self.mlp + remat.normed * (2 * self.wide + copies)
         )  # fmt: skip
 
