@@ -201,7 +201,8 @@ def predictions(rows: list[Row], *, fresh: bool, again: bool = False) -> dict[st
     not."""
     known = read()
     for row in rows:
-        if fresh or again or row.name not in known:
+        seen = "compiled" in known.get(row.name, {})  # of a blind row, it is that prediction that counts
+        if fresh or (again and not (row.blind and seen)) or row.name not in known:
             made, chosen = planned(row)
             compiler = targets.target(made.used, row.compiler).compiler
             kept = {} if fresh else known.get(row.name, {})

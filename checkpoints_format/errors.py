@@ -35,6 +35,10 @@ class MissingFileError(FormatError):
     """A file that the checkpoint names is not there."""
 
 
+class StoreError(FormatError):
+    """The storage did not do what was asked of it. That says nothing of the checkpoint, which may be whole."""
+
+
 def shorten(value: object, limit: int = 120) -> str:
     """``repr`` for a message: at most ``limit`` characters, whatever a hostile file put there."""
     if isinstance(value, str | bytes) and len(value) > limit:

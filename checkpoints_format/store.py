@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from .errors import FormatError, MissingFileError, shorten
+from .errors import FormatError, MissingFileError, StoreError, shorten
 
 # One name, no folders: nothing in a checkpoint can point out of it.
 FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.=-]{0,199}")
@@ -317,4 +317,5 @@ def _explained(what: str, expected: str) -> Iterator[None]:
         do = _ADVICE.get(
             error.errno or 0, "Look at the storage; checkpoints already committed are untouched."
         )
-        raise FormatError(what, expected=expected, got=reason, do=do) from error
+        kind = FormatError if error.errno == errno.ELOOP else StoreError
+        raise kind(what, expected=expected, got=reason, do=do) from error

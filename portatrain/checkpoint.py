@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ from checkpoints_format import (
     LocalStore,
     Mesh,
     NewerFormatError,
-    NotCommittedError,
     Planner,
     Reader,
     Sharded,
@@ -44,10 +43,12 @@ from checkpoints_format.store import read_small
 from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, Program, Scattered
 from portatrain.errors import StorageError, UserError
+from portatrain.finding import newest
 from portatrain.module import TensorInfo
 from portatrain.places import place_of
 from portatrain.precision import averaged
 from portatrain.retention import Retention
+from portatrain.sharing import owners_of
 from portatrain.staging import Staging, free_memory_bytes, given_budget_bytes
 from portatrain.state import COUNT, full_name, slot_tensors
 
@@ -69,9 +70,15 @@ def _is_whole(store: Store, receipt: str) -> bool:
     return True
 
 
-def format_layout(program: Program, scattered: Scattered | None = None, writers: int = 1) -> FormatLayout:
+def format_layout(
+    program: Program,
+    scattered: Scattered | None = None,
+    writers: int = 1,
+    owners: Sequence[int] | None = None,
+) -> FormatLayout:
     """What a checkpoint of `program` holds, and which mesh position has which box of it. `scattered`: the tensors
-    that do not lie as the layout says, as `Backend.scattered` gives them."""
+    that do not lie as the layout says, as `Backend.scattered` gives them. `owners`: the process of every position of
+    the mesh, where processes do not hold equal consecutive runs (`sharing.owners_of`)."""
     scattered = scattered or {}
     mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
 
@@ -98,7 +105,8 @@ def format_layout(program: Program, scattered: Scattered | None = None, writers:
     ]
     tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
     axes = tuple(mesh.items()) or (("device", 1),)
-    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes),), writers=writers)
+    held_by = None if owners is None else tuple(owners)
+    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes, writers=held_by),), writers=writers)
 
 
 def snapshot(
@@ -236,7 +244,7 @@ class Checkpoints:
         if skip_if_busy and backend.agree(int(self._thread is not None and self._thread.is_alive())):
             return False
         self.wait()
-        layout, wanted = self._planned(backend.program, backend.scattered(state))
+        layout, wanted = self._planned(backend, state)
         staging = self._staging(backend, state, layout, wanted)
         self._thread = threading.Thread(
             target=self._write, args=(step, layout, staging, dict(meta)), name="portatrain-checkpoint"
@@ -252,7 +260,7 @@ class Checkpoints:
     def beyond_bytes(self, backend: Backend, state: Any) -> int:
         """How much of a save of `state` training would wait for to be written, beside the copy: at most so much, 0
         where the budget holds the copies of all."""
-        layout, wanted = self._planned(backend.program, backend.scattered(state))
+        layout, wanted = self._planned(backend, state)
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
     def _staging(
@@ -263,12 +271,11 @@ class Checkpoints:
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
         return Staging(boxes, sizes, budget_bytes=budget)
 
-    def _planned(
-        self, program: Program, scattered: Scattered
-    ) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
+    def _planned(self, backend: Backend, state: Any) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
         """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
+        program, scattered = backend.program, backend.scattered(state)
         if self._plan is None or self._plan[0] is not program or self._plan[1] != scattered:
-            layout = format_layout(program, scattered, self.processes)
+            layout = format_layout(program, scattered, self.processes, owners_of(backend))
             self._plan = program, scattered, layout, written_by(layout, self.process)
         return self._plan[2], self._plan[3]
 
@@ -355,63 +362,8 @@ class Checkpoints:
 
     # ---- going on
 
-    def at(self, step: int) -> Reader:
-        """The checkpoint of `step`, which another process has found and verified."""
-        return Reader(self.place.open(step))
-
     def newest(
         self, report: Callable[[str], None], agree: Callable[[int], int] = int
     ) -> tuple[int, Reader] | None:
-        """The newest committed checkpoint of which every byte verifies; None where nothing was ever committed. All
-        processes call it together, process 0 looks, and each reads its part of the files; `agree` is the backend's.
-
-        An uncommitted one is a save that did not finish: passed over in silence. A damaged one is reported, and the
-        one before it taken. UserError where there are commits and none is left that verifies, and where one is of a
-        newer format: that is not damage.
-        """
-        damaged: list[str] = []
-        left = [] if self.process else self.place.steps()
-
-        def passed_over(step: int, error: FormatError | None) -> None:
-            damaged.append(
-                str(error or f"checkpoint of step {step}: another process could not read its part")
-            )
-            self._damaged.add(step)
-            report(f"checkpoint of step {step} is damaged and passed over: {damaged[-1]}")
-
-        while True:
-            step, reader = self._next_of(left, passed_over)
-            if not self.process and reader is None and damaged:
-                raise UserError(
-                    f"checkpoints in {self.place.name}", expected="one that verifies", got=f"none: {damaged[0]}",
-                    do="Restore the folder from a copy, or begin a new run under another name.",
-                )  # fmt: skip
-            step = agree(step)
-            if step < 0:
-                return None
-            reader = reader or self.at(step)
-            error: FormatError | None = None
-            try:
-                reader.verify_all(self.process, self.processes)
-            except FormatError as found:
-                error = found
-            if not agree(int(error is not None)):
-                return step, reader
-            if not self.process:  # who did not find the damage itself looks where it is
-                passed_over(step, error or next(reader.problems(), None))
-
-    def _next_of(
-        self, left: list[int], passed_over: Callable[[int, FormatError | None], None]
-    ) -> tuple[int, Reader | None]:
-        """The newest step of those `left` that is committed and opens, taken off with all after it; else -1."""
-        while left:
-            step = left.pop()
-            try:
-                return step, Reader(self.place.open(step))
-            except NotCommittedError:
-                continue
-            except NewerFormatError as error:  # its steps are good: going on before them would replace it
-                raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
-            except FormatError as error:
-                passed_over(step, error)
-        return -1, None
+        """See `finding.newest`. What is found damaged makes way for the next save of its step."""
+        return newest(self.place, self.process, self.processes, report, agree, self._damaged)

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
-from checkpoints_format import FormatError, MissingFileError
+from checkpoints_format import FormatError, MissingFileError, StoreError
 from checkpoints_format.store import FILE_NAME
 from checkpoints_format.writer import COMMIT
 from portatrain.errors import UserError
@@ -172,7 +172,7 @@ def explained(what: str, expected: str) -> Iterator[None]:
     except FileNotFoundError as error:
         raise MissingFileError(what, expected=expected, got="no such object", do="Check the URL.") from error
     except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
-        raise FormatError(
+        raise StoreError(
             what,
             expected=expected,
             got="no permission",
@@ -180,7 +180,7 @@ def explained(what: str, expected: str) -> Iterator[None]:
         ) from error
     except obstore.exceptions.BaseError as error:
         got = " ".join(str(error).partition("Debug source")[0].split())[:300]
-        raise FormatError(
+        raise StoreError(
             what,
             expected=expected,
             got=got,

@@ -20,7 +20,7 @@ import numpy as np
 from checkpoints_format import Box, FormatError, LocalStore, Reader, Want
 from portatrain.backends.base import Backend, Program
 from portatrain.errors import UserError
-from portatrain.sharing import Shares, pays, roles_of, shares_of
+from portatrain.sharing import Shares, consecutive, owners_of, pays, roles_of, shares_of
 from portatrain.state import COUNT, full_name
 
 GROUP_BYTES = 64 << 20
@@ -29,13 +29,14 @@ BUDGET_BYTES = 512 << 20
 
 
 def boxes_of(
-    program: Program, process: int = 0, processes: int = 1, shares: Shares | None = None
-) -> dict[str, list[Box]]:
+    program: Program, process: int = 0, processes: int = 1, shares: Shares | None = None,
+    owners: Sequence[int] | None = None,
+) -> dict[str, list[Box]]:  # fmt: skip
     """By full name what process `process` asks for of every tensor, a box a device, in the order of the checkpoint:
-    what the layout says that it holds, of the tensors in `shares` its part of that."""
+    what the layout says that it holds, of the tensors in `shares` its part of that. `owners` as in `shares_of`."""
     layout, shares = program.layout, shares or {}
-    devices = layout.mesh.devices
-    mine = [layout.mesh.coordinates(d) for d in range(devices) if d * processes // devices == process]
+    held_by = owners if owners is not None else consecutive(layout.mesh.devices, processes)
+    mine = [layout.mesh.coordinates(d) for d, owner in enumerate(held_by) if owner == process]
     found = {}
     for info, role, lies in roles_of(program):
         boxes, share = [(at, *layout.box(info, at, role=lies)) for at in mine], shares.get((role, info.name))
@@ -49,14 +50,15 @@ def boxes_of(
 def restored(backend: Backend, reader: Reader) -> Any:
     """The state of an open checkpoint on `backend`. Processes that hold copies read them in parts where that pays, and
     where the backend can exchange them."""
-    program, processes, shares = backend.program, backend.processes, {}
-    remote = not isinstance(reader.store, LocalStore)
-    if backend.restore_shared is not None and pays(processes, remote=remote):
-        shares = shares_of(program, processes)
-    with Restoring(reader, boxes_of(program, backend.process, processes, shares)) as restoring:
-        if shares and backend.restore_shared is not None:
-            return backend.restore_shared(restoring.read, shares)
-        return backend.restore_state(restoring.read)
+    program, processes, owners, shares = backend.program, backend.processes, owners_of(backend), {}
+    exchange: Any = getattr(backend, "restore_shared", None)
+    if exchange is not None and processes > 1:
+        remote = not isinstance(reader.store, LocalStore)
+        # All do or none, whatever the environment of one of them says.
+        if not backend.agree(int(not pays(processes, remote=remote))):
+            shares = shares_of(program, processes, owners=owners, gap_bytes=reader.store.merge_gap_bytes)
+    with Restoring(reader, boxes_of(program, backend.process, processes, shares, owners)) as restoring:
+        return exchange(restoring.read, shares) if shares else backend.restore_state(restoring.read)
 
 
 @dataclass

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoints_format.dtypes import item_bytes
-from portatrain.backends.base import Program
+from portatrain.backends.base import Backend, Program
 from portatrain.errors import choice
 from portatrain.layout import MESH_AXES, Mesh
 from portatrain.module import TensorInfo
@@ -63,36 +63,57 @@ def roles_of(program: Program) -> list[tuple[TensorInfo, str, str]]:
     return found
 
 
+def owners_of(backend: Backend) -> tuple[int, ...] | None:
+    """The process of every position of the backend's mesh, row-major, where its `owners` say so; None: processes hold
+    equal consecutive runs, as they do unless the network has the devices of a mesh in another order."""
+    owners = getattr(backend, "owners", None)
+    if owners is None or list(owners) == consecutive(len(owners), backend.processes):
+        return None
+    return tuple(owners)
+
+
+def consecutive(positions: int, processes: int) -> list[int]:
+    """The process of every position where each holds an equal run."""
+    return [p * processes // positions for p in range(positions)]
+
+
 def shares_of(
-    program: Program, processes: int, *, least_bytes: int = LEAST_BYTES
+    program: Program, processes: int, *, owners: Sequence[int] | None = None, gap_bytes: int = 0
 ) -> dict[tuple[str, str], Share]:
     """What processes that hold copies can read in parts: tensors that mesh axes across processes do not cut, in a
     dimension that divides. A layer of a Stack is cut, not the Stack, as some backends ask for one layer after another.
-    A model's States are left out: they are small."""
+    Left out are a model's States, which are small, and boxes whose other parts are no longer than `gap_bytes`: a store
+    that reads on over such gaps would be asked for all of it by everyone."""
     layout, mesh = program.layout, program.layout.mesh
-    across = _across(mesh, processes)
+    across = _across(mesh, list(owners) if owners is not None else consecutive(mesh.devices, processes))
     found = {}
     for info, role, lies in roles_of(program):
         cut = {axis for dim in layout.tensor_spec(info, role=lies) for axis in dim}
         axes = tuple(axis for axis in across if axis not in cut)
         ways = mesh.over(axes)
         _, shape = layout.box(info, mesh.coordinates(0), role=lies)
-        layer = math.prod(shape[info.stack_dims :]) * item_bytes(info.dtype)
+        item, inner = item_bytes(info.dtype), range(info.stack_dims, len(shape))
+        layer = math.prod(shape[info.stack_dims :]) * item
         if role == "state" or ways == 1 or layer < ways * LEAST_BYTES:
             continue
-        dims = [d for d in range(info.stack_dims, len(shape)) if shape[d] % ways == 0]
-        if dims:
-            found[role, info.name] = Share(dims[0], axes)
+        for d in inner:
+            run = math.prod(shape[d:]) * item  # bytes from one part of a device to its next
+            repeated = math.prod(shape) * item > run
+            if shape[d] % ways == 0 and not (repeated and run - run // ways <= gap_bytes):
+                found[role, info.name] = Share(d, axes)
+                break
     return found
 
 
-def _across(mesh: Mesh, processes: int) -> tuple[str, ...]:
+def _across(mesh: Mesh, owners: Sequence[int]) -> tuple[str, ...]:
     """The mesh axes along which a device's neighbour may belong to another process."""
-    mine, stride, found = mesh.devices // processes, 1, []
+    found, stride = [], 1
     for axis in reversed(MESH_AXES):
-        stride *= mesh.sizes[axis]
-        if mesh.sizes[axis] > 1 and stride > mine:
+        size = mesh.sizes[axis]
+        starts = [p for p in range(mesh.devices) if not p // stride % size]
+        if any(owners[p] != owners[p + i * stride] for p in starts for i in range(1, size)):
             found.append(axis)
+        stride *= size
     return tuple(reversed(found))
 
 

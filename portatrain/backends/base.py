@@ -106,6 +106,9 @@ class Backend(Protocol):
     Batches are NumPy: every array has leading axes (accumulation, microbatch) in `step` and (samples,) in `evaluate`;
     'sample' holds the (.., ) int64 indices n. States are opaque and belong to the backend; `step` consumes the one
     it is given.
+
+    Optional: `restore_shared(read, shares)` gives the state of `restore_state`, where of the tensors in `shares`
+    (portatrain.sharing) each process reads its part of a box (`Share.part`) and has the rest from those with copies.
     """
 
     name: str
@@ -115,7 +118,8 @@ class Backend(Protocol):
     process: int
     """This process's number among those that carry the program out together; 0 writes what a run leaves."""
     processes: int
-    """How many there are. All of them call every verb together, with the same arguments."""
+    """How many there are. All of them call every verb together, with the same arguments. Each holds an equal run of
+    the mesh's positions, row-major, unless an attribute `owners` lists the process of every position."""
 
     def __init__(self, program: Program) -> None: ...
 
@@ -129,16 +133,6 @@ class Backend(Protocol):
 
     def restore_state(self, read: Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]) -> Any:
         """A state whose every box comes from `read(role, name, offset, shape)`."""
-        ...
-
-    def restore_shared(
-        self,
-        read: Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray],
-        shares: Mapping[Any, Any],
-    ) -> Any:
-        """The same state, where of the tensors in `shares` (portatrain.sharing) each process reads its part of a box
-        (`Share.part`) and has the rest from those that hold copies. A backend that cannot has `restore_shared = None`.
-        """
         ...
 
     def step(

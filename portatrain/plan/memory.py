@@ -70,10 +70,7 @@ def memory(
     kept = a_token * tokens * width * (1 - remat.offload)
     state = work.held * precision.param, work.trained * slot_bytes * precision.slots
     phases = _static if tuning.static else _eager
-    grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning)
-    if not tuning.static and accumulation == 1:
-        # They come as what was kept goes: both are whole at opposite ends of the backward pass.
-        grads = max(0.0, grads - kept)
+    grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning, kept)
     moving = kept + workspace + gathered
     return Memory(
         params=state[0], grads=grads, optimizer=state[1], activations=kept, gathered=gathered, logits=logits,
@@ -86,7 +83,13 @@ Phase = tuple[float, float, float, float]
 
 
 def _eager(
-    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning
+    work: OnMesh,
+    tokens: float,
+    accumulation: int,
+    remat: Remat,
+    precision: Precision,
+    tuning: Tuning,
+    kept: float,
 ) -> Phase:
     """Memory as it is asked for: weights gathered and cast layer by layer, the gradients of the microbatches before."""
     width = precision.compute
@@ -99,20 +102,24 @@ def _eager(
 
     cast = precision.param != precision.compute
     shared = work.mesh[1] > 1
-    layer_gathered = 0.0
+    layer_gathered = whole = 0.0
     if shared or cast:
         ahead = 2 if shared else 1  # the next layer's weights arrive while this one's work
         layer_gathered = work.largest_layer * (ahead * width + (width if shared else 0.0))
-        if remat.everything and not shared:
-            layer_gathered = work.held * width  # autograd keeps every layer's
+    if cast and remat.everything and not shared:
+        layer_gathered = whole = work.held * width  # autograd keeps every layer's
     head = work.head * (width if shared or cast else 0.0)
     head_grad = work.head * 4 if shared else 0.0
     ends = work.ends * width if tuning.keeps_ends and shared else 0.0
     grads = work.trained * precision.grad * (2 if tuning.twice_grads and accumulation > 1 else 1)
+    if accumulation == 1:
+        # They come as what was kept goes, so that the larger of the two counts; but the loss leaves the output table's.
+        early = 0.0 if shared else work.trained_head * precision.grad
+        grads = early + max(0.0, grads - early - kept)
     # A chunk's part of the output table's gradient, before it is added to the sum of all chunks.
     part = work.head * width if tokens * work.vocab * 4 > LOGITS_CHUNK_BYTES else 0.0
     in_layer = (grads, layer_gathered + ends + head_grad, 0.0, layer_work + stream + mask)
-    in_loss = (grads, max(head, ends) + head_grad, logits, loss_stream + part + mask)
+    in_loss = (grads, max(head, ends, whole) + head_grad, logits, loss_stream + part + mask)
     return max(in_layer, in_loss, key=sum)
 
 
@@ -124,7 +131,13 @@ def _again(kind: LayerKind, remat: Remat, width: float) -> float:
 
 
 def _static(
-    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning
+    work: OnMesh,
+    tokens: float,
+    accumulation: int,
+    remat: Remat,
+    precision: Precision,
+    tuning: Tuning,
+    kept: float,
 ) -> Phase:
     """Memory as XLA plans it: what is not alive at the peak takes nothing."""
     width, grad = precision.compute, precision.grad
@@ -135,7 +148,9 @@ def _static(
     stream = work.embed / work.mesh[4] * tokens * width
 
     # In a layer: its weights and the next one's, or what is still to be scattered of its gradients. The gradient of the
-    # output table, from the loss, waits whole; those of layers come to lie where kept values were.
+    # output table, from the loss, waits whole; those of layers come to lie where kept values were, as far as they go.
+    layers = max(0.0, (work.trained - work.trained_ends) * grad - kept)
+    table = work.head * 4 if work.trained_head else 0.0
     layer = work.largest_layer * width * 2 if shared else 0.0
     rows = tokens / work.seq
     chunk = (
@@ -146,14 +161,14 @@ def _static(
     working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
     attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
     busy = max(working, attending + SCORES_COPIES * chunk) + 2 * stream
-    in_layer = (sums, copies + layer + work.head * 4, 0.0, busy)
+    in_layer = (sums + layers, copies + layer + table, 0.0, busy)
 
     # In the loss: the output projection, and the sum of its gradient, in fp32 and whole. A chunk has its logits, and is
     # then added to that sum, in place; not so within a loop over microbatches, which writes the new sum beside the old.
     most = max(LOGITS_CHUNK_BYTES, work.head)
     logits = STATIC_LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
-    beside = work.head * 4 if accumulation > 1 else 0.0
-    head = work.head * (width if work.head_gathered else 0.0) + work.head * 4
+    beside = table if accumulation > 1 else 0.0
+    head = work.head * (width if work.head_gathered else 0.0) + table
     in_loss = (sums, copies + head, max(logits, beside), 3 * work.embed * tokens * width)
     in_update = (sums + work.trained * grad, 0.0, 0.0, 0.0)
     return max(in_layer, in_loss, in_update, key=sum)

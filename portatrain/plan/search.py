@@ -101,23 +101,28 @@ class _Search:
             self.found.append(best)
 
     def _fitting(self, work: OnMesh) -> list[tuple[int, int, Remat, Precision, Memory]]:
-        """The largest microbatch that fits, for every remat policy and precision that has one; with the margin
-        where one sample leaves it, without where not even that does."""
+        """For every remat policy and precision the largest microbatch that leaves the margin; where none does, the one
+        that needs least, if it fits."""
         rows_here = self.shape.batch // work.rows
         found, smallest = [], None
         for precision in self.precisions:
             for remat in self.remats:
+                tight = None
                 for rows in self._microbatches(rows_here):
                     self.memories += 1
                     need = memory(
                         work, tokens=rows * work.seq, accumulation=rows_here // rows, remat=remat,
                         precision=precision, slot_bytes=self.shape.slot_bytes, tuning=self.tuning,
                     )  # fmt: skip
-                    only = rows == 1 or self.accumulation is not None
-                    if need.total <= (self.capacity if only else self.roomy):
-                        found.append((rows, rows_here // rows, remat, precision, need))
+                    way = rows, rows_here // rows, remat, precision, need
+                    if need.total <= self.roomy:
+                        found.append(way)
                         break
+                    if need.total <= self.capacity and (tight is None or need.total < tight[-1].total):
+                        tight = way
                     smallest = min(smallest or need.total, need.total)
+                else:
+                    found += [tight] if tight is not None else []
         if not found and smallest is not None:
             self._miss(smallest, work.mesh)
         return found

@@ -65,11 +65,6 @@ class LayerKind:
         """Numbers a token that the forward pass's matmuls read or write."""
         return 4 * self.wide + self.q + self.kv + self.out + (self.ways + 1) * self.mlp
 
-    @property
-    def working(self) -> float:
-        """Numbers a token that exist only while this layer's backward pass runs, besides what is kept."""
-        return (self.ways + 1) * self.mlp + 2 * self.wide + self.q + self.kv
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnMesh:

@@ -17,6 +17,7 @@ import numpy as np
 from checkpoints_format import Box, LocalStore, Reader
 from portatrain import processes, sharing
 from portatrain.backends.base import backend_class, simulate_devices
+from portatrain.checkpoint import Checkpoints
 from portatrain.restoring import restored
 from portatrain.state import full_name
 from tests.distributed.cases import CASES
@@ -41,8 +42,14 @@ def wrong_part(self: sharing.Share, mesh: Any, at: Any, offset: Any, shape: Any)
 PART = sharing.Share.part
 
 
-def restore(backend: Any, folder: str, how: str) -> tuple[int, list[str], int]:
-    """(bytes read of values, names of boxes that are not the checkpoint's, boxes looked at)."""
+def crossed(devices: Sequence[Any]) -> list[Any]:
+    """An order of four devices in which neighbours belong to different processes, as on the torus of several hosts."""
+    return [devices[i] for i in (0, 2, 1, 3)]
+
+
+def restore(backend: Any, folder: str, how: str, again: Path) -> tuple[int, list[str], int]:
+    """(bytes read of values, names of boxes that are not the checkpoint's, boxes looked at). 'crossed' is also saved
+    into `again`."""
     wrong = mock.patch.object(sharing.Share, "part", wrong_part) if how == "wrong" else nullcontext()
     said = {sharing.READ_ONCE: "0" if how == "each" else "1"}
     with Counting(Path(folder)) as store, mock.patch.dict("os.environ", said), wrong:
@@ -53,12 +60,16 @@ def restore(backend: Any, folder: str, how: str) -> tuple[int, list[str], int]:
             (full_name(b.role, b.name), Box(b.offset, b.shape), b.fetch()) for b in backend.local_boxes(state)
         ]
         off = [n for n, box, array in boxes if np.asarray(array).tobytes() != through.read(n, box).tobytes()]
+    if how == "crossed":
+        checkpoints = Checkpoints(again, process=backend.process, processes=backend.processes)
+        checkpoints.save(1, backend, state, {})
+        checkpoints.wait()
     return nbytes, off, len(boxes)
 
 
 def main(args: argparse.Namespace) -> int:
-    """`args.cells`: [(case, mesh, folder of a checkpoint, 'each' | 'parts' | 'wrong')]; every process leaves a
-    pickle of what it found in `args.out`."""
+    """`args.cells`: [(case, mesh, folder of a checkpoint, 'each' | 'parts' | 'wrong' | 'crossed')]; every process
+    leaves a pickle of what it found in `args.out`."""
     if args.backend == "jax":
         simulate_devices("jax", args.devices)
     else:
@@ -70,7 +81,9 @@ def main(args: argparse.Namespace) -> int:
     for case, mesh, folder, how in args.cells:
         try:
             program = dataclasses.replace(CASES[case].program(mesh), seed=1)
-            found.append(restore(kind(program), folder, how))
+            if how == "crossed":
+                program = dataclasses.replace(program, order=crossed)
+            found.append(restore(kind(program), folder, how, Path(args.out) / f"again {case} {mesh}"))
         except Exception:
             found.append(traceback.format_exc())
     (Path(args.out) / str(processes.rank())).write_bytes(pickle.dumps(found))

@@ -13,6 +13,7 @@ from portatrain import sharing
 from portatrain.backends.base import missing
 from portatrain.backends.torch import TorchBackend
 from portatrain.checkpoint import Checkpoints, format_layout
+from portatrain.places import step_name
 from portatrain.processes import run_processes
 from portatrain.restoring import boxes_of
 from portatrain.state import full_name
@@ -30,6 +31,8 @@ CELLS = [
     ("nested", "replica=4"),
 ]
 WRONG = (CELLS[0][0], CELLS[0][1])
+CROSSED = [CELLS[1], CELLS[2], CELLS[5]]
+"""Of jax, on devices in an order in which a process does not hold neighbours."""
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +58,14 @@ def found(
         pytest.skip(f"{request.param} is not installed")
     out = tmp_path_factory.mktemp("found")
     ways = [(*cell, how) for cell in CELLS for how in ("each", "parts")] + [(*WRONG, "wrong")]
+    if request.param == "jax":
+        ways += [(*cell, "crossed") for cell in CROSSED]
     cells = [(case, mesh, saved[case], how) for case, mesh, how in ways]
     given = {"cells": cells, "devices": 4, "out": str(out), "backend": request.param}
     processes = 4 if request.param == "torch" else 2
     assert run_processes(processes, "tests.distributed.restore_worker:main", given) == 0
     each = [pickle.loads((out / str(r)).read_bytes()) for r in range(processes)]
-    return dict(zip(ways, zip(*each, strict=True), strict=True))
+    return {**dict(zip(ways, zip(*each, strict=True), strict=True)), "out": out}
 
 
 @pytest.mark.timeout(300)
@@ -98,6 +103,45 @@ def test_the_state_is_the_same_and_read_once(
     for way, read in zip(planned, (each, parts), strict=True):
         for plan, (nbytes, *_) in zip(way, read, strict=True):
             assert plan.read_bytes <= nbytes <= plan.read_bytes + states
+
+
+@pytest.mark.parametrize(("case", "mesh"), CROSSED, ids=lambda word: word.replace(" ", "-"))
+def test_devices_in_another_order(
+    case: str, mesh: str, found: Any, saved: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they hold is restored, by requests that were foreseen, and saved again as it was."""
+    if (case, mesh, "crossed") not in found:
+        pytest.skip("torch numbers its processes as the mesh wants them")
+    monkeypatch.setattr(sharing, "LEAST_BYTES", 1)
+    program, owners = CASES[case].program(mesh), (0, 1, 0, 1)
+    shares = sharing.shares_of(program, 2, owners=owners)
+    with (
+        LocalStore(Path(saved[case])) as store,
+        LocalStore(found["out"] / f"again {case} {mesh}" / step_name(1)) as again,
+    ):
+        reader, other = Reader(store), Reader(again)
+        states = sum(t.nbytes for t in reader.layout.tensors if t.role == "state")
+        for process, read in enumerate(found[case, mesh, "crossed"]):
+            assert not isinstance(read, str), read
+            nbytes, wrong, boxes = read
+            assert boxes
+            assert wrong == []
+            asked = boxes_of(program, process, 2, shares, owners)
+            plan = reader.plan([Want(n, box) for n, boxes in asked.items() for box in dict.fromkeys(boxes)])
+            assert plan.read_bytes <= nbytes <= plan.read_bytes + states
+        assert set(other.names) == set(reader.names)
+        for name in reader.names:
+            assert other.read(name).tobytes() == reader.read(name).tobytes()
+
+
+def test_gaps_that_a_store_reads_over_are_not_shared() -> None:
+    program = CASES["lm"].program("replica=4")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharing, "LEAST_BYTES", 1)
+        exact, over = (sharing.shares_of(program, 4, gap_bytes=gap) for gap in (0, 1 << 20))
+    assert len(over) < len(exact)
+    infos = {(role, info.name): info for info, role, _ in sharing.roles_of(program)}
+    assert all(not infos[key].stack_dims for key in over)  # one part a process, and no gap
 
 
 def test_a_part_of_another_process_is_seen(found: Any) -> None:

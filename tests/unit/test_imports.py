@@ -70,6 +70,7 @@ ARRAY_MODULES = tuple(
         "continuity",
         "evaluation",
         "exchange.",
+        "finding",
         "foreign.",
         "object_store",
         "remote",  # and what begins so: a run directory in an object store

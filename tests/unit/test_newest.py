@@ -9,10 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints_format import Layout, LocalStore, Mesh, Sharded, Tensor, Writer, commit
+from checkpoints_format import (
+    FormatError,
+    Layout,
+    LocalStore,
+    Mesh,
+    Reader,
+    Sharded,
+    StoreError,
+    Tensor,
+    Writer,
+    commit,
+)
 from portatrain.checkpoint import Checkpoints
 from portatrain.errors import UserError
-from portatrain.places import step_name
+from portatrain.places import Folder, step_name
 
 PROCESSES = 3
 
@@ -71,7 +82,7 @@ def look(folder: Path) -> tuple[list[int | str | None], list[list[str]]]:
             return "ended"
         return found and found[0]
 
-    with ThreadPoolExecutor(PROCESSES) as pool:
+    with ThreadPoolExecutor(PROCESSES, thread_name_prefix="process") as pool:
         return list(pool.map(one, range(PROCESSES))), reports
 
 
@@ -88,6 +99,68 @@ def test_damage_that_any_process_reads_passes_a_checkpoint_over(writer: int, tmp
     assert f"pack-a-{writer:05d}-0000" in said
     assert "w" in said
     assert reports[1:] == [[]] * (PROCESSES - 1)
+
+
+def test_a_file_that_one_process_cannot_read_is_no_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is passed over, and nothing is replaced afterwards."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    inner = LocalStore.read_into
+
+    def fails(self: LocalStore, name: str, offset: int, views: list[memoryview]) -> None:
+        if name.startswith("pack-a-00001") and step_name(2) in str(self.path):
+            raise StoreError(name, expected="to read it", got="Stale file handle", do="Look at the storage.")
+        inner(self, name, offset, views)
+
+    monkeypatch.setattr(LocalStore, "read_into", fails)
+    found, reports = look(tmp_path)
+    assert "Stale file handle" in str(found[1])
+    assert not any(isinstance(step, int) for step in found)
+    assert reports == [[]] * PROCESSES
+    assert (tmp_path / step_name(2) / "COMMIT").exists()
+
+
+def test_damage_that_process_0_does_not_see_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    inner = Reader.verify_all
+
+    def fails(self: Reader, part: int = 0, of: int = 1) -> int:
+        if threading.current_thread().name.endswith("_2"):  # that host's memory, say
+            raise FormatError("pack", expected="crc 1", got="another", do="Restore.")
+        return inner(self, part, of)
+
+    monkeypatch.setattr(Reader, "verify_all", fails)
+    found, reports = look(tmp_path)
+    assert "where process 0 can" in str(found[0])
+    assert not any(isinstance(step, int) for step in found)
+    assert reports == [[]] * PROCESSES
+
+
+def test_a_save_that_did_not_finish_is_passed_over_in_silence(tmp_path: Path) -> None:
+    for step in (1, 2):
+        save(tmp_path, step)
+    (tmp_path / step_name(2) / "COMMIT").unlink()
+    assert look(tmp_path) == ([1] * PROCESSES, [[]] * PROCESSES)
+
+
+def test_a_process_that_does_not_see_the_checkpoint_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 1)
+    inner = Folder.open
+
+    def fails(self: Folder, step: int, *, create: bool = False) -> LocalStore:
+        if threading.current_thread().name.endswith("_2"):
+            raise FormatError("COMMIT", expected="the file", got="none", do="Look.")
+        return inner(self, step, create=create)
+
+    monkeypatch.setattr(Folder, "open", fails)
+    found, _ = look(tmp_path)
+    assert "COMMIT" in str(found[2])
+    assert not any(isinstance(step, int) for step in found)
 
 
 def test_nothing_left_that_verifies(tmp_path: Path) -> None:

@@ -67,6 +67,13 @@ def test_torchs_gradients_come_as_what_was_kept_goes() -> None:
     assert grads(128, 1) == pytest.approx(whole - kept)
 
 
+def test_torch_without_fsdp_holds_the_output_tables_gradient_from_the_loss_on() -> None:
+    alone = need("llama3-1b", (8, 1, 1, 1, 1), tokens=8192, stack="torch-cuda", remat="none")
+    head = 2048 * 128_256
+    assert alone.grads == head * 4  # fp32, beside all that is kept
+    assert alone.gathered >= 1_235_814_400 * 2  # every weight as it was cast, which autograd keeps
+
+
 @pytest.mark.parametrize(
     ("remat", "widths"),
     [
@@ -115,6 +122,10 @@ def test_xla_holds_what_is_alive_at_the_peak() -> None:
     assert terms.grads == terms.logits == 0
     assert terms.gathered == pytest.approx(P8B / 128 * 2 + layer * 4 + head * 4)
     assert terms.workspace > SCORES_COPIES * 2**28
+    few = need(
+        "llama3-8b", (1, 4, 1, 1, 1), tokens=2048
+    )  # gradients of layers find no room where values were kept
+    assert few.grads == pytest.approx((P8B - 2 * head - 4096) / 4 * 4 - few.activations)
     loss = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=4)
     assert loss.gathered == pytest.approx(P8B / 128 * 2 + head * 6)
     assert loss.logits == head * 4

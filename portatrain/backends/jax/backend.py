@@ -48,6 +48,7 @@ class JaxBackend:
             join()
         self.devices = device_mesh(self.layout.mesh, devices, program.order)
         self.process, self.processes = jax.process_index(), jax.process_count()
+        self.owners = [getattr(device, "process_index", 0) for device in self.devices.devices.flat]
         self.tx = transformation(program.optimizer, self.definition.params, program.decay, program.seed)
         # The structure of the native module, without arrays: enough to rebuild it inside a trace.
         with jax.ensure_compile_time_eval():

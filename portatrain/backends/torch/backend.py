@@ -175,8 +175,6 @@ class TorchBackend(Bare):
             int(read(COUNT, "", (), ())),
         )
 
-    restore_shared: Any = None  # there are no copies in one process
-
     def lower(self) -> nn.Module:
         return self.init_state().module
 
