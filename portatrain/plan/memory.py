@@ -170,7 +170,8 @@ def _static(
     beside = table if accumulation > 1 else 0.0
     head = work.head * (width if work.head_gathered else 0.0) + table
     in_loss = (sums, copies + head, max(logits, beside), 3 * work.embed * tokens * width)
-    in_update = (sums + work.trained * grad, 0.0, 0.0, 0.0)
+    # After the layers: all gradients, and neither what was kept nor what was cast has been given up.
+    in_update = (sums + work.trained * grad, copies, 0.0, 0.0)
     return max(in_layer, in_loss, in_update, key=sum)
 
 
