@@ -80,6 +80,7 @@ class Staging:
                         self._changed.wait()
                     if self._closed:
                         return
+                    self._starving = False  # it asks again if this is not the one that it waits for
                 array = copy.fetch()
                 with self._changed:
                     copy.array = array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable
@@ -87,6 +88,17 @@ def test_what_is_written_is_what_was_held_when_filling_ended(tmp_path: Path, bud
     if budget < 1 << 20:  # beside the copies, what the writer has in its hands
         assert held.most <= max(budget, ONE_LAYER) + 2 * ONE_LAYER < whole_bytes
     assert held.alive == 0
+
+
+def test_a_writer_that_wakes_late_does_not_let_more_in(tmp_path: Path) -> None:
+    """It waits for one copy; on a busy machine many could be made before it came to say that it has it."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for i in range(12):
+            test_what_is_written_is_what_was_held_when_filling_ended(tmp_path / str(i), ONE_LAYER)
+    finally:
+        sys.setswitchinterval(interval_s)
 
 
 def test_an_order_that_was_not_foreseen_ends_all_the_same() -> None:
