@@ -1,6 +1,6 @@
 """Saving and restoring one state: ours beside raw files, safetensors, Orbax and torch DCP, on the same bytes.
 
-    python -m benchmarks.checkpoint [--mib 720] [--rounds 9] [--disk DIR] [--memory DIR] [--write]
+    python -m benchmarks.checkpoint [--mib 720] [--rounds 9] [--free GIB] [--disk DIR] [--memory DIR] [--write]
 
 The state of llama3-1b's layers in fp32 (parameters and two slots) is saved and restored by every contender once a
 round, in an order drawn anew, on a disk and on a RAM disk; ratios are taken within a round, medians with their 95 %
@@ -8,7 +8,9 @@ interval of order statistics. `raw` is what no format can avoid: pwrite of the a
 that file into new arrays, by one thread, an array a call. New arrays are fresh memory in every contender's restore, so
 that the kernel's zeroing of pages is in all of them, raw too. Saves are durable as far as each contender makes them
 (raw, safetensors and ours: fsync); before each, what others left to be written is synced. Before a read the pages of
-all files are dropped from the cache (posix_fadvise), which a disk then reads; a RAM disk has no colder place.
+its files are dropped from the cache (posix_fadvise), which a disk then reads; a RAM disk has no colder place.
+
+In a virtual machine whose host takes free memory back, give --free: see `Memory`.
 
 Then: what a column read of row shards reads beside what it needs, by the plan and by /proc/self/io; how long a save
 stalls training, over a copy of the state; and with half of the memory that the copies take, over the stated bound.
@@ -22,19 +24,20 @@ import argparse
 import contextlib
 import os
 import platform
+import random
 import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.checkpoint_contenders import State, contenders, raw_save
-from benchmarks.paired import Ratio, interleaved, ratio
+from benchmarks.paired import Ratio, ratio
 from checkpoints_format import Box, Layout, LocalStore, Mesh, Reader, Sharded, Tensor, Want, Writer, commit
 
 Taken = dict[str, list[float]]
@@ -71,27 +74,65 @@ def drop_cache(folder: Path) -> None:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(state: State, where: Path, rounds: int) -> dict[str, Taken]:
+class Memory:
+    """Memory that is ready when a contender asks for it.
+
+    The host of a virtual machine takes back what is free and backs it anew at the first touch, which can take ten
+    times as long as what is measured here, and hits whom it hits. With `free_gib` all memory but that is held as long
+    as this lives; in either case `ready` touches as much as a contender may take, just before its turn.
+    """
+
+    def __init__(self, free_gib: float | None, needed: int) -> None:
+        self._needed, held = needed, 0 if free_gib is None else available() - int(free_gib * 2**30)
+        self._held = [touched(min(1 << 30, held - at)) for at in range(0, held, 1 << 30)]
+
+    def ready(self) -> None:
+        os.sync()
+        touched(min(self._needed, available() - (1 << 30)))
+
+
+def available() -> int:
+    """Bytes that processes may still take, by the kernel's estimate."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
+
+
+def touched(nbytes: int) -> np.ndarray:
+    array = np.empty(max(0, nbytes), np.uint8)
+    array[::4096] = 1
+    return array
+
+
+def measure(state: State, where: Path, rounds: int, memory: Memory) -> dict[str, Taken]:
     """Seconds by 'save' and 'restore' and contender, a value a round."""
     found: dict[str, Taken] = {"save": {}, "restore": {}}
+
+    def timed(what: str, name: str, run: Callable[[], Any]) -> Any:
+        memory.ready()
+        began = time.perf_counter()
+        back = run()
+        found[what].setdefault(name, []).append(time.perf_counter() - began)
+        return back
+
     with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=where) as scratch:
-        there = {c.name: (c, Path(scratch) / c.name.replace(" ", "-")) for c in contenders()}
-        saves = {n: (lambda c=c, at=at: c.save(state, at)) for n, (c, at) in there.items()}
-        loads = {n: (lambda c=c, at=at: c.load(state, at)) for n, (c, at) in there.items()}
-        for name, (_, at) in there.items():  # once for nothing: imports, pools, and the contents are right
-            saves[name]()
-            back = loads[name]()
-            assert all(np.array_equal(np.asarray(back[n]), a) for n, a in state.items()), name
-            shutil.rmtree(at)
-        for number in range(rounds):
-            for name, values in interleaved(saves, rounds=1, seed=number, before=os.sync).items():
-                found["save"].setdefault(name, []).extend(values)
-            drop_cache(Path(scratch))
-            for name, values in interleaved(loads, rounds=1, seed=1000 + number).items():
-                found["restore"].setdefault(name, []).extend(values)
-            for _, at in there.values():
+        at = Path(scratch) / "checkpoint"
+        order, rng = list(contenders()), random.Random(0)
+        for number in range(rounds + 1):
+            for contender in order:
+                timed("save", contender.name, lambda c=contender: c.save(state, at))
+                drop_cache(at)
+                back = timed("restore", contender.name, lambda c=contender: c.load(state, at))
+                if not number:
+                    assert all(np.array_equal(np.asarray(back[n]), a) for n, a in state.items()), (
+                        contender.name
+                    )
+                del back
                 shutil.rmtree(at)
-            print(f"  round {number + 1} of {rounds} on {where}", flush=True)
+            if number:
+                print(f"  round {number} of {rounds} on {where}", flush=True)
+            else:  # once for nothing: imports, pools, and the contents are right
+                found = {"save": {}, "restore": {}}
+            rng.shuffle(order)
     return found
 
 
@@ -197,7 +238,7 @@ class Holding:
             yield LocalBox(name=name, role=role, offset=(0,) * a.ndim, shape=a.shape, fetch=a.copy)
 
 
-def stall(state: State, where: Path, rounds: int) -> Iterator[str]:
+def stall(state: State, where: Path, rounds: int, memory: Memory) -> Iterator[str]:
     """What `Checkpoints.save` keeps training from: beside a copy of the state, and beside the bound of half the
     memory, which is the copy and a raw write of what exceeds it."""
     from portatrain.checkpoint import Checkpoints
@@ -212,25 +253,25 @@ def stall(state: State, where: Path, rounds: int) -> Iterator[str]:
         beyond = half.beyond_bytes(backend, held)
 
         def stalls(checkpoints: Checkpoints, step: int) -> float:
+            memory.ready()
             began = time.perf_counter()
             checkpoints.save(step, backend, held, {})
             stalled = time.perf_counter() - began
             checkpoints.wait()
-            os.sync()
             return stalled
 
         for step in range(1, rounds + 2):
-            os.sync()
+            memory.ready()
             began = time.perf_counter()
             kept = [a.copy() for a in held.values()]
             copy_s = time.perf_counter() - began
             del kept
             save_s = stalls(whole, step)
+            memory.ready()
             began = time.perf_counter()
             raw_save(held, Path(scratch) / "raw")
             raw_s = time.perf_counter() - began
             shutil.rmtree(Path(scratch) / "raw")
-            os.sync()
             small_s = stalls(half, step)
             if step > 1:  # the first one plans, as the first save of a run does
                 for name, value in (("copy", copy_s), ("save", save_s), ("raw", raw_s), ("small", small_s)):
@@ -257,6 +298,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9, help="at least 6, for an interval (9)")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), metavar="DIR")
+    parser.add_argument(
+        "--free", type=float, metavar="GIB", help="hold all memory but this while measuring (hold none)"
+    )
     parser.add_argument("--write", action="store_true", help="put the tables into docs/checkpoints.md")
     args = parser.parse_args()
     if args.rounds < 6:
@@ -264,18 +308,26 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     state = make_state(args.mib)
     nbytes = sum(a.nbytes for a in state.values())
+    memory = Memory(args.free, 4 * nbytes)
+    held = f" All memory but {args.free:g} GiB was held (--free {args.free:g})." if args.free else ""
     lines = [
         f"{nbytes / 2**20:.0f} MiB in {len(state)} tensors, {args.rounds} rounds; {platform.machine()}, "
-        f"{os.cpu_count()} cores, NumPy {np.__version__}.",
+        f"{os.cpu_count()} cores, NumPy {np.__version__}.{held}",
         "",
         "| on | | | MiB/s | time over raw [95 %] | over ours [95 %] | goal |",
         "|---|---|---|---|---|---|---|",
     ]
     for where, folder in (("disk", args.disk), ("RAM disk", args.memory)):
         with contextlib.suppress(FileNotFoundError):
-            lines += rows(measure(state, folder, args.rounds), where, nbytes)
+            lines += rows(measure(state, folder, args.rounds, memory), where, nbytes)
     quick = args.memory if args.memory.is_dir() else args.disk
-    lines += ["", "| | | goal |", "|---|---|---|", *column_read(quick), *stall(state, quick, args.rounds)]
+    lines += [
+        "",
+        "| | | goal |",
+        "|---|---|---|",
+        *column_read(quick),
+        *stall(state, quick, args.rounds, memory),
+    ]
     print("\n".join(lines))
     if args.write:
         path = Path(__file__).parents[1] / "docs" / "checkpoints.md"

@@ -50,9 +50,9 @@ class Piece:
         return math.prod(s.stop - s.start for s in self.target)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class PackFile:
-    """A pack that is to be read."""
+    """A pack that is to be read. One object a file, equal to itself alone: by value a hash would walk the layout."""
 
     writer: int
     number: int

@@ -181,6 +181,23 @@ def test_gaps_are_merged_where_the_store_wants_it(tmp_path: Path) -> None:
         assert np.array_equal(reader.read_many(wants)[0], array[:, 64:128])
 
 
+def test_a_request_costs_no_walk_over_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are told apart by the file that they read: a hash of a pack's values takes in the whole layout, and a
+    large model has tens of thousands of requests."""
+    layout = Layout(tensors=tuple(Tensor(name=f"w{i}", dtype="float32", shape=(8, 8)) for i in range(50)))
+    arrays = {f"w{i}": np.full((8, 8), i, np.float32) for i in range(50)}
+    with LocalStore(tmp_path) as store:
+        _save(store, layout, arrays, lazily=False)
+        store.request_bytes = 256  # one for each tensor
+        hashed: list[Layout] = []
+        monkeypatch.setattr(Layout, "__hash__", lambda self: hashed.append(self) or id(self))
+        reader = Reader(store)
+        found = reader.read_many([Want(name) for name in arrays])
+        assert reader.plan([Want(name) for name in arrays]).requests == 50
+    assert all(np.array_equal(a, b) for a, b in zip(found, arrays.values(), strict=True))
+    assert len(hashed) < 50
+
+
 def test_lazy_sources_stay_within_the_budget(tmp_path: Path) -> None:
     """Fetched pieces are at most half of the budget each, and no two are alive beside what is being written."""
     budget = 1 << 20
