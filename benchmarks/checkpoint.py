@@ -258,6 +258,8 @@ def stall(state: State, where: Path, rounds: int, memory: Memory) -> Iterator[st
             checkpoints.save(step, backend, held, {})
             stalled = time.perf_counter() - began
             checkpoints.wait()
+            for saved in Path(scratch).glob("*/*"):
+                shutil.rmtree(saved)
             return stalled
 
         for step in range(1, rounds + 2):

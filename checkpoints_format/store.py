@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from .direct import Direct
 from .errors import FormatError, MissingFileError, StoreError, shorten
 
 # One name, no folders: nothing in a checkpoint can point out of it.
@@ -135,10 +136,17 @@ class LocalStore:
         with _explained(self.describe(name), f"to write {nbytes} bytes"):
             fd = self._create(name)
             try:
-                written = 0
+                written, direct = 0, Direct(fd)
                 for chunk in chunks:
-                    written += len(chunk)
-                    self._write(fd, chunk)
+                    for part in direct.parts(chunk, written):
+                        try:
+                            self._write(fd, part)
+                        except OSError as error:
+                            if not direct.refused(error):
+                                raise
+                            os.lseek(fd, written, os.SEEK_SET)
+                            self._write(fd, part)
+                        written += len(part)
                 if written != nbytes:
                     raise FormatError(
                         self.describe(name),

@@ -27,15 +27,15 @@ from .manifest import (
     encode_root,
     layout_digest,
 )
-from .moves import as_bytes, copy_tiles, part_of, tiles_first
+from .moves import copy_tiles, part_of, tiles_first
 from .packs import Entry, Pack, pack_name, receipt_name, root_name
 from .plan import Planner
+from .slabs import Slabs
 from .store import Store, read_small
 
 COMMIT = "COMMIT"
-_SLAB_BYTES = 8 << 20
+_SLAB_BYTES = 4 << 20  # or one tile
 _SLABS = 2  # one at the disk, one being filled: see _one_ahead
-_ZEROS = memoryview(bytes(4096))
 
 #: Where a tensor's values come from: one array for the writer's only box of it; several (box, array);
 #: or a function from a box inside what this writer holds, in global coordinates, to an array of its shape.
@@ -93,7 +93,7 @@ class Writer:
                 expected=f"at least {2 * _SLABS * largest * self._streams} bytes for {self._streams} "
                 f"stream(s) of tiles up to {largest} bytes",
             )
-        self._fetch_bytes, self._slab_bytes = half, min(_SLAB_BYTES, half // _SLABS)
+        self._fetch_bytes, self._slab_bytes = half, max(largest, min(_SLAB_BYTES, half // _SLABS))
 
     def write(self, sources: Mapping[str, Source]) -> Written:
         """Write all packs of this process, then its receipt. Durable when it returns.
@@ -132,9 +132,12 @@ class Writer:
         length = len(header) + pack.data_bytes
 
         def chunks() -> Generator[memoryview, None, None]:
-            yield memoryview(header)
-            yield from self._values(pack, sources, crcs)
-            yield crcs.view(np.uint8).data
+            slabs = Slabs(min(self._slab_bytes, length))
+            yield from slabs.copy(np.frombuffer(header, np.uint8))
+            yield from self._values(pack, sources, crcs, slabs)
+            yield from slabs.copy(crcs.view(np.uint8))
+            if last := slabs.rest():
+                yield last
 
         ready = chunks() if length <= self._slab_bytes else _one_ahead(chunks())
         # Closed here where the store gives up half-way: collected later, in a thread of the generator's own pool, it
@@ -143,13 +146,13 @@ class Writer:
             self.store.put(pack_name(self.save, self.number, number), ready, length)
         return PackRecord(length, len(header), crc32c(header), crc32c(crcs.view(np.uint8)))
 
-    def _values(self, pack: Pack, sources: Mapping[str, Source], crcs: np.ndarray) -> Iterator[memoryview]:
-        """The data of a pack up to the table, slab by slab; fills in ``crcs``."""
-        slabs = [np.empty(min(self._slab_bytes, pack.data_bytes), np.uint8) for _ in range(_SLABS)]
-        turn = at = 0
+    def _values(
+        self, pack: Pack, sources: Mapping[str, Source], crcs: np.ndarray, slabs: Slabs
+    ) -> Iterator[memoryview]:
+        """The data of a pack up to the table, by way of ``slabs``; fills in ``crcs``."""
+        at = 0
         for entry in pack.entries:
-            if entry.begin > at:
-                yield _ZEROS[: entry.begin - at]
+            yield from slabs.copy(np.zeros(entry.begin - at, np.uint8))
             at, crc = entry.begin + entry.nbytes, entry.crc
             tensor, grid = self.layout.tensors[entry.run.tensor], entry.run.grid
             item, whole = tensor.item_bytes, [(0, n) for n in entry.run.box.shape]
@@ -157,17 +160,13 @@ class Writer:
                 for block in grid.blocks(whole, part.first, part.stop, self._slab_bytes // item):
                     where = Box(block.start, block.shape).slices(part.start)
                     tiles = tiles_first(part_of(part.words, where), block.tiles)
-                    if tiles.flags.c_contiguous:
-                        data = as_bytes(tiles)
-                    else:
-                        data = slabs[turn][: block.elements * item]
-                        turn = (turn + 1) % _SLABS
-                        copy_tiles(data.view(tiles.dtype).reshape(tiles.shape), tiles)
+                    nbytes = block.elements * item
+                    yield from slabs.room(nbytes)
+                    data = slabs.take(nbytes)
+                    copy_tiles(data.view(tiles.dtype).reshape(tiles.shape), tiles)
                     crcs[crc : crc + block.count] = crc32c_each(data, block.tile_elements * item)
                     crc += block.count
-                    yield data.data
-        if pack.table_begin > at:
-            yield _ZEROS[: pack.table_begin - at]
+        yield from slabs.copy(np.zeros(pack.table_begin - at, np.uint8))
 
     def _parts(self, tensor: Tensor, entry: Entry, source: Source) -> Iterator[_Part]:
         """The values of an entry: at once where there is an array, else fetched in pieces within the budget."""
