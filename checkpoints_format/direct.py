@@ -20,7 +20,8 @@ _LEAST_BYTES = 1 << 20  # below this a trip to the disk costs more than the cach
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Zeros of uint8 that begin on a page."""
+    """Zeros of uint8 that begin on a page, in shared memory: a fork while a direct write is under way may take private
+    pages from under it (open(2), notes on O_DIRECT), and data loaders fork."""
     return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)
 
 
