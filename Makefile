@@ -73,6 +73,7 @@ test-xla:  ## the torch-xla backend on simulated devices, in an environment of i
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 format: setup  ## let ruff mend what it can

@@ -22,9 +22,7 @@ def products(shape: Shape) -> list[tuple[int, int, int]]:
 def _qkv(shape: Shape) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     heads = (shape.heads, shape.kv_heads, shape.kv_heads)
-    return [
-        rng.standard_normal((shape.batch, shape.seq, h, shape.head_dim)).astype(np.float32) for h in heads
-    ]
+    return [rng.standard_normal((shape.batch, shape.seq, h, shape.head_dim)).astype(np.float32) for h in heads]
 
 
 def with_torch(shape: Shape) -> Callable[[], object]:
@@ -41,9 +39,7 @@ def with_torch(shape: Shape) -> Callable[[], object]:
             torch.mm(dy, w.T)
             torch.mm(x.T, dy)
         for _ in range(shape.layers):
-            out = F.scaled_dot_product_attention(
-                q, k, v, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
-            )
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=shape.heads != shape.kv_heads)
             torch.autograd.grad(out, (q, k, v), upstream)
 
     return run

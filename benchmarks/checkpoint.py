@@ -53,17 +53,21 @@ def make_state(mib: int) -> State:
     a_layer = embed * (2 * embed + 2 * kv_heads * embed // heads + 3 * mlp)
     layers = max(1, round((mib * 2**20 / 4 / 3 - vocab * embed) / a_layer))
     shapes = {
-        "embed/table": (vocab, embed), "blocks/attn/wq": (layers, embed, heads, embed // heads),
+        "embed/table": (vocab, embed),
+        "blocks/attn/wq": (layers, embed, heads, embed // heads),
         "blocks/attn/wk": (layers, embed, kv_heads, embed // heads),
         "blocks/attn/wv": (layers, embed, kv_heads, embed // heads),
-        "blocks/attn/wo": (layers, heads, embed // heads, embed), "blocks/mlp/gate": (layers, embed, mlp),
-        "blocks/mlp/up": (layers, embed, mlp), "blocks/mlp/down": (layers, mlp, embed),
+        "blocks/attn/wo": (layers, heads, embed // heads, embed),
+        "blocks/mlp/gate": (layers, embed, mlp),
+        "blocks/mlp/up": (layers, embed, mlp),
+        "blocks/mlp/down": (layers, mlp, embed),
         "blocks/norm/scale": (layers, embed),
-    }  # fmt: skip
+    }
     return {
         f"{role}/{name}": rng.standard_normal(shape, dtype=np.float32)
-        for role in ("params", "opt/m", "opt/v") for name, shape in shapes.items()
-    }  # fmt: skip
+        for role in ("params", "opt/m", "opt/v")
+        for name, shape in shapes.items()
+    }
 
 
 def drop_cache(folder: Path) -> None:
@@ -123,9 +127,7 @@ def measure(state: State, where: Path, rounds: int, memory: Memory) -> dict[str,
                 drop_cache(at)
                 back = timed("restore", contender.name, lambda c=contender: c.load(state, at))
                 if not number:
-                    assert all(np.array_equal(np.asarray(back[n]), a) for n, a in state.items()), (
-                        contender.name
-                    )
+                    assert all(np.array_equal(np.asarray(back[n]), a) for n, a in state.items()), contender.name
                 del back
                 shutil.rmtree(at)
             if number:
@@ -169,15 +171,14 @@ def column_read(where: Path) -> Iterator[str]:
     values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     layout = Layout(
         tensors=(Tensor(name="w", dtype="float32", shape=shape, placement=Sharded(spec=(("fsdp",), ()))),),
-        meshes=(Mesh(axes=(("fsdp", shards),)),), writers=shards,
-    )  # fmt: skip
+        meshes=(Mesh(axes=(("fsdp", shards),)),),
+        writers=shards,
+    )
     with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=where) as scratch:
         with LocalStore(Path(scratch) / "c", create=True) as store:
             rows = shape[0] // shards
             for writer in range(shards):
-                Writer(store, layout, save="a", writer=writer).write(
-                    {"w": values[rows * writer : rows * (writer + 1)]}
-                )
+                Writer(store, layout, save="a", writer=writer).write({"w": values[rows * writer : rows * (writer + 1)]})
             commit(store, layout, save="a")
         for what, box, tells in (
             ("on tile lines, columns 512 to 1024", Box((0, 512), (4096, 512)), True),
@@ -218,9 +219,12 @@ class Holding:
         definition = describe(Toy())
         names = frozenset(definition.params)
         self.program = Program(
-            definition=definition, layout=Mapping_.of(definition), optimizer=AdamW(lr=1e-3), trainable=names,
+            definition=definition,
+            layout=Mapping_.of(definition),
+            optimizer=AdamW(lr=1e-3),
+            trainable=names,
             decay=names,
-        )  # fmt: skip
+        )
         self.held = {f"{role}/{n}": a for role in ("params", "opt/m", "opt/v") for n, a in named.items()}
         self.held["opt/count"] = np.asarray(1, np.int32)
 
@@ -293,9 +297,7 @@ def stall(state: State, where: Path, rounds: int, memory: Memory) -> Iterator[st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, default=720, help="size of the state (720: a layer of llama3-1b)")
     parser.add_argument("--rounds", type=int, default=9, help="at least 6, for an interval (9)")
     parser.add_argument("--disk", type=Path, default=Path(tempfile.gettempdir()), metavar="DIR")
@@ -323,13 +325,7 @@ def main() -> None:
         with contextlib.suppress(FileNotFoundError):
             lines += rows(measure(state, folder, args.rounds, memory), where, nbytes)
     quick = args.memory if args.memory.is_dir() else args.disk
-    lines += [
-        "",
-        "| | | goal |",
-        "|---|---|---|",
-        *column_read(quick),
-        *stall(state, quick, args.rounds, memory),
-    ]
+    lines += ["", "| | | goal |", "|---|---|---|", *column_read(quick), *stall(state, quick, args.rounds, memory)]
     print("\n".join(lines))
     if args.write:
         path = Path(__file__).parents[1] / "docs" / "checkpoints.md"

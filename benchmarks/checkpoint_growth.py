@@ -26,7 +26,8 @@ from checkpoints_format.ranges import RequestPlanner
 
 LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 126, 16384, 128, 8, 128, 53248, 128256
 TENSORS = {
-    "embed/table": (("vocab", VOCAB), ("embed", EMBED)), "head": (("vocab", VOCAB), ("embed", EMBED)),
+    "embed/table": (("vocab", VOCAB), ("embed", EMBED)),
+    "head": (("vocab", VOCAB), ("embed", EMBED)),
     "final_norm/scale": (("norm", EMBED),),
     "blocks/attn/wq": (("layers", LAYERS), ("embed", EMBED), ("heads", HEADS), ("head_dim", HEAD_DIM)),
     "blocks/attn/wk": (("layers", LAYERS), ("embed", EMBED), ("kv_heads", KV_HEADS), ("head_dim", HEAD_DIM)),
@@ -37,14 +38,8 @@ TENSORS = {
     "blocks/mlp/down": (("layers", LAYERS), ("mlp", MLP), ("embed", EMBED)),
     "blocks/attn_norm/scale": (("layers", LAYERS), ("norm", EMBED)),
     "blocks/mlp_norm/scale": (("layers", LAYERS), ("norm", EMBED)),
-}  # fmt: skip
-CUT = {
-    "embed": ("fsdp",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "mlp": ("tensor",),
-    "vocab": ("tensor",),
 }
+CUT = {"embed": ("fsdp",), "heads": ("tensor",), "kv_heads": ("tensor",), "mlp": ("tensor",), "vocab": ("tensor",)}
 SIZES = {16: (16, 1), 256: (64, 4), 4096: (512, 8), 16384: (2048, 8)}
 """Processes -> (fsdp, tensor); the rest is replicas."""
 RECORD = PackRecord(1_073_741_824, 4096, 4_294_967_295, 4_294_967_295)
@@ -55,13 +50,19 @@ def layout(processes: int, fsdp: int, tensor: int) -> Layout:
     return Layout(
         tensors=tuple(
             Tensor(
-                name=f"{role}/{name}", dtype="float32", shape=tuple(n for _, n in axes), axes=tuple(a for a, _ in axes),
-                role=role.split("/")[0], placement=Sharded(spec=tuple(CUT.get(a, ()) for a, _ in axes)),
+                name=f"{role}/{name}",
+                dtype="float32",
+                shape=tuple(n for _, n in axes),
+                axes=tuple(a for a, _ in axes),
+                role=role.split("/")[0],
+                placement=Sharded(spec=tuple(CUT.get(a, ()) for a, _ in axes)),
             )
-            for role in ("params", "opt/m", "opt/v") for name, axes in TENSORS.items()
+            for role in ("params", "opt/m", "opt/v")
+            for name, axes in TENSORS.items()
         ),
-        meshes=(mesh,), writers=processes,
-    )  # fmt: skip
+        meshes=(mesh,),
+        writers=processes,
+    )
 
 
 def root_of(made: Layout, packs: list[int]) -> Root:
@@ -155,13 +156,21 @@ def row(processes: int, samples: int) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=3, help="processes of each size that are planned for")
     args = parser.parse_args()
-    head = ("processes", "fsdp x tensor", "GiB a process", "root MB", "packs a process", "save: ms",
-            "MiB", "restore: ms", "MiB", "requests")  # fmt: skip
+    head = (
+        "processes",
+        "fsdp x tensor",
+        "GiB a process",
+        "root MB",
+        "packs a process",
+        "save: ms",
+        "MiB",
+        "restore: ms",
+        "MiB",
+        "requests",
+    )
     print("|", " | ".join(head), "|")
     print("|---" * 10 + "|")
     for processes in SIZES:

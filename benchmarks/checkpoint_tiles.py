@@ -61,14 +61,11 @@ def over_read(size: int, tile: int, ways: Iterable[int]) -> float:
 
 def over_read_table() -> list[str]:
     """The first table, one line a shape."""
-    lines = [
-        f"{'tensor':20} {'dtype':9} {'shape':>18} {'tile':>16} {'bytes':>8}  1-8 ways    9-32 ways (per axis)"
-    ]
+    lines = [f"{'tensor':20} {'dtype':9} {'shape':>18} {'tile':>16} {'bytes':>8}  1-8 ways    9-32 ways (per axis)"]
     for name, shape, dtype in SHAPES:
         tile = tile_shape(shape, item_bytes(dtype))
         few, many = (
-            [over_read(n, t, ways) for n, t in zip(shape, tile, strict=True)]
-            for ways in (range(1, 9), range(9, 33))
+            [over_read(n, t, ways) for n, t in zip(shape, tile, strict=True)] for ways in (range(1, 9), range(9, 33))
         )
         lines.append(
             f"{name:20} {dtype:9} {'x'.join(map(str, shape)):>18} {'x'.join(map(str, tile)):>16} "
@@ -107,17 +104,13 @@ class _NoDisk(LocalStore):
         pass
 
 
-def measure(
-    shape: tuple[int, ...], dtype: str, *, mib: int, rounds: int, folder: Path
-) -> dict[str, list[float]]:
+def measure(shape: tuple[int, ...], dtype: str, *, mib: int, rounds: int, folder: Path) -> dict[str, list[float]]:
     """Per round: cutting in GB/s, and save, restore over a plain write, read of the same bytes."""
     layers = max(1, (mib << 20) // (math.prod(shape) * item_bytes(dtype)))
     tensor = Tensor(name="w", dtype=dtype, shape=(layers, *shape), batch=1)
     layout = Layout(tensors=(tensor,))
     array = (
-        np.frombuffer(np.random.default_rng(0).bytes(tensor.nbytes), np.uint8)
-        .view(NUMPY[dtype])
-        .reshape(tensor.shape)
+        np.frombuffer(np.random.default_rng(0).bytes(tensor.nbytes), np.uint8).view(NUMPY[dtype]).reshape(tensor.shape)
     )
     out = np.ones_like(array)
     found: dict[str, list[float]] = {"cut": [], "save": [], "restore": []}
@@ -141,11 +134,7 @@ def measure(
         saved = _timed(lambda: save(LocalStore))
         read = _timed(lambda: _plain_read(folder / "plain", out))
         restored = _timed(restore)
-        for key, value in (
-            ("cut", array.nbytes / cut / 1e9),
-            ("save", saved / write),
-            ("restore", restored / read),
-        ):
+        for key, value in (("cut", array.nbytes / cut / 1e9), ("save", saved / write), ("restore", restored / read)):
             found[key].append(value)
     if out.tobytes() != array.tobytes():
         raise SystemExit(f"{shape} {dtype}: what came back is not what was saved")
@@ -157,9 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=128, help="size of each tensor that is measured")
-    parser.add_argument(
-        "--folder", type=Path, help="where to write; default a RAM disk, else the temporary folder"
-    )
+    parser.add_argument("--folder", type=Path, help="where to write; default a RAM disk, else the temporary folder")
     options = parser.parse_args()
     print("\n".join(over_read_table()))
     place = options.folder or (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None)
@@ -167,9 +154,7 @@ def main() -> None:
         f"\n{os.cpu_count()}-core {platform.machine()}, {options.mib} MiB a tensor, {options.rounds} rounds: "
         "median (smallest to largest)"
     )
-    print(
-        f"{'tensor':20} {'dtype':9} {'tile bytes':>10}  cut + crc GB/s       save / write         restore / read"
-    )
+    print(f"{'tensor':20} {'dtype':9} {'tile bytes':>10}  cut + crc GB/s       save / write         restore / read")
     with tempfile.TemporaryDirectory(dir=place) as name:
         for title, shape, dtype in MEASURED:
             result = measure(shape, dtype, mib=options.mib, rounds=options.rounds, folder=Path(name))

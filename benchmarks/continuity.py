@@ -32,21 +32,22 @@ from portatrain.retention import Retention
 from portatrain.testing import moves, parity
 from portatrain.trainer import make_program
 
-LM = ["model.layers=3", "model.embed=64", "model.mlp=128", "model.dropout=0.1", "data.seq_len=64", "batch=8",
-      "accumulation=2", "steps=40", "schedule.warmup=8", "eval_every=none", "hooks=()", "ema_decay=0.9"]  # fmt: skip
-VIT = [
-    "model.layers=2",
-    "model.embed=32",
-    "batch=16",
+LM = [
+    "model.layers=3",
+    "model.embed=64",
+    "model.mlp=128",
+    "model.dropout=0.1",
+    "data.seq_len=64",
+    "batch=8",
+    "accumulation=2",
     "steps=40",
     "schedule.warmup=8",
     "eval_every=none",
     "hooks=()",
+    "ema_decay=0.9",
 ]
-RECIPES = {
-    "tiny-lm, AdamW": ("tiny-lm", LM),
-    "tiny-vit, Muon": ("tiny-vit", VIT),
-}
+VIT = ["model.layers=2", "model.embed=32", "batch=16", "steps=40", "schedule.warmup=8", "eval_every=none", "hooks=()"]
+RECIPES = {"tiny-lm, AdamW": ("tiny-lm", LM), "tiny-vit, Muon": ("tiny-vit", VIT)}
 STEPS = (3, 9, 16, 25)
 SOURCES = (("jax", ""), ("jax", "fsdp=2,tensor=2"), ("torch", ""))
 TOGETHER = (("torch", "fsdp=2"), ("torch", "tensor=2"))

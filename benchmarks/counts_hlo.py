@@ -9,9 +9,17 @@ from math import prod
 
 # They name, group or alias values, or run others: nothing runs by itself.
 NOT_KERNELS = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "call", "while",
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "after-all",
+    "partition-id",
+    "call",
+    "while",
     "conditional",
-}  # fmt: skip
+}
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -90,12 +98,7 @@ def _closing(text: str, at: int) -> int:
 
 
 def _add(
-    computations: dict[str, list[Instruction]],
-    name: str,
-    times: int,
-    found: HloCounts,
-    *,
-    inside_fusion: bool,
+    computations: dict[str, list[Instruction]], name: str, times: int, found: HloCounts, *, inside_fusion: bool
 ) -> None:
     shapes = {i.name: i.shape for i in computations[name]}
     for one in computations[name]:

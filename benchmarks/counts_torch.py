@@ -28,14 +28,48 @@ class Counts:
 
 # They allocate, describe, or call what is counted itself: no kernel of their own runs.
 NOT_KERNELS = {
-    "to", "detach_", "zero_",
-    "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "detach", "lift_fresh",
-    "alias", "result_type", "resize_", "_reshape_alias", "set_", "resolve_conj", "resolve_neg",
-}  # fmt: skip
+    "to",
+    "detach_",
+    "zero_",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "_unsafe_view",
+    "detach",
+    "lift_fresh",
+    "alias",
+    "result_type",
+    "resize_",
+    "_reshape_alias",
+    "set_",
+    "resolve_conj",
+    "resolve_neg",
+}
 VIEWS = {
-    "view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "as_strided", "split",
-    "unbind", "chunk", "unflatten", "view_as", "narrow", "flatten", "reshape", "mT", "numpy_T", "expand_as",
-}  # fmt: skip
+    "view",
+    "t",
+    "transpose",
+    "permute",
+    "expand",
+    "slice",
+    "select",
+    "unsqueeze",
+    "squeeze",
+    "as_strided",
+    "split",
+    "unbind",
+    "chunk",
+    "unflatten",
+    "view_as",
+    "narrow",
+    "flatten",
+    "reshape",
+    "mT",
+    "numpy_T",
+    "expand_as",
+}
 MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
 

@@ -31,9 +31,7 @@ def main() -> None:
         exact = np.einsum(spec, x.astype(np.float64), y.astype(np.float64), optimize=True)
         default = jax.jit(lambda a, b, spec=spec: jnp.einsum(spec, a, b))
         eigen = jax.jit(lambda a, b, spec=spec: jnp.einsum(spec, a, b), compiler_options=OPTIONS["cpu"])
-        errors = [
-            float(np.abs(np.asarray(f(x, y)) - exact).max() / np.abs(exact).max()) for f in (default, eigen)
-        ]
+        errors = [float(np.abs(np.asarray(f(x, y)) - exact).max() / np.abs(exact).max()) for f in (default, eigen)]
         ratios = []
         for _ in range(ROUNDS):
             began = time.perf_counter()

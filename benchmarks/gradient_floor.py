@@ -24,9 +24,7 @@ from tests.matrix.cells import MESHES, ROWS, recipe_of
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--row", default="tiny-vit", choices=list(ROWS))
     parser.add_argument("--mesh", default="1", choices=list(MESHES), help="whose sizes: one device runs")
     args = parser.parse_args()

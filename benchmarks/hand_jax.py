@@ -41,10 +41,7 @@ def tables(s: Shape) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss_of(
-    shape: Shape,
-    params: Mapping[str, Any],
-    batch: Mapping[str, Any],
-    rows: Callable[[Any], Any] = lambda x: x,
+    shape: Shape, params: Mapping[str, Any], batch: Mapping[str, Any], rows: Callable[[Any], Any] = lambda x: x
 ) -> Any:
     """The mean loss. `rows` says of an activation that it is split over its rows."""
     cos, sin = tables(shape)
@@ -93,9 +90,7 @@ def step_of(shape: Shape, rows: Callable[[Any], Any] = lambda x: x) -> tuple[Any
 
     optimizer = optax.chain(
         optax.clip_by_global_norm(CLIP_NORM),
-        optax.adamw(
-            ADAMW.lr, b1=ADAMW.b1, b2=ADAMW.b2, eps=ADAMW.eps, weight_decay=ADAMW.weight_decay, mask=decays
-        ),
+        optax.adamw(ADAMW.lr, b1=ADAMW.b1, b2=ADAMW.b2, eps=ADAMW.eps, weight_decay=ADAMW.weight_decay, mask=decays),
     )
 
     def step(params: Any, opt: Any, batch: Any) -> Any:
@@ -163,9 +158,11 @@ def hand_sharded(
     given = {k: jax.device_put(v, rows) for k, v in batch.items() if k != "sample"}
     whole = NamedSharding(mesh, PartitionSpec())
     run_step = jax.jit(
-        step, donate_argnums=(0, 1), out_shardings=(shardings, of_opt, whole, whole),
+        step,
+        donate_argnums=(0, 1),
+        out_shardings=(shardings, of_opt, whole, whole),
         compiler_options=compiler_options(jax.devices()[0].platform),
-    )  # fmt: skip
+    )
 
     def run() -> float:
         state[0], state[1], loss, _ = run_step(*state, given)

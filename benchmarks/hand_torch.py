@@ -45,9 +45,13 @@ class Attention(nn.Module):
         k = rotate(self.wk(x_BSE).view(b, s, self.kv_heads, self.head_dim), cos, sin)
         v = self.wv(x_BSE).view(b, s, self.kv_heads, self.head_dim)
         out = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, is_causal=mask is None,
+            q.transpose(1, 2),
+            k.transpose(1, 2),
+            v.transpose(1, 2),
+            attn_mask=mask,
+            is_causal=mask is None,
             enable_gqa=True,
-        )  # fmt: skip
+        )
         return self.wo(out.transpose(1, 2).reshape(b, s, -1))
 
 
@@ -80,11 +84,7 @@ class Llama(nn.Module):
         self.register_buffer("sin", angles.sin())
 
     def forward(
-        self,
-        tokens: Tensor,
-        targets: Tensor,
-        segment_ids: Tensor | None = None,
-        positions: Tensor | None = None,
+        self, tokens: Tensor, targets: Tensor, segment_ids: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
         """The mean loss."""
         mask = None
@@ -137,8 +137,11 @@ def training_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
             {"params": [p for p in params if p.ndim > 1], "weight_decay": ADAMW.weight_decay},
             {"params": [p for p in params if p.ndim == 1], "weight_decay": 0.0},
         ],
-        lr=ADAMW.lr, betas=(ADAMW.b1, ADAMW.b2), eps=ADAMW.eps, fused=True,
-    )  # fmt: skip
+        lr=ADAMW.lr,
+        betas=(ADAMW.b1, ADAMW.b2),
+        eps=ADAMW.eps,
+        fused=True,
+    )
 
     def step() -> float:
         optimizer.zero_grad(set_to_none=True)
@@ -205,20 +208,34 @@ def transformers_llama(
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=shape.vocab, hidden_size=shape.embed, intermediate_size=shape.mlp, num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads, max_position_embeddings=shape.seq,
-        rms_norm_eps=shape.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        tie_word_embeddings=True, attn_implementation="sdpa", use_cache=False,
-    )  # fmt: skip
+        vocab_size=shape.vocab,
+        hidden_size=shape.embed,
+        intermediate_size=shape.mlp,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        max_position_embeddings=shape.seq,
+        rms_norm_eps=shape.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
+    )
     model = LlamaForCausalLM(config)
     ours = Llama(shape)
     load(ours, params)
     names = {"embed": "model.embed_tokens", "final_norm": "model.norm"}
     inside = {
-        "attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm", "attn.wq": "self_attn.q_proj",
-        "attn.wk": "self_attn.k_proj", "attn.wv": "self_attn.v_proj", "attn.wo": "self_attn.o_proj",
-        "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-    }  # fmt: skip
+        "attn_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "attn.wq": "self_attn.q_proj",
+        "attn.wk": "self_attn.k_proj",
+        "attn.wv": "self_attn.v_proj",
+        "attn.wo": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+    }
     with torch.no_grad():
         for name, tensor in ours.named_parameters():
             own = name.removesuffix(".weight")

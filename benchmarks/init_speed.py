@@ -46,9 +46,7 @@ def main() -> None:
     print(f"NumPy {np.__version__}, {platform.machine()}, threads={threads}")
     print(f"{'box':26}{'values':>12}{'M values/s':>12}")
     for what, shape, offset, box in CASES:
-        spent = seconds(
-            partial(truncated_normal, 0, "bench", shape, std=0.02, offset=offset, box=box, threads=threads)
-        )
+        spent = seconds(partial(truncated_normal, 0, "bench", shape, std=0.02, offset=offset, box=box, threads=threads))
         size = int(np.prod(box))
         print(f"{what:26}{size:>12,}{size / spent / 1e6:>12.1f}")
     index = np.arange(1 << 18)

@@ -120,35 +120,42 @@ def _run(n: int, entry: str, folder: str, **args: Any) -> Any:
 
 def report() -> str:
     lines = [
-        "# Memory", "",
+        "# Memory",
+        "",
         "Printed by `python -m benchmarks.memory` on a 2-core x86-64 VM with no accelerator: devices are simulated. "
-        f"The model is tiny-lm with {', '.join(SIZES)}; AdamW; fp32.", "",
-        "## Parameters and optimizer state on a device", "",
-        "Bytes that the layout predicts, and those that a backend holds after a step.", "",
-        "| mesh | what | layout | jax | torch |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"The model is tiny-lm with {', '.join(SIZES)}; AdamW; fp32.",
+        "",
+        "## Parameters and optimizer state on a device",
+        "",
+        "Bytes that the layout predicts, and those that a backend holds after a step.",
+        "",
+        "| mesh | what | layout | jax | torch |",
+        "|---|---|---|---|---|",
+    ]
     with tempfile.TemporaryDirectory() as folder:
         jax = _run(1, "jax_part", folder)
         torch = _run(DEVICES, "torch_part", folder, backend="torch", meshes=MESHES)
         for mesh in MESHES:
             for role, bytes_ in predicted(mesh).items():
-                cells = [
-                    f"{found[mesh][role]:,} ({found[mesh][role] / bytes_ - 1:+.2%})" for found in (jax, torch)
-                ]
+                cells = [f"{found[mesh][role]:,} ({found[mesh][role] / bytes_ - 1:+.2%})" for found in (jax, torch)]
                 lines.append(f"| {mesh} | {role} | {bytes_:,} | {' | '.join(cells)} |")
         if not missing("deepspeed-3"):
             lines += _zero(folder)
         live = _run(1, "torch_remat", folder)
     lines += [
-        "", "torch's AdamW counts the steps of every tensor besides, four bytes each.", "",
-        "## What is kept for the backward pass", "",
+        "",
+        "torch's AdamW counts the steps of every tensor besides, four bytes each.",
+        "",
+        "## What is kept for the backward pass",
+        "",
         "Megabytes. Predicted: what the planner says that a policy keeps of the blocks for four rows of a microbatch. "
         "torch: bytes that live on when the forward pass has ended, loss included, on one device with four rows. jax: "
         "the compiler's count of temporaries of the whole step on one of four devices, four rows each; on a CPU XLA "
-        "schedules for the cores that there are and not for memory, so only its differences say something.", "",
+        "schedules for the cores that there are and not for memory, so only its differences say something.",
+        "",
         "| policy | predicted | torch | less than none | jax, temporaries | less than none |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     for policy in POLICIES:
         a, b = live[policy], jax["remat"][policy]["temporaries"]
         saved = [(live["none"] - a) / 1e6, (jax["remat"]["none"]["temporaries"] - b) / 1e6]
@@ -159,20 +166,20 @@ def report() -> str:
 
 def _zero(folder: str) -> list[str]:
     """DeepSpeed cuts tensors laid end to end, so its shares are not the layout's."""
-    lines = ["", "DeepSpeed on fsdp=4, with its padding; predicted by ZeRO's arithmetic (the float32 copy of a "
-             "process's part is counted with the optimizer's state).", "",
-             "| stage | what | predicted | held |", "|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "",
+        "DeepSpeed on fsdp=4, with its padding; predicted by ZeRO's arithmetic (the float32 copy of a "
+        "process's part is counted with the optimizer's state).",
+        "",
+        "| stage | what | predicted | held |",
+        "|---|---|---|---|",
+    ]
     whole = 4 * make_program(recipe()).definition.parameters
     for stage in (1, 2, 3):
         name = f"deepspeed-{stage}"
         found = _run(DEVICES, "torch_part", folder, backend=name, meshes=["fsdp=4"])["fsdp=4"]
-        for role, bytes_ in (
-            ("params", whole if stage < 3 else whole // DEVICES),
-            ("opt", 3 * whole // DEVICES),
-        ):
-            lines.append(
-                f"| {stage} | {role} | {bytes_:,} | {found[role]:,} ({found[role] / bytes_ - 1:+.2%}) |"
-            )
+        for role, bytes_ in (("params", whole if stage < 3 else whole // DEVICES), ("opt", 3 * whole // DEVICES)):
+            lines.append(f"| {stage} | {role} | {bytes_:,} | {found[role]:,} ({found[role] / bytes_ - 1:+.2%}) |")
     return lines
 
 

@@ -30,9 +30,13 @@ class Ratio:
 
 
 def interleaved(
-    run: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1, seed: int = 0,
+    run: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    repeats: int = 1,
+    seed: int = 0,
     before: Callable[[], object] = lambda: None,
-) -> dict[str, list[float]]:  # fmt: skip
+) -> dict[str, list[float]]:
     """Seconds of `repeats` calls of each, by name, one value a round; `before` each of them is not counted."""
     order, rng = list(run), random.Random(seed)
     taken: dict[str, list[float]] = {name: [] for name in run}

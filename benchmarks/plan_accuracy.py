@@ -99,18 +99,8 @@ ROWS = (
         for remat in ("none", "dots", "attention")
         for compiler in ("auto", "fsdp2")
     ),
-    Row(
-        recipe="llama3-8b", cluster="tpu-v6e-64", mesh="fsdp=16,tensor=4", batch=64, remat="dots", blind=True
-    ),
-    Row(
-        recipe="llama3-1b",
-        cluster="tpu-v5p-32",
-        mesh="fsdp=16",
-        batch=64,
-        accumulation=2,
-        remat="none",
-        blind=True,
-    ),
+    Row(recipe="llama3-8b", cluster="tpu-v6e-64", mesh="fsdp=16,tensor=4", batch=64, remat="dots", blind=True),
+    Row(recipe="llama3-1b", cluster="tpu-v5p-32", mesh="fsdp=16", batch=64, accumulation=2, remat="none", blind=True),
     Row(recipe="llama3-8b", cluster="tpu-7x-64", mesh="fsdp=64", batch=64, remat="attention", blind=True),
     Row(
         recipe="llama3-8b",
@@ -121,32 +111,10 @@ ROWS = (
         remat="attention",
         blind=True,
     ),
-    Row(
-        recipe="llama3-1b",
-        cluster="h100-8",
-        mesh="fsdp=8",
-        batch=32,
-        accumulation=2,
-        remat="none",
-        blind=True,
-    ),
+    Row(recipe="llama3-1b", cluster="h100-8", mesh="fsdp=8", batch=32, accumulation=2, remat="none", blind=True),
     Row(recipe="llama3-70b", cluster="h200-64", mesh="fsdp=64", batch=64, compiler="fsdp2", blind=True),
-    Row(
-        recipe="llama3-8b",
-        cluster="h200-64",
-        mesh="fsdp=32,tensor=2",
-        batch=64,
-        remat="dots",
-        compiler="fsdp2",
-    ),
-    Row(
-        recipe="llama3-8b",
-        cluster="mi300x-64",
-        mesh="fsdp=16,tensor=4",
-        batch=64,
-        compiler="fsdp2",
-        blind=True,
-    ),
+    Row(recipe="llama3-8b", cluster="h200-64", mesh="fsdp=32,tensor=2", batch=64, remat="dots", compiler="fsdp2"),
+    Row(recipe="llama3-8b", cluster="mi300x-64", mesh="fsdp=16,tensor=4", batch=64, compiler="fsdp2", blind=True),
     Row(
         recipe="llama3-1b",
         cluster="h100-8",
@@ -183,8 +151,13 @@ def planned(row: Row) -> tuple[Plan, Candidate]:
     recipe = load_recipe(row.recipe)
     words = (*row.more, f"batch={row.batch}", f"data.seq_len={row.seq_len}")
     shape = recipes.shape_of(override(recipe, words))
-    made = plan(shape, names.resolve(row.cluster), mesh=sizes_of(Mesh.parse(row.mesh)), remats=(row.remat,),
-                accumulation=row.accumulation)  # fmt: skip
+    made = plan(
+        shape,
+        names.resolve(row.cluster),
+        mesh=sizes_of(Mesh.parse(row.mesh)),
+        remats=(row.remat,),
+        accumulation=row.accumulation,
+    )
     if made.chosen is None:
         raise UserError(row.name, expected="a way that fits", got="none", do="Change the row.")
     return made, made.chosen
@@ -223,14 +196,10 @@ def write(known: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name has all of these words")
     parser.add_argument("--fresh", action="store_true", help="predict and compile anew")
-    parser.add_argument(
-        "--again", action="store_true", help="predict anew, of rows that stay the programs they are"
-    )
+    parser.add_argument("--again", action="store_true", help="predict anew, of rows that stay the programs they are")
     parser.add_argument("--write", action="store_true", help="write docs/plan-accuracy.md")
     args = parser.parse_args()
     rows = [row for row in ROWS if all(word in row.name for word in args.only)]
@@ -291,9 +260,7 @@ def page(known: dict[str, Any]) -> str:
     compiled = [(row, known[row.name]) for row in ROWS if "compiled" in known.get(row.name, {})]
     errors = {row.name: error for row, entry in compiled if (error := memory_error(entry)) is not None}
     beyond = [
-        (row, errors[row.name])
-        for row, _ in compiled
-        if row.name in errors and abs(errors[row.name]) > row.bound
+        (row, errors[row.name]) for row, _ in compiled if row.name in errors and abs(errors[row.name]) > row.bound
     ]
     compilers = sorted({entry["compiled"]["compiler"] for _, entry in compiled})
     text = (HERE / "plan-accuracy.in.md").read_text(encoding="utf-8")
@@ -302,8 +269,9 @@ def page(known: dict[str, Any]) -> str:
     summary = (
         f"{len(errors)} rows compiled ({'; '.join(compilers)}): memory {_spread(list(errors.values()))}; of the "
         f"{len(blind)} blind ones {_spread(blind)}. Out of bounds (5 % for the two of 512 in 4, 10 % elsewhere): "
-        + ("; ".join(f"{row.name} ({100 * error:+.1f} %)" for row, error in beyond) or "none") + "."
-    )  # fmt: skip
+        + ("; ".join(f"{row.name} ({100 * error:+.1f} %)" for row, error in beyond) or "none")
+        + "."
+    )
     return text.replace("{table}", table).replace("{summary}", summary)
 
 

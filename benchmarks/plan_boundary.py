@@ -42,8 +42,14 @@ CASES = (
 def planner_fits(case: Case, layers: int) -> bool:
     """Whether the planner says that it fits, with no margin: that is what the compiler is asked."""
     recipe = override(load_recipe(case.recipe), [f"model.layers={layers}", f"batch={case.batch}"])
-    made = plan(recipes.shape_of(recipe), names.resolve(case.cluster), mesh=sizes_of(Mesh.parse(case.mesh)),
-                remats=("block",), accumulation=1, hints=False)  # fmt: skip
+    made = plan(
+        recipes.shape_of(recipe),
+        names.resolve(case.cluster),
+        mesh=sizes_of(Mesh.parse(case.mesh)),
+        remats=("block",),
+        accumulation=1,
+        hints=False,
+    )
     return made.chosen is not None
 
 
@@ -60,13 +66,7 @@ def planner_boundary(case: Case) -> int:
 
 def compiler_fits(case: Case, layers: int) -> bool:
     target = targets.target(names.resolve(case.cluster))
-    words = (
-        f"model.layers={layers}",
-        f"batch={case.batch}",
-        "accumulation=1",
-        "remat=block",
-        "precision=bf16",
-    )
+    words = (f"model.layers={layers}", f"batch={case.batch}", "accumulation=1", "remat=block", "precision=bf16")
     asked = job.Request(
         compiler=target.compiler, recipe=case.recipe, overrides=words, mesh=case.mesh, options=target.options
     )
@@ -99,9 +99,7 @@ def compiler_boundary(case: Case, start: int, within: float) -> tuple[int, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--within", type=float, default=0.05, help="how near the two ends are to be brought")
     parser.add_argument("--only", nargs="+", default=[], help="clusters")
     args = parser.parse_args()
@@ -114,8 +112,9 @@ def main() -> int:
         middle = (low + high) / 2
         print(
             f"| {case.recipe} on {case.cluster}, {case.mesh}, batch {case.batch}, blocks recomputed | {mine} layers | "
-            f"{low}, {high} | {100 * (mine / middle - 1):+.1f} % |", flush=True,
-        )  # fmt: skip
+            f"{low}, {high} | {100 * (mine / middle - 1):+.1f} % |",
+            flush=True,
+        )
     return 0
 
 

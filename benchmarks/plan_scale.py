@@ -40,12 +40,20 @@ def child(names: list[str], clusters: list[str]) -> None:
         for cluster in where:
             made = plan(shape, cluster_names.resolve(cluster))
             best = made.chosen
-            rows.append({
-                "recipe": name, "cluster": cluster, "chips": made.cluster.chips, "meshes": made.counts.meshes,
-                "parameters": shape.parameters, "active": shape.active, "flops_per_token": shape.model_flops,
-                "mesh": best.mesh_text if best else None, "step_s": best.step_s if best else None,
-                "mfu": made.mfu if best else None,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "recipe": name,
+                    "cluster": cluster,
+                    "chips": made.cluster.chips,
+                    "meshes": made.counts.meshes,
+                    "parameters": shape.parameters,
+                    "active": shape.active,
+                    "flops_per_token": shape.model_flops,
+                    "mesh": best.mesh_text if best else None,
+                    "step_s": best.step_s if best else None,
+                    "mfu": made.mfu if best else None,
+                }
+            )
     loaded = [name for name in FRAMEWORKS if name in sys.modules]
     print(json.dumps({"rows": rows, "loaded": loaded}))
 
@@ -55,8 +63,10 @@ def planned(names: tuple[str, ...], clusters: tuple[str, ...] = ()) -> tuple[flo
     began_s = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.plan_scale", "--recipes", ",".join(names), "--clusters", ",".join(clusters)],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
+        check=True,
+        capture_output=True,
+        text=True,
+    )
     return time.perf_counter() - began_s, json.loads(done.stdout)
 
 
@@ -68,9 +78,7 @@ def way(row: dict) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", help="plan these in this process and print JSON (how the rows are made)")
     parser.add_argument("--clusters", default="")
     args = parser.parse_args()
@@ -100,8 +108,9 @@ def main() -> int:
         ways = "; ".join(way(row) for row in found["rows"])
         print(
             f"| {name} | {first['parameters'] / 1e9:.1f} | {parameters} | {first['active'] / 1e9:.1f} | {active} | "
-            f"{first['flops_per_token'] / 1e9:.1f} | {ways} | {source} |", flush=True,
-        )  # fmt: skip
+            f"{first['flops_per_token'] / 1e9:.1f} | {ways} | {source} |",
+            flush=True,
+        )
     return 0
 
 

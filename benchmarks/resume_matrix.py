@@ -28,9 +28,19 @@ from portatrain.backends.base import missing
 
 STEP, STEPS, BOUND = 10, 30, 1e-6
 SIZES = (
-    "model.layers=2", "model.embed=32", "model.mlp=64", "model.dropout=0.1", "data.seq_len=64", "batch=8",
-    "accumulation=2", f"steps={STEPS}", "schedule.warmup=4", "eval_every=none", "hooks=()", "ema_decay=0.9",
-)  # fmt: skip
+    "model.layers=2",
+    "model.embed=32",
+    "model.mlp=64",
+    "model.dropout=0.1",
+    "data.seq_len=64",
+    "batch=8",
+    "accumulation=2",
+    f"steps={STEPS}",
+    "schedule.warmup=4",
+    "eval_every=none",
+    "hooks=()",
+    "ema_decay=0.9",
+)
 KINDS = {
     "jax": ("fsdp=2", "fsdp=2,tensor=2"),
     "torch": ("fsdp=2", "fsdp=2,tensor=2"),
@@ -59,8 +69,13 @@ def run(kind: str, module: str, words: list[str]) -> tuple[int, str]:
     try:
         done = subprocess.run(
             [python_of(kind) or sys.executable, "-m", module, *words],
-            capture_output=True, text=True, check=False, timeout=LEG_S, env=env, cwd=ROOT,
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=LEG_S,
+            env=env,
+            cwd=ROOT,
+        )
     except subprocess.TimeoutExpired:
         return -1, f"not done in {LEG_S} s"
     return done.returncode, (done.stderr.strip().splitlines() or ["no word"])[-1]
@@ -175,25 +190,22 @@ def wrong(row: Row) -> bool:
     """Whether a row is out of bounds."""
     if "not_run" in row:
         return False
-    return (
-        "failed" in row or row["verdict"] != "continuous" or not row["worst"] <= BOUND or row["back"] != "same bits"
-    )  # fmt: skip
+    return "failed" in row or row["verdict"] != "continuous" or not row["worst"] <= BOUND or row["back"] != "same bits"
 
 
 def table(found: dict[str, Row]) -> str:
-    rows = [
-        ("move after step 10", "devices", "verdict", "losses of steps 11 to 30", "there and back"),
-        ("---",) * 5,
-    ]
+    rows = [("move after step 10", "devices", "verdict", "losses of steps 11 to 30", "there and back"), ("---",) * 5]
     for first in KINDS:
         for second in KINDS:
             before, after = KINDS[first][0], KINDS[second][1]
             row = found.get(f"{first} {second}", {"not_run": "not yet"})
             told = (
-                (f"not run: {row['not_run']}", "", "") if "not_run" in row
-                else (f"**failed**: {row['failed']}", "", "") if "failed" in row
+                (f"not run: {row['not_run']}", "", "")
+                if "not_run" in row
+                else (f"**failed**: {row['failed']}", "", "")
+                if "failed" in row
                 else (row["verdict"], f"{row['worst']:.1e}", row["back"])
-            )  # fmt: skip
+            )
             rows.append((f"{first} {before} to {second} {after}", "2 to 4", *told))
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
@@ -215,14 +227,16 @@ def commit() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="put the table into docs/resume.md")
     parser.add_argument(
-        "--only", metavar="KIND", action="append", default=[], choices=KINDS,
+        "--only",
+        metavar="KIND",
+        action="append",
+        default=[],
+        choices=KINDS,
         help="only rows from or to this backend; given twice, only those of both",
-    )  # fmt: skip
+    )
     parser.add_argument("--again", action="store_true", help="run rows that have a result, too")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no row after so many")
     parser.add_argument("--carry", help=argparse.SUPPRESS)
@@ -255,9 +269,7 @@ def main() -> int:
         after = rest.partition(MARKS[1])[2]
         path.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{after}")
     bad = [name for name, row in found.items() if wrong(row)]
-    print(
-        f"resume matrix: {len(found)} of {len(pairs)} rows run, {len(bad)} out of bounds {bad or ''}".rstrip()
-    )
+    print(f"resume matrix: {len(found)} of {len(pairs)} rows run, {len(bad)} out of bounds {bad or ''}".rstrip())
     return int(bool(bad))
 
 

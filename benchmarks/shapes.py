@@ -52,9 +52,15 @@ class Shape:
     @property
     def config(self) -> DecoderConfig:
         return DecoderConfig(
-            vocab=self.vocab, embed=self.embed, layers=self.layers, heads=self.heads, kv_heads=self.kv_heads,
-            mlp=self.mlp, rope_theta=self.rope_theta, norm_eps=self.norm_eps,
-        )  # fmt: skip
+            vocab=self.vocab,
+            embed=self.embed,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            mlp=self.mlp,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+        )
 
     @property
     def matmul_flops(self) -> float:
@@ -80,13 +86,21 @@ SHAPES = {
         Shape(name="22m", vocab=4096, embed=512, layers=7, heads=8, kv_heads=4, mlp=1408, seq=256, batch=4),
         Shape(name="tiny-lm", vocab=256, embed=128, layers=6, heads=4, kv_heads=2, mlp=384, seq=256, batch=16),
         Shape(
-            name="tiny-lm-packed", vocab=256, embed=128, layers=6, heads=4, kv_heads=2, mlp=384, seq=256, batch=16,
+            name="tiny-lm-packed",
+            vocab=256,
+            embed=128,
+            layers=6,
+            heads=4,
+            kv_heads=2,
+            mlp=384,
+            seq=256,
+            batch=16,
             packed=True,
         ),
         # Seconds to compile and to run: for tests, and for trying the benchmark itself.
         Shape(name="toy", vocab=64, embed=32, layers=2, heads=4, kv_heads=2, mlp=96, seq=16, batch=2),
     )
-}  # fmt: skip
+}
 
 
 def batch_of(shape: Shape) -> dict[str, np.ndarray]:
@@ -94,11 +108,7 @@ def batch_of(shape: Shape) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     b, s = shape.batch, shape.seq
     ids = rng.integers(0, shape.vocab, (b, s + 1), dtype=np.int32)
-    batch = {
-        "tokens": ids[:, :-1].copy(),
-        "targets": ids[:, 1:].copy(),
-        "sample": np.arange(b, dtype=np.int64),
-    }
+    batch = {"tokens": ids[:, :-1].copy(), "targets": ids[:, 1:].copy(), "sample": np.arange(b, dtype=np.int64)}
     if shape.packed:
         # Three documents a window, cut at random places.
         starts = np.sort(rng.integers(1, s, (b, 2)), axis=1)
@@ -111,9 +121,15 @@ def batch_of(shape: Shape) -> dict[str, np.ndarray]:
 
 def program_of(shape: Shape, *, compile: bool | None = None, mesh: str = "") -> Program:
     recipe = Recipe(
-        name="benchmark", model=shape.config, data=Stdlib(seq_len=shape.seq), optimizer=ADAMW,
-        schedule=Constant(), steps=1000, batch=shape.batch, clip_norm=CLIP_NORM,
-    )  # fmt: skip
+        name="benchmark",
+        model=shape.config,
+        data=Stdlib(seq_len=shape.seq),
+        optimizer=ADAMW,
+        schedule=Constant(),
+        steps=1000,
+        batch=shape.batch,
+        clip_norm=CLIP_NORM,
+    )
     return replace(make_program(recipe, mesh=mesh), compile=compile)
 
 
@@ -123,9 +139,7 @@ def parameters_of(backend: Backend, state: object) -> dict[str, np.ndarray]:
     found = {name: np.zeros(info.shape, np.float32) for name, info in infos.items()}
     for box in backend.local_boxes(state):
         if box.role == "params":
-            found[box.name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = (
-                box.fetch()
-            )
+            found[box.name][tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = box.fetch()
     return found
 
 

@@ -103,9 +103,13 @@ def measure(mode: str, shape: Shape, rounds: int) -> dict[str, Any]:
         }
         params.write_bytes(pickle.dumps(made))
         args = {
-            "mode": mode, "shape": shape.name, "layers": shape.layers, "rounds": rounds, "params": str(params),
+            "mode": mode,
+            "shape": shape.name,
+            "layers": shape.layers,
+            "rounds": rounds,
+            "params": str(params),
             "out": str(out),
-        }  # fmt: skip
+        }
         # XLA's devices share one process and all of its threads; gloo's have a process and a thread each.
         if run_processes(1 if mode == "jax" else DEVICES, "benchmarks.sharded_step:worker", args):
             raise SystemExit(f"sharded_step: {mode} failed")
@@ -113,9 +117,7 @@ def measure(mode: str, shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default=",".join(MODES), help="of " + ", ".join(MODES))
     parser.add_argument("--shape", default="tiny-lm", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=40)
@@ -144,9 +146,7 @@ def main() -> int:
     if args.write:
         text = PAGE.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)
-        PAGE.write_text(
-            head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2], encoding="utf-8"
-        )
+        PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
     return 0
 
 

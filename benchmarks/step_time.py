@@ -93,18 +93,14 @@ def measure(mode: str, shape: Shape, rounds: int) -> dict[str, Any]:
         torch.set_num_threads(os.cpu_count() or 1)
     run = contenders(mode, shape)
     losses = {name: [step() for _ in range(3)] for name, step in run.items() if name != "bare"}
-    apart = max(
-        abs(a - b) / b for other in losses.values() for a, b in zip(other, losses["ours"], strict=True)
-    )
+    apart = max(abs(a - b) / b for other in losses.values() for a, b in zip(other, losses["ours"], strict=True))
     if apart > LOSSES_AGREE:
         raise RuntimeError(f"{mode}, {shape.name}: losses differ by {apart:.1e}: {losses}")
     interleaved(run, rounds=2)
     seconds = interleaved(run, rounds=rounds)
     return {
         "seconds": {name: median(taken) for name, taken in seconds.items()},
-        "ratios": {
-            n: dataclasses.asdict(ratio(seconds["ours"], t)) for n, t in seconds.items() if n != "ours"
-        },
+        "ratios": {n: dataclasses.asdict(ratio(seconds["ours"], t)) for n, t in seconds.items() if n != "ours"},
         "losses_apart": apart,
     }
 
@@ -171,9 +167,7 @@ def rows(mode: str, shape: Shape, measured: dict[str, Any], counted: dict[str, A
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default=",".join(MODES), help="of " + ", ".join(MODES))
     parser.add_argument("--shapes", default="tiny-lm,22m", help="of " + ", ".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=60)
@@ -210,9 +204,7 @@ def main() -> None:
     if args.write:
         text = PAGE.read_text(encoding="utf-8")
         head, _, rest = text.partition(BEGIN)
-        PAGE.write_text(
-            head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2], encoding="utf-8"
-        )
+        PAGE.write_text(head + BEGIN + "\n".join(lines) + "\n" + END + rest.partition(END)[2], encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -24,14 +24,27 @@ from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
 from portatrain.trainer import make_program
 
-MESHES = ("fsdp=2", "replica=2", "tensor=2", "context=2", "replica=2,fsdp=2", "fsdp=2,tensor=2", "fsdp=2,context=2",
-          "context=2,tensor=2")  # fmt: skip
+MESHES = (
+    "fsdp=2",
+    "replica=2",
+    "tensor=2",
+    "context=2",
+    "replica=2,fsdp=2",
+    "fsdp=2,tensor=2",
+    "fsdp=2,context=2",
+    "context=2,tensor=2",
+)
 SIZES = ["model.layers=2", "model.embed=64", "model.mlp=192", "data.seq_len=64", "batch=16", "accumulation=2"]
 
 KINDS = {
-    "all_gather": "all_gather", "allgather": "all_gather", "reduce_scatter": "reduce_scatter",
-    "all_reduce": "all_reduce", "allreduce": "all_reduce", "all_to_all": "all_to_all", "broadcast": "broadcast",
-}  # fmt: skip
+    "all_gather": "all_gather",
+    "allgather": "all_gather",
+    "reduce_scatter": "reduce_scatter",
+    "all_reduce": "all_reduce",
+    "allreduce": "all_reduce",
+    "all_to_all": "all_to_all",
+    "broadcast": "broadcast",
+}
 
 
 def recorder(mesh: Mesh | None = None) -> Any:
@@ -103,13 +116,9 @@ def implied(program: Program, accumulation: int, tokens: int) -> dict[str, int]:
     held = {n: 4 * math.prod(layout.box(t, at)[1]) for n, t in params.items()}
     in_fsdp = {n for n, t in params.items() if any("fsdp" in dim for dim in layout.tensor_spec(t))}
     if mesh.fsdp > 1:
-        gathered = sum(
-            held[n] * mesh.fsdp * (2 if t.stack_dims else 1) for n, t in params.items() if n in in_fsdp
-        )
+        gathered = sum(held[n] * mesh.fsdp * (2 if t.stack_dims else 1) for n, t in params.items() if n in in_fsdp)
         scattered = sum(held[n] * mesh.fsdp for n in in_fsdp)
-        found["fsdp"] += accumulation * (gathered + scattered) + sum(
-            held[n] for n in held if n not in in_fsdp
-        )
+        found["fsdp"] += accumulation * (gathered + scattered) + sum(held[n] for n in held if n not in in_fsdp)
     if mesh.tensor > 1:
         found["tensor"] += accumulation * 2 * 2 * (2 * layers + 1) * tokens * embed * 4
         found["tensor"] += sum(
@@ -146,12 +155,15 @@ def processes(args: argparse.Namespace) -> int:
 
 def report() -> str:
     lines = [
-        "# Traffic", "",
+        "# Traffic",
+        "",
         "Printed by `python -m benchmarks.traffic` on a 2-core x86-64 VM with no accelerator, over gloo: bytes between "
         "processes in one step of the torch backend, the larger of what a process puts into a collective and gets out. "
-        f"tiny-lm with {', '.join(SIZES)}; AdamW; fp32. Implied: by `benchmarks.traffic.implied`, from the layout.", "",
-        "| mesh | axis | collectives | bytes that move | implied | ratio |", "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+        f"tiny-lm with {', '.join(SIZES)}; AdamW; fp32. Implied: by `benchmarks.traffic.implied`, from the layout.",
+        "",
+        "| mesh | axis | collectives | bytes that move | implied | ratio |",
+        "|---|---|---|---|---|---|",
+    ]
     chosen = recipe()
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found"

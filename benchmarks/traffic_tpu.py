@@ -20,32 +20,40 @@ from typing import Any
 from portatrain.cli import main as portatrain
 
 PAGE = Path(__file__).parents[1] / "docs" / "traffic-tpu.md"
-SIZES = ("model.layers=4", "model.embed=512", "model.mlp=1536", "model.heads=8", "model.kv_heads=4",
-         "model.head_dim=64", "model.vocab=32768", "data.vocab=32768", "data.separator=0")  # fmt: skip
+SIZES = (
+    "model.layers=4",
+    "model.embed=512",
+    "model.mlp=1536",
+    "model.heads=8",
+    "model.kv_heads=4",
+    "model.head_dim=64",
+    "model.vocab=32768",
+    "data.vocab=32768",
+    "data.separator=0",
+)
 SEQ, BATCH = 2048, 16
 PROGRAMS = (
-    *(("tpu-v5p-8", mesh, ()) for mesh in (
-        "fsdp=4", "replica=2,fsdp=2", "tensor=4", "fsdp=2,tensor=2", "fsdp=2,context=2", "context=2,tensor=2",
-        "replica=2,tensor=2",
-    )),
-    ("tpu-v5p-32", "fsdp=16", ()), ("tpu-v5p-32", "replica=2,fsdp=8", ()),
-    ("tpu-v5p-32", "replica=2,fsdp=8", ("model.embed=1024",)), ("tpu-v6e-16", "fsdp=16", ()),
-)  # fmt: skip
+    *(
+        ("tpu-v5p-8", mesh, ())
+        for mesh in (
+            "fsdp=4",
+            "replica=2,fsdp=2",
+            "tensor=4",
+            "fsdp=2,tensor=2",
+            "fsdp=2,context=2",
+            "context=2,tensor=2",
+            "replica=2,tensor=2",
+        )
+    ),
+    ("tpu-v5p-32", "fsdp=16", ()),
+    ("tpu-v5p-32", "replica=2,fsdp=8", ()),
+    ("tpu-v5p-32", "replica=2,fsdp=8", ("model.embed=1024",)),
+    ("tpu-v6e-16", "fsdp=16", ()),
+)
 
 
 def compiled(cluster: str, mesh: str, more: tuple[str, ...]) -> dict[str, Any]:
-    words = [
-        "plan",
-        "llama3-1b",
-        "--cluster",
-        cluster,
-        "--mesh",
-        mesh,
-        "--batch",
-        str(BATCH),
-        "--seq-len",
-        str(SEQ),
-    ]
+    words = ["plan", "llama3-1b", "--cluster", cluster, "--mesh", mesh, "--batch", str(BATCH), "--seq-len", str(SEQ)]
     words += [w for size in (*SIZES, *more) for w in ("--set", size)]
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
@@ -66,9 +74,7 @@ def rows(cluster: str, mesh: str, found: dict[str, Any]) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write docs/traffic-tpu.md")
     args = parser.parse_args()
     lines = ["| slice | mesh | axes | bytes that move | implied | ratio |", "|---|---|---|---|---|---|"]

@@ -49,9 +49,14 @@ def recipe(steps: int) -> Recipe:
     text = str(Path(__file__).parents[1] / "portatrain")
     shape = replace(SHAPES["toy"], vocab=256)
     return Recipe(
-        name="overhead", model=shape.config, data=TextFiles(paths=text, seq_len=shape.seq), optimizer=ADAMW,
-        schedule=Constant(), steps=steps, batch=shape.batch,
-    )  # fmt: skip
+        name="overhead",
+        model=shape.config,
+        data=TextFiles(paths=text, seq_len=shape.seq),
+        optimizer=ADAMW,
+        schedule=Constant(),
+        steps=steps,
+        batch=shape.batch,
+    )
 
 
 def measure(backend: str, steps: int) -> tuple[float, float, float, float]:
@@ -83,9 +88,7 @@ def measure(backend: str, steps: int) -> tuple[float, float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=320)
     steps = parser.parse_args().steps
     print("| backend | step, ms | around it, ms | state made, s | first step, s |")
@@ -94,8 +97,7 @@ def main() -> None:
         if not missing(backend):
             step_s, around_s, made_s, first_s = measure(backend, steps)
             print(
-                f"| {backend} | {step_s * 1e3:.2f} | {around_s * 1e3:.2f} | {made_s:.2f} | {first_s:.2f} |",
-                flush=True,
+                f"| {backend} | {step_s * 1e3:.2f} | {around_s * 1e3:.2f} | {made_s:.2f} | {first_s:.2f} |", flush=True
             )
 
 

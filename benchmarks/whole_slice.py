@@ -64,9 +64,7 @@ def collectives(module: str) -> list[str]:
 
 
 def main() -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     from portatrain.plan.compilers.targets import TPU_ENV
 
     os.environ.update(TPU_ENV)

@@ -80,23 +80,16 @@ def prove_cover(shape: Sequence[int], boxes: Sequence[Box], what: str) -> None:
         if (
             len(box.offset) != len(shape)
             or len(box.shape) != len(shape)
-            or any(
-                o < 0 or n < 1 or o + n > size
-                for o, n, size in zip(box.offset, box.shape, shape, strict=True)
-            )
+            or any(o < 0 or n < 1 or o + n > size for o, n, size in zip(box.offset, box.shape, shape, strict=True))
         ):
-            raise FormatError(
-                what, expected=f"non-empty boxes inside {list(shape)}", got=f"{box}"[:160], do=do
-            )
+            raise FormatError(what, expected=f"non-empty boxes inside {list(shape)}", got=f"{box}"[:160], do=do)
     total, covered = math.prod(shape), sum(box.size for box in boxes)
     if covered != total:
         raise FormatError(what, expected=f"boxes of {total} elements in all", got=f"{covered}", do=do)
     budget = [_COVER_STEPS]
     clash = _overlap([(box.offset, box.stop) for box in boxes], 0, budget)
     if budget[0] < 0:
-        raise FormatError(
-            what, expected=f"boxes whose cover is proved in {_COVER_STEPS} steps", got="more", do=do
-        )
+        raise FormatError(what, expected=f"boxes whose cover is proved in {_COVER_STEPS} steps", got="more", do=do)
     if clash is not None:
         raise FormatError(
             what, expected="boxes that do not overlap", got=f"an overlap at {clash[0]} to {clash[1]}", do=do

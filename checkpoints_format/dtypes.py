@@ -16,16 +16,33 @@ import numpy as np
 from .errors import FormatError
 
 # manifest name -> name in a safetensors header
-SAFETENSORS: Mapping[str, str] = MappingProxyType({
-    "bool": "BOOL",
-    "uint8": "U8", "uint16": "U16", "uint32": "U32", "uint64": "U64",
-    "int8": "I8", "int16": "I16", "int32": "I32", "int64": "I64",
-    "float16": "F16", "float32": "F32", "float64": "F64", "bfloat16": "BF16",
-    "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2", "float8_e8m0fnu": "U8",
-    "float8_e4m3": "U8", "float8_e3m4": "U8", "float8_e4m3fnuz": "U8", "float8_e5m2fnuz": "U8",
-    "float8_e4m3b11fnuz": "U8",
-    "complex64": "U8", "complex128": "U8",
-})  # fmt: skip
+SAFETENSORS: Mapping[str, str] = MappingProxyType(
+    {
+        "bool": "BOOL",
+        "uint8": "U8",
+        "uint16": "U16",
+        "uint32": "U32",
+        "uint64": "U64",
+        "int8": "I8",
+        "int16": "I16",
+        "int32": "I32",
+        "int64": "I64",
+        "float16": "F16",
+        "float32": "F32",
+        "float64": "F64",
+        "bfloat16": "BF16",
+        "float8_e4m3fn": "F8_E4M3",
+        "float8_e5m2": "F8_E5M2",
+        "float8_e8m0fnu": "U8",
+        "float8_e4m3": "U8",
+        "float8_e3m4": "U8",
+        "float8_e4m3fnuz": "U8",
+        "float8_e5m2fnuz": "U8",
+        "float8_e4m3b11fnuz": "U8",
+        "complex64": "U8",
+        "complex128": "U8",
+    }
+)
 
 
 def _numpy(name: str) -> np.dtype:

@@ -198,13 +198,7 @@ class Layout:
         tensors = tuple(t.resolved() for t in self.tensors)
         names: set[str] = set()
         for tensor in tensors:
-            _check(
-                f"tensor {tensor.name!r}",
-                tensor.name not in names,
-                "each name once",
-                "it twice",
-                "Rename one.",
-            )
+            _check(f"tensor {tensor.name!r}", tensor.name not in names, "each name once", "it twice", "Rename one.")
             names.add(tensor.name)
             _check_placement(tensor, meshes, self.writers)
         held = max(mesh.most_positions(self.writers) for mesh in meshes)
@@ -255,8 +249,7 @@ class Layout:
 def _check_mesh(mesh: Mesh, index: int, writers: int) -> None:
     what = f"mesh {index}"
     ok = all(
-        isinstance(a, str) and len(a) <= 64 and WORD.fullmatch(a) and type(n) is int and n >= 1
-        for a, n in mesh.axes
+        isinstance(a, str) and len(a) <= 64 and WORD.fullmatch(a) and type(n) is int and n >= 1 for a, n in mesh.axes
     )
     _check(
         what,

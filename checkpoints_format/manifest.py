@@ -214,9 +214,7 @@ def decode_receipt(data: bytes, what: str) -> Receipt:
 def decode_root(data: bytes, commit: Commit, what: str) -> Root:
     """The root from its bytes, checked against COMMIT first, then field by field; FormatError names ``what``."""
     if len(data) != commit.length:
-        raise FormatError(
-            what, expected=f"{commit.length} bytes, as COMMIT says", got=f"{len(data)}", do=RESTORE
-        )
+        raise FormatError(what, expected=f"{commit.length} bytes, as COMMIT says", got=f"{len(data)}", do=RESTORE)
     digest = hashlib.sha256(data).hexdigest()
     if digest != commit.sha256:
         raise FormatError(what, expected=f"SHA-256 {commit.sha256}, as COMMIT says", got=digest, do=RESTORE)
@@ -244,9 +242,7 @@ def decode_root(data: bytes, commit: Commit, what: str) -> Root:
         raise error.inside(what) from None
     packs = tuple(_records(w, what) for w in value.list("packs"))
     if len(packs) != layout.writers:
-        raise FormatError(
-            what, expected=f"packs of {layout.writers} writers", got=f"{len(packs)}", do=RESTORE
-        )
+        raise FormatError(what, expected=f"packs of {layout.writers} writers", got=f"{len(packs)}", do=RESTORE)
     meta = value.take("meta", dict)
     value.done()
     return Root(save=commit.save, layout=layout, packs=packs, meta=meta)
@@ -256,9 +252,7 @@ def _mesh(item: object, what: str) -> Mesh:
     value = Fields(item, what)
     axes = []
     for axis in value.list("axes"):
-        if not (
-            isinstance(axis, list) and len(axis) == 2 and isinstance(axis[0], str) and type(axis[1]) is int
-        ):
+        if not (isinstance(axis, list) and len(axis) == 2 and isinstance(axis[0], str) and type(axis[1]) is int):
             raise FormatError(what, expected="axes as [name, size]", got=shorten(axis), do=RESTORE)
         axes.append((axis[0], axis[1]))
     writers = tuple(_integers(value.list("writers"), what)) if "writers" in value.left else None
@@ -304,10 +298,7 @@ def _records(items: object, what: str) -> tuple[PackRecord, ...]:
         numbers = _integers(item, what)
         if len(numbers) != 4 or not (0 < numbers[1] <= numbers[0] < 1 << 62 and max(numbers[2:]) < 1 << 32):
             raise FormatError(
-                what,
-                expected="packs as [length, data_begin, header_crc, table_crc]",
-                got=shorten(item),
-                do=RESTORE,
+                what, expected="packs as [length, data_begin, header_crc, table_crc]", got=shorten(item), do=RESTORE
             )
         records.append(PackRecord(*numbers))
     return tuple(records)

@@ -92,7 +92,7 @@ class Pack:
                 "save": save,
                 "writer": str(writer),
                 "pack": str(number),
-            },
+            }
         }
         at = pads = 0
         for name, entry in zip(self.names, self.entries, strict=True):
@@ -106,11 +106,7 @@ class Pack:
             at += entry.nbytes
             fields[name] = {"dtype": dtype, "shape": shape, "data_offsets": [entry.begin, at]}
         self._pad(fields, at, self.table_begin, pads)
-        fields[TABLE] = {
-            "dtype": "U32",
-            "shape": [self.tiles],
-            "data_offsets": [self.table_begin, self.data_bytes],
-        }
+        fields[TABLE] = {"dtype": "U32", "shape": [self.tiles], "data_offsets": [self.table_begin, self.data_bytes]}
         text = json.dumps(fields, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % PAGE)
         return len(text).to_bytes(8, "little") + text

@@ -94,9 +94,7 @@ class RequestPlanner:
         gap_bytes: gaps up to this are read too.
     """
 
-    def __init__(
-        self, root: Root, describe: Callable[[str], str], *, request_bytes: int, gap_bytes: int
-    ) -> None:
+    def __init__(self, root: Root, describe: Callable[[str], str], *, request_bytes: int, gap_bytes: int) -> None:
         self.root, self._describe = root, describe
         self._request_bytes, self._gap_bytes = request_bytes, gap_bytes
         self._planner = Planner(root.layout, [len(records) for records in root.packs])
@@ -111,8 +109,7 @@ class RequestPlanner:
             len(box.offset) != len(tensor.shape)
             or len(box.shape) != len(tensor.shape)
             or any(
-                o < 0 or n < 0 or o + n > size
-                for o, n, size in zip(box.offset, box.shape, tensor.shape, strict=True)
+                o < 0 or n < 0 or o + n > size for o, n, size in zip(box.offset, box.shape, tensor.shape, strict=True)
             )
         ):
             raise FormatError(
@@ -122,9 +119,7 @@ class RequestPlanner:
                 do="Ask for a part of the tensor.",
             )
         out = want.out
-        if out is not None and (
-            out.shape != box.shape or out.dtype != NUMPY[tensor.dtype] or not out.flags.writeable
-        ):
+        if out is not None and (out.shape != box.shape or out.dtype != NUMPY[tensor.dtype] or not out.flags.writeable):
             raise FormatError(
                 what,
                 expected=f"a writeable {tensor.dtype} array of shape {list(box.shape)} to fill",
@@ -172,9 +167,7 @@ class RequestPlanner:
                     grid = entry.run.grid
                     base = grid.elements_before(entry.first)
                     for block in grid.blocks(crop, entry.first, entry.stop, limit):
-                        area = Box(
-                            tuple(o + s for o, s in zip(source.offset, block.start, strict=True)), block.shape
-                        )
+                        area = Box(tuple(o + s for o, s in zip(source.offset, block.start, strict=True)), block.shape)
                         part = area.intersect(box)
                         if part is None:
                             continue
@@ -219,9 +212,7 @@ class RequestPlanner:
     def what(self, file: PackFile, tensor: Tensor | None = None) -> str:
         """File and tensor, for a message; by default the file's first tensor."""
         tensor = tensor or self.root.layout.tensors[file.pack.entries[0].run.tensor]
-        return (
-            f"{self._describe(pack_name(self.root.save, file.writer, file.number))}, tensor {tensor.name!r}"
-        )
+        return f"{self._describe(pack_name(self.root.save, file.writer, file.number))}, tensor {tensor.name!r}"
 
     def all_files(self) -> Iterator[PackFile]:
         """Every pack of the checkpoint; an error if the root has other packs than the layout."""

@@ -119,9 +119,7 @@ class Reader:
             files=len(files),
             read_bytes=sum(r.nbytes for r in requests),
             table_bytes=tables,
-            wanted_bytes=sum(
-                want.box.size * self.layout.tensor(want.name).item_bytes for want in wants if want.box
-            ),
+            wanted_bytes=sum(want.box.size * self.layout.tensor(want.name).item_bytes for want in wants if want.box),
         )
 
     def verify_all(self, part: int = 0, of: int = 1) -> int:
@@ -152,21 +150,14 @@ class Reader:
         def verify(file: PackFile) -> int | FormatError:
             try:
                 return verify_pack(
-                    self.store,
-                    file.pack,
-                    file.record,
-                    save=self.root.save,
-                    writer=file.writer,
-                    number=file.number,
+                    self.store, file.pack, file.record, save=self.root.save, writer=file.writer, number=file.number
                 )
             except FormatError as error:
                 return error
 
         files = islice(self._requests.all_files(), part, None, of)
         with ThreadPoolExecutor(self._in_flight, thread_name_prefix="ckpt-verify") as pool:
-            while some := list(
-                islice(files, 4 * self._in_flight)
-            ):  # not all at once: their plans take memory
+            while some := list(islice(files, 4 * self._in_flight)):  # not all at once: their plans take memory
                 yield from zip((file.record.length for file in some), pool.map(verify, some), strict=True)
 
     def _empty(self, want: Want) -> np.ndarray:
@@ -195,10 +186,7 @@ class Reader:
     ) -> None:
         """Read a request's pieces, straight into the result where the bytes lie there in the same order."""
         targets = [tiles_first(part_of(results[p.want], p.target), p.block.tiles) for p in request.pieces]
-        direct = [
-            t.flags.c_contiguous and t.nbytes == p.nbytes
-            for t, p in zip(targets, request.pieces, strict=True)
-        ]
+        direct = [t.flags.c_contiguous and t.nbytes == p.nbytes for t, p in zip(targets, request.pieces, strict=True)]
         buffer = scratch.get()
         try:
             needed = request.nbytes - sum(p.nbytes for p, d in zip(request.pieces, direct, strict=True) if d)
@@ -242,6 +230,4 @@ class Reader:
 
 def _inside_tile(piece: Piece) -> tuple[slice, ...]:
     """The wanted part of each tile; only along dimensions with one tile is it less than all."""
-    return tuple(
-        part if m == 1 else slice(None) for part, m in zip(piece.inside, piece.block.tiles, strict=True)
-    )
+    return tuple(part if m == 1 else slice(None) for part, m in zip(piece.inside, piece.block.tiles, strict=True))

@@ -99,8 +99,7 @@ class ShardRule:
     def parts_meeting(self, box: Box) -> Iterator[tuple[int, ...]]:
         """The parts whose boxes meet a (non-empty) box."""
         ranges = [
-            range(o // e, (o + n - 1) // e + 1)
-            for o, n, e in zip(box.offset, box.shape, self.extents, strict=True)
+            range(o // e, (o + n - 1) // e + 1) for o, n, e in zip(box.offset, box.shape, self.extents, strict=True)
         ]
         return itertools.product(*ranges)
 

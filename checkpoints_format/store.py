@@ -195,10 +195,7 @@ class LocalStore:
                 got = os.preadv(fd, pending[:_IOV_MAX], offset)
                 if got == 0:
                     raise FormatError(
-                        self.describe(name),
-                        expected=f"bytes at {offset}",
-                        got="the end of the file",
-                        do=_RESTORE,
+                        self.describe(name), expected=f"bytes at {offset}", got="the end of the file", do=_RESTORE
                     )
                 offset += got
                 while pending and got >= len(pending[0]):
@@ -262,16 +259,11 @@ class LocalStore:
             if fd is None:
                 self._check(name)
                 # O_NONBLOCK: a pipe by that name must not make us wait.
-                fd = os.open(
-                    name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._dir
-                )
+                fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._dir)
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     os.close(fd)
                     raise FormatError(
-                        self.describe(name),
-                        expected="a regular file",
-                        got="another kind of file",
-                        do=_RESTORE,
+                        self.describe(name), expected="a regular file", got="another kind of file", do=_RESTORE
                     )
             self._open[name] = fd
             self._busy[fd] = self._busy.get(fd, 0) + 1
@@ -322,8 +314,6 @@ def _explained(what: str, expected: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        do = _ADVICE.get(
-            error.errno or 0, "Look at the storage; checkpoints already committed are untouched."
-        )
+        do = _ADVICE.get(error.errno or 0, "Look at the storage; checkpoints already committed are untouched.")
         kind = FormatError if error.errno == errno.ELOOP else StoreError
         raise kind(what, expected=expected, got=reason, do=do) from error

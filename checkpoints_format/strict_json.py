@@ -78,10 +78,7 @@ def _deeper_than(value: object, depth: int) -> bool:
     while level and depth >= 0:
         containers = [v for v in level if isinstance(v, dict | list)]
         level = [
-            v
-            for c in containers
-            for v in (c.values() if isinstance(c, dict) else c)
-            if isinstance(v, dict | list)
+            v for c in containers for v in (c.values() if isinstance(c, dict) else c) if isinstance(v, dict | list)
         ]
         depth -= 1
     return bool(level)
@@ -110,9 +107,7 @@ class Fields:
     def integer(self, key: str, low: int, high: int) -> int:
         value = self.take(key, int)
         if not low <= value <= high:
-            raise FormatError(
-                f"{self.what}, {key}", expected=f"{low} to {high}", got=shorten(value), do=RESTORE
-            )
+            raise FormatError(f"{self.what}, {key}", expected=f"{low} to {high}", got=shorten(value), do=RESTORE)
         return value
 
     def match(self, key: str, pattern: re.Pattern[str]) -> str:
@@ -130,14 +125,10 @@ class Fields:
 
     def done(self) -> None:
         if self.left:
-            raise FormatError(
-                self.what, expected="no further field", got=shorten(next(iter(self.left))), do=RESTORE
-            )
+            raise FormatError(self.what, expected="no further field", got=shorten(next(iter(self.left))), do=RESTORE)
 
 
 def same_text(value: Fields, data: bytes) -> None:
     """Refuse any other spelling of the same values, so that no bit of the text is without meaning."""
     if canonical(value.all) != data:
-        raise FormatError(
-            value.what, expected="JSON in its canonical spelling", got="another spelling", do=RESTORE
-        )
+        raise FormatError(value.what, expected="JSON in its canonical spelling", got="another spelling", do=RESTORE)

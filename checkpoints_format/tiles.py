@@ -51,9 +51,7 @@ def tile_shape(shape: tuple[int, ...], item_bytes: int, batch: int = 0) -> tuple
     nbytes = math.prod(tile) * item_bytes
     for ways, floor in ((8, FLOOR_BYTES_8), (32, FLOOR_BYTES_32)):
         for d in range(batch, len(shape)):
-            while (
-                left := tile[d] // math.gcd(tile[d], max(shape[d], 1) // _ways(max(shape[d], 1), ways))
-            ) > 1:
+            while (left := tile[d] // math.gcd(tile[d], max(shape[d], 1) // _ways(max(shape[d], 1), ways))) > 1:
                 prime = _smallest_prime(left)
                 if nbytes // prime < floor:
                     break
@@ -102,9 +100,7 @@ class Grid:
 
     def __init__(self, box: Box, tile: Sequence[int]) -> None:
         self.box = box
-        self._starts: list[
-            tuple[int, int, int]
-        ] = []  # per dimension: first cut line, tile, extent of the box
+        self._starts: list[tuple[int, int, int]] = []  # per dimension: first cut line, tile, extent of the box
         counts = []
         for offset, extent, t in zip(box.offset, box.shape, tile, strict=True):
             self._starts.append((offset // t * t - offset, t, extent))
@@ -113,8 +109,7 @@ class Grid:
         self.count = math.prod(counts)
         self.strides = tuple(math.prod(counts[d + 1 :]) for d in range(len(counts)))
         self.uniform = tuple(
-            n <= 1 or (line == 0 and extent % t == 0)
-            for n, (line, t, extent) in zip(counts, self._starts, strict=True)
+            n <= 1 or (line == 0 and extent % t == 0) for n, (line, t, extent) in zip(counts, self._starts, strict=True)
         )
 
     def start(self, d: int, i: int) -> int:

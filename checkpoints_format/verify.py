@@ -19,9 +19,7 @@ def check_length(store: Store, name: str, record: PackRecord, what: str) -> None
     """Prove that a file is there and has the length that the root says; FormatError names ``what``."""
     size = store.size(name)
     if size is None:
-        raise MissingFileError(
-            what, expected=f"a file of {record.length} bytes", got="no such file", do=RESTORE
-        )
+        raise MissingFileError(what, expected=f"a file of {record.length} bytes", got="no such file", do=RESTORE)
     if size != record.length:
         raise FormatError(what, expected=f"{record.length} bytes", got=f"{size}", do=RESTORE)
 
@@ -56,10 +54,7 @@ def verify_pack(store: Store, pack: Pack, record: PackRecord, *, save: str, writ
     table = _read(store, name, record.data_begin + pack.table_begin, 4 * pack.tiles)
     if crc32c(table) != record.table_crc:
         raise FormatError(
-            f"{file}, crc table",
-            expected=f"crc {record.table_crc:08x}",
-            got=f"{crc32c(table):08x}",
-            do=RESTORE,
+            f"{file}, crc table", expected=f"crc {record.table_crc:08x}", got=f"{crc32c(table):08x}", do=RESTORE
         )
     crcs, at = table.view("<u4"), 0
     for entry in pack.entries:

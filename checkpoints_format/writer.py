@@ -106,25 +106,18 @@ class Writer:
         for index in held:
             _check_source(self.layout.tensors[index], sources)
         with ThreadPoolExecutor(self._streams, thread_name_prefix="ckpt-stream") as pool:
-            jobs = [
-                pool.submit(self._write_pack, number, pack, sources)
-                for number, pack in enumerate(self.plan.packs)
-            ]
+            jobs = [pool.submit(self._write_pack, number, pack, sources) for number, pack in enumerate(self.plan.packs)]
             try:
                 records = [job.result() for job in jobs]
             except BaseException:
                 for job in jobs:
                     job.cancel()
                 raise
-        receipt = Receipt(
-            save=self.save, writer=self.number, layout=layout_digest(self.layout), packs=tuple(records)
-        )
+        receipt = Receipt(save=self.save, writer=self.number, layout=layout_digest(self.layout), packs=tuple(records))
         data = encode_receipt(receipt)
         # Only the committer reads it, after the barrier; should the machine die before, the save is void anyway.
         self.store.put(receipt_name(self.save, self.number), [memoryview(data)], len(data), durable=False)
-        return Written(
-            packs=len(records), value_bytes=self.plan.nbytes, file_bytes=sum(r.length for r in records)
-        )
+        return Written(packs=len(records), value_bytes=self.plan.nbytes, file_bytes=sum(r.length for r in records))
 
     def _write_pack(self, number: int, pack: Pack, sources: Mapping[str, Source]) -> PackRecord:
         header = pack.header(save=self.save, writer=self.number, number=number)
@@ -172,21 +165,12 @@ class Writer:
         """The values of an entry: at once where there is an array, else fetched in pieces within the budget."""
         box = entry.run.box
         if not callable(source):
-            yield _Part(
-                _words(tensor, box, _find(tensor, box, source)),
-                (0,) * len(box.shape),
-                entry.first,
-                entry.stop,
-            )
+            yield _Part(_words(tensor, box, _find(tensor, box, source)), (0,) * len(box.shape), entry.first, entry.stop)
             return
         whole = [(0, n) for n in box.shape]
-        for block in entry.run.grid.blocks(
-            whole, entry.first, entry.stop, self._fetch_bytes // tensor.item_bytes
-        ):
+        for block in entry.run.grid.blocks(whole, entry.first, entry.stop, self._fetch_bytes // tensor.item_bytes):
             part = Box(tuple(o + s for o, s in zip(box.offset, block.start, strict=True)), block.shape)
-            yield _Part(
-                _words(tensor, part, source(part)), block.start, block.first, block.first + block.count
-            )
+            yield _Part(_words(tensor, part, source(part)), block.start, block.first, block.first + block.count)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,9 +22,19 @@ from pathlib import Path
 from portatrain.run_dir import RunDir
 
 SIZES = (
-    "model.layers=2", "model.embed=64", "model.mlp=128", "model.dropout=0.1", "data.seq_len=128", "batch=8",
-    "accumulation=2", "steps=60", "schedule.warmup=6", "eval_every=none", "hooks=()", "checkpoint_every=5",
-)  # fmt: skip
+    "model.layers=2",
+    "model.embed=64",
+    "model.mlp=128",
+    "model.dropout=0.1",
+    "data.seq_len=128",
+    "batch=8",
+    "accumulation=2",
+    "steps=60",
+    "schedule.warmup=6",
+    "eval_every=none",
+    "hooks=()",
+    "checkpoint_every=5",
+)
 BOUND = 1e-6
 LEGS = (
     ("JAX, one device", ("--backend", "jax"), 18),
@@ -36,25 +46,13 @@ LEGS = (
 
 def start(run: Path, words: tuple[str, ...]) -> subprocess.Popen[bytes]:
     sizes = [word for size in SIZES for word in ("--set", size)]
-    command = [
-        sys.executable,
-        "-m",
-        "portatrain.cli",
-        "train",
-        "tiny-lm",
-        "--run-dir",
-        str(run),
-        *sizes,
-        *words,
-    ]
+    command = [sys.executable, "-m", "portatrain.cli", "train", "tiny-lm", "--run-dir", str(run), *sizes, *words]
     log = (run.parent / f"{run.name}.log").open("ab")
     return subprocess.Popen(command, stdout=log, stderr=log)
 
 
 def last_step(run: Path, attempt: int) -> int:
-    rows = (
-        RunDir(run).rows(attempt, "metrics") if (run / f"attempts/{attempt}/metrics.jsonl").exists() else []
-    )
+    rows = RunDir(run).rows(attempt, "metrics") if (run / f"attempts/{attempt}/metrics.jsonl").exists() else []
     return rows[-1]["step"] if rows else 0
 
 
@@ -101,9 +99,7 @@ def main() -> int:
     run = RunDir(moved)
     seams = run.events("resumed")
     for seam in seams:
-        figures = {
-            k.removesuffix("_difference"): f"{v:.1e}" for k, v in seam.items() if k.endswith("_difference")
-        }
+        figures = {k.removesuffix("_difference"): f"{v:.1e}" for k, v in seam.items() if k.endswith("_difference")}
         print(f"seam after step {seam['step']}: {seam['verdict']} {figures}")
     one, two = RunDir(whole).curve(), run.curve()
     worst = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(one, two, strict=True))
@@ -111,9 +107,7 @@ def main() -> int:
     subprocess.run([sys.executable, "-m", "portatrain.cli", "report", str(moved)], check=True)
     good = whole_curve and worst <= BOUND and [s["verdict"] for s in seams] == ["continuous"] * 2
     verdict = "good" if good else "NOT GOOD"
-    print(
-        f"{len(two)} steps, largest relative difference of a loss {worst:.1e} (bound {BOUND:.0e}): {verdict}"
-    )
+    print(f"{len(two)} steps, largest relative difference of a loss {worst:.1e} (bound {BOUND:.0e}): {verdict}")
     return 0 if good else 1
 
 

@@ -221,9 +221,11 @@ def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
         return
     if not any(Path(job.run_dir).is_relative_to(folder) for folder in mounted):
         raise UserError(
-            f"run directory {job.run_dir}", expected="a place that the machines there see too",
-            got="a folder of this one", do=f"Give --runs s3://bucket/runs (gs://, az://), or {how}.",
-        )  # fmt: skip
+            f"run directory {job.run_dir}",
+            expected="a place that the machines there see too",
+            got="a folder of this one",
+            do=f"Give --runs s3://bucket/runs (gs://, az://), or {how}.",
+        )
 
 
 def host_processes(job: Job) -> dict[str, str]:
@@ -249,9 +251,11 @@ def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
     if kind is bool and isinstance(value, bool):
         return value
     raise UserError(
-        f"cluster {job.cluster}: option {name}", expected=f"a {kind.__name__}", got=repr(value),
+        f"cluster {job.cluster}: option {name}",
+        expected=f"a {kind.__name__}",
+        got=repr(value),
         do="Mend it in clusters.toml.",
-    )  # fmt: skip
+    )
 
 
 def check_options(job: Job, known: Mapping[str, str]) -> None:

@@ -32,13 +32,25 @@ from portatrain.plan.slices import RULES
 from portatrain.preemption import GRACE
 
 OPTIONS = {
-    "project": "a Google Cloud project", "zone": "a zone, as in us-east5-a", "runtime": "the TPU software version",
-    "spot": "true for spot capacity", "reservation": "true for reserved capacity", "network": "a VPC network",
-    "service_account": "its e-mail address", "setup": "shell lines before the start: mounts, environment",
-    "python": "the Python to run with", "env": "environment variables", "endpoint": "another API address (for tests)",
-}  # fmt: skip
-RUNTIMES = {"tpu-v4": "tpu-ubuntu2204-base", "tpu-v5e": "v2-alpha-tpuv5-lite", "tpu-v5p": "v2-alpha-tpuv5",
-            "tpu-v6e": "v2-alpha-tpuv6e", "tpu-7x": "v2-alpha-tpu7-ubuntu2404"}  # fmt: skip
+    "project": "a Google Cloud project",
+    "zone": "a zone, as in us-east5-a",
+    "runtime": "the TPU software version",
+    "spot": "true for spot capacity",
+    "reservation": "true for reserved capacity",
+    "network": "a VPC network",
+    "service_account": "its e-mail address",
+    "setup": "shell lines before the start: mounts, environment",
+    "python": "the Python to run with",
+    "env": "environment variables",
+    "endpoint": "another API address (for tests)",
+}
+RUNTIMES = {
+    "tpu-v4": "tpu-ubuntu2204-base",
+    "tpu-v5e": "v2-alpha-tpuv5-lite",
+    "tpu-v5p": "v2-alpha-tpuv5",
+    "tpu-v6e": "v2-alpha-tpuv6e",
+    "tpu-7x": "v2-alpha-tpu7-ubuntu2404",
+}
 TYPES = {"tpu-v4": "V4", "tpu-v5e": "V5LITE_POD", "tpu-v5p": "V5P", "tpu-v6e": "V6E"}
 """Of the API's AcceleratorConfig; other chips are asked for by their accelerator type's name."""
 PORT = 8476
@@ -67,22 +79,24 @@ class GcpTpuLauncher:
         for name, example in (("project", "my-project"), ("zone", "us-east5-a")):
             if option(job, name, str) is None:
                 raise UserError(
-                    f"cluster {job.cluster}: option {name}", expected=OPTIONS[name], got="none",
+                    f"cluster {job.cluster}: option {name}",
+                    expected=OPTIONS[name],
+                    got="none",
                     do=f'Add it in clusters.toml: options = {{ {name} = "{example}" }}.',
-                )  # fmt: skip
+                )
         if job.place.get("chip") not in RUNTIMES:
             raise UserError(
-                f"cluster {job.cluster}", expected=f"TPUs that can be queued for: {', '.join(RUNTIMES)}",
-                got=str(job.place.get("chip")), do="Use another engine.",
-            )  # fmt: skip
+                f"cluster {job.cluster}",
+                expected=f"TPUs that can be queued for: {', '.join(RUNTIMES)}",
+                got=str(job.place.get("chip")),
+                do="Use another engine.",
+            )
         check_shared(job, None if option(job, "setup", str) else {}, "mount it there in the option setup")
         _client(job)
 
     def submit(self, job: Job) -> str:
         tpu = _types(job)
-        _call(
-            job, lambda api: api.create_queued_resource(request=tpu.CreateQueuedResourceRequest(request(job)))
-        )
+        _call(job, lambda api: api.create_queued_resource(request=tpu.CreateQueuedResourceRequest(request(job))))
         return job.name
 
     def describe(self, job: Job) -> JobState:
@@ -96,11 +110,7 @@ class GcpTpuLauncher:
             raise
         state = found.state.state.name
         known = {"ACTIVE": "running", "PROVISIONING": "running", "SUSPENDED": "gone", "FAILED": "gone"}
-        why = (
-            "SUSPENDED: Google took it back, and gives none again by itself"
-            if state == "SUSPENDED"
-            else state
-        )
+        why = "SUSPENDED: Google took it back, and gives none again by itself" if state == "SUSPENDED" else state
         return JobState(state=known.get(state, "pending"), reason=why, where=option(job, "zone", str, ""))
 
     def logs(self, job: Job) -> Iterator[str]:
@@ -111,8 +121,12 @@ class GcpTpuLauncher:
             return
         tpu = _types(job)
         try:
-            _call(job, lambda api: api.delete_queued_resource(
-                request=tpu.DeleteQueuedResourceRequest(name=_name(job), force=True)))  # fmt: skip
+            _call(
+                job,
+                lambda api: api.delete_queued_resource(
+                    request=tpu.DeleteQueuedResourceRequest(name=_name(job), force=True)
+                ),
+            )
         except UserError as error:
             if not error.got.startswith("404"):
                 raise
@@ -124,9 +138,7 @@ class GcpTpuLauncher:
         return {}
 
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
-        job = Job(
-            run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="gcp_tpu", options=options
-        )
+        job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="gcp_tpu", options=options)
         try:
             _call(job, lambda api: list(api.list_queued_resources(parent=_parent(job))))
             yield "queued resources", "ok", "the API answers, and you may list them"
@@ -155,8 +167,9 @@ def request(job: Job) -> dict[str, Any]:
         node["network_config"] = {"network": job.options["network"], "enable_external_ips": False}
     if option(job, "service_account", str) is not None:
         node["service_account"] = {
-            "email": job.options["service_account"], "scope": ["https://www.googleapis.com/auth/cloud-platform"]
-        }  # fmt: skip
+            "email": job.options["service_account"],
+            "scope": ["https://www.googleapis.com/auth/cloud-platform"],
+        }
     spec: dict[str, Any] = {"parent": _parent(job), "node": node}
     if slices > 1:
         spec["multi_node_params"] = {"node_count": slices, "node_id_prefix": job.name}
@@ -173,17 +186,29 @@ def request(job: Job) -> dict[str, Any]:
 def script(job: Job) -> str:
     """What every host runs when it has started."""
     first, other = commands_in_image(job)
-    env = {"MASTER_PORT": str(PORT), GRACE: str(NOTICE_S - 5), "PORTATRAIN_NOTICES": "gcp",
-           **option(job, "env", dict, {})}  # fmt: skip
+    env = {
+        "MASTER_PORT": str(PORT),
+        GRACE: str(NOTICE_S - 5),
+        "PORTATRAIN_NOTICES": "gcp",
+        **option(job, "env", dict, {}),
+    }
     setup = option(job, "setup", str, "").strip()
     lines = [
-        "#!/bin/bash", PLACE, *(f"export {shell([f'{k}={v}'])}" for k, v in env.items()), *([setup] if setup else []),
+        "#!/bin/bash",
+        PLACE,
+        *(f"export {shell([f'{k}={v}'])}" for k, v in env.items()),
+        *([setup] if setup else []),
         "carry_out() {",
-        f'    if [ "$TPU_WORKER_ID$MEGASCALE_SLICE_ID" = 00 ]; then {shell(first)}; else {shell(other)}; fi', "}",
+        f'    if [ "$TPU_WORKER_ID$MEGASCALE_SLICE_ID" = 00 ]; then {shell(first)}; else {shell(other)}; fi',
+        "}",
         # Nobody else starts the hosts again after a failure; 2 is a mistake that stays one.
         f"for start in $(seq {job.max_restarts + 1}); do",
-        "    carry_out && break", '    if [ "$?" = 2 ]; then break; fi', "    sleep 10", "done", "",
-    ]  # fmt: skip
+        "    carry_out && break",
+        '    if [ "$?" = 2 ]; then break; fi',
+        "    sleep 10",
+        "done",
+        "",
+    ]
     return "\n".join(lines)
 
 
@@ -204,9 +229,7 @@ class LandedOnTpu(LandedInImage):
 
     def leave(self, outcome: str) -> None:
         mine = [self.job] if outcome in ("over", "aside") else []
-        others = [
-            j for j in jobs.of(self.job.run_dir) if j.engine == "gcp_tpu" and j.number != self.job.number
-        ]
+        others = [j for j in jobs.of(self.job.run_dir) if j.engine == "gcp_tpu" and j.number != self.job.number]
         for job in [*(others if outcome == "over" else []), *mine]:
             try:
                 self.launcher.cancel(job)
@@ -222,9 +245,11 @@ def _types(job: Job) -> Any:
         from google.cloud import tpu_v2alpha1
     except ImportError:
         raise UserError(
-            f"cluster {job.cluster}", expected="Google's Cloud TPU client to be installed",
-            got="no module google.cloud.tpu_v2alpha1", do="Install it with: pip install 'portatrain[gcp]'",
-        ) from None  # fmt: skip
+            f"cluster {job.cluster}",
+            expected="Google's Cloud TPU client to be installed",
+            got="no module google.cloud.tpu_v2alpha1",
+            do="Install it with: pip install 'portatrain[gcp]'",
+        ) from None
     return tpu_v2alpha1
 
 
@@ -242,9 +267,11 @@ def _client(job: Job) -> Any:
         return tpu.TpuClient()
     except DefaultCredentialsError as error:
         raise UserError(
-            f"cluster {job.cluster}", expected="Google credentials", got="none on this machine",
+            f"cluster {job.cluster}",
+            expected="Google credentials",
+            got="none on this machine",
             do="Log in with: gcloud auth application-default login.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
@@ -255,13 +282,12 @@ def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
         return verb(api)
     except GoogleAPICallError as error:
         raise UserError(
-            f"cluster {job.cluster}", expected="the Cloud TPU API to accept it",
-            got=f"{int(error.code) if error.code else ''} {error.message}".strip(), do="Mend what it names.",
-        ) from error  # fmt: skip
+            f"cluster {job.cluster}",
+            expected="the Cloud TPU API to accept it",
+            got=f"{int(error.code) if error.code else ''} {error.message}".strip(),
+            do="Mend what it names.",
+        ) from error
     except RetryError as error:
         raise UserError(
-            f"cluster {job.cluster}",
-            expected="an answer from the Cloud TPU API",
-            got=str(error),
-            do="Try again.",
+            f"cluster {job.cluster}", expected="an answer from the Cloud TPU API", got=str(error), do="Try again."
         ) from error

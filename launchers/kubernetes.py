@@ -33,20 +33,31 @@ from portatrain.places import is_remote
 from portatrain.preemption import GRACE, RESUME_ME
 
 OPTIONS = {
-    "image": "the container image, with Python and the frameworks", "namespace": "a namespace (default: default)",
-    "queue": "Kueue's local queue", "priority_class": "a priority class", "volume": "{ claim = NAME, path = FOLDER }",
-    "node_selector": "more node labels", "tolerations": "a list of tables", "service_account": "of the pods",
-    "resources": "limits that replace the chip's", "env": "environment variables", "python": "in the image (python3)",
-    "grace_s": "seconds from SIGTERM to the kill (default: 60)", "context": "of your kubeconfig",
-}  # fmt: skip
+    "image": "the container image, with Python and the frameworks",
+    "namespace": "a namespace (default: default)",
+    "queue": "Kueue's local queue",
+    "priority_class": "a priority class",
+    "volume": "{ claim = NAME, path = FOLDER }",
+    "node_selector": "more node labels",
+    "tolerations": "a list of tables",
+    "service_account": "of the pods",
+    "resources": "limits that replace the chip's",
+    "env": "environment variables",
+    "python": "in the image (python3)",
+    "grace_s": "seconds from SIGTERM to the kill (default: 60)",
+    "context": "of your kubeconfig",
+}
 GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
 PORT = 8476
 """Every attempt has new pods, each with a network of its own, so one number serves."""
 GRACE_S = 60
 GKE_TPU = {
-    "tpu-v4": "tpu-v4-podslice", "tpu-v5e": "tpu-v5-lite-podslice", "tpu-v5p": "tpu-v5p-slice",
-    "tpu-v6e": "tpu-v6e-slice", "tpu-7x": "tpu7x",
-}  # fmt: skip
+    "tpu-v4": "tpu-v4-podslice",
+    "tpu-v5e": "tpu-v5-lite-podslice",
+    "tpu-v5p": "tpu-v5p-slice",
+    "tpu-v6e": "tpu-v6e-slice",
+    "tpu-7x": "tpu7x",
+}
 """The label cloud.google.com/gke-tpu-accelerator of each chip's node pools."""
 
 
@@ -59,22 +70,20 @@ class KubernetesLauncher:
     def check(self, job: Job) -> None:
         check_options(job, OPTIONS)
         if option(job, "image", str) is None:
-            raise _missing(
-                job, "image", "the container image with Python and the frameworks", '"registry/image:tag"'
-            )
+            raise _missing(job, "image", "the container image with Python and the frameworks", '"registry/image:tag"')
         volume = option(job, "volume", dict)
         if is_remote(job.run_dir):  # which every pod sees without one
             _api(job)
             return
         if volume is None or {"claim", "path"} - set(volume):
-            raise _missing(
-                job, "volume", "a claim that every pod mounts", '{ claim = "runs", path = "/runs" }'
-            )
+            raise _missing(job, "volume", "a claim that every pod mounts", '{ claim = "runs", path = "/runs" }')
         if not Path(job.run_dir).is_relative_to(str(volume["path"])):
             raise UserError(
-                f"run directory {job.run_dir}", expected=f"a folder of the pods' volume, {volume['path']}",
-                got=job.run_dir, do=f"Mount the volume here too, and give --runs {volume['path']}/...",
-            )  # fmt: skip
+                f"run directory {job.run_dir}",
+                expected=f"a folder of the pods' volume, {volume['path']}",
+                got=job.run_dir,
+                do=f"Mount the volume here too, and give --runs {volume['path']}/...",
+            )
         _api(job)
 
     def submit(self, job: Job) -> str:
@@ -93,9 +102,7 @@ class KubernetesLauncher:
             return JobState(state="held" if held else "pending", reason="suspended")
         rows = found.get("status", {}).get("replicatedJobsStatus", [])
         active = sum(row.get("active", 0) + row.get("ready", 0) for row in rows)
-        return JobState(
-            state="running" if active else "pending", where=option(job, "namespace", str, "default")
-        )
+        return JobState(state="running" if active else "pending", where=option(job, "namespace", str, "default"))
 
     def logs(self, job: Job) -> Iterator[str]:
         namespace = option(job, "namespace", str, "default")
@@ -124,10 +131,7 @@ class KubernetesLauncher:
         namespace = option(job, "namespace", str, "default")
         kueue = ("kueue.x-k8s.io", "v1beta1", namespace, "workloads")
         found = _call(
-            job,
-            lambda api: api.list_namespaced_custom_object(
-                *kueue, label_selector=f"kueue.x-k8s.io/job-uid={uid}"
-            ),
+            job, lambda api: api.list_namespaced_custom_object(*kueue, label_selector=f"kueue.x-k8s.io/job-uid={uid}")
         )
         active = {"spec": {"active": not suspend}}
         for name in [workload["metadata"]["name"] for workload in found["items"]]:
@@ -137,13 +141,7 @@ class KubernetesLauncher:
         return {}
 
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
-        job = Job(
-            run_dir=str(storage or ""),
-            recipe="",
-            cluster="this cluster",
-            engine="kubernetes",
-            options=options,
-        )
+        job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="kubernetes", options=options)
         try:
             _call(job, lambda api: api.list_namespaced_custom_object(*_where(job), limit=1))
             yield "JobSet", "ok", "its API answers, and you may list JobSets"
@@ -153,11 +151,7 @@ class KubernetesLauncher:
         text = f"{grace} s from SIGTERM to the kill; spot nodes give 30 at most"
         yield "grace", "ok" if grace >= 30 else "warn", text
         if "queue" not in options:
-            yield (
-                "Kueue",
-                "warn",
-                "no queue is named: the JobSet starts as soon as there is room, without quota",
-            )
+            yield ("Kueue", "warn", "no queue is named: the JobSet starts as soon as there is room, without quota")
 
     def land(self, job: Job) -> Landed:
         return LandedInPod(job)
@@ -171,10 +165,7 @@ def manifest(job: Job) -> dict[str, Any]:
     namespace, queue = option(job, "namespace", str, "default"), option(job, "queue", str)
     tpu = place.get("chip") in GKE_TPU
     grace, volume = option(job, "grace_s", int, GRACE_S), _volume(job)
-    labels = {
-        "app.kubernetes.io/managed-by": "portatrain",
-        **({"kueue.x-k8s.io/queue-name": queue} if queue else {}),
-    }
+    labels = {"app.kubernetes.io/managed-by": "portatrain", **({"kueue.x-k8s.io/queue-name": queue} if queue else {})}
     annotations = {"portatrain/run": job.run}
     if tpu:  # a slice is a node pool of its own
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
@@ -186,14 +177,13 @@ def manifest(job: Job) -> dict[str, Any]:
         "nodeSelector": {**_selector(place), **option(job, "node_selector", dict, {})},
         **_given(job, "tolerations", "tolerations", list),
         "containers": [_container(job, place, slices, hosts, grace)],
-        **(
-            {"volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": volume["claim"]}}]}
-            if volume
-            else {}
-        ),
+        **({"volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": volume["claim"]}}]} if volume else {}),
     }
     job_spec = {
-        "completionMode": "Indexed", "completions": hosts, "parallelism": hosts, "backoffLimit": 0,
+        "completionMode": "Indexed",
+        "completions": hosts,
+        "parallelism": hosts,
+        "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
                 {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUME_ME]}},
@@ -201,7 +191,7 @@ def manifest(job: Job) -> dict[str, Any]:
             ]
         },
         "template": {"spec": pod_spec},
-    }  # fmt: skip
+    }
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "JobSet",
@@ -212,27 +202,32 @@ def manifest(job: Job) -> dict[str, Any]:
             "failurePolicy": {
                 "maxRestarts": job.max_restarts,
                 "rules": [
-                    {"name": "saved", "action": "RestartJobSetAndIgnoreMaxRestarts",
-                     "onJobFailureReasons": ["PodFailurePolicy"]},
+                    {
+                        "name": "saved",
+                        "action": "RestartJobSetAndIgnoreMaxRestarts",
+                        "onJobFailureReasons": ["PodFailurePolicy"],
+                    }
                 ],
             },
             "replicatedJobs": [{"name": "slice", "replicas": slices, "template": {"spec": job_spec}}],
         },
-    }  # fmt: skip
+    }
 
 
 def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grace: int) -> dict[str, Any]:
     first, other = commands_in_image(job)
     script = (
-        f'if [ "$JOB_INDEX" = 0 ] && [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec {shell(first)}; fi\n'
-        f"exec {shell(other)}"
+        f'if [ "$JOB_INDEX" = 0 ] && [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec {shell(first)}; fi\nexec {shell(other)}'
     )
     env = {
-        "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}", "MASTER_PORT": str(PORT), GRACE: str(grace - 5),
-        "PORTATRAIN_HOSTS": str(slices * hosts), "PORTATRAIN_SLICE_HOSTS": str(hosts),
+        "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}",
+        "MASTER_PORT": str(PORT),
+        GRACE: str(grace - 5),
+        "PORTATRAIN_HOSTS": str(slices * hosts),
+        "PORTATRAIN_SLICE_HOSTS": str(hosts),
         **host_processes(job),
         **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
-    }  # fmt: skip
+    }
     each = int(place.get("chips_per_host", 0))
     chips = {place["resource"]: each} if place.get("resource") and each else {}
     volume = _volume(job)
@@ -241,14 +236,11 @@ def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grac
         "name": "train",
         "image": option(job, "image", str, "IMAGE"),
         "command": ["sh", "-c", script],
-        "env": [
-            {"name": "JOB_INDEX", "valueFrom": index},
-            *({"name": k, "value": v} for k, v in env.items()),
-        ],
+        "env": [{"name": "JOB_INDEX", "valueFrom": index}, *({"name": k, "value": v} for k, v in env.items())],
         "ports": [{"containerPort": PORT, "protocol": "TCP"}],
         "resources": {"limits": {k: str(v) for k, v in option(job, "resources", dict, chips).items()}},
         **({"volumeMounts": [{"name": "runs", "mountPath": volume["path"]}]} if volume else {}),
-    }  # fmt: skip
+    }
 
 
 def _volume(job: Job) -> dict[str, str] | None:
@@ -275,9 +267,11 @@ def _given(job: Job, name: str, key: str, kind: type) -> dict[str, Any]:
 
 def _missing(job: Job, name: str, expected: str, example: str) -> UserError:
     return UserError(
-        f"cluster {job.cluster}: option {name}", expected=expected, got="none",
+        f"cluster {job.cluster}: option {name}",
+        expected=expected,
+        got="none",
         do=f"Add it in clusters.toml: options = {{ {name} = {example} }}.",
-    )  # fmt: skip
+    )
 
 
 class LandedInPod(LandedInImage):
@@ -323,9 +317,11 @@ def _api(job: Job) -> Any:
         from kubernetes import client, config
     except ImportError:
         raise UserError(
-            f"cluster {job.cluster}", expected="the Kubernetes client to be installed", got="no module kubernetes",
+            f"cluster {job.cluster}",
+            expected="the Kubernetes client to be installed",
+            got="no module kubernetes",
             do="Install it with: pip install 'portatrain[kubernetes]'",
-        ) from None  # fmt: skip
+        ) from None
     try:
         if "KUBERNETES_SERVICE_HOST" in os.environ:
             config.load_incluster_config()
@@ -341,9 +337,11 @@ def _api(job: Job) -> Any:
         if context is not None and known and context not in known:
             raise choice(f"cluster {job.cluster}: context {context!r}", context, known) from None
         raise UserError(
-            f"cluster {job.cluster}", expected="a kubeconfig that names the cluster", got=str(error),
+            f"cluster {job.cluster}",
+            expected="a kubeconfig that names the cluster",
+            got=str(error),
             do="Log in to the cluster first, so that `kubectl get nodes` answers.",
-        ) from error  # fmt: skip
+        ) from error
     return client.CustomObjectsApi()
 
 
@@ -360,15 +358,18 @@ def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
         return verb(api)
     except ApiException as error:
         raise UserError(
-            f"cluster {job.cluster}", expected="the Kubernetes API to accept it",
+            f"cluster {job.cluster}",
+            expected="the Kubernetes API to accept it",
             got=f"{error.status} {error.reason}: {str(error.body)[:300]}",
             do="`launch doctor CLUSTER` looks at what is configured.",
-        ) from error  # fmt: skip
+        ) from error
     except HTTPError as error:
         raise UserError(
-            f"cluster {job.cluster}", expected="an answer from the Kubernetes API", got=str(error),
+            f"cluster {job.cluster}",
+            expected="an answer from the Kubernetes API",
+            got=str(error),
             do="See whether `kubectl get nodes` answers.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _patch(where: tuple[str, str, str, str], name: str, change: dict[str, Any], api: Any) -> Any:

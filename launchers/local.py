@@ -79,9 +79,13 @@ class LocalLauncher:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
-                supervise_command(job), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True, env={**os.environ, **_env(job)},
-            )  # fmt: skip
+                supervise_command(job),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, **_env(job)},
+            )
         # It is this machine's: whether it has taken the claim shows at once.
         until_s = time.monotonic() + STARTS_WITHIN_S
         while time.monotonic() < until_s and process.poll() is None:
@@ -91,10 +95,11 @@ class LocalLauncher:
             time.sleep(0.05 if run.locks else 1.0)
         if process.poll() not in (None, 0):
             raise UserError(
-                f"job {job.number} of {job.run}", expected="a supervisor that starts",
+                f"job {job.number} of {job.run}",
+                expected="a supervisor that starts",
                 got=f"exit code {process.returncode}: {log.read_text(errors='replace').strip()[-400:]}",
                 do=f"Its output is in {log}.",
-            )  # fmt: skip
+            )
         started = f"{process.pid}@{process_start(process.pid) or ''}"
         process.returncode = 0  # it is to outlive this process, which Popen would warn of
         return started

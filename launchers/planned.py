@@ -24,15 +24,19 @@ from portatrain.processes import PROCESS_A_DEVICE
 from portatrain.recipe import Recipe
 
 RESOURCES = {
-    "jax-tpu": "google.com/tpu", "torch-cuda": "nvidia.com/gpu", "torch-rocm": "amd.com/gpu",
-    "hpu": "habana.ai/gaudi", "neuron": "aws.amazon.com/neuron",
-}  # fmt: skip
+    "jax-tpu": "google.com/tpu",
+    "torch-cuda": "nvidia.com/gpu",
+    "torch-rocm": "amd.com/gpu",
+    "hpu": "habana.ai/gaudi",
+    "neuron": "aws.amazon.com/neuron",
+}
 """What the chips of a software stack are called in Kubernetes."""
 EXAMPLES = {
-    "gcp_tpu": '{ project = "PROJECT", zone = "ZONE" }', "slurm": '{ partition = "PARTITION" }',
+    "gcp_tpu": '{ project = "PROJECT", zone = "ZONE" }',
+    "slurm": '{ partition = "PARTITION" }',
     "kubernetes": '{ image = "IMAGE", volume = { claim = "CLAIM", path = "FOLDER" } }',
     "skypilot": '{ infra = "CLOUD" }',
-}  # fmt: skip
+}
 """What an engine cannot do without, to be filled in."""
 GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
 """Options of a cluster that are not for its engine: they replace what the plan says."""
@@ -59,10 +63,13 @@ class Target:
         if cluster is None:
             return {}
         return {
-            "chip": cluster.chip.name, "chips": cluster.chips, "slices": cluster.slices,
-            "topology": "x".join(map(str, cluster.dims)), "resource": RESOURCES.get(cluster.chip.stack, ""),
+            "chip": cluster.chip.name,
+            "chips": cluster.chips,
+            "slices": cluster.slices,
+            "topology": "x".join(map(str, cluster.dims)),
+            "resource": RESOURCES.get(cluster.chip.stack, ""),
             "chips_per_host": min(cluster.chip.chips_in_host, cluster.chips // cluster.slices),
-        }  # fmt: skip
+        }
 
 
 def targets(
@@ -80,9 +87,11 @@ def targets(
     if len(found) > 1 and any(t.engine == "local" for t in found):
         local = next(t.name for t in found if t.engine == "local")
         raise UserError(
-            f"--cluster {','.join(given)}", expected="clusters of schedulers, or one alone",
-            got=f"{local}, which starts at once", do=f"Use --cluster {local}, or leave it out.",
-        )  # fmt: skip
+            f"--cluster {','.join(given)}",
+            expected="clusters of schedulers, or one alone",
+            got=f"{local}, which starts at once",
+            do=f"Use --cluster {local}, or leave it out.",
+        )
     return found
 
 
@@ -96,19 +105,30 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
     for key, value in (("devices", devices), ("hosts", hosts), ("processes", processes)):
         if not isinstance(value, int) or value < 1:
             raise UserError(
-                f"cluster {cluster.name}: option {key}", expected="a whole number of at least 1", got=repr(value),
+                f"cluster {cluster.name}: option {key}",
+                expected="a whole number of at least 1",
+                got=repr(value),
                 do=f"Mend it in {cluster.where or 'clusters.toml'}.",
-            )  # fmt: skip
+            )
     assert devices is not None
     if processes % hosts or devices % processes:
         raise UserError(
-            f"cluster {cluster.name}", expected="devices that divide over processes, and processes over hosts",
-            got=f"{devices} devices, {processes} processes, {hosts} hosts", do="Mend its options in clusters.toml.",
-        )  # fmt: skip
+            f"cluster {cluster.name}",
+            expected="devices that divide over processes, and processes over hosts",
+            got=f"{devices} devices, {processes} processes, {hosts} hosts",
+            do="Mend its options in clusters.toml.",
+        )
     return Target(
-        name=cluster.name, engine=cluster.engine, cluster=cluster, backend=backend, mesh=mesh or general.get("mesh"),
-        devices=devices, hosts=hosts, processes=processes, options=options,
-    )  # fmt: skip
+        name=cluster.name,
+        engine=cluster.engine,
+        cluster=cluster,
+        backend=backend,
+        mesh=mesh or general.get("mesh"),
+        devices=devices,
+        hosts=hosts,
+        processes=processes,
+        options=options,
+    )
 
 
 def fitting(found: Sequence[Target], recipe: Recipe) -> list[Target]:
@@ -127,9 +147,11 @@ def fitting(found: Sequence[Target], recipe: Recipe) -> list[Target]:
             print(f"refused: {error}", file=sys.stderr)
     if not good:
         raise UserError(
-            f"recipe {recipe.name}", expected="a cluster that it can run on",
-            got=f"none of {len(found)}, for the reasons above", do="`portatrain plan` shows what would fit.",
-        )  # fmt: skip
+            f"recipe {recipe.name}",
+            expected="a cluster that it can run on",
+            got=f"none of {len(found)}, for the reasons above",
+            do="`portatrain plan` shows what would fit.",
+        )
     return good
 
 
@@ -149,9 +171,11 @@ def _fit(target: Target, recipe: Recipe) -> Target:
     there = Mesh.parse(target.mesh or "").devices
     if there != target.devices:
         raise UserError(
-            f"cluster {cluster.name}: mesh {target.mesh}", expected=f"a mesh of its {target.devices} devices",
-            got=f"one of {there}", do="Change the mesh or the count.",
-        )  # fmt: skip
+            f"cluster {cluster.name}: mesh {target.mesh}",
+            expected=f"a mesh of its {target.devices} devices",
+            got=f"one of {there}",
+            do="Change the mesh or the count.",
+        )
     return target
 
 
@@ -167,9 +191,11 @@ def _planned_mesh(cluster: Cluster, recipe: Recipe, devices: int | None) -> str:
 
         reason = "; ".join(made.notes) if made.chosen else render._misfit(made)
         raise UserError(
-            f"cluster {cluster.name} for {recipe.name}", expected="a mesh on which it fits as it is", got=reason,
+            f"cluster {cluster.name} for {recipe.name}",
+            expected="a mesh on which it fits as it is",
+            got=reason,
             do=f"`portatrain plan {recipe.name} --cluster {cluster.name}` says more.",
-        )  # fmt: skip
+        )
     return made.chosen.mesh_text if made.chosen.mesh_text != "1" else "fsdp=1"
 
 
@@ -184,20 +210,24 @@ def carriers(cluster: Cluster) -> list[str]:
 
 def _no_engine(cluster: Cluster) -> UserError:
     return UserError(
-        f"cluster {cluster.name}", expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster))})",
+        f"cluster {cluster.name}",
+        expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster))})",
         got="a name of the catalog, which says only what it is",
         do=f"Put a table into clusters.toml, beside the recipe or in {toml.config_folder()}, and name that: "
         f"{'; '.join(_table(cluster))}; a line each. --dry-run shows the job for each engine.",
-    )  # fmt: skip
+    )
 
 
 def _table(cluster: Cluster) -> list[str]:
     """The lines of clusters.toml that would configure it, for the first engine that could carry a job there."""
     engine = carriers(cluster)[0]
     return [
-        f"[my-{cluster.chip.name}]", f'chip = "{cluster.chip.name}"', f"count = {cluster.chips}",
-        f'engine = "{engine}"', f"options = {EXAMPLES[engine]}",
-    ]  # fmt: skip
+        f"[my-{cluster.chip.name}]",
+        f'chip = "{cluster.chip.name}"',
+        f"count = {cluster.chips}",
+        f'engine = "{engine}"',
+        f"options = {EXAMPLES[engine]}",
+    ]
 
 
 # ---- --dry-run

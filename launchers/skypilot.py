@@ -32,11 +32,17 @@ from portatrain.plan.slices import RULES
 from portatrain.preemption import RESUME_ME
 
 OPTIONS = {
-    "accelerators": "SkyPilot's name and count a node, as in H100:8", "any_of": "a list of resources tables",
-    "infra": "a cloud, region or context, as in gcp/us-east5", "spot": "true for spot capacity",
-    "image": "an image", "setup": "shell lines, once a machine", "volumes": "a table: folder -> volume",
-    "file_mounts": "a table: folder -> bucket", "env": "environment variables", "python": "the Python there (python3)",
-}  # fmt: skip
+    "accelerators": "SkyPilot's name and count a node, as in H100:8",
+    "any_of": "a list of resources tables",
+    "infra": "a cloud, region or context, as in gcp/us-east5",
+    "spot": "true for spot capacity",
+    "image": "an image",
+    "setup": "shell lines, once a machine",
+    "volumes": "a table: folder -> volume",
+    "file_mounts": "a table: folder -> bucket",
+    "env": "environment variables",
+    "python": "the Python there (python3)",
+}
 PORT = 8476
 NAMES = {"a100-40": "A100", "a100-80": "A100-80GB", "h100-sxm": "H100", "gaudi3": "Gaudi3"}
 """Chips whose name in SkyPilot is not theirs in capitals."""
@@ -52,9 +58,7 @@ class SkyPilotLauncher:
     def check(self, job: Job) -> None:
         check_options(job, OPTIONS)
         mounted = {**option(job, "file_mounts", dict, {}), **option(job, "volumes", dict, {})}
-        check_shared(
-            job, None if option(job, "setup", str) else mounted, "mount it: the option volumes or file_mounts"
-        )
+        check_shared(job, None if option(job, "setup", str) else mounted, "mount it: the option volumes or file_mounts")
         _sky(job)
 
     def submit(self, job: Job) -> str:
@@ -62,11 +66,7 @@ class SkyPilotLauncher:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml", prefix="portatrain-") as file:
             file.write(self.materialize(job))
             file.flush()
-            _call(
-                job,
-                ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, file.name],
-                timeout_s=900,
-            )
+            _call(job, ["sky", "jobs", "launch", "--yes", "--detach-run", "--name", job.name, file.name], timeout_s=900)
         return job.name
 
     def describe(self, job: Job) -> JobState:
@@ -81,8 +81,7 @@ class SkyPilotLauncher:
         if status in ("RUNNING", "CANCELLING"):
             return JobState(state="running", reason=status)
         return JobState(
-            state="pending" if status in ("PENDING", "SUBMITTED", "STARTING", "RECOVERING") else "gone",
-            reason=status,
+            state="pending" if status in ("PENDING", "SUBMITTED", "STARTING", "RECOVERING") else "gone", reason=status
         )
 
     def logs(self, job: Job) -> Iterator[str]:
@@ -99,9 +98,7 @@ class SkyPilotLauncher:
         return {}
 
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
-        job = Job(
-            run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="skypilot", options=options
-        )
+        job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="skypilot", options=options)
         try:
             _sky(job)
             yield "SkyPilot", "ok", _call(job, ["sky", "--version"]).strip()
@@ -163,24 +160,28 @@ class LandedBySky(LandedInImage):
 def _sky(job: Job) -> None:
     if shutil.which("sky") is None:
         raise UserError(
-            f"cluster {job.cluster}", expected="SkyPilot's command `sky` on this machine", got="none",
+            f"cluster {job.cluster}",
+            expected="SkyPilot's command `sky` on this machine",
+            got="none",
             do="Install it in an environment of its own: pip install skypilot, then `sky check`.",
-        )  # fmt: skip
+        )
 
 
 def _call(job: Job, words: list[str], *, timeout_s: float = 120.0) -> str:
     try:
-        done = subprocess.run(
-            words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL
-        )
+        done = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s, stdin=subprocess.DEVNULL)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
-            f"cluster {job.cluster}", expected=f"an answer from `{' '.join(words[:3])}`", got=str(error),
+            f"cluster {job.cluster}",
+            expected=f"an answer from `{' '.join(words[:3])}`",
+            got=str(error),
             do="Try it by hand.",
-        ) from error  # fmt: skip
+        ) from error
     if done.returncode:
         raise UserError(
-            f"cluster {job.cluster}", expected=f"`{' '.join(words[:3])}` to be accepted",
-            got=(done.stderr or done.stdout).strip()[-500:], do="`sky check` says what is configured.",
-        )  # fmt: skip
+            f"cluster {job.cluster}",
+            expected=f"`{' '.join(words[:3])}` to be accepted",
+            got=(done.stderr or done.stdout).strip()[-500:],
+            do="`sky check` says what is configured.",
+        )
     return done.stdout

@@ -30,14 +30,24 @@ from portatrain.processes import free_port
 from portatrain.run_dir import open_run
 
 OPTIONS = {
-    "partition": "a partition", "account": "an account", "qos": "a QOS", "gres": "generic resources, as in gpu:h100:8",
-    "constraint": "node features", "time": "a time limit, as in 24:00:00", "signal_s": "seconds of notice to ask for",
+    "partition": "a partition",
+    "account": "an account",
+    "qos": "a QOS",
+    "gres": "generic resources, as in gpu:h100:8",
+    "constraint": "node features",
+    "time": "a time limit, as in 24:00:00",
+    "signal_s": "seconds of notice to ask for",
     "grace_s": "seconds from a preemption's signal to the kill (default: the partition's GraceTime)",
-    "cpus_per_task": "CPUs of a process", "mem": "memory of a node, as in 500G", "exclusive": "whole nodes",
-    "setup": "shell lines before the start, as in module load cuda", "python": "the Python to run with",
-    "env": "environment variables", "sbatch": "more #SBATCH options, a list of words", "srun": "more options of srun",
+    "cpus_per_task": "CPUs of a process",
+    "mem": "memory of a node, as in 500G",
+    "exclusive": "whole nodes",
+    "setup": "shell lines before the start, as in module load cuda",
+    "python": "the Python to run with",
+    "env": "environment variables",
+    "sbatch": "more #SBATCH options, a list of words",
+    "srun": "more options of srun",
     "hang_s": "seconds without moving on that are taken for a hang; 0: never",
-}  # fmt: skip
+}
 SIGNAL_S = 60
 ENDS_WITHIN_S = 15
 """How long srun lets the others run once one process has ended. They leave together; where one fails, the others wait
@@ -56,15 +66,26 @@ class SlurmLauncher:
             return [] if value is None else [f"--{flag}={value}"]
 
         lines = [
-            f"--job-name={job.name}", *given("partition", "partition"), *given("account", "account"),
-            *given("qos", "qos"), *given("constraint", "constraint"), *given("time", "time"),
-            f"--nodes={job.hosts}", f"--ntasks={job.processes}", f"--ntasks-per-node={job.processes // job.hosts}",
-            *given("cpus_per_task", "cpus-per-task"), *given("mem", "mem"), *given("gres", "gres"),
+            f"--job-name={job.name}",
+            *given("partition", "partition"),
+            *given("account", "account"),
+            *given("qos", "qos"),
+            *given("constraint", "constraint"),
+            *given("time", "time"),
+            f"--nodes={job.hosts}",
+            f"--ntasks={job.processes}",
+            f"--ntasks-per-node={job.processes // job.hosts}",
+            *given("cpus_per_task", "cpus-per-task"),
+            *given("mem", "mem"),
+            *given("gres", "gres"),
             *(["--exclusive"] if option(job, "exclusive", bool) else []),
-            f"--signal=B:USR1@{option(job, 'signal_s', int, SIGNAL_S)}", "--requeue", "--open-mode=append",
+            f"--signal=B:USR1@{option(job, 'signal_s', int, SIGNAL_S)}",
+            "--requeue",
+            "--open-mode=append",
             f'--output="{_escaped(_log(job))}"',
-            *([f'--chdir="{job.cwd}"'] if job.cwd else []), *option(job, "sbatch", list, []),
-        ]  # fmt: skip
+            *([f'--chdir="{job.cwd}"'] if job.cwd else []),
+            *option(job, "sbatch", list, []),
+        ]
         setup = option(job, "setup", str, "").strip()
         env = [f"export {shell([f'{k}={v}'])}" for k, v in option(job, "env", dict, {}).items()]
         return "\n".join(
@@ -82,19 +103,15 @@ class SlurmLauncher:
 
     def check(self, job: Job) -> None:
         check_options(job, OPTIONS)
-        for name, kind in (
-            ("env", dict),
-            ("sbatch", list),
-            ("srun", list),
-            ("signal_s", int),
-            ("setup", str),
-        ):
+        for name, kind in (("env", dict), ("sbatch", list), ("srun", list), ("signal_s", int), ("setup", str)):
             option(job, name, kind)
         if re.search(r'["\n\\]', job.run_dir + job.cwd):
             raise UserError(
-                f"run directory {job.run_dir}", expected="a path that sbatch can take, without quotes and line ends",
-                got=repr(job.run_dir), do="Choose another --runs.",
-            )  # fmt: skip
+                f"run directory {job.run_dir}",
+                expected="a path that sbatch can take, without quotes and line ends",
+                got=repr(job.run_dir),
+                do="Choose another --runs.",
+            )
         _installed(job.cluster)
         partition = job.options.get("partition")
         known = _call(["sinfo", "--noheader", "--format=%R"]).split()
@@ -106,9 +123,7 @@ class SlurmLauncher:
 
     def submit(self, job: Job) -> str:
         _installed(job.cluster)
-        answer = _call(
-            ["sbatch", "--parsable"], text=self.materialize(job), what=f"job {job.number} of {job.run}"
-        )
+        answer = _call(["sbatch", "--parsable"], text=self.materialize(job), what=f"job {job.number} of {job.run}")
         return answer.strip().split(";")[0]
 
     def describe(self, job: Job) -> JobState:
@@ -211,11 +226,21 @@ class LandedOnSlurm:
         remote = job.code is not None and is_remote(job.code)  # every node has a copy of its own
         fetch = ["-m", "portatrain.remote_run", str(job.code), python(job)] if remote else []
         words = [
-            "srun", f"--nodes={job.hosts}", f"--ntasks={job.processes}",
-            f"--ntasks-per-node={job.processes // job.hosts}", "--kill-on-bad-exit=0", f"--wait={ENDS_WITHIN_S}",
-            "--open-mode=append", f"--output={_escaped(attempt / 'rank-%t.log', keep=True)}",
-            *option(job, "srun", list, []), python(job), *fetch, "-m", "portatrain.landing", *job.train()[1:],
-        ]  # fmt: skip
+            "srun",
+            f"--nodes={job.hosts}",
+            f"--ntasks={job.processes}",
+            f"--ntasks-per-node={job.processes // job.hosts}",
+            "--kill-on-bad-exit=0",
+            f"--wait={ENDS_WITHIN_S}",
+            "--open-mode=append",
+            f"--output={_escaped(attempt / 'rank-%t.log', keep=True)}",
+            *option(job, "srun", list, []),
+            python(job),
+            *fetch,
+            "-m",
+            "portatrain.landing",
+            *job.train()[1:],
+        ]
         # Slurm's default port follows from the job's number, which a requeue keeps; a socket of the attempt before may
         # still be closing there. So: a free one each time, on this host, which has process 0.
         env = {"MASTER_ADDR": head_address(), "MASTER_PORT": str(free_port())}
@@ -296,9 +321,11 @@ def _grace_s(partition: str) -> int | None:
 def _installed(cluster: str) -> None:
     if shutil.which("sbatch") is None:
         raise UserError(
-            f"cluster {cluster}", expected="Slurm's commands on this machine (sbatch, squeue, scontrol, scancel)",
-            got="no sbatch", do="Launch from a login node of the cluster.",
-        )  # fmt: skip
+            f"cluster {cluster}",
+            expected="Slurm's commands on this machine (sbatch, squeue, scontrol, scancel)",
+            got="no sbatch",
+            do="Launch from a login node of the cluster.",
+        )
 
 
 def _call(words: list[str], *, text: str | None = None, what: str = "Slurm", timeout_s: float = 60.0) -> str:
@@ -307,15 +334,18 @@ def _call(words: list[str], *, text: str | None = None, what: str = "Slurm", tim
         done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(
-            what, expected=f"an answer from `{' '.join(words[:3])}`", got=str(error),
+            what,
+            expected=f"an answer from `{' '.join(words[:3])}`",
+            got=str(error),
             do="See whether the controller answers: scontrol ping.",
-        ) from error  # fmt: skip
+        ) from error
     if done.returncode:
         raise UserError(
-            what, expected=f"`{' '.join(words[:3])}` to be accepted",
+            what,
+            expected=f"`{' '.join(words[:3])}` to be accepted",
             got="; ".join(done.stderr.split("\n")).strip("; ") or f"code {done.returncode}",
             do="`launch doctor CLUSTER` looks at what is configured.",
-        )  # fmt: skip
+        )
     return done.stdout
 
 

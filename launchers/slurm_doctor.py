@@ -22,9 +22,7 @@ def look(options: Mapping[str, Any], storage: Path | None) -> Iterator[Finding]:
     """Findings as of `launchers.base.Launcher.doctor`."""
     try:
         _installed("slurm")
-        config = dict(
-            re.findall(r"^(\S+)\s*=\s*(.*?)\s*$", _call(["scontrol", "show", "config"]), re.MULTILINE)
-        )
+        config = dict(re.findall(r"^(\S+)\s*=\s*(.*?)\s*$", _call(["scontrol", "show", "config"]), re.MULTILINE))
     except UserError as error:
         yield "controller", "bad", str(error)
         return
@@ -57,10 +55,11 @@ def _notice(config: Mapping[str, str]) -> Finding:
     if "preempt_send_user_signal" in config.get("SlurmctldParameters", ""):
         return "notice", "ok", "preempt_send_user_signal: a job hears of its preemption by USR1"
     return (
-        "notice", "warn",
+        "notice",
+        "warn",
         "without SlurmctldParameters=preempt_send_user_signal a preemption comes as TERM, and the job has to ask Slurm "
         "what it means; ask the administrator to set it",
-    )  # fmt: skip
+    )
 
 
 def _partition(name: str) -> tuple[dict[str, str], list[Finding]]:
@@ -88,9 +87,7 @@ def _partition(name: str) -> tuple[dict[str, str], list[Finding]]:
 
 
 def _nodes(partition: Mapping[str, str]) -> Iterator[Finding]:
-    said = _call(
-        ["sinfo", "--noheader", "--Node", f"--partition={partition['PartitionName']}", "--format=%N|%t|%o"]
-    )
+    said = _call(["sinfo", "--noheader", "--Node", f"--partition={partition['PartitionName']}", "--format=%N|%t|%o"])
     rows = [row.split("|") for row in said.split() if row.count("|") == 2]
     up = [row for row in rows if row[1].rstrip("*~#$@+-") in ("idle", "mix", "alloc", "comp")]
     yield "nodes", "ok" if up else "bad", f"{len(up)} of {len(rows)} are up"
@@ -101,11 +98,7 @@ def _nodes(partition: Mapping[str, str]) -> Iterator[Finding]:
         except OSError:
             unknown.append(address)
     if unknown:
-        yield (
-            "names",
-            "bad",
-            f"{', '.join(unknown[:3])} do not resolve: processes find each other by these addresses",
-        )
+        yield ("names", "bad", f"{', '.join(unknown[:3])} do not resolve: processes find each other by these addresses")
     else:
         yield "names", "ok", "node addresses resolve here"
 
@@ -116,17 +109,23 @@ def _trial(partition: Mapping[str, str], storage: Path) -> Finding:
     path = existing_ancestor(storage).absolute() / name
     try:
         _call(
-            ["srun", f"--partition={partition['PartitionName']}", "--nodes=1", "--ntasks=1", "--time=1",
-             f"--immediate={TRIAL_S}", "--quiet", "sh", "-c", shell(["touch", str(path)])],
+            [
+                "srun",
+                f"--partition={partition['PartitionName']}",
+                "--nodes=1",
+                "--ntasks=1",
+                "--time=1",
+                f"--immediate={TRIAL_S}",
+                "--quiet",
+                "sh",
+                "-c",
+                shell(["touch", str(path)]),
+            ],
             timeout_s=TRIAL_S + 30,
-        )  # fmt: skip
+        )
         if path.exists():
             return "storage from a node", "ok", f"{path.parent} is shared and can be written"
-        return (
-            "storage from a node",
-            "bad",
-            f"what a node writes in {path.parent} is not seen here: share --runs",
-        )
+        return ("storage from a node", "bad", f"what a node writes in {path.parent} is not seen here: share --runs")
     except UserError as error:
         busy = "Immediate execution" in error.got or "allocation failure" in error.got
         if busy:

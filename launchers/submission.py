@@ -40,9 +40,7 @@ def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None
                 try:
                     launcher(other.engine).cancel(other)
                 except UserError as error:
-                    print(
-                        f"job {other.number} ({other.id}) could not be taken back: {error}", file=sys.stderr
-                    )
+                    print(f"job {other.number} ({other.id}) could not be taken back: {error}", file=sys.stderr)
             for other in written:
                 other.forget()
             raise

@@ -112,9 +112,7 @@ class Supervisor:
                 return self._asked_end()
             attempt = self.run.new_attempt(claim)
             if dead is not None:
-                attempt.event(
-                    "claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s
-                )
+                attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
                 dead = None
             code, outcome, why = self._attempt(attempt)
             if self._over():
@@ -138,9 +136,7 @@ class Supervisor:
             return self._asked_end()
 
     def _asked_end(self) -> tuple[int, str]:
-        if (
-            self.asked == "cancel"
-        ):  # by the scheduler's own command; that holds for the other acceptable places too
+        if self.asked == "cancel":  # by the scheduler's own command; that holds for the other acceptable places too
             self.run.put("CANCELLED", {"unix_s": time.time(), "by": f"job {self.job.number}"})
             return RESUME_ME, "over"
         return RESUME_ME, "preempted" if self.asked == "preempt" else "unclear"
@@ -174,12 +170,7 @@ class Supervisor:
 
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
         """(exit code, 'done' | 'preempted' | 'stopped' | 'cancelled' | 'failed' | 'hung', why)."""
-        place = {
-            "job": self.job.number,
-            "engine": self.job.engine,
-            "cluster": self.job.cluster,
-            "host": host_name(),
-        }
+        place = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
         attempt.event("landed", **place, id=self.job.id, scheduler=scheduler_facts())
         changed = differences(self._code())
         if changed:
@@ -187,15 +178,23 @@ class Supervisor:
         command, more, output = self.landed.command(attempt.folder)
         token = attempt.token
         env = {
-            **os.environ, **more, TOKEN: token, ATTEMPT: str(attempt.number), PLACE: json.dumps(place),
+            **os.environ,
+            **more,
+            TOKEN: token,
+            ATTEMPT: str(attempt.number),
+            PLACE: json.dumps(place),
             LOGS: str(attempt.folder),
-        }  # fmt: skip
+        }
         with open(output or os.devnull, "ab") as log:
             # A session of its own: what is sent to this process's group comes once, from here.
             self._child = subprocess.Popen(
-                command, env=env, stdin=subprocess.DEVNULL, stdout=log if output else None,
-                stderr=subprocess.STDOUT if output else None, start_new_session=True,
-            )  # fmt: skip
+                command,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log if output else None,
+                stderr=subprocess.STDOUT if output else None,
+                start_new_session=True,
+            )
             if self.signals:  # it came in between
                 self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
@@ -203,9 +202,15 @@ class Supervisor:
             code = MISTAKE
         outcome, why = self._outcome(attempt, code)
         attempt.event(
-            "left", outcome=outcome, code=code, why=why, asked=self.asked, signals=self.signals,
-            committed=committed(self.run), job=self.job.number,
-        )  # fmt: skip
+            "left",
+            outcome=outcome,
+            code=code,
+            why=why,
+            asked=self.asked,
+            signals=self.signals,
+            committed=committed(self.run),
+            job=self.job.number,
+        )
         return code, outcome, why
 
     def _outcome(self, attempt: Attempt, code: int) -> tuple[str, str]:
@@ -256,8 +261,16 @@ def _last_words(folder: Path) -> str:
 
 def scheduler_facts() -> dict[str, str]:
     """What the scheduler's environment says of where this is."""
-    names = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT", "JOB_COMPLETION_INDEX",
-             "JOBSET_NAME", "TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE")  # fmt: skip
+    names = (
+        "SLURM_JOB_ID",
+        "SLURM_JOB_PARTITION",
+        "SLURM_JOB_NODELIST",
+        "SLURM_RESTART_COUNT",
+        "JOB_COMPLETION_INDEX",
+        "JOBSET_NAME",
+        "TPU_WORKER_ID",
+        "TPU_ACCELERATOR_TYPE",
+    )
     return {name: os.environ[name] for name in names if name in os.environ}
 
 

@@ -18,10 +18,7 @@ Index = tuple[int, ...]
 
 
 def run_after_step(
-    definition: Definition,
-    states: Mapping[str, Array],
-    ops: Any,
-    stack_arrays: Callable[[Sequence[Array]], Array],
+    definition: Definition, states: Mapping[str, Array], ops: Any, stack_arrays: Callable[[Sequence[Array]], Array]
 ) -> dict[str, Array]:
     """All States after every `after_step` of the model has run: a new dict with the keys of `states`.
 
@@ -85,9 +82,7 @@ def _overriding(model: Module) -> Iterator[tuple[Module, Index]]:
 class _Updating:
     """The backend's operations, with `update` on top of them."""
 
-    def __init__(
-        self, ops: Any, definition: Definition, updates: dict[str, dict[Index, Array]], index: Index
-    ) -> None:
+    def __init__(self, ops: Any, definition: Definition, updates: dict[str, dict[Index, Array]], index: Index) -> None:
         self._ops, self._definition, self._updates, self._index = ops, definition, updates, index
 
     def __getattr__(self, name: str) -> Any:

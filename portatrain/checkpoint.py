@@ -71,10 +71,7 @@ def _is_whole(store: Store, receipt: str) -> bool:
 
 
 def format_layout(
-    program: Program,
-    scattered: Scattered | None = None,
-    writers: int = 1,
-    owners: Sequence[int] | None = None,
+    program: Program, scattered: Scattered | None = None, writers: int = 1, owners: Sequence[int] | None = None
 ) -> FormatLayout:
     """What a checkpoint of `program` holds, and which mesh position has which box of it. `scattered`: the tensors
     that do not lie as the layout says, as `Backend.scattered` gives them. `owners`: the process of every position of
@@ -88,10 +85,14 @@ def format_layout(
         by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
         listed = tuple((process, Box(*box)) for process, *box in scattered.get((role, info.name), ()))
         return Tensor(
-            name=full_name(role, info.name), dtype=info.dtype, shape=info.shape, axes=info.axes,
-            role=role.split("/")[0], batch=info.batch_dims,
+            name=full_name(role, info.name),
+            dtype=info.dtype,
+            shape=info.shape,
+            axes=info.axes,
+            role=role.split("/")[0],
+            batch=info.batch_dims,
             placement=Explicit(boxes=listed) if listed else by_rule,
-        )  # fmt: skip
+        )
 
     infos = program.definition
     tensors = [tensor(t, "params") for t in infos.params.values()]
@@ -152,20 +153,27 @@ def check_tensors(reader: Reader, program: Program) -> None:
     found = [
         ("not in it", sorted(wanted.keys() - there.keys())),
         ("not the model's", sorted(there.keys() - wanted.keys())),
-        ("different", [
-            f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})" for n, t in wanted.items()
-            if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
-        ]),
-    ]  # fmt: skip
+        (
+            "different",
+            [
+                f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})"
+                for n, t in wanted.items()
+                if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
+            ],
+        ),
+    ]
     if any(names for _, names in found):
         got = [
             f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-            for kind, names in found if names
-        ]  # fmt: skip
+            for kind, names in found
+            if names
+        ]
         raise UserError(
-            reader.store.describe("COMMIT"), expected="the tensors of this model and optimizer", got="; ".join(got),
+            reader.store.describe("COMMIT"),
+            expected="the tensors of this model and optimizer",
+            got="; ".join(got),
             do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
-        )  # fmt: skip
+        )
 
 
 def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
@@ -186,11 +194,12 @@ def check_newest(where: Path | str, program: Program, fingerprint: str | None) -
             saved = reader.meta.get("data", {}).get("fingerprint")
             if fingerprint is not None and saved is not None and saved != fingerprint:
                 raise UserError(
-                    store.describe("COMMIT"), expected=f"a run on this corpus, fingerprint {fingerprint}",
+                    store.describe("COMMIT"),
+                    expected=f"a run on this corpus, fingerprint {fingerprint}",
                     got=f"one on another, {saved}",
                     do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go on "
                     "with other data all the same, give --accept-drift REASON, which is recorded.",
-                )  # fmt: skip
+                )
             return
 
 
@@ -218,10 +227,16 @@ class Checkpoints:
     """
 
     def __init__(
-        self, where: Path | str, *, keep: Retention | None = None, save_name: str = "a1", process: int = 0,
-        processes: int = 1, guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+        self,
+        where: Path | str,
+        *,
+        keep: Retention | None = None,
+        save_name: str = "a1",
+        process: int = 0,
+        processes: int = 1,
+        guard: Callable[[], AbstractContextManager[object]] = nullcontext,
         budget_bytes: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.place, self.keep, self.save_name = place_of(where), keep or Retention(), save_name
         self.process, self.processes, self.guard = process, processes, guard
         self.budget_bytes = given_budget_bytes() if budget_bytes is None else budget_bytes
@@ -263,9 +278,7 @@ class Checkpoints:
         layout, wanted = self._planned(backend, state)
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
-    def _staging(
-        self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]
-    ) -> Staging:
+    def _staging(self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]) -> Staging:
         budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
         sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
@@ -307,9 +320,11 @@ class Checkpoints:
             while not _is_whole(store, receipt_name(self.save_name, writer)):
                 if time.monotonic() > deadline_s:
                     raise UserError(
-                        f"checkpoint in {self.place.name}", expected=f"the receipt of process {writer}",
-                        got=f"none within {RECEIPTS_WITHIN_S:.0f} s", do="All processes must see one run directory.",
-                    )  # fmt: skip
+                        f"checkpoint in {self.place.name}",
+                        expected=f"the receipt of process {writer}",
+                        got=f"none within {RECEIPTS_WITHIN_S:.0f} s",
+                        do="All processes must see one run directory.",
+                    )
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, 1.0)
 
@@ -362,8 +377,6 @@ class Checkpoints:
 
     # ---- going on
 
-    def newest(
-        self, report: Callable[[str], None], agree: Callable[[int], int] = int
-    ) -> tuple[int, Reader] | None:
+    def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
         """See `finding.newest`. What is found damaged makes way for the next save of its step."""
         return newest(self.place, self.process, self.processes, report, agree, self._damaged)

@@ -116,8 +116,15 @@ class Parser(argparse.ArgumentParser):
 
 
 PLACES = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP, errno.ENOSPC, errno.EDQUOT,
-)  # fmt: skip
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENAMETOOLONG,
+    errno.ENOTDIR,
+    errno.ELOOP,
+    errno.ENOSPC,
+    errno.EDQUOT,
+)
 """Errors of the operating system that a user mends."""
 
 
@@ -138,9 +145,11 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
             raise
         name = f" {error.filename}" if error.filename else ""
         where = UserError(
-            "the file system", expected="a place that can be used", got=f"{error.strerror}{name}",
+            "the file system",
+            expected="a place that can be used",
+            got=f"{error.strerror}{name}",
             do="Choose another place or a shorter name, free some space, or mend the permissions.",
-        )  # fmt: skip
+        )
         print(f"error: {where}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -51,9 +51,7 @@ def required(cls: type) -> list[str]:
     return [
         field.name
         for field in dataclasses.fields(cls)
-        if field.init
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if field.init and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
 
 

@@ -68,15 +68,14 @@ def record(
     found: dict[str, Any] = {
         "step": step,
         "applied": next(int(b.fetch()) for b in backend.local_boxes(state) if b.role == COUNT),
-        "data": {
-            "next_sample": start, "next_batch": batch_hash(ahead), "fingerprint": train.fingerprint,
-        },
+        "data": {"next_sample": start, "next_batch": batch_hash(ahead), "fingerprint": train.fingerprint},
         "rng": {
-            "algorithm": "philox4x64-10", "seed": str(recipe.seed),
+            "algorithm": "philox4x64-10",
+            "seed": str(recipe.seed),
             "word": str(words(recipe.seed, "step", step, 1)[0]),
         },
         "schedule": {"learning_rate": recipe.optimizer.lr * recipe.schedule(upcoming, recipe.steps)},
-    }  # fmt: skip
+    }
     if virtual_step:
         found["probe"] = {
             "losses": _losses(backend, state, recipe, train, start),
@@ -96,9 +95,7 @@ def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: i
     return losses[:PROBE_SAMPLES]
 
 
-def _norms(
-    backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.ndarray], step: int
-) -> dict[str, Any]:
+def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
     """Norms by name, a list where there are layers; empty for a backend that cannot rehearse a step."""
     rehearse = getattr(backend, "rehearse", None)
     if rehearse is None:
@@ -123,12 +120,14 @@ def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -
     bounds, found = BOUNDS[precision], compare(was, now["probe"])
     failed = [k for k, (value, _) in found.items() if not value <= getattr(bounds, k)]
     return {
-        "verdict": "broken" if differs or failed else "continuous", "differs": differs, "failed": failed,
+        "verdict": "broken" if differs or failed else "continuous",
+        "differs": differs,
+        "failed": failed,
         "samples": len(was["losses"]),
         **{f"{k}_difference": value for k, (value, _) in found.items()},
         **{f"{k}_bound": getattr(bounds, k) for k in found},
         "worst": {k: where for k, (_, where) in found.items()},
-    }  # fmt: skip
+    }
 
 
 def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
@@ -196,10 +195,13 @@ class Replay:
         if self.worst <= bound and step < max(self.rows):
             return None
         return {
-            "verdict": "continuous" if self.worst <= bound else "broken", "differs": [],
-            "failed": [] if self.worst <= bound else ["replay"], "steps": list(self.compared),
-            "replay_difference": self.worst, "replay_bound": bound,
-        }  # fmt: skip
+            "verdict": "continuous" if self.worst <= bound else "broken",
+            "differs": [],
+            "failed": [] if self.worst <= bound else ["replay"],
+            "steps": list(self.compared),
+            "replay_difference": self.worst,
+            "replay_bound": bound,
+        }
 
 
 def refusal(step: int, found: Mapping[str, Any]) -> UserError:
@@ -222,9 +224,13 @@ def refusal(step: int, found: Mapping[str, Any]) -> UserError:
 
 
 _WORDS = {
-    "loss": "a sample's loss", "mean": "the mean loss of the samples", "state": "the norm of a tensor",
-    "grad": "a gradient's norm", "update": "an update's norm", "replay": "the loss of a step trained again",
-}  # fmt: skip
+    "loss": "a sample's loss",
+    "mean": "the mean loss of the samples",
+    "state": "the norm of a tensor",
+    "grad": "a gradient's norm",
+    "update": "an update's norm",
+    "replay": "the loss of a step trained again",
+}
 
 
 def _flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,8 +44,5 @@ def choice(what: str, got: str, valid: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(got, names, n=3)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     return UserError(
-        what,
-        expected=f"one of {', '.join(names) or '(none)'}",
-        got=repr(got),
-        do=f"{hint}Use one of those names.",
+        what, expected=f"one of {', '.join(names) or '(none)'}", got=repr(got), do=f"{hint}Use one of those names."
     )

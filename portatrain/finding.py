@@ -10,9 +10,13 @@ from portatrain.places import Place
 
 
 def newest(
-    place: Place, process: int, processes: int, report: Callable[[str], None], agree: Callable[[int], int],
+    place: Place,
+    process: int,
+    processes: int,
+    report: Callable[[str], None],
+    agree: Callable[[int], int],
     damaged: set[int],
-) -> tuple[int, Reader] | None:  # fmt: skip
+) -> tuple[int, Reader] | None:
     """(its step, the checkpoint), or None where nothing was ever committed. All processes call it together: process 0
     looks, and each reads its part of the files. `agree` is the backend's; `damaged` takes the steps passed over.
 
@@ -33,9 +37,11 @@ def newest(
         step, reader = _next_of(place, left, passed_over)
         if not process and reader is None and errors:
             raise UserError(
-                f"checkpoints in {place.name}", expected="one that verifies", got=f"none: {errors[0]}",
+                f"checkpoints in {place.name}",
+                expected="one that verifies",
+                got=f"none: {errors[0]}",
                 do="Restore the folder from a copy, or begin a new run under another name.",
-            )  # fmt: skip
+            )
         step = agree(step)
         if step < 0:
             return None
@@ -96,7 +102,8 @@ def _unreadable(place: Place, step: int, error: FormatError | None, who: int) ->
     if isinstance(error, StoreError):
         return StorageError(error.what, expected=error.expected, got=error.got, do=error.do)
     return StorageError(
-        f"checkpoint of step {step} in {place.name}", expected="files that all processes read alike",
+        f"checkpoint of step {step} in {place.name}",
+        expected="files that all processes read alike",
         got=f"process {who} reads damage where process 0 can read all",
         do="Look at the storage as that process's host sees it; the checkpoint was left as it is.",
-    )  # fmt: skip
+    )

@@ -71,9 +71,9 @@ class TextSample(Hook):
             row = np.zeros((1, size), np.int32)
             row[0, : len(seen)] = seen
             ids = (np.arange(size) < len(seen)).astype(np.int32)[None]
-            logits = trainer.predict({
-                "tokens": row, "segment_ids": ids, "positions": np.arange(size, dtype=np.int32)[None],
-            })[0, len(seen) - 1].astype(np.float64)  # fmt: skip
+            logits = trainer.predict(
+                {"tokens": row, "segment_ids": ids, "positions": np.arange(size, dtype=np.int32)[None]}
+            )[0, len(seen) - 1].astype(np.float64)
             weights = np.exp((logits - logits.max()) / self.temperature)
             cumulative = np.cumsum(weights)
             text.append(int(np.searchsorted(cumulative, draw * cumulative[-1])))

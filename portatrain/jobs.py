@@ -74,11 +74,7 @@ class Job:
     def train(self) -> list[str]:
         """The `portatrain train` that carries it out, as words."""
         words = ["portatrain", "train", self.recipe, "--run-dir", self.run_dir]
-        for option, value in (
-            ("--backend", self.backend),
-            ("--mesh", self.mesh),
-            ("--devices", self.devices),
-        ):
+        for option, value in (("--backend", self.backend), ("--mesh", self.mesh), ("--devices", self.devices)):
             if value is not None:
                 words += [option, str(value)]
         for override in self.overrides:
@@ -126,16 +122,11 @@ def _read(folder: Path, number: int) -> Job:
     found = files.read_json(path)
     known = {f.name for f in fields(Job)}
     try:
-        row: dict[str, Any] = {
-            k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known
-        }
+        row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}
         return Job(**row)
     except (TypeError, AttributeError) as error:
         raise UserError(
-            str(path),
-            expected="a job that portatrain wrote",
-            got=str(error),
-            do="Restore the file from a copy.",
+            str(path), expected="a job that portatrain wrote", got=str(error), do="Restore the file from a copy."
         ) from error
 
 

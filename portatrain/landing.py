@@ -52,14 +52,18 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
         return {}
     if not 0 <= int(rank) < int(world):
         raise UserError(
-            "the scheduler's environment", expected=f"a rank below {world}", got=rank,
+            "the scheduler's environment",
+            expected=f"a rank below {world}",
+            got=rank,
             do="Look at SLURM_*, JOB_COMPLETION_INDEX or TPU_WORKER_*.",
-        )  # fmt: skip
+        )
     if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
         raise UserError(
-            "the scheduler's environment", expected="MASTER_ADDR and MASTER_PORT, the head of the attempt", got="none",
+            "the scheduler's environment",
+            expected="MASTER_ADDR and MASTER_PORT, the head of the attempt",
+            got="none",
             do="Start it by `launch`, whose supervisor sets them.",
-        )  # fmt: skip
+        )
     return {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": local, "LOCAL_WORLD_SIZE": here}
 
 

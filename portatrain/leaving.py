@@ -24,15 +24,24 @@ class Leaving:
     """Use in a `with` block. `signals`: entered by the caller, or None for ones of its own; `sinks` are told."""
 
     def __init__(
-        self, attempt: Attempt | Follower, folder: Path, *, process: int, processes: int, signals: StopSignals | None,
+        self,
+        attempt: Attempt | Follower,
+        folder: Path,
+        *,
+        process: int,
+        processes: int,
+        signals: StopSignals | None,
         sinks: Sequence[Sink],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.attempt, self.sinks, self._own = attempt, sinks, signals is None
         self.signals = StopSignals() if signals is None else signals
         self._watchdog = Watchdog(
-            folder / "attempts" / str(attempt.number), process=process, processes=processes, tell=self._hung,
+            folder / "attempts" / str(attempt.number),
+            process=process,
+            processes=processes,
+            tell=self._hung,
             cancelled=self.signals.ask,
-        )  # fmt: skip
+        )
         self._stack = ExitStack()
 
     def __enter__(self) -> Leaving:

@@ -40,9 +40,11 @@ class LoRA:
         for name, good in (("rank", self.rank >= 1), ("alpha", self.alpha > 0)):
             if not good:
                 raise UserError(
-                    f"LoRA.{name}", expected="a number above 0", got=repr(getattr(self, name)),
+                    f"LoRA.{name}",
+                    expected="a number above 0",
+                    got=repr(getattr(self, name)),
                     do="A usual choice is rank=8, alpha=16.",
-                )  # fmt: skip
+                )
 
 
 def is_factor(name: str) -> bool:
@@ -73,9 +75,7 @@ class Adapted(Module):
         self.scale = lora.alpha / lora.rank
         self.batch, self.split = batch, split
 
-    def contracted(
-        self, einsum: Callable[..., Any], spec: str, operands: tuple[Any, ...], dtype: str | None
-    ) -> Any:
+    def contracted(self, einsum: Callable[..., Any], spec: str, operands: tuple[Any, ...], dtype: str | None) -> Any:
         """`einsum(spec, *operands)`, one of which is this weight."""
         inputs, _, out = spec.replace(" ", "").partition("->")
         letters = inputs.split(",")
@@ -95,8 +95,9 @@ class Adapted(Module):
             raise UserError(
                 f"LoRA on {self.path}",
                 expected=f"its first {len(taken)} axes after {self.batch} batch axes to be contracted, as inputs says",
-                got=f"einsum {spec!r}", do="Leave it out of the targets of LoRA.",
-            )  # fmt: skip
+                got=f"einsum {spec!r}",
+                do="Leave it out of the targets of LoRA.",
+            )
         r = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in spec)
         middle = "".join(c for c in out if c not in made) + r
         inner = letters.copy()
@@ -123,9 +124,11 @@ def not_adapted(p: Any) -> Any:
     """`p`, a parameter or value that something else than einsum uses; UserError where it is adapted."""
     if isinstance(p, Adapted):
         raise UserError(
-            f"LoRA on {p.path}", expected="a weight that ops.einsum contracts", got="another use of it",
+            f"LoRA on {p.path}",
+            expected="a weight that ops.einsum contracts",
+            got="another use of it",
             do="Leave it out of the targets of LoRA.",
-        )  # fmt: skip
+        )
     return p
 
 
@@ -141,11 +144,7 @@ def adapt(model: Module, lora: LoRA) -> Module:
 
     def held(name: str, value: Any) -> Any:
         if isinstance(value, Param):
-            return (
-                made.setdefault(id(value), Adapted(value, lora))
-                if found.owners[id(value)] in chosen
-                else value
-            )
+            return made.setdefault(id(value), Adapted(value, lora)) if found.owners[id(value)] in chosen else value
         if not isinstance(value, (list, tuple, dict)):
             return value
         items = value.values() if isinstance(value, dict) else value
@@ -154,9 +153,11 @@ def adapt(model: Module, lora: LoRA) -> Module:
             return value
         if any(isinstance(item, Param) for item in new):
             raise UserError(
-                f"LoRA.targets: {name}", expected="all weights of a list or none", got="some of them",
+                f"LoRA.targets: {name}",
+                expected="all weights of a list or none",
+                got="some of them",
                 do="Widen the pattern, or leave the list out.",
-            )  # fmt: skip
+            )
         return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 
     seen: set[int] = set()

@@ -112,17 +112,11 @@ class State:
         made = _init(init)
         if not isinstance(made, Constant):
             raise UserError(
-                "State",
-                expected="init='zeros', 'ones' or Constant",
-                got=repr(init),
-                do="A State starts as a constant.",
+                "State", expected="init='zeros', 'ones' or Constant", got=repr(init), do="A State starts as a constant."
             )
         if dtype not in ("float32", "int32", "bool"):
             raise UserError(
-                "State",
-                expected="dtype 'float32', 'int32' or 'bool'",
-                got=repr(dtype),
-                do="Use one of those.",
+                "State", expected="dtype 'float32', 'int32' or 'bool'", got=repr(dtype), do="Use one of those."
             )
         self.init, self.dtype = made, dtype
 
@@ -162,9 +156,7 @@ class Stack(Module):
 
     def __init__(self, block: Module, n: int, *, axis: str = "layers") -> None:
         if n < 1:
-            raise UserError(
-                "Stack", expected="at least one layer", got=str(n), do="Give a positive number of layers."
-            )
+            raise UserError("Stack", expected="at least one layer", got=str(n), do="Give a positive number of layers.")
         self.block, self.n, self.axis = block, n, axis
 
     def __call__(self, ops: Any, carry: Any, *shared: Any, per_layer: Any = None) -> Any:
@@ -307,15 +299,28 @@ def _info(value: Param | State, name: str, stack: tuple[tuple[str, int], ...]) -
         batch_dims += 1
     if isinstance(value, State):
         return TensorInfo(
-            name=name, role="state", shape=shape, axes=axes, batch_dims=batch_dims, inputs=0,
-            init=value.init, dtype=value.dtype, stack_dims=len(stack),
-        )  # fmt: skip
+            name=name,
+            role="state",
+            shape=shape,
+            axes=axes,
+            batch_dims=batch_dims,
+            inputs=0,
+            init=value.init,
+            dtype=value.dtype,
+            stack_dims=len(stack),
+        )
     fan_in = math.prod(shape[batch_dims : batch_dims + value.inputs])
     init = value.init or Normal(std=1 / math.sqrt(fan_in) if value.inputs else 0.02)
     return TensorInfo(
-        name=name, role="params", shape=shape, axes=axes, batch_dims=batch_dims, inputs=value.inputs,
-        init=init, stack_dims=len(stack),
-    )  # fmt: skip
+        name=name,
+        role="params",
+        shape=shape,
+        axes=axes,
+        batch_dims=batch_dims,
+        inputs=value.inputs,
+        init=init,
+        stack_dims=len(stack),
+    )
 
 
 def _same_stack(what: str, path: str, stack: tuple, first: tuple) -> None:

@@ -23,9 +23,10 @@ PART_BYTES = 16 << 20
 """Of an upload in parts; S3 allows 10,000 of them, which is more than any pack has."""
 PARTS_AT_ONCE = 4
 RETRY = {
-    "max_retries": 10, "retry_timeout": timedelta(seconds=300),
+    "max_retries": 10,
+    "retry_timeout": timedelta(seconds=300),
     "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
-}  # fmt: skip
+}
 TIMEOUT_S = 60
 """Environment variable PORTATRAIN_STORE_TIMEOUT_S: how long one request may take before it is tried again."""
 
@@ -50,19 +51,12 @@ class ObjectStore:
         obstore = _obstore()
         with self._explained(name, f"to write {nbytes} bytes"):
             obstore.put(
-                self._store,
-                self._checked(name),
-                _parts(chunks),
-                chunk_size=PART_BYTES,
-                max_concurrency=PARTS_AT_ONCE,
+                self._store, self._checked(name), _parts(chunks), chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE
             )
             found = obstore.head(self._store, name)["size"]
         if found != nbytes:
             raise FormatError(
-                self.describe(name),
-                expected=f"{nbytes} bytes written",
-                got=f"{found}",
-                do="Look at the store.",
+                self.describe(name), expected=f"{nbytes} bytes written", got=f"{found}", do="Look at the store."
             )
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
@@ -72,9 +66,11 @@ class ObjectStore:
                 done = in_one_step(self._store, self._checked(name), data, "create", RETRY)
             except (obstore.exceptions.NotSupportedError, NotImplementedError) as error:
                 raise FormatError(
-                    self.describe(name), expected="a store with conditional writes", got=str(error),
+                    self.describe(name),
+                    expected="a store with conditional writes",
+                    got=str(error),
                     do="Use a store that has them: a commit must be one step.",
-                ) from error  # fmt: skip
+                ) from error
         return done is not None
 
     def read_into(self, name: str, offset: int, views: Sequence[memoryview]) -> None:
@@ -83,14 +79,14 @@ class ObjectStore:
         if not length:
             return
         with self._explained(name, "to read it"):
-            found = memoryview(
-                _obstore().get_range(self._store, self._checked(name), start=offset, length=length)
-            )
+            found = memoryview(_obstore().get_range(self._store, self._checked(name), start=offset, length=length))
         if len(found) != length:
             raise FormatError(
-                self.describe(name), expected=f"{length} bytes at {offset}", got=f"{len(found)}",
+                self.describe(name),
+                expected=f"{length} bytes at {offset}",
+                got=f"{len(found)}",
                 do="The checkpoint is damaged or incomplete: restore from another one.",
-            )  # fmt: skip
+            )
         at = 0
         for view in pending:
             view[:] = found[at : at + len(view)]
@@ -115,9 +111,11 @@ class ObjectStore:
     def _checked(self, name: str) -> str:
         if not FILE_NAME.fullmatch(name):
             raise FormatError(
-                f"object name {name!r}", expected="letters, digits and _.=- in one part", got="something else",
+                f"object name {name!r}",
+                expected="letters, digits and _.=- in one part",
+                got="something else",
                 do="The checkpoint is damaged or incomplete: restore from another one.",
-            )  # fmt: skip
+            )
         return name
 
     @contextlib.contextmanager
@@ -173,18 +171,12 @@ def explained(what: str, expected: str) -> Iterator[None]:
         raise MissingFileError(what, expected=expected, got="no such object", do="Check the URL.") from error
     except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
         raise StoreError(
-            what,
-            expected=expected,
-            got="no permission",
-            do="Check the credentials in the environment, and the bucket.",
+            what, expected=expected, got="no permission", do="Check the credentials in the environment, and the bucket."
         ) from error
     except obstore.exceptions.BaseError as error:
         got = " ".join(str(error).partition("Debug source")[0].split())[:300]
         raise StoreError(
-            what,
-            expected=expected,
-            got=got,
-            do="Look at the store; checkpoints already committed are untouched.",
+            what, expected=expected, got=got, do="Look at the store; checkpoints already committed are untouched."
         ) from error
 
 
@@ -199,9 +191,11 @@ def _obstore() -> Any:
         import obstore
     except ImportError:
         raise UserError(
-            "object stores", expected="obstore to be installed", got="no such package",
+            "object stores",
+            expected="obstore to be installed",
+            got="no such package",
             do="pip install 'portatrain[remote]'",
-        ) from None  # fmt: skip
+        ) from None
     return obstore
 
 
@@ -219,10 +213,11 @@ def _connect(url: str, options: dict[str, Any]) -> Any:
         return obstore.store.from_url(url, **given)
     except (obstore.exceptions.BaseError, ValueError) as error:
         raise UserError(
-            url, expected="s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix",
+            url,
+            expected="s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix",
             got=" ".join(str(error).partition("Debug source")[0].split())[:200],
             do="Check the URL and the environment's credentials.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 class ObjectPlace:

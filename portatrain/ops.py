@@ -117,12 +117,7 @@ class Ops(Protocol):
         ...
 
     def rope_table(
-        self,
-        positions: Array,
-        head_dim: int,
-        *,
-        theta: float = 10000.0,
-        scaling: RopeScaling | None = None,
+        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
     ) -> tuple[Array, Array]:
         """(cos, sin), each positions.shape + (head_dim/2,), float32: angles positions * theta^(-2i/head_dim).
 

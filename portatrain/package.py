@@ -23,9 +23,7 @@ from portatrain.recipe import shipped_recipes
 
 PACKAGES = ("portatrain", "launchers", "checkpoints_format", "recipes")
 SUFFIXES = (".py", ".json", ".toml", ".yaml", ".html", ".typed", ".md")
-WATCHED = (
-    "jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "libtpu", "deepspeed", "torch_xla",
-)  # fmt: skip
+WATCHED = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "libtpu", "deepspeed", "torch_xla")
 """Packages whose version may change numbers, so that a difference is worth an event."""
 
 
@@ -76,9 +74,11 @@ def environment() -> dict[str, object]:
         if name:
             packages.setdefault(name, found.version)
     return {
-        "python": platform.python_version(), "platform": platform.platform(), "executable": sys.executable,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
         "packages": dict(sorted(packages.items())),
-    }  # fmt: skip
+    }
 
 
 def differences(code: str | None) -> dict[str, list[str | None]]:
@@ -118,19 +118,16 @@ def _beside(recipe: Path) -> list[Path]:
             continue
         path = Path(os.path.abspath(file))
         ours = any(path.is_relative_to(root) for root in roots)
-        if (
-            path.is_relative_to(recipe.parent)
-            and not ours
-            and "site-packages" not in path.parts
-            and path.is_file()
-        ):
+        if path.is_relative_to(recipe.parent) and not ours and "site-packages" not in path.parts and path.is_file():
             found.add(path)
     total = sum(path.stat().st_size for path in found)
     if total > 64 << 20:
         raise UserError(
-            f"recipe {recipe}", expected="at most 64 MiB of code beside it", got=f"{total >> 20} MiB",
+            f"recipe {recipe}",
+            expected="at most 64 MiB of code beside it",
+            got=f"{total >> 20} MiB",
             do="Install what it imports as a package.",
-        )  # fmt: skip
+        )
     return sorted(found)
 
 

@@ -55,9 +55,11 @@ def is_remote(where: str | Path) -> bool:
         return False
     if f"{scheme}://" not in SCHEMES:
         raise UserError(
-            str(where), expected=f"a folder, or a URL of an object store ({', '.join(SCHEMES)})",
-            got=f"{scheme}://", do="Use one of these.",
-        )  # fmt: skip
+            str(where),
+            expected=f"a folder, or a URL of an object store ({', '.join(SCHEMES)})",
+            got=f"{scheme}://",
+            do="Use one of these.",
+        )
     return True
 
 

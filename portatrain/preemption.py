@@ -39,8 +39,11 @@ MARGIN_S = 1.0
 _ASKED = 255
 """Stands for `ask` where signals have their numbers."""
 _KINDS: dict[int, str] = {
-    signal.SIGINT: "interrupt", signal.SIGTERM: "preempt", signal.SIGUSR1: "preempt", _ASKED: "preempt",
-}  # fmt: skip
+    signal.SIGINT: "interrupt",
+    signal.SIGTERM: "preempt",
+    signal.SIGUSR1: "preempt",
+    _ASKED: "preempt",
+}
 
 
 class StopSignals:

@@ -125,10 +125,7 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
         errors = Path(os.environ[LOGS]) / f"rank-{r}.log" if LOGS in os.environ else folder / f"stderr-{r}"
         tail = errors.read_text(errors="replace")[-4000:].strip() if errors.exists() else ""
-        print(
-            f"error: process {r} of {len(processes)} was ended {how}; the others were stopped.",
-            file=sys.stderr,
-        )
+        print(f"error: process {r} of {len(processes)} was ended {how}; the others were stopped.", file=sys.stderr)
         if tail:
             print(tail, file=sys.stderr)
         return 1
@@ -137,10 +134,7 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
     if found["user"] is not None:
         kind = StorageError if found["code"] == StorageError.code else UserError
         raise kind(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
-    print(
-        f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}",
-        file=sys.stderr,
-    )
+    print(f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}", file=sys.stderr)
     return 1
 
 
@@ -196,9 +190,7 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:
         return 130
     except UserError as error:
-        _report(
-            {"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code
-        )
+        _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
         return error.code
     except BaseException:
         _report(None)

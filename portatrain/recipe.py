@@ -132,8 +132,16 @@ class Recipe:
                 self._refuse(name, "a frozen dataclass", "Decorate its class with @dataclass(frozen=True).")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", self.name):
             self._refuse("name", "1 to 63 small letters, digits, '-' or '_'", "Use a name such as tiny-lm.")
-        least = {"steps": 1, "batch": 1, "accumulation": 1, "seed": 0, "max_skips": 0, "eval_batches": 1,
-                 "checkpoint_keep": 1, "probe_every": 1}  # fmt: skip
+        least = {
+            "steps": 1,
+            "batch": 1,
+            "accumulation": 1,
+            "seed": 0,
+            "max_skips": 0,
+            "eval_batches": 1,
+            "checkpoint_keep": 1,
+            "probe_every": 1,
+        }
         for name in ("eval_every", "checkpoint_every", "checkpoint_keep_every"):
             if getattr(self, name) is not None:
                 least[name] = 1
@@ -163,17 +171,14 @@ class Recipe:
         start, micro = self.batch_start, self.microbatch
         if start is None:
             if self.batch_ramp:
-                self._refuse(
-                    "batch_ramp", "0 where batch_start is none", "Set batch_start to the first batch."
-                )
+                self._refuse("batch_ramp", "0 where batch_start is none", "Set batch_start to the first batch.")
             return
         if not 0 < start <= self.batch or start % micro:
             finer = self.batch // math.gcd(max(start, 1), self.batch)
             self._refuse(
                 "batch_start",
                 f"a multiple of the microbatch, {self.batch} / {self.accumulation} = {micro}, up to {self.batch}",
-                f"Use batch_start={micro}"
-                + (f", or accumulation={finer}." if 0 < start < self.batch else "."),
+                f"Use batch_start={micro}" + (f", or accumulation={finer}." if 0 < start < self.batch else "."),
             )
         stages = (self.batch - start) // micro
         if self.batch_ramp < stages:
@@ -184,9 +189,7 @@ class Recipe:
             )
 
     def _refuse(self, field: str, expected: str, do: str) -> None:
-        raise UserError(
-            f"recipe {self.name!r}: {field}", expected=expected, got=repr(getattr(self, field)), do=do
-        )
+        raise UserError(f"recipe {self.name!r}: {field}", expected=expected, got=repr(getattr(self, field)), do=do)
 
     @property
     def microbatch(self) -> int:
@@ -217,9 +220,7 @@ class Recipe:
     @property
     def retention(self) -> Retention:
         """Which checkpoints stay."""
-        return Retention(
-            last=self.checkpoint_keep, every=self.checkpoint_keep_every, best=self.checkpoint_keep_best
-        )
+        return Retention(last=self.checkpoint_keep, every=self.checkpoint_keep_every, best=self.checkpoint_keep_best)
 
     def describe(self) -> Definition:
         """The model, built, with what the recipe adds to it."""
@@ -252,9 +253,7 @@ class Recipe:
                 if not any(fnmatchcase(name, pattern) for name in known):
                     raise choice(f"recipe {self.name}: pattern {pattern!r} of {field}", pattern, known)
         if not any(self.trains(name) for name in known):
-            self._refuse(
-                "trainable", "at least one parameter to train", f"The model has: {', '.join(known)}."
-            )
+            self._refuse("trainable", "at least one parameter to train", f"The model has: {', '.join(known)}.")
 
     @property
     def sha256(self) -> str:
@@ -271,10 +270,7 @@ class Recipe:
         loaded = config.from_json(dict(data))
         if not isinstance(loaded, Recipe):
             raise UserError(
-                "recipe",
-                expected="the JSON of a Recipe",
-                got=type(loaded).__name__,
-                do="Pass what to_json returned.",
+                "recipe", expected="the JSON of a Recipe", got=type(loaded).__name__, do="Pass what to_json returned."
             )
         return loaded
 
@@ -356,10 +352,7 @@ def _import_file(path: Path, shipped: Mapping[str, str], *, what: str) -> Module
     module_name = f"recipe_file_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
     previous = sys.modules.get(module_name)
     source = _run(what, path.read_bytes)
-    if previous is not None and (previous.__file__, getattr(previous, "__source__", None)) == (
-        str(path),
-        source,
-    ):
+    if previous is not None and (previous.__file__, getattr(previous, "__source__", None)) == (str(path), source):
         return previous  # as with any import: its classes are the same ones the second time
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))

@@ -81,9 +81,11 @@ def parse(text: str) -> Policy:
     names = rest.split("+")
     if not all(_NAME.fullmatch(n) for n in names) or len(set(names)) != len(names):
         raise UserError(
-            f"remat {text!r}", expected=f"names of activations, each once, joined by '+', as in {kind}:qkv+attention",
-            got=repr(rest), do=f"The portable layers name {', '.join(ACTIVATIONS)}; a model names more with ops.name.",
-        )  # fmt: skip
+            f"remat {text!r}",
+            expected=f"names of activations, each once, joined by '+', as in {kind}:qkv+attention",
+            got=repr(rest),
+            do=f"The portable layers name {', '.join(ACTIVATIONS)}; a model names more with ops.name.",
+        )
     return Policy(name=text, names=frozenset(names), offload=kind == "offload")
 
 

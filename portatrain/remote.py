@@ -18,9 +18,10 @@ from portatrain import object_store
 from portatrain.errors import StorageError, UserError
 
 RETRY = {
-    "max_retries": 5, "retry_timeout": timedelta(seconds=15),
+    "max_retries": 5,
+    "retry_timeout": timedelta(seconds=15),
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=3), "base": 2},
-}  # fmt: skip
+}
 PART_BYTES = 32 << 20
 Version = dict[str, str]
 
@@ -72,9 +73,11 @@ class Objects:
                 made = object_store.in_one_step(self._store, name, data, mode, RETRY)
             except (self._api.exceptions.NotSupportedError, NotImplementedError):
                 raise UserError(
-                    f"object {self.url}/{name}", expected="a store with conditional writes", got="one without",
+                    f"object {self.url}/{name}",
+                    expected="a store with conditional writes",
+                    got="one without",
                     do="Use a store that has them (S3, Google Cloud Storage, Azure): a claim must be one step.",
-                ) from None  # fmt: skip
+                ) from None
         return None if made is None else _version(made)
 
     def put(self, name: str, data: bytes | Path) -> None:

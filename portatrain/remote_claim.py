@@ -32,16 +32,17 @@ class RemoteClaim:
     """See `portatrain.claim.Holding`. `released()` is called once, before it is given up."""
 
     def __init__(
-        self, objects: Objects, owner: Owner, version: Version, *, taken_over: Owner | None, adopted: bool,
+        self,
+        objects: Objects,
+        owner: Owner,
+        version: Version,
+        *,
+        taken_over: Owner | None,
+        adopted: bool,
         released: Callable[[], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.objects, self.owner, self.taken_over, self.adopted = objects, owner, taken_over, adopted
-        self._version, self._released, self._until_s, self._lost = (
-            version,
-            released,
-            _now_s() + LEASE_S,
-            False,
-        )
+        self._version, self._released, self._until_s, self._lost = (version, released, _now_s() + LEASE_S, False)
         self._lock, self._stop = threading.RLock(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="portatrain-claim", daemon=True)
         self._thread.start()
@@ -57,9 +58,7 @@ class RemoteClaim:
             dead = _owner(found[0], objects)
             if dead is not None:
                 if dead.is_ours:
-                    return RemoteClaim(
-                        objects, dead, found[1], taken_over=None, adopted=True, released=released
-                    )
+                    return RemoteClaim(objects, dead, found[1], taken_over=None, adopted=True, released=released)
                 if not is_over(objects, dead):
                     raise in_use(objects.url, dead)
             version = objects.replace(NAME, _body(me), found[1])
@@ -125,9 +124,7 @@ class RemoteClaim:
             self._thread.join()
         if not self.adopted and not self._lost:
             with self._lock:
-                self.objects.replace(
-                    NAME, json.dumps({"released": secrets.token_hex(8)}).encode(), self._version
-                )
+                self.objects.replace(NAME, json.dumps({"released": secrets.token_hex(8)}).encode(), self._version)
 
 
 def holder(objects: Objects) -> Owner | None:
@@ -166,9 +163,11 @@ def _owner(data: bytes, objects: Objects) -> Owner | None:
         return Owner(**{f.name: row[f.name] for f in fields(Owner)})
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"object {objects.url}/{NAME}", expected="a claim that portatrain wrote", got=str(error),
+            f"object {objects.url}/{NAME}",
+            expected="a claim that portatrain wrote",
+            got=str(error),
             do="Remove it if no process uses this run directory.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _now_s() -> float:

@@ -49,9 +49,11 @@ class RemoteRun(RunDir):
         name = self.url.rpartition("/")[2]
         if not name or self.url.count("/") < 3:
             raise UserError(
-                f"run directory {url}", expected="a bucket and a name below it, as in s3://bucket/runs/NAME",
-                got="no name", do="Add one.",
-            )  # fmt: skip
+                f"run directory {url}",
+                expected="a bucket and a name below it, as in s3://bucket/runs/NAME",
+                got="no name",
+                do="Add one.",
+            )
         kind = "work" if work else "view"
         super().__init__(scratch() / kind / hashlib.sha256(self.url.encode()).hexdigest()[:12] / name)
         self.objects, self._work = Objects(self.url), work
@@ -82,9 +84,7 @@ class RemoteRun(RunDir):
         for folder in ("attempts", "jobs"):
             if folder in folders:
                 there |= {o.name: o.tag for o in self.objects.below(folder)}
-        wanted = {
-            n: tag for n, tag in there.items() if _is_record(n) or (logs and n.endswith((".log", ".txt")))
-        }
+        wanted = {n: tag for n, tag in there.items() if _is_record(n) or (logs and n.endswith((".log", ".txt")))}
         self.path.mkdir(parents=True, exist_ok=True)
         index = self.path / TAGS
         known: dict[str, str] = files.read_json(index) if index.exists() else {}
@@ -103,9 +103,11 @@ class RemoteRun(RunDir):
         path = self.path / name
         if ".." in path.parts:
             raise UserError(
-                f"object {self.url}/{name}", expected="a name that portatrain wrote", got="one that leaves the folder",
+                f"object {self.url}/{name}",
+                expected="a name that portatrain wrote",
+                got="one that leaves the folder",
                 do="Look who else writes there.",
-            )  # fmt: skip
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
         os.close(handle)
@@ -180,10 +182,7 @@ class RemoteRun(RunDir):
     def send(self) -> None:
         began_s = time.monotonic()
         with self._sending:
-            for path in [
-                *(self.path / (self._attempt or "attempts/0")).glob("*"),
-                *self.path.glob("jobs/*.log"),
-            ]:
+            for path in [*(self.path / (self._attempt or "attempts/0")).glob("*"), *self.path.glob("jobs/*.log")]:
                 if not path.is_file() or path.name[0] == ".":
                     continue
                 stat = path.stat()
@@ -235,9 +234,11 @@ def scratch() -> Path:
             return folder.absolute()
     except OSError as error:
         raise UserError(
-            f"folder {folder}", expected="a place for this machine's copy of a run that is in an object store",
-            got=str(error), do=f"Set {SCRATCH} to a folder that can be written to.",
-        ) from error  # fmt: skip
+            f"folder {folder}",
+            expected="a place for this machine's copy of a run that is in an object store",
+            got=str(error),
+            do=f"Set {SCRATCH} to a folder that can be written to.",
+        ) from error
 
 
 def run_names(where: str) -> list[str]:

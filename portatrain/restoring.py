@@ -29,9 +29,12 @@ BUDGET_BYTES = 512 << 20
 
 
 def boxes_of(
-    program: Program, process: int = 0, processes: int = 1, shares: Shares | None = None,
+    program: Program,
+    process: int = 0,
+    processes: int = 1,
+    shares: Shares | None = None,
     owners: Sequence[int] | None = None,
-) -> dict[str, list[Box]]:  # fmt: skip
+) -> dict[str, list[Box]]:
     """By full name what process `process` asks for of every tensor, a box a device, in the order of the checkpoint:
     what the layout says that it holds, of the tensors in `shares` its part of that. `owners` as in `shares_of`."""
     layout, shares = program.layout, shares or {}
@@ -93,9 +96,7 @@ class Restoring:
     Raises (read): UserError for damage, with tensor and file, and for a tensor that the checkpoint has not.
     """
 
-    def __init__(
-        self, reader: Reader, boxes: Mapping[str, Sequence[Box]], *, budget_bytes: int = BUDGET_BYTES
-    ) -> None:
+    def __init__(self, reader: Reader, boxes: Mapping[str, Sequence[Box]], *, budget_bytes: int = BUDGET_BYTES) -> None:
         self._reader, self._boxes, self._budget_bytes = reader, boxes, budget_bytes
         self._tensors = {t.name: t for t in reader.layout.tensors}
         self._shared = _Shared(deque(n for n in boxes if n in self._tensors))
@@ -192,9 +193,7 @@ class Restoring:
                 self._give_up()
             names: list[str] = []
             used = 0
-            while shared.waiting and (
-                not names or used + self._nbytes(shared.waiting[0]) <= self._group_bytes
-            ):
+            while shared.waiting and (not names or used + self._nbytes(shared.waiting[0]) <= self._group_bytes):
                 names.append(shared.waiting.popleft())
                 used += self._nbytes(names[-1])
             shared.reading.update(names)

@@ -32,9 +32,11 @@ class Retention:
         sign, colon, name = (self.best or "").partition(":")
         if sign not in ("min", "max") or not colon or not name:
             raise UserError(
-                "checkpoint_keep_best", expected="min:NAME or max:NAME", got=repr(self.best),
+                "checkpoint_keep_best",
+                expected="min:NAME or max:NAME",
+                got=repr(self.best),
                 do="A usual one is min:loss, by the validation loss.",
-            )  # fmt: skip
+            )
         return sign, name
 
     def kept(self, steps: Iterable[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:

@@ -182,8 +182,7 @@ def truncated_normal(
     cuts = [work.items * t // threads for t in range(threads + 1)]
     with ThreadPoolExecutor(threads) as pool:
         jobs = [
-            pool.submit(work.fill, out.reshape(-1), _Stream(key), scale, lo, hi)
-            for lo, hi in itertools.pairwise(cuts)
+            pool.submit(work.fill, out.reshape(-1), _Stream(key), scale, lo, hi) for lo, hi in itertools.pairwise(cuts)
         ]
         for job in jobs:
             job.result()

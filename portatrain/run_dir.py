@@ -123,9 +123,7 @@ class RunDir:
 
     def _writable(self, what: str) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(
-                what, expected="a folder, or a name that is free", got="a file", do="Choose another name."
-            )
+            raise UserError(what, expected="a folder, or a name that is free", got="a file", do="Choose another name.")
         _check_writable(what, existing_ancestor(self.path))
 
     # ---- for all
@@ -255,16 +253,12 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        files.write_json(
-            folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info}
-        )
+        files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
             attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:
             dead = claim.taken_over
-            attempt.event(
-                "claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s
-            )
+            attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
         self.send()
         return attempt
 
@@ -360,9 +354,7 @@ def code_sha256(recipe: Recipe) -> str:
 def _differences(old: object, new: object, path: str = "") -> set[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         keys = {*old, *new}
-        return set().union(
-            *(_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys)
-        )
+        return set().union(*(_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys))
     return set() if old == new else {path}
 
 

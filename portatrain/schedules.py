@@ -35,9 +35,7 @@ class Schedule:
         """The multiplier at ``step`` (from 1) of a run of ``steps``; UserError as in ``check``."""
         self.check(steps)
         if step < 1:
-            raise UserError(
-                "a schedule's step", expected="1 or more", got=str(step), do="Count steps from 1."
-            )
+            raise UserError("a schedule's step", expected="1 or more", got=str(step), do="Count steps from 1.")
         step = min(step, steps)
         return step / self.warmup if step < self.warmup else self.curve(step, steps)
 
@@ -45,8 +43,9 @@ class Schedule:
         """Raise UserError unless the schedule fits a run of ``steps``; to be asked before training."""
         name = type(self).__name__
         if steps < 1:
-            raise UserError(f"{name} schedule", expected="a run of at least 1 step", got=str(steps),
-                            do="Give the run more steps.")  # fmt: skip
+            raise UserError(
+                f"{name} schedule", expected="a run of at least 1 step", got=str(steps), do="Give the run more steps."
+            )
         if self.warmup > steps:
             raise UserError(
                 f"{name}.warmup",

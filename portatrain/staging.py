@@ -43,9 +43,12 @@ class Staging:
     """
 
     def __init__(
-        self, boxes: Iterable[tuple[str, Box, Callable[[], np.ndarray]]], item_bytes: Mapping[str, int], *,
+        self,
+        boxes: Iterable[tuple[str, Box, Callable[[], np.ndarray]]],
+        item_bytes: Mapping[str, int],
+        *,
         budget_bytes: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._turn = {name: number for number, name in enumerate(item_bytes)}
         self._copies = sorted(
             (_Copy(n, b, f, math.prod(b.shape) * item_bytes[n], math.prod(b.shape)) for n, b, f in boxes),
@@ -161,9 +164,11 @@ def given_budget_bytes() -> int | None:
         gib = -1.0
     if not 0 <= gib < float("inf"):
         raise UserError(
-            f"environment variable {BUDGET}", expected="a number of GiB, such as 2.5", got=repr(given),
+            f"environment variable {BUDGET}",
+            expected="a number of GiB, such as 2.5",
+            got=repr(given),
             do="Correct it, or unset it: then half of the free memory is taken.",
-        )  # fmt: skip
+        )
     return int(gib * 2**30)
 
 

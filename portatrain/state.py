@@ -25,12 +25,18 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
     """The optimizer's slots for the parameter `info`, each as a logical tensor of role 'opt/<slot>'."""
     return {
         slot: TensorInfo(
-            name=info.name, role=f"opt/{slot}", shape=what.shape, axes=what.axes, batch_dims=info.batch_dims,
-            inputs=0, init=Constant(value=0.0), stack_dims=info.stack_dims,
+            name=info.name,
+            role=f"opt/{slot}",
+            shape=what.shape,
+            axes=what.axes,
+            batch_dims=info.batch_dims,
+            inputs=0,
+            init=Constant(value=0.0),
+            stack_dims=info.stack_dims,
             dtype=info.dtype if what.dtype == "float32" else what.dtype,
         )
         for slot, what in rule.rule_for(info).slots(info).items()
-    }  # fmt: skip
+    }
 
 
 def initial_box(tensor: TensorInfo, seed: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

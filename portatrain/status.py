@@ -26,9 +26,7 @@ from portatrain.errors import UserError
 from portatrain.places import is_remote, place_of
 from portatrain.run_dir import RunDir, merge, open_run
 
-STATES = (
-    "QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST",
-)  # fmt: skip
+STATES = ("QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST")
 OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
@@ -93,18 +91,22 @@ def find(name: str, runs: str | Path) -> RunDir:
             return run
         if is_remote(name):
             raise UserError(
-                f"run {name}", expected="a run of portatrain, with a run.json", got="none below that URL",
+                f"run {name}",
+                expected="a run of portatrain, with a run.json",
+                got="none below that URL",
                 do="`launch list --runs URL` lists the runs below one.",
-            )  # fmt: skip
+            )
     for path in (Path(runs) / name, Path(name)) if not is_remote(runs) else ():
         if _is_run(path):
             return RunDir(path)
     known = names(runs)
     if not known:
         raise UserError(
-            f"run {name!r}", expected=f"a run in {runs}", got="none there",
+            f"run {name!r}",
+            expected=f"a run in {runs}",
+            got="none there",
             do="Give --runs DIR where your runs are elsewhere, or the run directory's path.",
-        )  # fmt: skip
+        )
     raise choice(f"run {name!r} in {runs}", name, known)
 
 
@@ -142,12 +144,19 @@ def status(run: RunDir) -> Status:
     info = run.run_info() if (run.path / "run.json").exists() else {}
     trained = sum(len(r) for r in rows.values())
     return Status(
-        run=run.path.name, state=_state(run, owner, numbers, last), owner=owner,
-        step=curve[-1]["step"] if curve else 0, steps=info.get("recipe", {}).get("steps", 0),
-        loss=curve[-1]["loss"] if curve else None, tokens_per_s=_rate(rows[numbers[-1]] if numbers else []),
-        committed=committed(run), lost_s=_lost_s(attempts, rows, curve), trained_again=trained - len(curve),
-        attempts=attempts, why=next((str(e["why"]) for e in reversed(last) if e.get("why")), ""),
-    )  # fmt: skip
+        run=run.path.name,
+        state=_state(run, owner, numbers, last),
+        owner=owner,
+        step=curve[-1]["step"] if curve else 0,
+        steps=info.get("recipe", {}).get("steps", 0),
+        loss=curve[-1]["loss"] if curve else None,
+        tokens_per_s=_rate(rows[numbers[-1]] if numbers else []),
+        committed=committed(run),
+        lost_s=_lost_s(attempts, rows, curve),
+        trained_again=trained - len(curve),
+        attempts=attempts,
+        why=next((str(e["why"]) for e in reversed(last) if e.get("why")), ""),
+    )
 
 
 def _state(run: RunDir, owner: Owner | None, numbers: list[int], last: list[dict[str, Any]]) -> str:
@@ -163,9 +172,12 @@ def _state(run: RunDir, owner: Owner | None, numbers: list[int], last: list[dict
             return "STARTING"
         if "stopping" in kinds:
             return "PREEMPTING"
-        return "RUNNING" if (run.path / "attempts" / str(numbers[-1]) / "metrics.jsonl").exists() and run.rows(
-            numbers[-1], "metrics"
-        ) else "STARTING"  # fmt: skip
+        return (
+            "RUNNING"
+            if (run.path / "attempts" / str(numbers[-1]) / "metrics.jsonl").exists()
+            and run.rows(numbers[-1], "metrics")
+            else "STARTING"
+        )
     if not numbers:
         return "QUEUED"
     how = ended(last)
@@ -184,22 +196,23 @@ def ended(events: list[dict[str, Any]]) -> str:
 
 
 def _attempt(
-    run: RunDir,
-    number: int,
-    events: list[dict[str, Any]],
-    rows: list[dict[str, Any]],
-    curve: list[dict[str, Any]],
+    run: RunDir, number: int, events: list[dict[str, Any]], rows: list[dict[str, Any]], curve: list[dict[str, Any]]
 ) -> AttemptStatus:
     path = run.path / "attempts" / str(number) / "attempt.json"
     about = files.read_json(path) if path.exists() else {}
     place = " ".join(str(about[k]) for k in ("cluster", "host") if about.get(k))
     seams = [e.get("verdict", "") for e in events if e["event"] == "resumed"]
     return AttemptStatus(
-        number=number, where=place, backend=str(about.get("backend", "")), mesh=str(about.get("mesh", "")),
+        number=number,
+        where=place,
+        backend=str(about.get("backend", "")),
+        mesh=str(about.get("mesh", "")),
         began_unix_s=float(about.get("began_unix_s", events[0]["unix_s"] if events else 0.0)),
         steps=(rows[0]["step"], rows[-1]["step"]) if rows else None,
-        kept=sum(row["attempt"] == number for row in curve), ended=ended(events), verdict=seams[-1] if seams else "",
-    )  # fmt: skip
+        kept=sum(row["attempt"] == number for row in curve),
+        ended=ended(events),
+        verdict=seams[-1] if seams else "",
+    )
 
 
 def _rate(rows: list[dict[str, Any]]) -> float | None:
@@ -211,9 +224,7 @@ def _rate(rows: list[dict[str, Any]]) -> float | None:
     return tokens / sum(row["step_s"] for row in recent)
 
 
-def _lost_s(
-    attempts: list[AttemptStatus], rows: dict[int, list[dict[str, Any]]], curve: list[dict[str, Any]]
-) -> float:
+def _lost_s(attempts: list[AttemptStatus], rows: dict[int, list[dict[str, Any]]], curve: list[dict[str, Any]]) -> float:
     began = {a.number: a.began_unix_s for a in attempts}
     spans: dict[int, tuple[float, float]] = {}
     for row in curve:

@@ -59,9 +59,17 @@ def train(
     losses that are not finite.
     """
     return Trainer(
-        recipe, run, backend=backend, mesh=mesh, devices=devices, stop_at=stop_at, accept_drift=accept_drift,
-        checkpoints=checkpoints, sinks=sinks, signals=signals,
-    ).run()  # fmt: skip
+        recipe,
+        run,
+        backend=backend,
+        mesh=mesh,
+        devices=devices,
+        stop_at=stop_at,
+        accept_drift=accept_drift,
+        checkpoints=checkpoints,
+        sinks=sinks,
+        signals=signals,
+    ).run()
 
 
 def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
@@ -142,9 +150,13 @@ class Trainer:
             attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
-                self.run_dir.checkpoints(self._where), keep=self.recipe.retention, save_name=f"a{attempt.number}",
-                process=self.backend.process, processes=self.backend.processes, guard=attempt.guard,
-            )  # fmt: skip
+                self.run_dir.checkpoints(self._where),
+                keep=self.recipe.retention,
+                save_name=f"a{attempt.number}",
+                process=self.backend.process,
+                processes=self.backend.processes,
+                guard=attempt.guard,
+            )
             found = self._newest(attempt)
             self.step = int(found.meta["step"]) if found else 0
             self._info = run_info(self, attempt.number, about)
@@ -194,10 +206,16 @@ class Trainer:
             stack.enter_context(attempt)
             if isinstance(attempt, Attempt):
                 self.sinks.append(JsonlSink(attempt))
-            self._stop = stack.enter_context(Leaving(
-                attempt, self.run_dir.path, process=self.backend.process, processes=self.backend.processes,
-                signals=signals, sinks=self.sinks,
-            ))  # fmt: skip
+            self._stop = stack.enter_context(
+                Leaving(
+                    attempt,
+                    self.run_dir.path,
+                    process=self.backend.process,
+                    processes=self.backend.processes,
+                    signals=signals,
+                    sinks=self.sinks,
+                )
+            )
         if first:
             self.backend.agree(attempt.number)
         return attempt
@@ -206,9 +224,7 @@ class Trainer:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
         if not self.backend.process and not self.run_dir.locks:
             self.checkpoints.remove_unfinished()
-        found = self.checkpoints.newest(
-            lambda text: attempt.event("checkpoint_damaged", what=text), self.backend.agree
-        )
+        found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text), self.backend.agree)
         return found[1] if found else None
 
     def _asked(self) -> str | None:
@@ -246,9 +262,7 @@ class Trainer:
                     self._record(*pending)
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
-                saves = (
-                    recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
-                )
+                saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
                 if (evaluates or saves) and pending is not None:  # what they follow is on the curve first
                     self._record(*pending)
                     pending = None
@@ -272,12 +286,8 @@ class Trainer:
         recipe = self.recipe
         self._saves += 1
         probes = last or (self._saves - 1) % recipe.probe_every == 0
-        found = continuity.record(
-            self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes
-        )
-        found |= {
-            "recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)
-        }  # fmt: skip
+        found = continuity.record(self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes)
+        found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)}
         if self._last_eval is not None and self._last_eval.step == self.step:
             found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
         skips = recipe.checkpoint_busy == "skip" and not last
@@ -363,17 +373,25 @@ class Trainer:
             return
         began_s = time.perf_counter()
         found = evaluate(
-            self.backend, self.state, self.data.validation, batch=self.recipe.batch, batches=batches,
+            self.backend,
+            self.state,
+            self.data.validation,
+            batch=self.recipe.batch,
+            batches=batches,
             stopped=lambda: self._asked() is not None,
-        )  # fmt: skip
+        )
         if found is None:
             return
         now_s = time.perf_counter()
         loss, samples, metrics = found
         self._last_eval = EvalRecord(
-            step=self.step, loss=loss, samples=samples, metrics=metrics, time_s=now_s - self._began_s,
+            step=self.step,
+            loss=loss,
+            samples=samples,
+            metrics=metrics,
+            time_s=now_s - self._began_s,
             eval_s=now_s - began_s,
-        )  # fmt: skip
+        )
         for sink in self.sinks:
             sink.eval(self._last_eval)
         for hook in self.recipe.hooks:

@@ -38,9 +38,14 @@ class Watchdog:
     """
 
     def __init__(
-        self, folder: Path, *, process: int, processes: int, tell: Callable[[dict[str, Any]], None],
+        self,
+        folder: Path,
+        *,
+        process: int,
+        processes: int,
+        tell: Callable[[dict[str, Any]], None],
         cancelled: Callable[[], None],
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.folder, self.process, self.processes, self.tell = folder, process, processes, tell
         self.cancelled: Callable[[], None] | None = cancelled
         given = os.environ.get(LIMIT)
@@ -93,9 +98,13 @@ class Watchdog:
     def _beat(self) -> None:
         path = self._beats / f"rank-{self.process}.json"
         row = {
-            "process": self.process, "host": host_name(), "step": self.step, "phase": self.phase,
-            "for_s": round(time.monotonic() - self._since_s, 1), "unix_s": time.time(),
-        }  # fmt: skip
+            "process": self.process,
+            "host": host_name(),
+            "step": self.step,
+            "phase": self.phase,
+            "for_s": round(time.monotonic() - self._since_s, 1),
+            "unix_s": time.time(),
+        }
         try:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(row))
@@ -113,9 +122,14 @@ class Watchdog:
         time.sleep(2 * min(BEAT_S, self.limit_s / 4))  # so that what the others say of themselves is of now
         found = behind(beats(self.folder), self.processes)
         fields = {
-            "process": self.process, "host": host_name(), "step": self.step, "phase": self.phase,
-            "for_s": round(time.monotonic() - self._since_s, 1), "stacks": stacks.name, "behind": found,
-        }  # fmt: skip
+            "process": self.process,
+            "host": host_name(),
+            "step": self.step,
+            "phase": self.phase,
+            "for_s": round(time.monotonic() - self._since_s, 1),
+            "stacks": stacks.name,
+            "behind": found,
+        }
         telling = threading.Thread(target=self.tell, args=(fields,), daemon=True)
         telling.start()
         telling.join(2.0)

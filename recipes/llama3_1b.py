@@ -30,9 +30,7 @@ def recipe() -> Recipe:
             rope_theta=500_000.0,
             rope_scaling=RopeScaling(factor=32.0),
         ),
-        data=TokenMemmap(
-            paths=(), seq_len=8192, vocab=128_256, dtype="uint32", separator=128_000, validation=0.001
-        ),
+        data=TokenMemmap(paths=(), seq_len=8192, vocab=128_256, dtype="uint32", separator=128_000, validation=0.001),
         # The released model was distilled from larger ones; this is the 8B's recipe.
         optimizer=AdamW(lr=3e-4, b2=0.95, weight_decay=0.1),
         schedule=Cosine(warmup=8000, min_ratio=0.01),

@@ -30,9 +30,7 @@ def recipe() -> Recipe:
             rope_theta=500_000.0,
             rope_scaling=RopeScaling(factor=8.0),
         ),
-        data=TokenMemmap(
-            paths=(), seq_len=8192, vocab=128_256, dtype="uint32", separator=128_000, validation=0.001
-        ),
+        data=TokenMemmap(paths=(), seq_len=8192, vocab=128_256, dtype="uint32", separator=128_000, validation=0.001),
         # Peak learning rate, warm-up and decay: The Llama 3 Herd of Models (2024), table 3 and section 3.4.1.
         optimizer=AdamW(lr=3e-4, b2=0.95, weight_decay=0.1),
         schedule=Cosine(warmup=8000, min_ratio=0.01),

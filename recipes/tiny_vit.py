@@ -13,16 +13,7 @@ def recipe() -> Recipe:
     return Recipe(
         name="tiny-vit",
         model=ViTConfig(
-            rows=8,
-            columns=8,
-            channels=1,
-            patch=2,
-            classes=10,
-            embed=64,
-            layers=4,
-            heads=4,
-            mlp=192,
-            dropout=0.1,
+            rows=8, columns=8, channels=1, patch=2, classes=10, embed=64, layers=4, heads=4, mlp=192, dropout=0.1
         ),
         data=Digits(),
         # Some 1,400 images are soon known by heart: it is the strong decay that makes the rest of them readable.

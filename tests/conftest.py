@@ -26,9 +26,7 @@ from hypothesis import HealthCheck, settings  # noqa: E402
 settings.register_profile(
     "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-settings.register_profile(
-    "explore", parent=settings.get_profile("fixed"), derandomize=False, max_examples=1000
-)
+settings.register_profile("explore", parent=settings.get_profile("fixed"), derandomize=False, max_examples=1000)
 settings.load_profile("fixed")
 
 

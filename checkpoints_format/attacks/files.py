@@ -119,10 +119,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "byte after root": (resize(ROOT, 1), f"{ROOT}.*bytes, as COMMIT says"),
     "empty COMMIT": (resize(COMMIT, -(1 << 30)), "COMMIT.*JSON"),
     "no pack": (delete(PACK), f"{PACK}, tensor 'params/wide'.*no such file"),
-    "no last pack": (
-        delete("pack-golden-1-00003-0000.safetensors"),
-        "pack-golden-1-00003-0000.*no such file",
-    ),
+    "no last pack": (delete("pack-golden-1-00003-0000.safetensors"), "pack-golden-1-00003-0000.*no such file"),
     "no root": (delete(ROOT), f"{ROOT}.*the file"),
     "no COMMIT": (delete(COMMIT), "COMMIT.*whole"),
     "packs swapped": (swap, f"{PACK}|{OTHER}"),

@@ -151,10 +151,7 @@ ROOTS: dict[str, tuple[Change, str]] = {
     "box of nobody": (_one_tensor(boxes=[[1, [0], [8]]]), "'w'.*writers from 0 to 0"),
     "crossing boxes": (_one_tensor(shape=[4000, 4000], tile=[1, 8], boxes=_comb(4000)), "'w'.*overlap|cover"),
     "too few packs": (_put([], "packs", 0), "packs of writer 0|packs of a writer|golden-1"),
-    "too many packs": (
-        lambda root: root | {"packs": [[*w, w[-1]] for w in root["packs"]]},
-        "packs of writer",
-    ),
+    "too many packs": (lambda root: root | {"packs": [[*w, w[-1]] for w in root["packs"]]}, "packs of writer"),
     "packs of too few writers": (lambda root: root | {"packs": root["packs"][:3]}, "packs of 4 writers"),
     "length of a pack": (_put(1 << 61, "packs", 0, 0, 0), "00000-0000.*bytes by the layout"),
     "data before the file": (_put(0, "packs", 0, 0, 1), "packs as"),

@@ -32,9 +32,7 @@ def values(tensor: Tensor) -> np.ndarray:
 
 def kinds() -> Layout:
     """One writer, one of every dtype, scalars, empty tensors."""
-    tensors = [
-        Tensor(name=f"params/{dtype}", dtype=dtype, shape=(3, 5), axes=("embed", "mlp")) for dtype in NUMPY
-    ]
+    tensors = [Tensor(name=f"params/{dtype}", dtype=dtype, shape=(3, 5), axes=("embed", "mlp")) for dtype in NUMPY]
     tensors += [
         Tensor(name="opt/count", dtype="int32", shape=(), role="opt"),
         Tensor(name="state/flag", dtype="bool", shape=(), role="state"),
@@ -54,9 +52,7 @@ def mesh() -> Layout:
     flat = tuple((w, box) for w, start, stop in ranges for box in flat_range_boxes((4, 5, 12), start, stop))
     square = (("fsdp",), ("tensor",))
     tensors = (
-        Tensor(
-            name="params/wide", dtype="bfloat16", shape=(24, 40), tile=(5, 16), placement=Sharded(spec=square)
-        ),
+        Tensor(name="params/wide", dtype="bfloat16", shape=(24, 40), tile=(5, 16), placement=Sharded(spec=square)),
         Tensor(
             name="params/deep",
             dtype="float32",

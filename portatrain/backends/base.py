@@ -135,9 +135,7 @@ class Backend(Protocol):
         """A state whose every box comes from `read(role, name, offset, shape)`."""
         ...
 
-    def step(
-        self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float
-    ) -> tuple[Any, StepResult]:
+    def step(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> tuple[Any, StepResult]:
         """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
         ...
 
@@ -191,9 +189,7 @@ class Backend(Protocol):
         ...
 
     @classmethod
-    def differentiate(
-        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
-    ) -> tuple[Any, tuple]:
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         """(value, gradients with respect to every floating array of `args`) of a scalar `fn(ops, *args)`."""
         ...
 
@@ -258,15 +254,19 @@ def backend_class(name: str) -> type[Backend]:
         found = point.load()
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"backend {name}", expected=f"{point.value} to import", got=f"{type(error).__name__}: {error}",
+            f"backend {name}",
+            expected=f"{point.value} to import",
+            got=f"{type(error).__name__}: {error}",
             do="Mend or remove the package that registers it under portatrain.backends.",
-        ) from error  # fmt: skip
+        ) from error
     lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
     if lacks:
         raise UserError(
-            f"backend {name}", expected="a class with the verbs of portatrain.backends.base.Backend",
-            got=f"one without {', '.join(lacks)}", do="Add them; `python -m portatrain.testing` checks what they do.",
-        )  # fmt: skip
+            f"backend {name}",
+            expected="a class with the verbs of portatrain.backends.base.Backend",
+            got=f"one without {', '.join(lacks)}",
+            do="Add them; `python -m portatrain.testing` checks what they do.",
+        )
     return found
 
 

@@ -31,10 +31,7 @@ def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     if found.is_done:
         raise UserError(
-            f"run {found.path.name}",
-            expected="a run that is not over",
-            got="one that is finished",
-            do="Nothing to do.",
+            f"run {found.path.name}", expected="a run that is not over", got="one that is finished", do="Nothing to do."
         )
     # The mark first: whatever ends from now on knows that it was no preemption, and saves; a running attempt looks
     # for it every two seconds, wherever it is.
@@ -43,9 +40,11 @@ def run(args: argparse.Namespace) -> int:
             found.put("CANCELLED", {"unix_s": time.time()})
     except OSError as error:
         raise UserError(
-            f"run directory {found.where}", expected="permission to write there", got=str(error),
+            f"run directory {found.where}",
+            expected="permission to write there",
+            got=str(error),
             do="Ask its owner to cancel it.",
-        ) from error  # fmt: skip
+        ) from error
     owner = found.owner()
     if not args.no_wait and owner is not None:
         _wait(found, first_s=20.0)

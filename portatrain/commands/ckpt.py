@@ -33,20 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", metavar="COMMAND", required=True)
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
-        return commands.add_parser(
-            name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
-        )
+        return commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
 
     def path(made: argparse.ArgumentParser, name: str = "path") -> None:
-        about = (
-            "a run directory, a checkpoint's folder, or the URL of either's checkpoints in an object store"
-        )
+        about = "a run directory, a checkpoint's folder, or the URL of either's checkpoints in an object store"
         made.add_argument(name, metavar=name.upper(), help=about)
 
     def step(made: argparse.ArgumentParser) -> None:
-        made.add_argument(
-            "--step", metavar="N", type=int, help="of a run directory: this step, not the newest"
-        )
+        made.add_argument("--step", metavar="N", type=int, help="of a run directory: this step, not the newest")
 
     def as_json(made: argparse.ArgumentParser) -> None:
         made.add_argument("--json", action="store_true", help="print data for programs")
@@ -67,24 +61,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     made = command("export", "write a checkpoint in another format")
     path(made)
     made.add_argument("out", metavar="OUT", type=options.folder, help="the folder to make")
-    made.add_argument("--to", required=True, choices=TO, help="huggingface: weights that transformers loads; orbax, "
-                      "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state")  # fmt: skip
+    made.add_argument(
+        "--to",
+        required=True,
+        choices=TO,
+        help="huggingface: weights that transformers loads; orbax, "
+        "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state",
+    )
     made.add_argument("--ema", action="store_true", help="huggingface: the averaged weights")
     step(made)
     made = command("import", "begin a run from a checkpoint in another format")
     made.add_argument("source", metavar="SOURCE", type=options.folder, help="the folder to read")
     options.add_recipe(made)
+    made.add_argument("--run-dir", metavar="DIR", type=options.folder, required=True, help="the run directory to make")
     made.add_argument(
-        "--run-dir", metavar="DIR", type=options.folder, required=True, help="the run directory to make"
+        "--from",
+        dest="format",
+        required=True,
+        choices=FROM,
+        help="the format of SOURCE (dcp keeps its metadata as a pickle: import only what you trust)",
     )
-    made.add_argument("--from", dest="format", required=True, choices=FROM, help="the format of SOURCE (dcp keeps its "
-                      "metadata as a pickle: import only what you trust)")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"ls": ls, "show": show, "verify": verify, "diff": diff, "export": export, "import": bring}[
-        args.what
-    ](args)
+    return {"ls": ls, "show": show, "verify": verify, "diff": diff, "export": export, "import": bring}[args.what](args)
 
 
 def ls(args: argparse.Namespace) -> int:
@@ -101,9 +101,13 @@ def ls(args: argparse.Namespace) -> int:
                 reader = Reader(store)
                 files = [record for records in reader.root.packs for record in records]
                 row |= {
-                    "state": "committed", "bytes": sum(r.length for r in files), "packs": len(files),
-                    "writers": reader.layout.writers, "save": reader.root.save, "probe": "probe" in reader.meta,
-                }  # fmt: skip
+                    "state": "committed",
+                    "bytes": sum(r.length for r in files),
+                    "packs": len(files),
+                    "writers": reader.layout.writers,
+                    "save": reader.root.save,
+                    "probe": "probe" in reader.meta,
+                }
         except NotCommittedError:
             row["state"] = "not committed: a save that did not finish"
         except NewerFormatError as error:
@@ -116,9 +120,7 @@ def ls(args: argparse.Namespace) -> int:
         return 0
     for row in rows:
         more = (
-            f"  {_size(row['bytes'])} in {row['packs']} pack(s) by {row['writers']} writer(s)"
-            if "bytes" in row
-            else ""
+            f"  {_size(row['bytes'])} in {row['packs']} pack(s) by {row['writers']} writer(s)" if "bytes" in row else ""
         )
         print(f"step {row['step']}  {row['state']}{more}  {row.get('error', '')}".rstrip())
     return 0
@@ -129,13 +131,7 @@ def show(args: argparse.Namespace) -> int:
 
     with opened(args.path, args.step) as reader:
         tensors = [
-            {
-                "name": t.name,
-                "dtype": t.dtype,
-                "shape": list(t.shape),
-                "axes": list(t.axes),
-                "tile": list(t.tile or ()),
-            }
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "axes": list(t.axes), "tile": list(t.tile or ())}
             for t in reader.layout.tensors
         ]
         meta = {k: v for k, v in reader.meta.items() if k not in ("recipe", "probe", "history")}
@@ -178,10 +174,7 @@ def verify(args: argparse.Namespace) -> int:
     found = [p for p in places(args.path) if args.step in (None, p.step)]
     if not found:
         raise UserError(
-            f"checkpoint {args.path}",
-            expected=f"step {args.step} among its checkpoints",
-            got="none",
-            do="See ckpt ls.",
+            f"checkpoint {args.path}", expected=f"step {args.step} among its checkpoints", got="none", do="See ckpt ls."
         )
     rows: list[dict[str, Any]] = []
     for place in found:
@@ -226,9 +219,7 @@ def diff(args: argparse.Namespace) -> int:
 
     with opened(args.first) as a, opened(args.second) as b, explained():
         found = list(differences(a, b))
-        meta = [
-            m for m in meta_differences(a.meta, b.meta) if not m.startswith(("probe.", "history", "recipe."))
-        ]
+        meta = [m for m in meta_differences(a.meta, b.meta) if not m.startswith(("probe.", "history", "recipe."))]
         count = len({*a.names, *b.names})
     if args.json:
         print(json.dumps({"tensors": [vars(d) for d in found], "meta": meta}, indent=1))

@@ -19,9 +19,7 @@ SUMMARY = "show the chips and clusters that portatrain knows"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command on ``parser``."""
-    parser.add_argument(
-        "name", nargs="?", help="a cluster (tpu-v5p-256, h100-64, one of clusters.toml) or a chip"
-    )
+    parser.add_argument("name", nargs="?", help="a cluster (tpu-v5p-256, h100-64, one of clusters.toml) or a chip")
     parser.add_argument("--json", action="store_true", help="print data instead of tables")
 
 
@@ -30,8 +28,10 @@ def run(args: argparse.Namespace) -> int:
     found = toml.files()
     own = {name: names.resolve(name, files=[path]) for path in reversed(found) for name in toml.read(path)}
     if args.name is None:
-        data: object = {"chips": [_chip_json(row) for row in catalog.CHIPS.values()],
-                        "clusters": [_cluster_json(made) for made in own.values()]}  # fmt: skip
+        data: object = {
+            "chips": [_chip_json(row) for row in catalog.CHIPS.values()],
+            "clusters": [_cluster_json(made) for made in own.values()],
+        }
         tables = [_chips_table(), *([_own_table(own)] if own else [])]
     elif args.name in catalog.chip_names() and args.name not in own:
         chip = catalog.find_chip(args.name)
@@ -47,65 +47,58 @@ def run(args: argparse.Namespace) -> int:
     console = Console() if Console().is_terminal else Console(width=180)
     for table in tables:
         console.print(table)
-    console.print(
-        "~ marks an estimate: no source read so far confirms it. All figures are nominal.", style="dim"
-    )
+    console.print("~ marks an estimate: no source read so far confirms it. All figures are nominal.", style="dim")
     return 0
 
 
 def _chip_json(chip: Chip) -> dict[str, object]:
     return {
-        "chip": chip.name, "aliases": chip.aliases, "vendor": chip.vendor, "kind": chip.kind, "stack": chip.stack,
-        "backend": catalog.STACKS[chip.stack].backend, "devices_per_chip": chip.devices_per_chip,
+        "chip": chip.name,
+        "aliases": chip.aliases,
+        "vendor": chip.vendor,
+        "kind": chip.kind,
+        "stack": chip.stack,
+        "backend": catalog.STACKS[chip.stack].backend,
+        "devices_per_chip": chip.devices_per_chip,
         "figures": {name: value.as_json() for name, value in chip.figures().items()},
-        "sizes": names.legal_sizes(chip), "machine_types": chip.skus, "status": chip.status,
-    }  # fmt: skip
+        "sizes": names.legal_sizes(chip),
+        "machine_types": chip.skus,
+        "status": chip.status,
+    }
 
 
 def _cluster_json(cluster: Cluster) -> dict[str, object]:
     return {
-        "cluster": cluster.name, "chip": cluster.chip.name, "chips": cluster.chips, "devices": cluster.devices,
-        "hosts": cluster.hosts, "slices": cluster.slices, "domain": cluster.domain, "topology": cluster.topology,
-        "dims": cluster.dims, "wraps": cluster.wraps, "engine": cluster.engine, "storage": cluster.storage,
+        "cluster": cluster.name,
+        "chip": cluster.chip.name,
+        "chips": cluster.chips,
+        "devices": cluster.devices,
+        "hosts": cluster.hosts,
+        "slices": cluster.slices,
+        "domain": cluster.domain,
+        "topology": cluster.topology,
+        "dims": cluster.dims,
+        "wraps": cluster.wraps,
+        "engine": cluster.engine,
+        "storage": cluster.storage,
         "prices": {kind: price.as_json() for kind, price in (cluster.prices or cluster.chip.prices).items()},
-        "options": dict(cluster.options), "where": cluster.where,
+        "options": dict(cluster.options),
+        "where": cluster.where,
         "figures": {name: value.as_json() for name, value in cluster.chip.figures().items()},
-    }  # fmt: skip
+    }
 
 
 def _chips_table() -> Table:
     from rich.table import Table
 
     table = Table(title="Chips (a cluster is CHIP-COUNT; see portatrain clusters CHIP)")
-    for name in (
-        "chip",
-        "memory",
-        "HBM",
-        "bf16",
-        "scale-up",
-        "domain",
-        "scale-out",
-        "power",
-        "USD/h",
-        "backend",
-    ):
+    for name in ("chip", "memory", "HBM", "bf16", "scale-up", "domain", "scale-out", "power", "USD/h", "backend"):
         table.add_column(name, justify="left" if name in ("chip", "backend") else "right", overflow="fold")
     for chip in catalog.CHIPS.values():
         peak = chip.peaks.get("bf16")
         price = next(iter(chip.prices.values()), None)
-        cells = (
-            chip.memory,
-            chip.memory_bw,
-            peak,
-            chip.scale_up,
-            chip.domain,
-            chip.scale_out,
-            chip.power,
-            price,
-        )
-        short = [
-            str(cell).replace("/chip-hour", "").replace("USD", "").strip() if cell else "-" for cell in cells
-        ]
+        cells = (chip.memory, chip.memory_bw, peak, chip.scale_up, chip.domain, chip.scale_out, chip.power, price)
+        short = [str(cell).replace("/chip-hour", "").replace("USD", "").strip() if cell else "-" for cell in cells]
         label = chip.name + (f" ({chip.aliases[0]})" if chip.aliases else "")
         table.add_row(label, *short, catalog.STACKS[chip.stack].backend or "-")
     return table
@@ -117,9 +110,14 @@ def _own_table(own: dict[str, Cluster]) -> Table:
     table = Table("cluster", "chip", "chips", "topology", "engine", "storage", "from", title="Your clusters")
     for cluster in own.values():
         table.add_row(
-            cluster.name, cluster.chip.name, str(cluster.chips), cluster.topology, cluster.engine or "-",
-            cluster.storage or "-", _near(cluster.where),
-        )  # fmt: skip
+            cluster.name,
+            cluster.chip.name,
+            str(cluster.chips),
+            cluster.topology,
+            cluster.engine or "-",
+            cluster.storage or "-",
+            _near(cluster.where),
+        )
     return table
 
 
@@ -128,11 +126,16 @@ def _cluster_table(cluster: Cluster) -> Table:
 
     table = Table(title=cluster.name, show_header=False)
     rows = {
-        "chips": f"{cluster.chips} {cluster.chip.name}", "devices": str(cluster.devices), "hosts": str(cluster.hosts),
-        "topology": cluster.topology, "memory": f"{cluster.chips * cluster.chip.memory_bytes / 1e12:.2f} TB in all",
-        "engine": cluster.engine, "storage": cluster.storage, "options": str(dict(cluster.options) or ""),
+        "chips": f"{cluster.chips} {cluster.chip.name}",
+        "devices": str(cluster.devices),
+        "hosts": str(cluster.hosts),
+        "topology": cluster.topology,
+        "memory": f"{cluster.chips * cluster.chip.memory_bytes / 1e12:.2f} TB in all",
+        "engine": cluster.engine,
+        "storage": cluster.storage,
+        "options": str(dict(cluster.options) or ""),
         "defined in": _near(cluster.where),
-    }  # fmt: skip
+    }
     price = cluster.price
     if price is not None:
         rows["price"] = f"{cluster.chips * price[1].value:,.2f} USD/h at {price[1]} ({price[0]})"

@@ -26,9 +26,7 @@ Finding = tuple[str, str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER", help="local, or a cluster of clusters.toml")
-    parser.add_argument(
-        "--runs", metavar="DIR", default="runs", help="where runs would be, or a URL (default: runs)"
-    )
+    parser.add_argument("--runs", metavar="DIR", default="runs", help="where runs would be, or a URL (default: runs)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,9 +36,11 @@ def run(args: argparse.Namespace) -> int:
     (target,) = planned.targets([args.cluster], "", mesh=None, devices=None, backend=None)
     if not target.engine:
         raise UserError(
-            f"cluster {args.cluster}", expected="one of clusters.toml, with an engine", got="a name of the catalog",
+            f"cluster {args.cluster}",
+            expected="one of clusters.toml, with an engine",
+            got="a name of the catalog",
             do="Configure it; `launch --cluster NAME RECIPE --dry-run` shows how.",
-        )  # fmt: skip
+        )
     worst = 0
     remote = is_remote(args.runs)
     for what, level, text in [
@@ -84,11 +84,7 @@ def in_store(url: str) -> Iterator[Finding]:
     if fenced and seen:
         yield "storage", "ok", f"{url} can be written, and conditional puts are held to"
     else:
-        yield (
-            "storage",
-            "bad",
-            f"{url} takes puts that it should refuse; no run is safe there: use another store",
-        )
+        yield ("storage", "bad", f"{url} takes puts that it should refuse; no run is safe there: use another store")
 
 
 def in_folder(runs: Path) -> Iterator[Finding]:
@@ -121,9 +117,6 @@ def _links(folder: Path) -> tuple[str, str]:
             return "bad", f"{folder} cannot lock or link ({error}): put --runs on another file system"
         try:
             os.link(a, b)
-            return (
-                "bad",
-                f"{folder}: a link over a name that exists succeeded: put --runs on another file system",
-            )
+            return ("bad", f"{folder}: a link over a name that exists succeeded: put --runs on another file system")
         except FileExistsError:
             return "ok", f"{folder} can be written, locked and linked"

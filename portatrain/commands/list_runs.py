@@ -47,13 +47,7 @@ def run(args: argparse.Namespace) -> int:
         where = now.attempts[-1].where if now.attempts else "-"
         loss = f"{now.loss:.4f}" if now.loss is not None else "-"
         table.add_row(
-            now.run,
-            now.state,
-            f"{now.step}/{now.steps}",
-            loss,
-            where,
-            str(len(now.attempts)),
-            f"{age(moved_s)} ago",
+            now.run, now.state, f"{now.step}/{now.steps}", loss, where, str(len(now.attempts)), f"{age(moved_s)} ago"
         )
     console = Console() if Console().is_terminal else Console(width=160)
     console.print(table)

@@ -24,9 +24,7 @@ POLL_S = 0.3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument(
-        "-f", "--follow", action="store_true", help="go on printing until the run, or attempt, ends"
-    )
+    parser.add_argument("-f", "--follow", action="store_true", help="go on printing until the run, or attempt, ends")
     parser.add_argument("--attempt", metavar="N", type=int, help="of this attempt (default: the last one)")
     parser.add_argument("--rank", metavar="R", type=int, default=0, help="of this process (default: 0)")
 
@@ -37,9 +35,11 @@ def run(args: argparse.Namespace) -> int:
     numbers = found.attempt_numbers()
     if args.attempt is not None and args.attempt not in numbers:
         raise UserError(
-            f"run {found.path.name}: attempt {args.attempt}", expected=_range(numbers), got=str(args.attempt),
+            f"run {found.path.name}: attempt {args.attempt}",
+            expected=_range(numbers),
+            got=str(args.attempt),
             do="See `launch status`.",
-        )  # fmt: skip
+        )
     if not numbers and not args.follow:
         return _engine_logs(found)
     number = args.attempt or (numbers[-1] if numbers else 1)
@@ -71,13 +71,9 @@ def _check(run: RunDir, number: int, rank: int) -> None:
     there = sorted(int(p.stem[5:]) for p in _log(run, number, rank).parent.glob("rank-*.log"))
     raise UserError(
         f"run {run.path.name}, attempt {number}: rank {rank}",
-        expected=f"one of {', '.join(map(str, there))}"
-        if there
-        else "an attempt of a job, whose output is kept",
+        expected=f"one of {', '.join(map(str, there))}" if there else "an attempt of a job, whose output is kept",
         got=str(rank) if there else "one that ran in the foreground, and wrote to its terminal",
-        do="Give --rank."
-        if there
-        else "What it recorded is in attempts/*/events.jsonl; see `launch status`.",
+        do="Give --rank." if there else "What it recorded is in attempts/*/events.jsonl; see `launch status`.",
     )
 
 
@@ -85,9 +81,7 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
     path, at = _log(run, number, rank), 0
     while True:
         run.refresh(logs=True)
-        over = _ended(
-            run, number
-        )  # looked at before reading, so that nothing written before the end is missed
+        over = _ended(run, number)  # looked at before reading, so that nothing written before the end is missed
         if path.exists():
             with path.open("rb") as file:
                 file.seek(at)
@@ -102,10 +96,7 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
 
 def _ended(run: RunDir, number: int) -> bool:
     events = run.rows(number, "events") if number in run.attempt_numbers() else []
-    if (
-        any(e["event"] in ("left", "gave_up") for e in events)
-        or max(run.attempt_numbers(), default=0) > number
-    ):
+    if any(e["event"] in ("left", "gave_up") for e in events) or max(run.attempt_numbers(), default=0) > number:
         return True
     now = status(run)
     return now.over or (now.state in ("LOST", "REQUEUED") and bool(now.attempts))

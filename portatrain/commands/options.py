@@ -13,9 +13,11 @@ from portatrain.recipe import Recipe, apply_overrides, load_recipe
 def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """RECIPE and --set."""
     parser.add_argument(
-        "recipe", metavar="RECIPE", nargs=None if required else "?",
+        "recipe",
+        metavar="RECIPE",
+        nargs=None if required else "?",
         help="a Python file, or the name of a shipped recipe (tiny-lm)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--set",
         dest="overrides",
@@ -30,9 +32,11 @@ def folder(text: str) -> Path:
     """For `type=`: a folder; UserError for a URL, of which a path would be a folder named 's3:'."""
     if is_remote(text):
         raise UserError(
-            text, expected="a folder of this machine", got="a URL of an object store",
+            text,
+            expected="a folder of this machine",
+            got="a URL of an object store",
             do="This command works on local files; `portatrain train --run-dir` and `launch --runs` take URLs.",
-        )  # fmt: skip
+        )
     return Path(text)
 
 
@@ -50,9 +54,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 def add_backend(parser: argparse.ArgumentParser) -> None:
     """--backend."""
     parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="jax, torch, or an installed one (default: jax where installed, else torch)",
+        "--backend", metavar="NAME", help="jax, torch, or an installed one (default: jax where installed, else torch)"
     )
 
 
@@ -71,6 +73,4 @@ def resolved_backend(name: str | None) -> str:
 def positive(what: str, value: int | None) -> None:
     """Raise UserError unless ``value`` is None or at least 1."""
     if value is not None and value < 1:
-        raise UserError(
-            what, expected="a whole number of at least 1", got=str(value), do="Choose a larger one."
-        )
+        raise UserError(what, expected="a whole number of at least 1", got=str(value), do="Choose a larger one.")

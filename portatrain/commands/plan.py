@@ -47,42 +47,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command on ``parser``."""
     add_recipe(parser, required=False)
     parser.add_argument(
-        "--cluster", metavar="NAME[,NAME...]", default="all",
+        "--cluster",
+        metavar="NAME[,NAME...]",
+        default="all",
         help="clusters to plan for; all: one of each kind of chip, and your own (default)",
-    )  # fmt: skip
-    parser.add_argument("--batch", type=int, metavar="N", help="samples a step, in place of the recipe's")
-    parser.add_argument(
-        "--seq-len", type=int, metavar="N", help="positions a sample, in place of the recipe's"
     )
+    parser.add_argument("--batch", type=int, metavar="N", help="samples a step, in place of the recipe's")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="positions a sample, in place of the recipe's")
     parser.add_argument(
-        "--precision", metavar="NAME[,NAME...]",
+        "--precision",
+        metavar="NAME[,NAME...]",
         help=f"choose from these ({', '.join(PRECISIONS)}; default: the recipe's own)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--remat", metavar="NAME[,NAME...]", help=f"choose from these ({', '.join(REMATS)}; default: all)"
     )
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="plan this mesh only, as in fsdp=16,tensor=8")
-    parser.add_argument(
-        "--details", action="store_true", help="terms, placement, the ten best and why not the others"
-    )
+    parser.add_argument("--details", action="store_true", help="terms, placement, the ten best and why not the others")
     parser.add_argument("--json", action="store_true", help="print a list with one object a cluster")
     parser.add_argument(
-        "--compile", action="store_true",
+        "--compile",
+        action="store_true",
         help="have the chip's own compiler check the best way, with no accelerator here: libtpu, or XLA for NVIDIA; "
         "else FSDP2 traced with fake tensors. Takes minutes; what it finds is kept",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--compiler",
-        metavar="NAME",
-        choices=COMPILERS,
-        default="auto",
-        help=f"for --compile: {', '.join(COMPILERS)}",
+        "--compiler", metavar="NAME", choices=COMPILERS, default="auto", help=f"for --compile: {', '.join(COMPILERS)}"
     )
     parser.add_argument("--fresh", action="store_true", help="compile anew, whatever is kept")
     parser.add_argument(
-        "--calibrate", metavar="RUN_DIR", nargs="+", type=folder,
+        "--calibrate",
+        metavar="RUN_DIR",
+        nargs="+",
+        type=folder,
         help="in place of a plan: fit the efficiency factors to these runs, say what changes, and keep it",
-    )  # fmt: skip
+    )
     parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days (png, svg, pdf)")
 
 
@@ -92,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
         return _calibrate(args)
     if args.recipe is None:
         raise UserError(
-            "portatrain plan", expected="a recipe", got="none", do="Write portatrain plan llama3-8b --cluster h100-64.",
-        )  # fmt: skip
+            "portatrain plan", expected="a recipe", got="none", do="Write portatrain plan llama3-8b --cluster h100-64."
+        )
     shape = _shape(args)
     files = toml.files(args.recipe)
     clusters = [names.resolve(name, files=files) for name in _cluster_names(args.cluster, files)]
@@ -101,11 +100,14 @@ def run(args: argparse.Namespace) -> int:
     mesh = sizes_of(Mesh.parse(args.mesh)) if args.mesh else None
     plans: list[Plan] = [
         plan(
-            shape, cluster, mesh=mesh, precisions=_words(args.precision) or None,
+            shape,
+            cluster,
+            mesh=mesh,
+            precisions=_words(args.precision) or None,
             remats=_words(args.remat) or (_runnable() if args.compile else tuple(REMATS)),
         )
         for cluster in clusters
-    ]  # fmt: skip
+    ]
     took_s = time.perf_counter() - began_s
     checks: dict[str, dict[str, object]] = {}
     if args.json:
@@ -151,23 +153,37 @@ def _calibrate(args: argparse.Namespace) -> int:
     changes = calibrate.fit(attempts)
     kept = calibrate.keep(changes) if changes else None
     if args.json:
-        print(json.dumps({"attempts": [asdict(one) for one in attempts], "changes": [asdict(one) for one in changes],
-                          "kept": str(kept) if kept else None}, indent=1))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "attempts": [asdict(one) for one in attempts],
+                    "changes": [asdict(one) for one in changes],
+                    "kept": str(kept) if kept else None,
+                },
+                indent=1,
+            )
+        )
         return 0
     console = Console() if Console().is_terminal else Console(width=140)
     table = Table("attempt", "chip", "planned s", "measured s", "planned GiB", "measured GiB", "own factor")
     for one in attempts:
         bytes_ = "-" if one.measured_bytes is None else f"{one.measured_bytes / 2**30:.2f}"
         table.add_row(
-            one.where, one.chip, f"{one.planned_s:.4g}", f"{one.measured_s:.4g}", f"{one.planned_bytes / 2**30:.2f}",
-            bytes_, "none" if one.factor is None else f"{one.factor:.3f}",
-        )  # fmt: skip
+            one.where,
+            one.chip,
+            f"{one.planned_s:.4g}",
+            f"{one.measured_s:.4g}",
+            f"{one.planned_bytes / 2**30:.2f}",
+            bytes_,
+            "none" if one.factor is None else f"{one.factor:.3f}",
+        )
     console.print(table)
     for change in changes:
         console.print(
             f"{change.chip}: efficiency factor {change.before:.3f} ({change.before_from}) -> {change.after:.3f} "
-            f"(your own runs: {change.attempts})", soft_wrap=True,
-        )  # fmt: skip
+            f"(your own runs: {change.attempts})",
+            soft_wrap=True,
+        )
     told = f"Kept in {kept}; delete it to go back to published runs."
     console.print(told if kept else "Nothing was changed: no factor explains these times.", soft_wrap=True)
     return 0
@@ -181,9 +197,11 @@ def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> 
     assert chosen is not None
     if isinstance(recipes.find(args.recipe, cwd=Path.cwd()), ModelShape):
         raise UserError(
-            f"--compile of {args.recipe}", expected="a recipe, which has a model to compile", got="a preset shape",
+            f"--compile of {args.recipe}",
+            expected="a recipe, which has a model to compile",
+            got="a preset shape",
             do="Use a recipe such as llama3-8b, or leave --compile out.",
-        )  # fmt: skip
+        )
     target = targets.target(made.used, args.compiler)
     predicted = compare.predict(made, chosen, target.compiler)
     extra = [f"data.seq_len={args.seq_len}"] if args.seq_len is not None else []
@@ -195,9 +213,7 @@ def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> 
     found = job.answer(request, target, tell=tell, fresh=args.fresh)
     if console is not None:
         if not found.fits:
-            console.print(
-                f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}"
-            )
+            console.print(f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}")
         console.print(compare.table(made.cluster.name, predicted, found))
     return compare.as_json(predicted, found)
 
@@ -214,14 +230,18 @@ def _shape(args: argparse.Namespace) -> ModelShape:
             continue
         if value < 1:
             raise UserError(
-                f"--{name.replace('_', '-')}", expected="a whole number of at least 1", got=str(value),
+                f"--{name.replace('_', '-')}",
+                expected="a whole number of at least 1",
+                got=str(value),
                 do="Choose a larger one.",
-            )  # fmt: skip
+            )
         if name == "seq_len" and isinstance(changed, Recipe) and not hasattr(changed.data, "seq_len"):
             raise UserError(
-                "--seq-len", expected="a recipe whose samples have a length", got=f"recipe {shape.name}",
+                "--seq-len",
+                expected="a recipe whose samples have a length",
+                got=f"recipe {shape.name}",
                 do="Leave it out: the model says how long its samples are.",
-            )  # fmt: skip
+            )
         shape = replace(shape, **{name: value})
     return shape
 
@@ -231,9 +251,7 @@ def _cluster_names(text: str, files: list[Path]) -> list[str]:
         return [*(name for path in files for name in toml.read(path)), *names.EXAMPLES]
     found = _words(text)
     if not found:
-        raise UserError(
-            "--cluster", expected="a name", got=repr(text), do="Write --cluster tpu-v5p-256,h100-64."
-        )
+        raise UserError("--cluster", expected="a name", got=repr(text), do="Write --cluster tpu-v5p-256,h100-64.")
     return list(dict.fromkeys(found))
 
 
@@ -245,7 +263,9 @@ def _plot_file(text: str) -> Path:
     path = Path(text)
     if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
         raise UserError(
-            f"--plot {text}", expected="a file ending in .png, .svg or .pdf in a folder that exists", got=text,
+            f"--plot {text}",
+            expected="a file ending in .png, .svg or .pdf in a folder that exists",
+            got=text,
             do="Write --plot cost.png.",
-        )  # fmt: skip
+        )
     return path

@@ -22,9 +22,7 @@ from portatrain.status import find, names, status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "run", metavar="RUN", nargs="?", help="a run's name, or its run directory (default: all)"
-    )
+    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name, or its run directory (default: all)")
     parser.add_argument(
         "--runs",
         metavar="DIR",
@@ -35,9 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found = (
-        [find(args.run, args.runs)] if args.run else [open_run(f"{args.runs}/{n}") for n in names(args.runs)]
-    )
+    found = [find(args.run, args.runs)] if args.run else [open_run(f"{args.runs}/{n}") for n in names(args.runs)]
     done = 0
     for one in found:
         try:

@@ -21,10 +21,7 @@ from portatrain.places import is_remote
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="DIR", help="the run directory, or its URL in an object store")
     parser.add_argument(
-        "--out",
-        metavar="FILE",
-        type=Path,
-        help="write here (default: DIR/report.html, or ./NAME.html)",
+        "--out", metavar="FILE", type=Path, help="write here (default: DIR/report.html, or ./NAME.html)"
     )
 
 
@@ -33,17 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from portatrain.report.page import page
 
     found = gather(args.run_dir)
-    out = args.out or (
-        Path(f"{found.name}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html")
-    )
+    out = args.out or (Path(f"{found.name}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html"))
     try:
         out.write_text(page(found), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"file {out}",
-            expected="a place that can be written to",
-            got=str(error),
-            do="Choose another with --out.",
+            f"file {out}", expected="a place that can be written to", got=str(error), do="Choose another with --out."
         ) from error
     print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.seams)} seams")
     return 0

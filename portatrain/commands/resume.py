@@ -33,17 +33,13 @@ LEAVING_S = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument(
-        "--cluster", metavar="NAME[,NAME...]", help="where (default: the clusters that it had)"
-    )
+    parser.add_argument("--cluster", metavar="NAME[,NAME...]", help="where (default: the clusters that it had)")
     options.add_backend(parser)
     parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
     parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: as before)")
-    parser.add_argument(
-        "--new-code", action="store_true", help="take the code that is here, not the run's own"
-    )
+    parser.add_argument("--new-code", action="store_true", help="take the code that is here, not the run's own")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
@@ -83,9 +79,11 @@ def _check_code(run: RunDir, recipe: Recipe) -> None:
     """UserError where a run that took no copy of its code along began with other code than there is now."""
     if run.run_info().get("code_sha256") != code_sha256(recipe):
         raise UserError(
-            f"run {run.path.name}", expected="the code that it began with (portatrain, and the recipe's modules)",
-            got="code that has been changed since", do="Go back to it, or go on with what is here: --new-code.",
-        )  # fmt: skip
+            f"run {run.path.name}",
+            expected="the code that it began with (portatrain, and the recipe's modules)",
+            got="code that has been changed since",
+            do="Go back to it, or go on with what is here: --new-code.",
+        )
 
 
 def _here(job: jobs.Job) -> str:
@@ -100,9 +98,11 @@ def _here(job: jobs.Job) -> str:
 def _check(run: RunDir) -> None:
     if run.is_done:
         raise UserError(
-            f"run {run.path.name}", expected="a run that is not over", got="one that is finished",
+            f"run {run.path.name}",
+            expected="a run that is not over",
+            got="one that is finished",
             do="Begin another with launch --run NAME.",
-        )  # fmt: skip
+        )
     owner = run.owner()
     if owner is not None:
         raise in_use(run.where, owner)
@@ -127,10 +127,11 @@ def _check_idle(run: RunDir, there: list[jobs.Job]) -> None:
             time.sleep(0.2)  # it has given the run up, and is about to end
         if said.state in ("pending", "held", "running"):
             raise UserError(
-                f"run {run.path.name}", expected="no job of it in a scheduler",
+                f"run {run.path.name}",
+                expected="no job of it in a scheduler",
                 got=f"job {job.number} ({job.engine} {job.id}), {said.state} {said.reason}".rstrip(),
                 do=f"Wait for it; `launch reconcile {run.path.name}` releases a held one, `launch cancel` ends all.",
-            )  # fmt: skip
+            )
 
 
 def _of_foreground(run: RunDir) -> jobs.Job:
@@ -142,9 +143,11 @@ def _of_foreground(run: RunDir) -> jobs.Job:
             known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()}
             return jobs.Job(run_dir=run.where, cluster="local", engine="local", detached=False, **known)
     raise UserError(
-        f"run {run.path.name}", expected="a run that `launch` began", got="one of `portatrain train`",
+        f"run {run.path.name}",
+        expected="a run that `launch` began",
+        got="one of `portatrain train`",
         do=f"Go on with: portatrain train RECIPE --run-dir {run.where}.",
-    )  # fmt: skip
+    )
 
 
 def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe: Recipe) -> list[jobs.Job]:
@@ -156,9 +159,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
     more: dict[str, Any] = {"max_restarts": restarts, "number": 0, "id": None, "submitted_unix_s": None}
     if args.cluster is None:
         newest = {job.cluster: job for job in before}  # one job a cluster, the newest of each
-        changes: dict[str, Any] = {
-            k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None
-        }
+        changes: dict[str, Any] = {k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None}
         if args.detach:
             changes["detached"] = True
         return [replace(job, **more, **changes) for job in newest.values()]
@@ -166,10 +167,20 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
     targets = planned.targets(names, last.recipe, mesh=args.mesh, devices=args.devices, backend=args.backend)
     return [
         replace(
-            last, **more, cluster=t.name, engine=t.engine, backend=t.backend, mesh=t.mesh, devices=t.devices,
-            hosts=t.hosts, processes=t.processes, options=t.options, place=t.place,
-            cwd=last.cwd or os.getcwd(), detached=t.engine != "local" or args.detach,
+            last,
+            **more,
+            cluster=t.name,
+            engine=t.engine,
+            backend=t.backend,
+            mesh=t.mesh,
+            devices=t.devices,
+            hosts=t.hosts,
+            processes=t.processes,
+            options=t.options,
+            place=t.place,
+            cwd=last.cwd or os.getcwd(),
+            detached=t.engine != "local" or args.detach,
             run_dir=run.where if is_remote(run.where) else str(run.path.absolute()),
         )
         for t in planned.fitting(targets, recipe)
-    ]  # fmt: skip
+    ]

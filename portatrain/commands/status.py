@@ -29,13 +29,7 @@ def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
     now = status(found)
     there: list[dict[str, object]] = [
-        {
-            "job": j.number,
-            "engine": j.engine,
-            "cluster": j.cluster,
-            "id": j.id,
-            **(_asked(j) if args.ask else {}),
-        }
+        {"job": j.number, "engine": j.engine, "cluster": j.cluster, "id": j.id, **(_asked(j) if args.ask else {})}
         for j in jobs.of(found.where)
     ]
     if args.json:
@@ -77,9 +71,16 @@ def _print(now: Status, there: list[dict[str, object]]) -> None:
         for one in now.attempts:
             steps = f"{one.steps[0]}-{one.steps[1]}" if one.steps else "-"
             table.add_row(
-                str(one.number), one.where, one.backend, one.mesh, f"{age(one.began_unix_s)} ago", steps,
-                str(one.kept), one.verdict or "-", one.ended or "-",
-            )  # fmt: skip
+                str(one.number),
+                one.where,
+                one.backend,
+                one.mesh,
+                f"{age(one.began_unix_s)} ago",
+                steps,
+                str(one.kept),
+                one.verdict or "-",
+                one.ended or "-",
+            )
         console.print(table)
     if there:
         table = Table("job", "engine", "cluster", "id", *(["scheduler"] if "scheduler" in there[0] else []))
@@ -87,6 +88,4 @@ def _print(now: Status, there: list[dict[str, object]]) -> None:
             table.add_row(*(str(v if v is not None else "-") for v in job.values()))
         console.print(table)
     if now.state in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
-        console.print(
-            f"`launch resume {now.run}` goes on from there, `launch logs {now.run}` shows why.", style="dim"
-        )
+        console.print(f"`launch resume {now.run}` goes on from there, `launch logs {now.run}` shows why.", style="dim")

@@ -28,14 +28,9 @@ from portatrain.places import is_remote
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
     parser.add_argument(
-        "--cluster",
-        metavar="NAME[,NAME...]",
-        required=True,
-        help="where to train; all that are acceptable, best first",
+        "--cluster", metavar="NAME[,NAME...]", required=True, help="where to train; all that are acceptable, best first"
     )
-    parser.add_argument(
-        "--run", metavar="NAME", help="name of the run (default: the recipe's, numbered if taken)"
-    )
+    parser.add_argument("--run", metavar="NAME", help="name of the run (default: the recipe's, numbered if taken)")
     parser.add_argument(
         "--runs",
         metavar="DIR",
@@ -47,9 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
     parser.add_argument(
-        "--max-restarts", metavar="N", type=int, default=3,
+        "--max-restarts",
+        metavar="N",
+        type=int,
+        default=3,
         help="failures in a row, without a new checkpoint, after which a job gives up (default: 3)",
-    )  # fmt: skip
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
@@ -59,9 +57,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--cluster", expected="a name", got=repr(args.cluster), do="Use --cluster local.")
     options.positive("--devices", args.devices)
     if args.max_restarts < 0:
-        raise UserError(
-            "--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one."
-        )
+        raise UserError("--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one.")
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     targets = planned.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
     recipe = options.resolved_recipe(args)
@@ -76,20 +72,27 @@ def run(args: argparse.Namespace) -> int:
     run.check(recipe)
     _check_not_submitted(run_dir)
     fitting = targets if args.dry_run else planned.fitting(targets, recipe)
-    source = (
-        str(Path(args.recipe).resolve()) if args.recipe.endswith(".py") or "/" in args.recipe else args.recipe
-    )
+    source = str(Path(args.recipe).resolve()) if args.recipe.endswith(".py") or "/" in args.recipe else args.recipe
     jobs = [
         Job(
             run_dir=run_dir if target.engine != "local" or args.detach else given,
             recipe=source if target.engine != "local" or args.detach else args.recipe,
-            overrides=tuple(args.overrides), cluster=target.name, engine=target.engine, backend=target.backend,
-            mesh=target.mesh, devices=target.devices, hosts=target.hosts, processes=target.processes,
-            max_restarts=args.max_restarts, detached=target.engine != "local" or args.detach, cwd=os.getcwd(),
-            options=target.options, place=target.place,
+            overrides=tuple(args.overrides),
+            cluster=target.name,
+            engine=target.engine,
+            backend=target.backend,
+            mesh=target.mesh,
+            devices=target.devices,
+            hosts=target.hosts,
+            processes=target.processes,
+            max_restarts=args.max_restarts,
+            detached=target.engine != "local" or args.detach,
+            cwd=os.getcwd(),
+            options=target.options,
+            place=target.place,
         )
         for target in fitting
-    ]  # fmt: skip
+    ]
     if args.dry_run:
         planned.show(jobs, targets, recipe)
         return 0
@@ -101,9 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     submit(run, recipe, jobs)
     name = run_name if args.runs == "runs" else run_dir
-    print(
-        f"\nrun directory    {run_dir}\nlaunch status {name}   launch logs -f {name}   launch cancel {name}"
-    )
+    print(f"\nrun directory    {run_dir}\nlaunch status {name}   launch logs -f {name}   launch cancel {name}")
     return 0
 
 
@@ -114,10 +115,11 @@ def _check_not_submitted(run_dir: str) -> None:
     if there:
         name = Path(run_dir).name
         raise UserError(
-            f"run {name}", expected="a name for a new run, or `launch resume` for one that there is",
+            f"run {name}",
+            expected="a name for a new run, or `launch resume` for one that there is",
             got=f"a run that has {len(there)} job{'s' if len(there) > 1 else ''}",
             do=f"See `launch status {name}`; `launch resume {name}` goes on with it.",
-        )  # fmt: skip
+        )
 
 
 def _run_name(given: str | None, runs: str, recipe_name: str) -> str:

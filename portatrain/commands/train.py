@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the run directory, made where missing; or a URL of an object store (s3://bucket/runs/NAME, gs://, az://)",
     )
     options.add_backend(parser)
-    parser.add_argument(
-        "--mesh", metavar="AXES", help="how many ways to split along each axis: fsdp=4,tensor=2"
-    )
+    parser.add_argument("--mesh", metavar="AXES", help="how many ways to split along each axis: fsdp=4,tensor=2")
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument(
         "--processes",
@@ -37,13 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="as N processes of this machine, which share the devices, as on a pod (jax; torch has one a device)",
     )
+    parser.add_argument("--stop-at", metavar="STEP", type=int, help="save after this step and leave with exit code 85")
     parser.add_argument(
-        "--stop-at", metavar="STEP", type=int, help="save after this step and leave with exit code 85"
-    )
-    parser.add_argument(
-        "--accept-drift",
-        metavar="REASON",
-        help="go on although the continuity check fails; recorded with REASON",
+        "--accept-drift", metavar="REASON", help="go on although the continuity check fails; recorded with REASON"
     )
     parser.add_argument(
         "--checkpoints",
@@ -51,11 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
     )
     parser.add_argument(
-        "--track",
-        metavar="NAME",
-        action="append",
-        default=[],
-        help="send metrics to wandb or tensorboard as well",
+        "--track", metavar="NAME", action="append", default=[], help="send metrics to wandb or tensorboard as well"
     )
 
 
@@ -118,10 +108,7 @@ def train(args: argparse.Namespace) -> int:
     from portatrain.notices import Notices
     from portatrain.preemption import StopSignals
 
-    with (
-        StopSignals() as signals,
-        Notices(signals.ask),
-    ):  # before the framework is imported, which takes seconds
+    with StopSignals() as signals, Notices(signals.ask):  # before the framework is imported, which takes seconds
         from portatrain.trainer import train as train_recipe
 
         return train_recipe(
@@ -157,9 +144,11 @@ def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
     n = devices if backend in PROCESS_A_DEVICE else args.processes or 1
     if args.processes not in (None, n):
         raise UserError(
-            f"--processes {args.processes} on the {backend} backend", expected=f"{devices}, one a device",
-            got=str(args.processes), do="Leave --processes out.",
-        )  # fmt: skip
+            f"--processes {args.processes} on the {backend} backend",
+            expected=f"{devices}, one a device",
+            got=str(args.processes),
+            do="Leave --processes out.",
+        )
     devices_a_process(devices, n)
     return n if n > 1 else None
 

@@ -118,9 +118,7 @@ def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Wri
         for number in numbers.tolist():
             tokens, size = source.read(number)
             if len(tokens):
-                write(
-                    np.concatenate((np.array([source.bos], dtype), tokens), dtype=dtype, casting="same_kind")
-                )
+                write(np.concatenate((np.array([source.bos], dtype), tokens), dtype=dtype, casting="same_kind"))
                 starts.append(at)
                 at += 1 + len(tokens)
                 n_bytes = None if size is None or n_bytes is None else n_bytes + size

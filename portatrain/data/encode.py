@@ -36,10 +36,7 @@ class Tokenized:
             from tokenizers import Tokenizer
         except ImportError as error:
             raise UserError(
-                "tokenizer",
-                expected="the package tokenizers",
-                got="none",
-                do="Run: pip install 'portatrain[data]'",
+                "tokenizer", expected="the package tokenizers", got="none", do="Run: pip install 'portatrain[data]'"
             ) from error
         file = Path(path).expanduser()
         if file.is_dir():
@@ -86,9 +83,6 @@ def encoding(tokenizer: str | None, bos: str | None) -> Encoding:
         return Tokenized(tokenizer, bos)
     if bos is not None:
         raise UserError(
-            "bos",
-            expected="None where bytes are tokens",
-            got=repr(bos),
-            do="Give a tokenizer as well, or drop bos.",
+            "bos", expected="None where bytes are tokens", got=repr(bos), do="Give a tokenizer as well, or drop bos."
         )
     return Bytes()

@@ -117,9 +117,7 @@ def check(spec: Mixture) -> None:
         raise UserError(
             "Mixture sources",
             expected="token sources of one seq_len",
-            got=", ".join(
-                f"{type(s).__name__}(seq_len={n})" for s, n in zip(spec.sources, lengths, strict=True)
-            ),
+            got=", ".join(f"{type(s).__name__}(seq_len={n})" for s, n in zip(spec.sources, lengths, strict=True)),
             do="Give every source the same seq_len; images and mixtures cannot be mixed in.",
         )
     firsts = [0, *(first for first, _ in spec.schedule)]
@@ -130,14 +128,9 @@ def check(spec: Mixture) -> None:
             got=str(firsts[1:]),
             do="Put the pieces in order; the weights before the first piece are `weights`.",
         )
-    for what, weights in (
-        ("weights", spec.weights),
-        *((f"schedule at block {f}", w) for f, w in spec.schedule),
-    ):
+    for what, weights in (("weights", spec.weights), *((f"schedule at block {f}", w) for f, w in spec.schedule)):
         ok = (
-            len(weights) == len(spec.sources)
-            and all(math.isfinite(w) and w >= 0 for w in weights)
-            and sum(weights) > 0
+            len(weights) == len(spec.sources) and all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0
         )
         if not ok:
             raise UserError(
@@ -146,11 +139,7 @@ def check(spec: Mixture) -> None:
                 got=str(weights),
                 do="Give one weight a source.",
             )
-        lost = [
-            i
-            for i, (w, c) in enumerate(zip(weights, counts(weights, spec.block), strict=True))
-            if w and not c
-        ]
+        lost = [i for i, (w, c) in enumerate(zip(weights, counts(weights, spec.block), strict=True)) if w and not c]
         if lost:
             raise UserError(
                 f"Mixture {what}",

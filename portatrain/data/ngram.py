@@ -81,10 +81,7 @@ class KneserNey:
         count = trigrams.reshape(_SYMBOLS, _SYMBOLS, BYTES)
         if not count.any():
             raise UserError(
-                "3-gram model",
-                expected="documents with bytes in them",
-                got="none",
-                do="Give a training split.",
+                "3-gram model", expected="documents with bytes in them", got="none", do="Give a training split."
             )
         pairs = np.count_nonzero(count, axis=0)
         self._three, self._two = _Order.of(count), _Order.of(pairs)
@@ -103,10 +100,7 @@ class KneserNey:
             count += len(w)
         if not count:
             raise UserError(
-                "3-gram model",
-                expected="documents with bytes in them",
-                got="none",
-                do="Give a split to score.",
+                "3-gram model", expected="documents with bytes in them", got="none", do="Give a split to score."
             )
         return bits / count
 

@@ -65,10 +65,7 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     found = streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
-        train=windows["train"],
-        validation=windows.get("validation"),
-        vocab=found["train"].vocab,
-        streams=found,
+        train=windows["train"], validation=windows.get("validation"), vocab=found["train"].vocab, streams=found
     )
 
 
@@ -85,10 +82,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
             got=f"vocabularies of {', '.join(map(str, vocabs))} ids",
             do="Use one tokenizer for all sources.",
         )
-    parts = [
-        _windows(s, f, seed, f"data/source/{i}")
-        for i, (s, f) in enumerate(zip(spec.sources, found, strict=True))
-    ]
+    parts = [_windows(s, f, seed, f"data/source/{i}") for i, (s, f) in enumerate(zip(spec.sources, found, strict=True))]
     held = [p["validation"] for p in parts if "validation" in p]
     return OpenData(
         train=Mixed(spec, [p["train"] for p in parts], name="train", seed=seed),
@@ -101,9 +95,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
 def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) -> dict[str, Windows]:
     seq_len: int = spec.seq_len  # type: ignore[attr-defined]
     return {
-        name: Windows(
-            stream, name=name, seq_len=seq_len, seed=seed, permuted=name == "train", order=f"{where}/{name}"
-        )
+        name: Windows(stream, name=name, seq_len=seq_len, seed=seed, permuted=name == "train", order=f"{where}/{name}")
         for name, stream in found.items()
     }
 
@@ -116,10 +108,7 @@ def _check(spec: DataSpec) -> None:
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:
         raise UserError(
-            f"{kind} seq_len",
-            expected="at least 1",
-            got=str(values["seq_len"]),
-            do="Set the window's length.",
+            f"{kind} seq_len", expected="at least 1", got=str(values["seq_len"]), do="Set the window's length."
         )
     if "validation" in values and not 0 <= values["validation"] < 1:
         raise UserError(

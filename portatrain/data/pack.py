@@ -50,9 +50,7 @@ class Writer:
         self.arrays: dict[str, np.ndarray] = {}
         self.entries: dict[str, Meta] = {}
 
-    def array(
-        self, name: str, dtype: np.dtype, pieces: Callable[[Callable[[np.ndarray], None]], None]
-    ) -> None:
+    def array(self, name: str, dtype: np.dtype, pieces: Callable[[Callable[[np.ndarray], None]], None]) -> None:
         """Write the one-dimensional array ``name``: ``pieces(write)`` calls ``write`` with each piece in order."""
         dtype = np.dtype(dtype).newbyteorder("<")
         digest, count, kept = hashlib.sha256(), 0, []
@@ -85,9 +83,7 @@ class Writer:
         self.array(name, array.dtype, lambda write: write(array))
 
 
-def make(
-    identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Meta], pack_dir: Path | None
-) -> Pack:
+def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Meta], pack_dir: Path | None) -> Pack:
     """The pack in ``pack_dir`` where there is one, else a new one, written there if a folder is given.
 
     Args:
@@ -100,9 +96,7 @@ def make(
     if pack_dir is None:
         writer = Writer(None)
         facts = produce(writer)
-        return Pack(
-            arrays=writer.arrays, facts=facts, fingerprints=_fingerprints(splits, facts, writer.entries)
-        )
+        return Pack(arrays=writer.arrays, facts=facts, fingerprints=_fingerprints(splits, facts, writer.entries))
     absent = [p for p in pack_dir.parents if not p.exists()]
     try:
         pack_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -159,18 +153,13 @@ def read(pack_dir: Path, identity: Meta | None, splits: tuple[str, ...], *, whol
     if _fingerprints(splits, meta["facts"], meta["arrays"]) != meta["fingerprints"]:
         raise _damaged(pack_dir, "fingerprints that follow from the sums of the arrays", "others")
     arrays = {}
-    whole = (
-        whole
-        or sum(e["size"] * np.dtype(e["dtype"]).itemsize for e in meta["arrays"].values()) <= VERIFY_BYTES
-    )
+    whole = whole or sum(e["size"] * np.dtype(e["dtype"]).itemsize for e in meta["arrays"].values()) <= VERIFY_BYTES
     for name, entry in meta["arrays"].items():
         path, dtype = pack_dir / f"{name}.bin", np.dtype(entry["dtype"]).newbyteorder("<")
         want = entry["size"] * dtype.itemsize
         got = path.stat().st_size if path.is_file() else None
         if got != want:
-            raise _damaged(
-                pack_dir, f"{path.name} of {want} bytes", "no such file" if got is None else f"{got} bytes"
-            )
+            raise _damaged(pack_dir, f"{path.name} of {want} bytes", "no such file" if got is None else f"{got} bytes")
         try:
             array = np.memmap(path, dtype, mode="r").view(np.ndarray) if want else np.empty(0, dtype)
         except OSError as error:

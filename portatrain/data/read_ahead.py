@@ -36,10 +36,7 @@ class Prefetch(Iterator[Batch]):
         self._error: BaseException | None = None
         # The thread holds no reference to self, so that a forgotten iterator is collected and ends it.
         self._thread = threading.Thread(
-            target=_read,
-            args=(split, start, counts, self._ready, self._stop),
-            name="portatrain-prefetch",
-            daemon=True,
+            target=_read, args=(split, start, counts, self._ready, self._stop), name="portatrain-prefetch", daemon=True
         )
         self._thread.start()
 
@@ -93,11 +90,7 @@ def prefetch(split: Split, start: int, count: int | Iterator[int], depth: int = 
 
 
 def _read(
-    split: Split,
-    start: int,
-    counts: Iterator[int],
-    ready: queue.Queue[Batch | BaseException],
-    stop: threading.Event,
+    split: Split, start: int, counts: Iterator[int], ready: queue.Queue[Batch | BaseException], stop: threading.Event
 ) -> None:
     for count in counts:
         if stop.is_set():

@@ -87,9 +87,7 @@ def stdlib_files(root: Path | None = None) -> Files:
     files = [
         (path.relative_to(root).as_posix(), path)
         for path in root.rglob("*.py")
-        if not (
-            out_of_scope.intersection(path.relative_to(root).parts) or path.name.startswith("_sysconfigdata")
-        )
+        if not (out_of_scope.intersection(path.relative_to(root).parts) or path.name.startswith("_sysconfigdata"))
     ]
     if not files:
         raise UserError(
@@ -152,10 +150,12 @@ def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
         opens = "" if spec.separator is None else f", every document after the id {spec.separator}"
         what += f" ({spec.dtype}, little-endian, below {spec.vocab}{opens})"
     return UserError(
-        f"{kind} paths", expected=what, got="none: this recipe comes without data",
+        f"{kind} paths",
+        expected=what,
+        got="none: this recipe comes without data",
         do="Name yours with --set data.paths=/data/corpus/*, or choose another source with --set data=Stdlib, say, and "
         "model.vocab to go with it.",
-    )  # fmt: skip
+    )
 
 
 def _bytes(path: Path) -> bytes:
@@ -213,22 +213,15 @@ class _JsonlDocuments(Documents):
         try:
             value = json.loads(raw)
         except ValueError as error:
-            raise UserError(
-                where, expected="one JSON object", got=str(error), do="Mend or delete the line."
-            ) from error
+            raise UserError(where, expected="one JSON object", got=str(error), do="Mend or delete the line.") from error
         if not isinstance(value, dict):
-            raise UserError(
-                where, expected="one JSON object", got=type(value).__name__, do="Mend or delete the line."
-            )
+            raise UserError(where, expected="one JSON object", got=type(value).__name__, do="Mend or delete the line.")
         if self._field not in value:
             raise choice(f"{where}, field", self._field, map(str, value))
         text = value[self._field]
         if not isinstance(text, str):
             raise UserError(
-                f"{where}, field {self._field!r}",
-                expected="a string",
-                got=type(text).__name__,
-                do="Mend the line.",
+                f"{where}, field {self._field!r}", expected="a string", got=type(text).__name__, do="Mend the line."
             )
         try:
             data = text.encode()

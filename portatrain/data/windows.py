@@ -21,11 +21,7 @@ def blank(count: int, seq_len: int) -> Batch:
     """``count`` samples of no tokens, as `Split.blank`; with no stream, for their shapes and dtypes."""
     names = ("tokens", "targets", "segment_ids", "positions")
     empty = {k: np.zeros((count, seq_len), np.int32) for k in names}
-    return {
-        **empty,
-        "mask": np.zeros((count, seq_len), np.float32),
-        "sample": np.full(count, -1, np.int64),
-    }
+    return {**empty, "mask": np.zeros((count, seq_len), np.float32), "sample": np.full(count, -1, np.int64)}
 
 
 class Windows(Split):
@@ -36,9 +32,7 @@ class Windows(Split):
     must not cross them); ``positions`` int32, from 0 in each segment; ``sample`` (B,) int64.
     """
 
-    def __init__(
-        self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str
-    ) -> None:
+    def __init__(self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str) -> None:
         self.stream, self.name, self.seq_len = stream, name, seq_len
         found = len(stream.tokens)
         require_window(name, found, len(stream.starts), seq_len)

@@ -36,8 +36,7 @@ def differences(a: Reader, b: Reader) -> Iterator[Difference]:
             yield Difference(name=name, why="only in the first")
         elif (tensor.shape, tensor.dtype) != (other.shape, other.dtype):
             yield Difference(
-                name=name,
-                why=f"{tensor.dtype} {list(tensor.shape)} against {other.dtype} {list(other.shape)}",
+                name=name, why=f"{tensor.dtype} {list(tensor.shape)} against {other.dtype} {list(other.shape)}"
             )
         else:
             found = _of(a, b, name, tensor.shape, tensor.item_bytes)
@@ -50,9 +49,7 @@ def _of(a: Reader, b: Reader, name: str, shape: tuple[int, ...], item: int) -> D
     elements, largest, scale = 0, 0.0, 0.0
     for box in slabs(shape, item):
         x, y = a.read(name, box), b.read(name, box)
-        bits = x.reshape(-1).view(np.uint8).reshape(-1, item) != y.reshape(-1).view(np.uint8).reshape(
-            -1, item
-        )
+        bits = x.reshape(-1).view(np.uint8).reshape(-1, item) != y.reshape(-1).view(np.uint8).reshape(-1, item)
         elements += int(bits.any(axis=1).sum())
         wide: Any = np.complex128 if x.dtype.kind == "c" else np.float64
         x, y = x.astype(wide), y.astype(wide)
@@ -81,9 +78,7 @@ def slabs(shape: tuple[int, ...], item: int) -> Iterator[Box]:
     for lead in np.ndindex(*shape[:dim]):
         for start in range(0, shape[dim], rows):
             n = min(rows, shape[dim] - start)
-            yield Box(
-                (*map(int, lead), start, *(0,) * (len(shape) - dim - 1)), (*(1,) * dim, n, *shape[dim + 1 :])
-            )
+            yield Box((*map(int, lead), start, *(0,) * (len(shape) - dim - 1)), (*(1,) * dim, n, *shape[dim + 1 :]))
 
 
 def meta_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:

@@ -40,13 +40,9 @@ def places(given: Path | str) -> list[Place]:
     if (path / "checkpoints.json").is_file():
         return _remote(str(RunDir(path).checkpoints()))
     if not path.exists():
-        raise UserError(
-            what, expected="a run directory or a checkpoint", got="no such folder", do="Check the path."
-        )
+        raise UserError(what, expected="a run directory or a checkpoint", got="no such folder", do="Check the path.")
     if not path.is_dir():
-        raise UserError(
-            what, expected="a run directory or a checkpoint", got="a file", do="Give the folder it is in."
-        )
+        raise UserError(what, expected="a run directory or a checkpoint", got="a file", do="Give the folder it is in.")
     try:
         names = {p.name for p in path.iterdir()}
         if "COMMIT" in names or any(n.startswith("root-") for n in names):
@@ -54,23 +50,19 @@ def places(given: Path | str) -> list[Place]:
             return [Place(path=path, step=int(step) if step.isdigit() else None)]
         folder = path / "checkpoints" if "checkpoints" in names else path
         steps = sorted(
-            (int(p.name[5:]), p)
-            for p in folder.iterdir()
-            if p.name.startswith("step-") and p.name[5:].isdigit()
+            (int(p.name[5:]), p) for p in folder.iterdir() if p.name.startswith("step-") and p.name[5:].isdigit()
         )
     except PermissionError as error:
         raise UserError(
-            what,
-            expected="a folder that can be read",
-            got="no permission",
-            do="Ask for it, or copy the folder.",
+            what, expected="a folder that can be read", got="no permission", do="Ask for it, or copy the folder."
         ) from error
     if not steps:
         raise UserError(
-            what, expected="a run directory or a checkpoint",
+            what,
+            expected="a run directory or a checkpoint",
             got="an empty folder" if not names else f"a folder with {', '.join(sorted(names)[:4])}",
             do="A run directory has run.json and checkpoints/step-NNNNNNNN; a checkpoint has a COMMIT.",
-        )  # fmt: skip
+        )
     return [Place(path=p, step=step) for step, p in steps]
 
 
@@ -80,15 +72,15 @@ def _remote(url: str) -> list[Place]:
         return [Place(path=url, step=where.steps_of([last])[0])]
     with explained():
         steps = where.place_of(url).steps()
-        if not steps and (
-            inside := where.place_of(f"{url.rstrip('/')}/checkpoints").steps()
-        ):  # a run directory
+        if not steps and (inside := where.place_of(f"{url.rstrip('/')}/checkpoints").steps()):  # a run directory
             url, steps = f"{url.rstrip('/')}/checkpoints", inside
     if not steps:
         raise UserError(
-            f"checkpoint {url}", expected="checkpoints below it", got="nothing",
+            f"checkpoint {url}",
+            expected="checkpoints below it",
+            got="nothing",
             do="Check the URL, and that the environment's credentials may list it.",
-        )  # fmt: skip
+        )
     return [Place(path=f"{url.rstrip('/')}/{where.step_name(s)}", step=s) for s in steps]
 
 

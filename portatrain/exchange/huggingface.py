@@ -26,10 +26,11 @@ def hub_of(recipe: Recipe) -> Hub:
     if made is None:
         raise UserError(
             f"recipe {recipe.name}: model {type(recipe.model).__name__}",
-            expected="a model with a table of its names in transformers", got="none",
+            expected="a model with a table of its names in transformers",
+            got="none",
             do="Give its sizes a method huggingface() that returns a portatrain.exchange.Hub, as "
             "recipes/models/decoder.py has. --to orbax, dcp, torch and nnx need none.",
-        )  # fmt: skip
+        )
     return made()
 
 
@@ -76,18 +77,14 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
     return [*names, INDEX, "config.json"]
 
 
-def _weight(
-    reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row
-) -> np.ndarray:
+def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row) -> np.ndarray:
     """The weight of a row; with LoRA the product of its factors is added. Of what has no average, the parameter."""
     shapes = {t.name: t.shape for t in reader.layout.tensors}
 
     def read(name: str) -> np.ndarray:
         full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
         shape = shapes[full]
-        return (
-            reader.read(full, _slice(row, shape)).reshape(_inner(row, shape)).astype(np.float32, copy=False)
-        )
+        return reader.read(full, _slice(row, shape)).reshape(_inner(row, shape)).astype(np.float32, copy=False)
 
     weight, factors = read(row.ours), [f"{row.ours}/{factor}" for factor in FACTORS]
     if recipe.lora is None or factors[0] not in params:
@@ -100,9 +97,7 @@ def _weight(
     return weight + np.float32(recipe.lora.alpha / rank) * product.reshape(weight.shape)
 
 
-def read(
-    source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, Callable[[Box], np.ndarray]]:
+def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[Box], np.ndarray]]:
     """Our parameters by name, without their role, each a function from a box of it to its values (float32).
 
     Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
@@ -133,12 +128,15 @@ def read(
     if missing or more or wrong:
         listed = [
             f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for kind, names in (("not there", missing), ("not the model's", more), ("other shapes", wrong)) if names
-        ]  # fmt: skip
+            for kind, names in (("not there", missing), ("not the model's", more), ("other shapes", wrong))
+            if names
+        ]
         raise UserError(
-            what, expected=f"the tensors of recipe {recipe.name}", got="; ".join(listed),
+            what,
+            expected=f"the tensors of recipe {recipe.name}",
+            got="; ".join(listed),
             do="Set the recipe's sizes to those of config.json, or import another model.",
-        )  # fmt: skip
+        )
     rows: dict[str, list[Row]] = {}
     for row in hub.rows:
         rows.setdefault(row.ours, []).append(row)
@@ -171,7 +169,9 @@ def _files(source: Path) -> list[Path]:
     gone = [f.name for f in files if not f.is_file() or f.resolve().parent != source.resolve()]
     if gone or not files:
         raise UserError(
-            f"folder {source}", expected="a model's .safetensors files", got=f"no {', '.join(gone) or 'such file'}",
+            f"folder {source}",
+            expected="a model's .safetensors files",
+            got=f"no {', '.join(gone) or 'such file'}",
             do="Fetch the model again, with all its files.",
-        )  # fmt: skip
+        )
     return files

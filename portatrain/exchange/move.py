@@ -30,42 +30,42 @@ def recipe_in(reader: Reader) -> Recipe:
     what, stored = "checkpoint", reader.meta.get("recipe")
     if not isinstance(stored, Mapping):
         raise UserError(
-            what,
-            expected="a recipe in its meta",
-            got="none",
-            do="It is not of a training run: use --to orbax or dcp.",
+            what, expected="a recipe in its meta", got="none", do="It is not of a training run: use --to orbax or dcp."
         )
     try:
         return Recipe.from_json(stored)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
-            what, expected="a recipe whose code can be imported", got=str(error),
+            what,
+            expected="a recipe whose code can be imported",
+            got=str(error),
             do="Run the command where the recipe's file is, or use --to orbax or dcp.",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> list[str]:
     """Write `reader`'s checkpoint in format `to` as the folder `out`, which appears when it is whole; its files."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
-            f"folder {out}", expected="a name that is free, or an empty folder", got="something that is there already",
+            f"folder {out}",
+            expected="a name that is free, or an empty folder",
+            got="something that is there already",
             do="Choose another name; nothing in it was changed.",
-        )  # fmt: skip
+        )
     if not any(name.startswith(f"{role}/") for name in reader.names):
         raise UserError(
-            "checkpoint", expected=f"tensors of role {role}", got="none",
+            "checkpoint",
+            expected=f"tensors of role {role}",
+            got="none",
             do="Leave --ema out: the recipe keeps no averages.",
-        )  # fmt: skip
+        )
     parent = out.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     except OSError as error:
         raise UserError(
-            f"folder {out}",
-            expected="a place that can be written to",
-            got=str(error),
-            do="Choose another place.",
+            f"folder {out}", expected="a place that can be written to", got=str(error), do="Choose another place."
         ) from error
     try:
         with explained():
@@ -102,15 +102,19 @@ def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
     """
     if not source.is_dir():
         raise UserError(
-            f"folder {source}", expected=f"a checkpoint of format {kind}",
-            got="a file" if source.exists() else "no such folder", do="Check the path.",
-        )  # fmt: skip
+            f"folder {source}",
+            expected=f"a checkpoint of format {kind}",
+            got="a file" if source.exists() else "no such folder",
+            do="Check the path.",
+        )
     run = RunDir(run_dir)
     if run_dir.exists() and any(run_dir.iterdir()):
         raise UserError(
-            f"run directory {run_dir}", expected="a name that is free", got="a folder that is not empty",
+            f"run directory {run_dir}",
+            expected="a name that is free",
+            got="a folder that is not empty",
             do="Choose another name; nothing in it was changed.",
-        )  # fmt: skip
+        )
     run.check(recipe)
     program = make_program(recipe)
     layout = format_layout(program)
@@ -146,9 +150,7 @@ def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
     with explained():
         run.create(recipe)
         with LocalStore(run_dir / "checkpoints" / f"step-{step:08d}", create=True) as store:
-            Writer(store, layout, save="import").write(
-                {t.name: values(t.name, t.dtype) for t in layout.tensors}
-            )
+            Writer(store, layout, save="import").write({t.name: values(t.name, t.dtype) for t in layout.tensors})
             commit(store, layout, save="import", meta=meta)
     return step
 
@@ -160,25 +162,21 @@ def _taken(
     if not any(n.startswith("params/") for n in found):
         found = {f"params/{n}": a for n, a in found.items()}
     wanted = {
-        n: s for n, s in shapes.items()
-        if whole or (n.startswith("params/") and (n in found or not is_factor(n)))
-    }  # fmt: skip
+        n: s for n, s in shapes.items() if whole or (n.startswith("params/") and (n in found or not is_factor(n)))
+    }
     missing = sorted(wanted.keys() - found.keys())
     more = sorted(n for n in found.keys() - shapes.keys() if n != COUNT)
     wrong = [
-        f"{n} of {list(found[n].shape)} for {list(s)}"
-        for n, s in wanted.items()
-        if n in found and found[n].shape != s
+        f"{n} of {list(found[n].shape)} for {list(s)}" for n, s in wanted.items() if n in found and found[n].shape != s
     ]
     if missing or more or wrong:
         kinds = (("not there", missing), ("not the recipe's", more), ("other shapes", wrong))
         got = "; ".join(
             f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for kind, names in kinds if names
-        )  # fmt: skip
-        raise UserError(
-            what, expected="the tensors of the recipe", got=got, do="Set the recipe's sizes, or rename."
+            for kind, names in kinds
+            if names
         )
+        raise UserError(what, expected="the tensors of the recipe", got=got, do="Set the recipe's sizes, or rename.")
 
     def of(array: np.ndarray) -> Values:
         return lambda box: array[box.slices()] if box.shape else np.asarray(array)

@@ -55,10 +55,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _wants(what: str, package: str, extra: str) -> UserError:
     return UserError(
-        f"format {what}",
-        expected=f"{package} to be installed",
-        got="no such package",
-        do=f"pip install '{extra}'",
+        f"format {what}", expected=f"{package} to be installed", got="no such package", do=f"pip install '{extra}'"
     )
 
 
@@ -75,10 +72,7 @@ def read_meta(source: Path) -> dict[str, Any] | None:
         return dict(json.loads(path.read_text()))
     except (ValueError, OSError) as error:
         raise UserError(
-            f"file {path}",
-            expected="the JSON that an export wrote",
-            got=str(error),
-            do="Export again, or remove it.",
+            f"file {path}", expected="the JSON that an export wrote", got=str(error), do="Export again, or remove it."
         ) from error
 
 
@@ -187,9 +181,11 @@ def to_torch(reader: Reader, stacks: Mapping[str, int], out: Path) -> list[str]:
                 state[f"{owner}.{i}.{rest.replace('/', '.')}"] = _as_torch(layer.copy())
         else:
             raise UserError(
-                f"tensor {name}", expected="at most one Stack around a parameter", got=f"{stacks[name]}",
+                f"tensor {name}",
+                expected="at most one Stack around a parameter",
+                got=f"{stacks[name]}",
                 do="Export --to orbax or dcp, which keep our names.",
-            )  # fmt: skip
+            )
     torch.save(state, out / "model.pt")
     return ["model.pt"]
 
@@ -212,8 +208,5 @@ def to_nnx(reader: Reader, definition: Definition, out: Path) -> list[str]:
 def _unreadable(source: Path, expected: str, error: Exception) -> UserError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return UserError(
-        f"folder {source}",
-        expected=expected,
-        got=lines[0][:200],
-        do="Check the path and --from; `--help` lists them.",
+        f"folder {source}", expected=expected, got=lines[0][:200], do="Check the path and --from; `--help` lists them."
     )

@@ -19,9 +19,15 @@ from portatrain.state import COUNT
 
 
 def save(
-    where: Path | str, step: int, params: Any, opt_state: Any, table: Table, *, name: str = "a1",
+    where: Path | str,
+    step: int,
+    params: Any,
+    opt_state: Any,
+    table: Table,
+    *,
+    name: str = "a1",
     meta: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Save `params` and the `opt_state` of an optax optimizer (or None) as the checkpoint `step` of `where`.
 
     All processes call it together. Raises UserError for a leaf that the table does not name.
@@ -78,25 +84,17 @@ def restore(
     leaves = list(_leaves(params, opt_state, table))
     check_shapes(
         reader,
-        {
-            full: About(full, np.dtype(a.dtype).name, tuple(a.shape), axes)
-            for full, axes, a in leaves
-            if full != COUNT
-        },
+        {full: About(full, np.dtype(a.dtype).name, tuple(a.shape), axes) for full, axes, a in leaves if full != COUNT},
     )
 
     def filled(full: str, leaf: Any) -> Any:
         if full == COUNT:
             value = np.asarray(count_of(reader), leaf.dtype)
-            return (
-                jax.device_put(value, leaf.sharding) if getattr(leaf, "sharding", None) is not None else value
-            )
+            return jax.device_put(value, leaf.sharding) if getattr(leaf, "sharding", None) is not None else value
         shape = tuple(leaf.shape)
         if getattr(leaf, "sharding", None) is None:
             return jax.numpy.asarray(read(reader, full, Box.whole(shape)))
-        made = jax.make_array_from_callback(
-            shape, leaf.sharding, lambda at: read(reader, full, _box(at, shape))
-        )
+        made = jax.make_array_from_callback(shape, leaf.sharding, lambda at: read(reader, full, _box(at, shape)))
         return made.copy()  # on a CPU it may share NumPy's memory, and a shared buffer cannot be donated
 
     structure = jax.tree_util.tree_structure((params, opt_state))
@@ -122,9 +120,11 @@ def _place(path: Any, table: Table) -> tuple[str, tuple[str, ...]]:
     if parts[-1] == "count":
         return COUNT, ()
     raise UserError(
-        f"optimizer state {'/'.join(parts[1:])}", expected=f"trees named {', '.join(OPTAX_SLOTS)}, or a count",
-        got=parts[-1], do="Add its name to portatrain.foreign.table.OPTAX_SLOTS.",
-    )  # fmt: skip
+        f"optimizer state {'/'.join(parts[1:])}",
+        expected=f"trees named {', '.join(OPTAX_SLOTS)}, or a count",
+        got=parts[-1],
+        do="Add its name to portatrain.foreign.table.OPTAX_SLOTS.",
+    )
 
 
 def _part(key: Any) -> str:

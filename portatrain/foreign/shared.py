@@ -34,10 +34,17 @@ class About:
 
 
 def write(
-    where: Path | str, step: int, tensors: Mapping[str, About], mine: Mapping[str, Sequence[Part]],
-    every: Sequence[Mapping[str, Sequence[Box]]], *, process: int, barrier: Callable[[], None], save: str,
+    where: Path | str,
+    step: int,
+    tensors: Mapping[str, About],
+    mine: Mapping[str, Sequence[Part]],
+    every: Sequence[Mapping[str, Sequence[Box]]],
+    *,
+    process: int,
+    barrier: Callable[[], None],
+    save: str,
     meta: Mapping[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Save as the checkpoint `step` of the folder or URL `where`. `every`: what each process holds; the first that
     holds a box writes it. All processes call it, with the same arguments but `mine` and `process`."""
     made = []
@@ -49,10 +56,14 @@ def write(
         role = name.split("/")[0]
         made.append(
             Tensor(
-                name=name, dtype=about.dtype, shape=about.shape, axes=about.axes, role=role,
+                name=name,
+                dtype=about.dtype,
+                shape=about.shape,
+                axes=about.axes,
+                role=role,
                 placement=Explicit(boxes=tuple((writer, box) for box, writer in seen.items())),
             )
-        )  # fmt: skip
+        )
     layout = Layout(tensors=tuple(made), writers=len(every))
     try:
         store = place_of(where).open(step, create=True)
@@ -73,9 +84,11 @@ def open_newest(where: Path | str, step: int | None) -> tuple[int, Reader]:
     steps = [s for s in place.steps() if place.committed(s)] if step is None else [step]
     if not steps:
         raise UserError(
-            f"checkpoints in {place.name}", expected="one that is committed", got="none",
+            f"checkpoints in {place.name}",
+            expected="one that is committed",
+            got="none",
             do="Check the path; it is the folder that `save` was given.",
-        )  # fmt: skip
+        )
     try:
         return steps[-1], Reader(place.open(steps[-1]))
     except FormatError as error:
@@ -95,14 +108,16 @@ def check_shapes(reader: Reader, tensors: Mapping[str, About]) -> None:
     wrong = [f"no {n}" for n in tensors if n not in there]
     wrong += [
         f"{n} is {there[n].dtype} {list(there[n].shape)}, not {a.dtype} {list(a.shape)}"
-        for n, a in tensors.items() if n in there and (there[n].dtype, there[n].shape) != (a.dtype, a.shape)
-    ]  # fmt: skip
+        for n, a in tensors.items()
+        if n in there and (there[n].dtype, there[n].shape) != (a.dtype, a.shape)
+    ]
     if wrong:
         raise UserError(
-            "checkpoint", expected="the tensors of this model and optimizer",
+            "checkpoint",
+            expected="the tensors of this model and optimizer",
             got="; ".join(wrong[:5]) + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""),
             do="Use the model, the optimizer and the table that it was saved with.",
-        )  # fmt: skip
+        )
 
 
 def count_of(reader: Reader) -> int:

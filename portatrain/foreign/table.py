@@ -7,12 +7,7 @@ from dataclasses import dataclass
 
 from portatrain.errors import UserError, choice
 
-TORCH_SLOTS: Mapping[str, str] = {
-    "exp_avg": "m",
-    "exp_avg_sq": "v",
-    "momentum_buffer": "m",
-    "max_exp_avg_sq": "v_max",
-}
+TORCH_SLOTS: Mapping[str, str] = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m", "max_exp_avg_sq": "v_max"}
 """torch.optim's names of per-parameter state."""
 OPTAX_SLOTS: Mapping[str, str] = {"mu": "m", "nu": "v", "trace": "m"}
 """optax's names of trees that are shaped like the parameters."""
@@ -36,9 +31,11 @@ class Entry:
     def __post_init__(self) -> None:
         if self.transposed and len(self.axes) < 2:
             raise UserError(
-                f"entry {self.name}", expected="two axes or more to transpose", got=str(self.axes),
+                f"entry {self.name}",
+                expected="two axes or more to transpose",
+                got=str(self.axes),
                 do="Leave transposed out, or name the axes.",
-            )  # fmt: skip
+            )
 
     @property
     def stacked(self) -> bool:
@@ -56,9 +53,7 @@ class Table:
         names = [row.name for row in self.rows]
         twice = next((n for n in names if names.count(n) > 1), None)
         if twice is not None:
-            raise UserError(
-                "table", expected="every name once", got=f"{twice!r} twice", do="Rename one of them."
-            )
+            raise UserError("table", expected="every name once", got=f"{twice!r} twice", do="Rename one of them.")
 
     def by_torch(self, name: str) -> tuple[Entry, int | None]:
         """(the entry, which index of its leading axis) of a parameter of a module."""

@@ -22,9 +22,15 @@ from portatrain.state import COUNT
 
 
 def save(
-    where: Path | str, step: int, module: nn.Module, optimizer: torch.optim.Optimizer | None, table: Table, *,
-    name: str = "a1", meta: Mapping[str, Any] | None = None,
-) -> None:  # fmt: skip
+    where: Path | str,
+    step: int,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    table: Table,
+    *,
+    name: str = "a1",
+    meta: Mapping[str, Any] | None = None,
+) -> None:
     """Save the module's parameters and the optimizer's state as the checkpoint `step` of `where`, a folder or a URL.
 
     All processes of the group call it together. `name`: no two attempts at one checkpoint share it. `meta`: any JSON
@@ -52,9 +58,13 @@ def save(
 
 
 def restore(
-    where: Path | str, module: nn.Module, optimizer: torch.optim.Optimizer | None, table: Table, *,
+    where: Path | str,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    table: Table,
+    *,
     step: int | None = None,
-) -> int:  # fmt: skip
+) -> int:
     """Fill the module and the optimizer, in place, from the checkpoint `step` of `where` (the newest); its step.
 
     The optimizer may be a fresh one. Raises UserError, with nothing changed, where names or shapes differ.
@@ -97,9 +107,11 @@ def _tensors(
                 continue
             if key not in TORCH_SLOTS:
                 raise UserError(
-                    f"optimizer state {key!r} of {name}", expected=f"one of {', '.join(TORCH_SLOTS)}", got=repr(key),
+                    f"optimizer state {key!r} of {name}",
+                    expected=f"one of {', '.join(TORCH_SLOTS)}",
+                    got=repr(key),
                     do="Add its name to portatrain.foreign.table.TORCH_SLOTS.",
-                )  # fmt: skip
+                )
             yield f"opt/{TORCH_SLOTS[key]}/{entry.name}", entry, index, value
 
 
@@ -120,9 +132,11 @@ def _collect(
     counts = {int(s["step"]) for s in (optimizer.state.values() if optimizer else ()) if "step" in s}
     if len(counts) > 1:
         raise UserError(
-            "optimizer", expected="one count of steps for all parameters", got=str(sorted(counts)),
+            "optimizer",
+            expected="one count of steps for all parameters",
+            got=str(sorted(counts)),
             do="Save parameters that began at other steps in checkpoints of their own.",
-        )  # fmt: skip
+        )
     if counts:
         tensors[COUNT] = About(COUNT, "int32", (), ())
         count = counts.pop()
@@ -133,9 +147,7 @@ def _collect(
 def _box(entry: Entry, index: int | None, tensor: Tensor) -> tuple[Tensor, Box]:
     """(this process's part, its box in the logical tensor)."""
     if isinstance(tensor, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(
-            tensor.shape, tensor.device_mesh, tensor.placements
-        )
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local()
     else:
         shape, offset, local = tuple(tensor.shape), (0,) * tensor.ndim, tensor

@@ -42,30 +42,21 @@ class Attention(Module):
             )
         if head_dim % 2:
             raise UserError(
-                "Attention",
-                expected="an even head_dim",
-                got=str(head_dim),
-                do="Rotations act on pairs of features.",
+                "Attention", expected="an even head_dim", got=str(head_dim), do="Rotations act on pairs of features."
             )
         self.wq = Param(embed=embed, heads=heads, head_dim=head_dim)
         self.wk = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.wv = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, inputs=2)
         self.q_bias: Any = Param(heads=heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
-        self.v_bias: Any = (
-            Param(kv_heads=kv_heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
-        )
+        self.v_bias: Any = Param(kv_heads=kv_heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
         self.o_bias: Any = Param(embed=embed, inputs=0, init="zeros") if bias else None
         self.q_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
         self.causal, self.window, self.softcap = causal, window, softcap
 
     def __call__(
-        self,
-        ops: Ops,
-        x_BSE: Array,
-        rope: tuple[Array, Array] | None = None,
-        segment_ids: Array | None = None,
+        self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None = None, segment_ids: Array | None = None
     ) -> Array:
         """(B, S, E) -> (B, S, E). `rope` is `ops.rope_table(positions, head_dim)`, `segment_ids` (B, S) integers."""
         q_BSHD, k_BSKD, v_BSKD = self.qkv(ops, x_BSE, rope)

@@ -65,9 +65,7 @@ class Dropout(Module):
 
     def __init__(self, rate: float) -> None:
         if not 0 <= rate < 1:
-            raise UserError(
-                "Dropout", expected="a rate in [0, 1)", got=repr(rate), do="Use 0 for no dropout."
-            )
+            raise UserError("Dropout", expected="a rate in [0, 1)", got=repr(rate), do="Use 0 for no dropout.")
         self.rate = rate
 
     def __call__(self, ops: Ops, x: Array) -> Array:
@@ -78,9 +76,7 @@ class Dropout(Module):
 class PatchEmbedding(Module):
     """Cuts images into square patches and maps each to `embed` features (Dosovitskiy et al. 2021, eq. 1)."""
 
-    def __init__(
-        self, *, rows: int, columns: int, channels: int, patch: int, embed: int, bias: bool = True
-    ) -> None:
+    def __init__(self, *, rows: int, columns: int, channels: int, patch: int, embed: int, bias: bool = True) -> None:
         if rows % patch or columns % patch:
             raise UserError(
                 "PatchEmbedding",

@@ -61,10 +61,7 @@ def draw_curve(
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "the loss curve",
-            expected="matplotlib",
-            got="no such package",
-            do="pip install 'portatrain[plot]'",
+            "the loss curve", expected="matplotlib", got="no such package", do="pip install 'portatrain[plot]'"
         ) from None
     rows = [row for row in curve if row.get("loss") is not None]
     if not rows:
@@ -89,9 +86,7 @@ def draw_curve(
             values = [factor * row["loss"] for row in of]
             top.plot([row["step"] for row in of], values, style, color="C1", markersize=4, label=label)
     for index, (label, value) in enumerate(references.items()):
-        top.axhline(
-            value, color=f"C{2 + index}", linestyle="--", linewidth=1.2, label=f"{label}: {value:.3f}"
-        )
+        top.axhline(value, color=f"C{2 + index}", linestyle="--", linewidth=1.2, label=f"{label}: {value:.3f}")
     top.set_ylabel(unit)
     top.set_title(title)
     top.grid(alpha=0.25)

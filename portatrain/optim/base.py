@@ -93,23 +93,12 @@ class Rule:
         """The state that is kept for this tensor, by slot name."""
         raise TypeError(f"{type(self).__name__} does not define slots(self, info)")
 
-    def step(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
-    ) -> Step:
+    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
         """What to subtract, decay apart, and the new slots. ``lr`` is 0-d; the rest as in ``update``."""
         raise TypeError(f"{type(self).__name__} does not define step(self, xp, ...)")
 
     def update(
-        self,
-        xp: Xp,
-        *,
-        info: Info,
-        grad: Array,
-        param: Array,
-        slots: Slots,
-        scale: Array,
-        count: Array,
-        decay: bool,
+        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, scale: Array, count: Array, decay: bool
     ) -> Step:
         """One step: ``(delta, new slots)``; the new parameter is ``param + delta``.
 

@@ -16,8 +16,12 @@ def global_norm(xp: Xp, grads: Mapping[str, Array]) -> Array:
     3.4e38 (an element above 1.8e19) makes the norm infinite, and the step then counts as not finite.
     """
     if not grads:
-        raise UserError("the gradient norm", expected="at least one tensor that trains", got="none",
-                        do="Free a parameter from the frozen ones.")  # fmt: skip
+        raise UserError(
+            "the gradient norm",
+            expected="at least one tensor that trains",
+            got="none",
+            do="Free a parameter from the frozen ones.",
+        )
     total: Array = None
     for name in sorted(grads):
         square = xp.sum(grads[name] * grads[name])

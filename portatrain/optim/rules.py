@@ -51,9 +51,7 @@ class AdamW(Rule):
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info), "v": full_slot(info)}
 
-    def step(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
-    ) -> Step:
+    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
         m = self.b1 * slots["m"] + (1.0 - self.b1) * grad
         v = self.b2 * slots["v"] + (1.0 - self.b2) * (grad * grad)
         v_hat = v * (1.0 / bias_correction(xp, self.b2, count))
@@ -84,9 +82,7 @@ class Lion(Rule):
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info)}
 
-    def step(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
-    ) -> Step:
+    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
         m = slots["m"]
         return lr * xp.sign(self.b1 * m + (1.0 - self.b1) * grad), {"m": self.b2 * m + (1.0 - self.b2) * grad}
 
@@ -114,9 +110,7 @@ class SGD(Rule):
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info)} if self.momentum else {}
 
-    def step(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
-    ) -> Step:
+    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
         if not self.momentum:
             return lr * grad, {}
         m = self.momentum * slots["m"] + grad
@@ -167,9 +161,7 @@ class Adafactor(Rule):
             "v_col": Slot(axes=info.axes[:batch] + out_axes, shape=info.shape[:batch] + out_shape),
         }
 
-    def step(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
-    ) -> Step:
+    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
         new = count ** (-self.decay_rate)
         old = 1.0 - new
         square = grad * grad + self.eps1
@@ -247,9 +239,7 @@ class Muon(Rule):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "momentum", 0 <= self.momentum < 1, "at least 0 and below 1")
-        require(
-            self, "coefficients", len(self.coefficients) > 0, f"one (a, b, c) a step, as in ({JORDAN},) * 5"
-        )
+        require(self, "coefficients", len(self.coefficients) > 0, f"one (a, b, c) a step, as in ({JORDAN},) * 5")
         require(self, "eps", self.eps > 0, "a number above 0")
 
     def rule_for(self, info: Info) -> Rule:
@@ -264,9 +254,7 @@ class Muon(Rule):
         update = super().update if rule is self else rule.update
         return update(xp, info=info, **arguments)
 
-    def step(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
-    ) -> Step:
+    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
         new = (1.0 - self.momentum) * grad
         m = self.momentum * slots["m"] + new
         n = new + self.momentum * m if self.nesterov else m

@@ -13,42 +13,64 @@ def as_json(plan: Plan) -> dict[str, Any]:
     """``status``: 'fits'; 'fits-with' another batch (``notes`` say which); 'does-not-fit'; 'not-planned'."""
     best = plan.chosen
     found: dict[str, Any] = {
-        "cluster": plan.cluster.name, "recipe": plan.asked.name, "status": status(plan),
-        "chips": plan.cluster.chips, "chips_used": plan.used.chips, "devices_used": plan.used.devices,
-        "topology": plan.cluster.topology, "batch": plan.shape.batch, "seq_len": plan.shape.seq_len,
-        "device_memory_bytes": plan.device_bytes, "notes": list(plan.notes), "would_fit": list(plan.hints),
+        "cluster": plan.cluster.name,
+        "recipe": plan.asked.name,
+        "status": status(plan),
+        "chips": plan.cluster.chips,
+        "chips_used": plan.used.chips,
+        "devices_used": plan.used.devices,
+        "topology": plan.cluster.topology,
+        "batch": plan.shape.batch,
+        "seq_len": plan.shape.seq_len,
+        "device_memory_bytes": plan.device_bytes,
+        "notes": list(plan.notes),
+        "would_fit": list(plan.hints),
         "short_bytes": plan.short_bytes,
         "refused": [{"reason": r.reason, "meshes": r.count, "nearest": r.nearest} for r in plan.refused],
         "work": {"meshes": plan.counts.meshes, "memories": plan.counts.memories, "times": plan.counts.times},
-    }  # fmt: skip
+    }
     if best is None:
         return found
     price = plan.cluster.price
     return found | {
         "plan": candidate(best),
         "others": [candidate(one) | {"why_not": one.why(best)} for one in plan.best[1:]],
-        "tokens_per_s": plan.tokens_per_s, "tokens_per_s_per_chip": plan.tokens_per_s / plan.cluster.chips,
-        "mfu": plan.mfu, "mfu_convention": CONVENTION, "mfu_peak_flops": plan.peak, "days_per_run": plan.days,
-        "usd_per_billion_tokens": plan.usd_per_billion, "usd_per_run": plan.usd_per_run,
+        "tokens_per_s": plan.tokens_per_s,
+        "tokens_per_s_per_chip": plan.tokens_per_s / plan.cluster.chips,
+        "mfu": plan.mfu,
+        "mfu_convention": CONVENTION,
+        "mfu_peak_flops": plan.peak,
+        "days_per_run": plan.days,
+        "usd_per_billion_tokens": plan.usd_per_billion,
+        "usd_per_run": plan.usd_per_run,
         "price": {"list": price[0], **price[1].as_json()} if price else None,
-        "kwh_per_billion_tokens": plan.kwh_per_billion, "kwh_per_run": plan.kwh_per_run,
+        "kwh_per_billion_tokens": plan.kwh_per_billion,
+        "kwh_per_run": plan.kwh_per_run,
         "confidence": confidence(plan),
-    }  # fmt: skip
+    }
 
 
 def candidate(one: Candidate) -> dict[str, Any]:
     return {
-        "mesh": dict(zip(MESH_AXES, one.mesh, strict=True)), "rows": one.rows, "accumulation": one.accumulation,
-        "remat": one.remat, "precision": one.precision, "step_s": one.step_s, "memory_bytes": one.memory.terms(),
-        "memory_total_bytes": one.memory.total, "time_s": one.time.terms(),
+        "mesh": dict(zip(MESH_AXES, one.mesh, strict=True)),
+        "rows": one.rows,
+        "accumulation": one.accumulation,
+        "remat": one.remat,
+        "precision": one.precision,
+        "step_s": one.step_s,
+        "memory_bytes": one.memory.terms(),
+        "memory_total_bytes": one.memory.total,
+        "time_s": one.time.terms(),
         "collectives_busy_s": dict(zip(MESH_AXES, one.time.busy, strict=True)),
-        "placement": {axis: path.where for axis, path in zip(MESH_AXES, one.placement.paths, strict=True)
-                      if path.size > 1},
+        "placement": {
+            axis: path.where for axis, path in zip(MESH_AXES, one.placement.paths, strict=True) if path.size > 1
+        },
         "torus_order": [
             {"mesh_axis": axis, "torus_axis": piece.dim, "length": piece.length, "stride": piece.stride}
-            for axis, pieces in zip(MESH_AXES, one.placement.order or ((),) * 5, strict=True) for piece in pieces
+            for axis, pieces in zip(MESH_AXES, one.placement.order or ((),) * 5, strict=True)
+            for piece in pieces
         ],
-    }  # fmt: skip
+    }
 
 
 def status(plan: Plan) -> str:
@@ -61,7 +83,9 @@ def confidence(plan: Plan) -> dict[str, Any]:
     """For memory, time, usd and kwh the estimates behind them; for time also the error seen on published runs."""
     found: dict[str, Any] = {name: {"estimates": list(marks)} for name, marks in plan.estimates().items()}
     found["time"] |= {
-        "efficiency": plan.efficiency.value, "efficiency_from": plan.efficiency.basis,
-        "typical_error": efficiency.TYPICAL_ERROR, "worst_error": efficiency.WORST_ERROR,
-    }  # fmt: skip
+        "efficiency": plan.efficiency.value,
+        "efficiency_from": plan.efficiency.basis,
+        "typical_error": efficiency.TYPICAL_ERROR,
+        "worst_error": efficiency.WORST_ERROR,
+    }
     return found

@@ -57,9 +57,11 @@ def seen(run_dirs: Sequence[Path]) -> list[Seen]:
     for folder in run_dirs:
         if not (folder / "run.json").is_file():
             raise UserError(
-                f"--calibrate {folder}", expected="a run directory, with run.json in it", got="none",
+                f"--calibrate {folder}",
+                expected="a run directory, with run.json in it",
+                got="none",
                 do="Name the folders that `portatrain train --run-dir` or `launch` made.",
-            )  # fmt: skip
+            )
         run = RunDir(folder)
         recipe = run.recipe()
         for number in run.attempt_numbers():
@@ -70,9 +72,11 @@ def seen(run_dirs: Sequence[Path]) -> list[Seen]:
                 why.append(f"{folder} attempt {number}: {one}")
     if not found:
         raise UserError(
-            "--calibrate", expected="an attempt that was planned and took five steps or more",
-            got="; ".join(why) or "no attempts", do="Train a little longer, on a chip of the catalog.",
-        )  # fmt: skip
+            "--calibrate",
+            expected="an attempt that was planned and took five steps or more",
+            got="; ".join(why) or "no attempts",
+            do="Train a little longer, on a chip of the catalog.",
+        )
     return found
 
 
@@ -85,9 +89,7 @@ def fit(attempts: Sequence[Seen]) -> list[Change]:
             before = efficiency.of(CHIPS[chip])
             after = float(f"{statistics.geometric_mean(mine):.4g}")
             changes.append(
-                Change(
-                    chip=chip, before=before.value, before_from=before.basis, after=after, attempts=len(mine)
-                )
+                Change(chip=chip, before=before.value, before_from=before.basis, after=after, attempts=len(mine))
             )
     return changes
 
@@ -114,10 +116,14 @@ def _attempt(run: RunDir, recipe: Recipe, number: int) -> Seen | str:
         return "too few steps"
     mesh = Mesh.parse("" if plan["mesh"] == "1" else plan["mesh"])
     return Seen(
-        where=f"{run.path.name}, attempt {number}", chip=plan["chip"], planned_s=plan["plan"]["step_s"],
-        measured_s=measured["step_s"], planned_bytes=plan["plan"]["memory_total_bytes"],
-        measured_bytes=measured["memory_bytes"], factor=_factor(recipe, mesh, plan["device"], measured["step_s"]),
-    )  # fmt: skip
+        where=f"{run.path.name}, attempt {number}",
+        chip=plan["chip"],
+        planned_s=plan["plan"]["step_s"],
+        measured_s=measured["step_s"],
+        planned_bytes=plan["plan"]["memory_total_bytes"],
+        measured_bytes=measured["memory_bytes"],
+        factor=_factor(recipe, mesh, plan["device"], measured["step_s"]),
+    )
 
 
 def _factor(recipe: Recipe, mesh: Mesh, device: str, measured_s: float) -> float | None:

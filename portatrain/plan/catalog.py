@@ -20,19 +20,28 @@ class Stack:
 
 
 STACKS: dict[str, Stack] = {
-    "jax-tpu": Stack(backend="jax", plugin="jax[tpu] with libtpu", reference="MaxText, AXLearn, Levanter",
-                     collectives="XLA over ICI; multislice over the data-centre network"),
-    "torch-cuda": Stack(backend="torch", plugin="CUDA", collectives="NCCL",
-                        reference="torchtitan, Megatron-Core, TransformerEngine"),
+    "jax-tpu": Stack(
+        backend="jax",
+        plugin="jax[tpu] with libtpu",
+        reference="MaxText, AXLearn, Levanter",
+        collectives="XLA over ICI; multislice over the data-centre network",
+    ),
+    "torch-cuda": Stack(
+        backend="torch", plugin="CUDA", collectives="NCCL", reference="torchtitan, Megatron-Core, TransformerEngine"
+    ),
     "torch-rocm": Stack(backend="torch", plugin="ROCm wheels", collectives="RCCL", reference="Primus"),
-    "neuron": Stack(backend="torch_xla", plugin="torch-neuronx, or TorchNeuron's native device",
-                    collectives="Neuron runtime and EFA", reference="NxD, optimum-neuron"),
+    "neuron": Stack(
+        backend="torch_xla",
+        plugin="torch-neuronx, or TorchNeuron's native device",
+        collectives="Neuron runtime and EFA",
+        reference="NxD, optimum-neuron",
+    ),
     "hpu": Stack(backend="torch", plugin="habana_frameworks", collectives="HCCL", reference="optimum-habana"),
     "cann": Stack(backend="torch", plugin="torch_npu", collectives="HCCL", reference="MindSpeed-LLM"),
     "cerebras": Stack(backend="", plugin="cerebras_pytorch", collectives="none (SwarmX)", reference="modelzoo"),
     "mlx": Stack(backend="torch", plugin="torch mps, or mlx", collectives="mlx.distributed", reference="mlx-lm"),
     "cpu": Stack(backend="jax", plugin="none", collectives="gloo", reference="this project"),
-}  # fmt: skip
+}
 
 CHIPS: dict[str, Chip] = {row.name: row for row in (*google.CHIPS, *nvidia.CHIPS, *amd.CHIPS, *others.CHIPS)}
 _BY_NAME: dict[str, Chip] = {name: row for row in CHIPS.values() for name in (row.name, *row.aliases)}

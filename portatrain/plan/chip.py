@@ -13,10 +13,21 @@ KINDS = ("torus", "switched", "mesh", "single", "streaming")
 
 # Entry of a catalog row -> unit. Everything in such a row is per chip; bandwidths are per direction.
 _UNITS = {
-    "memory_gib": "GiB", "memory_gb": "GB", "memory_bw": "GB/s", "link": "GB/s", "scale_up": "GB/s",
-    "scale_up_measured": "GB/s", "scale_up_z": "GB/s", "die_to_die": "GB/s", "scale_out": "Gbit/s",
-    "domain": "chips", "domain_egress": "GB/s", "chips_per_host": "chips", "power": "W", "links": "links",
-}  # fmt: skip
+    "memory_gib": "GiB",
+    "memory_gb": "GB",
+    "memory_bw": "GB/s",
+    "link": "GB/s",
+    "scale_up": "GB/s",
+    "scale_up_measured": "GB/s",
+    "scale_up_z": "GB/s",
+    "die_to_die": "GB/s",
+    "scale_out": "Gbit/s",
+    "domain": "chips",
+    "domain_egress": "GB/s",
+    "chips_per_host": "chips",
+    "power": "W",
+    "links": "links",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

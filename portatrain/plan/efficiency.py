@@ -26,8 +26,12 @@ class Efficiency:
 
 
 BY_CHIP: dict[str, float] = {
-    "h100-sxm": 0.604, "h100-sxm of 500 W": 0.441, "tpu-7x": 0.703, "tpu-v5p": 0.743, "tpu-v6e": 0.611,
-}  # fmt: skip
+    "h100-sxm": 0.604,
+    "h100-sxm of 500 W": 0.441,
+    "tpu-7x": 0.703,
+    "tpu-v5p": 0.743,
+    "tpu-v6e": 0.611,
+}
 BY_VENDOR: dict[str, float] = {"google": 0.673, "nvidia": 0.509}
 ALL = 0.585
 
@@ -73,9 +77,11 @@ def _own(path: Path) -> dict[str, float]:
         told = ", ".join(f"{name} {value}" for name, value in found.items())
     if any(not 0 < value < 10 for value in found.values()):
         raise UserError(
-            str(path), expected="factors of your own runs, as `portatrain plan --calibrate` writes them", got=told,
+            str(path),
+            expected="factors of your own runs, as `portatrain plan --calibrate` writes them",
+            got=told,
             do="Delete the file, and calibrate again.",
-        )  # fmt: skip
+        )
     return found
 
 

@@ -49,9 +49,13 @@ class Figure:
 
     def as_json(self) -> dict[str, object]:
         return {
-            "value": self.value, "unit": self.unit, "source": self.source, "date": self.date,
-            "estimate": self.estimate, **({"note": self.note} if self.note else {}),
-        }  # fmt: skip
+            "value": self.value,
+            "unit": self.unit,
+            "source": self.source,
+            "date": self.date,
+            "estimate": self.estimate,
+            **({"note": self.note} if self.note else {}),
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,10 @@ def figure(raw: float | Raw, unit: str, default_source: str) -> Figure:
     keys = (entry.source or default_source).split()
     texts, dates = zip(*(SOURCES[key] for key in keys), strict=True)
     return Figure(
-        value=float(entry.value), unit=unit, source="; ".join(texts), date=max(dates),
-        estimate=entry.estimate, note=entry.note,
-    )  # fmt: skip
+        value=float(entry.value),
+        unit=unit,
+        source="; ".join(texts),
+        date=max(dates),
+        estimate=entry.estimate,
+        note=entry.note,
+    )

@@ -28,9 +28,14 @@ def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | 
         work = on_mesh(shape, mesh)
         rows = shape.batch // work.rows
         need = memory(
-            work, tokens=work.seq, accumulation=rows, remat=REMATS["block"], precision=PRECISIONS[precision],
-            slot_bytes=shape.slot_bytes, tuning=tuning,
-        ).total  # fmt: skip
+            work,
+            tokens=work.seq,
+            accumulation=rows,
+            remat=REMATS["block"],
+            precision=PRECISIONS[precision],
+            slot_bytes=shape.slot_bytes,
+            tuning=tuning,
+        ).total
         found = need if found is None else min(found, need)
     return found
 
@@ -68,9 +73,7 @@ def what_would(shape: ModelShape, cluster: Cluster, precisions: Sequence[str]) -
         return tuple(found)
     if least_bytes(shape, cluster, precision) is None:
         return ("no mesh of this cluster divides the sizes of the recipe",)
-    return (
-        f"nothing that was tried: {MOST_CHIPS} chips of this kind or as many of another do not hold it either",
-    )
+    return (f"nothing that was tried: {MOST_CHIPS} chips of this kind or as many of another do not hold it either",)
 
 
 def _more_chips(shape: ModelShape, cluster: Cluster, precision: str) -> str:

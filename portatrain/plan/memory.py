@@ -36,9 +36,15 @@ class Memory:
     @property
     def total(self) -> float:
         return (
-            self.params + self.grads + self.optimizer + self.activations + self.gathered + self.logits
-            + self.workspace + self.runtime
-        )  # fmt: skip
+            self.params
+            + self.grads
+            + self.optimizer
+            + self.activations
+            + self.gathered
+            + self.logits
+            + self.workspace
+            + self.runtime
+        )
 
     def terms(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
@@ -73,9 +79,15 @@ def memory(
     grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning, kept)
     moving = kept + workspace + gathered
     return Memory(
-        params=state[0], grads=grads, optimizer=state[1], activations=kept, gathered=gathered, logits=logits,
-        workspace=workspace, runtime=tuning.runtime_bytes + tuning.fragmentation * moving,
-    )  # fmt: skip
+        params=state[0],
+        grads=grads,
+        optimizer=state[1],
+        activations=kept,
+        gathered=gathered,
+        logits=logits,
+        workspace=workspace,
+        runtime=tuning.runtime_bytes + tuning.fragmentation * moving,
+    )
 
 
 Phase = tuple[float, float, float, float]
@@ -83,13 +95,7 @@ Phase = tuple[float, float, float, float]
 
 
 def _eager(
-    work: OnMesh,
-    tokens: float,
-    accumulation: int,
-    remat: Remat,
-    precision: Precision,
-    tuning: Tuning,
-    kept: float,
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
 ) -> Phase:
     """Memory as it is asked for: weights gathered and cast layer by layer, the gradients of the microbatches before."""
     width = precision.compute
@@ -131,13 +137,7 @@ def _again(kind: LayerKind, remat: Remat, width: float) -> float:
 
 
 def _static(
-    work: OnMesh,
-    tokens: float,
-    accumulation: int,
-    remat: Remat,
-    precision: Precision,
-    tuning: Tuning,
-    kept: float,
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
 ) -> Phase:
     """Memory as XLA plans it: what is not alive at the peak takes nothing."""
     width, grad = precision.compute, precision.grad
@@ -154,9 +154,7 @@ def _static(
     layer = work.largest_layer * width * 2 if shared else 0.0
     rows = tokens / work.seq
     chunk = (
-        min(max(SCORES_CHUNK_BYTES, 4 * rows * work.scores), 4 * rows * work.scores * work.seq)
-        if work.scores
-        else 0.0
+        min(max(SCORES_CHUNK_BYTES, 4 * rows * work.scores), 4 * rows * work.scores * work.seq) if work.scores else 0.0
     )
     working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
     attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
@@ -178,11 +176,7 @@ def _static(
 def _layer_numbers(kind: LayerKind, remat: Remat) -> float:
     """Numbers a token while the backward pass of a layer's feed-forward runs: what was computed again of the layer, and
     the gradients of the hidden width."""
-    again = (
-        (1 - remat.qkv) * (kind.q + kind.kv)
-        + (1 - remat.attention) * kind.out
-        + (1 - remat.projected) * kind.res
-    )
+    again = (1 - remat.qkv) * (kind.q + kind.kv) + (1 - remat.attention) * kind.out + (1 - remat.projected) * kind.res
     hidden = (1 - remat.hidden) * kind.ways * kind.mlp + kind.ways * kind.mlp
     return again + hidden + 2 * kind.wide + 2 * kind.copies * kind.wide
 

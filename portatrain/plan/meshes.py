@@ -123,12 +123,8 @@ def most_usable(shape: ModelShape, cluster: Cluster) -> Cluster | None:
         if core * rows < cluster.devices
     }
     for devices in sorted(counts, reverse=True):
-        part = (
-            _part(cluster, devices // chip.devices_per_chip) if devices % chip.devices_per_chip == 0 else None
-        )
-        if part is not None and any(
-            True for _ in legal(shape, devices, part.domain * chip.devices_per_chip, {})
-        ):
+        part = _part(cluster, devices // chip.devices_per_chip) if devices % chip.devices_per_chip == 0 else None
+        if part is not None and any(True for _ in legal(shape, devices, part.domain * chip.devices_per_chip, {})):
             return part
     return None
 

@@ -25,10 +25,29 @@ _FIXED_TORUS = {"trn-4x4": (4, 4), "trn-4x4x4": (4, 4, 4)}
 
 # What `portatrain plan --cluster all` and the documentation show: one of each kind that people rent or own.
 EXAMPLES = (
-    "tpu-v4-256", "tpu-v5e-256", "tpu-v5p-256", "tpu-v6e-256", "tpu-7x-128", "4*tpu-v5p-256", "a100-64", "h100-64",
-    "h200-64", "b200-64", "gb200-72", "gb300-72", "mi300x-64", "mi325x-64", "mi355x-64", "trn2-64", "trn2u-64",
-    "gaudi3-64", "ascend910c-384", "h200-8", "m4-max-1", "cpu-2",
-)  # fmt: skip
+    "tpu-v4-256",
+    "tpu-v5e-256",
+    "tpu-v5p-256",
+    "tpu-v6e-256",
+    "tpu-7x-128",
+    "4*tpu-v5p-256",
+    "a100-64",
+    "h100-64",
+    "h200-64",
+    "b200-64",
+    "gb200-72",
+    "gb300-72",
+    "mi300x-64",
+    "mi325x-64",
+    "mi355x-64",
+    "trn2-64",
+    "trn2u-64",
+    "gaudi3-64",
+    "ascend910c-384",
+    "h200-8",
+    "m4-max-1",
+    "cpu-2",
+)
 
 
 def resolve(name: str, *, files: Iterable[Path] = (), others: Iterable[str] = ()) -> Cluster:
@@ -56,9 +75,11 @@ def parse(name: str, *, own: Iterable[str] = ()) -> Cluster:
     if star:
         if not times.strip().isdigit() or int(times) < 1:
             raise UserError(
-                f"cluster {name!r}", expected="a whole number of slices before '*'", got=repr(times),
+                f"cluster {name!r}",
+                expected="a whole number of slices before '*'",
+                got=repr(times),
                 do="Write 4*tpu-v5p-256 for four slices.",
-            )  # fmt: skip
+            )
         count = int(times)
     found = re.fullmatch(r"(?P<chip>.+?)-(?P<size>\d+(?:x\d+)*)", one.strip())
     if found is None or found["chip"] not in chip_names():
@@ -73,9 +94,11 @@ def build(chip: Chip, size: str, *, multislice: int = 1, name: str = "") -> Clus
         return _slice(chip, size, multislice, what)
     if multislice > 1 or "x" in size:
         raise UserError(
-            what, expected=f"{chip.name} and a number of chips", got=f"{multislice}*{size}" if multislice > 1 else size,
+            what,
+            expected=f"{chip.name} and a number of chips",
+            got=f"{multislice}*{size}" if multislice > 1 else size,
             do=f"Slices and topologies are for TPUs; write {chip.name}-{multislice * math.prod(_dims(size))}.",
-        )  # fmt: skip
+        )
     return _hosts(chip, int(size), what)
 
 
@@ -99,11 +122,7 @@ def legal_sizes(chip: Chip) -> tuple[str, ...]:
     host = chip.chips_in_host
     inside = [n for n in (1, 2, 4, 8, 16) if n <= host and host % n == 0]
     racks = [chip.chips_in_domain * k for k in (1, 2, 8)] if chip.chips_in_domain > host else []
-    many = (
-        [2, 4]
-        if chip.kind == "single"
-        else [*(host * k for k in (2, 8)), *(racks or (host * 32, host * 128))]
-    )
+    many = [2, 4] if chip.kind == "single" else [*(host * k for k in (2, 8)), *(racks or (host * 32, host * 128))]
     return tuple(f"{_short(chip)}-{n}" for n in [*inside, *many])
 
 
@@ -124,14 +143,17 @@ def _slice(chip: Chip, size: str, multislice: int, what: str) -> Cluster:
         dims = shape
     chips = math.prod(dims)
     return Cluster(
-        name=canonical(chip, chips, dims, multislice), chip=chip, chips=chips * multislice, domain=chips, dims=dims,
-        wraps=slices.wraps(chip.name, dims), slices=multislice,
-    )  # fmt: skip
+        name=canonical(chip, chips, dims, multislice),
+        chip=chip,
+        chips=chips * multislice,
+        domain=chips,
+        dims=dims,
+        wraps=slices.wraps(chip.name, dims),
+        slices=multislice,
+    )
 
 
-def _illegal(
-    chip: Chip, what: str, got: str, names: list[str], near: tuple[tuple[int, ...], ...]
-) -> UserError:
+def _illegal(chip: Chip, what: str, got: str, names: list[str], near: tuple[tuple[int, ...], ...]) -> UserError:
     rule = slices.RULES[chip.name]
     if rule.max_cubes:
         order = ", in rising order," if rule.rising else ""
@@ -144,9 +166,11 @@ def _illegal(
     counts = {1: "chips", 2: "two per chip"}[rule.per_name]
     both = [f"{name} ({slices.text(dims)})" for name, dims in zip(names, near, strict=True)]
     return UserError(
-        what, expected=expected, got=got,
+        what,
+        expected=expected,
+        got=got,
         do=f"The nearest legal ones are {' and '.join(both)}; the number in such a name counts {counts}.",
-    )  # fmt: skip
+    )
 
 
 def _hosts(chip: Chip, chips: int, what: str) -> Cluster:
@@ -159,19 +183,20 @@ def _hosts(chip: Chip, chips: int, what: str) -> Cluster:
         below = [n for n in sizes if n <= chips][-1:]
         above = [host if chips < host else host * (chips // host + 1)]
         raise UserError(
-            what, expected=f"whole hosts of {host} {chip.name}, or an even part of one", got=f"{chips} chips",
+            what,
+            expected=f"whole hosts of {host} {chip.name}, or an even part of one",
+            got=f"{chips} chips",
             do=f"The nearest are {' and '.join(f'{_short(chip)}-{n}' for n in dict.fromkeys(below + above))}.",
-        )  # fmt: skip
+        )
     if chip.slice_rule in _FIXED_TORUS:
         dims = _FIXED_TORUS[chip.slice_rule]
         # A part of an instance has no torus of its own; a whole one has, and so has each of many.
-        inside = (
-            dims if chips % domain == 0 else (chips,) if chips < host else (4, 4, chips // 16)[: len(dims)]
-        )
+        inside = dims if chips % domain == 0 else (chips,) if chips < host else (4, 4, chips // 16)[: len(dims)]
         size = math.prod(inside)
         wrapped = tuple(n == full for n, full in zip(inside, dims, strict=False))
-        return Cluster(name=f"{_short(chip)}-{chips}", chip=chip, chips=chips, domain=min(size, chips), dims=inside,
-                       wraps=wrapped)  # fmt: skip
+        return Cluster(
+            name=f"{_short(chip)}-{chips}", chip=chip, chips=chips, domain=min(size, chips), dims=inside, wraps=wrapped
+        )
     if chips > domain and chips % domain:
         # No whole number of full racks: equal parts of racks, as large as they can be.
         domain = max(n for n in range(host, domain + 1, host) if chips % n == 0)
@@ -187,9 +212,12 @@ def _this_cpu(chip: Chip, devices: int) -> Chip:
         return replace(of_a_core, value=of_a_core.value * cores)
 
     chip = replace(
-        chip, domain=count, chips_per_host=count, peaks={name: share(peak) for name, peak in chip.peaks.items()},
+        chip,
+        domain=count,
+        chips_per_host=count,
+        peaks={name: share(peak) for name, peak in chip.peaks.items()},
         memory_bw=share(chip.memory_bw) if chip.memory_bw else None,
-    )  # fmt: skip
+    )
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):  # no such call on this system: the catalog's value stands
@@ -206,23 +234,33 @@ def _from_entry(entry: toml.Entry) -> Cluster:
             f"{entry.size_where}: {error.what}", expected=error.expected, got=error.got, do=error.do
         ) from None
     return replace(
-        made, name=entry.name, chip=replace(made.chip, memory=made.chip.memory), engine=entry.engine,
-        storage=entry.storage, options=entry.options, prices=entry.prices, where=entry.where,
-    )  # fmt: skip
+        made,
+        name=entry.name,
+        chip=replace(made.chip, memory=made.chip.memory),
+        engine=entry.engine,
+        storage=entry.storage,
+        options=entry.options,
+        prices=entry.prices,
+        where=entry.where,
+    )
 
 
 def _unknown(name: str, chip: str, own: Iterable[str]) -> UserError:
     if chip in chip_names():
         return UserError(
-            f"cluster {name!r}", expected=f"a size after {chip}", got="none",
+            f"cluster {name!r}",
+            expected=f"a size after {chip}",
+            got="none",
             do=f"Write for instance {legal_sizes(find_chip(chip))[-1].split()[0]}.",
-        )  # fmt: skip
+        )
     short = [_short(row) for row in CHIPS.values()]
     error = choice(f"cluster {name!r}", chip, [*short, *own])
     return UserError(
-        error.what, expected="CHIP-COUNT with a chip of the catalog, or a name in your clusters.toml", got=error.got,
+        error.what,
+        expected="CHIP-COUNT with a chip of the catalog, or a name in your clusters.toml",
+        got=error.got,
         do=f"{error.do.removesuffix('Use one of those names.')}Known are {', '.join(sorted({*short, *own}))}.",
-    )  # fmt: skip
+    )
 
 
 def _short(chip: Chip) -> str:

@@ -29,9 +29,7 @@ from portatrain.recipe import Recipe
 FORMAT = 1
 
 
-def of_run(
-    recipe: Recipe, mesh: Mesh, device: str, *, efficiency: Efficiency | None = None
-) -> dict[str, Any]:
+def of_run(recipe: Recipe, mesh: Mesh, device: str, *, efficiency: Efficiency | None = None) -> dict[str, Any]:
     """The plan of ``recipe`` on ``mesh`` of devices that the framework names ``device``, as plain data.
 
     ``planned`` is False, with ``why``, where it cannot be planned; a run starts all the same.
@@ -53,9 +51,14 @@ def of_run(
     if isinstance(one, str):
         return about | {"planned": False, "why": one}
     return about | {
-        "planned": True, "cluster": cluster.name, "chip": chip.name, "devices": mesh.devices,
-        "efficiency": factor.value, "efficiency_from": factor.basis, "plan": candidate(one),
-    }  # fmt: skip
+        "planned": True,
+        "cluster": cluster.name,
+        "chip": chip.name,
+        "devices": mesh.devices,
+        "efficiency": factor.value,
+        "efficiency_from": factor.basis,
+        "plan": candidate(one),
+    }
 
 
 def device_order(recipe: Recipe, mesh: Mesh, devices: Sequence[Any]) -> list[Any]:
@@ -140,20 +143,37 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
     if isinstance(places, str):
         return places
     need = memory(
-        work, tokens=rows * work.seq, accumulation=recipe.accumulation, remat=remat, precision=precision,
-        slot_bytes=shape.slot_bytes, tuning=tuning,
-    )  # fmt: skip
+        work,
+        tokens=rows * work.seq,
+        accumulation=recipe.accumulation,
+        remat=remat,
+        precision=precision,
+        slot_bytes=shape.slot_bytes,
+        tuning=tuning,
+    )
     ways = [
         Candidate(
-            mesh=sizes, rows=rows, accumulation=recipe.accumulation, remat=remat.name, precision=precision.name,
-            placement=where, memory=need,
+            mesh=sizes,
+            rows=rows,
+            accumulation=recipe.accumulation,
+            remat=remat.name,
+            precision=precision.name,
+            placement=where,
+            memory=need,
             time=step_time(
-                work, where, tokens=rows * work.seq, accumulation=recipe.accumulation, remat=remat, precision=precision,
-                slot_bytes=shape.slot_bytes, rate=rates(cluster.chip, precision, factor.value), tuning=tuning,
+                work,
+                where,
+                tokens=rows * work.seq,
+                accumulation=recipe.accumulation,
+                remat=remat,
+                precision=precision,
+                slot_bytes=shape.slot_bytes,
+                rate=rates(cluster.chip, precision, factor.value),
+                tuning=tuning,
             ),
         )
         for where in places
-    ]  # fmt: skip
+    ]
     return min(ways, key=lambda one: one.step_s)
 
 

@@ -47,9 +47,7 @@ class Placement:
     order: tuple[tuple[Piece, ...], ...] = ()
 
     def describe(self) -> str:
-        return "; ".join(
-            f"{n}={p.size} {p.where}" for n, p in zip(MESH_AXES, self.paths, strict=True) if p.size > 1
-        )
+        return "; ".join(f"{n}={p.size} {p.where}" for n, p in zip(MESH_AXES, self.paths, strict=True) if p.size > 1)
 
 
 def cut(sizes: Sizes, domains: int) -> tuple[Sizes, Sizes] | None:
@@ -178,10 +176,7 @@ def _torus(dims: tuple[Dim, ...], inner: Sizes, dies: int) -> tuple[tuple[tuple[
         grown = []
         for strides, done in states:
             ways = sorted(
-                (
-                    _lay(dims, strides, lengths, inner[axis], dies)
-                    for lengths in _factor(dims, strides, inner[axis])
-                ),
+                (_lay(dims, strides, lengths, inner[axis], dies) for lengths in _factor(dims, strides, inner[axis])),
                 key=lambda way: -way[0].rate,
             )
             for path, pieces in ways[:KEEP]:
@@ -237,10 +232,7 @@ def _lay(
         hops += length // 2 if ring else length - 1
     whole = [p for p in pieces if p.stride == 1 and p.length == dims[p.dim][0] and (dies == 1 or p.dim)]
     parts = sorted((p for p in pieces if p not in whole), key=lambda p: p.rate)
-    time, left = (
-        0.0,
-        1.0,
-    )  # seconds a gathered byte; the share of the array that there is at the end of a stage
+    time, left = (0.0, 1.0)  # seconds a gathered byte; the share of the array that there is at the end of a stage
     if whole:
         together = math.prod(p.length for p in whole)
         time = (together - 1) / together / sum(p.rate for p in whole)
@@ -258,8 +250,4 @@ def _name(dims: tuple[Dim, ...], piece: Piece, dies: int) -> str:
         return "dies"
     letter = "XYZ"[piece.dim - (dies > 1)]
     whole = dims[piece.dim][0] == piece.length
-    return (
-        letter
-        if whole
-        else f"{piece.length} of {letter}" + (f" every {piece.stride}" if piece.stride > 1 else "")
-    )
+    return letter if whole else f"{piece.length} of {letter}" + (f" every {piece.stride}" if piece.stride > 1 else "")

@@ -102,7 +102,12 @@ class Tuning:
 TUNING = {
     # XLA splits a matmul so that its collective runs beside it ("collective matmul"), and allocates statically.
     "jax-tpu": Tuning(
-        hide_tensor=0.5, hide_expert=0.3, runtime_bytes=0.0, keeps_ends=False, twice_grads=True, static=True,
+        hide_tensor=0.5,
+        hide_expert=0.3,
+        runtime_bytes=0.0,
+        keeps_ends=False,
+        twice_grads=True,
+        static=True,
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
@@ -113,9 +118,17 @@ TUNING = {
     "hpu": Tuning(),
     "cann": Tuning(),
     "mlx": Tuning(runtime_bytes=8.0 * 2**30),
-    "cpu": Tuning(hide_fsdp=0.0, hide_replica=0.0, hide_context=0.0, runtime_bytes=0.3 * 2**30, keeps_ends=False,
-                  twice_grads=True, static=True, fragmentation=0.0),
-}  # fmt: skip
+    "cpu": Tuning(
+        hide_fsdp=0.0,
+        hide_replica=0.0,
+        hide_context=0.0,
+        runtime_bytes=0.3 * 2**30,
+        keeps_ends=False,
+        twice_grads=True,
+        static=True,
+        fragmentation=0.0,
+    ),
+}
 
 ATTENTION_SHARE = 0.75
 """Rate of a fused attention kernel over that of matmuls."""

@@ -62,23 +62,40 @@ def predict(row: Row, factor: float) -> tuple[float, Candidate]:
     assert row.remat is not None
     tokens = row.rows * work.seq
     need = memory(
-        work, tokens=tokens, accumulation=row.accumulation, remat=row.remat, precision=precision,
-        slot_bytes=shape.slot_bytes, tuning=tuning,
-    )  # fmt: skip
+        work,
+        tokens=tokens,
+        accumulation=row.accumulation,
+        remat=row.remat,
+        precision=precision,
+        slot_bytes=shape.slot_bytes,
+        tuning=tuning,
+    )
     placements = place(cluster, row.mesh, cluster.devices)
     if isinstance(placements, str):
         raise ValueError(f"{row.model} on {row.cluster}: {placements}")
     ways = [
         Candidate(
-            mesh=row.mesh, rows=row.rows, accumulation=row.accumulation, remat=row.remat.name,
-            precision=row.precision, placement=placement, memory=need,
+            mesh=row.mesh,
+            rows=row.rows,
+            accumulation=row.accumulation,
+            remat=row.remat.name,
+            precision=row.precision,
+            placement=placement,
+            memory=need,
             time=step_time(
-                work, placement, tokens=tokens, accumulation=row.accumulation, remat=row.remat, precision=precision,
-                slot_bytes=shape.slot_bytes, rate=rates(cluster.chip, precision, factor), tuning=tuning,
+                work,
+                placement,
+                tokens=tokens,
+                accumulation=row.accumulation,
+                remat=row.remat,
+                precision=precision,
+                slot_bytes=shape.slot_bytes,
+                rate=rates(cluster.chip, precision, factor),
+                tuning=tuning,
             ),
         )
         for placement in placements
-    ]  # fmt: skip
+    ]
     best = min(ways, key=lambda one: one.step_s)
     return shape.tokens_per_step / best.step_s / cluster.chips, best
 
@@ -90,9 +107,13 @@ def _searched(row: Row, factor: float) -> tuple[float, Candidate]:
         cluster = row.on
         shape = replace(PRESETS[row.model], batch=samples * cluster.devices)
         made = plan(
-            shape, cluster, precisions=(row.precision,), efficiency=Efficiency(value=factor, basis="given"),
-            tuning=replace(TUNING[cluster.chip.stack], skips_masked=True), hints=False,
-        )  # fmt: skip
+            shape,
+            cluster,
+            precisions=(row.precision,),
+            efficiency=Efficiency(value=factor, basis="given"),
+            tuning=replace(TUNING[cluster.chip.stack], skips_masked=True),
+            hints=False,
+        )
         if made.best and (best is None or made.tokens_per_s / cluster.chips > best[0]):
             best = made.tokens_per_s / cluster.chips, made.best[0]
     if best is None:
@@ -114,9 +135,7 @@ def fit(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], float]
     """(by chip, by vendor, over all) factors of ``rows``: geometric means of their own."""
     known = list(rows)
     chips, vendors = sorted({r.chip for r in known}), sorted({r.vendor for r in known})
-    by_chip = {
-        c: _mean(r for r in known if r.chip == c) for c in chips if sum(r.chip == c for r in known) > 1
-    }
+    by_chip = {c: _mean(r for r in known if r.chip == c) for c in chips if sum(r.chip == c for r in known) > 1}
     return by_chip, {v: _mean(r for r in known if r.vendor == v) for v in vendors}, _mean(known)
 
 
@@ -157,8 +176,10 @@ def report() -> str:
             "",
             "Rows out of bounds:",
             "",
-            *([f"- {_name(c)}: {100 * c.error:+.0f} %. {_REASONS.get(_name(c), '')}".rstrip() for c in beyond]
-              or ["- none"]),
+            *(
+                [f"- {_name(c)}: {100 * c.error:+.0f} %. {_REASONS.get(_name(c), '')}".rstrip() for c in beyond]
+                or ["- none"]
+            ),
             "",
             "## Factors, fitted from all rows",
             "",
@@ -170,7 +191,7 @@ def report() -> str:
             "",
             *_TAIL,
         ]
-    )  # fmt: skip
+    )
 
 
 def _name(one: Checked) -> str:
@@ -181,9 +202,7 @@ def _name(one: Checked) -> str:
 def _line(one: Checked) -> str:
     row, best = one.row, one.chosen
     chips = f"{row.on.chips} x {row.chip}" + ("" if row.counted else " (of its configuration)")
-    who = (
-        row.who + (f", {row.note}" if row.note else "") + (f"; {row.utilisation}" if row.utilisation else "")
-    )
+    who = row.who + (f", {row.note}" if row.note else "") + (f"; {row.utilisation}" if row.utilisation else "")
     own = "" if row.mesh else " (the planner's)"
     how = f"{best.mesh_text}; {best.remat}; {best.rows} x {best.accumulation}{own}"
     return (
@@ -228,9 +247,7 @@ def stale() -> list[str]:
     by_chip, by_vendor, over_all = fit(ROWS)
     have = (efficiency.BY_CHIP, efficiency.BY_VENDOR, efficiency.ALL)
     found = []
-    for name, there, fitted in zip(
-        ("BY_CHIP", "BY_VENDOR", "ALL"), have, (by_chip, by_vendor, over_all), strict=True
-    ):
+    for name, there, fitted in zip(("BY_CHIP", "BY_VENDOR", "ALL"), have, (by_chip, by_vendor, over_all), strict=True):
         if there != fitted:
             found.append(f"{name} is {there}, the rows say {fitted}")
     errors = [abs(check(row).error) for row in ROWS]

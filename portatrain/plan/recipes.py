@@ -44,15 +44,16 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         for slot in recipe.optimizer.slots(tensor).values()
     )
     # Averages are fp32 whatever the slots are, which the precision scales.
-    averaged = (
-        sum(4 * t.size for t in tensors if recipe.averages(t.name)) / PRECISIONS[recipe.precision].slots
-    )
+    averaged = sum(4 * t.size for t in tensors if recipe.averages(t.name)) / PRECISIONS[recipe.precision].slots
     numel = sum(t.size for t in trained)
     counted = getattr(recipe.model, "flops_per_sample", None)
     flops = None if counted is None else counted(seq_len) if seq_len else counted()
     modules = definition.modules.values()
     return from_tensors(
-        recipe.name, tensors, seq_len=positions, batch=recipe.batch,
+        recipe.name,
+        tensors,
+        seq_len=positions,
+        batch=recipe.batch,
         causal=all(getattr(module, "causal", True) for module in modules),
         tied=not any(t.matmul for t in tensors[1:]),
         experts_per_token=max((getattr(module, "experts_per_token", 0) for module in modules), default=0),
@@ -63,7 +64,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         compute=dict(recipe.compute or {}),
         params=dict(recipe.params or {}),
         source=f"recipe {recipe.name}",
-    )  # fmt: skip
+    )
 
 
 def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTensor, ...]:
@@ -71,11 +72,16 @@ def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTens
     tables = [name for name, info in definition.params.items() if "vocab" in info.axes and not info.inputs]
     return tuple(
         LogicalTensor(
-            name=info.name, shape=info.shape, axes=info.axes, batch_dims=info.batch_dims, inputs=info.inputs,
-            trainable=recipe.trains(info.name), matmul=info.name == tables[-1] if tables else False,
+            name=info.name,
+            shape=info.shape,
+            axes=info.axes,
+            batch_dims=info.batch_dims,
+            inputs=info.inputs,
+            trainable=recipe.trains(info.name),
+            matmul=info.name == tables[-1] if tables else False,
         )
         for info in definition.params.values()
-    )  # fmt: skip
+    )
 
 
 def _positions(tensors: tuple[LogicalTensor, ...]) -> int:

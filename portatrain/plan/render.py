@@ -47,8 +47,8 @@ def _overview(plans: Sequence[Plan]) -> Table:
     ):
         loose = name in ("mesh", "remat")
         table.add_column(
-            name, justify="left" if name in left else "right", overflow="fold", min_width=9 if loose else None,
-        )  # fmt: skip
+            name, justify="left" if name in left else "right", overflow="fold", min_width=9 if loose else None
+        )
     for plan in plans:
         one = plan.chosen
         if one is None:
@@ -57,13 +57,20 @@ def _overview(plans: Sequence[Plan]) -> Table:
             continue
         marks = plan.estimates()
         table.add_row(
-            plan.cluster.name, "yes" if plan.fits else f"batch {plan.shape.batch}", _mesh(one.mesh_text),
-            f"{one.rows} x {one.accumulation}", one.remat + (f", {one.precision}" if one.precision != "bf16" else ""),
+            plan.cluster.name,
+            "yes" if plan.fits else f"batch {plan.shape.batch}",
+            _mesh(one.mesh_text),
+            f"{one.rows} x {one.accumulation}",
+            one.remat + (f", {one.precision}" if one.precision != "bf16" else ""),
             _mark(f"{one.memory.total / GIB:.1f}/{plan.device_bytes / GIB:.0f}", marks["memory"]),
-            _mark(_number(one.step_s), marks["time"]), _number(plan.tokens_per_s / plan.cluster.chips),
-            f"{100 * plan.mfu:.0f} %", _number(plan.days), _mark(_number(plan.usd_per_billion), marks["usd"]),
-            _number(plan.usd_per_run and plan.usd_per_run / 1000), _mark(_number(plan.kwh_per_billion), marks["kwh"]),
-        )  # fmt: skip
+            _mark(_number(one.step_s), marks["time"]),
+            _number(plan.tokens_per_s / plan.cluster.chips),
+            f"{100 * plan.mfu:.0f} %",
+            _number(plan.days),
+            _mark(_number(plan.usd_per_billion), marks["usd"]),
+            _number(plan.usd_per_run and plan.usd_per_run / 1000),
+            _mark(_number(plan.kwh_per_billion), marks["kwh"]),
+        )
     return table
 
 
@@ -83,25 +90,23 @@ def _details(plan: Plan, console: Console) -> None:
     best = plan.chosen
     if best is not None:
         console.print(_terms(plan))
-        where = Table(
-            "mesh axis", "lies", title=f"{plan.cluster.name} ({plan.used.topology}): where the mesh lies"
-        )
-        for axis, path in zip(
-            ("replica", "fsdp", "expert", "context", "tensor"), best.placement.paths, strict=True
-        ):
+        where = Table("mesh axis", "lies", title=f"{plan.cluster.name} ({plan.used.topology}): where the mesh lies")
+        for axis, path in zip(("replica", "fsdp", "expert", "context", "tensor"), best.placement.paths, strict=True):
             if path.size > 1:
                 inside = f"; {path.rate / 1e9:.0f} GB/s a device inside" if path.inner > 1 else ""
                 outside = f"; {path.egress / 1e9:.3g} GB/s a device between" if path.outer > 1 else ""
                 where.add_row(f"{axis} = {path.size}", path.where + inside + outside)
         console.print(where)
-        table = Table(
-            "mesh", "microbatch", "remat", "GiB", "step s", "why", title=f"{plan.cluster.name}: the best"
-        )
+        table = Table("mesh", "microbatch", "remat", "GiB", "step s", "why", title=f"{plan.cluster.name}: the best")
         for one in plan.best:
             table.add_row(
-                one.mesh_text, f"{one.rows} x {one.accumulation}", one.remat, f"{one.memory.total / GIB:.1f}",
-                _number(one.step_s), one.why(best),
-            )  # fmt: skip
+                one.mesh_text,
+                f"{one.rows} x {one.accumulation}",
+                one.remat,
+                f"{one.memory.total / GIB:.1f}",
+                _number(one.step_s),
+                one.why(best),
+            )
         console.print(table)
     table = Table("meshes", "reason", "nearest", title=f"{plan.cluster.name}: why not the others")
     for refused in plan.refused:
@@ -116,9 +121,7 @@ def _terms(plan: Plan) -> Table:
     memory = [(name, f"{size / GIB:.2f}") for name, size in best.memory.terms().items()]
     time = [(name, _number(seconds)) for name, seconds in best.time.terms().items() if seconds]
     for row in range(max(len(memory), len(time))):
-        table.add_row(
-            *(memory[row] if row < len(memory) else ("", "")), *(time[row] if row < len(time) else ("", ""))
-        )
+        table.add_row(*(memory[row] if row < len(memory) else ("", "")), *(time[row] if row < len(time) else ("", "")))
     table.add_section()
     table.add_row("in all", f"{best.memory.total / GIB:.2f}", "in all", _number(best.step_s))
     table.add_row("of", f"{plan.device_bytes / GIB:.1f}", "efficiency factor", f"{plan.efficiency.value:.3f}")
@@ -147,12 +150,16 @@ def plot(plans: Sequence[Plan], path: Path) -> None:
     for plan in plans:
         if plan.days and plan.usd_per_run:
             axes.plot(plan.days, plan.usd_per_run, "o", label=plan.cluster.name)
-            axes.annotate(plan.cluster.name, (plan.days, plan.usd_per_run), xytext=(5, 3), textcoords="offset points",
-                          fontsize=8)  # fmt: skip
+            axes.annotate(
+                plan.cluster.name, (plan.days, plan.usd_per_run), xytext=(5, 3), textcoords="offset points", fontsize=8
+            )
     axes.set(
-        xscale="log", yscale="log", xlabel="days per run", ylabel="USD per run, list prices",
+        xscale="log",
+        yscale="log",
+        xlabel="days per run",
+        ylabel="USD per run, list prices",
         title=f"{plans[0].asked.name}: predicted cost against time",
-    )  # fmt: skip
+    )
     axes.grid(True, which="both", alpha=0.2)
     figure.savefig(path)
 

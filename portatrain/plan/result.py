@@ -46,9 +46,7 @@ class Candidate:
             return _largest(best)
         mine, its = self.time.terms(), best.time.terms()
         more = sorted(((mine[t] - its[t], t) for t in mine), reverse=True)
-        parts = [
-            f"{_NAMES[t]} +{100 * d / best.step_s:.1f} %" for d, t in more[:2] if d > 0.001 * best.step_s
-        ]
+        parts = [f"{_NAMES[t]} +{100 * d / best.step_s:.1f} %" for d, t in more[:2] if d > 0.001 * best.step_s]
         return ", ".join(parts) or "as fast; more axes or another remat policy"
 
 
@@ -171,10 +169,17 @@ class Plan:
 
 
 _NAMES = {
-    "matmul": "matmuls", "attention": "attention", "recompute": "recomputation", "elementwise": "memory-bound work",
-    "optimizer": "optimizer", "fsdp": "weight gathering", "tensor": "tensor collectives",
-    "context": "context collectives", "expert": "expert exchange", "replica": "gradient reduction",
-}  # fmt: skip
+    "matmul": "matmuls",
+    "attention": "attention",
+    "recompute": "recomputation",
+    "elementwise": "memory-bound work",
+    "optimizer": "optimizer",
+    "fsdp": "weight gathering",
+    "tensor": "tensor collectives",
+    "context": "context collectives",
+    "expert": "expert exchange",
+    "replica": "gradient reduction",
+}
 
 
 def _largest(one: Candidate) -> str:

@@ -56,12 +56,7 @@ class _Search:
             self.meshes += 1
             self._mesh(mesh)
         self.found.sort(
-            key=lambda one: (
-                one.memory.total > self.roomy,
-                one.step_s,
-                sum(n > 1 for n in one.mesh),
-                one.mesh,
-            )
+            key=lambda one: (one.memory.total > self.roomy, one.step_s, sum(n > 1 for n in one.mesh), one.mesh)
         )
 
     @property
@@ -88,15 +83,28 @@ class _Search:
             for placement in placements:
                 self.times += 1
                 time = step_time(
-                    work, placement, tokens=tokens, accumulation=accumulation, remat=remat, precision=precision,
-                    slot_bytes=self.shape.slot_bytes, rate=self.rates[precision.name], tuning=self.tuning,
-                )  # fmt: skip
+                    work,
+                    placement,
+                    tokens=tokens,
+                    accumulation=accumulation,
+                    remat=remat,
+                    precision=precision,
+                    slot_bytes=self.shape.slot_bytes,
+                    rate=self.rates[precision.name],
+                    tuning=self.tuning,
+                )
                 tight = need.total > self.roomy
                 if best is None or (tight, time.total) < (best.memory.total > self.roomy, best.step_s):
                     best = Candidate(
-                        mesh=mesh, rows=rows, accumulation=accumulation, remat=remat.name,
-                        precision=precision.name, placement=placement, memory=need, time=time,
-                    )  # fmt: skip
+                        mesh=mesh,
+                        rows=rows,
+                        accumulation=accumulation,
+                        remat=remat.name,
+                        precision=precision.name,
+                        placement=placement,
+                        memory=need,
+                        time=time,
+                    )
         if best is not None:
             self.found.append(best)
 
@@ -111,9 +119,14 @@ class _Search:
                 for rows in self._microbatches(rows_here):
                     self.memories += 1
                     need = memory(
-                        work, tokens=rows * work.seq, accumulation=rows_here // rows, remat=remat,
-                        precision=precision, slot_bytes=self.shape.slot_bytes, tuning=self.tuning,
-                    )  # fmt: skip
+                        work,
+                        tokens=rows * work.seq,
+                        accumulation=rows_here // rows,
+                        remat=remat,
+                        precision=precision,
+                        slot_bytes=self.shape.slot_bytes,
+                        tuning=self.tuning,
+                    )
                     way = rows, rows_here // rows, remat, precision, need
                     if need.total <= self.roomy:
                         found.append(way)
@@ -165,8 +178,14 @@ def plan(
                 raise choice(what, name, valid)
     factor = efficiency or factors.of(cluster.chip)
     if cluster.chip.kind == "streaming":
-        return Plan(asked=shape, shape=shape, cluster=cluster, used=cluster, efficiency=factor,
-                    hints=(f"{cluster.chip.name}: {cluster.chip.status}",))  # fmt: skip
+        return Plan(
+            asked=shape,
+            shape=shape,
+            cluster=cluster,
+            used=cluster,
+            efficiency=factor,
+            hints=(f"{cluster.chip.name}: {cluster.chip.status}",),
+        )
     if mesh is not None:
         _check_mesh(shape, cluster, mesh)
     search = _search(shape, cluster, names, remats, factor, tuning, mesh, accumulation)
@@ -195,10 +214,17 @@ def plan(
         notes.append(f"fits with less than {100 * MARGIN:.0f} % of memory to spare: it may not in practice")
     short = min((need - search.capacity for need, _ in search.too_big), default=None) if not best else None
     answer = Plan(
-        asked=shape, shape=planned, cluster=cluster, used=used, efficiency=factor, best=best,
-        refused=tuple(_reasons(search)), short_bytes=short, notes=tuple(notes),
+        asked=shape,
+        shape=planned,
+        cluster=cluster,
+        used=used,
+        efficiency=factor,
+        best=best,
+        refused=tuple(_reasons(search)),
+        short_bytes=short,
+        notes=tuple(notes),
         counts=Counts(meshes=search.meshes, memories=search.memories, times=search.times),
-    )  # fmt: skip
+    )
     if best or not hints:
         return answer
     return replace(answer, hints=what_would(planned, cluster, names))
@@ -209,16 +235,26 @@ def _tokens_per_s(search: _Search, shape: ModelShape) -> float:
 
 
 def _search(
-    shape: ModelShape, cluster: Cluster, names: Sequence[str], remats: Sequence[str], factor: factors.Efficiency,
-    tuning: Tuning | None, mesh: Sizes | None = None, accumulation: int | None = None,
-) -> _Search:  # fmt: skip
+    shape: ModelShape,
+    cluster: Cluster,
+    names: Sequence[str],
+    remats: Sequence[str],
+    factor: factors.Efficiency,
+    tuning: Tuning | None,
+    mesh: Sizes | None = None,
+    accumulation: int | None = None,
+) -> _Search:
     chosen = [PRECISIONS[name] for name in names]
     search = _Search(
-        shape=shape, cluster=cluster, remats=[REMATS[name] for name in remats], precisions=chosen,
+        shape=shape,
+        cluster=cluster,
+        remats=[REMATS[name] for name in remats],
+        precisions=chosen,
         tuning=tuning or TUNING[cluster.chip.stack],
         rates={p.name: rates(cluster.chip, p, factor.value) for p in chosen},
-        capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip, accumulation=accumulation,
-    )  # fmt: skip
+        capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip,
+        accumulation=accumulation,
+    )
     search.run(mesh)
     return search
 
@@ -229,16 +265,20 @@ def _check_mesh(shape: ModelShape, cluster: Cluster, mesh: Sizes) -> None:
         devices *= n
     if devices != cluster.devices:
         raise UserError(
-            f"mesh on {cluster.name}", expected=f"sizes that multiply to its {cluster.devices} devices",
-            got=f"{devices}", do="Change the mesh or the cluster.",
-        )  # fmt: skip
+            f"mesh on {cluster.name}",
+            expected=f"sizes that multiply to its {cluster.devices} devices",
+            got=f"{devices}",
+            do="Change the mesh or the cluster.",
+        )
     if not meshes.rules(shape).fits(mesh):
         checks = meshes.rules(shape)
         bad = next(s for s in (*checks.splits, checks.batch) if not s.fits(mesh))
         raise UserError(
-            f"mesh for {shape.name}", expected=f"a size that divides {bad.axis}={bad.size}",
-            got=f"{bad.shards(mesh)} shards", do="Leave --mesh out to see those that work.",
-        )  # fmt: skip
+            f"mesh for {shape.name}",
+            expected=f"a size that divides {bad.axis}={bad.size}",
+            got=f"{bad.shards(mesh)} shards",
+            do="Leave --mesh out to see those that work.",
+        )
 
 
 def _reasons(search: _Search) -> list[Refused]:
@@ -248,10 +288,11 @@ def _reasons(search: _Search) -> list[Refused]:
         need, mesh = min(search.too_big)
         found.append(
             Refused(
-                reason=f"does not fit into {search.capacity / 2**30:.1f} GiB a device", count=len(search.too_big),
+                reason=f"does not fit into {search.capacity / 2**30:.1f} GiB a device",
+                count=len(search.too_big),
                 nearest=f"{_text(mesh)} needs {need / 2**30:.1f} GiB",
             )
-        )  # fmt: skip
+        )
     slower: dict[str, list[Candidate]] = {}
     for one in search.found[KEEP:]:
         slower.setdefault(slowest_term(one, search.found[0]), []).append(one)
@@ -259,14 +300,10 @@ def _reasons(search: _Search) -> list[Refused]:
         least = 100 * (those[0].step_s / search.found[0].step_s - 1)
         found.append(
             Refused(
-                reason=f"slower, mostly by {term}",
-                count=len(those),
-                nearest=f"{those[0].mesh_text} +{least:.0f} %",
+                reason=f"slower, mostly by {term}", count=len(those), nearest=f"{those[0].mesh_text} +{least:.0f} %"
             )
         )
-    found += [
-        Refused(reason=why, count=n) for why, n in sorted(search.refused.items(), key=lambda item: -item[1])
-    ]
+    found += [Refused(reason=why, count=n) for why, n in sorted(search.refused.items(), key=lambda item: -item[1])]
     return found
 
 

@@ -73,9 +73,11 @@ class ModelShape:
         for name in ("layers", "embed", "seq_len", "batch"):
             if getattr(self, name) < 1:
                 raise UserError(
-                    f"shape {self.name}: {name}", expected="a positive number", got=str(getattr(self, name)),
+                    f"shape {self.name}: {name}",
+                    expected="a positive number",
+                    got=str(getattr(self, name)),
                     do="Mend the recipe.",
-                )  # fmt: skip
+                )
 
     def with_batch(self, batch: int) -> ModelShape:
         return replace(self, batch=batch)
@@ -107,10 +109,7 @@ class ModelShape:
         if not self.experts:
             return ((self.layers, float(self.mlp), False),)
         routed = float(self.mlp * (self.experts_per_token + self.shared_experts))
-        kinds = (
-            (self.dense_layers, float(self.dense_mlp), False),
-            (self.layers - self.dense_layers, routed, True),
-        )
+        kinds = ((self.dense_layers, float(self.dense_mlp), False), (self.layers - self.dense_layers, routed, True))
         return tuple(kind for kind in kinds if kind[0])
 
     @cached_property
@@ -179,19 +178,10 @@ def _block(shape: ModelShape, path: str, n: int, mlp: int, *, experts: int) -> l
         made += [
             _tensor(f"{path}/attn/q_down", 1, n, embed=e, q_rank=mla.q_rank),
             _tensor(f"{path}/attn/q_norm", 0, n, q_rank=mla.q_rank),
-            _tensor(
-                f"{path}/attn/q_up", 1, n, q_rank=mla.q_rank, heads=h, head_dim=mla.nope_dim + mla.rope_dim
-            ),
+            _tensor(f"{path}/attn/q_up", 1, n, q_rank=mla.q_rank, heads=h, head_dim=mla.nope_dim + mla.rope_dim),
             _tensor(f"{path}/attn/kv_down", 1, n, embed=e, kv_rank=mla.kv_rank + mla.rope_dim),
             _tensor(f"{path}/attn/kv_norm", 0, n, kv_rank=mla.kv_rank),
-            _tensor(
-                f"{path}/attn/kv_up",
-                1,
-                n,
-                kv_rank=mla.kv_rank,
-                heads=h,
-                head_dim=mla.nope_dim + mla.value_dim,
-            ),
+            _tensor(f"{path}/attn/kv_up", 1, n, kv_rank=mla.kv_rank, heads=h, head_dim=mla.nope_dim + mla.value_dim),
             _tensor(f"{path}/attn/wo", 2, n, heads=h, head_dim=mla.value_dim, embed=e),
         ]
     else:
@@ -218,17 +208,21 @@ def _block(shape: ModelShape, path: str, n: int, mlp: int, *, experts: int) -> l
 def _tensor(name: str, inputs: int, layers: int, **axes: int) -> LogicalTensor:
     named = {"layers": layers, **axes} if layers else axes
     leading = int(bool(layers)) + (next(iter(axes)) == "experts")
-    return LogicalTensor(
-        name=name, shape=tuple(named.values()), axes=tuple(named), batch_dims=leading, inputs=inputs
-    )
+    return LogicalTensor(name=name, shape=tuple(named.values()), axes=tuple(named), batch_dims=leading, inputs=inputs)
 
 
 def _llama(name: str, **sizes: int) -> ModelShape:
     tied = name == "llama3-1b"
     return ModelShape(
-        name=name, kv_heads=8, vocab=128_256, seq_len=8192, tied=tied, source="Llama 3 model cards",
-        train_tokens=15.6e12 if not tied else 9e12, **sizes,  # type: ignore[arg-type]
-    )  # fmt: skip
+        name=name,
+        kv_heads=8,
+        vocab=128_256,
+        seq_len=8192,
+        tied=tied,
+        source="Llama 3 model cards",
+        train_tokens=15.6e12 if not tied else 9e12,
+        **sizes,  # type: ignore[arg-type]
+    )
 
 
 PRESETS: dict[str, ModelShape] = {
@@ -239,31 +233,61 @@ PRESETS: dict[str, ModelShape] = {
         _llama("llama3-70b", layers=80, embed=8192, heads=64, head_dim=128, mlp=28_672, batch=1024),
         _llama("llama3-405b", layers=126, embed=16_384, heads=128, head_dim=128, mlp=53_248, batch=2048),
         ModelShape(
-            name="llama2-70b", layers=80, embed=8192, heads=64, kv_heads=8, head_dim=128, mlp=28_672, vocab=32_000,
-            seq_len=4096, batch=1024, train_tokens=2e12, source="Llama 2 model card",
+            name="llama2-70b",
+            layers=80,
+            embed=8192,
+            heads=64,
+            kv_heads=8,
+            head_dim=128,
+            mlp=28_672,
+            vocab=32_000,
+            seq_len=4096,
+            batch=1024,
+            train_tokens=2e12,
+            source="Llama 2 model card",
         ),
         ModelShape(
-            name="mixtral-8x7b", layers=32, embed=4096, heads=32, kv_heads=8, head_dim=128, mlp=14_336, vocab=32_000,
-            experts=8, experts_per_token=2, seq_len=4096, batch=1024, source="Mixtral model card",
+            name="mixtral-8x7b",
+            layers=32,
+            embed=4096,
+            heads=32,
+            kv_heads=8,
+            head_dim=128,
+            mlp=14_336,
+            vocab=32_000,
+            experts=8,
+            experts_per_token=2,
+            seq_len=4096,
+            batch=1024,
+            source="Mixtral model card",
         ),
         ModelShape(
-            name="deepseek-v3", layers=61, embed=7168, heads=128, kv_heads=128, head_dim=128, mlp=2048, vocab=129_280,
-            experts=256, experts_per_token=8, shared_experts=1, dense_layers=3, dense_mlp=18_432, seq_len=4096,
-            batch=15_360, train_tokens=14.8e12, source="DeepSeek-V3 report; without its multi-token prediction module",
+            name="deepseek-v3",
+            layers=61,
+            embed=7168,
+            heads=128,
+            kv_heads=128,
+            head_dim=128,
+            mlp=2048,
+            vocab=129_280,
+            experts=256,
+            experts_per_token=8,
+            shared_experts=1,
+            dense_layers=3,
+            dense_mlp=18_432,
+            seq_len=4096,
+            batch=15_360,
+            train_tokens=14.8e12,
+            source="DeepSeek-V3 report; without its multi-token prediction module",
             mla=MLA(q_rank=1536, kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128),
         ),
     )
-}  # fmt: skip
+}
 """Shapes by name. Their batches are those of this project's recipes; the models' own were ramped or unpublished."""
 
 
 def from_tensors(
-    name: str,
-    tensors: tuple[LogicalTensor, ...],
-    *,
-    seq_len: int,
-    batch: int,
-    **options: object,
+    name: str, tensors: tuple[LogicalTensor, ...], *, seq_len: int, batch: int, **options: object
 ) -> ModelShape:
     """The shape of any model from its parameters alone: sizes are read off the logical axes.
 
@@ -278,11 +302,21 @@ def from_tensors(
     made = [t.name.rpartition("/")[0] for t in tensors if t.inputs and t.axes[-1] == "mlp"]
     experts = sizes.get("experts", 0)
     known: dict[str, object] = {
-        "embed": sizes.get("embed") or max((t.shape[-1] for t in tensors), default=1), "layers": sum(lengths) or 1,
-        "heads": sizes.get("heads", 0), "kv_heads": sizes.get("kv_heads", sizes.get("heads", 0)),
-        "head_dim": sizes.get("head_dim", 1), "mlp": sizes.get("mlp", 0), "vocab": sizes.get("vocab", 0),
-        "gated": len(made) > len(set(made)), "experts": experts, "experts_per_token": min(1, experts),
-    }  # fmt: skip
+        "embed": sizes.get("embed") or max((t.shape[-1] for t in tensors), default=1),
+        "layers": sum(lengths) or 1,
+        "heads": sizes.get("heads", 0),
+        "kv_heads": sizes.get("kv_heads", sizes.get("heads", 0)),
+        "head_dim": sizes.get("head_dim", 1),
+        "mlp": sizes.get("mlp", 0),
+        "vocab": sizes.get("vocab", 0),
+        "gated": len(made) > len(set(made)),
+        "experts": experts,
+        "experts_per_token": min(1, experts),
+    }
     return ModelShape(
-        name=name, seq_len=seq_len, batch=batch, tensors=tensors, **(known | options),  # type: ignore[arg-type]
-    )  # fmt: skip
+        name=name,
+        seq_len=seq_len,
+        batch=batch,
+        tensors=tensors,
+        **(known | options),  # type: ignore[arg-type]
+    )

@@ -104,15 +104,7 @@ def group(
         total[1] += tensor.size * tensor.trainable
         total[2] += tensor.size * share * multiplied
     return tuple(
-        Group(
-            params=p,
-            compute=c,
-            layers=layers,
-            role=role,
-            numel=int(n),
-            trainable=int(trainable),
-            active=active,
-        )
+        Group(params=p, compute=c, layers=layers, role=role, numel=int(n), trainable=int(trainable), active=active)
         for (p, c, layers, role), (n, trainable, active) in sums.items()
     )
 

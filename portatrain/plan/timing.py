@@ -16,7 +16,7 @@ from portatrain.plan.policy import (
     Precision,
     Remat,
     Tuning,
-)  # fmt: skip
+)
 from portatrain.plan.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 
@@ -39,9 +39,10 @@ def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
     wide = min(peak, bf16)
     bandwidth = chip.memory_bw.value if chip.memory_bw else 0.0
     return Rates(
-        matmul=peak * 1e12 * efficiency / dies, attention=wide * 1e12 * efficiency * ATTENTION_SHARE / dies,
+        matmul=peak * 1e12 * efficiency / dies,
+        attention=wide * 1e12 * efficiency * ATTENTION_SHARE / dies,
         memory=bandwidth * 1e9 * MEMORY_SHARE / dies,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +65,17 @@ class Time:
     @property
     def total(self) -> float:
         return (
-            self.matmul + self.attention + self.recompute + self.elementwise + self.optimizer + self.fsdp
-            + self.tensor + self.context + self.expert + self.replica
-        )  # fmt: skip
+            self.matmul
+            + self.attention
+            + self.recompute
+            + self.elementwise
+            + self.optimizer
+            + self.fsdp
+            + self.tensor
+            + self.context
+            + self.expert
+            + self.replica
+        )
 
     def terms(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "busy"}
@@ -83,9 +92,17 @@ def attention_flops(work: OnMesh, tuning: Tuning) -> float:
 
 
 def step_time(
-    work: OnMesh, placement: Placement, *, tokens: float, accumulation: int, remat: Remat, precision: Precision,
-    slot_bytes: float, rate: Rates, tuning: Tuning,
-) -> Time:  # fmt: skip
+    work: OnMesh,
+    placement: Placement,
+    *,
+    tokens: float,
+    accumulation: int,
+    remat: Remat,
+    precision: Precision,
+    slot_bytes: float,
+    rate: Rates,
+    tuning: Tuning,
+) -> Time:
     """The time of a step of ``accumulation`` microbatches of ``tokens`` (T) on a device."""
     width, mesh, paths = precision.compute, work.mesh, placement.paths
     # Forward computation. A matmul is bound by its FLOPs or by its operands' bytes.
@@ -135,22 +152,26 @@ def step_time(
     ends = work.gathered_ends if tuning.keeps_ends else 0.0
     regather = all_gather(paths[FSDP], (work.gathered_layers + work.gathered_ends - ends) * width)
     scatter = all_gather(paths[FSDP], (work.gathered_layers + work.gathered_ends) * precision.grad)
-    left_fsdp = _left(gather, forward, tuning.hide_fsdp) + _left(
-        regather + scatter, backward, tuning.hide_fsdp
-    )
+    left_fsdp = _left(gather, forward, tuning.hide_fsdp) + _left(regather + scatter, backward, tuning.hide_fsdp)
 
     # What is whole on several devices is reduced once a step, behind the last backward pass.
     reduce = sum(
-        many_reduces([paths[axis] for axis in axes], numel * precision.grad)
-        for numel, axes in work.replicated
+        many_reduces([paths[axis] for axis in axes], numel * precision.grad) for numel, axes in work.replicated
     )
     left_reduce = _left(reduce, backward, tuning.hide_replica)
     slots = slot_bytes * precision.slots
     update = work.trained * (2 * (precision.param + slots) + precision.grad) / rate.memory
     n = accumulation
     return Time(
-        matmul=3 * n * matmul, attention=n * (1 + ATTENTION_BACKWARD) * attention, recompute=n * again,
-        elementwise=n * (3 * elementwise + logits), optimizer=update, fsdp=n * left_fsdp, tensor=n * left_tensor,
-        context=n * left_context, expert=n * left_expert, replica=left_reduce,
+        matmul=3 * n * matmul,
+        attention=n * (1 + ATTENTION_BACKWARD) * attention,
+        recompute=n * again,
+        elementwise=n * (3 * elementwise + logits),
+        optimizer=update,
+        fsdp=n * left_fsdp,
+        tensor=n * left_tensor,
+        context=n * left_context,
+        expert=n * left_expert,
+        replica=left_reduce,
         busy=(reduce, n * (gather + regather + scatter), n * expert_s, n * context_s, n * tensor_s),
-    )  # fmt: skip
+    )

@@ -27,9 +27,7 @@ from portatrain.plan.catalog import chip_names, find_chip
 from portatrain.plan.chip import Chip
 from portatrain.plan.figures import Figure, figure
 
-KEYS = (
-    "chip", "count", "topology", "slices", "engine", "storage", "prices", "scale_out_gbps", "power_w", "options",
-)  # fmt: skip
+KEYS = ("chip", "count", "topology", "slices", "engine", "storage", "prices", "scale_out_gbps", "power_w", "options")
 ENGINES = ("local", "slurm", "kubernetes", "skypilot", "gcp_tpu")
 
 
@@ -101,10 +99,17 @@ class _Table:
         if engine and engine not in ENGINES:
             raise self._choice("engine", engine, ENGINES, "engine")
         return Entry(
-            name=self.name, chip=chip, size=self._size(chip), slices=self._get("slices", int) or 1, engine=engine,
-            storage=self._get("storage", str) or "", prices=self._prices(), options=self._get("options", dict) or {},
-            where=self._where(None), size_where=self._where("topology" if "topology" in self.table else "count"),
-        )  # fmt: skip
+            name=self.name,
+            chip=chip,
+            size=self._size(chip),
+            slices=self._get("slices", int) or 1,
+            engine=engine,
+            storage=self._get("storage", str) or "",
+            prices=self._prices(),
+            options=self._get("options", dict) or {},
+            where=self._where(None),
+            size_where=self._where("topology" if "topology" in self.table else "count"),
+        )
 
     def _chip(self, chip: Chip) -> Chip:
         """The catalog's row, with what this cluster has otherwise."""
@@ -154,12 +159,7 @@ class _Table:
 
     def _get(self, key: str, kind: type) -> Any:
         value: Any = self.table.get(key)
-        wanted = {
-            str: "text",
-            int: "a whole number of at least 1",
-            float: "a positive number",
-            dict: "a table",
-        }
+        wanted = {str: "text", int: "a whole number of at least 1", float: "a positive number", dict: "a table"}
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if value is not None and (not right or (kind in (int, float) and not 0 < value < math.inf)):
             raise self._error(key, wanted[kind], repr(value), "Mend that line.")
@@ -189,8 +189,5 @@ class _Table:
     def _choice(self, key: str, got: str, valid: Iterable[str], what: str) -> UserError:
         error = choice(what, got, valid)
         return UserError(
-            f"{self._where(key)}: cluster {self.name!r}, {what}",
-            expected=error.expected,
-            got=error.got,
-            do=error.do,
+            f"{self._where(key)}: cluster {self.name!r}, {what}", expected=error.expected, got=error.got, do=error.do
         )

@@ -97,7 +97,15 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
         gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
         lookup = tokens * work.embed * (width + 4) if work.vocab else 0.0
     return Volumes(
-        matmul=2 * per_token * tokens, attention=attention, again=again, gather=gathered * width,
-        regather=(gathered - ends) * width, scatter=gathered * precision.grad, lookup=lookup, tensor=tensor,
-        context=context, expert=expert, reduced=work.replicated,
-    )  # fmt: skip
+        matmul=2 * per_token * tokens,
+        attention=attention,
+        again=again,
+        gather=gathered * width,
+        regather=(gathered - ends) * width,
+        scatter=gathered * precision.grad,
+        lookup=lookup,
+        tensor=tensor,
+        context=context,
+        expert=expert,
+        reduced=work.replicated,
+    )

@@ -48,17 +48,21 @@ class LayerKind:
             return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
         more = 2 * self.wide - remat.projected * self.res if remat.matmuls and not static else 0.0
         return (
-            self.res + remat.qkv * (self.q + self.kv) + remat.attention * self.out + remat.projected * self.res + more
-            + remat.hidden * self.ways * self.mlp + remat.product * self.mlp + remat.normed * (2 * self.wide + copies)
-        )  # fmt: skip
+            self.res
+            + remat.qkv * (self.q + self.kv)
+            + remat.attention * self.out
+            + remat.projected * self.res
+            + more
+            + remat.hidden * self.ways * self.mlp
+            + remat.product * self.mlp
+            + remat.normed * (2 * self.wide + copies)
+        )
 
     @property
     def streamed(self) -> float:
         """Numbers a token that the forward pass's elementwise operations read or write: two norms, two
         additions, RoPE, the feed-forward's product, and moving tokens to experts and back."""
-        return (
-            10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.copies * self.wide
-        )
+        return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.copies * self.wide
 
     @property
     def touched(self) -> float:
@@ -134,15 +138,29 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         if spread:
             replicated[spread] = replicated.get(spread, 0.0) + part.trainable / mine
     return OnMesh(
-        mesh=mesh, rows=mesh[REPLICA] * mesh[FSDP] * mesh[EXPERT], held=held, trained=trained,
-        gathered_layers=gathered_layers, gathered_ends=gathered_ends, largest_layer=max(layers.values(), default=0.0),
-        ends=ends, head=head, head_gathered=head_gathered, trained_ends=trained_ends, trained_head=trained_head,
-        scores=shape.heads * shape.seq_len / tensor, weights=weights, matmul=matmul,
-        replicated=tuple((numel, axes) for axes, numel in replicated.items()), kinds=_kinds(shape, tensor),
+        mesh=mesh,
+        rows=mesh[REPLICA] * mesh[FSDP] * mesh[EXPERT],
+        held=held,
+        trained=trained,
+        gathered_layers=gathered_layers,
+        gathered_ends=gathered_ends,
+        largest_layer=max(layers.values(), default=0.0),
+        ends=ends,
+        head=head,
+        head_gathered=head_gathered,
+        trained_ends=trained_ends,
+        trained_head=trained_head,
+        scores=shape.heads * shape.seq_len / tensor,
+        weights=weights,
+        matmul=matmul,
+        replicated=tuple((numel, axes) for axes, numel in replicated.items()),
+        kinds=_kinds(shape, tensor),
         attention_flops=shape.attention_flops / tensor,
-        masked_flops=shape.attention_flops / tensor if shape.causal else 0.0, embed=shape.embed,
-        vocab=shape.vocab / tensor, seq=shape.seq_len / context,
-    )  # fmt: skip
+        masked_flops=shape.attention_flops / tensor if shape.causal else 0.0,
+        embed=shape.embed,
+        vocab=shape.vocab / tensor,
+        seq=shape.seq_len / context,
+    )
 
 
 def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
@@ -153,11 +171,17 @@ def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
     for n, mlp, routed in shape.stacks:
         found.append(
             LayerKind(
-                n=n, res=shape.embed / tensor, wide=float(shape.embed), q=shape.q_width / tensor,
-                out=shape.out_width / tensor, kv=shape.kv_width / kv_parts, mlp=mlp / tensor,
-                ways=2 if shape.gated else 1, copies=float(shape.experts_per_token) if routed else 0.0,
+                n=n,
+                res=shape.embed / tensor,
+                wide=float(shape.embed),
+                q=shape.q_width / tensor,
+                out=shape.out_width / tensor,
+                kv=shape.kv_width / kv_parts,
+                mlp=mlp / tensor,
+                ways=2 if shape.gated else 1,
+                copies=float(shape.experts_per_token) if routed else 0.0,
             )
-        )  # fmt: skip
+        )
     return tuple(found)
 
 

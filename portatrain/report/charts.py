@@ -46,9 +46,7 @@ def columns(points: Sequence[Point], most: int = POINTS) -> list[tuple[float, fl
     for i in range(0, len(points), n):
         part = points[i : i + n]
         values = [v for _, v in part]
-        found.append(
-            (sum(x for x, _ in part) / len(part), min(values), sum(values) / len(values), max(values))
-        )
+        found.append((sum(x for x, _ in part) / len(part), min(values), sum(values) / len(values), max(values)))
     return found
 
 
@@ -64,16 +62,20 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def chart(
-    title: str, points: Sequence[Point], *, steps: int, bands: Sequence[Band], seams: Sequence[Mark],
-    dots: Sequence[Point] = (), dots_are: str = "",
-) -> str:  # fmt: skip
+    title: str,
+    points: Sequence[Point],
+    *,
+    steps: int,
+    bands: Sequence[Band],
+    seams: Sequence[Mark],
+    dots: Sequence[Point] = (),
+    dots_are: str = "",
+) -> str:
     """An SVG of `points` (step, value) over steps 0 to `steps`. Values that are not finite are left out."""
     points = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
     dots = [(x, y) for x, y in dots if y is not None and math.isfinite(y)]
     if not points:
-        return (
-            f'<figure><figcaption>{escape(title)}</figcaption><p class="none">nothing recorded</p></figure>'
-        )
+        return f'<figure><figcaption>{escape(title)}</figcaption><p class="none">nothing recorded</p></figure>'
     shown = columns(points)
     low = min([c[1] for c in shown] + [y for _, y in dots])
     high = max([c[3] for c in shown] + [y for _, y in dots])
@@ -96,16 +98,12 @@ def chart(
             "</title></rect>"
         )
     for value in ticks(low, high, 4):
-        out.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>'
-        )
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>')
         out.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>')
     for step in ticks(0, steps, 10):
         out.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{_short(step)}</text>')
     if len(points) > len(shown):
-        edge = [f"{x(c[0]):.1f},{y(c[3]):.1f}" for c in shown] + [
-            f"{x(c[0]):.1f},{y(c[1]):.1f}" for c in shown[::-1]
-        ]
+        edge = [f"{x(c[0]):.1f},{y(c[3]):.1f}" for c in shown] + [f"{x(c[0]):.1f},{y(c[1]):.1f}" for c in shown[::-1]]
         out.append(f'<polygon points="{" ".join(edge)}" class="range"/>')
     line = " ".join(f"{x(c[0]):.1f},{y(c[2]):.1f}" for c in shown)
     out.append(f'<polyline points="{line}" class="curve"/>')

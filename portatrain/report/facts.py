@@ -89,10 +89,11 @@ def gather(where: Path | str) -> RunFacts:
     if not (path / "run.json").is_file():
         there = run.entries() is not None
         raise UserError(
-            f"run directory {where}", expected="a run of portatrain, with a run.json",
+            f"run directory {where}",
+            expected="a run of portatrain, with a run.json",
             got="a file" if path.is_file() else "none in it" if there else "no such folder",
             do="Give the folder or URL that `portatrain train --run-dir` or `launch` made.",
-        )  # fmt: skip
+        )
     info, summary = run.run_info(), run.summary()
     numbers = run.attempt_numbers()
     rows = {n: run.rows(n, "metrics") for n in numbers}
@@ -101,11 +102,19 @@ def gather(where: Path | str) -> RunFacts:
     kept = {(row["attempt"], row["step"]) for row in curve}
     attempts = [_attempt(path, n, rows[n], events[n], kept) for n in numbers]
     return RunFacts(
-        name=info.get("name", path.name), state=_state(run, attempts), steps=int(info["recipe"].get("steps", 0)),
-        recipe=info["recipe"], recipe_sha256=info.get("recipe_sha256", ""), curve=curve, evals=run.events("eval"),
-        attempts=attempts, seams=_seams(attempts, rows, events), checkpoints=_checkpoints(run), summary=summary,
+        name=info.get("name", path.name),
+        state=_state(run, attempts),
+        steps=int(info["recipe"].get("steps", 0)),
+        recipe=info["recipe"],
+        recipe_sha256=info.get("recipe_sha256", ""),
+        curve=curve,
+        evals=run.events("eval"),
+        attempts=attempts,
+        seams=_seams(attempts, rows, events),
+        checkpoints=_checkpoints(run),
+        summary=summary,
         skipped=[row["step"] for row in curve if row.get("skipped")],
-    )  # fmt: skip
+    )
 
 
 def _state(run: RunDir, attempts: Sequence[AttemptFacts]) -> str:
@@ -133,19 +142,28 @@ def _attempt(
     ends = [e for e in events if e["event"] == "end"]
     devices = about.get("devices", 1)
     return AttemptFacts(
-        number=number, backend=str(about.get("backend", "?")), mesh=str(about.get("mesh", "")),
-        device=f"{devices} x {about.get('device', '?')}", framework=str(about.get("framework", "")),
-        first=rows[0]["step"] if rows else None, last=rows[-1]["step"] if rows else None,
-        lost=sum((number, r["step"]) not in kept for r in rows), ended=ends[-1]["status"] if ends else "lost",
-        began_s=began_s, ended_s=max(times, default=began_s), step_s=statistics.median(steady) if steady else None,
-        memory_bytes=max(peaks, default=None), plan=plan,
-    )  # fmt: skip
+        number=number,
+        backend=str(about.get("backend", "?")),
+        mesh=str(about.get("mesh", "")),
+        device=f"{devices} x {about.get('device', '?')}",
+        framework=str(about.get("framework", "")),
+        first=rows[0]["step"] if rows else None,
+        last=rows[-1]["step"] if rows else None,
+        lost=sum((number, r["step"]) not in kept for r in rows),
+        ended=ends[-1]["status"] if ends else "lost",
+        began_s=began_s,
+        ended_s=max(times, default=began_s),
+        step_s=statistics.median(steady) if steady else None,
+        memory_bytes=max(peaks, default=None),
+        plan=plan,
+    )
 
 
 def _seams(
-    attempts: Sequence[AttemptFacts], rows: Mapping[int, Sequence[Mapping[str, Any]]],
+    attempts: Sequence[AttemptFacts],
+    rows: Mapping[int, Sequence[Mapping[str, Any]]],
     events: Mapping[int, Sequence[Mapping[str, Any]]],
-) -> list[Seam]:  # fmt: skip
+) -> list[Seam]:
     found = []
     for at, attempt in enumerate(attempts):
         resumed = [e for e in events[attempt.number] if e["event"] == "resumed"]
@@ -163,10 +181,15 @@ def _seams(
             gap_s = max(0.0, arrived_s - left_s)
         found.append(
             Seam(
-                step=step, earlier=earlier.number if earlier else None, attempt=attempt.number, event=event,
-                retrained=len(again), retrained_s=sum(float(r.get("step_s", 0.0)) for r in again), gap_s=gap_s,
+                step=step,
+                earlier=earlier.number if earlier else None,
+                attempt=attempt.number,
+                event=event,
+                retrained=len(again),
+                retrained_s=sum(float(r.get("step_s", 0.0)) for r in again),
+                gap_s=gap_s,
             )
-        )  # fmt: skip
+        )
     return found
 
 

@@ -28,12 +28,23 @@ code { background: #f4f4f4; padding: 0 .25em } .sub { color: #666; margin-top: .
 
 def page(run: RunFacts) -> str:
     """The whole document."""
-    return "\n".join([
-        "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-        f"<title>{escape(run.name)}</title>", f"<style>{STYLE}</style></head><body>",
-        _head(run), _charts(run), _attempts(run), _seams(run), _plans(run), _checkpoints(run), _recipe(run),
-        "</body></html>", "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f"<title>{escape(run.name)}</title>",
+            f"<style>{STYLE}</style></head><body>",
+            _head(run),
+            _charts(run),
+            _attempts(run),
+            _seams(run),
+            _plans(run),
+            _checkpoints(run),
+            _recipe(run),
+            "</body></html>",
+            "",
+        ]
+    )
 
 
 def _head(run: RunFacts) -> str:
@@ -46,9 +57,7 @@ def _head(run: RunFacts) -> str:
         facts.append(f"{duration(run.lost_s)} lost to restarts")
     last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
     if last:
-        more = "".join(
-            f", {escape(k.replace('_', ' '))} {v:.4g}" for k, v in (last.get("metrics") or {}).items()
-        )
+        more = "".join(f", {escape(k.replace('_', ' '))} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
         facts.append(f"validation loss {last['loss']:.4f} at step {last['step']}{more}")
     if run.skipped:
         facts.append(f"{len(run.skipped)} step(s) skipped: not finite")
@@ -61,29 +70,30 @@ def _charts(run: RunFacts) -> str:
         mine = [row["step"] for row in run.curve if row["attempt"] == attempt.number]
         if mine:
             bands.append(
-                Band(number=attempt.number, first=mine[0], last=mine[-1],
-                     text=f"attempt {attempt.number}: {attempt.where}, steps {mine[0]} to {mine[-1]}")
-            )  # fmt: skip
+                Band(
+                    number=attempt.number,
+                    first=mine[0],
+                    last=mine[-1],
+                    text=f"attempt {attempt.number}: {attempt.where}, steps {mine[0]} to {mine[-1]}",
+                )
+            )
     marks = [
-        Mark(step=s.step, verdict=str(s.event.get("verdict")), text=f"step {s.step}: {_verdict(s)}")
-        for s in run.seams
+        Mark(step=s.step, verdict=str(s.event.get("verdict")), text=f"step {s.step}: {_verdict(s)}") for s in run.seams
     ]
     steps = max(run.steps, run.curve[-1]["step"] if run.curve else 0)
     unit = "tokens" if "seq_len" in run.recipe.get("data", {}) else "samples"
     figures = (
-        ("loss", "loss"), ("grad_norm", "gradient norm, before clipping"), ("tokens_per_s", f"{unit} a second"),
+        ("loss", "loss"),
+        ("grad_norm", "gradient norm, before clipping"),
+        ("tokens_per_s", f"{unit} a second"),
         ("lr", "learning rate"),
-    )  # fmt: skip
+    )
     out = []
     for key, title in figures:
         points = [(row["step"], row[key]) for row in run.curve if row.get(key) is not None]
-        dots = (
-            [(e["step"], e["loss"]) for e in run.evals if e.get("loss") is not None] if key == "loss" else []
-        )
+        dots = [(e["step"], e["loss"]) for e in run.evals if e.get("loss") is not None] if key == "loss" else []
         named = f"{title} (dots: validation)" if dots else title
-        out.append(
-            chart(named, points, steps=steps, bands=bands, seams=marks, dots=dots, dots_are="validation loss")
-        )
+        out.append(chart(named, points, steps=steps, bands=bands, seams=marks, dots=dots, dots_are="validation loss"))
     keys = "".join(
         f'<span style="margin-right:1.4em"><i class="key" style="background:{b.colour}"></i>{escape(b.text)}</span>'
         for b in bands
@@ -108,21 +118,18 @@ def _verdict(seam: Seam) -> str:
 def _attempts(run: RunFacts) -> str:
     rows = [
         (
-            _key(a), a.where, a.framework, f"{a.first} to {a.last}" if a.first is not None else "none",
-            str(a.lost or ""), _when(a.began_s), duration(max(0.0, a.ended_s - a.began_s)), a.ended,
+            _key(a),
+            a.where,
+            a.framework,
+            f"{a.first} to {a.last}" if a.first is not None else "none",
+            str(a.lost or ""),
+            _when(a.began_s),
+            duration(max(0.0, a.ended_s - a.began_s)),
+            a.ended,
         )
         for a in run.attempts
-    ]  # fmt: skip
-    head = (
-        "attempt",
-        "where",
-        "framework",
-        "steps trained",
-        "trained again later",
-        "began",
-        "lasted",
-        "ended",
-    )
+    ]
+    head = ("attempt", "where", "framework", "steps trained", "trained again later", "began", "lasted", "ended")
     return _section("Attempts", _table(head, rows, raw=(0,)))
 
 
@@ -141,18 +148,14 @@ def _seams(run: RunFacts) -> str:
         shown = f'<b style="color:{colour}">{escape(verdict)}</b>{escape(_verdict(s)[len(verdict) :])}'
         rows.append(
             (
-                str(s.step), f"{s.earlier or '?'} to {s.attempt}", shown,
+                str(s.step),
+                f"{s.earlier or '?'} to {s.attempt}",
+                shown,
                 f"{s.retrained} step(s), {s.retrained_s:.1f} s" if s.retrained else "none",
                 "" if s.gap_s is None else f"{s.gap_s:.1f} s",
             )
-        )  # fmt: skip
-    head = (
-        "after step",
-        "attempts",
-        "continuity",
-        "trained again",
-        "from the last step there to the first here",
-    )
+        )
+    head = ("after step", "attempts", "continuity", "trained again", "from the last step there to the first here")
     total = f"<p>Lost to restarts: {run.lost_s:.1f} s.</p>"
     return _section("Seams", _table(head, rows, raw=(2,)) + total)
 
@@ -167,10 +170,15 @@ def _plans(run: RunFacts) -> str:
             rows.append((str(a.number), f"not planned: {a.plan.get('why', '')}", "", "", ""))
             continue
         measured_s, planned_s = a.step_s, float(made["step_s"])
-        rows.append((
-            str(a.number), f"{planned_s:.4g} s", "" if measured_s is None else f"{measured_s:.4g} s",
-            _gib(made.get("memory_total_bytes")), _gib(a.memory_bytes),
-        ))  # fmt: skip
+        rows.append(
+            (
+                str(a.number),
+                f"{planned_s:.4g} s",
+                "" if measured_s is None else f"{measured_s:.4g} s",
+                _gib(made.get("memory_total_bytes")),
+                _gib(a.memory_bytes),
+            )
+        )
     if not rows:
         return ""
     head = ("attempt", "planned step", "measured step (median)", "planned memory a device", "measured peak")
@@ -179,12 +187,9 @@ def _plans(run: RunFacts) -> str:
 
 def _checkpoints(run: RunFacts) -> str:
     rows = [
-        (
-            str(c["step"]), "committed" if c["committed"] else "not committed", _mib(c["bytes"]),
-            str(c.get("save", "")),
-        )
+        (str(c["step"]), "committed" if c["committed"] else "not committed", _mib(c["bytes"]), str(c.get("save", "")))
         for c in run.checkpoints
-    ]  # fmt: skip
+    ]
     if not rows:
         return ""
     return _section("Checkpoints that are kept", _table(("step", "state", "bytes", "save"), rows))
@@ -221,11 +226,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: Sequence[int
 
 
 def _when(unix_s: float) -> str:
-    return (
-        datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        if unix_s
-        else ""
-    )
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if unix_s else ""
 
 
 def _gib(nbytes: Any) -> str:

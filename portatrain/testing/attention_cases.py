@@ -50,18 +50,12 @@ def attention_cases() -> list[Case]:
     for what, at_q, at_k in (
         ("positions (S,)", [2, 3, 4], [0, 1, 2, 3, 4, 5, 6]),
         ("positions (B, S)", [[2, 3, 4], [0, 1, 2]], [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]]),
-        (
-            "positions that see nothing",
-            [[0, 1, 2], [9, 0, 9]],
-            [[5, 6, 7, 8, 9, 10, 2], [1, 2, 3, 4, 5, 6, 7]],
-        ),
+        ("positions that see nothing", [[0, 1, 2], [9, 0, 9]], [[5, 6, 7, 8, 9, 10, 2], [1, 2, 3, 4, 5, 6, 7]]),
     ):
         for name, options in (("", {}), (", window=2", {"window": 2}), (", softcap", {"softcap": 0.7})):
             add(
                 what + name,
-                lambda ops, q, k, v, at_q, at_k, o=options: ops.attention(
-                    q, k, v, positions=(at_q, at_k), **o
-                ),
+                lambda ops, q, k, v, at_q, at_k, o=options: ops.attention(q, k, v, positions=(at_q, at_k), **o),
                 (q, kv, kv),
                 [at_q, at_k],
             )

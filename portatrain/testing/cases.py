@@ -40,9 +40,7 @@ _EINSUMS: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = (
 
 def _einsum_cases() -> list[Case]:
     cases = [
-        Case(
-            name=f"einsum {spec}", fn=lambda ops, *xs, spec=spec: ops.einsum(spec, *xs), args=normal(*shapes)
-        )
+        Case(name=f"einsum {spec}", fn=lambda ops, *xs, spec=spec: ops.einsum(spec, *xs), args=normal(*shapes))
         for spec, shapes in _EINSUMS
     ]
     cases.append(
@@ -75,11 +73,7 @@ def _embed_cases() -> list[Case]:
 
 def _bias_cases() -> list[Case]:
     return [
-        Case(
-            name=f"bias of shape {sizes[1]} on {sizes[0]}",
-            fn=lambda ops, x, p: ops.bias(x, p),
-            args=normal(*sizes),
-        )
+        Case(name=f"bias of shape {sizes[1]} on {sizes[0]}", fn=lambda ops, x, p: ops.bias(x, p), args=normal(*sizes))
         for sizes in (((2, 5, 3, 4), (3, 4)), ((2, 3, 5, 6), (6,)), ((4, 6), (6,)), ((8, 512, 6), (6,)))
     ]
 
@@ -231,16 +225,12 @@ def _elementwise_cases() -> list[Case]:
         ),
         Case(
             name="arithmetic, comparison, indexing, reshape",
-            fn=lambda ops, x, y: ops.where(x > y, (x - 0.5) ** 2 / (y * y + 2.0), -x)[:, 1:, None].reshape(
-                -1, 8
-            ),
+            fn=lambda ops, x, y: ops.where(x > y, (x - 0.5) ** 2 / (y * y + 2.0), -x)[:, 1:, None].reshape(-1, 8),
             args=normal((2, 5, 4), (2, 5, 4)),
         ),
         Case(name="where with numbers", fn=lambda ops, x: ops.where(x > 0, x, -1.0), args=small),
         Case(name="where, broadcast", fn=lambda ops, x, y: ops.where(y > 0, x, y), args=normal((3, 5), (5,))),
-        Case(
-            name="concat", fn=lambda ops, x, y: ops.concat([x, y], axis=1), args=normal((2, 3, 4), (2, 5, 4))
-        ),
+        Case(name="concat", fn=lambda ops, x, y: ops.concat([x, y], axis=1), args=normal((2, 3, 4), (2, 5, 4))),
         Case(
             name="concat of three, last axis",
             fn=lambda ops, x, y: ops.concat((x, y, x), axis=-1),
@@ -261,18 +251,8 @@ def _elementwise_cases() -> list[Case]:
 def _integer_cases() -> list[Case]:
     ids = [[0, 3, 2], [4, 4, 1]]
     return [
-        Case(
-            name="cast to int32",
-            fn=lambda ops, x: ops.cast(x > 0, "int32"),
-            args=normal((3, 5)),
-            gradient=False,
-        ),
-        Case(
-            name="cast to bool",
-            fn=lambda ops, i: ops.cast(i, "bool"),
-            args=with_ints(ints=[ids]),
-            gradient=False,
-        ),
+        Case(name="cast to int32", fn=lambda ops, x: ops.cast(x > 0, "int32"), args=normal((3, 5)), gradient=False),
+        Case(name="cast to bool", fn=lambda ops, i: ops.cast(i, "bool"), args=with_ints(ints=[ids]), gradient=False),
         Case(
             name="cast to float32",
             fn=lambda ops, i: ops.cast(i, "float32") * 0.5,
@@ -282,11 +262,7 @@ def _integer_cases() -> list[Case]:
         ),
         Case(name="arange", fn=lambda ops, x: ops.arange(5), args=normal((1,)), gradient=False),
         Case(
-            name="one_hot",
-            fn=lambda ops, i: ops.one_hot(i, 5),
-            args=with_ints(ints=[ids]),
-            gradient=False,
-            exact=True,
+            name="one_hot", fn=lambda ops, i: ops.one_hot(i, 5), args=with_ints(ints=[ids]), gradient=False, exact=True
         ),
         Case(
             name="top_k",
@@ -296,12 +272,7 @@ def _integer_cases() -> list[Case]:
             exact=True,
             precisions=FP32,
         ),
-        Case(
-            name="gradient of top_k",
-            fn=lambda ops, x: ops.top_k(x, 3)[0],
-            args=normal((2, 4, 9)),
-            precisions=FP32,
-        ),
+        Case(name="gradient of top_k", fn=lambda ops, x: ops.top_k(x, 3)[0], args=normal((2, 4, 9)), precisions=FP32),
         Case(
             name="top_k of ties",
             fn=lambda ops, i: ops.top_k(ops.cast(i, "float32"), 4),

@@ -42,12 +42,7 @@ def check_ops(backend: Any, cases: Sequence[Case] = CASES) -> int:
 
     `backend` is a class with `evaluate` and `differentiate`. Raises ContractError that lists all that differ.
     """
-    checks = [
-        check
-        for case in cases
-        for precision in case.precisions
-        for check in measure(backend, case, precision)
-    ]
+    checks = [check for case in cases for precision in case.precisions for check in measure(backend, case, precision)]
     _raise(backend, checks)
     return len(checks)
 
@@ -77,9 +72,7 @@ def measure(backend: Any, case: Case, precision: str = "fp32") -> Iterator[Check
         yield from _compare_gradients(backend, case, expected)
 
 
-def _compare(
-    case: Case, what: str, mine: np.ndarray, true: np.ndarray, amplification: float, precision: str
-) -> Check:
+def _compare(case: Case, what: str, mine: np.ndarray, true: np.ndarray, amplification: float, precision: str) -> Check:
     if mine.shape != true.shape or (mine.dtype.kind == "f") != (true.dtype.kind == "f"):
         wrong = f"{what}: {mine.dtype} {mine.shape} where {true.dtype} {true.shape} is due"
         return Check(case=case.name, what=wrong, error=math.nan, tolerance=0.0)

@@ -27,9 +27,7 @@ def _parts(loss: Any) -> tuple[Any, Any, Any]:
     return loss.sum, loss.weight_B, loss.loss_B
 
 
-def cross_entropy_case(
-    what: str, b: int, s: int, e: int, v: int, *, scale: float = 1.0, **options: Any
-) -> Case:
+def cross_entropy_case(what: str, b: int, s: int, e: int, v: int, *, scale: float = 1.0, **options: Any) -> Case:
     """Cross-entropy of random x (B, S, E), table (V, E) and targets."""
 
     def args(rng: Rng) -> Args:
@@ -58,15 +56,11 @@ def loss_cases() -> list[Case]:
 
             # The weights are part of the definition of a batch: no gradient reaches them.
             constant = () if mask is None else (3,)
-            cases.append(
-                Case(name=f"cross_entropy {what}{name}", fn=fn, args=args, first_only=True, constant=constant)
-            )
+            cases.append(Case(name=f"cross_entropy {what}{name}", fn=fn, args=args, first_only=True, constant=constant))
         cases.append(
             Case(
                 name=f"cross_entropy {what}, one target a sample",
-                fn=lambda ops, x, table, targets, o=options: _parts(
-                    ops.cross_entropy(x, table, targets, **o)
-                ),
+                fn=lambda ops, x, table, targets, o=options: _parts(ops.cross_entropy(x, table, targets, **o)),
                 args=with_ints((3, 4), (7, 4), ints=[[0, 6, 3]]),
                 first_only=True,
             )
@@ -74,9 +68,7 @@ def loss_cases() -> list[Case]:
     cases.append(
         Case(
             name="cross_entropy of float32 features",  # a mean over the sequence, for instance
-            fn=lambda ops, x, table, targets: _parts(
-                ops.cross_entropy(ops.cast(x, "float32"), table, targets)
-            ),
+            fn=lambda ops, x, table, targets: _parts(ops.cross_entropy(ops.cast(x, "float32"), table, targets)),
             args=with_ints((3, 4), (7, 4), ints=[[0, 6, 3]]),
             first_only=True,
         )

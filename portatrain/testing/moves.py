@@ -97,10 +97,19 @@ def slots_of_layers_swapped(values: Values, meta: Meta, recipe: Recipe) -> None:
 MUTANTS: Mapping[str, Mutant] = {
     f.__name__: f
     for f in (
-        second_moment_zeroed, first_moment_zeroed, count_off_by_one, data_shifted, random_word_changed, seed_changed,
-        learning_rate_off_by_a_step, step_off_by_one, layers_swapped, one_tensor_swapped, slots_of_layers_swapped,
+        second_moment_zeroed,
+        first_moment_zeroed,
+        count_off_by_one,
+        data_shifted,
+        random_word_changed,
+        seed_changed,
+        learning_rate_off_by_a_step,
+        step_off_by_one,
+        layers_swapped,
+        one_tensor_swapped,
+        slots_of_layers_swapped,
     )
-}  # fmt: skip
+}
 
 
 def effects() -> Mapping[str, Callable[[Values, float], None]]:

@@ -73,12 +73,7 @@ def answers(case: Case, precision: str) -> Answers:
         if a.dtype.kind == "f"
     }
     return Answers(
-        context=context,
-        args=args,
-        results=results,
-        amplifications=amplifications,
-        weights=weights,
-        slopes=slopes,
+        context=context, args=args, results=results, amplifications=amplifications, weights=weights, slopes=slopes
     )
 
 
@@ -126,11 +121,7 @@ def _slopes(function: Callable[..., float], given: list, i: int, rng: np.random.
         for k, (direction, value) in enumerate(zip(directions, true, strict=True)):
             label = k if kind == "direction" else int(chosen[k])
             yield Slope(
-                what=f"{kind} {label}",
-                direction=direction,
-                true=value,
-                amplification=change,
-                dense=kind == "direction",
+                what=f"{kind} {label}", direction=direction, true=value, amplification=change, dense=kind == "direction"
             )
 
 

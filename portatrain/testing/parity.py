@@ -135,13 +135,16 @@ def compare(
         ("loss", loss, loss_bound),
         *([("update", update, update_bound)] if update_bound is not None else []),
     ]
-    failures = [
-        f"{what} differs by {d:.2e}, bound {bound:.1e}" for what, d, bound in checks if not d <= bound
-    ]
+    failures = [f"{what} differs by {d:.2e}, bound {bound:.1e}" for what, d, bound in checks if not d <= bound]
     return Verdict(
-        gradient=gradient, worst_gradient=worst, update=update, loss=loss, norm=norm, loss_bound=loss_bound,
+        gradient=gradient,
+        worst_gradient=worst,
+        update=update,
+        loss=loss,
+        norm=norm,
+        loss_bound=loss_bound,
         failures=failures,
-    )  # fmt: skip
+    )
 
 
 def floor(make: Make, recipe: Recipe, given: Batches, baseline: Trace) -> float:

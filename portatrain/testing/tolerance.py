@@ -29,10 +29,7 @@ def tolerance(largest: float, amplification: float, precision: str = "fp32") -> 
 
 
 def amplification(
-    function: Callable[..., np.ndarray],
-    args: Sequence[np.ndarray],
-    value: np.ndarray,
-    rng: np.random.Generator,
+    function: Callable[..., np.ndarray], args: Sequence[np.ndarray], value: np.ndarray, rng: np.random.Generator
 ) -> float:
     """A of `function` at `args`, where it has `value`; integer arguments stay."""
     largest = 0.0

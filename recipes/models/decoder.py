@@ -69,23 +69,39 @@ class DecoderConfig:
         for name, off in (("window", None), ("softcap", None), ("logit_softcap", None), ("qk_norm", False)):
             if getattr(self, name) != off:
                 raise UserError(
-                    f"model.{name}", expected=f"{off}, as in a Llama", got=repr(getattr(self, name)),
+                    f"model.{name}",
+                    expected=f"{off}, as in a Llama",
+                    got=repr(getattr(self, name)),
                     do="Export --to orbax, dcp, torch or nnx.",
-                )  # fmt: skip
+                )
         kv_heads, scaling = self.kv_heads or self.heads, self.rope_scaling
         rope: dict[str, object] = {"rope_theta": self.rope_theta, "rope_type": "default"}
         if scaling is not None:
             rope |= {
-                "rope_type": "llama3", "factor": scaling.factor, "low_freq_factor": scaling.low,
-                "high_freq_factor": scaling.high, "original_max_position_embeddings": scaling.original,
-            }  # fmt: skip
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low,
+                "high_freq_factor": scaling.high,
+                "original_max_position_embeddings": scaling.original,
+            }
         config = {
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": self.vocab,
-            "hidden_size": self.embed, "intermediate_size": self.mlp_size, "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads, "num_key_value_heads": kv_heads, "head_dim": self.head_size,
-            "rms_norm_eps": self.norm_eps, "rope_parameters": rope, "tie_word_embeddings": self.tied,
-            "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
-        }  # fmt: skip
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": self.vocab,
+            "hidden_size": self.embed,
+            "intermediate_size": self.mlp_size,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": kv_heads,
+            "head_dim": self.head_size,
+            "rms_norm_eps": self.norm_eps,
+            "rope_parameters": rope,
+            "tie_word_embeddings": self.tied,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            "attention_dropout": 0.0,
+        }
         rows = [
             Row(theirs="model.embed_tokens.weight", ours="embed/table"),
             Row(theirs="model.norm.weight", ours="final_norm/scale"),

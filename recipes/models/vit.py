@@ -51,12 +51,7 @@ class Block(Module):
     def __init__(self, c: ViTConfig) -> None:
         self.attn_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
         self.attn = Attention(
-            embed=c.embed,
-            heads=c.heads,
-            kv_heads=c.heads,
-            head_dim=c.embed // c.heads,
-            causal=False,
-            bias=True,
+            embed=c.embed, heads=c.heads, kv_heads=c.heads, head_dim=c.embed // c.heads, causal=False, bias=True
         )
         self.attn_dropout = Dropout(c.dropout)
         self.mlp_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
@@ -73,9 +68,7 @@ class ViT(Module):
     """Classifies images. A batch has image: (B, rows, columns, channels) float, and label: (B,) integers."""
 
     def __init__(self, c: ViTConfig) -> None:
-        self.patches = PatchEmbedding(
-            rows=c.rows, columns=c.columns, channels=c.channels, patch=c.patch, embed=c.embed
-        )
+        self.patches = PatchEmbedding(rows=c.rows, columns=c.columns, channels=c.channels, patch=c.patch, embed=c.embed)
         self.position = Param(patches=self.patches.patches, embed=c.embed, inputs=0)
         self.embed_dropout = Dropout(c.dropout)
         self.blocks = Stack(Block(c), c.layers)

@@ -46,9 +46,7 @@ class Running:
         box = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
         return held[name][box].astype(info.dtype)
 
-    def oracle(
-        self, batch: Arrays, *, training: bool = False, step: int = 1, **options: Any
-    ) -> reference.Forward:
+    def oracle(self, batch: Arrays, *, training: bool = False, step: int = 1, **options: Any) -> reference.Forward:
         context = Context(seed=self.program.seed, step=step, training=training)
         return reference.forward(self.definition, self.params, batch, context, states=self.states, **options)
 
@@ -59,9 +57,7 @@ class Running:
             if box.role == role:
                 info = self.definition.tensors[role, box.name]
                 whole = found.setdefault(box.name, np.zeros(info.shape, info.dtype))
-                whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = (
-                    box.fetch()
-                )
+                whole[tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))] = box.fetch()
         return found
 
 

@@ -15,8 +15,17 @@ from portatrain.cli import main
 from portatrain.run_dir import RunDir
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
-TINY = ["model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=32", "batch=4", "steps=6",
-        "schedule.warmup=0", "eval_every=none", "hooks=()"]  # fmt: skip
+TINY = [
+    "model.layers=1",
+    "model.embed=32",
+    "model.mlp=64",
+    "data.seq_len=32",
+    "batch=4",
+    "steps=6",
+    "schedule.warmup=0",
+    "eval_every=none",
+    "hooks=()",
+]
 
 RECIPE = """
 import dataclasses
@@ -84,11 +93,7 @@ def test_a_corpus_that_will_not_do(
     ],
 )
 def test_what_does_not_go_together(
-    change: list[str],
-    says: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture,
-    unchanged: Callable[[Path], None],
+    change: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture, unchanged: Callable[[Path], None]
 ) -> None:
     unchanged(tmp_path)
     options = [f"--set={o}" for o in TINY]
@@ -101,9 +106,7 @@ def test_losses_that_are_not_finite_end_the_run_and_name_the_step(
     backend: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """A learning rate that blows up: the steps are skipped and counted, the state stays finite, the run ends."""
-    options = [
-        f"--set={o}" for o in [*TINY, "optimizer.lr=1e30", "optimizer.weight_decay=0.0", "max_skips=2"]
-    ]
+    options = [f"--set={o}" for o in [*TINY, "optimizer.lr=1e30", "optimizer.weight_decay=0.0", "max_skips=2"]]
     assert run("tiny-lm", "--run-dir", str(tmp_path / "run"), f"--backend={backend}", *options) == 2
     found = RunDir(tmp_path / "run")
     skipped = [e["step"] for e in found.events("skipped")]
@@ -113,9 +116,7 @@ def test_losses_that_are_not_finite_end_the_run_and_name_the_step(
     assert [row["step"] for row in found.curve()] == list(range(1, skipped[-1] + 1))
     assert not found.is_done
     rows = (tmp_path / "run/attempts/1/metrics.jsonl").read_text().splitlines()
-    assert all(
-        json.loads(row)["step"] for row in rows
-    )  # not-finite numbers too are on record, as valid lines
+    assert all(json.loads(row)["step"] for row in rows)  # not-finite numbers too are on record, as valid lines
 
 
 @pytest.fixture(scope="module")
@@ -153,9 +154,10 @@ NOT_THIS_RUNS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "an unknown feature": (_root(lambda root: root.update(features=["zstd"])), "got 'zstd'. Read it with a newer"),
     "another model's": (_other_model, "different: params/embed/table"),
     "another corpus": (
-        _root(lambda root: root["meta"]["data"].update(fingerprint="0" * 64)), "got one on another, 000000"
+        _root(lambda root: root["meta"]["data"].update(fingerprint="0" * 64)),
+        "got one on another, 000000",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", NOT_THIS_RUNS)

@@ -24,9 +24,17 @@ from portatrain.trainer import make_program, train
 
 BACKEND = [n for n in ("jax", "torch") if not missing(n)][-1]
 SIZES = [
-    "model.layers=2", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=8", "steps=12", "schedule.warmup=2",
-    "eval_every=none", "hooks=()", "ema_decay=0.9",
-]  # fmt: skip
+    "model.layers=2",
+    "model.embed=32",
+    "model.mlp=64",
+    "data.seq_len=64",
+    "batch=8",
+    "steps=12",
+    "schedule.warmup=2",
+    "eval_every=none",
+    "hooks=()",
+    "ema_decay=0.9",
+]
 STEP = "checkpoints/step-00000004"
 
 
@@ -101,9 +109,7 @@ def test_verify_names_every_damaged_file(copy: Path, capsys: pytest.CaptureFixtu
     assert "not committed" in capsys.readouterr().out
 
 
-def test_diff_says_which_tensors_differ_and_by_how_much(
-    copy: Path, run: Path, capsys: pytest.CaptureFixture
-) -> None:
+def test_diff_says_which_tensors_differ_and_by_how_much(copy: Path, run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["ckpt", "diff", str(copy), str(run)]) == 0
     assert "0 of" in capsys.readouterr().out
 
@@ -146,9 +152,7 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("more", [(), ("model.tied=false", "model.kv_heads=1", "model.head_dim=16")])
-def test_transformers_loads_what_is_exported_and_we_what_it_saves(
-    more: tuple[str, ...], tmp_path: Path
-) -> None:
+def test_transformers_loads_what_is_exported_and_we_what_it_saves(more: tuple[str, ...], tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     recipe, run, out = small(*more), tmp_path / "run", tmp_path / "hub"
     assert train(recipe, RunDir(run), backend=BACKEND, stop_at=4) == 85
@@ -229,16 +233,51 @@ BAD: dict[str, Callable[[Path, Path], list[str]]] = {
     "unknown format": lambda run, tmp: ["export", str(run), str(tmp / "o"), "--to", "keras"],
     "a place that is taken": lambda run, tmp: ["export", str(run), str(_foreign(tmp / "o")), "--to", "nnx"],
     "import of nothing": lambda run, tmp: [
-        "import", str(tmp / "none"), "tiny-lm", "--run-dir", str(tmp / "r"), "--from", "dcp"],
+        "import",
+        str(tmp / "none"),
+        "tiny-lm",
+        "--run-dir",
+        str(tmp / "r"),
+        "--from",
+        "dcp",
+    ],
     "import of an empty folder": lambda run, tmp: [
-        "import", str(_empty(tmp / "e")), "tiny-lm", "--run-dir", str(tmp / "r"), "--from", "huggingface"],
+        "import",
+        str(_empty(tmp / "e")),
+        "tiny-lm",
+        "--run-dir",
+        str(tmp / "r"),
+        "--from",
+        "huggingface",
+    ],
     "import of no orbax": lambda run, tmp: [
-        "import", str(_foreign(tmp / "e")), "tiny-lm", "--run-dir", str(tmp / "r"), "--from", "orbax"],
+        "import",
+        str(_foreign(tmp / "e")),
+        "tiny-lm",
+        "--run-dir",
+        str(tmp / "r"),
+        "--from",
+        "orbax",
+    ],
     "import of no dcp": lambda run, tmp: [
-        "import", str(_foreign(tmp / "e")), "tiny-lm", "--run-dir", str(tmp / "r"), "--from", "dcp"],
+        "import",
+        str(_foreign(tmp / "e")),
+        "tiny-lm",
+        "--run-dir",
+        str(tmp / "r"),
+        "--from",
+        "dcp",
+    ],
     "import into a run": lambda run, tmp: [
-        "import", str(_foreign(tmp / "e")), "tiny-lm", "--run-dir", str(run), "--from", "dcp"],
-}  # fmt: skip
+        "import",
+        str(_foreign(tmp / "e")),
+        "tiny-lm",
+        "--run-dir",
+        str(run),
+        "--from",
+        "dcp",
+    ],
+}
 
 
 @pytest.mark.parametrize("case", list(BAD))
@@ -268,9 +307,7 @@ def test_another_models_tensors_are_listed(run: Path, tmp_path: Path, capsys: py
         assert not (tmp_path / "r").exists()
 
 
-def test_low_rank_factors_are_trained_beside_imported_weights_and_leave_merged(
-    run: Path, tmp_path: Path
-) -> None:
+def test_low_rank_factors_are_trained_beside_imported_weights_and_leave_merged(run: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     base, tuned, merged = tmp_path / "base", tmp_path / "tuned", tmp_path / "merged"
     assert main(["ckpt", "export", str(run), str(base), "--to", "huggingface"]) == 0
@@ -278,26 +315,19 @@ def test_low_rank_factors_are_trained_beside_imported_weights_and_leave_merged(
     words = ["--run-dir", str(tuned), "--from", "huggingface", *sizes(*more)]
     assert main(["ckpt", "import", str(base), "tiny-lm", *words]) == 0
     begun, recipe = values(tuned / "checkpoints/step-00000000"), small(*more)
-    assert (
-        begun["params/blocks/attn/wq/lora_a"].std() > 0.05
-    )  # drawn, or no gradient would ever reach the other
+    assert begun["params/blocks/attn/wq/lora_a"].std() > 0.05  # drawn, or no gradient would ever reach the other
     assert not begun["params/blocks/attn/wq/lora_b"].any()
     assert train(recipe, RunDir(tuned), backend=BACKEND, stop_at=3) == 85
     after = values(tuned / "checkpoints/step-00000003")
     changed = {n for n in after if n.startswith("params/") and (after[n] != begun[n]).any()}
     factors = {n for n in after if "/lora_" in n and n.startswith("params/")}
     assert changed == factors and len(factors) == 10
-    assert {n.partition("/params/")[0].split("/")[1] for n in after if n.startswith("opt/")} == {
-        "m",
-        "v",
-        "count",
-    }
+    assert {n.partition("/params/")[0].split("/")[1] for n in after if n.startswith("opt/")} == {"m", "v", "count"}
     assert main(["ckpt", "export", str(tuned), str(merged), "--to", "huggingface"]) == 0
     tokens = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
     ours = predicted(recipe, tuned / "checkpoints/step-00000003", tokens)
     before, theirs = (
-        logits(transformers.AutoModelForCausalLM.from_pretrained(path).eval(), tokens)
-        for path in (base, merged)
+        logits(transformers.AutoModelForCausalLM.from_pretrained(path).eval(), tokens) for path in (base, merged)
     )
     bound = 2e-5 * np.abs(ours).max()
     np.testing.assert_allclose(theirs, ours, rtol=0, atol=bound)

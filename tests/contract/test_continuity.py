@@ -23,9 +23,19 @@ from tests.contract.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 SMALL = [
-    "model.layers=2", "model.embed=32", "model.mlp=64", "model.dropout=0.1", "data.seq_len=64", "batch=8",
-    "accumulation=2", "steps=12", "schedule.warmup=2", "eval_every=none", "hooks=()", "ema_decay=0.9",
-]  # fmt: skip
+    "model.layers=2",
+    "model.embed=32",
+    "model.mlp=64",
+    "model.dropout=0.1",
+    "data.seq_len=64",
+    "batch=8",
+    "accumulation=2",
+    "steps=12",
+    "schedule.warmup=2",
+    "eval_every=none",
+    "hooks=()",
+    "ema_decay=0.9",
+]
 
 # Compiling takes most of their time.
 SLOW = [("jax", "Adafactor"), ("jax", "Lion"), ("jax", "SGD")]
@@ -45,9 +55,7 @@ def left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("mutant", list(moves.MUTANTS))
-def test_a_mutant_with_valid_checksums_is_refused(
-    mutant: str, left: tuple[Recipe, Path], tmp_path: Path
-) -> None:
+def test_a_mutant_with_valid_checksums_is_refused(mutant: str, left: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, stopped = left
     run = RunDir(tmp_path / "run")
     shutil.copytree(stopped, run.path)
@@ -177,9 +185,13 @@ def test_bounds_are_on_differences_of_a_probe() -> None:
 
 def test_a_meta_without_its_exact_part_is_broken() -> None:
     meta: Mapping[str, Any] = {
-        "step": 1, "applied": 1, "data": {"next_sample": 8}, "rng": {"word": "1"}, "schedule": {"learning_rate": 1.0},
+        "step": 1,
+        "applied": 1,
+        "data": {"next_sample": 8},
+        "rng": {"word": "1"},
+        "schedule": {"learning_rate": 1.0},
         "probe": {"losses": [1.0], "norms": {}},
-    }  # fmt: skip
+    }
     assert continuity.verdict(meta, meta, "fp32")["verdict"] == "continuous"
     for gone in continuity.EXACT:
         less = {k: v for k, v in meta.items() if k != gone}

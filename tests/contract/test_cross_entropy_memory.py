@@ -60,9 +60,7 @@ def test_torch_makes_no_tensor_of_all_logits(monkeypatch: pytest.MonkeyPatch) ->
     def largest(chunk: int) -> int:
         monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
         with Largest() as seen:
-            TorchBackend.differentiate(
-                lambda ops, x, t, y: ops.cross_entropy(x, t, y).sum, arguments(), Context()
-            )
+            TorchBackend.differentiate(lambda ops, x, t, y: ops.cross_entropy(x, t, y).sum, arguments(), Context())
         return seen.elements
 
     assert largest(8 * TOKENS * VOCAB) == TOKENS * VOCAB

@@ -18,21 +18,9 @@ optax = pytest.importorskip("optax")
 
 TABLE = Table(
     rows=(
-        Entry(
-            name="up/kernel",
-            axes=("features", "mlp"),
-            torch="up.weight",
-            jax="params/up/kernel",
-            transposed=True,
-        ),
+        Entry(name="up/kernel", axes=("features", "mlp"), torch="up.weight", jax="params/up/kernel", transposed=True),
         Entry(name="up/bias", axes=("mlp",), torch="up.bias", jax="params/up/bias"),
-        Entry(
-            name="down/kernel",
-            axes=("mlp", "out"),
-            torch="down.weight",
-            jax="params/down/kernel",
-            transposed=True,
-        ),
+        Entry(name="down/kernel", axes=("mlp", "out"), torch="down.weight", jax="params/down/kernel", transposed=True),
         Entry(name="down/bias", axes=("out",), torch="down.bias", jax="params/down/bias"),
     )
 )
@@ -61,9 +49,7 @@ class Torch:
             from torch.distributed.fsdp import fully_shard
 
             fully_shard(self.net, mesh=mesh)
-        self.optimizer = torch.optim.AdamW(
-            self.net.parameters(), lr=LR, betas=(B1, B2), eps=EPS, weight_decay=DECAY
-        )
+        self.optimizer = torch.optim.AdamW(self.net.parameters(), lr=LR, betas=(B1, B2), eps=EPS, weight_decay=DECAY)
 
     def step(self, step: int) -> float:
         x, y = (torch.from_numpy(a) for a in data(step))
@@ -143,9 +129,7 @@ def test_there_and_on_with_the_same_bits_and_the_same_curve(first: str, second: 
     assert two.restore(tmp_path / "a") == 3
     two.save(tmp_path / "b", 3)
     assert tensors(tmp_path / "a") == tensors(tmp_path / "b")
-    assert {"params/up/kernel", "opt/m/up/kernel", "opt/v/down/bias", "opt/count"} <= tensors(
-        tmp_path / "a"
-    ).keys()
+    assert {"params/up/kernel", "opt/m/up/kernel", "opt/v/down/bias", "opt/count"} <= tensors(tmp_path / "a").keys()
     for step in range(3, 8):
         assert two.step(step) == pytest.approx(one.step(step), rel=1e-6)
 
@@ -219,11 +203,13 @@ def test_fsdp2_on_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_what_does_not_fit_is_one_paragraph(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wide = Table(rows=(Entry(name="other", axes=("features", "mlp"), torch="up.weight", jax="params/up/kernel",
-                             transposed=True), *TABLE.rows[1:]))  # fmt: skip
+def test_what_does_not_fit_is_one_paragraph(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = Table(
+        rows=(
+            Entry(name="other", axes=("features", "mlp"), torch="up.weight", jax="params/up/kernel", transposed=True),
+            *TABLE.rows[1:],
+        )
+    )
     one = KINDS[kind]()
     one.step(0)
     with pytest.raises(UserError, match="one that is committed"):

@@ -99,9 +99,7 @@ def test_a_compiled_torch_layer_runs_no_more_kernels_than_by_hand() -> None:
     a kernel of its own on a CPU, where torch's one for all of them is wrong (`total_norm`)."""
     few, many = (apart("count", "torch-compiled", "toy", "--layers", str(n)) for n in (2, 3))
     a_layer = {name: many[name][0] - few[name][0] for name in few}
-    assert MATRICES < a_layer["ours"] <= MATRICES + min(a_layer["hand, by parts"], a_layer["hand, whole"]), (
-        a_layer
-    )
+    assert MATRICES < a_layer["ours"] <= MATRICES + min(a_layer["hand, by parts"], a_layer["hand, whole"]), a_layer
     assert few["ours"][1] == few["hand, whole"][1]
 
 
@@ -226,9 +224,7 @@ def test_torch_captures_one_graph_a_kind_of_block_whatever_the_depth(monkeypatch
     """Graphs are captured with no break and differentiated, but run as they are: generating code takes a minute."""
     from torch._dynamo.backends.debugging import aot_eager
 
-    monkeypatch.setattr(
-        "torch._inductor.compile_fx.compile_fx", lambda graph, inputs: aot_eager(graph, inputs)
-    )
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda graph, inputs: aot_eager(graph, inputs))
     assert {torch_graphs(depth) for depth in DEPTHS} == {2}, "one of the block, one of the loss"
 
 

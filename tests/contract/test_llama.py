@@ -89,9 +89,7 @@ def llama_logits(c: DecoderConfig, params: dict[str, np.ndarray], tokens: np.nda
             "mlp.down_proj": p["mlp/down"].T,
         }
         state |= {f"model.layers.{i}.{name}.weight": value for name, value in layer.items()}
-    model.load_state_dict(
-        {k: torch.tensor(np.ascontiguousarray(v), dtype=torch.float32) for k, v in state.items()}
-    )
+    model.load_state_dict({k: torch.tensor(np.ascontiguousarray(v), dtype=torch.float32) for k, v in state.items()})
     with torch.no_grad():
         return model(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
 

@@ -44,9 +44,7 @@ def program(model: Module, precision: str, rule: Rule | None = None, **options: 
     definition = stored(describe(model), precision)
     names = frozenset(definition.params)
     given = {"trainable": names, "decay": frozenset(), "seed": 5, "precision": precision, **options}
-    return Program(
-        definition=definition, layout=Layout.of(definition), optimizer=rule or SGD(lr=1.0), **given
-    )
+    return Program(definition=definition, layout=Layout.of(definition), optimizer=rule or SGD(lr=1.0), **given)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -96,8 +94,11 @@ def test_steps_below_half_a_last_place_add_up(name: str) -> None:
     assert abs(row.mean() - want) < 5 * deviation and row.std() > 2.0**-8
 
 
-@pytest.mark.parametrize("rule", [AdamW(lr=1e-3, weight_decay=0.1), SGD(lr=0.1, momentum=0.9), Lion(lr=1e-4),
-                                  Adafactor(lr=1e-2), Muon(lr=1e-2)], ids=lambda r: type(r).__name__)  # fmt: skip
+@pytest.mark.parametrize(
+    "rule",
+    [AdamW(lr=1e-3, weight_decay=0.1), SGD(lr=0.1, momentum=0.9), Lion(lr=1e-4), Adafactor(lr=1e-2), Muon(lr=1e-2)],
+    ids=lambda r: type(r).__name__,
+)
 def test_backends_keep_the_same_state(rule: Rule) -> None:
     """One step from one state on either backend: what is kept differs where the computation does, by its bound."""
     if len(BACKENDS) < 2:

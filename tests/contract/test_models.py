@@ -24,16 +24,7 @@ def decoder(**options: Any) -> Callable[[], Module]:
 
 
 def vit() -> Module:
-    sizes = {
-        "rows": 8,
-        "columns": 8,
-        "channels": 1,
-        "patch": 2,
-        "classes": 5,
-        "embed": 16,
-        "layers": 2,
-        "heads": 2,
-    }
+    sizes = {"rows": 8, "columns": 8, "channels": 1, "patch": 2, "classes": 5, "embed": 16, "layers": 2, "heads": 2}
     return ViTConfig(**sizes, dropout=0.2).build()
 
 
@@ -64,9 +55,7 @@ def batch_for(make: Callable[[], Module]) -> dict[str, np.ndarray]:
     return image_batch(classes=5, batch=4) if make is vit else tokens_batch(vocab=23, batch=4, seq=10)
 
 
-def bounds(
-    running: Running, what: Callable[[Any], np.ndarray], batch: Any, **options: Any
-) -> tuple[np.ndarray, float]:
+def bounds(running: Running, what: Callable[[Any], np.ndarray], batch: Any, **options: Any) -> tuple[np.ndarray, float]:
     """The oracle's value of something of a forward pass, and the tolerance for it."""
     names = list(running.params)
     given = running.params
@@ -207,6 +196,4 @@ def test_remat_changes_nothing(backend: str) -> None:
     assert auxes[0] == pytest.approx(auxes[1], rel=1e-6)
     for name, kept in params[0].items():
         assert np.abs(kept - running.params[name]).max() > 1e-4  # it moved
-        np.testing.assert_allclose(
-            params[1][name], kept, rtol=0, atol=2e-6 * np.abs(kept).max(), err_msg=name
-        )
+        np.testing.assert_allclose(params[1][name], kept, rtol=0, atol=2e-6 * np.abs(kept).max(), err_msg=name)

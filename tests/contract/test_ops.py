@@ -10,11 +10,7 @@ from portatrain.backends.base import Context, backend_class
 from portatrain.testing import CASES, Case, check_case
 from portatrain.testing.loss_cases import cross_entropy_case
 
-_ALL = [
-    pytest.param(case, precision, id=f"{case.name}-{precision}")
-    for case in CASES
-    for precision in case.precisions
-]
+_ALL = [pytest.param(case, precision, id=f"{case.name}-{precision}") for case in CASES for precision in case.precisions]
 
 
 # The backend varies fastest, so that the oracle's answers are computed once for all of them.
@@ -29,14 +25,8 @@ def test_case_names_are_distinct() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"z_loss": 0.1}, {"softcap": 2.0}, {"z_loss": 0.1, "softcap": 2.0}],
-    ids=str,
-)
-def test_cross_entropy_in_chunks(
-    backend: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("options", [{}, {"z_loss": 0.1}, {"softcap": 2.0}, {"z_loss": 0.1, "softcap": 2.0}], ids=str)
+def test_cross_entropy_in_chunks(backend: str, options: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks agree with the oracle in values and gradients: 12 positions of 9 logits, 3 at a time."""
     monkeypatch.setattr(f"portatrain.backends.{backend}.losses.CHUNK_BYTES", 2 * 3 * 9 * 4)
     check_case(backend_class(backend), cross_entropy_case(f"in chunks {options}", 2, 12, 5, 9, **options))
@@ -56,9 +46,7 @@ def test_dropout_does_not_depend_on_the_batch(backend: str) -> None:
 
     def run(rows: list[int], step: int = 1) -> np.ndarray:
         context = Context(seed=3, step=step, sample=sample[rows], training=True)
-        return backend_class(backend).evaluate(
-            lambda ops, x: ops.dropout(x, 0.5, site=8), (x[rows],), context
-        )
+        return backend_class(backend).evaluate(lambda ops, x: ops.dropout(x, 0.5, site=8), (x[rows],), context)
 
     together = run([0, 1, 2, 3])
     assert np.array_equal(run([2]), together[[2]])

@@ -36,9 +36,7 @@ SLOW = ("Muon", "Lion", "Adafactor")
 
 
 def small(name: str, rule: str, accumulation: int, overrides: dict[str, list[str]] = SMALL) -> Recipe:
-    recipe = apply_overrides(
-        load_recipe(name), [*overrides[name], f"accumulation={accumulation}", "clip_norm=none"]
-    )
+    recipe = apply_overrides(load_recipe(name), [*overrides[name], f"accumulation={accumulation}", "clip_norm=none"])
     chosen = RULES[rule]
     return dataclasses.replace(recipe, optimizer=chosen) if chosen else recipe
 

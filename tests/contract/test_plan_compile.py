@@ -19,12 +19,26 @@ from portatrain.plan.names import parse
 from portatrain.plan.of_run import chip_of
 
 needs_libtpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed (pip install 'portatrain[tpu]')",
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'portatrain[tpu]')"
 )
-SMALL = ["--set", "model.layers=4", "--set", "model.embed=512", "--set", "model.mlp=1536", "--set", "model.heads=8",
-         "--set", "model.head_dim=64", "--set", "model.vocab=32768", "--set", "data.vocab=32768",
-         "--set", "data.separator=0"]  # fmt: skip
+SMALL = [
+    "--set",
+    "model.layers=4",
+    "--set",
+    "model.embed=512",
+    "--set",
+    "model.mlp=1536",
+    "--set",
+    "model.heads=8",
+    "--set",
+    "model.head_dim=64",
+    "--set",
+    "model.vocab=32768",
+    "--set",
+    "data.vocab=32768",
+    "--set",
+    "data.separator=0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -48,18 +62,7 @@ def compiled(capsys: pytest.CaptureFixture[str], *words: str) -> dict[str, Any]:
     [("tpu-v5p-8", "fsdp=4", 16), ("tpu-v6e-8", "fsdp=4,tensor=2", 8), ("2*tpu-v4-8", "replica=2,fsdp=4", 8)],
 )
 def test_a_tpu_program(cluster: str, mesh: str, batch: int, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "llama3-8b",
-        "--cluster",
-        cluster,
-        "--mesh",
-        mesh,
-        "--batch",
-        str(batch),
-        "--remat",
-        "block",
-        *SMALL,
-    ]
+    words = ["llama3-8b", "--cluster", cluster, "--mesh", mesh, "--batch", str(batch), "--remat", "block", *SMALL]
     found = compiled(capsys, *words, "--seq-len", "2048")
     assert found["compiled"]["fits"] and not found["compiled"]["cached"]
     assert found["predicted"]["flops"] == pytest.approx(found["compiled"]["flops"], rel=0.05)
@@ -77,10 +80,12 @@ def test_a_program_that_does_not_fit_is_an_answer() -> None:
 
     target = targets.target(parse("tpu-v5e-4"))
     asked = Request(
-        compiler="tpu", recipe="llama3-8b",
-        overrides=(*SMALL[1::2], "batch=1024", "data.seq_len=2048", "remat=none"), mesh="fsdp=4",
+        compiler="tpu",
+        recipe="llama3-8b",
+        overrides=(*SMALL[1::2], "batch=1024", "data.seq_len=2048", "remat=none"),
+        mesh="fsdp=4",
         options=target.options,
-    )  # fmt: skip
+    )
     found = job.answer(asked, target, tell=lambda line: None)
     assert not found.fits and found.peak_bytes is None
     assert found.needs_bytes is None or found.needs_bytes > 16 * 2**30
@@ -91,18 +96,7 @@ def test_a_program_that_does_not_fit_is_an_answer() -> None:
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
 def test_fsdp2_traced(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
-        "llama3-8b",
-        "--cluster",
-        "h100-8",
-        "--mesh",
-        mesh,
-        "--batch",
-        "16",
-        "--remat",
-        "block",
-        *SMALL,
-    ]
+    words = ["llama3-8b", "--cluster", "h100-8", "--mesh", mesh, "--batch", "16", "--remat", "block", *SMALL]
     found = compiled(capsys, *words, "--seq-len", "2048", "--compiler", "fsdp2")
     assert found["compiled"]["compiler"].startswith("FSDP2 traced")
     predicted, traced = found["predicted"], found["compiled"]
@@ -114,13 +108,31 @@ def test_fsdp2_traced(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_chip_has_the_compiler_that_knows_it() -> None:
-    kinds = {name: targets.target(parse(name)).compiler for name in (
-        "tpu-v4-8", "tpu-v5e-4", "tpu-v5p-8", "tpu-v6e-1", "tpu-7x-8", "h100-8", "b200-8", "gb300-72", "mi300x-8",
-    )}  # fmt: skip
+    kinds = {
+        name: targets.target(parse(name)).compiler
+        for name in (
+            "tpu-v4-8",
+            "tpu-v5e-4",
+            "tpu-v5p-8",
+            "tpu-v6e-1",
+            "tpu-7x-8",
+            "h100-8",
+            "b200-8",
+            "gb300-72",
+            "mi300x-8",
+        )
+    }
     assert kinds == {
-        "tpu-v4-8": "tpu", "tpu-v5e-4": "tpu", "tpu-v5p-8": "tpu", "tpu-v6e-1": "tpu", "tpu-7x-8": "tpu",
-        "h100-8": "cuda", "b200-8": "cuda", "gb300-72": "cuda", "mi300x-8": "fsdp2",
-    }  # fmt: skip
+        "tpu-v4-8": "tpu",
+        "tpu-v5e-4": "tpu",
+        "tpu-v5p-8": "tpu",
+        "tpu-v6e-1": "tpu",
+        "tpu-7x-8": "tpu",
+        "h100-8": "cuda",
+        "b200-8": "cuda",
+        "gb300-72": "cuda",
+        "mi300x-8": "fsdp2",
+    }
 
 
 def test_what_the_compiler_is_told() -> None:
@@ -155,9 +167,7 @@ def test_mistakes(words: list[str], told: str, own_cache: Path, capsys: pytest.C
     assert not own_cache.exists()
 
 
-def test_a_compiler_that_is_not_installed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_compiler_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(targets, "_there", lambda name: name != "libtpu")
     assert main(["plan", "llama3-1b", "--cluster", "tpu-v5p-64", "--compile"]) == 2
     told = capsys.readouterr().err
@@ -176,10 +186,6 @@ def test_a_compiler_that_fails_is_one_paragraph(
 
 
 def test_the_answer_is_kept_by_what_it_depends_on(tmp_path: Path) -> None:
-    one = job.Request(
-        compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1}
-    )
-    other = job.Request(
-        compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1}
-    )
+    one = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1})
+    other = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1})
     assert one.key != other.key and one.key == job.Request(**vars(one)).key

@@ -56,10 +56,7 @@ def test_it_trains_on_the_same_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("backend", "said"),
     [
-        (
-            "acme-empty",
-            "backend acme-empty: expected a class with the verbs of portatrain.backends.base.Backend",
-        ),
+        ("acme-empty", "backend acme-empty: expected a class with the verbs of portatrain.backends.base.Backend"),
         ("acme-gone", "backend acme-gone: expected acme_chip.nowhere:Backend to import"),
         ("acne", "Did you mean acme"),
     ],

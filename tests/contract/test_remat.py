@@ -31,12 +31,8 @@ LAYERS, ROWS, SEQ, E, H, KV, D, M = 5, 2, 48, 32, 4, 2, 8, 80
 DECODER = DecoderConfig(vocab=64, embed=E, layers=LAYERS, heads=H, kv_heads=KV, mlp=M, dropout=0.1)
 MODELS = {
     "decoder": DECODER,
-    "softcap": DecoderConfig(
-        vocab=64, embed=E, layers=3, heads=H, kv_heads=1, mlp=M, softcap=5.0, qk_norm=True
-    ),
-    "vit": ViTConfig(
-        rows=8, columns=8, channels=1, patch=2, classes=5, embed=E, layers=3, heads=4, mlp=M, dropout=0.2
-    ),
+    "softcap": DecoderConfig(vocab=64, embed=E, layers=3, heads=H, kv_heads=1, mlp=M, softcap=5.0, qk_norm=True),
+    "vit": ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=5, embed=E, layers=3, heads=4, mlp=M, dropout=0.2),
 }
 
 
@@ -47,8 +43,7 @@ def batch_of(model: str) -> dict[str, np.ndarray]:
 
 @every_backend
 @pytest.mark.parametrize(
-    ("model", "policies"),
-    [("decoder", FEW), *(pytest.param(model, ALL, marks=pytest.mark.full) for model in MODELS)],
+    ("model", "policies"), [("decoder", FEW), *(pytest.param(model, ALL, marks=pytest.mark.full) for model in MODELS)]
 )
 def test_gradients_are_those_of_none(backend: str, model: str, policies: tuple[str, ...]) -> None:
     batch = batch_of(model)
@@ -61,10 +56,7 @@ def test_gradients_are_those_of_none(backend: str, model: str, policies: tuple[s
             continue
         assert abs(loss - kept[0]) <= 1e-6 * abs(kept[0])
         for name, gradient in gradients.items():
-            assert np.abs(gradient - kept[1][name]).max() <= 1e-6 * np.abs(kept[1][name]).max(), (
-                policy,
-                name,
-            )
+            assert np.abs(gradient - kept[1][name]).max() <= 1e-6 * np.abs(kept[1][name]).max(), (policy, name)
 
 
 class Own(Module):
@@ -89,9 +81,7 @@ class Outer(Module):
 
 @every_backend
 def test_a_models_own_name(backend: str) -> None:
-    batch = {
-        "x": np.ones((1, 3, 8), np.float32), "y": np.zeros((1, 3), np.int32), "sample": np.zeros((1, 3), np.int64)
-    }  # fmt: skip
+    batch = {"x": np.ones((1, 3, 8), np.float32), "y": np.zeros((1, 3), np.int32), "sample": np.zeros((1, 3), np.int64)}
     fine = Running(backend, Outer(), remat="keep:mine")
     fine.backend.gradients(fine.state, batch, step=1)
     for name in ("minne", "outside"):
@@ -134,8 +124,14 @@ def test_one_list_of_names() -> None:
 def test_what_is_no_policy(text: str, said: str) -> None:
     definition = describe(DECODER.build())
     with pytest.raises(UserError, match=said):
-        Program(definition=definition, layout=Layout.of(definition), optimizer=SGD(lr=1.0),
-                trainable=frozenset(definition.params), decay=frozenset(), remat=text)  # fmt: skip
+        Program(
+            definition=definition,
+            layout=Layout.of(definition),
+            optimizer=SGD(lr=1.0),
+            trainable=frozenset(definition.params),
+            decay=frozenset(),
+            remat=text,
+        )
 
 
 # torch's compiler imports what torch calls deprecated, and looks at the .grad of every tensor it is given.
@@ -171,9 +167,7 @@ def test_jax_keeps_less() -> None:
 
         def backward(params: Any) -> Any:
             _, pull, _ = jax.vjp(
-                lambda p: backend._loss(p, {}, running.state["state"], batch, np.int32(1)),
-                params,
-                has_aux=True,
+                lambda p: backend._loss(p, {}, running.state["state"], batch, np.int32(1)), params, has_aux=True
             )
             return pull
 

@@ -19,9 +19,19 @@ from tests.contract.running import everything
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 PAIRS = [(a, b) for a in BACKENDS for b in BACKENDS]
 SMALL = [
-    "model.layers=2", "model.embed=32", "model.mlp=64", "model.dropout=0.1", "data.seq_len=64", "batch=8",
-    "accumulation=2", "steps=12", "schedule.warmup=2", "eval_every=none", "hooks=()", "ema_decay=0.9",
-]  # fmt: skip
+    "model.layers=2",
+    "model.embed=32",
+    "model.mlp=64",
+    "model.dropout=0.1",
+    "data.seq_len=64",
+    "batch=8",
+    "accumulation=2",
+    "steps=12",
+    "schedule.warmup=2",
+    "eval_every=none",
+    "hooks=()",
+    "ema_decay=0.9",
+]
 
 
 def small(*more: str) -> Recipe:
@@ -42,9 +52,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)
-def test_a_run_that_moves_stays_on_its_curve(
-    first: str, second: str, tmp_path: Path, undisturbed: list
-) -> None:
+def test_a_run_that_moves_stays_on_its_curve(first: str, second: str, tmp_path: Path, undisturbed: list) -> None:
     run = RunDir(tmp_path / "run")
     assert train(small(), run, backend=first, stop_at=5) == 85
     assert not run.is_done
@@ -110,9 +118,7 @@ def flip(path: Path) -> None:
     path.write_bytes(data)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(
-    tmp_path: Path, undisturbed: list
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(tmp_path: Path, undisturbed: list) -> None:
     run = RunDir(tmp_path / "run")
     assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
     folder = run.path / "checkpoints"

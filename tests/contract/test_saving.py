@@ -34,9 +34,8 @@ class Holding:
         definition = describe(Toy())
         names = frozenset(definition.params)
         self.program = Program(
-            definition=definition, layout=Layout.of(definition), optimizer=AdamW(lr=1e-3), trainable=names,
-            decay=names,
-        )  # fmt: skip
+            definition=definition, layout=Layout.of(definition), optimizer=AdamW(lr=1e-3), trainable=names, decay=names
+        )
         self.fetched_bytes: list[int] = []
 
     def state(self, value: int) -> dict[str, np.ndarray]:
@@ -83,9 +82,7 @@ def loads(path: Path, backend: Any, step: int) -> None:
 def test_the_last_every_nth_and_the_best_stay_and_load(backend: Any, tmp_path: Path) -> None:
     keep = Retention(last=1, every=4, best="min:loss")
     for step in range(1, 8):
-        checkpoints = Checkpoints(
-            tmp_path, keep=keep, save_name=f"a{step}"
-        )  # as after restarts: nothing in memory
+        checkpoints = Checkpoints(tmp_path, keep=keep, save_name=f"a{step}")  # as after restarts: nothing in memory
         save(checkpoints, backend, step, metrics={"loss": abs(step - 3)})
     assert checkpoints.place.steps() == [3, 4, 7]
     for step in (3, 4, 7):
@@ -107,8 +104,12 @@ def test_a_sweep_removes_what_no_commit_names_and_nothing_else(backend: Any, tmp
     (tmp_path / "step-00000001b").mkdir()
     save(Checkpoints(tmp_path, save_name="a2"), backend, 2)
     assert sorted(p.name for p in folder.iterdir()) == [
-        "COMMIT", "notes.txt", "pack-a2-00000-0000.safetensors", "receipt-a2-00000.json", "root-a2.json",
-    ]  # fmt: skip
+        "COMMIT",
+        "notes.txt",
+        "pack-a2-00000-0000.safetensors",
+        "receipt-a2-00000.json",
+        "root-a2.json",
+    ]
     assert (tmp_path / "step-00000001b").exists()
     for step in (1, 2):
         loads(tmp_path, backend, step)

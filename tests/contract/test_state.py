@@ -34,9 +34,7 @@ def test_decoding_with_a_cache_equals_the_full_forward(backend: str, prompt: int
 def test_a_bias_balances_the_router(backend: str) -> None:
     """All tokens prefer one expert at first; the biases alone even the load out while no parameter moves."""
     running = Running(backend, Routed(vocab=64, embed=16, layers=2, experts=4, chosen=1, rate=0.02))
-    running.params["embed/table"] += (
-        1.0  # a direction that all tokens share, and one expert a layer that wants it
-    )
+    running.params["embed/table"] += 1.0  # a direction that all tokens share, and one expert a layer that wants it
     running.params["blocks/experts/gate"][0, :, 0] += 0.1
     running.params["blocks/experts/gate"][1, :, 3] += 0.1
     running.state = running.backend.restore_state(running.read)

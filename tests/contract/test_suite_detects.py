@@ -26,9 +26,7 @@ class Interleaved(ReferenceOps):
 
 
 class WrongFrequencies(ReferenceOps):
-    def rope_table(
-        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Any = None
-    ) -> Any:
+    def rope_table(self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Any = None) -> Any:
         return super().rope_table(positions, head_dim, theta=theta * (1 + 1e-5), scaling=scaling)
 
 
@@ -121,9 +119,7 @@ class TiesLast(ReferenceOps):
 
 
 class ZLossUnsquared(ReferenceOps):
-    def cross_entropy(
-        self, x: Any, table_VE: Any, targets: Any, *, z_loss: float = 0.0, **options: Any
-    ) -> Any:
+    def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, z_loss: float = 0.0, **options: Any) -> Any:
         return super().cross_entropy(x, table_VE, targets, z_loss=z_loss * 0.999, **options)
 
 
@@ -226,7 +222,6 @@ def test_errors_name_the_case_and_the_numbers() -> None:
 
     case = next(case for case in CASES if case.name == "gelu")
     with pytest.raises(
-        ContractError,
-        match=r"Mutant: \d+ of \d+ comparisons differ\nDIFFERS +gelu: fp32 result: error .*, tolerance",
+        ContractError, match=r"Mutant: \d+ of \d+ comparisons differ\nDIFFERS +gelu: fp32 result: error .*, tolerance"
     ):
         check_ops(Mutant, [case])

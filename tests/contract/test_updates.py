@@ -18,8 +18,16 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 INFOS = {
     info.name: info
     for info in (
-        TensorInfo(name=name, role="params", shape=shape, axes=axes, batch_dims=batch, inputs=inputs,
-                   init=Constant(value=0.0), stack_dims=batch)
+        TensorInfo(
+            name=name,
+            role="params",
+            shape=shape,
+            axes=axes,
+            batch_dims=batch,
+            inputs=inputs,
+            init=Constant(value=0.0),
+            stack_dims=batch,
+        )
         for name, shape, axes, batch, inputs in (
             ("embed/table", (256, 32), ("vocab", "embed"), 0, 0),
             ("blocks/attn/wq", (3, 32, 4, 8), ("layers", "embed", "heads", "head_dim"), 1, 1),
@@ -29,7 +37,7 @@ INFOS = {
             ("final_norm/scale", (32,), ("embed",), 0, 0),
         )
     )
-}  # fmt: skip
+}
 DECAY = frozenset(n for n in INFOS if "norm" not in n)
 SCALE = 0.75
 RULES = [
@@ -67,9 +75,7 @@ def with_jax(rule: Rule, params: dict, grads: dict, slots: dict, count: int) -> 
 
     @jax.jit
     def update(params: dict, grads: dict, slots: dict) -> tuple[dict, dict]:
-        deltas, state = tx.update(
-            grads, RuleState(np.int32(count - 1), slots), params, scale=np.float32(SCALE)
-        )
+        deltas, state = tx.update(grads, RuleState(np.int32(count - 1), slots), params, scale=np.float32(SCALE))
         return {n: params[n] + deltas[n] for n in params}, state.slots
 
     new, moved = update(params, grads, slots)
@@ -87,9 +93,7 @@ def with_torch(rule: Rule, params: dict, grads: dict, slots: dict, count: int) -
     optimizer.set_count(count - 1)
     held = [(p, slot) for p in pieces for slot in slots if p.name in slots[slot]]
     for p, slot in held:
-        optimizer.state[p.tensor][optimizer.slot(p.tensor, slot)].copy_(
-            torch.from_numpy(slots[slot][p.name][p.index])
-        )
+        optimizer.state[p.tensor][optimizer.slot(p.tensor, slot)].copy_(torch.from_numpy(slots[slot][p.name][p.index]))
     optimizer.step(scale=SCALE)
     new = {n: np.zeros_like(a) for n, a in params.items()}
     moved = {slot: {n: np.zeros_like(a) for n, a in named.items()} for slot, named in slots.items()}
@@ -111,11 +115,19 @@ def worst(rule: Rule, count: int, other: Rule | None = None) -> float:
 
     return max(
         ratio(
-            rule, info, (new_jax[n], own(slots_jax, n)), (new_torch[n], own(slots_torch, n)), param=params[n],
-            grad=grads[n], slots=own(slots, n), scale=SCALE, count=count, decay=n in DECAY,
+            rule,
+            info,
+            (new_jax[n], own(slots_jax, n)),
+            (new_torch[n], own(slots_torch, n)),
+            param=params[n],
+            grad=grads[n],
+            slots=own(slots, n),
+            scale=SCALE,
+            count=count,
+            decay=n in DECAY,
         )
         for n, info in INFOS.items()
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("count", [1, 2, 1000])

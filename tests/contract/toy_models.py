@@ -19,9 +19,7 @@ class CachedBlock(Block):
         q_BSHD, k_BSKD, v_BSKD = self.attn.qkv(ops, self.attn_norm(ops, x_BSE), rope)
         keys_BTKD = ops.write(cache["k"], k_BSKD, positions_S[0])
         values_BTKD = ops.write(cache["v"], v_BSKD, positions_S[0])
-        seen = ops.attention(
-            q_BSHD, keys_BTKD, values_BTKD, positions=(positions_S, ops.arange(keys_BTKD.shape[1]))
-        )
+        seen = ops.attention(q_BSHD, keys_BTKD, values_BTKD, positions=(positions_S, ops.arange(keys_BTKD.shape[1])))
         x_BSE = x_BSE + self.attn.project(ops, seen)
         x_BSE = x_BSE + self.mlp(ops, self.mlp_norm(ops, x_BSE))
         return x_BSE, {"k": keys_BTKD, "v": values_BTKD}
@@ -88,13 +86,7 @@ class Experts(Module):
     def after_step(self, ops: Any) -> None:
         mean = ops.mean(self.load, ("experts",), over=("experts",))
         bias = self.bias + ops.where(self.load > mean, -self.rate, self.rate)
-        ops.update(
-            self,
-            bias=bias,
-            load=self.load * 0.0,
-            last_load=ops.cast(self.load, "int32"),
-            steps=self.steps + 1,
-        )
+        ops.update(self, bias=bias, load=self.load * 0.0, last_load=ops.cast(self.load, "int32"), steps=self.steps + 1)
 
 
 class RoutedBlock(Module):
@@ -109,9 +101,7 @@ class RoutedBlock(Module):
 class Routed(Module):
     """Embedding, a Stack of routed blocks, a tied output."""
 
-    def __init__(
-        self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, rate: float
-    ) -> None:
+    def __init__(self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, rate: float) -> None:
         self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
         block = RoutedBlock(embed=embed, experts=experts, mlp=embed, chosen=chosen, rate=rate)
         self.blocks = Stack(block, layers)
@@ -137,10 +127,7 @@ class Super(Module):
 
 class Inner(Module):
     def __init__(self, *, embed: int, rate: float) -> None:
-        self.pair = [
-            Linear({"embed": embed}, {"embed_out": embed}),
-            Linear({"embed": embed}, {"embed_out": embed}),
-        ]
+        self.pair = [Linear({"embed": embed}, {"embed_out": embed}), Linear({"embed": embed}, {"embed_out": embed})]
         self.norms = {"a": RMSNorm(embed=embed), "b": RMSNorm(embed=embed)}
         self.dropout = Dropout(rate)
         self.calls = State(dtype="int32")

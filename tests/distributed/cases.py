@@ -81,14 +81,10 @@ class Case:
 
 
 def _lm(**sizes: Any) -> DecoderConfig:
-    return DecoderConfig(
-        **{"vocab": VOCAB, "embed": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, **sizes}
-    )
+    return DecoderConfig(**{"vocab": VOCAB, "embed": 32, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 64, **sizes})
 
 
-_VIT = ViTConfig(
-    rows=8, columns=8, channels=1, patch=2, classes=10, embed=32, layers=2, heads=4, mlp=64, dropout=0.1
-)
+_VIT = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=32, layers=2, heads=4, mlp=64, dropout=0.1)
 
 
 def _adapted() -> Module:
@@ -135,7 +131,7 @@ CASES: dict[str, Case] = {
         },
     ),
     "lm, growing batch, averages": Case(
-        model=_lm(dropout=0.1), accumulation=4, grows=True, options={"ema_decay": 0.9, "ema": _all},
+        model=_lm(dropout=0.1), accumulation=4, grows=True, options={"ema_decay": 0.9, "ema": _all}
     ),
     "lm, tensor and fsdp on one axis": Case(
         model=_lm(dropout=0.1),
@@ -153,19 +149,17 @@ CASES: dict[str, Case] = {
     "lm, Adafactor": Case(model=_lm(), optimizer=Adafactor(lr=1e-3)),
     "lm, Lion": Case(model=_lm(), optimizer=Lion(lr=3e-5)),
     "lm, LoRA": Case(
-        model=_adapted(), accumulation=2, options={"trainable": is_factor, "ema_decay": 0.9, "ema": is_factor},
+        model=_adapted(), accumulation=2, options={"trainable": is_factor, "ema_decay": 0.9, "ema": is_factor}
     ),
     "routed": Case(model=_routed(), accumulation=2, predicts=False),
     "routed, Muon": Case(model=_routed(), optimizer=Muon(lr=0.02), predicts=False),
     "routed, bf16": Case(
         model=_routed(), accumulation=2, predicts=False, options={"precision": "bf16", "remat": "block"}
     ),
-    "nested": Case(
-        model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False
-    ),
+    "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
     "lm, compiled": Case(model=_lm(dropout=0.1), accumulation=2, options={"compile": True}),
     "lm, bf16 state": Case(
-        model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all},
+        model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all}
     ),
     "lm, bf16": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16"}),
-}  # fmt: skip
+}

@@ -51,11 +51,7 @@ def main(args: argparse.Namespace) -> int:
     with Path(args.out if rank() == 0 else "/dev/null").open("ab") as out:
         for case, mesh, mutant in args.cells:
             try:
-                with (
-                    mock.patch.object(JaxBackend, "_put", first_rows(JaxBackend._put))
-                    if mutant
-                    else nullcontext()
-                ):
+                with mock.patch.object(JaxBackend, "_put", first_rows(JaxBackend._put)) if mutant else nullcontext():
                     found: Any = measure(JaxBackend, CASES[case], mesh, gather)
             except Exception:
                 found = traceback.format_exc()

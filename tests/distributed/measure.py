@@ -33,9 +33,7 @@ class Measured:
     """Of process 0, by role."""
 
 
-def measure(
-    make: Callable[[Program], Backend], case: Case, mesh: str, gather: Gather = lambda x: [x]
-) -> Measured:
+def measure(make: Callable[[Program], Backend], case: Case, mesh: str, gather: Gather = lambda x: [x]) -> Measured:
     backend = make(case.program(mesh))
     batches = case.batches()
     state = backend.init_state()

@@ -22,11 +22,7 @@ def _method(owner: Any, name: str, make: Callable[[Any], Any]) -> Callable[[], A
 
 def _rows_not_summed(whole: Any) -> Any:
     def all_reduce(self: World, x: Any, axes: Any = (), *args: Any) -> Any:
-        return (
-            x
-            if set(axes) == {"replica", "fsdp", "expert"}
-            else whole(self, x, *([axes] if axes else []), *args)
-        )
+        return x if set(axes) == {"replica", "fsdp", "expert"} else whole(self, x, *([axes] if axes else []), *args)
 
     return all_reduce
 
@@ -68,15 +64,11 @@ def _zero(name: str, make: Callable[[Any], Any]) -> Callable[[], AbstractContext
 
 ZERO: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "zero: gradients averaged": _zero(
-        "_backward",
-        lambda whole: lambda self, state, objective: state.engine.backward(objective, scale_wrt_gas=False),
+        "_backward", lambda whole: lambda self, state, objective: state.engine.backward(objective, scale_wrt_gas=False)
     ),
-    "zero: the weight of the batch is forgotten": _zero(
-        "_scale", lambda whole: lambda self, state, factor: None
-    ),
+    "zero: the weight of the batch is forgotten": _zero("_scale", lambda whole: lambda self, state, factor: None),
     "zero: norm of this process's part": _zero(
-        "_norm",
-        lambda whole: lambda self, state: whole(self, state) / self.processes**0.5,
+        "_norm", lambda whole: lambda self, state: whole(self, state) / self.processes**0.5
     ),
 }
 """Those of the deepspeed backends."""
@@ -97,11 +89,13 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         distributed_ops.MeshOps, "_beside", lambda whole: staticmethod(lambda at: [Replicate() for _ in at])
     ),
     "tensor: logits of this process alone": _method(
-        World, "all_reduce",
+        World,
+        "all_reduce",
         lambda whole: lambda self, x, *args: x if args[:1] == (("tensor",),) and x.ndim == 2 else whole(self, x, *args),
     ),
     "expert: gradients not summed": _method(
-        World, "scatter_sum",
+        World,
+        "scatter_sum",
         lambda whole: lambda self, x, axis, dim: x.chunk(self.mesh.sizes[axis], dim=dim)[self.at[axis]].contiguous(),
     ),
     "norm: copies counted": _method(World, "first", lambda whole: lambda self, axes: True),
@@ -109,9 +103,10 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         World, "my_rows", lambda whole: lambda self, rows: slice(0, rows // self.row_blocks)
     ),
     "dropout: offsets within this process's part": _method(
-        distributed_ops.MeshOps, "_offsets",
-        lambda whole: lambda self, shape, placements: torch.arange(
-            whole(self, shape, placements).numel(), dtype=torch.int32
+        distributed_ops.MeshOps,
+        "_offsets",
+        lambda whole: (
+            lambda self, shape, placements: torch.arange(whole(self, shape, placements).numel(), dtype=torch.int32)
         ),
     ),
-}  # fmt: skip
+}

@@ -56,9 +56,7 @@ def restore(backend: Any, folder: str, how: str, again: Path) -> tuple[int, list
         through = Reader(store)
         state = restored(backend, through)
         nbytes = store.nbytes - sum(table.nbytes for table in through._tables.values())
-        boxes = [
-            (full_name(b.role, b.name), Box(b.offset, b.shape), b.fetch()) for b in backend.local_boxes(state)
-        ]
+        boxes = [(full_name(b.role, b.name), Box(b.offset, b.shape), b.fetch()) for b in backend.local_boxes(state)]
         off = [n for n, box, array in boxes if np.asarray(array).tobytes() != through.read(n, box).tobytes()]
     if how == "crossed":
         checkpoints = Checkpoints(again, process=backend.process, processes=backend.processes)

@@ -21,10 +21,7 @@ from tests.distributed.test_train import train
 
 __all__ = ["alone"]  # a fixture
 
-pytestmark = [
-    pytest.mark.meshes,
-    pytest.mark.skipif(bool(missing("deepspeed-3")), reason="deepspeed is not installed"),
-]
+pytestmark = [pytest.mark.meshes, pytest.mark.skipif(bool(missing("deepspeed-3")), reason="deepspeed is not installed")]
 
 STAGES = ("deepspeed-1", "deepspeed-2", "deepspeed-3")
 CELLS = [
@@ -48,9 +45,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
         if backend not in done:
             out = tmp_path_factory.mktemp("zero") / "found"
             cells = [(f"{mesh}: {case}", "case", (case, mesh, "")) for mesh, case in CELLS]
-            cells += [
-                (mutant, "case", (CELLS[0][1], "fsdp=2", mutant)) for mutant in ZERO if backend == STAGES[1]
-            ]
+            cells += [(mutant, "case", (CELLS[0][1], "fsdp=2", mutant)) for mutant in ZERO if backend == STAGES[1]]
             given = {"cells": cells, "out": str(out), "backend": backend}
             assert run_processes(2, "tests.distributed.worker:main", given) == 0
             with out.open("rb") as stream:
@@ -89,9 +84,7 @@ def test_what_a_process_holds(backend: str, found: Any) -> None:
     """Slots and master copies in halves; parameters whole in stages 1 and 2, in halves in stage 3; all but padding."""
     held = found(backend)["fsdp=2: lm, accumulation, dropout"].bytes
     params = 4 * CASES["lm"].program("").definition.parameters
-    tensors = sum(
-        math.prod(t.shape[: t.stack_dims]) for t in CASES["lm"].program("").definition.params.values()
-    )
+    tensors = sum(math.prod(t.shape[: t.stack_dims]) for t in CASES["lm"].program("").definition.params.values())
     padding = 64 * tensors
     halves = params / 2
     assert abs(held["params"] - (halves if backend == "deepspeed-3" else params)) <= padding
@@ -106,11 +99,7 @@ def test_what_a_process_holds(backend: str, found: Any) -> None:
         ("replica=2,fsdp=2", "lm", "Use fsdp=4"),
         ("fsdp=2", "lm, Muon", "optimizer Muon on the deepspeed-2 backend: expected one of AdamW, Lion, SGD"),
         ("fsdp=2", "lm, compiled", "Leave compile out"),
-        (
-            "fsdp=2",
-            "lm, bf16 state",
-            "precision bf16-state on the deepspeed-2 backend: expected fp32 or bf16",
-        ),
+        ("fsdp=2", "lm, bf16 state", "precision bf16-state on the deepspeed-2 backend: expected fp32 or bf16"),
     ],
 )
 def test_what_zero_cannot_do(mesh: str, case: str, said: str) -> None:

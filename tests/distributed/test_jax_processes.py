@@ -19,10 +19,7 @@ from tests.distributed.cases import CASES
 from tests.distributed.measure import Measured, measure
 from tests.distributed.test_meshes import differences
 
-pytestmark = [
-    pytest.mark.meshes,
-    pytest.mark.skipif(bool(missing("jax")), reason="jax is not installed"),
-]
+pytestmark = [pytest.mark.meshes, pytest.mark.skipif(bool(missing("jax")), reason="jax is not installed")]
 
 PLAIN = ("lm, accumulation, dropout", "vit, accumulation, dropout")
 FOUR = [
@@ -73,10 +70,7 @@ def test_two_processes_follow_one_device(mesh: str, case: str, two: Any, alone: 
     failures = differences(alone(case), found, case)
     assert not failures, "\n".join(failures)
     program = CASES[case].program(mesh)
-    held = [
-        program.layout.box(t, program.layout.mesh.coordinates(0))[1]
-        for t in program.definition.params.values()
-    ]
+    held = [program.layout.box(t, program.layout.mesh.coordinates(0))[1] for t in program.definition.params.values()]
     width = 2 if case == "lm, bf16 state" else 4
     one_device = width * sum(_product(shape) for shape in held)
     assert found.bytes["params"] == 2 * one_device  # of two devices, and of no others
@@ -99,17 +93,7 @@ SIZES = ["steps=6", "schedule.warmup=2", "batch=16", "accumulation=2", "model.la
 
 def _train(run: Path, *more: str) -> subprocess.CompletedProcess[str]:
     sizes = [word for size in SIZES for word in ("--set", size)]
-    words = [
-        sys.executable,
-        "-m",
-        "portatrain.cli",
-        "train",
-        "tiny-vit",
-        "--backend",
-        "jax",
-        "--run-dir",
-        str(run),
-    ]
+    words = [sys.executable, "-m", "portatrain.cli", "train", "tiny-vit", "--backend", "jax", "--run-dir", str(run)]
     return subprocess.run([*words, *sizes, *more], capture_output=True, text=True, timeout=280, check=False)
 
 

@@ -19,10 +19,17 @@ pytestmark = [pytest.mark.meshes, pytest.mark.timeout(300)]
 SMALL = [
     f"--set={o}"
     for o in (
-        "model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=4", "steps=40",
-        "eval_every=none", "hooks=()", "checkpoint_every=none",
+        "model.layers=1",
+        "model.embed=32",
+        "model.mlp=64",
+        "data.seq_len=64",
+        "batch=4",
+        "steps=40",
+        "eval_every=none",
+        "hooks=()",
+        "checkpoint_every=none",
     )
-]  # fmt: skip
+]
 
 
 def pods(run: Path, *words: str) -> list[tuple[int, str]]:
@@ -31,9 +38,13 @@ def pods(run: Path, *words: str) -> list[tuple[int, str]]:
     started = []
     for index in range(2):
         env = {
-            **os.environ, "JOB_COMPLETION_INDEX": str(index), "PORTATRAIN_HOSTS": "2", HOST_PROCESSES: "2",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
+            **os.environ,
+            "JOB_COMPLETION_INDEX": str(index),
+            "PORTATRAIN_HOSTS": "2",
+            HOST_PROCESSES: "2",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         command = [sys.executable, "-m", "portatrain.landing", "train", "tiny-lm", "--run-dir", str(run)]
         started.append(
             subprocess.Popen(
@@ -57,9 +68,7 @@ def pods(run: Path, *words: str) -> list[tuple[int, str]]:
 def test_the_processes_of_all_hosts_are_one_group(tmp_path: Path) -> None:
     ended = pods(tmp_path / "run", "--mesh=fsdp=4", "--stop-at=3")
     assert [code for code, _ in ended] == [85, 85], ended
-    assert sorted(p.name for p in (tmp_path / "run/attempts/1/beats").iterdir()) == [
-        f"rank-{r}.json" for r in range(4)
-    ]
+    assert sorted(p.name for p in (tmp_path / "run/attempts/1/beats").iterdir()) == [f"rank-{r}.json" for r in range(4)]
     assert len(RunDir(tmp_path / "run").curve()) == 3
 
 

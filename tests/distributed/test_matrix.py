@@ -58,11 +58,13 @@ def test_what_is_a_problem() -> None:
 
 
 def test_the_table() -> None:
-    text = table({
-        "torch | fsdp=4 | tiny-lm": {"gradient": 3e-7, "loss": 1e-7, "commit": "abc"},
-        "torch | tensor=2 | tiny-lm": {"gradient": 3e-4, "loss": 1e-7, "commit": "abc"},
-        "jax | fsdp=3, sizes as they are | tiny-lm": {"refused": "expected a size", "commit": "def"},
-    })  # fmt: skip
+    text = table(
+        {
+            "torch | fsdp=4 | tiny-lm": {"gradient": 3e-7, "loss": 1e-7, "commit": "abc"},
+            "torch | tensor=2 | tiny-lm": {"gradient": 3e-4, "loss": 1e-7, "commit": "abc"},
+            "jax | fsdp=3, sizes as they are | tiny-lm": {"refused": "expected a size", "commit": "def"},
+        }
+    )
     assert "| fsdp=4 |  |  | 3.0e-07, 1.0e-07 |" in text
     assert "**3.0e-04, 1.0e-07**" in text
     assert "[1]" in text and "1. expected a size" in text and "abc, def" in text

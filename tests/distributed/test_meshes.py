@@ -69,10 +69,23 @@ CELLS: dict[int, list[tuple[str, str]]] = {
 }
 MESHES = {
     2: ["fsdp=2", "replica=2", "expert=2", "tensor=2", "context=2"],
-    4: ["expert=4", "replica=2,expert=2", "fsdp=2,expert=2", "expert=2,context=2", "expert=2,tensor=2",
-        "fsdp=4", "replica=2,fsdp=2", "replica=2,tensor=2", "replica=2,context=2", "fsdp=2,tensor=2",
-        "fsdp=2,context=2", "context=2,tensor=2", "tensor=4", "context=4"],
-}  # fmt: skip
+    4: [
+        "expert=4",
+        "replica=2,expert=2",
+        "fsdp=2,expert=2",
+        "expert=2,context=2",
+        "expert=2,tensor=2",
+        "fsdp=4",
+        "replica=2,fsdp=2",
+        "replica=2,tensor=2",
+        "replica=2,context=2",
+        "fsdp=2,tensor=2",
+        "fsdp=2,context=2",
+        "context=2,tensor=2",
+        "tensor=4",
+        "context=4",
+    ],
+}
 
 
 def _applies(mesh: str, case: str) -> bool:
@@ -88,9 +101,7 @@ def _applies(mesh: str, case: str) -> bool:
 FULL: dict[int, list[tuple[str, str]]] = {
     **{n: [(m, c) for m in meshes for c in CASES if _applies(m, c)] for n, meshes in MESHES.items()},
     8: [
-        (mesh, case)
-        for mesh in ("fsdp=2,context=2,tensor=2", "replica=2,fsdp=2,tensor=2", "fsdp=8")
-        for case in PLAIN
+        (mesh, case) for mesh in ("fsdp=2,context=2,tensor=2", "replica=2,fsdp=2,tensor=2", "fsdp=8") for case in PLAIN
     ],
 }
 
@@ -206,12 +217,7 @@ def differences(one: Measured, many: Measured, case: str) -> list[str]:
             within(f"gradient of {name} from float64", gradient, many.gradients[name], gradient_bound)
     for step, (a, b) in enumerate(zip(one.losses, many.losses, strict=True), start=1):
         within(f"loss of step {step}", a, b, loss_bound)
-    within(
-        "gradient norm of step 1",
-        one.norms[0],
-        many.norms[0],
-        gradient_bound if low else parity.GRADIENT_BOUND,
-    )
+    within("gradient norm of step 1", one.norms[0], many.norms[0], gradient_bound if low else parity.GRADIENT_BOUND)
     within("weights", one.weights, many.weights, 0.0)
     if one.skipped != many.skipped:
         failures.append(f"skipped {many.skipped} in place of {one.skipped}")
@@ -256,9 +262,7 @@ def test_a_mesh_follows_one_process(mesh: str, case: str, group: Any, alone: Any
     found, seconds = group(n)[f"{mesh}: {case}"]
     _check(found, alone, case)
     one = alone(case)
-    worst = max(
-        np.abs(found.gradients[k] - g).max() / (np.abs(g).max() or 1.0) for k, g in one.gradients.items()
-    )
+    worst = max(np.abs(found.gradients[k] - g).max() / (np.abs(g).max() or 1.0) for k, g in one.gradients.items())
     loss = np.nanmax(np.abs(np.array(found.losses) / np.array(one.losses) - 1))
     print(f"{mesh}, {case}: gradient {worst:.1e}, loss {loss:.1e}, {seconds:.1f} s")
 

@@ -70,8 +70,7 @@ def test_a_users_mistake_in_one_is_the_error_of_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "said"),
-    [("crash", ["process 1 of 3 failed", "the cause"]), ("kill", ["by SIGKILL", "the last words"])],
+    ("how", "said"), [("crash", ["process 1 of 3 failed", "the cause"]), ("kill", ["by SIGKILL", "the last words"])]
 )
 def test_the_first_failure_is_shown_and_the_others_end(
     how: str, said: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
@@ -84,9 +83,7 @@ def test_the_first_failure_is_shown_and_the_others_end(
     assert "the others are gone" not in errors  # a consequence
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)])
 def test_signals_reach_every_process(number: signal.Signals, code: int, tmp_path: Path) -> None:
     def tell() -> None:
         while len(list(tmp_path.glob("ready-*"))) < 2:

@@ -50,9 +50,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module", params=["torch", "jax"])
-def found(
-    request: pytest.FixtureRequest, saved: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Any:
+def found(request: pytest.FixtureRequest, saved: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """By case, mesh and way what every process found: torch in four processes, jax in two with two devices each."""
     if missing(request.param):
         pytest.skip(f"{request.param} is not installed")
@@ -152,9 +150,7 @@ def test_a_part_of_another_process_is_seen(found: Any) -> None:
         assert process[1]
 
 
-@pytest.mark.parametrize(
-    "mesh", ["replica=4", "replica=2,fsdp=2", "context=2,tensor=2", "replica=2,expert=2,tensor=2"]
-)
+@pytest.mark.parametrize("mesh", ["replica=4", "replica=2,fsdp=2", "context=2,tensor=2", "replica=2,expert=2,tensor=2"])
 def test_the_parts_of_all_processes_are_each_box_once(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharing, "LEAST_BYTES", 1)
     program = CASES["routed"].program(mesh)
@@ -176,9 +172,14 @@ def test_within_a_process_there_is_nothing_to_share() -> None:
 
 @pytest.mark.parametrize(
     ("processes", "here", "remote", "said", "expected"),
-    [(4, "4", False, None, False), (4, "4", True, None, True), (4, "2", False, None, True), (4, "4", True, "0", False),
-     (4, "4", False, "1", True)],
-)  # fmt: skip
+    [
+        (4, "4", False, None, False),
+        (4, "4", True, None, True),
+        (4, "2", False, None, True),
+        (4, "4", True, "0", False),
+        (4, "4", False, "1", True),
+    ],
+)
 def test_where_it_pays(
     processes: int, here: str, remote: bool, said: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

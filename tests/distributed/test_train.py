@@ -65,8 +65,10 @@ def test_a_process_that_dies_ends_the_run_with_its_name(how: list[str], tmp_path
     run = tmp_path / "run"
     with subprocess.Popen(
         [*command(run, "--mesh", "fsdp=2", *how), "--set", "steps=100000"],
-        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-    ) as parent:  # fmt: skip
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        text=True,
+    ) as parent:
         deadline_s = time.monotonic() + 120
         while not (run / "attempts/1/metrics.jsonl").exists() or not RunDir(run).rows(1, "metrics"):
             assert parent.poll() is None and time.monotonic() < deadline_s

@@ -33,9 +33,7 @@ COMMON = 'signal_s = 15, python = "{python}", cpus_per_task = 1'
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
     gone = missing()
     if gone:
-        pytest.skip(
-            f"Slurm is not installed ({', '.join(gone)}): apt-get install slurmctld slurmd slurm-client munge"
-        )
+        pytest.skip(f"Slurm is not installed ({', '.join(gone)}): apt-get install slurmctld slurmd slurm-client munge")
     with Slurm(tmp_path_factory.mktemp("slurm")) as started:
         yield started
 
@@ -77,9 +75,7 @@ def until() -> Callable[..., None]:
     """Wait for a condition: PATIENCE times as long as it takes on a machine that has little else to do."""
     import time
 
-    def wait(
-        condition: Callable[[], object], seconds: float, what: str, see: Callable[[], object] = str
-    ) -> None:
+    def wait(condition: Callable[[], object], seconds: float, what: str, see: Callable[[], object] = str) -> None:
         end_s = time.monotonic() + PATIENCE * seconds
         while not condition():
             assert time.monotonic() < end_s, f"not within {PATIENCE * seconds} s: {what}\n{see()}"

@@ -84,9 +84,7 @@ class Slurm:
 
     def __enter__(self) -> Slurm:
         folder, host = self.folder, socket.gethostname().split(".")[0]
-        self.run = Path(
-            tempfile.mkdtemp(prefix="pt-slurm-", dir="/tmp")
-        )  # a socket's path has 108 characters at most
+        self.run = Path(tempfile.mkdtemp(prefix="pt-slurm-", dir="/tmp"))  # a socket's path has 108 characters at most
         self.run.chmod(0o755)
         for name in ("state", "log", "spool"):
             (folder / name).mkdir(parents=True)
@@ -99,9 +97,16 @@ class Slurm:
         import getpass
 
         text = CONFIG.format(
-            host=host, user=getpass.getuser(), folder=folder, run=self.run, port=ports[0], p0=ports[1], p1=ports[2],
-            p2=ports[3], grace=GRACE_S,
-        )  # fmt: skip
+            host=host,
+            user=getpass.getuser(),
+            folder=folder,
+            run=self.run,
+            port=ports[0],
+            p0=ports[1],
+            p1=ports[2],
+            p2=ports[3],
+            grace=GRACE_S,
+        )
         (folder / "slurm.conf").write_text(text)
         for device in ("gpu-0", "gpu-1"):  # a node whose GPUs have no files is refused
             (self.run / device).touch()
@@ -113,14 +118,22 @@ class Slurm:
         # Ends all of it when this process is gone, however it went: its end of the pipe closes.
         self._guardian = subprocess.Popen(
             [sys.executable, str(Path(__file__).with_name("guardian.py")), str(folder / "slurm.conf"), str(self.run)],
-            stdin=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
-            self._start("munged", [
-                "munged", "--force", f"--key-file={key}", f"--socket={self.run}/munge.socket",
-                f"--pid-file={self.run}/munged.pid", f"--log-file={folder}/log/munged.log",
-                f"--seed-file={self.run}/munge.seed",
-            ])  # fmt: skip
+            self._start(
+                "munged",
+                [
+                    "munged",
+                    "--force",
+                    f"--key-file={key}",
+                    f"--socket={self.run}/munge.socket",
+                    f"--pid-file={self.run}/munged.pid",
+                    f"--log-file={folder}/log/munged.log",
+                    f"--seed-file={self.run}/munge.seed",
+                ],
+            )
             self._start("slurmctld", ["slurmctld"])
             for node in NODES:
                 self.start_node(node)
@@ -170,9 +183,14 @@ class Slurm:
     def preempt(self, partition: str, nodes: int) -> str:
         """A job of higher priority on all its nodes; its id."""
         return self.call(
-            "sbatch", "--parsable", f"--partition={partition}-high", f"--nodes={nodes}", "--exclusive",
-            "--output=/dev/null", "--wrap=sleep 600",
-        ).strip()  # fmt: skip
+            "sbatch",
+            "--parsable",
+            f"--partition={partition}-high",
+            f"--nodes={nodes}",
+            "--exclusive",
+            "--output=/dev/null",
+            "--wrap=sleep 600",
+        ).strip()
 
     def __exit__(self, *_: object) -> None:
         self.call("scancel", "--user", str(os.getuid()), check=False)

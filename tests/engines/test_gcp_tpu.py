@@ -32,15 +32,9 @@ def test_the_typed_request_reads_all_of_it(name: str) -> None:
 def _within(a: Any, b: Any, at: str = "") -> list[str]:
     """What of `a` is not in `b`."""
     if isinstance(a, dict):
-        return [
-            text
-            for k, v in a.items()
-            for text in (_within(v, b[k], f"{at}.{k}") if k in b else [f"{at}.{k}"])
-        ]
+        return [text for k, v in a.items() for text in (_within(v, b[k], f"{at}.{k}") if k in b else [f"{at}.{k}"])]
     if isinstance(a, list):
-        return [
-            text for i, (x, y) in enumerate(zip(a, b, strict=True)) for text in _within(x, y, f"{at}[{i}]")
-        ]
+        return [text for i, (x, y) in enumerate(zip(a, b, strict=True)) for text in _within(x, y, f"{at}[{i}]")]
     return [] if a == b else [f"{at}: {a!r} became {b!r}"]
 
 
@@ -78,20 +72,21 @@ def server() -> Iterator[tuple[str, dict[str, Any]]]:
             context.abort(grpc.StatusCode.NOT_FOUND, "no such queued resource")
         return done()
 
-    verbs = {"CreateQueuedResource": (create, tpu.CreateQueuedResourceRequest, None),
-             "GetQueuedResource": (get, tpu.GetQueuedResourceRequest, tpu.QueuedResource),
-             "DeleteQueuedResource": (delete, tpu.DeleteQueuedResourceRequest, None)}  # fmt: skip
+    verbs = {
+        "CreateQueuedResource": (create, tpu.CreateQueuedResourceRequest, None),
+        "GetQueuedResource": (get, tpu.GetQueuedResourceRequest, tpu.QueuedResource),
+        "DeleteQueuedResource": (delete, tpu.DeleteQueuedResourceRequest, None),
+    }
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
-            verb, request_deserializer=asked.deserialize,
+            verb,
+            request_deserializer=asked.deserialize,
             response_serializer=(gives.serialize if gives else operations_pb2.Operation.SerializeToString),
         )
         for name, (verb, asked, gives) in verbs.items()
-    }  # fmt: skip
+    }
     made = grpc.server(futures.ThreadPoolExecutor(2))
-    made.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("google.cloud.tpu.v2alpha1.Tpu", handlers),)
-    )
+    made.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("google.cloud.tpu.v2alpha1.Tpu", handlers),))
     port = made.add_insecure_port("127.0.0.1:0")
     made.start()
     yield f"127.0.0.1:{port}", kept
@@ -99,9 +94,7 @@ def server() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def one(endpoint: str, **options: Any) -> Job:
-    return job(
-        "gcp_tpu", "tpu-v5p-256", "fsdp=128", {**GCP, "setup": "mount /runs", "endpoint": endpoint, **options}
-    )
+    return job("gcp_tpu", "tpu-v5p-256", "fsdp=128", {**GCP, "setup": "mount /runs", "endpoint": endpoint, **options})
 
 
 def test_submitted_described_cancelled(server: tuple[str, dict[str, Any]]) -> None:

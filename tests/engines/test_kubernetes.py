@@ -33,9 +33,7 @@ def test_the_typed_models_read_all_of_it(name: str) -> None:
     assert read is not None
     back = read.to_dict()
     back["metadata"] = {k: v for k, v in back["metadata"].items() if v}
-    assert _without_empty(back) == _without_empty(
-        made
-    )  # nothing was an unknown field, nothing changed its type
+    assert _without_empty(back) == _without_empty(made)  # nothing was an unknown field, nothing changed its type
 
 
 @pytest.mark.parametrize("name", MINE)
@@ -43,12 +41,7 @@ def test_the_embedded_job_is_valid(name: str) -> None:
     import kubernetes_validate
 
     for replicated in manifest(job(*CASES[name]))["spec"]["replicatedJobs"]:
-        embedded = {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
-            "metadata": {"name": "x"},
-            **replicated["template"],
-        }
+        embedded = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **replicated["template"]}
         kubernetes_validate.validate(embedded, kubernetes_validate.latest_version(), strict=True)
 
 
@@ -133,10 +126,13 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Api]]:
     thread.start()
     cluster = {"server": f"http://127.0.0.1:{server.server_port}"}
     config = {
-        "apiVersion": "v1", "kind": "Config", "current-context": "here",
-        "clusters": [{"name": "here", "cluster": cluster}], "users": [{"name": "me", "user": {}}],
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [{"name": "here", "cluster": cluster}],
+        "users": [{"name": "me", "user": {}}],
         "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-    }  # fmt: skip
+    }
     path = tmp_path / "kubeconfig"
     path.write_text(json.dumps(config))
     monkeypatch.setenv("KUBECONFIG", str(path))

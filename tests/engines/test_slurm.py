@@ -32,9 +32,7 @@ def events(kind: str, name: str = "a") -> list[dict[str, Any]]:
 
 def seen(name: str = "a") -> str:
     run = Path("runs", name)
-    files = sorted(
-        [*run.glob("attempts/*/events.jsonl"), *run.glob("attempts/*/*.log"), *run.glob("jobs/*.log")]
-    )
+    files = sorted([*run.glob("attempts/*/events.jsonl"), *run.glob("attempts/*/*.log"), *run.glob("jobs/*.log")])
     texts = [f"=== {path}\n{path.read_text(errors='replace')[-2000:]}" for path in files]
     return "\n".join([json.dumps(now(name).as_json(), indent=1), *texts])
 
@@ -74,9 +72,7 @@ def test_a_preempted_run_goes_on_elsewhere_and_comes_back(light_lab: Slurm, unti
 
 
 @pytest.mark.parametrize("how", ["launch", "scancel"])
-def test_cancelled_while_running_it_saves_and_is_not_requeued(
-    light_lab: Slurm, until: Until, how: str
-) -> None:
+def test_cancelled_while_running_it_saves_and_is_not_requeued(light_lab: Slurm, until: Until, how: str) -> None:
     start()
     until(lambda: now().step >= 5, 40, "steps", seen)
     if how == "launch":
@@ -105,12 +101,7 @@ def test_requeued_by_an_administrator_is_no_cancel(light_lab: Slurm, until: Unti
 
 def test_cancelled_while_pending(light_lab: Slurm, until: Until) -> None:
     blocks = [light_lab.preempt("tpu", 2), light_lab.preempt("gpu", 1)]
-    until(
-        lambda: list(light_lab.jobs().values()) == ["RUNNING"] * 2,
-        30,
-        "both partitions taken",
-        light_lab.jobs,
-    )
+    until(lambda: list(light_lab.jobs().values()) == ["RUNNING"] * 2, 30, "both partitions taken", light_lab.jobs)
     start()
     assert now().state == "QUEUED"
     launch("cancel", "a")
@@ -127,9 +118,7 @@ def test_cancelled_while_saving(light_lab: Slurm, until: Until, monkeypatch: pyt
     until(lambda: not light_lab.jobs(), 30, "no job left", light_lab.jobs)
 
 
-def test_the_time_limit_is_a_preemption(
-    light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_time_limit_is_a_preemption(light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch) -> None:
     text = Path("clusters.toml").read_text().replace("signal_s = 15", 'signal_s = 55, time = "00:01:00"')
     Path("clusters.toml").write_text(text)
     monkeypatch.setenv("FAKE_STEP_S", "0.5")
@@ -140,9 +129,7 @@ def test_the_time_limit_is_a_preemption(
     launch("cancel", "a")
 
 
-def test_failures_without_progress_end_it(
-    light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failures_without_progress_end_it(light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "crash")
     start("lab-tpu,lab-gpu", "--max-restarts", "1")
     until(lambda: now().state == "FAILED", 60, "given up", seen)
@@ -150,9 +137,7 @@ def test_failures_without_progress_end_it(
     assert len(now().attempts) == 2 and "some error of a library" in now().why
 
 
-def test_one_crash_is_only_another_attempt(
-    light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_crash_is_only_another_attempt(light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "crash-once")
     start("lab-tpu")
     until(lambda: [a.ended for a in now().attempts] == ["failed", "done"], 60, "the end", seen)
@@ -192,9 +177,7 @@ def test_two_attempts_at_once_only_one_commits(light_lab: Slurm, until: Until) -
     reached = now().committed
     (job,) = jobs.of("runs/a")
     asked = SlurmLauncher()
-    until(
-        lambda: asked.describe(job).state == "held", 60, "the first attempt has stepped aside", light_lab.jobs
-    )
+    until(lambda: asked.describe(job).state == "held", 60, "the first attempt has stepped aside", light_lab.jobs)
     assert now().committed == reached and mine.held and not RunDir(Path("runs/a")).is_done
     mine.release()
     until(lambda: "released" in launch("reconcile", "a"), 20, "released", seen)
@@ -238,10 +221,7 @@ def test_a_folder_of_odd_characters(light_lab: Slurm, until: Until) -> None:
     launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", "--runs", runs)
     run = RunDir(Path(runs, "a"))
     until(lambda: status(run).state == "SUCCEEDED", 60, "the end", lambda: list(Path().rglob("*.log")))
-    assert sorted(p.name for p in (run.path / "attempts/1").glob("rank-*.log")) == [
-        "rank-0.log",
-        "rank-1.log",
-    ]
+    assert sorted(p.name for p in (run.path / "attempts/1").glob("rank-*.log")) == ["rank-0.log", "rank-1.log"]
     refused = launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", "--runs", 'say "so"', code=2)
     assert "without quotes" in refused and not Path('say "so"').exists()
 

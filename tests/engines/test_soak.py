@@ -41,11 +41,7 @@ Until = Callable[..., None]
 # compared bit for bit.
 SAME = {
     "torch": (("count = 4", "count = 2"), ('backend = "jax"', 'backend = "torch"'), ("fsdp=4", "fsdp=2")),
-    "jax": (
-        ("count = 2", "count = 4"),
-        ('backend = "torch"', 'backend = "jax", processes = 2'),
-        ("fsdp=2", "fsdp=4"),
-    ),
+    "jax": (("count = 2", "count = 4"), ('backend = "torch"', 'backend = "jax", processes = 2'), ("fsdp=2", "fsdp=4")),
 }
 
 
@@ -79,10 +75,7 @@ def test_no_step_is_lost_or_trained_twice(
     assert same(run, alone)
     seams = Counter(a.verdict for a in status(run).attempts if a.verdict)
     assert set(seams) == {"continuous"}, seams
-    print(
-        f"{BACKEND}: losses and last checkpoint bit-equal to the undisturbed run; seams {dict(seams)}",
-        flush=True,
-    )
+    print(f"{BACKEND}: losses and last checkpoint bit-equal to the undisturbed run; seams {dict(seams)}", flush=True)
 
 
 def test_the_same_with_a_stand_in(light_lab: Slurm, until: Until, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,8 +103,10 @@ def undisturbed(run: RunDir, *words: str) -> None:
     options = ["--backend", BACKEND, "--mesh", SAME[BACKEND][-1][1], "--processes", "2"]
     done = subprocess.run(
         [sys.executable, "-c", program, "train", "paced.py", "--run-dir", str(run.path), *options, *words],
-        capture_output=True, text=True, timeout=3600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -138,12 +133,7 @@ def disturbed(lab: Slurm, run: RunDir, until: Until) -> list[Disturbance]:
             if name(lab, job) == "wrap":
                 lab.call("scancel", job)
     until(lambda: now().state == "SUCCEEDED", 900, "the end", story_of)
-    until(
-        lambda: not [j for j in lab.jobs() if name(lab, j) != "wrap"],
-        60,
-        "no job of the run is left",
-        lab.jobs,
-    )
+    until(lambda: not [j for j in lab.jobs() if name(lab, j) != "wrap"], 60, "no job of the run is left", lab.jobs)
     return found
 
 
@@ -153,11 +143,7 @@ def check(run: RunDir, steps: int, every: int) -> None:
     assert [row["step"] for row in run.curve()] == list(range(1, steps + 1))
     for number in run.attempt_numbers():
         rows = run.rows(number, "metrics")
-        assert (
-            [row["step"] for row in rows] == list(range(rows[0]["step"], rows[-1]["step"] + 1))
-            if rows
-            else True
-        )
+        assert [row["step"] for row in rows] == list(range(rows[0]["step"], rows[-1]["step"] + 1)) if rows else True
         before = [e["committed"] for e in run.rows(number - 1, "events") if e["event"] == "left"]
         if rows and before:
             assert rows[0]["step"] == (before[0] or 0) + 1, number

@@ -27,9 +27,7 @@ Until = Callable[..., None]
 def launch(*words: str, code: int = 0) -> str:
     """`launch WORDS`; what it printed, where it ended with `code`."""
     program = "import sys; from portatrain.cli import launch_main; sys.exit(launch_main())"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=1200
-    )
+    done = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=1200)
     assert done.returncode == code, (words, done.returncode, done.stdout, done.stderr)
     return done.stdout + done.stderr
 
@@ -52,9 +50,7 @@ def story_of(name: str = "story") -> str:
     """Everything that a failed test wants to see."""
     run = Path("runs", name)
     parts = [json.dumps(now(name).as_json(), indent=1)]
-    for path in sorted(
-        [*run.glob("attempts/*/events.jsonl"), *run.glob("attempts/*/*.log"), *run.glob("jobs/*.log")]
-    ):
+    for path in sorted([*run.glob("attempts/*/events.jsonl"), *run.glob("attempts/*/*.log"), *run.glob("jobs/*.log")]):
         parts.append(f"=== {path}\n{path.read_text(errors='replace')[-3000:]}")
     return "\n".join(parts)
 

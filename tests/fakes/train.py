@@ -49,9 +49,12 @@ def main() -> int:
         with run.begin(recipe, {"backend": args.backend, "mesh": args.mesh}) as attempt:
             signals.on_asked = lambda kind: attempt.event("stopping", asked=kind)
             dog = Watchdog(
-                attempt.folder, process=0, processes=1, tell=lambda found: attempt.event("hang", **found),
+                attempt.folder,
+                process=0,
+                processes=1,
+                tell=lambda found: attempt.event("hang", **found),
                 cancelled=signals.ask,
-            )  # fmt: skip
+            )
             with dog:
                 signals.trained = True
                 if first > 1:

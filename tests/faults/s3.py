@@ -44,9 +44,7 @@ class Proxy:
                 if fault is not None and fault > 0:
                     time.sleep(fault)
                 there = http.client.HTTPConnection("127.0.0.1", target, timeout=30)
-                there.request(
-                    self.command, self.path, body, dict(self.headers.items())
-                )  # its Host, as it was signed
+                there.request(self.command, self.path, body, dict(self.headers.items()))  # its Host, as it was signed
                 came = there.getresponse()
                 data = came.read()
                 there.close()
@@ -88,9 +86,12 @@ def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
     server.start()
     proxy = Proxy(server.get_host_and_port()[1])
     for key, value in {
-        "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}", "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():  # fmt: skip
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{proxy.port}",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }.items():
         monkeypatch.setenv(key, value)
     there = http.client.HTTPConnection("127.0.0.1", proxy.port)
     for method, path in (("POST", "/moto-api/reset"), ("PUT", "/runs")):  # what moto holds is its process's

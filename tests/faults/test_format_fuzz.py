@@ -158,9 +158,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_roots(folder: Path) -> None:
     good = _fuzz_roots(folder, range(800))
-    assert good < 400, (
-        "most changes are refused; what is not is data that no file depends on, such as meta and roles"
-    )
+    assert good < 400, "most changes are refused; what is not is data that no file depends on, such as meta and roles"
 
 
 def test_bytes(folder: Path) -> None:

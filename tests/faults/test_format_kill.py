@@ -33,11 +33,7 @@ from checkpoints_format import (
 LAYOUT = Layout(
     tensors=(
         Tensor(
-            name="params/w",
-            dtype="float32",
-            shape=(192, 96),
-            tile=(8, 16),
-            placement=Sharded(spec=(("fsdp",), ())),
+            name="params/w", dtype="float32", shape=(192, 96), tile=(8, 16), placement=Sharded(spec=(("fsdp",), ()))
         ),
         Tensor(name="params/b", dtype="bfloat16", shape=(96,)),
         Tensor(name="opt/count", dtype="int32", shape=(), role="opt"),
@@ -53,8 +49,7 @@ BUDGET = 4 << 10  # slabs of two tiles, so that a pack takes several writes
 def _values(step: int) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(step)
     return {
-        t.name: np.frombuffer(draw.bytes(t.nbytes), np.uint8).view(_dtype(t)).reshape(t.shape)
-        for t in LAYOUT.tensors
+        t.name: np.frombuffer(draw.bytes(t.nbytes), np.uint8).view(_dtype(t)).reshape(t.shape) for t in LAYOUT.tensors
     }
 
 
@@ -158,9 +153,7 @@ def test_sigkill_at_every_write(tmp_path: Path) -> None:
             _loads(tmp_path / "step-1", 1)
         whole = _is_whole_or_refused(folder, 2)
         committed += whole
-        if (
-            not whole and point % 5 == 0
-        ):  # the next attempt saves into the same folder, past what was left there
+        if not whole and point % 5 == 0:  # the next attempt saves into the same folder, past what was left there
             with LocalStore(folder) as store:
                 _save(store, 3, save="a1")
             _loads(folder, 3)

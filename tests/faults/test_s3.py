@@ -47,12 +47,10 @@ LAYOUT = Layout(
         ),
         Tensor(name="opt/count", dtype="int32", shape=(), role="opt"),
     ),
-    meshes=(Mesh(axes=(("fsdp", 2),)),), writers=2,
-)  # fmt: skip
-VALUES = {
-    "params/w": np.arange(64 * 4096, dtype=np.float32).reshape(64, 4096),
-    "opt/count": np.asarray(7, np.int32),
-}
+    meshes=(Mesh(axes=(("fsdp", 2),)),),
+    writers=2,
+)
+VALUES = {"params/w": np.arange(64 * 4096, dtype=np.float32).reshape(64, 4096), "opt/count": np.asarray(7, np.int32)}
 
 
 @pytest.fixture
@@ -68,10 +66,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
 def save(url: str, name: str, values: dict = VALUES) -> object_store.ObjectStore:
     store = object_store.ObjectStore(url)
     for writer in range(2):
-        rows = {
-            "params/w": values["params/w"][32 * writer : 32 * writer + 32],
-            "opt/count": values["opt/count"],
-        }
+        rows = {"params/w": values["params/w"][32 * writer : 32 * writer + 32], "opt/count": values["opt/count"]}
         Writer(store, LAYOUT, save=name, writer=writer).write(rows)
     commit(store, LAYOUT, save=name, meta={"step": 1})
     return store
@@ -82,9 +77,7 @@ def good(url: str) -> None:
     assert reader.verify_all() == sum(v.nbytes for v in VALUES.values())
     for name, value in VALUES.items():
         assert np.array_equal(reader.read(name), value)
-    assert np.array_equal(
-        reader.read("params/w", Box((30, 100), (4, 50))), VALUES["params/w"][30:34, 100:150]
-    )
+    assert np.array_equal(reader.read("params/w", Box((30, 100), (4, 50))), VALUES["params/w"][30:34, 100:150])
 
 
 def test_saved_and_restored(there: tuple[str, Proxy]) -> None:
@@ -202,9 +195,7 @@ def test_a_store_that_stays_broken_is_told_in_one_paragraph(there: tuple[str, Pr
 
 
 @pytest.mark.parametrize("bucket", ["s3://no-such-bucket/x", "s3://runs/nothing"])
-def test_what_is_not_there_is_told(
-    bucket: str, there: tuple[str, Proxy], capsys: pytest.CaptureFixture
-) -> None:
+def test_what_is_not_there_is_told(bucket: str, there: tuple[str, Proxy], capsys: pytest.CaptureFixture) -> None:
     assert main(["ckpt", "ls", bucket]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "Traceback" not in error and error.count("\n") == 1
@@ -223,10 +214,7 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
     assert not (tmp_path / "run/checkpoints").exists()
     assert main(["ckpt", "ls", str(run.path)]) == 0
     listed = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in listed if line.startswith("step ") and "committed" in line] == [
-        "6",
-        "7",
-    ]
+    assert [line.split()[1] for line in listed if line.startswith("step ") and "committed" in line] == ["6", "7"]
     with pytest.raises(UserError, match="the place that the run began with"):
         train(recipe, run, backend=backend, checkpoints=f"{url}-other")
     assert train(recipe, run, backend=backend) == 0  # it knows its place
@@ -238,9 +226,17 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
 # ---- a whole run there
 
 SIZES = [
-    "model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=4", "steps=12", "eval_every=none",
-    "hooks=()", "checkpoint_every=2", "schedule.warmup=2",
-]  # fmt: skip
+    "model.layers=1",
+    "model.embed=32",
+    "model.mlp=64",
+    "data.seq_len=64",
+    "batch=4",
+    "steps=12",
+    "eval_every=none",
+    "hooks=()",
+    "checkpoint_every=2",
+    "schedule.warmup=2",
+]
 
 
 def words(command: str, url: str, *more: str) -> list[str]:
@@ -282,9 +278,12 @@ def _light_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, step_s: f
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)
     for key, value in {
-        "PYTHONPATH": str(root), "REAL_PYTHON": sys.executable, "FAKES": str(root / "tests" / "fakes"),
-        "FAKE_STEP_S": str(step_s), "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
-    }.items():  # fmt: skip
+        "PYTHONPATH": str(root),
+        "REAL_PYTHON": sys.executable,
+        "FAKES": str(root / "tests" / "fakes"),
+        "FAKE_STEP_S": str(step_s),
+        "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
+    }.items():
         monkeypatch.setenv(key, value)
     Path("clusters.toml").write_text(
         f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {{ python = "{root}/tests/fakes/python" }}\n'
@@ -328,10 +327,7 @@ def test_a_cancel_reaches_a_run_on_another_machine(
 ) -> None:
     _light_cluster(tmp_path, monkeypatch, step_s=0.5)
     run = "s3://runs/many/b"
-    assert (
-        launch_main(["--cluster", "here", "tiny-lm", "--detach", "--run", "b", "--runs", "s3://runs/many"])
-        == 0
-    )
+    assert launch_main(["--cluster", "here", "tiny-lm", "--detach", "--run", "b", "--runs", "s3://runs/many"]) == 0
     until(lambda: status(open_run(run)).step >= 1, "a step", lambda: status(open_run(run)))
     monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "two"))
     assert launch_main(["cancel", run]) == 0
@@ -340,9 +336,7 @@ def test_a_cancel_reaches_a_run_on_another_machine(
     assert "cancelled; saved: step" in capsys.readouterr().out
 
 
-def until(
-    condition: Callable[[], object], what: str, see: Callable[[], object], seconds: float = 120
-) -> None:
+def until(condition: Callable[[], object], what: str, see: Callable[[], object], seconds: float = 120) -> None:
     end_s = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end_s, f"{what}: {see()}"

@@ -88,9 +88,7 @@ def operations(tmp_path: Path) -> int:
 
 
 def newest(folder: Path) -> tuple[int, dict[str, np.ndarray]] | None:
-    found = Checkpoints(folder).newest(
-        pytest.fail
-    )  # nothing half-written is ever taken for damaged, or for whole
+    found = Checkpoints(folder).newest(pytest.fail)  # nothing half-written is ever taken for damaged, or for whole
     return None if found is None else (found[0], {n: found[1].read(n) for n in found[1].names})
 
 

@@ -17,10 +17,17 @@ from portatrain.run_dir import RunDir
 OPTIONS = [
     f"--set={o}"
     for o in (
-        "model.layers=1", "model.embed=32", "model.mlp=64", "data.seq_len=64", "batch=4", "steps=4000",
-        "eval_every=none", "hooks=()", "checkpoint_every=20",
+        "model.layers=1",
+        "model.embed=32",
+        "model.mlp=64",
+        "data.seq_len=64",
+        "batch=4",
+        "steps=4000",
+        "eval_every=none",
+        "hooks=()",
+        "checkpoint_every=20",
     )
-]  # fmt: skip
+]
 
 
 PLAIN = "import sys; from portatrain.cli import main; sys.exit(main())"
@@ -100,9 +107,7 @@ def steps(run: Path) -> int:
     return len(RunDir(run).curve()) if (run / "run.json").exists() else 0
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)])
 def test_a_signal_ends_the_step_saves_and_leaves(number: int, code: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run)

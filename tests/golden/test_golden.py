@@ -38,14 +38,8 @@ def render(definition: Definition) -> str:
     lines = []
     for info in definition.tensors.values():
         axes = ", ".join(f"{axis}={size}" for axis, size in zip(info.axes, info.shape, strict=True))
-        start = (
-            f"constant {info.init.value:g}"
-            if isinstance(info.init, Constant)
-            else f"normal {info.init.std:.6g}"
-        )
-        lines.append(
-            f"{info.role} {info.name} ({axes}) inputs={info.inputs} batch_dims={info.batch_dims} {start}"
-        )
+        start = f"constant {info.init.value:g}" if isinstance(info.init, Constant) else f"normal {info.init.std:.6g}"
+        lines.append(f"{info.role} {info.name} ({axes}) inputs={info.inputs} batch_dims={info.batch_dims} {start}")
     return "\n".join([*lines, f"{definition.parameters} parameters", ""])
 
 
@@ -55,13 +49,9 @@ def test_model_is_as_recorded(name: str) -> None:
     recorded = path.read_text(encoding="utf-8") if path.exists() else ""
     found = render(describe(MODELS[name]()))
     if found != recorded:
-        lines = difflib.unified_diff(
-            recorded.splitlines(), found.splitlines(), "recorded", "found", lineterm=""
-        )
+        lines = difflib.unified_diff(recorded.splitlines(), found.splitlines(), "recorded", "found", lineterm="")
         pytest.fail(
-            f"{path.name} differs:\n"
-            + "\n".join(lines)
-            + "\nIf this is meant: python tests/golden/test_golden.py",
+            f"{path.name} differs:\n" + "\n".join(lines) + "\nIf this is meant: python tests/golden/test_golden.py",
             pytrace=False,
         )
 

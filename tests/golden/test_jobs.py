@@ -25,12 +25,19 @@ ANY_OF = [
     {"accelerators": "MI300X:8", "infra": "kubernetes/lab"},
 ]
 SKY: dict[str, Any] = {
-    "env": {"NCCL_DEBUG": "WARN"}, "setup": "pip install portatrain[torch]", "file_mounts": {"/runs": "gs://my-runs"},
-}  # fmt: skip
+    "env": {"NCCL_DEBUG": "WARN"},
+    "setup": "pip install portatrain[torch]",
+    "file_mounts": {"/runs": "gs://my-runs"},
+}
 SLURM: dict[str, Any] = {
-    "partition": "gpu", "gres": "gpu:h100:8", "time": "24:00:00", "exclusive": True, "setup": "module load cuda",
-    "env": {"NCCL_DEBUG": "WARN"}, "python": "/opt/py/bin/python",
-}  # fmt: skip
+    "partition": "gpu",
+    "gres": "gpu:h100:8",
+    "time": "24:00:00",
+    "exclusive": True,
+    "setup": "module load cuda",
+    "env": {"NCCL_DEBUG": "WARN"},
+    "python": "/opt/py/bin/python",
+}
 
 CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
     "kubernetes-tpu-slice": ("kubernetes", "tpu-v5p-256", "fsdp=128", POD),
@@ -48,11 +55,22 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 def job(engine: str, cluster: str, mesh: str, options: dict[str, Any], number: int = 1) -> Job:
     (target,) = planned.targets([cluster], "", mesh=mesh, devices=None, backend=None)
     return Job(
-        run_dir="/runs/llama", recipe="llama3-8b", overrides=("steps=1000",), cluster=cluster, engine=engine,
-        backend=target.backend, mesh=mesh, devices=target.devices, hosts=target.hosts, processes=target.processes,
-        place=target.place, options={"python": "python3", **options}, code="/runs/llama/code/0123456789abcdef",
-        cwd="/home/me", number=number,
-    )  # fmt: skip
+        run_dir="/runs/llama",
+        recipe="llama3-8b",
+        overrides=("steps=1000",),
+        cluster=cluster,
+        engine=engine,
+        backend=target.backend,
+        mesh=mesh,
+        devices=target.devices,
+        hosts=target.hosts,
+        processes=target.processes,
+        place=target.place,
+        options={"python": "python3", **options},
+        code="/runs/llama/code/0123456789abcdef",
+        cwd="/home/me",
+        number=number,
+    )
 
 
 def golden(name: str, text: str) -> None:
@@ -70,9 +88,7 @@ def test_job(name: str) -> None:
 
 def test_a_list_of_both() -> None:
     texts = []
-    for number, (cluster, mesh) in enumerate(
-        (("tpu-v5p-256", "fsdp=128"), ("h100-64", "replica=8,fsdp=8")), 1
-    ):
+    for number, (cluster, mesh) in enumerate((("tpu-v5p-256", "fsdp=128"), ("h100-64", "replica=8,fsdp=8")), 1):
         made = job("kubernetes", cluster, mesh, POD, number)
         texts.append(kubernetes.KubernetesLauncher().materialize(made))
     golden("kubernetes-list", "---\n".join(texts))
@@ -81,25 +97,38 @@ def test_a_list_of_both() -> None:
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("slurm")])
 def test_yaml_reads_back_as_it_was_meant(name: str) -> None:
     made = job(*CASES[name])
-    data = {"kubernetes": kubernetes.manifest, "gcp_tpu": gcp_tpu.request, "skypilot": skypilot.task}[
-        made.engine
-    ](made)
+    data = {"kubernetes": kubernetes.manifest, "gcp_tpu": gcp_tpu.request, "skypilot": skypilot.task}[made.engine](made)
     assert yaml.safe_load(to_yaml(data)) == data
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        "yes", "null", "1.5", "4x4x8", "a: b", "- x", "#c", "", " lead", "a\nb", "a\n\n b\n", "tab\there\nand",
-        "ü\n\x07", "'\"", "0o17", "1_000", "2026-11-21", "~", "=", "<<", "a\n",
+        "yes",
+        "null",
+        "1.5",
+        "4x4x8",
+        "a: b",
+        "- x",
+        "#c",
+        "",
+        " lead",
+        "a\nb",
+        "a\n\n b\n",
+        "tab\there\nand",
+        "ü\n\x07",
+        "'\"",
+        "0o17",
+        "1_000",
+        "2026-11-21",
+        "~",
+        "=",
+        "<<",
+        "a\n",
     ],
-)  # fmt: skip
+)
 def test_any_text_is_quoted_where_it_must_be(value: str) -> None:
-    for data in (
-        {"k": value},
-        [value, {"n": value}],
-        {value or "k": [[value], {}], "e": [], "n": None, "t": True},
-    ):
+    for data in ({"k": value}, [value, {"n": value}], {value or "k": [[value], {}], "e": [], "n": None, "t": True}):
         assert yaml.safe_load(to_yaml(data)) == data
 
 

@@ -35,10 +35,11 @@ def main() -> int:
     groups = [] if args.table else [(b, m) for b in BACKENDS for m in MESHES]
     for number, (backend, mesh) in enumerate(groups, start=1):
         rows = [
-            row for row in ROWS
+            row
+            for row in ROWS
             if all(any(word == name for name in (backend, mesh, row)) for word in args.only)
             and (args.again or f"{backend} | {mesh} | {row}" not in results)
-        ]  # fmt: skip
+        ]
         if not rows or not installed(backend):
             continue
         if time.monotonic() - began_s > args.minutes * 60:
@@ -65,9 +66,7 @@ def _sources() -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 

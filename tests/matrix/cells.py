@@ -31,10 +31,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
     "dropout": ("tiny-lm", [*_LM, "model.dropout=0.1"]),
 }
 
-BY_THREE = {
-    "tiny-lm": ["batch=24", "model.embed=96", "model.mlp=288"],
-    "tiny-vit": ["batch=24", "model.embed=96"],
-}
+BY_THREE = {"tiny-lm": ["batch=24", "model.embed=96", "model.mlp=288"], "tiny-vit": ["batch=24", "model.embed=96"]}
 """What makes the sizes divide by three."""
 
 MESHES = {

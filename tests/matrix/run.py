@@ -18,18 +18,19 @@ CELL_S = 240
 Found = dict[str, Any]
 
 
-def start(
-    n: int, entry: str, args: dict[str, Any], timeout_s: float, python: str = sys.executable
-) -> tuple[bool, str]:
+def start(n: int, entry: str, args: dict[str, Any], timeout_s: float, python: str = sys.executable) -> tuple[bool, str]:
     """`run_processes` in a process of its own, of `python`. (whether it ended in time, what it said last)."""
     call = (
         "import sys, json; from portatrain.processes import run_processes;"
         f"sys.exit(run_processes({n}, {entry!r}, json.loads(sys.argv[1])))"
     )
     child = subprocess.Popen(
-        [python, "-c", call, json.dumps(args)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [python, "-c", call, json.dumps(args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         start_new_session=True,
-    )  # fmt: skip
+    )
     try:
         said, _ = child.communicate(timeout=timeout_s)
         return True, said
@@ -42,9 +43,7 @@ def start(
 def make_baselines(wanted: list[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Path]:
     """The file of the baseline of every (mesh, row), made where missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = {
-        cell: folder / f"{baseline_of(*cell).replace(' ', '-').replace(',', '')}.pickle" for cell in wanted
-    }
+    files = {cell: folder / f"{baseline_of(*cell).replace(' ', '-').replace(',', '')}.pickle" for cell in wanted}
     due = {file: cell for cell, file in files.items() if not file.exists()}
     if due:
         rows = [(*cell, str(file)) for file, cell in due.items()]
@@ -66,12 +65,18 @@ def run_group(backend: str, mesh: str, rows: list[str], folder: Path) -> dict[st
         out = folder / f"out-{os.getpid()}"
         out.unlink(missing_ok=True)
         given = {
-            "backend": backend, "mesh": mesh, "rows": [(row, str(files[mesh, row])) for row in left], "out": str(out)
-        }  # fmt: skip
+            "backend": backend,
+            "mesh": mesh,
+            "rows": [(row, str(files[mesh, row])) for row in left],
+            "out": str(out),
+        }
         in_time, said = start(
-            processes(backend, mesh), "tests.matrix.cell:main", given, CELL_S * len(left),
+            processes(backend, mesh),
+            "tests.matrix.cell:main",
+            given,
+            CELL_S * len(left),
             interpreter(backend) or sys.executable,
-        )  # fmt: skip
+        )
         ended = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
         out.unlink(missing_ok=True)
         for one in ended:

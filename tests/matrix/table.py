@@ -17,11 +17,7 @@ def problem(backend: str, mesh: str, row: str, found: Found) -> str | None:
     if "failed" in found:
         return f"failed: {found['failed'].strip().splitlines()[-1][:200]}"
     if "refused" in found:
-        return (
-            None
-            if "expected" in found["refused"]
-            else f"refused without saying why: {found['refused'][:200]}"
-        )
+        return None if "expected" in found["refused"] else f"refused without saying why: {found['refused'][:200]}"
     reason = (backend, mesh, row) in REASONS
     for what, bound in (("gradient", GRADIENT_BOUND), ("loss", LOSS_BOUND)):
         bound = MOST if reason else bound
@@ -45,14 +41,17 @@ def table(results: Mapping[str, Found]) -> str:
     """docs/parity.md."""
     notes: dict[str, int] = {}
     lines = [
-        "# Parity", "",
+        "# Parity",
+        "",
         f"Written by `make matrix` from docs/parity.json. A cell: the gradients of step 1 beside those of one jax "
         f"device in fp32 (the largest difference over the tensor's largest value, bound {GRADIENT_BOUND:.0e}) and the "
         f"losses of {STEPS} steps (the largest relative difference, bound {LOSS_BOUND:.0e}). A number in brackets is "
-        "the error that a combination ends in, below. An empty cell has not run.", "",
+        "the error that a combination ends in, below. An empty cell has not run.",
+        "",
         "Recipes are the shipped files; sizes by override, the same in a whole row (`tests/matrix/cells.py`). "
-        "Measured on a 2-core x86-64 VM with no accelerator: devices are simulated ones, of XLA or gloo processes.", "",
-    ]  # fmt: skip
+        "Measured on a 2-core x86-64 VM with no accelerator: devices are simulated ones, of XLA or gloo processes.",
+        "",
+    ]
     for row, (recipe, overrides) in ROWS.items():
         lines += [f"## {row}", "", f"{recipe} with {', '.join(overrides)}", ""]
         lines += ["| mesh | " + " | ".join(BACKENDS) + " |", "|---" * (len(BACKENDS) + 1) + "|"]

@@ -37,7 +37,7 @@ TENSORS = [
     Tensor(name="blocks/experts", shape=(2, 3, 5, 4), axes=("layers", "experts", "embed", "mlp"), batch_dims=2),
     Tensor(name="blocks/wq", shape=(2, 6, 3, 2), axes=("layers", "embed", "heads", "head_dim"), batch_dims=1),
     Tensor(name="blocks/wo", shape=(2, 3, 4, 5), axes=("layers", "heads", "head_dim", "embed"), batch_dims=1, inputs=2),
-]  # fmt: skip
+]
 
 RULES: dict[str, Rule] = {
     "adamw": AdamW(lr=1e-2, weight_decay=0.1),
@@ -67,9 +67,7 @@ def randoms(info: Any, seed: int, steps: int) -> tuple[np.ndarray, list[np.ndarr
     size = np.exp(rng.normal(size=info.shape))
     grads = [size * rng.normal(size=info.shape) for _ in range(steps)]
     grads[0].flat[-1] = 0.0
-    return param.astype(np.float32).astype(np.float64), [
-        g.astype(np.float32).astype(np.float64) for g in grads
-    ]
+    return param.astype(np.float32).astype(np.float64), [g.astype(np.float32).astype(np.float64) for g in grads]
 
 
 def zeros(rule: Rule, info: Any, dtype: Any = np.float64) -> dict[str, np.ndarray]:
@@ -77,21 +75,10 @@ def zeros(rule: Rule, info: Any, dtype: Any = np.float64) -> dict[str, np.ndarra
 
 
 def update(
-    xp: Any,
-    rule: Rule,
-    info: Any,
-    param: Any,
-    grad: Any,
-    slots: dict[str, Any],
-    *,
-    scale: Any,
-    count: Any,
-    decay: bool,
+    xp: Any, rule: Rule, info: Any, param: Any, grad: Any, slots: dict[str, Any], *, scale: Any, count: Any, decay: bool
 ) -> tuple[Any, dict[str, Any]]:
     """(new parameter, new slots)."""
-    delta, new = rule.update(
-        xp, info=info, grad=grad, param=param, slots=slots, scale=scale, count=count, decay=decay
-    )
+    delta, new = rule.update(xp, info=info, grad=grad, param=param, slots=slots, scale=scale, count=count, decay=decay)
     return param + delta, new
 
 
@@ -124,8 +111,7 @@ def jax_namespace() -> Any:
 
     names = ("sqrt", "sign", "expm1", "maximum", "sum", "mean", "swapaxes", "reshape")
     return SimpleNamespace(
-        **{name: getattr(jnp, name) for name in names},
-        matmul=lambda x, y: jnp.matmul(x, y, precision="highest"),
+        **{name: getattr(jnp, name) for name in names}, matmul=lambda x, y: jnp.matmul(x, y, precision="highest")
     )
 
 
@@ -146,9 +132,7 @@ def _jitted(rule: Rule, infos: tuple[Tensor, ...]) -> Any:
     return jax.jit(partial(_all, jax_namespace(), rule, infos))
 
 
-def run_jax(
-    rule: Rule, infos: tuple[Tensor, ...], cases: list[Case], count: int, *, jit: bool = False
-) -> list[Result]:
+def run_jax(rule: Rule, infos: tuple[Tensor, ...], cases: list[Case], count: int, *, jit: bool = False) -> list[Result]:
     import jax.numpy as jnp
 
     cases = _map(lambda x: jnp.asarray(x, jnp.float32), cases)

@@ -121,10 +121,7 @@ def test_without_any_nothing_is_called() -> None:
     [
         (lambda self, ops: ops.update(self, cuont=self.count), "Did you mean count?"),
         (lambda self, ops: ops.update(self, w=self.count), "one of count"),
-        (
-            lambda self, ops: ops.update(self, count=self.count[:2]),
-            "an array of shape (3,), as in State(experts)",
-        ),
+        (lambda self, ops: ops.update(self, count=self.count[:2]), "an array of shape (3,), as in State(experts)"),
         (lambda self, ops: ops.tally(self, count=self.count), "ops.update, which sets a State"),
     ],
 )

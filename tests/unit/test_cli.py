@@ -90,9 +90,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("words", "hint"), MISTAKES, ids=lambda value: " ".join(value) if value != str(value) else ""
-)
+@pytest.mark.parametrize(("words", "hint"), MISTAKES, ids=lambda value: " ".join(value) if value != str(value) else "")
 def test_mistake_of_train(words: list[str], hint: str, capsys: Capture) -> None:
     assert hint in refused(main, words, capsys)
 
@@ -146,9 +144,7 @@ def test_every_misspelt_field_is_answered_with_the_right_one(
     assert repr(wrong) in error
 
 
-@given(
-    value=WORD, field=st.sampled_from(["steps", "batch", "seed", "model.width", "optimizer.lr", "clip_norm"])
-)
+@given(value=WORD, field=st.sampled_from(["steps", "batch", "seed", "model.width", "optimizer.lr", "clip_norm"]))
 def test_no_word_is_taken_for_a_number(value: str, field: str, capsys: Capture) -> None:
     words = value.strip()
     try:
@@ -171,9 +167,7 @@ def test_the_sizes_that_an_error_names_do_work(batch: int, accumulation: int, ca
 
 
 @given(name=WORD, option=st.sampled_from(["--backend", "--mesh", "--devices", "--stop-at", "--track"]))
-def test_any_word_after_an_option_is_refused_in_one_paragraph(
-    name: str, option: str, capsys: Capture
-) -> None:
+def test_any_word_after_an_option_is_refused_in_one_paragraph(name: str, option: str, capsys: Capture) -> None:
     known = {"--backend": {"jax", "torch"}, "--track": {"wandb", "tensorboard"}}.get(option, set())
     legal = name in known or name.strip().isdigit() or not name.replace(",", "").strip()
     if not legal:
@@ -196,9 +190,7 @@ def test_missing_backend_names_the_install_command(
     backend: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name == backend else real(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == backend else real(name, *rest))
     assert f"pip install 'portatrain[{backend}]'" in refused(main, [*TRAIN, "--backend", backend], capsys)
     words = ["--cluster", "local", "mine.py", "--backend", backend]
     assert f"pip install 'portatrain[{backend}]'" in refused(launch_main, words, capsys)
@@ -207,9 +199,7 @@ def test_missing_backend_names_the_install_command(
 def test_no_backend_at_all(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     gone = ("jax", "torch")
-    monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *rest: None if name in gone else real(name, *rest)
-    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in gone else real(name, *rest))
     assert "pip install 'portatrain[jax]'" in refused(main, TRAIN, capsys)
 
 
@@ -245,18 +235,7 @@ def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
 
 
 def test_train_hands_everything_to_the_trainer(trainer: Trainer) -> None:
-    words = [
-        "--backend",
-        "jax",
-        "--mesh",
-        "fsdp=2",
-        "--devices",
-        "2",
-        "--stop-at",
-        "4",
-        "--set",
-        "model.width=9",
-    ]
+    words = ["--backend", "jax", "--mesh", "fsdp=2", "--devices", "2", "--stop-at", "4", "--set", "model.width=9"]
     trainer.ends = [85]
     assert main([*TRAIN, *words]) == 85
     (call,) = trainer.calls
@@ -301,22 +280,10 @@ def test_launch_passes_exit_codes_on_and_shows_what_there_is(trainer: Trainer, c
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_dry_run_prints_a_command_that_does_the_same(
-    trainer: Trainer, capsys: Capture, unchanged: Unchanged
-) -> None:
+def test_dry_run_prints_a_command_that_does_the_same(trainer: Trainer, capsys: Capture, unchanged: Unchanged) -> None:
     import shlex
 
-    words = [
-        "--cluster",
-        "local",
-        "mine.py",
-        "--backend",
-        "torch",
-        "--set",
-        "model.width=9",
-        "--set",
-        "clip_norm=none",
-    ]
+    words = ["--cluster", "local", "mine.py", "--backend", "torch", "--set", "model.width=9", "--set", "clip_norm=none"]
     unchanged(Path.cwd() / "bad")
     before = listing(Path.cwd())
     assert launch_main([*words, "--dry-run"]) == 0
@@ -341,13 +308,7 @@ def test_a_bug_is_a_traceback_not_a_users_mistake(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize(
     ("command", "words"),
-    [
-        (main, []),
-        (main, ["--help"]),
-        (main, ["train", "--help"]),
-        (launch_main, ["--help"]),
-        (main, ["--version"]),
-    ],
+    [(main, []), (main, ["--help"]), (main, ["train", "--help"]), (launch_main, ["--help"]), (main, ["--version"])],
 )
 def test_help(command: Callable[[Sequence[str]], int], words: list[str], capsys: Capture) -> None:
     assert command(words) == 0

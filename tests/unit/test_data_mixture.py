@@ -23,10 +23,7 @@ def parts(number: int, *, permuted: bool = True) -> list:
 
 def mixed(weights, block=32, schedule=(), seed=0) -> Mixed:
     spec = Mixture(
-        sources=(Stdlib(seq_len=4),) * len(weights),
-        weights=tuple(weights),
-        block=block,
-        schedule=tuple(schedule),
+        sources=(Stdlib(seq_len=4),) * len(weights), weights=tuple(weights), block=block, schedule=tuple(schedule)
     )
     check(spec)
     return Mixed(spec, parts(len(weights)), name="train", seed=seed)
@@ -42,12 +39,7 @@ def test_counts_are_exact_and_near_the_weights(weights, block):
 
 @pytest.mark.parametrize(
     ("weights", "block", "want"),
-    [
-        ((1, 1), 3, [2, 1]),
-        ((0.7, 0.2, 0.1), 10, [7, 2, 1]),
-        ((1, 0), 5, [5, 0]),
-        ((2, 1, 1), 1024, [512, 256, 256]),
-    ],
+    [((1, 1), 3, [2, 1]), ((0.7, 0.2, 0.1), 10, [7, 2, 1]), ((1, 0), 5, [5, 0]), ((2, 1, 1), 1024, [512, 256, 256])],
 )
 def test_counts(weights, block, want):
     assert counts(weights, block).tolist() == want
@@ -68,10 +60,7 @@ def test_every_source_gives_its_samples_in_order_and_exactly(data, weights, bloc
     for s in range(len(weights)):
         # Nothing twice, nothing left out, and no block runs ahead of an earlier one.
         assert np.sort(number[source == s]).tolist() == list(range(int((source == s).sum())))
-        first = [
-            number[b * block : (b + 1) * block][source[b * block : (b + 1) * block] == s]
-            for b in range(blocks)
-        ]
+        first = [number[b * block : (b + 1) * block][source[b * block : (b + 1) * block] == s] for b in range(blocks)]
         assert all(a.max() < c.min() for a, c in itertools.pairwise(first) if len(a) and len(c))
 
 
@@ -89,11 +78,7 @@ def test_what_came_before_is_closed_form():
 def test_a_batch_does_not_depend_on_how_it_is_cut(start, count, cut):
     split = mixed((2.0, 1.0, 1.0))
     cut = min(cut, count)
-    whole, left, right = (
-        split.batch(start, count),
-        split.batch(start, cut),
-        split.batch(start + cut, count - cut),
-    )
+    whole, left, right = (split.batch(start, count), split.batch(start, cut), split.batch(start + cut, count - cut))
     assert batch_hash({k: np.concatenate((left[k], right[k])) for k in whole}) == batch_hash(whole)
 
 

@@ -23,9 +23,7 @@ def corpus(root: Path) -> Path:
     root.mkdir(parents=True)
     for i in range(20):
         (root / f"{i}.txt").write_bytes(b"text number %d. " % i * (i + 1))
-    (root / "lines.jsonl").write_text(
-        "".join(json.dumps({"text": f"line {i} " * 5}) + "\n" for i in range(40))
-    )
+    (root / "lines.jsonl").write_text("".join(json.dumps({"text": f"line {i} " * 5}) + "\n" for i in range(40)))
     (np.arange(900) % 50).astype(np.uint16).tofile(root / "ids.bin")
     return root
 
@@ -47,13 +45,7 @@ KINDS = ("text", "jsonl", "tokens", "digits", "mixture")
 
 def summary(data: OpenData) -> tuple:
     held = data.validation.batch(0, data.validation.windows)
-    return (
-        data.fingerprint,
-        data.vocab,
-        data.bytes_per_target,
-        batch_hash(data.train.batch(5, 30)),
-        batch_hash(held),
-    )
+    return (data.fingerprint, data.vocab, data.bytes_per_target, batch_hash(data.train.batch(5, 30)), batch_hash(held))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,9 +119,7 @@ DAMAGE = {
     "another vocabulary": lambda p: edit(p, lambda m: m["facts"]["meaning"].update(vocab=9)),
     "another byte count": lambda p: edit(p, lambda m: m["facts"].update(train_bytes=9)),
     "another fingerprint": lambda p: edit(p, lambda m: m["fingerprints"].update(train="0" * 64)),
-    "a path that climbs": lambda p: edit(
-        p, lambda m: m["arrays"].update({"../x": m["arrays"]["train-tokens"]})
-    ),
+    "a path that climbs": lambda p: edit(p, lambda m: m["arrays"].update({"../x": m["arrays"]["train-tokens"]})),
     "an object type": lambda p: edit(p, lambda m: m["arrays"]["train-tokens"].update(dtype="object")),
     "a negative size": lambda p: edit(p, lambda m: m["arrays"]["train-tokens"].update(size=-1)),
     "no tokens": lambda p: (p / "train-tokens.bin").unlink(),

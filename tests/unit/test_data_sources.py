@@ -30,9 +30,7 @@ def write(root: Path, files: dict[str, bytes]) -> Path:
 
 def contents(spec) -> dict[str, list[bytes]]:
     """The documents of each split, as bytes, in any order."""
-    return {
-        name: sorted(np.asarray(d, np.uint8).tobytes() for d in s) for name, s in streams(spec, None).items()
-    }
+    return {name: sorted(np.asarray(d, np.uint8).tobytes() for d in s) for name, s in streams(spec, None).items()}
 
 
 def everything(spec) -> list[bytes]:
@@ -63,9 +61,7 @@ def test_empty_documents_are_passed_over(tmp_path):
 
 
 def jsonl(texts: list[str], field: str = "text") -> bytes:
-    return "".join(
-        json.dumps({"id": i, field: t}) + "\n\n" * (i % 3 == 0) + "\n" for i, t in enumerate(texts)
-    ).encode()
+    return "".join(json.dumps({"id": i, field: t}) + "\n\n" * (i % 3 == 0) + "\n" for i, t in enumerate(texts)).encode()
 
 
 def test_jsonl(tmp_path):
@@ -88,9 +84,7 @@ def test_jsonl(tmp_path):
 )
 def test_token_memmap(tmp_path, dtype, ids, separator, want):
     np.array(ids, dtype).tofile(tmp_path / "tokens.bin")
-    spec = TokenMemmap(
-        paths=str(tmp_path), seq_len=2, vocab=10, dtype=dtype, separator=separator, validation=0
-    )
+    spec = TokenMemmap(paths=str(tmp_path), seq_len=2, vocab=10, dtype=dtype, separator=separator, validation=0)
     stream = streams(spec, None)["train"]
     assert sorted(d.tolist() for d in stream) == want
     assert stream.bos == (separator or 0)
@@ -124,9 +118,7 @@ def test_stdlib_whole():
 def test_the_split_is_by_document_and_stays_when_documents_come(tmp_path):
     write(tmp_path / "few", TEXTS)
     write(tmp_path / "many", TEXTS | {f"d/new{i}.txt": b"new %d" % i for i in range(30)})
-    few, many = (
-        contents(TextFiles(paths=str(tmp_path / p), seq_len=8, validation=0.3)) for p in ("few", "many")
-    )
+    few, many = (contents(TextFiles(paths=str(tmp_path / p), seq_len=8, validation=0.3)) for p in ("few", "many"))
     for split in ("train", "validation"):
         assert few[split]
         assert set(few[split]) == set(many[split]) & set(TEXTS.values())
@@ -136,11 +128,7 @@ def test_the_split_is_by_document_and_stays_when_documents_come(tmp_path):
 def test_the_fraction_held_out():
     # 20,000 lines: a binomial of 0.1 has a standard deviation of 0.0021.
     source = documents(Stdlib(seq_len=1))
-    source.files, source.file, source.index = (
-        [("f", Path("f"))],
-        np.zeros(20_000, np.int64),
-        np.arange(20_000),
-    )
+    source.files, source.file, source.index = ([("f", Path("f"))], np.zeros(20_000, np.int64), np.arange(20_000))
     source._trained = 1
     assert abs(source.held_out(0.1).mean() - 0.1) < 0.011
     assert not source.held_out(0.0).any()
@@ -148,9 +136,7 @@ def test_the_fraction_held_out():
 
 def test_validation_paths(tmp_path):
     write(tmp_path, TEXTS | {"held/a": b"held one", "held/b": b"held two"})
-    spec = TextFiles(
-        paths=str(tmp_path / "d"), validation_paths=str(tmp_path / "held"), seq_len=8, validation=0.5
-    )
+    spec = TextFiles(paths=str(tmp_path / "d"), validation_paths=str(tmp_path / "held"), seq_len=8, validation=0.5)
     assert contents(spec) == {"train": sorted(TEXTS.values()), "validation": [b"held one", b"held two"]}
     with pytest.raises(UserError, match="cannot be held out"):
         open_data(dataclasses.replace(spec, validation_paths=str(tmp_path / "d" / "3.txt")), seed=0)
@@ -177,9 +163,7 @@ def test_digits():
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    want = sorted(
-        (int(y), (x / 16).astype(np.float32).tobytes()) for x, y in zip(pixels, labels, strict=True)
-    )
+    want = sorted((int(y), (x / 16).astype(np.float32).tobytes()) for x, y in zip(pixels, labels, strict=True))
     got = []
     for split in (data.train, data.validation):
         whole = split.batch(0, split.windows)
@@ -217,9 +201,7 @@ def test_a_tokenizer(tmp_path, tokenizer, bos):
     spec = TextFiles(paths=str(tmp_path), seq_len=8, validation=0.3, tokenizer=str(tokenizer), bos=bos)
     data, made = open_data(spec, seed=0), tokenizers.Tokenizer.from_file(str(tokenizer))
     size = made.get_vocab_size()
-    assert (data.vocab, data.streams["train"].bos) == (
-        (size, made.token_to_id("<s>")) if bos else (size + 1, size)
-    )
+    assert (data.vocab, data.streams["train"].bos) == ((size, made.token_to_id("<s>")) if bos else (size + 1, size))
     texts = [made.decode(d.tolist()).encode() for s in data.streams.values() for d in s]
     assert sorted(texts) == sorted(TEXTS.values())
     stream = data.streams["validation"]
@@ -251,16 +233,8 @@ BAD = [
     ("TextFiles", {"paths": "nowhere"}, ["nowhere", "glob"]),
     ("TextFiles", {"paths": "*.none"}, ["*.none"]),
     ("TextFiles", {"paths": ("small", "nowhere")}, ["nowhere"]),
-    (
-        "TextFiles",
-        {"paths": "empty", "validation": 0},
-        ["at least one document", "0 tokens|none with content"],
-    ),
-    (
-        "TextFiles",
-        {"paths": "small", "validation": 0},
-        ["at least 9 tokens", "seq_len=8", "got 6 tokens in 1 "],
-    ),
+    ("TextFiles", {"paths": "empty", "validation": 0}, ["at least one document", "0 tokens|none with content"]),
+    ("TextFiles", {"paths": "small", "validation": 0}, ["at least 9 tokens", "seq_len=8", "got 6 tokens in 1 "]),
     ("TextFiles", {"paths": "latin", "validation": 1e-9}, ["validation split", "validation_paths"]),
     ("TextFiles", {"paths": "small", "validation": 1.0}, ["fraction", "1.0"]),
     ("TextFiles", {"paths": "small", "validation": -0.1}, ["fraction"]),

@@ -36,9 +36,7 @@ def stream(documents: list[bytes], bos: int = 0) -> Stream:
 
 def windows(documents: list[bytes], seq_len: int, *, permuted: bool = False, seed: int = 0) -> Windows:
     name = "train" if permuted else "validation"
-    return Windows(
-        stream(documents), name=name, seq_len=seq_len, seed=seed, permuted=permuted, order=f"data/{name}"
-    )
+    return Windows(stream(documents), name=name, seq_len=seq_len, seed=seed, permuted=permuted, order=f"data/{name}")
 
 
 def by_hand(documents: list[bytes], seq_len: int) -> list[dict[str, list]]:
@@ -86,9 +84,7 @@ def test_every_byte_is_a_target_once_an_epoch(documents, seq_len, epoch, seed):
     seq_len = min(seq_len, size - 1)
     split = windows(documents, seq_len, permuted=True, seed=seed)
     # Distinct bytes would not do: what counts is each *place*, so the stream's places stand for its tokens.
-    places = Stream(
-        tokens=np.arange(size), starts=split.stream.starts, vocab=size, bos=0, bytes=None, fingerprint=""
-    )
+    places = Stream(tokens=np.arange(size), starts=split.stream.starts, vocab=size, bos=0, bytes=None, fingerprint="")
     split.stream = places
     got = split.batch(epoch * split.windows, split.windows)
     targets = np.sort(got["targets"][got["mask"] == 1])
@@ -105,11 +101,7 @@ def test_a_batch_does_not_depend_on_how_it_is_cut(data, documents, seq_len):
     split = windows(documents, seq_len, permuted=True, seed=4)
     start, count = data.draw(st.integers(0, 10**12)), data.draw(st.integers(1, 40))
     cut = data.draw(st.integers(0, count))
-    whole, left, right = (
-        split.batch(start, count),
-        split.batch(start, cut),
-        split.batch(start + cut, count - cut),
-    )
+    whole, left, right = (split.batch(start, count), split.batch(start, cut), split.batch(start + cut, count - cut))
     joined = {k: np.concatenate((left[k], right[k])) for k in whole}
     assert batch_hash(joined) == batch_hash(whole)
     again = windows(documents, seq_len, permuted=True, seed=4)

@@ -21,8 +21,6 @@ def test_every_range_of_small_shapes(shape: tuple[int, ...]) -> None:
     whole = flat.reshape(shape)
     for start, stop in itertools.combinations_with_replacement(range(flat.size + 1), 2):
         boxes = list(boxes_of_range(shape, start, stop))
-        parts = [
-            whole[tuple(slice(o, o + n) for o, n in zip(at, size, strict=True))].ravel() for at, size in boxes
-        ]
+        parts = [whole[tuple(slice(o, o + n) for o, n in zip(at, size, strict=True))].ravel() for at, size in boxes]
         np.testing.assert_array_equal(np.concatenate([*parts, flat[:0]]), flat[start:stop])
         assert len(boxes) <= max(1, 2 * len(shape) - 1) and all(np.prod(size) for _, size in boxes)

@@ -30,9 +30,7 @@ def _arrays() -> dict[str, np.ndarray]:
     from checkpoints_format.dtypes import NUMPY
 
     draw = np.random.default_rng(0)
-    return {
-        t.name: np.frombuffer(draw.bytes(t.nbytes), NUMPY[t.dtype]).reshape(t.shape) for t in LAYOUT.tensors
-    }
+    return {t.name: np.frombuffer(draw.bytes(t.nbytes), NUMPY[t.dtype]).reshape(t.shape) for t in LAYOUT.tensors}
 
 
 def _saved(store: LocalStore) -> bytes:
@@ -114,10 +112,7 @@ def test_a_full_disk_is_told_from_a_refusal(on_a_disk: Path) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             super()._write(fd, chunk)
 
-    with (
-        Full(on_a_disk / "full", create=True) as store,
-        pytest.raises(FormatError, match=r"pack-s.*No space"),
-    ):
+    with Full(on_a_disk / "full", create=True) as store, pytest.raises(FormatError, match=r"pack-s.*No space"):
         Writer(store, LAYOUT, save="s").write(_arrays())
     assert not list((on_a_disk / "full").glob("pack-*"))
 

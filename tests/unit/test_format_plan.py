@@ -11,17 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_format import (
-    Box,
-    Explicit,
-    FormatError,
-    Layout,
-    Mesh,
-    Planner,
-    Sharded,
-    Tensor,
-    flat_range_boxes,
-)
+from checkpoints_format import Box, Explicit, FormatError, Layout, Mesh, Planner, Sharded, Tensor, flat_range_boxes
 from checkpoints_format.boxes import prove_cover
 
 MESH = Mesh(axes=(("replica", 2), ("fsdp", 4), ("tensor", 2)))
@@ -97,9 +87,7 @@ def test_list_of_writers_is_obeyed() -> None:
 def test_sources_name_all_writers_of_a_box() -> None:
     """The writers that a reader asks are those whose packs hold the tiles, for any wanted box."""
     draw = random.Random(0)
-    tensor = Tensor(
-        name="w", dtype="int8", shape=(16, 32), tile=(3, 5), placement=Sharded(spec=(("tensor",), ()))
-    )
+    tensor = Tensor(name="w", dtype="int8", shape=(16, 32), tile=(3, 5), placement=Sharded(spec=(("tensor",), ())))
     planner = Planner(_layout([tensor], share_bytes=16))
     for _ in range(100):
         offset = (draw.randrange(16), draw.randrange(32))
@@ -195,10 +183,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "'w'.*overlap",
     ),
     "outside": ({"placement": Explicit(boxes=((0, Box((0, 1), (16, 32))),))}, "'w'.*inside"),
-    "no such writer": (
-        {"placement": Explicit(boxes=((16, Box((0, 0), (16, 32))),))},
-        "'w'.*writers from 0 to 15",
-    ),
+    "no such writer": ({"placement": Explicit(boxes=((16, Box((0, 0), (16, 32))),))}, "'w'.*writers from 0 to 15"),
 }
 
 

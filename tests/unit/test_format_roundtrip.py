@@ -46,17 +46,12 @@ def _draw(seed: int) -> tuple[Layout, Arrays, random.Random]:
     tensors, arrays = [], {}
     for i in range(draw.randint(1, 6)):
         shape = tuple(
-            draw.choice((4, 8, 12, 16, 24, 0 if draw.random() < 0.1 else 8))
-            for _ in range(draw.randint(0, 3))
+            draw.choice((4, 8, 12, 16, 24, 0 if draw.random() < 0.1 else 8)) for _ in range(draw.randint(0, 3))
         )
         spec: list[list[str]] = [[] for _ in shape]
         for axis in draw.sample(list(sizes), 3):
             d = draw.randrange(len(shape)) if shape else 0
-            if (
-                shape
-                and shape[d] % math.prod(sizes[a] for a in [*spec[d], axis]) == 0
-                and draw.random() < 0.7
-            ):
+            if shape and shape[d] % math.prod(sizes[a] for a in [*spec[d], axis]) == 0 and draw.random() < 0.7:
                 spec[d].append(axis)
         placement: Sharded | Explicit = Sharded(spec=tuple(map(tuple, spec)))
         count = math.prod(shape)
@@ -114,9 +109,7 @@ def test_any_layout_any_box(seed: int, tmp_path: Path) -> None:
             expected.append(array)
             for _ in range(4):
                 offset = tuple(draw.randint(0, n) for n in array.shape)
-                box = Box(
-                    offset, tuple(draw.randint(0, n - o) for n, o in zip(array.shape, offset, strict=True))
-                )
+                box = Box(offset, tuple(draw.randint(0, n - o) for n, o in zip(array.shape, offset, strict=True)))
                 # Into the middle of a larger array, with a stride.
                 room = np.zeros((*(n + 2 for n in box.shape), 2), array.dtype)[..., 0]
                 out = room[(*(slice(1, 1 + n) for n in box.shape), ...)]
@@ -201,9 +194,7 @@ def test_a_request_costs_no_walk_over_the_layout(tmp_path: Path, monkeypatch: py
 def test_lazy_sources_stay_within_the_budget(tmp_path: Path) -> None:
     """Fetched pieces are at most half of the budget each, and no two are alive beside what is being written."""
     budget = 1 << 20
-    layout = Layout(
-        tensors=(Tensor(name="w", dtype="float32", shape=(8, 256, 512), axes=("layers", "embed", "mlp")),)
-    )
+    layout = Layout(tensors=(Tensor(name="w", dtype="float32", shape=(8, 256, 512), axes=("layers", "embed", "mlp")),))
     array = np.random.default_rng(0).standard_normal((8, 256, 512)).astype(np.float32)
     fetched: list[int] = []
 

@@ -25,8 +25,7 @@ from checkpoints_format import (
 )
 
 LAYOUT = Layout(
-    tensors=(Tensor(name="w", dtype="int32", shape=(4, 6), placement=Sharded(spec=(("writer",), ()))),),
-    writers=2,
+    tensors=(Tensor(name="w", dtype="int32", shape=(4, 6), placement=Sharded(spec=(("writer",), ()))),), writers=2
 )
 ARRAY = np.arange(24, dtype=np.int32).reshape(4, 6)
 
@@ -131,10 +130,7 @@ def test_links_and_pipes_are_not_followed(tmp_path: Path) -> None:
 def test_no_permission(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)
     try:
-        with (
-            LocalStore(tmp_path) as store,
-            pytest.raises(FormatError, match=r"Permission denied.*another folder"),
-        ):
+        with LocalStore(tmp_path) as store, pytest.raises(FormatError, match=r"Permission denied.*another folder"):
             _write(store, "a0", (0,))
     finally:
         tmp_path.chmod(0o700)
@@ -155,10 +151,7 @@ def test_disk_full_for_real(tmp_path: Path) -> None:
             super()._check(name)
             return os.open("/dev/full", os.O_WRONLY)
 
-    with (
-        Full(tmp_path) as store,
-        pytest.raises(FormatError, match=r"pack-a0-00000-0000.*No space left.*Free space"),
-    ):
+    with Full(tmp_path) as store, pytest.raises(FormatError, match=r"pack-a0-00000-0000.*No space left.*Free space"):
         _write(store, "a0", (0,))
 
 
@@ -181,9 +174,7 @@ def test_bad_meta(tmp_path: Path) -> None:
 
 
 def test_many_files_few_descriptors(tmp_path: Path) -> None:
-    layout = Layout(
-        tensors=tuple(Tensor(name=f"t{i}", dtype="int32", shape=(4, 6)) for i in range(150)), pack_bytes=1
-    )
+    layout = Layout(tensors=tuple(Tensor(name=f"t{i}", dtype="int32", shape=(4, 6)) for i in range(150)), pack_bytes=1)
     with LocalStore(tmp_path) as store:
         Writer(store, layout, save="s").write({t.name: ARRAY for t in layout.tensors})
         commit(store, layout, save="s")

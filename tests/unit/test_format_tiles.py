@@ -38,9 +38,7 @@ def test_formula(case: tuple[tuple[int, ...], int, int]) -> None:
 def test_tiles_stay_small_and_inside() -> None:
     draw = random.Random(0)
     for _ in range(2000):
-        shape = tuple(
-            draw.choice((1, 2, 7, 64, 97, 1000, 4096, 99991, 1 << 20)) for _ in range(draw.randint(0, 4))
-        )
+        shape = tuple(draw.choice((1, 2, 7, 64, 97, 1000, 4096, 99991, 1 << 20)) for _ in range(draw.randint(0, 4)))
         batch, item = draw.randint(0, len(shape)), draw.choice((1, 2, 4, 8, 16))
         tile = tile_shape(shape, item, batch)
         assert math.prod(tile) * item <= MAX_TILE_BYTES
@@ -79,9 +77,7 @@ def _count(grid: Grid) -> list[tuple[list[int], list[int]]]:
     tiles = []
     for index in itertools.product(*map(range, grid.counts)):
         start = [grid.start(d, i) for d, i in enumerate(index)]
-        tiles.append(
-            (start, [grid.start(d, i + 1) - s for d, (i, s) in enumerate(zip(index, start, strict=True))])
-        )
+        tiles.append((start, [grid.start(d, i + 1) - s for d, (i, s) in enumerate(zip(index, start, strict=True))]))
     return tiles
 
 

@@ -130,9 +130,7 @@ def _conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> bool:
             _conforms(v, schema["items"], root) for v in value if "items" in schema
         )
     if kind is str:
-        return len(value) <= schema.get("maxLength", 1 << 20) and bool(
-            re.search(schema.get("pattern", ""), value)
-        )
+        return len(value) <= schema.get("maxLength", 1 << 20) and bool(re.search(schema.get("pattern", ""), value))
     return schema.get("minimum", 0) <= value <= schema.get("maximum", 1 << 62)
 
 
@@ -144,10 +142,7 @@ def test_schema(vector: str) -> None:
             value = json.loads(path.read_bytes())
             assert _conforms(value, schema, schema), path.name
             for key in value:
-                assert not _conforms({k: v for k, v in value.items() if k != key}, schema, schema), (
-                    path.name,
-                    key,
-                )
+                assert not _conforms({k: v for k, v in value.items() if k != key}, schema, schema), (path.name, key)
             assert not _conforms(value | {"extra": 1}, schema, schema)
 
 

@@ -40,9 +40,7 @@ def numpy_bits(seed: int, step: int, site: int, layer: int, samples: list[int], 
 
     pairs = np.array([hashing.words(n) for n in samples], np.int32)
     with np.errstate(over="ignore"):
-        keys = hashing.sample_keys(
-            np.array(hashing.words(seed), np.int32), word(step), site, word(layer), pairs
-        )
+        keys = hashing.sample_keys(np.array(hashing.words(seed), np.int32), word(step), site, word(layer), pairs)
         return hashing.random_bits(keys[:, None], np.arange(count, dtype=np.int32)[None])
 
 
@@ -139,12 +137,6 @@ def test_words_are_not_interchangeable() -> None:
     base: dict[str, Any] = {"seed": 3, "step": 5, "site": 7, "layer": 11, "samples": [13]}
     drawn = {
         numpy_bits(**{**base, a: base[b], b: base[a]}, count=8).tobytes()
-        for a, b in [
-            ("seed", "step"),
-            ("step", "site"),
-            ("site", "layer"),
-            ("seed", "layer"),
-            ("step", "layer"),
-        ]
+        for a, b in [("seed", "step"), ("step", "site"), ("site", "layer"), ("seed", "layer"), ("step", "layer")]
     }
     assert len(drawn | {numpy_bits(**base, count=8).tobytes()}) == 6

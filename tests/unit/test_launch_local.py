@@ -83,9 +83,7 @@ def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: 
     assert launch_main(["cancel", "a"]) == 0
     assert "cancelled; saved: step" in capsys.readouterr().out
     reached = now().step
-    assert (
-        now().state == "CANCELLED" and now().committed == reached and now().attempts[0].ended == "cancelled"
-    )
+    assert now().state == "CANCELLED" and now().committed == reached and now().attempts[0].ended == "cancelled"
     monkeypatch.setenv("FAKE_STEP_S", "0.02")
     assert launch_main(["resume", "a"]) == 0
     until(lambda: now().state == "SUCCEEDED", "the end")
@@ -145,9 +143,8 @@ def test_a_second_job_steps_aside(capsys: Capture) -> None:
     until(lambda: now().step >= 3, "steps")
     (job,) = jobs.of("runs/a")
     second = subprocess.run(
-        [sys.executable, "-m", "launchers.supervisor", job.run_dir, "1"], capture_output=True, text=True,
-        cwd=ROOT,
-    )  # fmt: skip
+        [sys.executable, "-m", "launchers.supervisor", job.run_dir, "1"], capture_output=True, text=True, cwd=ROOT
+    )
     assert second.returncode == 85 and "steps aside" in second.stderr
     until(lambda: now().state == "SUCCEEDED", "the end")
     assert len(now().attempts) == 1
@@ -176,9 +173,11 @@ def test_a_job_that_comes_as_the_run_is_given_up_leaves_it_so(monkeypatch: pytes
     until(ended, "the supervisor has left")
     (job,) = jobs.of("runs/a")
     late = subprocess.run(
-        [sys.executable, "-m", "launchers.supervisor", job.run_dir, str(job.write().number)], cwd=ROOT, timeout=60,
+        [sys.executable, "-m", "launchers.supervisor", job.run_dir, str(job.write().number)],
+        cwd=ROOT,
+        timeout=60,
         check=False,
-    )  # fmt: skip
+    )
     assert late.returncode == 2 and now().state == "FAILED" and len(now().attempts) == 1
 
 
@@ -252,9 +251,7 @@ def test_of_several_clusters_each_is_refused_with_its_reason(capsys: Capture) ->
 
 
 @pytest.mark.parametrize("name", ["tpu-v5p-8", "h100-8", "mi300x-8"])
-def test_what_a_dry_run_says_of_configuring_a_cluster_configures_it(
-    name: str, place: Path, capsys: Capture
-) -> None:
+def test_what_a_dry_run_says_of_configuring_a_cluster_configures_it(name: str, place: Path, capsys: Capture) -> None:
     assert launch_main(["--cluster", name, "tiny-lm", "--dry-run"]) == 0
     said = capsys.readouterr().out
     table = said[said.rindex("\n[my-") :]

@@ -11,17 +11,7 @@ import pytest
 from portatrain.backends.base import Context
 from portatrain.backends.reference import ReferenceOps, forward, initial
 from portatrain.errors import UserError
-from portatrain.layers import (
-    MLP,
-    Attention,
-    Dropout,
-    Embedding,
-    GatedMLP,
-    LayerNorm,
-    Linear,
-    PatchEmbedding,
-    RMSNorm,
-)
+from portatrain.layers import MLP, Attention, Dropout, Embedding, GatedMLP, LayerNorm, Linear, PatchEmbedding, RMSNorm
 from portatrain.module import Definition, Module, Param, Stack, describe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
@@ -40,9 +30,7 @@ class Calling(Module):
         return self.layer(ops, *batch.values())
 
 
-def run(
-    layer: Module, *args: np.ndarray, context: Context | None = None
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def run(layer: Module, *args: np.ndarray, context: Context | None = None) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """(result, parameters by the layer's own names), with random parameters, biases and scales included."""
     definition = describe(Calling(layer))
     params = {n: a + 0.3 * RNG.normal(size=a.shape) for n, a in initial(definition).items()}
@@ -183,9 +171,7 @@ def test_dropout_differs_by_layer() -> None:
         assert 0.4 < (drawn[a] == drawn[b]).mean() < 0.6
 
 
-def naive_attention(
-    p: dict[str, np.ndarray], x: np.ndarray, heads: int, kv_heads: int, *, causal: bool
-) -> np.ndarray:
+def naive_attention(p: dict[str, np.ndarray], x: np.ndarray, heads: int, kv_heads: int, *, causal: bool) -> np.ndarray:
     """One head and one query at a time."""
     d = p["wq"].shape[-1]
     out = np.zeros_like(x) + p.get("o_bias", 0.0)
@@ -205,13 +191,7 @@ def naive_attention(
 
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"causal": False},
-        {"bias": True},
-        {"qk_norm": True},
-        {"bias": True, "qk_norm": True, "causal": False},
-    ],
+    [{}, {"causal": False}, {"bias": True}, {"qk_norm": True}, {"bias": True, "qk_norm": True, "causal": False}],
     ids=str,
 )
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
@@ -304,11 +284,7 @@ class Counting(ReferenceOps):
 
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         letters = spec.split("->")[0].split(",")
-        sizes = {
-            c: n
-            for part, x in zip(letters, operands, strict=True)
-            for c, n in zip(part, x.shape, strict=True)
-        }
+        sizes = {c: n for part, x in zip(letters, operands, strict=True) for c, n in zip(part, x.shape, strict=True)}
         self.flops += 6 * np.prod(list(sizes.values()))
         return super().einsum(spec, *operands, dtype=dtype)
 

@@ -115,11 +115,7 @@ def test_default_specs() -> None:
     assert specs["blocks/up"] == ((), ("expert",), ("fsdp",), ("tensor",))
     assert specs["blocks/scale"] == ((), ("fsdp",))
     assert specs["blocks/load"] == ((), ("expert",))  # a State lies where values lie
-    assert layout.spec(("batch", "res_seq", None)) == (
-        ("replica", "fsdp", "expert"),
-        ("context", "tensor"),
-        (),
-    )
+    assert layout.spec(("batch", "res_seq", None)) == (("replica", "fsdp", "expert"), ("context", "tensor"), ())
     assert layout.spec(("batch", "seq", "heads", None)) == (
         ("replica", "fsdp", "expert"),
         ("context",),
@@ -196,18 +192,11 @@ def test_boxes_cover_exactly(case: tuple[TensorInfo, Layout]) -> None:
 def test_tensor_is_major_to_fsdp_on_a_shared_dimension() -> None:
     """The mapping's order counts: with tensor major, a tensor group's devices hold one contiguous run."""
     info = lone(mlp=8)
-    layout = Layout(
-        mesh=Mesh(fsdp=2, tensor=2), compute={"mlp": "tensor"}, params={"mlp": ("tensor", "fsdp")}
-    )
-    offsets = {
-        (at["fsdp"], at["tensor"]): layout.box(info, at)[0][0]
-        for at in map(layout.mesh.coordinates, range(4))
-    }
+    layout = Layout(mesh=Mesh(fsdp=2, tensor=2), compute={"mlp": "tensor"}, params={"mlp": ("tensor", "fsdp")})
+    offsets = {(at["fsdp"], at["tensor"]): layout.box(info, at)[0][0] for at in map(layout.mesh.coordinates, range(4))}
     assert offsets == {(0, 0): 0, (1, 0): 2, (0, 1): 4, (1, 1): 6}
     minor = Layout(mesh=layout.mesh, compute=layout.compute, params={"mlp": ("fsdp", "tensor")})
-    offsets = {
-        (at["fsdp"], at["tensor"]): minor.box(info, at)[0][0] for at in map(minor.mesh.coordinates, range(4))
-    }
+    offsets = {(at["fsdp"], at["tensor"]): minor.box(info, at)[0][0] for at in map(minor.mesh.coordinates, range(4))}
     assert offsets == {(0, 0): 0, (0, 1): 2, (1, 0): 4, (1, 1): 6}
 
 
@@ -216,15 +205,7 @@ def test_tensor_is_major_to_fsdp_on_a_shared_dimension() -> None:
 
 @pytest.mark.parametrize(
     ("kv_heads", "tensor", "expected"),
-    [
-        (8, 4, ("tensor",)),
-        (4, 4, ("tensor",)),
-        (2, 4, ()),
-        (1, 4, ()),
-        (4, 1, ("tensor",)),
-        (6, 4, None),
-        (3, 4, None),
-    ],
+    [(8, 4, ("tensor",)), (4, 4, ("tensor",)), (2, 4, ()), (1, 4, ()), (4, 1, ("tensor",)), (6, 4, None), (3, 4, None)],
 )
 def test_kv_heads_rule(kv_heads: int, tensor: int, expected: tuple[str, ...] | None) -> None:
     """Split where they divide, replicated where the mesh axis is a multiple of them, else refused."""

@@ -58,16 +58,7 @@ def test_without_data_it_says_how_to_name_some(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    small = [
-        "--set",
-        "model.layers=1",
-        "--set",
-        "model.embed=32",
-        "--set",
-        "model.mlp=32",
-        "--set",
-        "model.heads=8",
-    ]
+    small = ["--set", "model.layers=1", "--set", "model.embed=32", "--set", "model.mlp=32", "--set", "model.heads=8"]
     assert main(["train", "llama3-8b", "--run-dir", "run", "--backend", "torch", *small]) == 2
     told = capsys.readouterr().err
     assert told.count("\n") == 1 and "data.paths=" in told and "uint32" in told and "128000" in told

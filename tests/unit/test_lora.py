@@ -28,11 +28,7 @@ def test_names_and_axes() -> None:
     assert {n: t for n, t in adapted.params.items() if n not in factors} == plain.params
     assert {base_of(n) for n in factors} == {n for n, t in plain.params.items() if t.inputs}
     wo_a, wo_b = factors["blocks/attn/wo/lora_a"], factors["blocks/attn/wo/lora_b"]
-    assert (wo_a.axes, wo_a.shape, wo_a.inputs) == (
-        ("layers", "heads", "head_dim", "lora_rank"),
-        (2, 4, 4, 3),
-        2,
-    )
+    assert (wo_a.axes, wo_a.shape, wo_a.inputs) == (("layers", "heads", "head_dim", "lora_rank"), (2, 4, 4, 3), 2)
     assert (wo_b.axes, wo_b.shape, wo_b.inputs) == (("layers", "lora_rank", "embed"), (2, 3, 16), 1)
 
 

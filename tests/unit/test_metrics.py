@@ -59,9 +59,7 @@ def play(sink: Any, steps: int = 20) -> None:
     sink.start(INFO)
     for step in range(1, steps + 1):
         sink.step(record(step))
-    sink.eval(
-        EvalRecord(step=steps, loss=3.0, samples=8, time_s=9.0, eval_s=0.1, metrics={"bits_per_byte": 4.328})
-    )
+    sink.eval(EvalRecord(step=steps, loss=3.0, samples=8, time_s=9.0, eval_s=0.1, metrics={"bits_per_byte": 4.328}))
     sink.event("skipped", step=3)
     sink.end({"status": "done"})
 
@@ -166,9 +164,7 @@ def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
     assert picture[..., :3].std() > 0.05  # it shows something
 
 
-def test_loss_curve_is_in_bits_per_byte_where_they_are_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loss_curve_is_in_bits_per_byte_where_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
 
@@ -275,9 +271,7 @@ def test_wandb_gets_one_curve_over_all_attempts(monkeypatch: pytest.MonkeyPatch)
     module.__spec__ = SimpleNamespace()
     summary: dict[str, object] = {}
     run = SimpleNamespace(
-        log=lambda values, step: calls.append((step, values)),
-        finish=lambda: calls.append("end"),
-        summary=summary,
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("end"), summary=summary
     )
     module.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
@@ -306,9 +300,7 @@ def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("sink", "module"), [(WandbSink, "wandb"), (TensorBoardSink, "tensorboardX")])
-def test_missing_tracker_names_the_install_command(
-    sink: Any, module: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_tracker_names_the_install_command(sink: Any, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'portatrain\["):

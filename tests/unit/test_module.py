@@ -9,18 +9,7 @@ from typing import Any
 import pytest
 
 from portatrain.errors import UserError
-from portatrain.module import (
-    RESERVED_NAMES,
-    Constant,
-    Module,
-    Normal,
-    Param,
-    Stack,
-    State,
-    children,
-    describe,
-    site_of,
-)
+from portatrain.module import RESERVED_NAMES, Constant, Module, Normal, Param, Stack, State, children, describe, site_of
 
 
 class Leaf(Module):
@@ -63,9 +52,7 @@ def test_initial_deviation(param: Param, std: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("init", "value"),
-    [("zeros", 0.0), ("ones", 1.0), (Constant(value=-2.5), -2.5)],
-    ids=["zeros", "ones", "value"],
+    ("init", "value"), [("zeros", 0.0), ("ones", 1.0), (Constant(value=-2.5), -2.5)], ids=["zeros", "ones", "value"]
 )
 def test_constant_start(init: Any, value: float) -> None:
     assert one(Param(embed=3, inputs=0, init=init)).init == Constant(value=value)
@@ -118,14 +105,7 @@ def test_names_follow_attributes_lists_and_dicts() -> None:
     found = describe(model)
     assert list(found.params) == ["first/w", "pair/0/w", "pair/1/0", "pair/1/2/w", "by_key/a/w"]
     assert list(found.states) == ["by_key/b"]
-    assert [name for name, _ in children(model)] == [
-        "first",
-        "pair/0",
-        "pair/1/0",
-        "pair/1/2",
-        "by_key/a",
-        "by_key/b",
-    ]
+    assert [name for name, _ in children(model)] == ["first", "pair/0", "pair/1/0", "pair/1/2", "by_key/a", "by_key/b"]
 
 
 def test_a_stack_adds_an_axis_and_no_name() -> None:
@@ -212,9 +192,7 @@ def test_ties_across_stacks_are_refused(kind: str) -> None:
 # ---- what is refused
 
 
-@pytest.mark.parametrize(
-    "name", ["train", "to", "forward", "parameters", "sow", "site", "path", "after_step", "_w"]
-)
+@pytest.mark.parametrize("name", ["train", "to", "forward", "parameters", "sow", "site", "path", "after_step", "_w"])
 def test_reserved_names_are_refused(name: str) -> None:
     model = Holder()
     vars(model)[name] = Param(embed=4)
@@ -288,9 +266,7 @@ class Doubled(Scaled):
         return 3 * super().factor_of(x)
 
     def __call__(self, ops: Any, batch: Any) -> Any:
-        loss_B = self.doubled * super().__call__(ops, batch) + ops.sum(
-            ops.weight(self.shift), ("mlp",), over=("mlp",)
-        )
+        loss_B = self.doubled * super().__call__(ops, batch) + ops.sum(ops.weight(self.shift), ("mlp",), over=("mlp",))
         return ops.loss(loss_B, loss_B * 0.0 + 1.0)
 
 

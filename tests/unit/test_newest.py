@@ -51,8 +51,9 @@ def save(folder: Path, step: int) -> None:
     values = np.random.default_rng(step).standard_normal((3, 64), dtype=np.float32)
     layout = Layout(
         tensors=(Tensor(name="w", dtype="float32", shape=(3, 64), placement=Sharded(spec=(("fsdp",), ()))),),
-        meshes=(Mesh(axes=(("fsdp", PROCESSES),)),), writers=PROCESSES,
-    )  # fmt: skip
+        meshes=(Mesh(axes=(("fsdp", PROCESSES),)),),
+        writers=PROCESSES,
+    )
     with LocalStore(folder / step_name(step), create=True) as store:
         for writer in range(PROCESSES):
             Writer(store, layout, save="a", writer=writer).write({"w": values[writer : writer + 1]})
@@ -72,9 +73,7 @@ def look(folder: Path) -> tuple[list[int | str | None], list[list[str]]]:
 
     def one(process: int) -> int | str | None:
         try:
-            found = Checkpoints(folder, process=process, processes=PROCESSES).newest(
-                reports[process].append, agree
-            )
+            found = Checkpoints(folder, process=process, processes=PROCESSES).newest(reports[process].append, agree)
         except UserError as error:
             agree.barrier.abort()
             return str(error)
@@ -101,9 +100,7 @@ def test_damage_that_any_process_reads_passes_a_checkpoint_over(writer: int, tmp
     assert reports[1:] == [[]] * (PROCESSES - 1)
 
 
-def test_a_file_that_one_process_cannot_read_is_no_damage(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_one_process_cannot_read_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is passed over, and nothing is replaced afterwards."""
     for step in (1, 2):
         save(tmp_path, step)

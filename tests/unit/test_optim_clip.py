@@ -19,8 +19,10 @@ def _namespaces() -> list[tuple[str, Any, Any]]:
     import torch
 
     return [
-        ("numpy", np, np.asarray), ("jax", jax_namespace(), jnp.asarray), ("torch", torch_namespace(), torch.tensor),
-    ]  # fmt: skip
+        ("numpy", np, np.asarray),
+        ("jax", jax_namespace(), jnp.asarray),
+        ("torch", torch_namespace(), torch.tensor),
+    ]
 
 
 @pytest.fixture(params=["numpy", "jax", "torch"])
@@ -30,10 +32,7 @@ def namespace(request: pytest.FixtureRequest) -> tuple[Any, Any]:
 
 def grads() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {
-        f"t{i}": rng.normal(size=shape).astype(np.float32)
-        for i, shape in enumerate([(3,), (4, 5), (2, 3, 4)])
-    }
+    return {f"t{i}": rng.normal(size=shape).astype(np.float32) for i, shape in enumerate([(3,), (4, 5), (2, 3, 4)])}
 
 
 def test_norm_equals_oracle(namespace: tuple[Any, Any]) -> None:
@@ -57,8 +56,7 @@ def test_norm_of_nothing_is_a_user_error() -> None:
 
 
 @pytest.mark.parametrize(
-    ("norm", "expected"),
-    [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (4.0, 0.25), (math.inf, 0.0), (math.nan, math.nan)],
+    ("norm", "expected"), [(0.0, 1.0), (0.5, 1.0), (1.0, 1.0), (4.0, 0.25), (math.inf, 0.0), (math.nan, math.nan)]
 )
 def test_clip_scale(namespace: tuple[Any, Any], norm: float, expected: float) -> None:
     xp, array = namespace

@@ -42,14 +42,7 @@ def worst_ratio(run: Run, rule: Rule, oracle: Rule, infos: tuple[Tensor, ...], c
         for info, (param, grad, slots), a, b in zip(infos, cases, got, want, strict=True):
             assert a[0].dtype == b[0].dtype == np.float32 and a[0].shape == b[0].shape == info.shape
             assert {k: v.shape for k, v in a[1].items()} == {k: v.shape for k, v in b[1].items()}
-            start = {
-                "param": param,
-                "grad": grad,
-                "slots": slots,
-                "scale": SCALE,
-                "count": count,
-                "decay": True,
-            }
+            start = {"param": param, "grad": grad, "slots": slots, "scale": SCALE, "count": count, "decay": True}
             worst = max(worst, ratio(oracle, info, a, b, **start))
         state = [(b.astype(np.float64), {k: v.astype(np.float64) for k, v in s.items()}) for b, s in want]
     return worst
@@ -80,14 +73,7 @@ def test_float32_is_within_half_the_bound_of_exact(name: str, info: Tensor) -> N
     param, grads = randoms(info, seed=4, steps=len(counts))
     slots = zeros(rule, info)
     for count, grad in zip(counts, grads, strict=True):
-        arguments = {
-            "param": param,
-            "grad": grad,
-            "slots": slots,
-            "scale": SCALE,
-            "count": count,
-            "decay": True,
-        }
+        arguments = {"param": param, "grad": grad, "slots": slots, "scale": SCALE, "count": count, "decay": True}
         ((got, got_slots),) = run_numpy(rule, (info,), [(param, grad, slots)], count)
         if type(acting) is type(rule):  # not what Muon leaves to AdamW
             exact = reference.step(rule, info, **arguments)

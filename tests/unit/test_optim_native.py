@@ -34,9 +34,7 @@ def ours(rule: Rule, info: Tensor, *, decay: bool = True) -> np.ndarray:
     return param
 
 
-def by_torch(
-    make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], info: Tensor, transpose: bool
-) -> np.ndarray:
+def by_torch(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], info: Tensor, transpose: bool) -> np.ndarray:
     """torch's parameter is the transpose where it must be (out x in), as torch's Linear keeps it."""
     param, grads = randoms(info, seed=5, steps=STEPS)
     tensor = torch.nn.Parameter(torch.tensor(param.T.copy() if transpose else param))
@@ -70,10 +68,7 @@ def by_optax(transform: optax.GradientTransformation, info: Tensor) -> np.ndarra
         ),
         (SGD(lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
         (SGD(lr=0.1, momentum=0.9), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)),
-        (
-            SGD(lr=0.1, momentum=0.9, nesterov=True),
-            lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
-        ),
+        (SGD(lr=0.1, momentum=0.9, nesterov=True), lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True)),
         # torch clamps the finished estimate at eps1^2, ours adds eps1 to the square: equal when both vanish
         (
             Adafactor(lr=1e-2, relative=True, weight_decay=0.1, eps1=1e-30),
@@ -135,9 +130,7 @@ def test_coupled_decay_is_not_torchs_sgd() -> None:
 
 
 @pytest.mark.parametrize("skewed", [False, True])
-@pytest.mark.parametrize(
-    "shapes", [[(3,), (7, 11)], [(128, 384)] * 40, [(1_000_001,)], [(2048, 2048)]], ids=str
-)
+@pytest.mark.parametrize("shapes", [[(3,), (7, 11)], [(128, 384)] * 40, [(1_000_001,)], [(2048, 2048)]], ids=str)
 def test_the_norm_is_right_whatever_comes_first(shapes: list[tuple[int, ...]], skewed: bool) -> None:
     """Within a quarter of what two backends may differ by; torch's own is not, where early elements are large."""
     rng = np.random.default_rng(0)

@@ -30,14 +30,7 @@ def worst_difference(rule: Rule, oracle: Rule, info: Tensor, *, decay: bool) -> 
             np, rule, info, param, grad, slots, scale=np.float64(SCALE), count=np.float64(count), decay=decay
         )
         expected, expected_slots = reference.step(
-            oracle,
-            info,
-            param=expected,
-            grad=grad,
-            slots=expected_slots,
-            scale=SCALE,
-            count=count,
-            decay=decay,
+            oracle, info, param=expected, grad=grad, slots=expected_slots, scale=SCALE, count=count, decay=decay
         )
         assert set(slots) == set(expected_slots)
         for got, want in [(param, expected), *((slots[k], expected_slots[k]) for k in slots)]:
@@ -84,9 +77,16 @@ def test_zero_gradients_give_finite_steps(name: str, info: Tensor) -> None:
     slots = zeros(rule, info, np.float32)
     for count in range(1, 4):
         param, slots = update(
-            np, rule, info, param, np.zeros(info.shape, np.float32), slots,
-            scale=np.float32(1), count=np.float32(count), decay=False,
-        )  # fmt: skip
+            np,
+            rule,
+            info,
+            param,
+            np.zeros(info.shape, np.float32),
+            slots,
+            scale=np.float32(1),
+            count=np.float32(count),
+            decay=False,
+        )
     assert np.all(param == 1) and all(np.isfinite(v).all() for v in slots.values())
 
 
@@ -96,9 +96,16 @@ def test_adafactor_survives_rows_without_gradient() -> None:
     grad = np.zeros((4, 3), np.float32)
     grad[1] = 1e6
     param, _ = update(
-        np, rule, info, np.ones((4, 3), np.float32), grad, zeros(rule, info, np.float32),
-        scale=np.float32(1), count=np.float32(1), decay=False,
-    )  # fmt: skip
+        np,
+        rule,
+        info,
+        np.ones((4, 3), np.float32),
+        grad,
+        zeros(rule, info, np.float32),
+        scale=np.float32(1),
+        count=np.float32(1),
+        decay=False,
+    )
     assert np.isfinite(param).all() and np.all(param[[0, 2, 3]] == 1) and np.all(param[1] < 1)
 
 
@@ -120,13 +127,15 @@ BIAS_2D = Tensor(name="attn/q_bias", shape=(4, 8), axes=("heads", "head_dim"), i
         ("blocks/depth", False, False, None),
         ("blocks/up", True, True, {"v_row": ("layers", "embed"), "v_col": ("layers", "mlp")}),
         (
-            "blocks/experts", True, True,
+            "blocks/experts",
+            True,
+            True,
             {"v_row": ("layers", "experts", "embed"), "v_col": ("layers", "experts", "mlp")},
         ),
         ("blocks/wq", True, True, {"v_row": ("layers", "embed"), "v_col": ("layers", "heads", "head_dim")}),
         ("blocks/wo", True, True, {"v_row": ("layers", "heads", "head_dim"), "v_col": ("layers", "embed")}),
     ],
-)  # fmt: skip
+)
 def test_choices(tensor: str, muon: bool, decays: bool, factors: dict[str, tuple[str, ...]] | None) -> None:
     info = next(t for t in TENSORS if t.name == tensor)
     rule = RULES["muon"]
@@ -161,22 +170,40 @@ def test_sgd_without_momentum_keeps_nothing() -> None:
     [
         (cls, {"lr": 1e-3, **bad}, next(iter(bad)))
         for cls in (AdamW, Lion, SGD, Adafactor, Muon)
-        for bad in ({"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"lr": "1e-3"},
-                    {"lr": True}, {"weight_decay": -0.1}, {"weight_decay": None})
-    ] + [
+        for bad in (
+            {"lr": 0.0},
+            {"lr": -1.0},
+            {"lr": float("nan")},
+            {"lr": float("inf")},
+            {"lr": "1e-3"},
+            {"lr": True},
+            {"weight_decay": -0.1},
+            {"weight_decay": None},
+        )
+    ]
+    + [
         (cls, {"lr": 1e-3, field: value}, field)
         for cls, field, values in (
-            (AdamW, "b1", (1.0, -0.1)), (AdamW, "b2", (1.0, 1.5)), (AdamW, "eps", (0.0, -1e-8)),
-            (Lion, "b1", (1.0,)), (Lion, "b2", (-0.5,)),
-            (SGD, "momentum", (1.0, -0.1)), (SGD, "nesterov", (True, 1)),
-            (Adafactor, "decay_rate", (0.0, 1.1)), (Adafactor, "clip", (0.0,)), (Adafactor, "eps1", (0.0, 1e-38, 2.0)),
-            (Adafactor, "eps2", (0.0,)), (Adafactor, "relative", ("yes",)),
-            (Muon, "momentum", (1.0,)), (Muon, "eps", (0.0,)), (Muon, "adamw", (None, SGD(lr=1.0))),
+            (AdamW, "b1", (1.0, -0.1)),
+            (AdamW, "b2", (1.0, 1.5)),
+            (AdamW, "eps", (0.0, -1e-8)),
+            (Lion, "b1", (1.0,)),
+            (Lion, "b2", (-0.5,)),
+            (SGD, "momentum", (1.0, -0.1)),
+            (SGD, "nesterov", (True, 1)),
+            (Adafactor, "decay_rate", (0.0, 1.1)),
+            (Adafactor, "clip", (0.0,)),
+            (Adafactor, "eps1", (0.0, 1e-38, 2.0)),
+            (Adafactor, "eps2", (0.0,)),
+            (Adafactor, "relative", ("yes",)),
+            (Muon, "momentum", (1.0,)),
+            (Muon, "eps", (0.0,)),
+            (Muon, "adamw", (None, SGD(lr=1.0))),
             (Muon, "coefficients", ((), (1.0, 2.0, 3.0), ((1.0, 2.0),), ((1.0, 2.0, float("nan")),))),
         )
         for value in values
     ],
-)  # fmt: skip
+)
 def test_bad_fields_are_user_errors(cls: type[Rule], fields: dict[str, object], named: str) -> None:
     with pytest.raises(UserError, match=rf"\b{named}\b") as caught:
         cls(**fields)  # type: ignore[arg-type]

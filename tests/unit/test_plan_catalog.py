@@ -12,11 +12,40 @@ from portatrain.plan.catalog import CHIPS, STACKS, find_chip
 from portatrain.plan.figures import est, figure
 
 ALL = [
-    "tpu-v4", "tpu-v5e", "tpu-v5p", "tpu-v6e", "tpu-7x", "tpu-8t", "tpu-8i", "a100-40", "a100-80",
-    "h100-sxm", "h200", "b200", "gb200", "b300", "gb300", "rubin", "mi250x", "mi300x", "mi325x", "mi350x",
-    "mi355x", "trn1", "trn2", "trn2u", "trn3", "gaudi2", "gaudi3", "ascend910b", "ascend910c", "cs3",
-    "apple-m2-ultra", "apple-m4-max", "cpu",
-]  # fmt: skip
+    "tpu-v4",
+    "tpu-v5e",
+    "tpu-v5p",
+    "tpu-v6e",
+    "tpu-7x",
+    "tpu-8t",
+    "tpu-8i",
+    "a100-40",
+    "a100-80",
+    "h100-sxm",
+    "h200",
+    "b200",
+    "gb200",
+    "b300",
+    "gb300",
+    "rubin",
+    "mi250x",
+    "mi300x",
+    "mi325x",
+    "mi350x",
+    "mi355x",
+    "trn1",
+    "trn2",
+    "trn2u",
+    "trn3",
+    "gaudi2",
+    "gaudi3",
+    "ascend910b",
+    "ascend910c",
+    "cs3",
+    "apple-m2-ultra",
+    "apple-m4-max",
+    "cpu",
+]
 
 
 def test_every_chip_is_there() -> None:
@@ -26,9 +55,7 @@ def test_every_chip_is_there() -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_every_figure_has_unit_source_and_date(name: str) -> None:
     for label, value in CHIPS[name].figures().items():
-        assert value.value > 0 and value.unit and value.source and value.date.startswith(("2026", "now")), (
-            label
-        )
+        assert value.value > 0 and value.unit and value.source and value.date.startswith(("2026", "now")), label
         # What nobody has published cannot be shown as a fact.
         assert value.estimate or not value.source.startswith("no source"), label
 
@@ -50,11 +77,17 @@ def test_rows_are_consistent(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "field", "value"),
     [
-        ("tpu-v5p", "memory_bytes", 95 * 2**30), ("h100-sxm", "memory_bytes", 80e9), ("tpu-v6e", "link_bw", 90),
-        ("h100-sxm", "link_bw", 370), ("mi300x", "link_bw", 64), ("h100-sxm", "scale_out_bw", 50),
-        ("tpu-v5p", "scale_out_bw", 6.25), ("gb200", "chips_in_domain", 72), ("trn2", "devices_per_chip", 4),
+        ("tpu-v5p", "memory_bytes", 95 * 2**30),
+        ("h100-sxm", "memory_bytes", 80e9),
+        ("tpu-v6e", "link_bw", 90),
+        ("h100-sxm", "link_bw", 370),
+        ("mi300x", "link_bw", 64),
+        ("h100-sxm", "scale_out_bw", 50),
+        ("tpu-v5p", "scale_out_bw", 6.25),
+        ("gb200", "chips_in_domain", 72),
+        ("trn2", "devices_per_chip", 4),
     ],
-)  # fmt: skip
+)
 def test_values_read_from_the_vendors(name: str, field: str, value: float) -> None:
     assert getattr(CHIPS[name], field) == value
 
@@ -62,9 +95,15 @@ def test_values_read_from_the_vendors(name: str, field: str, value: float) -> No
 def test_unconfirmed_values_are_marked() -> None:
     marked = {(n, label) for n in ALL for label, v in CHIPS[n].figures().items() if v.estimate}
     for pair in (
-        ("gb300", "bf16 peak"), ("b300", "scale out"), ("b200", "power"), ("rubin", "memory bw"),
-        ("gaudi3", "scale up"), ("ascend910b", "bf16 peak"), ("cs3", "bf16 peak"), ("mi250x", "memory"),
-    ):  # fmt: skip
+        ("gb300", "bf16 peak"),
+        ("b300", "scale out"),
+        ("b200", "power"),
+        ("rubin", "memory bw"),
+        ("gaudi3", "scale up"),
+        ("ascend910b", "bf16 peak"),
+        ("cs3", "bf16 peak"),
+        ("mi250x", "memory"),
+    ):
         assert pair in marked
     for pair in (("h100-sxm", "bf16 peak"), ("tpu-v5p", "memory"), ("mi300x", "link"), ("mi250x", "link")):
         assert pair not in marked

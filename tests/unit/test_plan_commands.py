@@ -62,21 +62,14 @@ def test_a_recipe_file_with_overrides_and_its_own_clusters(
     recipe = tmp_path / "mine.py"
     source = Path(__file__).parents[2] / "recipes" / "tiny_lm.py"
     recipe.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
-    (tmp_path / "clusters.toml").write_text(
-        "[lab]\nchip = 'h100'\ncount = 8\nprices = {spot = 2}\n", encoding="utf-8"
-    )
-    assert (
-        call(plan, str(recipe), "--cluster", "lab", "--set", "model.layers=8", "--batch", "32", "--json") == 0
-    )
+    (tmp_path / "clusters.toml").write_text("[lab]\nchip = 'h100'\ncount = 8\nprices = {spot = 2}\n", encoding="utf-8")
+    assert call(plan, str(recipe), "--cluster", "lab", "--set", "model.layers=8", "--batch", "32", "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["cluster"], found["batch"], found["price"]["value"]) == ("lab", 32, 2)
 
 
 def test_presets_take_overrides(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        call(plan, "llama3-8b", "--cluster", "h100-8", "--set", "batch=64", "--seq-len", "4096", "--json")
-        == 0
-    )
+    assert call(plan, "llama3-8b", "--cluster", "h100-8", "--set", "batch=64", "--seq-len", "4096", "--json") == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert (found["batch"], found["seq_len"]) == (64, 4096)
 

@@ -81,15 +81,11 @@ PLUS = """
 
 @pytest.mark.parametrize(("counted", "more"), [(INLINE, ""), (FUSED, PLUS)], ids=["inline", "fused"])
 @pytest.mark.parametrize(("start", "trips"), [(0, 3), (1, 3), (3, 2)])
-def test_a_loop_that_counts_by_two_runs_half_as_often(
-    counted: str, more: str, start: int, trips: int
-) -> None:
+def test_a_loop_that_counts_by_two_runs_half_as_often(counted: str, more: str, start: int, trips: int) -> None:
     """As a TPU's compiler writes the loops of its windowed matmuls: bound 6, step 2."""
     text = MODULE.replace("TRIPS", "").replace("tuple(%i, %y, %w)", "tuple(%next, %y, %w)")
     text = text.replace("  ROOT %r = (s32[]", counted + "  ROOT %r = (s32[]")
-    text = text.replace("\n%body", more + "\n%body").replace(
-        "%z = s32[] constant(0)", f"%z = s32[] constant({start})"
-    )
+    text = text.replace("\n%body", more + "\n%body").replace("%z = s32[] constant(0)", f"%z = s32[] constant({start})")
     assert hlo.measure(text, MESH).flops == trips * 2 * 8 * 16 * 16
 
 
@@ -105,9 +101,7 @@ def test_a_collective_in_pieces_counts_once() -> None:
 """
     text = MODULE.replace("TRIPS", "").replace("\n%condition", piece + "\n%condition")
     text = text.replace("dimensions={0}, use_global_device_ids=true\n", f"dimensions={{0}}{config}\n")
-    text = text.replace(
-        "  %y = f32", "  %h = f32[16,16]{1,0} fusion(%w), kind=kCustom, calls=%piece\n  %y = f32"
-    )
+    text = text.replace("  %y = f32", "  %h = f32[16,16]{1,0} fusion(%w), kind=kCustom, calls=%piece\n  %y = f32")
     assert text.count("channel_id=7") == 2
     assert hlo.measure(text, MESH) == hlo.measure(MODULE.replace("TRIPS", ""), MESH)
 
@@ -142,10 +136,7 @@ def test_axes_of_groups(groups: str, axes: str) -> None:
         # A plain matmul as TPUs have it, one over a batch, and a convolution of 3 taps with padding.
         ("convolution(%p, %q), dim_labels=bf_io->bf", 2 * 8 * 16 * 32),
         ("convolution(%b, %c), window={size=4 pad=0_0 stride=3 lhs_dilate=4}, dim_labels=0bf_0io->0bf", None),
-        (
-            "convolution(%b, %d), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f",
-            2 * 4 * 32 * 16 * (3 * 8 - 2),
-        ),
+        ("convolution(%b, %d), window={size=3 pad=1_1}, dim_labels=b0f_0io->b0f", 2 * 4 * 32 * 16 * (3 * 8 - 2)),
     ],
 )
 def test_flops_of_convolutions(line: str, flops: float | None) -> None:

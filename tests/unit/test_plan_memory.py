@@ -12,14 +12,7 @@ from portatrain.plan.memory import Memory, memory
 from portatrain.plan.meshes import rules
 from portatrain.plan.names import parse
 from portatrain.plan.placement import place
-from portatrain.plan.policy import (
-    ATTENTION_BACKWARD,
-    ATTENTION_SHARE,
-    PRECISIONS,
-    REMATS,
-    SCORES_COPIES,
-    TUNING,
-)
+from portatrain.plan.policy import ATTENTION_BACKWARD, ATTENTION_SHARE, PRECISIONS, REMATS, SCORES_COPIES, TUNING
 from portatrain.plan.shapes import PRESETS
 from portatrain.plan.tensors import Sizes
 from portatrain.plan.timing import Time, rates, step_time
@@ -30,14 +23,25 @@ P8B = 8_030_261_248
 
 
 def need(
-    name: str, mesh: Sizes, *, tokens: float, remat: str = "block", precision: str = "bf16", accumulation: int = 1,
+    name: str,
+    mesh: Sizes,
+    *,
+    tokens: float,
+    remat: str = "block",
+    precision: str = "bf16",
+    accumulation: int = 1,
     stack: str = "jax-tpu",
-) -> Memory:  # fmt: skip
+) -> Memory:
     shape = PRESETS[name]
     return memory(
-        on_mesh(shape, mesh), tokens=tokens, accumulation=accumulation, remat=REMATS[remat],
-        precision=PRECISIONS[precision], slot_bytes=shape.slot_bytes, tuning=TUNING[stack],
-    )  # fmt: skip
+        on_mesh(shape, mesh),
+        tokens=tokens,
+        accumulation=accumulation,
+        remat=REMATS[remat],
+        precision=PRECISIONS[precision],
+        slot_bytes=shape.slot_bytes,
+        tuning=TUNING[stack],
+    )
 
 
 @pytest.mark.parametrize(
@@ -75,12 +79,7 @@ def test_torch_without_fsdp_holds_the_output_tables_gradient_from_the_loss_on() 
 
 
 @pytest.mark.parametrize(
-    ("remat", "widths"),
-    [
-        ("block", 4096),
-        ("attention", 4096 + 4096),
-        ("dots", 4096 + 6144 + 4096 + 2 * 14336),
-    ],
+    ("remat", "widths"), [("block", 4096), ("attention", 4096 + 4096), ("dots", 4096 + 6144 + 4096 + 2 * 14336)]
 )
 def test_kept_activations_by_hand(remat: str, widths: int) -> None:
     """32 layers, 8192 tokens, two bytes a number; widths of Llama 3 8B: stream 4096, q k v 6144, mlp 14336."""
@@ -122,9 +121,7 @@ def test_xla_holds_what_is_alive_at_the_peak() -> None:
     assert terms.grads == terms.logits == 0
     assert terms.gathered == pytest.approx(P8B / 128 * 2 + layer * 4 + head * 4)
     assert terms.workspace > SCORES_COPIES * 2**28
-    few = need(
-        "llama3-8b", (1, 4, 1, 1, 1), tokens=2048
-    )  # gradients of layers find no room where values were kept
+    few = need("llama3-8b", (1, 4, 1, 1, 1), tokens=2048)  # gradients of layers find no room where values were kept
     assert few.grads == pytest.approx((P8B - 2 * head - 4096) / 4 * 4 - few.activations)
     loss = need("llama3-8b", (1, 128, 1, 1, 1), tokens=8192, accumulation=4)
     assert loss.gathered == pytest.approx(P8B / 128 * 2 + head * 6)
@@ -148,12 +145,13 @@ meshes = st.tuples(
 
 
 @given(
-    st.sampled_from(["llama3-8b", "llama3-70b", "llama3-405b"]), meshes, st.sampled_from(list(REMATS)),
-    st.integers(0, 4).filter(lambda axis: axis != 2), st.sampled_from(["jax-tpu", "torch-cuda"]),
-)  # fmt: skip
-def test_more_chips_never_need_more_memory_each(
-    name: str, mesh: Sizes, remat: str, axis: int, stack: str
-) -> None:
+    st.sampled_from(["llama3-8b", "llama3-70b", "llama3-405b"]),
+    meshes,
+    st.sampled_from(list(REMATS)),
+    st.integers(0, 4).filter(lambda axis: axis != 2),
+    st.sampled_from(["jax-tpu", "torch-cuda"]),
+)
+def test_more_chips_never_need_more_memory_each(name: str, mesh: Sizes, remat: str, axis: int, stack: str) -> None:
     """Doubling any axis, the global batch as it is and taken in one microbatch."""
     shape = PRESETS[name]
     larger = tuple(2 * n if i == axis else n for i, n in enumerate(mesh))
@@ -169,17 +167,22 @@ def test_more_chips_never_need_more_memory_each(
 # ---- time
 
 
-def when(
-    name: str, cluster: str, mesh: Sizes, *, rows: int, remat: str = "none", accumulation: int = 1
-) -> Time:
+def when(name: str, cluster: str, mesh: Sizes, *, rows: int, remat: str = "none", accumulation: int = 1) -> Time:
     made, shape, precision = parse(cluster), PRESETS[name], PRECISIONS["bf16"]
     work = on_mesh(shape, mesh)
     placements = place(made, mesh, made.devices)
     assert not isinstance(placements, str)
     return step_time(
-        work, placements[0], tokens=rows * work.seq, accumulation=accumulation, remat=REMATS[remat],
-        precision=precision, slot_bytes=8, rate=rates(made.chip, precision, 0.5), tuning=TUNING[made.chip.stack],
-    )  # fmt: skip
+        work,
+        placements[0],
+        tokens=rows * work.seq,
+        accumulation=accumulation,
+        remat=REMATS[remat],
+        precision=precision,
+        slot_bytes=8,
+        rate=rates(made.chip, precision, 0.5),
+        tuning=TUNING[made.chip.stack],
+    )
 
 
 def test_compute_by_hand() -> None:

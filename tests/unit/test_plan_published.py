@@ -36,9 +36,12 @@ def test_the_median_error_is_under_15_percent() -> None:
 
 def test_where_a_factor_comes_from() -> None:
     for cluster, basis, estimate in (
-        ("tpu-v6e-256", "published runs on tpu-v6e", False), ("tpu-v4-256", "published runs on google", False),
-        ("gb300-72", "published runs on nvidia", False), ("mi300x-8", "H100's", True), ("trn2-16", "mean", True),
-    ):  # fmt: skip
+        ("tpu-v6e-256", "published runs on tpu-v6e", False),
+        ("tpu-v4-256", "published runs on google", False),
+        ("gb300-72", "published runs on nvidia", False),
+        ("mi300x-8", "H100's", True),
+        ("trn2-16", "mean", True),
+    ):
         found = of(parse(cluster).chip)
         assert basis in found.basis and found.estimate == estimate
 

@@ -22,9 +22,7 @@ def own_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "config" / "portatrain" / "efficiency.json"
 
 
-def finished(
-    folder: Path, *, step_s: float, recipe_name: str = "tiny-lm", device: str = "cpu (x86_64)"
-) -> Path:
+def finished(folder: Path, *, step_s: float, recipe_name: str = "tiny-lm", device: str = "cpu (x86_64)") -> Path:
     """A run directory as the trainer leaves it, of 12 steps that took ``step_s`` each after two slow ones."""
     recipe = load_recipe(recipe_name)
     with RunDir(folder).begin(recipe) as attempt:
@@ -94,10 +92,7 @@ def test_calibrate_says_what_it_changed_and_plans_use_it(
 
 @pytest.mark.parametrize(
     ("make", "told"),
-    [
-        (lambda p: p / "nothing", "run.json"),
-        (lambda p: finished(p / "odd", step_s=1.0, device="abacus"), "abacus"),
-    ],
+    [(lambda p: p / "nothing", "run.json"), (lambda p: finished(p / "odd", step_s=1.0, device="abacus"), "abacus")],
 )
 def test_mistakes(
     make: object, told: str, tmp_path: Path, own_config: Path, capsys: pytest.CaptureFixture[str]
@@ -107,16 +102,10 @@ def test_mistakes(
     assert not own_config.exists()
 
 
-@pytest.mark.parametrize(
-    "text", ["{", "[]", '{"cpu": 3}', '{"cpu": {"factor": -1}}', '{"cpu": {"factor": "x"}}']
-)
-def test_a_damaged_file_of_factors_is_named(
-    text: str, own_config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.parametrize("text", ["{", "[]", '{"cpu": 3}', '{"cpu": {"factor": -1}}', '{"cpu": {"factor": "x"}}'])
+def test_a_damaged_file_of_factors_is_named(text: str, own_config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own_config.parent.mkdir(parents=True)
     own_config.write_text(text)
     assert main(["plan", "tiny-lm", "--cluster", "cpu-1"]) == 2
     assert str(own_config) in capsys.readouterr().err
-    assert (
-        of_run(load_recipe("tiny-lm"), Mesh(), "cpu (x86_64)")["planned"] is False
-    )  # a run starts all the same
+    assert of_run(load_recipe("tiny-lm"), Mesh(), "cpu (x86_64)")["planned"] is False  # a run starts all the same

@@ -47,9 +47,13 @@ def every_way(shape: ModelShape, cluster_name: str, factor: float) -> Iterator[t
         for rows in meshes.divisors(here):
             for remat in REMATS.values():
                 common = {
-                    "tokens": rows * work.seq, "accumulation": here // rows, "remat": remat, "precision": precision,
-                    "slot_bytes": shape.slot_bytes, "tuning": tuning,
-                }  # fmt: skip
+                    "tokens": rows * work.seq,
+                    "accumulation": here // rows,
+                    "remat": remat,
+                    "precision": precision,
+                    "slot_bytes": shape.slot_bytes,
+                    "tuning": tuning,
+                }
                 if memory(work, **common).total > room:  # type: ignore[arg-type]
                     continue
                 for placement in placements:
@@ -103,9 +107,7 @@ def test_scale(cluster: str, chips_used: int) -> None:
 def test_a_batch_that_no_mesh_divides_is_named() -> None:
     found = plan(PRESETS["llama3-405b"], parse("tpu-v5p-12288"))
     assert abs(found.shape.batch - 2048) <= 512 and found.shape.batch != 2048
-    assert (
-        "batch=2048 divides over no mesh" in found.notes[0] and f"batch={found.shape.batch}" in found.notes[0]
-    )
+    assert "batch=2048 divides over no mesh" in found.notes[0] and f"batch={found.shape.batch}" in found.notes[0]
 
 
 def test_idle_chips_are_paid_for() -> None:
@@ -195,9 +197,7 @@ def test_every_mesh_is_accounted_for() -> None:
 def test_precision_changes_only_when_asked() -> None:
     shape, cluster = PRESETS["llama3-70b"], parse("h200-8")
     assert not plan(shape, cluster).best
-    assert {one.precision for one in plan(shape, cluster, precisions=["bf16", "bf16-state"]).best} == {
-        "bf16-state"
-    }
+    assert {one.precision for one in plan(shape, cluster, precisions=["bf16", "bf16-state"]).best} == {"bf16-state"}
 
 
 def test_one_mesh_may_be_given() -> None:
@@ -226,9 +226,7 @@ def test_estimates_reach_the_figures_that_rest_on_them() -> None:
 
 def test_a_faster_chip_is_planned_faster() -> None:
     speeds = [
-        plan(
-            PRESETS["llama3-8b"], parse("h100-64"), efficiency=Efficiency(value=v, basis="given")
-        ).tokens_per_s
+        plan(PRESETS["llama3-8b"], parse("h100-64"), efficiency=Efficiency(value=v, basis="given")).tokens_per_s
         for v in (0.3, 0.5, 0.7)
     ]
     assert speeds == sorted(speeds)

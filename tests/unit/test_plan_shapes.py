@@ -21,12 +21,16 @@ from portatrain.plan.workload import on_mesh
     ("name", "count"),
     [
         # From the models' own files on their hubs.
-        ("llama3-1b", 1_235_814_400), ("llama3-8b", 8_030_261_248), ("llama3-70b", 70_553_706_496),
-        ("llama3-405b", 405_853_388_800), ("llama2-70b", 68_976_648_192), ("mixtral-8x7b", 46_702_792_704),
+        ("llama3-1b", 1_235_814_400),
+        ("llama3-8b", 8_030_261_248),
+        ("llama3-70b", 70_553_706_496),
+        ("llama3-405b", 405_853_388_800),
+        ("llama2-70b", 68_976_648_192),
+        ("mixtral-8x7b", 46_702_792_704),
         # 671,026,419,200 with the 58 x 256 biases of its router, which are not trained by gradient.
         ("deepseek-v3", 671_026_419_200 - 58 * 256),
     ],
-)  # fmt: skip
+)
 def test_parameter_counts(name: str, count: int) -> None:
     assert PRESETS[name].parameters == count
 
@@ -72,16 +76,22 @@ def test_shards_are_those_of_the_layout(name: str, sizes: Sizes) -> None:
             splits = [s for g in shape.groups for s in (g.params if role == "params" else g.compute)]
             assert not all(split.fits(sizes) for split in splits)
             continue
-        groups = [g.numel / (g.param_shards(sizes) if role == "params" else g.compute_shards(sizes))
-                  for g in shape.groups]  # fmt: skip
+        groups = [
+            g.numel / (g.param_shards(sizes) if role == "params" else g.compute_shards(sizes)) for g in shape.groups
+        ]
         assert sum(groups) == pytest.approx(total)
 
 
 def _info(tensor: LogicalTensor) -> TensorInfo:
     return TensorInfo(
-        name=tensor.name, role="params", shape=tensor.shape, axes=tensor.axes, batch_dims=tensor.batch_dims,
-        inputs=tensor.inputs, init=Normal(std=1.0),
-    )  # fmt: skip
+        name=tensor.name,
+        role="params",
+        shape=tensor.shape,
+        axes=tensor.axes,
+        batch_dims=tensor.batch_dims,
+        inputs=tensor.inputs,
+        init=Normal(std=1.0),
+    )
 
 
 def test_work_is_shared_by_all_axes_but_replication() -> None:
@@ -105,21 +115,23 @@ def test_moe_work_is_shared_by_the_expert_axis() -> None:
 
 def test_any_recipe_plans_from_its_tensors() -> None:
     shape = shape_of(find("tiny-lm"))
-    assert (shape.layers, shape.embed, shape.heads, shape.kv_heads, shape.mlp, shape.vocab) == (
-        4,
-        128,
-        4,
-        2,
-        384,
-        256,
-    )
+    assert (shape.layers, shape.embed, shape.heads, shape.kv_heads, shape.mlp, shape.vocab) == (4, 128, 4, 2, 384, 256)
     assert shape.gated and shape.tied and shape.causal and shape.slot_bytes == 8
     # What the model says of itself is what the planner derives.
     assert shape.model_flops == 6 * shape.active + 3 * shape.attention_flops
     twin = ModelShape(
-        name="twin", layers=4, embed=128, heads=4, kv_heads=2, head_dim=32, mlp=384, vocab=256, tied=True,
-        seq_len=256, batch=8,
-    )  # fmt: skip
+        name="twin",
+        layers=4,
+        embed=128,
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        mlp=384,
+        vocab=256,
+        tied=True,
+        seq_len=256,
+        batch=8,
+    )
     assert (twin.parameters, twin.active) == (shape.parameters, shape.active)
     assert twin.groups == shape.groups
 

@@ -55,16 +55,28 @@ def test_times_are_made_of_these_amounts(mesh: Sizes) -> None:
     assert not isinstance(placements, str)
     rate = 1e9
     paths = tuple(
-        replace(path, inner=path.size, outer=1, rate=rate * (path.size - 1) / path.size if path.size > 1 else 0.0,
-                latency_s=0.0)
+        replace(
+            path,
+            inner=path.size,
+            outer=1,
+            rate=rate * (path.size - 1) / path.size if path.size > 1 else 0.0,
+            latency_s=0.0,
+        )
         for path in placements[0].paths
-    )  # fmt: skip
+    )
     placed = replace(placements[0], paths=paths)  # type: ignore[arg-type]
     tokens, tuning = work.seq, replace(TORCH, skips_masked=True)
     time = step_time(
-        work, placed, tokens=tokens, accumulation=2, remat=REMATS["block"], precision=BF16, slot_bytes=8.0,
-        rate=rates(cluster.chip, BF16, 0.5), tuning=tuning,
-    )  # fmt: skip
+        work,
+        placed,
+        tokens=tokens,
+        accumulation=2,
+        remat=REMATS["block"],
+        precision=BF16,
+        slot_bytes=8.0,
+        rate=rates(cluster.chip, BF16, 0.5),
+        tuning=tuning,
+    )
     told = volumes(work, tokens=tokens, remat=REMATS["block"], precision=BF16, tuning=tuning).bytes(2, BF16)
     # The gradients of what is whole on several devices are in both, over whichever axes it is whole on.
     assert sum(time.busy) * rate == pytest.approx(sum(told.values()), rel=1e-9)

@@ -29,11 +29,7 @@ def words(
 
 def rounded(x: np.ndarray, noise: np.ndarray) -> np.ndarray:
     with np.errstate(over="ignore"):
-        return (
-            precision.rounded_bits(x.astype(np.float32).view(np.int32), noise)
-            .astype(np.int32)
-            .view(np.float32)
-        )
+        return precision.rounded_bits(x.astype(np.float32).view(np.int32), noise).astype(np.int32).view(np.float32)
 
 
 def test_a_box_has_the_words_of_the_whole() -> None:
@@ -47,9 +43,12 @@ def test_a_box_has_the_words_of_the_whole() -> None:
 def test_words_differ_between_steps_tensors_roles_and_elements() -> None:
     base = words((0, 0), (64, 64)) & 0xFFFF
     for other in (
-        words((0, 0), (64, 64), count=4), words((0, 0), (64, 64), of=("opt/v", "w")),
-        words((0, 0), (64, 64), of=("opt/m", "w2")), words((64, 0), (64, 64)), words((0, 64), (64, 64)),
-    ):  # fmt: skip
+        words((0, 0), (64, 64), count=4),
+        words((0, 0), (64, 64), of=("opt/v", "w")),
+        words((0, 0), (64, 64), of=("opt/m", "w2")),
+        words((64, 0), (64, 64)),
+        words((0, 64), (64, 64)),
+    ):
         same = (base == (other & 0xFFFF)).mean()
         assert same < 6 / 65536 + 3e-3
         assert abs(np.corrcoef(base.ravel(), (other & 0xFFFF).ravel())[0, 1]) < 5 / 64
@@ -86,17 +85,30 @@ def test_frameworks_have_the_same_words_and_round_alike() -> None:
 
     from portatrain.backends.jax.optimizer import kept
 
-    info = TensorInfo(name="w", role="opt/m", shape=(3, 5, 7), axes=("a", "b", "c"), batch_dims=0, inputs=1,
-                      init=None, dtype="bfloat16")  # type: ignore[arg-type]  # fmt: skip
+    info = TensorInfo(
+        name="w",
+        role="opt/m",
+        shape=(3, 5, 7),
+        axes=("a", "b", "c"),
+        batch_dims=0,
+        inputs=1,
+        init=None,
+        dtype="bfloat16",
+    )  # type: ignore[arg-type]
     x = np.random.default_rng(1).normal(size=info.shape).astype(np.float32)
     want = rounded(x, words((0, 0, 0), info.shape))
     theirs = jax.jit(lambda v: kept(v, info, "opt/m", 2**40 + 7, jnp.int32(3)))(x)
     assert theirs.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(theirs).astype(np.float32), want)
     there = precision.noise(
-        torch.from_numpy(SEED), torch.tensor(3, dtype=torch.int32), "opt/m", "w", (1, 0, 2), (2, 5, 3),
+        torch.from_numpy(SEED),
+        torch.tensor(3, dtype=torch.int32),
+        "opt/m",
+        "w",
+        (1, 0, 2),
+        (2, 5, 3),
         lambda n: torch.arange(n, dtype=torch.int32),
-    )  # fmt: skip
+    )
     part = np.ascontiguousarray(x[1:, :, 2:5])
     got = precision.rounded_bits(torch.from_numpy(part).view(torch.int32), there).view(torch.float32)
     np.testing.assert_array_equal(got.numpy(), want[1:, :, 2:5])

@@ -46,20 +46,20 @@ def busy() -> Iterator[list[subprocess.Popen[str]]]:
 
 def start(busy: list[subprocess.Popen[str]], how: str, **env: str) -> subprocess.Popen[str]:
     process = subprocess.Popen(
-        [sys.executable, "-c", BUSY, how], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        [sys.executable, "-c", BUSY, how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
         env={**os.environ, **env},
-    )  # fmt: skip
+    )
     busy.append(process)
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)]
-)
-def test_with_nothing_to_save_it_leaves_at_once(
-    busy: list[subprocess.Popen[str]], number: int, code: int
-) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGINT, 130)])
+def test_with_nothing_to_save_it_leaves_at_once(busy: list[subprocess.Popen[str]], number: int, code: int) -> None:
     process = start(busy, "untrained")
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
@@ -137,38 +137,13 @@ def test_notices_of_clouds(metadata: tuple[str, dict[str, str]], monkeypatch: py
 
 def test_where_a_process_is_by_its_scheduler() -> None:
     head = {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
-    slurm = {
-        "SLURM_PROCID": "3",
-        "SLURM_NTASKS": "4",
-        "SLURM_LOCALID": "1",
-        "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
-    }
-    assert place({**slurm, **head}) == {
-        "RANK": "3",
-        "WORLD_SIZE": "4",
-        "LOCAL_RANK": "1",
-        "LOCAL_WORLD_SIZE": "2",
-    }
+    slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
+    assert place({**slurm, **head}) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
     assert place({**slurm, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == {}
-    pod = {
-        "JOB_INDEX": "2",
-        "JOB_COMPLETION_INDEX": "1",
-        "PORTATRAIN_HOSTS": "12",
-        "PORTATRAIN_SLICE_HOSTS": "4",
-    }
+    pod = {"JOB_INDEX": "2", "JOB_COMPLETION_INDEX": "1", "PORTATRAIN_HOSTS": "12", "PORTATRAIN_SLICE_HOSTS": "4"}
     assert place({**pod, **head})["RANK"] == "9"
-    tpu = {
-        "TPU_WORKER_ID": "1",
-        "TPU_WORKER_HOSTNAMES": "a,b",
-        "MEGASCALE_NUM_SLICES": "2",
-        "MEGASCALE_SLICE_ID": "1",
-    }
-    assert place({**tpu, **head}) == {
-        "RANK": "3",
-        "WORLD_SIZE": "4",
-        "LOCAL_RANK": "0",
-        "LOCAL_WORLD_SIZE": "1",
-    }
+    tpu = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
+    assert place({**tpu, **head}) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     assert place({"RANK": "0", "WORLD_SIZE": "2", **slurm}) == {}
     with pytest.raises(UserError, match="MASTER_ADDR"):
         place(slurm)
@@ -177,13 +152,7 @@ def test_where_a_process_is_by_its_scheduler() -> None:
 
 
 def row(process: int, step: int, phase: str, host: str = "", unix_s: float = 100.0) -> dict[str, object]:
-    return {
-        "process": process,
-        "host": host or f"host{process}",
-        "step": step,
-        "phase": phase,
-        "unix_s": unix_s,
-    }
+    return {"process": process, "host": host or f"host{process}", "step": step, "phase": phase, "unix_s": unix_s}
 
 
 @pytest.mark.parametrize(

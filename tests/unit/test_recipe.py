@@ -94,9 +94,7 @@ def test_override_is_typed_by_its_field(text: str, read: Any, value: object) -> 
 
 def test_overrides_apply_in_order_and_together() -> None:
     # 6 divides by 3 and 8 does not: neither alone would be accepted in every order.
-    changed = apply_overrides(
-        make(), ["batch=6", "accumulation=3", "optimizer=Muon", "optimizer.lr=0.5", "steps=3"]
-    )
+    changed = apply_overrides(make(), ["batch=6", "accumulation=3", "optimizer=Muon", "optimizer.lr=0.5", "steps=3"])
     assert (changed.batch, changed.accumulation, changed.steps) == (6, 3, 3)
     assert changed.optimizer == Muon(lr=0.5)
     assert apply_overrides(make(), ["optimizer.lr=0.5", "optimizer=SGD"]).optimizer == SGD(lr=0.5)
@@ -107,9 +105,13 @@ def test_overrides_apply_in_order_and_together() -> None:
 def test_a_batch_that_grows(micro: int, stages: int, first: int, more: int) -> None:
     ramp = stages + more
     recipe = make(
-        batch=micro * (first + stages), accumulation=first + stages, batch_start=micro * first, batch_ramp=ramp,
-        steps=ramp + 3, schedule=Constant(),
-    )  # fmt: skip
+        batch=micro * (first + stages),
+        accumulation=first + stages,
+        batch_start=micro * first,
+        batch_ramp=ramp,
+        steps=ramp + 3,
+        schedule=Constant(),
+    )
     sizes = [recipe.batch_at(step) for step in range(1, ramp + 4)]
     assert sizes[-3:] == [recipe.batch] * 3
     assert sizes[0] == (recipe.batch_start if ramp else recipe.batch)
@@ -189,16 +191,9 @@ sizes = st.builds(
 rules = st.sampled_from([AdamW(lr=1e-3), Lion(lr=0.1), Muon(lr=0.02), SGD(lr=1.0)])
 
 
-@given(
-    model=sizes,
-    optimizer=rules,
-    clip=st.none() | st.floats(0.1, 10),
-    hooks=st.sampled_from([(), (named_hook,)]),
-)
+@given(model=sizes, optimizer=rules, clip=st.none() | st.floats(0.1, 10), hooks=st.sampled_from([(), (named_hook,)]))
 def test_json_gives_an_equal_recipe_back(model: Sizes, optimizer: Any, clip: Any, hooks: Any) -> None:
-    recipe = make(
-        model=model, optimizer=optimizer, clip_norm=clip, hooks=hooks, compute={"seq": ("context",)}
-    )
+    recipe = make(model=model, optimizer=optimizer, clip_norm=clip, hooks=hooks, compute={"seq": ("context",)})
     text = json.dumps(recipe.to_json())
     again = Recipe.from_json(json.loads(text))
     assert again == recipe
@@ -218,9 +213,7 @@ def test_json_names_classes_by_their_public_place() -> None:
     assert make().to_json()["class"] == "portatrain:Recipe"
 
 
-@pytest.mark.parametrize(
-    "value", [lambda: 0, [1], {1, 2}, object(), float("nan"), {"class": 1}, {1: 2}, b"x"]
-)
+@pytest.mark.parametrize("value", [lambda: 0, [1], {1, 2}, object(), float("nan"), {"class": 1}, {1: 2}, b"x"])
 def test_values_that_are_no_data_are_refused(value: object) -> None:
     with pytest.raises(UserError, match="plain data"):
         config.to_json((value,))
@@ -251,9 +244,7 @@ def test_rules_by_name() -> None:
     assert [recipe.averages(name) for name in names] == [False, True, True]
     recipe.check_names(names)
 
-    wq = SimpleNamespace(
-        name=names[1], shape=(2, 4, 4), axes=("layers", "embed", "heads"), batch_dims=1, inputs=1
-    )
+    wq = SimpleNamespace(name=names[1], shape=(2, 4, 4), axes=("layers", "embed", "heads"), batch_dims=1, inputs=1)
     norm = SimpleNamespace(name=names[2], shape=(2, 4), axes=("layers", "embed"), batch_dims=1, inputs=0)
     assert not recipe.decays(wq)
     assert make().decays(wq)
@@ -322,9 +313,7 @@ def test_missing_recipe(name: str, tmp_path: Path) -> None:
 
 def test_file_loads_with_its_neighbours_and_round_trips(tmp_path: Path) -> None:
     (tmp_path / "neighbour_of_mine.py").write_text("STEPS = 7\n")
-    (tmp_path / "json.py").write_text(
-        "from neighbour_of_mine import STEPS\n" + GOOD.replace("steps=5", "steps=STEPS")
-    )
+    (tmp_path / "json.py").write_text("from neighbour_of_mine import STEPS\n" + GOOD.replace("steps=5", "steps=STEPS"))
     recipe = load_recipe("json.py", cwd=tmp_path)
     assert recipe.steps == 7
     assert json.loads("1") == 1  # the file's name has not replaced the standard module

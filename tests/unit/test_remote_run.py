@@ -143,9 +143,7 @@ def test_two_at_once_and_one_of_them_has_it() -> None:
     again.release()
 
 
-def test_whose_owner_is_gone_or_silent_is_taken_over_and_others_are_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_whose_owner_is_gone_or_silent_is_taken_over_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     objects = Objects(URL)
     me = Owner.this_process()
     held_by(objects, host="elsewhere", token="theirs")
@@ -176,9 +174,7 @@ def test_a_loser_commits_nothing_and_leaves_the_winners_claim_alone() -> None:
     winner = held_by(objects, host="elsewhere", token="theirs")
     with pytest.raises(UserError, match="on elsewhere"), attempt.guard():
         raise AssertionError("not reached")
-    with pytest.raises(
-        UserError, match="on elsewhere"
-    ):  # it has been found out: no request is made for a row
+    with pytest.raises(UserError, match="on elsewhere"):  # it has been found out: no request is made for a row
         attempt.metrics({"step": 1, "loss": 1.0})
     with pytest.raises(UserError, match="on elsewhere"):
         attempt.finish({"status": "done"})
@@ -314,9 +310,7 @@ def test_bad_places(words: tuple[str, ...], said: str, capsys: pytest.CaptureFix
     assert not list(Path().glob("s3:*"))
 
 
-def test_foreign_objects_and_a_folder_that_cannot_be_written(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_foreign_objects_and_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     Objects(URL).put("their.txt", b"x")
     with pytest.raises(UserError, match=r"a folder with their\.txt"):
         open_run(URL, work=True).begin(RECIPE)

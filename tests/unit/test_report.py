@@ -20,9 +20,17 @@ EVAL = {"event": "eval", "step": 8, "loss": 0.7, "metrics": {"accuracy": 0.5}}
 
 def row(step: int, began: int, **more: Any) -> dict[str, Any]:
     return {
-        "step": step, "loss": 5.0 / step, "grad_norm": 1.0, "lr": 1e-3, "tokens": 100 * step, "tokens_per_s": 50.0,
-        "time_s": 10.0 + 2.0 * (step - began + 1), "step_s": 2.0, "memory_bytes": 2**30, **more,
-    }  # fmt: skip
+        "step": step,
+        "loss": 5.0 / step,
+        "grad_norm": 1.0,
+        "lr": 1e-3,
+        "tokens": 100 * step,
+        "tokens_per_s": 50.0,
+        "time_s": 10.0 + 2.0 * (step - began + 1),
+        "step_s": 2.0,
+        "memory_bytes": 2**30,
+        **more,
+    }
 
 
 def attempt(run: Path, number: int, about: dict, rows: list, events: list, plan: dict | None = None) -> None:
@@ -41,33 +49,33 @@ def run(tmp_path: Path) -> Path:
     run = tmp_path / "a <run> & more"
     run.mkdir()
     recipe = {"name": "x", "steps": 12, "data": {"seq_len": 8}, "note": "<script>alert(1)</script>"}
-    (run / "run.json").write_text(
-        json.dumps({"name": run.name, "recipe": recipe, "recipe_sha256": "ab" * 32})
-    )
+    (run / "run.json").write_text(json.dumps({"name": run.name, "recipe": recipe, "recipe_sha256": "ab" * 32}))
     began = {"device": "cpu (x86_64)", "devices": 1, "mesh": "1", "framework": "jax 0"}
     attempt(
-        run, 1, {**began, "backend": "jax", "began_unix_s": 1000.0}, [row(s, 1) for s in range(1, 8)], [],
+        run,
+        1,
+        {**began, "backend": "jax", "began_unix_s": 1000.0},
+        [row(s, 1) for s in range(1, 8)],
+        [],
         {"planned": True, "plan": {"step_s": 1.5, "memory_total_bytes": 2**29}},
-    )  # fmt: skip
-    good = {
-        "verdict": "continuous",
-        "differs": [],
-        "loss_difference": 3e-7,
-        "loss_bound": 1e-5,
-        "accepted": None,
-    }
+    )
+    good = {"verdict": "continuous", "differs": [], "loss_difference": 3e-7, "loss_bound": 1e-5, "accepted": None}
     attempt(
-        run, 2, {**began, "backend": "torch", "mesh": "fsdp=2", "devices": 2, "began_unix_s": 1100.0},
+        run,
+        2,
+        {**began, "backend": "torch", "mesh": "fsdp=2", "devices": 2, "began_unix_s": 1100.0},
         [row(s, 6, loss=math.pi if s == 8 else 5.0 / s) for s in range(6, 10)],
-        [{"event": "resumed", "step": 5, **good}, EVAL,
-         {"event": "end", "status": "stopped", "unix_s": 1119.0}],
+        [{"event": "resumed", "step": 5, **good}, EVAL, {"event": "end", "status": "stopped", "unix_s": 1119.0}],
         {"planned": False, "why": "no chip of the catalog"},
-    )  # fmt: skip
+    )
     drift = {"verdict": "broken", "differs": ["rng.word"], "accepted": "a <b>reason</b>"}
     attempt(
-        run, 3, {**began, "backend": "jax", "began_unix_s": 1200.0}, [row(10, 10)],
+        run,
+        3,
+        {**began, "backend": "jax", "began_unix_s": 1200.0},
+        [row(10, 10)],
         [{"event": "resumed", "step": 9, **drift}],
-    )  # fmt: skip
+    )
     for step, commit in ((5, True), (9, False)):
         folder = run / "checkpoints" / f"step-{step:08d}"
         folder.mkdir(parents=True)
@@ -80,8 +88,10 @@ def run(tmp_path: Path) -> Path:
 def test_facts(run: Path) -> None:
     found = gather(run)
     assert [(a.number, a.first, a.last, a.lost, a.ended) for a in found.attempts] == [
-        (1, 1, 7, 2, "lost"), (2, 6, 9, 0, "stopped"), (3, 10, 10, 0, "lost"),
-    ]  # fmt: skip
+        (1, 1, 7, 2, "lost"),
+        (2, 6, 9, 0, "stopped"),
+        (3, 10, 10, 0, "lost"),
+    ]
     first, second = found.seams
     assert (first.step, first.earlier, first.attempt, first.retrained, first.retrained_s) == (5, 1, 2, 2, 4.0)
     # The last step there ended at 1000 + 24; the first here began at 1100 + 12 - 2.
@@ -99,20 +109,28 @@ def test_the_page_needs_nothing_and_says_all(run: Path, capsys: pytest.CaptureFi
     for what in ("http:", "https:", "<script", "<link", "@import", "src=", "url("):
         assert what not in text, what
     for said in (
-        "continuous", "loss 3.0e-07 (bound 1e-05)", "rng.word", "a &lt;b&gt;reason",
+        "continuous",
+        "loss 3.0e-07 (bound 1e-05)",
+        "rng.word",
+        "a &lt;b&gt;reason",
         "torch on 2 x cpu (x86_64), fsdp=2",
-        "2 step(s), 4.0 s", "planned step", "1.5 s", "not planned: no chip of the catalog", "not committed",
-        "&lt;script&gt;alert", "validation loss 0.7000 at step 8, accuracy 0.5", "attempt 1: jax", "ab" * 32,
-    ):  # fmt: skip
+        "2 step(s), 4.0 s",
+        "planned step",
+        "1.5 s",
+        "not planned: no chip of the catalog",
+        "not committed",
+        "&lt;script&gt;alert",
+        "validation loss 0.7000 at step 8, accuracy 0.5",
+        "attempt 1: jax",
+        "ab" * 32,
+    ):
         assert said in text, said
     svgs = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(svgs) == 4
     for svg in svgs:
         tree = ET.fromstring(svg)
         assert len(tree.findall("rect")) == 3 and len(tree.findall("g")) == 2
-        numbers = [
-            float(v) for p in tree.iter("polyline") for v in p.attrib["points"].replace(",", " ").split()
-        ]
+        numbers = [float(v) for p in tree.iter("polyline") for v in p.attrib["points"].replace(",", " ").split()]
         assert numbers and all(0 <= n <= 1000 for n in numbers)
 
 
@@ -124,14 +142,16 @@ def test_a_long_curve_is_drawn_with_its_range() -> None:
     assert svg.find("polygon") is not None
 
 
-@pytest.mark.parametrize(
-    "values", [[], [float("nan")], [1.0], [2.0, 2.0], [0.0, 0.0], [1e30, -1e30], [1e-30, 2e-30]]
-)
+@pytest.mark.parametrize("values", [[], [float("nan")], [1.0], [2.0, 2.0], [0.0, 0.0], [1e30, -1e30], [1e-30, 2e-30]])
 def test_odd_curves_are_drawn(values: list[float]) -> None:
     made = chart(
-        "t", list(enumerate(values, 1)), steps=3, bands=[Band(number=9, first=1, last=1, text="&")],
-        seams=[Mark(step=1, verdict="odd", text="<")], dots=[(1, float("inf"))],
-    )  # fmt: skip
+        "t",
+        list(enumerate(values, 1)),
+        steps=3,
+        bands=[Band(number=9, first=1, last=1, text="&")],
+        seams=[Mark(step=1, verdict="odd", text="<")],
+        dots=[(1, float("inf"))],
+    )
     ET.fromstring(made)
     assert "nan" not in made and "inf" not in made
 

@@ -13,13 +13,7 @@ from checkpoints_format import Box, Layout, LocalStore, Reader, Tensor, Writer, 
 from portatrain.errors import UserError
 from portatrain.restoring import Restoring
 
-SHAPES = {
-    "params/a": (4, 32, 64),
-    "params/b": (64,),
-    "opt/m/a": (4, 32, 64),
-    "opt/m/b": (64,),
-    "opt/count": (),
-}
+SHAPES = {"params/a": (4, 32, 64), "params/b": (64,), "opt/m/a": (4, 32, 64), "opt/m/b": (64,), "opt/count": ()}
 
 
 @pytest.fixture
@@ -85,10 +79,7 @@ def test_many_small_boxes_are_few_requests(saved: tuple[Path, dict]) -> None:
 def test_boxes_that_nobody_foresaw_and_boxes_asked_for_again(saved: tuple[Path, dict]) -> None:
     path, values = saved
     a = values["params/a"]
-    with (
-        LocalStore(path) as store,
-        Restoring(Reader(store), {"params/a": [Box((0, 0, 0), (2, 32, 64))]}) as restoring,
-    ):
+    with LocalStore(path) as store, Restoring(Reader(store), {"params/a": [Box((0, 0, 0), (2, 32, 64))]}) as restoring:
         for _ in range(3):
             assert np.array_equal(restoring.read("params", "a", (1, 2, 3), (3, 4, 5)), a[1:4, 2:6, 3:8])
             assert np.array_equal(restoring.read("params", "a", (0, 0, 0), (2, 32, 64)), a[:2])
@@ -111,19 +102,16 @@ def test_damage_and_strangers_reach_the_one_who_asks(saved: tuple[Path, dict]) -
     path, values = saved
     boxes = {n: [Box.whole(v.shape)] for n, v in values.items()}
     with (
-        LocalStore(path) as store, Restoring(Reader(store), boxes) as restoring,
+        LocalStore(path) as store,
+        Restoring(Reader(store), boxes) as restoring,
         pytest.raises(UserError, match="stranger"),
-    ):  # fmt: skip
+    ):
         restoring.read("params", "stranger", (), ())
     (pack,) = path.glob("pack-*")
     data = bytearray(pack.read_bytes())
     data[5000] ^= 1
     pack.write_bytes(data)
-    with (
-        LocalStore(path) as store,
-        Restoring(Reader(store), boxes) as restoring,
-        pytest.raises(UserError, match="crc"),
-    ):
+    with LocalStore(path) as store, Restoring(Reader(store), boxes) as restoring, pytest.raises(UserError, match="crc"):
         for name, value in values.items():
             restoring.read(*split(name), (0,) * value.ndim, value.shape)
 

@@ -53,15 +53,9 @@ def hex32(values: np.ndarray, count: int = 6) -> str:
 GOLDEN_WEIGHTS = [
     # seed, name, shape, std, offset, box, the first values as big-endian float32
     (0, "w", (4,), 0.02, None, None, "bcb2c44e3cf57c003c3229eb3cf465cb"),
-    (
-        *(1, "params/blocks/attn/wq", (2, 3, 5), 1.0, None, None),
-        "bf26a790bf90bb51bf5c43563d535367bdf06dc23fef6218",
-    ),
+    (*(1, "params/blocks/attn/wq", (2, 3, 5), 1.0, None, None), "bf26a790bf90bb51bf5c43563d535367bdf06dc23fef6218"),
     (2**63 - 1, "é", (7, 1000, 3), 0.5, (6, 990, 1), (1, 2, 2), "3ed064da3ed2715a3d462e073ec27327"),
-    (
-        *(-5, "big", (2**30, 2**30), 1 / 32, (2**30 - 2, 2**30 - 2), (2, 2)),
-        "ba017f063d3d9fafbb59ed90bc82d926",
-    ),
+    (*(-5, "big", (2**30, 2**30), 1 / 32, (2**30 - 2, 2**30 - 2), (2, 2)), "ba017f063d3d9fafbb59ed90bc82d926"),
 ]
 
 
@@ -125,9 +119,7 @@ def test_words_by_any_cut(start, count):
 def test_many_short_reads(count):
     stream = rng._Stream(np.array([5, 6], np.uint64))
     starts = np.array([0, 1, 2, 3, 4, 7, 997, 2**40 + 1, 2**60 + 3])
-    assert stream.read_many(starts, count).tolist() == [
-        stream.read(s, count).tolist() for s in starts.tolist()
-    ]
+    assert stream.read_many(starts, count).tolist() == [stream.read(s, count).tolist() for s in starts.tolist()]
 
 
 def test_weights_agree_with_the_oracle():
@@ -219,9 +211,7 @@ def test_every_way_of_cutting_the_work(monkeypatch, block, shape, offset, box):
 
 def test_quantile_against_the_standard_library():
     # u from the tails, the middle and evenly, as words; the oracle is NormalDist (AS241, about 1e-16).
-    u = np.concatenate(
-        (np.linspace(0, 1, 4001)[1:-1], 2.0 ** -np.arange(2, 53), 1 - 2.0 ** -np.arange(2, 53))
-    )
+    u = np.concatenate((np.linspace(0, 1, 4001)[1:-1], 2.0 ** -np.arange(2, 53), 1 - 2.0 ** -np.arange(2, 53)))
     word = (u * 2.0**53).astype(np.uint64) << np.uint64(11)
     exact_u = (word >> np.uint64(11)).astype(np.float64) * 2.0**-53 + 2.0**-54
     tail = 0.5 * math.erfc(math.sqrt(2))
@@ -340,9 +330,7 @@ def test_permutation_looks_uniform(size):
         assert _chi_square_sigma(np.bincount(places, minlength=50), n / 50) < 5
     pairs = places[:-1] * 50 + places[1:]
     assert _chi_square_sigma(np.bincount(pairs, minlength=2500), (n - 1) / 2500) < 5
-    assert len({int(s) % size for s in steps}) > 0.6 * min(
-        n, size
-    )  # a shift or an affine map repeats its steps
+    assert len({int(s) % size for s in steps}) > 0.6 * min(n, size)  # a shift or an affine map repeats its steps
 
 
 def test_permutations_of_two_seeds_are_unrelated():

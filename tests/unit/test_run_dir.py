@@ -31,13 +31,7 @@ def test_a_run_from_begin_to_done(tmp_path: Path) -> None:
         attempt.metrics({"step": 1, "loss": 1 / 3, "grad_norm": float("inf")})
         attempt.event("eval", step=1, loss=0.25)
         attempt.finish({"status": "done", "loss": 1 / 3})
-    assert sorted(path.name for path in run.path.iterdir()) == [
-        ".lock",
-        "DONE",
-        "attempts",
-        "run.json",
-        "summary.json",
-    ]
+    assert sorted(path.name for path in run.path.iterdir()) == [".lock", "DONE", "attempts", "run.json", "summary.json"]
     assert run.is_done
     assert run.recipe() == RECIPE
     assert run.run_info()["recipe_sha256"] == RECIPE.sha256
@@ -56,23 +50,13 @@ def test_later_attempts_replace_what_they_trained_again(tmp_path: Path) -> None:
             for step in steps:
                 attempt.metrics({"step": step, "loss": loss})
     curve = [(row["step"], row["loss"], row["attempt"]) for row in run.curve()]
-    assert curve == [
-        (1, 1.0, 1),
-        (2, 1.0, 1),
-        (3, 1.0, 1),
-        (4, 2.0, 2),
-        (5, 2.0, 2),
-        (6, 2.0, 2),
-        (7, 2.0, 2),
-    ]
+    assert curve == [(1, 1.0, 1), (2, 1.0, 1), (3, 1.0, 1), (4, 2.0, 2), (5, 2.0, 2), (6, 2.0, 2), (7, 2.0, 2)]
     assert run.attempt_numbers() == [1, 2, 3]
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=5))
 def test_merged_curve_is_increasing_and_the_last_word(spans: list[tuple[int, int]]) -> None:
-    attempts = {
-        k: [{"step": s} for s in range(first, first + n)] for k, (first, n) in enumerate(spans, start=1)
-    }
+    attempts = {k: [{"step": s} for s in range(first, first + n)] for k, (first, n) in enumerate(spans, start=1)}
     curve = merge(attempts)
     steps = [row["step"] for row in curve]
     assert steps == sorted(set(steps))
@@ -197,9 +181,7 @@ def test_of_several_processes_one_gets_a_stale_claim(tmp_path: Path) -> None:
     stale = replace(Owner.this_process(), process_start="another boot/1")
     (run / "claim").write_text(json.dumps(asdict(stale)))
     racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACER, str(tmp_path), str(k)], stdout=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", RACER, str(tmp_path), str(k)], stdout=subprocess.PIPE, text=True)
         for k in range(4)
     ]
     while len(list(tmp_path.glob("ready-*"))) < len(racers):

@@ -39,17 +39,13 @@ def test_values(schedule: Schedule, steps: int, expected: list[float]) -> None:
     got = [schedule(step, steps) for step in range(1, len(expected) + 1)]
     assert got == pytest.approx(expected, rel=1e-15, abs=1e-16)
     exact = {0, 0.25, 0.5, 1}  # boundaries are met to the last bit
-    assert all(
-        g == e for g, e in zip(got, expected, strict=True) if e in exact and not isinstance(schedule, Cosine)
-    )
+    assert all(g == e for g, e in zip(got, expected, strict=True) if e in exact and not isinstance(schedule, Cosine))
 
 
 MAKE: list[Callable[..., Schedule]] = [Constant, Linear, Cosine, WSD]
 
 
-@given(
-    st.sampled_from(MAKE), st.integers(1, 10**7), st.floats(0, 1), st.floats(0, 1), st.integers(1, 10**8)
-)  # fmt: skip
+@given(st.sampled_from(MAKE), st.integers(1, 10**7), st.floats(0, 1), st.floats(0, 1), st.integers(1, 10**8))
 def test_every_schedule_stays_in_its_limits(make, steps: int, part: float, ratio: float, step: int) -> None:
     warmup = int(part * 0.9 * steps)
     schedule = make(warmup=warmup) if make is Constant else make(warmup=warmup, min_ratio=ratio)
@@ -90,8 +86,6 @@ def test_bad_fields_are_user_errors(make, fields: dict[str, object], named: str)
         (Linear(), 0, 10, "1 or more"),
     ],
 )
-def test_what_does_not_fit_the_run_is_a_user_error(
-    schedule: Schedule, step: int, steps: int, words: str
-) -> None:
+def test_what_does_not_fit_the_run_is_a_user_error(schedule: Schedule, step: int, steps: int, words: str) -> None:
     with pytest.raises(UserError, match=words):
         schedule(step, steps)

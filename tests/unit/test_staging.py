@@ -24,7 +24,7 @@ LAYOUT = Layout(
         Tensor(name="d/w", dtype="float64", shape=(LAYERS, ROWS), batch=1),
     ),
     meshes=(Mesh(axes=(("fsdp", 4),)),),
-)  # fmt: skip
+)
 SIZES = {t.name: t.item_bytes for t in LAYOUT.tensors}
 ONE_LAYER = ROWS * COLUMNS * 4
 
@@ -34,9 +34,7 @@ class Held:
 
     def __init__(self, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
-        self.whole = {
-            t.name: rng.integers(0, 2**15, t.shape).astype(t.dtype) for t in LAYOUT.tensors
-        }  # fmt: skip
+        self.whole = {t.name: rng.integers(0, 2**15, t.shape).astype(t.dtype) for t in LAYOUT.tensors}
         self.alive = self.most = self.copies = 0
 
     def boxes(self) -> list[tuple[str, Box, Callable[[], np.ndarray]]]:
@@ -64,9 +62,7 @@ def test_what_is_written_is_what_was_held_when_filling_ended(tmp_path: Path, bud
     staging = Staging(held.boxes(), SIZES, budget_bytes=budget)
     whole_bytes = sum(a.nbytes for a in expected.values())
     assert staging.nbytes == whole_bytes
-    assert staging.beyond_bytes == (
-        min(whole_bytes, whole_bytes - budget + ONE_LAYER) if budget < 1 << 20 else 0
-    )
+    assert staging.beyond_bytes == (min(whole_bytes, whole_bytes - budget + ONE_LAYER) if budget < 1 << 20 else 0)
     with LocalStore(tmp_path / "c", create=True) as store:
         writer = Writer(store, LAYOUT, save="s", budget_bytes=1 << 15)  # which asks for a layer at a time
         writing = threading.Thread(target=writer.write, args=(staging.sources(),))

@@ -11,13 +11,7 @@ pytest.importorskip("torch")
 
 from portatrain.backends.base import PRECISIONS
 from portatrain.backends.torch import devices
-from portatrain.backends.torch.devices import (
-    DEVICES,
-    check_device,
-    detect,
-    local_device,
-    process_group_backend,
-)
+from portatrain.backends.torch.devices import DEVICES, check_device, detect, local_device, process_group_backend
 from portatrain.errors import UserError
 
 
@@ -25,9 +19,7 @@ def build(*there: str, hip: str | None = None, mps: bool = False) -> Any:
     """A torch that sees devices of the types `there`; its other modules say that they have none."""
 
     def module(name: str) -> Any:
-        return SimpleNamespace(
-            is_available=lambda: name in there, device_count=lambda: 2, set_device=lambda i: None
-        )
+        return SimpleNamespace(is_available=lambda: name in there, device_count=lambda: 2, set_device=lambda i: None)
 
     backends = SimpleNamespace(mps=SimpleNamespace(is_available=lambda: mps))
     names = {name: module(name) for name in ("cuda", "xpu", *there)}
@@ -73,9 +65,13 @@ def test_every_row_is_complete() -> None:
 def test_collectives() -> None:
     said = {name: process_group_backend(row) for name, row in DEVICES.items() if row.collectives}
     assert said == {
-        "cuda": "cpu:gloo,cuda:nccl", "rocm": "cpu:gloo,cuda:nccl", "xpu": "cpu:gloo,xpu:xccl",
-        "hpu": "cpu:gloo,hpu:hccl", "npu": "cpu:gloo,npu:hccl", "cpu": "gloo",
-    }  # fmt: skip
+        "cuda": "cpu:gloo,cuda:nccl",
+        "rocm": "cpu:gloo,cuda:nccl",
+        "xpu": "cpu:gloo,xpu:xccl",
+        "hpu": "cpu:gloo,hpu:hccl",
+        "npu": "cpu:gloo,npu:hccl",
+        "cpu": "gloo",
+    }
 
 
 def test_the_device_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +83,7 @@ def test_the_device_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(local_device(DEVICES["cpu"], "mesh fsdp=2")) == "cpu"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(
-        UserError,
-        match=r"mesh fsdp=4: expected a device for every process.*got 2 xpu device\(s\) for process 2",
+        UserError, match=r"mesh fsdp=4: expected a device for every process.*got 2 xpu device\(s\) for process 2"
     ):
         local_device(DEVICES["xpu"], "mesh fsdp=4")
     with pytest.raises(UserError, match=r"collectives between processes, got mps"):

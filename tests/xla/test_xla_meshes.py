@@ -20,9 +20,7 @@ from portatrain.processes import run_processes
 from portatrain.testing import parity
 
 if missing("torch-xla"):
-    pytest.skip(
-        "torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True
-    )
+    pytest.skip("torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True)
 
 from tests.distributed.cases import CASES
 from tests.distributed.measure import Measured
@@ -37,8 +35,14 @@ CELLS: dict[int, list[tuple[str, str]]] = {
     1: [
         *(("", case) for case in (*PLAIN, *OPTIONS)),
         *(("", f"lm, {rule}") for rule in ("Muon", "Adafactor", "Lion")),
-        ("", "lm, a step that is not finite"), ("", "lm, remat"), ("", "lm, bf16"), ("", "routed"), ("", "nested"),
-        ("", "lm, tensor and fsdp on one axis"), ("", "lm, LoRA"), ("", "lm, growing batch, averages"),
+        ("", "lm, a step that is not finite"),
+        ("", "lm, remat"),
+        ("", "lm, bf16"),
+        ("", "routed"),
+        ("", "nested"),
+        ("", "lm, tensor and fsdp on one axis"),
+        ("", "lm, LoRA"),
+        ("", "lm, growing batch, averages"),
     ],
     2: [("context=2", case) for case in PLAIN] + [("context=2", OPTIONS[1]), ("tensor=2", PLAIN[0])],
     4: [
@@ -46,12 +50,16 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         *(("fsdp=2,tensor=2", case) for case in OPTIONS),
         ("fsdp=2,context=2", PLAIN[0]),
         ("fsdp=2,tensor=2", "lm, tensor and fsdp on one axis"),
-        ("fsdp=2,tensor=2", "lm, LoRA"), ("fsdp=4", "lm, growing batch, averages"),
-        ("fsdp=2,tensor=2", "lm, Muon"), ("fsdp=2,tensor=2", "lm, Adafactor"),
-        ("fsdp=4", "lm, a step that is not finite"), ("fsdp=4", "lm, remat"), ("fsdp=4", "lm, bf16"),
+        ("fsdp=2,tensor=2", "lm, LoRA"),
+        ("fsdp=4", "lm, growing batch, averages"),
+        ("fsdp=2,tensor=2", "lm, Muon"),
+        ("fsdp=2,tensor=2", "lm, Adafactor"),
+        ("fsdp=4", "lm, a step that is not finite"),
+        ("fsdp=4", "lm, remat"),
+        ("fsdp=4", "lm, bf16"),
         ("expert=4", "routed"),
     ],
-}  # fmt: skip
+}
 TINY = "lm, growing batch, averages"
 """Its first batch has 64 tokens: torch on one device is itself 1.3e-6 off float64 there, torch-xla 1.7e-6."""
 RECIPES: dict[int, list[tuple[str, str]]] = {
@@ -68,8 +76,20 @@ MUTANTS = {
 }
 MOVED = [("fsdp=2,tensor=2", OPTIONS[0]), ("fsdp=4", "lm, Adafactor"), ("fsdp=2,tensor=2", "routed")]
 GRAPHS = [("fsdp=4", PLAIN[0]), ("fsdp=2,tensor=2", OPTIONS[0]), ("expert=4", "routed")]
-WORDS = [("einsum", 30), ("embed", 2), ("bias", 4), ("norm", 8), ("rope", 8), ("attention", 10), ("dropout", 5),
-         ("top_k", 3), ("write", 3), ("sum", 5), ("mean", 5), ("cross_entropy", 5)]  # fmt: skip
+WORDS = [
+    ("einsum", 30),
+    ("embed", 2),
+    ("bias", 4),
+    ("norm", 8),
+    ("rope", 8),
+    ("attention", 10),
+    ("dropout", 5),
+    ("top_k", 3),
+    ("write", 3),
+    ("sum", 5),
+    ("mean", 5),
+    ("cross_entropy", 5),
+]
 """Operations on cut arguments, and how many comparisons there are at least."""
 
 Found = dict[str, Any]
@@ -128,9 +148,7 @@ def test_a_mesh_follows_one_device(n: int, mesh: str, case: str, group: Any) -> 
     found, one = group(n)[f"{mesh}: {case}"], group(1)[f": {case}"]
     assert isinstance(one, Measured), one
     assert isinstance(found, Measured), found
-    worst = max(
-        (np.abs(found.gradients[k] - g).max() / (np.abs(g).max() or 1.0), k) for k, g in one.gradients.items()
-    )
+    worst = max((np.abs(found.gradients[k] - g).max() / (np.abs(g).max() or 1.0), k) for k, g in one.gradients.items())
     loss = np.nanmax(np.abs(np.array(found.losses) / np.array(one.losses) - 1))
     print(f"{mesh}, {case}: gradient {worst[0]:.1e} ({worst[1]}), loss {loss:.1e}")
     failures = differences(one, found, case)

@@ -10,15 +10,9 @@ from portatrain.testing import CASES, Case, check_case
 from portatrain.testing.loss_cases import cross_entropy_case
 
 if missing("torch-xla"):
-    pytest.skip(
-        "torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True
-    )
+    pytest.skip("torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True)
 
-_ALL = [
-    pytest.param(case, precision, id=f"{case.name}-{precision}")
-    for case in CASES
-    for precision in case.precisions
-]
+_ALL = [pytest.param(case, precision, id=f"{case.name}-{precision}") for case in CASES for precision in case.precisions]
 
 
 @pytest.mark.parametrize(("case", "precision"), _ALL)
@@ -28,17 +22,13 @@ def test_operation(case: Case, precision: str) -> None:
 
 @pytest.mark.parametrize("positions", [12, 11], ids=["even", "uneven"])
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.1, "softcap": 2.0}], ids=str)
-def test_cross_entropy_in_chunks(
-    options: dict[str, float], positions: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cross_entropy_in_chunks(options: dict[str, float], positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks of 9 logits a position agree with the oracle in values and gradients."""
     from portatrain.backends.torch_xla import losses
 
     monkeypatch.setattr(losses, "CHUNK_BYTES", 2 * 3 * 9 * 4)
     assert losses.chunks(2, positions, 9) == (4 if positions == 12 else 11)
-    check_case(
-        backend_class("torch-xla"), cross_entropy_case(f"in chunks {options}", 2, positions, 5, 9, **options)
-    )
+    check_case(backend_class("torch-xla"), cross_entropy_case(f"in chunks {options}", 2, positions, 5, 9, **options))
 
 
 def test_dropout_does_not_depend_on_the_batch() -> None:
@@ -48,9 +38,7 @@ def test_dropout_does_not_depend_on_the_batch() -> None:
 
     def run(rows: list[int], step: int = 1) -> np.ndarray:
         context = Context(seed=3, step=step, sample=sample[rows], training=True)
-        return backend_class("torch-xla").evaluate(
-            lambda ops, x: ops.dropout(x, 0.5, site=8), (x[rows],), context
-        )
+        return backend_class("torch-xla").evaluate(lambda ops, x: ops.dropout(x, 0.5, site=8), (x[rows],), context)
 
     together = run([0, 1, 2, 3])
     assert np.array_equal(run([2]), together[[2]])

@@ -13,12 +13,17 @@ from portatrain.backends.base import missing
 from portatrain.run_dir import RunDir
 
 if missing("torch-xla"):
-    pytest.skip(
-        "torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True
-    )
+    pytest.skip("torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True)
 
-SIZES = ["steps=8", "schedule.warmup=2", "batch=16", "accumulation=2", "model.layers=2", "model.embed=32",
-         "model.dropout=0.1"]  # fmt: skip
+SIZES = [
+    "steps=8",
+    "schedule.warmup=2",
+    "batch=16",
+    "accumulation=2",
+    "model.layers=2",
+    "model.embed=32",
+    "model.dropout=0.1",
+]
 
 
 def _train(run: Path, *more: str, recipe: str = "tiny-vit") -> subprocess.CompletedProcess[str]:
@@ -55,10 +60,7 @@ def test_a_run_moves_to_torch_xla_and_back_on_one_curve(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (
-            ["--devices", "4", "--processes", "2"],
-            "2 processes on the torch-xla backend: expected one process",
-        ),
+        (["--devices", "4", "--processes", "2"], "2 processes on the torch-xla backend: expected one process"),
         (["--set", "remat=dots"], "remat 'dots' on the torch-xla backend: expected none or block"),
     ],
 )

@@ -62,19 +62,22 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         losses, "_chunk", lambda whole: lambda *given: (*whole(*given)[:2], whole(*given)[2][:1].expand(4, -1, -1, -1))
     ),
     "the last row of every microbatch is left out": _method(
-        XlaBackend, "_put",
-        lambda whole: lambda self, batch: whole(
-            self, {**batch, "mask": batch["mask"] * (np.arange(len(batch["mask"])) < len(batch["mask"]) - 1)[:, None]}
+        XlaBackend,
+        "_put",
+        lambda whole: (
+            lambda self, batch: whole(
+                self,
+                {**batch, "mask": batch["mask"] * (np.arange(len(batch["mask"])) < len(batch["mask"]) - 1)[:, None]},
+            )
         ),
     ),
     "the step number stays 1": _method(
         XlaBackend, "_numbers", lambda whole: lambda self, step, scale=0.0: whole(self, min(step, 1), scale)
     ),
     "scales of norms: half of the gradient": _method(
-        ops._SummedInTwoSteps, "backward",
-        lambda whole: staticmethod(lambda ctx, g: (whole(ctx, g)[0] / 2, None)),
+        ops._SummedInTwoSteps, "backward", lambda whole: staticmethod(lambda ctx, g: (whole(ctx, g)[0] / 2, None))
     ),
-}  # fmt: skip
+}
 """Wrong sums, and what is wrong with a step's numbers."""
 
 
@@ -116,8 +119,10 @@ def held_bytes(case: str, mesh: str) -> tuple[dict[str, int], dict[str, int]]:
 def moved(case: str, start: str, mesh: str, end: str) -> dict[str, int]:
     """A state after a step, from backend `start` to `end`, one of which is torch-xla on `mesh`: how many tensors are
     the same bit for bit, and how many there are."""
-    made = {"torch": lambda: TorchBackend(PROGRAMS[case].program("")),
-            "torch-xla": lambda: XlaBackend(PROGRAMS[case].program(mesh))}  # fmt: skip
+    made = {
+        "torch": lambda: TorchBackend(PROGRAMS[case].program("")),
+        "torch-xla": lambda: XlaBackend(PROGRAMS[case].program(mesh)),
+    }
     one = made[start]()
     state, _ = one.step(one.init_state(), PROGRAMS[case].batches()[0], step=1, scale=1.0)
     before = tensors(one, state, lambda x: [x])
@@ -161,9 +166,7 @@ KINDS: dict[str, Callable[..., Any]] = {
 def main(args: argparse.Namespace) -> int:
     """`args.cells`: [(id, kind, arguments)]; what each gives goes into `args.out`, a pickle after another."""
     torch.set_num_threads(1)
-    torch.zeros(
-        1, device=devices.device()
-    )  # a backward pass on the CPU first would leave autograd no place for XLA's
+    torch.zeros(1, device=devices.device())  # a backward pass on the CPU first would leave autograd no place for XLA's
     with Path(args.out).open("ab") as out:
         for name, kind, given in args.cells:
             began_s = time.perf_counter()

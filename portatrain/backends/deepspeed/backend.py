@@ -70,30 +70,39 @@ class ZeroBackend(MeshBackend):
         sizes = [axis for axis, n in mesh.sizes.items() if n > 1]
         if sizes not in ([], ["fsdp"], ["replica"]):
             raise UserError(
-                f"mesh {mesh} on the {self.name} backend", expected="fsdp or replica alone, over all processes",
-                got=" and ".join(sizes), do=f"Use fsdp={mesh.devices}, or --backend torch, which has the other axes.",
-            )  # fmt: skip
+                f"mesh {mesh} on the {self.name} backend",
+                expected="fsdp or replica alone, over all processes",
+                got=" and ".join(sizes),
+                do=f"Use fsdp={mesh.devices}, or --backend torch, which has the other axes.",
+            )
         if not isinstance(rule, RULES):
             raise UserError(
                 f"optimizer {type(rule).__name__} on the {self.name} backend",
                 expected=f"one of {', '.join(r.__name__ for r in RULES)}, which act on every element alone",
-                got=type(rule).__name__, do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
-            )  # fmt: skip
+                got=type(rule).__name__,
+                do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
+            )
         if program.precision == "bf16-state":
             raise UserError(
-                f"precision bf16-state on the {self.name} backend", expected="fp32 or bf16", got="bf16-state",
+                f"precision bf16-state on the {self.name} backend",
+                expected="fp32 or bf16",
+                got="bf16-state",
                 do="Use bf16, or --backend torch.",
-            )  # fmt: skip
+            )
         if program.compile:
             raise UserError(
-                f"compile on the {self.name} backend", expected="blocks that run eagerly", got="compile=True",
+                f"compile on the {self.name} backend",
+                expected="blocks that run eagerly",
+                got="compile=True",
                 do="Leave compile out, or use --backend torch.",
-            )  # fmt: skip
+            )
         if self.stage == 3 and program.remat != "none":
             raise UserError(
-                f"remat {program.remat!r} on the {self.name} backend", expected="none", got=repr(program.remat),
+                f"remat {program.remat!r} on the {self.name} backend",
+                expected="none",
+                got=repr(program.remat),
                 do="Stage 3 gathers parameters by hooks that a second pass would upset: use stage 2 or torch.",
-            )  # fmt: skip
+            )
 
     def _device(self) -> torch.device:
         mesh: Mesh = self.program.layout.mesh
@@ -135,12 +144,7 @@ class ZeroBackend(MeshBackend):
 
     @staticmethod
     def _fill(
-        draw: Callable[..., np.ndarray],
-        info: TensorInfo,
-        role: str,
-        index: tuple[int, ...],
-        part: Part,
-        into: Tensor,
+        draw: Callable[..., np.ndarray], info: TensorInfo, role: str, index: tuple[int, ...], part: Part, into: Tensor
     ) -> None:
         lead, at = (1,) * len(index), 0
         for offset, shape in boxes_of_range(info.shape[info.stack_dims :], part.start, part.start + part.n):
@@ -208,9 +212,7 @@ class ZeroBackend(MeshBackend):
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> Any:
         ops = super()._ops(batch, step, training)
-        ops.static = dataclasses.replace(
-            ops.static, calls=True
-        )  # DeepSpeed's hooks are around a block's own call
+        ops.static = dataclasses.replace(ops.static, calls=True)  # DeepSpeed's hooks are around a block's own call
         return ops
 
     def _forward(self, state: TorchState, batch: Any, step: int, training: bool) -> tuple[Loss, Any]:
@@ -241,9 +243,7 @@ class ZeroBackend(MeshBackend):
     def _norm(self, state: TorchState) -> Tensor:
         held = zero_state(state)
         mine = [g.float().flatten() for group in held.zero.averaged_gradients.values() for g in group or ()]
-        square = (
-            total_norm([in_rows(g) for g in mine]).square() if mine else torch.zeros((), device=self.device)
-        )
+        square = total_norm([in_rows(g) for g in mine]).square() if mine else torch.zeros((), device=self.device)
         return self.world.all_reduce(square).sqrt() / held.factor
 
     def step(
@@ -264,9 +264,12 @@ class ZeroBackend(MeshBackend):
         else:
             self._drop(held)
         return state, StepResult(
-            loss=loss, grad_norm=norm, skipped=int(not good), weight=weight,
+            loss=loss,
+            grad_norm=norm,
+            skipped=int(not good),
+            weight=weight,
             aux={k: _aux_value(v) for k, v in auxes.items()},
-        )  # fmt: skip
+        )
 
     @staticmethod
     def _drop(held: ZeroState) -> None:
@@ -282,9 +285,7 @@ class ZeroBackend(MeshBackend):
         for i, average in state.ema.items():
             average.lerp_(zero_state(state).parts[i].values, 1 - decay)
 
-    def gradients(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
-    ) -> tuple[float, Arrays]:
+    def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
         """Whole gradients, on every process. For checks of small models."""
         from deepspeed.utils import safe_get_full_grad
 
@@ -346,8 +347,7 @@ class ZeroBackend(MeshBackend):
         mine = [
             (box.role, box.name, box.offset, box.shape)
             for box in self.local_boxes(state)
-            if (box.role.startswith(("opt/", "ema")) and box.name)
-            or (box.role == "params" and self.stage == 3)
+            if (box.role.startswith(("opt/", "ema")) and box.name) or (box.role == "params" and self.stage == 3)
         ]
         every: list[Any] = [None] * self.processes
         dist.all_gather_object(every, mine)
@@ -373,9 +373,11 @@ class ZeroBackend(MeshBackend):
         copies = sum(f.nbytes for f in flats.values())
         here = sum((p if self.stage < 3 else p.ds_tensor).nbytes for p in params)
         found = {
-            "params": here, "opt": slots + copies, "ema": sum(t.nbytes for t in held.ema.values()),
+            "params": here,
+            "opt": slots + copies,
+            "ema": sum(t.nbytes for t in held.ema.values()),
             "state": sum(p.tensor.nbytes for p in held.pieces if p.role == "state"),
-        }  # fmt: skip
+        }
         peak = peak_bytes(self.device)
         return found if peak is None else {**found, "peak": peak}
 
@@ -383,10 +385,7 @@ class ZeroBackend(MeshBackend):
         import deepspeed
 
         found = super().describe_device()
-        return {
-            **found,
-            "framework": f"{found['framework']}, deepspeed {deepspeed.__version__}, stage {self.stage}",
-        }
+        return {**found, "framework": f"{found['framework']}, deepspeed {deepspeed.__version__}, stage {self.stage}"}
 
 
 class Zero1(ZeroBackend):

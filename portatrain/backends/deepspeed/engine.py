@@ -79,9 +79,11 @@ class Root(nn.Module):
         loss = model.forward(ops, batch)
         if not isinstance(loss, Loss):
             raise UserError(
-                type(model).__name__, expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__, do="Return a portatrain.ops.Loss from __call__(ops, batch).",
-            )  # fmt: skip
+                type(model).__name__,
+                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
+                got=type(loss).__name__,
+                do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+            )
         return loss.sum, loss.weight_B, loss.loss_B
 
 
@@ -110,22 +112,25 @@ def settings(stage: int) -> dict[str, Any]:
 def in_rows(flat: Tensor) -> Tensor:
     """A long vector in rows, of which norms are added in two steps."""
     n = flat.numel() // 4096
-    return torch.cat([
-        torch.linalg.vector_norm(flat[: n * 4096].view(n, 4096), dim=1), flat[n * 4096 :]
-    ]) if n > 1 else flat  # fmt: skip
+    return (
+        torch.cat([torch.linalg.vector_norm(flat[: n * 4096].view(n, 4096), dim=1), flat[n * 4096 :]])
+        if n > 1
+        else flat
+    )
 
 
-def boxes_of(
-    info: TensorInfo, role: str, index: tuple[int, ...], flat: Tensor, start: int
-) -> Iterator[LocalBox]:
+def boxes_of(info: TensorInfo, role: str, index: tuple[int, ...], flat: Tensor, start: int) -> Iterator[LocalBox]:
     lead, at = (1,) * len(index), 0
     for offset, shape in boxes_of_range(info.shape[info.stack_dims :], start, start + flat.numel()):
         n = math.prod(shape)
         part, whole = flat[at : at + n], (*lead, *shape)
         yield LocalBox(
-            name=info.name, role=role, offset=(*index, *offset), shape=whole,
+            name=info.name,
+            role=role,
+            offset=(*index, *offset),
+            shape=whole,
             fetch=functools.partial(_fetched, part, whole),
-        )  # fmt: skip
+        )
         at += n
 
 

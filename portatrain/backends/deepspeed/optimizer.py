@@ -48,10 +48,15 @@ class FlatOptimizer(torch.optim.Optimizer):
                     continue
                 slots = self.slots_of(flat)
                 delta, new = self.rule.update(
-                    namespace, info=self.info, grad=flat.grad, param=flat, slots=slots, decay=group["decay"],
+                    namespace,
+                    info=self.info,
+                    grad=flat.grad,
+                    param=flat,
+                    slots=slots,
+                    decay=group["decay"],
                     scale=torch.tensor(self.scale, dtype=torch.float32, device=flat.device),
                     count=torch.tensor(float(self.count), device=flat.device),
-                )  # fmt: skip
+                )
                 flat.add_(delta)
                 for slot, value in new.items():
                     slots[slot].copy_(value)

@@ -67,12 +67,16 @@ def attention(
     at_q, at_k = positions if positions is not None else (jnp.arange(s), jnp.arange(t))
     of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     options = {
-        "causal": causal, "window": window, "softcap": softcap, "precision": precision,
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "precision": precision,
         "scale": d**-0.5 if scale is None else scale,
         # Only then may a query see nothing: in place, it sees itself at least.
         "may_be_blind": positions is not None or isinstance(segment_ids, tuple)
-        if may_be_blind is None else may_be_blind,
-    }  # fmt: skip
+        if may_be_blind is None
+        else may_be_blind,
+    }
     rows, heads, parts = shards
     n = chunks(-(-b // rows), -(-h // heads), s // parts, t) if s % parts == 0 else 1
     if n == 1:
@@ -94,22 +98,11 @@ def attention(
 
 
 def _seen(
-    options: Mapping[str, Any],
-    q_BKGSD: Any,
-    at_q: Any,
-    of_q: Any,
-    k_BKTD: Any,
-    at_k: Any,
-    of_k: Any,
-    v_BKTD: Any,
+    options: Mapping[str, Any], q_BKGSD: Any, at_q: Any, of_q: Any, k_BKTD: Any, at_k: Any, of_k: Any, v_BKTD: Any
 ) -> Any:
     """(B, K, G, S, D): what these queries see of all keys."""
     scores = options["scale"] * jnp.einsum(
-        "bkgsd,bktd->bkgst",
-        q_BKGSD,
-        k_BKTD,
-        precision=options["precision"],
-        preferred_element_type=jnp.float32,
+        "bkgsd,bktd->bkgst", q_BKGSD, k_BKTD, precision=options["precision"], preferred_element_type=jnp.float32
     )
     if (cap := options["softcap"]) is not None:
         scores = cap * jnp.tanh(scores / cap)
@@ -121,9 +114,12 @@ def _seen(
     if mask is not None and options["may_be_blind"]:
         weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum(
-        "bkgst,bktd->bkgsd", weights.astype(v_BKTD.dtype), v_BKTD, precision=options["precision"],
+        "bkgst,bktd->bkgsd",
+        weights.astype(v_BKTD.dtype),
+        v_BKTD,
+        precision=options["precision"],
         preferred_element_type=v_BKTD.dtype,
-    )  # fmt: skip
+    )
 
 
 class _Cut:
@@ -136,9 +132,7 @@ class _Cut:
         """(..., S, ...) -> (n, ..., S/n, ...)."""
         shape, each = x.shape, x.shape[axis] // (self.n * self.parts)
         x = x.reshape(*shape[:axis], self.parts, self.n, each, *shape[axis + 1 :])
-        return jnp.moveaxis(x, axis + 1, 0).reshape(
-            self.n, *shape[:axis], self.parts * each, *shape[axis + 1 :]
-        )
+        return jnp.moveaxis(x, axis + 1, 0).reshape(self.n, *shape[:axis], self.parts * each, *shape[axis + 1 :])
 
     def back(self, x: Any, axis: int) -> Any:
         """(n, ..., S/n, ...) -> (..., S, ...)."""

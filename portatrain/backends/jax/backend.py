@@ -114,9 +114,7 @@ class JaxBackend:
             spec[share.dim] = (*spec[share.dim], *share.axes)
         return NamedSharding(self.devices, partition_spec(tuple(spec)))
 
-    def _place(
-        self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], lies: NamedSharding
-    ) -> Any:
+    def _place(self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], lies: NamedSharding) -> Any:
         """A global array that lies as `lies` says, every local shard of it from `draw(offset, shape)`."""
 
         def shard(index: Any) -> np.ndarray:
@@ -137,15 +135,8 @@ class JaxBackend:
         return {
             "params": {n: make(t, "params") for n, t in self.definition.params.items()},
             "state": {n: make(t, "state") for n, t in self.definition.states.items()},
-            "ema": {
-                n: make(averaged(t), "ema")
-                for n, t in self.definition.params.items()
-                if n in self.program.ema
-            },
-            "opt": RuleState(
-                self._replicated if count is None else self._whole(np.int32(count)),
-                slots,
-            ),
+            "ema": {n: make(averaged(t), "ema") for n, t in self.definition.params.items() if n in self.program.ema},
+            "opt": RuleState(self._replicated if count is None else self._whole(np.int32(count)), slots),
         }
 
     def _whole(self, value: np.int32) -> Any:
@@ -158,18 +149,17 @@ class JaxBackend:
     def init_state(self) -> State:
         def make(tensor: TensorInfo, role: str) -> Any:
             return self._place(
-                tensor, lambda at, shape: initial_box(tensor, self.program.seed, at, shape),
+                tensor,
+                lambda at, shape: initial_box(tensor, self.program.seed, at, shape),
                 self._sharding(tensor, role),
-            )  # fmt: skip
+            )
 
         return self._assemble(make, 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> State:
         return self.restore_shared(read, {})
 
-    def restore_shared(
-        self, read: Callable[[str, str, tuple, tuple], np.ndarray], shares: Mapping[Any, Any]
-    ) -> State:
+    def restore_shared(self, read: Callable[[str, str, tuple, tuple], np.ndarray], shares: Mapping[Any, Any]) -> State:
         def make(tensor: TensorInfo, role: str) -> Any:
             share, lies = shares.get((role, tensor.name)), self._sharding(tensor, role)
             parts = self._sharding(tensor, role, share)
@@ -187,8 +177,9 @@ class JaxBackend:
             raise UserError(
                 type(self.definition.model).__name__,
                 expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__, do="Return a portatrain.ops.Loss from __call__(ops, batch).",
-            )  # fmt: skip
+                got=type(loss).__name__,
+                do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+            )
         total = loss.sum
         for aux in ops.auxes.values():
             if aux.loss:
@@ -286,9 +277,7 @@ class JaxBackend:
             axes = (None, "batch") + (None,) * (len(shape) - 2)
             placed = NamedSharding(self.devices, partition_spec(self.layout.spec(axes)))
             shapes[key] = jax.ShapeDtypeStruct(shape, dtype, sharding=placed)
-        step, scale = (
-            jax.ShapeDtypeStruct((), d, sharding=self._replicated) for d in (jnp.int32, jnp.float32)
-        )
+        step, scale = (jax.ShapeDtypeStruct((), d, sharding=self._replicated) for d in (jnp.int32, jnp.float32))
         return self._steps, (state, shapes, step, scale)
 
     def gradients(self, state: State, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
@@ -328,11 +317,7 @@ class JaxBackend:
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """As many rows as divide over the mesh; the last one again where they do not."""
         more = -next(iter(batch.values())).shape[0] % self.layout.mesh.over(self.layout.spec(("batch",))[0])
-        return (
-            {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
-            if more
-            else batch
-        )
+        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()} if more else batch
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """The batch on the devices; axis `lead` is the samples'."""
@@ -357,9 +342,12 @@ class JaxBackend:
                 for shard in array.addressable_shards:
                     bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
                     yield LocalBox(
-                        name=name, role=role, offset=tuple(b[0] for b in bounds), shape=shard.data.shape,
+                        name=name,
+                        role=role,
+                        offset=tuple(b[0] for b in bounds),
+                        shape=shard.data.shape,
                         fetch=functools.partial(np.array, shard.data),
-                    )  # fmt: skip
+                    )
         count = state["opt"].count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
 
@@ -396,10 +384,13 @@ class JaxBackend:
     def _bare(cls, context: Context) -> JaxOps:
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
         return JaxOps(
-            step=jnp.int32(context.step), seed_2=jnp.asarray(hashing.words(context.seed), jnp.int32),
-            sample=jnp.asarray(sample_words(sample)), layer=jnp.int32(0), training=context.training,
+            step=jnp.int32(context.step),
+            seed_2=jnp.asarray(hashing.words(context.seed), jnp.int32),
+            sample=jnp.asarray(sample_words(sample)),
+            layer=jnp.int32(0),
+            training=context.training,
             compute=COMPUTE[context.precision],
-        )  # fmt: skip
+        )
 
     @classmethod
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
@@ -407,9 +398,7 @@ class JaxBackend:
         return jax.tree.map(np.asarray, jax.jit(lambda a: fn(cls._bare(context), *a))(args))
 
     @classmethod
-    def differentiate(
-        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
-    ) -> tuple[Any, tuple]:
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         args = jax.tree.map(jnp.asarray, args)
         floating = tuple(i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating))
         run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._bare(context), *a), argnums=floating))
@@ -441,18 +430,12 @@ def _is_max(path: Any) -> bool:
 def _join(a: Any, b: Any) -> Any:
     """Accumulate two microbatches: sums, but for the maxima of auxes."""
     grads = jax.tree.map(jnp.add, a[0], b[0])
-    auxes = jax.tree_util.tree_map_with_path(
-        lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3]
-    )
+    auxes = jax.tree_util.tree_map_with_path(lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3])
     return grads, a[1] + b[1], a[2] + b[2], auxes, jax.tree.map(jnp.add, a[4], b[4])
 
 
 def _start(shapes: Any) -> Any:
     # Sums are float32 whatever their terms are.
-    zeros = jax.tree.map(
-        lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes
-    )
-    auxes = jax.tree_util.tree_map_with_path(
-        lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3]
-    )
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes)
+    auxes = jax.tree_util.tree_map_with_path(lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3])
     return (*zeros[:3], auxes, zeros[4])

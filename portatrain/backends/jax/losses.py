@@ -52,8 +52,17 @@ class Cut:
         return self if divides else Cut(table=self.table, stored=self.stored)
 
 
-def cross_entropy(x: Any, table_VE: Any, targets: Any, mask: Any, *, z_loss: float, softcap: float | None,
-                  precision: Any, cut: Cut = Cut()) -> tuple[Any, Any, Any]:  # fmt: skip
+def cross_entropy(
+    x: Any,
+    table_VE: Any,
+    targets: Any,
+    mask: Any,
+    *,
+    z_loss: float,
+    softcap: float | None,
+    precision: Any,
+    cut: Cut = Cut(),
+) -> tuple[Any, Any, Any]:
     """(sum, loss_B, weight_B); see `portatrain.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
@@ -123,17 +132,13 @@ def _added(dtable_RPVE: Any, cut: Cut) -> Any:
                 rest = tuple(axis for axis in batch + seq if axis not in columns)
                 return (jax.lax.psum(part, rest) if rest else part).T
 
-            add = jax.shard_map(
-                mine, mesh=sums.mesh, in_specs=sums.spec, out_specs=stored.spec, check_vma=False
-            )
+            add = jax.shard_map(mine, mesh=sums.mesh, in_specs=sums.spec, out_specs=stored.spec, check_vma=False)
             return add(laid(dtable_RPVE, sums))
     return laid(jnp.sum(dtable_RPVE, axis=(0, 1)), stored)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _cross_entropy(
-    options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any
-) -> tuple[Any, Any]:
+def _cross_entropy(options: tuple, x_BSE: Any, table_VE: Any, targets_BS: Any, mask_BS: Any) -> tuple[Any, Any]:
     n, cut = options[-2:]
     table_VE = laid(table_VE, cut.table)
     parts = _split_all(n, cut, x_BSE, targets_BS, mask_BS)

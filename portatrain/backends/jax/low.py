@@ -22,11 +22,7 @@ def transposable(spec: str) -> bool:
     if terms.count(",") != 1:
         return False
     x, w = terms.split(",")
-    return (
-        all(len(set(t)) == len(t) for t in (x, w, out))
-        and set(x) ^ set(w) <= set(out)
-        and set(out) <= {*x, *w}
-    )
+    return all(len(set(t)) == len(t) for t in (x, w, out)) and set(x) ^ set(w) <= set(out) and set(out) <= {*x, *w}
 
 
 def laid(x: Any, sharding: Any) -> Any:

@@ -27,15 +27,20 @@ def native_class(portable: type[Module]) -> type:
         for name, value in attributes.items():
             setattr(self, name, value)
 
-    return type(portable.__name__, (portable, nnx.Module), {
-        "__init__": __init__, "__module__": portable.__module__, "__doc__": portable.__doc__,
-        "__hash__": nnx.Module.__hash__, "__eq__": nnx.Module.__eq__,
-    })  # fmt: skip
+    return type(
+        portable.__name__,
+        (portable, nnx.Module),
+        {
+            "__init__": __init__,
+            "__module__": portable.__module__,
+            "__doc__": portable.__doc__,
+            "__hash__": nnx.Module.__hash__,
+            "__eq__": nnx.Module.__eq__,
+        },
+    )
 
 
-def lower(
-    definition: Definition, array: Callable[[str, str], Any]
-) -> tuple[nnx.Module, dict[tuple, tuple[str, str]]]:
+def lower(definition: Definition, array: Callable[[str, str], Any]) -> tuple[nnx.Module, dict[tuple, tuple[str, str]]]:
     """The native module, its arrays from `array(role, name)`, and for every nnx path the (role, name) found there.
 
     A tied parameter is one nnx.Param under several paths, all of which the map has. Its metadata has `axes`, the

@@ -27,9 +27,11 @@ def join() -> None:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise UserError(
-                f"process {processes.rank()} of {n}", expected="MASTER_ADDR and MASTER_PORT, where process 0 listens",
-                got=f"no {' and no '.join(missing)}", do="Start it with --processes, or a launcher that sets them.",
-            )  # fmt: skip
+                f"process {processes.rank()} of {n}",
+                expected="MASTER_ADDR and MASTER_PORT, where process 0 listens",
+                got=f"no {' and no '.join(missing)}",
+                do="Start it with --processes, or a launcher that sets them.",
+            )
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(
             coordinator_address=f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}",
@@ -41,9 +43,7 @@ def join() -> None:
 
 
 def device_mesh(
-    mesh: Mesh,
-    devices: Sequence[Any] | None = None,
-    order: Callable[[Sequence[Any]], Sequence[Any]] | None = None,
+    mesh: Mesh, devices: Sequence[Any] | None = None, order: Callable[[Sequence[Any]], Sequence[Any]] | None = None
 ) -> jax.sharding.Mesh:
     """The JAX mesh of a portable one: over `devices` as they come; where none are given, over the first devices of one
     process or all devices of several, in `order`.
@@ -56,9 +56,11 @@ def device_mesh(
     if len(there) < mesh.devices or (many and len(there) != mesh.devices):
         of = f" in {jax.process_count()} processes" if many else ""
         raise UserError(
-            f"mesh {mesh}", expected=f"{mesh.devices} devices", got=f"{len(there)} {there[0].platform} device(s){of}",
+            f"mesh {mesh}",
+            expected=f"{mesh.devices} devices",
+            got=f"{len(there)} {there[0].platform} device(s){of}",
             do="Use a mesh of as many; on a CPU, --devices N simulates N devices.",
-        )  # fmt: skip
+        )
     there = there[: mesh.devices]
     if devices is None and order is not None:
         there = list(order(there))

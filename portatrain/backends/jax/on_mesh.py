@@ -56,8 +56,15 @@ class OnMesh:
         axes = p.get_metadata().get("axes")
         if self.layout is None or self.devices is None or axes is None:
             return ()
-        info = TensorInfo(name="a parameter", role="params", shape=tuple(plain(p).shape), axes=axes,
-                          batch_dims=0, inputs=0, init=Constant(value=0.0))  # fmt: skip
+        info = TensorInfo(
+            name="a parameter",
+            role="params",
+            shape=tuple(plain(p).shape),
+            axes=axes,
+            batch_dims=0,
+            inputs=0,
+            init=Constant(value=0.0),
+        )
         return self.layout.tensor_spec(info, role=role)
 
     def _named(self, spec: Spec) -> NamedSharding:
@@ -116,14 +123,10 @@ class OnMesh:
         rows, heads, parts = self._shards("batch", "heads", "seq")
         b, s = q_BSHD.shape[:2]
         segments = options.get("segment_ids")
-        in_place = (
-            k_BTKD.shape[1] == s and options.get("positions") is None and not isinstance(segments, tuple)
-        )
+        in_place = k_BTKD.shape[1] == s and options.get("positions") is None and not isinstance(segments, tuple)
         if self.layout is None or self.devices is None or parts == 1 or b % rows or s % parts or not in_place:
             return run(q_BSHD, k_BTKD, v_BTKD, shards=(rows, heads, parts), **options)
-        batch, seq, kv, split = (
-            self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads", "heads")
-        )
+        batch, seq, kv, split = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads", "heads"))
         kv = () if k_BTKD.shape[2] % self.layout.mesh.over(kv) else kv
         used, stored = self._named((batch, (), kv, ())), self._named((batch, seq, kv, ()))
         # Every part of the positions is a sample of its own, with keys and values of all positions. So their gradients

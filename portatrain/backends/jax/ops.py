@@ -34,9 +34,11 @@ def saveable(policy: Policy) -> Any:
         return known.dots_with_no_batch_dims_saveable
     if policy.offload:
         return known.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=sorted(policy.names), offload_src="device",
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=sorted(policy.names),
+            offload_src="device",
             offload_dst="pinned_host",
-        )  # fmt: skip
+        )
     return known.save_only_these_names(*sorted(policy.names))
 
 
@@ -100,14 +102,9 @@ class JaxOps(OnMesh):
             product = contraction(spec, self.compute, w.dtype, self._gathering(operands[-1]), x, w)
             return self._along(product, out, split)
         arrays = [self.weight(x) if isinstance(x, nnx.Param) else plain(x) for x in operands]
-        arrays = [
-            self._along(x.astype(self.compute), its, split) for x, its in zip(arrays, terms, strict=True)
-        ]
+        arrays = [self._along(x.astype(self.compute), its, split) for x, its in zip(arrays, terms, strict=True)]
         product = jnp.einsum(
-            spec,
-            *arrays,
-            precision=self._precision,
-            preferred_element_type=DTYPES[dtype] if dtype else self.compute,
+            spec, *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
         )
         return self._along(product, out, split)
 
@@ -239,12 +236,26 @@ class JaxOps(OnMesh):
 
     # ---- losses
 
-    def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, mask: Any = None, z_loss: float = 0.0,
-                      softcap: float | None = None) -> Loss:  # fmt: skip
+    def cross_entropy(
+        self,
+        x: Any,
+        table_VE: Any,
+        targets: Any,
+        *,
+        mask: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Loss:
         total, loss_B, weight_B = cross_entropy(
-            x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap,
-            precision=self._precision, cut=self._cut(table_VE),
-        )  # fmt: skip
+            x,
+            self.weight(table_VE),
+            targets,
+            mask,
+            z_loss=z_loss,
+            softcap=softcap,
+            precision=self._precision,
+            cut=self._cut(table_VE),
+        )
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:

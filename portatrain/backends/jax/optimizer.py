@@ -39,9 +39,14 @@ def kept(value: Any, info: TensorInfo, role: str, seed: int, count: Any) -> Any:
     if info.dtype != "bfloat16":
         return value
     words = precision.noise(
-        jnp.asarray(hashing.words(seed), jnp.int32), count, role, info.name, (0,) * value.ndim, value.shape,
+        jnp.asarray(hashing.words(seed), jnp.int32),
+        count,
+        role,
+        info.name,
+        (0,) * value.ndim,
+        value.shape,
         lambda n: jnp.arange(n, dtype=jnp.int32),
-    )  # fmt: skip
+    )
     bits = precision.rounded_bits(jax.lax.bitcast_convert_type(value, jnp.int32), words)
     return jax.lax.bitcast_convert_type(bits, jnp.float32).astype(jnp.bfloat16)
 
@@ -60,18 +65,21 @@ def transformation(
                 slots.setdefault(slot, {})[name] = jnp.zeros(what.shape, what.dtype)
         return RuleState(jnp.zeros((), jnp.int32), slots)
 
-    def update(
-        grads: Mapping[str, Any], state: RuleState, params: Any = None, *, scale: Any, **_: Any
-    ) -> Any:
+    def update(grads: Mapping[str, Any], state: RuleState, params: Any = None, *, scale: Any, **_: Any) -> Any:
         count = state.count + 1
         deltas, slots = {}, {slot: dict(named) for slot, named in state.slots.items()}
         for name, grad in grads.items():
             info = infos[name]
             deltas[name], new = rule.rule_for(info).update(
-                xp, info=info, grad=grad, param=_wide(params[name]),
+                xp,
+                info=info,
+                grad=grad,
+                param=_wide(params[name]),
                 slots={slot: _wide(named[name]) for slot, named in state.slots.items() if name in named},
-                scale=scale, count=count.astype(jnp.float32), decay=name in decay,
-            )  # fmt: skip
+                scale=scale,
+                count=count.astype(jnp.float32),
+                decay=name in decay,
+            )
             for slot, value in new.items():
                 what = slot_infos[name][slot]
                 slots[slot][name] = kept(value, what, what.role, seed, count)

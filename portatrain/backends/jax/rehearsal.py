@@ -12,11 +12,7 @@ from portatrain.state import slot_tensors
 
 
 def norms(
-    definition: Definition,
-    rule: Any,
-    state: Mapping[str, Any],
-    grads: Mapping[str, Any],
-    deltas: Mapping[str, Any],
+    definition: Definition, rule: Any, state: Mapping[str, Any], grads: Mapping[str, Any], deltas: Mapping[str, Any]
 ) -> dict[str, Any]:
     """By 'ROLE/NAME' the 2-norm of every tensor of `state` and, as 'grad/NAME' and 'update/NAME', of `grads` and
     `deltas`; each has the axes of the tensor's Stacks."""

@@ -23,15 +23,11 @@ class ReferenceBackend:
     @classmethod
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
         """`fn(ops, *args)`; floating arguments become float64, results are NumPy arrays."""
-        ops = cls.operations(
-            seed=context.seed, step=context.step, sample=context.sample, training=context.training
-        )
+        ops = cls.operations(seed=context.seed, step=context.step, sample=context.sample, training=context.training)
         return tree_map(np.asarray, fn(ops, *(tree_map(as_reference, arg) for arg in args)))
 
     @classmethod
-    def differentiate(
-        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
-    ) -> tuple[Any, tuple]:
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         """(value, gradients with respect to every floating array of `args`, None for the others), element by element
         from differences: for small arrays, as it calls `fn` four times an element."""
 

@@ -39,9 +39,7 @@ class ReferenceOps:
         self.training = training
         self.step = np.asarray(step, np.int32)
         self.layer = np.asarray(0, np.int32)
-        self.sample = np.array(
-            [hashing.words(int(n)) for n in sample] if sample is not None else [], np.int32
-        )
+        self.sample = np.array([hashing.words(int(n)) for n in sample] if sample is not None else [], np.int32)
         self._seed_2 = np.array(hashing.words(seed), np.int32)
         self._values = values or {}
         self._index: tuple[int, ...] = ()
@@ -77,12 +75,7 @@ class ReferenceOps:
         return y if bias is None else y + bias
 
     def rope_table(
-        self,
-        positions: Array,
-        head_dim: int,
-        *,
-        theta: float = 10000.0,
-        scaling: RopeScaling | None = None,
+        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
     ) -> tuple[Array, Array]:
         frequencies = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
         frequencies = frequencies if scaling is None else scaling.applied(frequencies)

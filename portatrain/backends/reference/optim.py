@@ -108,9 +108,7 @@ def _sgd(rule: SGD, p: Float, g: Float, s: State, eta: float) -> tuple[Float, St
     return p - eta * ahead, {"m": velocity}
 
 
-def _adafactor(
-    rule: Adafactor, p: Float, g: Float, s: State, eta: float, t: int, inputs: int
-) -> tuple[Float, State]:
+def _adafactor(rule: Adafactor, p: Float, g: Float, s: State, eta: float, t: int, inputs: int) -> tuple[Float, State]:
     """arXiv:1804.04235, algorithm 4 (matrices) and 5 (vectors), beta2 of equation in section 7.2."""
     beta2 = 1 - float(t) ** -rule.decay_rate
     squares = g**2 + rule.eps1

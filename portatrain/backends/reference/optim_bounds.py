@@ -95,9 +95,7 @@ def ratio(
         axes = tuple(range(info.batch_dims, len(info.shape)))
         difference = np.sqrt(np.sum(difference**2, axis=axes, keepdims=True)) + np.zeros(info.shape)
     pairs = [(difference, bound)]
-    pairs += [
-        (np.abs(np.asarray(first[1][k], np.float64) - second[1][k]), slot_bounds[k]) for k in slot_bounds
-    ]
+    pairs += [(np.abs(np.asarray(first[1][k], np.float64) - second[1][k]), slot_bounds[k]) for k in slot_bounds]
     smallest = float(np.finfo(np.float32).tiny)
     return max(float(np.max(x / np.maximum(most, smallest))) for x, most in pairs)
 
@@ -105,9 +103,7 @@ def ratio(
 def _operands(rule: Rule, g: Float, s: Mapping[str, Float], t: int) -> tuple[Float, dict[str, Float]]:
     """The largest operand on the way to the step over lr, and to each slot, of an elementwise rule."""
 
-    def largest(
-        *terms: Float,
-    ) -> Float:  # terms of a sum, or the sum itself, itself an operand of what follows
+    def largest(*terms: Float) -> Float:  # terms of a sum, or the sum itself, itself an operand of what follows
         return np.maximum(np.max(np.abs(terms), axis=0), np.abs(np.sum(terms, axis=0)))
 
     if isinstance(rule, AdamW):
@@ -141,12 +137,11 @@ def _adafactor(
     def average(e_mean: float) -> float:  # old * slot + new * mean, all of it positive
         return max(e_old + 1, e_new + e_square + e_mean + 1) + 1
 
-    exact = Adafactor(lr=1.0, decay_rate=rule.decay_rate, clip=rule.clip, eps1=rule.eps1, eps2=rule.eps2,
-                      relative=rule.relative)  # fmt: skip
-    slice_info = _slice(info)
-    after, new_slots = reference.step(
-        exact, slice_info, param=p, grad=g, slots=s, scale=1.0, count=t, decay=False
+    exact = Adafactor(
+        lr=1.0, decay_rate=rule.decay_rate, clip=rule.clip, eps1=rule.eps1, eps2=rule.eps2, relative=rule.relative
     )
+    slice_info = _slice(info)
+    after, new_slots = reference.step(exact, slice_info, param=p, grad=g, slots=s, scale=1.0, count=t, decay=False)
     direction = p - after
     if "v" in s:
         e_slots = {"v": average(0.0)}
@@ -197,16 +192,12 @@ def _muon(
     random, steady = 0.0, 2 * U * float(np.linalg.norm(x))  # reshape factor as float32, times lr
     for k in reversed(range(len(rule.coefficients))):
         most = float(gain.max())
-        mean_square = (0.5 * np.sum(gain[:, :-1] ** 2) + (long - short) * np.sum(gain[:, -1] ** 2)) / (
-            short * long
-        )
+        mean_square = (0.5 * np.sum(gain[:, :-1] ** 2) + (long - short) * np.sum(gain[:, -1] ** 2)) / (short * long)
         random = math.hypot(random, math.sqrt(mean_square) * rounding[k][0])
         steady += most * rounding[k][1]
         a, b, c = rule.coefficients[k]
         i, j = iterates[k][:, None], np.concatenate([iterates[k], -iterates[k], [0.0]])[None, :]
-        gain = gain * np.abs(
-            a + b * (i**2 + i * j + j**2) + c * (i**4 + i**3 * j + i**2 * j**2 + i * j**3 + j**4)
-        )
+        gain = gain * np.abs(a + b * (i**2 + i * j + j**2) + c * (i**4 + i**3 * j + i**2 * j**2 + i * j**3 + j**4))
     # n: constants as float32, products and sums, 3 errors for m and 3 more. Its norm: one factor common to all.
     steady += float(gain.max()) * 6 * U * float(np.linalg.norm(size_n)) / norm
     along = float(np.linalg.norm(np.diagonal(gain) * iterates[0]))
@@ -214,14 +205,18 @@ def _muon(
 
     after, _ = reference.step(
         Muon(lr=1.0, momentum=mu, nesterov=rule.nesterov, coefficients=rule.coefficients, eps=rule.eps),
-        _slice(info), param=p, grad=g, slots=s, scale=1.0, count=1, decay=False,
-    )  # fmt: skip
+        _slice(info),
+        param=p,
+        grad=g,
+        slots=s,
+        scale=1.0,
+        count=1,
+        decay=False,
+    )
     return (p - after, np.asarray(factor * (SIGMAS * random + steady))), {"m": 2 * 3 * U * size_m}
 
 
-def _newton_schulz_rounding(
-    x: Float, sigma: Float, quintic: tuple[float, float, float]
-) -> tuple[float, float]:
+def _newton_schulz_rounding(x: Float, sigma: Float, quintic: tuple[float, float, float]) -> tuple[float, float]:
     """Norms of what rounding adds in a X + (b G + c G G) X, G = X X^T: (its random, its steady part).
 
     Random: an element of A B with inner length k has standard deviation at most sqrt(k) u (|A| |B|) (Higham &

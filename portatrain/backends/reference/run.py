@@ -52,9 +52,7 @@ def forward(
     named = {**params, **states}
     values = {key: as_reference(named[name]) for key, name in definition.owners.items()}
     sample = context.sample if context.sample is not None else batch.get("sample")
-    ops = ReferenceOps(
-        seed=context.seed, step=context.step, sample=sample, training=context.training, values=values
-    )
+    ops = ReferenceOps(seed=context.seed, step=context.step, sample=sample, training=context.training, values=values)
     model = bind(definition.model, ops.value)
     value = getattr(model, method)(ops, {key: as_reference(array) for key, array in batch.items()})
     for key, added in ops.tallies.items():

@@ -63,9 +63,11 @@ class TorchBackend(Bare):
         check_device(row, program.precision)
         if program.precision == "bf16-state" and not hasattr(Tensor, "grad_dtype"):
             raise UserError(
-                "precision bf16-state on the torch backend", expected="torch 2.10 or newer, which sums gradients of "
-                "bfloat16 tensors in float32", got=f"torch {torch.__version__}", do="Use bf16, or a newer torch.",
-            )  # fmt: skip
+                "precision bf16-state on the torch backend",
+                expected="torch 2.10 or newer, which sums gradients of bfloat16 tensors in float32",
+                got=f"torch {torch.__version__}",
+                do="Use bf16, or a newer torch.",
+            )
         self.compiles = program.compile if program.compile is not None else row.compiles
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
@@ -81,8 +83,11 @@ class TorchBackend(Bare):
     def _made_runners(self) -> dict[str, Any]:
         """What runs blocks and losses: `TorchOps.run_block`, `run_again` and `losses`."""
         if not self.compiles:
-            return {"run_block": run_block, "run_again": rematerialised(self.remat, run_block),
-                    "losses": (token_losses, chunk_loss)}  # fmt: skip
+            return {
+                "run_block": run_block,
+                "run_again": rematerialised(self.remat, run_block),
+                "losses": (token_losses, chunk_loss),
+            }
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
         block = compiled(run_block)
         # A block that is computed again as a whole is compiled as it is; what is chosen in it, with the choice.
@@ -101,16 +106,16 @@ class TorchBackend(Bare):
         return compile_fx(graph, inputs)
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
-        static = Static(
-            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops
-        )
+        static = Static(training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops)
         sample = batch.get("sample")
         return self.ops(
-            static, *words(self.program.seed, step, self.device),
+            static,
+            *words(self.program.seed, step, self.device),
             sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
-            **self._runners, kept={},
-        )  # fmt: skip
+            **self._runners,
+            kept={},
+        )
 
     # ---- states
 
@@ -131,9 +136,7 @@ class TorchBackend(Bare):
             optimizer.set_count(count)
         for i, p in enumerate(state.pieces):
             if p.tensor in optimizer.infos:
-                for slot, info in slot_tensors(
-                    self.program.optimizer, self.definition.params[p.name]
-                ).items():
+                for slot, info in slot_tensors(self.program.optimizer, self.definition.params[p.name]).items():
                     slots = optimizer.state[p.tensor]
                     slots[optimizer.slot(p.tensor, slot)] = piece(info, info.role, p.index)
             if p.role == "params" and p.name in self.program.ema:
@@ -159,20 +162,15 @@ class TorchBackend(Bare):
                     p.tensor.grad_dtype = torch.float32  # microbatches are summed in it
         trained = [p for p in pieces if p.role == "params" and p.name in self.program.trainable]
         program = self.program
-        optimizer = RuleOptimizer(
-            program.optimizer, trained, self.definition.params, program.decay, program.seed
-        )
+        optimizer = RuleOptimizer(program.optimizer, trained, self.definition.params, program.decay, program.seed)
         return TorchState(module, pieces, optimizer, {})
 
     def init_state(self) -> TorchState:
-        return self._build(
-            lambda info, role, offset, shape: initial_box(info, self.program.seed, offset, shape), 0
-        )
+        return self._build(lambda info, role, offset, shape: initial_box(info, self.program.seed, offset, shape), 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> TorchState:
         return self._build(
-            lambda info, role, offset, shape: read(role, info.name, offset, shape),
-            int(read(COUNT, "", (), ())),
+            lambda info, role, offset, shape: read(role, info.name, offset, shape), int(read(COUNT, "", (), ()))
         )
 
     def lower(self) -> nn.Module:
@@ -189,8 +187,9 @@ class TorchBackend(Bare):
             raise UserError(
                 type(self.definition.model).__name__,
                 expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__, do="Return a portatrain.ops.Loss from __call__(ops, batch).",
-            )  # fmt: skip
+                got=type(loss).__name__,
+                do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+            )
         return loss, ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
@@ -212,9 +211,7 @@ class TorchBackend(Bare):
             # With one microbatch the weight is known before the backward pass, which then scales for free.
             objective = objective / self._over_rows(mine) if n == 1 else objective
             self._backward(state, objective)
-            mean, weight = (
-                (objective.detach(), mine) if n == 1 else (mean + objective.detach(), weight + mine)
-            )
+            mean, weight = (objective.detach(), mine) if n == 1 else (mean + objective.detach(), weight + mine)
             with torch.no_grad():
                 for key, found in ops.auxes.items():
                     auxes[key] = _join_aux(auxes.get(key), found)
@@ -274,9 +271,12 @@ class TorchBackend(Bare):
             state.optimizer.step(scale=scale)
             self._after(state, step, tallies)
         return state, StepResult(
-            loss=loss, grad_norm=norm, skipped=int(not good), weight=weight,
+            loss=loss,
+            grad_norm=norm,
+            skipped=int(not good),
+            weight=weight,
             aux={k: _aux_value(v) for k, v in auxes.items()},
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def _after(self, state: TorchState, step: int, tallies: dict[str, Tensor]) -> None:
@@ -284,9 +284,7 @@ class TorchBackend(Bare):
         if self.definition.states and (tallies or self._after_step):
             states = self._states(state)
             states = {n: s + tallies[n] if n in tallies else s for n, s in states.items()}
-            states = run_after_step(
-                self.definition, states, self._ops_after(step), lambda xs: torch.stack(list(xs))
-            )
+            states = run_after_step(self.definition, states, self._ops_after(step), lambda xs: torch.stack(list(xs)))
             for p in state.pieces:
                 if p.role == "state":
                     p.tensor.copy_(states[p.name][p.index] if p.index else states[p.name])
@@ -308,19 +306,12 @@ class TorchBackend(Bare):
             if p.role == "state":
                 parts.setdefault(p.name, []).append(p.tensor)
         infos = self.definition.states
-        return {
-            n: torch.stack(ts).reshape(infos[n].shape) if infos[n].stack_dims else ts[0]
-            for n, ts in parts.items()
-        }
+        return {n: torch.stack(ts).reshape(infos[n].shape) if infos[n].stack_dims else ts[0] for n, ts in parts.items()}
 
-    def gradients(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
-    ) -> tuple[float, Arrays]:
+    def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
         loss, *_ = self._accumulate(state, batch, step)
         self._grads(state)
-        found = {
-            n: np.zeros(self.definition.params[n].shape, np.float32) for n in sorted(self.program.trainable)
-        }
+        found = {n: np.zeros(self.definition.params[n].shape, np.float32) for n in sorted(self.program.trainable)}
         for p in state.pieces:
             if p.role == "params" and p.tensor.grad is not None:
                 found[p.name][p.index] = p.tensor.grad.cpu().numpy()
@@ -329,9 +320,7 @@ class TorchBackend(Bare):
 
     # ---- without an update
 
-    def rehearse(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
-    ) -> Arrays:
+    def rehearse(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         self._accumulate(state, batch, step)
         self._grads(state)
         norm, clip = float(self._norm(state)), self.program.clip_norm
@@ -350,9 +339,7 @@ class TorchBackend(Bare):
     def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         loss, ops = self._forward(state, self._put(batch), 0, False)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
-        return {
-            k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()
-        }
+        return {k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()}
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:

@@ -37,8 +37,10 @@ class Bare:
         return cls.ops(
             Static(context.training, COMPUTE[context.precision], ops=cls.ops),
             *words(context.seed, context.step, torch.device("cpu")),
-            sample=torch.from_numpy(sample_words(sample)), layer=torch.zeros((), dtype=torch.int32), kept={},
-        )  # fmt: skip
+            sample=torch.from_numpy(sample_words(sample)),
+            layer=torch.zeros((), dtype=torch.int32),
+            kept={},
+        )
 
     @classmethod
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
@@ -47,14 +49,11 @@ class Bare:
             return tree_map(lambda t: t.numpy(), fn(cls._bare(context), *args))
 
     @classmethod
-    def differentiate(
-        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
-    ) -> tuple[Any, tuple]:
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         args = tree_map(lambda a: torch.from_numpy(np.array(a)), args)
         floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
         value = fn(cls._bare(context), *args)
         grads = torch.autograd.grad(value, floating, allow_unused=True)
         return value.detach().numpy(), tuple(
-            np.zeros(t.shape, np.float32) if g is None else g.numpy()
-            for g, t in zip(grads, floating, strict=True)
+            np.zeros(t.shape, np.float32) if g is None else g.numpy() for g, t in zip(grads, floating, strict=True)
         )

@@ -61,13 +61,21 @@ DEVICES = {
     d.name: d
     for d in (
         Device(
-            name="cuda", type="cuda", collectives="nccl", present=lambda t: _there("cuda")(t) and not _hip(t),
-            attention=("flash", "cudnn", "efficient", "math"), compiles=True,
+            name="cuda",
+            type="cuda",
+            collectives="nccl",
+            present=lambda t: _there("cuda")(t) and not _hip(t),
+            attention=("flash", "cudnn", "efficient", "math"),
+            compiles=True,
             environment={"PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True": _ALLOCATOR},
         ),
         Device(
-            name="rocm", type="cuda", collectives="nccl", present=lambda t: _there("cuda")(t) and _hip(t),
-            attention=("flash", "efficient", "math"), compiles=True,
+            name="rocm",
+            type="cuda",
+            collectives="nccl",
+            present=lambda t: _there("cuda")(t) and _hip(t),
+            attention=("flash", "efficient", "math"),
+            compiles=True,
             environment={
                 "ROCR_VISIBLE_DEVICES=0,1": "the GPUs that a process may see, below HIP and torch",
                 "TORCH_BLAS_PREFER_HIPBLASLT=1": "matmuls by hipBLASLt",
@@ -76,28 +84,49 @@ DEVICES = {
             },
         ),
         Device(
-            name="xpu", type="xpu", collectives="xccl", present=_there("xpu"), attention=("flash", "math"),
+            name="xpu",
+            type="xpu",
+            collectives="xccl",
+            present=_there("xpu"),
+            attention=("flash", "math"),
             compiles=True,
         ),
         Device(
-            name="hpu", type="hpu", collectives="hccl", present=_there("hpu"), plugin="habana_frameworks.torch",
-            float64=False, environment={"PT_HPU_LAZY_MODE=0": "eager mode, which torch.compile and DTensor need"},
+            name="hpu",
+            type="hpu",
+            collectives="hccl",
+            present=_there("hpu"),
+            plugin="habana_frameworks.torch",
+            float64=False,
+            environment={"PT_HPU_LAZY_MODE=0": "eager mode, which torch.compile and DTensor need"},
         ),
         Device(
-            name="npu", type="npu", collectives="hccl", present=_there("npu"), plugin="torch_npu", float64=False,
+            name="npu",
+            type="npu",
+            collectives="hccl",
+            present=_there("npu"),
+            plugin="torch_npu",
+            float64=False,
             environment={"HCCL_BUFFSIZE=200": "MiB of each of a group's two buffers; many groups want smaller ones"},
         ),
         Device(
-            name="mps", type="mps", collectives=None, float64=False,
+            name="mps",
+            type="mps",
+            collectives=None,
+            float64=False,
             present=lambda t: bool(getattr(getattr(t.backends, "mps", None), "is_available", bool)()),
         ),
         Device(
-            name="cpu", type="cpu", collectives="gloo", present=lambda t: True, attention=("flash", "math"),
+            name="cpu",
+            type="cpu",
+            collectives="gloo",
+            present=lambda t: True,
+            attention=("flash", "math"),
             environment={"OMP_NUM_THREADS=1": "where several processes share the cores"},
             ran="every test of this project",
         ),
     )
-}  # fmt: skip
+}
 """In the order in which they are looked for."""
 
 
@@ -136,9 +165,11 @@ def check_device(row: Device, precision: str) -> None:
     """Raise UserError unless a program of this precision runs there."""
     if precision not in row.precisions:
         raise UserError(
-            f"precision {precision} on {row.name}", expected=f"one of {', '.join(row.precisions)}", got=precision,
+            f"precision {precision} on {row.name}",
+            expected=f"one of {', '.join(row.precisions)}",
+            got=precision,
             do="Choose one of those, or another device.",
-        )  # fmt: skip
+        )
 
 
 def local_device(row: Device, what: str) -> torch.device:
@@ -149,15 +180,19 @@ def local_device(row: Device, what: str) -> torch.device:
         return torch.device("cpu")
     if row.collectives is None:
         raise UserError(
-            what, expected="a kind of device with collectives between processes", got=row.name,
+            what,
+            expected="a kind of device with collectives between processes",
+            got=row.name,
             do="Use one process and a mesh of one device, or another machine.",
-        )  # fmt: skip
+        )
     module = getattr(torch, row.type)
     if local >= module.device_count():
         raise UserError(
-            what, expected="a device for every process of this machine",
-            got=f"{module.device_count()} {row.name} device(s) for process {local}", do="Start fewer processes on it.",
-        )  # fmt: skip
+            what,
+            expected="a device for every process of this machine",
+            got=f"{module.device_count()} {row.name} device(s) for process {local}",
+            do="Start fewer processes on it.",
+        )
     module.set_device(local)
     return torch.device(row.type, local)
 
@@ -175,6 +210,4 @@ def peak_bytes(device: torch.device) -> int | None:
 
 def device_name(device: torch.device) -> str:
     tell = getattr(getattr(torch, device.type, None), "get_device_name", None)
-    return (
-        f"{device.type} ({platform.machine()})" if device.type == "cpu" or tell is None else str(tell(device))
-    )
+    return f"{device.type} ({platform.machine()})" if device.type == "cpu" or tell is None else str(tell(device))

@@ -43,9 +43,11 @@ class MeshBackend(TorchBackend):
         eager = values or program.layout.mesh.expert > 1
         if eager and program.compile:
             raise UserError(
-                f"compile on mesh {program.layout.mesh}", expected="a mesh without expert, context or tensor axes",
-                got="compile=True", do="Leave compile out: blocks run eagerly on such a mesh.",
-            )  # fmt: skip
+                f"compile on mesh {program.layout.mesh}",
+                expected="a mesh without expert, context or tensor axes",
+                got="compile=True",
+                do="Leave compile out: blocks run eagerly on such a mesh.",
+            )
         if eager:
             self.compiles = False
             self._runners = self._made_runners()
@@ -131,9 +133,7 @@ class MeshBackend(TorchBackend):
         highs = [name for name in sorted(auxes) if "max" in auxes[name]]
         if highs:
             top = torch.stack([plain(auxes[name]["max"]) for name in highs])
-            for name, value in zip(
-                highs, self.world.all_reduce(top, BATCH_MESH_AXES, dist.ReduceOp.MAX), strict=True
-            ):
+            for name, value in zip(highs, self.world.all_reduce(top, BATCH_MESH_AXES, dist.ReduceOp.MAX), strict=True):
                 found[name]["max"] = value
         return loss, weight, found
 
@@ -144,9 +144,7 @@ class MeshBackend(TorchBackend):
     def _norm(self, state: TorchState) -> Tensor:
         return _sharded(state).norm()
 
-    def gradients(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
-    ) -> tuple[float, Arrays]:
+    def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
         """Whole gradients, on every process. For checks of small models."""
         loss, *_ = self._accumulate(state, batch, step)
         params = self.definition.params
@@ -213,9 +211,7 @@ class MeshBackend(TorchBackend):
 class MeshState(TorchState):
     """`TorchState` with what it takes to reduce gradients. Its pieces hold this process's parts."""
 
-    def __init__(
-        self, module: Any, pieces: Any, optimizer: Any, ema: dict[int, Tensor], sharded: Sharded
-    ) -> None:
+    def __init__(self, module: Any, pieces: Any, optimizer: Any, ema: dict[int, Tensor], sharded: Sharded) -> None:
         super().__init__(module, pieces, optimizer, ema)
         self.sharded = sharded
 

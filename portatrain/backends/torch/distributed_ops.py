@@ -67,9 +67,14 @@ class MeshOps(RowOps):
 
     def __post_init__(self) -> None:
         self.parts = TorchOps(
-            dataclasses.replace(self.static, ops=None), self.step, self.seed_2, self.sample, self.layer,
-            losses=self.losses, kept=self.kept,
-        )  # fmt: skip
+            dataclasses.replace(self.static, ops=None),
+            self.step,
+            self.seed_2,
+            self.sample,
+            self.layer,
+            losses=self.losses,
+            kept=self.kept,
+        )
         """The operations of one device, for local parts."""
 
     # ---- values and local parts
@@ -153,9 +158,7 @@ class MeshOps(RowOps):
                 here = letter is not None and letter in mine
                 placements[i].append(Shard(mine.index(letter)) if letter and here else Replicate())
                 grads[i].append(placements[i][m] if here or letter is None else Partial())
-            result.append(
-                Replicate() if letter is None else Shard(out.index(letter)) if letter in out else Partial()
-            )
+            result.append(Replicate() if letter is None else Shard(out.index(letter)) if letter in out else Partial())
         parts = [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)]
         return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
 
@@ -165,8 +168,7 @@ class MeshOps(RowOps):
         whole = self._keep(ids)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
         at = [
-            Replicate() if v else p if isinstance(p, Shard) else Replicate()
-            for v, p in zip(vocab, whole, strict=True)
+            Replicate() if v else p if isinstance(p, Shard) else Replicate() for v, p in zip(vocab, whole, strict=True)
         ]
         cut: list[Placement] = [Shard(0) if v else Replicate() for v in vocab]
         grads = [Shard(0) if v else b for v, b in zip(vocab, self._beside(at), strict=True)]
@@ -207,12 +209,11 @@ class MeshOps(RowOps):
     def rope(self, x_BSHD: Any, table: Any) -> Any:
         x = self._value(x_BSHD)
         at = self._keep(x, -1)
-        beside = tuple(Shard(t) if isinstance(p, Shard) and p.dim == 1 else Replicate()
-                       for p in at for t in [table[0].ndim - 2])  # fmt: skip
+        beside = tuple(
+            Shard(t) if isinstance(p, Shard) and p.dim == 1 else Replicate() for p in at for t in [table[0].ndim - 2]
+        )
         local = self._kept(
-            "local-rope",
-            (*table, beside),
-            lambda cos, sin, lie: (self._local(cos, lie), self._local(sin, lie)),
+            "local-rope", (*table, beside), lambda cos, sin, lie: (self._local(cos, lie), self._local(sin, lie))
         )
         return self._from(self.parts.rope(self._local(x, at), local), at)
 
@@ -253,14 +254,8 @@ class MeshOps(RowOps):
         """Local segment_ids and positions: for this process's queries, and for all keys."""
         cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
         segments, positions = options.get("segment_ids"), options.get("positions")
-        if (
-            positions is None
-            and any(cut)
-            and (options.get("causal", True) or options.get("window") is not None)
-        ):
-            positions = self._kept(
-                "positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t))
-            )
+        if positions is None and any(cut) and (options.get("causal", True) or options.get("window") is not None):
+            positions = self._kept("positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t)))
 
         def local(pair: Any) -> Any:
             if pair is None:
@@ -341,13 +336,23 @@ class MeshOps(RowOps):
 
     # ---- losses
 
-    def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, mask: Any = None, z_loss: float = 0.0,
-                      softcap: float | None = None) -> Loss:  # fmt: skip
+    def cross_entropy(
+        self,
+        x: Any,
+        table_VE: Any,
+        targets: Any,
+        *,
+        mask: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Loss:
         x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
         # Tokens stay cut over their own axes, but each process of the vocab's axis needs all of its row of logits.
-        at = [p if isinstance(p, Shard) and p.dim < x.ndim - 1 and not v else Replicate()
-              for p, v in zip(x.placements, vocab, strict=True)]  # fmt: skip
+        at = [
+            p if isinstance(p, Shard) and p.dim < x.ndim - 1 and not v else Replicate()
+            for p, v in zip(x.placements, vocab, strict=True)
+        ]
         local_x = self._local(x, at, [Partial() if v else p for p, v in zip(at, vocab, strict=True)])
         cut: list[Placement] = [Shard(0) if v else Replicate() for v in vocab]
         grads = [Shard(0) if v else b for v, b in zip(vocab, self._beside(at), strict=True)]
@@ -361,9 +366,15 @@ class MeshOps(RowOps):
         else:
             whole, chunk = self.losses
             total, loss_B, weight_B = cross_entropy(
-                local_x, local_table, local_targets, local_mask, z_loss=z_loss, softcap=softcap, whole=whole,
+                local_x,
+                local_table,
+                local_targets,
+                local_mask,
+                z_loss=z_loss,
+                softcap=softcap,
+                whole=whole,
                 chunk=chunk,
-            )  # fmt: skip
+            )
         over = self._beside(at)
         return Loss(*(self._made(self._from(v, over)) for v in (total, weight_B, loss_B)))
 
@@ -388,9 +399,10 @@ class MeshOps(RowOps):
                     continue  # as the layout does with parameters
                 raise UserError(
                     f"{what}, axis {axes[dim]!r} on mesh {layout.mesh}",
-                    expected=f"a size that {' x '.join(f'{a}={sizes[a]}' for a in mine)} divides", got=str(n),
+                    expected=f"a size that {' x '.join(f'{a}={sizes[a]}' for a in mine)} divides",
+                    got=str(n),
                     do="Choose another size, or a smaller mesh axis.",
-                )  # fmt: skip
+                )
             for a in mine:
                 lie[self.axes.index(a)] = Shard(dim)
         return x.redistribute(placements=lie)

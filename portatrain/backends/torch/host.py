@@ -28,6 +28,9 @@ def box(role: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor, at:
     """What this process holds of one layer, `index`, of a logical tensor: its part that begins `at` there."""
     lead = (1,) * len(index)
     return LocalBox(
-        name=info.name, role=role, offset=(*index, *at), shape=(*lead, *tensor.shape),
+        name=info.name,
+        role=role,
+        offset=(*index, *at),
+        shape=(*lead, *tensor.shape),
         fetch=lambda: to_numpy(tensor.detach().cpu()).copy().reshape((*lead, *tensor.shape)),
-    )  # fmt: skip
+    )

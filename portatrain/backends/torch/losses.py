@@ -20,12 +20,7 @@ CHUNK_BYTES = 64 << 20
 
 
 def token_losses(
-    x_CE: Tensor,
-    table_VE: Tensor,
-    targets_C: Tensor,
-    mask_C: Tensor | None,
-    z_loss: float,
-    softcap: float | None,
+    x_CE: Tensor, table_VE: Tensor, targets_C: Tensor, mask_C: Tensor | None, z_loss: float, softcap: float | None
 ) -> Tensor:
     """(C,), differentiable."""
     z = (x_CE @ table_VE.mT).float()
@@ -38,8 +33,9 @@ def token_losses(
     return loss_C if mask_C is None else loss_C * mask_C
 
 
-def chunk_loss(x_CE: Tensor, table_VE: Tensor, targets_C: Tensor, mask_C: Tensor | None, z_loss: float,
-               softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def chunk_loss(
+    x_CE: Tensor, table_VE: Tensor, targets_C: Tensor, mask_C: Tensor | None, z_loss: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of each token and the gradients of their sum: (loss_C, dx_CE, dtable_VE)."""
     z = (x_CE @ table_VE.mT).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -75,8 +71,17 @@ def scaled(gradients: Sequence[Tensor], g: Tensor, *, given: int) -> tuple[Tenso
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TE: Tensor, table_VE: Tensor, targets_T: Tensor, mask_T: Tensor | None, z_loss: float,
-                softcap: float | None, n: int, chunk: Callable[..., Any]) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x_TE: Tensor,
+        table_VE: Tensor,
+        targets_T: Tensor,
+        mask_T: Tensor | None,
+        z_loss: float,
+        softcap: float | None,
+        n: int,
+        chunk: Callable[..., Any],
+    ) -> tuple[Tensor, Tensor]:
         losses, dxs = [], []
         dtable: Any = None
         for x_CE, targets_C, mask_C in _cut(n, x_TE, targets_T, mask_T):

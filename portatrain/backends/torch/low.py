@@ -22,11 +22,7 @@ class _Rows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        return (
-            torch.ops.aten.embedding_dense_backward(g.float(), ids, ctx.rows, -1, False).to(ctx.kind),
-            None,
-            None,
-        )
+        return (torch.ops.aten.embedding_dense_backward(g.float(), ids, ctx.rows, -1, False).to(ctx.kind), None, None)
 
 
 def low_rows(table_VE: Tensor, ids: Tensor, compute: torch.dtype) -> Tensor:

@@ -20,10 +20,16 @@ from torch import nn
 def native_class(portable: type[Module]) -> type:
     """The nn.Module class of a portable class; always the same object."""
     base = nn.ModuleList if issubclass(portable, Stack) else nn.Module
-    return type(portable.__name__, (base, portable), {
-        "forward": portable.__call__, "__call__": nn.Module.__call__,
-        "__module__": portable.__module__, "__doc__": portable.__doc__,
-    })  # fmt: skip
+    return type(
+        portable.__name__,
+        (base, portable),
+        {
+            "forward": portable.__call__,
+            "__call__": nn.Module.__call__,
+            "__module__": portable.__module__,
+            "__doc__": portable.__doc__,
+        },
+    )
 
 
 @dataclass(frozen=True)

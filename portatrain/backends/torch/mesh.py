@@ -39,14 +39,18 @@ def check_processes(mesh: Mesh, processes: int | None) -> None:
     """Raise UserError unless `processes`, those that there are, are as many as the mesh has devices."""
     if processes is None:
         raise UserError(
-            f"mesh {mesh} on the torch backend", expected=f"{mesh.devices} processes, one a device", got="one process",
+            f"mesh {mesh} on the torch backend",
+            expected=f"{mesh.devices} processes, one a device",
+            got="one process",
             do=f"Start it with `portatrain train ... --devices {mesh.devices}` on one machine, or with torchrun.",
-        )  # fmt: skip
+        )
     if processes != mesh.devices:
         raise UserError(
-            f"mesh {mesh} on the torch backend", expected=f"{mesh.devices} processes, one a device", got=str(processes),
+            f"mesh {mesh} on the torch backend",
+            expected=f"{mesh.devices} processes, one a device",
+            got=str(processes),
             do=f"Use a mesh of {processes} devices, such as fsdp={processes}, or start {mesh.devices} processes.",
-        )  # fmt: skip
+        )
 
 
 def join(mesh: Mesh) -> torch.device:
@@ -65,9 +69,10 @@ def join(mesh: Mesh) -> torch.device:
     device = local_device(row, f"mesh {mesh}")
     if not dist.is_initialized():
         dist.init_process_group(
-            process_group_backend(row), timeout=timedelta(seconds=TIMEOUT_S),
+            process_group_backend(row),
+            timeout=timedelta(seconds=TIMEOUT_S),
             device_id=device if row.type == "cuda" else None,
-        )  # fmt: skip
+        )
         atexit.register(leave)
     return device
 

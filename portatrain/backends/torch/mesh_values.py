@@ -43,12 +43,7 @@ class Experts(torch.autograd.Function):
         if ctx.over_tensor is None:
             return whole
         return DTensor.from_local(
-            whole,
-            world.params["tensor"],
-            [ctx.over_tensor],
-            run_check=False,
-            shape=p.shape,
-            stride=p.stride(),
+            whole, world.params["tensor"], [ctx.over_tensor], run_check=False, shape=p.shape, stride=p.stride()
         )
 
     @staticmethod
@@ -110,12 +105,7 @@ class Kept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any) -> Any:
         return DTensor.from_local(
-            keep(x._local_tensor),
-            x.device_mesh,
-            x.placements,
-            run_check=False,
-            shape=x.shape,
-            stride=x.stride(),
+            keep(x._local_tensor), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
         )
 
     @staticmethod

@@ -115,12 +115,7 @@ class TorchOps:
         return (y if bias is None else y + by_sample(bias, y)).to(x.dtype)
 
     def rope_table(
-        self,
-        positions: Tensor,
-        head_dim: int,
-        *,
-        theta: float = 10000.0,
-        scaling: RopeScaling | None = None,
+        self, positions: Tensor, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
     ) -> tuple[Tensor, Tensor]:
         # Made on the host where the device may lack float64.
         there = positions.device if positions.device.type in ("cpu", "cuda") else torch.device("cpu")
@@ -226,8 +221,16 @@ class TorchOps:
 
     # ---- losses
 
-    def cross_entropy(self, x: Tensor, table_VE: Tensor, targets: Tensor, *, mask: Tensor | None = None,
-                      z_loss: float = 0.0, softcap: float | None = None) -> Loss:  # fmt: skip
+    def cross_entropy(
+        self,
+        x: Tensor,
+        table_VE: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Loss:
         whole, chunk = self.losses
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, whole=whole, chunk=chunk
@@ -248,9 +251,7 @@ class TorchOps:
     def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
         again = not self.static.remat.keeps_all and self.training and torch.is_grad_enabled()
         run = (self.run_again if again else None) or self.run_block or run_block
-        layers = (
-            self.layer * stack.n + torch.arange(stack.n, dtype=torch.int32, device=self.step.device)
-        ).unbind()
+        layers = (self.layer * stack.n + torch.arange(stack.n, dtype=torch.int32, device=self.step.device)).unbind()
         # A compiled block cannot keep anything: it makes masks and tables anew, fused into what uses them.
         kept = self.kept if self.run_block in (None, run_block) else None
         outside = set() if kept is None else kept.pop(NAMED, set())

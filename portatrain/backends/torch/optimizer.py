@@ -66,10 +66,7 @@ def slice_info(info: TensorInfo) -> TensorInfo:
 
 
 # The names of slots in torch's own optimizers.
-NATIVE_SLOTS: dict[type, dict[str, str]] = {
-    AdamW: {"m": "exp_avg", "v": "exp_avg_sq"},
-    SGD: {"m": "momentum_buffer"},
-}
+NATIVE_SLOTS: dict[type, dict[str, str]] = {AdamW: {"m": "exp_avg", "v": "exp_avg_sq"}, SGD: {"m": "momentum_buffer"}}
 
 
 def _native(rule: Any, params: list[Tensor], decays: bool) -> torch.optim.Optimizer:
@@ -89,9 +86,8 @@ class RuleOptimizer(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, rule: Rule, pieces: Sequence[Piece], infos: dict[str, TensorInfo], decay: frozenset[str],
-        seed: int = 0,
-    ) -> None:  # fmt: skip
+        self, rule: Rule, pieces: Sequence[Piece], infos: dict[str, TensorInfo], decay: frozenset[str], seed: int = 0
+    ) -> None:
         super().__init__([p.tensor for p in pieces], {})
         self.rule, self.decay, self.seed, self.count = rule, decay, seed, 0
         self.stacked = {p.tensor: (infos[p.name], p.index) for p in pieces}
@@ -135,9 +131,12 @@ class RuleOptimizer(torch.optim.Optimizer):
     def updated(self, rule: Rule, tensor: Tensor, slots: dict[str, Tensor], **options: Any) -> Any:
         """(what to add to `tensor`, the new slots), all in float32."""
         return rule.update(
-            options.pop("xp"), info=self.infos[tensor][0], param=tensor.float(),
-            slots={slot: value.float() for slot, value in slots.items()}, **options,
-        )  # fmt: skip
+            options.pop("xp"),
+            info=self.infos[tensor][0],
+            param=tensor.float(),
+            slots={slot: value.float() for slot, value in slots.items()},
+            **options,
+        )
 
     def keep(self, held: Tensor, value: Tensor, info: TensorInfo, role: str, index: tuple[int, ...]) -> None:
         """Store the new `value` of one layer's tensor in `held`, rounded stochastically where that is bfloat16."""
@@ -148,10 +147,13 @@ class RuleOptimizer(torch.optim.Optimizer):
         there = held.device
         words = precision.noise(
             torch.tensor(hashing.words(self.seed), dtype=torch.int32, device=there),
-            torch.tensor(self.count, dtype=torch.int32, device=there), role, info.name,
-            (*index, *offset), (*(1 for _ in index), *shape),
+            torch.tensor(self.count, dtype=torch.int32, device=there),
+            role,
+            info.name,
+            (*index, *offset),
+            (*(1 for _ in index), *shape),
             lambda n: torch.arange(n, dtype=torch.int32, device=there),
-        ).reshape(held.shape)  # fmt: skip
+        ).reshape(held.shape)
         held.copy_(precision.rounded_bits(value.contiguous().view(torch.int32), words).view(torch.float32))
 
     def delta(self, tensor: Tensor, grad: Tensor, scale: float) -> Tensor:
@@ -159,10 +161,15 @@ class RuleOptimizer(torch.optim.Optimizer):
         info, name = self.infos[tensor]
         mine = self.rule.rule_for(info)
         return self.updated(
-            mine, tensor, {slot: self.state[tensor][self.slot(tensor, slot)] for slot in mine.slots(info)}, xp=xp,
-            grad=grad, scale=torch.tensor(scale, dtype=torch.float32, device=tensor.device),
-            count=torch.tensor(float(self.count + 1), device=tensor.device), decay=name in self.decay,
-        )[0]  # fmt: skip
+            mine,
+            tensor,
+            {slot: self.state[tensor][self.slot(tensor, slot)] for slot in mine.slots(info)},
+            xp=xp,
+            grad=grad,
+            scale=torch.tensor(scale, dtype=torch.float32, device=tensor.device),
+            count=torch.tensor(float(self.count + 1), device=tensor.device),
+            decay=name in self.decay,
+        )[0]
 
     def set_count(self, count: int) -> None:
         """Go on from `count` applied steps."""
@@ -187,9 +194,15 @@ class RuleOptimizer(torch.optim.Optimizer):
             info, name = self.infos[tensor]
             slots = self.state[tensor]
             delta, new = self.updated(
-                self.rule.rule_for(info), tensor, slots, xp=xp, grad=tensor.grad, scale=scale_t, count=count_t,
+                self.rule.rule_for(info),
+                tensor,
+                slots,
+                xp=xp,
+                grad=tensor.grad,
+                scale=scale_t,
+                count=count_t,
                 decay=name in self.decay,
-            )  # fmt: skip
+            )
             whole, index = self.stacked[tensor]
             if tensor.dtype == torch.float32:
                 tensor.add_(delta)

@@ -75,9 +75,11 @@ def cut_of(layout: Layout, info: TensorInfo) -> Cut:
     n = info.stack_dims
     if any(held[:n]):
         raise UserError(
-            f"layout of {info.name} on the torch backend", expected="the axis of a Stack not to be cut",
-            got=f"{info.axes[:n]} over {held[:n]}", do="It holds one module a layer: map another axis.",
-        )  # fmt: skip
+            f"layout of {info.name} on the torch backend",
+            expected="the axis of a Stack not to be cut",
+            got=f"{info.axes[:n]} over {held[:n]}",
+            do="It holds one module a layer: map another axis.",
+        )
     return Cut(info.shape[n:], held[n:])
 
 
@@ -85,9 +87,11 @@ def check_layout(layout: Layout, params: dict[str, TensorInfo]) -> None:
     """Raise UserError for what the torch backend cannot do with this layout."""
     if layout.state is not None and layout.state != layout.params:
         raise UserError(
-            "layout on the torch backend", expected="optimizer state laid out as the parameters", got="a state mapping",
+            "layout on the torch backend",
+            expected="optimizer state laid out as the parameters",
+            got="a state mapping",
             do="Leave the state mapping out; on the jax backend it may differ.",
-        )  # fmt: skip
+        )
     for info in params.values():
         cut_of(layout, info)
 
@@ -164,9 +168,7 @@ class Sharded:
 
     def norm(self) -> Tensor:
         """() the 2-norm of the gradients of all logical tensors, each element counted once."""
-        mine = [
-            g for t in self.trained if self.world.first(t.copies_over) and (g := t.local.grad) is not None
-        ]
+        mine = [g for t in self.trained if self.world.first(t.copies_over) and (g := t.local.grad) is not None]
         square = torch.zeros((), device=self.world.device)
         if mine:
             square = torch.stack(torch._foreach_norm(mine)).square().sum()
@@ -174,10 +176,7 @@ class Sharded:
 
 
 def shard_module(
-    program: Program,
-    world: World,
-    value: Callable[[str, str, tuple[int, ...]], Tensor],
-    compute: torch.dtype,
+    program: Program, world: World, value: Callable[[str, str, tuple[int, ...]], Tensor], compute: torch.dtype
 ) -> Sharded:
     """The module of `program`, cut over `world`. `value(role, name, index)` is this process's part of a tensor."""
     definition = program.definition
@@ -216,9 +215,7 @@ def shard_module(
             over: tuple[str, ...] = () if _managed(world, cuts[p.name]) else (*REPLICAS, "fsdp")
             over += tuple(a for a in ("expert", "tensor") if a not in axes)
             copies = tuple(a for a, n in world.mesh.sizes.items() if n > 1 and a not in axes)
-            trained.append(
-                Trained(local, *places[0], tuple(a for a in over if world.mesh.sizes[a] > 1), copies)
-            )
+            trained.append(Trained(local, *places[0], tuple(a for a in over if world.mesh.sizes[a] > 1), copies))
     return Sharded(module, new, trained, world)
 
 
@@ -237,16 +234,18 @@ def _on_meta(world: World, cut: Cut, dtype: torch.dtype) -> Tensor:
         return local
     whole = torch.empty(cut.shape, dtype=dtype, device="meta")
     return DTensor.from_local(
-        local, world.params[names], [Replicate() if dim is None else Shard(dim) for dim in dims], run_check=False,
-        shape=whole.shape, stride=whole.stride(),
-    )  # fmt: skip
+        local,
+        world.params[names],
+        [Replicate() if dim is None else Shard(dim) for dim in dims],
+        run_check=False,
+        shape=whole.shape,
+        stride=whole.stride(),
+    )
 
 
 def _managed(world: World, cut: Cut) -> bool:
     """Whether FSDP2 holds the parameter: those that the layout does not cut over fsdp, and scalars, stay whole."""
-    return (
-        world.data_parallel is not None and cut.shape != () and (world.mesh.fsdp == 1 or "fsdp" in cut.axes)
-    )
+    return world.data_parallel is not None and cut.shape != () and (world.mesh.fsdp == 1 or "fsdp" in cut.axes)
 
 
 def _apply_fsdp(
@@ -269,9 +268,13 @@ def _apply_fsdp(
             param_dtype=low, reduce_dtype=torch.float32 if low else None, cast_forward_inputs=False
         )
         fully_shard(
-            part, mesh=mesh, reshard_after_forward=not root, shard_placement_fn=placement, mp_policy=policy,
+            part,
+            mesh=mesh,
+            reshard_after_forward=not root,
+            shard_placement_fn=placement,
+            mp_policy=policy,
             ignored_params=whole(part),
-        )  # fmt: skip
+        )
 
     for stack in reversed(list(module.modules())):
         if isinstance(stack, Stack):

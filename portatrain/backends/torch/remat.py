@@ -20,12 +20,14 @@ DOTS = frozenset({_aten.mm.default, _aten.addmm.default})
 ATTENTION = frozenset(
     getattr(_aten, name).default
     for name in (
-        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
         "_scaled_dot_product_fused_attention_overrideable",
     )
     if hasattr(_aten, name)
-)  # fmt: skip
+)
 """The kernels that `scaled_dot_product_attention` chooses from; without one it is written out in matmuls."""
 
 
@@ -47,9 +49,11 @@ def check_policy(policy: Policy) -> None:
     """Raise UserError for what this backend cannot do."""
     if policy.offload:
         raise UserError(
-            f"remat {policy.name!r} on the torch backend", expected="a policy that keeps activations on the device",
-            got="one that moves them to the host", do=f"Use keep:{'+'.join(sorted(policy.names))}, or --backend jax.",
-        )  # fmt: skip
+            f"remat {policy.name!r} on the torch backend",
+            expected="a policy that keeps activations on the device",
+            got="one that moves them to the host",
+            do=f"Use keep:{'+'.join(sorted(policy.names))}, or --backend jax.",
+        )
 
 
 def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any]:

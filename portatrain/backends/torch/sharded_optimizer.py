@@ -50,10 +50,13 @@ class ShardedOptimizer(RuleOptimizer):
         (stacked, _), slot_infos, world = self.stacked[tensor], self.slot_infos[tensor], self.world
         whole = {n: world.gather_tensor(slots[n].float(), self._spec(i)) for n, i in slot_infos.items()}
         delta, new = rule.update(
-            options.pop("xp"), info=self.infos[tensor][0], slots=whole,
+            options.pop("xp"),
+            info=self.infos[tensor][0],
+            slots=whole,
             grad=world.gather_tensor(options.pop("grad"), self._spec(stacked)),
-            param=world.gather_tensor(tensor.float(), self._spec(stacked)), **options,
-        )  # fmt: skip
+            param=world.gather_tensor(tensor.float(), self._spec(stacked)),
+            **options,
+        )
         return self._mine(delta, stacked), {n: self._mine(v, slot_infos[n]) for n, v in new.items()}
 
     def _mine(self, whole: Tensor, info: TensorInfo) -> Tensor:

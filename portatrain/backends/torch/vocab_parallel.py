@@ -17,9 +17,15 @@ from torch import Tensor
 
 
 def _chunk(
-    world: World, x_CE: Tensor, table_WE: Tensor, targets_C: Tensor, mask_C: Tensor | None, z_loss: float,
-    softcap: float | None, grads: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
+    world: World,
+    x_CE: Tensor,
+    table_WE: Tensor,
+    targets_C: Tensor,
+    mask_C: Tensor | None,
+    z_loss: float,
+    softcap: float | None,
+    grads: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(loss_C, this process's share of dx_CE, dtable_WE); the last two None without `grads`."""
     z = (x_CE @ table_WE.mT).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
@@ -53,14 +59,21 @@ def _chunk(
 
 class _VocabParallel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TE: Tensor, table_WE: Tensor, targets_T: Tensor, mask_T: Tensor | None, z_loss: float,
-                softcap: float | None, n: int, world: World) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x_TE: Tensor,
+        table_WE: Tensor,
+        targets_T: Tensor,
+        mask_T: Tensor | None,
+        z_loss: float,
+        softcap: float | None,
+        n: int,
+        world: World,
+    ) -> tuple[Tensor, Tensor]:
         grads = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         masks = [None] * n if mask_T is None else mask_T.tensor_split(n)
         losses, dxs, dtable = [], [], None
-        for x_CE, targets_C, mask_C in zip(
-            x_TE.tensor_split(n), targets_T.tensor_split(n), masks, strict=True
-        ):
+        for x_CE, targets_C, mask_C in zip(x_TE.tensor_split(n), targets_T.tensor_split(n), masks, strict=True):
             loss_C, dx, dw = _chunk(world, x_CE, table_WE, targets_C, mask_C, z_loss, softcap, grads)
             losses.append(loss_C)
             if dx is not None and dw is not None:
@@ -79,9 +92,15 @@ class _VocabParallel(torch.autograd.Function):
 
 
 def vocab_parallel_loss(
-    world: World, x: Tensor, table_WE: Tensor, targets: Tensor, mask: Tensor | None, *, z_loss: float,
+    world: World,
+    x: Tensor,
+    table_WE: Tensor,
+    targets: Tensor,
+    mask: Tensor | None,
+    *,
+    z_loss: float,
     softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, loss_B, weight_B) over the tokens that this process holds, the same on all of the tensor axis; see
     `portatrain.ops.Ops.cross_entropy`. The gradient of x is this process's share of a sum over the tensor axis."""
     b, tokens = targets.shape[0], targets.numel()

@@ -78,9 +78,7 @@ def _group_size(value: Any) -> int:
 
 def _moved(name: str, args: Any, out: Any) -> float:
     def nbytes(tree: Any) -> float:
-        return float(
-            sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, torch.Tensor))
-        )
+        return float(sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, torch.Tensor)))
 
     if "allreduce" in name or "all_reduce" in name:
         return 2 * nbytes(args[0])

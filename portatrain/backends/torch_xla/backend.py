@@ -72,40 +72,49 @@ class XlaBackend(TorchBackend):
         check_policy(self.remat)
         if program.precision == "bf16-state":
             raise UserError(
-                f"precision bf16-state on the {self.name} backend", expected="fp32 or bf16", got="bf16-state",
+                f"precision bf16-state on the {self.name} backend",
+                expected="fp32 or bf16",
+                got="bf16-state",
                 do="Use bf16, or --backend jax.",
-            )  # fmt: skip
+            )
         if program.compile:
             raise UserError(
-                f"compile on the {self.name} backend", expected="no choice, as XLA compiles the whole step",
-                got="compile=True", do="Leave compile out.",
-            )  # fmt: skip
+                f"compile on the {self.name} backend",
+                expected="no choice, as XLA compiles the whole step",
+                got="compile=True",
+                do="Leave compile out.",
+            )
         for info in self.definition.tensors.values():
             if len(info.shape) - info.stack_dims > xla.MOST_AXES and program.layout.mesh.devices > 1:
                 raise UserError(
-                    f"{info.name} on the {self.name} backend", expected=f"at most {xla.MOST_AXES} axes of its own",
-                    got=", ".join(info.axes[info.stack_dims :]), do="Join some, use one device, or --backend jax.",
-                )  # fmt: skip
+                    f"{info.name} on the {self.name} backend",
+                    expected=f"at most {xla.MOST_AXES} axes of its own",
+                    got=", ".join(info.axes[info.stack_dims :]),
+                    do="Join some, use one device, or --backend jax.",
+                )
             held = program.layout.tensor_spec(info)[: info.stack_dims]
             if any(program.layout.mesh.over(axes) > 1 for axes in held):
                 raise UserError(
-                    f"layout of {info.name} on the {self.name} backend", expected="the axis of a Stack not to be cut",
+                    f"layout of {info.name} on the {self.name} backend",
+                    expected="the axis of a Stack not to be cut",
                     got=f"{info.axes[: info.stack_dims]} over {held}",
                     do="It holds one module a layer: map another axis, or use --backend jax.",
-                )  # fmt: skip
+                )
 
     def _ops(self, batch: Mapping[str, Tensor], step: Any, training: bool) -> XlaOps:
         numbers = step if isinstance(step, Numbers) else self._numbers(step)
         xla.use_precision(self.program.precision)
-        static = Static(
-            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops
-        )
+        static = Static(training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops)
         sample = batch.get("sample")
         return self.ops(
-            static, numbers.ints_3[0], numbers.ints_3[1:],
+            static,
+            numbers.ints_3[0],
+            numbers.ints_3[1:],
             sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
-            layer=torch.zeros((), dtype=torch.int32, device=self.device), **self._runners, kept={},
-        )  # fmt: skip
+            layer=torch.zeros((), dtype=torch.int32, device=self.device),
+            **self._runners,
+            kept={},
+        )
 
     def _numbers(self, step: int, scale: float = 0.0) -> Numbers:
         ints = np.array([step, *hashing.words(self.program.seed)], np.int32)
@@ -168,9 +177,7 @@ class XlaBackend(TorchBackend):
         self._update(state, numbers, norm, good)
         self._follow(state, numbers, tallies, good)
         aux = {k: v["max"] if "max" in v else v["sum"] / float(v.get("count", 1.0)) for k, v in auxes.items()}
-        found = StepResult(
-            loss=loss, grad_norm=norm, skipped=1 - good.to(torch.int32), weight=weight, aux=aux
-        )
+        found = StepResult(loss=loss, grad_norm=norm, skipped=1 - good.to(torch.int32), weight=weight, aux=aux)
         state.optimizer.zero_grad(set_to_none=True)
         self._sync()
         return state, found
@@ -187,9 +194,7 @@ class XlaBackend(TorchBackend):
             delta, slots = self._delta(state, p.tensor, factor, numbers, count_1)
             infos = slot_tensors(self.program.optimizer, self.definition.params[p.name])
             for slot, value in slots.items():
-                self._set(
-                    optimizer.state[p.tensor][slot], value, good, self._spec(infos[slot], infos[slot].role)
-                )
+                self._set(optimizer.state[p.tensor][slot], value, good, self._spec(infos[slot], infos[slot].role))
             spec = self._spec(self.definition.params[p.name], "params")
             self._set(p.tensor, p.tensor + delta, good, spec)
         self._set(state.count_1, count_1, good, ((),))
@@ -199,26 +204,28 @@ class XlaBackend(TorchBackend):
         functions: Any = xp  # torch's have more signatures than rules use
         return None if clip is None else clip_scale(functions, norm, clip)
 
-    def _delta(
-        self, state: XlaState, tensor: Tensor, factor: Tensor | None, numbers: Numbers, count_1: Tensor
-    ) -> Any:
+    def _delta(self, state: XlaState, tensor: Tensor, factor: Tensor | None, numbers: Numbers, count_1: Tensor) -> Any:
         """(what the rule adds to `tensor` for its gradient times `factor`, its new slots)."""
         optimizer = state.optimizer
         info, name = optimizer.infos[tensor]
         grad = tensor.grad if factor is None else tensor.grad * factor  # type: ignore[operator]
         return optimizer.updated(
-            optimizer.rule.rule_for(info), tensor, optimizer.state[tensor], xp=xp, grad=grad,
-            scale=numbers.scale_1[0], count=count_1[0].float(), decay=name in self.program.decay,
-        )  # fmt: skip
+            optimizer.rule.rule_for(info),
+            tensor,
+            optimizer.state[tensor],
+            xp=xp,
+            grad=grad,
+            scale=numbers.scale_1[0],
+            count=count_1[0].float(),
+            decay=name in self.program.decay,
+        )
 
     @torch.no_grad()
     def _follow(self, state: XlaState, numbers: Any, tallies: dict[str, Tensor], good: Tensor) -> None:
         """Model States and averages, where `good`."""
         if self.definition.states and (tallies or self._after_step):
             states = {n: s + tallies[n] if n in tallies else s for n, s in self._states(state).items()}
-            states = run_after_step(
-                self.definition, states, self._ops_after(numbers), lambda xs: torch.stack(list(xs))
-            )
+            states = run_after_step(self.definition, states, self._ops_after(numbers), lambda xs: torch.stack(list(xs)))
             for p in state.pieces:
                 if p.role == "state":
                     value = states[p.name][p.index] if p.index else states[p.name]
@@ -234,9 +241,7 @@ class XlaBackend(TorchBackend):
         tensor.copy_(torch.where(good, value, tensor))
         self.devices.laid(tensor, spec)
 
-    def gradients(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
-    ) -> tuple[float, Arrays]:
+    def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
         numbers: Any = self._numbers(step)
         loss, *_ = self._accumulate(state, batch, numbers)
         self._grads(state)
@@ -251,18 +256,14 @@ class XlaBackend(TorchBackend):
 
     # ---- without an update
 
-    def rehearse(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
-    ) -> Arrays:
+    def rehearse(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         assert isinstance(state, XlaState)
         numbers: Any = self._numbers(step, scale)
         self._accumulate(state, batch, numbers)
         self._grads(state)
         factor = self._clip_factor(self._norm(state))
         count_1 = state.count_1 + 1
-        found = norms(
-            self, state, lambda tensor: self._delta(state, tensor, factor, numbers, count_1)[0], self._sync
-        )
+        found = norms(self, state, lambda tensor: self._delta(state, tensor, factor, numbers, count_1)[0], self._sync)
         state.optimizer.zero_grad(set_to_none=True)
         return found
 
@@ -305,12 +306,20 @@ class XlaBackend(TorchBackend):
             for offset, shape in copies.parts:
                 boxed = (*(1 for _ in index), *shape)
                 yield LocalBox(
-                    name=info.name, role=role, offset=(*index, *offset), shape=boxed,
+                    name=info.name,
+                    role=role,
+                    offset=(*index, *offset),
+                    shape=boxed,
                     fetch=functools.partial(copies.fetch, offset, boxed),
-                )  # fmt: skip
+                )
         count_1 = state.count_1
-        yield LocalBox(name="", role=COUNT, offset=(), shape=(),
-                       fetch=lambda: self.devices.whole(count_1).astype(np.int32).reshape(()))  # fmt: skip
+        yield LocalBox(
+            name="",
+            role=COUNT,
+            offset=(),
+            shape=(),
+            fetch=lambda: self.devices.whole(count_1).astype(np.int32).reshape(()),
+        )
 
     def describe_memory(self, state: TorchState) -> dict[str, int]:
         found = dict.fromkeys(("params", "state", "ema", "opt"), 0)
@@ -330,9 +339,13 @@ class XlaBackend(TorchBackend):
         ints = cls._given(np.array([context.step, *hashing.words(context.seed)], np.int32))
         static = Static(context.training, COMPUTE[context.precision], ops=XlaOps)
         return XlaOps(
-            static, ints[0], ints[1:], sample=cls._given(sample_words(sample)),
-            layer=torch.zeros((), dtype=torch.int32, device=xla.device()), kept={},
-        )  # fmt: skip
+            static,
+            ints[0],
+            ints[1:],
+            sample=cls._given(sample_words(sample)),
+            layer=torch.zeros((), dtype=torch.int32, device=xla.device()),
+            kept={},
+        )
 
     @classmethod
     def _given(cls, array: Any) -> Tensor:
@@ -348,17 +361,14 @@ class XlaBackend(TorchBackend):
         return tree_map(xla.fetched, found)
 
     @classmethod
-    def differentiate(
-        cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context
-    ) -> tuple[Any, tuple]:
+    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         args = tree_map(cls._given, args)
         floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
         value = fn(cls._bare(context), *args)
         grads = torch.autograd.grad(value, floating, allow_unused=True)
         xla.sync()
         return xla.fetched(value), tuple(
-            np.zeros(t.shape, np.float32) if g is None else xla.fetched(g)
-            for g, t in zip(grads, floating, strict=True)
+            np.zeros(t.shape, np.float32) if g is None else xla.fetched(g) for g, t in zip(grads, floating, strict=True)
         )
 
 

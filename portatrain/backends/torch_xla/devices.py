@@ -49,20 +49,20 @@ def check_mesh(mesh: Mesh) -> None:
     """Raise UserError unless `mesh` has all devices that there are: SPMD on torch-xla leaves none out."""
     if (n := processes.world_size() or 1) > 1:
         raise UserError(
-            f"{n} processes on the torch-xla backend", expected="one process, which sees all devices of its host",
-            got=str(n), do="Start one process; for several hosts use --backend jax.",
-        )  # fmt: skip
+            f"{n} processes on the torch-xla backend",
+            expected="one process, which sees all devices of its host",
+            got=str(n),
+            do="Start one process; for several hosts use --backend jax.",
+        )
     there = runtime.global_runtime_device_count()
     if there != mesh.devices:
-        more = (
-            f"or set CPU_NUM_DEVICES={mesh.devices} before it starts"
-            if on_cpu()
-            else "or hide the others from it"
-        )
+        more = f"or set CPU_NUM_DEVICES={mesh.devices} before it starts" if on_cpu() else "or hide the others from it"
         raise UserError(
-            f"mesh {mesh} on the torch-xla backend", expected=f"a mesh of the {there} device(s) that torch-xla sees",
-            got=f"{mesh.devices}", do=f"Use one of {there}, as in fsdp={there}; {more}.",
-        )  # fmt: skip
+            f"mesh {mesh} on the torch-xla backend",
+            expected=f"a mesh of the {there} device(s) that torch-xla sees",
+            got=f"{mesh.devices}",
+            do=f"Use one of {there}, as in fsdp={there}; {more}.",
+        )
 
 
 def sync() -> None:
@@ -194,6 +194,7 @@ def describe() -> dict[str, Any]:
     kind = runtime.device_type()
     name = f"cpu ({platform.machine()})" if on_cpu() else str(kind).lower()
     return {
-        "device": name, "devices": runtime.global_runtime_device_count(),
+        "device": name,
+        "devices": runtime.global_runtime_device_count(),
         "framework": f"torch_xla {torch_xla.__version__}, torch {torch.__version__}",
-    }  # fmt: skip
+    }

@@ -40,30 +40,29 @@ class Cut:
 
 
 def cross_entropy(
-    x: Tensor,
-    table_VE: Tensor,
-    targets: Tensor,
-    mask: Tensor | None,
-    *,
-    z_loss: float,
-    softcap: float | None,
-    cut: Cut,
+    x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor | None, *, z_loss: float, softcap: float | None, cut: Cut
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, loss_B, weight_B); see `portatrain.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = None if mask is None else mask[:, None]
     mask = torch.ones(targets.shape, device=x.device) if mask is None else mask.detach().float()
-    total, loss_B = _Loss.apply(
-        x.to(table_VE.dtype), cut.table(table_VE), targets, mask, z_loss, softcap, cut
-    )
+    total, loss_B = _Loss.apply(x.to(table_VE.dtype), cut.table(table_VE), targets, mask, z_loss, softcap, cut)
     return total, loss_B.detach(), mask.sum(1)
 
 
 class _Loss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_BSE: Tensor, table_VE: Tensor, targets_BS: Tensor, mask_BS: Tensor, z_loss: float,
-                softcap: float | None, cut: Cut) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x_BSE: Tensor,
+        table_VE: Tensor,
+        targets_BS: Tensor,
+        mask_BS: Tensor,
+        z_loss: float,
+        softcap: float | None,
+        cut: Cut,
+    ) -> tuple[Tensor, Tensor]:
         b, s, e = x_BSE.shape
         if b % cut.rows or s % cut.parts:  # an evaluation's last batch
             cut = Cut(table=cut.table)
@@ -93,8 +92,9 @@ class _Loss(torch.autograd.Function):
         return scaled(ctx.saved_tensors, g, given=7)
 
 
-def _chunk(x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor, z_loss: float,
-           softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _chunk(
+    x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor, z_loss: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """(loss by sample (R, B), dx, the table's gradient (R, P, V, E)) of the summed loss of (R, B, P, C) tokens."""
     z = torch.einsum("rbpce,ve->rbpcv", x, table_VE).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)

@@ -113,17 +113,23 @@ class XlaOps(TorchOps):
     def write(self, cache_BT: Tensor, value: Tensor, at: Tensor) -> Tensor:
         """As a choice between cache and value at every position: an update at a computed place would be a scatter."""
         t, n = cache_BT.shape[1], value.shape[1]
-        behind = (
-            torch.arange(t, dtype=torch.int32, device=value.device) - at
-        )  # the value's position, where it has one
+        behind = torch.arange(t, dtype=torch.int32, device=value.device) - at  # the value's position, where it has one
         inside = ((behind >= 0) & (behind < n)).reshape(1, t, *(1,) * (value.ndim - 2))
         there = value.to(cache_BT.dtype).index_select(1, behind.clamp(0, n - 1))
         return torch.where(inside, there, cache_BT)
 
     # ---- losses
 
-    def cross_entropy(self, x: Tensor, table_VE: Tensor, targets: Tensor, *, mask: Tensor | None = None,
-                      z_loss: float = 0.0, softcap: float | None = None) -> Loss:  # fmt: skip
+    def cross_entropy(
+        self,
+        x: Tensor,
+        table_VE: Tensor,
+        targets: Tensor,
+        *,
+        mask: Tensor | None = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Loss:
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, cut=self._cut(table_VE)
         )
@@ -138,10 +144,11 @@ class XlaOps(TorchOps):
         if table_VE.shape[0] % layout.mesh.over(vocab):
             vocab = ()
         return Cut(
-            layout.mesh.over(batch), layout.mesh.over(seq),
+            layout.mesh.over(batch),
+            layout.mesh.over(seq),
             lambda t: devices.constrained(t, (vocab, ())),
             lambda t: devices.constrained(t, (batch, seq, vocab, ())),
-        )  # fmt: skip
+        )
 
     # ---- structure
 

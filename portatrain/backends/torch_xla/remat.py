@@ -18,9 +18,11 @@ def check_policy(policy: Policy) -> None:
     """Raise UserError for what this backend cannot do."""
     if not policy.keeps_all and policy.name != "block":
         raise UserError(
-            f"remat {policy.name!r} on the torch-xla backend", expected="none or block", got=repr(policy.name),
+            f"remat {policy.name!r} on the torch-xla backend",
+            expected="none or block",
+            got=repr(policy.name),
             do="Use block, which computes a whole block again, or --backend jax.",
-        )  # fmt: skip
+        )
 
 
 def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any]:

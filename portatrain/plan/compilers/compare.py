@@ -48,13 +48,20 @@ def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
     remat, tokens = REMATS[chosen.remat], chosen.rows * work.seq
     amounts = volumes(work, tokens=tokens, remat=remat, precision=precision, tuning=tuning)
     need = memory(
-        work, tokens=tokens, accumulation=chosen.accumulation, remat=remat, precision=precision,
-        slot_bytes=plan.shape.slot_bytes, tuning=tuning,
-    )  # fmt: skip
+        work,
+        tokens=tokens,
+        accumulation=chosen.accumulation,
+        remat=remat,
+        precision=precision,
+        slot_bytes=plan.shape.slot_bytes,
+        tuning=tuning,
+    )
     return Predicted(
-        peak_bytes=need.total, terms=need.terms(), flops=amounts.flops(chosen.accumulation),
+        peak_bytes=need.total,
+        terms=need.terms(),
+        flops=amounts.flops(chosen.accumulation),
         collectives=amounts.bytes(chosen.accumulation, precision),
-    )  # fmt: skip
+    )
 
 
 def rows(predicted: Predicted, found: Answer) -> list[tuple[str, float | None, float | None, float, str]]:
@@ -66,8 +73,15 @@ def rows(predicted: Predicted, found: Answer) -> list[tuple[str, float | None, f
     ]
     told = found.collectives
     for axes in sorted({*predicted.collectives, *(told or {})}):
-        made.append((f"collectives over {axes}", predicted.collectives.get(axes, 0.0),
-                     told.get(axes, 0.0) if told is not None else None, GIB, "GiB"))  # fmt: skip
+        made.append(
+            (
+                f"collectives over {axes}",
+                predicted.collectives.get(axes, 0.0),
+                told.get(axes, 0.0) if told is not None else None,
+                GIB,
+                "GiB",
+            )
+        )
     return [(what, a, b, divisor, unit) for what, a, b, divisor, unit in made]
 
 
@@ -86,11 +100,16 @@ def as_json(predicted: Predicted, found: Answer) -> dict[str, Any]:
     return {
         "predicted": predicted.as_json(),
         "compiled": {
-            "fits": found.fits, "peak_bytes": found.peak_bytes, "needs_bytes": found.needs_bytes, "flops": found.flops,
+            "fits": found.fits,
+            "peak_bytes": found.peak_bytes,
+            "needs_bytes": found.needs_bytes,
+            "flops": found.flops,
             "collective_bytes": dict(found.collectives) if found.collectives is not None else None,
-            "compiler": found.compiler, "seconds": found.seconds, "cached": found.cached,
+            "compiler": found.compiler,
+            "seconds": found.seconds,
+            "cached": found.cached,
         },
-    }  # fmt: skip
+    }
 
 
 def _text(value: float | None, divisor: float) -> str:

@@ -49,10 +49,13 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         torch._foreach_mul_(backend._grads(state), 1.0)
         state.optimizer.step(scale=1.0)
     return {
-        "compiler": f"FSDP2 traced, torch {torch.__version__}", "fits": True, "peak_bytes": watch.peak_bytes,
-        "flops": watch.flops, "devices": world,
+        "compiler": f"FSDP2 traced, torch {torch.__version__}",
+        "fits": True,
+        "peak_bytes": watch.peak_bytes,
+        "flops": watch.flops,
+        "devices": world,
         "collective_bytes": {_axes(program.layout.mesh, n): moved for n, moved in sorted(watch.moved.items())},
-    }  # fmt: skip
+    }
 
 
 @contextmanager

@@ -28,41 +28,19 @@ class Device:
 
 DEVICES = {
     "a100-40": Device(
-        name="NVIDIA A100-SXM4-40GB",
-        capability=(8, 0),
-        cores=108,
-        clock_ghz=1.41,
-        l2_mib=40,
-        shared_kib=164,
-        fpus=64,
+        name="NVIDIA A100-SXM4-40GB", capability=(8, 0), cores=108, clock_ghz=1.41, l2_mib=40, shared_kib=164, fpus=64
     ),
     "a100-80": Device(
-        name="NVIDIA A100-SXM4-80GB",
-        capability=(8, 0),
-        cores=108,
-        clock_ghz=1.41,
-        l2_mib=40,
-        shared_kib=164,
-        fpus=64,
+        name="NVIDIA A100-SXM4-80GB", capability=(8, 0), cores=108, clock_ghz=1.41, l2_mib=40, shared_kib=164, fpus=64
     ),
     "h100-sxm": Device(
         name="NVIDIA H100 80GB HBM3", capability=(9, 0), cores=132, clock_ghz=1.98, l2_mib=50, shared_kib=228
     ),
-    "h200": Device(
-        name="NVIDIA H200", capability=(9, 0), cores=132, clock_ghz=1.98, l2_mib=50, shared_kib=228
-    ),
-    "b200": Device(
-        name="NVIDIA B200", capability=(10, 0), cores=148, clock_ghz=1.965, l2_mib=126, shared_kib=228
-    ),
-    "gb200": Device(
-        name="NVIDIA GB200", capability=(10, 0), cores=152, clock_ghz=2.062, l2_mib=126, shared_kib=228
-    ),
-    "b300": Device(
-        name="NVIDIA B300", capability=(10, 3), cores=148, clock_ghz=1.92, l2_mib=126, shared_kib=228
-    ),
-    "gb300": Device(
-        name="NVIDIA GB300", capability=(10, 3), cores=152, clock_ghz=1.92, l2_mib=126, shared_kib=228
-    ),
+    "h200": Device(name="NVIDIA H200", capability=(9, 0), cores=132, clock_ghz=1.98, l2_mib=50, shared_kib=228),
+    "b200": Device(name="NVIDIA B200", capability=(10, 0), cores=148, clock_ghz=1.965, l2_mib=126, shared_kib=228),
+    "gb200": Device(name="NVIDIA GB200", capability=(10, 0), cores=152, clock_ghz=2.062, l2_mib=126, shared_kib=228),
+    "b300": Device(name="NVIDIA B300", capability=(10, 3), cores=148, clock_ghz=1.92, l2_mib=126, shared_kib=228),
+    "gb300": Device(name="NVIDIA GB300", capability=(10, 3), cores=152, clock_ghz=1.92, l2_mib=126, shared_kib=228),
 }
 
 

@@ -14,14 +14,7 @@ from dataclasses import dataclass, field
 
 from portatrain.plan.compilers.hlo_text import Computation, Instruction, elements, multiplicity, nbytes, read
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "ragged-all-to-all",
-    "collective-permute",
-)
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all", "collective-permute")
 
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _MESH_GROUPS = re.compile(
@@ -63,9 +56,7 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
                 if channel and "async_collective_fusion_config" in line.rest:
                     # A TPU's: one collective stands in every fusion that it runs beside, inner loops among them; it
                     # is as often started as the least frequent of them runs.
-                    in_pieces[channel[1]] = min(
-                        in_pieces.get(channel[1], (times, moved, axes)), (times, moved, axes)
-                    )
+                    in_pieces[channel[1]] = min(in_pieces.get(channel[1], (times, moved, axes)), (times, moved, axes))
                     continue
                 found.add(axes, times, moved)
     for times, moved, axes in in_pieces.values():

@@ -7,8 +7,24 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4, "u32": 4,
-         "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8}  # fmt: skip
+BYTES = {
+    "pred": 1,
+    "s4": 0.5,
+    "u4": 0.5,
+    "s8": 1,
+    "u8": 1,
+    "s16": 2,
+    "u16": 2,
+    "bf16": 2,
+    "f16": 2,
+    "s32": 4,
+    "u32": 4,
+    "f32": 4,
+    "s64": 8,
+    "u64": 8,
+    "f64": 8,
+    "c64": 8,
+}
 _HEAD = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*->.*\{\s*$")
 _SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
 _CALLED = re.compile(
@@ -88,9 +104,7 @@ def _instruction(line: str) -> Instruction | None:
         return None
     close = _closing(right, len(opcode))
     inside = right[len(opcode) + 1 : close]
-    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(
-        w.split()[-1] for w in inside.split(",") if w.strip()
-    )
+    operands = tuple(re.findall(r"%([\w.\-]+)", inside)) or tuple(w.split()[-1] for w in inside.split(",") if w.strip())
     return Instruction(left.lstrip("%"), type_, opcode, operands, right[close + 1 :])
 
 
@@ -145,19 +159,13 @@ def _trips(one: Computation, line: Instruction, computations: Mapping[str, Compu
     counters = [at for at in condition.lines if at.opcode == "get-tuple-element" and _is_integer(at.type)]
     if body is None or not body.lines or len(counters) != 1 or (at := _index(counters[0])) is None:
         return float(bound)
-    step = (
-        _added(body, body.lines[-1].operands[at], at, computations)
-        if at < len(body.lines[-1].operands)
-        else None
-    )
+    step = _added(body, body.lines[-1].operands[at], at, computations) if at < len(body.lines[-1].operands) else None
     start = one.line(line.operands[0]) if line.operands else None
     first = _constant(one, start.operands[at]) if start and at < len(start.operands) else None
     return float(max(1, -(-(bound - (first or 0)) // (step or 1))))
 
 
-def _added(
-    one: Computation, name: str, at: int, computations: Mapping[str, Computation], depth: int = 0
-) -> int | None:
+def _added(one: Computation, name: str, at: int, computations: Mapping[str, Computation], depth: int = 0) -> int | None:
     """What a loop's body adds to element `at` of its tuple to get the value `name`; None where that is not a number."""
     line = one.line(name)
     if line is None or depth > 16:

@@ -24,8 +24,18 @@ from portatrain.plan.result import Candidate, Plan
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "torch")
-_SOURCES = ("backends", "layers", "optim", "plan/compilers", "plan/order.py", "module.py", "ops.py", "layout.py",
-            "rope.py", "remat.py")  # fmt: skip
+_SOURCES = (
+    "backends",
+    "layers",
+    "optim",
+    "plan/compilers",
+    "plan/order.py",
+    "module.py",
+    "ops.py",
+    "layout.py",
+    "rope.py",
+    "remat.py",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +61,28 @@ class Request:
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def request(
-    plan: Plan, chosen: Candidate, target: Target, recipe: str, overrides: tuple[str, ...]
-) -> Request:
+def request(plan: Plan, chosen: Candidate, target: Target, recipe: str, overrides: tuple[str, ...]) -> Request:
     """The compilation of one way that a plan found. Batch, accumulation and remat are the plan's."""
     own = Path(recipe).read_bytes() if recipe.endswith(".py") else b""
     asked = (
-        *overrides, f"batch={plan.shape.batch}", f"accumulation={chosen.accumulation}", f"remat={chosen.remat}",
+        *overrides,
+        f"batch={plan.shape.batch}",
+        f"accumulation={chosen.accumulation}",
+        f"remat={chosen.remat}",
         f"precision={chosen.precision}",
-    )  # fmt: skip
+    )
     places = None
     if target.compiler != "fsdp2":
         places = tuple(placement.coordinates(plan.used, chosen.mesh, chosen.placement))
     return Request(
-        compiler=target.compiler, recipe=str(Path(recipe).resolve()) if own else recipe, overrides=asked,
-        mesh=chosen.mesh_text if chosen.mesh_text != "1" else "", options=target.options, places=places,
+        compiler=target.compiler,
+        recipe=str(Path(recipe).resolve()) if own else recipe,
+        overrides=asked,
+        mesh=chosen.mesh_text if chosen.mesh_text != "1" else "",
+        options=target.options,
+        places=places,
         source=hashlib.sha256(own).hexdigest() if own else "",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,18 +169,15 @@ def _run(question: Path, path: Path, target: Target, tell: Callable[[str], None]
             process.kill()
             raise
     if process.returncode or not path.is_file():
-        lines = [
-            line for line in errors.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()
-        ]
-        told = next(
-            (line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "nothing on stderr"
-        )
+        lines = [line for line in errors.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+        told = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "nothing on stderr")
         raise UserError(
-            f"--compile with {target.compiler}", expected="the compiler to end with an answer",
+            f"--compile with {target.compiler}",
+            expected="the compiler to end with an answer",
             got=f"exit code {process.returncode}: {told[:600]}",
             do="Leave --compile out for the plan by arithmetic. If the message is of a missing library, install "
             f"'portatrain[{target.extra}]' anew.",
-        )  # fmt: skip
+        )
 
 
 def _follow(process: subprocess.Popen[str], tell: Callable[[str], None], limit_s: float) -> None:
@@ -175,18 +187,18 @@ def _follow(process: subprocess.Popen[str], tell: Callable[[str], None], limit_s
     began_s, now = time.monotonic(), "starting"
     lines: list[str] = []
     assert process.stdout is not None
-    reader = threading.Thread(
-        target=lambda: lines.extend(line.strip() for line in process.stdout or ()), daemon=True
-    )
+    reader = threading.Thread(target=lambda: lines.extend(line.strip() for line in process.stdout or ()), daemon=True)
     reader.start()
     told = -10.0
     while process.poll() is None:
         spent_s = time.monotonic() - began_s
         if spent_s > limit_s:
             raise UserError(
-                "--compile", expected=f"an answer within {limit_s:.0f} s", got="none",
+                "--compile",
+                expected=f"an answer within {limit_s:.0f} s",
+                got="none",
                 do="Compile fewer devices or layers.",
-            )  # fmt: skip
+            )
         if lines and lines[-1] != now:
             now, told = lines[-1], -10.0
         if spent_s - told >= 10:
@@ -199,10 +211,16 @@ def _follow(process: subprocess.Popen[str], tell: Callable[[str], None], limit_s
 def _read(path: Path, *, cached: bool) -> Answer:
     raw = json.loads(path.read_text(encoding="utf-8"))
     return Answer(
-        fits=raw["fits"], peak_bytes=raw.get("peak_bytes"), needs_bytes=raw.get("needs_bytes"),
-        flops=raw.get("flops", raw.get("traced_flops")), collectives=raw.get("collective_bytes"),
-        compiler=raw["compiler"], seconds=raw["seconds"], cached=cached, raw=raw,
-    )  # fmt: skip
+        fits=raw["fits"],
+        peak_bytes=raw.get("peak_bytes"),
+        needs_bytes=raw.get("needs_bytes"),
+        flops=raw.get("flops", raw.get("traced_flops")),
+        collectives=raw.get("collective_bytes"),
+        compiler=raw["compiler"],
+        seconds=raw["seconds"],
+        cached=cached,
+        raw=raw,
+    )
 
 
 def usable(cluster: Cluster) -> bool:

@@ -58,11 +58,7 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
         if cluster.slices > 1:
             options["num_slices"] = cluster.slices
         return Target(
-            compiler=compiler,
-            options=options,
-            modules=("jax", "flax", "optax", "libtpu"),
-            extra="tpu",
-            env=TPU_ENV,
+            compiler=compiler, options=options, modules=("jax", "flax", "optax", "libtpu"), extra="tpu", env=TPU_ENV
         )
     if compiler == "cuda":
         if chip.name not in gpus.DEVICES:
@@ -86,10 +82,11 @@ def check_installed(wanted: Target) -> None:
     gone = [name for name in wanted.modules if not _there(name)]
     if gone:
         raise UserError(
-            f"--compile with {wanted.compiler}", expected=f"{', '.join(wanted.modules)} to be installed",
+            f"--compile with {wanted.compiler}",
+            expected=f"{', '.join(wanted.modules)} to be installed",
             got=f"no {', '.join(gone)}",
             do=f"Install it with: pip install 'portatrain[{wanted.extra}]'. No accelerator is needed.",
-        )  # fmt: skip
+        )
 
 
 def environment(wanted: Target) -> dict[str, str]:
@@ -107,6 +104,8 @@ def _there(name: str) -> bool:
 
 def _unknown(cluster: Cluster, what: str, expected: str) -> UserError:
     return UserError(
-        f"--compile for {cluster.name}", expected=f"{expected}, which {what} compiles for", got=cluster.chip.name,
+        f"--compile for {cluster.name}",
+        expected=f"{expected}, which {what} compiles for",
+        got=cluster.chip.name,
         do="Leave --compile out for the plan by arithmetic, or name another compiler: --compiler tpu, cuda or fsdp2.",
-    )  # fmt: skip
+    )

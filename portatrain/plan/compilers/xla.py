@@ -38,9 +38,11 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     stage("lowering")
     lowered = traced.lower(lowering_platforms=(PLATFORM[asked["compiler"]],))
     found: dict[str, Any] = {
-        "compiler": f"{asked['compiler']}, {_version(asked['compiler'])}", "device_kind": devices[0].device_kind,
-        "devices": len(devices), "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
-    }  # fmt: skip
+        "compiler": f"{asked['compiler']}, {_version(asked['compiler'])}",
+        "device_kind": devices[0].device_kind,
+        "devices": len(devices),
+        "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
+    }
     stage("compiling, which may take minutes")
     with tempfile.TemporaryDirectory() as folder:
         # jaxlib cannot always read back what a newer libtpu compiled, so the compiler writes its text out itself.
@@ -52,19 +54,19 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         text, largest = _written(Path(folder))
     memory = compiled.memory_analysis()
     found |= {
-        "fits": True, "peak_bytes": memory.peak_memory_in_bytes, "argument_bytes": memory.argument_size_in_bytes,
-        "output_bytes": memory.output_size_in_bytes, "alias_bytes": memory.alias_size_in_bytes,
-        "temporary_bytes": memory.temp_size_in_bytes, "code_bytes": memory.generated_code_size_in_bytes,
+        "fits": True,
+        "peak_bytes": memory.peak_memory_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "output_bytes": memory.output_size_in_bytes,
+        "alias_bytes": memory.alias_size_in_bytes,
+        "temporary_bytes": memory.temp_size_in_bytes,
+        "code_bytes": memory.generated_code_size_in_bytes,
         "largest_buffers": largest,
-    }  # fmt: skip
+    }
     if not text:
         return found
     counted = hlo.measure(text, backend.layout.mesh.sizes)
-    return found | {
-        "flops": counted.flops,
-        "collective_bytes": counted.bytes,
-        "collective_calls": counted.calls,
-    }
+    return found | {"flops": counted.flops, "collective_bytes": counted.bytes, "collective_calls": counted.calls}
 
 
 def _written(folder: Path) -> tuple[str, list[str]]:
@@ -96,9 +98,7 @@ def flops(jaxpr: Any) -> float:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += (
-                2.0
-                * float(np.prod([shape[d] for d in contracted]))
-                * float(np.prod(equation.outvars[0].aval.shape))
+                2.0 * float(np.prod([shape[d] for d in contracted])) * float(np.prod(equation.outvars[0].aval.shape))
             )
     return total
 
