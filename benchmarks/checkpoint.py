@@ -205,8 +205,8 @@ class Holding:
 
     def __init__(self, state: State) -> None:
         from portatrain.backends.base import Program
-        from portatrain.layout import Layout as Mapping_
-        from portatrain.module import Module, Param, describe
+        from portatrain.model.layout import Layout as Mapping_
+        from portatrain.model.module import Module, Param, describe
         from portatrain.optim import AdamW
 
         named = {n.replace("/", "_"): a for n, a in state.items() if n.startswith("params/")}
@@ -245,7 +245,7 @@ class Holding:
 def stall(state: State, where: Path, rounds: int, memory: Memory) -> Iterator[str]:
     """What `Checkpoints.save` keeps training from: beside a copy of the state, and beside the bound of half the
     memory, which is the copy and a raw write of what exceeds it."""
-    from portatrain.checkpoint import Checkpoints
+    from portatrain.checkpoint.saver import Checkpoints
 
     backend: Any = Holding(state)
     held = backend.held

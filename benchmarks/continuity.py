@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from checkpoints_format import LocalStore, Reader
-from portatrain import continuity
 from portatrain.backends.base import Backend, backend_class, simulate_devices
-from portatrain.checkpoint import Checkpoints, reads
+from portatrain.checkpoint.saver import Checkpoints, reads
 from portatrain.data import open_data
-from portatrain.processes import run_processes
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
-from portatrain.retention import Retention
+from portatrain.recipe.retention import Retention
+from portatrain.system.processes import run_processes
 from portatrain.testing import moves, parity
-from portatrain.trainer import make_program
+from portatrain.training import continuity
+from portatrain.training.trainer import make_program
 
 LM = [
     "model.layers=3",

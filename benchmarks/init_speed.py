@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 
-from portatrain.rng import Permutation, truncated_normal
+from portatrain.model.rng import Permutation, truncated_normal
 
 CASES = [
     # what, logical shape, offset, box

@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
-from portatrain.overrides import override
-from portatrain.plan import names, recipes
+from portatrain.model.layout import Mesh
+from portatrain.plan.clusters import names
 from portatrain.plan.compilers import compare, job, targets
+from portatrain.plan.cost import recipes
+from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.result import Candidate, Plan
 from portatrain.plan.search import plan
-from portatrain.plan.tensors import sizes_of
 from portatrain.recipe import load_recipe
+from portatrain.recipe.overrides import override
 
 HERE = Path(__file__).parents[1] / "docs"
 GIB = 2**30

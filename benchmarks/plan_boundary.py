@@ -13,13 +13,14 @@ import argparse
 import sys
 from dataclasses import dataclass
 
-from portatrain.layout import Mesh
-from portatrain.overrides import override
-from portatrain.plan import names, recipes
+from portatrain.model.layout import Mesh
+from portatrain.plan.clusters import names
 from portatrain.plan.compilers import job, targets
+from portatrain.plan.cost import recipes
+from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.search import plan
-from portatrain.plan.tensors import sizes_of
 from portatrain.recipe import load_recipe
+from portatrain.recipe.overrides import override
 
 
 @dataclass(frozen=True, kw_only=True)

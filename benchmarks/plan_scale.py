@@ -29,8 +29,8 @@ def child(names: list[str], clusters: list[str]) -> None:
     """Plan every one of `names` on every one of `clusters`; print what came out as JSON."""
     from pathlib import Path
 
-    from portatrain.plan import names as cluster_names
-    from portatrain.plan import recipes
+    from portatrain.plan.clusters import names as cluster_names
+    from portatrain.plan.cost import recipes
     from portatrain.plan.search import plan
 
     where = clusters or list(cluster_names.EXAMPLES)

@@ -96,8 +96,8 @@ def carry(source: Path, target: Path, kind: str, mesh: str) -> str | None:
 
 
 def carrying(words: dict[str, Any]) -> int:
-    from portatrain.layout import Mesh
-    from portatrain.processes import PROCESS_A_DEVICE, run_processes
+    from portatrain.model.layout import Mesh
+    from portatrain.system.processes import PROCESS_A_DEVICE, run_processes
 
     n = Mesh.parse(words["mesh"]).devices
     if n > 1 and words["backend"] in PROCESS_A_DEVICE:
@@ -108,11 +108,11 @@ def carrying(words: dict[str, Any]) -> int:
 def worker(args: argparse.Namespace) -> int:
     from checkpoints_format import LocalStore, Reader
     from portatrain.backends.base import backend_class, simulate_devices
-    from portatrain.checkpoint import Checkpoints
-    from portatrain.layout import Mesh
+    from portatrain.checkpoint.restore import Restoring, boxes_of
+    from portatrain.checkpoint.saver import Checkpoints
+    from portatrain.model.layout import Mesh
     from portatrain.recipe import apply_overrides, load_recipe
-    from portatrain.restoring import Restoring, boxes_of
-    from portatrain.trainer import make_program
+    from portatrain.training.trainer import make_program
 
     program = make_program(apply_overrides(load_recipe("tiny-lm"), SIZES), mesh=args.mesh)
     simulate_devices(args.backend, Mesh.parse(args.mesh).devices)
@@ -132,7 +132,7 @@ def worker(args: argparse.Namespace) -> int:
 
 def same(a: Path, b: Path) -> str:
     from checkpoints_format import LocalStore, Reader
-    from portatrain.exchange.differences import differences
+    from portatrain.checkpoint.diff import differences
 
     with LocalStore(a) as one, LocalStore(b) as two:
         first, second = Reader(one), Reader(two)
@@ -142,7 +142,7 @@ def same(a: Path, b: Path) -> str:
 
 def move(first: str, second: str, scratch: Path) -> Row:
     """What a move from one backend to another comes to: verdict, worst, back; or failed; or not_run."""
-    from portatrain.run_dir import RunDir
+    from portatrain.runs.run_dir import RunDir
 
     for kind in (first, second):
         if python_of(kind) is None:
@@ -176,7 +176,7 @@ def move(first: str, second: str, scratch: Path) -> Row:
 
 def losses(scratch: Path, name: str, kind: str, mesh: str) -> list[float]:
     """The curve of a run that never moved."""
-    from portatrain.run_dir import RunDir
+    from portatrain.runs.run_dir import RunDir
 
     at = scratch / name
     if not (at / "DONE").exists():

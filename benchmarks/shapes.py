@@ -13,8 +13,8 @@ from portatrain import Recipe
 from portatrain.backends.base import Backend, Program, backend_class
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW
-from portatrain.schedules import Constant
-from portatrain.trainer import make_program
+from portatrain.optim.schedules import Constant
+from portatrain.training.trainer import make_program
 from recipes.models.decoder import DecoderConfig
 
 ADAMW = AdamW(lr=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)

@@ -35,8 +35,8 @@ from benchmarks.paired import Ratio, interleaved, ratio
 from benchmarks.shapes import SHAPES, Shape, batch_of, program_of
 from benchmarks.step_time import LOSSES_AGREE, PAGE, Step
 from portatrain.backends.base import backend_class, simulate_devices
-from portatrain.processes import rank, run_processes
-from portatrain.state import initial_box
+from portatrain.backends.state import initial_box
+from portatrain.system.processes import rank, run_processes
 
 MODES = ("jax", "torch-eager", "torch-compiled")
 MESH, DEVICES = "fsdp=2", 2

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.backends.base import Program, backend_class
-from portatrain.layout import MESH_AXES, Mesh
-from portatrain.processes import rank, run_processes
+from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.system.processes import rank, run_processes
 from portatrain.testing import parity
-from portatrain.trainer import make_program
+from portatrain.training.trainer import make_program
 
 MESHES = (
     "fsdp=2",

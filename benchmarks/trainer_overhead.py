@@ -19,10 +19,10 @@ from benchmarks.shapes import ADAMW, SHAPES
 from portatrain import Recipe
 from portatrain.backends.base import missing
 from portatrain.data import TextFiles
-from portatrain.metrics import StepRecord
-from portatrain.run_dir import RunDir
-from portatrain.schedules import Constant
-from portatrain.trainer import Trainer
+from portatrain.optim.schedules import Constant
+from portatrain.runs.run_dir import RunDir
+from portatrain.training.metrics import StepRecord
+from portatrain.training.trainer import Trainer
 
 FIRST = 20
 """Steps that are left out: compilation, and what is filled once."""

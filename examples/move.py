@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 SIZES = (
     "model.layers=2",

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from launchers.rank_entry import HOST_PROCESSES
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError, choice
-from portatrain.jobs import Job
-from portatrain.landing import HOST_PROCESSES
-from portatrain.places import is_remote
+from portatrain.runs.jobs import Job
 
 __all__ = [
     "GROUP",
@@ -150,7 +150,7 @@ class LandedInImage:
         """Siblings that start step aside by the claim."""
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        words = [sys.executable, "-m", "portatrain.landing", *train_here(self.job)]
+        words = [sys.executable, "-m", "launchers.rank_entry", *train_here(self.job)]
         return words, {}, attempt / "rank-0.log" if self.logs else None
 
     def means(self, signum: int) -> str:
@@ -186,7 +186,7 @@ def commands_in_image(job: Job) -> tuple[list[str], list[str]]:
     """(what the first host runs, what the others run), where an engine starts the same command on every host of an
     image or machine that is not this one."""
     there = str(job.options.get("python", "python3"))
-    landing = ("-m", "portatrain.landing", *job.train()[1:])
+    landing = ("-m", "launchers.rank_entry", *job.train()[1:])
     return _with_code(job, there, *_supervisor(job)), _with_code(job, there, *landing)
 
 
@@ -195,7 +195,7 @@ def train_here(job: Job) -> list[str]:
     words = job.train()[1:]
     if job.code is None or not is_remote(job.code):
         return words
-    from portatrain.remote_run import localized
+    from portatrain.runs.remote_run_dir import localized
 
     return localized(words, job.code)
 
@@ -209,7 +209,7 @@ def _with_code(job: Job, python: str, *args: str) -> list[str]:
     words = ["env", "PYTHONSAFEPATH=1"]
     if job.code is not None and is_remote(job.code):
         # What is installed there fetches the run's own code, and goes on with that.
-        return [*words, python, "-m", "portatrain.remote_run", job.code, python, *args]
+        return [*words, python, "-m", "portatrain.runs.remote_run_dir", job.code, python, *args]
     path = job.code if job.code is not None else os.environ.get("PYTHONPATH")
     return [*words, *([f"PYTHONPATH={path}"] if path else []), python, *args]
 
@@ -229,7 +229,7 @@ def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
 
 
 def host_processes(job: Job) -> dict[str, str]:
-    """What `portatrain.landing` has to be told where an engine starts one process a host and the backend has more."""
+    """What `launchers.rank_entry` has to be told where an engine starts one process a host and the backend has more."""
     return {HOST_PROCESSES: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
 
 

@@ -26,10 +26,10 @@ from launchers.base import (
     shell,
 )
 from launchers.yaml_text import to_yaml
-from portatrain import jobs
 from portatrain.errors import UserError
-from portatrain.plan.slices import RULES
-from portatrain.preemption import GRACE
+from portatrain.plan.clusters.slices import RULES
+from portatrain.runs import jobs
+from portatrain.system.stop_signals import GRACE
 
 OPTIONS = {
     "project": "a Google Cloud project",

@@ -1,6 +1,6 @@
 """Kubernetes: one JobSet for every acceptable cluster, queued by Kueue where a queue is named.
 
-Every pod runs `portatrain.landing`; the first one runs it under the supervisor. Each start of the JobSet is
+Every pod runs `launchers.rank_entry`; the first one runs it under the supervisor. Each start of the JobSet is
 one attempt. Exit code 85 and disruptions (preemption, node drain, spot) restart the JobSet without counting; other
 failures count against maxRestarts. The run directory lies on a volume that every pod mounts at the same path.
 """
@@ -27,10 +27,10 @@ from launchers.base import (
     shell,
 )
 from launchers.yaml_text import to_yaml
-from portatrain import jobs
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError, choice
-from portatrain.places import is_remote
-from portatrain.preemption import GRACE, RESUME_ME
+from portatrain.runs import jobs
+from portatrain.system.stop_signals import GRACE, RESUME_ME
 
 OPTIONS = {
     "image": "the container image, with Python and the frameworks",

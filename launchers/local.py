@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, JobState, Landed, check_options, python, shell, supervise_command, train_here
-from portatrain.claim import process_start
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
-from portatrain.places import is_remote
-from portatrain.run_dir import PLACE, open_run
+from portatrain.runs.claim import process_start
+from portatrain.runs.run_dir import PLACE, open_run
 
 OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
 STARTS_WITHIN_S = 20.0
@@ -59,11 +59,11 @@ class LocalLauncher:
 
     def _with_code(self, job: Job) -> int:
         """In a process of its own, with the run's copy of the code: what is imported here is another."""
-        from portatrain.processes import forwarding
+        from portatrain.system.processes import forwarding
 
         folder = job.code if not is_remote(str(job.code)) else None
         if folder is None:
-            from portatrain.remote_run import local_code
+            from portatrain.runs.remote_run_dir import local_code
 
             folder = str(local_code(str(job.code)))
         env = {**os.environ, **_env(job), "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
@@ -150,7 +150,7 @@ class LandedHere:
         """There are no siblings."""
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        from portatrain.processes import PARENT
+        from portatrain.system.processes import PARENT
 
         words = [python(self.job), "-m", "portatrain.cli", *train_here(self.job)]
         return words, {PARENT: str(os.getpid())}, attempt / "rank-0.log"

@@ -10,8 +10,8 @@ from portatrain.errors import UserError
 
 def report(run_dir: str) -> None:
     """Draw the loss curve and print what a run has to show, on standard output."""
-    from portatrain.metrics.plot import plot_run
-    from portatrain.run_dir import open_run
+    from portatrain.runs.run_dir import open_run
+    from portatrain.training.metrics.plot import plot_run
 
     run = open_run(run_dir)
     if not run.curve():

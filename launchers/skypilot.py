@@ -28,8 +28,8 @@ from launchers.base import (
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
-from portatrain.plan.slices import RULES
-from portatrain.preemption import RESUME_ME
+from portatrain.plan.clusters.slices import RULES
+from portatrain.system.stop_signals import RESUME_ME
 
 OPTIONS = {
     "accelerators": "SkyPilot's name and count a node, as in H100:8",

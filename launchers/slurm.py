@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, JobState, Landed, check_options, option, python, shell, supervise_command
-from portatrain import jobs
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
-from portatrain.places import is_remote
-from portatrain.preemption import GRACE
-from portatrain.processes import free_port
-from portatrain.run_dir import open_run
+from portatrain.runs import jobs
+from portatrain.runs.run_dir import open_run
+from portatrain.system.processes import free_port
+from portatrain.system.stop_signals import GRACE
 
 OPTIONS = {
     "partition": "a partition",
@@ -224,7 +224,7 @@ class LandedOnSlurm:
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
         job = self.job
         remote = job.code is not None and is_remote(job.code)  # every node has a copy of its own
-        fetch = ["-m", "portatrain.remote_run", str(job.code), python(job)] if remote else []
+        fetch = ["-m", "portatrain.runs.remote_run_dir", str(job.code), python(job)] if remote else []
         words = [
             "srun",
             f"--nodes={job.hosts}",
@@ -238,7 +238,7 @@ class LandedOnSlurm:
             python(job),
             *fetch,
             "-m",
-            "portatrain.landing",
+            "launchers.rank_entry",
             *job.train()[1:],
         ]
         # Slurm's default port follows from the job's number, which a requeue keeps; a socket of the attempt before may
@@ -248,7 +248,7 @@ class LandedOnSlurm:
         if grace:
             env[GRACE] = str(grace)
         if "hang_s" in job.options:
-            from portatrain.watchdog import LIMIT
+            from portatrain.system.watchdog import LIMIT
 
             env[LIMIT] = str(job.options["hang_s"])
         return words, env, None

@@ -12,7 +12,7 @@ from typing import Any
 from launchers.base import shell
 from launchers.slurm import _call, _installed
 from portatrain.errors import UserError
-from portatrain.run_dir import existing_ancestor
+from portatrain.runs.run_dir import existing_ancestor
 
 Finding = tuple[str, str, str]
 TRIAL_S = 30

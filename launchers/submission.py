@@ -9,9 +9,9 @@ from dataclasses import replace
 
 from launchers.base import Job, launcher
 from portatrain.errors import UserError
-from portatrain.package import pack
 from portatrain.recipe import Recipe
-from portatrain.run_dir import RunDir
+from portatrain.runs.code_snapshot import pack
+from portatrain.runs.run_dir import RunDir
 
 
 def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None = None) -> list[Job]:

@@ -22,17 +22,17 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.base import Job, Landed, launcher
-from portatrain import jobs
-from portatrain.attempt import Attempt
-from portatrain.claim import TOKEN, Holding
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import StorageError, UserError
-from portatrain.package import differences
-from portatrain.places import is_remote
-from portatrain.preemption import RESUME_ME, SAME_S
-from portatrain.processes import LOGS
-from portatrain.run_dir import ATTEMPT, PLACE, open_run
-from portatrain.status import committed
-from portatrain.watchdog import host_name
+from portatrain.runs import jobs
+from portatrain.runs.attempt import Attempt
+from portatrain.runs.claim import TOKEN, Holding
+from portatrain.runs.code_snapshot import differences
+from portatrain.runs.run_dir import ATTEMPT, PLACE, open_run
+from portatrain.runs.status import committed
+from portatrain.system.processes import LOGS
+from portatrain.system.stop_signals import RESUME_ME, SAME_S
+from portatrain.system.watchdog import host_name
 
 MISTAKE = 2
 STORE_TRIES, STORE_EVERY_S = 20, 30.0
@@ -162,7 +162,7 @@ class Supervisor:
     def _code(self) -> str | None:
         if self.job.code is None or not is_remote(self.job.code):
             return self.job.code
-        from portatrain.remote_run import local_code
+        from portatrain.runs.remote_run_dir import local_code
 
         return str(local_code(self.job.code))
 

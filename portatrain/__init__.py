@@ -11,31 +11,60 @@ from typing import TYPE_CHECKING
 
 __version__ = "0.1.0.dev0"
 
-# The public surface: name -> the module of this package that defines it.
+# The public surface: name -> the module of this package that defines it. A class that can stand in a recipe is
+# written into run.json, and hashed, under the outermost package that exports it: keep it here when its file moves.
 _PUBLIC = {
-    "Module": "module",
-    "Param": "module",
-    "State": "module",
-    "Stack": "module",
-    "Layout": "layout",
-    "Mesh": "layout",
-    "Ops": "ops",
+    "Module": "model.module",
+    "Param": "model.module",
+    "State": "model.module",
+    "Stack": "model.module",
+    "Layout": "model.layout",
+    "Mesh": "model.layout",
+    "Ops": "model.ops",
+    "RopeScaling": "model.rope",
+    "LoRA": "model.lora",
     "Recipe": "recipe",
+    "Retention": "recipe.retention",
+    "Hook": "training.hooks",
+    "TextSample": "training.hooks",
+    "TrigramBaseline": "training.hooks",
     "UserError": "errors",
 }
 
 if TYPE_CHECKING:
     from portatrain.errors import UserError as UserError
-    from portatrain.layout import Layout as Layout
-    from portatrain.layout import Mesh as Mesh
-    from portatrain.module import Module as Module
-    from portatrain.module import Param as Param
-    from portatrain.module import Stack as Stack
-    from portatrain.module import State as State
-    from portatrain.ops import Ops as Ops
+    from portatrain.model.layout import Layout as Layout
+    from portatrain.model.layout import Mesh as Mesh
+    from portatrain.model.lora import LoRA as LoRA
+    from portatrain.model.module import Module as Module
+    from portatrain.model.module import Param as Param
+    from portatrain.model.module import Stack as Stack
+    from portatrain.model.module import State as State
+    from portatrain.model.ops import Ops as Ops
+    from portatrain.model.rope import RopeScaling as RopeScaling
     from portatrain.recipe import Recipe as Recipe
+    from portatrain.recipe.retention import Retention as Retention
+    from portatrain.training.hooks import Hook as Hook
+    from portatrain.training.hooks import TextSample as TextSample
+    from portatrain.training.hooks import TrigramBaseline as TrigramBaseline
 
-__all__ = ["Module", "Param", "State", "Stack", "Layout", "Mesh", "Ops", "Recipe", "UserError"]
+__all__ = [
+    "Module",
+    "Param",
+    "State",
+    "Stack",
+    "Layout",
+    "Mesh",
+    "Ops",
+    "RopeScaling",
+    "LoRA",
+    "Recipe",
+    "Retention",
+    "Hook",
+    "TextSample",
+    "TrigramBaseline",
+    "UserError",
+]
 
 
 def __getattr__(name: str) -> object:

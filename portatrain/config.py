@@ -21,12 +21,27 @@ from typing import Any, Literal, Union, get_args, get_origin
 from portatrain.errors import UserError, choice
 
 UNIONS = (Union, types.UnionType)
+_ADDED = "added later"
 
 
 def is_config(value: object) -> bool:
     """Whether ``value`` is an instance of a frozen dataclass."""
     parameters = getattr(type(value), "__dataclass_params__", None)
     return parameters is not None and bool(parameters.frozen)
+
+
+def added_later(default: Any) -> Any:
+    """Declare a field that a class did not have in an earlier release: `name: int = added_later(0)`.
+
+    It is left out of the JSON while it has its default, so that the hashes of existing recipes stay as they are. The
+    default must therefore mean what the class did before it had the field, and never change.
+    """
+    return dataclasses.field(default=default, metadata={_ADDED: True})
+
+
+def _left_out(config: Any, name: str) -> bool:
+    field = config.__dataclass_fields__[name]
+    return _ADDED in field.metadata and getattr(config, name) == field.default
 
 
 def hints(cls: type) -> dict[str, Any]:
@@ -128,14 +143,15 @@ _CLASS, _NAMED = "class", "named"
 def to_json(value: object) -> Any:
     """``value`` as plain JSON data: a config is an object whose ``class`` is ``module:qualname``.
 
-    Tuples become lists; functions and classes become ``{"named": "module:qualname"}``; a number in a
+    A field that `added_later` declares is left out while it has its default. Tuples become lists; functions
+    and classes become ``{"named": "module:qualname"}``; a number in a
     float field is written as a float, so that 1 and 1.0 hash alike.
 
     Raises:
         UserError: something in it is no data (an open file, a lambda, an array, a list, a set).
     """
     if is_config(value):
-        known = hints(type(value))
+        known = {name: hint for name, hint in hints(type(value)).items() if not _left_out(value, name)}
         fields = {name: to_json(_as_float(getattr(value, name), hint)) for name, hint in known.items()}
         return {_CLASS: _name_of(type(value)), **fields}
     if value is None or isinstance(value, (bool, int, str)):
@@ -223,8 +239,19 @@ def _name_of(thing: Any) -> str:
     return f"{module}:{thing.__qualname__}"
 
 
+# Where classes were that older runs name: module -> where it is now.
+_MOVED = {
+    "portatrain.schedules": "portatrain.optim",
+    "portatrain.hooks": "portatrain",
+    "portatrain.rope": "portatrain",
+    "portatrain.lora": "portatrain",
+    "portatrain.retention": "portatrain",
+}
+
+
 def _find(name: str) -> Any:
     module_name, _, qualname = name.partition(":")
+    module_name = _MOVED.get(module_name, module_name)
     try:
         thing: Any = sys.modules.get(module_name) or importlib.import_module(module_name)
         for part in qualname.split("."):

@@ -8,10 +8,10 @@ every document after the id 128000). Planned and compiled, never trained here.
 from __future__ import annotations
 
 from portatrain.data import TokenMemmap
+from portatrain.model.rope import RopeScaling
 from portatrain.optim import AdamW
+from portatrain.optim.schedules import Cosine
 from portatrain.recipe import Recipe
-from portatrain.rope import RopeScaling
-from portatrain.schedules import Cosine
 from recipes.models.decoder import DecoderConfig
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from portatrain.data import Stdlib
-from portatrain.hooks import TextSample, TrigramBaseline
 from portatrain.optim import AdamW
+from portatrain.optim.schedules import Cosine
 from portatrain.recipe import Recipe
-from portatrain.schedules import Cosine
+from portatrain.training.hooks import TextSample, TrigramBaseline
 from recipes.models.decoder import DecoderConfig
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from portatrain.data import Digits
 from portatrain.optim import AdamW
+from portatrain.optim.schedules import Cosine
 from portatrain.recipe import Recipe
-from portatrain.schedules import Cosine
 from recipes.models.vit import ViTConfig
 
 

@@ -15,12 +15,13 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from portatrain import processes, remat
 from portatrain.errors import UserError, choice
-from portatrain.layout import Layout
-from portatrain.module import Definition
+from portatrain.model import remat
+from portatrain.model.layout import Layout
+from portatrain.model.module import Definition
+from portatrain.model.precision import PRECISIONS
 from portatrain.optim import Rule
-from portatrain.precision import PRECISIONS
+from portatrain.system import processes
 
 Arrays = dict[str, np.ndarray]
 
@@ -108,7 +109,8 @@ class Backend(Protocol):
     it is given.
 
     Optional: `restore_shared(read, shares)` gives the state of `restore_state`, where of the tensors in `shares`
-    (portatrain.sharing) each process reads its part of a box (`Share.part`) and has the rest from those with copies.
+    (checkpoint/shared_reads.py) each process reads its part of a box (`Share.part`) and receives the rest from the
+    processes that hold copies.
     """
 
     name: str

@@ -13,11 +13,11 @@ import argparse
 import sys
 import time
 
-from portatrain import jobs
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir
-from portatrain.status import committed, find
+from portatrain.runs import jobs
+from portatrain.runs.run_dir import RunDir
+from portatrain.runs.status import committed, find
 
 WAIT_S = 120.0
 

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
 
 def ls(args: argparse.Namespace) -> int:
     from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader
-    from portatrain.exchange.find import places
+    from portatrain.runs.find_checkpoints import places
 
     rows: list[dict[str, Any]] = []
     for place in places(args.path):
@@ -127,7 +127,7 @@ def ls(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    from portatrain.exchange.find import opened
+    from portatrain.runs.find_checkpoints import opened
 
     with opened(args.path, args.step) as reader:
         tensors = [
@@ -169,7 +169,7 @@ class _Told:
 
 def verify(args: argparse.Namespace) -> int:
     from checkpoints_format import NewerFormatError, NotCommittedError, Reader
-    from portatrain.exchange.find import explained, places
+    from portatrain.runs.find_checkpoints import explained, places
 
     found = [p for p in places(args.path) if args.step in (None, p.step)]
     if not found:
@@ -214,8 +214,8 @@ def verify(args: argparse.Namespace) -> int:
 
 
 def diff(args: argparse.Namespace) -> int:
-    from portatrain.exchange.differences import differences, meta_differences
-    from portatrain.exchange.find import explained, opened
+    from portatrain.checkpoint.diff import differences, meta_differences
+    from portatrain.runs.find_checkpoints import explained, opened
 
     with opened(args.first) as a, opened(args.second) as b, explained():
         found = list(differences(a, b))
@@ -234,8 +234,8 @@ def diff(args: argparse.Namespace) -> int:
 
 
 def export(args: argparse.Namespace) -> int:
-    from portatrain.exchange.find import opened
-    from portatrain.exchange.move import export_to
+    from portatrain.checkpoint.interop.export_import import export_to
+    from portatrain.runs.find_checkpoints import opened
 
     with opened(args.path, args.step) as reader:
         names = export_to(reader, args.to, args.out, role="ema" if args.ema else "params")
@@ -244,8 +244,8 @@ def export(args: argparse.Namespace) -> int:
 
 
 def bring(args: argparse.Namespace) -> int:
+    from portatrain.checkpoint.interop.export_import import import_from
     from portatrain.commands import options
-    from portatrain.exchange.move import import_from
 
     recipe = options.resolved_recipe(args)
     step = import_from(args.source, args.format, recipe, args.run_dir)

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from portatrain.plan import catalog, names, toml
-from portatrain.plan.chip import Chip
-from portatrain.plan.cluster import Cluster
+from portatrain.plan.clusters import catalog, clusters_toml, names
+from portatrain.plan.clusters.chip import Chip
+from portatrain.plan.clusters.cluster import Cluster
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Carry the command out; the exit code."""
-    found = toml.files()
-    own = {name: names.resolve(name, files=[path]) for path in reversed(found) for name in toml.read(path)}
+    found = clusters_toml.files()
+    own = {name: names.resolve(name, files=[path]) for path in reversed(found) for name in clusters_toml.read(path)}
     if args.name is None:
         data: object = {
             "chips": [_chip_json(row) for row in catalog.CHIPS.values()],

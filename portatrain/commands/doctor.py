@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
-from portatrain.places import is_remote
-from portatrain.run_dir import existing_ancestor
+from portatrain.runs.run_dir import existing_ancestor
 
 Finding = tuple[str, str, str]
 
@@ -30,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launchers import planned
+    from launchers import targets
     from launchers.base import launcher
 
-    (target,) = planned.targets([args.cluster], "", mesh=None, devices=None, backend=None)
+    (target,) = targets.targets([args.cluster], "", mesh=None, devices=None, backend=None)
     if not target.engine:
         raise UserError(
             f"cluster {args.cluster}",
@@ -68,7 +68,7 @@ def software() -> Iterator[Finding]:
 
 def in_store(url: str) -> Iterator[Finding]:
     """Whether what claims and commits rest on works there: puts that fail where somebody else has written."""
-    from portatrain.remote import Objects
+    from portatrain.system.object_store import Objects
 
     name = f".doctor-{secrets.token_hex(6)}"
     try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from portatrain.plan import names, recipes, toml
-from portatrain.plan.cluster import Cluster
+from portatrain.plan.clusters import clusters_toml, names
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost import recipes
 from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
@@ -17,7 +18,7 @@ def clusters(wanted: Sequence[str], recipe: str, others: Sequence[str] = ()) -> 
     Raises:
       UserError: there is none of a name; the nearest are in the message.
     """
-    files = toml.files(recipe)
+    files = clusters_toml.files(recipe)
     return [names.resolve(name, files=files, others=others) for name in wanted]
 
 

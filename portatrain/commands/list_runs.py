@@ -12,8 +12,8 @@ import json
 import sys
 
 from portatrain.errors import UserError
-from portatrain.run_dir import open_run
-from portatrain.status import Status, age, names, status
+from portatrain.runs.run_dir import open_run
+from portatrain.runs.status import Status, age, names, status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

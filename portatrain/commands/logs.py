@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from portatrain import jobs
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir
-from portatrain.status import find, status
+from portatrain.runs import jobs
+from portatrain.runs.run_dir import RunDir
+from portatrain.runs.status import find, status
 
 POLL_S = 0.3
 

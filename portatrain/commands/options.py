@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
-from portatrain.places import is_remote
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 
 

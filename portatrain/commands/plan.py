@@ -25,16 +25,17 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands.options import add_recipe, folder
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
-from portatrain.overrides import override
-from portatrain.plan import names, recipes, toml
+from portatrain.model.layout import Mesh
 from portatrain.plan.as_json import as_json
-from portatrain.plan.policy import PRECISIONS, REMATS
+from portatrain.plan.clusters import clusters_toml, names
+from portatrain.plan.cost import recipes
+from portatrain.plan.cost.policy import PRECISIONS, REMATS
+from portatrain.plan.cost.shapes import ModelShape
+from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
-from portatrain.plan.shapes import ModelShape
-from portatrain.plan.tensors import sizes_of
 from portatrain.recipe import Recipe
+from portatrain.recipe.overrides import override
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
             "portatrain plan", expected="a recipe", got="none", do="Write portatrain plan llama3-8b --cluster h100-64."
         )
     shape = _shape(args)
-    files = toml.files(args.recipe)
+    files = clusters_toml.files(args.recipe)
     clusters = [names.resolve(name, files=files) for name in _cluster_names(args.cluster, files)]
     began_s = time.perf_counter()
     mesh = sizes_of(Mesh.parse(args.mesh)) if args.mesh else None
@@ -248,7 +249,7 @@ def _shape(args: argparse.Namespace) -> ModelShape:
 
 def _cluster_names(text: str, files: list[Path]) -> list[str]:
     if text == "all":
-        return [*(name for path in files for name in toml.read(path)), *names.EXAMPLES]
+        return [*(name for path in files for name in clusters_toml.read(path)), *names.EXAMPLES]
     found = _words(text)
     if not found:
         raise UserError("--cluster", expected="a name", got=repr(text), do="Write --cluster tpu-v5p-256,h100-64.")

@@ -15,10 +15,10 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from portatrain import jobs
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir, open_run
-from portatrain.status import find, names, status
+from portatrain.runs import jobs
+from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.status import find, names, status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
-from portatrain.places import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from portatrain.report.facts import gather
-    from portatrain.report.page import page
+    from portatrain.runs.history import gather
+    from portatrain.runs.report.page import page
 
     found = gather(args.run_dir)
     out = args.out or (Path(f"{found.name}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html"))

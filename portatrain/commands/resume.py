@@ -19,14 +19,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from portatrain import files, jobs
-from portatrain.claim import in_use
+from portatrain.checkpoint.locations import is_remote
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.places import is_remote
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
-from portatrain.run_dir import RunDir, code_sha256
-from portatrain.status import find
+from portatrain.runs import jobs
+from portatrain.runs.claim import in_use
+from portatrain.runs.run_dir import RunDir, code_sha256
+from portatrain.runs.status import find
+from portatrain.system import json_files
 
 LEAVING_S = 10.0
 
@@ -90,7 +91,7 @@ def _here(job: jobs.Job) -> str:
     """The job's recipe, as it lies on this machine."""
     if not is_remote(job.recipe):
         return job.recipe
-    from portatrain.remote_run import localized
+    from portatrain.runs.remote_run_dir import localized
 
     return localized([job.recipe], job.code)[0]
 
@@ -138,7 +139,7 @@ def _of_foreground(run: RunDir) -> jobs.Job:
     """The job of a run that was only ever trained in the foreground, as its last attempt recorded it."""
     for number in reversed(run.attempt_numbers()):
         path = run.path / "attempts" / str(number) / "attempt.json"
-        source = files.read_json(path).get("source") if path.exists() else None
+        source = json_files.read_json(path).get("source") if path.exists() else None
         if source:
             known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()}
             return jobs.Job(run_dir=run.where, cluster="local", engine="local", detached=False, **known)
@@ -151,7 +152,7 @@ def _of_foreground(run: RunDir) -> jobs.Job:
 
 
 def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe: Recipe) -> list[jobs.Job]:
-    from launchers import planned
+    from launchers import targets
 
     options.positive("--devices", args.devices)
     last = before[-1]
@@ -164,7 +165,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             changes["detached"] = True
         return [replace(job, **more, **changes) for job in newest.values()]
     names = list(dict.fromkeys(name.strip() for name in args.cluster.split(",") if name.strip()))
-    targets = planned.targets(names, last.recipe, mesh=args.mesh, devices=args.devices, backend=args.backend)
+    wanted = targets.targets(names, last.recipe, mesh=args.mesh, devices=args.devices, backend=args.backend)
     return [
         replace(
             last,
@@ -182,5 +183,5 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             detached=t.engine != "local" or args.detach,
             run_dir=run.where if is_remote(run.where) else str(run.path.absolute()),
         )
-        for t in planned.fitting(targets, recipe)
+        for t in targets.fitting(wanted, recipe)
     ]

@@ -13,10 +13,10 @@ from __future__ import annotations
 import argparse
 import json
 
-from portatrain import jobs
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.status import Status, age, find, status
+from portatrain.runs import jobs
+from portatrain.runs.status import Status, age, find, status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

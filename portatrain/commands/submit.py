@@ -19,10 +19,10 @@ import os
 import re
 from pathlib import Path
 
-from launchers import planned
+from launchers import targets
+from portatrain.checkpoint.locations import is_remote
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.places import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,19 +59,19 @@ def run(args: argparse.Namespace) -> int:
     if args.max_restarts < 0:
         raise UserError("--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one.")
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
-    targets = planned.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
+    wanted = targets.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
     recipe = options.resolved_recipe(args)
     run_name = _run_name(args.run, args.runs, recipe.name)
 
     from launchers.base import Job, launcher
-    from portatrain.run_dir import open_run
+    from portatrain.runs.run_dir import open_run
 
     given = f"{args.runs.rstrip('/')}/{run_name}" if is_remote(args.runs) else str(Path(args.runs) / run_name)
     run_dir = given if is_remote(given) else str(Path(given).absolute())
     run = open_run(run_dir)
     run.check(recipe)
     _check_not_submitted(run_dir)
-    fitting = targets if args.dry_run else planned.fitting(targets, recipe)
+    fitting = wanted if args.dry_run else targets.fitting(wanted, recipe)
     source = str(Path(args.recipe).resolve()) if args.recipe.endswith(".py") or "/" in args.recipe else args.recipe
     jobs = [
         Job(
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         for target in fitting
     ]
     if args.dry_run:
-        planned.show(jobs, targets, recipe)
+        targets.show(jobs, wanted, recipe)
         return 0
     for job in jobs:
         launcher(job.engine).check(job)
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_not_submitted(run_dir: str) -> None:
-    from portatrain import jobs
+    from portatrain.runs import jobs
 
     there = jobs.of(run_dir)
     if there:
@@ -135,7 +135,7 @@ def _run_name(given: str | None, runs: str, recipe_name: str) -> str:
         return given
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 10_000))]
     if is_remote(runs):
-        from portatrain.remote_run import run_names
+        from portatrain.runs.remote_run_dir import run_names
 
         taken = set(run_names(runs))
         return next(name for name in names if name not in taken)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 
+from portatrain.checkpoint.locations import SCHEMES
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
-from portatrain.places import SCHEMES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from portatrain.processes import end_with_parent
+    from portatrain.system.processes import end_with_parent
 
     end_with_parent()
     return train(args)
@@ -74,7 +74,7 @@ def train(args: argparse.Namespace) -> int:
             do="Leave it out to train to the end.",
         )
     if (url := getattr(args, "checkpoints", None)) is not None:
-        from portatrain.places import place_of
+        from portatrain.checkpoint.locations import place_of
 
         if not url.startswith(SCHEMES):
             raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
@@ -82,20 +82,20 @@ def train(args: argparse.Namespace) -> int:
     _check_mesh(args.mesh, args.devices)
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
-        from portatrain.processes import run_processes
-        from portatrain.run_dir import open_run
-        from portatrain.trainer import make_program
+        from portatrain.runs.run_dir import open_run
+        from portatrain.system.processes import run_processes
+        from portatrain.training.trainer import make_program
 
         # What does not go together, before any of them starts.
         make_program(recipe, mesh=args.mesh or f"fsdp={args.devices or n}")
         open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
-    from portatrain.metrics import Sink
-    from portatrain.metrics.console import ConsoleSink
-    from portatrain.metrics.trackers import TRACKERS
-    from portatrain.processes import rank
-    from portatrain.run_dir import open_run
+    from portatrain.runs.run_dir import open_run
+    from portatrain.system.processes import rank
+    from portatrain.training.metrics import Sink
+    from portatrain.training.metrics.console import ConsoleSink
+    from portatrain.training.metrics.trackers import TRACKERS
 
     for name in args.track:
         if name not in TRACKERS:
@@ -105,11 +105,11 @@ def train(args: argparse.Namespace) -> int:
         run_dir.check(recipe)
     sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
 
-    from portatrain.notices import Notices
-    from portatrain.preemption import StopSignals
+    from portatrain.system.cloud_notices import Notices
+    from portatrain.system.stop_signals import StopSignals
 
     with StopSignals() as signals, Notices(signals.ask):  # before the framework is imported, which takes seconds
-        from portatrain.trainer import train as train_recipe
+        from portatrain.training.trainer import train as train_recipe
 
         return train_recipe(
             recipe,
@@ -127,7 +127,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _processes_there(backend: str, mesh: str | None) -> int | None:
     """Under torchrun, without --mesh or --devices: a device for every process that was started."""
-    from portatrain.processes import PROCESS_A_DEVICE, world_size
+    from portatrain.system.processes import PROCESS_A_DEVICE, world_size
 
     return world_size() if backend in PROCESS_A_DEVICE and mesh is None else None
 
@@ -135,8 +135,8 @@ def _processes_there(backend: str, mesh: str | None) -> int | None:
 def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
     """How many processes to start for this command; None where this process is one of them, or all that it takes."""
     from portatrain.backends.base import devices_a_process
-    from portatrain.layout import Mesh
-    from portatrain.processes import PROCESS_A_DEVICE, world_size
+    from portatrain.model.layout import Mesh
+    from portatrain.system.processes import PROCESS_A_DEVICE, world_size
 
     if world_size() is not None:
         return None
@@ -156,7 +156,7 @@ def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
 def _check_mesh(mesh: str | None, devices: int | None) -> None:
     if mesh is None:
         return
-    from portatrain.layout import Mesh
+    from portatrain.model.layout import Mesh
 
     wanted = Mesh.parse(mesh).devices
     if devices is not None and wanted != devices:

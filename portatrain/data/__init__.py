@@ -1,7 +1,7 @@
 """Data: what a run reads, as frozen specs, and the fixed sequence of samples made of it.
 
 The specs load nothing, so that recipes stay light; `open_data` and what else works on arrays is imported
-when it is first asked for. May import NumPy and `portatrain.rng`; never a framework.
+when it is first asked for. May import NumPy and `portatrain.model.rng`; never a framework.
 """
 
 from __future__ import annotations

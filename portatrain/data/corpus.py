@@ -15,7 +15,7 @@ from portatrain.data import pack as packs
 from portatrain.data.sources import Documents, documents
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError
-from portatrain.rng import Permutation
+from portatrain.model.rng import Permutation
 
 SPLITS = ("train", "validation")
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from portatrain import rng
 from portatrain.data import pack as packs
 from portatrain.data.corpus import SPLITS, identity
 from portatrain.data.spec import Digits
 from portatrain.data.split import Batch, Order, Split, samples
 from portatrain.errors import UserError
+from portatrain.model import rng
 
 
 class Images(Split):

@@ -19,7 +19,7 @@ from portatrain.data.spec import Mixture
 from portatrain.data.split import Batch, Split, samples
 from portatrain.data.windows import Windows
 from portatrain.errors import UserError
-from portatrain.rng import Permutation
+from portatrain.model.rng import Permutation
 
 
 def counts(weights: tuple[float, ...], block: int) -> np.ndarray:

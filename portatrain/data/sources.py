@@ -17,10 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
-from portatrain import rng
 from portatrain.data.encode import Encoding, encoding
 from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError, choice
+from portatrain.model import rng
 
 Files = list[tuple[str, Path]]  # (name within the source, where it lies), sorted by name
 

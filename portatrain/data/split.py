@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from portatrain.errors import UserError
-from portatrain.rng import Permutation
+from portatrain.model.rng import Permutation
 
 Batch = dict[str, np.ndarray]
 

@@ -17,3 +17,8 @@ from portatrain.optim.rules import Adafactor as Adafactor
 from portatrain.optim.rules import AdamW as AdamW
 from portatrain.optim.rules import Lion as Lion
 from portatrain.optim.rules import Muon as Muon
+from portatrain.optim.schedules import WSD as WSD
+from portatrain.optim.schedules import Constant as Constant
+from portatrain.optim.schedules import Cosine as Cosine
+from portatrain.optim.schedules import Linear as Linear
+from portatrain.optim.schedules import Schedule as Schedule

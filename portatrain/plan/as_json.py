@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from portatrain.layout import MESH_AXES
-from portatrain.plan import efficiency
+from portatrain.model.layout import MESH_AXES
+from portatrain.plan.cost import efficiency
 from portatrain.plan.result import CONVENTION, Candidate, Plan
 
 

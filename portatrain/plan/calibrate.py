@@ -1,6 +1,6 @@
 """Efficiency factors from runs: what a chip reached where it was used, in place of what others published.
 
-Kept in the user's config folder (``efficiency.json``), which `portatrain.plan.efficiency.of` looks into first.
+Kept in the user's config folder (``efficiency.json``), which `portatrain.plan.cost.efficiency.of` looks into first.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from portatrain import files
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
-from portatrain.plan import efficiency, of_run
-from portatrain.plan.catalog import CHIPS
+from portatrain.model.layout import Mesh
+from portatrain.plan import recorded
+from portatrain.plan.clusters.catalog import CHIPS
+from portatrain.plan.cost import efficiency
 from portatrain.recipe import Recipe
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
+from portatrain.system import json_files
 
 LOW, HIGH = 0.005, 4.0
 
@@ -97,10 +98,10 @@ def fit(attempts: Sequence[Seen]) -> list[Change]:
 def keep(changes: Sequence[Change]) -> Path:
     """Write the factors to the user's config folder, beside those of other chips; the file."""
     path = efficiency.own_file()
-    known = files.read_json(path) if path.is_file() else {}
+    known = json_files.read_json(path) if path.is_file() else {}
     known |= {one.chip: {"factor": one.after, "attempts": one.attempts} for one in changes}
     path.parent.mkdir(parents=True, exist_ok=True)
-    files.write_json(path, known)
+    json_files.write_json(path, known)
     return path
 
 
@@ -108,10 +109,10 @@ def _attempt(run: RunDir, recipe: Recipe, number: int) -> Seen | str:
     path = run.path / "attempts" / str(number) / "plan.json"
     if not path.is_file():
         return "no plan.json"
-    plan = files.read_json(path)
+    plan = json_files.read_json(path)
     if not plan.get("planned"):
         return str(plan.get("why", "not planned"))
-    measured = of_run.measured(run.rows(number, "metrics"))
+    measured = recorded.measured(run.rows(number, "metrics"))
     if measured is None:
         return "too few steps"
     mesh = Mesh.parse("" if plan["mesh"] == "1" else plan["mesh"])
@@ -130,7 +131,7 @@ def _factor(recipe: Recipe, mesh: Mesh, device: str, measured_s: float) -> float
     """The factor at which the plan takes as long as was measured, to three digits."""
 
     def planned_s(value: float) -> float:
-        return of_run.with_factor(recipe, mesh, device, value) or 0.0
+        return recorded.with_factor(recipe, mesh, device, value) or 0.0
 
     if planned_s(HIGH) > measured_s:  # memory or network alone take longer: the factor is not what is wrong
         return None

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from portatrain.errors import UserError
-from portatrain.plan import meshes, names
-from portatrain.plan.catalog import CHIPS
-from portatrain.plan.cluster import Cluster
-from portatrain.plan.memory import memory
-from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
-from portatrain.plan.shapes import ADAM_BYTES, ModelShape
-from portatrain.plan.workload import on_mesh
+from portatrain.plan.clusters import names
+from portatrain.plan.clusters.catalog import CHIPS
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost import meshes
+from portatrain.plan.cost.memory import memory
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.shapes import ADAM_BYTES, ModelShape
+from portatrain.plan.cost.workload import on_mesh
 
 MOST_CHIPS = 8192
 SHOWN = 5
@@ -101,7 +102,7 @@ def _other_chips(shape: ModelShape, cluster: Cluster, precision: str) -> list[st
 
 
 def _of(cluster: Cluster, chip: str, chips: int) -> Cluster | None:
-    from portatrain.plan.slices import RULES, default_shape, text
+    from portatrain.plan.clusters.slices import RULES, default_shape, text
 
     row = CHIPS[chip]
     try:

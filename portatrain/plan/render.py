@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from portatrain.plan import efficiency
+from portatrain.plan.cost import efficiency
 from portatrain.plan.result import CONVENTION, Plan
 
 GIB = 2**30

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from portatrain.layout import MESH_AXES
-from portatrain.plan.cluster import Cluster
-from portatrain.plan.efficiency import Efficiency
-from portatrain.plan.memory import Memory
-from portatrain.plan.placement import Placement
-from portatrain.plan.policy import PRECISIONS
-from portatrain.plan.shapes import ModelShape
-from portatrain.plan.tensors import Sizes
-from portatrain.plan.timing import Time
+from portatrain.model.layout import MESH_AXES
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost.efficiency import Efficiency
+from portatrain.plan.cost.memory import Memory
+from portatrain.plan.cost.placement import Placement
+from portatrain.plan.cost.policy import PRECISIONS
+from portatrain.plan.cost.shapes import ModelShape
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.timing import Time
 
 CONVENTION = "6 x parameters multiplied with each token + 12 x layers x width x length x 1/2 (causal); no recomputation"
 """What MFU counts, over the peak of the precision of the matmuls."""

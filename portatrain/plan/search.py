@@ -11,18 +11,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from portatrain.errors import UserError, choice
-from portatrain.plan import efficiency as factors
-from portatrain.plan import meshes
-from portatrain.plan.cluster import Cluster
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost import efficiency as factors
+from portatrain.plan.cost import meshes
+from portatrain.plan.cost.memory import Memory, memory, state_bytes
+from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Precision, Remat, Tuning
+from portatrain.plan.cost.shapes import ModelShape
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.timing import Rates, rates, step_time
+from portatrain.plan.cost.workload import OnMesh, on_mesh
 from portatrain.plan.hints import what_would
-from portatrain.plan.memory import Memory, memory, state_bytes
-from portatrain.plan.placement import place
-from portatrain.plan.policy import PRECISIONS, REMATS, TUNING, Precision, Remat, Tuning
 from portatrain.plan.result import Candidate, Counts, Plan, Refused, slowest_term
-from portatrain.plan.shapes import ModelShape
-from portatrain.plan.tensors import Sizes
-from portatrain.plan.timing import Rates, rates, step_time
-from portatrain.plan.workload import OnMesh, on_mesh
 
 KEEP = 10
 MARGIN = 0.05
@@ -308,6 +308,6 @@ def _reasons(search: _Search) -> list[Refused]:
 
 
 def _text(mesh: Sizes) -> str:
-    from portatrain.layout import MESH_AXES
+    from portatrain.model.layout import MESH_AXES
 
     return ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, mesh, strict=True) if n > 1) or "1"

@@ -1,4 +1,4 @@
-"""Cases of attention in all combinations of its options. Legend as in `portatrain.ops`."""
+"""Cases of attention in all combinations of its options. Legend as in `portatrain.model.ops`."""
 
 from __future__ import annotations
 

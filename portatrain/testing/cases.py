@@ -1,6 +1,6 @@
 """The table of cases: every operation with its options, at small shapes whose sizes all differ.
 
-Legend as in `portatrain.ops`: B batch, S queries, T keys, E embed, H heads, K kv_heads, D head_dim, V vocab.
+Legend as in `portatrain.model.ops`: B batch, S queries, T keys, E embed, H heads, K kv_heads, D head_dim, V vocab.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
-from portatrain.rope import RopeScaling
+from portatrain.model.rope import RopeScaling
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.testing.case import FP32, Args, Case, Rng, normal, with_ints
 from portatrain.testing.loss_cases import loss_cases
@@ -342,4 +342,4 @@ CASES: tuple[Case, ...] = (
     *_reduction_cases(),
     *loss_cases(),
 )
-"""Every case, in the order of `portatrain.ops`."""
+"""Every case, in the order of `portatrain.model.ops`."""

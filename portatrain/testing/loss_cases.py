@@ -1,4 +1,4 @@
-"""Cases of the losses. Legend as in `portatrain.ops`."""
+"""Cases of the losses. Legend as in `portatrain.model.ops`."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from portatrain.backends.base import Backend, Program
 from portatrain.data import open_data
 from portatrain.optim import Adafactor, Lion
 from portatrain.recipe import Recipe
-from portatrain.trainer import make_program
+from portatrain.training.trainer import make_program
 
 GRADIENT_BOUND = 1e-6
 """Largest difference of a parameter's gradient, over the largest magnitude in it (its scale)."""

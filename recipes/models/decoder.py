@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from portatrain.checkpoint.interop import Hub, Row
 from portatrain.errors import UserError
-from portatrain.exchange import Hub, Row
-from portatrain.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
-from portatrain.module import Module, Param, Stack
-from portatrain.ops import Array, Batch, Loss, Ops
-from portatrain.rope import RopeScaling
+from portatrain.model.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
+from portatrain.model.module import Module, Param, Stack
+from portatrain.model.ops import Array, Batch, Loss, Ops
+from portatrain.model.rope import RopeScaling
 
 # A layer's tensors: the name in LlamaForCausalLM, ours, and how many axes the product contracts.
 LLAMA = (

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from portatrain.layers import MLP, Attention, Dropout, LayerNorm, PatchEmbedding
-from portatrain.module import Module, Param, Stack
-from portatrain.ops import Array, Batch, Loss, Ops
+from portatrain.model.layers import MLP, Attention, Dropout, LayerNorm, PatchEmbedding
+from portatrain.model.module import Module, Param, Stack
+from portatrain.model.ops import Array, Batch, Loss, Ops
 
 
 @dataclass(frozen=True, kw_only=True)

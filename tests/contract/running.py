@@ -9,11 +9,11 @@ import numpy as np
 
 from portatrain.backends import reference
 from portatrain.backends.base import Backend, Context, Program, backend_class, missing
-from portatrain.checkpoint import format_layout
-from portatrain.layout import Layout
-from portatrain.module import Definition, Module, describe
+from portatrain.backends.state import full_name
+from portatrain.checkpoint.saver import format_layout
+from portatrain.model.layout import Layout
+from portatrain.model.module import Definition, Module, describe
 from portatrain.optim import SGD
-from portatrain.state import full_name
 
 BACKENDS = [name for name in ("jax", "torch") if not missing(name)]
 

@@ -12,7 +12,7 @@ import pytest
 
 from portatrain.backends.base import missing
 from portatrain.cli import main
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 TINY = [

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from portatrain.checkpoint.interop import Entry, Table
 from portatrain.errors import UserError
-from portatrain.foreign import Entry, Table
 
 torch = pytest.importorskip("torch")
 jax = pytest.importorskip("jax")
@@ -60,12 +60,12 @@ class Torch:
         return loss.item()
 
     def save(self, where: Path, step: int) -> None:
-        from portatrain.foreign.torch import save
+        from portatrain.checkpoint.interop.plain_torch import save
 
         save(where, step, self.net, self.optimizer, TABLE)
 
     def restore(self, where: Path) -> int:
-        from portatrain.foreign.torch import restore
+        from portatrain.checkpoint.interop.plain_torch import restore
 
         return restore(where, self.net, self.optimizer, TABLE)
 
@@ -98,19 +98,19 @@ class Jax:
         return float(value)
 
     def save(self, where: Path, step: int) -> None:
-        from portatrain.foreign.jax import save
+        from portatrain.checkpoint.interop.plain_jax import save
 
         save(where, step, self.params, self.opt, TABLE)
 
     def restore(self, where: Path) -> int:
-        from portatrain.foreign.jax import restore
+        from portatrain.checkpoint.interop.plain_jax import restore
 
         step, self.params, self.opt = restore(where, self.params, self.opt, TABLE)
         return step
 
 
 def tensors(where: Path) -> dict[str, bytes]:
-    from portatrain.foreign.shared import open_newest
+    from portatrain.checkpoint.interop.plain_shared import open_newest
 
     _, reader = open_newest(where, None)
     return {n: reader.read(n).tobytes() for n in reader.names}
@@ -191,7 +191,7 @@ def worker(args: Any) -> int:
 
 @pytest.mark.meshes
 def test_fsdp2_on_two_processes(tmp_path: Path) -> None:
-    from portatrain.processes import run_processes
+    from portatrain.system.processes import run_processes
 
     one = Jax()
     for step in range(3):

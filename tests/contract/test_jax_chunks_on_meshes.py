@@ -16,15 +16,15 @@ CODE = """
 import json, sys
 import numpy as np
 from portatrain.backends.jax import JaxBackend, attention, losses
-from portatrain.overrides import override
+from portatrain.recipe.overrides import override
 from portatrain.plan import recipes
-from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
-from portatrain.plan.tensors import sizes_of
-from portatrain.plan.volumes import volumes
-from portatrain.plan.workload import on_mesh
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.tensors import sizes_of
+from portatrain.plan.cost.volumes import volumes
+from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.compilers import hlo, hlo_text
 from portatrain.recipe import load_recipe
-from portatrain.trainer import make_program
+from portatrain.training.trainer import make_program
 
 losses.CHUNK_BYTES, attention.SCORES_BYTES = 4 * 8 * 512, 4 * 2 * 4 * 64
 sizes = ["vocab=512", "embed=32", "layers=2", "heads=4", "kv_heads=2", "mlp=64"]

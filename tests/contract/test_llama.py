@@ -9,8 +9,8 @@ import pytest
 from running import BACKENDS, Running, parameters, tokens_batch
 
 from portatrain.backends import reference
-from portatrain.module import describe
-from portatrain.rope import RopeScaling
+from portatrain.model.module import describe
+from portatrain.model.rope import RopeScaling
 from portatrain.testing.tolerance import amplification, tolerance
 from recipes.models.decoder import DecoderConfig
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from portatrain.backends.base import Program, backend_class
-from portatrain.layout import Layout
-from portatrain.module import Module, Param, describe
+from portatrain.model.layout import Layout
+from portatrain.model.module import Module, Param, describe
+from portatrain.model.precision import stored
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
-from portatrain.precision import stored
 from tests.contract.running import BACKENDS, everything, microbatches
 from tests.distributed.cases import CASES
 

@@ -11,7 +11,7 @@ from running import BACKENDS, Running, image_batch, microbatches, tokens_batch
 from toy_models import Nested, Routed
 
 from portatrain.backends.reference import directional_derivative
-from portatrain.module import Module
+from portatrain.model.module import Module
 from portatrain.optim import SGD
 from portatrain.testing.tolerance import amplification, moved, tolerance
 from recipes.models.decoder import DecoderConfig

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from portatrain.cli import main
+from portatrain.plan.clusters.names import parse
 from portatrain.plan.compilers import gpus, job, targets
-from portatrain.plan.names import parse
-from portatrain.plan.of_run import chip_of
+from portatrain.plan.recorded import chip_of
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'portatrain[tpu]')"

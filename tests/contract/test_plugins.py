@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from portatrain.backends.base import missing
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
 

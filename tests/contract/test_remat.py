@@ -11,14 +11,14 @@ import pytest
 from running import BACKENDS, Running, image_batch, microbatches, tokens_batch
 from toy_models import Nested
 
-from portatrain import remat
 from portatrain.backends.base import Program
 from portatrain.errors import UserError
-from portatrain.layout import Layout
-from portatrain.module import Module, Param, Stack, describe
-from portatrain.ops import Array, Batch, Loss, Ops
+from portatrain.model import remat
+from portatrain.model.layout import Layout
+from portatrain.model.module import Module, Param, Stack, describe
+from portatrain.model.ops import Array, Batch, Loss, Ops
 from portatrain.optim import SGD
-from portatrain.plan.policy import REMATS
+from portatrain.plan.cost.policy import REMATS
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from checkpoints_format import LocalStore, Reader
-from portatrain import places
 from portatrain.backends.base import LocalBox, Program
-from portatrain.checkpoint import Checkpoints, format_layout
+from portatrain.checkpoint import locations
+from portatrain.checkpoint.saver import Checkpoints, format_layout
 from portatrain.errors import UserError
-from portatrain.layout import Layout
-from portatrain.module import Module, Param, describe
+from portatrain.model.layout import Layout
+from portatrain.model.module import Module, Param, describe
 from portatrain.optim import AdamW
-from portatrain.retention import Retention
+from portatrain.recipe.retention import Retention
 
 
 class Toy(Module):
@@ -133,7 +133,7 @@ def test_a_step_whose_checkpoint_is_damaged_is_saved_anew(backend: Any, tmp_path
     assert not pack.exists()
 
 
-class Slow(places.Folder):
+class Slow(locations.Folder):
     """A folder whose stores wait at their first write until told."""
 
     def __init__(self, path: Path) -> None:

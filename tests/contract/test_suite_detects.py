@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portatrain import hashing
 from portatrain.backends.reference import ReferenceBackend, ReferenceOps
+from portatrain.model import dropout_hash
 from portatrain.testing import CASES, ContractError, check_case, check_ops, measure
 
 
@@ -99,7 +99,7 @@ class LowWordOnly(ReferenceOps):
 
 class SeedLowWordOnly(ReferenceOps):
     def __init__(self, *, seed: int = 0, **options: Any) -> None:
-        super().__init__(seed=hashing.words(seed)[0], **options)
+        super().__init__(seed=dropout_hash.words(seed)[0], **options)
 
 
 class NoRescale(ReferenceOps):

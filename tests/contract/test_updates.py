@@ -12,7 +12,7 @@ from portatrain.backends.jax.optimizer import RuleState, transformation
 from portatrain.backends.reference.optim_bounds import ratio
 from portatrain.backends.torch.lower import Piece
 from portatrain.backends.torch.optimizer import RuleOptimizer
-from portatrain.module import Constant, TensorInfo
+from portatrain.model.module import Constant, TensorInfo
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 
 INFOS = {

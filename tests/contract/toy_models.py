@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from portatrain.layers import Dropout, Embedding, GatedMLP, Linear, RMSNorm
-from portatrain.module import Module, Param, Stack, State
+from portatrain.model.layers import Dropout, Embedding, GatedMLP, Linear, RMSNorm
+from portatrain.model.module import Module, Param, Stack, State
 from recipes.models.decoder import Block, Decoder, DecoderConfig
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Program
-from portatrain.layout import Layout, Mesh
-from portatrain.lora import Adapted, LoRA, adapt, is_factor
-from portatrain.module import Module, Normal, describe
+from portatrain.model.layout import Layout, Mesh
+from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
+from portatrain.model.module import Module, Normal, describe
+from portatrain.model.precision import stored
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
-from portatrain.precision import stored
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.contract.running import image_batch, tokens_batch

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 
 from portatrain.backends.base import simulate_devices
-from portatrain.processes import rank
+from portatrain.system.processes import rank
 from tests.distributed.cases import CASES
 from tests.distributed.measure import measure
 

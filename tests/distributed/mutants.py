@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
 
-from portatrain.backends.torch import distributed_ops, parallel
+from portatrain.backends.torch import mesh_ops, parallel
 from portatrain.backends.torch.mesh import World
 
 
@@ -86,7 +86,7 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         parallel.Sharded, "reduce", lambda whole: lambda self, grads, axes: None
     ),
     "tensor, context: an operand that is whole has a gradient that is not a sum": _method(
-        distributed_ops.MeshOps, "_beside", lambda whole: staticmethod(lambda at: [Replicate() for _ in at])
+        mesh_ops.MeshOps, "_beside", lambda whole: staticmethod(lambda at: [Replicate() for _ in at])
     ),
     "tensor: logits of this process alone": _method(
         World,
@@ -103,7 +103,7 @@ MUTANTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
         World, "my_rows", lambda whole: lambda self, rows: slice(0, rows // self.row_blocks)
     ),
     "dropout: offsets within this process's part": _method(
-        distributed_ops.MeshOps,
+        mesh_ops.MeshOps,
         "_offsets",
         lambda whole: (
             lambda self, shape, placements: torch.arange(whole(self, shape, placements).numel(), dtype=torch.int32)

@@ -15,11 +15,12 @@ from unittest import mock
 import numpy as np
 
 from checkpoints_format import Box, LocalStore, Reader
-from portatrain import processes, sharing
 from portatrain.backends.base import backend_class, simulate_devices
-from portatrain.checkpoint import Checkpoints
-from portatrain.restoring import restored
-from portatrain.state import full_name
+from portatrain.backends.state import full_name
+from portatrain.checkpoint import shared_reads
+from portatrain.checkpoint.restore import restored
+from portatrain.checkpoint.saver import Checkpoints
+from portatrain.system import processes
 from tests.distributed.cases import CASES
 
 
@@ -34,12 +35,12 @@ class Counting(LocalStore):
         super().read_into(name, offset, buffers)
 
 
-def wrong_part(self: sharing.Share, mesh: Any, at: Any, offset: Any, shape: Any) -> Any:
+def wrong_part(self: shared_reads.Share, mesh: Any, at: Any, offset: Any, shape: Any) -> Any:
     """`Share.part` of a process that always takes the first part."""
     return PART(self, mesh, dict.fromkeys(at, 0), offset, shape)
 
 
-PART = sharing.Share.part
+PART = shared_reads.Share.part
 
 
 def crossed(devices: Sequence[Any]) -> list[Any]:
@@ -50,8 +51,8 @@ def crossed(devices: Sequence[Any]) -> list[Any]:
 def restore(backend: Any, folder: str, how: str, again: Path) -> tuple[int, list[str], int]:
     """(bytes read of values, names of boxes that are not the checkpoint's, boxes looked at). 'crossed' is also saved
     into `again`."""
-    wrong = mock.patch.object(sharing.Share, "part", wrong_part) if how == "wrong" else nullcontext()
-    said = {sharing.READ_ONCE: "0" if how == "each" else "1"}
+    wrong = mock.patch.object(shared_reads.Share, "part", wrong_part) if how == "wrong" else nullcontext()
+    said = {shared_reads.READ_ONCE: "0" if how == "each" else "1"}
     with Counting(Path(folder)) as store, mock.patch.dict("os.environ", said), wrong:
         through = Reader(store)
         state = restored(backend, through)
@@ -74,7 +75,7 @@ def main(args: argparse.Namespace) -> int:
         import torch
 
         torch.set_num_threads(1)
-    sharing.LEAST_BYTES = 1  # the cases are small
+    shared_reads.LEAST_BYTES = 1  # the cases are small
     kind, found = backend_class(args.backend), []
     for case, mesh, folder, how in args.cells:
         try:

@@ -10,8 +10,8 @@ from portatrain.backends.torch import TorchBackend
 from portatrain.backends.torch.mesh import check_processes
 from portatrain.backends.torch.parallel import Cut, cut_of
 from portatrain.errors import UserError
-from portatrain.layout import COMPUTE, PARAMS, Layout, Mesh
-from portatrain.module import describe
+from portatrain.model.layout import COMPUTE, PARAMS, Layout, Mesh
+from portatrain.model.module import describe
 from tests.distributed.cases import CASES
 
 pytestmark = pytest.mark.meshes

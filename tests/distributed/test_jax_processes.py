@@ -13,8 +13,8 @@ import pytest
 
 from portatrain.backends.base import missing
 from portatrain.errors import UserError
-from portatrain.processes import run_processes
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
+from portatrain.system.processes import run_processes
 from tests.distributed.cases import CASES
 from tests.distributed.measure import Measured, measure
 from tests.distributed.test_meshes import differences

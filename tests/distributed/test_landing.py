@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.landing import HOST_PROCESSES
-from portatrain.processes import free_port
-from portatrain.run_dir import RunDir
+from launchers.rank_entry import HOST_PROCESSES
+from portatrain.runs.run_dir import RunDir
+from portatrain.system.processes import free_port
 
 pytestmark = [pytest.mark.meshes, pytest.mark.timeout(300)]
 
@@ -45,7 +45,7 @@ def pods(run: Path, *words: str) -> list[tuple[int, str]]:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }
-        command = [sys.executable, "-m", "portatrain.landing", "train", "tiny-lm", "--run-dir", str(run)]
+        command = [sys.executable, "-m", "launchers.rank_entry", "train", "tiny-lm", "--run-dir", str(run)]
         started.append(
             subprocess.Popen(
                 [*command, "--backend=torch", *SMALL, *words],

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from portatrain.backends.torch import TorchBackend
-from portatrain.processes import run_processes
+from portatrain.system.processes import run_processes
 from portatrain.testing import parity
 from tests.distributed.cases import CASES, ROWS, SEQ
 from tests.distributed.exact import exact

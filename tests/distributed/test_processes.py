@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from portatrain.errors import UserError
-from portatrain.processes import rank, run_processes, world_size
+from portatrain.system.processes import rank, run_processes, world_size
 
 pytestmark = pytest.mark.meshes
 
@@ -98,7 +98,9 @@ def test_signals_reach_every_process(number: signal.Signals, code: int, tmp_path
 
 
 def test_they_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    call = f"from portatrain.processes import run_processes as r; r(2, '{HERE}:until_told', {{'folder': '{tmp_path}'}})"
+    call = (
+        f"import portatrain.system.processes as p; p.run_processes(2, '{HERE}:until_told', {{'folder': '{tmp_path}'}})"
+    )
     parent = subprocess.Popen([sys.executable, "-c", call], env={**os.environ, "PYTHONPATH": os.getcwd()})
     while len(list(tmp_path.glob("ready-*"))) < 2:
         time.sleep(0.02)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from checkpoints_format import LocalStore, Reader, Want
-from portatrain import sharing
 from portatrain.backends.base import missing
+from portatrain.backends.state import full_name
 from portatrain.backends.torch import TorchBackend
-from portatrain.checkpoint import Checkpoints, format_layout
-from portatrain.places import step_name
-from portatrain.processes import run_processes
-from portatrain.restoring import boxes_of
-from portatrain.state import full_name
+from portatrain.checkpoint import shared_reads
+from portatrain.checkpoint.locations import step_name
+from portatrain.checkpoint.restore import boxes_of
+from portatrain.checkpoint.saver import Checkpoints, format_layout
+from portatrain.system.processes import run_processes
 from tests.distributed.cases import CASES
 
 pytestmark = pytest.mark.meshes
@@ -71,7 +71,7 @@ def found(request: pytest.FixtureRequest, saved: dict[str, str], tmp_path_factor
 def test_the_state_is_the_same_and_read_once(
     case: str, mesh: str, found: Any, saved: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sharing, "LEAST_BYTES", 1)
+    monkeypatch.setattr(shared_reads, "LEAST_BYTES", 1)
     each, parts = found[case, mesh, "each"], found[case, mesh, "parts"]
     for process in (*each, *parts):
         assert not isinstance(process, str), process
@@ -79,7 +79,7 @@ def test_the_state_is_the_same_and_read_once(
         assert boxes
         assert wrong == []
     program, processes = CASES[case].program(mesh), len(parts)
-    shares = sharing.shares_of(program, processes)
+    shares = shared_reads.shares_of(program, processes)
     with LocalStore(Path(saved[case])) as store:
         reader = Reader(store)
         wants = [
@@ -110,9 +110,9 @@ def test_devices_in_another_order(
     """What they hold is restored, by requests that were foreseen, and saved again as it was."""
     if (case, mesh, "crossed") not in found:
         pytest.skip("torch numbers its processes as the mesh wants them")
-    monkeypatch.setattr(sharing, "LEAST_BYTES", 1)
+    monkeypatch.setattr(shared_reads, "LEAST_BYTES", 1)
     program, owners = CASES[case].program(mesh), (0, 1, 0, 1)
-    shares = sharing.shares_of(program, 2, owners=owners)
+    shares = shared_reads.shares_of(program, 2, owners=owners)
     with (
         LocalStore(Path(saved[case])) as store,
         LocalStore(found["out"] / f"again {case} {mesh}" / step_name(1)) as again,
@@ -135,10 +135,10 @@ def test_devices_in_another_order(
 def test_gaps_that_a_store_reads_over_are_not_shared() -> None:
     program = CASES["lm"].program("replica=4")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sharing, "LEAST_BYTES", 1)
-        exact, over = (sharing.shares_of(program, 4, gap_bytes=gap) for gap in (0, 1 << 20))
+        patch.setattr(shared_reads, "LEAST_BYTES", 1)
+        exact, over = (shared_reads.shares_of(program, 4, gap_bytes=gap) for gap in (0, 1 << 20))
     assert len(over) < len(exact)
-    infos = {(role, info.name): info for info, role, _ in sharing.roles_of(program)}
+    infos = {(role, info.name): info for info, role, _ in shared_reads.roles_of(program)}
     assert all(not infos[key].stack_dims for key in over)  # one part a process, and no gap
 
 
@@ -152,10 +152,10 @@ def test_a_part_of_another_process_is_seen(found: Any) -> None:
 
 @pytest.mark.parametrize("mesh", ["replica=4", "replica=2,fsdp=2", "context=2,tensor=2", "replica=2,expert=2,tensor=2"])
 def test_the_parts_of_all_processes_are_each_box_once(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharing, "LEAST_BYTES", 1)
+    monkeypatch.setattr(shared_reads, "LEAST_BYTES", 1)
     program = CASES["routed"].program(mesh)
     devices = program.layout.mesh.devices
-    shares = sharing.shares_of(program, devices)
+    shares = shared_reads.shares_of(program, devices)
     sizes = {t.name: t for t in format_layout(program).tensors}
     assert shares
     for role, name in shares:
@@ -166,8 +166,8 @@ def test_the_parts_of_all_processes_are_each_box_once(mesh: str, monkeypatch: py
 
 
 def test_within_a_process_there_is_nothing_to_share() -> None:
-    assert not sharing.shares_of(CASES["lm"].program("replica=4"), 1)
-    assert not sharing.pays(1, remote=True)
+    assert not shared_reads.shares_of(CASES["lm"].program("replica=4"), 1)
+    assert not shared_reads.pays(1, remote=True)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def test_where_it_pays(
     processes: int, here: str, remote: bool, said: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    monkeypatch.delenv(sharing.READ_ONCE, raising=False)
+    monkeypatch.delenv(shared_reads.READ_ONCE, raising=False)
     if said is not None:
-        monkeypatch.setenv(sharing.READ_ONCE, said)
-    assert sharing.pays(processes, remote=remote) is expected
+        monkeypatch.setenv(shared_reads.READ_ONCE, said)
+    assert shared_reads.pays(processes, remote=remote) is expected

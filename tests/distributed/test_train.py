@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.meshes
 

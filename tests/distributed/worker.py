@@ -83,6 +83,6 @@ def main(args: argparse.Namespace) -> int:
 
 
 def dist_rank() -> int:
-    from portatrain.processes import rank
+    from portatrain.system.processes import rank
 
     return rank()

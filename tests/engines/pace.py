@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from portatrain.hooks import Hook
+from portatrain.training.hooks import Hook
 
 
 @dataclass(frozen=True, kw_only=True)

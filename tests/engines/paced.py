@@ -6,8 +6,8 @@ from pace import Pace
 
 from portatrain.data import TextFiles
 from portatrain.optim import AdamW
+from portatrain.optim.schedules import Cosine
 from portatrain.recipe import Recipe
-from portatrain.schedules import Cosine
 from recipes.models.decoder import DecoderConfig
 
 

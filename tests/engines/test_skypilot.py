@@ -10,7 +10,7 @@ import pytest
 
 from launchers import skypilot
 from launchers.yaml_text import to_yaml
-from portatrain.preemption import RESUME_ME
+from portatrain.system.stop_signals import RESUME_ME
 from tests.golden.test_jobs import CASES, job
 
 os.environ["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"

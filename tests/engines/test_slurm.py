@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from launchers.slurm import SlurmLauncher
-from portatrain import jobs
-from portatrain.run_dir import RunDir, open_run
-from portatrain.status import Status, status
+from portatrain.runs import jobs
+from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.status import Status, status
 from tests.engines.slurm_here import Slurm
 from tests.engines.test_story import launch
 
@@ -163,7 +163,7 @@ def test_a_node_that_dies(light_lab: Slurm, until: Until) -> None:
 def test_two_attempts_at_once_only_one_commits(light_lab: Slurm, until: Until) -> None:
     start("lab-tpu")
     until(lambda: now().step >= 5, 40, "steps", seen)
-    from portatrain.claim import holder
+    from portatrain.runs.claim import holder
 
     owner = holder(Path("runs/a/claim"))
     assert owner is not None
@@ -171,7 +171,7 @@ def test_two_attempts_at_once_only_one_commits(light_lab: Slurm, until: Until) -
     assert str(owner.pid) in refused
     # Somebody who takes the claim by force: the first attempt must not commit any more.
     Path("runs/a/claim").unlink()
-    from portatrain.claim import Claim
+    from portatrain.runs.claim import Claim
 
     mine = Claim.acquire(Path("runs/a/claim").resolve())
     reached = now().committed

@@ -23,9 +23,9 @@ from typing import Any
 import pytest
 
 from checkpoints_format import LocalStore, Reader
-from portatrain.claim import live_owner
-from portatrain.run_dir import RunDir
-from portatrain.status import status
+from portatrain.runs.claim import live_owner
+from portatrain.runs.run_dir import RunDir
+from portatrain.runs.status import status
 from tests.engines.slurm_here import Slurm
 from tests.engines.test_story import launch, now, prepare, story_of
 
@@ -192,7 +192,7 @@ def trainers(lab: Slurm) -> Iterator[int]:
             env = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"portatrain.landing" in words and b"srun" not in words[0] and ours in env:
+        if b"launchers.rank_entry" in words and b"srun" not in words[0] and ours in env:
             yield int(path.name)
 
 
@@ -246,8 +246,8 @@ def _median(run: RunDir, rows: dict[int, list[dict[str, Any]]], of: list[Disturb
 
 
 def _began_s(run: RunDir, number: int) -> float:
-    from portatrain import files
+    from portatrain.system import json_files
 
     path = run.path / "attempts" / str(number) / "attempt.json"
-    found: dict[str, Any] = files.read_json(path) if path.exists() else {}
+    found: dict[str, Any] = json_files.read_json(path) if path.exists() else {}
     return float(found.get("began_unix_s", 0.0))

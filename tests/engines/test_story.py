@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from portatrain.run_dir import RunDir
-from portatrain.status import Status, committed, status
+from portatrain.runs.run_dir import RunDir
+from portatrain.runs.status import Status, committed, status
 from tests.engines.slurm_here import Slurm
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(2400)]

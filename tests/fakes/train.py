@@ -9,14 +9,14 @@ import os
 import sys
 import time
 
+from portatrain.checkpoint.locations import place_of
 from portatrain.commands import options, train
 from portatrain.errors import StorageError, UserError
-from portatrain.places import place_of
-from portatrain.preemption import RESUME_ME, StopSignals
-from portatrain.processes import end_with_parent
-from portatrain.run_dir import RunDir, open_run
-from portatrain.status import committed
-from portatrain.watchdog import Watchdog
+from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.status import committed
+from portatrain.system.processes import end_with_parent
+from portatrain.system.stop_signals import RESUME_ME, StopSignals
+from portatrain.system.watchdog import Watchdog
 
 STEPS, STEP_S = int(os.environ.get("FAKE_STEPS", "60")), float(os.environ.get("FAKE_STEP_S", "0.05"))
 

@@ -31,14 +31,14 @@ from portatrain.backends.base import missing
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
-from portatrain.remote import Objects
-from portatrain.run_dir import RunDir, open_run
-from portatrain.status import Status, status
-from portatrain.trainer import train
+from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.status import Status, status
+from portatrain.system.object_store import Objects
+from portatrain.training.trainer import train
 from tests.faults.s3 import Proxy, s3
 
 obstore = pytest.importorskip("obstore")
-object_store = pytest.importorskip("portatrain.object_store")
+object_store = pytest.importorskip("portatrain.checkpoint.object_store")
 
 LAYOUT = Layout(
     tensors=(

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 from checkpoints_format import LocalStore
-from portatrain.checkpoint import Checkpoints
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import UserError
-from portatrain.retention import Retention
+from portatrain.recipe.retention import Retention
 from tests.contract.test_saving import Holding
 
 EVENTS = ("open", "os.mkdir", "os.link", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree")

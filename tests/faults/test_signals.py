@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 OPTIONS = [
     f"--set={o}"
@@ -64,7 +64,7 @@ sys.exit(main())
 BEGINNING = """
 import os, signal, sys, time
 from portatrain.cli import main
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 whole = RunDir.begin
 def begin(*rest):
     attempt = whole(*rest)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.module import Constant, Definition, Module, describe
+from portatrain.model.module import Constant, Definition, Module, describe
 from portatrain.recipe import load_recipe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from launchers import gcp_tpu, kubernetes, planned, skypilot
+from launchers import gcp_tpu, kubernetes, skypilot, targets
 from launchers.base import Job, launcher
 from launchers.yaml_text import to_yaml
 
@@ -53,7 +53,7 @@ CASES: dict[str, tuple[str, str, str, dict[str, Any]]] = {
 
 
 def job(engine: str, cluster: str, mesh: str, options: dict[str, Any], number: int = 1) -> Job:
-    (target,) = planned.targets([cluster], "", mesh=mesh, devices=None, backend=None)
+    (target,) = targets.targets([cluster], "", mesh=mesh, devices=None, backend=None)
     return Job(
         run_dir="/runs/llama",
         recipe="llama3-8b",

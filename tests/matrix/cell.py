@@ -12,8 +12,8 @@ from typing import Any
 
 from portatrain.backends.base import simulate_devices
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
-from portatrain.processes import rank
+from portatrain.model.layout import Mesh
+from portatrain.system.processes import rank
 from portatrain.testing import parity
 from tests.matrix.cells import BACKENDS, MESHES, STEPS, recipe_of
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from portatrain.backends.base import Program, backend_class, devices_a_process, missing
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
+from portatrain.model.layout import Mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
-from portatrain.trainer import make_program
+from portatrain.training.trainer import make_program
 
 STEPS = 20
 

@@ -21,7 +21,7 @@ Found = dict[str, Any]
 def start(n: int, entry: str, args: dict[str, Any], timeout_s: float, python: str = sys.executable) -> tuple[bool, str]:
     """`run_processes` in a process of its own, of `python`. (whether it ended in time, what it said last)."""
     call = (
-        "import sys, json; from portatrain.processes import run_processes;"
+        "import sys, json; from portatrain.system.processes import run_processes;"
         f"sys.exit(run_processes({n}, {entry!r}, json.loads(sys.argv[1])))"
     )
     child = subprocess.Popen(

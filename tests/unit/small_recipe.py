@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW
+from portatrain.optim.schedules import Constant
 from portatrain.recipe import Recipe
-from portatrain.schedules import Constant
 
 
 @dataclass(frozen=True, kw_only=True)

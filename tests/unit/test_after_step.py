@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portatrain.after_step import needs_after_step, run_after_step
 from portatrain.backends.reference import ReferenceOps, after_step, initial_states
-from portatrain.bind import bind, source_of
 from portatrain.errors import UserError
-from portatrain.module import Module, Param, Stack, State, describe
+from portatrain.model.bind import bind, source_of
+from portatrain.model.module import Module, Param, Stack, State, describe
+from portatrain.model.state_updates import needs_after_step, run_after_step
 
 
 class Counter(Module):

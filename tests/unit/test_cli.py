@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.cli import launch_main, main
-from portatrain.metrics import Sink
 from portatrain.recipe import Recipe
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
+from portatrain.training.metrics import Sink
 from tests.conftest import listing
 from tests.unit.test_recipe import BAD_FILES, GOOD
 
@@ -228,9 +228,9 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> Trainer:
     made = Trainer()
-    module: Any = ModuleType("portatrain.trainer")
+    module: Any = ModuleType("portatrain.training.trainer")
     module.train = made.train
-    monkeypatch.setitem(sys.modules, "portatrain.trainer", module)
+    monkeypatch.setitem(sys.modules, "portatrain.training.trainer", module)
     return made
 
 

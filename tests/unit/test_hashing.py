@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portatrain import hashing
+from portatrain.model import dropout_hash
 
 int32s = st.integers(-(2**31), 2**31 - 1)
 
@@ -38,10 +38,12 @@ def numpy_bits(seed: int, step: int, site: int, layer: int, samples: list[int], 
     def word(value: int) -> np.ndarray:
         return np.asarray(value, np.int32)
 
-    pairs = np.array([hashing.words(n) for n in samples], np.int32)
+    pairs = np.array([dropout_hash.words(n) for n in samples], np.int32)
     with np.errstate(over="ignore"):
-        keys = hashing.sample_keys(np.array(hashing.words(seed), np.int32), word(step), site, word(layer), pairs)
-        return hashing.random_bits(keys[:, None], np.arange(count, dtype=np.int32)[None])
+        keys = dropout_hash.sample_keys(
+            np.array(dropout_hash.words(seed), np.int32), word(step), site, word(layer), pairs
+        )
+        return dropout_hash.random_bits(keys[:, None], np.arange(count, dtype=np.int32)[None])
 
 
 @given(
@@ -71,16 +73,16 @@ def test_libraries_agree(library: str) -> None:
     def word(value: Any) -> Any:
         return asarray(np.asarray(value, np.int32))
 
-    keys = hashing.sample_keys(
-        word(hashing.words(seed)), word(77), 2**31 - 1, word(9), word([hashing.words(n) for n in samples])
+    keys = dropout_hash.sample_keys(
+        word(dropout_hash.words(seed)), word(77), 2**31 - 1, word(9), word([dropout_hash.words(n) for n in samples])
     )
-    found = hashing.random_bits(keys[:, None], word(np.arange(1000))[None])
+    found = dropout_hash.random_bits(keys[:, None], word(np.arange(1000))[None])
     assert np.array_equal(np.asarray(found), numpy_bits(seed, 77, 2**31 - 1, 9, samples, 1000))
 
 
 @given(st.integers(0, 2**64 - 1))
 def test_words_are_two_halves(value: int) -> None:
-    low, high = hashing.words(value)
+    low, high = dropout_hash.words(value)
     assert (low & 0xFFFFFFFF) | (high & 0xFFFFFFFF) << 32 == value
     assert all(-(2**31) <= word < 2**31 for word in (low, high))
 
@@ -88,12 +90,12 @@ def test_words_are_two_halves(value: int) -> None:
 @given(int32s)
 def test_mix_is_murmurs_finaliser(value: int) -> None:
     with np.errstate(over="ignore"):
-        assert int(hashing.mix(np.array([value], np.int32))[0]) & 0xFFFFFFFF == fmix32(value & 0xFFFFFFFF)
+        assert int(dropout_hash.mix(np.array([value], np.int32))[0]) & 0xFFFFFFFF == fmix32(value & 0xFFFFFFFF)
 
 
 @pytest.mark.parametrize(("rate", "below"), [(0.0, 0), (0.1, 1677722), (0.5, 1 << 23), (1.0, 1 << 24)])
 def test_threshold(rate: float, below: int) -> None:
-    assert hashing.threshold(rate) == below
+    assert dropout_hash.threshold(rate) == below
 
 
 # ---- as noise: bounds of 5 standard deviations, on fixed bits
@@ -103,7 +105,7 @@ def test_threshold(rate: float, below: int) -> None:
 def test_the_rate_is_met(rate: float) -> None:
     bits = numpy_bits(0, 1, 2, 3, list(range(64)), 4096)
     assert bits.min() >= 0 and bits.max() < 1 << 24
-    dropped = (bits < hashing.threshold(rate)).mean()
+    dropped = (bits < dropout_hash.threshold(rate)).mean()
     assert abs(dropped - rate) < 5 * math.sqrt(rate * (1 - rate) / bits.size)
 
 
@@ -124,7 +126,7 @@ def test_neighbouring_words_draw_independently(vary: Any) -> None:
     base: dict[str, Any] = {"seed": 1, "step": 1, "site": 1, "layer": 1, "samples": [1]}
     n, masks = 1 << 14, []
     for k in range(2, 6):
-        masks.append(numpy_bits(**{**base, **vary(k)}, count=n)[0] < hashing.threshold(0.5))
+        masks.append(numpy_bits(**{**base, **vary(k)}, count=n)[0] < dropout_hash.threshold(0.5))
     for i, a in enumerate(masks):
         for b in masks[i + 1 :]:
             for shift in (0, 1, -1):

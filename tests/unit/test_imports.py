@@ -51,33 +51,37 @@ def modules_below(package: str) -> list[str]:
 
 BACKENDS = (
     *(f"portatrain.backends.{name}" for name in ("reference", "jax", "torch", "deepspeed", "torch_xla")),
-    "portatrain.foreign.jax",  # these two are a framework's, as a backend is
-    "portatrain.foreign.torch",
+    "portatrain.checkpoint.interop.plain_jax",  # these two are a framework's, as a backend is
+    "portatrain.checkpoint.interop.plain_torch",
 )
 CORE = [name for name in modules_below("portatrain") if not name.startswith(BACKENDS)]
 # These are about arrays; everything else in the core works without NumPy.
 ARRAY_MODULES = tuple(
     f"portatrain.{name}"
     for name in (
-        "rng",
-        "hashing",
+        "model.rng",
+        "model.dropout_hash",
         "data.",
         "backends",
-        "state",
-        "trainer",
+        "training.trainer",
+        "training.continuity",
+        "training.evaluation",
+        "training.open_data",
         "testing",
-        "checkpoint",
-        "continuity",
-        "evaluation",
-        "exchange.",
-        "finding",
-        "foreign.",
-        "object_store",
-        "remote",  # and what begins so: a run directory in an object store
-        "recipe_data",
-        "restoring",
-        "sharing",
-        "staging",
+        "checkpoint.saver",
+        "checkpoint.newest",
+        "checkpoint.object_store",
+        "checkpoint.restore",
+        "checkpoint.shared_reads",
+        "checkpoint.host_copies",
+        "checkpoint.diff",
+        "checkpoint.interop.export_import",
+        "checkpoint.interop.huggingface",
+        "checkpoint.interop.trees",
+        "checkpoint.interop.plain_",
+        "runs.find_checkpoints",
+        "runs.remote_",
+        "system.object_store",
         "plan.compilers.xla",
         "plan.compilers.fsdp2",
     )

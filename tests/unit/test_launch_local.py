@@ -13,12 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from portatrain import files, jobs
-from portatrain.claim import live_owner
 from portatrain.cli import launch_main
 from portatrain.recipe import load_recipe
-from portatrain.run_dir import RunDir
-from portatrain.status import Status, status
+from portatrain.runs import jobs
+from portatrain.runs.claim import live_owner
+from portatrain.runs.run_dir import RunDir
+from portatrain.runs.status import Status, status
+from portatrain.system import json_files
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -131,7 +132,7 @@ def test_a_run_of_the_foreground_does_not_go_on_with_other_code(capsys: Capture)
     source = {"recipe": "tiny-lm", "overrides": [], "backend": None, "mesh": None, "devices": None, "cwd": ""}
     run.begin(recipe, {"source": source}).close()
     told = {**run.run_info(), "code_sha256": "of other code"}
-    files.write_json(run.path / "run.json", told)
+    json_files.write_json(run.path / "run.json", told)
     assert launch_main(["resume", "a"]) == 2
     assert "--new-code" in capsys.readouterr().err
     with run.begin(recipe) as attempt:

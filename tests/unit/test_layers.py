@@ -11,8 +11,18 @@ import pytest
 from portatrain.backends.base import Context
 from portatrain.backends.reference import ReferenceOps, forward, initial
 from portatrain.errors import UserError
-from portatrain.layers import MLP, Attention, Dropout, Embedding, GatedMLP, LayerNorm, Linear, PatchEmbedding, RMSNorm
-from portatrain.module import Definition, Module, Param, Stack, describe
+from portatrain.model.layers import (
+    MLP,
+    Attention,
+    Dropout,
+    Embedding,
+    GatedMLP,
+    LayerNorm,
+    Linear,
+    PatchEmbedding,
+    RMSNorm,
+)
+from portatrain.model.module import Definition, Module, Param, Stack, describe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 
@@ -207,7 +217,7 @@ def test_rotations_make_scores_relative() -> None:
     ops, layer = ReferenceOps(), Attention(embed=8, heads=2, kv_heads=2, head_dim=4)
     x = normal(1, 6, 8)
     params = {name: normal(*shape) for name, shape in shapes(layer).items()}
-    from portatrain.bind import bind
+    from portatrain.model.bind import bind
 
     owners = {id(getattr(layer, name)): array for name, array in params.items()}
     bound = bind(layer, lambda p: owners[id(p)])
@@ -302,7 +312,7 @@ class Counting(ReferenceOps):
 
 
 def counted(config: Any, batch: dict[str, np.ndarray]) -> float:
-    from portatrain.bind import bind
+    from portatrain.model.bind import bind
 
     definition = describe(config.build())
     params = initial(definition)

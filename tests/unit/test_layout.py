@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.errors import UserError
-from portatrain.layout import COMPUTE, MESH_AXES, PARAMS, Layout, Mesh
-from portatrain.module import Definition, Module, Param, Stack, State, TensorInfo, describe
+from portatrain.model.layout import COMPUTE, MESH_AXES, PARAMS, Layout, Mesh
+from portatrain.model.module import Definition, Module, Param, Stack, State, TensorInfo, describe
 
 
 class Block(Module):

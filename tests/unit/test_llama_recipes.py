@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from portatrain.cli import launch_main, main
-from portatrain.plan import names
-from portatrain.plan.recipes import find, shape_of
-from portatrain.plan.shapes import PRESETS
+from portatrain.plan.clusters import names
+from portatrain.plan.cost.recipes import find, shape_of
+from portatrain.plan.cost.shapes import PRESETS
 from portatrain.recipe import Recipe
 
 LLAMAS = ("llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b")
@@ -36,7 +36,7 @@ def test_all_are_planned_for_every_kind_of_cluster_without_a_framework() -> None
     code = f"""
 import sys
 from portatrain.plan import names
-from portatrain.plan.recipes import find, shape_of
+from portatrain.plan.cost.recipes import find, shape_of
 from portatrain.plan.search import plan
 tried = 0
 for recipe in {LLAMAS!r}:

@@ -10,8 +10,8 @@ import pytest
 from portatrain.backends import reference
 from portatrain.backends.base import Context, backend_class
 from portatrain.errors import UserError
-from portatrain.lora import Adapted, LoRA, adapt, base_of, is_factor
-from portatrain.module import Module, Param, describe
+from portatrain.model.lora import Adapted, LoRA, adapt, base_of, is_factor
+from portatrain.model.module import Module, Param, describe
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from portatrain.errors import UserError
-from portatrain.metrics import EvalRecord, RunInfo, StepRecord
-from portatrain.metrics.console import ConsoleSink, duration, si
-from portatrain.metrics.flops import Peak, measured_cpu_peak, mfu
-from portatrain.metrics.jsonl import JsonlSink
-from portatrain.metrics.plot import plot_run, smooth
-from portatrain.metrics.trackers import TensorBoardSink, WandbSink, scalars
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
+from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord
+from portatrain.training.metrics.console import ConsoleSink, duration, si
+from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
+from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.metrics.plot import plot_run, smooth
+from portatrain.training.metrics.trackers import TensorBoardSink, WandbSink, scalars
 from tests.unit.small_recipe import make
 
 INFO = RunInfo(

@@ -9,7 +9,18 @@ from typing import Any
 import pytest
 
 from portatrain.errors import UserError
-from portatrain.module import RESERVED_NAMES, Constant, Module, Normal, Param, Stack, State, children, describe, site_of
+from portatrain.model.module import (
+    RESERVED_NAMES,
+    Constant,
+    Module,
+    Normal,
+    Param,
+    Stack,
+    State,
+    children,
+    describe,
+    site_of,
+)
 
 
 class Leaf(Module):
@@ -281,7 +292,7 @@ def test_a_subclass_of_a_subclass_lowers(backend: str) -> None:
 
     from portatrain.backends.base import Program, backend_class, missing
     from portatrain.backends.reference import forward
-    from portatrain.layout import Layout
+    from portatrain.model.layout import Layout
     from portatrain.optim import SGD
 
     if missing(backend):

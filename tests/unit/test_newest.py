@@ -21,9 +21,9 @@ from checkpoints_format import (
     Writer,
     commit,
 )
-from portatrain.checkpoint import Checkpoints
+from portatrain.checkpoint.locations import Folder, step_name
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import UserError
-from portatrain.places import Folder, step_name
 
 PROCESSES = 3
 

@@ -212,7 +212,7 @@ def test_bad_fields_are_user_errors(cls: type[Rule], fields: dict[str, object], 
 
 def test_import_loads_no_array_package() -> None:
     code = (
-        "import sys, portatrain.optim, portatrain.schedules; "
+        "import sys, portatrain.optim, portatrain.optim.schedules; "
         "print(sorted({'numpy', 'jax', 'torch', 'optax', 'flax'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

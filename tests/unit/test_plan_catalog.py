@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from portatrain.errors import UserError
-from portatrain.plan.catalog import CHIPS, STACKS, find_chip
-from portatrain.plan.figures import est, figure
+from portatrain.plan.clusters.catalog import CHIPS, STACKS, find_chip
+from portatrain.plan.clusters.figures import est, figure
 
 ALL = [
     "tpu-v4",
@@ -121,7 +121,7 @@ def test_unknown_chip_names_the_nearest() -> None:
 
 def test_planning_imports_no_framework() -> None:
     code = (
-        "import sys, portatrain.plan, portatrain.plan.names, portatrain.commands.clusters, portatrain.commands.plan\n"
+        "import sys, portatrain.plan.clusters.names, portatrain.commands.clusters, portatrain.commands.plan\n"
         "print(sorted({'numpy', 'jax', 'torch', 'flax', 'optax', 'rich', 'matplotlib'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -7,10 +7,10 @@ import math
 
 import pytest
 
-from portatrain.plan.collectives import Path, all_gather, all_reduce, all_to_all, many_reduces
-from portatrain.plan.names import parse
-from portatrain.plan.placement import Placement, coordinates, cut, place
-from portatrain.plan.tensors import Sizes
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.collectives import Path, all_gather, all_reduce, all_to_all, many_reduces
+from portatrain.plan.cost.placement import Placement, coordinates, cut, place
+from portatrain.plan.cost.tensors import Sizes
 
 V = 1e9
 

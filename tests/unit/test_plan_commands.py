@@ -11,7 +11,7 @@ import pytest
 
 from portatrain.commands import clusters, plan
 from portatrain.errors import UserError
-from portatrain.plan.names import EXAMPLES
+from portatrain.plan.clusters.names import EXAMPLES
 
 
 def call(module: Any, *words: str) -> int:

@@ -8,15 +8,15 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from portatrain.plan.memory import Memory, memory
-from portatrain.plan.meshes import rules
-from portatrain.plan.names import parse
-from portatrain.plan.placement import place
-from portatrain.plan.policy import ATTENTION_BACKWARD, ATTENTION_SHARE, PRECISIONS, REMATS, SCORES_COPIES, TUNING
-from portatrain.plan.shapes import PRESETS
-from portatrain.plan.tensors import Sizes
-from portatrain.plan.timing import Time, rates, step_time
-from portatrain.plan.workload import on_mesh
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.memory import Memory, memory
+from portatrain.plan.cost.meshes import rules
+from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.policy import ATTENTION_BACKWARD, ATTENTION_SHARE, PRECISIONS, REMATS, SCORES_COPIES, TUNING
+from portatrain.plan.cost.shapes import PRESETS
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.timing import Time, rates, step_time
+from portatrain.plan.cost.workload import on_mesh
 
 GIB = 2**30
 P8B = 8_030_261_248

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.errors import UserError
-from portatrain.plan import names, slices, toml
-from portatrain.plan.catalog import CHIPS
+from portatrain.plan.clusters import clusters_toml, names, slices
+from portatrain.plan.clusters.catalog import CHIPS
 
 # Chips -> default topology, as documented for v4, v5p and 7x.
 DEFAULTS_3D = {
@@ -214,6 +214,6 @@ def test_files_beside_the_recipe_come_first(tmp_path: Path, monkeypatch: pytest.
         folder.mkdir(parents=True)
         _write(folder, f"[lab]\nchip = 'h100'\ncount = {count}\n")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "home"))
-    found = toml.files(beside / "recipe.py")
+    found = clusters_toml.files(beside / "recipe.py")
     assert [path.parent for path in found] == [beside, home]
     assert names.resolve("lab", files=found).chips == 8

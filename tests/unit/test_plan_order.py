@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import pytest
 
-from portatrain.layout import Mesh
-from portatrain.plan.names import parse
-from portatrain.plan.of_run import device_order
-from portatrain.plan.order import ordered
-from portatrain.plan.placement import coordinates, place
-from portatrain.plan.tensors import sizes_of
+from portatrain.model.layout import Mesh
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.device_order import ordered
+from portatrain.plan.cost.placement import coordinates, place
+from portatrain.plan.cost.tensors import sizes_of
+from portatrain.plan.recorded import device_order
 from portatrain.recipe import apply_overrides, load_recipe
 
 

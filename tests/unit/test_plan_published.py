@@ -5,31 +5,31 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from portatrain.plan import published
-from portatrain.plan.efficiency import TYPICAL_ERROR, of
-from portatrain.plan.names import parse
-from portatrain.plan.published_rows import ROWS
+from benchmarks import plan_published
+from benchmarks.plan_published_rows import ROWS
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.efficiency import TYPICAL_ERROR, of
 
 
 def test_the_shipped_factors_are_what_the_rows_say() -> None:
-    assert published.stale() == []
+    assert plan_published.stale() == []
 
 
 def test_a_row_is_met_at_its_own_factor() -> None:
     for row in ROWS:
-        assert abs(published.predict(row, published.own_factor(row))[0] / row.tokens - 1) < 0.005
+        assert abs(plan_published.predict(row, plan_published.own_factor(row))[0] / row.tokens - 1) < 0.005
 
 
 def test_no_row_is_fitted_to_itself() -> None:
     for row in ROWS:
         same = [r for r in ROWS if r.chip == row.chip and r is not row]
         basis = same or [r for r in ROWS if r.vendor == row.vendor and r is not row]
-        expected = statistics.geometric_mean([published.own_factor(r) for r in basis])
-        assert published.check(row).factor == round(expected, 3)
+        expected = statistics.geometric_mean([plan_published.own_factor(r) for r in basis])
+        assert plan_published.check(row).factor == round(expected, 3)
 
 
 def test_the_median_error_is_under_15_percent() -> None:
-    errors = [abs(published.check(row).error) for row in ROWS]
+    errors = [abs(plan_published.check(row).error) for row in ROWS]
     assert statistics.median(errors) < 0.15
     assert round(statistics.median(errors), 3) == TYPICAL_ERROR
 
@@ -48,4 +48,4 @@ def test_where_a_factor_comes_from() -> None:
 
 def test_the_page_is_what_the_command_prints() -> None:
     page = Path(__file__).parents[2] / "docs" / "plan-published.md"
-    assert page.read_text(encoding="utf-8") == published.report()
+    assert page.read_text(encoding="utf-8") == plan_published.report()

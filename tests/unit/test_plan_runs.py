@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from portatrain.cli import main
-from portatrain.layout import Mesh
-from portatrain.plan import calibrate, efficiency
-from portatrain.plan.catalog import CHIPS
-from portatrain.plan.of_run import measured, of_run, with_factor
+from portatrain.model.layout import Mesh
+from portatrain.plan import calibrate
+from portatrain.plan.clusters.catalog import CHIPS
+from portatrain.plan.cost import efficiency
+from portatrain.plan.recorded import measured, of_run, with_factor
 from portatrain.recipe import load_recipe
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 
 @pytest.fixture(autouse=True)

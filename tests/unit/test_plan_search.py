@@ -9,19 +9,20 @@ from dataclasses import replace
 import pytest
 
 from portatrain.errors import UserError
-from portatrain.plan import meshes, names
-from portatrain.plan.efficiency import Efficiency
+from portatrain.plan.clusters import names
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost import meshes
+from portatrain.plan.cost.efficiency import Efficiency
+from portatrain.plan.cost.memory import memory
+from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.shapes import PRESETS, ModelShape
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.timing import rates, step_time
+from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.hints import could_fit, least_bytes
-from portatrain.plan.memory import memory
-from portatrain.plan.names import parse
-from portatrain.plan.placement import place
-from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.result import Plan
 from portatrain.plan.search import MARGIN, plan
-from portatrain.plan.shapes import PRESETS, ModelShape
-from portatrain.plan.tensors import Sizes
-from portatrain.plan.timing import rates, step_time
-from portatrain.plan.workload import on_mesh
 
 LLAMAS = ("llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b")
 

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.errors import UserError
-from portatrain.layout import Layout, Mesh
-from portatrain.module import Normal, TensorInfo
-from portatrain.plan.recipes import find, shape_of
-from portatrain.plan.shapes import PRESETS, ModelShape
-from portatrain.plan.tensors import LogicalTensor, Sizes
-from portatrain.plan.workload import on_mesh
+from portatrain.model.layout import Layout, Mesh
+from portatrain.model.module import Normal, TensorInfo
+from portatrain.plan.cost.recipes import find, shape_of
+from portatrain.plan.cost.shapes import PRESETS, ModelShape
+from portatrain.plan.cost.tensors import LogicalTensor, Sizes
+from portatrain.plan.cost.workload import on_mesh
 
 
 @pytest.mark.parametrize(

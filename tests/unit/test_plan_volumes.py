@@ -6,14 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from portatrain.plan.names import parse
-from portatrain.plan.placement import place
-from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
-from portatrain.plan.shapes import PRESETS
-from portatrain.plan.tensors import Sizes
-from portatrain.plan.timing import rates, step_time
-from portatrain.plan.volumes import Volumes, volumes
-from portatrain.plan.workload import on_mesh
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.shapes import PRESETS
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.timing import rates, step_time
+from portatrain.plan.cost.volumes import Volumes, volumes
+from portatrain.plan.cost.workload import on_mesh
 
 BF16, TORCH, XLA = PRECISIONS["bf16"], TUNING["torch-cuda"], TUNING["jax-tpu"]
 

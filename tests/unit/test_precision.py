@@ -8,12 +8,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from portatrain import hashing, precision
 from portatrain.backends.base import missing
-from portatrain.module import TensorInfo, describe
+from portatrain.model import dropout_hash, precision
+from portatrain.model.module import TensorInfo, describe
 from recipes.models.decoder import DecoderConfig
 
-SEED = np.array(hashing.words(2**40 + 7), np.int32)
+SEED = np.array(dropout_hash.words(2**40 + 7), np.int32)
 
 
 def arange(n: int) -> np.ndarray:

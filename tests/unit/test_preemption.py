@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
+from launchers.rank_entry import place
 from portatrain.errors import UserError
-from portatrain.landing import place
-from portatrain.notices import NOTICES, Notices, noticed, source
-from portatrain.preemption import GRACE
-from portatrain.watchdog import behind
+from portatrain.system.cloud_notices import NOTICES, Notices, noticed, source
+from portatrain.system.stop_signals import GRACE
+from portatrain.system.watchdog import behind
 
 ROOT = Path(__file__).parents[2]
 
 # pbkdf2 stays in C for minutes, as a compiler does: a Python handler would not run before it returns.
 BUSY = """
 import hashlib, sys
-from portatrain.preemption import StopSignals
+from portatrain.system.stop_signals import StopSignals
 with StopSignals() as signals:
     signals.trained = sys.argv[1] == "trained"
     signals.on_asked = lambda kind: print("asked", kind, flush=True)

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from portatrain import config
 from portatrain.errors import UserError
 from portatrain.optim import SGD, AdamW, Lion, Muon
+from portatrain.optim.schedules import Constant, Cosine
 from portatrain.recipe import Recipe, apply_overrides, load_recipe, shipped_recipes
-from portatrain.schedules import Constant, Cosine
 from tests.unit.small_recipe import Inner, Sizes, make, named_hook
 
 INVALID = [
@@ -264,7 +264,7 @@ from dataclasses import dataclass
 from portatrain import Recipe
 from portatrain.data import Stdlib
 from portatrain.optim import SGD
-from portatrain.schedules import Constant
+from portatrain.optim.schedules import Constant
 
 @dataclass(frozen=True, kw_only=True)
 class Model:

@@ -12,15 +12,17 @@ from typing import Any
 
 import pytest
 
-from portatrain import claim as file_claim
-from portatrain import jobs, object_store, remote, remote_claim, remote_run
-from portatrain.claim import Owner
+from portatrain.checkpoint import object_store
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
-from portatrain.jobs import Job
-from portatrain.remote import Objects
-from portatrain.run_dir import RunDir, open_run
-from portatrain.status import find, names, status
+from portatrain.runs import claim as file_claim
+from portatrain.runs import jobs, remote_claim, remote_run_dir
+from portatrain.runs.claim import Owner
+from portatrain.runs.jobs import Job
+from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.status import find, names, status
+from portatrain.system import object_store as connection
+from portatrain.system.object_store import Objects
 from tests.unit.small_recipe import make
 
 obstore = pytest.importorskip("obstore")
@@ -68,7 +70,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     made = Api()
     monkeypatch.setattr(object_store, "_connect", lambda url, options: Below(url))
     monkeypatch.setattr(object_store, "_obstore", lambda: made)
-    monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / "scratch"))
+    monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / "scratch"))
     yield made
 
 
@@ -77,7 +79,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Be another machine: with a copy of its own."""
 
     def go(name: str) -> None:
-        monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / name))
+        monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / name))
 
     return go
 
@@ -262,13 +264,13 @@ def test_data_and_code_go_along(elsewhere: Any, tmp_path: Path) -> None:
     assert there == f"{URL}/code/0123"
     elsewhere("other")
     assert (open_run(URL, work=True).data() / "train" / "tokens.bin").read_bytes() == b"abc"
-    words = remote_run.localized(["train", f"{there}/recipe/mine.py", "--run-dir", URL], there)
+    words = remote_run_dir.localized(["train", f"{there}/recipe/mine.py", "--run-dir", URL], there)
     assert Path(words[1]).read_text() == "x = 1\n" and words[3] == URL
     assert Path(words[1]).is_relative_to(tmp_path / "other")
 
 
 def test_what_is_large_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(remote, "PART_BYTES", 1000)
+    monkeypatch.setattr(connection, "PART_BYTES", 1000)
     data, objects = bytes(range(256)) * 40, Objects(URL)
     objects.put("x", data)
     objects.fetch("x", tmp_path / "x")
@@ -278,7 +280,7 @@ def test_what_is_large_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest.M
 def test_names_that_leave_the_folder_are_refused() -> None:
     Objects(URL).put("run.json", b"{}")
     run = open_run(URL, work=True)
-    assert isinstance(run, remote_run.RemoteRun)
+    assert isinstance(run, remote_run_dir.RemoteRun)
     with pytest.raises(UserError, match="leaves the folder"):
         run._fetch("data/../../x")
 
@@ -315,7 +317,7 @@ def test_foreign_objects_and_a_folder_that_cannot_be_written(monkeypatch: pytest
     with pytest.raises(UserError, match=r"a folder with their\.txt"):
         open_run(URL, work=True).begin(RECIPE)
     tmp_path.joinpath("file").touch()
-    monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / "file" / "x"))
+    monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match="PORTATRAIN_SCRATCH"):
         open_run(URL)
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from portatrain.cli import main
-from portatrain.report.charts import Band, Mark, chart, columns, ticks
-from portatrain.report.facts import gather
+from portatrain.runs.history import gather
+from portatrain.runs.report.charts import Band, Mark, chart, columns, ticks
 
 EVAL = {"event": "eval", "step": 8, "loss": 0.7, "metrics": {"accuracy": 0.5}}
 

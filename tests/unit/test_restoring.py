@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from checkpoints_format import Box, Layout, LocalStore, Reader, Tensor, Writer, commit
+from portatrain.checkpoint.restore import Restoring
 from portatrain.errors import UserError
-from portatrain.restoring import Restoring
 
 SHAPES = {"params/a": (4, 32, 64), "params/b": (64,), "opt/m/a": (4, 32, 64), "opt/m/b": (64,), "opt/count": ()}
 

@@ -6,7 +6,7 @@ import pytest
 from small_recipe import make
 
 from portatrain.errors import UserError
-from portatrain.retention import Retention
+from portatrain.recipe.retention import Retention
 
 LOSSES = {10: {"loss": 3.0}, 20: {"loss": 1.0}, 30: {"loss": 2.0}, 40: {}, 50: {"loss": float("nan")}}
 

@@ -1,4 +1,4 @@
-"""portatrain.rng: frozen bits, an oracle in plain Python integers and floats, and statistics."""
+"""portatrain.model.rng: frozen bits, an oracle in plain Python integers and floats, and statistics."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portatrain import rng
 from portatrain.errors import UserError
-from portatrain.rng import Permutation, truncated_normal, words
+from portatrain.model import rng
+from portatrain.model.rng import Permutation, truncated_normal, words
 
 MASK = 2**64 - 1
 

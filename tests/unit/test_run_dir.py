@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portatrain import files
-from portatrain.claim import Claim, Owner, holder, process_start
 from portatrain.errors import UserError
-from portatrain.run_dir import RunDir, merge
+from portatrain.runs.claim import Claim, Owner, holder, process_start
+from portatrain.runs.run_dir import RunDir, merge
+from portatrain.system import json_files
 from tests.unit.small_recipe import make
 
 RECIPE = make()
@@ -38,7 +38,7 @@ def test_a_run_from_begin_to_done(tmp_path: Path) -> None:
     assert run.curve() == [{"step": 1, "loss": 1 / 3, "grad_norm": None, "attempt": 1}]
     assert [(e["event"], e["attempt"], e["loss"]) for e in run.events("eval")] == [("eval", 1, 0.25)]
     assert run.summary() == {"status": "done", "loss": 1 / 3}
-    assert files.read_json(run.path / "attempts" / "1" / "attempt.json")["backend"] == "jax"
+    assert json_files.read_json(run.path / "attempts" / "1" / "attempt.json")["backend"] == "jax"
     with pytest.raises(UserError, match="finished"):
         run.begin(RECIPE)
 
@@ -117,7 +117,7 @@ def test_claim_of_a_living_process_is_respected(tmp_path: Path, unchanged: Calla
 
 
 def test_claim_of_a_dead_process_is_taken_over_with_an_event(tmp_path: Path) -> None:
-    code = f"import pathlib, portatrain.claim as c; c.Claim.acquire(pathlib.Path({str(tmp_path)!r}, 'claim'))"
+    code = f"import pathlib, portatrain.runs.claim as c; c.Claim.acquire(pathlib.Path({str(tmp_path)!r}, 'claim'))"
     subprocess.run([sys.executable, "-c", code], check=True)
     dead = holder(tmp_path / "claim")
     assert dead is not None
@@ -159,7 +159,7 @@ def test_who_lost_the_claim_writes_no_more(tmp_path: Path) -> None:
 RACER = """
 import sys, time
 from pathlib import Path
-from portatrain.claim import Claim
+from portatrain.runs.claim import Claim
 from portatrain.errors import UserError
 folder = Path(sys.argv[1])
 (folder / f"ready-{sys.argv[2]}").touch()
@@ -198,14 +198,14 @@ def test_of_several_processes_one_gets_a_stale_claim(tmp_path: Path) -> None:
 def test_a_torn_last_line_is_left_out(cut: int, tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.unlink(missing_ok=True)
-    log = files.JsonLines(path)
+    log = json_files.JsonLines(path)
     rows = [{"step": step, "loss": 0.1 * step} for step in range(1, 4)]
     for row in rows:
         log.append(row)
     log.close()
     whole = path.read_bytes()
     path.write_bytes(whole[: max(0, len(whole) - cut)])
-    found = files.read_lines(path)
+    found = json_files.read_lines(path)
     assert found == rows[: len(found)]
     kept = path.read_bytes().count(b"\n")
     assert len(found) in (kept, kept + 1)  # one more where only the newline is missing
@@ -215,8 +215,8 @@ def test_damage_in_the_middle_is_named(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": \n{"step": 3}\n')
     with pytest.raises(UserError, match="line 2"):
-        files.read_lines(path)
-    assert files.read_lines(tmp_path / "missing.jsonl") == []
+        json_files.read_lines(path)
+    assert json_files.read_lines(tmp_path / "missing.jsonl") == []
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -224,18 +224,18 @@ def test_floats_keep_all_their_digits(value: float) -> None:
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
-        log = files.JsonLines(Path(folder) / "log.jsonl")
+        log = json_files.JsonLines(Path(folder) / "log.jsonl")
         log.append({"value": value})
         log.close()
-        assert files.read_lines(Path(folder) / "log.jsonl") == [{"value": value}]
+        assert json_files.read_lines(Path(folder) / "log.jsonl") == [{"value": value}]
 
 
 def test_json_file_is_old_or_new_when_writing_fails(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
-    files.write_json(path, {"a": 1})
+    json_files.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        files.write_json(path, {"a": object()})
-    assert files.read_json(path) == {"a": 1}
+        json_files.write_json(path, {"a": object()})
+    assert json_files.read_json(path) == {"a": 1}
 
     def fail(*_: object) -> None:
         raise OSError("disk full")
@@ -243,6 +243,6 @@ def test_json_file_is_old_or_new_when_writing_fails(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
-            files.write_json(path, {"a": 2})
-    assert files.read_json(path) == {"a": 1}
+            json_files.write_json(path, {"a": 2})
+    assert json_files.read_json(path) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.errors import UserError
-from portatrain.schedules import WSD, Constant, Cosine, Linear, Schedule
+from portatrain.optim.schedules import WSD, Constant, Cosine, Linear, Schedule
 
 COS = [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(5)]
 

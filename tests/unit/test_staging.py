@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from checkpoints_format import Box, Layout, LocalStore, Mesh, Reader, Sharded, Tensor, Writer, commit
+from portatrain.checkpoint.host_copies import BUDGET, Staging, given_budget_bytes
 from portatrain.errors import UserError
-from portatrain.staging import BUDGET, Staging, given_budget_bytes
 
 LAYERS, ROWS, COLUMNS = 6, 40, 64
 LAYOUT = Layout(

@@ -11,7 +11,7 @@ import pytest
 from portatrain.backends.base import backend_class, missing
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
-from portatrain.trainer import make_program
+from portatrain.training.trainer import make_program
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 SMALL = [

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from portatrain.backends.base import missing
-from portatrain.processes import run_processes
+from portatrain.system.processes import run_processes
 from portatrain.testing import parity
 
 if missing("torch-xla"):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from portatrain.backends.base import missing
-from portatrain.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir
 
 if missing("torch-xla"):
     pytest.skip("torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True)

@@ -19,7 +19,7 @@ from torch_xla.debug import metrics
 
 from portatrain.backends.torch import TorchBackend
 from portatrain.backends.torch_xla import XlaBackend, devices, losses, ops
-from portatrain.layout import Layout, Mesh
+from portatrain.model.layout import Layout, Mesh
 from portatrain.testing import CASES, measure, parity
 from tests.distributed.cases import CASES as PROGRAMS
 from tests.distributed.measure import held, tensors

@@ -34,18 +34,18 @@ from portatrain.backends.deepspeed.engine import (
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.deepspeed.ranges import boxes_of_range
+from portatrain.backends.state import COUNT, initial_box, slot_tensors
 from portatrain.backends.torch.backend import TorchBackend, TorchState, _aux_value
 from portatrain.backends.torch.devices import peak_bytes
-from portatrain.backends.torch.distributed import MeshBackend
-from portatrain.backends.torch.distributed_ops import RowOps
 from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.mesh_backend import MeshBackend
+from portatrain.backends.torch.mesh_ops import RowOps
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
-from portatrain.module import TensorInfo
-from portatrain.ops import Loss
+from portatrain.model.layout import Mesh
+from portatrain.model.module import TensorInfo
+from portatrain.model.ops import Loss
 from portatrain.optim import SGD, AdamW, Lion
-from portatrain.state import COUNT, initial_box, slot_tensors
 
 # It calls collectives by names that torch 2.13 has newer ones for.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)

@@ -18,8 +18,8 @@ from portatrain.backends.deepspeed.ranges import boxes_of_range
 from portatrain.backends.torch.backend import TorchState
 from portatrain.backends.torch.lower import Piece
 from portatrain.errors import UserError
-from portatrain.module import Stack, TensorInfo
-from portatrain.ops import Loss
+from portatrain.model.module import Stack, TensorInfo
+from portatrain.model.ops import Loss
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Root(nn.Module):
                 type(model).__name__,
                 expected="a model that returns ops.cross_entropy(...) or ops.loss()",
                 got=type(loss).__name__,
-                do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
             )
         return loss.sum, loss.weight_B, loss.loss_B
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from portatrain.backends.torch.optimizer import slice_info, xp
-from portatrain.module import TensorInfo
+from portatrain.model.module import TensorInfo
 from portatrain.optim import Rule
 
 

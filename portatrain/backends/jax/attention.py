@@ -57,7 +57,7 @@ def attention(
     shards: tuple[int, int, int] = (1, 1, 1),
     may_be_blind: bool | None = None,
 ) -> Any:
-    """See `portatrain.ops.Ops.attention`. `shards`: parts that batch, heads and queries are cut into over devices.
+    """See `Ops.attention`. `shards`: parts that batch, heads and queries are cut into over devices.
     `may_be_blind`: a query may see nothing; None: where positions or two kinds of segments are given."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]

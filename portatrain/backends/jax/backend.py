@@ -7,28 +7,28 @@ import platform as machine
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from flax import nnx
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from portatrain import hashing, remat
-from portatrain.after_step import run_after_step
+
 from portatrain.backends.base import Arrays, Context, LocalBox, Program, Scattered, StepResult
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
-from portatrain.backends.jax.rehearsal import norms
+from portatrain.backends.jax.probe import norms
+from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
 from portatrain.errors import UserError
-from portatrain.module import TensorInfo
-from portatrain.ops import Loss
+from portatrain.model import dropout_hash, remat
+from portatrain.model.module import TensorInfo
+from portatrain.model.ops import Loss
+from portatrain.model.precision import averaged
+from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
-from portatrain.precision import averaged
-from portatrain.state import COUNT, initial_box, sample_words, slot_tensors
 
 COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16}
 
@@ -94,7 +94,7 @@ class JaxBackend:
         sample = batch.get("sample")
         return JaxOps(
             step=jnp.asarray(step, jnp.int32),
-            seed_2=jnp.asarray(hashing.words(self.program.seed), jnp.int32),
+            seed_2=jnp.asarray(dropout_hash.words(self.program.seed), jnp.int32),
             sample=sample if sample is not None else jnp.zeros((1, 2), jnp.int32),
             layer=jnp.zeros((), jnp.int32),
             training=training,
@@ -178,7 +178,7 @@ class JaxBackend:
                 type(self.definition.model).__name__,
                 expected="a model that returns ops.cross_entropy(...) or ops.loss()",
                 got=type(loss).__name__,
-                do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
             )
         total = loss.sum
         for aux in ops.auxes.values():
@@ -385,7 +385,7 @@ class JaxBackend:
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
         return JaxOps(
             step=jnp.int32(context.step),
-            seed_2=jnp.asarray(hashing.words(context.seed), jnp.int32),
+            seed_2=jnp.asarray(dropout_hash.words(context.seed), jnp.int32),
             sample=jnp.asarray(sample_words(sample)),
             layer=jnp.int32(0),
             training=context.training,

@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from portatrain.backends.jax.low import laid
+
+from portatrain.backends.jax.low_precision import laid
 
 CHUNK_BYTES = 64 << 20
 """What a chunk of float32 logits may take on a device, or a quarter of the table's float32 gradient where that is more:
@@ -63,7 +64,7 @@ def cross_entropy(
     precision: Any,
     cut: Cut = Cut(),
 ) -> tuple[Any, Any, Any]:
-    """(sum, loss_B, weight_B); see `portatrain.ops.Ops.cross_entropy`."""
+    """(sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = mask[:, None] if mask is not None else None

@@ -12,7 +12,7 @@ from typing import Any
 
 from flax import nnx
 
-from portatrain.module import Definition, Module, Param, State
+from portatrain.model.module import Definition, Module, Param, State
 
 
 class StateVariable(nnx.Variable):

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-import jax
-from portatrain import processes
 from portatrain.errors import UserError
-from portatrain.layout import Mesh
+from portatrain.model.layout import Mesh
+from portatrain.system import processes
 
 
 def join() -> None:

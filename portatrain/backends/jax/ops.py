@@ -7,22 +7,22 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from flax import nnx
-
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
-from portatrain import hashing
+
 from portatrain.backends.jax.losses import cross_entropy
-from portatrain.backends.jax.low import contraction, low_rows, transposable
-from portatrain.backends.jax.on_mesh import OnMesh, gathered, partition_spec, plain
-from portatrain.layout import Layout
-from portatrain.lora import adapts, not_adapted
-from portatrain.ops import Aux, Loss, check_aux
-from portatrain.remat import POLICIES, Policy, check_used
-from portatrain.rope import RopeScaling
+from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
+from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
+from portatrain.model import dropout_hash
+from portatrain.model.layout import Layout
+from portatrain.model.lora import adapts, not_adapted
+from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.remat import POLICIES, Policy, check_used
+from portatrain.model.rope import RopeScaling
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
 
@@ -61,7 +61,7 @@ summed_in_two_steps.defvjp(
 
 @dataclasses.dataclass
 class JaxOps(OnMesh):
-    """See `portatrain.ops.Ops`. One is made for every trace; `auxes` and `tallies` collect what the model records."""
+    """See `model.ops.Ops`. One is made for every trace; `auxes` and `tallies` collect what the model records."""
 
     step: Any
     seed_2: Any
@@ -173,10 +173,10 @@ class JaxOps(OnMesh):
     def dropout(self, x: Any, rate: float, *, site: int) -> Any:
         if not self.training or rate == 0:
             return x
-        keys_B = hashing.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
+        keys_B = dropout_hash.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
         offsets = jax.lax.iota(jnp.int32, int(np.prod(x.shape[1:], dtype=np.int64)))
-        bits = hashing.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
-        return jnp.where(bits >= hashing.threshold(rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
+        bits = dropout_hash.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
+        return jnp.where(bits >= dropout_hash.threshold(rate), x * (1 / (1 - rate)), 0).astype(x.dtype)
 
     def silu(self, x: Any) -> Any:
         return jax.nn.silu(x)

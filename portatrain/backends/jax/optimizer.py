@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import optax
-
 import jax
 import jax.numpy as jnp
-from portatrain import hashing, precision
-from portatrain.module import TensorInfo
+import optax
+
+from portatrain.backends.state import slot_tensors
+from portatrain.model import dropout_hash, precision
+from portatrain.model.module import TensorInfo
 from portatrain.optim import Rule
-from portatrain.state import slot_tensors
 
 
 class RuleState(NamedTuple):
@@ -39,7 +39,7 @@ def kept(value: Any, info: TensorInfo, role: str, seed: int, count: Any) -> Any:
     if info.dtype != "bfloat16":
         return value
     words = precision.noise(
-        jnp.asarray(hashing.words(seed), jnp.int32),
+        jnp.asarray(dropout_hash.words(seed), jnp.int32),
         count,
         role,
         info.name,

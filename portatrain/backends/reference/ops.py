@@ -1,4 +1,4 @@
-"""`ReferenceOps`: the operations of `portatrain.ops.Ops` in NumPy float64. Docstrings and legend are there."""
+"""`ReferenceOps`: the operations of `portatrain.model.ops.Ops` in NumPy float64. Docstrings and legend are there."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from portatrain import hashing
 from portatrain.backends.reference.trees import tree_map
-from portatrain.bind import bind, source_of
 from portatrain.errors import UserError, choice
-from portatrain.lora import adapts, not_adapted
-from portatrain.module import Module, Param, Stack, State
-from portatrain.ops import Aux, Loss, check_aux
-from portatrain.rope import RopeScaling
+from portatrain.model import dropout_hash
+from portatrain.model.bind import bind, source_of
+from portatrain.model.lora import adapts, not_adapted
+from portatrain.model.module import Module, Param, Stack, State
+from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.rope import RopeScaling
 
 Array = np.ndarray
 
@@ -39,8 +39,8 @@ class ReferenceOps:
         self.training = training
         self.step = np.asarray(step, np.int32)
         self.layer = np.asarray(0, np.int32)
-        self.sample = np.array([hashing.words(int(n)) for n in sample] if sample is not None else [], np.int32)
-        self._seed_2 = np.array(hashing.words(seed), np.int32)
+        self.sample = np.array([dropout_hash.words(int(n)) for n in sample] if sample is not None else [], np.int32)
+        self._seed_2 = np.array(dropout_hash.words(seed), np.int32)
         self._values = values or {}
         self._index: tuple[int, ...] = ()
         self.auxes: dict[str, Aux] = {}
@@ -130,10 +130,10 @@ class ReferenceOps:
         if not self.training or rate == 0:
             return x
         with np.errstate(over="ignore"):
-            keys_B = hashing.sample_keys(self._seed_2, self.step, site, self.layer, self.sample)
+            keys_B = dropout_hash.sample_keys(self._seed_2, self.step, site, self.layer, self.sample)
             offsets = np.arange(math.prod(x.shape[1:]), dtype=np.int32)
-            bits = hashing.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
-        return np.where(bits < hashing.threshold(rate), 0.0, x / (1 - rate))
+            bits = dropout_hash.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
+        return np.where(bits < dropout_hash.threshold(rate), 0.0, x / (1 - rate))
 
     def silu(self, x: Array) -> Array:
         return x * self.sigmoid(x)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.after_step import run_after_step
 from portatrain.backends.base import Context
 from portatrain.backends.reference.ops import ReferenceOps
-from portatrain.bind import bind
-from portatrain.module import Constant, Definition
-from portatrain.ops import Aux, Loss
+from portatrain.model.bind import bind
+from portatrain.model.module import Constant, Definition
+from portatrain.model.ops import Aux, Loss
+from portatrain.model.state_updates import run_after_step
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -90,7 +90,7 @@ def initial_states(definition: Definition) -> dict[str, np.ndarray]:
 
 def initial(definition: Definition, seed: int = 0) -> dict[str, np.ndarray]:
     """Fresh parameters for tests, float64 holding float32 values: normal with each tensor's standard deviation, or
-    its constant, from NumPy's own generator. (What a run starts from is `portatrain.rng`.)"""
+    its constant, from NumPy's own generator. (What a run starts from is `portatrain.model.rng`.)"""
     rng = np.random.default_rng(seed)
     made = {}
     for name, info in definition.params.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from portatrain.ops import Loss
+from portatrain.model.ops import Loss
 
 
 def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:

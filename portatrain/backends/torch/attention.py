@@ -54,7 +54,7 @@ def attention(
     scale: float | None = None,
     kept: Callable[..., Any] | None = None,
 ) -> Tensor:
-    """See `portatrain.ops.Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
+    """See `Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
     s, h, d = q_BSHD.shape[1:]
     t, kv_heads = k_BTKD.shape[1:3]
     scale = d**-0.5 if scale is None else scale

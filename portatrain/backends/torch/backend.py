@@ -9,26 +9,26 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
 import torch
-from portatrain import remat
-from portatrain.after_step import needs_after_step, run_after_step
+from torch import Tensor, nn
+
 from portatrain.backends.base import Arrays, LocalBox, Program, Scattered, StepResult
-from portatrain.backends.torch.bare import COMPUTE, Bare, words
+from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.ops import Static, TorchOps, run_block
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
-from portatrain.backends.torch.rehearsal import norms
+from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
+from portatrain.backends.torch.standalone_ops import COMPUTE, Bare, words
 from portatrain.errors import UserError
-from portatrain.module import TensorInfo
-from portatrain.ops import Aux, Loss
-from portatrain.precision import averaged
-from portatrain.state import COUNT, initial_box, sample_words, slot_tensors
-from torch import Tensor, nn
+from portatrain.model import remat
+from portatrain.model.module import TensorInfo
+from portatrain.model.ops import Aux, Loss
+from portatrain.model.precision import averaged
+from portatrain.model.state_updates import needs_after_step, run_after_step
 
 
 @dataclass
@@ -51,7 +51,7 @@ class TorchBackend(Bare):
 
     def __new__(cls, program: Program) -> TorchBackend:
         if cls is TorchBackend and program.layout.mesh.devices > 1:
-            from portatrain.backends.torch.distributed import MeshBackend
+            from portatrain.backends.torch.mesh_backend import MeshBackend
 
             return super().__new__(MeshBackend)
         return super().__new__(cls)
@@ -188,7 +188,7 @@ class TorchBackend(Bare):
                 type(self.definition.model).__name__,
                 expected="a model that returns ops.cross_entropy(...) or ops.loss()",
                 got=type(loss).__name__,
-                do="Return a portatrain.ops.Loss from __call__(ops, batch).",
+                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
             )
         return loss, ops
 

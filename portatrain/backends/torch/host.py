@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-
 import torch
+from torch import Tensor
+
 from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.base import LocalBox
-from portatrain.module import TensorInfo
-from torch import Tensor
+from portatrain.model.module import TensorInfo
 
 
 def to_torch(array: np.ndarray) -> Tensor:

@@ -112,7 +112,7 @@ def cross_entropy(
     whole: Callable[..., Any] = token_losses,
     chunk: Callable[..., Any] = chunk_loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, loss_B, weight_B); see `portatrain.ops.Ops.cross_entropy`. `whole`, `chunk`: as above, or compiled."""
+    """(sum, loss_B, weight_B); see `Ops.cross_entropy`. `whole`, `chunk`: as above, or compiled."""
     b, tokens = targets.shape[0], targets.numel()
     x_TE, targets_T = x.flatten(0, -2).to(table_VE.dtype), targets.flatten()
     mask_T = None if mask is None else mask.detach().float().flatten()

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from portatrain.module import Definition, Module, Param, Stack, State
 from torch import nn
+
+from portatrain.model.module import Definition, Module, Param, Stack, State
 
 
 @functools.cache

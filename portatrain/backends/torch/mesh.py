@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from portatrain.backends.torch.devices import detect, local_device, process_group_backend
-from portatrain.errors import UserError
-from portatrain.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+
+from portatrain.backends.torch.devices import detect, local_device, process_group_backend
+from portatrain.errors import UserError
+from portatrain.model.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
 
 TIMEOUT_S = 600
 """How long a collective waits for a process that does not come."""

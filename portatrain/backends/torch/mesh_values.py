@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from portatrain.backends.torch.mesh import World
-from portatrain.backends.torch.remat import keep
-from portatrain.layout import BATCH_MESH_AXES
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate
+
+from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.remat import keep
+from portatrain.model.layout import BATCH_MESH_AXES
 
 
 def plain(x: Any) -> Any:

@@ -10,19 +10,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from portatrain import hashing
-from portatrain.backends.torch.attention import attention
-from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
-from portatrain.backends.torch.low import low_rows
-from portatrain.backends.torch.norms import by_sample, rms_norm
-from portatrain.backends.torch.remat import keep
-from portatrain.layout import Layout
-from portatrain.lora import adapts, not_adapted
-from portatrain.ops import Aux, Loss, check_aux
-from portatrain.remat import POLICIES, Policy, check_used
-from portatrain.rope import RopeScaling
 from torch import Tensor
 from torch.utils._pytree import tree_map
+
+from portatrain.backends.torch.attention import attention
+from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
+from portatrain.backends.torch.low_precision import low_rows
+from portatrain.backends.torch.remat import keep
+from portatrain.backends.torch.rms_norm import by_sample, rms_norm
+from portatrain.model import dropout_hash
+from portatrain.model.layout import Layout
+from portatrain.model.lora import adapts, not_adapted
+from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.remat import POLICIES, Policy, check_used
+from portatrain.model.rope import RopeScaling
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "bool": torch.bool}
 
@@ -47,7 +48,7 @@ class Static:
 
 @dataclasses.dataclass
 class TorchOps:
-    """See `portatrain.ops.Ops`. `auxes` and `tallies` collect what the model records.
+    """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect what the model records.
 
     `run_block` runs one layer of a Stack (compiled, where the backend compiles), `run_again` one under the remat
     policy, `losses` all logits or one chunk of them. `kept` holds what one layer makes and the others need too: masks,
@@ -155,10 +156,10 @@ class TorchOps:
     def dropout(self, x: Tensor, rate: float, *, site: int) -> Tensor:
         if not self.training or rate == 0:
             return x
-        keys_B = hashing.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
+        keys_B = dropout_hash.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
         offsets = torch.arange(math.prod(x.shape[1:]), dtype=torch.int32, device=x.device)
-        bits = hashing.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
-        return torch.where(bits >= hashing.threshold(rate), x * (1 / (1 - rate)), 0).to(x.dtype)
+        bits = dropout_hash.random_bits(keys_B[:, None], offsets[None, :]).reshape(x.shape)
+        return torch.where(bits >= dropout_hash.threshold(rate), x * (1 / (1 - rate)), 0).to(x.dtype)
 
     def silu(self, x: Tensor) -> Tensor:
         return F.silu(x)

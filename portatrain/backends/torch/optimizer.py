@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from portatrain import hashing, precision
-from portatrain.backends.torch.lower import Piece
-from portatrain.module import TensorInfo
-from portatrain.optim import SGD, AdamW, Rule
-from portatrain.state import slot_tensors
 from torch import Tensor
+
+from portatrain.backends.state import slot_tensors
+from portatrain.backends.torch.lower import Piece
+from portatrain.model import dropout_hash, precision
+from portatrain.model.module import TensorInfo
+from portatrain.optim import SGD, AdamW, Rule
 
 
 class _Namespace:
@@ -146,7 +147,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         offset, shape = self.box(info)
         there = held.device
         words = precision.noise(
-            torch.tensor(hashing.words(self.seed), dtype=torch.int32, device=there),
+            torch.tensor(dropout_hash.words(self.seed), dtype=torch.int32, device=there),
             torch.tensor(self.count, dtype=torch.int32, device=there),
             role,
             info.name,

@@ -17,17 +17,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from portatrain.backends.base import Program
-from portatrain.backends.torch.lower import Piece, lower
-from portatrain.backends.torch.mesh import REPLICAS, World
-from portatrain.errors import UserError
-from portatrain.layout import Layout, Spec
-from portatrain.module import Stack, TensorInfo
-from portatrain.ops import Loss
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.utils import _pytree
+
+from portatrain.backends.base import Program
+from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.mesh import REPLICAS, World
+from portatrain.errors import UserError
+from portatrain.model.layout import Layout, Spec
+from portatrain.model.module import Stack, TensorInfo
+from portatrain.model.ops import Loss
 
 # It warns of in-place operations on what a block returns; nothing here is in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from portatrain.errors import UserError
-from portatrain.remat import Policy
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from portatrain.errors import UserError
+from portatrain.model.remat import Policy
 
 _aten: Any = torch.ops.aten
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from portatrain.backends.torch.lower import Piece
 from portatrain.backends.torch.mesh import World
 from portatrain.backends.torch.optimizer import RuleOptimizer
-from portatrain.layout import Spec
-from portatrain.module import TensorInfo
+from portatrain.model.layout import Spec
+from portatrain.model.module import TensorInfo
 from portatrain.optim import SGD, AdamW, Lion, Rule
-from torch import Tensor
 
 ELEMENTWISE = (AdamW, Lion, SGD)
 """Rules whose update of an element depends on that element alone; others are taken to reduce."""

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
+
 from portatrain.backends.torch.losses import CHUNK_BYTES, scaled
 from portatrain.backends.torch.mesh import World
-from torch import Tensor
 
 
 def _chunk(
@@ -102,7 +103,7 @@ def vocab_parallel_loss(
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(sum, loss_B, weight_B) over the tokens that this process holds, the same on all of the tensor axis; see
-    `portatrain.ops.Ops.cross_entropy`. The gradient of x is this process's share of a sum over the tensor axis."""
+    `Ops.cross_entropy`. The gradient of x is this process's share of a sum over the tensor axis."""
     b, tokens = targets.shape[0], targets.numel()
     mask_T = None if mask is None else mask.float().flatten()
     n = max(1, -(-tokens * table_WE.shape[0] * 4 // CHUNK_BYTES))

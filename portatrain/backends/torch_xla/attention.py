@@ -27,7 +27,7 @@ def attention(
     scale: float | None = None,
     kept: Callable[..., Any],
 ) -> Tensor:
-    """See `portatrain.ops.Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
+    """See `Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)

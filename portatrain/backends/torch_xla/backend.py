@@ -15,23 +15,23 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from portatrain import hashing, remat
-from portatrain.after_step import needs_after_step, run_after_step
 from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
+from portatrain.backends.state import COUNT, sample_words, slot_tensors
 from portatrain.backends.torch.backend import TorchBackend, TorchState
-from portatrain.backends.torch.bare import COMPUTE
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
+from portatrain.backends.torch.standalone_ops import COMPUTE
 from portatrain.backends.torch_xla import devices as xla
 from portatrain.backends.torch_xla.devices import Devices
 from portatrain.backends.torch_xla.ops import XlaOps
-from portatrain.backends.torch_xla.rehearsal import norms
+from portatrain.backends.torch_xla.probe import norms
 from portatrain.backends.torch_xla.remat import check_policy, rematerialised
 from portatrain.errors import UserError
-from portatrain.layout import Spec
-from portatrain.module import TensorInfo
+from portatrain.model import dropout_hash, remat
+from portatrain.model.layout import Spec
+from portatrain.model.module import TensorInfo
+from portatrain.model.state_updates import needs_after_step, run_after_step
 from portatrain.optim import clip_scale
-from portatrain.state import COUNT, sample_words, slot_tensors
 
 
 @dataclass
@@ -117,7 +117,7 @@ class XlaBackend(TorchBackend):
         )
 
     def _numbers(self, step: int, scale: float = 0.0) -> Numbers:
-        ints = np.array([step, *hashing.words(self.program.seed)], np.int32)
+        ints = np.array([step, *dropout_hash.words(self.program.seed)], np.int32)
         return Numbers(self.devices.put(ints), self.devices.put(np.array([scale], np.float32)))
 
     def _sync(self) -> None:
@@ -336,7 +336,7 @@ class XlaBackend(TorchBackend):
     def _bare(cls, context: Context) -> Any:
         xla.use_precision(context.precision)
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
-        ints = cls._given(np.array([context.step, *hashing.words(context.seed)], np.int32))
+        ints = cls._given(np.array([context.step, *dropout_hash.words(context.seed)], np.int32))
         static = Static(context.training, COMPUTE[context.precision], ops=XlaOps)
         return XlaOps(
             static,

@@ -15,17 +15,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 import torch_xla
 import torch_xla.backends as backends
 import torch_xla.core.xla_model as xla_model
 import torch_xla.distributed.spmd as spmd
 import torch_xla.runtime as runtime
-from portatrain import processes
-from portatrain.errors import UserError
-from portatrain.layout import Layout, Mesh, Spec
+from torch import Tensor
 from torch_xla.debug import metrics
+
+from portatrain.errors import UserError
+from portatrain.model.layout import Layout, Mesh, Spec
+from portatrain.system import processes
 
 Part = tuple[tuple[int, ...], tuple[int, ...]]
 """(offset, shape) of what a device holds of a tensor."""

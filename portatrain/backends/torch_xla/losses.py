@@ -42,7 +42,7 @@ class Cut:
 def cross_entropy(
     x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor | None, *, z_loss: float, softcap: float | None, cut: Cut
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, loss_B, weight_B); see `portatrain.ops.Ops.cross_entropy`."""
+    """(sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = None if mask is None else mask[:, None]

@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch_xla.core.xla_model as xla_model
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-import torch_xla.core.xla_model as xla_model
 from portatrain.backends.torch.ops import DTYPES, TorchOps
 from portatrain.backends.torch_xla.attention import attention
 from portatrain.backends.torch_xla.devices import Devices, on_cpu
 from portatrain.backends.torch_xla.losses import Cut, cross_entropy
-from portatrain.lora import adapts
-from portatrain.ops import Loss
+from portatrain.model.lora import adapts
+from portatrain.model.ops import Loss
 
 
 class _SummedInTwoSteps(torch.autograd.Function):
@@ -55,7 +55,7 @@ def barrier(*tensors: Tensor) -> list[Tensor]:
 
 @dataclasses.dataclass
 class XlaOps(TorchOps):
-    """See `portatrain.ops.Ops`. devices: None where values lie as they come."""
+    """See `portatrain.model.ops.Ops`. devices: None where values lie as they come."""
 
     devices: Devices | None = None
 

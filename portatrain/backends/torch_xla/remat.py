@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from portatrain.backends.torch_xla.ops import barrier
 from portatrain.errors import UserError
-from portatrain.remat import Policy
+from portatrain.model.remat import Policy
 
 
 def check_policy(policy: Policy) -> None:

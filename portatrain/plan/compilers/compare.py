@@ -9,11 +9,11 @@ from typing import Any
 from rich.table import Table
 
 from portatrain.plan.compilers.job import Answer
-from portatrain.plan.memory import memory
-from portatrain.plan.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.memory import memory
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.volumes import volumes
+from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.result import Candidate, Plan
-from portatrain.plan.volumes import volumes
-from portatrain.plan.workload import on_mesh
 
 GIB = 2**30
 

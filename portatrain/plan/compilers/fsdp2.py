@@ -14,9 +14,9 @@ from unittest import mock
 
 import numpy as np
 
-from portatrain.overrides import override
 from portatrain.recipe import load_recipe
-from portatrain.trainer import make_program
+from portatrain.recipe.overrides import override
+from portatrain.training.trainer import make_program
 
 
 def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    from portatrain.backends.torch.watch import Watch
+    from portatrain.backends.torch.step_counter import Watch
     from portatrain.plan.compilers.xla import batch_of
 
     recipe = override(load_recipe(asked["recipe"], cwd=None), asked["overrides"])
@@ -78,9 +78,9 @@ def _real_meshes() -> Iterator[None]:
 def _backend(program: Any) -> Any:
     import torch
 
+    from portatrain.backends.state import sample_words
     from portatrain.backends.torch.backend import TorchBackend
-    from portatrain.backends.torch.distributed import MeshBackend
-    from portatrain.state import sample_words
+    from portatrain.backends.torch.mesh_backend import MeshBackend
 
     class Traced(MeshBackend):
         """Batches of no contents, and no look at values."""

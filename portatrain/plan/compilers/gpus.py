@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from portatrain.plan.chip import Chip
+from portatrain.plan.clusters.chip import Chip
 
 
 @dataclass(frozen=True, kw_only=True)

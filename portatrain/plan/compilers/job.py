@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.plan import placement
-from portatrain.plan.cluster import Cluster
+from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.compilers import targets
 from portatrain.plan.compilers.targets import Target
+from portatrain.plan.cost import placement
 from portatrain.plan.result import Candidate, Plan
 
 FORMAT = 1
@@ -42,7 +42,7 @@ _SOURCES = (
 class Request:
     """What is to be compiled: a recipe as on the command line, on a mesh, for a target's devices in an order.
 
-    ``places``: see `portatrain.plan.order`; None: the devices as the compiler lists them.
+    ``places``: see `portatrain.plan.cost.device_order`; None: the devices as the compiler lists them.
     """
 
     compiler: str

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.plan.cluster import Cluster
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.clusters.slices import text
 from portatrain.plan.compilers import gpus
-from portatrain.plan.slices import text
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,9 @@ import numpy as np
 
 from portatrain.data import digits, windows
 from portatrain.data.spec import DataSpec, Digits
-from portatrain.overrides import override
 from portatrain.recipe import load_recipe
-from portatrain.trainer import make_program
+from portatrain.recipe.overrides import override
+from portatrain.training.trainer import make_program
 
 PLATFORM = {"tpu": "tpu", "cuda": "cuda"}
 
@@ -122,7 +122,7 @@ def _devices(asked: Mapping[str, Any], jax: Any) -> list[Any]:
         made = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     else:
         made = topologies.get_topology_desc("plan", "cuda", **options)
-    from portatrain.plan.order import ordered
+    from portatrain.plan.cost.device_order import ordered
 
     return ordered(list(made.devices), asked.get("places"))
 

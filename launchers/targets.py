@@ -1,0 +1,261 @@
+"""From the names of --cluster to what a job needs there: engine, backend, mesh, hosts, processes.
+
+Every cluster is planned before anything is submitted (`portatrain.plan`); one that the recipe cannot run on is refused
+with the planner's reason.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from launchers.base import Job, launcher, launcher_names
+from portatrain.checkpoint.locations import is_remote
+from portatrain.commands import dry_run
+from portatrain.errors import UserError
+from portatrain.plan.clusters import clusters_toml
+from portatrain.plan.clusters.catalog import STACKS
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.recipe import Recipe
+from portatrain.runs.code_snapshot import where
+from portatrain.system.processes import PROCESS_A_DEVICE
+
+RESOURCES = {
+    "jax-tpu": "google.com/tpu",
+    "torch-cuda": "nvidia.com/gpu",
+    "torch-rocm": "amd.com/gpu",
+    "hpu": "habana.ai/gaudi",
+    "neuron": "aws.amazon.com/neuron",
+}
+"""What the chips of a software stack are called in Kubernetes."""
+EXAMPLES = {
+    "gcp_tpu": '{ project = "PROJECT", zone = "ZONE" }',
+    "slurm": '{ partition = "PARTITION" }',
+    "kubernetes": '{ image = "IMAGE", volume = { claim = "CLAIM", path = "FOLDER" } }',
+    "skypilot": '{ infra = "CLOUD" }',
+}
+"""What an engine cannot do without, to be filled in."""
+GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
+"""Options of a cluster that are not for its engine: they replace what the plan says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A cluster as a place for a job. `cluster` is None for this machine and for launchers of a lab's own."""
+
+    name: str
+    engine: str
+    cluster: Cluster | None = None
+    backend: str | None = None
+    mesh: str | None = None
+    devices: int | None = None
+    hosts: int = 1
+    processes: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """What of the cluster a job's engine may need."""
+        cluster = self.cluster
+        if cluster is None:
+            return {}
+        return {
+            "chip": cluster.chip.name,
+            "chips": cluster.chips,
+            "slices": cluster.slices,
+            "topology": "x".join(map(str, cluster.dims)),
+            "resource": RESOURCES.get(cluster.chip.stack, ""),
+            "chips_per_host": min(cluster.chip.chips_in_host, cluster.chips // cluster.slices),
+        }
+
+
+def targets(
+    given: Sequence[str], recipe: str, *, mesh: str | None, devices: int | None, backend: str | None
+) -> list[Target]:
+    """What the names stand for; UserError for one that stands for nothing."""
+    own = set(launcher_names()) - {"slurm", "kubernetes", "skypilot", "gcp_tpu"}
+    found = []
+    for name in given:
+        if name in own:
+            found.append(Target(name=name, engine=name, mesh=mesh, devices=devices, backend=backend))
+        else:
+            (cluster,) = dry_run.clusters([name], recipe, sorted(own))
+            found.append(_target(cluster, mesh, devices, backend))
+    if len(found) > 1 and any(t.engine == "local" for t in found):
+        local = next(t.name for t in found if t.engine == "local")
+        raise UserError(
+            f"--cluster {','.join(given)}",
+            expected="clusters of schedulers, or one alone",
+            got=f"{local}, which starts at once",
+            do=f"Use --cluster {local}, or leave it out.",
+        )
+    return found
+
+
+def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: str | None) -> Target:
+    options: dict[str, Any] = dict(cluster.options)
+    general = {key: options.pop(key) for key in GENERAL if key in options}
+    backend = backend or general.get("backend") or STACKS[cluster.chip.stack].backend or None
+    devices = general.get("devices", cluster.devices) if devices is None else devices
+    hosts = general.get("hosts") or (1 if cluster.chip.name.startswith("cpu") else cluster.hosts)
+    processes = general.get("processes") or (devices if backend in PROCESS_A_DEVICE else hosts)
+    for key, value in (("devices", devices), ("hosts", hosts), ("processes", processes)):
+        if not isinstance(value, int) or value < 1:
+            raise UserError(
+                f"cluster {cluster.name}: option {key}",
+                expected="a whole number of at least 1",
+                got=repr(value),
+                do=f"Mend it in {cluster.where or 'clusters.toml'}.",
+            )
+    assert devices is not None
+    if processes % hosts or devices % processes:
+        raise UserError(
+            f"cluster {cluster.name}",
+            expected="devices that divide over processes, and processes over hosts",
+            got=f"{devices} devices, {processes} processes, {hosts} hosts",
+            do="Mend its options in clusters.toml.",
+        )
+    return Target(
+        name=cluster.name,
+        engine=cluster.engine,
+        cluster=cluster,
+        backend=backend,
+        mesh=mesh or general.get("mesh"),
+        devices=devices,
+        hosts=hosts,
+        processes=processes,
+        options=options,
+    )
+
+
+def fitting(found: Sequence[Target], recipe: Recipe) -> list[Target]:
+    """Those that the recipe can run on, each with its mesh; the others are named on standard error with the reason.
+
+    Raises:
+        UserError: it can run on none, or one of them has no engine that could carry a job there.
+    """
+    good = []
+    for target in found:
+        try:
+            good.append(_fit(target, recipe))
+        except UserError as error:
+            if len(found) == 1:
+                raise
+            print(f"refused: {error}", file=sys.stderr)
+    if not good:
+        raise UserError(
+            f"recipe {recipe.name}",
+            expected="a cluster that it can run on",
+            got=f"none of {len(found)}, for the reasons above",
+            do="`portatrain plan` shows what would fit.",
+        )
+    return good
+
+
+def _fit(target: Target, recipe: Recipe) -> Target:
+    cluster = target.cluster
+    if cluster is None:
+        return target
+    if not target.engine:
+        raise _no_engine(cluster)
+    from portatrain.training.trainer import make_program
+
+    if target.mesh is None:
+        target = replace(target, mesh=_planned_mesh(cluster, recipe, target.devices))
+    make_program(recipe, mesh=target.mesh or "")  # what does not divide, before anything is submitted
+    from portatrain.model.layout import Mesh
+
+    there = Mesh.parse(target.mesh or "").devices
+    if there != target.devices:
+        raise UserError(
+            f"cluster {cluster.name}: mesh {target.mesh}",
+            expected=f"a mesh of its {target.devices} devices",
+            got=f"one of {there}",
+            do="Change the mesh or the count.",
+        )
+    return target
+
+
+def _planned_mesh(cluster: Cluster, recipe: Recipe, devices: int | None) -> str:
+    from portatrain.plan.cost import recipes
+    from portatrain.plan.cost.policy import REMATS
+    from portatrain.plan.search import plan
+
+    remats = (recipe.remat,) if recipe.remat in REMATS else tuple(REMATS)
+    made = plan(recipes.shape_of(recipe), cluster, remats=remats)
+    if made.chosen is None or not made.fits or made.used.devices != devices:
+        from portatrain.plan import render
+
+        reason = "; ".join(made.notes) if made.chosen else render._misfit(made)
+        raise UserError(
+            f"cluster {cluster.name} for {recipe.name}",
+            expected="a mesh on which it fits as it is",
+            got=reason,
+            do=f"`portatrain plan {recipe.name} --cluster {cluster.name}` says more.",
+        )
+    return made.chosen.mesh_text if made.chosen.mesh_text != "1" else "fsdp=1"
+
+
+def carriers(cluster: Cluster) -> list[str]:
+    """The engines that could carry a job to such chips."""
+    if cluster.chip.name.startswith("tpu"):
+        return ["gcp_tpu", "kubernetes", "skypilot"]
+    if cluster.chip.name.startswith("cpu"):
+        return ["slurm"]
+    return ["slurm", "kubernetes", "skypilot"]
+
+
+def _no_engine(cluster: Cluster) -> UserError:
+    return UserError(
+        f"cluster {cluster.name}",
+        expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster))})",
+        got="a name of the catalog, which says only what it is",
+        do=f"Put a table into clusters.toml, beside the recipe or in {clusters_toml.config_folder()}, and name that: "
+        f"{'; '.join(_table(cluster))}; a line each. --dry-run shows the job for each engine.",
+    )
+
+
+def _table(cluster: Cluster) -> list[str]:
+    """The lines of clusters.toml that would configure it, for the first engine that could carry a job there."""
+    engine = carriers(cluster)[0]
+    return [
+        f"[my-{cluster.chip.name}]",
+        f'chip = "{cluster.chip.name}"',
+        f"count = {cluster.chips}",
+        f'engine = "{engine}"',
+        f"options = {EXAMPLES[engine]}",
+    ]
+
+
+# ---- --dry-run
+
+
+def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
+    """The plan, and exactly what would be submitted, for each job; where a cluster has no engine, what each engine that
+    could carry it would be given, and how to configure one."""
+    clusters = [t.cluster for t in found if t.cluster is not None]
+    plans = dry_run.show(recipe, clusters) if clusters else []
+    meshes = {p.cluster.name: p.chosen.mesh_text for p in plans if p.chosen}
+    by_name = {t.name: t for t in found}
+    for number, job in enumerate(jobs, 1):
+        cluster = by_name[job.cluster].cluster
+        numbered = replace(job, number=number, mesh=job.mesh or meshes.get(job.cluster))
+        if job.detached:
+            folder, source, _ = where(Path(job.run_dir), job.recipe)
+            code = f"{job.run_dir}/code/{folder.name}" if is_remote(job.run_dir) else str(folder)
+            numbered = replace(numbered, code=code, recipe=source.replace(str(folder), code, 1))
+        if cluster is None or job.engine:
+            title = f"# {job.cluster} by {job.engine}\n" if job.detached else ""
+            print(title + launcher(job.engine).materialize(numbered if job.detached else job))
+            continue
+        for engine in carriers(cluster):
+            print(f"\n# {job.cluster} by {engine} (not configured)")
+            print(launcher(engine).materialize(replace(numbered, engine=engine)))
+        print(
+            f"\n# To launch there: put this, with your own values, into clusters.toml beside the recipe or in "
+            f"{clusters_toml.config_folder()}, then launch --cluster my-{cluster.chip.name}"
+        )
+        print("\n".join(_table(cluster)))

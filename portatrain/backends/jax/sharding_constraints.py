@@ -1,0 +1,173 @@
+"""How values and parameters lie on a mesh: what `JaxOps` tells XLA's partitioner.
+
+The partitioner finds a layout for what nobody laid out, and need not find the one that moves least: it may gather a
+weight where an activation is smaller, or give every device the whole of a sum of which each keeps a part.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from portatrain.backends.jax.attention import attention
+from portatrain.backends.jax.losses import Cut
+from portatrain.backends.jax.low_precision import SMALL_TABLES, rows
+from portatrain.model.layout import BATCH_MESH_AXES, Layout, Spec
+from portatrain.model.module import Constant, TensorInfo
+
+
+def plain(x: Any) -> Any:
+    """The array of an nnx.Variable; anything else as it is."""
+    return x.get_value() if isinstance(x, nnx.Variable) else x
+
+
+def partition_spec(spec: Spec) -> PartitionSpec:
+    return PartitionSpec(*(dim or None for dim in spec))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gathered(p: Any, used: NamedSharding, stored: NamedSharding) -> Any:
+    """`p` laid out as it is used, its gradient as it is stored: gathered over fsdp one way, scattered the other. A
+    sharding constraint alone would hold the gradient to the layout in use, and so have it all-reduced."""
+    return jax.lax.with_sharding_constraint(p, used)
+
+
+gathered.defvjp(
+    lambda p, used, stored: (jax.lax.with_sharding_constraint(p, used), None),
+    lambda used, stored, _, g: (jax.lax.with_sharding_constraint(g, stored),),
+)
+
+
+class OnMesh:
+    """The part of `JaxOps` that knows the mesh; without one, every value is left as it is."""
+
+    layout: Layout | None
+    devices: jax.sharding.Mesh | None
+
+    def _spec(self, p: Any, role: str) -> Spec:
+        """The mesh axes of every dimension of a parameter, as one layer of its Stacks has it; () where nothing is known
+        of it."""
+        axes = p.get_metadata().get("axes")
+        if self.layout is None or self.devices is None or axes is None:
+            return ()
+        info = TensorInfo(
+            name="a parameter",
+            role="params",
+            shape=tuple(plain(p).shape),
+            axes=axes,
+            batch_dims=0,
+            inputs=0,
+            init=Constant(value=0.0),
+        )
+        return self.layout.tensor_spec(info, role=role)
+
+    def _named(self, spec: Spec) -> NamedSharding:
+        assert self.devices is not None
+        return NamedSharding(self.devices, partition_spec(spec))
+
+    def _split(self, letters: Sequence[str], operands: Sequence[Any]) -> dict[str, tuple[str, ...]]:
+        """The letters of a contraction that a parameter's layout splits, but for those over axes that split the batch,
+        with their mesh axes."""
+        found: dict[str, tuple[str, ...]] = {}
+        for its, p in zip(letters, operands, strict=True):
+            if isinstance(p, nnx.Param):
+                split = zip(its, self._spec(p, "compute"), strict=False)
+                found |= {k: over for k, over in split if over and not set(over) & set(BATCH_MESH_AXES)}
+        return found
+
+    def _along(self, x: Any, letters: str, split: Mapping[str, tuple[str, ...]]) -> Any:
+        """`x` split along the letters that the parameter of its contraction is split along, and with it its gradient:
+        left to itself the compiler may keep the gradient as the residual stream lies and gather the weight instead."""
+        if not set(letters) & set(split):
+            return x
+        free = PartitionSpec.UNCONSTRAINED
+        spec = PartitionSpec(*(split.get(letter, free) for letter in letters))
+        assert self.devices is not None
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.devices, spec))
+
+    def _gathering(self, p: Any) -> tuple[NamedSharding | None, NamedSharding | None]:
+        """How a parameter lies where it is used, and as it is stored; (None, None) where that is the same."""
+        used, stored = self._spec(p, "compute"), self._spec(p, "params")
+        return (None, None) if used == stored else (self._named(used), self._named(stored))
+
+    def _finder(self, p: Any, ids: Any) -> Callable[[Any, Any], Any]:
+        """What looks rows up in a table that stays as it is stored: what was looked up travels, as it is smaller. Over
+        the vocabulary's axes every device adds the rows that it has; over those of the features, rows are looked up for
+        all samples of the group and then dealt out."""
+        if self.layout is None or self.devices is None or not isinstance(p, nnx.Param) or ids.ndim != 2:
+            return rows
+        batch, seq = (self.layout.spec((axis,))[0] for axis in ("batch", "seq"))
+        if any(n % self.layout.mesh.over(axes) for n, axes in zip(ids.shape, (batch, seq), strict=True)):
+            return rows
+        if ids.shape[0] * plain(p).size <= SMALL_TABLES:
+            return rows
+        stored = self._spec(p, "params") or ((), ())
+        others = tuple(axis for axis in batch if axis not in stored[1])
+        laid = jax.lax.with_sharding_constraint
+
+        def find(table: Any, ids: Any) -> Any:
+            found = rows(laid(table, self._named(stored)), laid(ids, self._named((others, seq))))
+            return laid(laid(found, self._named((others, seq, stored[1]))), self._named((batch, seq, ())))
+
+        return find
+
+    def _attended(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, precision: Any, **options: Any) -> Any:
+        """`attention` of values that lie on the mesh."""
+        run = functools.partial(attention, precision=precision)
+        rows, heads, parts = self._shards("batch", "heads", "seq")
+        b, s = q_BSHD.shape[:2]
+        segments = options.get("segment_ids")
+        in_place = k_BTKD.shape[1] == s and options.get("positions") is None and not isinstance(segments, tuple)
+        if self.layout is None or self.devices is None or parts == 1 or b % rows or s % parts or not in_place:
+            return run(q_BSHD, k_BTKD, v_BTKD, shards=(rows, heads, parts), **options)
+        batch, seq, kv, split = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads", "heads"))
+        kv = () if k_BTKD.shape[2] % self.layout.mesh.over(kv) else kv
+        used, stored = self._named((batch, (), kv, ())), self._named((batch, seq, kv, ()))
+        # Every part of the positions is a sample of its own, with keys and values of all positions. So their gradients
+        # are summed on a device over all chunks of its queries, and travel once; else they would after every chunk.
+        k_BTKD, v_BTKD = (gathered(x, used, stored) for x in (k_BTKD, v_BTKD))
+
+        def lies(x: Any, *dims: tuple[str, ...]) -> Any:
+            spec = (seq + batch, (), *dims)
+            return jax.lax.with_sharding_constraint(x, self._named(spec[: x.ndim]))
+
+        def cut(x: Any) -> Any:
+            """(B, S, ...) -> (P B, S/P, ...)."""
+            x = x.reshape(b, parts, s // parts, *x.shape[2:])
+            return jnp.moveaxis(x, 1, 0).reshape(parts * b, s // parts, *x.shape[3:])
+
+        def whole(x: Any) -> Any:
+            """(B, T, ...) -> (P B, T, ...)."""
+            return jnp.broadcast_to(x, (parts, *x.shape)).reshape(parts * b, *x.shape[1:])
+
+        of = None if segments is None else (cut(segments), whole(segments))
+        at = cut(jnp.broadcast_to(jnp.arange(s), (b, s))), jnp.arange(s)
+        q_QSHD, k_QTKD, v_QTKD = lies(cut(q_BSHD), split), lies(whole(k_BTKD), kv), lies(whole(v_BTKD), kv)
+        shards = rows * parts, heads, 1
+        options |= {"segment_ids": of, "positions": at, "may_be_blind": False}
+        out = lies(run(q_QSHD, k_QTKD, v_QTKD, shards=shards, **options), split)
+        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(q_BSHD.shape)
+
+    def _shards(self, *axes: str) -> Any:
+        """Into how many parts each logical axis of a value is cut."""
+        if self.layout is None:
+            return (1,) * len(axes)
+        return tuple(self.layout.mesh.over(self.layout.spec((axis,))[0]) for axis in axes)
+
+    def _cut(self, table_VE: Any) -> Cut:
+        """How the tokens of a loss and its table lie on the devices."""
+        if self.layout is None or self.devices is None:
+            return Cut()
+        batch, seq, vocab = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))
+        if plain(table_VE).shape[0] % self.layout.mesh.over(vocab):
+            vocab = ()
+        rows, parts = self.layout.mesh.over(batch), self.layout.mesh.over(seq)
+        kept = self._spec(table_VE, "params") if isinstance(table_VE, nnx.Param) else ()
+        stored = self._named(kept) if kept else None
+        return Cut(rows, parts, self._named((vocab, ())), self._named((batch, seq, vocab, ())), stored)

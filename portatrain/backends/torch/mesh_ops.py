@@ -1,0 +1,419 @@
+"""`Ops` on a mesh. `RowOps`: the batch axes alone, activations are plain tensors of this process's rows. `MeshOps`:
+context and tensor too, activations are DTensors over those axes with global shapes (but for the batch axis).
+
+Arithmetic that models do themselves goes through DTensor's own rules. Everything here takes the local parts, computes
+as on one device, and says where the result lies; gradients follow by one rule: what is whole while another operand is
+cut receives a gradient that is a sum over the cut (Partial).
+
+Documented choices: attention gathers keys and values over context, queries stay; an embedding's rows and logits stay
+cut over vocab, no process sees them whole; kv_heads that are fewer than the tensor axis are computed by every process
+of it, and each keeps those that its queries read. Legend: as in `portatrain.model.ops`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from portatrain.backends.torch.losses import cross_entropy
+from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
+from portatrain.backends.torch.ops import TorchOps
+from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
+from portatrain.errors import UserError
+from portatrain.model import dropout_hash
+from portatrain.model.lora import adapts, not_adapted
+from portatrain.model.ops import Loss
+from portatrain.model.rope import RopeScaling
+
+Placements = Sequence[Placement]
+
+
+@dataclasses.dataclass
+class RowOps(TorchOps):
+    """Sums over the batch reach the other processes; parameters that are cut over expert are gathered."""
+
+    world: Any = None
+
+    def weight(self, p: Any) -> Any:
+        value = of_all_experts(p, self.world)
+        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else not_adapted(value)
+
+    @adapts
+    def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        return super().einsum(spec, *(of_all_experts(x, self.world) for x in operands), dtype=dtype)
+
+    def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
+        y = super().sum(x, axes, over=over)
+        return SumRows.apply(y, self.world) if self._crosses(axes, over) else y
+
+    def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
+        count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
+        rows = self.world.row_blocks if self._crosses(axes, over) else 1
+        return self.sum(x, axes, over=over) / (count * rows)
+
+    def _crosses(self, axes: Sequence[str | None], over: Sequence[str]) -> bool:
+        return "batch" in over and "batch" in axes and self.world.row_blocks > 1
+
+
+@dataclasses.dataclass
+class MeshOps(RowOps):
+    """See the top of this file."""
+
+    def __post_init__(self) -> None:
+        self.parts = TorchOps(
+            dataclasses.replace(self.static, ops=None),
+            self.step,
+            self.seed_2,
+            self.sample,
+            self.layer,
+            losses=self.losses,
+            kept=self.kept,
+        )
+        """The operations of one device, for local parts."""
+
+    # ---- values and local parts
+
+    @staticmethod
+    def placed(world: World, x: Tensor) -> Tensor:
+        """A batch's array on the mesh: (B, S) over context where S divides, all others whole. Either is correct."""
+        mesh, context = world.values, world.mesh.context
+        assert mesh is not None and mesh.mesh_dim_names is not None
+        whole: list[Placement] = [Replicate() for _ in mesh.mesh_dim_names]
+        if x.ndim != 2 or context == 1 or x.shape[1] % context:
+            return DTensor.from_local(x, mesh, whole, run_check=False)
+        mine = x.chunk(context, dim=1)[world.at["context"]].contiguous()
+        cut = [Shard(1) if n == "context" else Replicate() for n in mesh.mesh_dim_names]
+        return DTensor.from_local(mine, mesh, cut, run_check=False)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The mesh axes that DTensors are over."""
+        return self.world.values.mesh_dim_names
+
+    def _value(self, x: Any) -> Any:
+        """x as a DTensor over the mesh's context and tensor axes."""
+        if isinstance(x, nn.Parameter):
+            return Weight.apply(of_all_experts(x, self.world), self.world)
+        if isinstance(x, DTensor) or not isinstance(x, Tensor):
+            return not_adapted(x)
+        return self._from(x, [Replicate() for _ in self.axes])
+
+    def _from(self, local: Tensor, placements: Placements) -> Any:
+        return DTensor.from_local(local, self.world.values, tuple(placements), run_check=False)
+
+    @staticmethod
+    def _local(x: Any, placements: Placements, grads: Placements | None = None) -> Tensor:
+        """This process's part of x under `placements`; its gradient will lie as `grads` says."""
+        if tuple(x.placements) != tuple(placements):
+            x = x.redistribute(placements=tuple(placements))
+        return x.to_local(grad_placements=None if grads is None else tuple(grads))
+
+    def _keep(self, x: Any, *dims: int) -> list[Placement]:
+        """x's placements with `dims` made whole, and sums made."""
+        held = [d % x.ndim for d in dims]
+        return [p if isinstance(p, Shard) and p.dim not in held else Replicate() for p in x.placements]
+
+    def _each(self, fn: Callable[[Tensor], Tensor], x: Any, *dims: int) -> Any:
+        """fn on the local part of x with `dims` whole; the result lies as x does."""
+        x = self._value(x)
+        kept = self._keep(x, *dims)
+        return self._from(fn(self._local(x, kept)), kept)
+
+    @staticmethod
+    def _beside(x_placements: Placements) -> list[Placement]:
+        """How the gradient of a whole operand lies, where the other operand lies so."""
+        return [Partial() if isinstance(p, Shard) else Replicate() for p in x_placements]
+
+    def _whole(self, p: Any, beside: Placements) -> Tensor:
+        """A parameter in the compute dtype, whole, next to something that lies as `beside`."""
+        return self._local(self.weight(p), [Replicate() for _ in self.axes], self._beside(beside))
+
+    # ---- parameters and contractions
+
+    def weight(self, p: Any) -> Any:
+        value = self._value(p)
+        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else value
+
+    @adapts
+    def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        """Per mesh axis one letter may be cut, the parameter's if one is: operands that have it are cut along it, the
+        others whole; the result is cut along it, or, where it is contracted, a sum to be made."""
+        inputs, _, out = spec.replace(" ", "").partition("->")
+        letters = inputs.split(",")
+        xs = [self._value(x) for x in operands]
+        first = sorted(range(len(xs)), key=lambda i: not isinstance(operands[i], nn.Parameter))
+        placements: list[list[Placement]] = [[] for _ in xs]
+        grads: list[list[Placement]] = [[] for _ in xs]
+        result: list[Placement] = []
+        for m in range(len(self.axes)):
+            cut = [letters[i][p.dim] for i in first if isinstance(p := xs[i].placements[m], Shard)]
+            letter = cut[0] if cut else None
+            for i, mine in enumerate(letters):
+                here = letter is not None and letter in mine
+                placements[i].append(Shard(mine.index(letter)) if letter and here else Replicate())
+                grads[i].append(placements[i][m] if here or letter is None else Partial())
+            result.append(Replicate() if letter is None else Shard(out.index(letter)) if letter in out else Partial())
+        parts = [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)]
+        return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
+
+    def embed(self, table_VE: Any, ids: Any) -> Any:
+        """Rows of a table that is cut over vocab: each process gives its own rows and zeros, a sum to be made."""
+        table, ids = self.weight(table_VE), self._value(ids)
+        whole = self._keep(ids)
+        vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
+        at = [
+            Replicate() if v else p if isinstance(p, Shard) else Replicate() for v, p in zip(vocab, whole, strict=True)
+        ]
+        cut: list[Placement] = [Shard(0) if v else Replicate() for v in vocab]
+        grads = [Shard(0) if v else b for v, b in zip(vocab, self._beside(at), strict=True)]
+        rows, found = self._local(table, cut, grads), self._local(ids, at)
+        if not any(vocab):
+            return self._from(self.parts.embed(rows, found), at)
+        start = rows.shape[0] * self.world.at["tensor"]
+        mine = (found >= start) & (found < start + rows.shape[0])
+        local = self.parts.embed(rows, torch.where(mine, found - start, 0))
+        local = torch.where(mine[..., None], local, 0)
+        return self._from(local, [Partial() if v else p for v, p in zip(vocab, at, strict=True)])
+
+    def bias(self, x: Any, p: Any) -> Any:
+        return x + self.weight(p)
+
+    # ---- normalisation, position, attention
+
+    def rms_norm(self, x: Any, scale: Any = None, *, eps: float = 1e-6) -> Any:
+        x = self._value(x)
+        at = self._keep(x, -1)
+        scale = None if scale is None else self._whole(scale, at)
+        return self._from(self.parts.rms_norm(self._local(x, at), scale, eps=eps), at)
+
+    def layer_norm(self, x: Any, scale: Any = None, bias: Any = None, *, eps: float = 1e-6) -> Any:
+        x = self._value(x)
+        at = self._keep(x, -1)
+        scale, bias = (None if p is None else self._whole(p, at) for p in (scale, bias))
+        return self._from(self.parts.layer_norm(self._local(x, at), scale, bias, eps=eps), at)
+
+    def rope_table(
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+    ) -> Any:
+        positions = self._value(positions)
+        at = self._keep(positions)
+        cos, sin = self.parts.rope_table(self._local(positions, at), head_dim, theta=theta, scaling=scaling)
+        return self._from(cos, at), self._from(sin, at)
+
+    def rope(self, x_BSHD: Any, table: Any) -> Any:
+        x = self._value(x_BSHD)
+        at = self._keep(x, -1)
+        beside = tuple(
+            Shard(t) if isinstance(p, Shard) and p.dim == 1 else Replicate() for p in at for t in [table[0].ndim - 2]
+        )
+        local = self._kept(
+            "local-rope", (*table, beside), lambda cos, sin, lie: (self._local(cos, lie), self._local(sin, lie))
+        )
+        return self._from(self.parts.rope(self._local(x, at), local), at)
+
+    def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
+        """Queries stay where they are over context and heads; keys and values are gathered over context."""
+        q, k, v = self._value(q_BSHD), self._value(k_BTKD), self._value(v_BTKD)
+        heads, kv_heads = q.shape[2], k.shape[2]
+        at_q: list[Placement] = []
+        at_k: list[Placement] = []
+        grads: list[Placement] = []
+        take: slice | None = None
+        for axis, p in zip(self.axes, q.placements, strict=True):
+            size, here = self.world.mesh.sizes[axis], self.world.at[axis]
+            cut = isinstance(p, Shard) and p.dim in (1, 2)
+            at_q.append(p if cut else Replicate())
+            if not cut:
+                at_k.append(Replicate())
+                grads.append(Replicate())
+            elif p.dim == 1:
+                at_k.append(Replicate())
+                grads.append(Partial())
+            elif kv_heads % size == 0:
+                at_k.append(Shard(2))
+                grads.append(Shard(2))
+            else:
+                # Every process has all kv heads and reads those of its own queries.
+                at_k.append(Replicate())
+                grads.append(Partial())
+                per, group = heads // size, heads // kv_heads
+                take = slice(here * per // group, ((here + 1) * per - 1) // group + 1)
+        locals_ = [self._local(q, at_q), self._local(k, at_k, grads), self._local(v, at_k, grads)]
+        if take is not None:
+            locals_[1:] = [x[:, :, take] for x in locals_[1:]]
+        options |= self._attention_rule(q, at_q, k.shape[1], options)
+        return self._from(self.parts.attention(*locals_, **options), at_q)
+
+    def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
+        """Local segment_ids and positions: for this process's queries, and for all keys."""
+        cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
+        segments, positions = options.get("segment_ids"), options.get("positions")
+        if positions is None and any(cut) and (options.get("causal", True) or options.get("window") is not None):
+            positions = self._kept("positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t)))
+
+        def local(pair: Any) -> Any:
+            if pair is None:
+                return None
+            of_q, of_k = pair if isinstance(pair, tuple) else (pair, pair)
+            return self._kept("pair", (of_q, of_k, tuple(cut)), part)
+
+        def part(of_q: Any, of_k: Any, cut: tuple[bool, ...]) -> Any:
+            of_q, of_k = self._value(of_q), self._value(of_k)
+            mine = [Shard(of_q.ndim - 1) if c else Replicate() for c in cut]
+            return self._local(of_q, mine), self._local(of_k, [Replicate() for _ in cut])
+
+        return {"segment_ids": local(segments), "positions": local(positions)}
+
+    # ---- elementwise and shape
+
+    def dropout(self, x: Any, rate: float, *, site: int) -> Any:
+        """The hash of the global offset within the sample. A sum still to be made is dropped part by part."""
+        if not self.training or rate == 0:
+            return x
+        x = self._value(x)
+        local = self._local(x, x.placements, x.placements)
+        offsets = self._kept("offsets", (tuple(x.shape[1:]), tuple(x.placements)), self._offsets)
+        keys_B = dropout_hash.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
+        bits = dropout_hash.random_bits(keys_B[:, None], offsets[None, :]).reshape(local.shape)
+        kept = torch.where(bits >= dropout_hash.threshold(rate), local * (1 / (1 - rate)), 0).to(local.dtype)
+        return self._from(kept, x.placements)
+
+    def _offsets(self, shape: tuple[int, ...], placements: Placements) -> Tensor:
+        """(F,) int32: the flat global offsets, within a sample of `shape`, of this process's elements."""
+        start, size = [0] * len(shape), list(shape)
+        for axis, p in zip(self.axes, placements, strict=True):
+            if isinstance(p, Shard):
+                size[p.dim - 1] //= self.world.mesh.sizes[axis]
+                start[p.dim - 1] += self.world.at[axis] * size[p.dim - 1]
+        at = torch.zeros((), dtype=torch.int32, device=self.step.device)
+        for first, n, whole in zip(start, size, shape, strict=True):
+            here = torch.arange(first, first + n, dtype=torch.int32, device=self.step.device)
+            at = at[..., None] * whole + here
+        return at.flatten()
+
+    def softmax(self, x: Any, *, axis: int = -1) -> Any:
+        return self._each(lambda local: self.parts.softmax(local, axis=axis), x, axis)
+
+    def where(self, condition: Any, x: Any, y: Any) -> Any:
+        return super().where(self._value(condition), self._value(x), self._value(y))
+
+    def concat(self, xs: Sequence[Any], *, axis: int) -> Any:
+        return super().concat([self._value(x) for x in xs], axis=axis)
+
+    def cast(self, x: Any, dtype: str) -> Any:
+        return super().cast(self._value(x), dtype)
+
+    def arange(self, n: int) -> Any:
+        return self._value(self.parts.arange(n))
+
+    def one_hot(self, ids: Any, n: int) -> Any:
+        return self._each(lambda local: self.parts.one_hot(local, n), ids)
+
+    def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
+        x = self._value(x)
+        at = self._keep(x, -1)
+        values, indices = self.parts.top_k(self._local(x, at), k)
+        return self._from(values, at), self._from(indices, at)
+
+    def write(self, cache_BT: Any, value: Any, at: Any) -> Any:
+        cache, value = self._value(cache_BT), self._value(value)
+        lie = [p if isinstance(p, Shard) and p.dim != 1 else Replicate() for p in value.placements]
+        return self._from(self.parts.write(self._local(cache, lie), self._local(value, lie), plain(at)), lie)
+
+    def sum(self, x: Any, axes: Sequence[str | None], *, over: Sequence[str]) -> Any:
+        x = self._value(x)
+        y: Any = self.parts.sum(x, axes, over=over)
+        y = y.redistribute(placements=self._keep(y) if y.ndim else [Replicate() for _ in self.axes])
+        if not self._crosses(axes, over):
+            return y
+        return self._from(SumRows.apply(y.to_local(), self.world), y.placements)
+
+    # ---- losses
+
+    def cross_entropy(
+        self,
+        x: Any,
+        table_VE: Any,
+        targets: Any,
+        *,
+        mask: Any = None,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+    ) -> Loss:
+        x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
+        vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
+        # Tokens stay cut over their own axes, but each process of the vocab's axis needs all of its row of logits.
+        at = [
+            p if isinstance(p, Shard) and p.dim < x.ndim - 1 and not v else Replicate()
+            for p, v in zip(x.placements, vocab, strict=True)
+        ]
+        local_x = self._local(x, at, [Partial() if v else p for p, v in zip(at, vocab, strict=True)])
+        cut: list[Placement] = [Shard(0) if v else Replicate() for v in vocab]
+        grads = [Shard(0) if v else b for v, b in zip(vocab, self._beside(at), strict=True)]
+        local_table = self._local(table, cut, grads)
+        local_targets = self._local(targets, at)
+        local_mask = None if mask is None else self._local(self._value(mask), at)
+        if any(vocab):
+            total, loss_B, weight_B = vocab_parallel_loss(
+                self.world, local_x, local_table, local_targets, local_mask, z_loss=z_loss, softcap=softcap
+            )
+        else:
+            whole, chunk = self.losses
+            total, loss_B, weight_B = cross_entropy(
+                local_x,
+                local_table,
+                local_targets,
+                local_mask,
+                z_loss=z_loss,
+                softcap=softcap,
+                whole=whole,
+                chunk=chunk,
+            )
+        over = self._beside(at)
+        return Loss(*(self._made(self._from(v, over)) for v in (total, weight_B, loss_B)))
+
+    def _made(self, x: Any) -> Any:
+        return x.redistribute(placements=[Replicate() for _ in self.axes])
+
+    def loss(self, loss_B: Any, weight_B: Any) -> Loss:
+        return super().loss(self._made(self._value(loss_B)), self._made(self._value(weight_B)))
+
+    # ---- structure
+
+    def shard(self, x: Any, *axes: str | None) -> Any:
+        x = self._value(x)
+        layout, sizes = self.world.layout, self.world.mesh.sizes
+        what = f"ops.shard of shape {tuple(x.shape)}"
+        lie: list[Placement] = [Replicate() for _ in self.axes]
+        for dim, over in enumerate(layout.spec(axes, what=what)):
+            mine = [a for a in over if a in self.axes]
+            shards, n = math.prod(sizes[a] for a in mine), x.shape[dim]
+            if n % shards:
+                if axes[dim] == "kv_heads" and shards % n == 0:
+                    continue  # as the layout does with parameters
+                raise UserError(
+                    f"{what}, axis {axes[dim]!r} on mesh {layout.mesh}",
+                    expected=f"a size that {' x '.join(f'{a}={sizes[a]}' for a in mine)} divides",
+                    got=str(n),
+                    do="Choose another size, or a smaller mesh axis.",
+                )
+            for a in mine:
+                lie[self.axes.index(a)] = Shard(dim)
+        return x.redistribute(placements=lie)
+
+    def name(self, x: Any, name: str) -> Any:
+        x = self._value(x)
+        return Kept.apply(x) if self.keeps(name) else x
+
+    def aux(self, name: str, value_B: Any, *, reduce: str = "mean", loss: float = 0.0) -> None:
+        super().aux(name, self._made(self._value(value_B)), reduce=reduce, loss=loss)
+
+    def tally(self, module: Any, **values: Any) -> None:
+        super().tally(module, **{k: plain(v) for k, v in values.items()})

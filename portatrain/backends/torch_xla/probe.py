@@ -1,0 +1,46 @@
+"""What a step would do, as norms, with nothing changed: sums on the devices, small arrays out of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from portatrain.backends.base import Arrays
+from portatrain.model.module import TensorInfo
+
+
+@torch.no_grad()
+def norms(backend: Any, state: Any, delta: Callable[[Tensor], Tensor], sync: Callable[[], None]) -> Arrays:
+    """See `Backend.rehearse`. The gradients of the mean loss are in `.grad`; `delta` is what is added to a tensor."""
+    places: list[tuple[str, TensorInfo, tuple[int, ...]]] = []
+    values: list[Tensor] = []
+
+    def add(role: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor) -> None:
+        places.append((f"{role}/{info.name}", info, index))
+        values.append(_norm(tensor))
+
+    for role, info, index, tensor in backend._held(state):
+        add(role, info, index, tensor)
+        if role == "params" and tensor in state.optimizer.infos:
+            add("grad", info, index, tensor.grad)
+            add("update", info, index, delta(tensor))
+    stacked = torch.stack(values)
+    del values[:]
+    sync()
+    found: Arrays = {}
+    for (key, info, index), value in zip(places, backend.devices.whole(stacked), strict=True):
+        found.setdefault(key, np.zeros(info.shape[: info.stack_dims]))[index] = value
+    return found
+
+
+def _norm(x: Tensor) -> Tensor:
+    """() the 2-norm, of what is scaled to at most 1: squares of second moments would vanish. Rows first, as XLA on a
+    CPU adds one after another."""
+    x = x.float()
+    top = x.abs().max()
+    squares = (x / torch.where(top > 0, top, 1.0)).square()
+    return top * (squares.sum(-1).sum() if x.ndim else squares).sqrt()

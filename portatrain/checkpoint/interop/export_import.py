@@ -1,0 +1,184 @@
+"""From our checkpoints to other formats and back: a folder that is whole or absent, a run that begins from weights."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_format import Box, LocalStore, Reader, Writer, commit
+from checkpoints_format.dtypes import NUMPY
+from portatrain.backends.state import COUNT, initial_box
+from portatrain.checkpoint.interop import huggingface, trees
+from portatrain.checkpoint.saver import format_layout
+from portatrain.errors import UserError
+from portatrain.model.lora import is_factor
+from portatrain.recipe import Recipe
+from portatrain.runs.find_checkpoints import explained
+from portatrain.runs.run_dir import RunDir
+from portatrain.training.trainer import make_program
+
+Values = Callable[[Box], np.ndarray]
+
+
+def recipe_in(reader: Reader) -> Recipe:
+    """The recipe that a checkpoint carries; UserError where it has none, or one whose code is not here."""
+    what, stored = "checkpoint", reader.meta.get("recipe")
+    if not isinstance(stored, Mapping):
+        raise UserError(
+            what, expected="a recipe in its meta", got="none", do="It is not of a training run: use --to orbax or dcp."
+        )
+    try:
+        return Recipe.from_json(stored)
+    except (ImportError, AttributeError, KeyError, TypeError) as error:
+        raise UserError(
+            what,
+            expected="a recipe whose code can be imported",
+            got=str(error),
+            do="Run the command where the recipe's file is, or use --to orbax or dcp.",
+        ) from error
+
+
+def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> list[str]:
+    """Write `reader`'s checkpoint in format `to` as the folder `out`, which appears when it is whole; its files."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(
+            f"folder {out}",
+            expected="a name that is free, or an empty folder",
+            got="something that is there already",
+            do="Choose another name; nothing in it was changed.",
+        )
+    if not any(name.startswith(f"{role}/") for name in reader.names):
+        raise UserError(
+            "checkpoint",
+            expected=f"tensors of role {role}",
+            got="none",
+            do="Leave --ema out: the recipe keeps no averages.",
+        )
+    parent = out.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
+    except OSError as error:
+        raise UserError(
+            f"folder {out}", expected="a place that can be written to", got=str(error), do="Choose another place."
+        ) from error
+    try:
+        with explained():
+            names = _written(reader, to, partial, role)
+        partial.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return names
+
+
+def _written(reader: Reader, to: str, out: Path, role: str) -> list[str]:
+    if to == "huggingface":
+        return huggingface.export(reader, recipe_in(reader), out, role=role)
+    if to == "orbax":
+        return trees.to_orbax(reader, out)
+    if to == "dcp":
+        return trees.to_dcp(reader, out)
+    definition = recipe_in(reader).describe()
+    if to == "torch":
+        return trees.to_torch(reader, {n: t.stack_dims for n, t in definition.params.items()}, out)
+    return trees.to_nnx(reader, definition, out)
+
+
+def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
+    """Begin a run of `recipe` in `run_dir` with a checkpoint made of `source`; its step.
+
+    What our own export left goes on as the same run, its optimizer's state included. Of anything else the parameters
+    are taken, at step 0: slots are zero, averages the parameters. UserError, with nothing written, for tensors that
+    are not the recipe's.
+    """
+    if not source.is_dir():
+        raise UserError(
+            f"folder {source}",
+            expected=f"a checkpoint of format {kind}",
+            got="a file" if source.exists() else "no such folder",
+            do="Check the path.",
+        )
+    run = RunDir(run_dir)
+    if run_dir.exists() and any(run_dir.iterdir()):
+        raise UserError(
+            f"run directory {run_dir}",
+            expected="a name that is free",
+            got="a folder that is not empty",
+            do="Choose another name; nothing in it was changed.",
+        )
+    run.check(recipe)
+    program = make_program(recipe)
+    layout = format_layout(program)
+    shapes = {t.name: t.shape for t in layout.tensors}
+    meta: dict[str, Any] | None = None
+    given: dict[str, Values]
+    if kind == "huggingface":
+        params = {n.partition("/")[2]: s for n, s in shapes.items() if n.startswith("params/")}
+        given = {f"params/{n}": v for n, v in huggingface.read(source, recipe, params).items()}
+    else:
+        found = (trees.from_orbax if kind == "orbax" else trees.from_dcp)(source)
+        meta = trees.read_meta(source)
+        given = _taken(found, shapes, whole=meta is not None, what=f"folder {source}")
+    if meta is None:
+        about = {"format": kind, "path": str(source)}
+        meta = {"step": 0, "imported": about, "recipe_sha256": recipe.sha256, "recipe": recipe.to_json()}
+    step = int(meta["step"])
+
+    def values(name: str, dtype: str) -> Values:
+        if name in given:
+            return lambda box: given[name](box).astype(NUMPY[dtype], copy=False)
+        role, _, rest = name.partition("/")
+        if role == "ema":
+            return values(f"params/{rest}", dtype)
+        if role == "state":
+            info = program.definition.states[rest]
+            return lambda box: initial_box(info, recipe.seed, box.offset, box.shape)
+        if role == "params":  # factors of LoRA, which the source need not have
+            param = program.definition.params[rest]
+            return lambda box: initial_box(param, recipe.seed, box.offset, box.shape)
+        return lambda box: np.zeros(box.shape, NUMPY[dtype])
+
+    with explained():
+        run.create(recipe)
+        with LocalStore(run_dir / "checkpoints" / f"step-{step:08d}", create=True) as store:
+            Writer(store, layout, save="import").write({t.name: values(t.name, t.dtype) for t in layout.tensors})
+            commit(store, layout, save="import", meta=meta)
+    return step
+
+
+def _taken(
+    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, whole: bool, what: str
+) -> dict[str, Values]:
+    """What there is of the tensors of `shapes`: all of them if `whole`, else the parameters. UserError otherwise."""
+    if not any(n.startswith("params/") for n in found):
+        found = {f"params/{n}": a for n, a in found.items()}
+    wanted = {
+        n: s for n, s in shapes.items() if whole or (n.startswith("params/") and (n in found or not is_factor(n)))
+    }
+    missing = sorted(wanted.keys() - found.keys())
+    more = sorted(n for n in found.keys() - shapes.keys() if n != COUNT)
+    wrong = [
+        f"{n} of {list(found[n].shape)} for {list(s)}" for n, s in wanted.items() if n in found and found[n].shape != s
+    ]
+    if missing or more or wrong:
+        kinds = (("not there", missing), ("not the recipe's", more), ("other shapes", wrong))
+        got = "; ".join(
+            f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            for kind, names in kinds
+            if names
+        )
+        raise UserError(what, expected="the tensors of the recipe", got=got, do="Set the recipe's sizes, or rename.")
+
+    def of(array: np.ndarray) -> Values:
+        return lambda box: array[box.slices()] if box.shape else np.asarray(array)
+
+    return {n: of(np.asarray(found[n])) for n in wanted}

@@ -1,0 +1,177 @@
+"""A folder that transformers loads: config.json, model-NNNNN-of-NNNNN.safetensors, model.safetensors.index.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_format import Box, Reader
+from portatrain.checkpoint.interop.hub_table import Hub, Row
+from portatrain.errors import UserError
+from portatrain.model.lora import FACTORS
+from portatrain.model.module import TensorInfo
+from portatrain.recipe import Recipe
+
+FILE_BYTES = 4 << 30
+INDEX = "model.safetensors.index.json"
+
+
+def hub_of(recipe: Recipe) -> Hub:
+    """The table of the recipe's model; UserError where it has none."""
+    made = getattr(recipe.model, "huggingface", None)
+    if made is None:
+        raise UserError(
+            f"recipe {recipe.name}: model {type(recipe.model).__name__}",
+            expected="a model with a table of its names in transformers",
+            got="none",
+            do="Give its sizes a method huggingface() that returns a portatrain.checkpoint.interop.Hub, as "
+            "recipes/models/decoder.py has. --to orbax, dcp, torch and nnx need none.",
+        )
+    return made()
+
+
+def _slice(row: Row, shape: tuple[int, ...]) -> Box:
+    if row.layer is None:
+        return Box.whole(shape)
+    return Box((row.layer, *(0,) * (len(shape) - 1)), (1, *shape[1:]))
+
+
+def _inner(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if row.layer is None else shape[1:]
+
+
+def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -> list[str]:
+    """Write the folder `out`, which is there and empty; the names written. One file of weights in memory at a time."""
+    hub, names = hub_of(recipe), []
+    params = recipe.describe().params
+    parts: list[list[Row]] = [[]]
+    used = 0
+    for row in hub.rows:
+        nbytes = 4 * int(np.prod(_inner(row, params[row.ours].shape)))
+        if parts[-1] and used + nbytes > FILE_BYTES:
+            parts.append([])
+            used = 0
+        parts[-1].append(row)
+        used += nbytes
+    from safetensors.numpy import save_file
+
+    weights, total = {}, 0
+    for number, rows in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        held = {}
+        for row in rows:
+            array = _weight(reader, recipe, params, role, row)
+            held[row.theirs] = np.ascontiguousarray(row.out(array))
+            total += held[row.theirs].nbytes
+            weights[row.theirs] = file
+        save_file(held, out / file, metadata={"format": "pt"})
+        names.append(file)
+    index = {"metadata": {"total_size": total}, "weight_map": weights}
+    (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    config = {**hub.config, "torch_dtype": "float32"}
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return [*names, INDEX, "config.json"]
+
+
+def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row) -> np.ndarray:
+    """The weight of a row; with LoRA the product of its factors is added. Of what has no average, the parameter."""
+    shapes = {t.name: t.shape for t in reader.layout.tensors}
+
+    def read(name: str) -> np.ndarray:
+        full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
+        shape = shapes[full]
+        return reader.read(full, _slice(row, shape)).reshape(_inner(row, shape)).astype(np.float32, copy=False)
+
+    weight, factors = read(row.ours), [f"{row.ours}/{factor}" for factor in FACTORS]
+    if recipe.lora is None or factors[0] not in params:
+        return weight
+    info = params[row.ours]
+    lead = weight.shape[: info.batch_dims - (row.layer is not None)]
+    a, b = (read(factor) for factor in factors)
+    rank = recipe.lora.rank
+    product = a.reshape(*lead, -1, rank) @ b.reshape(*lead, rank, -1)
+    return weight + np.float32(recipe.lora.alpha / rank) * product.reshape(weight.shape)
+
+
+def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[Box], np.ndarray]]:
+    """Our parameters by name, without their role, each a function from a box of it to its values (float32).
+
+    Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    hub, what = hub_of(recipe), f"folder {source}"
+    files = _files(source)
+    there: dict[str, Path] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                there |= dict.fromkeys(opened.keys(), file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"file {file}", expected="a safetensors file", got=str(error), do="Fetch it again."
+            ) from error
+    wanted = {row.theirs: row for row in hub.rows}
+    missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+    more = [n for n in more if not n.endswith("rotary_emb.inv_freq")]
+    wrong = []
+    for name in sorted(wanted.keys() & there.keys()):
+        with safe_open(there[name], framework="numpy") as opened:
+            found = tuple(opened.get_slice(name).get_shape())
+        shape = wanted[name].their_shape(_inner(wanted[name], shapes[wanted[name].ours]))
+        if found != shape:
+            wrong.append(f"{name} of {list(found)} for {list(shape)}")
+    if missing or more or wrong:
+        listed = [
+            f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            for kind, names in (("not there", missing), ("not the model's", more), ("other shapes", wrong))
+            if names
+        ]
+        raise UserError(
+            what,
+            expected=f"the tensors of recipe {recipe.name}",
+            got="; ".join(listed),
+            do="Set the recipe's sizes to those of config.json, or import another model.",
+        )
+    rows: dict[str, list[Row]] = {}
+    for row in hub.rows:
+        rows.setdefault(row.ours, []).append(row)
+
+    def values(ours: str) -> Callable[[Box], np.ndarray]:
+        def of(box: Box) -> np.ndarray:
+            out = np.empty(box.shape, np.float32)
+            for row in rows[ours]:
+                at = () if row.layer is None else (row.layer - box.offset[0],)
+                if at and not 0 <= at[0] < box.shape[0]:
+                    continue
+                inner = box.slices()[len(at) :]
+                with safe_open(there[row.theirs], framework="numpy") as opened:
+                    array = np.asarray(opened.get_tensor(row.theirs)).astype(np.float32)
+                out[at] = row.back(array, _inner(row, shapes[ours]))[inner]
+            return out
+
+        return of
+
+    return {ours: values(ours) for ours in rows}
+
+
+def _files(source: Path) -> list[Path]:
+    """The weights' files; UserError where there are none, or one that the index names is missing."""
+    if (source / INDEX).exists():
+        index: Any = json.loads((source / INDEX).read_text())
+        files = sorted({source / name for name in index["weight_map"].values()})
+    else:
+        files = sorted(source.glob("*.safetensors"))
+    gone = [f.name for f in files if not f.is_file() or f.resolve().parent != source.resolve()]
+    if gone or not files:
+        raise UserError(
+            f"folder {source}",
+            expected="a model's .safetensors files",
+            got=f"no {', '.join(gone) or 'such file'}",
+            do="Fetch the model again, with all its files.",
+        )
+    return files

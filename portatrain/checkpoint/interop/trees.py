@@ -1,0 +1,212 @@
+"""Checkpoints of the frameworks: Orbax, torch's DCP, a plain state_dict, a plain nnx state.
+
+orbax, dcp   the whole state, every tensor by its name; beside it portatrain.json, our meta, so that what is imported
+             again is the same run
+torch        model.pt: a state_dict of the lowered nn.Module ('blocks.0.attn.wq'); torch.load(weights_only=True)
+nnx          state.msgpack: the pure dict of the lowered nnx module's state; flax.serialization.msgpack_restore
+
+The state is held in memory while it is converted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_format import Reader
+from portatrain.errors import UserError
+from portatrain.model.module import Definition
+
+META = "portatrain.json"
+Tensors = dict[str, np.ndarray]
+
+
+def tensors(reader: Reader, role: str | None = None) -> Tensors:
+    """All tensors by name, or those of a role without it."""
+    names = [n for n in reader.names if role is None or n.startswith(f"{role}/")]
+    return {n if role is None else n.partition("/")[2]: reader.read(n) for n in names}
+
+
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """'a/b' -> {'a': {'b': ..}}."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        *folders, last = name.split("/")
+        at = tree
+        for folder in folders:
+            at = at.setdefault(folder, {})
+        at[last] = value
+    return tree
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The other way."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + str(key): value}
+    return found
+
+
+def _wants(what: str, package: str, extra: str) -> UserError:
+    return UserError(
+        f"format {what}", expected=f"{package} to be installed", got="no such package", do=f"pip install '{extra}'"
+    )
+
+
+def write_meta(reader: Reader, out: Path) -> None:
+    (out / META).write_text(json.dumps(dict(reader.meta), indent=1) + "\n")
+
+
+def read_meta(source: Path) -> dict[str, Any] | None:
+    """Our meta beside an export of ours; None where it comes from elsewhere."""
+    path = source / META
+    if not path.is_file():
+        return None
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"file {path}", expected="the JSON that an export wrote", got=str(error), do="Export again, or remove it."
+        ) from error
+
+
+# ---- Orbax
+
+
+def _checkpointer() -> Any:
+    try:
+        import orbax.checkpoint as ocp
+    except ImportError:
+        raise _wants("orbax", "orbax-checkpoint", "orbax-checkpoint") from None
+    return ocp.StandardCheckpointer()
+
+
+def to_orbax(reader: Reader, out: Path) -> list[str]:
+    with _checkpointer() as checkpointer:
+        checkpointer.save((out / "state").absolute(), nested(tensors(reader)))
+    write_meta(reader, out)
+    return ["state", META]
+
+
+def from_orbax(source: Path) -> Tensors:
+    with _checkpointer() as checkpointer:
+        path = (source / "state" if (source / "state").is_dir() else source).absolute()
+        try:
+            restored = checkpointer.restore(path)
+        except Exception as error:
+            raise _unreadable(source, "a folder that Orbax's StandardCheckpointer wrote", error) from error
+    return {name: np.asarray(value) for name, value in flat(restored).items()}
+
+
+# ---- torch
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except ImportError:
+        raise _wants("dcp or torch", "torch", "portatrain[torch]") from None
+    return torch
+
+
+def _as_torch(array: np.ndarray) -> Any:
+    torch = _torch()
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _as_numpy(tensor: Any) -> np.ndarray:
+    torch = _torch()
+    if tensor.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Without DCP's warning that there is no process group: there is to be none."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
+
+
+def to_dcp(reader: Reader, out: Path) -> list[str]:
+    _torch()
+    import torch.distributed.checkpoint as dcp
+
+    state = {name: _as_torch(array) for name, array in tensors(reader).items()}
+    with _alone():
+        dcp.save(state, checkpoint_id=out, no_dist=True)
+    write_meta(reader, out)
+    return sorted(p.name for p in out.iterdir())
+
+
+def from_dcp(source: Path) -> Tensors:
+    torch = _torch()
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    try:
+        found = dcp.FileSystemReader(source).read_metadata().state_dict_metadata
+        state = {
+            name: torch.empty(tuple(about.size), dtype=about.properties.dtype)
+            for name, about in found.items()
+            if isinstance(about, TensorStorageMetadata)
+        }
+        with _alone():
+            dcp.load(state, checkpoint_id=source, no_dist=True)
+    except Exception as error:
+        raise _unreadable(source, "a folder that torch.distributed.checkpoint wrote", error) from error
+    return {name: _as_numpy(tensor) for name, tensor in state.items()}
+
+
+def to_torch(reader: Reader, stacks: Mapping[str, int], out: Path) -> list[str]:
+    """`stacks`: of every parameter, how many leading axes are Stacks'."""
+    torch, state = _torch(), {}
+    for name, array in tensors(reader, "params").items():
+        owner, _, rest = name.partition("/")
+        if not stacks[name]:
+            state[name.replace("/", ".")] = _as_torch(array)
+        elif stacks[name] == 1:
+            for i, layer in enumerate(array):
+                state[f"{owner}.{i}.{rest.replace('/', '.')}"] = _as_torch(layer.copy())
+        else:
+            raise UserError(
+                f"tensor {name}",
+                expected="at most one Stack around a parameter",
+                got=f"{stacks[name]}",
+                do="Export --to orbax or dcp, which keep our names.",
+            )
+    torch.save(state, out / "model.pt")
+    return ["model.pt"]
+
+
+def to_nnx(reader: Reader, definition: Definition, out: Path) -> list[str]:
+    """Parameters by the paths of the lowered module, as `nnx.replace_by_pure_dict` takes them."""
+    try:
+        from flax import serialization
+
+        from portatrain.backends.jax.lower import lower
+    except ImportError:
+        raise _wants("nnx", "flax", "portatrain[jax]") from None
+    _, paths = lower(definition, lambda role, name: np.zeros(()))
+    held = tensors(reader, "params")
+    found = {"/".join(map(str, path)): held[name] for path, (role, name) in paths.items() if role == "params"}
+    (out / "state.msgpack").write_bytes(serialization.msgpack_serialize(nested(found)))
+    return ["state.msgpack"]
+
+
+def _unreadable(source: Path, expected: str, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        f"folder {source}", expected=expected, got=lines[0][:200], do="Check the path and --from; `--help` lists them."
+    )

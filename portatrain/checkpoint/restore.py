@@ -1,0 +1,216 @@
+"""Restoring: the boxes that a process will ask for are read ahead, merged, several requests at a time, within a budget.
+
+A backend asks for one box after another (`Backend.restore_state`), torch for one a layer. What this process holds
+follows from the layout, so a thread reads whole tensors' worth of it in groups, whose requests the reader merges and
+sends together, each tile checked. A box that was not foreseen is read when it is asked for; where the very first one
+was not, nothing is read ahead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from checkpoints_format import Box, FormatError, LocalStore, Reader, Want
+from portatrain.backends.base import Backend, Program
+from portatrain.backends.state import COUNT, full_name
+from portatrain.checkpoint.shared_reads import Shares, consecutive, owners_of, pays, roles_of, shares_of
+from portatrain.errors import UserError
+
+GROUP_BYTES = 64 << 20
+BUDGET_BYTES = 512 << 20
+"""Host memory for what was read and not yet asked for; a single tensor's boxes may exceed it."""
+
+
+def boxes_of(
+    program: Program,
+    process: int = 0,
+    processes: int = 1,
+    shares: Shares | None = None,
+    owners: Sequence[int] | None = None,
+) -> dict[str, list[Box]]:
+    """By full name what process `process` asks for of every tensor, a box a device, in the order of the checkpoint:
+    what the layout says that it holds, of the tensors in `shares` its part of that. `owners` as in `shares_of`."""
+    layout, shares = program.layout, shares or {}
+    held_by = owners if owners is not None else consecutive(layout.mesh.devices, processes)
+    mine = [layout.mesh.coordinates(d) for d, owner in enumerate(held_by) if owner == process]
+    found = {}
+    for info, role, lies in roles_of(program):
+        boxes, share = [(at, *layout.box(info, at, role=lies)) for at in mine], shares.get((role, info.name))
+        if share is None:
+            found[full_name(role, info.name)] = [Box(offset, shape) for _, offset, shape in boxes]
+        else:
+            found[full_name(role, info.name)] = [Box(*share.part(layout.mesh, *box)) for box in boxes]
+    return {**found, COUNT: [Box((), ())] * len(mine)}
+
+
+def restored(backend: Backend, reader: Reader) -> Any:
+    """The state of an open checkpoint on `backend`. Processes that hold copies read them in parts where that pays, and
+    where the backend can exchange them."""
+    program, processes, owners, shares = backend.program, backend.processes, owners_of(backend), {}
+    exchange: Any = getattr(backend, "restore_shared", None)
+    if exchange is not None and processes > 1:
+        remote = not isinstance(reader.store, LocalStore)
+        # All do or none, whatever the environment of one of them says.
+        if not backend.agree(int(not pays(processes, remote=remote))):
+            shares = shares_of(program, processes, owners=owners, gap_bytes=reader.store.merge_gap_bytes)
+    with Restoring(reader, boxes_of(program, backend.process, processes, shares, owners)) as restoring:
+        return exchange(restoring.read, shares) if shares else backend.restore_state(restoring.read)
+
+
+@dataclass
+class _Held:
+    box: Box
+    array: np.ndarray
+    left: int
+    """Elements that are still to be asked for; below 1 the array is given up."""
+
+
+@dataclass
+class _Shared:
+    """What the two threads share, under one lock."""
+
+    waiting: deque[str]
+    held: dict[str, list[_Held]] = field(default_factory=dict)
+    reading: set[str] = field(default_factory=set)
+    nbytes: int = 0
+    wanted: str | None = None
+    served: bool = False
+    error: BaseException | None = None
+    closed: bool = False
+
+
+class Restoring:
+    """`read(role, name, offset, shape)` for `Backend.restore_state`, out of an open checkpoint.
+
+    Args:
+        boxes: what will be asked for, by full name (`boxes_of`); a box as often as it will be.
+        budget_bytes: host memory for what was read ahead.
+
+    Raises (read): UserError for damage, with tensor and file, and for a tensor that the checkpoint has not.
+    """
+
+    def __init__(self, reader: Reader, boxes: Mapping[str, Sequence[Box]], *, budget_bytes: int = BUDGET_BYTES) -> None:
+        self._reader, self._boxes, self._budget_bytes = reader, boxes, budget_bytes
+        self._tensors = {t.name: t for t in reader.layout.tensors}
+        self._shared = _Shared(deque(n for n in boxes if n in self._tensors))
+        self._changed = threading.Condition()
+        self._reading = threading.Lock()  # a Reader serves one thread at a time
+        self._thread = threading.Thread(target=self._run, name="portatrain-restore", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Restoring:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._changed:
+            self._shared.closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def read(self, role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        full, box = full_name(role, name), Box(offset, shape)
+        try:
+            found = self._ahead(full, box)
+            if found is not None:
+                return found
+            with self._reading:
+                return self._reader.read_many([Want(full, box, None)])[0]
+        except FormatError as error:
+            raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+
+    def _ahead(self, full: str, box: Box) -> np.ndarray | None:
+        """The box out of what was read ahead; None if it is not to be had there."""
+        shared = self._shared
+        with self._changed:
+            if full in shared.waiting:
+                shared.wanted = full
+                self._changed.notify_all()
+            while full in shared.waiting or full in shared.reading:
+                if shared.error is not None:
+                    raise shared.error
+                self._changed.wait()
+            for held in shared.held.get(full, ()):
+                if held.box == box or (box.shape and held.box.intersect(box) == box):
+                    part = held.array[box.slices(held.box.offset)] if box.shape else held.array
+                    held.left -= max(1, box.size)
+                    if held.left <= 0:
+                        shared.held[full].remove(held)
+                        shared.nbytes -= held.array.nbytes
+                        self._changed.notify_all()
+                    shared.served = True
+                    return part
+            if not shared.served:
+                # This backend's boxes are others than the layout's (flat ranges, say): leave the reading to it.
+                shared.closed = True
+                shared.waiting.clear()
+                shared.held.clear()
+                self._changed.notify_all()
+        return None
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        shared = self._shared
+        try:
+            while (names := self._next_group()) is not None:
+                wants = [(n, box) for n in names for box in dict.fromkeys(self._boxes[n])]
+                with self._reading:
+                    arrays = self._reader.read_many([Want(n, box, None) for n, box in wants])
+                with self._changed:
+                    for (n, box), array in zip(wants, arrays, strict=True):
+                        times = list(self._boxes[n]).count(box)
+                        shared.held.setdefault(n, []).append(_Held(box, array, max(1, box.size) * times))
+                        shared.nbytes += array.nbytes
+                    shared.reading.clear()
+                    self._changed.notify_all()
+        except BaseException as error:
+            with self._changed:
+                shared.error = error
+                self._changed.notify_all()
+
+    def _next_group(self) -> list[str] | None:
+        """The next tensors to read, once there is room or somebody waits for one; None at the end."""
+        shared = self._shared
+        with self._changed:
+            while not shared.closed and shared.wanted is None and shared.nbytes >= self._budget_bytes:
+                self._changed.wait()
+            if shared.closed or not shared.waiting:
+                return None
+            if shared.wanted is not None and shared.wanted in shared.waiting:
+                # What is asked for now tells where the backend is: go on from there.
+                shared.waiting.rotate(-shared.waiting.index(shared.wanted))
+            shared.wanted = None
+            if shared.nbytes >= self._budget_bytes:
+                self._give_up()
+            names: list[str] = []
+            used = 0
+            while shared.waiting and (not names or used + self._nbytes(shared.waiting[0]) <= self._group_bytes):
+                names.append(shared.waiting.popleft())
+                used += self._nbytes(names[-1])
+            shared.reading.update(names)
+            return names
+
+    @property
+    def _group_bytes(self) -> int:
+        return min(GROUP_BYTES, self._budget_bytes // 2)
+
+    def _give_up(self) -> None:
+        """Make room: what was read first and not asked for is read again if it is."""
+        shared = self._shared
+        for name in list(shared.held):
+            if shared.nbytes < self._budget_bytes:
+                return
+            for held in shared.held.pop(name):
+                shared.nbytes -= held.array.nbytes
+
+    def _nbytes(self, name: str) -> int:
+        return sum(box.size for box in dict.fromkeys(self._boxes[name])) * self._tensors[name].item_bytes

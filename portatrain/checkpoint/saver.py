@@ -1,0 +1,382 @@
+"""A run's checkpoints: logical tensors in `checkpoints_format`, restored on any backend and mesh.
+
+    checkpoints = Checkpoints(run_dir / "checkpoints")
+    checkpoints.save(10, backend, state, meta)      # copies to the host and returns; a thread writes
+    step, reader = checkpoints.newest(report)       # the newest that opens and verifies
+    state = backend.restore_state(reads(reader))
+
+Names: `params/<name>`, `state/<name>`, `ema/<name>`, `opt/<slot>/<name>`, `opt/count`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from checkpoints_format import (
+    Box,
+    Explicit,
+    FormatError,
+    LocalStore,
+    Mesh,
+    NewerFormatError,
+    Planner,
+    Reader,
+    Sharded,
+    Store,
+    Tensor,
+    Want,
+    Writer,
+    commit,
+)
+from checkpoints_format import Layout as FormatLayout
+from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
+from checkpoints_format.packs import receipt_name
+from checkpoints_format.store import read_small
+from checkpoints_format.writer import COMMIT
+from portatrain.backends.base import Backend, Program, Scattered
+from portatrain.backends.state import COUNT, full_name, slot_tensors
+from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
+from portatrain.checkpoint.locations import place_of
+from portatrain.checkpoint.newest import newest
+from portatrain.checkpoint.shared_reads import owners_of
+from portatrain.errors import StorageError, UserError
+from portatrain.model.module import TensorInfo
+from portatrain.model.precision import averaged
+from portatrain.recipe.retention import Retention
+
+RECEIPTS_WITHIN_S = 600.0
+"""How long the committing process waits for the others to have written."""
+
+Read = Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]
+
+
+def _is_whole(store: Store, receipt: str) -> bool:
+    """Whether a receipt is there to its end. A file is seen from its first byte on; in an object store only whole."""
+    if store.size(receipt) is None:
+        return False
+    if isinstance(store, LocalStore):
+        try:
+            decode_receipt(read_small(store, receipt, MAX_RECEIPT_BYTES), receipt)
+        except FormatError:
+            return False
+    return True
+
+
+def format_layout(
+    program: Program, scattered: Scattered | None = None, writers: int = 1, owners: Sequence[int] | None = None
+) -> FormatLayout:
+    """What a checkpoint of `program` holds, and which mesh position has which box of it. `scattered`: the tensors
+    that do not lie as the layout says, as `Backend.scattered` gives them. `owners`: the process of every position of
+    the mesh, where processes do not hold equal consecutive runs (`sharing.owners_of`)."""
+    scattered = scattered or {}
+    mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
+
+    def tensor(info: TensorInfo, role: str) -> Tensor:
+        # Averages lie as parameters do; a slot as the layout's mapping for the optimizer says.
+        spec = program.layout.tensor_spec(info, role="params" if role == "ema" else role)
+        by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
+        listed = tuple((process, Box(*box)) for process, *box in scattered.get((role, info.name), ()))
+        return Tensor(
+            name=full_name(role, info.name),
+            dtype=info.dtype,
+            shape=info.shape,
+            axes=info.axes,
+            role=role.split("/")[0],
+            batch=info.batch_dims,
+            placement=Explicit(boxes=listed) if listed else by_rule,
+        )
+
+    infos = program.definition
+    tensors = [tensor(t, "params") for t in infos.params.values()]
+    tensors += [tensor(t, "state") for t in infos.states.values()]
+    tensors += [tensor(averaged(t), "ema") for n, t in infos.params.items() if n in program.ema]
+    tensors += [
+        tensor(slot, slot.role)
+        for n, t in infos.params.items()
+        if n in program.trainable
+        for slot in slot_tensors(program.optimizer, t).values()
+    ]
+    tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
+    axes = tuple(mesh.items()) or (("device", 1),)
+    held_by = None if owners is None else tuple(owners)
+    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes, writers=held_by),), writers=writers)
+
+
+def snapshot(
+    backend: Backend, state: Any, wanted: Mapping[str, list[Box]] | None = None
+) -> dict[str, list[tuple[Box, np.ndarray]]]:
+    """Copies on the host of what this process holds, each box once; with `wanted` boxes by tensor, what meets them."""
+    held: dict[str, list[tuple[Box, np.ndarray]]] = {}
+    for name, box, fetch in _boxes(backend, state):
+        if wanted is None or _meets(box, wanted.get(name, ())):
+            held.setdefault(name, []).append((box, fetch()))
+    return held
+
+
+def _meets(box: Box, others: Iterable[Box]) -> bool:
+    return any(box.intersect(other) is not None for other in others)
+
+
+def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[], np.ndarray]]]:
+    """(full name, box, how to copy it) of all that this process holds, each box once."""
+    seen = set()
+    for box in backend.local_boxes(state):
+        name = full_name(box.role, box.name)
+        if (name, box.offset) not in seen:
+            seen.add((name, box.offset))
+            yield name, Box(box.offset, box.shape), box.fetch
+
+
+def written_by(layout: FormatLayout, writer: int) -> dict[str, list[Box]]:
+    """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
+    found: dict[str, list[Box]] = {}
+    for pack in Planner(layout).writer(writer).packs:
+        for entry in pack.entries:
+            boxes = found.setdefault(layout.tensors[entry.run.tensor].name, [])
+            if entry.run.box not in boxes:
+                boxes.append(entry.run.box)
+    return found
+
+
+def check_tensors(reader: Reader, program: Program) -> None:
+    """Raise UserError unless a checkpoint holds the tensors of `program`, with the same shapes; names what differs."""
+    there = {t.name: t for t in reader.layout.tensors}
+    wanted = {t.name: t for t in format_layout(program).tensors}
+    found = [
+        ("not in it", sorted(wanted.keys() - there.keys())),
+        ("not the model's", sorted(there.keys() - wanted.keys())),
+        (
+            "different",
+            [
+                f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})"
+                for n, t in wanted.items()
+                if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
+            ],
+        ),
+    ]
+    if any(names for _, names in found):
+        got = [
+            f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for kind, names in found
+            if names
+        ]
+        raise UserError(
+            reader.store.describe("COMMIT"),
+            expected="the tensors of this model and optimizer",
+            got="; ".join(got),
+            do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
+        )
+
+
+def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
+    """Raise UserError where the newest commit cannot be this run's: of a newer format, of another model, or of data
+    with another fingerprint (None: whatever it is). Reads its root alone, before an attempt begins; damage is left to
+    `Checkpoints.newest`.
+    """
+    place = place_of(where)
+    for step in reversed(place.steps()):
+        with contextlib.closing(place.open(step)) as store:
+            try:
+                reader = Reader(store)
+            except NewerFormatError as error:
+                raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            except FormatError:
+                continue
+            check_tensors(reader, program)
+            saved = reader.meta.get("data", {}).get("fingerprint")
+            if fingerprint is not None and saved is not None and saved != fingerprint:
+                raise UserError(
+                    store.describe("COMMIT"),
+                    expected=f"a run on this corpus, fingerprint {fingerprint}",
+                    got=f"one on another, {saved}",
+                    do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go on "
+                    "with other data all the same, give --accept-drift REASON, which is recorded.",
+                )
+            return
+
+
+def reads(reader: Reader) -> Read:
+    """For `Backend.restore_state`: boxes out of an open checkpoint, checked as they are read."""
+
+    def read(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+        return reader.read_many([Want(full_name(role, name), Box(offset, shape), None)])[0]
+
+    return read
+
+
+class Checkpoints:
+    """The checkpoints of a run, one a step, in a folder or an object store. Two saves never overlap.
+
+    Every process writes its own boxes; `process` 0 commits when the receipts of all are there.
+
+    Args:
+        where: the folder checkpoints of the run directory, or a URL (s3://bucket/prefix).
+        keep: which committed ones stay.
+        save_name: of this attempt: no two attempts write one file.
+        guard: entered around a commit and a removal; raises where another attempt has taken the run over.
+        budget_bytes: host memory for the copy of the state (`staging`); None: as the environment says, else half of
+            what is free.
+    """
+
+    def __init__(
+        self,
+        where: Path | str,
+        *,
+        keep: Retention | None = None,
+        save_name: str = "a1",
+        process: int = 0,
+        processes: int = 1,
+        guard: Callable[[], AbstractContextManager[object]] = nullcontext,
+        budget_bytes: int | None = None,
+    ) -> None:
+        self.place, self.keep, self.save_name = place_of(where), keep or Retention(), save_name
+        self.process, self.processes, self.guard = process, processes, guard
+        self.budget_bytes = given_budget_bytes() if budget_bytes is None else budget_bytes
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._damaged: set[int] = set()
+        self._metrics: dict[int, Mapping[str, float]] = {}
+        self._plan: tuple[Program, Scattered, FormatLayout, dict[str, list[Box]]] | None = None
+
+    # ---- saving
+
+    def save(
+        self, step: int, backend: Backend, state: Any, meta: Mapping[str, Any], *, skip_if_busy: bool = False
+    ) -> bool:
+        """Copy the state to the host, then write and commit in the background; whether a save was begun.
+
+        While one is under way this waits for it, or with `skip_if_busy` leaves this one out (all processes do, or
+        none). Raises UserError if the save before this one failed; what was committed earlier stands.
+        """
+        if skip_if_busy and backend.agree(int(self._thread is not None and self._thread.is_alive())):
+            return False
+        self.wait()
+        layout, wanted = self._planned(backend, state)
+        staging = self._staging(backend, state, layout, wanted)
+        self._thread = threading.Thread(
+            target=self._write, args=(step, layout, staging, dict(meta)), name="portatrain-checkpoint"
+        )
+        if staging.beyond_bytes:
+            self._thread.start()
+            staging.fill()
+        else:
+            staging.fill()
+            self._thread.start()
+        return True
+
+    def beyond_bytes(self, backend: Backend, state: Any) -> int:
+        """How much of a save of `state` training would wait for to be written, beside the copy: at most so much, 0
+        where the budget holds the copies of all."""
+        layout, wanted = self._planned(backend, state)
+        return self._staging(backend, state, layout, wanted).beyond_bytes
+
+    def _staging(self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]) -> Staging:
+        budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
+        sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
+        boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
+        return Staging(boxes, sizes, budget_bytes=budget)
+
+    def _planned(self, backend: Backend, state: Any) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
+        """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
+        program, scattered = backend.program, backend.scattered(state)
+        if self._plan is None or self._plan[0] is not program or self._plan[1] != scattered:
+            layout = format_layout(program, scattered, self.processes, owners_of(backend))
+            self._plan = program, scattered, layout, written_by(layout, self.process)
+        return self._plan[2], self._plan[3]
+
+    def _write(self, step: int, layout: FormatLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
+        try:
+            with contextlib.closing(self.place.open(step, create=True)) as store:
+                Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
+                staging.close()
+                if self.process:
+                    return
+                self._await_receipts(store)
+                with self.guard():
+                    if step in self._damaged:  # it was read, and will not do: ours takes its place
+                        store.delete(COMMIT)
+                        self._damaged.discard(step)
+                    commit(store, layout, save=self.save_name, meta=meta)
+                self._metrics[step] = meta.get("metrics", {})
+                self._sweep_others(store)
+            self._sweep(step)
+        except BaseException as error:
+            self._error = error
+        finally:
+            staging.close()
+
+    def _await_receipts(self, store: Store) -> None:
+        """Until every process has written. In the store, as a collective here could meet one of the step's."""
+        deadline_s, pause_s = time.monotonic() + RECEIPTS_WITHIN_S, 0.01
+        for writer in range(self.processes):
+            while not _is_whole(store, receipt_name(self.save_name, writer)):
+                if time.monotonic() > deadline_s:
+                    raise UserError(
+                        f"checkpoint in {self.place.name}",
+                        expected=f"the receipt of process {writer}",
+                        got=f"none within {RECEIPTS_WITHIN_S:.0f} s",
+                        do="All processes must see one run directory.",
+                    )
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 1.0)
+
+    def _sweep_others(self, store: Store) -> None:
+        """Remove what saves left here that were not committed. The commit that stands names files of ours alone."""
+        ours = tuple(f"{kind}-{self.save_name}" for kind in ("pack", "root", "receipt"))
+        for name in list(store.list()):
+            if name.startswith(("pack-", "root-", "receipt-")) and not name.startswith(
+                (f"{ours[0]}-", f"{ours[1]}.", f"{ours[2]}-")
+            ):
+                store.delete(name)
+
+    def _sweep(self, newest: int) -> None:
+        """Remove what is not to be kept, and what was never committed. Nothing is removed before this one stands."""
+        there = [s for s in self.place.steps() if s <= newest]
+        good = [s for s in there if s not in self._damaged and self.place.committed(s)]
+        if self.keep.best is not None:
+            for step in good:
+                if step not in self._metrics:
+                    with contextlib.closing(self.place.open(step)) as store:
+                        self._metrics[step] = Reader(store).meta.get("metrics", {})
+        kept = self.keep.kept(good, self._metrics)
+        for step in there:
+            if step not in kept:
+                with self.guard():
+                    self.place.remove(step)
+
+    def remove_unfinished(self) -> None:
+        """Remove what no commit names, before anything is saved: an attempt that lost its claim in the moment of a
+        commit, where no lock can keep it from that, commits nothing that is whole."""
+        for step in self.place.steps():
+            if not self.place.committed(step):
+                self.place.remove(step)
+
+    def check(self) -> None:
+        """UserError if a save in the background has failed. Does not wait."""
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the save under way; UserError if it failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if isinstance(error, FormatError):
+            raise StorageError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+        if error is not None:
+            raise error
+
+    # ---- going on
+
+    def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
+        """See `finding.newest`. What is found damaged makes way for the next save of its step."""
+        return newest(self.place, self.process, self.processes, report, agree, self._damaged)

@@ -1,8 +1,0 @@
-"""Checkpoints of others: what `portatrain ckpt import` and `export` read and write, a file a format.
-
-Every format is a pair of functions over logical tensors by their names in our checkpoints. May import NumPy,
-checkpoints_format and portatrain's core; each file imports the library of its format where it is used.
-"""
-
-from portatrain.exchange.tables import Hub as Hub
-from portatrain.exchange.tables import Row as Row

@@ -1,9 +1,0 @@
-"""What a run measures and where it goes: records, sinks, FLOPs, plots.
-
-Nothing here imports a framework; NumPy, rich and matplotlib are imported where they are used.
-"""
-
-from portatrain.metrics.record import EvalRecord as EvalRecord
-from portatrain.metrics.record import RunInfo as RunInfo
-from portatrain.metrics.record import Sink as Sink
-from portatrain.metrics.record import StepRecord as StepRecord

@@ -1,0 +1,1 @@
+"""How a model is written: modules, operations, layers, layouts, precision, random numbers. No framework, no device."""

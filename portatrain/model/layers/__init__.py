@@ -1,0 +1,14 @@
+"""Portable layers: plain `Module`s over `Ops`, from which models are put together.
+
+They import portatrain's core only; a model of your own may use, subclass or ignore them.
+"""
+
+from portatrain.model.layers._attention import Attention as Attention
+from portatrain.model.layers._basic import Dropout as Dropout
+from portatrain.model.layers._basic import Embedding as Embedding
+from portatrain.model.layers._basic import Linear as Linear
+from portatrain.model.layers._basic import PatchEmbedding as PatchEmbedding
+from portatrain.model.layers._mlp import MLP as MLP
+from portatrain.model.layers._mlp import GatedMLP as GatedMLP
+from portatrain.model.layers._norm import LayerNorm as LayerNorm
+from portatrain.model.layers._norm import RMSNorm as RMSNorm

@@ -1,0 +1,92 @@
+"""Grouped-query attention. B batch, S seq, E embed, H heads, K kv_heads, D head_dim."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.model.layers._norm import RMSNorm
+from portatrain.model.module import Module, Param
+from portatrain.model.ops import Array, Ops
+
+
+class Attention(Module):
+    """Attention with `heads` query heads over `kv_heads` key-value heads (Ainslie et al. 2023).
+
+    causal, window, softcap: as in `ops.attention`. bias: on queries, values and output (ViT); on keys it would move
+    all scores of a query alike, which softmax takes out again. qk_norm: RMSNorm of every head's query and key before
+    the rotation (Henry et al. 2020). To keep a key-value cache, subclass it and put `qkv` and `project` around
+    `ops.write` and `ops.attention`.
+    """
+
+    def __init__(
+        self,
+        *,
+        embed: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        causal: bool = True,
+        window: int | None = None,
+        softcap: float | None = None,
+        bias: bool = False,
+        qk_norm: bool = False,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        if heads % kv_heads:
+            raise UserError(
+                "Attention",
+                expected="a number of heads that kv_heads divides",
+                got=f"heads={heads}, kv_heads={kv_heads}",
+                do="kv_heads=heads is plain multi-head attention, kv_heads=1 shares one.",
+            )
+        if head_dim % 2:
+            raise UserError(
+                "Attention", expected="an even head_dim", got=str(head_dim), do="Rotations act on pairs of features."
+            )
+        self.wq = Param(embed=embed, heads=heads, head_dim=head_dim)
+        self.wk = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
+        self.wv = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
+        self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, inputs=2)
+        self.q_bias: Any = Param(heads=heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
+        self.v_bias: Any = Param(kv_heads=kv_heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
+        self.o_bias: Any = Param(embed=embed, inputs=0, init="zeros") if bias else None
+        self.q_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
+        self.k_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
+        self.causal, self.window, self.softcap = causal, window, softcap
+
+    def __call__(
+        self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None = None, segment_ids: Array | None = None
+    ) -> Array:
+        """(B, S, E) -> (B, S, E). `rope` is `ops.rope_table(positions, head_dim)`, `segment_ids` (B, S) integers."""
+        q_BSHD, k_BSKD, v_BSKD = self.qkv(ops, x_BSE, rope)
+        out_BSHD = ops.attention(
+            q_BSHD,
+            k_BSKD,
+            v_BSKD,
+            causal=self.causal,
+            window=self.window,
+            segment_ids=segment_ids,
+            softcap=self.softcap,
+        )
+        return self.project(ops, out_BSHD)
+
+    def qkv(self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
+        """Queries (B, S, H, D), keys and values (B, S, K, D), rotated."""
+        x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
+        q_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, self.wq)
+        k_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wk)
+        v_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wv)
+        if self.q_bias is not None:
+            q_BSHD = ops.bias(q_BSHD, self.q_bias)
+            v_BSKD = ops.bias(v_BSKD, self.v_bias)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHD, k_BSKD = self.q_norm(ops, q_BSHD), self.k_norm(ops, k_BSKD)
+        if rope is not None:
+            q_BSHD, k_BSKD = ops.rope(q_BSHD, rope), ops.rope(k_BSKD, rope)
+        return ops.name(q_BSHD, "qkv"), ops.name(k_BSKD, "qkv"), ops.name(v_BSKD, "qkv")
+
+    def project(self, ops: Ops, out_BSHD: Array) -> Array:
+        """(B, S, H, D) -> (B, S, E), laid out as the residual stream."""
+        out_BSE = ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
+        return ops.name(out_BSE if self.o_bias is None else ops.bias(out_BSE, self.o_bias), "projected")

@@ -1,0 +1,63 @@
+"""The feed-forward blocks. B batch, S seq, E embed, M mlp."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portatrain.errors import choice
+from portatrain.model.module import Module, Param
+from portatrain.model.ops import Array, Ops
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "relu", "silu")
+
+
+def _activate(ops: Ops, name: str, x: Array) -> Array:
+    if name == "silu":
+        return ops.silu(x)
+    if name == "relu":
+        return ops.relu(x)
+    return ops.gelu(x, approximate=name == "gelu_tanh")
+
+
+def _check(owner: str, activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise choice(f"{owner}, activation", activation, ACTIVATIONS)
+    return activation
+
+
+class GatedMLP(Module):
+    """down(silu(gate x) * up x), without biases (Shazeer 2020, SwiGLU)."""
+
+    def __init__(self, *, embed: int, mlp: int, activation: str = "silu") -> None:
+        self.gate = Param(embed=embed, mlp=mlp)
+        self.up = Param(embed=embed, mlp=mlp)
+        self.down = Param(mlp=mlp, embed=embed)
+        self.activation = _check("GatedMLP", activation)
+
+    def __call__(self, ops: Ops, x_BSE: Array) -> Array:
+        """(B, S, E) -> (B, S, E)."""
+        x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
+        gate_BSM = ops.name(ops.einsum("bse,em->bsm", x_BSE, self.gate), "hidden")
+        up_BSM = ops.name(ops.einsum("bse,em->bsm", x_BSE, self.up), "hidden")
+        product_BSM = ops.name(_activate(ops, self.activation, gate_BSM) * up_BSM, "product")
+        return ops.shard(ops.einsum("bsm,me->bse", product_BSM, self.down), "batch", "res_seq", None)
+
+
+class MLP(Module):
+    """down(gelu(up x)), with biases unless `bias=False`."""
+
+    def __init__(self, *, embed: int, mlp: int, activation: str = "gelu", bias: bool = True) -> None:
+        self.up = Param(embed=embed, mlp=mlp)
+        self.down = Param(mlp=mlp, embed=embed)
+        self.up_bias: Any = Param(mlp=mlp, inputs=0, init="zeros") if bias else None
+        self.down_bias: Any = Param(embed=embed, inputs=0, init="zeros") if bias else None
+        self.activation = _check("MLP", activation)
+
+    def __call__(self, ops: Ops, x_BSE: Array) -> Array:
+        """(B, S, E) -> (B, S, E)."""
+        x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
+        up_BSM = ops.einsum("bse,em->bsm", x_BSE, self.up)
+        up_BSM = ops.name(up_BSM if self.up_bias is None else ops.bias(up_BSM, self.up_bias), "hidden")
+        product_BSM = ops.name(_activate(ops, self.activation, up_BSM), "product")
+        out_BSE = ops.shard(ops.einsum("bsm,me->bse", product_BSM, self.down), "batch", "res_seq", None)
+        return out_BSE if self.down_bias is None else ops.bias(out_BSE, self.down_bias)

@@ -1,0 +1,46 @@
+"""Normalisation over the last axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.model.module import Module, Param
+from portatrain.model.ops import Array, Ops
+
+
+def _one_axis(owner: str, axis: dict[str, int]) -> dict[str, int]:
+    if len(axis) != 1:
+        raise UserError(
+            owner,
+            expected="one logical axis with its size, the last axis of what is normalised",
+            got=", ".join(f"{name}={size}" for name, size in axis.items()) or "none",
+            do=f"Write {owner}(embed=512).",
+        )
+    return axis
+
+
+class RMSNorm(Module):
+    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4): `RMSNorm(embed=512)`."""
+
+    def __init__(self, *, eps: float = 1e-6, **axis: int) -> None:
+        self.scale = Param(**_one_axis("RMSNorm", axis), inputs=0, init="ones")
+        self.eps = eps
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        """(..., N) -> (..., N), in the dtype of x."""
+        return ops.rms_norm(x, self.scale, eps=self.eps)
+
+
+class LayerNorm(Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (Ba, Kiros and Hinton 2016, eq. 4):
+    `LayerNorm(embed=512)`; `bias=False` leaves the bias out."""
+
+    def __init__(self, *, eps: float = 1e-6, bias: bool = True, **axis: int) -> None:
+        self.scale = Param(**_one_axis("LayerNorm", axis), inputs=0, init="ones")
+        self.bias: Any = Param(**axis, inputs=0, init="zeros") if bias else None
+        self.eps = eps
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        """(..., N) -> (..., N), in the dtype of x."""
+        return ops.layer_norm(x, self.scale, self.bias, eps=self.eps)

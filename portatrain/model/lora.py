@@ -1,0 +1,176 @@
+"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): a weight W that stays, and a product A B that is trained.
+
+A recipe says `lora=LoRA(rank=8)`; `adapt` then replaces the weights that it targets in a model that has been built.
+The weight keeps its name, the factors get 'blocks/attn/wq/lora_a' and '.../lora_b', with W's logical axes: whatever
+cuts W on a mesh cuts them. Models and layers know nothing of it: `ops.einsum` contracts with A, then with B, wherever
+it is given a weight that is adapted.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from portatrain.config import check_types
+from portatrain.errors import UserError, choice
+from portatrain.model.module import BATCH_AXES, Module, Param, children, describe
+
+RANK_AXIS = "lora_rank"
+FACTORS = ("lora_a", "lora_b")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """y = x W + alpha / rank * (x A) B. A starts as any weight does, B at zero: the first step sees W alone.
+
+    targets: shell patterns over whole parameter names; of those that they name, the ones that contract an axis
+    (`inputs` of at least 1) and lie over no vocabulary are adapted. Unless the recipe's `trainable` says otherwise,
+    the factors are all that is trained.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ("*",)
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        for name, good in (("rank", self.rank >= 1), ("alpha", self.alpha > 0)):
+            if not good:
+                raise UserError(
+                    f"LoRA.{name}",
+                    expected="a number above 0",
+                    got=repr(getattr(self, name)),
+                    do="A usual choice is rank=8, alpha=16.",
+                )
+
+
+def is_factor(name: str) -> bool:
+    """Whether the parameter of this name is a factor of an adapted weight."""
+    return name.rpartition("/")[2] in FACTORS
+
+
+def base_of(name: str) -> str:
+    """The name of the weight that the factor `name` belongs to."""
+    return name.rpartition("/")[0]
+
+
+class Adapted(Module):
+    """A weight with its factors, in the place of the weight."""
+
+    unnamed: ClassVar[tuple[str, ...]] = ("base",)
+
+    def __init__(self, base: Param, lora: LoRA) -> None:
+        names = list(base.axes)
+        batch = next((i for i, axis in enumerate(names) if axis not in BATCH_AXES), len(names))
+        split = batch + base.inputs
+        lead = {axis: base.axes[axis] for axis in names[:batch]}
+        taken = {axis: base.axes[axis] for axis in names[batch:split]}
+        made = {axis: base.axes[axis] for axis in names[split:]}
+        self.base = base
+        self.lora_a = Param(**lead, **taken, **{RANK_AXIS: lora.rank}, inputs=base.inputs)
+        self.lora_b = Param(**lead, **{RANK_AXIS: lora.rank}, **made, init="zeros")
+        self.scale = lora.alpha / lora.rank
+        self.batch, self.split = batch, split
+
+    def contracted(self, einsum: Callable[..., Any], spec: str, operands: tuple[Any, ...], dtype: str | None) -> Any:
+        """`einsum(spec, *operands)`, one of which is this weight."""
+        inputs, _, out = spec.replace(" ", "").partition("->")
+        letters = inputs.split(",")
+        at = next(i for i, x in enumerate(operands) if x is self)
+        plain = list(operands)
+        plain[at] = self.base
+        y = einsum(spec, *plain, dtype=dtype)
+        mine = letters[at]
+        lead, taken, made = mine[: self.batch], mine[self.batch : self.split], mine[self.split :]
+        others = "".join(letters[:at] + letters[at + 1 :])
+        if (
+            set(taken) & set(out)
+            or not set(made) <= set(out)
+            or not set(taken) <= set(others)
+            or set(made) & set(others)
+        ):
+            raise UserError(
+                f"LoRA on {self.path}",
+                expected=f"its first {len(taken)} axes after {self.batch} batch axes to be contracted, as inputs says",
+                got=f"einsum {spec!r}",
+                do="Leave it out of the targets of LoRA.",
+            )
+        r = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in spec)
+        middle = "".join(c for c in out if c not in made) + r
+        inner = letters.copy()
+        inner[at] = lead + taken + r
+        plain[at] = self.lora_a
+        low = einsum(f"{','.join(inner)}->{middle}", *plain) * self.scale
+        return y + einsum(f"{middle},{lead}{r}{made}->{out}", low, self.lora_b, dtype=dtype)
+
+
+def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
+    """`Ops.einsum` for weights that may be adapted."""
+
+    @functools.wraps(einsum)
+    def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        for operand in operands:
+            if isinstance(operand, Adapted):
+                return operand.contracted(functools.partial(einsum, self), spec, operands, dtype)
+        return einsum(self, spec, *operands, dtype=dtype)
+
+    return through
+
+
+def not_adapted(p: Any) -> Any:
+    """`p`, a parameter or value that something else than einsum uses; UserError where it is adapted."""
+    if isinstance(p, Adapted):
+        raise UserError(
+            f"LoRA on {p.path}",
+            expected="a weight that ops.einsum contracts",
+            got="another use of it",
+            do="Leave it out of the targets of LoRA.",
+        )
+    return p
+
+
+def adapt(model: Module, lora: LoRA) -> Module:
+    """`model`, its weights that `lora` targets replaced. UserError for a pattern that names no such weight."""
+    found = describe(model)
+    able = [n for n, t in found.params.items() if t.inputs and "vocab" not in t.axes]
+    for pattern in lora.targets:
+        if not any(fnmatchcase(name, pattern) for name in able):
+            raise choice(f"pattern {pattern!r} of LoRA.targets", pattern, able)
+    chosen = {n for n in able if any(fnmatchcase(n, pattern) for pattern in lora.targets)}
+    made: dict[int, Adapted] = {}
+
+    def held(name: str, value: Any) -> Any:
+        if isinstance(value, Param):
+            return made.setdefault(id(value), Adapted(value, lora)) if found.owners[id(value)] in chosen else value
+        if not isinstance(value, (list, tuple, dict)):
+            return value
+        items = value.values() if isinstance(value, dict) else value
+        new = [held(name, item) for item in items]
+        if all(mine is old for mine, old in zip(new, items, strict=True)):
+            return value
+        if any(isinstance(item, Param) for item in new):
+            raise UserError(
+                f"LoRA.targets: {name}",
+                expected="all weights of a list or none",
+                got="some of them",
+                do="Widen the pattern, or leave the list out.",
+            )
+        return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
+
+    seen: set[int] = set()
+
+    def walk(module: Module) -> None:
+        if id(module) in seen:
+            return
+        seen.add(id(module))
+        inner = [value for _, value in children(module) if isinstance(value, Module)]
+        for name, value in list(vars(module).items()):
+            setattr(module, name, held(name, value))
+        for child in inner:
+            walk(child)
+
+    walk(model)
+    return model

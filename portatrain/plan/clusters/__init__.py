@@ -1,0 +1,1 @@
+"""What there is to run on: chips, slices, clusters by name, the user's clusters.toml."""

@@ -1,0 +1,98 @@
+"""The one fitted number: what share of its peak a chip's matmuls reach inside a training step.
+
+``python -m benchmarks.plan_published`` fits it from published runs and prints this table's values; a test
+holds the two together. One factor for a chip with several published rows, one for a vendor otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from portatrain.errors import UserError
+from portatrain.plan.clusters.chip import Chip
+from portatrain.plan.clusters.clusters_toml import config_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Efficiency:
+    """``value``: matmul FLOPs reached over the peak. ``basis`` says what it was fitted from; ``estimate``
+    marks one that rests on no published run of that vendor."""
+
+    value: float
+    basis: str
+    estimate: bool = False
+
+
+BY_CHIP: dict[str, float] = {
+    "h100-sxm": 0.604,
+    "h100-sxm of 500 W": 0.441,
+    "tpu-7x": 0.703,
+    "tpu-v5p": 0.743,
+    "tpu-v6e": 0.611,
+}
+BY_VENDOR: dict[str, float] = {"google": 0.673, "nvidia": 0.509}
+ALL = 0.585
+
+RELATIVE: dict[str, tuple[str, float, str]] = {
+    "amd": ("h100-sxm", (620 / 1307) / (720 / 989.5), "the H100's, by both chips' sustained matmul rates"),
+    "mi250x": ("nvidia", 0.765 * 312 / 383, "an A100's, of which an MI250 reached 73 to 80 % (MosaicML)"),
+    "gaudi2": ("nvidia", 1.22 * 312 / 432, "an A100's, of which a Gaudi2 reached 1.22 (Databricks)"),
+    "intel": ("nvidia", 1.22 * 312 / 432, "Gaudi2's"),
+}
+"""Chip or vendor -> (whose factor, times what, why): figures published side by side carry a factor over to a
+vendor that has no published run of its own."""
+
+TYPICAL_ERROR, WORST_ERROR = 0.084, 0.203
+"""Median and largest error of the predictions for published runs, leave-one-out."""
+
+
+def own_file() -> Path:
+    """Where `portatrain plan --calibrate` keeps the factors of the user's own runs."""
+    return config_folder() / "efficiency.json"
+
+
+def of(chip: Chip) -> Efficiency:
+    """The factor for a chip: of the user's own runs where there are some.
+
+    Raises:
+      UserError: the file of those cannot be read.
+    """
+    own = _own(own_file()).get(chip.name)
+    if own is not None:
+        return Efficiency(value=own, basis="your own runs")
+    return published(chip)
+
+
+def _own(path: Path) -> dict[str, float]:
+    if not path.is_file():
+        return {}
+    try:
+        found = {name: float(entry["factor"]) for name, entry in json.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        found = {"?": 0.0}
+        told = f"{type(error).__name__}: {error}"
+    else:
+        told = ", ".join(f"{name} {value}" for name, value in found.items())
+    if any(not 0 < value < 10 for value in found.values()):
+        raise UserError(
+            str(path),
+            expected="factors of your own runs, as `portatrain plan --calibrate` writes them",
+            got=told,
+            do="Delete the file, and calibrate again.",
+        )
+    return found
+
+
+def published(chip: Chip) -> Efficiency:
+    """The factor for a chip from published runs."""
+    if chip.name in BY_CHIP:
+        return Efficiency(value=BY_CHIP[chip.name], basis=f"published runs on {chip.name}")
+    if chip.vendor in BY_VENDOR:
+        return Efficiency(value=BY_VENDOR[chip.vendor], basis=f"published runs on {chip.vendor} chips")
+    for name in (chip.name, chip.vendor):
+        if name in RELATIVE:
+            base, share, why = RELATIVE[name]
+            return Efficiency(value={**BY_VENDOR, **BY_CHIP}[base] * share, basis=why, estimate=True)
+    return Efficiency(value=ALL, basis="the mean of all published runs", estimate=True)

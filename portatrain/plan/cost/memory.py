@@ -1,0 +1,187 @@
+"""Bytes of device memory at the peak of a step, term by term."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from portatrain.plan.cost.policy import (
+    LOGITS_CHUNK_BYTES,
+    LOGITS_COPIES,
+    REMATS,
+    SCORES_CHUNK_BYTES,
+    SCORES_COPIES,
+    STATIC_LOGITS_COPIES,
+    Precision,
+    Remat,
+    Tuning,
+)
+from portatrain.plan.cost.workload import LayerKind, OnMesh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Bytes on one device. ``gathered``: weights that FSDP collected, and their gradients before they are
+    scattered. ``activations``: what the remat policy keeps. ``workspace``: what one layer or the loss needs
+    while it runs. ``runtime``: the framework's own."""
+
+    params: float
+    grads: float
+    optimizer: float
+    activations: float
+    gathered: float
+    logits: float
+    workspace: float
+    runtime: float
+
+    @property
+    def total(self) -> float:
+        return (
+            self.params
+            + self.grads
+            + self.optimizer
+            + self.activations
+            + self.gathered
+            + self.logits
+            + self.workspace
+            + self.runtime
+        )
+
+    def terms(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def state_bytes(work: OnMesh, precision: Precision, slot_bytes: float, tuning: Tuning) -> float:
+    """Parameters, gradients and optimizer state: what no remat policy and no microbatch makes smaller."""
+    slots = slot_bytes * precision.slots
+    return work.held * precision.param + work.trained * (precision.grad + slots) + tuning.runtime_bytes
+
+
+def memory(
+    work: OnMesh,
+    *,
+    tokens: float,
+    accumulation: int,
+    remat: Remat,
+    precision: Precision,
+    slot_bytes: float,
+    tuning: Tuning,
+) -> Memory:
+    """The peak, with ``tokens`` (T) of a microbatch on a device.
+
+    It falls into the backward pass of a layer, or into the loss. The loss forms its gradients as it goes: those of the
+    output projection are summed in fp32, whole, on every device.
+    """
+    width = precision.compute
+    a_token = sum(kind.n * kind.kept(remat, width, static=tuning.static) for kind in work.kinds)
+    kept = a_token * tokens * width * (1 - remat.offload)
+    state = work.held * precision.param, work.trained * slot_bytes * precision.slots
+    phases = _static if tuning.static else _eager
+    grads, gathered, logits, workspace = phases(work, tokens, accumulation, remat, precision, tuning, kept)
+    moving = kept + workspace + gathered
+    return Memory(
+        params=state[0],
+        grads=grads,
+        optimizer=state[1],
+        activations=kept,
+        gathered=gathered,
+        logits=logits,
+        workspace=workspace,
+        runtime=tuning.runtime_bytes + tuning.fragmentation * moving,
+    )
+
+
+Phase = tuple[float, float, float, float]
+"""Bytes of gradients, gathered and cast weights, logits, and what is being worked on."""
+
+
+def _eager(
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
+) -> Phase:
+    """Memory as it is asked for: weights gathered and cast layer by layer, the gradients of the microbatches before."""
+    width = precision.compute
+    layer_work = max((_again(kind, remat, width) for kind in work.kinds), default=0.0) * tokens * width
+    stream = 2 * work.embed / work.mesh[4] * tokens * width  # the stream itself, and its gradient
+    loss_stream = 3 * work.embed * tokens * width  # the normed result whole, its gradient, the stream's
+    logits = LOGITS_COPIES * min(LOGITS_CHUNK_BYTES, tokens * work.vocab * 4) if work.vocab else 0.0
+    # Of packed documents, the numbers that attention adds to its scores: made once, alive to the end of the step.
+    mask = tokens * work.seq * work.mesh[3] * width if work.scores else 0.0
+
+    cast = precision.param != precision.compute
+    shared = work.mesh[1] > 1
+    layer_gathered = whole = 0.0
+    if shared or cast:
+        ahead = 2 if shared else 1  # the next layer's weights arrive while this one's work
+        layer_gathered = work.largest_layer * (ahead * width + (width if shared else 0.0))
+    if cast and remat.everything and not shared:
+        layer_gathered = whole = work.held * width  # autograd keeps every layer's
+    head = work.head * (width if shared or cast else 0.0)
+    head_grad = work.head * 4 if shared else 0.0
+    ends = work.ends * width if tuning.keeps_ends and shared else 0.0
+    grads = work.trained * precision.grad * (2 if tuning.twice_grads and accumulation > 1 else 1)
+    if accumulation == 1:
+        # They come as what was kept goes, so that the larger of the two counts; but the loss leaves the output table's.
+        early = 0.0 if shared else work.trained_head * precision.grad
+        grads = early + max(0.0, grads - early - kept)
+    # A chunk's part of the output table's gradient, before it is added to the sum of all chunks.
+    part = work.head * width if tokens * work.vocab * 4 > LOGITS_CHUNK_BYTES else 0.0
+    in_layer = (grads, layer_gathered + ends + head_grad, 0.0, layer_work + stream + mask)
+    in_loss = (grads, max(head, ends, whole) + head_grad, logits, loss_stream + part + mask)
+    return max(in_layer, in_loss, key=sum)
+
+
+def _again(kind: LayerKind, remat: Remat, width: float) -> float:
+    """Numbers a token of one layer's backward pass besides what is kept: its values, which autograd keeps while they
+    are computed again, and the gradients of the hidden widths."""
+    values = kind.kept(REMATS["none"], width, static=False) - kind.kept(remat, width, static=False)
+    return values + kind.ways * kind.mlp
+
+
+def _static(
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
+) -> Phase:
+    """Memory as XLA plans it: what is not alive at the peak takes nothing."""
+    width, grad = precision.compute, precision.grad
+    shared = work.mesh[1] > 1
+    # Every weight as it is held, in the compute type: the cast is moved out of the loop over layers.
+    copies = work.held * width if precision.param != width else 0.0
+    sums = work.trained * grad if tuning.twice_grads and accumulation > 1 else 0.0
+    stream = work.embed / work.mesh[4] * tokens * width
+
+    # In a layer: its weights and the next one's, or what is still to be scattered of its gradients. The gradient of the
+    # output table, from the loss, waits whole; those of layers come to lie where kept values were, as far as they go.
+    layers = max(0.0, (work.trained - work.trained_ends) * grad - kept)
+    table = work.head * 4 if work.trained_head else 0.0
+    layer = work.largest_layer * width * 2 if shared else 0.0
+    rows = tokens / work.seq
+    chunk = (
+        min(max(SCORES_CHUNK_BYTES, 4 * rows * work.scores), 4 * rows * work.scores * work.seq) if work.scores else 0.0
+    )
+    working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
+    attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
+    busy = max(working, attending + SCORES_COPIES * chunk) + 2 * stream
+    in_layer = (sums + layers, copies + layer + table, 0.0, busy)
+
+    # In the loss: the output projection, and the sum of its gradient, in fp32 and whole. A chunk has its logits, and is
+    # then added to that sum, in place; not so within a loop over microbatches, which writes the new sum beside the old.
+    most = max(LOGITS_CHUNK_BYTES, work.head)
+    logits = STATIC_LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
+    beside = table if accumulation > 1 else 0.0
+    head = work.head * (width if work.head_gathered else 0.0) + table
+    in_loss = (sums, copies + head, max(logits, beside), 3 * work.embed * tokens * width)
+    # After the layers: all gradients, and neither what was kept nor what was cast has been given up.
+    in_update = (sums + work.trained * grad, copies, 0.0, 0.0)
+    return max(in_layer, in_loss, in_update, key=sum)
+
+
+def _layer_numbers(kind: LayerKind, remat: Remat) -> float:
+    """Numbers a token while the backward pass of a layer's feed-forward runs: what was computed again of the layer, and
+    the gradients of the hidden width."""
+    again = (1 - remat.qkv) * (kind.q + kind.kv) + (1 - remat.attention) * kind.out + (1 - remat.projected) * kind.res
+    hidden = (1 - remat.hidden) * kind.ways * kind.mlp + kind.ways * kind.mlp
+    return again + hidden + 2 * kind.wide + 2 * kind.copies * kind.wide
+
+
+def _attention_numbers(kind: LayerKind) -> float:
+    """Numbers a token while that of attention runs, without its scores: queries and result with their gradients, keys
+    and values with theirs, the latter in fp32."""
+    return 2 * kind.q + 2 * kind.out + 5 * kind.kv + 2 * kind.wide

@@ -1,0 +1,166 @@
+"""Which meshes a recipe allows on so many devices, and why it allows no others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+
+from portatrain.model.layout import BATCH_MESH_AXES, COMPUTE, MESH_AXES
+from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost.shapes import ModelShape
+from portatrain.plan.cost.tensors import Sizes, Split
+from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR
+
+NEAR = 0.25
+"""How far from the recipe's batch another is looked for, as a share of it."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Every dimension of a recipe that a mesh axis cuts, each once."""
+
+    splits: tuple[Split, ...]
+    batch: Split
+
+    def axis(self, index: int, size: int) -> str | None:
+        """Why the mesh axis cannot have that size, looked at alone; None where it can."""
+        alone = tuple(size if i == index else 1 for i in range(5))
+        for split in (*self.splits, self.batch):
+            if index in split.over and not split.fits(alone):  # type: ignore[arg-type]
+                return f"{MESH_AXES[index]} does not divide {split.axis}={split.size}"
+        return None
+
+    def fits(self, mesh: Sizes) -> bool:
+        return self.batch.fits(mesh) and all(split.fits(mesh) for split in self.splits)
+
+
+def rules(shape: ModelShape) -> Rules:
+    """The divisibility rules of a recipe: those of ``portatrain.model.layout``, for its tensors and its batches."""
+    mapping = {**COMPUTE, **shape.compute}
+
+    def over(axis: str) -> tuple[int, ...]:
+        names = mapping.get(axis, ())
+        return tuple(MESH_AXES.index(n) for n in ((names,) if isinstance(names, str) else names))
+
+    splits = {split for part in shape.groups for split in (*part.params, *part.compute)}
+    splits |= {Split(axis, shape.seq_len, over(axis)) for axis in ("seq", "res_seq")}
+    batch = Split("batch", shape.batch, over("batch") or tuple(map(MESH_AXES.index, BATCH_MESH_AXES)))
+    return Rules(tuple(sorted(splits, key=lambda s: (s.axis, s.size, s.over))), batch)
+
+
+def used_axes(shape: ModelShape) -> set[int]:
+    """Mesh axes that cut something of the model; a device more on any other only repeats work."""
+    found = {0} | {axis for part in shape.groups for split in part.params for axis in split.over}
+    if shape.heads and shape.seq_len > 1:
+        found.add(CONTEXT)
+    return found
+
+
+def legal(shape: ModelShape, devices: int, per_domain: int, refused: dict[str, int]) -> Iterator[Sizes]:
+    """The meshes of exactly ``devices``; what is left out is counted in ``refused`` by reason."""
+    checks = rules(shape)
+    useful = used_axes(shape)
+    sizes: dict[int, list[int]] = {}
+    for axis in (TENSOR, CONTEXT, EXPERT, FSDP):
+        sizes[axis] = []
+        for size in divisors(devices) if axis in useful else (1,):
+            why = checks.axis(axis, size)
+            if why is None and axis == TENSOR and size > per_domain:
+                why = "the tensor axis would leave its fast domain"
+            if why is None:
+                sizes[axis].append(size)
+            else:
+                refused[why] = refused.get(why, 0) + 1
+    for tensor in sizes[TENSOR]:
+        for context in sizes[CONTEXT]:
+            for expert in sizes[EXPERT]:
+                rest, odd = divmod(devices, tensor * context * expert)
+                if odd:
+                    continue
+                if shape.batch % (rest * expert):
+                    why = f"batch={shape.batch} does not divide over what the other axes leave"
+                    refused[why] = refused.get(why, 0) + 1
+                    continue
+                for fsdp in sizes[FSDP]:
+                    if rest % fsdp == 0:
+                        mesh = (rest // fsdp, fsdp, expert, context, tensor)
+                        if checks.fits(mesh):
+                            yield mesh
+                        else:
+                            why = "axes that divide alone do not divide together"
+                            refused[why] = refused.get(why, 0) + 1
+
+
+def _cores(shape: ModelShape, most: int, per_domain: int) -> Iterator[int]:
+    """Every product of tensor, context and expert sizes that the recipe allows, and that is at most ``most``."""
+    checks, useful = rules(shape), used_axes(shape)
+
+    def allowed(axis: int, limit: int) -> list[int]:
+        if axis not in useful:
+            return [1]
+        bound = max((s.size for s in checks.splits if axis in s.over), default=1)
+        return [n for n in range(1, min(limit, bound) + 1) if bound % n == 0 and checks.axis(axis, n) is None]
+
+    for tensor in allowed(TENSOR, per_domain):
+        for context in allowed(CONTEXT, 64):
+            for expert in allowed(EXPERT, most):
+                core = tensor * context * expert
+                alone = (1, 1, expert, context, tensor)
+                if core <= most and all(split.fits(alone) for split in checks.splits):
+                    yield core
+
+
+def most_usable(shape: ModelShape, cluster: Cluster) -> Cluster | None:
+    """The largest part of the cluster, in whole hosts or slices, that the recipe's batch divides over."""
+    chip, per_domain = cluster.chip, cluster.domain * cluster.chip.devices_per_chip
+    shards = divisors(shape.batch)
+    counts = {
+        core * rows
+        for core in set(_cores(shape, cluster.devices, per_domain))
+        for rows in shards
+        if core * rows < cluster.devices
+    }
+    for devices in sorted(counts, reverse=True):
+        part = _part(cluster, devices // chip.devices_per_chip) if devices % chip.devices_per_chip == 0 else None
+        if part is not None and any(True for _ in legal(shape, devices, part.domain * chip.devices_per_chip, {})):
+            return part
+    return None
+
+
+def _part(cluster: Cluster, chips: int) -> Cluster | None:
+    """``chips`` of the cluster as equal shares of its domains; None where that is no whole number of hosts."""
+    if cluster.dims:
+        if chips % cluster.domain:
+            return None
+        slices = chips // cluster.domain if cluster.slices > 1 else 1
+        return replace(cluster, chips=chips, slices=slices)
+    host = min(cluster.chip.chips_in_host, cluster.domain)
+    for domain in range(cluster.domain, 0, -1):
+        inside = domain % host == 0 or (chips == domain and host % domain == 0)
+        if inside and chips % domain == 0 and chips // domain <= cluster.domains:
+            return replace(cluster, chips=chips, domain=domain)
+    return None
+
+
+def near_batches(shape: ModelShape, cluster: Cluster, n: int = 6) -> tuple[int, ...]:
+    """Batches within a quarter of the recipe's for which a mesh uses all devices, the nearest first: one below
+    and one above for every way to share out what is not data parallel, the narrow ways first."""
+    devices, per_domain = cluster.devices, cluster.domain * cluster.chip.devices_per_chip
+    found: list[int] = []
+    for core in sorted(set(_cores(shape, devices, per_domain))):
+        rows, odd = divmod(devices, core)
+        if odd:
+            continue
+        for batch in (shape.batch // rows * rows, -(-shape.batch // rows) * rows):
+            if batch and abs(batch - shape.batch) <= NEAR * shape.batch and batch not in found:
+                found.append(batch)
+    return tuple(sorted(found[:n], key=lambda batch: abs(batch - shape.batch)))
+
+
+@cache
+def divisors(n: int) -> tuple[int, ...]:
+    """Divisors of ``n``, rising."""
+    small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return tuple(small + [n // d for d in reversed(small) if d * d != n])

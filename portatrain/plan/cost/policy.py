@@ -1,0 +1,158 @@
+"""The choices that a plan makes besides the mesh, and the constants of each software stack.
+
+Every constant here is set from what the parts are known to do, before any comparison; none is fitted.
+The one fitted thing is the efficiency factor (``portatrain.plan.cost.efficiency``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.model.remat import POLICIES
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remat:
+    """What a layer keeps from forward to backward besides its input, as shares from 0 to 1; the rest is computed
+    again. ``normed``: the inputs of attention and feed-forward after their norms; ``qkv``; ``attention``: what
+    attention returned; ``projected``: its output projection; ``hidden``: gate and up; ``product``: their product.
+    ``offload``: the share of all that is kept which lies in host memory (its traffic is taken as hidden).
+    ``everything``: a layer runs as it is and keeps whatever its framework wants for the backward pass, which is more.
+    ``matmuls``: what is kept is chosen by kind of operation, what every matmul of weights returned.
+    """
+
+    name: str
+    normed: float = 0.0
+    qkv: float = 0.0
+    attention: float = 0.0
+    projected: float = 0.0
+    hidden: float = 0.0
+    product: float = 0.0
+    offload: float = 0.0
+    everything: bool = False
+    matmuls: bool = False
+
+
+REMATS = {
+    p.name: Remat(name=p.name, everything=p.keeps_all, matmuls=p.dots, **dict.fromkeys(p.names, 1.0))
+    for p in POLICIES.values()
+}
+"""The policies of `portatrain.model.remat`. The last projection of a block is never computed again: nothing in the
+backward pass needs what it returned."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Precision:
+    """Bytes a number. ``peak`` is the matmul precision in the catalog; ``slots`` scales the optimizer's fp32 state."""
+
+    name: str
+    peak: str
+    param: float
+    compute: float
+    grad: float
+    slots: float = 1.0
+
+
+PRECISIONS = {
+    p.name: p
+    for p in (
+        Precision(name="fp32", peak="fp32", param=4, compute=4, grad=4),
+        Precision(name="bf16", peak="bf16", param=4, compute=2, grad=4),
+        # Weights and moments in bf16; gradients are summed in fp32.
+        Precision(name="bf16-state", peak="bf16", param=2, compute=2, grad=4, slots=0.5),
+        # As others publish it: bf16 weights with fp32 Adam, 10 bytes a parameter and bf16 gradients.
+        Precision(name="bf16-weights", peak="bf16", param=2, compute=2, grad=2),
+        # Matmuls in fp8; weights, moments and everything that is kept as with bf16.
+        Precision(name="fp8", peak="fp8", param=4, compute=2, grad=4),
+    )
+}
+
+FP32_SHARE = {"nvidia": 0.5, "google": 1 / 6, "amd": 0.125}
+"""fp32 matmul rate over the bf16 rate where the catalog has none: TF32 on NVIDIA, six bf16 passes on TPUs, fp32
+matrix cores on AMD. Estimates."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What a stack does with time and memory.
+
+    ``hide_*``: the share of a collective that runs behind computation at best. ``runtime_bytes``: what the
+    runtime takes of a device before the first tensor. ``keeps_ends``: the gathered embedding and output
+    projection live through the whole step (FSDP2's root group). ``twice_grads``: with accumulation, a
+    microbatch's gradients exist beside their sum (XLA), instead of being added in place (torch).
+    ``static``: XLA plans memory ahead: weights are cast once for all layers, gradients of layers exist only once the
+    loss is done with, attention goes through chunks of queries, and only the output projection is gathered outside of
+    layers. ``skips_masked``: attention leaves out what a causal mask hides. Our backends do not: documents are packed,
+    and neither XLA nor torch's kernel with a mask of its own skips anything. Published runs used kernels that do.
+    """
+
+    hide_fsdp: float = 0.9
+    hide_replica: float = 0.9
+    hide_tensor: float = 0.0
+    hide_context: float = 0.5
+    hide_expert: float = 0.0
+    runtime_bytes: float = 1.5 * 2**30
+    keeps_ends: bool = True
+    twice_grads: bool = False
+    skips_masked: bool = False
+    static: bool = False
+    fragmentation: float = 0.03
+
+
+TUNING = {
+    # XLA splits a matmul so that its collective runs beside it ("collective matmul"), and allocates statically.
+    "jax-tpu": Tuning(
+        hide_tensor=0.5,
+        hide_expert=0.3,
+        runtime_bytes=0.0,
+        keeps_ends=False,
+        twice_grads=True,
+        static=True,
+        fragmentation=0.0,
+    ),
+    "torch-cuda": Tuning(),
+    # The jax backend on NVIDIA: not what a plan chooses there, but what XLA compiles.
+    "jax-cuda": Tuning(keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0),
+    "torch-rocm": Tuning(),
+    "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, fragmentation=0.0),
+    "hpu": Tuning(),
+    "cann": Tuning(),
+    "mlx": Tuning(runtime_bytes=8.0 * 2**30),
+    "cpu": Tuning(
+        hide_fsdp=0.0,
+        hide_replica=0.0,
+        hide_context=0.0,
+        runtime_bytes=0.3 * 2**30,
+        keeps_ends=False,
+        twice_grads=True,
+        static=True,
+        fragmentation=0.0,
+    ),
+}
+
+ATTENTION_SHARE = 0.75
+"""Rate of a fused attention kernel over that of matmuls."""
+
+ATTENTION_BACKWARD = 2.5
+"""FLOPs of attention's backward pass over its forward pass: five matmuls (scores again) against two."""
+
+MEMORY_SHARE = 0.85
+"""Share of the nominal memory bandwidth that streaming kernels reach."""
+
+LOGITS_CHUNK_BYTES = 64 * 2**20
+"""The loss takes fp32 logits in chunks of at most this."""
+
+SCORES_CHUNK_BYTES = 256 * 2**20
+"""Attention in XLA takes fp32 scores in chunks of at most this."""
+
+SCORES_COPIES = 3.5
+"""Scores, their weights (and those in bf16) and their gradient exist at once in a chunk's backward pass."""
+
+LOGITS_COPIES = 3
+"""Logits, their exponentials and their gradient exist at once."""
+
+STATIC_LOGITS_COPIES = 2
+"""What of them exists at once where XLA fuses the exponentials into what uses them."""
+
+LOGITS_PASSES = 6
+"""Times that an fp32 logit is read or written."""

@@ -1,0 +1,89 @@
+"""From a recipe to what the planner needs: any recipe plans, by the list of its logical tensors."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from portatrain.errors import choice
+from portatrain.model.module import Definition
+from portatrain.plan.cost.policy import PRECISIONS
+from portatrain.plan.cost.shapes import PRESETS, ModelShape, from_tensors
+from portatrain.plan.cost.tensors import LogicalTensor
+from portatrain.recipe import Recipe, load_recipe, shipped_recipes
+
+_SLOT_BYTES = {"float32": 4, "bfloat16": 2, "int32": 4, "float16": 2}
+
+
+def find(name: str, *, cwd: Path | None = None) -> Recipe | ModelShape:
+    """The recipe of that name or file, else the preset shape of that name.
+
+    Raises:
+      UserError: neither; a file that does not load.
+    """
+    shipped = shipped_recipes()
+    if name in shipped or name.endswith(".py") or "/" in name:
+        return load_recipe(name, cwd=cwd)
+    if name not in PRESETS:
+        raise choice(f"recipe {name!r} (a file ends in .py)", name, dict.fromkeys([*shipped, *PRESETS]))
+    return PRESETS[name]
+
+
+def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
+    """What the planner needs of ``recipe``."""
+    if isinstance(recipe, ModelShape):
+        return recipe
+    definition = recipe.describe()
+    tensors = logical_tensors(definition, recipe)
+    seq_len = getattr(recipe.data, "seq_len", None)
+    positions = seq_len or _positions(tensors)
+    trained = [t for t in tensors if t.trainable]
+    slots = sum(
+        math.prod(slot.shape) * _SLOT_BYTES.get(slot.dtype, 4)
+        for tensor in trained
+        for slot in recipe.optimizer.slots(tensor).values()
+    )
+    # Averages are fp32 whatever the slots are, which the precision scales.
+    averaged = sum(4 * t.size for t in tensors if recipe.averages(t.name)) / PRECISIONS[recipe.precision].slots
+    numel = sum(t.size for t in trained)
+    counted = getattr(recipe.model, "flops_per_sample", None)
+    flops = None if counted is None else counted(seq_len) if seq_len else counted()
+    modules = definition.modules.values()
+    return from_tensors(
+        recipe.name,
+        tensors,
+        seq_len=positions,
+        batch=recipe.batch,
+        causal=all(getattr(module, "causal", True) for module in modules),
+        tied=not any(t.matmul for t in tensors[1:]),
+        experts_per_token=max((getattr(module, "experts_per_token", 0) for module in modules), default=0),
+        slot_bytes=(slots + averaged) / numel if numel else 0.0,
+        precision=recipe.precision,
+        train_tokens=float(recipe.samples_after(recipe.steps) * positions),
+        flops_per_sample=flops,
+        compute=dict(recipe.compute or {}),
+        params=dict(recipe.params or {}),
+        source=f"recipe {recipe.name}",
+    )
+
+
+def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTensor, ...]:
+    """The parameters of a model. The last table over the vocabulary is the one that the loss multiplies with."""
+    tables = [name for name, info in definition.params.items() if "vocab" in info.axes and not info.inputs]
+    return tuple(
+        LogicalTensor(
+            name=info.name,
+            shape=info.shape,
+            axes=info.axes,
+            batch_dims=info.batch_dims,
+            inputs=info.inputs,
+            trainable=recipe.trains(info.name),
+            matmul=info.name == tables[-1] if tables else False,
+        )
+        for info in definition.params.values()
+    )
+
+
+def _positions(tensors: tuple[LogicalTensor, ...]) -> int:
+    """The length of a sample that is no text: of its table of positions, else 1."""
+    return max((t.shape[t.axes.index("patches")] for t in tensors if "patches" in t.axes), default=1)

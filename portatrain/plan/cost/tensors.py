@@ -1,0 +1,136 @@
+"""The parameters of a model as the planner sees them: logical tensors, and sums over those that shard alike.
+
+The rules are those of ``portatrain.model.layout`` (a test compares): a mapping gives each logical axis its mesh
+axes, sizes must divide, and kv_heads of which the shards are a multiple are held whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from portatrain.model.layout import COMPUTE, MESH_AXES, PARAMS, Axes, Mesh
+
+Sizes = tuple[int, int, int, int, int]
+"""Sizes of the mesh axes, in the order of ``portatrain.model.layout.MESH_AXES``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogicalTensor:
+    """One parameter: ``axes`` names its dimensions, the first ``batch_dims`` of which count copies (layers,
+    experts); the next ``inputs`` are contracted by the forward pass (0: a lookup, a scale, a bias). ``matmul``
+    says that it is multiplied with every token where ``inputs`` does not (an output table declared as a lookup)."""
+
+    name: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    batch_dims: int = 0
+    inputs: int = 1
+    trainable: bool = True
+    matmul: bool = False
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A dimension of ``size`` that is cut over mesh axes, given as indices into MESH_AXES."""
+
+    axis: str
+    size: int
+    over: tuple[int, ...]
+
+    def shards(self, mesh: Sizes) -> int:
+        """How many parts the dimension is cut into on ``mesh``; 1 where kv_heads are held whole."""
+        parts = 1
+        for index in self.over:
+            parts *= mesh[index]
+        if self.axis == "kv_heads" and parts > self.size and parts % self.size == 0:
+            return 1
+        return parts
+
+    def fits(self, mesh: Sizes) -> bool:
+        return self.size % self.shards(mesh) == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """All parameters that shard alike and are used alike.
+
+    ``layers`` is the length of their stack (0: outside of any), ``active`` the numbers of them that a token
+    is multiplied with (a matmul's, scaled by the share of the experts that it visits). ``role`` is the part of
+    a layer: qkv, projected, hidden, down; ends for what lies outside of the layers.
+    """
+
+    params: tuple[Split, ...]
+    compute: tuple[Split, ...]
+    layers: int
+    role: str
+    numel: int
+    trainable: int
+    active: float
+
+    def param_shards(self, mesh: Sizes) -> int:
+        return math.prod(split.shards(mesh) for split in self.params)
+
+    def compute_shards(self, mesh: Sizes) -> int:
+        return math.prod(split.shards(mesh) for split in self.compute)
+
+
+def group(
+    tensors: Iterable[LogicalTensor],
+    *,
+    compute: Mapping[str, Axes] | None = None,
+    params: Mapping[str, Axes] | None = None,
+    experts_share: float = 1.0,
+) -> tuple[Group, ...]:
+    """Sum ``tensors`` by how they shard under the default mappings with the given entries laid over them.
+
+    ``experts_share`` is experts per token / experts.
+    """
+    by_compute = {**COMPUTE, **(compute or {})}
+    by_params = {**by_compute, **PARAMS, **(params or {})}
+    sums: dict[tuple[tuple[Split, ...], tuple[Split, ...], int, str], list[float]] = {}
+    for tensor in tensors:
+        layers = tensor.shape[0] if tensor.batch_dims and tensor.axes[0] != "experts" else 0
+        key = (_splits(tensor, by_params), _splits(tensor, by_compute), layers, _role(tensor, layers))
+        multiplied = tensor.inputs > 0 or tensor.matmul
+        share = experts_share if "experts" in tensor.axes[: tensor.batch_dims] else 1.0
+        total = sums.setdefault(key, [0, 0, 0.0])
+        total[0] += tensor.size
+        total[1] += tensor.size * tensor.trainable
+        total[2] += tensor.size * share * multiplied
+    return tuple(
+        Group(params=p, compute=c, layers=layers, role=role, numel=int(n), trainable=int(trainable), active=active)
+        for (p, c, layers, role), (n, trainable, active) in sums.items()
+    )
+
+
+def _role(tensor: LogicalTensor, layers: int) -> str:
+    """The part of a layer that a parameter belongs to, by what it contracts and what it makes."""
+    if not layers:
+        return "ends"
+    first = tensor.batch_dims
+    taken, made = tensor.axes[first : first + tensor.inputs], tensor.axes[first + tensor.inputs :]
+    if "heads" in taken:
+        return "projected"
+    if "mlp" in taken:
+        return "down"
+    return "qkv" if {"heads", "kv_heads", "q_rank", "kv_rank"} & set(made) else "hidden"
+
+
+def _splits(tensor: LogicalTensor, mapping: Mapping[str, Axes]) -> tuple[Split, ...]:
+    found = []
+    for axis, size in zip(tensor.axes, tensor.shape, strict=True):
+        over = mapping.get(axis, ())
+        names = (over,) if isinstance(over, str) else over
+        if names:
+            found.append(Split(axis, size, tuple(MESH_AXES.index(name) for name in names)))
+    return tuple(found)
+
+
+def sizes_of(mesh: Mesh) -> Sizes:
+    return (mesh.replica, mesh.fsdp, mesh.expert, mesh.context, mesh.tensor)

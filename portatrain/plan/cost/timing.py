@@ -1,0 +1,177 @@
+"""Seconds of a step, term by term, and how much of each collective hides behind computation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from portatrain.plan.clusters.chip import Chip
+from portatrain.plan.cost.collectives import all_gather, all_to_all, many_reduces
+from portatrain.plan.cost.placement import Placement
+from portatrain.plan.cost.policy import (
+    ATTENTION_BACKWARD,
+    ATTENTION_SHARE,
+    FP32_SHARE,
+    LOGITS_PASSES,
+    MEMORY_SHARE,
+    Precision,
+    Remat,
+    Tuning,
+)
+from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rates:
+    """What one device does in a second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
+
+    matmul: float
+    attention: float
+    memory: float
+
+
+def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
+    """The rates of a device of ``chip``. Attention stays in the wider precision where matmuls are in fp8."""
+    dies = chip.devices_per_chip
+    bf16 = chip.peaks["bf16"].value
+    peak = chip.peaks[precision.peak].value if precision.peak in chip.peaks else bf16
+    if precision.peak == "fp32" and "fp32" not in chip.peaks:
+        peak = bf16 * FP32_SHARE.get(chip.vendor, 0.25)
+    wide = min(peak, bf16)
+    bandwidth = chip.memory_bw.value if chip.memory_bw else 0.0
+    return Rates(
+        matmul=peak * 1e12 * efficiency / dies,
+        attention=wide * 1e12 * efficiency * ATTENTION_SHARE / dies,
+        memory=bandwidth * 1e9 * MEMORY_SHARE / dies,
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Time:
+    """Seconds of a step on one device. The collectives are what is left of them beside computation; what
+    they take in all is in ``busy``."""
+
+    matmul: float
+    attention: float
+    recompute: float
+    elementwise: float
+    optimizer: float
+    fsdp: float
+    tensor: float
+    context: float
+    expert: float
+    replica: float
+    busy: tuple[float, float, float, float, float] = (0.0, 0.0, 0.0, 0.0, 0.0)
+
+    @property
+    def total(self) -> float:
+        return (
+            self.matmul
+            + self.attention
+            + self.recompute
+            + self.elementwise
+            + self.optimizer
+            + self.fsdp
+            + self.tensor
+            + self.context
+            + self.expert
+            + self.replica
+        )
+
+    def terms(self) -> dict[str, float]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "busy"}
+
+
+def _left(collective: float, behind: float, share: float) -> float:
+    """What of ``collective`` seconds is not hidden behind ``behind`` seconds of work, of which ``share`` at best is."""
+    return max(collective - share * behind, collective * (1 - share))
+
+
+def attention_flops(work: OnMesh, tuning: Tuning) -> float:
+    """A token's FLOPs of the forward pass of attention, as the stack computes it."""
+    return work.attention_flops + (0.0 if tuning.skips_masked else work.masked_flops)
+
+
+def step_time(
+    work: OnMesh,
+    placement: Placement,
+    *,
+    tokens: float,
+    accumulation: int,
+    remat: Remat,
+    precision: Precision,
+    slot_bytes: float,
+    rate: Rates,
+    tuning: Tuning,
+) -> Time:
+    """The time of a step of ``accumulation`` microbatches of ``tokens`` (T) on a device."""
+    width, mesh, paths = precision.compute, work.mesh, placement.paths
+    # Forward computation. A matmul is bound by its FLOPs or by its operands' bytes.
+    per_token = sum(work.matmul.values())
+    moved = work.weights * width + sum(kind.n * kind.touched for kind in work.kinds) * tokens * width
+    matmul = max(2 * per_token * tokens / rate.matmul, moved / rate.memory)
+    attention = attention_flops(work, tuning) * tokens / rate.attention
+    streamed = sum(kind.n * kind.streamed for kind in work.kinds) * tokens * width
+    elementwise = streamed / rate.memory
+    logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
+    # Computed again: what is not kept. The last projection of a block (down) and the ends never are.
+    lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
+    share = sum(work.matmul[role] * part for role, part in lost.items()) / per_token if per_token else 0.0
+    again = matmul * share + attention * (1 - remat.attention) + elementwise * (1 - remat.normed)
+    forward = matmul + attention + elementwise + logits
+    backward = 2 * matmul + ATTENTION_BACKWARD * attention + 2 * elementwise + again
+
+    # Tensor parallelism: gather before and scatter after attention and feed-forward, as often backward; normed
+    # inputs that were not kept are gathered again, and the projection's sum scattered again. One pair more for
+    # the embedding and the loss, each way.
+    layers = sum(kind.n for kind in work.kinds)
+    tensor_s = 0.0
+    if mesh[TENSOR] > 1:
+        stream = all_gather(paths[TENSOR], tokens * work.embed * width)
+        more = 2 * (1 - remat.normed) + (1 - remat.projected)
+        # Experts get `copies` of a token; gathering and scattering around them is as many times as large.
+        tensor_s = stream * (4 + sum(kind.n * (4 + 4 * max(1.0, kind.copies) + more) for kind in work.kinds))
+    # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
+    context_s = 0.0
+    if mesh[CONTEXT] > 1:
+        kv = max((kind.kv for kind in work.kinds), default=0.0)
+        context_s = 3 * layers * all_gather(paths[CONTEXT], tokens * mesh[CONTEXT] * kv * width)
+    # Experts: tokens go there and back, forward and backward, and there again where they were not kept.
+    expert_s = 0.0
+    if mesh[EXPERT] > 1:
+        trips = 4 + (1 - remat.normed)
+        for kind in work.kinds:
+            sent = mesh[EXPERT] * tokens * kind.copies * work.embed * width / mesh[TENSOR]
+            expert_s += trips * kind.n * all_to_all(paths[EXPERT], sent)
+    compute = forward + backward
+    left_tensor = _left(tensor_s, compute, tuning.hide_tensor)
+    left_context = _left(context_s, attention * (1 + ATTENTION_BACKWARD), tuning.hide_context)
+    left_expert = _left(expert_s, compute, tuning.hide_expert)
+
+    # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
+    gather = all_gather(paths[FSDP], (work.gathered_layers + work.gathered_ends) * width)
+    ends = work.gathered_ends if tuning.keeps_ends else 0.0
+    regather = all_gather(paths[FSDP], (work.gathered_layers + work.gathered_ends - ends) * width)
+    scatter = all_gather(paths[FSDP], (work.gathered_layers + work.gathered_ends) * precision.grad)
+    left_fsdp = _left(gather, forward, tuning.hide_fsdp) + _left(regather + scatter, backward, tuning.hide_fsdp)
+
+    # What is whole on several devices is reduced once a step, behind the last backward pass.
+    reduce = sum(
+        many_reduces([paths[axis] for axis in axes], numel * precision.grad) for numel, axes in work.replicated
+    )
+    left_reduce = _left(reduce, backward, tuning.hide_replica)
+    slots = slot_bytes * precision.slots
+    update = work.trained * (2 * (precision.param + slots) + precision.grad) / rate.memory
+    n = accumulation
+    return Time(
+        matmul=3 * n * matmul,
+        attention=n * (1 + ATTENTION_BACKWARD) * attention,
+        recompute=n * again,
+        elementwise=n * (3 * elementwise + logits),
+        optimizer=update,
+        fsdp=n * left_fsdp,
+        tensor=n * left_tensor,
+        context=n * left_context,
+        expert=n * left_expert,
+        replica=left_reduce,
+        busy=(reduce, n * (gather + regather + scatter), n * expert_s, n * context_s, n * tensor_s),
+    )

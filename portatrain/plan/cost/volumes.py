@@ -1,0 +1,111 @@
+"""What one device multiplies and exchanges in a step: the amounts that times are made of, and that compilers count.
+
+A collective is counted by the bytes of its gathered array, an all-reduce twice, as `portatrain.plan.compilers.hlo`
+counts compiled ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.model.layout import MESH_AXES
+from portatrain.plan.cost.policy import ATTENTION_BACKWARD, Precision, Remat, Tuning
+from portatrain.plan.cost.timing import attention_flops
+from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Volumes:
+    """Of one microbatch, but for ``reduced``, which is once a step: (numel, mesh axes) of what is all-reduced.
+
+    ``gather``, ``regather``: bytes of weights collected forward and backward; ``scatter``: of gradients spread out;
+    ``lookup``: of rows of an embedding that stays split, and of their gradients, exchanged over fsdp; ``tensor``,
+    ``context``, ``expert``: of activations over that axis, the last one exchanged all to all.
+    ``matmul``: FLOPs of the forward pass without attention, ``attention`` of its attention, ``again`` of both
+    that the backward pass repeats, besides its own 2 and 2.5 times.
+    """
+
+    matmul: float
+    attention: float
+    again: float
+    gather: float
+    regather: float
+    scatter: float
+    lookup: float
+    tensor: float
+    context: float
+    expert: float
+    reduced: tuple[tuple[float, tuple[int, ...]], ...]
+
+    def flops(self, accumulation: int) -> float:
+        """Of a step: forward, backward, and what is computed again."""
+        return accumulation * (3 * self.matmul + (1 + ATTENTION_BACKWARD) * self.attention + self.again)
+
+    def bytes(self, accumulation: int, precision: Precision) -> dict[str, float]:
+        """Of a step, by mesh axes (joined by ``+``)."""
+        n = accumulation
+        found = {
+            MESH_AXES[FSDP]: n * (self.gather + self.regather + self.scatter + self.lookup),
+            MESH_AXES[TENSOR]: n * self.tensor,
+            MESH_AXES[CONTEXT]: n * self.context,
+            MESH_AXES[EXPERT]: n * self.expert,
+        }
+        for numel, axes in self.reduced:
+            name = "+".join(MESH_AXES[axis] for axis in axes)
+            found[name] = found.get(name, 0.0) + 2 * numel * precision.grad
+        return {name: size for name, size in found.items() if size}
+
+
+def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, tuning: Tuning) -> Volumes:
+    """The amounts of a microbatch of ``tokens`` (T) on a device."""
+    width, mesh = precision.compute, work.mesh
+    per_token = sum(work.matmul.values())
+    # Computed again: what is not kept. The last projection of a block (down) and the ends never are.
+    lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
+    again = 2 * tokens * sum(work.matmul[role] * part for role, part in lost.items())
+    attention = attention_flops(work, tuning) * tokens
+    again += attention * (1 - remat.attention)
+
+    # Tensor parallelism: gather before and scatter after attention and feed-forward, as often backward; normed
+    # inputs that were not kept are gathered again, and the projection's sum scattered again. One pair more for
+    # the embedding and the loss, each way.
+    layers = sum(kind.n for kind in work.kinds)
+    tensor = context = expert = 0.0
+    if mesh[TENSOR] > 1:
+        more = 2 * (1 - remat.normed) + (1 - remat.projected)
+        # Experts get `copies` of a token; gathering and scattering around them is as many times as large.
+        times = 4 + sum(kind.n * (4 + 4 * max(1.0, kind.copies) + more) for kind in work.kinds)
+        tensor = times * tokens * work.embed * width
+    # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
+    if mesh[CONTEXT] > 1:
+        kv = max((kind.kv for kind in work.kinds), default=0.0)
+        context = 3 * layers * tokens * mesh[CONTEXT] * kv * width
+    # Experts: tokens go there and back, forward and backward, and there again where they were not kept.
+    if mesh[EXPERT] > 1:
+        trips = 4 + (1 - remat.normed)
+        expert = sum(
+            trips * kind.n * mesh[EXPERT] * tokens * kind.copies * work.embed * width / mesh[TENSOR]
+            for kind in work.kinds
+        )
+    # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
+    gathered = (work.gathered_layers + work.gathered_ends) if mesh[FSDP] > 1 else 0.0
+    ends = work.gathered_ends if tuning.keeps_ends and mesh[FSDP] > 1 else 0.0
+    lookup = 0.0
+    if tuning.static and gathered:
+        # Only the output projection is gathered outside of layers, once. A lookup deals out what it found instead, and
+        # collects the gradient in fp32.
+        gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
+        lookup = tokens * work.embed * (width + 4) if work.vocab else 0.0
+    return Volumes(
+        matmul=2 * per_token * tokens,
+        attention=attention,
+        again=again,
+        gather=gathered * width,
+        regather=(gathered - ends) * width,
+        scatter=gathered * precision.grad,
+        lookup=lookup,
+        tensor=tensor,
+        context=context,
+        expert=expert,
+        reduced=work.replicated,
+    )

@@ -1,0 +1,201 @@
+"""A model on one mesh: what a device holds, multiplies, keeps and sends, before any chip is looked at.
+
+T below is tokens a device works on in a microbatch, counted over the tensor axis once: its rows times
+seq_len / context. Widths are numbers a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.model.layout import MESH_AXES
+from portatrain.plan.cost.policy import Remat
+from portatrain.plan.cost.shapes import ModelShape
+from portatrain.plan.cost.tensors import Group, Sizes, Split
+
+REPLICA, FSDP, EXPERT, CONTEXT, TENSOR = range(len(MESH_AXES))
+ROLES = ("qkv", "projected", "hidden", "down", "ends")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerKind:
+    """Widths of one kind of layer on a device: ``n`` layers, ``res`` the residual stream as it is cut between
+    blocks, ``wide`` as blocks see it, ``q`` (queries, and attention's result), ``kv``, ``mlp`` the hidden
+    width that a token passes, ``copies`` of a token that experts get."""
+
+    n: int
+    res: float
+    wide: float
+    q: float
+    out: float
+    kv: float
+    mlp: float
+    ways: int
+    copies: float
+
+    def kept(self, remat: Remat, width: float, *, static: bool) -> float:
+        """Numbers of ``width`` bytes a token that one layer keeps from forward to backward.
+
+        Where nothing is computed again it is what the frameworks' derivatives ask for, as counted in jax's scans and in
+        torch's saved tensors: of each norm its input and its result before scaling, in fp32; of the feed-forward its
+        widths, the activation and the product, and in XLA (``static``) two more factors of the activation's derivative.
+        Chosen by kind of operation, torch also keeps what the last projection returned, which nothing needs, and of
+        projections that tensor cuts by rows what they returned before it was summed.
+        """
+        copies = 2 * self.copies * self.wide  # what experts get and what they return
+        if remat.everything:
+            hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
+            return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
+        more = 2 * self.wide - remat.projected * self.res if remat.matmuls and not static else 0.0
+        return (
+            self.res
+            + remat.qkv * (self.q + self.kv)
+            + remat.attention * self.out
+            + remat.projected * self.res
+            + more
+            + remat.hidden * self.ways * self.mlp
+            + remat.product * self.mlp
+            + remat.normed * (2 * self.wide + copies)
+        )
+
+    @property
+    def streamed(self) -> float:
+        """Numbers a token that the forward pass's elementwise operations read or write: two norms, two
+        additions, RoPE, the feed-forward's product, and moving tokens to experts and back."""
+        return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.copies * self.wide
+
+    @property
+    def touched(self) -> float:
+        """Numbers a token that the forward pass's matmuls read or write."""
+        return 4 * self.wide + self.q + self.kv + self.out + (self.ways + 1) * self.mlp
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OnMesh:
+    """The sums that memory and time are made of. Numbers are of parameters unless said otherwise; all are
+    a device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with.
+    ``scores``: of one query, over the heads here. ``attention_flops`` and ``masked_flops``: a token's, of what
+    the mask shows and of what it hides."""
+
+    mesh: Sizes
+    rows: int
+    held: float
+    trained: float
+    gathered_layers: float
+    gathered_ends: float
+    largest_layer: float
+    ends: float
+    head: float
+    head_gathered: float
+    trained_ends: float
+    trained_head: float
+    scores: float
+    weights: float
+    matmul: dict[str, float]
+    replicated: tuple[tuple[float, tuple[int, ...]], ...]
+    kinds: tuple[LayerKind, ...]
+    attention_flops: float
+    masked_flops: float
+    embed: int
+    vocab: float
+    seq: float
+
+
+def on_mesh(shape: ModelShape, mesh: Sizes) -> OnMesh:
+    """Sum the parameters of ``shape`` as they lie on ``mesh``, and the widths of its layers."""
+    found = shape.memo.get(mesh)
+    if found is None:
+        found = shape.memo[mesh] = _sum(shape, mesh)
+    return found
+
+
+def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
+    tensor, context = mesh[TENSOR], mesh[CONTEXT]
+    held = trained = gathered_layers = gathered_ends = weights = ends = head = 0.0
+    head_gathered = trained_ends = trained_head = 0.0
+    matmul = dict.fromkeys(ROLES, 0.0)
+    layers: dict[int, float] = {}
+    replicated: dict[tuple[int, ...], float] = {}
+    for part in shape.groups:
+        mine, cut = part.param_shards(mesh), part.compute_shards(mesh)
+        held += part.numel / mine
+        trained += part.trainable / mine
+        weights += part.numel / cut
+        padded = shape.capacity if any(split.axis == "experts" for split in part.compute) else 1.0
+        matmul[part.role] += padded * part.active / _without_experts(part, mesh)
+        gathered = part.numel / cut if mine > cut else 0.0
+        if part.layers:
+            layers[part.layers] = layers.get(part.layers, 0.0) + part.numel / cut / part.layers
+            gathered_layers += gathered
+        else:
+            gathered_ends += gathered
+            ends += part.numel / cut
+            if part.active / cut > head:
+                head, trained_head = part.active / cut, part.active / mine * (part.trainable / part.numel)
+                head_gathered = head if mine > cut else 0.0
+            trained_ends += part.trainable / mine
+        spread = _unsharded(part, mesh)
+        if spread:
+            replicated[spread] = replicated.get(spread, 0.0) + part.trainable / mine
+    return OnMesh(
+        mesh=mesh,
+        rows=mesh[REPLICA] * mesh[FSDP] * mesh[EXPERT],
+        held=held,
+        trained=trained,
+        gathered_layers=gathered_layers,
+        gathered_ends=gathered_ends,
+        largest_layer=max(layers.values(), default=0.0),
+        ends=ends,
+        head=head,
+        head_gathered=head_gathered,
+        trained_ends=trained_ends,
+        trained_head=trained_head,
+        scores=shape.heads * shape.seq_len / tensor,
+        weights=weights,
+        matmul=matmul,
+        replicated=tuple((numel, axes) for axes, numel in replicated.items()),
+        kinds=_kinds(shape, tensor),
+        attention_flops=shape.attention_flops / tensor,
+        masked_flops=shape.attention_flops / tensor if shape.causal else 0.0,
+        embed=shape.embed,
+        vocab=shape.vocab / tensor,
+        seq=shape.seq_len / context,
+    )
+
+
+def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
+    kv_parts = tensor
+    if not shape.mla and shape.kv_heads < tensor:
+        kv_parts = 1  # fewer kv heads than the axis: every device computes them all
+    found = []
+    for n, mlp, routed in shape.stacks:
+        found.append(
+            LayerKind(
+                n=n,
+                res=shape.embed / tensor,
+                wide=float(shape.embed),
+                q=shape.q_width / tensor,
+                out=shape.out_width / tensor,
+                kv=shape.kv_width / kv_parts,
+                mlp=mlp / tensor,
+                ways=2 if shape.gated else 1,
+                copies=float(shape.experts_per_token) if routed else 0.0,
+            )
+        )
+    return tuple(found)
+
+
+def _without_experts(part: Group, mesh: Sizes) -> int:
+    """Shards of a matmul's work: experts on other devices take their tokens with them, so that axis halves nothing."""
+    shards = 1
+    for split in part.compute:
+        kept = tuple(axis for axis in split.over if axis != EXPERT)
+        if kept:
+            shards *= Split(split.axis, split.size, kept).shards(mesh)
+    return shards
+
+
+def _unsharded(part: Group, mesh: Sizes) -> tuple[int, ...]:
+    """The batch and sequence axes over which the group's gradients are all-reduced, not scattered."""
+    cut = {axis for split in part.params for axis in split.over}
+    return tuple(a for a in (REPLICA, FSDP, EXPERT, CONTEXT) if mesh[a] > 1 and a not in cut)

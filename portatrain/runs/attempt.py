@@ -1,0 +1,108 @@
+"""One attempt at a run: what it writes of itself into the run directory, fenced by its claim."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from portatrain.runs.claim import Holding
+from portatrain.system import json_files
+
+if TYPE_CHECKING:
+    from portatrain.runs.run_dir import RunDir
+
+
+class Attempt:
+    """The attempt of this process at a run. Every write checks first that the claim is still ours."""
+
+    def __init__(self, run: RunDir, number: int, folder: Path, claim: Holding) -> None:
+        self.run, self.number, self.folder, self._claim = run, number, folder, claim
+        self._metrics = json_files.JsonLines(folder / "metrics.jsonl")
+        self._events = json_files.JsonLines(folder / "events.jsonl")
+
+    @property
+    def token(self) -> str:
+        """Of the claim; the environment variable `claim.TOKEN` hands it to a process that goes on with it."""
+        return self._claim.owner.token
+
+    def metrics(self, row: Mapping[str, object]) -> None:
+        """Append one step to metrics.jsonl."""
+        self._claim.fence()
+        self._metrics.append(row)
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Append one event, with the time, to events.jsonl."""
+        self._claim.fence()
+        self._events.append({"event": kind, "unix_s": time.time(), **fields})
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """While entered the run is ours; UserError where it is not. No commit is ahead of the rows on record."""
+        self.run.send()
+        with self._claim.guard():
+            yield
+
+    def write(self, name: str, data: object) -> None:
+        """Write a JSON file of the run directory, such as summary.json, whole."""
+        with self.guard():
+            self.run.put(name, data)
+
+    def note(self, name: str, data: object) -> None:
+        """Write a JSON file of this attempt's folder, such as plan.json, whole."""
+        self._claim.fence()
+        json_files.write_json(self.folder / name, data)
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Write summary.json, then DONE: the run is over, and was a success."""
+        self.write("summary.json", dict(summary))
+        self.write("DONE", {"attempt": self.number, "unix_s": time.time()})
+
+    def close(self) -> None:
+        """End the attempt; the run directory is free for the next one."""
+        self._metrics.close()
+        self._events.close()
+        try:
+            self.run.send()
+        finally:
+            self._claim.release()
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Follower:
+    """An attempt that another process of the run has begun: the same number, and nothing is written."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def event(self, kind: str, **fields: object) -> None:
+        """Nothing."""
+
+    def guard(self) -> AbstractContextManager[None]:
+        """Nothing: the process that began the attempt guards it."""
+        return nullcontext()
+
+    def write(self, name: str, data: object) -> None:
+        """Nothing."""
+
+    def note(self, name: str, data: object) -> None:
+        """Nothing."""
+
+    def finish(self, summary: Mapping[str, object]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> Follower:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass

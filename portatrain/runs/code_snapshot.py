@@ -1,0 +1,137 @@
+"""A run's own copy of the code that it runs: `code/HASH/` in its run directory, on every attempt's PYTHONPATH.
+
+It holds portatrain, the launchers, the checkpoint format, the shipped recipes, and under `recipe/` the recipe's file
+with the modules beside it that it imported. `environment.json` names the Python and every installed package; what
+differs where an attempt lands is recorded with the attempt. Frameworks are not copied: they belong to the machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from portatrain.errors import UserError
+from portatrain.recipe import shipped_recipes
+from portatrain.system import json_files
+
+PACKAGES = ("portatrain", "launchers", "checkpoints_format", "recipes")
+SUFFIXES = (".py", ".json", ".toml", ".yaml", ".html", ".typed", ".md")
+WATCHED = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "libtpu", "deepspeed", "torch_xla")
+"""Packages whose version may change numbers, so that a difference is worth an event."""
+
+
+def where(run_dir: Path, recipe: str) -> tuple[Path, str, dict[str, Path]]:
+    """(folder that `pack` makes, RECIPE as the copy has it, target -> file of everything in it). Writes nothing.
+
+    To be called after the recipe has been loaded: what it imported from beside itself goes along.
+    """
+    sources = _packages()
+    name = ""
+    if recipe not in shipped_recipes():
+        path = Path(recipe).resolve()
+        for file in _beside(path):
+            sources[f"recipe/{file.relative_to(path.parent)}"] = file
+        name = f"recipe/{path.name}"
+    digest = hashlib.sha256()
+    for target in sorted(sources):
+        digest.update(target.encode() + b"\0" + hashlib.sha256(sources[target].read_bytes()).digest())
+    folder = run_dir / "code" / digest.hexdigest()[:16]
+    return folder, str(folder / name) if name else recipe, sources
+
+
+def pack(run_dir: Path, recipe: str) -> tuple[Path, str]:
+    """Copy the code into the run; (its folder, RECIPE as the copy has it). The same code makes the same folder."""
+    folder, name, sources = where(run_dir, recipe)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".code-", dir=folder.parent))
+        for target, file in sources.items():
+            (partial / target).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, partial / target)
+        json_files.write_json(partial / "environment.json", environment())
+        partial.chmod(0o755)
+        try:
+            partial.rename(folder)
+        except OSError:  # somebody else has just made it
+            shutil.rmtree(partial)
+            if not folder.exists():
+                raise
+    return folder, name
+
+
+def environment() -> dict[str, object]:
+    """Python, platform and the version of every installed package."""
+    packages: dict[str, str] = {}
+    for found in importlib.metadata.distributions():
+        name = (found.metadata["Name"] or "").lower().replace("-", "_")
+        if name:
+            packages.setdefault(name, found.version)
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "executable": sys.executable,
+        "packages": dict(sorted(packages.items())),
+    }
+
+
+def differences(code: str | None) -> dict[str, list[str | None]]:
+    """What of Python and WATCHED is another version here than where the code was packed: name -> [there, here]."""
+    path = Path(code) / "environment.json" if code else None
+    if path is None or not path.exists():
+        return {}
+    there = json_files.read_json(path)
+    pairs: dict[str, list[str | None]] = {"python": [there["python"], platform.python_version()]}
+    for name in WATCHED:
+        try:
+            here: str | None = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            here = None
+        pairs[name] = [there["packages"].get(name), here]
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def _packages() -> dict[str, Path]:
+    sources = {}
+    for package in PACKAGES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            root = Path(folder)
+            for file in root.rglob("*"):
+                if file.suffix in SUFFIXES and "__pycache__" not in file.parts and file.is_file():
+                    sources[f"{package}/{file.relative_to(root)}"] = file
+    return sources
+
+
+def _beside(recipe: Path) -> list[Path]:
+    """The recipe's file and every module below its folder that is loaded now."""
+    found, roots = {recipe}, _roots()
+    for module in list(sys.modules.values()):
+        file = getattr(module, "__file__", None)
+        if not file or not str(file).endswith(".py"):
+            continue
+        path = Path(os.path.abspath(file))
+        ours = any(path.is_relative_to(root) for root in roots)
+        if path.is_relative_to(recipe.parent) and not ours and "site-packages" not in path.parts and path.is_file():
+            found.add(path)
+    total = sum(path.stat().st_size for path in found)
+    if total > 64 << 20:
+        raise UserError(
+            f"recipe {recipe}",
+            expected="at most 64 MiB of code beside it",
+            got=f"{total >> 20} MiB",
+            do="Install what it imports as a package.",
+        )
+    return sorted(found)
+
+
+def _roots() -> list[Path]:
+    """Folders of the packages that are copied anyway."""
+    specs = [importlib.util.find_spec(package) for package in PACKAGES]
+    return [Path(p).resolve() for spec in specs if spec for p in spec.submodule_search_locations or []]

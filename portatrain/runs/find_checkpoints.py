@@ -1,0 +1,120 @@
+"""Finding a checkpoint by the path that a person gives, and saying what is wrong with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints_format import FormatError, LocalStore, NotCommittedError, Reader, Store
+from portatrain.checkpoint import locations
+from portatrain.errors import UserError
+from portatrain.runs.run_dir import RunDir
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A checkpoint, the folder or URL that it is in, and its step, where that tells."""
+
+    path: Path | str
+    step: int | None
+
+    def open(self) -> Store:
+        if isinstance(self.path, Path):
+            return LocalStore(self.path)
+        from portatrain.checkpoint.object_store import ObjectStore
+
+        return ObjectStore(self.path)
+
+
+def places(given: Path | str) -> list[Place]:
+    """The checkpoints below a path or URL, by step: of a run directory, of its folder, or the one that it is.
+
+    Whether one is whole only its COMMIT says. Raises UserError for a path that is none of these.
+    """
+    what = f"checkpoint {given}"
+    if str(given).startswith(locations.SCHEMES):
+        return _remote(str(given))
+    path = Path(given)
+    if (path / "checkpoints.json").is_file():
+        return _remote(str(RunDir(path).checkpoints()))
+    if not path.exists():
+        raise UserError(what, expected="a run directory or a checkpoint", got="no such folder", do="Check the path.")
+    if not path.is_dir():
+        raise UserError(what, expected="a run directory or a checkpoint", got="a file", do="Give the folder it is in.")
+    try:
+        names = {p.name for p in path.iterdir()}
+        if "COMMIT" in names or any(n.startswith("root-") for n in names):
+            step = path.name[5:] if path.name.startswith("step-") else ""
+            return [Place(path=path, step=int(step) if step.isdigit() else None)]
+        folder = path / "checkpoints" if "checkpoints" in names else path
+        steps = sorted(
+            (int(p.name[5:]), p) for p in folder.iterdir() if p.name.startswith("step-") and p.name[5:].isdigit()
+        )
+    except PermissionError as error:
+        raise UserError(
+            what, expected="a folder that can be read", got="no permission", do="Ask for it, or copy the folder."
+        ) from error
+    if not steps:
+        raise UserError(
+            what,
+            expected="a run directory or a checkpoint",
+            got="an empty folder" if not names else f"a folder with {', '.join(sorted(names)[:4])}",
+            do="A run directory has run.json and checkpoints/step-NNNNNNNN; a checkpoint has a COMMIT.",
+        )
+    return [Place(path=p, step=step) for step, p in steps]
+
+
+def _remote(url: str) -> list[Place]:
+    last = url.rstrip("/").rpartition("/")[2]
+    if locations.steps_of([last]):
+        return [Place(path=url, step=locations.steps_of([last])[0])]
+    with explained():
+        steps = locations.place_of(url).steps()
+        if not steps and (inside := locations.place_of(f"{url.rstrip('/')}/checkpoints").steps()):  # a run directory
+            url, steps = f"{url.rstrip('/')}/checkpoints", inside
+    if not steps:
+        raise UserError(
+            f"checkpoint {url}",
+            expected="checkpoints below it",
+            got="nothing",
+            do="Check the URL, and that the environment's credentials may list it.",
+        )
+    return [Place(path=f"{url.rstrip('/')}/{locations.step_name(s)}", step=s) for s in steps]
+
+
+@contextlib.contextmanager
+def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
+    """The checkpoint of `step`, by default the newest that is committed. Every error is a UserError."""
+    found = places(path)
+    if step is not None:
+        chosen = [p for p in found if p.step == step]
+        if not chosen:
+            steps = ", ".join(str(p.step) for p in found)
+            raise UserError(
+                f"checkpoint {path}",
+                expected=f"step {step} among its checkpoints",
+                got=f"steps {steps}",
+                do="Choose one of these.",
+            )
+        found = chosen
+    for place in reversed(found):
+        with explained(), contextlib.closing(place.open()) as store:
+            try:
+                reader = Reader(store)
+            except NotCommittedError:
+                if place is found[0]:
+                    raise
+                continue
+            yield reader
+            return
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Within it, what is wrong with a checkpoint is a UserError."""
+    try:
+        yield
+    except FormatError as error:
+        raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error

@@ -1,0 +1,176 @@
+"""The claim of a run directory in an object store: the object `claim`, changed by conditional puts alone.
+
+The owner writes it anew every BEAT_S, each time over the version that it wrote before, so that it finds out at once if
+somebody else has. One that has been silent for LEASE_S, by the store's clock, is taken over in the same way; of two
+that try, one succeeds. A claim that is given up is written over, not removed: a removal cannot be conditional.
+
+No store puts two objects in one step, so `guard()` is not a lock: it renews the claim, which gives LEASE_S, and finds
+out afterwards whether the claim was lost meanwhile. Whoever takes a run over removes what the owner before was about to
+commit (`Checkpoints.remove_unfinished`), so that a COMMIT that comes later names nothing that is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.runs.claim import BEAT_S, LEASE_S, Owner, in_use
+from portatrain.system.object_store import Objects, Version
+
+NAME = "claim"
+
+
+class RemoteClaim:
+    """See `portatrain.runs.claim.Holding`. `released()` is called once, before it is given up."""
+
+    def __init__(
+        self,
+        objects: Objects,
+        owner: Owner,
+        version: Version,
+        *,
+        taken_over: Owner | None,
+        adopted: bool,
+        released: Callable[[], None],
+    ) -> None:
+        self.objects, self.owner, self.taken_over, self.adopted = objects, owner, taken_over, adopted
+        self._version, self._released, self._until_s, self._lost = (version, released, _now_s() + LEASE_S, False)
+        self._lock, self._stop = threading.RLock(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="portatrain-claim", daemon=True)
+        self._thread.start()
+
+    @staticmethod
+    def acquire(objects: Objects, released: Callable[[], None]) -> RemoteClaim:
+        """Take the claim; UserError where somebody else holds it."""
+        me, dead, began_s = Owner.this_process(), None, _now_s()
+        found = objects.get(NAME)
+        if found is None:
+            version = objects.create(NAME, _body(me))
+        else:
+            dead = _owner(found[0], objects)
+            if dead is not None:
+                if dead.is_ours:
+                    return RemoteClaim(objects, dead, found[1], taken_over=None, adopted=True, released=released)
+                if not is_over(objects, dead):
+                    raise in_use(objects.url, dead)
+            version = objects.replace(NAME, _body(me), found[1])
+        if version is None:
+            raise in_use(objects.url, holder(objects))
+        claim = RemoteClaim(objects, me, version, taken_over=dead, adopted=False, released=released)
+        claim._until_s = began_s + LEASE_S
+        return claim
+
+    @property
+    def held(self) -> bool:
+        """Whether it is still this process's."""
+        owner = holder(self.objects)
+        return owner is not None and owner.token == self.owner.token
+
+    def fence(self) -> None:
+        """Raise UserError unless the claim is still held, as far as its lease tells; asks the store only after that."""
+        if self._lost or _now_s() > self._until_s:
+            self._renew()
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        """For writes that are short and final: UserError where the claim has been lost, before or meanwhile."""
+        self._renew()
+        yield
+        if _now_s() > self._until_s:
+            self._renew()
+
+    def _renew(self) -> None:
+        with self._lock:
+            while True:
+                began_s, body = _now_s(), _body(self.owner)
+                version = self.objects.replace(NAME, body, self._version)
+                if version is None:  # the supervisor, or who it started, has renewed it; or it is lost
+                    found = self.objects.get(NAME)
+                    owner = None if found is None else _owner(found[0], self.objects)
+                    if found is None or owner is None or owner.token != self.owner.token:
+                        self._lost = True
+                        raise in_use(self.objects.url, owner)
+                    self._version = found[1]
+                    continue
+                self._version, self._until_s = version, began_s + LEASE_S
+                return
+
+    def _watch(self) -> None:
+        while not self._stop.wait(BEAT_S):
+            # What fails now is tried again; the lease runs out if it stays so.
+            with contextlib.suppress(UserError):
+                if self.adopted:
+                    began_s = _now_s()
+                    if self.held:
+                        self._until_s = began_s + LEASE_S
+                    else:
+                        self._until_s = 0.0
+                else:
+                    self._renew()
+
+    def release(self) -> None:
+        """Give it up; one that was adopted stays its supervisor's."""
+        self._stop.set()
+        self._released()
+        if self._thread is not threading.current_thread():
+            self._thread.join()
+        if not self.adopted and not self._lost:
+            with self._lock:
+                self.objects.replace(NAME, json.dumps({"released": secrets.token_hex(8)}).encode(), self._version)
+
+
+def holder(objects: Objects) -> Owner | None:
+    """Who holds the claim; None where nobody does."""
+    found = objects.get(NAME)
+    return None if found is None else _owner(found[0], objects)
+
+
+def is_over(objects: Objects, owner: Owner, *, writable: bool = True) -> bool:
+    """Whether the claim may be taken over from `owner`."""
+    # Machines that see one store may well have one name: a process is looked up only where it was this very system.
+    here = owner.is_here and owner.process_start.partition("/")[0] == _boot()
+    return (here and owner.is_gone) or (not here and objects.age_s(NAME, writable=writable) > LEASE_S)
+
+
+def live_owner(objects: Objects) -> Owner | None:
+    """Who holds the claim and is, as far as can be known, alive. Writes nothing."""
+    owner = holder(objects)
+    return None if owner is None or is_over(objects, owner, writable=False) else owner
+
+
+def _boot() -> str:
+    return Owner.this_process().process_start.partition("/")[0]
+
+
+def _body(owner: Owner) -> bytes:
+    # Some stores tell versions apart by content: no two are equal.
+    return json.dumps({**asdict(owner), "beat": secrets.token_hex(8)}).encode()
+
+
+def _owner(data: bytes, objects: Objects) -> Owner | None:
+    try:
+        row: dict[str, Any] = json.loads(data)
+        if "released" in row:
+            return None
+        return Owner(**{f.name: row[f.name] for f in fields(Owner)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"object {objects.url}/{NAME}",
+            expected="a claim that portatrain wrote",
+            got=str(error),
+            do="Remove it if no process uses this run directory.",
+        ) from error
+
+
+def _now_s() -> float:
+    """Seconds that go on while the machine is suspended, where there is such a clock."""
+    clock = getattr(time, "CLOCK_BOOTTIME", None)
+    return time.monotonic() if clock is None else time.clock_gettime(clock)

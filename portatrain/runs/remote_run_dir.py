@@ -1,0 +1,297 @@
+"""A run directory in an object store: s3://bucket/runs/NAME, gs://, az://.
+
+The store is the record. Every process works on a copy of it in a folder of its machine (`scratch`), so that whatever
+reads or appends to files goes on as on a file system. What decides lies in the store alone and is a conditional put:
+the claim, run.json, the numbers of jobs. DONE and CANCELLED are put at once. The files of an attempt are sent every few
+seconds by whoever holds the claim, and before every commit, so that no checkpoint is ahead of its rows.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+from portatrain.checkpoint.locations import is_remote
+from portatrain.errors import UserError
+from portatrain.runs import remote_claim
+from portatrain.runs.claim import BEAT_S, Holding, Owner
+from portatrain.runs.run_dir import RunDir
+from portatrain.system import json_files
+from portatrain.system.object_store import Objects
+
+SCRATCH = "PORTATRAIN_SCRATCH"
+"""Environment variable: the folder for such copies (default: portatrain in the user's cache folder)."""
+SEND_S = 10.0
+SHARE = 20.0
+"""Files are sent every SEND_S, or SHARE times as long as sending took: a log cannot be appended to in a store."""
+TAGS = ".tags.json"
+MARKS = ("DONE", "CANCELLED")
+
+
+class RemoteRun(RunDir):
+    """See `RunDir`. `path` is the copy on this machine.
+
+    work: of a process that carries the run out, or starts one that does. Else of one that looks: its copy is another
+    one, and is what the store had when the object was made, or at the last `refresh`.
+    """
+
+    def __init__(self, url: str, *, work: bool = False) -> None:
+        self.url = url.rstrip("/")
+        name = self.url.rpartition("/")[2]
+        if not name or self.url.count("/") < 3:
+            raise UserError(
+                f"run directory {url}",
+                expected="a bucket and a name below it, as in s3://bucket/runs/NAME",
+                got="no name",
+                do="Add one.",
+            )
+        kind = "work" if work else "view"
+        super().__init__(scratch() / kind / hashlib.sha256(self.url.encode()).hexdigest()[:12] / name)
+        self.objects, self._work = Objects(self.url), work
+        self._sent: dict[str, tuple[int, int]] = {}
+        self._sending, self._next_s, self._attempt = threading.Lock(), 0.0, ""
+        if not work:
+            self.refresh()
+
+    # ---- what the store has
+
+    @property
+    def where(self) -> str:
+        return self.url
+
+    @property
+    def locks(self) -> bool:
+        return False  # see portatrain/runs/remote_claim.py
+
+    def entries(self) -> list[str] | None:
+        objects, folders = self.objects.top()
+        found = [*(o.name for o in objects), *(f for f in folders if f != "clock")]
+        return found or None
+
+    def refresh(self, *, logs: bool = False) -> None:
+        """Make the copy's record what the store has; `logs`: what processes wrote too."""
+        top, folders = self.objects.top()
+        there = {o.name: o.tag for o in top if o.name != remote_claim.NAME}
+        for folder in ("attempts", "jobs"):
+            if folder in folders:
+                there |= {o.name: o.tag for o in self.objects.below(folder)}
+        wanted = {n: tag for n, tag in there.items() if _is_record(n) or (logs and n.endswith((".log", ".txt")))}
+        self.path.mkdir(parents=True, exist_ok=True)
+        index = self.path / TAGS
+        known: dict[str, str] = json_files.read_json(index) if index.exists() else {}
+        for name in set(known) - set(there):
+            (self.path / name).unlink(missing_ok=True)
+        kept = {n: tag for n, tag in known.items() if n in there}
+        for name, tag in sorted(wanted.items()):
+            if kept.get(name) != tag or not (self.path / name).exists():
+                self._fetch(name)
+                written_s = float(tag.rpartition(" ")[2])
+                os.utime(self.path / name, (written_s, written_s))
+                kept[name] = tag
+        json_files.write_json(index, kept)
+
+    def _fetch(self, name: str) -> None:
+        path = self.path / name
+        if ".." in path.parts:
+            raise UserError(
+                f"object {self.url}/{name}",
+                expected="a name that portatrain wrote",
+                got="one that leaves the folder",
+                do="Look who else writes there.",
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, partial = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
+        os.close(handle)
+        try:
+            self.objects.fetch(name, Path(partial))
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        finally:
+            Path(partial).unlink(missing_ok=True)
+
+    def owner(self) -> Owner | None:
+        return remote_claim.live_owner(self.objects)
+
+    def marked(self, name: str) -> bool:
+        return self.objects.exists(name)
+
+    def default_checkpoints(self) -> Path | str:
+        return f"{self.url}/checkpoints"
+
+    def looked_at(self) -> RunDir:
+        return RemoteRun(self.url) if self._work else self
+
+    def _writable(self, what: str) -> None:
+        """Only the first write can tell."""
+
+    # ---- what is written
+
+    def put(self, name: str, data: object, *, once: bool = False) -> bool:
+        text = (json.dumps(json_files.finite(data), indent=2, allow_nan=False) + "\n").encode()
+        if once:
+            if self.objects.create(name, text) is None:
+                return False
+        else:
+            self.objects.put(name, text)
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        json_files.write_json(path, data)
+        return True
+
+    def remove(self, name: str) -> None:
+        self.objects.delete(name)
+        (self.path / name).unlink(missing_ok=True)
+
+    def acquire(self) -> Holding:
+        over = threading.Event()
+        claim = remote_claim.RemoteClaim.acquire(self.objects, over.set)
+        if not claim.adopted:  # else the supervisor's copy is the one that is here
+            try:
+                for name in ("attempts", TAGS, *MARKS):  # what this machine did not send is not in the record
+                    path = self.path / name
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                self.refresh()
+            except BaseException:
+                claim.release()
+                raise
+            threading.Thread(target=self._serve, args=(over,), name="portatrain-record", daemon=True).start()
+        return claim
+
+    def _serve(self, over: threading.Event) -> None:
+        """Send what there is, and see a cancel, until the claim is given up."""
+        while not over.wait(BEAT_S):
+            with contextlib.suppress(UserError, OSError):  # tried again the next time
+                if not (self.path / "CANCELLED").exists() and self.objects.exists("CANCELLED"):
+                    self._fetch("CANCELLED")  # where the watchdog looks
+                if time.monotonic() >= self._next_s:
+                    self.send()
+
+    def began(self, folder: Path) -> None:
+        self._attempt = str(folder.relative_to(self.path))
+        self.send()
+
+    def send(self) -> None:
+        began_s = time.monotonic()
+        with self._sending:
+            for path in [*(self.path / (self._attempt or "attempts/0")).glob("*"), *self.path.glob("jobs/*.log")]:
+                if not path.is_file() or path.name[0] == ".":
+                    continue
+                stat = path.stat()
+                name, now = str(path.relative_to(self.path)), (stat.st_mtime_ns, stat.st_size)
+                if self._sent.get(name) != now:
+                    self.objects.put(name, path.read_bytes())
+                    self._sent[name] = now
+        now_s = time.monotonic()
+        self._next_s = now_s + max(SEND_S, SHARE * (now_s - began_s))
+
+    # ---- data and code
+
+    def data(self) -> Path:
+        # On a host that begins no attempt nothing else fetches these.
+        for name in ("run.json", "checkpoints.json"):
+            if not (self.path / name).exists() and self.objects.exists(name):
+                self._fetch(name)
+        for name in (o.name for o in self.objects.below("data")):
+            if not (self.path / name).exists():
+                self._fetch(name)
+        return self.path / "data"
+
+    def share_data(self) -> None:
+        there = {o.name for o in self.objects.below("data")}
+        for path in sorted((self.path / "data").rglob("*")):
+            name = str(path.relative_to(self.path))
+            if path.is_file() and path.name[0] != "." and name not in there:
+                self.objects.put(name, path)
+
+    def share_code(self, folder: Path) -> str:
+        name = f"code/{folder.name}.tar"
+        if not self.objects.exists(name):
+            with tempfile.TemporaryDirectory() as scratch_dir:
+                tar = Path(scratch_dir, "code.tar")
+                with tarfile.open(tar, "w") as file:
+                    file.add(folder, ".")
+                self.objects.put(name, tar)
+        return f"{self.url}/code/{folder.name}"
+
+
+def scratch() -> Path:
+    """The folder for the copies of this machine, made where missing."""
+    given = os.environ.get(SCRATCH)
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    folder = Path(given) if given else Path(base).expanduser() / "portatrain"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder.absolute()
+    except OSError as error:
+        raise UserError(
+            f"folder {folder}",
+            expected="a place for this machine's copy of a run that is in an object store",
+            got=str(error),
+            do=f"Set {SCRATCH} to a folder that can be written to.",
+        ) from error
+
+
+def run_names(where: str) -> list[str]:
+    """The runs below a URL."""
+    there = Objects(where)
+    return sorted(n for n in there.top()[1] if there.exists(f"{n}/run.json"))
+
+
+def local_code(url: str) -> Path:
+    """The folder with a run's code, fetched where it is not there yet; `url` as `share_code` gave it."""
+    base, _, name = url.rpartition("/code/")
+    run = RemoteRun(base, work=True)
+    folder = run.path / "code" / name
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".code-", dir=folder.parent) as scratch_dir:
+            tar, made = Path(scratch_dir, "code.tar"), Path(scratch_dir, "code")
+            run.objects.fetch(f"code/{name}.tar", tar)
+            with tarfile.open(tar) as file:
+                file.extractall(made, filter="data")
+            with contextlib.suppress(OSError):  # another process of this machine has just made it
+                made.rename(folder)
+    return folder
+
+
+def localized(words: Iterable[str], code: str | None) -> list[str]:
+    """Command words, with what lies in a run's code where it lies here."""
+    if code is None or not is_remote(code):
+        return list(words)
+    folder = str(local_code(code))
+    return [folder + w[len(code) :] if w.startswith(code) else w for w in words]
+
+
+def _is_record(name: str) -> bool:
+    parts = name.split("/")
+    if len(parts) == 1:
+        return name.endswith(".json") or name in MARKS
+    return name.endswith((".json", ".jsonl")) and len(parts) == (2 if parts[0] == "jobs" else 3)
+
+
+def main() -> None:
+    """`python -m portatrain.runs.remote_run_dir CODE COMMAND...`: run COMMAND with a run's code from a store."""
+    code, *words = sys.argv[1:]
+    try:
+        folder = local_code(code)
+        words = localized(words, code)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
+    os.execvpe(words[0], words, env)
+
+
+if __name__ == "__main__":
+    main()

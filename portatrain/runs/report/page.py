@@ -1,0 +1,237 @@
+"""The page: one file, no script, no network."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from portatrain.runs.history import AttemptFacts, RunFacts, Seam
+from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
+from portatrain.training.metrics.console import duration
+
+STYLE = """
+body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em; color: #222;
+  background: #fff }
+h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.1em; margin: 1.8em 0 .4em }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .25em .7em .25em 0;
+  border-bottom: 1px solid #ddd; vertical-align: top } th { font-weight: 600; color: #555 }
+td.n { text-align: right; font-variant-numeric: tabular-nums } svg { width: 100%; height: auto; display: block }
+svg text { font: 11px system-ui, sans-serif; fill: #555 } svg text.title { font-weight: 600; fill: #222 }
+.grid { stroke: #ddd; stroke-width: .6 } .curve { fill: none; stroke: #1b3a57; stroke-width: 1.4 }
+.range { fill: #1b3a57; fill-opacity: .18 } .dot { fill: #d62728 } .none { color: #888 }
+.key { display: inline-block; width: 1em; height: 1em; vertical-align: -.15em; margin-right: .4em; opacity: .55 }
+code { background: #f4f4f4; padding: 0 .25em } .sub { color: #666; margin-top: .2em }
+"""
+
+
+def page(run: RunFacts) -> str:
+    """The whole document."""
+    return "\n".join(
+        [
+            "<!doctype html>",
+            '<html lang="en"><head><meta charset="utf-8">',
+            f"<title>{escape(run.name)}</title>",
+            f"<style>{STYLE}</style></head><body>",
+            _head(run),
+            _charts(run),
+            _attempts(run),
+            _seams(run),
+            _plans(run),
+            _checkpoints(run),
+            _recipe(run),
+            "</body></html>",
+            "",
+        ]
+    )
+
+
+def _head(run: RunFacts) -> str:
+    reached = run.curve[-1]["step"] if run.curve else 0
+    trained_s = sum(float(row.get("step_s", 0.0)) for row in run.curve)
+    facts = [f"{run.state}", f"step {reached} of {run.steps}", f"{len(run.attempts)} attempt(s)"]
+    if trained_s:
+        facts.append(f"{duration(trained_s)} of training")
+    if run.seams:
+        facts.append(f"{duration(run.lost_s)} lost to restarts")
+    last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
+    if last:
+        more = "".join(f", {escape(k.replace('_', ' '))} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
+        facts.append(f"validation loss {last['loss']:.4f} at step {last['step']}{more}")
+    if run.skipped:
+        facts.append(f"{len(run.skipped)} step(s) skipped: not finite")
+    return f"<h1>{escape(run.name)}</h1><p class=sub>{' · '.join(facts)}</p>"
+
+
+def _charts(run: RunFacts) -> str:
+    bands = []
+    for attempt in run.attempts:
+        mine = [row["step"] for row in run.curve if row["attempt"] == attempt.number]
+        if mine:
+            bands.append(
+                Band(
+                    number=attempt.number,
+                    first=mine[0],
+                    last=mine[-1],
+                    text=f"attempt {attempt.number}: {attempt.where}, steps {mine[0]} to {mine[-1]}",
+                )
+            )
+    marks = [
+        Mark(step=s.step, verdict=str(s.event.get("verdict")), text=f"step {s.step}: {_verdict(s)}") for s in run.seams
+    ]
+    steps = max(run.steps, run.curve[-1]["step"] if run.curve else 0)
+    unit = "tokens" if "seq_len" in run.recipe.get("data", {}) else "samples"
+    figures = (
+        ("loss", "loss"),
+        ("grad_norm", "gradient norm, before clipping"),
+        ("tokens_per_s", f"{unit} a second"),
+        ("lr", "learning rate"),
+    )
+    out = []
+    for key, title in figures:
+        points = [(row["step"], row[key]) for row in run.curve if row.get(key) is not None]
+        dots = [(e["step"], e["loss"]) for e in run.evals if e.get("loss") is not None] if key == "loss" else []
+        named = f"{title} (dots: validation)" if dots else title
+        out.append(chart(named, points, steps=steps, bands=bands, seams=marks, dots=dots, dots_are="validation loss"))
+    keys = "".join(
+        f'<span style="margin-right:1.4em"><i class="key" style="background:{b.colour}"></i>{escape(b.text)}</span>'
+        for b in bands
+    )
+    return f"<p>{keys}</p>{''.join(out)}"
+
+
+def _verdict(seam: Seam) -> str:
+    """The verdict and its figures beside their bounds, in words."""
+    e = seam.event
+    parts = [str(e.get("verdict"))]
+    for key in ("loss", "mean", "state", "grad", "update", "replay"):
+        if e.get(f"{key}_difference") is not None:
+            parts.append(f"{key} {e[f'{key}_difference']:.1e} (bound {e[f'{key}_bound']:.0e})")
+    if e.get("differs"):
+        parts.append("different: " + ", ".join(map(str, e["differs"])))
+    if e.get("accepted"):
+        parts.append(f"accepted: {e['accepted']}")
+    return ", ".join(parts)
+
+
+def _attempts(run: RunFacts) -> str:
+    rows = [
+        (
+            _key(a),
+            a.where,
+            a.framework,
+            f"{a.first} to {a.last}" if a.first is not None else "none",
+            str(a.lost or ""),
+            _when(a.began_s),
+            duration(max(0.0, a.ended_s - a.began_s)),
+            a.ended,
+        )
+        for a in run.attempts
+    ]
+    head = ("attempt", "where", "framework", "steps trained", "trained again later", "began", "lasted", "ended")
+    return _section("Attempts", _table(head, rows, raw=(0,)))
+
+
+def _key(attempt: AttemptFacts) -> str:
+    colour = Band(number=attempt.number, first=1, last=1, text="").colour
+    return f'<i class="key" style="background:{colour}"></i>{attempt.number}'
+
+
+def _seams(run: RunFacts) -> str:
+    if not run.seams:
+        return ""
+    rows = []
+    for s in run.seams:
+        verdict = str(s.event.get("verdict"))
+        colour = VERDICTS.get(verdict, "#555")
+        shown = f'<b style="color:{colour}">{escape(verdict)}</b>{escape(_verdict(s)[len(verdict) :])}'
+        rows.append(
+            (
+                str(s.step),
+                f"{s.earlier or '?'} to {s.attempt}",
+                shown,
+                f"{s.retrained} step(s), {s.retrained_s:.1f} s" if s.retrained else "none",
+                "" if s.gap_s is None else f"{s.gap_s:.1f} s",
+            )
+        )
+    head = ("after step", "attempts", "continuity", "trained again", "from the last step there to the first here")
+    total = f"<p>Lost to restarts: {run.lost_s:.1f} s.</p>"
+    return _section("Seams", _table(head, rows, raw=(2,)) + total)
+
+
+def _plans(run: RunFacts) -> str:
+    rows = []
+    for a in run.attempts:
+        if a.plan is None:
+            continue
+        made = a.plan.get("plan") if a.plan.get("planned") else None
+        if made is None:
+            rows.append((str(a.number), f"not planned: {a.plan.get('why', '')}", "", "", ""))
+            continue
+        measured_s, planned_s = a.step_s, float(made["step_s"])
+        rows.append(
+            (
+                str(a.number),
+                f"{planned_s:.4g} s",
+                "" if measured_s is None else f"{measured_s:.4g} s",
+                _gib(made.get("memory_total_bytes")),
+                _gib(a.memory_bytes),
+            )
+        )
+    if not rows:
+        return ""
+    head = ("attempt", "planned step", "measured step (median)", "planned memory a device", "measured peak")
+    return _section("Planned beside measured", _table(head, rows))
+
+
+def _checkpoints(run: RunFacts) -> str:
+    rows = [
+        (str(c["step"]), "committed" if c["committed"] else "not committed", _mib(c["bytes"]), str(c.get("save", "")))
+        for c in run.checkpoints
+    ]
+    if not rows:
+        return ""
+    return _section("Checkpoints that are kept", _table(("step", "state", "bytes", "save"), rows))
+
+
+def _recipe(run: RunFacts) -> str:
+    rows = [(f"<code>{escape(k)}</code>", escape(v)) for k, v in _flat(run.recipe)]
+    about = f"<p class=sub>SHA-256 {escape(run.recipe_sha256)}</p>"
+    return _section("Resolved recipe", about + _table(("field", "value"), rows, raw=(0, 1)))
+
+
+def _flat(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
+    if isinstance(value, Mapping) and value:
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list) and any(isinstance(v, Mapping) for v in value):
+        for i, inner in enumerate(value):
+            yield from _flat(inner, f"{path}[{i}]")
+    else:
+        yield path, str(value)
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>{body}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: Sequence[int] = ()) -> str:
+    """Cells are text, but for the columns `raw`, which are HTML."""
+    lines = ["<table><tr>", *(f"<th>{escape(h)}</th>" for h in head), "</tr>"]
+    for row in rows:
+        cells = "".join(f"<td>{cell if i in raw else escape(cell)}</td>" for i, cell in enumerate(row))
+        lines.append(f"<tr>{cells}</tr>")
+    return "".join([*lines, "</table>"])
+
+
+def _when(unix_s: float) -> str:
+    return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if unix_s else ""
+
+
+def _gib(nbytes: Any) -> str:
+    return "" if nbytes is None else f"{float(nbytes) / 2**30:.3g} GiB"
+
+
+def _mib(nbytes: float) -> str:
+    return f"{nbytes / 2**20:.1f} MiB"

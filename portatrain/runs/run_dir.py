@@ -1,0 +1,377 @@
+"""The run directory: the record of a run, over all its attempts.
+
+run.json            what the run is: the resolved recipe and its hash; written once
+claim               who is writing now; its modification time is the sign of life
+attempts/1/         attempt.json, metrics.jsonl, events.jsonl, rank-0.log ...; then 2/, 3/ ...
+jobs/1.json         what was handed to a scheduler; then 2.json ... (`portatrain.runs.jobs`)
+checkpoints/        step-00000010/ ... (`portatrain.checkpoint.saver`)
+data/               the packed corpus
+summary.json        the results, at the end
+DONE                written last
+CANCELLED           somebody asked that it end
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import json
+import os
+import platform
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from portatrain.checkpoint.locations import is_remote
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe
+from portatrain.runs.attempt import Attempt
+from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
+from portatrain.system import json_files
+
+FORMAT = 1
+ATTEMPT = "PORTATRAIN_ATTEMPT"
+"""Environment variable: the attempt that this process's supervisor has begun for it."""
+PLACE = "PORTATRAIN_PLACE"
+"""Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
+
+
+class RunDir:
+    """A run directory on a local or shared file system. Making this object touches nothing on disk.
+
+    `portatrain.runs.remote_run_dir.RemoteRun` is one in an object store; `open_run` makes either.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is over, and was a success; asks the record each time."""
+        return self.marked("DONE")
+
+    # ---- what differs where the record is in an object store, of which `path` then is a copy
+
+    @property
+    def where(self) -> str:
+        """Path or URL, for messages and for commands."""
+        return str(self.path)
+
+    @property
+    def locks(self) -> bool:
+        """Whether nobody can take the run over while `Attempt.guard` is entered."""
+        return True
+
+    def entries(self) -> list[str] | None:
+        """Names of what lies in it; None where there is no such folder."""
+        return [entry.name for entry in self.path.iterdir()] if self.path.exists() else None
+
+    def refresh(self, *, logs: bool = False) -> None:
+        """See what others have written since; `logs`: the output of processes too."""
+
+    def looked_at(self) -> RunDir:
+        """The same run, to look at as it is now."""
+        return self
+
+    def owner(self) -> Owner | None:
+        """Who holds the claim and is, as far as can be known, alive."""
+        return live_owner(self.path / "claim")
+
+    def acquire(self) -> Holding:
+        """Take the claim; UserError where another process holds it. The directory is there."""
+        return Claim.acquire(self.path / "claim")
+
+    def marked(self, name: str) -> bool:
+        """Whether it has the mark DONE, or CANCELLED."""
+        return (self.path / name).exists()
+
+    def put(self, name: str, data: object, *, once: bool = False) -> bool:
+        """Write a JSON file of it whole, seen by all at once; `once`: False, and nothing done, where it is there."""
+        if once and (self.path / name).exists():
+            return False
+        json_files.write_json(self.path / name, data)
+        return True
+
+    def remove(self, name: str) -> None:
+        """Remove a mark; nothing where it is not there."""
+        if (self.path / name).exists():
+            (self.path / name).unlink(missing_ok=True)
+            json_files.sync_folder(self.path)
+
+    def began(self, folder: Path) -> None:
+        """The attempt in `folder` is this process's."""
+
+    def send(self) -> None:
+        """What this process has written of its attempt is in the record when this returns."""
+
+    def default_checkpoints(self) -> Path | str:
+        """Where checkpoints are unless somebody says otherwise."""
+        return self.path / "checkpoints"
+
+    def data(self) -> Path:
+        """The folder of the packed corpus, with what the record has of it."""
+        return self.path / "data"
+
+    def share_data(self) -> None:
+        """The packed corpus is in the record when this returns."""
+
+    def share_code(self, folder: Path) -> str:
+        """The copy of the code in `folder` is in the record when this returns; what a job calls it."""
+        return str(folder)
+
+    def _writable(self, what: str) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(what, expected="a folder, or a name that is free", got="a file", do="Choose another name.")
+        _check_writable(what, existing_ancestor(self.path))
+
+    # ---- for all
+
+    def check(self, recipe: Recipe, *, cancelled_too: bool = False) -> None:
+        """Raise UserError unless an attempt at ``recipe`` may begin here. Writes nothing.
+
+        ``cancelled_too``: also one that somebody has cancelled.
+        """
+        what = f"run directory {self.where}"
+        self._writable(what)
+        there = self.entries()
+        if there is None:
+            return
+        run = self.looked_at()
+        if "run.json" not in there:
+            # What an attempt leaves that died before it wrote run.json: the corpus is packed before that.
+            ours = {"claim", "attempts", "data", "jobs", "code"}
+            others = sorted(name for name in there if name not in ours and name[0] != ".")
+            if others:
+                raise UserError(
+                    what,
+                    expected="an empty folder or a run of portatrain (with a run.json)",
+                    got=f"a folder with {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}",
+                    do="Choose another name; nothing in it was changed.",
+                )
+        else:
+            run._check_same(recipe)
+        if not cancelled_too:
+            self.check_open()
+        owner = self.owner()
+        if owner is not None and not owner.is_ours:
+            raise in_use(self.where, owner)
+
+    def check_open(self) -> None:
+        """Raise UserError for a run that is over: finished or cancelled."""
+        for mark, state in (("DONE", "finished"), ("CANCELLED", "cancelled")):
+            if self.marked(mark):
+                raise UserError(
+                    f"run directory {self.where}",
+                    expected="a run that is not over",
+                    got=f"one that is {state}",
+                    do="Choose another name (launch --run NAME, train --run-dir DIR) to train again."
+                    + (" `launch resume` goes on with a cancelled run." if mark == "CANCELLED" else ""),
+                )
+
+    def _check_same(self, recipe: Recipe) -> None:
+        stored = self.run_info()
+        if stored.get("recipe_sha256") == recipe.sha256:
+            return
+        changed = sorted(_differences(stored.get("recipe", {}), recipe.to_json()))
+        raise UserError(
+            f"run directory {self.where}",
+            expected="the recipe that the run began with",
+            got=f"another one (differs in {', '.join(changed[:6])}{' ...' if len(changed) > 6 else ''})",
+            do="Use the same recipe and --set values, or another run name for a new run.",
+        )
+
+    def begin(self, recipe: Recipe, info: Mapping[str, Any] | None = None) -> Attempt:
+        """Claim the directory, made where missing, and begin the next attempt at ``recipe``.
+
+        ``info`` (backend, mesh, devices ...) goes into attempt.json. To be called when everything else has been
+        validated: this is the first write.
+        """
+        self.check(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            claim = self.acquire()
+            try:
+                self.check_open()  # it may have ended while we waited for the claim
+                return self._begin(recipe, info or {}, claim)
+            except BaseException:
+                claim.release()
+                raise
+        except OSError as error:
+            raise self._unusable(error) from error
+
+    def _unusable(self, error: OSError) -> UserError:
+        return UserError(
+            f"run directory {self.where}",
+            expected="a place that can be written to",
+            got=str(error),
+            do="Choose another place, or free some space.",
+        )
+
+    def create(self, recipe: Recipe) -> None:
+        """Write run.json, unless it is there; to be called after `check`."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._unusable(error) from error
+        if (self.path / "run.json").exists():
+            return
+        run = {
+            "format": FORMAT,
+            "name": self.path.name,
+            "created_unix_s": time.time(),
+            "recipe_sha256": recipe.sha256,
+            "code_sha256": code_sha256(recipe),
+            "recipe": recipe.to_json(),
+        }
+        self.put("run.json", run, once=True)
+
+    def new_attempt(self, claim: Holding) -> Attempt:
+        """The folder and record of the next attempt, empty."""
+        number = max(self.attempt_numbers(), default=0) + 1
+        folder = self.path / "attempts" / str(number)
+        folder.mkdir(parents=True)
+        self.began(folder)
+        return Attempt(self, number, folder, claim)
+
+    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
+        self.create(recipe)
+        if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
+            number = int(os.environ[ATTEMPT])
+            attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
+            self.began(attempt.folder)
+        else:
+            attempt = self.new_attempt(claim)
+        number, folder = attempt.number, attempt.folder
+        about = {
+            "attempt": number,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "began_unix_s": time.time(),
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "code_sha256": code_sha256(recipe),
+        }
+        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info})
+        if self.run_info().get("code_sha256") != about["code_sha256"]:
+            attempt.event("code_differs", why="it is not the code that the run began with")
+        if claim.taken_over is not None:
+            dead = claim.taken_over
+            attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
+        self.send()
+        return attempt
+
+    def checkpoints(self, url: str | None = None) -> Path | str:
+        """Where the checkpoints are: ``checkpoints`` in the run directory, or the URL in checkpoints.json, which the
+        first attempt that is given one writes. UserError for another URL than that."""
+        note = self.path / "checkpoints.json"
+        stored = json_files.read_json(note)["url"] if note.exists() else None
+        if url is None or url == stored:
+            return stored or self.default_checkpoints()
+        if stored is not None or "checkpoints" in (self.entries() or ()):
+            raise UserError(
+                f"--checkpoints {url}",
+                expected="the place that the run began with",
+                got=f"another one ({stored or self.default_checkpoints()})",
+                do="Leave --checkpoints out: the run knows its place.",
+            )
+        self.put("checkpoints.json", {"url": url})
+        return url
+
+    def run_info(self) -> dict[str, Any]:
+        """run.json."""
+        return json_files.read_json(self.path / "run.json")
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe of the run."""
+        return Recipe.from_json(self.run_info()["recipe"])
+
+    def summary(self) -> dict[str, Any]:
+        """summary.json; empty before the end."""
+        path = self.path / "summary.json"
+        return json_files.read_json(path) if path.exists() else {}
+
+    def attempt_numbers(self) -> list[int]:
+        folder = self.path / "attempts"
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def rows(self, number: int, name: str) -> list[dict[str, Any]]:
+        """The rows of ``metrics`` or ``events`` of one attempt."""
+        return json_files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl")
+
+    def curve(self) -> list[dict[str, Any]]:
+        """One row a step, in order, over all attempts; each says its ``attempt``.
+
+        Where an attempt goes on from an earlier step than the last one reached, its rows replace the
+        ones that it trained again and all after them.
+        """
+        return merge({number: self.rows(number, "metrics") for number in self.attempt_numbers()})
+
+    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+        """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
+        found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
+        return [row for row in found if kind in (None, row.get("event"))]
+
+
+def open_run(where: str | Path, *, work: bool = False) -> RunDir:
+    """The run directory at a path, or at a URL of an object store. `work`: to carry the run out, see `RemoteRun`."""
+    if not is_remote(where):
+        return RunDir(where)
+    from portatrain.runs.remote_run_dir import RemoteRun
+
+    return RemoteRun(str(where), work=work)
+
+
+def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """``RunDir.curve`` of rows that have been read: attempt number -> its rows."""
+    curve: list[dict[str, Any]] = []
+    for number in sorted(attempts):
+        rows = attempts[number]
+        if rows:
+            first = min(row["step"] for row in rows)
+            curve = [row for row in curve if row["step"] < first]
+            curve += [{**row, "attempt": number} for row in rows]
+    return curve
+
+
+def code_sha256(recipe: Recipe) -> str:
+    """SHA-256, in hex, over the source of the package and of the modules that the recipe's classes come from."""
+    package = Path(str(importlib.resources.files("portatrain")))
+    sources = {f"portatrain/{path.relative_to(package)}": path for path in package.rglob("*.py")}
+    for value in (recipe.model, recipe.data, recipe.optimizer, recipe.schedule, *recipe.hooks):
+        module = sys.modules.get(getattr(value, "__module__", ""))
+        file = getattr(module, "__file__", None)
+        if module is not None and file and not module.__name__.startswith("portatrain."):
+            sources[module.__name__] = Path(file)
+    digest = hashlib.sha256()
+    for name in sorted(sources):
+        digest.update(name.encode() + b"\0" + hashlib.sha256(sources[name].read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _differences(old: object, new: object, path: str = "") -> set[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = {*old, *new}
+        return set().union(*(_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys))
+    return set() if old == new else {path}
+
+
+def existing_ancestor(path: Path) -> Path:
+    """The nearest folder or file above `path` that is there."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path
+
+
+def _check_writable(what: str, folder: Path) -> None:
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            what,
+            expected="a place that can be written to",
+            got=f"no permission to write in {folder}" if folder.is_dir() else f"{folder}, which is a file",
+            do="Choose another place, or change the permissions.",
+        )

@@ -1,0 +1,180 @@
+"""Where every process of a run is, and what to do when one of them stays there.
+
+Each process leaves a small file, `attempts/K/beats/rank-R.json`: its host, step and phase. One that has not moved on
+for `limit_s` writes the stacks of all its threads beside it, reads the others' files to see who is behind, records the
+event `hang` and leaves with 85: the next attempt goes on from the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from portatrain.system.stop_signals import RESUME_ME
+
+LIMIT = "PORTATRAIN_HANG_S"
+"""Environment variable: seconds without moving on after which an attempt is ended; 0: never."""
+PHASES = ("starting", "data", "agree", "step", "record", "eval", "save", "end")
+"""In the order of a step: of two processes at one step the one in the earlier phase is behind."""
+STARTING_S, LEAST_S, TIMES = 3600.0, 600.0, 20.0
+"""Defaults: an hour before the first step is done (compiling); then 20 of the slowest step, and at least 600 s."""
+BEAT_S = 2.0
+
+
+class Watchdog:
+    """Watches this process from a thread; use in a `with` block. `folder` is the attempt's.
+
+    `tell(fields)` is called once, on a hang, before the process ends; `cancelled()` once, when the run's CANCELLED is
+    seen.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        process: int,
+        processes: int,
+        tell: Callable[[dict[str, Any]], None],
+        cancelled: Callable[[], None],
+    ) -> None:
+        self.folder, self.process, self.processes, self.tell = folder, process, processes, tell
+        self.cancelled: Callable[[], None] | None = cancelled
+        given = os.environ.get(LIMIT)
+        self.given_s = float(given) if given else None
+        self.phase, self.step, self._since_s = "starting", 0, time.monotonic()
+        self._slowest_s: float | None = None
+        self._step_s = time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="portatrain-watchdog", daemon=True)
+
+    def at(self, phase: str, step: int) -> None:
+        """The main thread is now in `phase` of `step`."""
+        now_s = time.monotonic()
+        if step != self.step:
+            if self._slowest_s is not None or self.phase != "starting":
+                self._slowest_s = max(self._slowest_s or 0.0, now_s - self._step_s)
+            self._step_s = now_s
+        self.phase, self.step, self._since_s = phase, step, now_s
+
+    @property
+    def limit_s(self) -> float:
+        """Seconds in one phase that are taken for a hang."""
+        if self.given_s is not None:
+            return self.given_s or float("inf")
+        if self._slowest_s is None:
+            return STARTING_S
+        return max(LEAST_S, TIMES * self._slowest_s)
+
+    def __enter__(self) -> Watchdog:
+        self._beats = self.folder / "beats"
+        self._beats.mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(BEAT_S, self.limit_s / 4)):
+            self._beat()
+            if self.cancelled is not None and (self.folder.parent.parent / "CANCELLED").exists():
+                self.cancelled()
+                self.cancelled = None
+            if time.monotonic() - self._since_s > self.limit_s:
+                self._end()
+
+    def _beat(self) -> None:
+        path = self._beats / f"rank-{self.process}.json"
+        row = {
+            "process": self.process,
+            "host": host_name(),
+            "step": self.step,
+            "phase": self.phase,
+            "for_s": round(time.monotonic() - self._since_s, 1),
+            "unix_s": time.time(),
+        }
+        try:
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(row))
+            partial.replace(path)
+        except OSError:  # the file system is what hangs, perhaps; the stacks will show
+            pass
+
+    def _end(self) -> None:
+        stacks = self.folder / f"stacks-rank-{self.process}.txt"
+        try:
+            with stacks.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(sys.stderr, all_threads=True)
+        time.sleep(2 * min(BEAT_S, self.limit_s / 4))  # so that what the others say of themselves is of now
+        found = behind(beats(self.folder), self.processes)
+        fields = {
+            "process": self.process,
+            "host": host_name(),
+            "step": self.step,
+            "phase": self.phase,
+            "for_s": round(time.monotonic() - self._since_s, 1),
+            "stacks": stacks.name,
+            "behind": found,
+        }
+        telling = threading.Thread(target=self.tell, args=(fields,), daemon=True)
+        telling.start()
+        telling.join(2.0)
+        print(
+            f"\nprocess {self.process} has been in phase {self.phase!r} of step {self.step} for {fields['for_s']:.0f} s"
+            f" and ends the attempt, which can be resumed. {found['text']} Stacks: {stacks}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(RESUME_ME)
+
+
+def host_name() -> str:
+    """This host's name, as its scheduler calls it where it does."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def beats(folder: Path) -> dict[int, dict[str, Any]]:
+    """What each process of an attempt last said of itself, by rank."""
+    found = {}
+    for path in (folder / "beats").glob("rank-*.json"):
+        try:
+            row = json.loads(path.read_text())
+            found[int(row["process"])] = row
+        except (OSError, ValueError, KeyError):
+            continue
+    return found
+
+
+def behind(rows: Mapping[int, Mapping[str, Any]], processes: int) -> dict[str, Any]:
+    """Whom the others wait for: {'hosts', 'processes', 'text'}."""
+    missing = [r for r in range(processes) if r not in rows]
+    newest_s = max((row["unix_s"] for row in rows.values()), default=0.0)
+    silent = [r for r, row in rows.items() if newest_s - row["unix_s"] > 5 * BEAT_S]
+    if missing or silent:
+        slow = sorted(missing + silent)
+        how = "give no sign of life"
+    else:
+        places = {r: (row["step"], PHASES.index(row["phase"])) for r, row in rows.items()}
+        least = min(places.values(), default=(0, 0))
+        slow = sorted(r for r, place in places.items() if place == least)
+        if len(slow) == processes:
+            text = f"None is behind: all are in phase {PHASES[least[1]]!r} of step {least[0]}."
+            return {"hosts": [], "processes": [], "text": text}
+        how = f"are behind, in phase {PHASES[least[1]]!r} of step {least[0]}"
+    hosts = sorted({str(rows[r]["host"]) for r in slow if r in rows})
+    where = f" on {', '.join(hosts)}" if hosts else ""
+    return {"hosts": hosts, "processes": slow, "text": f"Processes {', '.join(map(str, slow))}{where} {how}."}

@@ -1,0 +1,243 @@
+"""Is the run that goes on the run that stopped? A record in every commit, computed again on arrival.
+
+The exact part must be equal: the step, the steps that the optimizer applied, the data's fingerprint, next sample and
+the hash of the next batch, the seed and the next random word, the learning rate of the next step. The probe is a
+virtual step that changes nothing: the losses of the next samples without dropout, the norm of every tensor of the
+state layer by layer, and those of the next step's gradients and updates. Where a commit has no probe, the steps that
+the lost attempt logged after it serve as one (`Replay`); where there are none, the verdict is 'unproven'.
+
+The bounds come from honest moves alone: `python benchmarks/continuity.py` makes a hundred, and prints how far they
+went, the bounds, and the smallest effect that is seen (docs/resume.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from portatrain.backends.base import Backend
+from portatrain.backends.state import COUNT
+from portatrain.data import Split, batch_hash
+from portatrain.errors import UserError
+from portatrain.model.rng import words
+from portatrain.recipe import Recipe
+
+PROBE_SAMPLES = 64
+REPLAY_STEPS = 5
+"""How many steps of a lost attempt are compared, at most: rounding grows from step to step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The largest relative differences that pass.
+
+    loss: of a sample's loss, over the mean of all where it is smaller. mean: of those differences' mean, each sample
+    against itself (the paired test). state: of the norm of a tensor of the state, in a layer. grad, update: likewise,
+    of the next step's; a norm below a thousandth of the largest one of its kind is measured by that. replay: of the
+    loss of a step that was trained again.
+    """
+
+    loss: float
+    mean: float
+    state: float
+    grad: float
+    update: float
+    replay: float
+
+
+BOUNDS = {
+    "fp32": Bounds(loss=1e-5, mean=5e-7, state=2e-6, grad=5e-6, update=5e-6, replay=1e-5),
+    "bf16": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
+    "bf16-state": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
+}
+
+
+def record(
+    backend: Backend, state: Any, recipe: Recipe, train: Split, step: int, *, virtual_step: bool = True
+) -> dict[str, Any]:
+    """What the state after `step` steps looks like, as JSON for a checkpoint's meta. Changes nothing.
+
+    `virtual_step` False leaves the probe out, which costs 64 samples forward and a step. After the last step there is
+    no next one: the probe is its losses then.
+    """
+    start, upcoming = recipe.samples_after(step), min(step + 1, recipe.steps)
+    ahead = train.batch(start, recipe.batch_at(step + 1))
+    found: dict[str, Any] = {
+        "step": step,
+        "applied": next(int(b.fetch()) for b in backend.local_boxes(state) if b.role == COUNT),
+        "data": {"next_sample": start, "next_batch": batch_hash(ahead), "fingerprint": train.fingerprint},
+        "rng": {
+            "algorithm": "philox4x64-10",
+            "seed": str(recipe.seed),
+            "word": str(words(recipe.seed, "step", step, 1)[0]),
+        },
+        "schedule": {"learning_rate": recipe.optimizer.lr * recipe.schedule(upcoming, recipe.steps)},
+    }
+    if virtual_step:
+        found["probe"] = {
+            "losses": _losses(backend, state, recipe, train, start),
+            "norms": _norms(backend, state, recipe, ahead, upcoming) if step < recipe.steps else {},
+        }
+    return found
+
+
+EXACT = ("step", "applied", "data", "rng", "schedule")
+
+
+def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: int) -> list[float]:
+    losses: list[float] = []
+    for at in range(start, start + PROBE_SAMPLES, recipe.batch):
+        found = backend.eval(state, train.batch(at, recipe.batch))
+        losses += (found["loss_B"] / np.maximum(found["weight_B"], 1)).astype(np.float64).tolist()
+    return losses[:PROBE_SAMPLES]
+
+
+def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
+    """Norms by name, a list where there are layers; empty for a backend that cannot rehearse a step."""
+    rehearse = getattr(backend, "rehearse", None)
+    if rehearse is None:
+        return {}
+    found = rehearse(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
+    return {name: norm.tolist() for name, norm in sorted(found.items())}
+
+
+def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -> dict[str, Any]:
+    """'continuous', 'broken', 'unproven' where the checkpoint has no probe, or 'imported' where it comes from another
+    format and no run was there before; with the numbers.
+
+    `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' names every figure beyond its bound.
+    """
+    if "imported" in before:
+        return {"verdict": "imported", "differs": [], "failed": [], "from": before["imported"]}
+    a, b = _flat(before), _flat(now)
+    differs = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and a.get(k) != b.get(k))
+    was = before.get("probe")
+    if was is None:
+        return {"verdict": "broken" if differs else "unproven", "differs": differs, "failed": []}
+    bounds, found = BOUNDS[precision], compare(was, now["probe"])
+    failed = [k for k, (value, _) in found.items() if not value <= getattr(bounds, k)]
+    return {
+        "verdict": "broken" if differs or failed else "continuous",
+        "differs": differs,
+        "failed": failed,
+        "samples": len(was["losses"]),
+        **{f"{k}_difference": value for k, (value, _) in found.items()},
+        **{f"{k}_bound": getattr(bounds, k) for k in found},
+        "worst": {k: where for k, (_, where) in found.items()},
+    }
+
+
+def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
+    """By the names of `Bounds`: the largest relative difference of two probes, and where it lies."""
+    a, b = np.array(was["losses"]), np.array(now["losses"])
+    if a.shape != b.shape:
+        return {"loss": (float("inf"), "their number")}
+    relative = (b - a) / np.maximum(np.abs(a), max(float(np.abs(a).mean()), 1e-3))
+    found = {
+        "loss": (_finite(np.abs(relative).max()), f"sample {int(np.abs(relative).argmax())}"),
+        "mean": (_finite(abs(relative.mean())), "all samples"),
+    }
+    kinds = {k: k.split("/")[0] if k.startswith(("grad/", "update/")) else "state" for k in was["norms"]}
+    if not was["norms"] or not now["norms"]:
+        return found
+    for kind in ("state", "grad", "update"):
+        names = [k for k in kinds if kinds[k] == kind]
+        least = 0.0
+        if kind != "state":
+            least = 1e-3 * max((float(np.max(np.abs(was["norms"][k]))) for k in names), default=0.0)
+        worst = (0.0, "")
+        for name in names:
+            difference = _relative(was["norms"][name], now["norms"].get(name), least)
+            if not difference <= worst[0]:
+                worst = (difference, name)
+        found[kind] = worst
+    return found
+
+
+def _relative(a: Any, b: Any, least: float) -> float:
+    x, y = np.asarray(a, np.float64), np.asarray(np.nan if b is None else b, np.float64)
+    if x.shape != y.shape:
+        return float("inf")
+    scale = np.maximum(np.abs(x), max(least, 1e-30))
+    return _finite(np.max(np.abs(x - y) / scale, initial=0.0))
+
+
+def _finite(x: Any) -> float:
+    return float(x) if np.isfinite(x) else float("inf")
+
+
+@dataclass
+class Replay:
+    """The steps that a lost attempt logged after the commit, against the same steps trained again."""
+
+    rows: Mapping[int, float]
+    """Step -> loss, of the lost attempt."""
+    precision: str
+    worst: float = 0.0
+    compared: list[int] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, curve: Iterable[Mapping[str, Any]], step: int, precision: str) -> Replay | None:
+        """From the rows of metrics.jsonl; None where nothing was logged after `step`."""
+        rows = {int(r["step"]): float(r["loss"]) for r in curve if step < r["step"] <= step + REPLAY_STEPS}
+        return cls(rows, precision) if rows else None
+
+    def add(self, step: int, loss: float) -> dict[str, Any] | None:
+        """Compare a step; the verdict after the last one, or at the first that is too far off."""
+        if step in self.rows:
+            was = self.rows[step]
+            self.worst = max(self.worst, _relative(was, loss, 1e-3))
+            self.compared.append(step)
+        bound = BOUNDS[self.precision].replay
+        if self.worst <= bound and step < max(self.rows):
+            return None
+        return {
+            "verdict": "continuous" if self.worst <= bound else "broken",
+            "differs": [],
+            "failed": [] if self.worst <= bound else ["replay"],
+            "steps": list(self.compared),
+            "replay_difference": self.worst,
+            "replay_bound": bound,
+        }
+
+
+def refusal(step: int, found: Mapping[str, Any]) -> UserError:
+    """The error for a broken verdict, with the numbers."""
+    got = [f"{name} different" for name in found["differs"]]
+    for name in found["failed"]:
+        where = found.get("worst", {}).get(name, "")
+        got.append(
+            f"{_WORDS[name]}{f' ({where})' if where else ''} off by {found[f'{name}_difference']:.3g}, bound "
+            f"{found[f'{name}_bound']:g}"
+        )
+    return UserError(
+        f"continuity check at step {step}",
+        expected="counts, data, random words and learning rate equal, and the next step's losses, gradients and "
+        "updates within rounding",
+        got="; ".join(got),
+        do="This is not the run that was saved. Look for a changed model, corpus or seed; to go on all the same, give "
+        "--accept-drift REASON, which is recorded.",
+    )
+
+
+_WORDS = {
+    "loss": "a sample's loss",
+    "mean": "the mean loss of the samples",
+    "state": "the norm of a tensor",
+    "grad": "a gradient's norm",
+    "update": "an update's norm",
+    "replay": "the loss of a step trained again",
+}
+
+
+def _flat(found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,80 @@
+"""What a researcher adds to the training loop, and the hooks that come with portatrain.
+
+A hook is a frozen dataclass listed in `Recipe.hooks`, with any of the methods of `Hook`; it is part of the recipe, so
+it is saved with the run and has no state of its own between runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from portatrain.training.metrics.record import EvalRecord, StepRecord
+
+if TYPE_CHECKING:
+    from portatrain.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hook:
+    """Base of all hooks: override what you need."""
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Before the first step of an attempt."""
+
+    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+        """After every step; its record has been given to the sinks."""
+
+    def on_eval(self, trainer: Trainer, record: EvalRecord) -> None:
+        """After every evaluation."""
+
+    def on_end(self, trainer: Trainer) -> Mapping[str, Any]:
+        """After the last step and evaluation of a run: entries of its summary."""
+        return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigramBaseline(Hook):
+    """Scores an interpolated Kneser-Ney byte 3-gram model on the run's own split, for comparison."""
+
+    def on_end(self, trainer: Trainer) -> Mapping[str, Any]:
+        from portatrain.data import KneserNey
+
+        streams = trainer.data.streams
+        if not {"train", "validation"} <= set(streams):
+            return {}
+        trainer.event("scoring_a_byte_3-gram_model_on_the_same_split")
+        bits = KneserNey(streams["train"]).bits_per_byte(streams["validation"])
+        return {"references": {"byte 3-gram model (Kneser-Ney), bits per byte": bits}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSample(Hook):
+    """Lets a byte-level language model go on from `prompt` for `length` bytes, at `temperature`."""
+
+    prompt: str = "def "
+    length: int = 200
+    temperature: float = 0.7
+
+    def on_end(self, trainer: Trainer) -> Mapping[str, Any]:
+        import numpy as np
+
+        from portatrain.model.rng import words
+
+        trainer.event(f"sampling_{self.length}_bytes")
+        size: int = getattr(trainer.recipe.data, "seq_len")  # noqa: B009  # text sources all have it
+        text = [0, *self.prompt.encode()]  # byte 0 opens a document
+        random = words(trainer.recipe.seed, "sample", 0, self.length) / 2.0**64
+        for draw in random:
+            seen = text[-size:]
+            row = np.zeros((1, size), np.int32)
+            row[0, : len(seen)] = seen
+            ids = (np.arange(size) < len(seen)).astype(np.int32)[None]
+            logits = trainer.predict(
+                {"tokens": row, "segment_ids": ids, "positions": np.arange(size, dtype=np.int32)[None]}
+            )[0, len(seen) - 1].astype(np.float64)
+            weights = np.exp((logits - logits.max()) / self.temperature)
+            cumulative = np.cumsum(weights)
+            text.append(int(np.searchsorted(cumulative, draw * cumulative[-1])))
+        return {"sample": bytes(text[1:]).decode("utf-8", "replace")}

@@ -1,0 +1,427 @@
+"""The training loop: data in, steps through a backend, metrics out. It knows no framework.
+
+trainer = Trainer(recipe, run, backend="jax")
+exit_code = trainer.run()
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import numpy as np
+
+from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
+from portatrain.checkpoint.restore import restored
+from portatrain.checkpoint.saver import Checkpoints, check_newest, check_tensors
+from portatrain.data import prefetch
+from portatrain.errors import UserError
+from portatrain.model.layout import Layout, Mesh
+from portatrain.plan.recorded import device_order, of_run
+from portatrain.recipe import Recipe
+from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.run_dir import RunDir
+from portatrain.system.stop_signals import INTERRUPTED, RESUME_ME, StopSignals
+from portatrain.training import continuity
+from portatrain.training.evaluation import evaluate
+from portatrain.training.metrics import EvalRecord, Sink, StepRecord
+from portatrain.training.metrics.flops import Peak, mfu
+from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.open_data import data_of
+from portatrain.training.run_info import peak_rss_bytes, run_info
+from portatrain.training.stop_requests import Leaving
+
+
+def train(
+    recipe: Recipe,
+    run: RunDir,
+    *,
+    backend: str,
+    mesh: str | None = None,
+    devices: int | None = None,
+    stop_at: int | None = None,
+    accept_drift: str | None = None,
+    checkpoints: str | None = None,
+    sinks: Sequence[Sink] = (),
+    signals: StopSignals | None = None,
+) -> int:
+    """Train `recipe` in `run`, going on from its newest checkpoint; the exit code: 0 done, 85 saved to be resumed,
+    130 interrupted and saved. `accept_drift`: a reason to go on although the continuity check fails, recorded.
+    `signals`: entered by the caller, so that a request to stop is seen from the start.
+    `checkpoints`: a URL of an object store for the checkpoints, kept in the run directory; None: as it says, or there.
+
+    Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
+    losses that are not finite.
+    """
+    return Trainer(
+        recipe,
+        run,
+        backend=backend,
+        mesh=mesh,
+        devices=devices,
+        stop_at=stop_at,
+        accept_drift=accept_drift,
+        checkpoints=checkpoints,
+        sinks=sinks,
+        signals=signals,
+    ).run()
+
+
+def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
+    """What a backend is to carry out: `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
+
+    Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
+    """
+    definition = recipe.describe()
+    params = definition.params
+    recipe.check_names(params)
+    layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
+    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
+    return Program(
+        definition=definition,
+        layout=layout,
+        optimizer=recipe.optimizer,
+        trainable=frozenset(n for n in params if recipe.trains(n)),
+        decay=frozenset(n for n, t in params.items() if recipe.decays(t)),
+        ema=frozenset(n for n in params if recipe.averages(n)),
+        ema_decay=recipe.ema_decay,
+        clip_norm=recipe.clip_norm,
+        precision=recipe.precision,
+        remat=recipe.remat,
+        seed=recipe.seed,
+        order=functools.partial(device_order, recipe, layout.mesh),
+    )
+
+
+class Trainer:
+    """One attempt at a run. Public for hooks: recipe, data, definition, backend, state, step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: RunDir,
+        *,
+        backend: str,
+        mesh: str | None = None,
+        devices: int | None = None,
+        stop_at: int | None = None,
+        accept_drift: str | None = None,
+        checkpoints: str | None = None,
+        sinks: Sequence[Sink] = (),
+        signals: StopSignals | None = None,
+    ) -> None:
+        self.recipe, self.run_dir, self.sinks = recipe, run, list(sinks)
+        self.accept_drift, self._where, self._given_signals = accept_drift, checkpoints, signals
+        self.last_step = min(stop_at or recipe.steps, recipe.steps)
+        program = make_program(recipe, mesh=mesh if mesh is not None else f"fsdp={devices or 1}")
+        self.definition, self.mesh = program.definition, program.layout.mesh
+        simulate_devices(backend, self.mesh.devices)
+        self.backend = backend_class(backend)(program)
+        if self.backend.process:  # process 0 packs, and is the only one that writes or prints
+            self.sinks = []
+            self.backend.agree(0)
+        self.data = data_of(recipe, self.definition, run.data())
+        if not self.backend.process:
+            run.share_data()
+            self.backend.agree(0)
+        self.state: Any = None
+        self.step = 0
+        """Steps trained so far."""
+        self._skipped: list[int] = []
+        self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
+        self._replay: continuity.Replay | None = None
+        self._last_eval: EvalRecord | None = None
+
+    # ---- the loop
+
+    def run(self) -> int:
+        """Train to the end, or to where it is stopped; the exit code."""
+        about = self.backend.describe_device()
+        info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
+        if not self.backend.process:
+            fingerprint = self.data.train.fingerprint if self.accept_drift is None else None
+            check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
+        with ExitStack() as stack:
+            attempt = self._begin(info, stack)
+            self._began_s = time.perf_counter()
+            self.checkpoints = Checkpoints(
+                self.run_dir.checkpoints(self._where),
+                keep=self.recipe.retention,
+                save_name=f"a{attempt.number}",
+                process=self.backend.process,
+                processes=self.backend.processes,
+                guard=attempt.guard,
+            )
+            found = self._newest(attempt)
+            self.step = int(found.meta["step"]) if found else 0
+            self._info = run_info(self, attempt.number, about)
+            attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
+            for sink in self.sinks:
+                sink.start(self._info)
+            status, summary = "failed", {}
+            try:
+                if found:
+                    self._go_on(found)
+                else:
+                    self.state = self.backend.init_state()
+                    # What a save on demand would have to compile within the grace.
+                    if self._stop.signals.grace_s is not None:
+                        continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
+                if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
+                    self.event("saves_exceed_memory", training_waits_for_gib_written=round(beyond / 2**30, 3))
+                for hook in self.recipe.hooks:
+                    hook.on_start(self)
+                self._loop()
+                self._stop.at("save", self.step)
+                self._save(last=True)
+                self.checkpoints.wait()
+                self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
+                self._stop.at("eval", self.step)
+                summary = self._finish() if self.step == self.recipe.steps else self._results()
+                # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
+                asked = self._asked()
+                if asked is None and self.step == self.recipe.steps:
+                    status = "done"
+                    attempt.finish({"status": status, **summary})
+                else:
+                    status = {"interrupt": "interrupted", "preempt": "preempted"}.get(asked or "", "stopped")
+                    self.event(status, step=self.step, of=self.recipe.steps)
+                    attempt.write("summary.json", {"status": status, **summary})
+            finally:
+                for sink in self.sinks:
+                    sink.end({"status": status, **summary})
+        return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
+
+    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
+        """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
+        first, signals = not self.backend.process, self._given_signals
+        # A request to stop finds an attempt that can be told and closed, or none.
+        with signals.staying() if first and signals is not None else nullcontext():
+            attempt = self.run_dir.begin(self.recipe, info) if first else Follower(self.backend.agree(0))
+            stack.enter_context(attempt)
+            if isinstance(attempt, Attempt):
+                self.sinks.append(JsonlSink(attempt))
+            self._stop = stack.enter_context(
+                Leaving(
+                    attempt,
+                    self.run_dir.path,
+                    process=self.backend.process,
+                    processes=self.backend.processes,
+                    signals=signals,
+                    sinks=self.sinks,
+                )
+            )
+        if first:
+            self.backend.agree(attempt.number)
+        return attempt
+
+    def _newest(self, attempt: Attempt | Follower) -> Any:
+        """The newest checkpoint that verifies, the same for all processes; None where there is none."""
+        if not self.backend.process and not self.run_dir.locks:
+            self.checkpoints.remove_unfinished()
+        found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text), self.backend.agree)
+        return found[1] if found else None
+
+    def _asked(self) -> str | None:
+        """Whether a process has been asked to stop, and how: all leave after the same step."""
+        kinds = (None, "preempt", "interrupt")
+        self._stop.asked = kinds[self.backend.agree(kinds.index(self._stop.asked))]
+        return self._stop.asked
+
+    def _loop(self) -> None:
+        recipe, self._ended_s = self.recipe, time.perf_counter()
+        # Where steps run apart from us, a step's results are read after the next one has been started, so that the
+        # device never waits.
+        pending: tuple[int, StepResult, float] | None = None
+        counts = map(recipe.batch_at, itertools.count(self.step + 1))
+        with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
+            while self.step < self.last_step:
+                self.checkpoints.check()  # what failed in the background ends the run here
+                step = self.step + 1
+                waited_s = time.perf_counter()
+                self._stop.at("data", step)
+                rows = batches.get(lambda: self._stop.asked is not None)
+                waited_s = time.perf_counter() - waited_s
+                self._stop.at("agree", step)
+                if self._asked() is not None or rows is None:
+                    break
+                batch = recipe.microbatches(rows)
+                self._stop.at("step", step)
+                scale = recipe.schedule(step, recipe.steps)
+                self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
+                self.step, self._stop.trained = step, True
+                if pending is not None:
+                    self._record(*pending)
+                pending = (step, result, waited_s)
+                if not self.backend.asynchronous:
+                    self._record(*pending)
+                    pending = None
+                evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
+                saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
+                if (evaluates or saves) and pending is not None:  # what they follow is on the curve first
+                    self._record(*pending)
+                    pending = None
+                if evaluates:
+                    self._stop.at("eval", step)
+                    self._evaluate(recipe.eval_batches)
+                if saves:
+                    self._stop.at("save", step)
+                    self._save()
+                if evaluates or saves:
+                    self._ended_s = time.perf_counter()
+        if pending is not None:
+            self._record(*pending)
+
+    # ---- stopping and going on
+
+    def _save(self, *, last: bool = False) -> None:
+        """Begin to save the state after `self.step`, unless that has been done."""
+        if self._saved == self.step:
+            return
+        recipe = self.recipe
+        self._saves += 1
+        probes = last or (self._saves - 1) % recipe.probe_every == 0
+        found = continuity.record(self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes)
+        found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)}
+        if self._last_eval is not None and self._last_eval.step == self.step:
+            found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
+        skips = recipe.checkpoint_busy == "skip" and not last
+        if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
+            self._saved = self.step
+            self.event("saving", step=self.step)
+        else:
+            self.event("save_skipped", step=self.step, why="the one before is still being written")
+
+    def _go_on(self, reader: Any) -> None:
+        """Restore, and check that the run is the same run."""
+        check_tensors(reader, self.backend.program)
+        self.state = restored(self.backend, reader)
+        self._saved = self.step
+        self._history.extend(reader.meta.get("history", ()))
+        now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
+        found = continuity.verdict(reader.meta, now, self.recipe.precision)
+        if found["verdict"] == "unproven":
+            self._replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+        self._judge(self.step, found)
+
+    def _judge(self, step: int, found: Mapping[str, Any]) -> None:
+        """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
+        self.event("resumed", step=step, **found, accepted=self.accept_drift)
+        if found["verdict"] == "broken" and self.accept_drift is None:
+            raise continuity.refusal(step, found)
+
+    def _record(self, step: int, result: StepResult, waited_s: float) -> None:
+        loss, norm, skipped = float(result.loss), float(result.grad_norm), bool(int(result.skipped))
+        now_s = time.perf_counter()
+        step_s, self._ended_s = now_s - self._ended_s, now_s
+        info, recipe = self._info, self.recipe
+        peak = Peak(flops_per_s=info.peak_flops, source=info.peak_source) if info.peak_flops else None
+        share = recipe.batch_at(step) / recipe.batch
+        record = StepRecord(
+            step=step,
+            loss=loss,
+            grad_norm=norm,
+            lr=recipe.optimizer.lr * recipe.schedule(step, recipe.steps),
+            tokens=recipe.samples_after(step) * info.tokens_per_step // recipe.batch,
+            time_s=now_s - self._began_s,
+            step_s=step_s,
+            tokens_per_s=share * info.tokens_per_step / step_s,
+            mfu=mfu(flops=info.flops_per_step and share * info.flops_per_step, seconds=step_s, peak=peak),
+            memory_bytes=self._memory_bytes(),
+            data_wait_s=waited_s,
+            skipped=skipped,
+            aux={k: float(v) for k, v in result.aux.items()},
+        )
+        for sink in self.sinks:
+            sink.step(record)
+        for hook in recipe.hooks:
+            hook.on_step(self, record)
+        self._history.append([step, loss])
+        if self._replay is not None and (found := self._replay.add(step, loss)) is not None:
+            self._replay = None
+            self._judge(step, found)
+        if skipped:
+            self._skip(step, loss, norm)
+
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        self._skipped.append(step)
+        self.event("skipped", step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
+        if len(self._skipped) > self.recipe.max_skips:
+            raise UserError(
+                f"step {step} of {self.recipe.name}",
+                expected=f"at most max_skips={self.recipe.max_skips} steps whose loss or gradient is not finite",
+                got=f"loss {loss}, gradient norm {norm}, the {len(self._skipped)}th such step "
+                f"(first: step {self._skipped[0]})",
+                do="The parameters are those of the last finite step. Lower optimizer.lr, lengthen the warm-up, or "
+                "look at the data of that step.",
+            )
+
+    def _memory_bytes(self) -> int | None:
+        peak = self.backend.describe_memory(self.state).get("peak")
+        return peak if peak is not None else peak_rss_bytes()
+
+    # ---- evaluation and the end
+
+    def _evaluate(self, batches: int | None) -> None:
+        """Evaluate on the validation split, or on its first `batches` batches."""
+        if self.data.validation is None:
+            return
+        began_s = time.perf_counter()
+        found = evaluate(
+            self.backend,
+            self.state,
+            self.data.validation,
+            batch=self.recipe.batch,
+            batches=batches,
+            stopped=lambda: self._asked() is not None,
+        )
+        if found is None:
+            return
+        now_s = time.perf_counter()
+        loss, samples, metrics = found
+        self._last_eval = EvalRecord(
+            step=self.step,
+            loss=loss,
+            samples=samples,
+            metrics=metrics,
+            time_s=now_s - self._began_s,
+            eval_s=now_s - began_s,
+        )
+        for sink in self.sinks:
+            sink.eval(self._last_eval)
+        for hook in self.recipe.hooks:
+            hook.on_eval(self, self._last_eval)
+
+    def _results(self) -> dict[str, Any]:
+        found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
+        if self._last_eval is not None:
+            found |= {"validation_loss": self._last_eval.loss, **self._last_eval.metrics}
+        if self._skipped:
+            found["skipped_steps"] = self._skipped
+        return found
+
+    def _finish(self) -> dict[str, Any]:
+        train_s = time.perf_counter() - self._began_s
+        self.event("evaluating_the_whole_validation_split")
+        self._evaluate(None)
+        summary = {**self._results(), "train_s": train_s}
+        for hook in self.recipe.hooks:
+            if self._asked() is None:
+                summary |= hook.on_end(self)
+        return summary
+
+    # ---- for hooks
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Tell every sink."""
+        for sink in self.sinks:
+            sink.event(kind, **fields)
+
+    def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """The model's `predict` on a batch of samples, on the host."""
+        return self.backend.predict(self.state, batch)
