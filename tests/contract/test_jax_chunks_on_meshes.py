@@ -17,7 +17,7 @@ import json, sys
 import numpy as np
 from portatrain.backends.jax import JaxBackend, attention, losses
 from portatrain.recipe.overrides import override
-from portatrain.plan import recipes
+from portatrain.plan.cost import recipes
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.cost.volumes import volumes

@@ -77,7 +77,7 @@ sys.exit(main())
 # Says when the continuity record is taken.
 RECORDING = """
 import sys
-from portatrain import continuity
+from portatrain.training import continuity
 from portatrain.cli import main
 whole = continuity.record
 def record(backend, state, recipe, train, step, **options):

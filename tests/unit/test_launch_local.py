@@ -90,7 +90,7 @@ def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: 
     until(lambda: now().state == "SUCCEEDED", "the end")
     assert now().trained_again == 0 and now().attempts[1].steps == (reached + 1, 60)
     first, second = jobs.of("runs/a")
-    assert first.code == second.code and (Path(str(first.code)) / "portatrain" / "trainer.py").exists()
+    assert first.code == second.code and (Path(str(first.code)) / "portatrain" / "training" / "trainer.py").exists()
     until(ended, "the supervisor has left")
 
 

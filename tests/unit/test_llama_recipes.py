@@ -35,7 +35,7 @@ def test_a_recipe_is_the_published_shape(name: str) -> None:
 def test_all_are_planned_for_every_kind_of_cluster_without_a_framework() -> None:
     code = f"""
 import sys
-from portatrain.plan import names
+from portatrain.plan.clusters import names
 from portatrain.plan.cost.recipes import find, shape_of
 from portatrain.plan.search import plan
 tried = 0
