@@ -1,4 +1,4 @@
-"""``path=value`` texts from the command line, read by the types of the fields that they name."""
+"""Overrides from the command line: ``path=value`` texts, parsed by the types of the fields that they name."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from portatrain.errors import UserError, choice
 
 
 def parse(text: str, hint: Any, current: object) -> Any:
-    """``text`` as a value for a field annotated ``hint`` whose value now is ``current``.
+    """Return ``text`` as a value for a field with annotation ``hint`` and present value ``current``.
 
     Raises:
-        ValueError: no reading of ``text`` fits.
+        ValueError: ``text`` cannot be read as any type that ``hint`` allows.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in UNIONS:
         # None first, so that `none` in an optional field means None; text last, as every value reads as text.
         for arm in sorted(args, key=lambda arm: (arm is str, arm is not type(None))):
             if str in args and get_origin(arm) is tuple and text and not set(text) & set(",(["):
-                continue  # one word, where a list of them would do too
+                continue  # prefer text to a list of one word
             try:
                 return parse(text, arm, current)
             except ValueError:
@@ -78,7 +78,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_int(text: str) -> int:
-    """An integer, also as ``20_000`` or ``1e4``."""
+    """Return an integer from texts such as ``20000``, ``20_000`` and ``1e4``."""
     try:
         return int(text)
     except ValueError:
@@ -94,7 +94,7 @@ def _parse_tuple(text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inner = inner[1:-1]
     words = [word.strip().strip("'\"") for word in inner.split(",")]
     if words and not words[-1]:
-        words.pop()  # "" is the empty list, and a comma may end a list
+        words.pop()  # "" is the empty list, and a list may end in a comma
     arms = [args[0]] * len(words) if len(args) == 2 and args[1] is Ellipsis else list(args)
     if len(arms) != len(words):
         raise ValueError(text)
@@ -109,7 +109,7 @@ def _literal(text: str) -> object:
 
 
 def _plain(value: object) -> object:
-    """``value`` with every list made a tuple, all the way down."""
+    """Return ``value`` with every list, at any depth, converted to a tuple."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -118,10 +118,12 @@ def _plain(value: object) -> object:
 
 
 def _choose(text: str, hint: Any, current: object) -> object:
-    """The class named ``text`` in the place of ``current`` (None: of nothing): ``optimizer=Lion``.
+    """Return an instance of the class named ``text`` to replace ``current``, as in ``optimizer=Lion``.
 
-    Fields that have no default take the value that ``current`` has under that name; everything else
-    takes its default.
+    Fields without a default take the value of ``current`` for the same name; all others take their defaults.
+
+    Raises:
+        UserError: no such class, or a field without a default that ``current`` does not have.
     """
     options = alternatives(hint, current)
     if text not in options:
@@ -134,16 +136,16 @@ def _choose(text: str, hint: Any, current: object) -> object:
             f"class {text!r}",
             expected="a class whose fields have defaults",
             got=f"{text}, which needs {', '.join(missing)}",
-            do="Set it in the recipe file instead.",
+            do="Set the field in the recipe file instead.",
         )
     return chosen(**{name: getattr(current, name) for name in needed})
 
 
 def alternatives(hint: Any, current: object) -> dict[str, type]:
-    """The classes that may stand where ``current`` stands, by name.
+    """Return the classes that can replace ``current``, by name.
 
-    They are the public dataclasses that the package of its class exports, with the members of
-    ``hint`` where that is a protocol, otherwise with the methods that the class has.
+    These are the public dataclasses in the module and the package of its class that have the members of ``hint``, if
+    that is a protocol, or else the methods of the class.
     """
     cls = type(current) if is_config(current) else hint
     wanted = _members(hint if getattr(hint, "_is_protocol", False) else cls)
@@ -152,33 +154,33 @@ def alternatives(hint: Any, current: object) -> dict[str, type]:
         for name, other in vars(sys.modules.get(module, types)).items():
             if not isinstance(other, type) or not dataclasses.is_dataclass(other) or name.startswith("_"):
                 continue
-            if other is hint:  # the base of them all
+            if other is hint:  # the base class
                 continue
             if isinstance(hint, type) and dataclasses.is_dataclass(hint) and not issubclass(other, hint):
                 continue
             if other.__module__.startswith(module) and wanted <= _members(other) | set(hints(other)):
                 found[name] = other
     if not found and isinstance(hint, type) and dataclasses.is_dataclass(hint):
-        found[hint.__name__] = hint  # the base of none
+        found[hint.__name__] = hint  # a class without subclasses
     return found
 
 
 def _members(cls: type) -> set[str]:
-    """The public methods and properties of ``cls``, and ``__call__`` where it defines one."""
+    """Return the names of the public methods and properties of ``cls``, and ``__call__`` if it has one."""
     names = {name for base in cls.__mro__[:-1] for name in vars(base) if name in dir(cls)}
     data = set(hints(cls)) if dataclasses.is_dataclass(cls) else set()
     return {name for name in names if name == "__call__" or not name.startswith("_")} - data
 
 
 def override(config: Any, assignments: Iterable[str]) -> Any:
-    """``config`` with every ``path=value`` of ``assignments`` applied, in order.
+    """Return ``config`` with every ``path=value`` of ``assignments`` applied, in order.
 
-    A path walks fields by dots (``model.layers=8``, ``optimizer.lr=1e-3``) and keys of mappings
-    (``params.embed=fsdp``). The values are read by the types of the fields.
+    Dots in a path separate fields (``model.layers=8``, ``optimizer.lr=1e-3``) and keys of mappings
+    (``params.embed=fsdp``). Values are parsed by the types of the fields.
 
     Raises:
-        UserError: no "=", an unknown field (with the nearest names and all valid ones), a value that
-            does not fit, or whatever the dataclass itself refuses.
+        UserError: a missing "=", an unknown field (the message lists the nearest names and all valid ones), a value
+            that does not fit the field, or a value that the dataclass rejects.
     """
     pending: list[tuple[list[str], str, str]] = []
     for assignment in assignments:
@@ -195,7 +197,7 @@ def override(config: Any, assignments: Iterable[str]) -> Any:
 
 
 def _replace_all(config: Any, pending: Sequence[tuple[list[str], str, str]]) -> Any:
-    """Override a dataclass at a time, so that two fields which only fit together may change together."""
+    """Apply all overrides of one dataclass at once, since two fields may be valid only together."""
     known = hints(type(config))
     changes: dict[str, Any] = {}
     nested: dict[str, list[tuple[list[str], str, str]]] = {}
@@ -206,7 +208,7 @@ def _replace_all(config: Any, pending: Sequence[tuple[list[str], str, str]]) -> 
         if len(path) > 1 and is_config(changes.get(name, getattr(config, name))):
             nested.setdefault(name, []).append((path[1:], text, assignment))
             continue
-        if nested.get(name):  # model.layers=8 before model=Other: keep the order that was given
+        if nested.get(name):  # model.layers=8 before model=Other: keep the given order
             changes[name] = _replace_all(changes.get(name, getattr(config, name)), nested.pop(name))
         changes[name] = _value(known[name], changes.get(name, getattr(config, name)), path, text, assignment)
     for name, inner in nested.items():
@@ -239,5 +241,5 @@ def _parse_or_raise(hint: Any, current: object, text: str, assignment: str) -> A
     except (ValueError, OverflowError):
         wanted = describe(hint)
         raise UserError(
-            f"override {assignment!r}", expected=wanted, got=repr(text), do="Give a value of that kind."
+            f"override {assignment!r}", expected=wanted, got=repr(text), do="Write a value of that type."
         ) from None
