@@ -170,7 +170,6 @@ def to_json(value: object) -> Any:
         expected="plain data: numbers, text, tuples, mappings, frozen dataclasses, module-level functions",
         got=f"{value!r} ({type(value).__name__})",
         do="Put it into a frozen dataclass, or use a tuple instead of a list.",
-
     )
 
 

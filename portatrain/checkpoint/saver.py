@@ -25,10 +25,11 @@ from checkpoints_format import (
     Explicit,
     FormatError,
     LocalStore,
-    Mesh,
     NewerFormatError,
     Planner,
     Reader,
+    SaveLayout,
+    SaveMesh,
     Sharded,
     Store,
     Tensor,
@@ -36,7 +37,6 @@ from checkpoints_format import (
     Writer,
     commit,
 )
-from checkpoints_format import Layout as FormatLayout
 from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
 from checkpoints_format.packs import receipt_name
 from checkpoints_format.store import read_small
@@ -72,7 +72,7 @@ def _is_whole(store: Store, receipt: str) -> bool:
 
 def format_layout(
     program: Program, scattered: Scattered | None = None, writers: int = 1, owners: Sequence[int] | None = None
-) -> FormatLayout:
+) -> SaveLayout:
     """What a checkpoint of `program` holds, and which mesh position has which box of it. `scattered`: the tensors
     that do not lie as the layout says, as `Backend.scattered` gives them. `owners`: the process of every position of
     the mesh, where processes do not hold equal consecutive runs (`sharing.owners_of`)."""
@@ -107,7 +107,7 @@ def format_layout(
     tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
     axes = tuple(mesh.items()) or (("device", 1),)
     held_by = None if owners is None else tuple(owners)
-    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes, writers=held_by),), writers=writers)
+    return SaveLayout(tensors=tuple(tensors), meshes=(SaveMesh(axes=axes, writers=held_by),), writers=writers)
 
 
 def snapshot(
@@ -135,7 +135,7 @@ def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[]
             yield name, Box(box.offset, box.shape), box.fetch
 
 
-def written_by(layout: FormatLayout, writer: int) -> dict[str, list[Box]]:
+def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
     """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
     found: dict[str, list[Box]] = {}
     for pack in Planner(layout).writer(writer).packs:
@@ -244,7 +244,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
         self._metrics: dict[int, Mapping[str, float]] = {}
-        self._plan: tuple[Program, Scattered, FormatLayout, dict[str, list[Box]]] | None = None
+        self._plan: tuple[Program, Scattered, SaveLayout, dict[str, list[Box]]] | None = None
 
     # ---- saving
 
@@ -278,13 +278,13 @@ class Checkpoints:
         layout, wanted = self._planned(backend, state)
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
-    def _staging(self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]) -> Staging:
+    def _staging(self, backend: Backend, state: Any, layout: SaveLayout, wanted: Mapping[str, list[Box]]) -> Staging:
         budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
         sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
         return Staging(boxes, sizes, budget_bytes=budget)
 
-    def _planned(self, backend: Backend, state: Any) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
+    def _planned(self, backend: Backend, state: Any) -> tuple[SaveLayout, Mapping[str, list[Box]]]:
         """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
         program, scattered = backend.program, backend.scattered(state)
         if self._plan is None or self._plan[0] is not program or self._plan[1] != scattered:
@@ -292,7 +292,7 @@ class Checkpoints:
             self._plan = program, scattered, layout, written_by(layout, self.process)
         return self._plan[2], self._plan[3]
 
-    def _write(self, step: int, layout: FormatLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
+    def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
             with contextlib.closing(self.place.open(step, create=True)) as store:
                 Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
