@@ -204,7 +204,7 @@ class Holding:
     """A backend that holds arrays as they are, as far as a save needs one."""
 
     def __init__(self, state: State) -> None:
-        from portatrain.backends.base import Program
+        from portatrain.backends.program import Program
         from portatrain.model.layout import Layout as Mapping_
         from portatrain.model.module import Module, Param, describe
         from portatrain.optim import AdamW

@@ -23,6 +23,7 @@ import numpy as np
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import Backend, backend_class, simulate_devices
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints, reads
 from portatrain.data import open_data
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
@@ -30,7 +31,6 @@ from portatrain.recipe.retention import Retention
 from portatrain.system.processes import run_processes
 from portatrain.testing import moves, parity
 from portatrain.training import continuity
-from portatrain.training.trainer import make_program
 
 LM = [
     "model.layers=3",

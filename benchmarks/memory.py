@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.backends.base import backend_class, missing, simulate_devices
+from portatrain.backends.program import make_program
 from portatrain.backends.state import slot_tensors
 from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.plan.cost.policy import REMATS
@@ -23,7 +24,6 @@ from portatrain.plan.cost.workload import on_mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.processes import rank, run_processes
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
 DEVICES = 4
 MESHES = ("fsdp=4", "replica=2,fsdp=2", "fsdp=2,tensor=2", "context=2,tensor=2", "tensor=4")

@@ -108,11 +108,11 @@ def carrying(words: dict[str, Any]) -> int:
 def worker(args: argparse.Namespace) -> int:
     from checkpoints_format import LocalStore, Reader
     from portatrain.backends.base import backend_class, simulate_devices
+    from portatrain.backends.program import make_program
     from portatrain.checkpoint.restore import Restoring, boxes_of
     from portatrain.checkpoint.saver import Checkpoints
     from portatrain.model.layout import Mesh
     from portatrain.recipe import apply_overrides, load_recipe
-    from portatrain.training.trainer import make_program
 
     program = make_program(apply_overrides(load_recipe("tiny-lm"), SIZES), mesh=args.mesh)
     simulate_devices(args.backend, Mesh.parse(args.mesh).devices)

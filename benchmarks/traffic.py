@@ -17,12 +17,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from portatrain.backends.base import Program, backend_class
+from portatrain.backends.base import backend_class
+from portatrain.backends.program import Program, make_program
 from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.processes import rank, run_processes
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
 MESHES = (
     "fsdp=2",

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from launchers.rank_entry import HOST_PROCESSES
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError, choice
 from portatrain.runs.jobs import Job
+from portatrain.system.urls import is_remote
 
 __all__ = [
     "GROUP",
@@ -74,8 +74,8 @@ class Launcher(Protocol):
         """Raise UserError for what would keep the job from ever starting; changes nothing."""
         ...
 
-    def submit(self, job: Job) -> str | int:
-        """Hand a written job over. The scheduler's id; or, where it was seen to its end here, its exit code."""
+    def submit(self, job: Job) -> str:
+        """Hand a written job over; return the scheduler's id of it."""
         ...
 
     def describe(self, job: Job) -> JobState:

@@ -27,10 +27,10 @@ from launchers.base import (
     shell,
 )
 from launchers.yaml_text import to_yaml
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError, choice
 from portatrain.runs import jobs
 from portatrain.system.stop_signals import GRACE, RESUME_ME
+from portatrain.system.urls import is_remote
 
 OPTIONS = {
     "image": "the container image, with Python and the frameworks",

@@ -22,16 +22,17 @@ from pathlib import Path
 from types import FrameType
 
 from launchers.base import Job, Landed, launcher
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import TOKEN, Holding
 from portatrain.runs.code_snapshot import differences
-from portatrain.runs.run_dir import ATTEMPT, PLACE, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import ATTEMPT, PLACE
 from portatrain.runs.status import committed
 from portatrain.system.processes import LOGS
 from portatrain.system.stop_signals import RESUME_ME, SAME_S
+from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
 
 MISTAKE = 2

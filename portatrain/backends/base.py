@@ -15,44 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from portatrain.backends.program import Program
 from portatrain.errors import UserError, choice
-from portatrain.model import remat
-from portatrain.model.layout import Layout
-from portatrain.model.module import Definition
-from portatrain.model.precision import PRECISIONS
-from portatrain.optim import Rule
 from portatrain.system import processes
 
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """Everything that a backend needs to know of a run, and nothing of its length, data or disk.
-
-    `decay`, `trainable` and `ema` name parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
-    `compile` None: the backend's own choice for its device.
-    """
-
-    definition: Definition
-    layout: Layout
-    optimizer: Rule
-    trainable: frozenset[str]
-    decay: frozenset[str]
-    ema: frozenset[str] = frozenset()
-    ema_decay: float | None = None
-    clip_norm: float | None = None
-    precision: str = "fp32"
-    remat: str = "none"
-    seed: int = 0
-    compile: bool | None = None
-    order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
-    """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise choice("precision", self.precision, PRECISIONS)
-        remat.parse(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)

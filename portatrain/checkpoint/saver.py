@@ -41,10 +41,11 @@ from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
 from checkpoints_format.packs import receipt_name
 from checkpoints_format.store import read_small
 from checkpoints_format.writer import COMMIT
-from portatrain.backends.base import Backend, Program, Scattered
+from portatrain.backends.base import Backend, Scattered
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, full_name, slot_tensors
 from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
-from portatrain.checkpoint.locations import place_of
+from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
 from portatrain.errors import StorageError, UserError
@@ -181,13 +182,13 @@ def check_newest(where: Path | str, program: Program, fingerprint: str | None) -
     with another fingerprint (None: whatever it is). Reads its root alone, before an attempt begins; damage is left to
     `Checkpoints.newest`.
     """
-    place = place_of(where)
+    place = location_of(where)
     for step in reversed(place.steps()):
         with contextlib.closing(place.open(step)) as store:
             try:
                 reader = Reader(store)
             except NewerFormatError as error:
-                raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+                raise UserError.of(error) from error
             except FormatError:
                 continue
             check_tensors(reader, program)
@@ -237,7 +238,7 @@ class Checkpoints:
         guard: Callable[[], AbstractContextManager[object]] = nullcontext,
         budget_bytes: int | None = None,
     ) -> None:
-        self.place, self.keep, self.save_name = place_of(where), keep or Retention(), save_name
+        self.place, self.keep, self.save_name = location_of(where), keep or Retention(), save_name
         self.process, self.processes, self.guard = process, processes, guard
         self.budget_bytes = given_budget_bytes() if budget_bytes is None else budget_bytes
         self._thread: threading.Thread | None = None
@@ -371,7 +372,7 @@ class Checkpoints:
             self._thread = None
         error, self._error = self._error, None
         if isinstance(error, FormatError):
-            raise StorageError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            raise StorageError.of(error) from error
         if error is not None:
             raise error
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from checkpoints_format.dtypes import item_bytes
-from portatrain.backends.base import Backend, Program
+from portatrain.backends.base import Backend
+from portatrain.backends.program import Program
 from portatrain.backends.state import slot_tensors
 from portatrain.errors import choice
 from portatrain.model.layout import MESH_AXES, Mesh

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.system.urls import is_remote
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:

@@ -21,13 +21,13 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.runs import remote_claim
 from portatrain.runs.claim import BEAT_S, Holding, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
 from portatrain.system.object_store import Objects
+from portatrain.system.urls import is_remote
 
 SCRATCH = "PORTATRAIN_SCRATCH"
 """Environment variable: the folder for such copies (default: portatrain in the user's cache folder)."""

@@ -25,7 +25,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt
@@ -314,15 +313,6 @@ class RunDir:
         """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]
-
-
-def open_run(where: str | Path, *, work: bool = False) -> RunDir:
-    """The run directory at a path, or at a URL of an object store. `work`: to carry the run out, see `RemoteRun`."""
-    if not is_remote(where):
-        return RunDir(where)
-    from portatrain.runs.remote_run_dir import RemoteRun
-
-    return RemoteRun(str(where), work=work)
 
 
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

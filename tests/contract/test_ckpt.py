@@ -15,12 +15,13 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import reads
 from portatrain.cli import main
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import moves
-from portatrain.training.trainer import make_program, train
+from portatrain.training.trainer import train
 
 BACKEND = [n for n in ("jax", "torch") if not missing(n)][-1]
 SIZES = [

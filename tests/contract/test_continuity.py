@@ -13,12 +13,13 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.program import make_program
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import moves, parity
 from portatrain.training import continuity
-from portatrain.training.trainer import make_program, train
+from portatrain.training.trainer import train
 from tests.contract.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]

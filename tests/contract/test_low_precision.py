@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portatrain.backends.base import Program, backend_class
+from portatrain.backends.base import backend_class
+from portatrain.backends.program import Program
 from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, describe
 from portatrain.model.precision import stored

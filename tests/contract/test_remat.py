@@ -11,7 +11,7 @@ import pytest
 from running import BACKENDS, Running, image_batch, microbatches, tokens_batch
 from toy_models import Nested
 
-from portatrain.backends.base import Program
+from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.layout import Layout

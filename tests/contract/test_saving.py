@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from checkpoints_format import LocalStore, Reader
-from portatrain.backends.base import LocalBox, Program
+from portatrain.backends.base import LocalBox
+from portatrain.backends.program import Program
 from portatrain.checkpoint import locations
 from portatrain.checkpoint.saver import Checkpoints, format_layout
 from portatrain.errors import UserError

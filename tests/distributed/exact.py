@@ -11,7 +11,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from portatrain.backends.base import Program
+from portatrain.backends.program import Program
 from portatrain.backends.torch import TorchBackend
 from portatrain.backends.torch import backend as torch_backend
 

@@ -9,10 +9,11 @@ import os
 import sys
 import time
 
-from portatrain.checkpoint.locations import place_of
+from portatrain.checkpoint.locations import location_of
 from portatrain.commands import options, train
 from portatrain.errors import StorageError, UserError
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import committed
 from portatrain.system.processes import end_with_parent
 from portatrain.system.stop_signals import RESUME_ME, StopSignals
@@ -22,7 +23,7 @@ STEPS, STEP_S = int(os.environ.get("FAKE_STEPS", "60")), float(os.environ.get("F
 
 
 def save(run: RunDir, attempt: object, step: int) -> None:
-    store = place_of(run.checkpoints()).open(step, create=True)
+    store = location_of(run.checkpoints()).open(step, create=True)
     time.sleep(float(os.environ.get("FAKE_SAVE_S", "0")))
     with attempt.guard():  # type: ignore[attr-defined]
         store.put_if_absent("COMMIT", json.dumps({"step": step}).encode())

@@ -12,8 +12,9 @@ import pytest
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.text import duration, si
 from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord
-from portatrain.training.metrics.console import ConsoleSink, duration, si
+from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import plot_run, smooth

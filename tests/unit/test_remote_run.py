@@ -19,7 +19,8 @@ from portatrain.runs import claim as file_claim
 from portatrain.runs import jobs, remote_claim, remote_run_dir
 from portatrain.runs.claim import Owner
 from portatrain.runs.jobs import Job
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import find, names, status
 from portatrain.system import object_store as connection
 from portatrain.system.object_store import Objects
@@ -68,8 +69,9 @@ class Api:
 @pytest.fixture(autouse=True)
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     made = Api()
-    monkeypatch.setattr(object_store, "_connect", lambda url, options: Below(url))
-    monkeypatch.setattr(object_store, "_obstore", lambda: made)
+    for module in (connection, object_store):
+        monkeypatch.setattr(module, "connect", lambda url, options: Below(url))
+        monkeypatch.setattr(module, "obstore_module", lambda: made)
     monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / "scratch"))
     yield made
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.program import make_program
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
 PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
 SMALL = [

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from portatrain.backends.base import Arrays, LocalBox, Program, Scattered, StepResult
+from portatrain.backends.base import Arrays, LocalBox, Scattered, StepResult
 from portatrain.backends.deepspeed.engine import (
     Part,
     Root,
@@ -34,12 +34,13 @@ from portatrain.backends.deepspeed.engine import (
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.deepspeed.ranges import boxes_of_range
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, slot_tensors
-from portatrain.backends.torch.backend import TorchBackend, TorchState, _aux_value
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
 from portatrain.backends.torch.mesh_ops import RowOps
+from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
@@ -120,7 +121,7 @@ class ZeroBackend(MeshBackend):
     # ---- states
 
     def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return TorchBackend._part(self, info, role)  # modules are made whole, then cut by DeepSpeed
+        return OneDevice._part(self, info, role)  # modules are made whole, then cut by DeepSpeed
 
     def _build(self, draw: Callable[..., np.ndarray], count: int) -> ZeroState:
         def value(role: str, name: str, index: tuple[int, ...]) -> Tensor:
@@ -224,7 +225,7 @@ class ZeroBackend(MeshBackend):
         held = zero_state(state)
         held.zero.override_loss_scale(1.0)
         held.factor = 1.0
-        return TorchBackend._accumulate(self, state, batch, step)
+        return OneDevice._accumulate(self, state, batch, step)
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
         zero_state(state).engine.set_gradient_accumulation_boundary(last)

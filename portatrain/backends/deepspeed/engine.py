@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from portatrain.backends.base import LocalBox
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.deepspeed.ranges import boxes_of_range
-from portatrain.backends.torch.backend import TorchState
 from portatrain.backends.torch.lower import Piece
+from portatrain.backends.torch.one_device import TorchState
 from portatrain.errors import UserError
 from portatrain.model.module import Stack, TensorInfo
 from portatrain.model.ops import Loss

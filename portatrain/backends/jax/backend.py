@@ -14,13 +14,14 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends.base import Arrays, Context, LocalBox, Program, Scattered, StepResult
+from portatrain.backends.base import Arrays, Context, LocalBox, Scattered, StepResult
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash, remat

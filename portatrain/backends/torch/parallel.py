@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.utils import _pytree
 
-from portatrain.backends.base import Program
+from portatrain.backends.program import Program
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh import REPLICAS, World
 from portatrain.errors import UserError

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from portatrain.backends.base import Arrays, Context, LocalBox, Program, StepResult
+from portatrain.backends.base import Arrays, Context, LocalBox, StepResult
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, sample_words, slot_tensors
-from portatrain.backends.torch.backend import TorchBackend, TorchState
+from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
 from portatrain.backends.torch.standalone_ops import COMPUTE
@@ -50,7 +51,7 @@ class Numbers(NamedTuple):
     scale_1: Tensor
 
 
-class XlaBackend(TorchBackend):
+class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"

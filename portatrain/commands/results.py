@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run that was trained here."""
+"""Print the results of a run that was trained in the foreground."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from portatrain.errors import UserError
 
 
-def report(run_dir: str) -> None:
+def show(run_dir: str) -> None:
     """Draw the loss curve and print what a run has to show, on standard output."""
-    from portatrain.runs.run_dir import open_run
+    from portatrain.runs.open import open_run
     from portatrain.training.metrics.plot import plot_run
 
     run = open_run(run_dir)
