@@ -146,9 +146,7 @@ def test_frameworks_stay_in_their_rooms() -> None:
         {"portatrain/model/low.py": "from portatrain.training.trainer import train"},
         {"portatrain/runs/low.py": "def f():\n    import launchers.base"},
         {"launchers/low.py": "from portatrain.commands import submit"},
-        {
-            "portatrain/checkpoint/low.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import portatrain.cli"
-        },
+        {"portatrain/checkpoint/low.py": "import typing\nif typing.TYPE_CHECKING:\n    import portatrain.cli"},
     ],
     ids=["plain", "in a function", "launchers", "for types"],
 )
