@@ -41,7 +41,7 @@ test-full: setup lint  ## everything that needs no scheduler
 soak: setup  ## every bit of a checkpoint's headers flipped, a hundred thousand manifests fuzzed
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults
 
-matrix: setup  ## backends x meshes x recipes, into docs/parity.md; goes on where it stopped (MATRIX_ARGS="--minutes 10")
+matrix: setup  ## backends x meshes x recipes, into docs/measured/parity.md; goes on where it stopped (MATRIX_ARGS="--minutes 10")
 	$(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m tests.matrix $(MATRIX_ARGS)
 
 test-meshes: setup  ## backends on meshes of several processes; alone, as they need the cores
@@ -51,7 +51,7 @@ test-engines: setup  ## on a real Slurm, installed where apt-get can and started
 	@.ci/slurm
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "engines and not soak" tests/engines
 
-soak-engines: setup  ## one run, 50 preemptions and kills at random moments on that Slurm; prints the table of docs/reliability.md
+soak-engines: setup  ## one run, 50 preemptions and kills at random moments on that Slurm; prints the table of docs/run/reliability.md
 	@.ci/slurm
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -s -m "engines and soak" --timeout 14400 tests/engines
 

@@ -4,7 +4,8 @@
 
 Trains tiny-lm and tiny-vit, in fp32 and bf16, on three backends and meshes, saves at four steps, and restores every
 checkpoint on five. Prints how far each figure of the check went beside its bound, then what the check says to
-the mutants of portatrain.testing.moves, then the smallest changes that it refuses. docs/resume.md has what it printed.
+the mutants of portatrain.testing.moves, then the smallest changes that it refuses. docs/run/resume.md has what it
+printed.
 """
 
 from __future__ import annotations

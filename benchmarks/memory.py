@@ -1,4 +1,6 @@
-"""Bytes on a device: what the layout and the planner say, beside what the backends hold. Written into docs/memory.md.
+"""Bytes on a device: what the layout and the planner say, beside what the backends hold.
+
+Written into docs/measured/memory.md.
 
 Run: python -m benchmarks.memory [--write]     (simulated devices; a few minutes on two cores)
 """
@@ -185,12 +187,12 @@ def _zero(folder: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/memory.md")
+    parser.add_argument("--write", action="store_true", help="into docs/measured/memory.md")
     args = parser.parse_args()
     text = report()
     print(text)
     if args.write:
-        Path("docs/memory.md").write_text(text)
+        Path("docs/measured/memory.md").write_text(text)
     return 0
 
 

@@ -1,5 +1,5 @@
 """Bytes between processes in one step of the torch backend, by mesh axis: what really moves, beside what the layout
-implies. Written into docs/traffic.md.
+implies. Written into docs/measured/traffic.md.
 
 Run: python -m benchmarks.traffic [--write]     (gloo processes; a minute or two on two cores)
 
@@ -193,12 +193,12 @@ def _rows(program: Program, chosen: Recipe, mesh: str, by_axes: dict[str, dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.traffic", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/traffic.md")
+    parser.add_argument("--write", action="store_true", help="into docs/measured/traffic.md")
     args = parser.parse_args()
     text = report()
     print(text)
     if args.write:
-        Path("docs/traffic.md").write_text(text)
+        Path("docs/measured/traffic.md").write_text(text)
     return 0
 
 

@@ -78,7 +78,9 @@ class Rule:
     """
 
     lr: float
+    """The learning rate, which the schedule multiplies."""
     weight_decay: float = 0.0
+    """Decoupled weight decay, multiplied by the scheduled learning rate."""
 
     def __post_init__(self) -> None:
         check_types(self)

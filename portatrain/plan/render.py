@@ -134,7 +134,7 @@ def _legend(plans: Iterable[Plan]) -> str:
     lines = [
         f"MFU: {CONVENTION}; over the nominal peak of the chips that work. kWh: chips at rated power alone.",
         f"Times: {typical:.0f} % off in the middle and {worst:.0f} % at most on published runs, leave-one-out "
-        "(docs/plan-published.md). ~ rests on an estimate.",
+        "(docs/measured/plan-published.md). ~ rests on an estimate.",
     ]
     if bases:
         lines.append(f"Efficiency factors that are estimates: {'; '.join(bases)}.")

@@ -55,6 +55,7 @@ class Recipe:
     name: str
     """Small letters, digits, ``-`` and ``_``; the default name of a run."""
     model: ModelSpec
+    """The sizes of the model: a frozen dataclass with a method build()."""
     data: DataSpec
     """A source, and how it is cut into samples."""
     optimizer: Rule
@@ -63,6 +64,7 @@ class Recipe:
     """What the learning rate is multiplied by, over the steps."""
 
     steps: int
+    """Optimizer steps of the whole run."""
     batch: int
     """Samples a step, over all devices together."""
     accumulation: int = 1
@@ -73,6 +75,7 @@ class Recipe:
     batch_ramp: int = 0
     """Steps in which it grows, by a microbatch at a time and evenly; each after them takes ``batch``."""
     seed: int = 0
+    """Decides the initial weights, the order of the data and dropout."""
 
     precision: Literal["fp32", "bf16", "bf16-state"] = "fp32"
     """Of the computation. Parameters and optimizer state are fp32, with bf16-state bf16 too (``precision.py``)."""

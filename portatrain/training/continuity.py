@@ -7,7 +7,7 @@ state layer by layer, and those of the next step's gradients and updates. Where 
 the lost attempt logged after it serve as one (`Replay`); where there are none, the verdict is 'unproven'.
 
 The bounds come from honest moves alone: `python benchmarks/continuity.py` makes a hundred, and prints how far they
-went, the bounds, and the smallest effect that is seen (docs/resume.md).
+went, the bounds, and the smallest effect that is seen (docs/run/resume.md).
 """
 
 from __future__ import annotations

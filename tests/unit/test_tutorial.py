@@ -1,4 +1,4 @@
-"""The code of docs/tutorial.md, as it stands there, on both backends."""
+"""The code of docs/start/layer.md, as it stands there, on both backends."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portatrain.backends.program import make_program
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
 
-PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
+PAGE = Path(__file__).parents[2] / "docs" / "start" / "layer.md"
 SMALL = [
     "model.layers=2",
     "model.embed=32",

@@ -1,7 +1,7 @@
 """How far two float32 evaluations of one optimizer step may lie apart. Derived, not fitted.
 
 The two start from the same float32 inputs and may order sums, fuse multiply-adds and share
-subexpressions as they like. u = 2**-24 is float32's unit roundoff. docs/optimizers.md has the
+subexpressions as they like. u = 2**-24 is float32's unit roundoff. docs/understand/optimizers.md has the
 derivations, which are to first order in u:
 
 * AdamW, Lion, SGD: 4 ulp of the largest operand, element by element (an ulp of x is 2**-23 |x|; the
