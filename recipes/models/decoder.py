@@ -187,7 +187,7 @@ class Decoder(Module):
         self.embed_dropout = Dropout(c.dropout)
         self.blocks = Stack(Block(c), c.layers)
         self.final_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
-        self.head = None if c.tied else Param(vocab=c.vocab, embed=c.embed, inputs=0, init=c.embed**-0.5)
+        self.head = None if c.tied else Param(vocab=c.vocab, embed=c.embed, fan_in_axes=0, init=c.embed**-0.5)
         self.config = c
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:

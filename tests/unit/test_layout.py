@@ -21,14 +21,14 @@ class Block(Module):
         self.wq = Param(embed=16, heads=8, head_dim=4)
         self.wk = Param(embed=16, kv_heads=kv_heads, head_dim=4)
         self.down = Param(mlp=24, embed=16)
-        self.scale = Param(embed=16, inputs=0)
+        self.scale = Param(embed=16, fan_in_axes=0)
         self.load = State(experts=4)
         self.up = Param(experts=4, embed=16, mlp=24)
 
 
 class Model(Module):
     def __init__(self, kv_heads: int = 4) -> None:
-        self.table = Param(vocab=32, embed=16, inputs=0)
+        self.table = Param(vocab=32, embed=16, fan_in_axes=0)
         self.blocks = Stack(Block(kv_heads), 3)
 
 
@@ -44,7 +44,7 @@ def definition(**sizes: int) -> Definition:
 def lone(role: str = "params", **axes: int) -> TensorInfo:
     """A single tensor."""
     model = Dense()
-    model.one = State(**axes) if role == "state" else Param(**axes, inputs=0)  # type: ignore[attr-defined]
+    model.one = State(**axes) if role == "state" else Param(**axes, fan_in_axes=0)  # type: ignore[attr-defined]
     return describe(model).tensors[role, "one"]
 
 

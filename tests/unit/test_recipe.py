@@ -244,8 +244,8 @@ def test_rules_by_name() -> None:
     assert [recipe.averages(name) for name in names] == [False, True, True]
     recipe.check_names(names)
 
-    wq = SimpleNamespace(name=names[1], shape=(2, 4, 4), axes=("layers", "embed", "heads"), batch_dims=1, inputs=1)
-    norm = SimpleNamespace(name=names[2], shape=(2, 4), axes=("layers", "embed"), batch_dims=1, inputs=0)
+    wq = SimpleNamespace(name=names[1], shape=(2, 4, 4), axes=("layers", "embed", "heads"), batch_dims=1, fan_in_axes=1)
+    norm = SimpleNamespace(name=names[2], shape=(2, 4), axes=("layers", "embed"), batch_dims=1, fan_in_axes=0)
     assert not recipe.decays(wq)
     assert make().decays(wq)
     assert not make().decays(norm)
