@@ -6,6 +6,7 @@ are no part of it: they may change while a run goes on, and the curve stays the 
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import math
@@ -292,14 +293,31 @@ def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
 
 def shipped_recipes() -> dict[str, str]:
-    """The recipes that come with portatrain: name -> module, found without importing any."""
+    """Return the recipes that come with portatrain, name -> module, without importing any of them.
+
+    A module of ``recipes/`` with a function ``recipe()`` ships one recipe under the name of its file. With a
+    dictionary ``RECIPES`` as well, written out at the top level, it ships one for every key, made by ``recipe(key)``.
+    """
     spec = importlib.util.find_spec("recipes")
     found = {}
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.py")):
-            if re.search(r"^def recipe\(", path.read_text(encoding="utf-8"), re.MULTILINE):
-                found[path.stem.replace("_", "-")] = f"recipes.{path.stem}"
+            text = path.read_text(encoding="utf-8")
+            if re.search(r"^def recipe\(", text, re.MULTILINE):
+                names = _named_in(text) or [path.stem.replace("_", "-")]
+                found |= dict.fromkeys(names, f"recipes.{path.stem}")
     return found
+
+
+def _named_in(source: str) -> list[str]:
+    """Return the keys of the dictionary ``RECIPES`` that a module defines; none if it defines no such dictionary."""
+    for statement in ast.parse(source).body:
+        if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == "RECIPES" for target in statement.targets):
+            keys = [key.value for key in statement.value.keys if isinstance(key, ast.Constant)]
+            return [key for key in keys if isinstance(key, str)]
+    return []
 
 
 def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
@@ -334,6 +352,8 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
             got="none of that name",
             do="Add one, as the shipped files in recipes/ have.",
         )
+    if name_or_path in shipped and name_or_path in getattr(module, "RECIPES", ()):
+        function = partial(function, name_or_path)
     made = _run(what, function)
     if not isinstance(made, Recipe):
         raise UserError(

@@ -323,9 +323,21 @@ def test_file_loads_with_its_neighbours_and_round_trips(tmp_path: Path) -> None:
 
 def test_shipped_recipes_load_by_name_and_by_file_alike() -> None:
     shipped = shipped_recipes()
-    assert {"tiny-lm", "tiny-vit"} <= set(shipped)
+    assert list(shipped) == ["llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b", "tiny-lm", "tiny-vit"]
     for name, module in shipped.items():
         by_name = load_recipe(name)
         file = Path(__file__).parents[2] / f"{module.replace('.', '/')}.py"
-        assert load_recipe(str(file)) == by_name
+        by_file = load_recipe(str(file))
+        assert by_file == (by_name if list(shipped.values()).count(module) == 1 else load_recipe(by_file.name))
+        assert shipped[by_file.name] == module
         assert Recipe.from_json(json.loads(json.dumps(by_name.to_json()))) == by_name
+
+
+def test_a_file_of_several_recipes_ships_each_under_its_name() -> None:
+    from recipes import llama3
+
+    shipped = shipped_recipes()
+    assert [name for name, module in shipped.items() if module == "recipes.llama3"] == list(llama3.RECIPES)
+    assert [load_recipe(name).name for name in llama3.RECIPES] == list(llama3.RECIPES)
+    with pytest.raises(UserError, match="llama3-8b"):
+        llama3.recipe("llama3-9b")
