@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from checkpoints_format.boxes import flat_range_boxes
 from portatrain.backends.base import Arrays, LocalBox, Scattered, StepResult
 from portatrain.backends.deepspeed.engine import (
     Part,
@@ -33,7 +34,6 @@ from portatrain.backends.deepspeed.engine import (
     zero_state,
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
-from portatrain.backends.deepspeed.ranges import boxes_of_range
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, slot_tensors
 from portatrain.backends.torch.devices import peak_bytes
@@ -148,11 +148,10 @@ class ZeroBackend(MeshBackend):
         draw: Callable[..., np.ndarray], info: TensorInfo, role: str, index: tuple[int, ...], part: Part, into: Tensor
     ) -> None:
         lead, at = (1,) * len(index), 0
-        for offset, shape in boxes_of_range(info.shape[info.stack_dims :], part.start, part.start + part.n):
-            n = math.prod(shape)
-            array = draw(info, role, (*index, *offset), (*lead, *shape))
-            into[at : at + n].copy_(torch.from_numpy(np.array(array)).flatten())
-            at += n
+        for box in flat_range_boxes(info.shape[info.stack_dims :], part.start, part.start + part.n):
+            array = draw(info, role, (*index, *box.offset), (*lead, *box.shape))
+            into[at : at + box.size].copy_(torch.from_numpy(np.array(array)).flatten())
+            at += box.size
 
     def init_state(self) -> ZeroState:
         return self._build(lambda t, role, at, shape: initial_box(t, self.program.seed, at, shape), 0)
