@@ -24,7 +24,8 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         metavar="FIELD=VALUE",
         action="append",
         default=[],
-        help="change a field of the recipe, as in --set steps=100 --set model.layers=8 --set optimizer=Lion",
+        help="change a field of the recipe: --set steps=100 --set model.layers=8; or take another class for one: "
+        "--set optimizer=Lion --set data=TextFiles --set data.paths=FOLDER",
     )
 
 

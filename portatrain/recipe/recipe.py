@@ -285,9 +285,15 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """``recipe`` with overrides such as ``model.layers=8``, ``optimizer=Lion``, ``steps=20``."""
-    return overrides.override(recipe, assignments)
+    """Return `recipe` with overrides such as `model.layers=8`, `optimizer=Lion`, `data=TextFiles`, `steps=20`.
 
+    A class is looked for beside the one that the field holds, and in the files that recipes were loaded from.
+    """
+    return overrides.override(recipe, assignments, modules=tuple(_LOADED))
+
+
+_LOADED: dict[str, None] = {}
+"""The modules that recipes of this process were loaded from, in order: overrides may name their classes."""
 
 # --- finding and loading -----------------------------------------------------------------------
 
@@ -355,6 +361,7 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
     if name_or_path in shipped and name_or_path in getattr(module, "RECIPES", ()):
         function = partial(function, name_or_path)
     made = _run(what, function)
+    _LOADED[module.__name__] = None
     if not isinstance(made, Recipe):
         raise UserError(
             what,
