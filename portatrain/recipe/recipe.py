@@ -305,7 +305,7 @@ def shipped_recipes() -> dict[str, str]:
     dictionary ``RECIPES`` as well, written out at the top level, it ships one for every key, made by ``recipe(key)``.
     """
     spec = importlib.util.find_spec("recipes")
-    found = {}
+    found: dict[str, str] = {}
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.py")):
             text = path.read_text(encoding="utf-8")
