@@ -81,7 +81,7 @@ MISTAKES = [
     ([*TRAIN, "--set", "steps=0"], "at least 1"),
     ([*TRAIN, "--set", "model.witdh=3"], "Did you mean width"),
     ([*TRAIN, "--set", "model.width=wide"], "an integer"),
-    ([*TRAIN, "--set", "accumulation=3"], "nearest sizes that work: batch=3"),
+    ([*TRAIN, "--set", "accumulation=3"], "nearest valid size: batch=3"),
     (["train", "nothing.py", "--run-dir", "run"], "no such file"),
     (["train", "bad", "--run-dir", "run"], "tiny-lm"),
     (["train", "tiny-ml", "--run-dir", "run"], "Did you mean tiny-lm"),
