@@ -51,11 +51,7 @@ def test_sizes_that_do_not_divide(mesh: str, said: str) -> None:
         LM.program(mesh)
 
 
-def _with(
-    params: dict[str, object] | None = None,
-    case: str = "lm",
-    mesh: str = "fsdp=2,tensor=2",
-) -> None:
+def _with(params: dict[str, object] | None = None, case: str = "lm", mesh: str = "fsdp=2,tensor=2") -> None:
     program = CASES[case].program(mesh)
     layout = dataclasses.replace(program.layout, params={**COMPUTE, **PARAMS, **(params or {})})
     TorchBackend(dataclasses.replace(program, layout=layout))
