@@ -37,11 +37,8 @@ class Share:
         self, mesh: Mesh, at: Mapping[str, int], offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(offset, shape) of what the device at mesh coordinates `at` reads of a box."""
-        index = 0
-        for axis in self.axes:
-            index = index * mesh.sizes[axis] + at[axis]
         mine = shape[self.dim] // mesh.over(self.axes)
-        moved = offset[self.dim] + index * mine
+        moved = offset[self.dim] + mesh.index(self.axes, at) * mine
         d = self.dim
         return (*offset[:d], moved, *offset[d + 1 :]), (*shape[:d], mine, *shape[d + 1 :])
 

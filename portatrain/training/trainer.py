@@ -230,7 +230,7 @@ class Trainer:
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)
-                if not self.backend.asynchronous:
+                if not self.backend.async_dispatch:
                     self._record(*pending)
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps

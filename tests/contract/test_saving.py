@@ -55,7 +55,7 @@ class Holding:
 
             yield LocalBox(name=name, role=role, offset=(0,) * array.ndim, shape=array.shape, fetch=fetch)
 
-    def scattered(self, state: Mapping[str, np.ndarray]) -> dict[tuple[str, str], Any]:
+    def irregular_shards(self, state: Mapping[str, np.ndarray]) -> dict[tuple[str, str], Any]:
         return {}
 
     def agree(self, value: int) -> int:

@@ -120,14 +120,8 @@ class World:
         self.params, self.values, self._lines = groups.params, groups.values, groups.lines
         self.row_blocks = self.mesh.over(BATCH_MESH_AXES)
         """How many parts a microbatch is cut into."""
-        self.row_block = self._index(BATCH_MESH_AXES)
+        self.row_block = self.mesh.index(BATCH_MESH_AXES, self.at)
         """Which of them is this process's."""
-
-    def _index(self, axes: Sequence[str]) -> int:
-        index = 0
-        for axis in axes:
-            index = index * self.mesh.sizes[axis] + self.at[axis]
-        return index
 
     @property
     def data_parallel(self) -> DeviceMesh | None:
@@ -154,17 +148,11 @@ class World:
         for fixed in itertools.product(*(range(self.mesh.sizes[a]) for a in others)):
             at = dict(zip(others, fixed, strict=True))
             moved = itertools.product(*(range(self.mesh.sizes[a]) for a in axes))
-            ranks = [self._rank({**at, **dict(zip(axes, m, strict=True))}) for m in moved]
+            ranks = [self.mesh.index(MESH_AXES, {**at, **dict(zip(axes, m, strict=True))}) for m in moved]
             made = dist.new_group(ranks)  # every process makes every group
             if self.rank in ranks:
                 mine = made
         return mine
-
-    def _rank(self, at: dict[str, int]) -> int:
-        rank = 0
-        for axis in MESH_AXES:
-            rank = rank * self.mesh.sizes[axis] + at[axis]
-        return rank
 
     # ---- collectives without gradient
 
