@@ -1,8 +1,7 @@
 """Reading ahead on a background thread.
 
-A plain thread, not grain: grain serves random-access sources with workers and transformations of its own,
-of which nothing is left to do here (a batch is one call that seeks anywhere), and importing it costs more
-than a second, which every start of a run would pay. docs/data.md has the measurement.
+A plain thread: a batch is one call that seeks anywhere, so nothing is left for a library of readers to do.
+docs/data.md has the measurement.
 """
 
 from __future__ import annotations
