@@ -18,12 +18,12 @@ help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo:  ## set up, then train tiny-lm into runs/demo
-	@.ci/setup $(VENV) jax,data,plot 3
+	@.ci/setup $(VENV) jax,data 3
 	@if [ -e $(RUNS)/demo/run.json ]; then echo "demo: training $(RUNS)/demo anew"; rm -r $(RUNS)/demo; fi
 	JAX_PLATFORMS=cpu $(VENV)/bin/launch --cluster local tiny-lm --run demo --runs $(RUNS)
 
 demo-move:  ## a run killed twice, moved from JAX to torch and to four devices: one curve, runs/demo-move/moved/report.html
-	@.ci/setup $(VENV) jax,torch,data,plot 4
+	@.ci/setup $(VENV) jax,torch,data 4
 	$(TEST_ENV) $(VENV)/bin/python examples/move.py $(RUNS)/demo-move
 
 setup:  ## an environment with both frameworks and all that the tests need

@@ -148,6 +148,10 @@ class RemoteRun(RunDir):
         json_files.write_json(path, data)
         return True
 
+    def put_text(self, name: str, text: str) -> None:
+        self.objects.put(name, text.encode())
+        super().put_text(name, text)
+
     def remove(self, name: str) -> None:
         self.objects.delete(name)
         (self.path / name).unlink(missing_ok=True)

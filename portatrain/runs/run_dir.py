@@ -94,6 +94,10 @@ class RunDir:
         json_files.write_json(self.path / name, data)
         return True
 
+    def put_text(self, name: str, text: str) -> None:
+        """Write a text file of it whole."""
+        json_files.write_text(self.path / name, text)
+
     def remove(self, name: str) -> None:
         """Remove a mark; nothing where it is not there."""
         if (self.path / name).exists():

@@ -33,6 +33,7 @@ from portatrain.training.evaluation import evaluate
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
 from portatrain.training.stop_requests import Leaving
 
@@ -98,7 +99,14 @@ class Trainer:
     # ---- the loop
 
     def run(self) -> int:
-        """Train to the end, or to where it is stopped; the exit code."""
+        """Train to the end, or to where it is stopped; return the exit code. The curve is drawn however it ends."""
+        try:
+            return self._run()
+        finally:
+            if not self.backend.process and hasattr(self, "_info"):
+                draw(self.run_dir)
+
+    def _run(self) -> int:
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if not self.backend.process:

@@ -261,10 +261,10 @@ def test_launch_local_trains_here_and_shows_the_results(trainer: Trainer, capsys
     assert trainer.calls[0]["run"].path == Path("runs/first")
     out = capsys.readouterr().out
     assert "run directory    runs/first" in out
-    assert "loss curve       runs/first/loss.png" in out
+    assert "loss curve       runs/first/loss.svg" in out
     assert "validation loss  0.2500" in out
     assert "sample:\ndef f():\n    pass" in out
-    assert Path("runs/first/loss.png").stat().st_size > 1000
+    assert Path("runs/first/loss.svg").stat().st_size > 1000
 
 
 def test_launch_chooses_a_free_name(trainer: Trainer) -> None:
