@@ -29,7 +29,8 @@ from launchers.base import (
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError, choice
 from portatrain.runs import jobs
-from portatrain.system.stop_signals import GRACE, RESUME_ME
+from portatrain.system.exit_codes import RESUMABLE
+from portatrain.system.stop_signals import GRACE
 from portatrain.system.urls import is_remote
 
 OPTIONS = {
@@ -186,7 +187,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUME_ME]}},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUMABLE]}},
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },

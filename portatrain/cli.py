@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from portatrain import __version__
 from portatrain.errors import UserError, choice
+from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
 # A new command is a line here: name -> its module, and what the list of commands says of it.
 PORTATRAIN: dict[str, tuple[str, str]] = {
@@ -151,10 +152,10 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
             do="Choose another place or a shorter name, free some space, or mend the permissions.",
         )
         print(f"error: {where}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except SystemExit as end:  # argparse, after --help
         return end.code if isinstance(end.code, int) else 0
 

@@ -26,6 +26,7 @@ from portatrain.runs import remote_claim
 from portatrain.runs.claim import BEAT_S, Holding, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
+from portatrain.system.exit_codes import MISTAKE
 from portatrain.system.object_store import Objects
 from portatrain.system.urls import is_remote
 
@@ -288,7 +289,7 @@ def main() -> None:
         words = localized(words, code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     os.execvpe(words[0], words, env)
 

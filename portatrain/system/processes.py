@@ -25,6 +25,7 @@ from types import FrameType
 from typing import Any
 
 from portatrain.errors import StorageError, UserError
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
 
 REPORTS = "PORTATRAIN_REPORTS"
 """Environment variable: the folder where a process says how it failed."""
@@ -36,8 +37,6 @@ PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 """Backends of which every device has a process of its own; of the others every host has one."""
 GRACE_S = 3.0
 """How long the others may take to end by themselves once one has failed."""
-ENDINGS = (0, 85, 130)
-"""Exit codes that are not failures: done, stopped to be resumed, interrupted."""
 
 
 def rank() -> int:
@@ -105,7 +104,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     deadline: float | None = None
     while True:
         codes = [p.poll() for p in processes]
-        failed = [r for r, code in enumerate(codes) if code is not None and code not in ENDINGS]
+        failed = [r for r, code in enumerate(codes) if code is not None and code not in NOT_FAILURES]
         if None not in codes:
             return failed
         if failed and deadline is None:
@@ -128,14 +127,14 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
         print(f"error: process {r} of {len(processes)} was ended {how}; the others were stopped.", file=sys.stderr)
         if tail:
             print(tail, file=sys.stderr)
-        return 1
+        return FAILED
     r = min(reports, key=lambda k: reports[k]["unix_s"])
     found = reports[r]
     if found["user"] is not None:
         kind = StorageError if found["code"] == StorageError.code else UserError
         raise kind(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
     print(f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}", file=sys.stderr)
-    return 1
+    return FAILED
 
 
 @contextmanager
@@ -178,7 +177,7 @@ def end_with_parent() -> None:
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
-    os._exit(1)
+    os._exit(FAILED)
 
 
 def _run(entry: str, args: Mapping[str, Any]) -> int:
@@ -188,16 +187,16 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     try:
         return function(argparse.Namespace(**args))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except UserError as error:
         _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
         return error.code
     except BaseException:
         _report(None)
-        return 1
+        return FAILED
 
 
-def _report(user: dict[str, str] | None, code: int = 1) -> None:
+def _report(user: dict[str, str] | None, code: int = FAILED) -> None:
     path = Path(os.environ[REPORTS]) / f"report-{os.environ['LOCAL_RANK']}.json"
     found = {"unix_s": time.time(), "user": user, "code": code, "text": traceback.format_exc()}
     partial = path.with_suffix(".partial")
@@ -217,10 +216,10 @@ def ends_at_once(call: Callable[[], int]) -> int:
         code = call()
     except BaseException:
         traceback.print_exc()
-        code = 1
+        code = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in ENDINGS:
+    if code not in NOT_FAILURES:
         os._exit(code)
     return code
 

@@ -26,10 +26,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-RESUME_ME = 85
-"""Exit code for 'saved, resume me'."""
+from portatrain.system.exit_codes import INTERRUPTED, RESUMABLE
+
 GRACE = "PORTATRAIN_GRACE_S"
 """Environment variable: seconds from a preemption's first signal to the kill, where the launcher knows them."""
 SAME_S = 1.0
@@ -124,7 +122,7 @@ class StopSignals:
     def _leave(self, why: str) -> None:
         """End the process now; what was committed before stands."""
         self._staying.acquire()  # for good
-        code = INTERRUPTED if self.asked == "interrupt" else RESUME_ME
+        code = INTERRUPTED if self.asked == "interrupt" else RESUMABLE
         # In a thread of its own: the main one may hold a lock that telling needs.
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()

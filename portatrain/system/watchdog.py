@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from portatrain.system.stop_signals import RESUME_ME
+from portatrain.system.exit_codes import RESUMABLE
 
 LIMIT = "PORTATRAIN_HANG_S"
 """Environment variable: seconds without moving on after which an attempt is ended; 0: never."""
@@ -139,7 +139,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(RESUME_ME)
+        os._exit(RESUMABLE)
 
 
 def host_name() -> str:
