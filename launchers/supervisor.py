@@ -25,13 +25,12 @@ from launchers.base import Job, Landed, launcher
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import TOKEN, Holding
+from portatrain.runs.claim import Holding
 from portatrain.runs.code_snapshot import differences
 from portatrain.runs.open import open_run
-from portatrain.runs.run_dir import ATTEMPT, PLACE
 from portatrain.runs.status import committed
+from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK, RESUMABLE
-from portatrain.system.processes import LOGS
 from portatrain.system.stop_signals import SAME_S
 from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
@@ -181,10 +180,10 @@ class Supervisor:
         env = {
             **os.environ,
             **more,
-            TOKEN: token,
-            ATTEMPT: str(attempt.number),
-            PLACE: json.dumps(place),
-            LOGS: str(attempt.folder),
+            environment.CLAIM.name: token,
+            environment.ATTEMPT.name: str(attempt.number),
+            environment.CLUSTER.name: json.dumps(place),
+            environment.LOGS.name: str(attempt.folder),
         }
         with open(output or os.devnull, "ab") as log:
             # A session of its own: what is sent to this process's group comes once, from here.

@@ -40,7 +40,7 @@ LAUNCH: dict[str, tuple[str, str]] = {
 }
 SUBMIT = ("portatrain.commands.submit", "train a recipe on a cluster")
 
-PORTATRAIN_HELP = """\
+HELP_TEXT = """\
 Write the model and its sharding once; train it on TPUs, GPUs or a laptop.
 
 commands:
@@ -68,7 +68,7 @@ def run(words: list[str]) -> int:
         print(f"portatrain {__version__}")
         return 0
     if not words or words[0] in ("--help", "-h", "help"):
-        print(PORTATRAIN_HELP.format(commands=_listing(PORTATRAIN)), end="")
+        print(HELP_TEXT.format(commands=_listing(PORTATRAIN)), end="")
         return 0
     if words[0] not in PORTATRAIN:
         raise choice(f"portatrain {words[0]}: the command", words[0], PORTATRAIN)

@@ -25,14 +25,9 @@ from types import FrameType
 from typing import Any
 
 from portatrain.errors import StorageError, UserError
+from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
 
-REPORTS = "PORTATRAIN_REPORTS"
-"""Environment variable: the folder where a process says how it failed."""
-PARENT = "PORTATRAIN_PARENT"
-"""Environment variable: who started this process; it ends when that one is gone."""
-LOGS = "PORTATRAIN_LOGS"
-"""Environment variable: the folder that the processes' output goes to, rank-R.log; process 0 has this one's own."""
 PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 """Backends of which every device has a process of its own; of the others every host has one."""
 GRACE_S = 3.0
@@ -41,12 +36,20 @@ GRACE_S = 3.0
 
 def rank() -> int:
     """This process's number among those of the run: 0 where there is one."""
-    return int(os.environ.get("RANK", "0"))
+    found, n = environment.RANK.get(), world_size()
+    if n is not None and found >= n:
+        raise UserError(
+            f"environment variable {environment.RANK.name}",
+            expected=f"a number below {environment.WORLD_SIZE.name}, which is {n}",
+            got=str(found),
+            do="Correct it, or start the processes by torchrun or `launch`.",
+        )
+    return found
 
 
 def world_size() -> int | None:
     """How many processes there are, where the environment says so (torchrun, `run_processes`)."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    return environment.WORLD_SIZE.get() if os.environ.get(environment.RANK.name) else None
 
 
 def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0, hosts: int = 1) -> int:
@@ -62,8 +65,8 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
             "WORLD_SIZE": str(n * hosts),
             "LOCAL_WORLD_SIZE": str(n),
             **({} if hosts > 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}),
-            REPORTS: folder,
-            PARENT: str(os.getpid()),
+            environment.REPORTS.name: folder,
+            environment.PARENT.name: str(os.getpid()),
         }
         # Simulated devices share the cores of one machine.
         shared.setdefault("OMP_NUM_THREADS", "1")
@@ -87,8 +90,8 @@ def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> sub
     # A session of its own: Ctrl-C reaches this process alone, which hands it on once.
     if r == 0:
         return subprocess.Popen(command, env=env, start_new_session=True)
-    logs = os.environ.get(LOGS)
-    with (Path(logs) / f"rank-{r}.log" if logs else folder / f"stderr-{r}").open("ab") as errors:
+    logs = environment.LOGS.get()
+    with (logs / f"rank-{r}.log" if logs else folder / f"stderr-{r}").open("ab") as errors:
         return subprocess.Popen(
             command,
             env=env,
@@ -122,7 +125,8 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
         r = silent[0]
         code = processes[r].returncode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        errors = Path(os.environ[LOGS]) / f"rank-{r}.log" if LOGS in os.environ else folder / f"stderr-{r}"
+        logs = environment.LOGS.get()
+        errors = logs / f"rank-{r}.log" if logs is not None else folder / f"stderr-{r}"
         tail = errors.read_text(errors="replace")[-4000:].strip() if errors.exists() else ""
         print(f"error: process {r} of {len(processes)} was ended {how}; the others were stopped.", file=sys.stderr)
         if tail:
@@ -169,9 +173,9 @@ def free_port() -> int:
 
 def end_with_parent() -> None:
     """Where the environment says who started this process, end it when that one is gone."""
-    parent = os.environ.pop(PARENT, None)
+    parent = environment.PARENT.take()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
@@ -197,7 +201,7 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
 
 
 def _report(user: dict[str, str] | None, code: int = FAILED) -> None:
-    path = Path(os.environ[REPORTS]) / f"report-{os.environ['LOCAL_RANK']}.json"
+    path = Path(os.environ[environment.REPORTS.name], f"report-{environment.LOCAL_RANK.get()}.json")
     found = {"unix_s": time.time(), "user": user, "code": code, "text": traceback.format_exc()}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found))

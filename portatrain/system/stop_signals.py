@@ -26,10 +26,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+from portatrain.system import environment
 from portatrain.system.exit_codes import INTERRUPTED, RESUMABLE
 
-GRACE = "PORTATRAIN_GRACE_S"
-"""Environment variable: seconds from a preemption's first signal to the kill, where the launcher knows them."""
 SAME_S = 1.0
 MARGIN_S = 1.0
 """Left of the grace for leaving."""
@@ -57,8 +56,7 @@ class StopSignals:
         self.trained = False
         self.on_asked: Callable[[str], None] = lambda kind: None
         self.on_leaving: Callable[[str], None] = lambda why: None
-        given = os.environ.get(GRACE)
-        self.grace_s = float(given) if given else None
+        self.grace_s = environment.GRACE_S.get()
         self._first_s = 0.0
         self._last_s: dict[int, float] = {}
         self._before: dict[int, Any] = {}

@@ -26,13 +26,13 @@ def literals(tree: ast.AST) -> Iterator[int]:
             values = [node.left, *node.comparators] if named else []
         elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("exit"):
             values = list(node.args)
-        for value in values:
-            for inner in ast.walk(value) if value is not None else ():
+        for one in values:
+            for inner in ast.walk(one) if one is not None else ():
                 large = CODES - {exit_codes.MISTAKE}
-                whole = inner is value and not isinstance(node, ast.Return)
-                if isinstance(inner, ast.Constant) and type(inner.value) is int:
-                    if inner.value in large or (whole and inner.value in CODES):
-                        yield inner.lineno
+                whole = inner is one and not isinstance(node, ast.Return)
+                value = inner.value if isinstance(inner, ast.Constant) and type(inner.value) is int else None
+                if value in large or (whole and value in CODES):
+                    yield inner.lineno
 
 
 def test_the_codes_are_what_schedulers_and_docs_know() -> None:
