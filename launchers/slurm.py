@@ -24,8 +24,8 @@ from launchers.slurm_commands import call, installed
 from portatrain.errors import UserError
 from portatrain.runs import jobs
 from portatrain.runs.open import open_run
+from portatrain.system import environment
 from portatrain.system.processes import free_port
-from portatrain.system.stop_signals import GRACE
 from portatrain.system.urls import is_remote
 
 OPTIONS = {
@@ -245,11 +245,9 @@ class LandedOnSlurm:
         env = {"MASTER_ADDR": head_address(), "MASTER_PORT": str(free_port())}
         grace = option(job, "grace_s", int) or _grace_s(os.environ.get("SLURM_JOB_PARTITION", ""))
         if grace:
-            env[GRACE] = str(grace)
+            env[environment.GRACE_S.name] = str(grace)
         if "hang_s" in job.options:
-            from portatrain.system.watchdog import LIMIT
-
-            env[LIMIT] = str(job.options["hang_s"])
+            env[environment.HANG_S.name] = str(job.options["hang_s"])
         return words, env, None
 
     def means(self, signum: int) -> str:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import os
 import platform
 import socket
@@ -29,13 +28,9 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
-from portatrain.system import json_files
+from portatrain.system import environment, json_files
 
 FORMAT = 1
-ATTEMPT = "PORTATRAIN_ATTEMPT"
-"""Environment variable: the attempt that this process's supervisor has begun for it."""
-PLACE = "PORTATRAIN_PLACE"
-"""Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
 
 
 class RunDir:
@@ -242,7 +237,7 @@ class RunDir:
     def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
-            number = int(os.environ[ATTEMPT])
+            number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
             self.began(attempt.folder)
         else:
@@ -257,7 +252,7 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info})
+        json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
             attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:

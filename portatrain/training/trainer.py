@@ -26,8 +26,9 @@ from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, Follower
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
-from portatrain.system.stop_signals import INTERRUPTED, RESUME_ME, StopSignals
+from portatrain.system.stop_signals import StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
@@ -161,7 +162,7 @@ class Trainer:
             finally:
                 for sink in self.sinks:
                     sink.end({"status": status, **summary})
-        return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
+        return {"done": OK, "interrupted": INTERRUPTED}.get(status, RESUMABLE)
 
     def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
         """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""

@@ -14,7 +14,6 @@ import atexit
 import functools
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from portatrain.backends.torch.devices import detect, local_device, process_group_backend
 from portatrain.errors import UserError
 from portatrain.model.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
+from portatrain.system.processes import world_size
 
 TIMEOUT_S = 600
 """How long a collective waits for a process that does not come."""
@@ -64,8 +64,7 @@ def join(mesh: Mesh) -> torch.device:
     if dist.is_initialized():
         check_processes(mesh, dist.get_world_size())
     else:
-        there = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
-        check_processes(mesh, int(there) if there is not None else None)
+        check_processes(mesh, world_size())
     row = detect()
     device = local_device(row, f"mesh {mesh}")
     if not dist.is_initialized():
