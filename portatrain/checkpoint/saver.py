@@ -77,9 +77,11 @@ def format_layout(
     writers: int = 1,
     owners: Sequence[int] | None = None,
 ) -> FormatLayout:
-    """What a checkpoint of `program` holds, and which mesh position has which box of it. `irregular_shards`: the tensors
-    that do not lie as the layout says, as `Backend.irregular_shards` gives them. `owners`: the process of every position of
-    the mesh, where processes do not hold equal consecutive runs (`sharing.owners_of`)."""
+    """Return what a checkpoint of `program` holds, and which mesh position has which box of it.
+
+    irregular_shards: the tensors that do not lie as the layout says, as `Backend.irregular_shards` gives them.
+    owners: the process of every position of the mesh, if processes do not hold equal consecutive runs of positions.
+    """
     irregular_shards = irregular_shards or {}
     mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends.base import Arrays, Context, LocalBox, IrregularShards, StepResult
+from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join

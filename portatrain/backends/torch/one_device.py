@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from portatrain.backends.base import Arrays, LocalBox, IrregularShards, StepResult
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
