@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Backend, LocalBox, Program
-from tests.distributed.cases import Case
+from tests.support.mesh_cases import Case
 
 Boxes = list[tuple[str, str, tuple[int, ...], tuple[int, ...], np.ndarray]]
 Gather = Callable[[Any], list[Any]]

@@ -21,7 +21,7 @@ from portatrain.checkpoint import shared_reads
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.system import processes
-from tests.distributed.cases import CASES
+from tests.support.mesh_cases import CASES
 
 
 class Counting(LocalStore):
