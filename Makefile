@@ -42,7 +42,7 @@ soak: setup  ## every bit of a checkpoint's headers flipped, a hundred thousand 
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults
 
 matrix: setup  ## backends x meshes x recipes, into docs/measured/parity.md; goes on where it stopped (MATRIX_ARGS="--minutes 10")
-	$(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m tests.matrix $(MATRIX_ARGS)
+	$(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m benchmarks.matrix $(MATRIX_ARGS)
 
 test-meshes: setup  ## backends on meshes of several processes; alone, as they need the cores
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full" tests/distributed

@@ -173,7 +173,17 @@ class RunDir:
         stored = self.run_info()
         if stored.get("recipe_sha256") == recipe.sha256:
             return
-        changed = sorted(_differences(stored.get("recipe", {}), recipe.to_json()))
+        was = stored.get("recipe", {})
+        try:
+            # An older release may have written the same recipe with other module names or without newer fields.
+            known = Recipe.from_json(was)
+        except UserError:
+            pass  # a class that is not here: the difference is shown as it was written
+        else:
+            if known.sha256 == recipe.sha256:
+                return
+            was = known.to_json()
+        changed = sorted(_differences(was, recipe.to_json()))
         raise UserError(
             f"run directory {self.where}",
             expected="the recipe that the run began with",

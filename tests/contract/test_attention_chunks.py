@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS
 
 from portatrain.backends.base import Context
 from portatrain.testing import Case, check_case
 from portatrain.testing.attention_cases import attention_cases
+from tests.support.running import BACKENDS
 
 pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed")
 

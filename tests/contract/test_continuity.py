@@ -20,7 +20,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing import moves, parity
 from portatrain.training import continuity
 from portatrain.training.trainer import train
-from tests.contract.running import everything
+from tests.support.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 SMALL = [

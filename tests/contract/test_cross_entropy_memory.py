@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS
 
 from portatrain.backends.base import Context
+from tests.support.running import BACKENDS
 
 TOKENS, EMBED, VOCAB = 512, 8, 4096
 CHUNK = 64 * VOCAB * 4

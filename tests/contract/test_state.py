@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS, Running, microbatches, tokens_batch
-from toy_models import CachedDecoder, Routed
 
 from portatrain.backends import reference
 from recipes.models.decoder import DecoderConfig
+from tests.support.running import BACKENDS, Running, microbatches, tokens_batch
+from tests.support.toy_models import CachedDecoder, Routed
 
 CONFIG = DecoderConfig(vocab=23, embed=16, layers=3, heads=4, kv_heads=2, mlp=24, rope_theta=100.0)
 

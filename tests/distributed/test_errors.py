@@ -12,7 +12,7 @@ from portatrain.backends.torch.parallel import Cut, cut_of
 from portatrain.errors import UserError
 from portatrain.model.layout import COMPUTE, PARAMS, Layout, Mesh
 from portatrain.model.module import describe
-from tests.distributed.cases import CASES
+from tests.support.mesh_cases import CASES
 
 pytestmark = pytest.mark.meshes
 

@@ -11,7 +11,7 @@ import pytest
 from launchers import skypilot
 from launchers.yaml_text import to_yaml
 from portatrain.system.exit_codes import RESUMABLE
-from tests.golden.test_jobs import CASES, job
+from tests.support.jobs import CASES, job
 
 os.environ["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"
 sky = pytest.importorskip("sky", reason="SkyPilot is not installed; it has an environment of its own")

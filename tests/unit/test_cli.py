@@ -20,8 +20,8 @@ from portatrain.cli import launch_main, main
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.metrics import Sink
-from tests.conftest import listing
-from tests.unit.test_recipe import BAD_FILES, GOOD
+from tests.support.folders import listing
+from tests.support.recipe_files import BAD_FILES, GOOD
 
 Capture = pytest.CaptureFixture[str]
 Unchanged = Callable[[Path], None]

@@ -20,7 +20,7 @@ from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw, loss_curve, plot_run, smooth
 from portatrain.training.metrics.trackers import TensorBoardSink, WandbSink, scalars
-from tests.unit.small_recipe import make
+from tests.support.small_recipe import make
 
 INFO = RunInfo(
     run="small",

@@ -24,7 +24,7 @@ from portatrain.runs.status import find, names, status
 from portatrain.system import object_store as connection
 from portatrain.system.environment import CLAIM, SCRATCH
 from portatrain.system.object_store import Objects
-from tests.unit.small_recipe import make
+from tests.support.small_recipe import make
 
 obstore = pytest.importorskip("obstore")
 RECIPE = make()

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.matrix.cells import ROWS, baseline_of, interpreter, processes, refusal
+from benchmarks.matrix.cells import ROWS, baseline_of, interpreter, processes, refusal
 
 CELL_S = 240
 """What a cell may take, starting its processes included."""
@@ -47,7 +47,7 @@ def make_baselines(wanted: list[tuple[str, str]], folder: Path) -> dict[tuple[st
     due = {file: cell for cell, file in files.items() if not file.exists()}
     if due:
         rows = [(*cell, str(file)) for file, cell in due.items()]
-        good, said = start(1, "tests.matrix.cell:baselines", {"rows": rows}, CELL_S * len(rows))
+        good, said = start(1, "benchmarks.matrix.cell:baselines", {"rows": rows}, CELL_S * len(rows))
         if not good or any(not file.exists() for file in due):
             raise RuntimeError(f"no baseline: {said[-4000:]}")
     return files
@@ -72,7 +72,7 @@ def run_group(backend: str, mesh: str, rows: list[str], folder: Path) -> dict[st
         }
         in_time, said = start(
             processes(backend, mesh),
-            "tests.matrix.cell:main",
+            "benchmarks.matrix.cell:main",
             given,
             CELL_S * len(left),
             interpreter(backend) or sys.executable,

@@ -15,9 +15,9 @@ import torch.distributed as dist
 from benchmarks.traffic import recorder
 from portatrain.backends.base import backend_class
 from portatrain.backends.torch import TorchBackend, mesh
-from tests.distributed.cases import CASES
-from tests.distributed.measure import held, measure, tensors
-from tests.distributed.mutants import MUTANTS
+from tests.support.mesh_cases import CASES
+from tests.support.mesh_measure import held, measure, tensors
+from tests.support.mesh_mutants import MUTANTS
 
 
 def gather(mine: Any) -> list[Any]:

@@ -17,14 +17,14 @@ import torch
 import torch_xla.distributed.spmd as spmd
 from torch_xla.debug import metrics
 
+from benchmarks.matrix.cells import STEPS, recipe_of
 from portatrain.backends.torch import TorchBackend
 from portatrain.backends.torch_xla import XlaBackend, devices, losses, ops
 from portatrain.model.layout import Layout, Mesh
 from portatrain.testing import CASES, measure, parity
-from tests.distributed.cases import CASES as PROGRAMS
-from tests.distributed.measure import held, tensors
-from tests.distributed.measure import measure as run_steps
-from tests.matrix.cells import STEPS, recipe_of
+from tests.support.mesh_cases import CASES as PROGRAMS
+from tests.support.mesh_measure import held, tensors
+from tests.support.mesh_measure import measure as run_steps
 
 
 class Scattered(XlaBackend):

@@ -22,7 +22,7 @@ from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.system import processes
 from portatrain.system.environment import READ_ONCE
-from tests.distributed.cases import CASES
+from tests.support.mesh_cases import CASES
 
 
 class Counting(LocalStore):

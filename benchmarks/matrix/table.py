@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from benchmarks.matrix.cells import BACKENDS, MESHES, REASONS, ROWS, STEPS
+from benchmarks.matrix.run import Found
 from portatrain.testing.parity import GRADIENT_BOUND, LOSS_BOUND
-from tests.matrix.cells import BACKENDS, MESHES, REASONS, ROWS, STEPS
-from tests.matrix.run import Found
 
 MOST = 1e-5
 """What a gradient or loss may differ by with a reason."""
@@ -49,7 +49,7 @@ def table(results: Mapping[str, Found]) -> str:
         f"{LOSS_BOUND:.0e}). A number in brackets is "
         "the error that a combination ends in, below. An empty cell has not run.",
         "",
-        "Recipes are the shipped files; sizes by override, the same in a whole row (`tests/matrix/cells.py`). "
+        "Recipes are the shipped files; sizes by override, the same in a whole row (`benchmarks/matrix/cells.py`). "
         "Measured on a 2-core x86-64 VM with no accelerator: devices are simulated ones, of XLA or gloo processes.",
         "",
     ]

@@ -10,12 +10,12 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from benchmarks.matrix.cells import BACKENDS, MESHES, STEPS, recipe_of
 from portatrain.backends.base import simulate_devices
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.system.processes import rank
 from portatrain.testing import parity
-from tests.matrix.cells import BACKENDS, MESHES, STEPS, recipe_of
 
 
 def main(args: argparse.Namespace) -> int:

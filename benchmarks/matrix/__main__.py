@@ -15,15 +15,15 @@ import sys
 import time
 from pathlib import Path
 
-from tests.matrix.cells import BACKENDS, MESHES, ROWS, installed
-from tests.matrix.run import Found, run_group
-from tests.matrix.table import problems, table
+from benchmarks.matrix.cells import BACKENDS, MESHES, ROWS, installed
+from benchmarks.matrix.run import Found, run_group
+from benchmarks.matrix.table import problems, table
 
 RESULTS, DOC = Path("docs/measured/parity.json"), Path("docs/measured/parity.md")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser("python -m tests.matrix", description=__doc__)
+    parser = argparse.ArgumentParser("python -m benchmarks.matrix", description=__doc__)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--again", action="store_true")
     parser.add_argument("--minutes", type=float, default=float("inf"))
@@ -59,7 +59,7 @@ def main() -> int:
 def _sources() -> str:
     """A name for what the baselines are made by."""
     digest = hashlib.sha256()
-    for root in ("portatrain", "recipes", "tests/matrix"):
+    for root in ("portatrain", "recipes", "benchmarks/matrix"):
         for path in sorted(Path(root).rglob("*.py")):
             digest.update(str(path).encode() + path.read_bytes())
     return digest.hexdigest()[:12]

@@ -17,8 +17,8 @@ from portatrain.model.precision import stored
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
-from tests.contract.running import image_batch, tokens_batch
-from tests.contract.toy_models import Nested, Routed
+from tests.support.running import image_batch, tokens_batch
+from tests.support.toy_models import Nested, Routed
 
 Batch = dict[str, np.ndarray]
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from portatrain.backends.base import Backend, LocalBox
 from portatrain.backends.program import Program
-from tests.distributed.cases import Case
+from tests.support.mesh_cases import Case
 
 Boxes = list[tuple[str, str, tuple[int, ...], tuple[int, ...], np.ndarray]]
 Gather = Callable[[Any], list[Any]]

@@ -14,8 +14,8 @@ import numpy as np
 
 from portatrain.backends.base import simulate_devices
 from portatrain.system.processes import rank
-from tests.distributed.cases import CASES
-from tests.distributed.measure import measure
+from tests.support.mesh_cases import CASES
+from tests.support.mesh_measure import measure
 
 
 def gather(mine: Any) -> list[Any]:
