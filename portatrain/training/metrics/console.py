@@ -99,7 +99,7 @@ class ConsoleSink:
         self._line(f"step {record.step}: validation loss {record.loss:.4f}{more}")
 
     def event(self, kind: str, **fields: object) -> None:
-        what = f" {fields.pop('what')}" if "what" in fields else ""  # "evaluating" the whole validation split
+        what = f": {fields.pop('what')}" if "what" in fields else ""
         more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
         self._line(f"{kind.replace('_', ' ')}{what}{': ' + more if more else ''}")
 
