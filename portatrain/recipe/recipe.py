@@ -108,9 +108,13 @@ class Recipe:
     """Steps between evaluations; None: one at the end."""
     eval_batches: int = 16
     """Validation batches of an evaluation (fewer where the split has fewer)."""
+    eval_final_batches: int | Literal["all"] | None = config.added_later(None)
+    """Those of the evaluation after the last step; None: `eval_batches`, "all": the whole validation split."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints; None: one where the run stops or ends."""
+    """Steps between checkpoints; None: no rule by steps. There is always one where the run stops or ends."""
+    checkpoint_every_s: float | None = config.added_later(600.0)
+    """Seconds of training between saves besides, more of them if saves would take over 2 % of the time; None: never."""
     checkpoint_keep: int = 2
     """How many committed checkpoints are kept: the newest ones."""
     checkpoint_keep_every: int | None = None
@@ -143,8 +147,8 @@ class Recipe:
             "checkpoint_keep": 1,
             "probe_every": 1,
         }
-        for name in ("eval_every", "checkpoint_every", "checkpoint_keep_every"):
-            if getattr(self, name) is not None:
+        for name in ("eval_every", "eval_final_batches", "checkpoint_every", "checkpoint_keep_every"):
+            if getattr(self, name) not in (None, "all"):
                 least[name] = 1
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -153,6 +157,8 @@ class Recipe:
             self._refuse("seed", "an integer below 2**63", "Choose a smaller one.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             self._refuse("clip_norm", "a positive number or none", "Use none to switch clipping off.")
+        if self.checkpoint_every_s is not None and self.checkpoint_every_s <= 0:
+            self._refuse("checkpoint_every_s", "a positive number of seconds, or none", "A usual one is 600.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             self._refuse("ema_decay", "a number between 0 and 1, or none", "A usual one is 0.999.")
         if self.batch % self.accumulation:
