@@ -241,12 +241,13 @@ class Layout:
         shards = self.mesh.over(over)
         up = -(-size // shards) * shards
         near = f"{up - shards} or {up}" if up > shards else str(up)
-        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in over)
+        used = [a for a in over if self.mesh.sizes[a] > 1]
+        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in used)
         return UserError(
             f"{what}, axis {axis!r} on mesh {self.mesh}",
             expected=f"a size that {split} divides",
             got=str(size),
-            do=f"The nearest sizes that work are {near}; or use a smaller {over[-1]} axis.",
+            do=f"The nearest sizes that work are {near}; or use a smaller {' or '.join(used)} axis.",
         )
 
     # ---- boxes

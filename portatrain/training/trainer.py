@@ -203,7 +203,12 @@ class Trainer:
             device=str(about["device"]),
             devices=int(about["devices"]),
             mesh=str(self.mesh),
+            id=self._run_id(),
         )
+
+    def _run_id(self) -> str:
+        """Return the id in run.json; only process 0, which has the sinks, needs it."""
+        return "" if self.backend.process else str(self.run_dir.run_info().get("id", ""))
 
     def _newest(self, attempt: Attempt | Follower) -> Any:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
@@ -246,7 +251,7 @@ class Trainer:
                 waited_s = time.perf_counter() - waited_s
                 self._stop.at("agree", step)
                 # The clock of process 0 decides.
-                due = not self.backend.process and self.step != self._saved and self._save_timer.due
+                due = not self.backend.process and self.step > max(0, self._saved) and self._save_timer.due
                 agreed = self._agreed(save=due)
                 if agreed == "save":
                     if pending is not None:
