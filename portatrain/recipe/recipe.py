@@ -24,7 +24,7 @@ from portatrain import config
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
 from portatrain.model.lora import LoRA, adapt, is_factor
-from portatrain.model.module import Definition, describe
+from portatrain.model.module import Definition, Module, describe
 from portatrain.model.precision import stored
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
@@ -232,6 +232,13 @@ class Recipe:
     def describe(self) -> Definition:
         """The model, built, with what the recipe adds to it."""
         model = self.model.build()
+        if not isinstance(model, Module):
+            raise UserError(
+                f"recipe {self.name}: model",
+                expected=f"a portatrain.Module from {type(self.model).__name__}.build()",
+                got=repr(model),
+                do="Return the model at the end of build().",
+            )
         return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
 
     def trains(self, name: str) -> bool:

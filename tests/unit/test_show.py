@@ -199,6 +199,13 @@ def test_mistakes(words: list[str], said: str, capsys: Capture) -> None:
     assert said in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_a_build_that_returns_no_module_is_a_mistake(tmp_path: Path, capsys: Capture) -> None:
+    path = tmp_path / "own.py"
+    path.write_text(OWN.replace("return Net()", "Net()"))
+    assert main(["show", str(path)]) == 2
+    assert "a portatrain.Module from Sizes.build(), got None" in capsys.readouterr().err
+
+
 def test_it_needs_no_framework() -> None:
     code = (
         "import sys; [sys.modules.__setitem__(n, None) for n in ('jax', 'torch', 'flax', 'optax')]; "
