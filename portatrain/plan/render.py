@@ -149,7 +149,7 @@ def plot(plans: Sequence[Plan], path: Path) -> None:
     title = f"{plans[0].asked.name}: predicted cost against time"
     parts = ['<text x="480" y="300" text-anchor="middle">no cluster has a price</text>']
     if points:
-        days, costs = ([point[i] for point in points] for i in (0, 1))
+        days, costs = [when for when, _, _ in points], [usd for _, usd, _ in points]
         x = Scale(low=min(days) / 2, high=max(days) * 3, start=90, end=940, log=True)
         y = Scale(low=min(costs) / 2, high=max(costs) * 2, start=540, end=40, log=True)
         parts = frame(x, y, x_label="days per run", y_label="USD per run, list prices")

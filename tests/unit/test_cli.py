@@ -321,7 +321,7 @@ def test_trackers_of_the_command_and_of_clusters_toml_reach_the_job(
     handed: list[Any] = []
     monkeypatch.setattr(submission, "submit", lambda run, recipe, jobs: handed.extend(jobs))
     monkeypatch.setattr(slurm.SlurmLauncher, "check", lambda self, job: None)
-    lab = ["--cluster", "lab", "mine.py", "--mesh", "fsdp=1"]
+    lab = ["--cluster", "lab", "tiny-lm", "--mesh", "fsdp=1"]
     assert launch_main(lab) == 0
     assert launch_main([*lab, "--track", "tensorboard"]) == 0
     assert [job.train()[-2:] for job in handed] == [["--track", "wandb"], ["--track", "tensorboard"]]
