@@ -21,7 +21,9 @@ from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
 # A new command is a line here: name -> its module, and what the list of commands says of it.
 PORTATRAIN: dict[str, tuple[str, str]] = {
+    "init": ("portatrain.commands.init", "write a recipe of your own to begin with"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes a device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "report": ("portatrain.commands.report", "write a run as one HTML page"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),

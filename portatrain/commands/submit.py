@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="failures in a row, without a new checkpoint, after which a job gives up (default: 3)",
     )
+    options.add_track(parser, " (default: `track` of the cluster in clusters.toml)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
@@ -60,6 +61,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one.")
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     wanted = targets.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
+    track = options.check_track("--track", args.track)
+    for target in wanted:
+        options.check_track(f"cluster {target.name}: track", target.track)
     recipe = options.resolved_recipe(args)
     run_name = _run_name(args.run, args.runs, recipe.name)
 
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             cwd=os.getcwd(),
             options=target.options,
             place=target.place,
+            track=track or target.track,
         )
         for target in fitting
     ]

@@ -7,6 +7,7 @@ checkpoint's boxes. A layout for one device is a layout like any other. Plain Py
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -37,6 +38,55 @@ COMPUTE: Mapping[str, Axes] = {
 
 PARAMS: Mapping[str, Axes] = {"embed": "fsdp"}
 """What the params mapping adds to `COMPUTE`: FSDP is this one line."""
+
+
+UNSPLIT = frozenset(
+    {"layers", "head_dim", "patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"}
+)
+"""The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
+device, and are meant to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownAxis:
+    """A logical axis that no mapping knows: it is whole on every device, as a misspelt one is."""
+
+    axis: str
+    tensors: tuple[str, ...]
+    nearest: str | None
+    """The known axis with the most similar name, if one is similar."""
+
+    def __str__(self) -> str:
+        more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
+        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
+        return (
+            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {meant}"
+            f"If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+        )
+
+
+def unknown_axes(
+    model: Definition, *, compute: Mapping[str, Axes] | None = None, params: Mapping[str, Axes] | None = None
+) -> list[UnknownAxis]:
+    """Return the axes of `model` that no mapping knows, in the order of its tensors.
+
+    Known are the axes of the default mappings, `UNSPLIT`, the axes of Stacks, and every key of `compute` and `params`
+    (a recipe's), also one that is mapped to (): that says that the axis stays whole on purpose.
+    """
+    known = {*COMPUTE, *PARAMS, *UNSPLIT, *(compute or ()), *(params or ())}
+    found: dict[str, list[str]] = {}
+    for tensor in model.tensors.values():
+        for axis in tensor.axes[tensor.stack_dims :]:
+            if axis not in known:
+                found.setdefault(axis, []).append(tensor.name)
+    return [
+        UnknownAxis(
+            axis=axis,
+            tensors=tuple(tensors),
+            nearest=next(iter(difflib.get_close_matches(axis, sorted(known), n=1)), None),
+        )
+        for axis, tensors in found.items()
+    ]
 
 
 def _tuple(axes: Axes) -> tuple[str, ...]:
@@ -197,12 +247,13 @@ class Layout:
         shards = self.mesh.over(over)
         up = -(-size // shards) * shards
         near = f"{up - shards} or {up}" if up > shards else str(up)
-        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in over)
+        used = [a for a in over if self.mesh.sizes[a] > 1]
+        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in used)
         return UserError(
             f"{what}, axis {axis!r} on mesh {self.mesh}",
             expected=f"a size that {split} divides",
             got=str(size),
-            do=f"The nearest sizes that work are {near}; or use a smaller {over[-1]} axis.",
+            do=f"The nearest sizes that work are {near}; or use a smaller {' or '.join(used)} axis.",
         )
 
     # ---- boxes

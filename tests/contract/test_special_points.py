@@ -8,13 +8,13 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from running import BACKENDS
 
 from portatrain.backends.base import backend_class
 from portatrain.backends.reference.ops import ReferenceOps
 from portatrain.model.ops import Ops
 from portatrain.testing.special_case import Special, kink, special_checks
 from portatrain.testing.special_cases import SLOPES, SPECIALS, WITHOUT
+from tests.support.running import BACKENDS
 
 GROUPS = {training: [c for c in SPECIALS if c.context.training == training] for training in (False, True)}
 

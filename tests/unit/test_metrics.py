@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -78,7 +80,7 @@ def test_console_without_a_terminal_prints_plain_lines() -> None:
     assert "1.50 M parameters, 20 steps of 1000 tokens, fp32, jax on CPU, mesh 1" in text
     assert "MFU is relative to 0.05 TFLOP/s (measured here)" in text
     # A mean that forgets a tenth a step lags behind a line of slope -0.1 by 0.9 (1 - 0.9^9) = 0.5513 at step 10.
-    assert "step 10/20  loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
+    assert "step 10/20  mean loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
     assert "step 20: validation loss 3.0000  bits per byte 4.328" in text
     assert "skipped: step 3" in text
     assert "\x1b" not in text
@@ -114,6 +116,20 @@ def test_console_says_what_is_wrong() -> None:
     assert "data wait 50%" in text
     assert "skipped: not finite" in text
     assert "nan" not in text  # the shown loss is a mean over the finite ones
+
+
+def test_console_says_a_verdict_in_words() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(out)
+    figures = {"loss_difference": 3e-7, "loss_bound": 1e-5, "state_difference": None, "state_bound": None}
+    sink.event("resumed", step=20, verdict="continuous", differs=[], accepted=None, **figures)
+    sink.event("resumed", step=30, verdict="broken", differs=["rng.word"], accepted="a reason")
+    sink.event("warning", what="axis 'embd' is in no mapping")
+    assert out.getvalue().splitlines() == [
+        "went on from the checkpoint of step 20. Continuity: continuous, loss 3.0e-07 (bound 1e-05)",
+        "went on from the checkpoint of step 30. Continuity: broken, different: rng.word, accepted: a reason",
+        "warning: axis 'embd' is in no mapping",
+    ]
 
 
 def test_console_does_not_take_the_compilation_for_the_rate() -> None:
@@ -294,11 +310,30 @@ def test_wandb_gets_one_curve_over_all_attempts(monkeypatch: pytest.MonkeyPatch)
     module.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
     play(WandbSink(), steps=2)
-    assert calls[0]["id"] == "small"
+    assert (calls[0]["id"], calls[0]["name"]) == ("small", "small")  # a run of before there were ids
     assert calls[0]["resume"] == "allow"
     assert [call[0] for call in calls[1:-1]] == [1, 2, 2]
     assert calls[-1] == "end"
     assert summary == {"status": "done"}
+
+
+def test_wandb_knows_a_run_by_its_id_and_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("wandb")
+    module.__spec__ = SimpleNamespace()
+    seen: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None, summary={})
+    module.init = lambda **options: seen.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for folder in ("a/tiny", "b/tiny", "a/tiny"):
+        there = RunDir(tmp_path / folder)
+        there.begin(make()).close()
+        sink = WandbSink()
+        sink.start(replace(INFO, run=there.path.name, id=there.run_info()["id"]))
+        sink.end({})
+    first, other, again = (options["id"] for options in seen)
+    assert first == again != other
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert {options["name"] for options in seen} == {"tiny"}
 
 
 def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
