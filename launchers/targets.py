@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, launcher, launcher_names
-from portatrain.checkpoint.locations import is_remote
-from portatrain.commands import dry_run
 from portatrain.errors import UserError
-from portatrain.plan.clusters import clusters_toml
+from portatrain.plan.clusters import clusters_toml, names
 from portatrain.plan.clusters.catalog import STACKS
 from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost import recipes
+from portatrain.plan.result import Plan
+from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
 from portatrain.system.processes import PROCESS_A_DEVICE
+from portatrain.system.urls import is_remote
 
 RESOURCES = {
     "jax-tpu": "google.com/tpu",
@@ -55,6 +57,7 @@ class Target:
     hosts: int = 1
     processes: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    track: tuple[str, ...] = ()
 
     @property
     def place(self) -> dict[str, Any]:
@@ -82,7 +85,7 @@ def targets(
         if name in own:
             found.append(Target(name=name, engine=name, mesh=mesh, devices=devices, backend=backend))
         else:
-            (cluster,) = dry_run.clusters([name], recipe, sorted(own))
+            (cluster,) = names.find([name], recipe, sorted(own))
             found.append(_target(cluster, mesh, devices, backend))
     if len(found) > 1 and any(t.engine == "local" for t in found):
         local = next(t.name for t in found if t.engine == "local")
@@ -128,6 +131,7 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
         hosts=hosts,
         processes=processes,
         options=options,
+        track=cluster.track,
     )
 
 
@@ -161,7 +165,7 @@ def _fit(target: Target, recipe: Recipe) -> Target:
         return target
     if not target.engine:
         raise _no_engine(cluster)
-    from portatrain.training.trainer import make_program
+    from portatrain.backends.program import make_program
 
     if target.mesh is None:
         target = replace(target, mesh=_planned_mesh(cluster, recipe, target.devices))
@@ -237,7 +241,7 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
     """The plan, and exactly what would be submitted, for each job; where a cluster has no engine, what each engine that
     could carry it would be given, and how to configure one."""
     clusters = [t.cluster for t in found if t.cluster is not None]
-    plans = dry_run.show(recipe, clusters) if clusters else []
+    plans = _show_plans(recipe, clusters) if clusters else []
     meshes = {p.cluster.name: p.chosen.mesh_text for p in plans if p.chosen}
     by_name = {t.name: t for t in found}
     for number, job in enumerate(jobs, 1):
@@ -247,6 +251,8 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             folder, source, _ = where(Path(job.run_dir), job.recipe)
             code = f"{job.run_dir}/code/{folder.name}" if is_remote(job.run_dir) else str(folder)
             numbered = replace(numbered, code=code, recipe=source.replace(str(folder), code, 1))
+        if cluster is None and job.engine == "local":
+            print(f"# {_local_plan(recipe, job)}")
         if cluster is None or job.engine:
             title = f"# {job.cluster} by {job.engine}\n" if job.detached else ""
             print(title + launcher(job.engine).materialize(numbered if job.detached else job))
@@ -259,3 +265,36 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             f"{clusters_toml.config_folder()}, then launch --cluster my-{cluster.chip.name}"
         )
         print("\n".join(_table(cluster)))
+
+
+def _local_plan(recipe: Recipe, job: Job) -> str:
+    """The plan of a job of this machine, in a line. Nothing here loads a framework, so accelerators are not known."""
+    from portatrain.model.layout import Mesh
+    from portatrain.plan.recorded import of_run
+    from portatrain.system.text import duration
+
+    mesh = Mesh.parse(job.mesh if job.mesh is not None else f"fsdp={job.devices or 1}")
+    try:
+        made = of_run(recipe, mesh, "cpu")
+    except UserError as error:
+        made = {"planned": False, "why": str(error)}
+    if not made["planned"]:
+        return f"not planned: {made['why']}"
+    step_s, memory = float(made["plan"]["step_s"]), float(made["plan"]["memory_total_bytes"])
+    return (
+        f"plan, if it runs on CPU devices: mesh {mesh}, {step_s:.3g} s a step, {memory / 2**30:.2f} GiB a device, "
+        f"{duration(step_s * recipe.steps)} for {recipe.steps} steps"
+    )
+
+
+def _show_plans(recipe: Recipe, wanted: Sequence[Cluster]) -> list[Plan]:
+    """Print the plan of `recipe` for every cluster, in the order of preference; the plans."""
+    from rich.console import Console
+
+    from portatrain.plan import render
+
+    shape = recipes.shape_of(recipe)
+    plans = [plan(shape, cluster) for cluster in wanted]
+    console = Console() if Console().is_terminal else Console(width=180)
+    render.show(plans, console, details=len(plans) == 1)
+    return plans

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Self
 
 LONGEST = 1000
 """Characters of a user's own text in a message; the middle of a longer text is left out."""
@@ -26,6 +27,11 @@ class UserError(Exception):
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
         super().__init__(f"{_short(what)}: expected {expected}, got {_short(got)}. {do}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
+
+    @classmethod
+    def of(cls, error: Any) -> Self:
+        """Return an error of this class that says what `error` (a UserError or a FormatError) says."""
+        return cls(error.what, expected=error.expected, got=error.got, do=error.do)
 
 
 class StorageError(UserError):

@@ -20,5 +20,6 @@ def recipe() -> Recipe:
         steps=600,
         batch=8,
         eval_every=100,
+        eval_final_batches="all",
         hooks=(TrigramBaseline(), TextSample(prompt="def ")),
     )

@@ -22,4 +22,5 @@ def recipe() -> Recipe:
         steps=900,
         batch=64,
         eval_every=150,
+        eval_final_batches="all",
     )

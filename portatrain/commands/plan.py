@@ -8,7 +8,7 @@ examples:
   portatrain plan llama3-8b --cluster tpu-v5p-256,h100-64,mi300x-64
   portatrain plan llama3-405b --cluster 4*tpu-v5p-4096 --details
   portatrain plan tiny-lm --cluster cpu-2 --json
-  portatrain plan llama3-70b --cluster all --plot cost.png
+  portatrain plan llama3-70b --cluster all --plot cost.svg
   portatrain plan --calibrate runs/demo runs/wide                  # planned beside measured; learns the factor
   portatrain plan llama3-8b --cluster tpu-v5p-256 --compile       # the real compiler checks it; takes minutes
 """
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands.options import add_recipe, folder
 from portatrain.errors import UserError
-from portatrain.model.layout import Mesh
+from portatrain.model.layout import Mesh, unknown_axes
 from portatrain.plan.as_json import as_json
 from portatrain.plan.clusters import clusters_toml, names
 from portatrain.plan.cost import recipes
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=folder,
         help="in place of a plan: fit the efficiency factors to these runs, say what changes, and keep it",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days (png, svg, pdf)")
+    parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days, an SVG")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -224,6 +224,9 @@ def _shape(args: argparse.Namespace) -> ModelShape:
     changed = override(found, args.overrides) if args.overrides else found
     if isinstance(changed, Recipe) and args.seq_len is not None and hasattr(changed.data, "seq_len"):
         changed = override(changed, [f"data.seq_len={args.seq_len}"])
+    if isinstance(changed, Recipe):
+        for unknown in unknown_axes(changed.describe(), compute=changed.compute, params=changed.params):
+            print(f"warning: {unknown}", file=sys.stderr)
     shape = recipes.shape_of(changed)
     for name in ("batch", "seq_len"):
         value = getattr(args, name)
@@ -262,11 +265,11 @@ def _words(text: str | None) -> tuple[str, ...]:
 
 def _plot_file(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+    if path.suffix != ".svg" or not path.parent.is_dir():
         raise UserError(
             f"--plot {text}",
-            expected="a file ending in .png, .svg or .pdf in a folder that exists",
+            expected="a file ending in .svg in a folder that exists",
             got=text,
-            do="Write --plot cost.png.",
+            do="Write --plot cost.svg.",
         )
     return path

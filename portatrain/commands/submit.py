@@ -20,9 +20,9 @@ import re
 from pathlib import Path
 
 from launchers import targets
-from portatrain.checkpoint.locations import is_remote
 from portatrain.commands import options
 from portatrain.errors import UserError
+from portatrain.system.urls import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="failures in a row, without a new checkpoint, after which a job gives up (default: 3)",
     )
+    options.add_track(parser, " (default: `track` of the cluster in clusters.toml)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
@@ -60,11 +61,14 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one.")
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     wanted = targets.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
+    track = options.check_track("--track", args.track)
+    for target in wanted:
+        options.check_track(f"cluster {target.name}: track", target.track)
     recipe = options.resolved_recipe(args)
     run_name = _run_name(args.run, args.runs, recipe.name)
 
     from launchers.base import Job, launcher
-    from portatrain.runs.run_dir import open_run
+    from portatrain.runs.open import open_run
 
     given = f"{args.runs.rstrip('/')}/{run_name}" if is_remote(args.runs) else str(Path(args.runs) / run_name)
     run_dir = given if is_remote(given) else str(Path(given).absolute())
@@ -90,6 +94,7 @@ def run(args: argparse.Namespace) -> int:
             cwd=os.getcwd(),
             options=target.options,
             place=target.place,
+            track=track or target.track,
         )
         for target in fitting
     ]
@@ -99,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
     for job in jobs:
         launcher(job.engine).check(job)
     if len(jobs) == 1 and not jobs[0].detached:
-        return int(launcher("local").submit(jobs[0]))
+        from portatrain.commands import foreground
+
+        return foreground.run(jobs[0])
     from launchers.submission import submit
 
     submit(run, recipe, jobs)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 
-from portatrain.checkpoint.locations import SCHEMES
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
+from portatrain.system.urls import SCHEMES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
     )
-    parser.add_argument(
-        "--track", metavar="NAME", action="append", default=[], help="send metrics to wandb or tensorboard as well"
-    )
+    options.add_track(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -74,36 +72,34 @@ def train(args: argparse.Namespace) -> int:
             do="Leave it out to train to the end.",
         )
     if (url := getattr(args, "checkpoints", None)) is not None:
-        from portatrain.checkpoint.locations import place_of
+        from portatrain.checkpoint.locations import location_of
 
         if not url.startswith(SCHEMES):
             raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
-        place_of(url)  # what the URL or the environment lacks, before anything starts
+        location_of(url)  # what the URL or the environment lacks, before anything starts
     _check_mesh(args.mesh, args.devices)
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
-        from portatrain.runs.run_dir import open_run
+        from portatrain.backends.program import make_program
+        from portatrain.runs.open import open_run
         from portatrain.system.processes import run_processes
-        from portatrain.training.trainer import make_program
 
         # What does not go together, before any of them starts.
         make_program(recipe, mesh=args.mesh or f"fsdp={args.devices or n}")
         open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
-    from portatrain.runs.run_dir import open_run
+    from portatrain.runs.open import open_run
     from portatrain.system.processes import rank
     from portatrain.training.metrics import Sink
     from portatrain.training.metrics.console import ConsoleSink
     from portatrain.training.metrics.trackers import TRACKERS
 
-    for name in args.track:
-        if name not in TRACKERS:
-            raise choice("--track", name, TRACKERS)
+    track = options.check_track("--track", args.track)
     run_dir = open_run(args.run_dir, work=True)
     if rank() == 0:  # the one that writes there
         run_dir.check(recipe)
-    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
+    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in track)]
 
     from portatrain.system.cloud_notices import Notices
     from portatrain.system.stop_signals import StopSignals

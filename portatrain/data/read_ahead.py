@@ -2,7 +2,7 @@
 
 It uses a plain thread and not grain. grain provides workers and transformations for random-access sources, which are
 not needed here, since one call returns any batch. Importing grain takes more than a second at every start of a run;
-docs/data.md has the measurement.
+docs/understand/data.md has the measurement.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ class _TokenDocuments(Documents):
                     do=f"Set {what} to the value with which the files were written.",
                 )
         self.vocab, self.bos = spec.vocab, spec.separator or 0
-        self._ids = [_ids(path, dtype) for _, path in self.files]
+        self._ids = [read_ids(path, dtype) for _, path in self.files]
         tables = [_between(f, ids, spec.separator) for f, ids in enumerate(self._ids)]
         self.file, self.index, self._from, self._to = np.concatenate(tables).T
 
@@ -293,7 +293,10 @@ class _TokenDocuments(Documents):
         return ids.astype(np.min_scalar_type(self.vocab - 1)), None
 
 
-def _ids(path: Path, dtype: np.dtype) -> np.ndarray:
+def read_ids(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Return the ids of a token file, mapped into memory: raw, or one array as numpy.save writes it (.npy)."""
+    if path.suffix == ".npy":
+        return _npy_ids(path, dtype)
     try:
         size = path.stat().st_size
         if size % dtype.itemsize == 0:
@@ -308,6 +311,26 @@ def _ids(path: Path, dtype: np.dtype) -> np.ndarray:
         got=f"{size} bytes",
         do="Set dtype to the value with which the file was written, or write the file again.",
     )
+
+
+def _npy_ids(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"token file {path}",
+            expected="an array that numpy.save wrote",
+            got=str(error),
+            do="Write it again with numpy.save, or rename it if it holds raw ids.",
+        ) from error
+    if ids.ndim != 1 or ids.dtype != dtype:
+        raise UserError(
+            f"token file {path}",
+            expected=f"a one-dimensional array of {dtype.name}, little-endian",
+            got=f"{ids.dtype.name} of shape {ids.shape}",
+            do="Set dtype to what the file was written with; flatten an array of several dimensions.",
+        )
+    return ids.view(np.ndarray)
 
 
 def _between(file: int, ids: np.ndarray, separator: int | None) -> np.ndarray:

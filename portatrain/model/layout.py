@@ -1,12 +1,13 @@
 """Meshes and layouts: which device holds which part of a tensor.
 
-A `Layout` is a mesh and three mappings from logical axes to mesh axes. All sharding is decided here, and all sharding
+A `Layout` is a mesh and two mappings from logical axes to mesh axes. All sharding is decided here, and all sharding
 errors are raised here. Backends convert a layout to a `PartitionSpec` (JAX), to DTensor placements and FSDP2's shard
 dimension (torch) or to an XLA SPMD spec; checkpoints convert it to boxes. Plain Python.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,55 @@ COMPUTE: Mapping[str, Axes] = {
 
 PARAMS: Mapping[str, Axes] = {"embed": "fsdp"}
 """The entries that the default mapping for parameters adds to `COMPUTE`. This line is FSDP."""
+
+
+UNSPLIT = frozenset(
+    {"layers", "head_dim", "patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"}
+)
+"""The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
+device, and are meant to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownAxis:
+    """A logical axis that no mapping knows: it is whole on every device, as a misspelt one is."""
+
+    axis: str
+    tensors: tuple[str, ...]
+    nearest: str | None
+    """The known axis with the most similar name, if one is similar."""
+
+    def __str__(self) -> str:
+        more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
+        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
+        return (
+            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {meant}"
+            f"If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+        )
+
+
+def unknown_axes(
+    model: Definition, *, compute: Mapping[str, Axes] | None = None, params: Mapping[str, Axes] | None = None
+) -> list[UnknownAxis]:
+    """Return the axes of `model` that no mapping knows, in the order of its tensors.
+
+    Known are the axes of the default mappings, `UNSPLIT`, the axes of Stacks, and every key of `compute` and `params`
+    (a recipe's), also one that is mapped to (): that says that the axis stays whole on purpose.
+    """
+    known = {*COMPUTE, *PARAMS, *UNSPLIT, *(compute or ()), *(params or ())}
+    found: dict[str, list[str]] = {}
+    for tensor in model.tensors.values():
+        for axis in tensor.axes[tensor.stack_dims :]:
+            if axis not in known:
+                found.setdefault(axis, []).append(tensor.name)
+    return [
+        UnknownAxis(
+            axis=axis,
+            tensors=tuple(tensors),
+            nearest=next(iter(difflib.get_close_matches(axis, sorted(known), n=1)), None),
+        )
+        for axis, tensors in found.items()
+    ]
 
 
 def _tuple(axes: Axes) -> tuple[str, ...]:
@@ -104,6 +154,13 @@ class Mesh:
         """Return the number of shards over the mesh axes `axes`, the product of their sizes."""
         return math.prod(self.sizes[a] for a in axes)
 
+    def index(self, axes: Iterable[str], at: Mapping[str, int]) -> int:
+        """Return the number, row-major over `axes` (major first), of the shard of the device at coordinates `at`."""
+        found = 0
+        for axis in axes:
+            found = found * self.sizes[axis] + at[axis]
+        return found
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """Return the mesh coordinates of device `rank`; ranks are row-major over `MESH_AXES`."""
         found = {}
@@ -117,16 +174,14 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and three mappings from logical axes to mesh axes. Build one for a model with `Layout.of`."""
+    """A mesh and two mappings from logical axes to mesh axes. Build one for a model with `Layout.of`."""
 
     mesh: Mesh = field(default_factory=Mesh)
     """The devices."""
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     """The mapping for activations and for States."""
     params: Mapping[str, Axes] = field(default_factory=lambda: {**COMPUTE, **PARAMS})
-    """The mapping for parameters."""
-    state: Mapping[str, Axes] | None = None
-    """The mapping for optimizer state. None: that of the parameters."""
+    """The mapping for parameters, their averages and their optimizer state."""
     known: frozenset[str] | None = None
     """The logical axes that are valid, in mappings and in tensors. None: all are."""
 
@@ -209,18 +264,19 @@ class Layout:
     def _mapping(self, role: str) -> Mapping[str, Axes]:
         if role == "compute" or role == "state":  # a State is sharded as activations are
             return self.compute
-        return self.params if role == "params" or self.state is None else self.state
+        return self.params
 
     def _uneven(self, what: str, axis: str, size: int, over: tuple[str, ...]) -> UserError:
         shards = self.mesh.over(over)
         up = -(-size // shards) * shards
         near = f"{up - shards} or {up}" if up > shards else str(up)
-        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in over)
+        used = [a for a in over if self.mesh.sizes[a] > 1]
+        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in used)
         return UserError(
             f"{what}, axis {axis!r} on mesh {self.mesh}",
             expected=f"a size that {split} divides",
             got=str(size),
-            do=f"The nearest sizes that work are {near}; or use a smaller {over[-1]} axis.",
+            do=f"The nearest sizes that work are {near}; or use a smaller {' or '.join(used)} axis.",
         )
 
     # ---- boxes
@@ -231,17 +287,14 @@ class Layout:
         """Return the box, (offset, shape) in elements, of `tensor` on the device at mesh coordinates `at`."""
         offset, shape = [], []
         for size, over in zip(tensor.shape, self.tensor_spec(tensor, role=role), strict=True):
-            index = 0
-            for axis in over:
-                index = index * self.mesh.sizes[axis] + at[axis]
             mine = size // self.mesh.over(over)
-            offset.append(index * mine)
+            offset.append(self.mesh.index(over, at) * mine)
             shape.append(mine)
         return tuple(offset), tuple(shape)
 
     def check(self, model: Definition) -> None:
         """Raise UserError unless the mappings name valid mesh axes and every tensor of `model` divides evenly."""
-        for mapping in (self.compute, self.params, self.state or {}):
+        for mapping in (self.compute, self.params):
             for logical, axes in mapping.items():
                 for axis in _tuple(axes):
                     if axis not in MESH_AXES:

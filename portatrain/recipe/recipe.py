@@ -6,6 +6,7 @@ part of a recipe: they may change between the attempts of a run, and the loss cu
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import math
@@ -24,7 +25,7 @@ from portatrain import config
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
 from portatrain.model.lora import LoRA, adapt, is_factor
-from portatrain.model.module import Definition, describe
+from portatrain.model.module import Definition, Module, describe
 from portatrain.model.precision import stored
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
@@ -118,9 +119,15 @@ class Recipe:
     """Steps between evaluations. None: one evaluation, at the end of the run."""
     eval_batches: int = 16
     """Maximum number of validation batches per evaluation; fewer if the split has fewer."""
+    eval_final_batches: int | Literal["all"] | None = config.added_later(None)
+    """Maximum number of validation batches of the evaluation after the last step; all: the whole split. None:
+    ``eval_batches``."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints. None: one checkpoint, when the run stops or ends."""
+    """Steps between checkpoints. None: no rule by steps. A run always saves when it stops or ends."""
+    checkpoint_every_s: float | None = config.added_later(600.0)
+    """Seconds of training between checkpoints, besides ``checkpoint_every``; longer if saving would take over 2 % of
+    the time. None: no rule by time."""
     checkpoint_keep: int = 2
     """Number of newest committed checkpoints to keep, at least 1."""
     checkpoint_keep_every: int | None = None
@@ -155,8 +162,8 @@ class Recipe:
             "checkpoint_keep": 1,
             "probe_every": 1,
         }
-        for name in ("eval_every", "checkpoint_every", "checkpoint_keep_every"):
-            if getattr(self, name) is not None:
+        for name in ("eval_every", "eval_final_batches", "checkpoint_every", "checkpoint_keep_every"):
+            if getattr(self, name) not in (None, "all"):
                 least[name] = 1
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -165,6 +172,8 @@ class Recipe:
             self._refuse("seed", "an integer below 2**63", "Use a smaller number.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             self._refuse("clip_norm", "a positive number or none", "Use none to switch clipping off.")
+        if self.checkpoint_every_s is not None and self.checkpoint_every_s <= 0:
+            self._refuse("checkpoint_every_s", "a positive number of seconds, or none", "A usual one is 600.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             self._refuse("ema_decay", "a number between 0 and 1, or none", "A usual value is 0.999.")
         if self.batch % self.accumulation:
@@ -241,6 +250,13 @@ class Recipe:
     def describe(self) -> Definition:
         """Build the model, with its LoRA factors if any, and return its tensors in the dtypes of ``precision``."""
         model = self.model.build()
+        if not isinstance(model, Module):
+            raise UserError(
+                f"recipe {self.name}: model",
+                expected=f"a portatrain.Module from {type(self.model).__name__}.build()",
+                got=repr(model),
+                do="Return the model at the end of build().",
+            )
         return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
 
     def trains(self, name: str) -> bool:
@@ -306,26 +322,45 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 
 def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
-    """Return ``recipe`` with overrides such as ``model.layers=8``, ``optimizer=Lion``, ``steps=20``.
+    """Return `recipe` with overrides such as `model.layers=8`, `optimizer=Lion`, `data=TextFiles`, `steps=20`.
 
-    Raises:
-        UserError: an unknown field, or a value that does not fit it.
+    A class is looked for beside the one that the field holds, and in the files that recipes were loaded from.
     """
-    return overrides.override(recipe, assignments)
+    return overrides.override(recipe, assignments, modules=tuple(_LOADED))
 
+
+_LOADED: dict[str, None] = {}
+"""The modules that recipes of this process were loaded from, in order: overrides may name their classes."""
 
 # --- finding and loading -----------------------------------------------------------------------
 
 
 def shipped_recipes() -> dict[str, str]:
-    """Return the recipes that come with portatrain, name -> module, without importing any of them."""
+    """Return the recipes that come with portatrain, name -> module, without importing any of them.
+
+    A module of ``recipes/`` with a function ``recipe()`` ships one recipe under the name of its file. With a
+    dictionary ``RECIPES`` as well, written out at the top level, it ships one for every key, made by ``recipe(key)``.
+    """
     spec = importlib.util.find_spec("recipes")
-    found = {}
+    found: dict[str, str] = {}
     for folder in (spec.submodule_search_locations or []) if spec else []:
         for path in sorted(Path(folder).glob("*.py")):
-            if re.search(r"^def recipe\(", path.read_text(encoding="utf-8"), re.MULTILINE):
-                found[path.stem.replace("_", "-")] = f"recipes.{path.stem}"
+            text = path.read_text(encoding="utf-8")
+            if re.search(r"^def recipe\(", text, re.MULTILINE):
+                names = _named_in(text) or [path.stem.replace("_", "-")]
+                found |= dict.fromkeys(names, f"recipes.{path.stem}")
     return found
+
+
+def _named_in(source: str) -> list[str]:
+    """Return the keys of the dictionary ``RECIPES`` that a module defines; none if it defines no such dictionary."""
+    for statement in ast.parse(source).body:
+        if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict)):
+            continue
+        if any(isinstance(target, ast.Name) and target.id == "RECIPES" for target in statement.targets):
+            keys = [key.value for key in statement.value.keys if isinstance(key, ast.Constant)]
+            return [key for key in keys if isinstance(key, str)]
+    return []
 
 
 def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
@@ -360,7 +395,10 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
             got="no function of that name",
             do="Add one; the files in recipes/ are examples.",
         )
+    if name_or_path in shipped and name_or_path in getattr(module, "RECIPES", ()):
+        function = partial(function, name_or_path)
     made = _run(what, function)
+    _LOADED[module.__name__] = None
     if not isinstance(made, Recipe):
         raise UserError(
             what,

@@ -15,28 +15,23 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import os
 import platform
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
-from portatrain.system import json_files
+from portatrain.system import environment, json_files
 
 FORMAT = 1
-ATTEMPT = "PORTATRAIN_ATTEMPT"
-"""Environment variable: the attempt that this process's supervisor has begun for it."""
-PLACE = "PORTATRAIN_PLACE"
-"""Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
 
 
 class RunDir:
@@ -94,6 +89,10 @@ class RunDir:
             return False
         json_files.write_json(self.path / name, data)
         return True
+
+    def put_text(self, name: str, text: str) -> None:
+        """Write a text file of it whole."""
+        json_files.write_text(self.path / name, text)
 
     def remove(self, name: str) -> None:
         """Remove a mark; nothing where it is not there."""
@@ -175,7 +174,17 @@ class RunDir:
         stored = self.run_info()
         if stored.get("recipe_sha256") == recipe.sha256:
             return
-        changed = sorted(_differences(stored.get("recipe", {}), recipe.to_json()))
+        was = stored.get("recipe", {})
+        try:
+            # An older release may have written the same recipe with other module names or without newer fields.
+            known = Recipe.from_json(was)
+        except UserError:
+            pass  # a class that is not here: the difference is shown as it was written
+        else:
+            if known.sha256 == recipe.sha256:
+                return
+            was = known.to_json()
+        changed = sorted(_differences(was, recipe.to_json()))
         raise UserError(
             f"run directory {self.where}",
             expected="the recipe that the run began with",
@@ -221,6 +230,7 @@ class RunDir:
         run = {
             "format": FORMAT,
             "name": self.path.name,
+            "id": uuid.uuid4().hex[:16],  # what a tracker knows the run by: names are used again, in other folders
             "created_unix_s": time.time(),
             "recipe_sha256": recipe.sha256,
             "code_sha256": code_sha256(recipe),
@@ -239,7 +249,7 @@ class RunDir:
     def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
-            number = int(os.environ[ATTEMPT])
+            number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
             self.began(attempt.folder)
         else:
@@ -254,7 +264,7 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info})
+        json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
             attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:
@@ -314,15 +324,6 @@ class RunDir:
         """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]
-
-
-def open_run(where: str | Path, *, work: bool = False) -> RunDir:
-    """The run directory at a path, or at a URL of an object store. `work`: to carry the run out, see `RemoteRun`."""
-    if not is_remote(where):
-        return RunDir(where)
-    from portatrain.runs.remote_run_dir import RemoteRun
-
-    return RemoteRun(str(where), work=work)
 
 
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

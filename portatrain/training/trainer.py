@@ -1,124 +1,86 @@
 """The training loop: data in, steps through a backend, metrics out. It knows no framework.
 
-trainer = Trainer(recipe, run, backend="jax")
+trainer = Trainer(recipe, run, TrainOptions(backend="jax"))
 exit_code = trainer.run()
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
+from portatrain.backends.base import StepResult, backend_class, simulate_devices
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest, check_tensors
 from portatrain.data import prefetch
 from portatrain.errors import UserError
-from portatrain.model.layout import Layout, Mesh
-from portatrain.plan.recorded import device_order, of_run
+from portatrain.model.layout import unknown_axes
+from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, Follower
 from portatrain.runs.run_dir import RunDir
-from portatrain.system.stop_signals import INTERRUPTED, RESUME_ME, StopSignals
+from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
+from portatrain.system.processes import peak_rss_bytes
+from portatrain.system.stop_signals import StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
-from portatrain.training.metrics import EvalRecord, Sink, StepRecord
+from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
-from portatrain.training.run_info import peak_rss_bytes, run_info
+from portatrain.training.save_timer import SaveTimer
 from portatrain.training.stop_requests import Leaving
 
 
-def train(
-    recipe: Recipe,
-    run: RunDir,
-    *,
-    backend: str,
-    mesh: str | None = None,
-    devices: int | None = None,
-    stop_at: int | None = None,
-    accept_drift: str | None = None,
-    checkpoints: str | None = None,
-    sinks: Sequence[Sink] = (),
-    signals: StopSignals | None = None,
-) -> int:
-    """Train `recipe` in `run`, going on from its newest checkpoint; the exit code: 0 done, 85 saved to be resumed,
-    130 interrupted and saved. `accept_drift`: a reason to go on although the continuity check fails, recorded.
-    `signals`: entered by the caller, so that a request to stop is seen from the start.
-    `checkpoints`: a URL of an object store for the checkpoints, kept in the run directory; None: as it says, or there.
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Where and how one attempt trains. Nothing here changes the loss curve; the recipe decides that."""
+
+    backend: str
+    mesh: str | None = None
+    """'fsdp=4,tensor=2'; None: `devices` along fsdp."""
+    devices: int | None = None
+    stop_at: int | None = None
+    """Save after this step and leave with exit code 85; None: train to the end."""
+    accept_drift: str | None = None
+    """A reason to go on although the continuity check fails; it is recorded."""
+    checkpoints: str | None = None
+    """A URL of an object store for the checkpoints, kept in the run directory; None: as that says, or inside it."""
+    sinks: Sequence[Sink] = ()
+    signals: StopSignals | None = None
+    """Entered by the caller, so that a request to stop is seen from the start."""
+
+
+def train(recipe: Recipe, run: RunDir, **options: Any) -> int:
+    """Train `recipe` in `run`, going on from its newest checkpoint. `options` are the fields of `TrainOptions`.
+
+    Returns the exit code: 0 done, 85 saved to be resumed, 130 interrupted and saved.
 
     Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
     losses that are not finite.
     """
-    return Trainer(
-        recipe,
-        run,
-        backend=backend,
-        mesh=mesh,
-        devices=devices,
-        stop_at=stop_at,
-        accept_drift=accept_drift,
-        checkpoints=checkpoints,
-        sinks=sinks,
-        signals=signals,
-    ).run()
-
-
-def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
-    """What a backend is to carry out: `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
-
-    Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
-    """
-    definition = recipe.describe()
-    params = definition.params
-    recipe.check_names(params)
-    layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
-    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
-    return Program(
-        definition=definition,
-        layout=layout,
-        optimizer=recipe.optimizer,
-        trainable=frozenset(n for n in params if recipe.trains(n)),
-        decay=frozenset(n for n, t in params.items() if recipe.decays(t)),
-        ema=frozenset(n for n in params if recipe.averages(n)),
-        ema_decay=recipe.ema_decay,
-        clip_norm=recipe.clip_norm,
-        precision=recipe.precision,
-        remat=recipe.remat,
-        seed=recipe.seed,
-        order=functools.partial(device_order, recipe, layout.mesh),
-    )
+    return Trainer(recipe, run, TrainOptions(**options)).run()
 
 
 class Trainer:
     """One attempt at a run. Public for hooks: recipe, data, definition, backend, state, step."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDir,
-        *,
-        backend: str,
-        mesh: str | None = None,
-        devices: int | None = None,
-        stop_at: int | None = None,
-        accept_drift: str | None = None,
-        checkpoints: str | None = None,
-        sinks: Sequence[Sink] = (),
-        signals: StopSignals | None = None,
-    ) -> None:
-        self.recipe, self.run_dir, self.sinks = recipe, run, list(sinks)
-        self.accept_drift, self._where, self._given_signals = accept_drift, checkpoints, signals
-        self.last_step = min(stop_at or recipe.steps, recipe.steps)
-        program = make_program(recipe, mesh=mesh if mesh is not None else f"fsdp={devices or 1}")
+    def __init__(self, recipe: Recipe, run: RunDir, options: TrainOptions) -> None:
+        self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, list(options.sinks)
+        self.last_step = min(options.stop_at or recipe.steps, recipe.steps)
+        mesh, backend = options.mesh, options.backend
+        if mesh is None:
+            mesh = f"fsdp={options.devices or 1}"
+        program = ordered(make_program(recipe, mesh=mesh), recipe)
         self.definition, self.mesh = program.definition, program.layout.mesh
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
@@ -134,23 +96,31 @@ class Trainer:
         """Steps trained so far."""
         self._skipped: list[int] = []
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
+        self._save_timer = SaveTimer(recipe.checkpoint_every_s)
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
 
     # ---- the loop
 
     def run(self) -> int:
-        """Train to the end, or to where it is stopped; the exit code."""
+        """Train to the end, or to where it is stopped; return the exit code. The curve is drawn however it ends."""
+        try:
+            return self._run()
+        finally:
+            if not self.backend.process and hasattr(self, "_info"):
+                draw(self.run_dir)
+
+    def _run(self) -> int:
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if not self.backend.process:
-            fingerprint = self.data.train.fingerprint if self.accept_drift is None else None
+            fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
-                self.run_dir.checkpoints(self._where),
+                self.run_dir.checkpoints(self.options.checkpoints),
                 keep=self.recipe.retention,
                 save_name=f"a{attempt.number}",
                 process=self.backend.process,
@@ -159,10 +129,12 @@ class Trainer:
             )
             found = self._newest(attempt)
             self.step = int(found.meta["step"]) if found else 0
-            self._info = run_info(self, attempt.number, about)
+            self._info = self._run_info(attempt.number, about)
             attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
             for sink in self.sinks:
                 sink.start(self._info)
+            for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
+                self.event("warning", what=str(unknown))
             status, summary = "failed", {}
             try:
                 if found:
@@ -195,11 +167,11 @@ class Trainer:
             finally:
                 for sink in self.sinks:
                     sink.end({"status": status, **summary})
-        return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
+        return {"done": OK, "interrupted": INTERRUPTED}.get(status, RESUMABLE)
 
     def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
         """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
-        first, signals = not self.backend.process, self._given_signals
+        first, signals = not self.backend.process, self.options.signals
         # A request to stop finds an attempt that can be told and closed, or none.
         with signals.staying() if first and signals is not None else nullcontext():
             attempt = self.run_dir.begin(self.recipe, info) if first else Follower(self.backend.agree(0))
@@ -220,6 +192,25 @@ class Trainer:
             self.backend.agree(attempt.number)
         return attempt
 
+    def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
+        """Return what does not change during the attempt; `about` is the backend's description of its device."""
+        return RunInfo.of(
+            self.recipe,
+            self.definition,
+            run_dir=self.run_dir.path,
+            attempt=attempt,
+            first_step=self.step + 1,
+            backend=self.backend.name,
+            device=str(about["device"]),
+            devices=int(about["devices"]),
+            mesh=str(self.mesh),
+            id=self._run_id(),
+        )
+
+    def _run_id(self) -> str:
+        """Return the id in run.json; only process 0, which has the sinks, needs it."""
+        return "" if self.backend.process else str(self.run_dir.run_info().get("id", ""))
+
     def _newest(self, attempt: Attempt | Follower) -> Any:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
         if not self.backend.process and not self.run_dir.locks:
@@ -228,13 +219,25 @@ class Trainer:
         return found[1] if found else None
 
     def _asked(self) -> str | None:
-        """Whether a process has been asked to stop, and how: all leave after the same step."""
-        kinds = (None, "preempt", "interrupt")
-        self._stop.asked = kinds[self.backend.agree(kinds.index(self._stop.asked))]
-        return self._stop.asked
+        """Return how any process has been asked to stop, or None: all leave after the same step."""
+        asked = self._agreed()
+        return None if asked == "save" else asked
+
+    def _agreed(self, *, save: bool = False) -> str | None:
+        """Return what all processes do now: None, "preempt" or "interrupt" to stop, or "save" if one wants to `save`.
+
+        One exchange a step tells both. A stop comes before a save: the state is saved then anyway.
+        """
+        kinds = (None, "save", "preempt", "interrupt")
+        asked = self._stop.asked
+        agreed = kinds[self.backend.agree(kinds.index("save" if save and asked is None else asked))]
+        if agreed in ("preempt", "interrupt"):
+            self._stop.asked = agreed
+        return agreed
 
     def _loop(self) -> None:
         recipe, self._ended_s = self.recipe, time.perf_counter()
+        self._save_timer.start()
         # Where steps run apart from us, a step's results are read after the next one has been started, so that the
         # device never waits.
         pending: tuple[int, StepResult, float] | None = None
@@ -248,7 +251,19 @@ class Trainer:
                 rows = batches.get(lambda: self._stop.asked is not None)
                 waited_s = time.perf_counter() - waited_s
                 self._stop.at("agree", step)
-                if self._asked() is not None or rows is None:
+                # The clock of process 0 decides.
+                due = not self.backend.process and self.step > max(0, self._saved) and self._save_timer.due
+                agreed = self._agreed(save=due)
+                if agreed == "save":
+                    if pending is not None:
+                        self._record(*pending)
+                        pending = None
+                    self._stop.at("save", self.step)
+                    self._save(by_time=True)
+                    self._ended_s = time.perf_counter()
+                elif agreed is not None:
+                    break
+                if rows is None:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
@@ -258,7 +273,7 @@ class Trainer:
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)
-                if not self.backend.asynchronous:
+                if not self.backend.async_dispatch:
                     self._record(*pending)
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
@@ -279,10 +294,14 @@ class Trainer:
 
     # ---- stopping and going on
 
-    def _save(self, *, last: bool = False) -> None:
-        """Begin to save the state after `self.step`, unless that has been done."""
+    def _save(self, *, last: bool = False, by_time: bool = False) -> None:
+        """Begin to save the state after `self.step`, unless that has been done. One `by_time` waits for no other."""
         if self._saved == self.step:
             return
+        with self._save_timer.saving():
+            self._begin_save(last=last, by_time=by_time)
+
+    def _begin_save(self, *, last: bool, by_time: bool) -> None:
         recipe = self.recipe
         self._saves += 1
         probes = last or (self._saves - 1) % recipe.probe_every == 0
@@ -290,7 +309,7 @@ class Trainer:
         found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)}
         if self._last_eval is not None and self._last_eval.step == self.step:
             found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
-        skips = recipe.checkpoint_busy == "skip" and not last
+        skips = by_time or (recipe.checkpoint_busy == "skip" and not last)
         if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
             self._saved = self.step
             self.event("saving", step=self.step)
@@ -311,8 +330,8 @@ class Trainer:
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
-        self.event("resumed", step=step, **found, accepted=self.accept_drift)
-        if found["verdict"] == "broken" and self.accept_drift is None:
+        self.event("resumed", step=step, **found, accepted=self.options.accept_drift)
+        if found["verdict"] == "broken" and self.options.accept_drift is None:
             raise continuity.refusal(step, found)
 
     def _record(self, step: int, result: StepResult, waited_s: float) -> None:
@@ -407,8 +426,10 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         train_s = time.perf_counter() - self._began_s
-        self.event("evaluating_the_whole_validation_split")
-        self._evaluate(None)
+        final = self.recipe.eval_final_batches
+        if final == "all":
+            self.event("evaluating_the_whole_validation_split")
+        self._evaluate(None if final == "all" else final or self.recipe.eval_batches)
         summary = {**self._results(), "train_s": train_s}
         for hook in self.recipe.hooks:
             if self._asked() is None:

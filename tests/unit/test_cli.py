@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,8 +21,8 @@ from portatrain.cli import launch_main, main
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.metrics import Sink
-from tests.conftest import listing
-from tests.unit.test_recipe import BAD_FILES, GOOD
+from tests.support.folders import listing
+from tests.support.recipe_files import BAD_FILES, GOOD
 
 Capture = pytest.CaptureFixture[str]
 Unchanged = Callable[[Path], None]
@@ -260,10 +262,10 @@ def test_launch_local_trains_here_and_shows_the_results(trainer: Trainer, capsys
     assert trainer.calls[0]["run"].path == Path("runs/first")
     out = capsys.readouterr().out
     assert "run directory    runs/first" in out
-    assert "loss curve       runs/first/loss.png" in out
+    assert "loss curve       runs/first/loss.svg" in out
     assert "validation loss  0.2500" in out
     assert "sample:\ndef f():\n    pass" in out
-    assert Path("runs/first/loss.png").stat().st_size > 1000
+    assert Path("runs/first/loss.svg").stat().st_size > 1000
 
 
 def test_launch_chooses_a_free_name(trainer: Trainer) -> None:
@@ -288,13 +290,44 @@ def test_dry_run_prints_a_command_that_does_the_same(trainer: Trainer, capsys: C
     before = listing(Path.cwd())
     assert launch_main([*words, "--dry-run"]) == 0
     assert listing(Path.cwd()) == before
-    line = capsys.readouterr().out.strip()
+    planned, line = capsys.readouterr().out.strip().splitlines()
+    assert planned.startswith("# not planned: ")  # the model of this recipe is a stand-in
     assert line == (
         "portatrain train mine.py --run-dir runs/mine --backend torch --set model.width=9 --set clip_norm=none"
     )
     assert main(shlex.split(line)[1:]) == 0
     assert launch_main([*words, "--run", "again"]) == 0
     assert trainer.calls[0]["recipe"] == trainer.calls[1]["recipe"]
+
+
+def test_dry_run_of_a_local_run_shows_its_plan(capsys: Capture) -> None:
+    assert launch_main(["--cluster", "local", "tiny-lm", "--devices", "2", "--dry-run"]) == 0
+    planned, line = capsys.readouterr().out.strip().splitlines()
+    assert re.fullmatch(r"# plan, .*: mesh fsdp=2, [0-9.]+ s a step, 0\.[0-9]+ GiB a device, .* for 600 steps", planned)
+    assert line == "portatrain train tiny-lm --run-dir runs/tiny-lm --devices 2"
+
+
+def test_trackers_of_the_command_and_of_clusters_toml_reach_the_job(
+    trainer: Trainer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launchers import slurm, submission
+
+    words = ["--cluster", "local", "mine.py", "--track", "tensorboard", "--track", "tensorboard"]
+    assert launch_main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("--run-dir runs/mine --track tensorboard")
+    assert "Did you mean wandb" in refused(launch_main, [*words[:3], "--track", "wandbb"], capsys)
+
+    Path("clusters.toml").write_text('[lab]\nchip = "h100"\ncount = 1\nengine = "slurm"\ntrack = ["wandb"]\n')
+    handed: list[Any] = []
+    monkeypatch.setattr(submission, "submit", lambda run, recipe, jobs: handed.extend(jobs))
+    monkeypatch.setattr(slurm.SlurmLauncher, "check", lambda self, job: None)
+    lab = ["--cluster", "lab", "tiny-lm", "--mesh", "fsdp=1"]
+    assert launch_main(lab) == 0
+    assert launch_main([*lab, "--track", "tensorboard"]) == 0
+    assert [job.train()[-2:] for job in handed] == [["--track", "wandb"], ["--track", "tensorboard"]]
+    for bad, said in (('["wandbb"]', "Did you mean wandb"), ('"wandb"', "a list of names")):
+        Path("clusters.toml").write_text(f'[lab]\nchip = "h100"\ncount = 1\nengine = "slurm"\ntrack = {bad}\n')
+        assert said in refused(launch_main, lab, capsys)
 
 
 def test_a_bug_is_a_traceback_not_a_users_mistake(trainer: Trainer) -> None:
@@ -351,3 +384,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stderr.read() == b""
     assert process.wait(timeout=30) == 0
     process.stderr.close()
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "portatrain", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "portatrain")

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_windows import windows
 
 from portatrain.data import Mixture, Stdlib, batch_hash
 from portatrain.data.mixture import Chained, Mixed, check, counts
 from portatrain.errors import UserError
+from tests.support.token_windows import windows
 
 WEIGHTS = st.lists(st.floats(0.01, 10), min_size=1, max_size=4)
 
@@ -121,10 +121,10 @@ BAD = [
     ({"weights": (0.0, 0.0)}, "not all 0"),
     ({"weights": (1.0, float("nan"))}, "finite"),
     ({"weights": (1.0, 1e-6)}, "block of 8, got none of source 1"),
-    ({"schedule": ((0, (1.0, 1.0)),)}, "rise from 1"),
-    ({"schedule": ((5, (1.0, 1.0)), (5, (1.0, 2.0)))}, "rise from 1"),
+    ({"schedule": ((0, (1.0, 1.0)),)}, "increasing first blocks, from 1"),
+    ({"schedule": ((5, (1.0, 1.0)), (5, (1.0, 2.0)))}, "increasing first blocks, from 1"),
     ({"schedule": ((5, (1.0,)),)}, "schedule at block 5"),
-    ({"sources": (Stdlib(seq_len=8), Stdlib(seq_len=9))}, "one seq_len"),
+    ({"sources": (Stdlib(seq_len=8), Stdlib(seq_len=9))}, "the same seq_len"),
 ]
 
 

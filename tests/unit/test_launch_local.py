@@ -1,5 +1,5 @@
 """`launch` for this machine, in the background: submit, status, logs, cancel, resume. The training is a stand-in that
-computes nothing (tests/fakes/train.py); tests/faults has the real one."""
+computes nothing (tests/support/fakes/train.py); tests/faults has the real one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("REAL_PYTHON", sys.executable)
     monkeypatch.setenv("FAKE_STEP_S", "0.04")
-    monkeypatch.setenv("FAKES", str(ROOT / "tests" / "fakes"))
-    options = f'{{ python = "{ROOT}/tests/fakes/python" }}'
+    monkeypatch.setenv("FAKES", str(ROOT / "tests" / "support" / "fakes"))
+    options = f'{{ python = "{ROOT}/tests/support/fakes/python" }}'
     tmp_path.joinpath("clusters.toml").write_text(
         f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {options}\n'
     )
@@ -92,6 +92,20 @@ def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: 
     first, second = jobs.of("runs/a")
     assert first.code == second.code and (Path(str(first.code)) / "portatrain" / "training" / "trainer.py").exists()
     until(ended, "the supervisor has left")
+
+
+def test_a_cancel_that_does_not_wait_promises_no_step(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+    start()
+    until(lambda: now().step >= 2, "steps")
+    capsys.readouterr()
+    assert launch_main(["cancel", "a", "--no-wait"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a: told to save and leave, which takes a while; saved until now: ")
+    until(ended, "the supervisor has left")
+    assert now().committed is not None and f"step {now().committed}" not in said  # it saved more after that
+    assert launch_main(["cancel", "a"]) == 0
+    assert f"a: cancelled; saved: step {now().committed}" in capsys.readouterr().out
 
 
 def test_the_code_of_a_run_is_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

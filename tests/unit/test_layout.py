@@ -132,11 +132,19 @@ def test_fsdp_is_one_line_of_difference() -> None:
     assert layout.spec(("embed",), role="params") == layout.spec(("embed",), role="opt") == (("fsdp",),)
 
 
-def test_optimizer_state_follows_the_params_unless_mapped() -> None:
-    layout = Layout(state={"embed": ("fsdp", "replica")})
-    assert layout.spec(("embed",), role="opt") == (("fsdp", "replica"),)
-    assert layout.spec(("embed",), role="params") == (("fsdp",),)
+def test_optimizer_state_follows_the_params_and_a_models_states_the_values() -> None:
+    layout = Layout(params={"embed": ("fsdp", "replica")})
+    assert layout.spec(("embed",), role="opt") == layout.spec(("embed",), role="params") == (("fsdp", "replica"),)
     assert layout.spec(("embed",), role="state") == ((),)
+
+
+def test_index_is_the_inverse_of_coordinates() -> None:
+    mesh = Mesh(replica=2, fsdp=3, context=2, tensor=4)
+    for device in range(mesh.devices):
+        at = mesh.coordinates(device)
+        assert mesh.index(MESH_AXES, at) == device
+        assert mesh.index(("tensor", "fsdp"), at) == 3 * at["tensor"] + at["fsdp"]
+        assert mesh.index((), at) == 0
 
 
 def test_a_layout_for_one_device_is_a_layout() -> None:
@@ -239,11 +247,21 @@ _ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "smaller than the mesh axis": (
         lambda: layout_of("tensor=5", Dense(), compute={"mlp": ("tensor", "context")}, params={"embed": ()}),
-        "w, axis 'mlp' on mesh tensor=5: expected a size that tensor=5 x context=1 divides, got 24",
+        "w, axis 'mlp' on mesh tensor=5: expected a size that tensor=5 divides, got 24",
     ),
     "tiny size": (
         lambda: Layout(mesh=Mesh(tensor=4)).tensor_spec(lone(heads=3)),
         "The nearest sizes that work are 4; or use a smaller tensor axis.",
+    ),
+    "a batch over several axes, of which one is cut": (
+        lambda: layout_of("fsdp=4").check_batch(6),
+        "a microbatch, axis 'batch' on mesh fsdp=4: expected a size that fsdp=4 divides, got 6. "
+        "The nearest sizes that work are 4 or 8; or use a smaller fsdp axis.",
+    ),
+    "a batch over several axes, of which two are cut": (
+        lambda: layout_of("replica=2,fsdp=4").check_batch(12),
+        "expected a size that replica=2 x fsdp=4 divides, got 12. "
+        "The nearest sizes that work are 8 or 16; or use a smaller replica or fsdp axis.",
     ),
     "unknown logical axis": (
         lambda: layout_of("fsdp=2").spec(("batch", "sqe", None), what="ops.shard"),
@@ -275,7 +293,8 @@ _ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "microbatch": (
         lambda: layout_of("fsdp=2,expert=2").check_batch(6),
         "a microbatch, axis 'batch' on mesh fsdp=2,expert=2: expected a size that "
-        "replica=1 x fsdp=2 x expert=2 divides, got 6. The nearest sizes that work are 4 or 8",
+        "fsdp=2 x expert=2 divides, got 6. "
+        "The nearest sizes that work are 4 or 8; or use a smaller fsdp or expert axis.",
     ),
     "sequence": (
         lambda: layout_of("context=2,tensor=4").check_batch(8, 12),

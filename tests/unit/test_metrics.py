@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
+import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -12,13 +15,14 @@ import pytest
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.text import duration, si
 from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord
-from portatrain.training.metrics.console import ConsoleSink, duration, si
+from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
-from portatrain.training.metrics.plot import plot_run, smooth
+from portatrain.training.metrics.plot import draw, loss_curve, plot_run, smooth
 from portatrain.training.metrics.trackers import TensorBoardSink, WandbSink, scalars
-from tests.unit.small_recipe import make
+from tests.support.small_recipe import make
 
 INFO = RunInfo(
     run="small",
@@ -76,7 +80,7 @@ def test_console_without_a_terminal_prints_plain_lines() -> None:
     assert "1.50 M parameters, 20 steps of 1000 tokens, fp32, jax on CPU, mesh 1" in text
     assert "MFU is relative to 0.05 TFLOP/s (measured here)" in text
     # A mean that forgets a tenth a step lags behind a line of slope -0.1 by 0.9 (1 - 0.9^9) = 0.5513 at step 10.
-    assert "step 10/20  loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
+    assert "step 10/20  mean loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
     assert "step 20: validation loss 3.0000  bits per byte 4.328" in text
     assert "skipped: step 3" in text
     assert "\x1b" not in text
@@ -114,6 +118,20 @@ def test_console_says_what_is_wrong() -> None:
     assert "nan" not in text  # the shown loss is a mean over the finite ones
 
 
+def test_console_says_a_verdict_in_words() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(out)
+    figures = {"loss_difference": 3e-7, "loss_bound": 1e-5, "state_difference": None, "state_bound": None}
+    sink.event("resumed", step=20, verdict="continuous", differs=[], accepted=None, **figures)
+    sink.event("resumed", step=30, verdict="broken", differs=["rng.word"], accepted="a reason")
+    sink.event("warning", what="axis 'embd' is in no mapping")
+    assert out.getvalue().splitlines() == [
+        "went on from the checkpoint of step 20. Continuity: continuous, loss 3.0e-07 (bound 1e-05)",
+        "went on from the checkpoint of step 30. Continuity: broken, different: rng.word, accepted: a reason",
+        "warning: axis 'embd' is in no mapping",
+    ]
+
+
 def test_console_does_not_take_the_compilation_for_the_rate() -> None:
     out = io.StringIO()
     sink = ConsoleSink(out, every_s=0)
@@ -145,71 +163,87 @@ def test_jsonl_has_every_field_in_full(tmp_path: Path) -> None:
     assert run.events("eval")[0]["metrics"] == {"bits_per_byte": 4.328}
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(run: RunDir) -> ET.Element:
+    """The picture of the loss curve, parsed, with every coordinate inside it."""
+    assert plot_run(run) == run.path / "loss.svg"
+    picture = ET.fromstring((run.path / "loss.svg").read_text())
+    width, height = float(picture.attrib["width"]), float(picture.attrib["height"])
+    for line in picture.iter(f"{SVG}polyline"):
+        for x, y in points(line):
+            assert 0 < x < width and 0 < y < height
+    return picture
+
+
+def points(line: ET.Element) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in line.attrib["points"].split())]
+
+
+def texts(picture: ET.Element) -> list[str]:
+    return [text.text or "" for text in picture.iter(f"{SVG}text")]
+
+
 def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    run = RunDir(tmp_path / "run")
+    run = RunDir(tmp_path / "a <run> & more")
     with run.begin(make()) as attempt:
         sink = JsonlSink(attempt)
         play(sink, steps=6)
         sink.step(record(7, loss=float("nan"), skipped=True))
         attempt.write("summary.json", {"references": {"byte 3-gram model": 2.5}})
-    path = plot_run(run)
-    assert path == run.path / "loss.png"
-
-    from matplotlib.image import imread
-
-    picture = imread(path)
-    assert picture.shape[0] > 500
-    assert picture.shape[1] > 800
-    assert picture[..., :3].std() > 0.05  # it shows something
+    picture = drawn(run)
+    raw, mean, validation, rate = picture.iter(f"{SVG}polyline")
+    assert [len(points(line)) for line in (raw, mean, validation, rate)] == [6, 6, 1, 6]  # no point for the step of NaN
+    heights = [y for _, y in points(raw)]
+    assert heights == sorted(heights)  # the loss falls: down is a larger y
+    assert "a <run> & more" in texts(picture)
 
 
-def test_loss_curve_is_in_bits_per_byte_where_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+def test_loss_curve_is_in_bits_per_byte_if_they_are_known(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with run.begin(make()) as attempt:
         play(JsonlSink(attempt), steps=2)  # its evaluation has loss 3.0 and 4.328 bits per byte
         attempt.write("summary.json", {"references": {"byte 3-gram model": 2.5}})
-    plot_run(run)
-    top = drawn[0].axes[0]
-    assert top.get_ylabel() == "bits per byte"
-    lines = {str(line.get_label()): list(line.get_ydata()) for line in top.get_lines()}
-    assert lines["validation"] == pytest.approx([4.328])
-    assert lines["byte 3-gram model: 2.500"] == [2.5, 2.5]
-    assert next(iter(lines.values())) == pytest.approx([4.328 / 3 * 4.9, 4.328 / 3 * 4.8])
+    picture = drawn(run)
+    assert "bits per byte" in texts(picture) and "loss" not in texts(picture)
+    assert "byte 3-gram model: 2.500" in texts(picture)
+    raw, _, validation, _ = picture.iter(f"{SVG}polyline")
+    (reference,) = (line for line in picture.iter(f"{SVG}line") if line.attrib.get("class") == "reference")
+    # Heights are linear in the value: the three values that are known give the same scale.
+    (_, first), (_, second) = points(raw)
+    high, low = 4.328 / 3 * 4.9, 4.328 / 3 * 4.8
+    for value, y in ((4.328, points(validation)[0][1]), (2.5, float(reference.attrib["y1"]))):
+        assert y == pytest.approx(first + (second - first) * (high - value) / (high - low), abs=3)
 
 
-def test_loss_curve_keeps_the_whole_split_apart_from_a_part_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+def test_loss_curve_keeps_the_whole_split_apart_from_a_part_of_it(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with run.begin(make()) as attempt:
         sink = JsonlSink(attempt)
         play(sink, steps=2)  # evaluates 8 samples
         sink.eval(EvalRecord(step=2, loss=2.0, samples=800, time_s=9.0, eval_s=0.1))
-    plot_run(run)
-    lines = {str(line.get_label()): list(line.get_ydata()) for line in drawn[0].axes[0].get_lines()}
-    assert len(lines["validation"]) == len(lines["validation, whole split"]) == 1
-    assert lines["validation"] != lines["validation, whole split"]
+    picture = drawn(run)
+    assert {"validation", "validation, whole split"} <= set(texts(picture))
+    (circle,) = picture.iter(f"{SVG}circle")
+    (diamond,) = (path for path in picture.iter(f"{SVG}path") if path.attrib.get("class") == "whole")
+    assert float(circle.attrib["cy"]) < float(diamond.attrib["d"].split()[2])  # 3.0 above 2.0
 
 
-def test_loss_curve_without_steps_or_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_curve_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 5 - step / 1e5, "lr": 1e-3} for step in range(1, 100_001)]
+    text = loss_curve(rows, [], title="long", references={"nothing": float("nan")})
+    assert len(text) < 60_000
+    ET.fromstring(text)
+
+
+def test_loss_curve_without_steps(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.begin(make()).close()
     with pytest.raises(UserError, match="at least one step"):
         plot_run(run)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"portatrain\[plot\]"):
-        plot_run(run)
+    draw(run)
+    assert not (run.path / "loss.svg").exists()
 
 
 def test_smooth_is_the_mean_of_the_neighbours_and_has_no_lag() -> None:
@@ -276,11 +310,30 @@ def test_wandb_gets_one_curve_over_all_attempts(monkeypatch: pytest.MonkeyPatch)
     module.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
     play(WandbSink(), steps=2)
-    assert calls[0]["id"] == "small"
+    assert (calls[0]["id"], calls[0]["name"]) == ("small", "small")  # a run of before there were ids
     assert calls[0]["resume"] == "allow"
     assert [call[0] for call in calls[1:-1]] == [1, 2, 2]
     assert calls[-1] == "end"
     assert summary == {"status": "done"}
+
+
+def test_wandb_knows_a_run_by_its_id_and_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("wandb")
+    module.__spec__ = SimpleNamespace()
+    seen: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None, summary={})
+    module.init = lambda **options: seen.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for folder in ("a/tiny", "b/tiny", "a/tiny"):
+        there = RunDir(tmp_path / folder)
+        there.begin(make()).close()
+        sink = WandbSink()
+        sink.start(replace(INFO, run=there.path.name, id=there.run_info()["id"]))
+        sink.end({})
+    first, other, again = (options["id"] for options in seen)
+    assert first == again != other
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert {options["name"] for options in seen} == {"tiny"}
 
 
 def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:

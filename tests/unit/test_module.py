@@ -301,7 +301,8 @@ def test_a_subclass_of_a_subclass_lowers(backend: str) -> None:
     """super(), a property, a helper that is overridden, and isinstance, on the framework's own module."""
     import numpy as np
 
-    from portatrain.backends.base import Program, backend_class, missing
+    from portatrain.backends.base import backend_class, missing
+    from portatrain.backends.program import Program
     from portatrain.backends.reference import forward
     from portatrain.model.layout import Layout
     from portatrain.optim import SGD

@@ -14,11 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain import config
+from portatrain.data import Digits, Stdlib, TextFiles
 from portatrain.errors import UserError
 from portatrain.optim import SGD, AdamW, Lion, Muon
-from portatrain.optim.schedules import Constant, Cosine
+from portatrain.optim.schedules import WSD, Constant, Cosine
 from portatrain.recipe import Recipe, apply_overrides, load_recipe, shipped_recipes
-from tests.unit.small_recipe import Inner, Sizes, make, named_hook
+from tests.support.recipe_files import BAD_FILES, GOOD
+from tests.support.small_recipe import Inner, Sizes, make, named_hook
 
 INVALID = [
     ({"steps": 0}, "steps", "at least 1"),
@@ -99,6 +101,59 @@ def test_overrides_apply_in_order_and_together() -> None:
     assert changed.optimizer == Muon(lr=0.5)
     assert apply_overrides(make(), ["optimizer.lr=0.5", "optimizer=SGD"]).optimizer == SGD(lr=0.5)
     assert apply_overrides(make(), []) == make()
+
+
+def test_another_source_is_chosen_by_its_class_whatever_the_order() -> None:
+    recipe = make(data=Stdlib(seq_len=8, validation=0.03))
+    words = ["data=TextFiles", "data.paths=corpus,more", "data.seq_len=16"]
+    for order in itertools.permutations(words):
+        data = apply_overrides(recipe, order).data
+        assert data == TextFiles(paths=("corpus", "more"), seq_len=16, validation=0.03)
+    assert apply_overrides(recipe, words[:2]).data.seq_len == 8  # both have it
+    assert apply_overrides(recipe, ["data=Digits"]).data == Digits()  # its own default of `validation` is another
+
+
+def test_what_two_rules_share_is_kept_and_what_means_something_else_is_not() -> None:
+    recipe = make(optimizer=AdamW(lr=3e-3, b1=0.8, b2=0.95, weight_decay=0.1), schedule=Cosine(warmup=3))
+    changed = apply_overrides(recipe, ["optimizer=Lion", "schedule=WSD"])
+    assert changed.optimizer == Lion(lr=3e-3, b1=0.8, weight_decay=0.1)  # b2 has another default there
+    assert changed.schedule == WSD(warmup=3)
+    assert apply_overrides(recipe, ["optimizer=Muon"]).optimizer == Muon(lr=3e-3, weight_decay=0.1)
+
+
+def test_a_class_that_needs_more_says_how_it_is_given() -> None:
+    with pytest.raises(UserError, match=r"none for paths.*--set data\.paths=VALUE"):
+        apply_overrides(make(), ["data=TextFiles"])
+    with pytest.raises(UserError, match=r"TextFiles.*TokenMemmap|Did you mean TextFiles"):
+        apply_overrides(make(), ["data=TextFile"])
+    with pytest.raises(UserError, match="none for paths, seq_len"):
+        apply_overrides(make(), ["data=Mixture", "data.weights=1", "data.sources=TextFiles"])
+
+
+def test_a_class_of_the_recipes_own_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "own_rule.py"
+    path.write_text(
+        GOOD
+        + """
+@dataclass(frozen=True, kw_only=True)
+class Gentle(SGD):
+    softness: float = 0.5
+
+@dataclass(frozen=True, kw_only=True)
+class Wide:
+    width: int = 9
+    depth: int = 3
+    def build(self):
+        return None
+"""
+    )
+    recipe = load_recipe(str(path))
+    changed = apply_overrides(recipe, ["optimizer.softness=0.25", "optimizer=Gentle", "model=Wide", "model.depth=5"])
+    assert (type(changed.optimizer).__name__, changed.optimizer.lr) == ("Gentle", 0.1)
+    assert changed.optimizer.softness == 0.25
+    assert (changed.model.width, changed.model.depth) == (9, 5)
+    with pytest.raises(UserError, match=r"Model, Wide|Wide, Model"):
+        apply_overrides(recipe, ["model=Other"])
 
 
 @given(micro=st.integers(1, 5), stages=st.integers(0, 6), first=st.integers(1, 4), more=st.integers(0, 9))
@@ -259,41 +314,6 @@ def test_rules_by_name() -> None:
 
 # --- files -------------------------------------------------------------------------------------
 
-HEADER = """
-from dataclasses import dataclass
-from portatrain import Recipe
-from portatrain.data import Stdlib
-from portatrain.optim import SGD
-from portatrain.optim.schedules import Constant
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    width: int = 4
-    def build(self):
-        return None
-"""
-GOOD = (
-    HEADER
-    + """
-def recipe():
-    return Recipe(name="mine", model=Model(), data=Stdlib(seq_len=8), optimizer=SGD(lr=0.1), schedule=Constant(),
-                  steps=5, batch=2)
-"""
-)
-BAD_FILES = {
-    "raises": ("raise ValueError('not today')", "ValueError: not today"),
-    "exits": ("import sys; sys.exit(3)", "SystemExit"),
-    "syntax": ("def recipe(:", "SyntaxError"),
-    "imports": ("import nothing_of_that_name", "ModuleNotFoundError"),
-    "no function": ("x = 1", "no function of that name"),
-    "no call": ("recipe = 3", "no function of that name"),
-    "wrong type": ("def recipe():\n    return {'steps': 3}", "a dict"),
-    "raises late": ("def recipe():\n    return 1 / 0", "line 2"),
-    "arguments": ("def recipe(size):\n    return size", "TypeError"),
-    "bad recipe": (GOOD.replace("steps=5", "steps=0"), "at least 1"),
-    "null byte": ("x = '\0'", "SyntaxError"),
-}
-
 
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_bad_file_is_one_paragraph(case: str, tmp_path: Path) -> None:
@@ -323,9 +343,21 @@ def test_file_loads_with_its_neighbours_and_round_trips(tmp_path: Path) -> None:
 
 def test_shipped_recipes_load_by_name_and_by_file_alike() -> None:
     shipped = shipped_recipes()
-    assert {"tiny-lm", "tiny-vit"} <= set(shipped)
+    assert list(shipped) == ["llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b", "tiny-lm", "tiny-vit"]
     for name, module in shipped.items():
         by_name = load_recipe(name)
         file = Path(__file__).parents[2] / f"{module.replace('.', '/')}.py"
-        assert load_recipe(str(file)) == by_name
+        by_file = load_recipe(str(file))
+        assert by_file == (by_name if list(shipped.values()).count(module) == 1 else load_recipe(by_file.name))
+        assert shipped[by_file.name] == module
         assert Recipe.from_json(json.loads(json.dumps(by_name.to_json()))) == by_name
+
+
+def test_a_file_of_several_recipes_ships_each_under_its_name() -> None:
+    from recipes import llama3
+
+    shipped = shipped_recipes()
+    assert [name for name, module in shipped.items() if module == "recipes.llama3"] == list(llama3.RECIPES)
+    assert [load_recipe(name).name for name in llama3.RECIPES] == list(llama3.RECIPES)
+    with pytest.raises(UserError, match="llama3-8b"):
+        llama3.recipe("llama3-9b")
