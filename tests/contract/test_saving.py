@@ -14,7 +14,8 @@ from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import LocalBox
 from portatrain.backends.program import Program
 from portatrain.checkpoint import locations
-from portatrain.checkpoint.saver import Checkpoints, format_layout
+from portatrain.checkpoint.format_layout import format_layout
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import UserError
 from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, describe

@@ -13,9 +13,10 @@ from portatrain.backends.base import missing
 from portatrain.backends.state import full_name
 from portatrain.backends.torch import TorchBackend
 from portatrain.checkpoint import shared_reads
+from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.locations import step_name
 from portatrain.checkpoint.restore import boxes_of
-from portatrain.checkpoint.saver import Checkpoints, format_layout
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.system.processes import run_processes
 from tests.distributed.cases import CASES
 

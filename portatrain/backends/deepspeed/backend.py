@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoints_format.boxes import flat_range_boxes
-from portatrain.backends.base import Arrays, LocalBox, IrregularShards, StepResult
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
 from portatrain.backends.deepspeed.engine import (
     Part,
     Root,

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints_format.boxes import flat_range_boxes
-from portatrain.backends.base import LocalBox
+from portatrain.backends.base import LocalBox, check_loss
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.torch.lower import Piece
 from portatrain.backends.torch.one_device import TorchState
-from portatrain.errors import UserError
 from portatrain.model.module import Stack, TensorInfo
-from portatrain.model.ops import Loss
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,7 @@ class Root(nn.Module):
         model: Any = self.module
         if method == "predict":
             return model.predict(ops, batch)
-        loss = model.forward(ops, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(
-                type(model).__name__,
-                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__,
-                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
-            )
+        loss = check_loss(model.forward(ops, batch), model)
         return loss.sum, loss.weight_B, loss.loss_B
 
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends.base import Arrays, Context, LocalBox, IrregularShards, StepResult
+from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.batches import pad_rows
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
@@ -23,10 +24,8 @@ from portatrain.backends.jax.optimizer import RuleState, kept, transformation, x
 from portatrain.backends.jax.probe import norms
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
-from portatrain.errors import UserError
 from portatrain.model import dropout_hash, remat
 from portatrain.model.module import TensorInfo
-from portatrain.model.ops import Loss
 from portatrain.model.precision import averaged
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
@@ -173,14 +172,7 @@ class JaxBackend:
 
     def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any) -> Any:
         ops = self._ops(batch, step, training=True)
-        loss = self._module({**frozen, **trained}, states)(ops, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(
-                type(self.definition.model).__name__,
-                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__,
-                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
-            )
+        loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         total = loss.sum
         for aux in ops.auxes.values():
             if aux.loss:
@@ -316,9 +308,7 @@ class JaxBackend:
         return np.asarray(self._predicts(state["params"], state["state"], there))[:rows]
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """As many rows as divide over the mesh; the last one again where they do not."""
-        more = -next(iter(batch.values())).shape[0] % self.layout.mesh.over(self.layout.spec(("batch",))[0])
-        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()} if more else batch
+        return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """The batch on the devices; axis `lead` is the samples'."""

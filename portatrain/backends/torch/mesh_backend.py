@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from portatrain.backends.base import Arrays, LocalBox
+from portatrain.backends.batches import pad_rows
 from portatrain.backends.program import Program
 from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
@@ -180,10 +181,8 @@ class MeshBackend(OneDevice):
         self._free(state)
         return found[:rows]
 
-    def _even(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As many rows as divide over the processes; the last one again where they do not."""
-        more = -next(iter(batch.values())).shape[0] % self.world.row_blocks
-        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
+    def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return pad_rows(batch, self.world.row_blocks)
 
     def _free(self, state: TorchState) -> None:
         """FSDP2 keeps what the root gathered, for a backward pass that will not come."""

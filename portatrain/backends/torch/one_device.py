@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from portatrain.backends.base import Arrays, LocalBox, IrregularShards, StepResult
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
@@ -176,15 +176,7 @@ class OneDevice(StandaloneOps):
         self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool
     ) -> tuple[Loss, TorchOps]:
         ops = self._ops(batch, step, training)
-        loss = state.module(ops, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(
-                type(self.definition.model).__name__,
-                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__,
-                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
-            )
-        return loss, ops
+        return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
         """Leaves the gradients of the mean loss in `.grad`; (loss, weight, aux sums, tallies)."""

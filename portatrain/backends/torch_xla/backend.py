@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from portatrain.backends.base import Arrays, Context, LocalBox, StepResult
+from portatrain.backends.batches import pad_rows
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, sample_words, slot_tensors
 from portatrain.backends.torch.one_device import OneDevice, TorchState
@@ -155,10 +156,7 @@ class XlaBackend(OneDevice):
         return placed
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """As many rows as divide over the mesh; the last one again where they do not."""
-        over = self.program.layout.mesh.over(self.program.layout.spec(("batch",))[0])
-        more = -next(iter(batch.values())).shape[0] % over
-        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
+        return pad_rows(batch, self.program.layout.mesh.over(self.program.layout.spec(("batch",))[0]))
 
     # ---- the step
 
