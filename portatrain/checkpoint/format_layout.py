@@ -8,10 +8,8 @@ from checkpoints_format import Box, Explicit, Mesh, Planner, Reader, Sharded, Te
 from checkpoints_format import Layout as FormatLayout
 from portatrain.backends.base import IrregularShards
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, full_name, slot_tensors
+from portatrain.backends.state import COUNT, StateTensor, full_name, inventory
 from portatrain.errors import UserError
-from portatrain.model.module import TensorInfo
-from portatrain.model.precision import averaged
 
 
 def format_layout(
@@ -29,11 +27,11 @@ def format_layout(
     irregular_shards = irregular_shards or {}
     mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
 
-    def tensor(info: TensorInfo, role: str) -> Tensor:
-        # Averages lie as parameters do; a slot as the layout's mapping for the optimizer says.
-        spec = program.layout.tensor_spec(info, role="params" if role == "ema" else role)
+    def tensor(held: StateTensor) -> Tensor:
+        info, role = held.info, held.role
+        spec = program.layout.tensor_spec(info, role=held.laid_out_as)
         by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
-        listed = tuple((process, Box(*box)) for process, *box in irregular_shards.get((role, info.name), ()))
+        listed = tuple((process, Box(*box)) for process, *box in irregular_shards.get(held.key, ()))
         return Tensor(
             name=full_name(role, info.name),
             dtype=info.dtype,
@@ -44,16 +42,7 @@ def format_layout(
             placement=Explicit(boxes=listed) if listed else by_rule,
         )
 
-    infos = program.definition
-    tensors = [tensor(t, "params") for t in infos.params.values()]
-    tensors += [tensor(t, "state") for t in infos.states.values()]
-    tensors += [tensor(averaged(t), "ema") for n, t in infos.params.items() if n in program.ema]
-    tensors += [
-        tensor(slot, slot.role)
-        for n, t in infos.params.items()
-        if n in program.trainable
-        for slot in slot_tensors(program.optimizer, t).values()
-    ]
+    tensors = [tensor(held) for held in inventory(program)]
     tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
     axes = tuple(mesh.items()) or (("device", 1),)
     held_by = None if owners is None else tuple(owners)

@@ -60,10 +60,10 @@ class MeshBackend(OneDevice):
 
     # ---- states
 
-    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if role == "state":  # small, and whole on every process
-            return super()._part(info, role)
-        offset, shape = self.world.layout.box(info, self.world.at, role="params" if role == "ema" else role)
+    def _part(self, info: TensorInfo, laid_out_as: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if laid_out_as == "state":  # small, and whole on every process
+            return super()._part(info, laid_out_as)
+        offset, shape = self.world.layout.box(info, self.world.at, role=laid_out_as)
         return offset[info.stack_dims :], shape[info.stack_dims :]
 
     def restore_shared(
@@ -211,8 +211,10 @@ class MeshBackend(OneDevice):
 class MeshState(TorchState):
     """`TorchState` with what it takes to reduce gradients. Its pieces hold this process's parts."""
 
-    def __init__(self, module: Any, pieces: Any, optimizer: Any, ema: dict[int, Tensor], sharded: Sharded) -> None:
-        super().__init__(module, pieces, optimizer, ema)
+    def __init__(
+        self, module: Any, pieces: Any, optimizer: Any, beside: dict[str, dict[int, Tensor]], sharded: Sharded
+    ) -> None:
+        super().__init__(module, pieces, optimizer, beside)
         self.sharded = sharded
 
 
