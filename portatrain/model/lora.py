@@ -52,11 +52,6 @@ def is_factor(name: str) -> bool:
     return name.rpartition("/")[2] in FACTORS
 
 
-def base_of(name: str) -> str:
-    """The name of the weight that the factor `name` belongs to."""
-    return name.rpartition("/")[0]
-
-
 class Adapted(Module):
     """A weight with its factors, in the place of the weight."""
 
