@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoints_format import Box, Explicit, Mesh, Planner, Reader, Sharded, Tensor
-from checkpoints_format import Layout as FormatLayout
+from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveMesh, Sharded, Tensor
 from portatrain.backends.base import IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, full_name, inventory
@@ -17,7 +16,7 @@ def format_layout(
     irregular_shards: IrregularShards | None = None,
     writers: int = 1,
     owners: Sequence[int] | None = None,
-) -> FormatLayout:
+) -> SaveLayout:
     """Return what a checkpoint of `program` holds, and which mesh position has which box of it.
 
     irregular_shards: the boxes of tensors that do not follow the layout, as `Backend.irregular_shards` gives them.
@@ -46,10 +45,10 @@ def format_layout(
     tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
     axes = tuple(mesh.items()) or (("device", 1),)
     held_by = None if owners is None else tuple(owners)
-    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes, writers=held_by),), writers=writers)
+    return SaveLayout(tensors=tuple(tensors), meshes=(SaveMesh(axes=axes, writers=held_by),), writers=writers)
 
 
-def written_by(layout: FormatLayout, writer: int) -> dict[str, list[Box]]:
+def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
     """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
     found: dict[str, list[Box]] = {}
     for pack in Planner(layout).writer(writer).packs:

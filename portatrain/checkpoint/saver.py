@@ -20,8 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box, FormatError, LocalStore, NewerFormatError, Reader, Store, Want, Writer, commit
-from checkpoints_format import Layout as FormatLayout
+from checkpoints_format import (
+    Box,
+    FormatError,
+    LocalStore,
+    NewerFormatError,
+    Reader,
+    SaveLayout,
+    Store,
+    Want,
+    Writer,
+    commit,
+)
 from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
 from checkpoints_format.packs import receipt_name
 from checkpoints_format.store import read_small
@@ -137,7 +147,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
         self._metrics: dict[int, Mapping[str, float]] = {}
-        self._plan: tuple[Program, IrregularShards, FormatLayout, dict[str, list[Box]]] | None = None
+        self._plan: tuple[Program, IrregularShards, SaveLayout, dict[str, list[Box]]] | None = None
 
     # ---- saving
 
@@ -171,13 +181,13 @@ class Checkpoints:
         layout, wanted = self._planned(backend, state)
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
-    def _staging(self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]) -> Staging:
+    def _staging(self, backend: Backend, state: Any, layout: SaveLayout, wanted: Mapping[str, list[Box]]) -> Staging:
         budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
         sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
         return Staging(boxes, sizes, budget_bytes=budget)
 
-    def _planned(self, backend: Backend, state: Any) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
+    def _planned(self, backend: Backend, state: Any) -> tuple[SaveLayout, Mapping[str, list[Box]]]:
         """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
         program, irregular_shards = backend.program, backend.irregular_shards(state)
         if self._plan is None or self._plan[0] is not program or self._plan[1] != irregular_shards:
@@ -185,7 +195,7 @@ class Checkpoints:
             self._plan = program, irregular_shards, layout, written_by(layout, self.process)
         return self._plan[2], self._plan[3]
 
-    def _write(self, step: int, layout: FormatLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
+    def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
             with contextlib.closing(self.place.open(step, create=True)) as store:
                 Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())

@@ -98,7 +98,7 @@ def test_stdlib_is_the_library_without_tests_and_machine_paths(tmp_path):
     left = ["site-packages/x.py", "test/a.py", "idlelib/idle_test/b.py", "json/tests/c.py", "os.txt"]
     write(tmp_path, kept | dict.fromkeys([*left, "_sysconfigdata__linux_.py"], b"no"))
     assert [n for n, _ in stdlib_files(tmp_path)] == sorted(kept)
-    with pytest.raises(UserError, match="ships no source"):
+    with pytest.raises(UserError, match="has no source files"):
         stdlib_files(tmp_path / "idlelib" / "nothing")
 
 
@@ -241,7 +241,7 @@ BAD = [
     ("TextFiles", {"paths": "small", "seq_len": 0}, ["seq_len", "at least 1"]),
     ("TextFiles", {"paths": "small", "validation_paths": "nowhere"}, ["validation_paths", "nowhere"]),
     ("TextFiles", {"paths": "small", "bos": "<s>"}, ["bos", "<s>"]),
-    ("TextFiles", {"paths": "small", "tokenizer": "nowhere"}, ["tokenizer nowhere", "nothing is fetched"]),
+    ("TextFiles", {"paths": "small", "tokenizer": "nowhere"}, ["tokenizer nowhere", "nothing is downloaded"]),
     ("TextFiles", {"paths": "small", "tokenizer": "bad.json"}, ["tokenizer bad.json"]),
     ("TextFiles", {"paths": "latin", "validation": 0, "tokenizer": "TOKENIZER"}, ["latin/one.txt", "UTF-8"]),
     ("TextFiles", {"paths": "small", "tokenizer": "TOKENIZER", "bos": "<no>"}, ["bos", "<no>"]),
@@ -323,5 +323,5 @@ def test_what_is_no_spec():
 
 def test_mixture_in_a_mixture_is_refused(tmp_path):
     inner = Mixture(sources=(Stdlib(seq_len=8),), weights=(1.0,))
-    with pytest.raises(UserError, match="token sources of one seq_len"):
+    with pytest.raises(UserError, match="token sources with the same seq_len"):
         open_data(Mixture(sources=(inner, Stdlib(seq_len=8)), weights=(1.0, 1.0)), seed=0)

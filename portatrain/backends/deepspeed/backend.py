@@ -159,7 +159,9 @@ class ZeroBackend(MeshBackend):
         return self._build(lambda tensor, at, shape: initial_box(tensor.info, self.program.seed, at, shape), 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> ZeroState:
-        return self._build(lambda tensor, at, shape: read(*tensor.key, at, shape), int(read(COUNT, "", (), ())))
+        return self._build(
+            lambda tensor, at, shape: read(tensor.role, tensor.info.name, at, shape), int(read(COUNT, "", (), ()))
+        )
 
     def _engine(self, module: nn.Module, pieces: list[Piece]) -> ZeroState:
         import deepspeed

@@ -161,7 +161,7 @@ class JaxBackend:
         def make(tensor: StateTensor) -> Any:
             share, lies = shares.get(tensor.key), self._sharding(tensor)
             parts = self._sharding(tensor, share)
-            placed = self._place(tensor.info, lambda at, shape: read(*tensor.key, at, shape), parts)
+            placed = self._place(tensor.info, lambda at, shape: read(tensor.role, tensor.info.name, at, shape), parts)
             return placed if share is None else jax.jit(_as_it_is, out_shardings=lies)(placed)
 
         return self._assemble(make, int(read(COUNT, "", (), ())))

@@ -185,7 +185,9 @@ class OneDevice(StandaloneOps):
         return self._build(lambda tensor, at, shape: initial_box(tensor.info, self.program.seed, at, shape), 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> TorchState:
-        return self._build(lambda tensor, at, shape: read(*tensor.key, at, shape), int(read(COUNT, "", (), ())))
+        return self._build(
+            lambda tensor, at, shape: read(tensor.role, tensor.info.name, at, shape), int(read(COUNT, "", (), ()))
+        )
 
     def lower(self) -> nn.Module:
         return self.init_state().module

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box, Explicit, FormatError, Layout, Reader, Tensor, Writer, commit
+from checkpoints_format import Box, Explicit, FormatError, Reader, SaveLayout, Tensor, Writer, commit
 from portatrain.backends.state import COUNT
 from portatrain.checkpoint.locations import location_of
 from portatrain.errors import UserError
@@ -64,7 +64,7 @@ def write(
                 placement=Explicit(boxes=tuple((writer, box) for box, writer in seen.items())),
             )
         )
-    layout = Layout(tensors=tuple(made), writers=len(every))
+    layout = SaveLayout(tensors=tuple(made), writers=len(every))
     try:
         store = location_of(where).open(step, create=True)
         held = {n: [(p.box, p.fetch()) for p in parts] for n, parts in mine.items()}
