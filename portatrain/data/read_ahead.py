@@ -1,7 +1,6 @@
 """Prefetching of batches on a background thread.
 
-It uses a plain thread and not grain. grain provides workers and transformations for random-access sources, which are
-not needed here, since one call returns any batch. Importing grain takes more than a second at every start of a run;
+A plain thread is enough: one call returns any batch, so no worker pool and no iterator state is needed.
 docs/understand/data.md has the measurement.
 """
 

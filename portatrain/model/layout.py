@@ -181,7 +181,7 @@ class Layout:
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     """The mapping for activations and for States."""
     params: Mapping[str, Axes] = field(default_factory=lambda: {**COMPUTE, **PARAMS})
-    """The mapping for parameters, their averages and their optimizer state."""
+    """The mapping for parameters, their averages and the optimizer's slots."""
     known: frozenset[str] | None = None
     """The logical axes that are valid, in mappings and in tensors. None: all are."""
 

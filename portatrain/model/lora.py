@@ -58,11 +58,6 @@ def is_factor(name: str) -> bool:
     return name.rpartition("/")[2] in FACTORS
 
 
-def base_of(name: str) -> str:
-    """Return the name of the weight to which the factor `name` belongs."""
-    return name.rpartition("/")[0]
-
-
 class Adapted(Module):
     """A weight with its two factors; it replaces the weight in the model."""
 

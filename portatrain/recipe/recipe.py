@@ -126,8 +126,8 @@ class Recipe:
     checkpoint_every: int | None = None
     """Steps between checkpoints. None: no rule by steps. A run always saves when it stops or ends."""
     checkpoint_every_s: float | None = config.added_later(600.0)
-    """Seconds of training between checkpoints, besides ``checkpoint_every``; longer if saving would take over 2 % of
-    the time. None: no rule by time."""
+    """Seconds of training between checkpoints, besides ``checkpoint_every``; longer if saving would take more than 2 %
+    of the time. None: no rule by time."""
     checkpoint_keep: int = 2
     """Number of newest committed checkpoints to keep, at least 1."""
     checkpoint_keep_every: int | None = None

@@ -18,8 +18,9 @@ import numpy as np
 
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.restore import restored
-from portatrain.checkpoint.saver import Checkpoints, check_newest, check_tensors
+from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.data import prefetch
 from portatrain.errors import UserError
 from portatrain.model.layout import unknown_axes

@@ -95,7 +95,7 @@ class DecoderConfig:
     def huggingface(self) -> Hub:
         """Return the config and the tensor names of the same model in transformers.
 
-        It is a LlamaForCausalLM or, with a window, a MistralForCausalLM.
+        It is a LlamaForCausalLM, or with a window a MistralForCausalLM.
 
         Raises:
             UserError: a field has a value that neither supports.

@@ -10,7 +10,7 @@ import pytest
 from portatrain.backends import reference
 from portatrain.backends.base import Context, backend_class
 from portatrain.errors import UserError
-from portatrain.model.lora import Adapted, LoRA, adapt, base_of, is_factor
+from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.model.module import Module, Param, describe
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
@@ -20,6 +20,11 @@ from tests.support.toy_models import Routed
 
 DECODER = DecoderConfig(vocab=32, embed=16, layers=2, heads=4, kv_heads=2, mlp=24)
 VIT = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=16, layers=2, heads=2, mlp=24)
+
+
+def base_of(name: str) -> str:
+    """Return the name of the weight that the factor `name` belongs to."""
+    return name.rpartition("/")[0]
 
 
 def test_names_and_axes() -> None:

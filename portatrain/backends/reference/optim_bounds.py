@@ -1,8 +1,8 @@
 """Bounds for the difference between two float32 evaluations of one optimizer step, derived from rounding errors.
 
 The two evaluations start from the same float32 inputs. They may order sums, fuse multiply-adds and share subexpressions
-in any way. u = 2**-24 is the unit roundoff of float32. docs/understand/optimizers.md has the derivations, to first
-order in u:
+in any way. u = 2**-24 is the unit roundoff of float32. docs/understand/optimizers.md derives them, to first order
+in u:
 
 * AdamW, Lion, SGD: 4 ulp of the largest operand, for each element. An ulp of x is 2**-23 |x|; the terms of a sum and
   the sum itself are operands.

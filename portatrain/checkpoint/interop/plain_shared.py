@@ -43,7 +43,7 @@ def write(
     process: int,
     barrier: Callable[[], None],
     save: str,
-    meta: Mapping[str, Any],
+    meta: Mapping[str, Any] | None,
 ) -> None:
     """Save as the checkpoint `step` of the folder or URL `where`. `every`: what each process holds; the first that
     holds a box writes it. All processes call it, with the same arguments but `mine` and `process`."""
@@ -71,7 +71,7 @@ def write(
         Writer(store, layout, save=save, writer=process).write(held)
         barrier()
         if process == 0:
-            commit(store, layout, save=save, meta=meta)
+            commit(store, layout, save=save, meta={"step": step, **(meta or {})})
         barrier()
         store.close()
     except FormatError as error:
