@@ -55,6 +55,8 @@ def docstring(thing: Any) -> str:
     lines = []
     for line in text.split("\n"):
         bare = line.strip()
+        if bare.startswith(("bf16:", "Example:")):
+            lines.append("")
         lines.append(line.rstrip()[:-1] if bare.endswith("::") else line.rstrip())
     found = "\n".join(lines).replace("``", "`")
     for title in ("Args", "Raises", "Attributes"):
@@ -227,14 +229,14 @@ def optimizers_page() -> str:
     from portatrain.model.module import Normal, TensorInfo
     from portatrain.optim import Rule, Schedule, base, rules, schedules
 
-    def info(name: str, inputs: int, **axes: int) -> TensorInfo:
+    def info(name: str, fan_in_axes: int, **axes: int) -> TensorInfo:
         return TensorInfo(
             name=name,
             role="params",
             shape=tuple(axes.values()),
             axes=tuple(axes),
             batch_dims=int("layers" in axes),
-            inputs=inputs,
+            fan_in_axes=fan_in_axes,
             init=Normal(std=1.0),
         )
 
