@@ -15,7 +15,7 @@ In a virtual machine whose host takes free memory back, give --free: see `Memory
 Then: what a column read of row shards reads beside what it needs, by the plan and by /proc/self/io; how long a save
 stalls training, over a copy of the state; and with half of the memory that the copies take, over the stated bound.
 Orbax and DCP run with their defaults and, marked 'tuned', with the settings that their documentation offers for speed.
-With --write the tables go into docs/checkpoints.md, goals that are missed included.
+With --write the tables go into docs/run/checkpoints.md, goals that are missed included.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class Holding:
     """A backend that holds arrays as they are, as far as a save needs one."""
 
     def __init__(self, state: State) -> None:
-        from portatrain.backends.base import Program
+        from portatrain.backends.program import Program
         from portatrain.model.layout import Layout as Mapping_
         from portatrain.model.module import Module, Param, describe
         from portatrain.optim import AdamW
@@ -231,7 +231,7 @@ class Holding:
     def agree(self, value: int) -> int:
         return value
 
-    def scattered(self, held: State) -> Any:
+    def irregular_shards(self, held: State) -> Any:
         return {}
 
     def local_boxes(self, held: State) -> Any:
@@ -305,7 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--free", type=float, metavar="GIB", help="hold all memory but this while measuring (hold none)"
     )
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/checkpoints.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/run/checkpoints.md")
     args = parser.parse_args()
     if args.rounds < 6:
         parser.error("--rounds: expected 6 or more, so that a median has an interval")
@@ -328,7 +328,7 @@ def main() -> None:
     lines += ["", "| | | goal |", "|---|---|---|", *column_read(quick), *stall(state, quick, args.rounds, memory)]
     print("\n".join(lines))
     if args.write:
-        path = Path(__file__).parents[1] / "docs" / "checkpoints.md"
+        path = Path(__file__).parents[1] / "docs" / "run" / "checkpoints.md"
         before, _, rest = path.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         path.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + after]))

@@ -4,7 +4,8 @@
 
 Trains tiny-lm and tiny-vit, in fp32 and bf16, on three backends and meshes, saves at four steps, and restores every
 checkpoint on five. Prints how far each figure of the check went beside its bound, then what the check says to
-the mutants of portatrain.testing.moves, then the smallest changes that it refuses. docs/resume.md has what it printed.
+the mutants of portatrain.testing.moves, then the smallest changes that it refuses. docs/run/resume.md has what it
+printed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import numpy as np
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import Backend, backend_class, simulate_devices
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints, reads
 from portatrain.data import open_data
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
@@ -30,7 +32,6 @@ from portatrain.recipe.retention import Retention
 from portatrain.system.processes import run_processes
 from portatrain.testing import moves, parity
 from portatrain.training import continuity
-from portatrain.training.trainer import make_program
 
 LM = [
     "model.layers=3",

@@ -11,9 +11,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from portatrain.backends.base import Program
-from portatrain.backends.torch import TorchBackend
-from portatrain.backends.torch import backend as torch_backend
+from portatrain.backends.program import Program
+from portatrain.backends.torch import TorchBackend, one_device
 
 Arrays = dict[str, np.ndarray]
 
@@ -39,7 +38,7 @@ def exact(program: Program, batch: Arrays) -> Arrays:
     def double(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         return x.double(*args, **options)
 
-    wide = mock.patch.dict(torch_backend.COMPUTE, {"fp32": torch.float64})
+    wide = mock.patch.dict(one_device.COMPUTE, {"fp32": torch.float64})
     with mock.patch.object(torch.Tensor, "float", double), wide:
         backend = Exact(dataclasses.replace(program, compile=False))
         state = backend.init_state()

@@ -18,9 +18,9 @@ import torch
 from benchmarks.exact_gradients import exact
 from benchmarks.matrix.cells import MESHES, ROWS, recipe_of
 from portatrain.backends.jax import JaxBackend
+from portatrain.backends.program import make_program
 from portatrain.backends.torch import TorchBackend
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
 
 def main() -> None:

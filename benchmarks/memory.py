@@ -1,4 +1,6 @@
-"""Bytes on a device: what the layout and the planner say, beside what the backends hold. Written into docs/memory.md.
+"""Bytes on a device: what the layout and the planner say, beside what the backends hold.
+
+Written into docs/measured/memory.md.
 
 Run: python -m benchmarks.memory [--write]     (simulated devices; a few minutes on two cores)
 """
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.backends.base import backend_class, missing, simulate_devices
+from portatrain.backends.program import make_program
 from portatrain.backends.state import slot_tensors
 from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.plan.cost.policy import REMATS
@@ -23,7 +26,6 @@ from portatrain.plan.cost.workload import on_mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.processes import rank, run_processes
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
 DEVICES = 4
 MESHES = ("fsdp=4", "replica=2,fsdp=2", "fsdp=2,tensor=2", "context=2,tensor=2", "tensor=4")
@@ -185,12 +187,12 @@ def _zero(folder: str) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.memory", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/memory.md")
+    parser.add_argument("--write", action="store_true", help="into docs/measured/memory.md")
     args = parser.parse_args()
     text = report()
     print(text)
     if args.write:
-        Path("docs/memory.md").write_text(text)
+        Path("docs/measured/memory.md").write_text(text)
     return 0
 
 

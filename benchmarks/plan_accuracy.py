@@ -1,11 +1,11 @@
-"""The planner beside the real compilers: writes docs/plan-accuracy.md.
+"""The planner beside the real compilers: writes docs/measured/plan-accuracy.md.
 
     python -m benchmarks.plan_accuracy [--only WORD...] [--fresh | --again] [--write]
 
-Every row is planned first, and all predictions are written to docs/plan-accuracy.json before any compiler runs: a row
-that is there keeps its prediction until --fresh, or --again where the planner has changed and the programs have not.
-Then each is compiled, in a process of its own, and the page is
-written from both. Hours on two cores, minutes for one row; what was compiled is kept (`portatrain plan --compile`).
+Every row is planned first, and all predictions are written to docs/measured/plan-accuracy.json before any compiler
+runs: a row that is there keeps its prediction until --fresh, or --again where the planner has changed and the programs
+have not. Then each is compiled, in a process of its own, and the page is written from both. Hours on two cores, minutes
+for one row; what was compiled is kept (`portatrain plan --compile`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from portatrain.plan.search import plan
 from portatrain.recipe import load_recipe
 from portatrain.recipe.overrides import override
 
-HERE = Path(__file__).parents[1] / "docs"
+HERE = Path(__file__).parents[1] / "docs" / "measured"
 GIB = 2**30
 
 
@@ -186,7 +186,7 @@ def predictions(rows: list[Row], *, fresh: bool, again: bool = False) -> dict[st
 
 
 def read() -> dict[str, Any]:
-    """Every row's entry by its name, as it is in docs/plan-accuracy.json."""
+    """Every row's entry by its name, as it is in docs/measured/plan-accuracy.json."""
     path = HERE / "plan-accuracy.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -201,7 +201,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", default=[], help="rows whose name has all of these words")
     parser.add_argument("--fresh", action="store_true", help="predict and compile anew")
     parser.add_argument("--again", action="store_true", help="predict anew, of rows that stay the programs they are")
-    parser.add_argument("--write", action="store_true", help="write docs/plan-accuracy.md")
+    parser.add_argument("--write", action="store_true", help="write docs/measured/plan-accuracy.md")
     args = parser.parse_args()
     rows = [row for row in ROWS if all(word in row.name for word in args.only)]
     known = predictions(rows, fresh=args.fresh, again=args.again)
@@ -257,7 +257,7 @@ def line(row: Row, entry: dict[str, Any]) -> str:
 
 
 def page(known: dict[str, Any]) -> str:
-    """docs/plan-accuracy.md."""
+    """docs/measured/plan-accuracy.md."""
     compiled = [(row, known[row.name]) for row in ROWS if "compiled" in known.get(row.name, {})]
     errors = {row.name: error for row, entry in compiled if (error := memory_error(entry)) is not None}
     beyond = [

@@ -1,6 +1,6 @@
 """Published training speeds beside what the planner predicts: how wrong it is, and the factors it is fitted to.
 
-    python -m benchmarks.plan_published [--write]      # --write also writes docs/plan-published.md
+    python -m benchmarks.plan_published [--write]      # --write also writes docs/measured/plan-published.md
 
 Each row of ``published_rows`` is predicted with its publisher's mesh, microbatch and remat policy. A row's own
 factor is the efficiency at which the prediction equals what was published. A chip with several rows gets their
@@ -155,7 +155,7 @@ def check(row: Row) -> Checked:
 
 
 def report() -> str:
-    """The page docs/plan-published.md."""
+    """The page docs/measured/plan-published.md."""
     checked = [check(row) for row in ROWS]
     errors = [abs(c.error) for c in checked]
     counted = [abs(c.error) for c in checked if c.row.counted]
@@ -263,7 +263,7 @@ def main() -> int:
     for line in stale():
         print(f"efficiency.py: {line}", file=sys.stderr)
     if "--write" in sys.argv[1:]:
-        page = Path(__file__).parents[1] / "docs" / "plan-published.md"
+        page = Path(__file__).parents[1] / "docs" / "measured" / "plan-published.md"
         page.parent.mkdir(exist_ok=True)
         page.write_text(text, encoding="utf-8")
     return 1 if stale() else 0

@@ -1,4 +1,4 @@
-"""How fast plans are made, and the arithmetic of mixtures: prints the tables of docs/planning.md, "Speed".
+"""How fast plans are made, and the arithmetic of mixtures: prints the tables of docs/understand/planning.md, "Speed".
 
 Run: python -m benchmarks.plan_scale
 

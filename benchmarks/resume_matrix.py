@@ -1,12 +1,12 @@
 """The resume matrix: every pair of backends, with a change of mesh and of the number of devices at the move.
 
-    python -m benchmarks.resume_matrix [--write]        # half an hour on two cores; --write: into docs/resume.md
+    python -m benchmarks.resume_matrix [--write]        # half an hour on two cores; --write: into docs/run/resume.md
 
 tiny-lm with AdamW, accumulation 2, dropout and averages. For every pair: 10 steps on the first backend and mesh, then
 to step 30 on the second. Printed: the verdict at the move, the largest relative difference of the losses of steps 11 to
 30 from the run that never moved (jax, one device), and whether the state goes from the first to the second and back bit
-for bit. With a row out of bounds the exit code is 1. Rows that have ended are kept in docs/resume-matrix.json, with the
-commit: an interrupted call goes on with the next row, `--again` runs all anew. A backend that cannot share this
+for bit. With a row out of bounds the exit code is 1. Rows that have ended are kept in docs/measured/resume-matrix.json,
+with the commit: an interrupted call goes on with the next row, `--again` runs all anew. A backend that cannot share
 environment runs in its own where PORTATRAIN_XLA_PYTHON names the Python of one (`make test-xla` makes it); one that is
 not installed stands in the table with the reason.
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.backends.base import missing
+from portatrain.system import environment
 
 STEP, STEPS, BOUND = 10, 30, 1e-6
 SIZES = (
@@ -48,7 +49,7 @@ KINDS = {
     "torch-xla": ("fsdp=2", "fsdp=2,tensor=2"),
 }
 """Backend -> (mesh before the move, mesh after it): two devices, then four."""
-ELSEWHERE = {"torch-xla": "PORTATRAIN_XLA_PYTHON"}
+ELSEWHERE = {"torch-xla": environment.XLA_PYTHON.name}
 LEG_S = 600
 MARKS = ("<!-- resume matrix -->", "<!-- end of resume matrix -->")
 ROOT = Path(__file__).parents[1]
@@ -108,11 +109,11 @@ def carrying(words: dict[str, Any]) -> int:
 def worker(args: argparse.Namespace) -> int:
     from checkpoints_format import LocalStore, Reader
     from portatrain.backends.base import backend_class, simulate_devices
+    from portatrain.backends.program import make_program
     from portatrain.checkpoint.restore import Restoring, boxes_of
     from portatrain.checkpoint.saver import Checkpoints
     from portatrain.model.layout import Mesh
     from portatrain.recipe import apply_overrides, load_recipe
-    from portatrain.training.trainer import make_program
 
     program = make_program(apply_overrides(load_recipe("tiny-lm"), SIZES), mesh=args.mesh)
     simulate_devices(args.backend, Mesh.parse(args.mesh).devices)
@@ -228,7 +229,7 @@ def commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/resume.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/run/resume.md")
     parser.add_argument(
         "--only",
         metavar="KIND",
@@ -245,7 +246,7 @@ def main() -> int:
         return carrying(json.loads(args.carry))
     scratch = ROOT / "runs" / "resume-matrix" / sources()
     scratch.mkdir(parents=True, exist_ok=True)
-    kept, began_s = ROOT / "docs" / "resume-matrix.json", time.monotonic()
+    kept, began_s = ROOT / "docs" / "measured" / "resume-matrix.json", time.monotonic()
     found: dict[str, Row] = json.loads(kept.read_text()) if kept.exists() else {}
     pairs = [(a, b) for a in KINDS for b in KINDS]
     for number, (first, second) in enumerate(pairs, start=1):
@@ -264,7 +265,7 @@ def main() -> int:
             kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(table(found))
     if args.write:
-        path = ROOT / "docs" / "resume.md"
+        path = ROOT / "docs" / "run" / "resume.md"
         before, _, rest = path.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         path.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{after}")

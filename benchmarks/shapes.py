@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from portatrain import Recipe
-from portatrain.backends.base import Backend, Program, backend_class
+from portatrain.backends.base import Backend, backend_class
+from portatrain.backends.program import Program, make_program
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW
 from portatrain.optim.schedules import Constant
-from portatrain.training.trainer import make_program
 from recipes.models.decoder import DecoderConfig
 
 ADAMW = AdamW(lr=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)

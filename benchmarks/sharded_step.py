@@ -1,6 +1,6 @@
 """The training step on fsdp=2 beside hand-written ones of the same mathematics, in paired rounds.
 
-    python -m benchmarks.sharded_step --write                # into docs/speed.md
+    python -m benchmarks.sharded_step --write                # into docs/measured/speed.md
     python -m benchmarks.sharded_step --modes jax --shape toy --rounds 10
 
 Contenders, each on two simulated devices of this machine:
@@ -121,7 +121,7 @@ def main() -> int:
     parser.add_argument("--modes", default=",".join(MODES), help="of " + ", ".join(MODES))
     parser.add_argument("--shape", default="tiny-lm", choices=SHAPES)
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured/speed.md")
     args = parser.parse_args()
     shape, apart = SHAPES[args.shape], 0.0
     lines = [

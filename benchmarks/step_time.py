@@ -1,6 +1,6 @@
 """The training step of the lowered decoder beside others of the same shapes and mathematics, in paired rounds.
 
-    python -m benchmarks.step_time --write                # everything, into docs/speed.md
+    python -m benchmarks.step_time --write                # everything, into docs/measured/speed.md
     python -m benchmarks.step_time --modes jax --shapes toy --rounds 10
 
 Contenders:
@@ -39,7 +39,7 @@ from benchmarks.paired import Ratio, interleaved, ratio
 from benchmarks.shapes import SHAPES, Shape, batch_of, open_ours, parameters_of
 
 MODES = ("torch-eager", "torch-compiled", "jax")
-PAGE = Path(__file__).parents[1] / "docs" / "speed.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measured" / "speed.md"
 BEGIN, END = "<!-- step_time -->\n", "<!-- /step_time -->"
 LOSSES_AGREE = 2e-6
 """Relative; of the losses of three steps. What differs more is not the same mathematics."""
@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--modes", default=",".join(MODES), help="of " + ", ".join(MODES))
     parser.add_argument("--shapes", default="tiny-lm,22m", help="of " + ", ".join(SHAPES))
     parser.add_argument("--rounds", type=int, default=60)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/speed.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured/speed.md")
     parser.add_argument("--layers", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--task", nargs=3, metavar=("TASK", "MODE", "SHAPE"), help=argparse.SUPPRESS)
     args = parser.parse_args()

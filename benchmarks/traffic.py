@@ -1,5 +1,5 @@
 """Bytes between processes in one step of the torch backend, by mesh axis: what really moves, beside what the layout
-implies. Written into docs/traffic.md.
+implies. Written into docs/measured/traffic.md.
 
 Run: python -m benchmarks.traffic [--write]     (gloo processes; a minute or two on two cores)
 
@@ -17,12 +17,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from portatrain.backends.base import Program, backend_class
+from portatrain.backends.base import backend_class
+from portatrain.backends.program import Program, make_program
 from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.processes import rank, run_processes
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
 MESHES = (
     "fsdp=2",
@@ -193,12 +193,12 @@ def _rows(program: Program, chosen: Recipe, mesh: str, by_axes: dict[str, dict[s
 
 def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.traffic", description=__doc__)
-    parser.add_argument("--write", action="store_true", help="into docs/traffic.md")
+    parser.add_argument("--write", action="store_true", help="into docs/measured/traffic.md")
     args = parser.parse_args()
     text = report()
     print(text)
     if args.write:
-        Path("docs/traffic.md").write_text(text)
+        Path("docs/measured/traffic.md").write_text(text)
     return 0
 
 

@@ -1,5 +1,5 @@
 """Bytes between TPU chips in one step of the jax backend, by mesh axis: what the compiled program moves, beside what
-the planner says that the layout implies. Written into docs/traffic-tpu.md.
+the planner says that the layout implies. Written into docs/measured/traffic-tpu.md.
 
 Run: python -m benchmarks.traffic_tpu [--write]     (libtpu, no TPU: pip install 'portatrain[tpu]'; a minute a mesh)
 
@@ -19,7 +19,7 @@ from typing import Any
 
 from portatrain.cli import main as portatrain
 
-PAGE = Path(__file__).parents[1] / "docs" / "traffic-tpu.md"
+PAGE = Path(__file__).parents[1] / "docs" / "measured" / "traffic-tpu.md"
 SIZES = (
     "model.layers=4",
     "model.embed=512",
@@ -75,7 +75,7 @@ def rows(cluster: str, mesh: str, found: dict[str, Any]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="write docs/traffic-tpu.md")
+    parser.add_argument("--write", action="store_true", help="write docs/measured/traffic-tpu.md")
     args = parser.parse_args()
     lines = ["| slice | mesh | axes | bytes that move | implied | ratio |", "|---|---|---|---|---|---|"]
     print("\n".join(lines), flush=True)

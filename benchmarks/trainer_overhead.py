@@ -22,7 +22,7 @@ from portatrain.data import TextFiles
 from portatrain.optim.schedules import Constant
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.metrics import StepRecord
-from portatrain.training.trainer import Trainer
+from portatrain.training.trainer import Trainer, TrainOptions
 
 FIRST = 20
 """Steps that are left out: compilation, and what is filled once."""
@@ -63,7 +63,7 @@ def measure(backend: str, steps: int) -> tuple[float, float, float, float]:
     """(seconds of a step, of all around it, to make a state, to run the first step)."""
     kept = Keeps()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(recipe(steps), RunDir(folder), backend=backend, sinks=[kept])
+        trainer = Trainer(recipe(steps), RunDir(folder), TrainOptions(backend=backend, sinks=[kept]))
         inside: list[float] = []
         run_step, make = trainer.backend.step, trainer.backend.init_state
         made_s: list[float] = []

@@ -1,4 +1,4 @@
-"""What libtpu makes of a gather and of a scatter, by slice and by group: the table of docs/traffic-tpu.md.
+"""What libtpu makes of a gather and of a scatter, by slice and by group: the table of docs/measured/traffic-tpu.md.
 
 Run: python -m benchmarks.whole_slice     (libtpu, no TPU: pip install 'portatrain[tpu]'; some minutes)
 

@@ -15,10 +15,8 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from .layout import Box
+from .boxes import Box
 
 MAX_TILE_BYTES = 8 << 20
 # Below these sizes a tile is not cut further. Measured by benchmarks/checkpoint_tiles.py: smaller ones

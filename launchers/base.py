@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from launchers.rank_entry import HOST_PROCESSES
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError, choice
 from portatrain.runs.jobs import Job
+from portatrain.system import environment
+from portatrain.system.urls import is_remote
 
 __all__ = [
     "GROUP",
@@ -74,8 +74,8 @@ class Launcher(Protocol):
         """Raise UserError for what would keep the job from ever starting; changes nothing."""
         ...
 
-    def submit(self, job: Job) -> str | int:
-        """Hand a written job over. The scheduler's id; or, where it was seen to its end here, its exit code."""
+    def submit(self, job: Job) -> str:
+        """Hand a written job over; return the scheduler's id of it."""
         ...
 
     def describe(self, job: Job) -> JobState:
@@ -230,7 +230,7 @@ def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
 
 def host_processes(job: Job) -> dict[str, str]:
     """What `launchers.rank_entry` has to be told where an engine starts one process a host and the backend has more."""
-    return {HOST_PROCESSES: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
+    return {environment.HOST_PROCESSES.name: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
 
 
 def python(job: Job) -> str:

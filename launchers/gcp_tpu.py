@@ -29,7 +29,7 @@ from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
 from portatrain.plan.clusters.slices import RULES
 from portatrain.runs import jobs
-from portatrain.system.stop_signals import GRACE
+from portatrain.system import environment
 
 OPTIONS = {
     "project": "a Google Cloud project",
@@ -188,8 +188,8 @@ def script(job: Job) -> str:
     first, other = commands_in_image(job)
     env = {
         "MASTER_PORT": str(PORT),
-        GRACE: str(NOTICE_S - 5),
-        "PORTATRAIN_NOTICES": "gcp",
+        environment.GRACE_S.name: str(NOTICE_S - 5),
+        environment.NOTICES.name: "gcp",
         **option(job, "env", dict, {}),
     }
     setup = option(job, "setup", str, "").strip()

@@ -27,10 +27,11 @@ from launchers.base import (
     shell,
 )
 from launchers.yaml_text import to_yaml
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError, choice
 from portatrain.runs import jobs
-from portatrain.system.stop_signals import GRACE, RESUME_ME
+from portatrain.system import environment
+from portatrain.system.exit_codes import RESUMABLE
+from portatrain.system.urls import is_remote
 
 OPTIONS = {
     "image": "the container image, with Python and the frameworks",
@@ -186,7 +187,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUME_ME]}},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUMABLE]}},
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
@@ -222,9 +223,9 @@ def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grac
     env = {
         "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}",
         "MASTER_PORT": str(PORT),
-        GRACE: str(grace - 5),
-        "PORTATRAIN_HOSTS": str(slices * hosts),
-        "PORTATRAIN_SLICE_HOSTS": str(hosts),
+        environment.GRACE_S.name: str(grace - 5),
+        environment.HOSTS.name: str(slices * hosts),
+        environment.SLICE_HOSTS.name: str(hosts),
         **host_processes(job),
         **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
     }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import signal
 import subprocess
@@ -13,18 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, JobState, Landed, check_options, python, shell, supervise_command, train_here
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.runs.claim import process_start
-from portatrain.runs.run_dir import PLACE, open_run
+from portatrain.runs.open import open_run
+from portatrain.system import environment
 
 OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
 STARTS_WITHIN_S = 20.0
 
 
 class LocalLauncher:
-    """In the foreground `portatrain train` runs in this process, so that Ctrl-C reaches the trainer and nothing else.
-    Detached, a supervisor in a session of its own starts it, and again after a failure."""
+    """A detached job: a supervisor in a session of its own starts the training, and again after a failure.
+
+    A job in the foreground is no launcher's business: `portatrain.commands.foreground` runs it.
+    """
 
     def materialize(self, job: Job) -> str:
         if not job.detached:
@@ -34,46 +34,7 @@ class LocalLauncher:
     def check(self, job: Job) -> None:
         check_options(job, OPTIONS)
 
-    def submit(self, job: Job) -> str | int:
-        if job.detached:
-            return self._detach(job)
-        from launchers.report import report
-        from portatrain.commands import train
-
-        parser = argparse.ArgumentParser()
-        train.add_arguments(parser)
-        # Through the options of `portatrain train`: what --dry-run prints is what is run.
-        args = parser.parse_args(job.train()[2:])
-        # What `launch resume` goes on from.
-        source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd")}
-        before = os.environ.get(PLACE)
-        os.environ[PLACE] = json.dumps({"engine": "local", "cluster": "local", "source": source})
-        try:
-            code = train.run(args) if job.code is None else self._with_code(job)
-        finally:
-            os.environ.pop(PLACE)
-            if before is not None:
-                os.environ[PLACE] = before
-        report(job.run_dir)
-        return code
-
-    def _with_code(self, job: Job) -> int:
-        """In a process of its own, with the run's copy of the code: what is imported here is another."""
-        from portatrain.system.processes import forwarding
-
-        folder = job.code if not is_remote(str(job.code)) else None
-        if folder is None:
-            from portatrain.runs.remote_run_dir import local_code
-
-            folder = str(local_code(str(job.code)))
-        env = {**os.environ, **_env(job), "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
-        words = [python(job), "-m", "portatrain.cli", *train_here(job)]
-        started: list[subprocess.Popen[bytes]] = []
-        with forwarding(started):
-            started.append(subprocess.Popen(words, env=env, start_new_session=True))
-            return started[0].wait()
-
-    def _detach(self, job: Job) -> str:
+    def submit(self, job: Job) -> str:
         run = open_run(job.run_dir, work=True)
         log = run.path / "jobs" / f"{job.number}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +45,7 @@ class LocalLauncher:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **_env(job)},
+                env={**os.environ, **environment_of(job)},
             )
         # It is this machine's: whether it has taken the claim shows at once.
         until_s = time.monotonic() + STARTS_WITHIN_S
@@ -150,10 +111,9 @@ class LandedHere:
         """There are no siblings."""
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        from portatrain.system.processes import PARENT
 
         words = [python(self.job), "-m", "portatrain.cli", *train_here(self.job)]
-        return words, {PARENT: str(os.getpid())}, attempt / "rank-0.log"
+        return words, {environment.PARENT.name: str(os.getpid())}, attempt / "rank-0.log"
 
     def means(self, signum: int) -> str:
         return "unclear"
@@ -168,5 +128,5 @@ def _pid(job: Job) -> int | None:
     return int(pid) if pid.isdigit() and start and process_start(int(pid)) == start else None
 
 
-def _env(job: Job) -> dict[str, str]:
+def environment_of(job: Job) -> dict[str, str]:
     return {str(k): str(v) for k, v in dict(job.options.get("env", {})).items()}

@@ -2,7 +2,7 @@
 
 Puts what the scheduler's environment says (Slurm, Kubernetes JobSet, Cloud TPU) into the variables that torchrun would
 set, RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT, and goes on as `portatrain`. Where the
-scheduler starts one process a host and the backend needs more (HOST_PROCESSES), it starts them.
+scheduler starts one process a host and the backend needs more (`environment.HOST_PROCESSES`), it starts them.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from portatrain.errors import UserError
-from portatrain.system.processes import LOGS
-
-HOST_PROCESSES = "PORTATRAIN_HOST_PROCESSES"
-"""Environment variable: how many processes a host has, where the scheduler starts one."""
+from portatrain.system import environment
+from portatrain.system.environment import whole_number
 
 
 def place(env: Mapping[str, str]) -> dict[str, str]:
@@ -34,23 +32,25 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
         here = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
         found = (env["SLURM_PROCID"], world, env["SLURM_LOCALID"], here)
     elif "JOB_COMPLETION_INDEX" in env:  # JobSet: an index a pod, over all jobs of the set
-        hosts = int(env.get("PORTATRAIN_HOSTS", "1"))
-        each = int(env.get("PORTATRAIN_SLICE_HOSTS", str(hosts)))
-        index = int(env.get("JOB_INDEX", "0")) * each + int(env["JOB_COMPLETION_INDEX"])
+        hosts = environment.HOSTS.get(env)
+        each = environment.SLICE_HOSTS.get(env) or hosts
+        index = whole_number(env, "JOB_INDEX", 0) * each + whole_number(env, "JOB_COMPLETION_INDEX")
         found = (str(index), str(hosts), "0", "1")
     elif "SKYPILOT_NODE_RANK" in env:
         found = (env["SKYPILOT_NODE_RANK"], env.get("SKYPILOT_NUM_NODES", "1"), "0", "1")
     elif "TPU_WORKER_ID" in env and "TPU_WORKER_HOSTNAMES" in env:
         hosts_here = env["TPU_WORKER_HOSTNAMES"].split(",")
-        slices, each = int(env.get("MEGASCALE_NUM_SLICES", "1")), len(hosts_here)
-        index = int(env.get("MEGASCALE_SLICE_ID", "0")) * each + int(env["TPU_WORKER_ID"])
+        slices, each = whole_number(env, "MEGASCALE_NUM_SLICES", 1), len(hosts_here)
+        index = whole_number(env, "MEGASCALE_SLICE_ID", 0) * each + whole_number(env, "TPU_WORKER_ID")
         found = (str(index), str(slices * each), "0", "1")
     else:
         return {}
     rank, world, local, here = found
-    if int(world) == 1:
+    names = {"rank": rank, "number of processes": world, "local rank": local, "processes a host": here}
+    numbers = {name: whole_number({name: text}, name) for name, text in names.items()}
+    if numbers["number of processes"] == 1:
         return {}
-    if not 0 <= int(rank) < int(world):
+    if not numbers["rank"] < numbers["number of processes"]:
         raise UserError(
             "the scheduler's environment",
             expected=f"a rank below {world}",
@@ -70,11 +70,11 @@ def place(env: Mapping[str, str]) -> dict[str, str]:
 def main() -> int:
     """Take the place, then be `portatrain`."""
     from portatrain.cli import main as portatrain
-    from portatrain.system.processes import PARENT, ends_at_once, run_processes
+    from portatrain.system.processes import ends_at_once, run_processes
 
-    os.environ.pop(PARENT, None)
-    n = int(os.environ.pop(HOST_PROCESSES, "1"))
+    os.environ.pop(environment.PARENT.name, None)
     try:
+        n = environment.HOST_PROCESSES.take()
         found = place(os.environ)
         if found and found["LOCAL_WORLD_SIZE"] == "1" and n > 1:
             entry, args = "launchers.rank_entry:one", {"words": sys.argv[1:]}
@@ -104,10 +104,10 @@ def one(args: argparse.Namespace) -> int:
 
 def _note(code: int) -> None:
     """Leave the exit code where the supervisor looks: whoever starts processes may report another's, that it killed."""
-    folder = os.environ.get(LOGS)
-    if folder:
+    folder = environment.LOGS.get()
+    if folder is not None:
         with contextlib.suppress(OSError):
-            Path(folder, f"exit-{os.environ.get('RANK', '0')}").write_text(str(code))
+            Path(folder, f"exit-{os.environ.get(environment.RANK.name, '0')}").write_text(str(code))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from launchers.base import (
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
 from portatrain.plan.clusters.slices import RULES
-from portatrain.system.stop_signals import RESUME_ME
+from portatrain.system.exit_codes import RESUMABLE
 
 OPTIONS = {
     "accelerators": "SkyPilot's name and count a node, as in H100:8",
@@ -115,7 +115,7 @@ def task(job: Job) -> dict[str, Any]:
     for name, key, kind in (("infra", "infra", str), ("image", "image_id", str), ("spot", "use_spot", bool)):
         if option(job, name, kind) is not None:
             one[key] = job.options[name]
-    recovery = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": [RESUME_ME]}
+    recovery = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": [RESUMABLE]}
     anything = option(job, "any_of", list)
     resources: dict[str, Any] = {"job_recovery": recovery}
     resources |= {"any_of": [dict(r) for r in anything]} if anything else one

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -22,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, JobState, Landed, check_options, option, python, shell, supervise_command
-from portatrain.checkpoint.locations import is_remote
+from launchers.slurm_commands import call, installed
 from portatrain.errors import UserError
 from portatrain.runs import jobs
-from portatrain.runs.run_dir import open_run
+from portatrain.runs.open import open_run
+from portatrain.system import environment
 from portatrain.system.processes import free_port
-from portatrain.system.stop_signals import GRACE
+from portatrain.system.urls import is_remote
 
 OPTIONS = {
     "partition": "a partition",
@@ -112,9 +111,9 @@ class SlurmLauncher:
                 got=repr(job.run_dir),
                 do="Choose another --runs.",
             )
-        _installed(job.cluster)
+        installed(job.cluster)
         partition = job.options.get("partition")
-        known = _call(["sinfo", "--noheader", "--format=%R"]).split()
+        known = call(["sinfo", "--noheader", "--format=%R"]).split()
         for one in str(partition).split(",") if partition else []:
             if one not in known:
                 from portatrain.errors import choice
@@ -122,16 +121,16 @@ class SlurmLauncher:
                 raise choice(f"cluster {job.cluster}: partition {one!r}", one, known)
 
     def submit(self, job: Job) -> str:
-        _installed(job.cluster)
-        answer = _call(["sbatch", "--parsable"], text=self.materialize(job), what=f"job {job.number} of {job.run}")
+        installed(job.cluster)
+        answer = call(["sbatch", "--parsable"], text=self.materialize(job), what=f"job {job.number} of {job.run}")
         return answer.strip().split(";")[0]
 
     def describe(self, job: Job) -> JobState:
         if job.id is None:
             return JobState(state="gone", reason="never submitted")
-        _installed(job.cluster)
+        installed(job.cluster)
         try:
-            said = _call(["squeue", "--noheader", f"--jobs={job.id}", "--format=%T|%r|%N"]).strip()
+            said = call(["squeue", "--noheader", f"--jobs={job.id}", "--format=%T|%r|%N"]).strip()
         except UserError as error:
             if "Invalid job id" in error.got:
                 return JobState(state="gone")
@@ -152,20 +151,20 @@ class SlurmLauncher:
 
     def cancel(self, job: Job) -> None:
         if job.id is not None and self.describe(job).state != "gone":
-            _call(["scancel", job.id])
+            call(["scancel", job.id])
 
     def release(self, job: Job) -> None:
         if job.id is not None:
-            _call(["scontrol", "release", job.id])
+            call(["scontrol", "release", job.id])
 
     def hold(self, job: Job) -> None:
         """Keep a pending job from starting."""
         if job.id is not None:
-            _call(["scontrol", "hold", job.id])
+            call(["scontrol", "hold", job.id])
 
     def names(self, prefix: str) -> Mapping[str, str]:
-        _installed("slurm")
-        rows = _call(["squeue", "--noheader", "--me", "--format=%i|%j"]).split()
+        installed("slurm")
+        rows = call(["squeue", "--noheader", "--me", "--format=%i|%j"]).split()
         pairs = (row.split("|", 1) for row in rows if "|" in row)
         return {name: number for number, name in pairs if name.startswith(prefix)}
 
@@ -246,18 +245,16 @@ class LandedOnSlurm:
         env = {"MASTER_ADDR": head_address(), "MASTER_PORT": str(free_port())}
         grace = option(job, "grace_s", int) or _grace_s(os.environ.get("SLURM_JOB_PARTITION", ""))
         if grace:
-            env[GRACE] = str(grace)
+            env[environment.GRACE_S.name] = str(grace)
         if "hang_s" in job.options:
-            from portatrain.system.watchdog import LIMIT
-
-            env[LIMIT] = str(job.options["hang_s"])
+            env[environment.HANG_S.name] = str(job.options["hang_s"])
         return words, env, None
 
     def means(self, signum: int) -> str:
         if signum == signal.SIGUSR1:
             return "preempt"
         try:
-            said = _call(["scontrol", "show", "job", self.id], timeout_s=5.0)
+            said = call(["scontrol", "show", "job", self.id], timeout_s=5.0)
         except UserError:
             return "unclear"
         # A job that is requeued by others (an administrator, a preemption without grace) is COMPLETING as one that is
@@ -286,7 +283,7 @@ class LandedOnSlurm:
 
     def _self(self, words: list[str]) -> None:
         try:
-            _call(words)
+            call(words)
         except UserError as error:
             print(str(error), file=sys.stderr, flush=True)
             return
@@ -304,7 +301,7 @@ def _log(job: Job) -> Path:
 def head_address() -> str:
     """The address at which Slurm itself reaches this node."""
     name = os.environ.get("SLURMD_NODENAME")
-    said = _call(["scontrol", "show", "node", name]) if name else ""
+    said = call(["scontrol", "show", "node", name]) if name else ""
     found = re.search(r"NodeAddr=(\S+)", said)
     return found[1] if found else os.uname().nodename
 
@@ -312,41 +309,10 @@ def head_address() -> str:
 def _grace_s(partition: str) -> int | None:
     """The partition's GraceTime; None where preemption gives none."""
     try:
-        found = re.search(r"GraceTime=(\d+)", _call(["scontrol", "show", "partition", partition]))
+        found = re.search(r"GraceTime=(\d+)", call(["scontrol", "show", "partition", partition]))
     except UserError:
         return None
     return int(found[1]) if found and int(found[1]) else None
-
-
-def _installed(cluster: str) -> None:
-    if shutil.which("sbatch") is None:
-        raise UserError(
-            f"cluster {cluster}",
-            expected="Slurm's commands on this machine (sbatch, squeue, scontrol, scancel)",
-            got="no sbatch",
-            do="Launch from a login node of the cluster.",
-        )
-
-
-def _call(words: list[str], *, text: str | None = None, what: str = "Slurm", timeout_s: float = 60.0) -> str:
-    """What a command of Slurm answers; UserError with its words where it refuses."""
-    try:
-        done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=timeout_s)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UserError(
-            what,
-            expected=f"an answer from `{' '.join(words[:3])}`",
-            got=str(error),
-            do="See whether the controller answers: scontrol ping.",
-        ) from error
-    if done.returncode:
-        raise UserError(
-            what,
-            expected=f"`{' '.join(words[:3])}` to be accepted",
-            got="; ".join(done.stderr.split("\n")).strip("; ") or f"code {done.returncode}",
-            do="`launch doctor CLUSTER` looks at what is configured.",
-        )
-    return done.stdout
 
 
 def _escaped(path: Path, *, keep: bool = False) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import shell
-from launchers.slurm import _call, _installed
+from launchers.slurm_commands import call, installed
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import existing_ancestor
 
@@ -21,8 +21,8 @@ TRIAL_S = 30
 def look(options: Mapping[str, Any], storage: Path | None) -> Iterator[Finding]:
     """Findings as of `launchers.base.Launcher.doctor`."""
     try:
-        _installed("slurm")
-        config = dict(re.findall(r"^(\S+)\s*=\s*(.*?)\s*$", _call(["scontrol", "show", "config"]), re.MULTILINE))
+        installed("slurm")
+        config = dict(re.findall(r"^(\S+)\s*=\s*(.*?)\s*$", call(["scontrol", "show", "config"]), re.MULTILINE))
     except UserError as error:
         yield "controller", "bad", str(error)
         return
@@ -66,7 +66,7 @@ def _partition(name: str) -> tuple[dict[str, str], list[Finding]]:
     """What Slurm says of the partition, empty where there is none; and findings on it."""
     words = ["scontrol", "--oneliner", "show", "partition", *([name] if name else [])]
     try:
-        lines = _call(words).splitlines()
+        lines = call(words).splitlines()
     except UserError as error:
         return {}, [("partition", "bad", f"{name}: {error.got}")]
     rows = [dict(re.findall(r"(\w+)=(\S+)", line)) for line in lines if line.strip()]
@@ -87,7 +87,7 @@ def _partition(name: str) -> tuple[dict[str, str], list[Finding]]:
 
 
 def _nodes(partition: Mapping[str, str]) -> Iterator[Finding]:
-    said = _call(["sinfo", "--noheader", "--Node", f"--partition={partition['PartitionName']}", "--format=%N|%t|%o"])
+    said = call(["sinfo", "--noheader", "--Node", f"--partition={partition['PartitionName']}", "--format=%N|%t|%o"])
     rows = [row.split("|") for row in said.split() if row.count("|") == 2]
     up = [row for row in rows if row[1].rstrip("*~#$@+-") in ("idle", "mix", "alloc", "comp")]
     yield "nodes", "ok" if up else "bad", f"{len(up)} of {len(rows)} are up"
@@ -108,7 +108,7 @@ def _trial(partition: Mapping[str, str], storage: Path) -> Finding:
     name = f".doctor-{secrets.token_hex(6)}"
     path = existing_ancestor(storage).absolute() / name
     try:
-        _call(
+        call(
             [
                 "srun",
                 f"--partition={partition['PartitionName']}",

@@ -44,6 +44,6 @@ def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None
             for other in written:
                 other.forget()
             raise
-        handed.append(job.submitted(str(answer)))
+        handed.append(job.submitted(answer))
         print(f"submitted        job {job.number}: {job.engine} {answer} on {job.cluster}")
     return handed

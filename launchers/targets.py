@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, launcher, launcher_names
-from portatrain.checkpoint.locations import is_remote
-from portatrain.commands import dry_run
 from portatrain.errors import UserError
-from portatrain.plan.clusters import clusters_toml
+from portatrain.plan.clusters import clusters_toml, names
 from portatrain.plan.clusters.catalog import STACKS
 from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.cost import recipes
+from portatrain.plan.result import Plan
+from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
 from portatrain.system.processes import PROCESS_A_DEVICE
+from portatrain.system.urls import is_remote
 
 RESOURCES = {
     "jax-tpu": "google.com/tpu",
@@ -82,7 +84,7 @@ def targets(
         if name in own:
             found.append(Target(name=name, engine=name, mesh=mesh, devices=devices, backend=backend))
         else:
-            (cluster,) = dry_run.clusters([name], recipe, sorted(own))
+            (cluster,) = names.find([name], recipe, sorted(own))
             found.append(_target(cluster, mesh, devices, backend))
     if len(found) > 1 and any(t.engine == "local" for t in found):
         local = next(t.name for t in found if t.engine == "local")
@@ -161,7 +163,7 @@ def _fit(target: Target, recipe: Recipe) -> Target:
         return target
     if not target.engine:
         raise _no_engine(cluster)
-    from portatrain.training.trainer import make_program
+    from portatrain.backends.program import make_program
 
     if target.mesh is None:
         target = replace(target, mesh=_planned_mesh(cluster, recipe, target.devices))
@@ -237,7 +239,7 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
     """The plan, and exactly what would be submitted, for each job; where a cluster has no engine, what each engine that
     could carry it would be given, and how to configure one."""
     clusters = [t.cluster for t in found if t.cluster is not None]
-    plans = dry_run.show(recipe, clusters) if clusters else []
+    plans = _show_plans(recipe, clusters) if clusters else []
     meshes = {p.cluster.name: p.chosen.mesh_text for p in plans if p.chosen}
     by_name = {t.name: t for t in found}
     for number, job in enumerate(jobs, 1):
@@ -259,3 +261,16 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             f"{clusters_toml.config_folder()}, then launch --cluster my-{cluster.chip.name}"
         )
         print("\n".join(_table(cluster)))
+
+
+def _show_plans(recipe: Recipe, wanted: Sequence[Cluster]) -> list[Plan]:
+    """Print the plan of `recipe` for every cluster, in the order of preference; the plans."""
+    from rich.console import Console
+
+    from portatrain.plan import render
+
+    shape = recipes.shape_of(recipe)
+    plans = [plan(shape, cluster) for cluster in wanted]
+    console = Console() if Console().is_terminal else Console(width=180)
+    render.show(plans, console, details=len(plans) == 1)
+    return plans

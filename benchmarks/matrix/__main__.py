@@ -1,8 +1,8 @@
-"""`make matrix`: run the cells that have no result yet, and write them as a table into docs/parity.md.
+"""`make matrix`: run the cells that have no result yet, and write them as a table into docs/measured/parity.md.
 
 options: --only WORDS runs the groups of which backend, mesh or row has these words in its name (may be given again);
 --again runs cells that have a result too; --minutes N starts no group after N minutes; --table writes the table alone.
-Interrupt it whenever you like: what has ended is kept in docs/parity.json, and the next call goes on.
+Interrupt it whenever you like: what has ended is kept in docs/measured/parity.json, and the next call goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from benchmarks.matrix.cells import BACKENDS, MESHES, ROWS, installed
 from benchmarks.matrix.run import Found, run_group
 from benchmarks.matrix.table import problems, table
 
-RESULTS, DOC = Path("docs/parity.json"), Path("docs/parity.md")
+RESULTS, DOC = Path("docs/measured/parity.json"), Path("docs/measured/parity.md")
 
 
 def main() -> int:

@@ -13,11 +13,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from portatrain.backends.base import Program, backend_class, devices_a_process, missing
+from portatrain.backends.base import backend_class, devices_a_process, missing
+from portatrain.backends.program import Program, make_program
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
-from portatrain.training.trainer import make_program
 
 STEPS = 20
 

@@ -38,14 +38,15 @@ def problems(results: Mapping[str, Found]) -> list[str]:
 
 
 def table(results: Mapping[str, Found]) -> str:
-    """docs/parity.md."""
+    """docs/measured/parity.md."""
     notes: dict[str, int] = {}
     lines = [
         "# Parity",
         "",
-        f"Written by `make matrix` from docs/parity.json. A cell: the gradients of step 1 beside those of one jax "
-        f"device in fp32 (the largest difference over the tensor's largest value, bound {GRADIENT_BOUND:.0e}) and the "
-        f"losses of {STEPS} steps (the largest relative difference, bound {LOSS_BOUND:.0e}). A number in brackets is "
+        f"Written by `make matrix` from docs/measured/parity.json. A cell: the gradients of step 1 beside those of one "
+        "jax device in fp32 (the largest difference over the tensor's largest value, bound "
+        f"{GRADIENT_BOUND:.0e}) and the losses of {STEPS} steps (the largest relative difference, bound "
+        f"{LOSS_BOUND:.0e}). A number in brackets is "
         "the error that a combination ends in, below. An empty cell has not run.",
         "",
         "Recipes are the shipped files; sizes by override, the same in a whole row (`benchmarks/matrix/cells.py`). "

@@ -15,44 +15,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from portatrain.backends.program import Program
 from portatrain.errors import UserError, choice
-from portatrain.model import remat
-from portatrain.model.layout import Layout
-from portatrain.model.module import Definition
-from portatrain.model.precision import PRECISIONS
-from portatrain.optim import Rule
 from portatrain.system import processes
 
 Arrays = dict[str, np.ndarray]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Program:
-    """Everything that a backend needs to know of a run, and nothing of its length, data or disk.
-
-    `decay`, `trainable` and `ema` name parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
-    `compile` None: the backend's own choice for its device.
-    """
-
-    definition: Definition
-    layout: Layout
-    optimizer: Rule
-    trainable: frozenset[str]
-    decay: frozenset[str]
-    ema: frozenset[str] = frozenset()
-    ema_decay: float | None = None
-    clip_norm: float | None = None
-    precision: str = "fp32"
-    remat: str = "none"
-    seed: int = 0
-    compile: bool | None = None
-    order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
-    """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise choice("precision", self.precision, PRECISIONS)
-        remat.parse(self.remat)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +64,7 @@ class Context:
     precision: str = "fp32"
 
 
-Scattered = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]
+IrregularShards = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]
 """By role and name: (process, offset, shape) of boxes that cover the tensor, without overlap."""
 
 
@@ -115,7 +82,7 @@ class Backend(Protocol):
 
     name: str
     program: Program
-    asynchronous: bool
+    async_dispatch: bool
     """Whether `step` returns before the step is done."""
     process: int
     """This process's number among those that carry the program out together; 0 writes what a run leaves."""
@@ -141,11 +108,11 @@ class Backend(Protocol):
         """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
         ...
 
-    def rehearse(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+    def probe(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         """What `step` would do, with nothing changed, for the continuity check. By 'ROLE/NAME' the 2-norm of every
         tensor of the state; as 'grad/NAME' that of the gradient before clipping, as 'update/NAME' of what would be
         added to the parameter. Each array has the axes of the tensor's Stacks: a value a layer, () without one.
-        A backend that cannot has `rehearse = None`."""
+        A backend that cannot has `probe = None`."""
         ...
 
     def eval(self, state: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -165,7 +132,7 @@ class Backend(Protocol):
         """Every box of every tensor that this process holds, with nothing left out."""
         ...
 
-    def scattered(self, state: Any) -> Scattered:
+    def irregular_shards(self, state: Any) -> IrregularShards:
         """Which process has which boxes of the tensors that do not lie as the layout says; all processes call it."""
         ...
 

@@ -30,7 +30,7 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
             shape=what.shape,
             axes=what.axes,
             batch_dims=info.batch_dims,
-            inputs=0,
+            fan_in_axes=0,
             init=Constant(value=0.0),
             stack_dims=info.stack_dims,
             dtype=info.dtype if what.dtype == "float32" else what.dtype,

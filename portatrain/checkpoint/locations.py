@@ -6,18 +6,18 @@ import contextlib
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from portatrain.errors import UserError
+from portatrain.system.urls import SCHEMES
 
 if TYPE_CHECKING:
     from checkpoints_format import LocalStore, Store
+    from portatrain.checkpoint.object_store import ObjectStore
 
 COMMIT = "COMMIT"
-SCHEMES = ("s3://", "gs://", "az://")
 
 
-class Place(Protocol):
+class Location(Protocol):
     """The checkpoints `step-NNNNNNNN` of a run."""
 
     name: str
@@ -48,28 +48,11 @@ class Place(Protocol):
         ...
 
 
-def is_remote(where: str | Path) -> bool:
-    """Whether it is a URL of an object store; UserError for one of another kind."""
-    scheme, _, rest = str(where).partition("://")
-    if not rest or "/" in scheme:
-        return False
-    if f"{scheme}://" not in SCHEMES:
-        raise UserError(
-            str(where),
-            expected=f"a folder, or a URL of an object store ({', '.join(SCHEMES)})",
-            got=f"{scheme}://",
-            do="Use one of these.",
-        )
-    return True
-
-
-def place_of(where: Path | str) -> Place:
+def location_of(where: Path | str) -> Location:
     """A folder, or what a URL of an object store names."""
     if isinstance(where, str) and where.startswith(SCHEMES):
-        from portatrain.checkpoint.object_store import ObjectPlace
-
-        return ObjectPlace(where)
-    return Folder(Path(where))
+        return ObjectLocation(where)
+    return FolderLocation(Path(where))
 
 
 def step_name(step: int) -> str:
@@ -81,8 +64,8 @@ def steps_of(names: Iterable[str]) -> list[int]:
     return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
 
 
-class Folder:
-    """A `Place` on a local or shared file system."""
+class FolderLocation:
+    """A `Location` on a local or shared file system."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -109,3 +92,34 @@ class Folder:
         with contextlib.suppress(FileNotFoundError):
             (folder / COMMIT).unlink()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+class ObjectLocation:
+    """A `Location` below a URL of an object store."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        from portatrain.checkpoint.object_store import ObjectStore  # with NumPy: not needed to read a command line
+
+        self.name, self._options, self._store = url.rstrip("/"), options, ObjectStore
+        self._root = ObjectStore(self.name, **options)
+
+    def steps(self) -> list[int]:
+        return steps_of(self._root.folders())
+
+    def open(self, step: int, *, create: bool = False) -> ObjectStore:
+        return self._store(f"{self.name}/{step_name(step)}", **self._options)
+
+    def committed(self, step: int) -> bool:
+        return self.open(step).size(COMMIT) is not None
+
+    def sizes(self, step: int) -> dict[str, int]:
+        return self.open(step).sizes()
+
+    def commit(self, step: int) -> bytes:
+        return self.open(step).read(COMMIT)
+
+    def remove(self, step: int) -> None:
+        store = self.open(step)
+        store.delete(COMMIT)
+        for name in list(store.list()):
+            store.delete(name)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader, StoreError
-from portatrain.checkpoint.locations import Place
+from portatrain.checkpoint.locations import Location
 from portatrain.errors import StorageError, UserError
 
 
 def newest(
-    place: Place,
+    location: Location,
     process: int,
     processes: int,
     report: Callable[[str], None],
@@ -26,7 +26,7 @@ def newest(
     earlier step would in the end replace this one.
     """
     errors: list[str] = []
-    left = [] if process else place.steps()
+    left = [] if process else location.steps()
 
     def passed_over(step: int, error: FormatError) -> None:
         errors.append(str(error))
@@ -34,10 +34,10 @@ def newest(
         report(f"checkpoint of step {step} is damaged and passed over: {error}")
 
     while True:
-        step, reader = _next_of(place, left, passed_over)
+        step, reader = _next_of(location, left, passed_over)
         if not process and reader is None and errors:
             raise UserError(
-                f"checkpoints in {place.name}",
+                f"checkpoints in {location.name}",
                 expected="one that verifies",
                 got=f"none: {errors[0]}",
                 do="Restore the folder from a copy, or begin a new run under another name.",
@@ -45,7 +45,7 @@ def newest(
         step = agree(step)
         if step < 0:
             return None
-        reader, error = _tried(place, step, reader, process, processes)
+        reader, error = _tried(location, step, reader, process, processes)
         unread = isinstance(error, StoreError)
         who = agree(0 if error is None else 1 + process + processes * unread)
         if not who:
@@ -53,42 +53,42 @@ def newest(
             return step, reader
         if who <= processes and not process and error is None:
             # Who read other files looks at those in question: it names the damage, or there is none.
-            reader, error = _tried(place, step, reader, who - 1, processes)
+            reader, error = _tried(location, step, reader, who - 1, processes)
             unread = error is None or isinstance(error, StoreError)
         if agree(int(who > processes or (not process and unread))):
             number = (who - 1) % processes
             if process != (number if who > processes else 0):
                 agree(0)  # who knows why does not come to it, and ends the run
-            raise _unreadable(place, step, error, number)
+            raise _unreadable(location, step, error, number)
         if error is not None and not process:
             passed_over(step, error)
 
 
 def _next_of(
-    place: Place, left: list[int], passed_over: Callable[[int, FormatError], None]
+    location: Location, left: list[int], passed_over: Callable[[int, FormatError], None]
 ) -> tuple[int, Reader | None]:
     """The newest step of those `left` that is committed and opens, taken off with all after it; else -1."""
     while left:
         step = left.pop()
         try:
-            return step, Reader(place.open(step))
+            return step, Reader(location.open(step))
         except NotCommittedError:
             continue
         except NewerFormatError as error:  # its steps are good: going on before them would replace it
-            raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            raise UserError.of(error) from error
         except StoreError as error:
-            raise StorageError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            raise StorageError.of(error) from error
         except FormatError as error:
             passed_over(step, error)
     return -1, None
 
 
 def _tried(
-    place: Place, step: int, reader: Reader | None, part: int, processes: int
+    location: Location, step: int, reader: Reader | None, part: int, processes: int
 ) -> tuple[Reader | None, FormatError | None]:
     """The checkpoint of `step`, opened, and what is wrong with process `part`'s part of its files."""
     try:
-        reader = reader or Reader(place.open(step))
+        reader = reader or Reader(location.open(step))
     except FormatError as error:  # process 0 has opened it
         return None, StoreError(error.what, expected=error.expected, got=error.got, do=error.do)
     try:
@@ -98,11 +98,11 @@ def _tried(
     return reader, None
 
 
-def _unreadable(place: Place, step: int, error: FormatError | None, who: int) -> StorageError:
+def _unreadable(location: Location, step: int, error: FormatError | None, who: int) -> StorageError:
     if isinstance(error, StoreError):
-        return StorageError(error.what, expected=error.expected, got=error.got, do=error.do)
+        return StorageError.of(error)
     return StorageError(
-        f"checkpoint of step {step} in {place.name}",
+        f"checkpoint of step {step} in {location.name}",
         expected="files that all processes read alike",
         got=f"process {who} reads damage where process 0 can read all",
         do="Look at the storage as that process's host sees it; the checkpoint was left as it is.",

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_format import Box, FormatError, LocalStore, Reader, Want
-from portatrain.backends.base import Backend, Program
+from portatrain.backends.base import Backend
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, full_name
 from portatrain.checkpoint.shared_reads import Shares, consecutive, owners_of, pays, roles_of, shares_of
 from portatrain.errors import UserError
@@ -125,7 +126,7 @@ class Restoring:
             with self._reading:
                 return self._reader.read_many([Want(full, box, None)])[0]
         except FormatError as error:
-            raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            raise UserError.of(error) from error
 
     def _ahead(self, full: str, box: Box) -> np.ndarray | None:
         """The box out of what was read ahead; None if it is not to be had there."""

@@ -17,8 +17,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import shlex
+import shutil
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from portatrain.commands import options
@@ -169,7 +172,8 @@ class _Told:
 
 def verify(args: argparse.Namespace) -> int:
     from checkpoints_format import NewerFormatError, NotCommittedError, Reader
-    from portatrain.runs.find_checkpoints import explained, places
+    from portatrain.checkpoint.errors import explained
+    from portatrain.runs.find_checkpoints import places
 
     found = [p for p in places(args.path) if args.step in (None, p.step)]
     if not found:
@@ -215,7 +219,8 @@ def verify(args: argparse.Namespace) -> int:
 
 def diff(args: argparse.Namespace) -> int:
     from portatrain.checkpoint.diff import differences, meta_differences
-    from portatrain.runs.find_checkpoints import explained, opened
+    from portatrain.checkpoint.errors import explained
+    from portatrain.runs.find_checkpoints import opened
 
     with opened(args.first) as a, opened(args.second) as b, explained():
         found = list(differences(a, b))
@@ -244,15 +249,36 @@ def export(args: argparse.Namespace) -> int:
 
 
 def bring(args: argparse.Namespace) -> int:
+    from checkpoints_format import LocalStore
     from portatrain.checkpoint.interop.export_import import import_from
+    from portatrain.checkpoint.locations import step_name
     from portatrain.commands import options
+    from portatrain.runs.run_dir import RunDir
 
-    recipe = options.resolved_recipe(args)
-    step = import_from(args.source, args.format, recipe, args.run_dir)
-    print(
-        f"{args.run_dir}: a checkpoint of step {step}. Go on with: "
-        f"portatrain train {args.recipe} --run-dir {args.run_dir}"
-    )
+    recipe, folder = options.resolved_recipe(args), Path(args.run_dir)
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(
+            f"run directory {folder}",
+            expected="a name that is free",
+            got="a folder that is not empty",
+            do="Choose another name; nothing in it was changed.",
+        )
+    run = RunDir(folder)
+    run.check(recipe)
+    try:
+        step = import_from(
+            args.source,
+            args.format,
+            recipe,
+            lambda step: LocalStore(folder / "checkpoints" / step_name(step), create=True),
+        )
+    except BaseException:  # a run without its checkpoint would begin from random weights
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        raise
+    run.create(recipe)
+    words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
+    words += [word for override in args.overrides for word in ("--set", override)]
+    print(f"{args.run_dir}: a checkpoint of step {step}. Go on with: {shlex.join(words)}")
     return 0
 
 

@@ -17,9 +17,9 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import existing_ancestor
+from portatrain.system.urls import is_remote
 
 Finding = tuple[str, str, str]
 

@@ -12,8 +12,9 @@ import json
 import sys
 
 from portatrain.errors import UserError
-from portatrain.runs.run_dir import open_run
-from portatrain.runs.status import Status, age, names, status
+from portatrain.runs.open import open_run
+from portatrain.runs.status import Status, names, status
+from portatrain.system.text import age
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.system.urls import is_remote
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
@@ -24,7 +24,8 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         metavar="FIELD=VALUE",
         action="append",
         default=[],
-        help="change a field of the recipe, as in --set steps=100 --set model.layers=8 --set optimizer=Lion",
+        help="change a field of the recipe: --set steps=100 --set model.layers=8; or take another class for one: "
+        "--set optimizer=Lion --set data=TextFiles --set data.paths=FOLDER",
     )
 
 

@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 from portatrain.errors import UserError
 from portatrain.runs import jobs
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import find, names, status
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
+from portatrain.system.urls import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -19,7 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
@@ -28,6 +27,7 @@ from portatrain.runs.claim import in_use
 from portatrain.runs.run_dir import RunDir, code_sha256
 from portatrain.runs.status import find
 from portatrain.system import json_files
+from portatrain.system.urls import is_remote
 
 LEAVING_S = 10.0
 
@@ -69,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     found.remove("CANCELLED")
     if len(new) == 1 and not new[0].detached:
-        return int(launcher("local").submit(new[0]))
+        from portatrain.commands import foreground
+
+        return foreground.run(new[0])
     from launchers.submission import submit
 
     submit(found, recipe, new, code=None if args.new_code else last.code)

@@ -16,7 +16,8 @@ import json
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
-from portatrain.runs.status import Status, age, find, status
+from portatrain.runs.status import Status, find, status
+from portatrain.system.text import age
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

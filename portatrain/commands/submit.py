@@ -20,9 +20,9 @@ import re
 from pathlib import Path
 
 from launchers import targets
-from portatrain.checkpoint.locations import is_remote
 from portatrain.commands import options
 from portatrain.errors import UserError
+from portatrain.system.urls import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     run_name = _run_name(args.run, args.runs, recipe.name)
 
     from launchers.base import Job, launcher
-    from portatrain.runs.run_dir import open_run
+    from portatrain.runs.open import open_run
 
     given = f"{args.runs.rstrip('/')}/{run_name}" if is_remote(args.runs) else str(Path(args.runs) / run_name)
     run_dir = given if is_remote(given) else str(Path(given).absolute())
@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
     for job in jobs:
         launcher(job.engine).check(job)
     if len(jobs) == 1 and not jobs[0].detached:
-        return int(launcher("local").submit(jobs[0]))
+        from portatrain.commands import foreground
+
+        return foreground.run(jobs[0])
     from launchers.submission import submit
 
     submit(run, recipe, jobs)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import argparse
 
-from portatrain.checkpoint.locations import SCHEMES
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
+from portatrain.system.urls import SCHEMES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,24 +74,24 @@ def train(args: argparse.Namespace) -> int:
             do="Leave it out to train to the end.",
         )
     if (url := getattr(args, "checkpoints", None)) is not None:
-        from portatrain.checkpoint.locations import place_of
+        from portatrain.checkpoint.locations import location_of
 
         if not url.startswith(SCHEMES):
             raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
-        place_of(url)  # what the URL or the environment lacks, before anything starts
+        location_of(url)  # what the URL or the environment lacks, before anything starts
     _check_mesh(args.mesh, args.devices)
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
-        from portatrain.runs.run_dir import open_run
+        from portatrain.backends.program import make_program
+        from portatrain.runs.open import open_run
         from portatrain.system.processes import run_processes
-        from portatrain.training.trainer import make_program
 
         # What does not go together, before any of them starts.
         make_program(recipe, mesh=args.mesh or f"fsdp={args.devices or n}")
         open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
-    from portatrain.runs.run_dir import open_run
+    from portatrain.runs.open import open_run
     from portatrain.system.processes import rank
     from portatrain.training.metrics import Sink
     from portatrain.training.metrics.console import ConsoleSink

@@ -2,7 +2,7 @@
 
 A plain thread, not grain: grain serves random-access sources with workers and transformations of its own,
 of which nothing is left to do here (a batch is one call that seeks anywhere), and importing it costs more
-than a second, which every start of a run would pay. docs/data.md has the measurement.
+than a second, which every start of a run would pay. docs/understand/data.md has the measurement.
 """
 
 from __future__ import annotations

@@ -65,12 +65,12 @@ class Adapted(Module):
     def __init__(self, base: Param, lora: LoRA) -> None:
         names = list(base.axes)
         batch = next((i for i, axis in enumerate(names) if axis not in BATCH_AXES), len(names))
-        split = batch + base.inputs
+        split = batch + base.fan_in_axes
         lead = {axis: base.axes[axis] for axis in names[:batch]}
         taken = {axis: base.axes[axis] for axis in names[batch:split]}
         made = {axis: base.axes[axis] for axis in names[split:]}
         self.base = base
-        self.lora_a = Param(**lead, **taken, **{RANK_AXIS: lora.rank}, inputs=base.inputs)
+        self.lora_a = Param(**lead, **taken, **{RANK_AXIS: lora.rank}, fan_in_axes=base.fan_in_axes)
         self.lora_b = Param(**lead, **{RANK_AXIS: lora.rank}, **made, init="zeros")
         self.scale = lora.alpha / lora.rank
         self.batch, self.split = batch, split
@@ -135,7 +135,7 @@ def not_adapted(p: Any) -> Any:
 def adapt(model: Module, lora: LoRA) -> Module:
     """`model`, its weights that `lora` targets replaced. UserError for a pattern that names no such weight."""
     found = describe(model)
-    able = [n for n, t in found.params.items() if t.inputs and "vocab" not in t.axes]
+    able = [n for n, t in found.params.items() if t.fan_in_axes and "vocab" not in t.axes]
     for pattern in lora.targets:
         if not any(fnmatchcase(name, pattern) for name in able):
             raise choice(f"pattern {pattern!r} of LoRA.targets", pattern, able)

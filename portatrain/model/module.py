@@ -1,22 +1,23 @@
-"""The definition of a model: plain Python data, no framework and no NumPy.
+"""The definition of a model, as plain Python data: no framework and no NumPy.
 
-A model is a class whose attributes are `Param`s, `State`s, other `Module`s, and plain values, and whose
-`__call__(self, ops, ...)` computes with the operations of `portatrain.model.ops.Ops`::
+A model is a class with `Param`s, `State`s, other `Module`s and plain values as attributes. Its `__call__(self, ops,
+...)` computes with the operations of `portatrain.model.ops.Ops`::
 
     class Attention(Module):
         def __init__(self, *, embed: int, heads: int, head_dim: int):
             self.wq = Param(embed=embed, heads=heads, head_dim=head_dim)
-            self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, inputs=2)
+            self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, fan_in_axes=2)
 
-A `Param` says everything about a parameter in one place: keyword = logical axis, value = size, order =
-layout in memory, attribute = name in checkpoints. `describe` turns an instance into the list of its logical
-tensors; a backend turns it into a native `torch.nn.Module` or `flax.nnx.Module`.
+One `Param` line says everything about a parameter: each keyword is a logical axis, its value is the size, the order of
+the keywords is the order in memory, and the attribute is the name in checkpoints. `describe` lists the logical tensors
+of a model; a backend makes a native `torch.nn.Module` or `flax.nnx.Module` from it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,20 +25,20 @@ from typing import Any, ClassVar
 from portatrain.errors import UserError
 
 BATCH_AXES = frozenset({"layers", "experts"})
-"""Axes that, where they lead a tensor, count copies of a smaller one: initialisation, optimizer rules and
-norms act on each copy by itself. The axis of every `Stack` is one too."""
+"""Axes that count copies of a smaller tensor if they come first. Initialisation, optimizer rules and norms treat each
+copy as a tensor of its own. The axis of every `Stack` is a batch axis too."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Normal:
-    """Truncated normal (2 sigma) of the given standard deviation."""
+    """Initialise from a normal distribution cut at two sigma, with standard deviation `std` after the cut."""
 
     std: float
 
 
 @dataclass(frozen=True, kw_only=True)
 class Constant:
-    """Every value the same."""
+    """Initialise every element to `value`."""
 
     value: float
 
@@ -53,7 +54,7 @@ def _init(given: str | float | Init | None) -> Init | None:
                 "init",
                 expected="'zeros', 'ones', a standard deviation, Normal(std=...) or Constant(value=...)",
                 got=repr(given),
-                do="Leave init out for the standard deviation 1/sqrt(fan-in).",
+                do="Leave init out to get the standard deviation 1/sqrt(fan-in).",
             )
         return _NAMED_INITS[given]
     if isinstance(given, (int, float)):
@@ -76,35 +77,66 @@ def _sizes(kind: str, axes: dict[str, int]) -> dict[str, int]:
 class Param:
     """A trainable tensor: `Param(embed=512, heads=8, head_dim=64)`.
 
-    Keywords are logical axes in layout order. `inputs` counts the axes, after the batch axes (layers, experts),
-    that the forward pass contracts: 1 for most weights, 2 for an output projection over (heads, head_dim), 0 for
-    an embedding, a norm's scale or a bias. It gives the fan-in (standard deviation 1/sqrt(fan-in), 0.02 where
-    inputs=0) and the matrix that Muon and Adafactor see. `init` overrides: 'zeros', 'ones', a standard
-    deviation, `Normal` or `Constant`. The same object used in two places means tied weights.
+    Args:
+        axes: each keyword is a logical axis with its size, in the order of the tensor's dimensions.
+        fan_in_axes: the number of axes, counted after the batch axes (layers, experts), that the forward pass
+            contracts: 1 for most weights, 2 for an output projection over (heads, head_dim), 0 for an embedding, a
+            norm's scale or a bias. Their sizes multiply to the fan-in. They are also the rows of the matrix that Muon
+            and Adafactor see.
+        init: 'zeros', 'ones', a standard deviation, `Normal` or `Constant`. The default is a normal with standard
+            deviation 1/sqrt(fan-in), or 0.02 if fan_in_axes is 0.
+        inputs: the former name of `fan_in_axes`, deprecated.
+
+    Use one object in two places to tie weights.
+
+    Raises:
+        UserError: a size below 1, an unknown `init`, or more `fan_in_axes` than there are axes.
     """
 
-    def __init__(self, *, inputs: int = 1, init: str | float | Init | None = None, **axes: int) -> None:
+    def __init__(
+        self, *, fan_in_axes: int = 1, init: str | float | Init | None = None, inputs: int | None = None, **axes: int
+    ) -> None:
+        if inputs is not None:
+            warnings.warn("Param(inputs=n) is now Param(fan_in_axes=n)", DeprecationWarning, stacklevel=2)
+            fan_in_axes = inputs
         self.axes = _sizes("Param", axes)
-        self.inputs, self.init = inputs, _init(init)
+        self.fan_in_axes, self.init = fan_in_axes, _init(init)
         free = sum(axis not in BATCH_AXES for axis in axes)
-        if not 0 <= inputs <= free:
+        if not 0 <= fan_in_axes <= free:
             raise UserError(
                 f"Param({', '.join(axes)})",
-                expected=f"inputs between 0 and {free}, the number of its axes that are not batch axes",
-                got=str(inputs),
-                do="inputs counts the leading axes that the forward pass contracts; an embedding or a bias has 0.",
+                expected=f"fan_in_axes between 0 and {free}, the number of its axes that are not batch axes",
+                got=str(fan_in_axes),
+                do="Count the leading axes that the forward pass contracts; an embedding or a bias has 0.",
             )
 
+    @property
+    def inputs(self) -> int:
+        """The former name of `fan_in_axes`, deprecated."""
+        return _former_inputs("Param", self.fan_in_axes)
+
     def __repr__(self) -> str:
-        return f"Param({', '.join(f'{k}={v}' for k, v in self.axes.items())}, inputs={self.inputs})"
+        return f"Param({', '.join(f'{k}={v}' for k, v in self.axes.items())}, fan_in_axes={self.fan_in_axes})"
+
+
+def _former_inputs(owner: str, fan_in_axes: int) -> int:
+    warnings.warn(f"{owner}.inputs is now {owner}.fan_in_axes", DeprecationWarning, stacklevel=3)
+    return fan_in_axes
 
 
 class State:
-    """A tensor without gradient, kept with the model and in its checkpoints: router biases, statistics.
+    """A tensor without gradient that belongs to the model and its checkpoints, such as a router bias or a statistic.
 
-    Keywords are logical axes, as in `Param`; `init` is 'zeros', 'ones' or `Constant`; `dtype` is 'float32',
-    'int32' or 'bool'. It is changed functionally: `ops.tally(self, name=value)` adds in the forward pass, over
-    all samples of a step, and `after_step(self, ops)` sets new values once a step with `ops.update(self, ...)`.
+    Args:
+        axes: each keyword is a logical axis with its size, as in `Param`.
+        init: 'zeros', 'ones' or `Constant`.
+        dtype: 'float32', 'int32' or 'bool'; precision policies do not change it.
+
+    Change it only through operations: `ops.tally(self, name=value)` adds in the forward pass, over all samples of a
+    step; in `after_step(self, ops)`, `ops.update(self, name=value)` sets a new value, once per step.
+
+    Raises:
+        UserError: a size below 1, another `init`, or another `dtype`.
     """
 
     def __init__(self, *, init: str | Constant = "zeros", dtype: str = "float32", **axes: int) -> None:
@@ -125,33 +157,42 @@ class State:
 
 
 class Module:
-    """Base of every portable module. See the top of this file.
+    """Base class of every portable module; the top of this file shows one.
 
-    `path` ('blocks/attn') and `site` (its hash, an int that seeds dropout) are set by `describe`, and on the
-    native modules that a backend makes. Override `after_step` to change `State`s once per optimizer step.
+    Define `__call__(self, ops, ...)`. Override `after_step` to change `State`s once per optimizer step.
     """
 
     path: str = ""
+    """The module's place in the model, such as 'blocks/attn'. `describe` sets it."""
     site: int = 0
+    """`site_of(path)`, a 31-bit integer that distinguishes the dropout of this module. `describe` sets it."""
     unnamed: ClassVar[tuple[str, ...]] = ()
-    """Attributes whose Param adds no name of its own: it is called as the module is."""
+    """Attributes that add no part to a name: their Param has the name of the module itself."""
 
     def __call__(self, ops: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not define __call__(self, ops, ...)")
 
     def after_step(self, ops: Any) -> None:
-        """Called once after every applied optimizer step, with this module's States as arrays."""
+        """Change States after an optimizer step; the backend calls it once per applied step.
+
+        In it, attributes that are States hold arrays; set new ones with `ops.update`.
+        """
 
 
 class Stack(Module):
-    """`n` copies of `block`, each with parameters of its own: one logical tensor a parameter, with a leading
-    axis (`layers` unless named).
+    """`n` copies of `block` in a row, each with its own parameters.
 
-    `stack(ops, carry, *shared, per_layer=None) -> (carry, outs)` runs `block(ops, carry, *shared)`, or
-    `block(ops, carry, *shared, mine)` where `per_layer` is a tree of arrays with a leading layers axis and `mine`
-    its slice. As with `jax.lax.scan`, a block returns `(carry, out)`; the outs come back stacked (None stays
-    None). JAX scans; torch holds one module per layer. Layers that alternate form one block: a superblock.
-    A Stack inside a Stack names an axis of its own: `Stack(block, 3, axis="sublayers")`.
+    Every parameter of the block becomes one logical tensor with a leading axis of size n, `layers` unless `axis` names
+    another. Call it as `carry, outs = stack(ops, carry, *shared, per_layer=None)`. It runs `block(ops, carry, *shared)`
+    for each layer, or `block(ops, carry, *shared, slice)` if `per_layer` is a tree of arrays (n, ...), with the layer's
+    slice of it. As with `jax.lax.scan`, a block returns `(carry, out)`, and the outs come back stacked, (n, ...), or
+    None if they are None. JAX scans over the layers; torch holds one module per layer.
+
+    Put layers of alternating kinds into one block. Give a Stack inside a Stack its own axis:
+    `Stack(block, 3, axis="sublayers")`.
+
+    Raises:
+        UserError: n is below 1.
     """
 
     def __init__(self, block: Module, n: int, *, axis: str = "layers") -> None:
@@ -165,56 +206,74 @@ class Stack(Module):
 
 @dataclass(frozen=True, kw_only=True)
 class TensorInfo:
-    """One logical tensor: what layouts, optimizers and checkpoints know of it.
-
-    `name` is its path ('blocks/attn/wq'); `role` is 'params' or 'state'; `shape` and `axes` include the leading
-    axes of Stacks; the first `batch_dims` axes are batch axes; `inputs` as in `Param`.
-    """
+    """The facts about one logical tensor that layouts, optimizers and checkpoints use."""
 
     name: str
+    """Path in the model, such as 'blocks/attn/wq'."""
     role: str
+    """'params' for a Param, 'state' for a State."""
     shape: tuple[int, ...]
+    """The whole tensor, with the leading axes of Stacks."""
     axes: tuple[str, ...]
+    """One logical axis per dimension."""
     batch_dims: int
-    inputs: int
+    """The number of leading batch axes (layers, experts)."""
+    fan_in_axes: int
+    """The number of contracted axes after the batch axes, as in `Param`."""
     init: Init
+    """The initial values."""
     dtype: str = "float32"
+    """The dtype in which the value is kept between steps."""
     stack_dims: int = 0
-    """How many of the leading axes are axes of Stacks (torch holds one tensor per index of those)."""
+    """The number of leading axes that belong to Stacks; torch holds one tensor per index of these."""
+
+    @property
+    def inputs(self) -> int:
+        """The former name of `fan_in_axes`, deprecated."""
+        return _former_inputs("TensorInfo", self.fan_in_axes)
 
     @property
     def size(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Definition:
-    """A model with all that `describe` found: its tensors by role, where they live, and its modules by path."""
+    """A model with its tensors and modules, as `describe` returns it."""
 
     model: Module
     params: dict[str, TensorInfo]
+    """The parameters, by name."""
     states: dict[str, TensorInfo]
+    """The States, by name."""
     owners: dict[int, str] = field(repr=False)
-    """id of a Param or State object -> its name (the first owner's)."""
+    """id() of a Param or State object -> its name; a tied one has the name of its first owner."""
     modules: dict[str, Module] = field(repr=False)
+    """The modules, by path; '.' is the model itself."""
 
     @property
     def tensors(self) -> dict[tuple[str, str], TensorInfo]:
+        """All tensors, by (role, name)."""
         return {(t.role, t.name): t for group in (self.params, self.states) for t in group.values()}
 
     @property
     def parameters(self) -> int:
-        """The number of parameters, tied ones counted once."""
+        """The number of elements in all parameters, tied ones counted once."""
         return sum(t.size for t in self.params.values())
 
     @property
     def axes(self) -> frozenset[str]:
+        """The logical axes of all tensors."""
         return frozenset(a for t in self.tensors.values() for a in t.axes)
 
 
 def children(module: Module) -> Iterator[tuple[str, Any]]:
-    """The `Param`s, `State`s and `Module`s held by `module`, as (relative name, object), in the order in which
-    they were set; those in lists, tuples and dicts under 'name/0', 'name/key'. A Stack's block adds no name."""
+    """Yield (relative name, object) for the `Param`s, `State`s and `Module`s that `module` holds.
+
+    The order is the order in which they were set. Items of lists, tuples and dicts are named 'name/0' and 'name/key'.
+    A Stack's block has the empty name.
+    """
     if isinstance(module, Stack):
         yield "", module.block
         return
@@ -234,15 +293,18 @@ def _held(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def site_of(path: str) -> int:
-    """The word of a module's path in dropout's hash: the first 31 bits of SHA-256 of the path."""
+    """Return the first 31 bits of the SHA-256 of `path`, an integer that enters the dropout hash."""
     return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], "big") >> 1
 
 
 def describe(model: Module) -> Definition:
-    """Walk `model` once: name its tensors, resolve tied ones to their first owner, set `path` and `site`.
+    """Return the tensors and modules of `model`, and set `path` and `site` on its modules.
 
-    Raises UserError for names that a native module class already uses, for one object tied across different
-    Stacks, for an axis that repeats in a tensor, and for a model without parameters.
+    A tied tensor has the name of its first owner.
+
+    Raises:
+        UserError: a name that a native module class already uses, one object tied across different Stacks, an axis
+            that repeats in a tensor, or a model without parameters.
     """
     found = Definition(model=model, params={}, states={}, owners={}, modules={})
     _walk(found, model, "", (), seen={})
@@ -266,7 +328,7 @@ def _walk(
     _refuse_reserved(module)
     module.path, module.site = path, site_of(path)
     if isinstance(module, Stack):
-        # The block shares its Stack's path: the list of layers is what a reader sees there.
+        # The block has its Stack's path: in torch this is the path of the list of layers.
         _walk(found, module.block, path, (*stack, (module.axis, module.n)), seen)
         return
     found.modules[path or "."] = module
@@ -292,7 +354,7 @@ def _info(value: Param | State, name: str, stack: tuple[tuple[str, int], ...]) -
             name,
             expected="every logical axis once in a tensor",
             got=", ".join(axes),
-            do="Give a second use a name of its own (embed_out), and a Stack inside a Stack its own axis=.",
+            do="Rename the second use (embed_out), or give a Stack inside a Stack its own axis=.",
         )
     batch_dims = len(stack)
     while batch_dims < len(axes) and axes[batch_dims] in BATCH_AXES:
@@ -304,20 +366,20 @@ def _info(value: Param | State, name: str, stack: tuple[tuple[str, int], ...]) -
             shape=shape,
             axes=axes,
             batch_dims=batch_dims,
-            inputs=0,
+            fan_in_axes=0,
             init=value.init,
             dtype=value.dtype,
             stack_dims=len(stack),
         )
-    fan_in = math.prod(shape[batch_dims : batch_dims + value.inputs])
-    init = value.init or Normal(std=1 / math.sqrt(fan_in) if value.inputs else 0.02)
+    fan_in = math.prod(shape[batch_dims : batch_dims + value.fan_in_axes])
+    init = value.init or Normal(std=1 / math.sqrt(fan_in) if value.fan_in_axes else 0.02)
     return TensorInfo(
         name=name,
         role="params",
         shape=shape,
         axes=axes,
         batch_dims=batch_dims,
-        inputs=value.inputs,
+        fan_in_axes=value.fan_in_axes,
         init=init,
         stack_dims=len(stack),
     )
@@ -334,11 +396,11 @@ def _same_stack(what: str, path: str, stack: tuple, first: tuple) -> None:
 
 
 def _refuse_reserved(module: Module) -> None:
-    """Whatever its value, an attribute would hide what the native class has under that name, or be hidden by it."""
-    ours = {"path": str, "site": int}  # as `describe` sets them
+    """Raise UserError for an attribute whose name the native classes use: one of the two would hide the other."""
+    ours = {"path": str, "site": int}  # the types that `describe` sets
     taken = [n for n, v in vars(module).items() if n in RESERVED_NAMES and not isinstance(v, ours.get(n, ()))]
     for name, _ in children(module):
-        # Keys of dicts become attributes of an nn.ModuleDict, which has the names of a dict besides.
+        # Keys of dicts become attributes of an nn.ModuleDict, which also has the methods of a dict.
         first, *keys = name.split("/")
         if name.startswith("_") or "." in name:
             taken.append(first if "." not in name else name)
@@ -352,7 +414,7 @@ def _refuse_reserved(module: Module) -> None:
         )
 
 
-# Public attributes of torch.nn.Module (2.11 to 2.13) and flax.nnx.Module (0.12), and our own. A test compares.
+# Public attributes of torch.nn.Module (2.11 to 2.13) and flax.nnx.Module (0.12), and our own. A test checks the list.
 _RESERVED = """
     T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches
     eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu iter_children

@@ -1,19 +1,20 @@
-"""The vocabulary in which models are written: `Ops`, a Protocol that every backend implements.
+"""The operations that models are written with: `Ops`, a Protocol that every backend implements.
 
-Legend of shapes: B batch (samples), S query positions, T key positions, E embed, H heads, K kv_heads, D head_dim,
-V vocab, N layers; `...` any leading axes.
+Shape letters: B batch (samples), S query positions, T key positions, E embed, H heads, K kv_heads, D head_dim, V vocab,
+N layers; `...` stands for any leading axes.
 
-Rules that hold for every operation:
+These rules hold for every operation:
 
-- **Arrays are the framework's own.** Arithmetic (`+ - * / **`), comparisons, indexing and slices, `.reshape`,
-  `.shape` (not of the batch axis: use -1), and `.ndim` are used as they are. A parameter that enters plain
-  arithmetic goes through `ops.weight` first; operations take parameters directly.
-- **Semantics are global, storage is not.** An operation means what it says on the whole batch and the whole
-  sequence, wherever they lie. A model never reads the batch size and never reduces over batch or seq but through
-  `ops.sum` and `ops.mean` with `over=`.
-- **Precision.** Under 'fp32' all is float32. Under 'bf16' parameters enter as bfloat16, contractions take bfloat16 and
-  accumulate in float32, results are bfloat16; norms, softmax, rotations, losses and reductions compute in float32.
-- **No Python number that changes from step to step**: `ops.step`, `ops.layer` and `ops.sample` are integer arrays.
+- **Arrays belong to the framework** (jax.Array, torch.Tensor, numpy.ndarray). A model may use arithmetic
+  (`+ - * / **`), comparisons, indexing and slices, `.reshape`, `.ndim`, and `.shape` except for the batch axis (write
+  -1 instead). Pass a parameter through `ops.weight` before plain arithmetic; operations take parameters directly.
+- **Operations act on the global batch and the whole sequence**, however these are sharded. A model never reads the
+  batch size, and reduces over batch or seq only through `ops.sum` and `ops.mean` with `over=`.
+- **Precision.** Under 'fp32' everything is float32. Under 'bf16' and 'bf16-state' the compute dtype is bfloat16:
+  parameters are cast to bfloat16 before use, and contractions take bfloat16, accumulate in float32 and return bfloat16.
+  Norms, softmax, rotations, losses and reductions compute in float32. Elementwise operations keep the dtype of x.
+- **A Python number must not change from step to step**, since it would be compiled in: `ops.step`, `ops.layer` and
+  `ops.sample` are integer arrays.
 """
 
 from __future__ import annotations
@@ -26,19 +27,19 @@ from portatrain.errors import UserError
 from portatrain.model.rope import RopeScaling
 
 Array = Any
-"""A jax.Array, a torch.Tensor or a numpy.ndarray, according to the backend."""
+"""A jax.Array, a torch.Tensor or a numpy.ndarray, depending on the backend."""
 
 REDUCTIONS = ("mean", "sum", "max")
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What a model returns: `sum` is differentiable, the rest describes it.
+    """The loss that a model returns.
 
-    sum: () float32, the loss summed over all that it covers. The trainer divides by the summed weight of the
-    global batch, so neither data parallelism nor accumulation changes the result.
-    weight_B: (B,) float32, what each sample counts (its number of targets). loss_B: (B,) float32, each sample's
-    share of `sum`, without gradient.
+    sum: () float32, differentiable: the loss summed over all targets. The trainer divides it by the summed weight of
+    the global batch, so neither data parallelism nor accumulation changes the result.
+    weight_B: (B,) float32, the weight of each sample (usually its number of targets).
+    loss_B: (B,) float32, each sample's part of `sum`, without gradient.
     """
 
     sum: Array
@@ -48,7 +49,11 @@ class Loss:
 
 @dataclass(frozen=True)
 class Aux:
-    """A value recorded by `ops.aux`: `value_B` combined over `count` contributions (layers, calls)."""
+    """A value that `ops.aux` recorded.
+
+    value_B: (B,) float32, combined over `count` calls (layers, modules) by `reduce`: 'mean' and 'sum' add, 'max' takes
+    the maximum. loss: the factor with which it enters the training loss; 0 for a metric only.
+    """
 
     value_B: Array
     count: int
@@ -56,6 +61,11 @@ class Aux:
     loss: float
 
     def join(self, name: str, other: Aux, maximum: Any) -> Aux:
+        """Return this value combined with `other`, recorded under the same `name`; `maximum` is elementwise.
+
+        Raises:
+            UserError: the two calls gave different `reduce` or `loss`.
+        """
         if (self.reduce, self.loss) != (other.reduce, other.loss):
             raise UserError(
                 f"ops.aux({name!r})",
@@ -68,67 +78,101 @@ class Aux:
 
 
 class Ops(Protocol):
-    """The operations. Each backend is one small class of them; `backends/reference` in NumPy float64 is the oracle."""
+    """The operations of a model. Each backend implements them in one class.
+
+    `portatrain.backends.reference.ReferenceOps` implements them in NumPy float64; tests compare every backend with it.
+    """
 
     training: bool
-    """True while gradients are wanted: dropout is active."""
+    """True while gradients are computed; dropout is active only then."""
     step: Array
-    """() int32: the optimizer step, from 1."""
+    """() int32: the optimizer step, counted from 1."""
     layer: Array
-    """() int32: the index in the Stack (nested: row-major over all of them), 0 outside."""
+    """() int32: the layer's index in its Stack, from 0 (row-major for nested Stacks); 0 outside a Stack."""
     sample: Array
-    """(B, 2) int32: low and high word of each sample's index n in the fixed sequence of samples."""
+    """(B, 2) int32: the low and the high word of each sample's index in the run's sequence of samples."""
 
     # ---- parameters and contractions
 
     def weight(self, p: Array) -> Array:
-        """A parameter or State as a plain array: parameters in the compute dtype, States as they are."""
+        """Return a parameter or a State as a plain array, for use in arithmetic.
+
+        Shape: that of the Param or State. dtype: the compute dtype for a parameter, its own dtype for a State.
+        bf16: the parameter is cast to bfloat16. Raises UserError for a weight with LoRA factors.
+        Example: `y_BSE = x_BSE * ops.weight(self.gain)`
+        """
         ...
 
     def einsum(self, spec: str, *operands: Array, dtype: str | None = None) -> Array:
-        """`numpy.einsum` of one to three operands, explicit form ("bse,ehd->bshd"), lower-case letters.
+        """Contract one to three operands, as `numpy.einsum` does with an explicit output.
 
-        Operands are taken in the compute dtype and accumulated in float32. The result has the compute dtype, or
-        `dtype='float32'` where rounding it would hurt (router logits).
+        spec: lower-case letters with '->', such as "bse,ehd->bshd". The result has the compute dtype; `dtype='float32'`
+        keeps the float32 sum, for values that rounding would harm (router logits).
+        bf16: operands are cast to bfloat16, products are summed in float32, the result is bfloat16.
+        Example: `q_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, self.wq)`
         """
         ...
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
-        """Rows of a table: (..., E) for ids of shape (...), integers in [0, V)."""
+        """Look up rows of a table.
+
+        table_VE: (V, E); ids: (...) integers in [0, V). Returns (..., E) in the compute dtype.
+        bf16: the rows are bfloat16. The gradient adds all rows with the same id.
+        Example: `x_BSE = ops.embed(self.table, tokens_BS)`
+        """
         ...
 
     def bias(self, x: Array, p: Array) -> Array:
-        """x + p, p having the last axes of x: (B, S, H, D) and (H, D). In x's dtype; the gradient of p, a sum over
-        many rows, is made in float32."""
+        """Return x + p, with p broadcast over the leading axes of x.
+
+        x: (B, ..., *p.shape). Returns the shape and dtype of x.
+        bf16: the sum is computed in float32 and rounded to bfloat16; the gradient of p is summed in float32.
+        Example: `q_BSHD = ops.bias(q_BSHD, self.q_bias)` with q_bias (H, D)
+        """
         ...
 
     # ---- normalisation, position, attention
 
     def rms_norm(self, x: Array, scale: Array | None = None, *, eps: float = 1e-6) -> Array:
-        """x / sqrt(mean(x^2) + eps) * scale over the last axis, in float32, result in x's dtype
-        (Zhang and Sennrich 2019, eq. 4)."""
+        """Return x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4).
+
+        x: (..., E); scale: (E,) or None for 1. Returns the shape and dtype of x.
+        bf16: computed in float32, rounded once at the end.
+        Example: `y_BSE = ops.rms_norm(x_BSE, self.scale)`
+        """
         ...
 
     def layer_norm(
         self, x: Array, scale: Array | None = None, bias: Array | None = None, *, eps: float = 1e-6
     ) -> Array:
-        """(x - mean) / sqrt(var + eps) * scale + bias over the last axis, biased variance, in float32
-        (Ba, Kiros and Hinton 2016, eq. 4)."""
+        """Return (x - mean) / sqrt(var + eps) * scale + bias over the last axis (Ba, Kiros and Hinton 2016, eq. 4).
+
+        x: (..., E); scale, bias: (E,) or None for 1 and 0; var divides by E. Returns the shape and dtype of x.
+        bf16: computed in float32, rounded once at the end.
+        Example: `y_BSE = ops.layer_norm(x_BSE, self.scale, self.bias)`
+        """
         ...
 
     def rope_table(
         self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
     ) -> tuple[Array, Array]:
-        """(cos, sin), each positions.shape + (head_dim/2,), float32: angles positions * theta^(-2i/head_dim).
+        """Return (cos, sin) of the rotary angles positions * theta^(-2i/head_dim), for i below head_dim/2.
 
-        The frequencies, stretched by `scaling` where it is given, are computed in float64 and rounded once; the product
-        is float32. Make the table once, outside the Stack, and pass it in as a shared argument.
+        positions: (S,) or (B, S) integers. Returns two arrays of positions.shape + (head_dim/2,), float32.
+        The frequencies are computed in float64, stretched by `scaling` if given, and rounded once to float32.
+        bf16: the table stays float32. Build it once, outside the Stack, and pass it in as a shared argument.
+        Example: `table = ops.rope_table(ops.arange(tokens_BS.shape[1]), 64)`
         """
         ...
 
     def rope(self, x_BSHD: Array, table: tuple[Array, Array]) -> Array:
-        """Rotary position embedding (Su et al. 2021, section 3.2.2) in the half-split layout: with x1, x2 the halves
-        of the last axis, (x1 cos - x2 sin, x2 cos + x1 sin). `table` is for positions (S,) or (B, S)."""
+        """Rotate queries or keys by their positions (Su et al. 2021, section 3.2.2; half-split layout).
+
+        With x1 and x2 the halves of the last axis, the result is (x1 cos - x2 sin, x2 cos + x1 sin).
+        x_BSHD: (B, S, H, D); table: from `rope_table`, for positions (S,) or (B, S). Returns the shape and dtype of x.
+        bf16: computed in float32, rounded once at the end.
+        Example: `q_BSHD = ops.rope(q_BSHD, table)`
+        """
         ...
 
     def attention(
@@ -144,100 +188,177 @@ class Ops(Protocol):
         softcap: float | None = None,
         scale: float | None = None,
     ) -> Array:
-        """softmax(scale q k^T + mask) v, (B, S, H, D); head h reads kv head h // (H/K) (Ainslie et al. 2023).
+        """Return softmax(scale q k^T + mask) v, (B, S, H, D); query head h uses kv head h // (H/K)
+        (Ainslie et al. 2023).
 
-        causal: a query sees keys at its own and earlier positions; window: of those, only the last `window`
-        (itself counted; with causal=False, `window` to either side, itself counted). segment_ids: (B, S) integers,
-        or a pair for queries (B, S) and keys (B, T): only equal ids see each other, and id 0 (padding) sees and is
-        seen by id 0 alone. positions: a pair of (B, S) and (B, T) integers, or (S,) and (T,), in place of 0..S-1 and
-        0..T-1 (key-value caches). softcap: scores become softcap * tanh(scores / softcap) before the mask. scale:
-        D^-0.5 unless given. Softmax in float32. A query that may see nothing gets zeros.
+        q_BSHD: (B, S, H, D); k_BTKD, v_BTKD: (B, T, K, D), with K a divisor of H.
+        causal: a query attends to keys at its own and earlier positions.
+        window: a query attends only to the last `window` of these positions, its own included; with causal=False, to
+        fewer than `window` positions on either side.
+        segment_ids: (B, S) integers, or a pair (B, S) for queries and (B, T) for keys. A query attends only to keys
+        with its own id; padding has id 0 and attends to id 0 only.
+        positions: a pair (B, S) and (B, T), or (S,) and (T,), of integers; default 0..S-1 and 0..T-1. Key-value caches
+        need them.
+        softcap: scores become softcap * tanh(scores / softcap) before the mask. scale: default D^-0.5.
+        A query that may attend to no key gets zeros.
+        bf16: contractions take bfloat16 and accumulate in float32; the softmax is float32; the result is bfloat16.
+        Example: `out_BSHD = ops.attention(q_BSHD, k_BTKD, v_BTKD, segment_ids=segment_ids_BS)`
         """
         ...
 
     # ---- elementwise and shape
 
     def dropout(self, x: Array, rate: float, *, site: int) -> Array:
-        """x / (1 - rate) where kept, 0 elsewhere; x unchanged when not training or rate == 0. x is (B, ...).
+        """Return x / (1 - rate) at the elements that are kept and 0 at the others.
 
-        Kept or not is a hash in wrapping int32 arithmetic of (seed, step, site, layer, sample index, offset within
-        the sample), so it is the same on any mesh, for any microbatch and in any framework (dropout_hash.py).
-        `site` is the calling module's: `ops.dropout(x, self.rate, site=self.site)`.
+        x: (B, ...); rate: in [0, 1); site: the calling module's `self.site`. Returns the shape and dtype of x, and x
+        itself when not training or if rate is 0. A hash of (seed, step, site, layer, sample index, offset within the
+        sample), in wrapping int32 arithmetic, selects the elements. They are therefore the same on any mesh, for any
+        microbatch size and in any framework (`portatrain.model.dropout_hash`).
+        bf16: the selection is the same as under fp32; the scaled values are bfloat16.
+        Example: `x_BSE = ops.dropout(x_BSE, self.rate, site=self.site)`
         """
         ...
 
     def silu(self, x: Array) -> Array:
-        """x * sigmoid(x)."""
+        """Return x * sigmoid(x), elementwise, in the shape and dtype of x (bfloat16 under bf16).
+
+        Example: `hidden_BSM = ops.silu(gate_BSM) * up_BSM`
+        """
         ...
 
     def gelu(self, x: Array, *, approximate: bool = False) -> Array:
-        """x * Phi(x); with approximate the tanh form (Hendrycks and Gimpel 2016)."""
+        """Return x * Phi(x), elementwise, in the shape and dtype of x (Hendrycks and Gimpel 2016).
+
+        approximate: use 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) instead. bf16: the result is bfloat16.
+        Example: `hidden_BSM = ops.gelu(up_BSM, approximate=True)`
+        """
         ...
 
     def relu(self, x: Array) -> Array:
-        """max(x, 0)."""
+        """Return max(x, 0), elementwise, in the shape and dtype of x (bfloat16 under bf16).
+
+        Example: `hidden_BSM = ops.relu(up_BSM)`
+        """
         ...
 
     def sigmoid(self, x: Array) -> Array:
-        """1 / (1 + exp(-x))."""
+        """Return 1 / (1 + exp(-x)), elementwise, in the shape and dtype of x (bfloat16 under bf16).
+
+        Example: `gate_BSX = ops.sigmoid(logits_BSX)`
+        """
         ...
 
     def tanh(self, x: Array) -> Array:
-        """Hyperbolic tangent."""
+        """Return the hyperbolic tangent, elementwise, in the shape and dtype of x (bfloat16 under bf16).
+
+        Example: `capped = 30.0 * ops.tanh(scores / 30.0)`
+        """
         ...
 
     def exp(self, x: Array) -> Array:
-        """e^x."""
+        """Return e^x, elementwise, in the shape and dtype of x (bfloat16 under bf16).
+
+        Example: `rate_BSH = ops.exp(ops.cast(log_rate_BSH, "float32"))`
+        """
         ...
 
     def log(self, x: Array) -> Array:
-        """Natural logarithm."""
+        """Return the natural logarithm, elementwise, in the shape and dtype of x (bfloat16 under bf16).
+
+        Example: `entropy_BS = -(p_BSX * ops.log(p_BSX + 1e-9)).sum(-1)`
+        """
         ...
 
     def softmax(self, x: Array, *, axis: int = -1) -> Array:
-        """Softmax over one axis, computed in float32, result in x's dtype."""
+        """Return the softmax over one axis, in the shape and dtype of x.
+
+        bf16: computed in float32, rounded once at the end.
+        Example: `p_BSX = ops.softmax(logits_BSX)`
+        """
         ...
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
-        """x where condition holds, else y; broadcasts; x or y may be a Python number."""
+        """Return x where `condition` is true and y elsewhere, elementwise.
+
+        The three broadcast against each other; x or y may be a Python number. bf16: the framework's type promotion
+        decides the dtype, so that bfloat16 and a Python number give bfloat16.
+        Example: `scores = ops.where(mask, scores, -1e9)`
+        """
         ...
 
     def concat(self, xs: Sequence[Array], *, axis: int) -> Array:
-        """Join along an existing axis."""
+        """Join arrays along an existing axis.
+
+        xs: arrays whose shapes differ along `axis` only. Values and dtype do not change, also under bf16.
+        Example: `x_BSE = ops.concat([prefix_BSE, x_BSE], axis=1)`
+        """
         ...
 
     def cast(self, x: Array, dtype: str) -> Array:
-        """x as 'float32', 'bfloat16', 'int32', 'bool' or 'compute' (the compute dtype)."""
+        """Return x as 'float32', 'bfloat16', 'int32', 'bool' or 'compute' (the compute dtype), in the same shape.
+
+        bf16: 'compute' is bfloat16. Under fp32 it is float32.
+        Example: `logits = ops.cast(logits, "float32")`
+        """
         ...
 
     def arange(self, n: int) -> Array:
-        """(n,) int32: 0, 1, ..., n-1."""
+        """Return (n,) int32: 0, 1, ..., n-1. bf16 makes no difference.
+
+        Example: `positions_S = ops.arange(tokens_BS.shape[1])`
+        """
         ...
 
     def one_hot(self, ids: Array, n: int) -> Array:
-        """ids.shape + (n,) float32: 1 at each id, 0 elsewhere."""
+        """Return ids.shape + (n,) float32 with 1 at each id and 0 elsewhere.
+
+        ids: integers in [0, n). bf16: the result stays float32.
+        Example: `chosen_BSX = ops.one_hot(expert_BS, 8)`
+        """
         ...
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        """The k largest values over the last axis, descending, and their int32 indices; ties: lowest index first."""
+        """Return the k largest values of the last axis, in descending order, and their indices.
+
+        x: (..., N) with N at least k. Returns (..., k) in the dtype of x and (..., k) int32. Of equal values the lowest
+        index comes first. bf16: rounding makes more values equal; cast logits to float32 first.
+        Example: `values_BSK, experts_BSK = ops.top_k(p_BSX, 2)`
+        """
         ...
 
     def write(self, cache_BT: Array, value: Array, at: Array) -> Array:
-        """A copy of a (B, T, ...) array with `value` (B, S, ...) written at positions at .. at+S-1 of axis 1;
-        `at` is a () integer array. For key-value caches."""
+        """Return a copy of a cache with `value` written at positions at .. at+S-1 of axis 1.
+
+        cache_BT: (B, T, ...); value: (B, S, ...); at: () integer. Returns the shape and dtype of the cache.
+        bf16: `value` is cast to the dtype of the cache.
+        Example: `keys_BTKD = ops.write(keys_BTKD, k_BSKD, at)`
+        """
         ...
 
     def sum(self, x: Array, axes: Sequence[str | None], *, over: Sequence[str]) -> Array:
-        """Sum of x, whose dimensions have logical `axes`, over the axes named in `over`, in float32, over the whole
-        global batch and sequence. The only reduction over batch or seq that a model may use."""
+        """Return the float32 sum of x over the named axes, across the global batch and the whole sequence.
+
+        axes: one logical axis (or None) per dimension of x; over: the axes to sum, which must be in `axes`. Returns the
+        remaining dimensions, float32. A model may reduce over batch or seq only with this and `mean`.
+        bf16: x is summed in float32 and the result is float32.
+        Example: `load_X = ops.sum(chosen_BSX, ("batch", "seq", None), over=("batch", "seq"))`
+        """
         ...
 
     def mean(self, x: Array, axes: Sequence[str | None], *, over: Sequence[str]) -> Array:
-        """As `sum`, divided by the global number of elements reduced."""
+        """Return `ops.sum(x, axes, over=over)` divided by the global number of elements summed.
+
+        Shapes, dtypes and bf16 as in `sum`: the result is float32.
+        Example: `mean_B = ops.mean(x_BS, ("batch", "seq"), over=("seq",))`
+        """
         ...
 
     def stop_gradient(self, x: Array) -> Array:
-        """x, with no gradient through it."""
+        """Return x, unchanged in value, shape and dtype (also under bf16), with no gradient through it.
+
+        Example: `target_B = ops.stop_gradient(value_B)`
+        """
         ...
 
     # ---- losses
@@ -252,55 +373,90 @@ class Ops(Protocol):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
-        """Softmax cross-entropy of logits x . table^T against integer targets, with no full array of logits.
+        """Return the softmax cross-entropy of the logits z = x . table^T against integer targets.
 
-        x: (B, E) or (B, S, E); table: (V, E) (an embedding's own table when tied); targets: (B,) or (B, S);
-        mask: float, same shape, what each target counts. Per target: logsumexp(z) - z[target] + z_loss *
-        logsumexp(z)^2 (Chowdhery et al. 2022, section 5), in float32, with z softcapped first if asked. Logits
-        exist for one chunk of tokens at a time; the gradient is formed in the same pass, so nothing is computed twice.
-        mask is given, not learned: no gradient flows into it.
+        x: (B, E) or (B, S, E); table_VE: (V, E), an embedding's own table when tied; targets: (B,) or (B, S) integers
+        in [0, V); mask: float, the shape of `targets`, the weight of each target (default 1, without gradient).
+        The loss of a target is logsumexp(z) - z[target] + z_loss * logsumexp(z)^2 (Chowdhery et al. 2022, section 5).
+        softcap: z becomes softcap * tanh(z / softcap) first.
+        Logits exist for one chunk of tokens at a time, never all at once, and the same pass forms the gradient.
+        bf16: the contraction takes bfloat16 and accumulates in float32; the rest is float32, and so is the `Loss`.
+        Example: `return ops.cross_entropy(x_BSE, self.embedding.table, batch["targets"], mask=batch["mask"])`
         """
         ...
 
     def loss(self, loss_B: Array, weight_B: Array) -> Loss:
-        """A `Loss` of your own from per-sample losses (B,), differentiable, and per-sample weights (B,)."""
+        """Return a `Loss` of your own from per-sample losses and weights.
+
+        loss_B: (B,), differentiable; weight_B: (B,), the weight of each sample. bf16: both are cast to float32.
+        Example: `return ops.loss((y_B - target_B) ** 2, weight_B)`
+        """
         ...
 
     # ---- structure
 
     def shard(self, x: Array, *axes: str | None) -> Array:
-        """x, laid out as the layout says for these logical axes (one per dimension, None: not split)."""
+        """Return x, sharded over the mesh as the layout maps these logical axes.
+
+        axes: one logical axis per dimension of x, None for a dimension that is not sharded. Values, shape and dtype do
+        not change, also under bf16. Raises UserError for an axis that the layout does not know.
+        Example: `x_BSE = ops.shard(x_BSE, "batch", "seq", None)`
+        """
         ...
 
     def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
-        """Run a `Stack`; see there. Models call the Stack itself."""
+        """Run the blocks of a `Stack` in order and return (carry, stacked outs). Models call the Stack itself.
+
+        Arguments and shapes: see `portatrain.model.module.Stack`. bf16: carry and outs keep their dtypes.
+        Example: `x_BSE, _ = self.blocks(ops, x_BSE, table)`, which calls `ops.stack`
+        """
         ...
 
     def name(self, x: Array, name: str) -> Array:
-        """x, named for remat policies that keep or recompute named activations."""
+        """Return x, with a name by which a remat policy can keep or recompute it (`portatrain.model.remat`).
+
+        Values, shape and dtype do not change, also under bf16.
+        Example: `routes_BSX = ops.name(routes_BSX, "routes")`
+        """
         ...
 
     def aux(self, name: str, value_B: Array, *, reduce: str = "mean", loss: float = 0.0) -> None:
-        """Record a per-sample value (B,): a statistic in the step's metrics and, with `loss`, an auxiliary loss.
+        """Record a statistic of each sample for the step's metrics, and optionally add it to the training loss.
 
-        Calls under one name (layers, sites) combine, and then samples of the global batch: 'mean' of all, 'sum' of
-        all, or 'max'. With loss=c the training loss grows by c * (sum over calls of value_B), each sample weighted by
-        its loss weight. Counted once where activations are recomputed.
+        value_B: (B,). Calls under one name (layers, modules) are combined first, then the samples of the global batch:
+        reduce='mean', 'sum' or 'max'. With loss=c the training loss grows by c times the sum of value_B over the calls,
+        each sample weighted by its loss weight. Recomputed activations are counted once.
+        bf16: values are cast to float32. Raises UserError for another `reduce`, another shape, or calls under one name
+        that disagree.
+        Example: `ops.aux("router_entropy", entropy_B, loss=1e-3)`
         """
         ...
 
     def tally(self, module: Any, **values: Array) -> None:
-        """Add to States of `module`, over all microbatches of a step: `ops.tally(self, load=counts_X)`. The values must
-        be global already (through `ops.sum` with `over=`); no gradient flows. Only while training."""
+        """Add to States of `module`, summed over all microbatches of a step. Does nothing when not training.
+
+        values: one array per State, by attribute name, in the State's shape. They must be global already (use `sum`
+        with `over=`); no gradient flows through them. bf16: values are cast to the State's dtype.
+        Example: `ops.tally(self, load=load_X)`
+        """
         ...
 
     def update(self, module: Any, **values: Array) -> None:
-        """In `after_step`: set States of `module`: `ops.update(self, bias=new_bias)`."""
+        """Set States of `module` to new values; valid in `Module.after_step` only.
+
+        values: one array per State, by attribute name, in the State's shape. bf16: States keep their own dtypes.
+        Raises UserError for an unknown State, another shape, or a call from the forward pass.
+        Example: `ops.update(self, bias=self.bias + 0.001 * error_X)`
+        """
         ...
 
 
 def check_aux(name: str, value_B: Array, reduce: str) -> None:
-    """Raise UserError unless an `ops.aux` call has the right form."""
+    """Check the arguments of an `ops.aux` call.
+
+    Raises:
+        UserError: `reduce` is not in REDUCTIONS, or value_B does not have one value per sample.
+    """
     if reduce not in REDUCTIONS:
         raise UserError(
             f"ops.aux({name!r})", expected=f"reduce in {REDUCTIONS}", got=repr(reduce), do="Use one of those."
@@ -308,9 +464,9 @@ def check_aux(name: str, value_B: Array, reduce: str) -> None:
     if getattr(value_B, "ndim", 0) != 1:
         raise UserError(
             f"ops.aux({name!r})",
-            expected="one value a sample, shape (B,)",
+            expected="one value per sample, shape (B,)",
             got=f"shape {tuple(getattr(value_B, 'shape', ()))}",
-            do="Reduce over all axes but the batch, with x.mean(-1) on unsharded axes or ops.mean(..., over=('seq',)).",
+            do="Reduce all axes except the batch: x.mean(-1) on unsharded axes, ops.mean(..., over=('seq',)) on rest.",
         )
 
 

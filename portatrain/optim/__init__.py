@@ -1,14 +1,14 @@
-"""Optimizers as data: each rule is one pure function of one logical tensor, written once.
+"""Optimizer rules, learning-rate schedules and gradient clipping, as frozen dataclasses with pure functions.
 
-A backend wraps a rule (an optax GradientTransformation, a torch Optimizer); nothing here knows
-which. May import portatrain.errors, portatrain.config and the standard library: no NumPy, no framework.
+A rule updates one logical tensor. Backends wrap it as an optax GradientTransformation or a torch Optimizer. This room
+imports portatrain.errors, portatrain.config and the standard library only: no NumPy, no framework.
 """
 
 from portatrain.optim.base import Array as Array
+from portatrain.optim.base import ArrayNamespace as ArrayNamespace
 from portatrain.optim.base import Info as Info
 from portatrain.optim.base import Rule as Rule
 from portatrain.optim.base import Slot as Slot
-from portatrain.optim.base import Xp as Xp
 from portatrain.optim.base import decays_by_default as decays_by_default
 from portatrain.optim.clip import clip_scale as clip_scale
 from portatrain.optim.clip import global_norm as global_norm

@@ -1,4 +1,4 @@
-"""What every rule shares: what it may know of a tensor, its slots, the array vocabulary, the decay."""
+"""The base class of optimizer rules, and the types it uses: tensor facts, slots, array functions, weight decay."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any, Protocol
 from portatrain.config import check_types
 from portatrain.errors import UserError
 
-Array = Any  # numpy.ndarray, jax.Array or torch.Tensor (DTensor too): whatever ``xp`` works on
+Array = Any
+"""A numpy.ndarray, jax.Array, torch.Tensor or DTensor: the array type of the namespace ``xp``."""
 Slots = Mapping[str, Array]
-Step = tuple[Array, dict[str, Array]]  # what to add or subtract, and the new slots
+"""The optimizer state of one tensor, by slot name."""
+Step = tuple[Array, dict[str, Array]]
+"""The change of a parameter, in its shape, and the new slots."""
 
 
-class Xp(Protocol):
-    """The functions that rules use, beside the operators ``+ - * / **`` and unary minus.
+class ArrayNamespace(Protocol):
+    """The array functions that rules call, besides the operators ``+ - * / **`` and unary minus.
 
-    ``numpy`` and ``jax.numpy`` are such namespaces as they are, but that ``matmul`` must be a full
-    float32 product (JAX: ``precision="highest"``; torch: no TF32). torch needs a shim for
-    ``maximum`` alone, whose second argument is a Python float here. Every function is out of place.
+    Each works as its namesake in ``numpy`` and returns a new array. ``numpy`` and ``jax.numpy`` fit, provided that
+    ``matmul`` is a full float32 product (JAX: ``precision="highest"``; torch: no TF32). torch needs a wrapper for
+    ``maximum``, because the second argument is a Python float here.
     """
 
     def sqrt(self, x: Array, /) -> Array: ...
@@ -35,50 +38,62 @@ class Xp(Protocol):
 
 
 class Info(Protocol):
-    """What a rule may know of a logical tensor. Shapes are whole, whatever the sharding."""
+    """The facts about a logical tensor that a rule may use. Shapes are those of the whole tensor, never of a shard.
+
+    `portatrain.model.module.TensorInfo` has these attributes.
+    """
 
     @property
     def name(self) -> str:
-        """Path in the model: 'blocks/attn/wq'."""
+        """Path in the model, such as 'blocks/attn/wq'."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Logical shape, leading batch axes included."""
+        """Shape of the whole tensor, with its leading batch axes."""
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """One logical axis a dimension."""
+        """One logical axis per dimension."""
 
     @property
     def batch_dims(self) -> int:
-        """How many leading axes (layers, experts) every rule, norm and factor takes slice by slice."""
+        """The number of leading batch axes (layers, experts); a rule treats each of their slices as one tensor."""
 
     @property
-    def inputs(self) -> int:
-        """How many axes after those the forward pass contracts; 0 for embeddings and biases."""
+    def fan_in_axes(self) -> int:
+        """The number of axes, after the batch axes, that the forward pass contracts; 0 for embeddings and biases."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One tensor of optimizer state, with logical axes of its own. It starts at zero."""
+    """One tensor of optimizer state. It starts at zero."""
 
     axes: tuple[str, ...]
+    """One logical axis per dimension; the layout shards the slot by them."""
     shape: tuple[int, ...]
+    """Shape of the whole tensor."""
     dtype: str = "float32"
+    """The dtype in which it is kept between steps. Under 'bf16-state' it is kept in bfloat16 instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """An optimizer: frozen data, and a pure function of one tensor.
+    """The base class of optimizer rules: frozen settings and a pure update of one tensor.
 
-    A rule of your own subclasses this with ``slots`` and ``step``; the decoupled weight decay is
-    applied here, the same for all::
+    Subclass it with ``slots`` and ``step`` to write your own. This class applies decoupled weight decay
+    (Loshchilov & Hutter 2019, arXiv:1711.05101), the same for all rules::
 
-        param' = param - step - lr * scale * weight_decay * param
+        lr     = rule.lr * schedule(step, steps)
+        param' = param - step(g, p, slots, lr, t) - lr * weight_decay * param
+
+    Raises:
+        UserError: ``lr`` is not above 0, ``weight_decay`` is below 0, or a field has the wrong type.
     """
 
     lr: float
+    """Learning rate; the schedule multiplies it at every step."""
     weight_decay: float = 0.0
+    """Weight decay per unit of learning rate; 0 switches it off."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -86,26 +101,46 @@ class Rule:
         require(self, "weight_decay", self.weight_decay >= 0, "0 or more")
 
     def rule_for(self, info: Info) -> Rule:
-        """The rule that takes this tensor: itself, or the one that it leaves the tensor to."""
+        """Return the rule that updates this tensor: this one, or another that it delegates the tensor to."""
         return self
 
     def slots(self, info: Info) -> dict[str, Slot]:
-        """The state that is kept for this tensor, by slot name."""
+        """Return the optimizer state of this tensor, by slot name."""
         raise TypeError(f"{type(self).__name__} does not define slots(self, info)")
 
-    def step(self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array) -> Step:
-        """What to subtract, decay apart, and the new slots. ``lr`` is 0-d; the rest as in ``update``."""
+    def step(
+        self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
+    ) -> Step:
+        """Return (what to subtract before weight decay, new slots). ``lr`` is () float32, already scheduled.
+
+        The other arguments are those of ``update``.
+        """
         raise TypeError(f"{type(self).__name__} does not define step(self, xp, ...)")
 
     def update(
-        self, xp: Xp, *, info: Info, grad: Array, param: Array, slots: Slots, scale: Array, count: Array, decay: bool
+        self,
+        xp: ArrayNamespace,
+        *,
+        info: Info,
+        grad: Array,
+        param: Array,
+        slots: Slots,
+        scale: Array,
+        count: Array,
+        decay: bool,
     ) -> Step:
-        """One step: ``(delta, new slots)``; the new parameter is ``param + delta``.
+        """Return ``(delta, new slots)`` of one step; the new parameter is ``param + delta``.
 
-        ``grad`` and ``param`` have ``info.shape``. ``scale`` (the schedule's multiplier of ``lr``)
-        and ``count`` (1 at the first applied step) are 0-d. All are float32 (float64 in tests
-        against the oracle) and so is what comes back, for Python numbers do not promote in NumPy 2,
-        JAX or torch. ``decay`` says whether weight decay applies to this tensor.
+        Args:
+            xp: the array namespace.
+            info: the tensor.
+            grad, param: gradient and parameter, ``info.shape``, float32 (float64 in tests against the oracle).
+            slots: the state that ``slots(info)`` declares, by name, in the dtype of ``grad``.
+            scale: (), the schedule's multiplier of ``lr``.
+            count: (), the number of applied steps with this one: 1 at the first.
+            decay: True if weight decay applies to this tensor.
+
+        Results have the dtype of ``grad``, since Python numbers do not promote in NumPy 2, JAX or torch.
         """
         lr = self.lr * scale
         step, new_slots = self.step(xp, info=info, grad=grad, param=param, slots=slots, lr=lr, count=count)
@@ -115,49 +150,46 @@ class Rule:
 
 
 def require(config: object, field: str, good: bool, expected: str) -> None:
-    """Raise UserError for ``config.field`` unless ``good``."""
+    """Raise UserError for ``config.field`` unless ``good`` is true; ``expected`` describes the valid values."""
     if not good:
         owner = type(config).__name__
         raise UserError(
-            f"{owner}.{field}",
-            expected=expected,
-            got=repr(getattr(config, field)),
-            do=f"Set {field} of {owner} to such a value.",
+            f"{owner}.{field}", expected=expected, got=repr(getattr(config, field)), do=f"Change {field} of {owner}."
         )
 
 
 def full_slot(info: Info) -> Slot:
-    """A slot of the tensor's own axes and shape."""
+    """Return a slot with the axes and shape of the tensor itself."""
     return Slot(axes=info.axes, shape=info.shape)
 
 
 def matrix_rows(info: Info) -> int | None:
-    """How many axes after the batch axes are the rows of the tensor's matrix; None for a vector.
+    """Return the number of axes, after the batch axes, that are the rows of the tensor's matrix; None for a vector.
 
-    The rows are the contracted axes, the columns are the others: y = x W with W (in, out). An
-    embedding contracts nothing; its table is split after the first axis (entries x features).
-    None where that leaves one side empty.
+    The rows are the contracted axes and the columns are the others: y = x W with W (in, out). An embedding contracts
+    no axis; its first axis is the rows (entries x features). None means that one side would be empty.
     """
-    rows = info.inputs or 1
+    rows = info.fan_in_axes or 1
     return rows if rows < len(info.shape) - info.batch_dims else None
 
 
 def decays_by_default(info: Info) -> bool:
-    """Whether weight decay applies unless the recipe says otherwise: to matrices and embeddings.
+    """Return True if weight decay applies by default: to matrices and embeddings.
 
-    Not to vectors and norm scales, nor to a bias of several axes, which only its name tells from an
-    embedding: the last part of the name is ``bias`` or ends in ``_bias``.
+    It does not apply to vectors and norm scales, nor to biases of several axes. Only the name distinguishes such a bias
+    from an embedding: its last part is ``bias`` or ends in ``_bias``.
     """
     last = info.name.rsplit("/", 1)[-1]
     return matrix_rows(info) is not None and not (last == "bias" or last.endswith("_bias"))
 
 
-def bias_correction(xp: Xp, b: float, count: Array) -> Array:
-    """``1 - b**count``, 0-d, without the cancellation of a power near 1.
+def bias_correction(xp: ArrayNamespace, b: float, count: Array) -> Array:
+    """Return ``1 - b**count``, (), as -expm1(count * log b), which does not cancel if the power is near 1.
 
-    The logarithm is taken once, by Python in float64; the condition number of expm1 is at most 1 for
-    a negative argument, so the relative error is a few ulp at every count. Counts are exact in
-    float32 up to 2**24, where the correction has long been 1 to the last bit for b <= 0.99999.
+    Python computes log b once in float64. The condition number of expm1 is at most 1 for a negative argument, so the
+    relative error is a few ulp at every count. Counts are exact in float32 up to 2**24; for b <= 0.99999 the correction
+    is 1 to the last bit long before that.
     """
-    log_b = math.log(b) if b > 0 else -1.0e4  # for b = 0 any logarithm whose exponential is 0 in float64
+    log_b = math.log(b) if b > 0 else -1.0e4  # for b = 0 any number with an exponential of 0 in float64
+
     return -xp.expm1(count * log_b)

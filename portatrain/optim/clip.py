@@ -1,26 +1,29 @@
-"""Clipping by the norm over all gradients, computed on logical tensors."""
+"""Gradient clipping by the global norm, computed on logical tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from portatrain.errors import UserError
-from portatrain.optim.base import Array, Xp
+from portatrain.optim.base import Array, ArrayNamespace
 
 
-def global_norm(xp: Xp, grads: Mapping[str, Array]) -> Array:
-    """The 2-norm, 0-d, of all gradients as one vector.
+def global_norm(xp: ArrayNamespace, grads: Mapping[str, Array]) -> Array:
+    """Return sqrt(sum of g^2 over all gradients), () float32.
 
-    The squares of each logical tensor are summed, then the tensors in the order of their names, so
-    that no mesh, layer grouping or framework changes the order between tensors. A square above
-    3.4e38 (an element above 1.8e19) makes the norm infinite, and the step then counts as not finite.
+    Each logical tensor is summed first, then the tensors in the order of their names. The order between tensors is
+    therefore the same for every mesh, layer grouping and framework. An element above 1.8e19 has a square above the
+    range of float32: the norm is then infinite, and the trainer skips the step as not finite.
+
+    Raises:
+        UserError: ``grads`` is empty.
     """
     if not grads:
         raise UserError(
             "the gradient norm",
-            expected="at least one tensor that trains",
+            expected="at least one trainable parameter",
             got="none",
-            do="Free a parameter from the frozen ones.",
+            do="Remove a pattern from frozen, or add one to trainable.",
         )
     total: Array = None
     for name in sorted(grads):
@@ -29,10 +32,11 @@ def global_norm(xp: Xp, grads: Mapping[str, Array]) -> Array:
     return xp.sqrt(total)
 
 
-def clip_scale(xp: Xp, norm: Array, max_norm: float) -> Array:
-    """What to multiply every gradient by, 0-d: ``min(1, max_norm / norm)``.
+def clip_scale(xp: ArrayNamespace, norm: Array, max_norm: float) -> Array:
+    """Return the factor for every gradient, ``min(1, max_norm / norm)``, () float32.
 
-    Exactly 1 up to ``max_norm``, zero included, with no epsilon (torch adds 1e-6 to the norm);
-    NaN for a NaN norm.
+    It is exactly 1 for a norm from 0 to ``max_norm``, without an epsilon (torch adds 1e-6 to the norm), and NaN for a
+    NaN norm.
     """
+
     return max_norm / xp.maximum(norm, max_norm)

@@ -3,9 +3,12 @@ report can set planned beside measured and `portatrain plan --calibrate` can lea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.plan.as_json import candidate
@@ -15,8 +18,8 @@ from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.clusters.slices import RULES, default_shape, text
 from portatrain.plan.compilers.gpus import DEVICES
+from portatrain.plan.cost import device_order as orders
 from portatrain.plan.cost import recipes
-from portatrain.plan.cost.device_order import ordered
 from portatrain.plan.cost.efficiency import Efficiency, of
 from portatrain.plan.cost.memory import memory
 from portatrain.plan.cost.placement import coordinates, place
@@ -83,7 +86,7 @@ def device_order(recipe: Recipe, mesh: Mesh, devices: Sequence[Any]) -> list[Any
         return list(devices)
     if isinstance(one, str):
         return list(devices)
-    return ordered(devices, coordinates(cluster, one.mesh, one.placement))
+    return orders.ordered(devices, coordinates(cluster, one.mesh, one.placement))
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -182,3 +185,8 @@ def with_factor(recipe: Recipe, mesh: Mesh, device: str, value: float) -> float 
     """Planned seconds of a step at an efficiency factor; None where it cannot be planned."""
     made = of_run(recipe, mesh, device, efficiency=Efficiency(value=value, basis="given"))
     return float(made["plan"]["step_s"]) if made["planned"] else None
+
+
+def ordered(program: Program, recipe: Recipe) -> Program:
+    """Return `program` with the order of devices that the plan of `recipe` wants on its mesh."""
+    return replace(program, order=functools.partial(device_order, recipe, program.layout.mesh))

@@ -6,19 +6,26 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from portatrain.runs.claim import Holding
 from portatrain.system import json_files
 
-if TYPE_CHECKING:
-    from portatrain.runs.run_dir import RunDir
+
+class Record(Protocol):
+    """The part of a run directory that an attempt writes through."""
+
+    def send(self) -> None:
+        """Upload this attempt's files; return when they are stored."""
+
+    def put(self, name: str, data: object) -> bool:
+        """Write `data` as the JSON file `name` of the run, whole."""
 
 
 class Attempt:
     """The attempt of this process at a run. Every write checks first that the claim is still ours."""
 
-    def __init__(self, run: RunDir, number: int, folder: Path, claim: Holding) -> None:
+    def __init__(self, run: Record, number: int, folder: Path, claim: Holding) -> None:
         self.run, self.number, self.folder, self._claim = run, number, folder, claim
         self._metrics = json_files.JsonLines(folder / "metrics.jsonl")
         self._events = json_files.JsonLines(folder / "events.jsonl")

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from checkpoints_format import FormatError, LocalStore, NotCommittedError, Reader, Store
+from checkpoints_format import LocalStore, NotCommittedError, Reader, Store
 from portatrain.checkpoint import locations
+from portatrain.checkpoint.errors import explained
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.urls import SCHEMES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class FoundCheckpoint:
     """A checkpoint, the folder or URL that it is in, and its step, where that tells."""
 
     path: Path | str
@@ -28,13 +30,13 @@ class Place:
         return ObjectStore(self.path)
 
 
-def places(given: Path | str) -> list[Place]:
+def places(given: Path | str) -> list[FoundCheckpoint]:
     """The checkpoints below a path or URL, by step: of a run directory, of its folder, or the one that it is.
 
     Whether one is whole only its COMMIT says. Raises UserError for a path that is none of these.
     """
     what = f"checkpoint {given}"
-    if str(given).startswith(locations.SCHEMES):
+    if str(given).startswith(SCHEMES):
         return _remote(str(given))
     path = Path(given)
     if (path / "checkpoints.json").is_file():
@@ -47,7 +49,7 @@ def places(given: Path | str) -> list[Place]:
         names = {p.name for p in path.iterdir()}
         if "COMMIT" in names or any(n.startswith("root-") for n in names):
             step = path.name[5:] if path.name.startswith("step-") else ""
-            return [Place(path=path, step=int(step) if step.isdigit() else None)]
+            return [FoundCheckpoint(path=path, step=int(step) if step.isdigit() else None)]
         folder = path / "checkpoints" if "checkpoints" in names else path
         steps = sorted(
             (int(p.name[5:]), p) for p in folder.iterdir() if p.name.startswith("step-") and p.name[5:].isdigit()
@@ -63,16 +65,16 @@ def places(given: Path | str) -> list[Place]:
             got="an empty folder" if not names else f"a folder with {', '.join(sorted(names)[:4])}",
             do="A run directory has run.json and checkpoints/step-NNNNNNNN; a checkpoint has a COMMIT.",
         )
-    return [Place(path=p, step=step) for step, p in steps]
+    return [FoundCheckpoint(path=p, step=step) for step, p in steps]
 
 
-def _remote(url: str) -> list[Place]:
+def _remote(url: str) -> list[FoundCheckpoint]:
     last = url.rstrip("/").rpartition("/")[2]
     if locations.steps_of([last]):
-        return [Place(path=url, step=locations.steps_of([last])[0])]
+        return [FoundCheckpoint(path=url, step=locations.steps_of([last])[0])]
     with explained():
-        steps = locations.place_of(url).steps()
-        if not steps and (inside := locations.place_of(f"{url.rstrip('/')}/checkpoints").steps()):  # a run directory
+        steps = locations.location_of(url).steps()
+        if not steps and (inside := locations.location_of(f"{url.rstrip('/')}/checkpoints").steps()):  # a run directory
             url, steps = f"{url.rstrip('/')}/checkpoints", inside
     if not steps:
         raise UserError(
@@ -81,7 +83,7 @@ def _remote(url: str) -> list[Place]:
             got="nothing",
             do="Check the URL, and that the environment's credentials may list it.",
         )
-    return [Place(path=f"{url.rstrip('/')}/{locations.step_name(s)}", step=s) for s in steps]
+    return [FoundCheckpoint(path=f"{url.rstrip('/')}/{locations.step_name(s)}", step=s) for s in steps]
 
 
 @contextlib.contextmanager
@@ -99,22 +101,13 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
                 do="Choose one of these.",
             )
         found = chosen
-    for place in reversed(found):
-        with explained(), contextlib.closing(place.open()) as store:
+    for checkpoint in reversed(found):
+        with explained(), contextlib.closing(checkpoint.open()) as store:
             try:
                 reader = Reader(store)
             except NotCommittedError:
-                if place is found[0]:
+                if checkpoint is found[0]:
                     raise
                 continue
             yield reader
             return
-
-
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Within it, what is wrong with a checkpoint is a UserError."""
-    try:
-        yield
-    except FormatError as error:
-        raise UserError(error.what, expected=error.expected, got=error.got, do=error.do) from error

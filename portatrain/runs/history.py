@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import place_of
+from portatrain.checkpoint.locations import location_of
 from portatrain.errors import UserError
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
 
 
@@ -195,7 +196,7 @@ def _seams(
 
 def _checkpoints(run: RunDir) -> list[dict[str, Any]]:
     """Steps, whether committed, and bytes: from COMMIT and the sizes of the files, without reading them."""
-    place, found = place_of(run.checkpoints()), []
+    place, found = location_of(run.checkpoints()), []
     for step in place.steps():
         sizes = place.sizes(step)
         row: dict[str, Any] = {"step": step, "committed": "COMMIT" in sizes, "bytes": sum(sizes.values())}

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
-from portatrain.runs.run_dir import open_run
+from portatrain.runs.open import open_run
 from portatrain.system import json_files
+from portatrain.system.urls import is_remote
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import os
 import platform
 import socket
@@ -25,18 +24,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import is_remote
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
-from portatrain.system import json_files
+from portatrain.system import environment, json_files
 
 FORMAT = 1
-ATTEMPT = "PORTATRAIN_ATTEMPT"
-"""Environment variable: the attempt that this process's supervisor has begun for it."""
-PLACE = "PORTATRAIN_PLACE"
-"""Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
 
 
 class RunDir:
@@ -94,6 +88,10 @@ class RunDir:
             return False
         json_files.write_json(self.path / name, data)
         return True
+
+    def put_text(self, name: str, text: str) -> None:
+        """Write a text file of it whole."""
+        json_files.write_text(self.path / name, text)
 
     def remove(self, name: str) -> None:
         """Remove a mark; nothing where it is not there."""
@@ -249,7 +247,7 @@ class RunDir:
     def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
-            number = int(os.environ[ATTEMPT])
+            number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
             self.began(attempt.folder)
         else:
@@ -264,7 +262,7 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info})
+        json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
             attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:
@@ -324,15 +322,6 @@ class RunDir:
         """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]
-
-
-def open_run(where: str | Path, *, work: bool = False) -> RunDir:
-    """The run directory at a path, or at a URL of an object store. `work`: to carry the run out, see `RemoteRun`."""
-    if not is_remote(where):
-        return RunDir(where)
-    from portatrain.runs.remote_run_dir import RemoteRun
-
-    return RemoteRun(str(where), work=work)
 
 
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

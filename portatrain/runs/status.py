@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import itertools
 import os
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import is_remote, place_of
+from portatrain.checkpoint.locations import location_of
 from portatrain.errors import UserError
 from portatrain.runs.claim import Owner
-from portatrain.runs.run_dir import RunDir, merge, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system import json_files
+from portatrain.system.urls import is_remote
 
 STATES = ("QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST")
 OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
@@ -128,7 +129,7 @@ def _is_run(path: Path) -> bool:
 
 def committed(run: RunDir) -> int | None:
     """The step of the newest checkpoint that has been committed; whether it verifies is for the restore to say."""
-    place = place_of(run.checkpoints())
+    place = location_of(run.checkpoints())
     return next((step for step in reversed(place.steps()) if place.committed(step)), None)
 
 
@@ -234,12 +235,3 @@ def _lost_s(attempts: list[AttemptStatus], rows: dict[int, list[dict[str, Any]]]
         spans[n] = (first_s, now_s)
     ordered = [spans[n] for n in sorted(spans)]
     return sum(max(0.0, b[0] - a[1]) for a, b in itertools.pairwise(ordered))
-
-
-def age(unix_s: float) -> str:
-    """Time since, for a person: '12 s', '3 min', '2 h', '5 d'."""
-    seconds = max(0.0, time.time() - unix_s)
-    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"

@@ -7,21 +7,31 @@ names the object; requests are tried again for seconds, not for minutes, as whoe
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_format import FormatError, MissingFileError
-from portatrain.checkpoint import object_store
+from checkpoints_format import FormatError, MissingFileError, StoreError
 from portatrain.errors import StorageError, UserError
+from portatrain.system import environment
 
-RETRY = {
+SHORT_RETRY = {
     "max_retries": 5,
     "retry_timeout": timedelta(seconds=15),
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=3), "base": 2},
 }
+"""For the record of a run: whoever asks may hold a claim that runs out."""
+RETRY = {
+    "max_retries": 10,
+    "retry_timeout": timedelta(seconds=300),
+    "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
+}
+
+"""For checkpoints."""
 PART_BYTES = 32 << 20
 Version = dict[str, str]
 
@@ -38,8 +48,8 @@ class Objects:
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
-        self._store = object_store._connect(self.url, {"retry_config": RETRY})
-        self._api = object_store._obstore()
+        self._store = connect(self.url, {"retry_config": SHORT_RETRY})
+        self._api = obstore_module()
 
     def get(self, name: str) -> tuple[bytes, Version] | None:
         """(content, version); None where there is no such object."""
@@ -70,7 +80,7 @@ class Objects:
     def _conditional(self, name: str, data: bytes, mode: Any) -> Version | None:
         with self._told(name, "to write it"):
             try:
-                made = object_store.in_one_step(self._store, name, data, mode, RETRY)
+                made = put_in_one_step(self._store, name, data, mode, SHORT_RETRY)
             except (self._api.exceptions.NotSupportedError, NotImplementedError):
                 raise UserError(
                     f"object {self.url}/{name}",
@@ -141,12 +151,12 @@ class Objects:
     @contextlib.contextmanager
     def _told(self, name: str, expected: str) -> Iterator[None]:
         try:
-            with object_store.explained(f"object {self.url}/{name}" if name else self.url, expected):
+            with explained(f"object {self.url}/{name}" if name else self.url, expected):
                 yield
         except FormatError as error:
             mistake = isinstance(error, MissingFileError) or error.got == "no permission"
             kind = UserError if mistake else StorageError
-            raise kind(error.what, expected=error.expected, got=error.got, do=error.do) from error
+            raise kind.of(error) from error
 
 
 def _version(meta: Any) -> Version:
@@ -155,3 +165,93 @@ def _version(meta: Any) -> Version:
 
 def _tag(row: Any) -> str:
     return f"{row['e_tag']} {row['size']} {row['last_modified'].timestamp()}"
+
+
+def put_in_one_step(store: Any, name: str, data: bytes, mode: Any, retry: Mapping[str, Any]) -> Any:
+    """A conditional put (`mode` as obstore has it): what the store says of the new object, or None where it did not
+    take it, as another's is there. A store may take an object and its answer be lost: one with this very content is
+    ours, so no two contents may be equal by chance.
+
+    What a server refused with an error obstore sends again, but not a conditional put that got no answer at all: that
+    is done here.
+    """
+    api = obstore_module()
+    errors = api.exceptions
+    wait_s, longest_s = (retry["backoff"][k].total_seconds() for k in ("init_backoff", "max_backoff"))
+    end_s = time.monotonic() + retry["retry_timeout"].total_seconds()
+    while True:
+        try:
+            return api.put(store, name, data, mode=mode, use_multipart=False)
+        except (errors.AlreadyExistsError, errors.PreconditionError, FileNotFoundError):
+            return _ours(store, name, data)
+        except (errors.NotSupportedError, NotImplementedError):
+            raise
+        except errors.BaseError as error:
+            if (found := _ours(store, name, data)) is not None:
+                return found
+            if "HTTP error" not in str(error) or time.monotonic() + wait_s > end_s:
+                raise
+        time.sleep(wait_s)
+        wait_s = min(2 * wait_s, longest_s)
+
+
+def _ours(store: Any, name: str, data: bytes) -> Any:
+    """What the store says of the object `name`, if its content is `data`; else None."""
+    with contextlib.suppress(FileNotFoundError):
+        found = obstore_module().get(store, name)
+        if bytes(found.bytes()) == data:
+            return found.meta
+    return None
+
+
+@contextlib.contextmanager
+def explained(what: str, expected: str) -> Iterator[None]:
+    """Within it, what a store refuses is a FormatError that names the object."""
+    obstore = obstore_module()
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(what, expected=expected, got="no such object", do="Check the URL.") from error
+    except (obstore.exceptions.PermissionDeniedError, obstore.exceptions.UnauthenticatedError) as error:
+        raise StoreError(
+            what, expected=expected, got="no permission", do="Check the credentials in the environment, and the bucket."
+        ) from error
+    except obstore.exceptions.BaseError as error:
+        got = " ".join(str(error).partition("Debug source")[0].split())[:300]
+        raise StoreError(
+            what, expected=expected, got=got, do="Look at the store; checkpoints already committed are untouched."
+        ) from error
+
+
+def obstore_module() -> Any:
+    try:
+        import obstore
+    except ImportError:
+        raise UserError(
+            "object stores",
+            expected="obstore to be installed",
+            got="no such package",
+            do="pip install 'portatrain[remote]'",
+        ) from None
+    return obstore
+
+
+def connect(url: str, options: dict[str, Any]) -> Any:
+    obstore = obstore_module()
+    timeout_s = environment.STORE_TIMEOUT_S.get()
+    given: dict[str, Any] = {
+        "retry_config": RETRY,
+        "client_options": {"timeout": timedelta(seconds=timeout_s), "connect_timeout": timedelta(seconds=10)},
+        **options,
+    }
+    if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://") and url.startswith("s3://"):
+        given["client_options"]["allow_http"] = True
+    try:
+        return obstore.store.from_url(url, **given)
+    except (obstore.exceptions.BaseError, ValueError) as error:
+        raise UserError(
+            url,
+            expected="s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix",
+            got=" ".join(str(error).partition("Debug source")[0].split())[:200],
+            do="Check the URL and the environment's credentials.",
+        ) from error

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from portatrain.backends.base import Backend, Program
+from portatrain.backends.base import Backend
+from portatrain.backends.program import Program, make_program
 from portatrain.data import open_data
 from portatrain.optim import Adafactor, Lion
 from portatrain.recipe import Recipe
-from portatrain.training.trainer import make_program
 
 GRADIENT_BOUND = 1e-6
 """Largest difference of a parameter's gradient, over the largest magnitude in it (its scale)."""

@@ -7,7 +7,7 @@ state layer by layer, and those of the next step's gradients and updates. Where 
 the lost attempt logged after it serve as one (`Replay`); where there are none, the verdict is 'unproven'.
 
 The bounds come from honest moves alone: `python benchmarks/continuity.py` makes a hundred, and prints how far they
-went, the bounds, and the smallest effect that is seen (docs/resume.md).
+went, the bounds, and the smallest effect that is seen (docs/run/resume.md).
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: i
 
 
 def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
-    """Norms by name, a list where there are layers; empty for a backend that cannot rehearse a step."""
-    rehearse = getattr(backend, "rehearse", None)
-    if rehearse is None:
+    """Norms by name, a list where there are layers; empty for a backend that cannot probe a step."""
+    probe = getattr(backend, "probe", None)
+    if probe is None:
         return {}
-    found = rehearse(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
+    found = probe(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
     return {name: norm.tolist() for name, norm in sorted(found.items())}
 
 

@@ -1,124 +1,84 @@
 """The training loop: data in, steps through a backend, metrics out. It knows no framework.
 
-trainer = Trainer(recipe, run, backend="jax")
+trainer = Trainer(recipe, run, TrainOptions(backend="jax"))
 exit_code = trainer.run()
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from portatrain.backends.base import Program, StepResult, backend_class, simulate_devices
+from portatrain.backends.base import StepResult, backend_class, simulate_devices
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest, check_tensors
 from portatrain.data import prefetch
 from portatrain.errors import UserError
-from portatrain.model.layout import Layout, Mesh
-from portatrain.plan.recorded import device_order, of_run
+from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, Follower
 from portatrain.runs.run_dir import RunDir
-from portatrain.system.stop_signals import INTERRUPTED, RESUME_ME, StopSignals
+from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
+from portatrain.system.processes import peak_rss_bytes
+from portatrain.system.stop_signals import StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
-from portatrain.training.metrics import EvalRecord, Sink, StepRecord
+from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
-from portatrain.training.run_info import peak_rss_bytes, run_info
 from portatrain.training.stop_requests import Leaving
 
 
-def train(
-    recipe: Recipe,
-    run: RunDir,
-    *,
-    backend: str,
-    mesh: str | None = None,
-    devices: int | None = None,
-    stop_at: int | None = None,
-    accept_drift: str | None = None,
-    checkpoints: str | None = None,
-    sinks: Sequence[Sink] = (),
-    signals: StopSignals | None = None,
-) -> int:
-    """Train `recipe` in `run`, going on from its newest checkpoint; the exit code: 0 done, 85 saved to be resumed,
-    130 interrupted and saved. `accept_drift`: a reason to go on although the continuity check fails, recorded.
-    `signals`: entered by the caller, so that a request to stop is seen from the start.
-    `checkpoints`: a URL of an object store for the checkpoints, kept in the run directory; None: as it says, or there.
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """Where and how one attempt trains. Nothing here changes the loss curve; the recipe decides that."""
+
+    backend: str
+    mesh: str | None = None
+    """'fsdp=4,tensor=2'; None: `devices` along fsdp."""
+    devices: int | None = None
+    stop_at: int | None = None
+    """Save after this step and leave with exit code 85; None: train to the end."""
+    accept_drift: str | None = None
+    """A reason to go on although the continuity check fails; it is recorded."""
+    checkpoints: str | None = None
+    """A URL of an object store for the checkpoints, kept in the run directory; None: as that says, or inside it."""
+    sinks: Sequence[Sink] = ()
+    signals: StopSignals | None = None
+    """Entered by the caller, so that a request to stop is seen from the start."""
+
+
+def train(recipe: Recipe, run: RunDir, **options: Any) -> int:
+    """Train `recipe` in `run`, going on from its newest checkpoint. `options` are the fields of `TrainOptions`.
+
+    Returns the exit code: 0 done, 85 saved to be resumed, 130 interrupted and saved.
 
     Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
     losses that are not finite.
     """
-    return Trainer(
-        recipe,
-        run,
-        backend=backend,
-        mesh=mesh,
-        devices=devices,
-        stop_at=stop_at,
-        accept_drift=accept_drift,
-        checkpoints=checkpoints,
-        sinks=sinks,
-        signals=signals,
-    ).run()
-
-
-def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
-    """What a backend is to carry out: `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
-
-    Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
-    """
-    definition = recipe.describe()
-    params = definition.params
-    recipe.check_names(params)
-    layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
-    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
-    return Program(
-        definition=definition,
-        layout=layout,
-        optimizer=recipe.optimizer,
-        trainable=frozenset(n for n in params if recipe.trains(n)),
-        decay=frozenset(n for n, t in params.items() if recipe.decays(t)),
-        ema=frozenset(n for n in params if recipe.averages(n)),
-        ema_decay=recipe.ema_decay,
-        clip_norm=recipe.clip_norm,
-        precision=recipe.precision,
-        remat=recipe.remat,
-        seed=recipe.seed,
-        order=functools.partial(device_order, recipe, layout.mesh),
-    )
+    return Trainer(recipe, run, TrainOptions(**options)).run()
 
 
 class Trainer:
     """One attempt at a run. Public for hooks: recipe, data, definition, backend, state, step."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        run: RunDir,
-        *,
-        backend: str,
-        mesh: str | None = None,
-        devices: int | None = None,
-        stop_at: int | None = None,
-        accept_drift: str | None = None,
-        checkpoints: str | None = None,
-        sinks: Sequence[Sink] = (),
-        signals: StopSignals | None = None,
-    ) -> None:
-        self.recipe, self.run_dir, self.sinks = recipe, run, list(sinks)
-        self.accept_drift, self._where, self._given_signals = accept_drift, checkpoints, signals
-        self.last_step = min(stop_at or recipe.steps, recipe.steps)
-        program = make_program(recipe, mesh=mesh if mesh is not None else f"fsdp={devices or 1}")
+    def __init__(self, recipe: Recipe, run: RunDir, options: TrainOptions) -> None:
+        self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, list(options.sinks)
+        self.last_step = min(options.stop_at or recipe.steps, recipe.steps)
+        mesh, backend = options.mesh, options.backend
+        if mesh is None:
+            mesh = f"fsdp={options.devices or 1}"
+        program = ordered(make_program(recipe, mesh=mesh), recipe)
         self.definition, self.mesh = program.definition, program.layout.mesh
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
@@ -140,17 +100,24 @@ class Trainer:
     # ---- the loop
 
     def run(self) -> int:
-        """Train to the end, or to where it is stopped; the exit code."""
+        """Train to the end, or to where it is stopped; return the exit code. The curve is drawn however it ends."""
+        try:
+            return self._run()
+        finally:
+            if not self.backend.process and hasattr(self, "_info"):
+                draw(self.run_dir)
+
+    def _run(self) -> int:
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if not self.backend.process:
-            fingerprint = self.data.train.fingerprint if self.accept_drift is None else None
+            fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()
             self.checkpoints = Checkpoints(
-                self.run_dir.checkpoints(self._where),
+                self.run_dir.checkpoints(self.options.checkpoints),
                 keep=self.recipe.retention,
                 save_name=f"a{attempt.number}",
                 process=self.backend.process,
@@ -159,7 +126,7 @@ class Trainer:
             )
             found = self._newest(attempt)
             self.step = int(found.meta["step"]) if found else 0
-            self._info = run_info(self, attempt.number, about)
+            self._info = self._run_info(attempt.number, about)
             attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
             for sink in self.sinks:
                 sink.start(self._info)
@@ -195,11 +162,11 @@ class Trainer:
             finally:
                 for sink in self.sinks:
                     sink.end({"status": status, **summary})
-        return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
+        return {"done": OK, "interrupted": INTERRUPTED}.get(status, RESUMABLE)
 
     def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
         """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
-        first, signals = not self.backend.process, self._given_signals
+        first, signals = not self.backend.process, self.options.signals
         # A request to stop finds an attempt that can be told and closed, or none.
         with signals.staying() if first and signals is not None else nullcontext():
             attempt = self.run_dir.begin(self.recipe, info) if first else Follower(self.backend.agree(0))
@@ -219,6 +186,20 @@ class Trainer:
         if first:
             self.backend.agree(attempt.number)
         return attempt
+
+    def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
+        """Return what does not change during the attempt; `about` is the backend's description of its device."""
+        return RunInfo.of(
+            self.recipe,
+            self.definition,
+            run_dir=self.run_dir.path,
+            attempt=attempt,
+            first_step=self.step + 1,
+            backend=self.backend.name,
+            device=str(about["device"]),
+            devices=int(about["devices"]),
+            mesh=str(self.mesh),
+        )
 
     def _newest(self, attempt: Attempt | Follower) -> Any:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
@@ -258,7 +239,7 @@ class Trainer:
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)
-                if not self.backend.asynchronous:
+                if not self.backend.async_dispatch:
                     self._record(*pending)
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
@@ -311,8 +292,8 @@ class Trainer:
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
-        self.event("resumed", step=step, **found, accepted=self.accept_drift)
-        if found["verdict"] == "broken" and self.accept_drift is None:
+        self.event("resumed", step=step, **found, accepted=self.options.accept_drift)
+        if found["verdict"] == "broken" and self.options.accept_drift is None:
             raise continuity.refusal(step, found)
 
     def _record(self, step: int, result: StepResult, waited_s: float) -> None:

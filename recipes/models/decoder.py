@@ -26,6 +26,21 @@ LLAMA = (
     ("mlp.up_proj", "mlp/up", 1),
     ("mlp.down_proj", "mlp/down", 1),
 )
+# A field of config.json -> the recipe's field that decides it.
+HUB_FIELDS = {
+    "vocab_size": "model.vocab",
+    "hidden_size": "model.embed",
+    "intermediate_size": "model.mlp",
+    "num_hidden_layers": "model.layers",
+    "num_attention_heads": "model.heads",
+    "num_key_value_heads": "model.kv_heads",
+    "head_dim": "model.head_dim",
+    "rms_norm_eps": "model.norm_eps",
+    "rope_theta": "model.rope_theta",
+    "rope_scaling": "model.rope_scaling",
+    "sliding_window": "model.window",
+    "tie_word_embeddings": "model.tied",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,8 +80,8 @@ class DecoderConfig:
         return self.mlp or -(-8 * self.embed // 96) * 32
 
     def huggingface(self) -> Hub:
-        """As transformers' LlamaForCausalLM has it; UserError for what no Llama has."""
-        for name, off in (("window", None), ("softcap", None), ("logit_softcap", None), ("qk_norm", False)):
+        """As transformers' LlamaForCausalLM, with a window MistralForCausalLM; UserError for what neither has."""
+        for name, off in (("softcap", None), ("logit_softcap", None), ("qk_norm", False)):
             if getattr(self, name) != off:
                 raise UserError(
                     f"model.{name}",
@@ -75,9 +90,9 @@ class DecoderConfig:
                     do="Export --to orbax, dcp, torch or nnx.",
                 )
         kv_heads, scaling = self.kv_heads or self.heads, self.rope_scaling
-        rope: dict[str, object] = {"rope_theta": self.rope_theta, "rope_type": "default"}
+        stretch: dict[str, object] | None = None
         if scaling is not None:
-            rope |= {
+            stretch = {
                 "rope_type": "llama3",
                 "factor": scaling.factor,
                 "low_freq_factor": scaling.low,
@@ -85,8 +100,8 @@ class DecoderConfig:
                 "original_max_position_embeddings": scaling.original,
             }
         config = {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM" if self.window is None else "MistralForCausalLM"],
+            "model_type": "llama" if self.window is None else "mistral",
             "vocab_size": self.vocab,
             "hidden_size": self.embed,
             "intermediate_size": self.mlp_size,
@@ -95,13 +110,18 @@ class DecoderConfig:
             "num_key_value_heads": kv_heads,
             "head_dim": self.head_size,
             "rms_norm_eps": self.norm_eps,
-            "rope_parameters": rope,
+            # transformers 4 reads these two, and takes 10,000 where they are missing; 5 reads the third.
+            "rope_theta": self.rope_theta,
+            "rope_scaling": stretch,
+            "rope_parameters": {"rope_theta": self.rope_theta, **(stretch or {"rope_type": "default"})},
             "tie_word_embeddings": self.tied,
             "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
             "attention_dropout": 0.0,
         }
+        if self.window is None:
+            config |= {"attention_bias": False, "mlp_bias": False}
+        else:
+            config |= {"sliding_window": self.window}
         rows = [
             Row(theirs="model.embed_tokens.weight", ours="embed/table"),
             Row(theirs="model.norm.weight", ours="final_norm/scale"),
@@ -113,7 +133,7 @@ class DecoderConfig:
                 Row(theirs=f"model.layers.{i}.{theirs}.weight", ours=f"blocks/{ours}", layer=i, rows=inputs)
                 for theirs, ours, inputs in LLAMA
             ]
-        return Hub(config=config, rows=tuple(rows))
+        return Hub(config=config, rows=tuple(rows), overrides=HUB_FIELDS)
 
     def flops_per_sample(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward for one sample of `seq_len` tokens, without recomputation.
@@ -167,7 +187,7 @@ class Decoder(Module):
         self.embed_dropout = Dropout(c.dropout)
         self.blocks = Stack(Block(c), c.layers)
         self.final_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
-        self.head = None if c.tied else Param(vocab=c.vocab, embed=c.embed, inputs=0, init=c.embed**-0.5)
+        self.head = None if c.tied else Param(vocab=c.vocab, embed=c.embed, fan_in_axes=0, init=c.embed**-0.5)
         self.config = c
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:

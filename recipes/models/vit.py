@@ -69,11 +69,11 @@ class ViT(Module):
 
     def __init__(self, c: ViTConfig) -> None:
         self.patches = PatchEmbedding(rows=c.rows, columns=c.columns, channels=c.channels, patch=c.patch, embed=c.embed)
-        self.position = Param(patches=self.patches.patches, embed=c.embed, inputs=0)
+        self.position = Param(patches=self.patches.patches, embed=c.embed, fan_in_axes=0)
         self.embed_dropout = Dropout(c.dropout)
         self.blocks = Stack(Block(c), c.layers)
         self.final_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
-        self.head = Param(classes=c.classes, embed=c.embed, inputs=0, init=c.embed**-0.5)
+        self.head = Param(classes=c.classes, embed=c.embed, fan_in_axes=0, init=c.embed**-0.5)
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:
         """Summed cross-entropy, in nats, with the side output `accuracy`."""

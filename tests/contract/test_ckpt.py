@@ -15,12 +15,13 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import reads
 from portatrain.cli import main
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import moves
-from portatrain.training.trainer import make_program, train
+from portatrain.training.trainer import train
 
 BACKEND = [n for n in ("jax", "torch") if not missing(n)][-1]
 SIZES = [
@@ -298,6 +299,10 @@ def test_another_models_tensors_are_listed(run: Path, tmp_path: Path, capsys: py
     for kind in ("huggingface", "dcp"):
         out = tmp_path / kind
         assert main(["ckpt", "export", str(run), str(out), "--to", kind]) == 0
+        if kind == "huggingface":  # a config.json that agrees, beside weights that do not
+            config = json.loads((out / "config.json").read_text())
+            config |= {"intermediate_size": 96, "num_hidden_layers": 3}
+            (out / "config.json").write_text(json.dumps(config))
         capsys.readouterr()
         words = ["--run-dir", str(tmp_path / "r"), "--from", kind, *sizes("model.mlp=96", "model.layers=3")]
         assert main(["ckpt", "import", str(out), "tiny-lm", *words]) == 2

@@ -25,7 +25,7 @@ from portatrain.plan.cost.volumes import volumes
 from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.compilers import hlo, hlo_text
 from portatrain.recipe import load_recipe
-from portatrain.training.trainer import make_program
+from portatrain.backends.program import make_program
 
 losses.CHUNK_BYTES, attention.SCORES_BYTES = 4 * 8 * 512, 4 * 2 * 4 * 64
 sizes = ["vocab=512", "embed=32", "layers=2", "heads=4", "kv_heads=2", "mlp=64"]

@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portatrain.backends.base import Program, backend_class
+from portatrain.backends.base import backend_class
+from portatrain.backends.program import Program
 from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, describe
 from portatrain.model.precision import stored
@@ -22,7 +23,7 @@ class Lookup(Module):
     """The sum of the rows of a table: the gradient of a row is how often it is looked up."""
 
     def __init__(self, vocab: int) -> None:
-        self.table = Param(vocab=vocab, embed=8, inputs=0, init="zeros")
+        self.table = Param(vocab=vocab, embed=8, fan_in_axes=0, init="zeros")
 
     def __call__(self, ops: Any, batch: Any) -> Any:
         x_BSE = ops.embed(self.table, batch["tokens"])
@@ -82,7 +83,7 @@ def test_steps_below_half_a_last_place_add_up(name: str) -> None:
     tokens = np.full((ROWS, 64), 1, np.int32)
     batch = microbatches({"tokens": tokens, "mask": np.ones(ROWS, np.float32), "sample": np.arange(ROWS)})
     model = Lookup(4)
-    model.table = Param(vocab=4, embed=2048, inputs=0, init="ones")
+    model.table = Param(vocab=4, embed=2048, fan_in_axes=0, init="ones")
     backend = backend_class(name)(program(model, "bf16-state", SGD(lr=2.0**-12 / 64)))
     state, steps = backend.init_state(), 256
     for step in range(1, steps + 1):

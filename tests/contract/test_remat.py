@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from portatrain.backends.base import Program
+from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.layout import Layout
@@ -72,7 +72,7 @@ class Own(Module):
 class Outer(Module):
     def __init__(self) -> None:
         self.blocks = Stack(Own(), 2)
-        self.head = Param(vocab=4, embed=8, inputs=0)
+        self.head = Param(vocab=4, embed=8, fan_in_axes=0)
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:
         x, _ = self.blocks(ops, ops.name(batch["x"], "outside"))

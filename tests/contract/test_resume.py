@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints, format_layout, reads, snapshot
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program, train
+from portatrain.training.trainer import train
 from tests.support.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]

@@ -89,7 +89,7 @@ def test_a_step_whose_checkpoint_is_damaged_is_saved_anew(backend: Any, tmp_path
     assert not pack.exists()
 
 
-class Slow(locations.Folder):
+class Slow(locations.FolderLocation):
     """A folder whose stores wait at their first write until told."""
 
     def __init__(self, path: Path) -> None:

@@ -24,7 +24,7 @@ INFOS = {
             shape=shape,
             axes=axes,
             batch_dims=batch,
-            inputs=inputs,
+            fan_in_axes=inputs,
             init=Constant(value=0.0),
             stack_dims=batch,
         )

@@ -16,6 +16,7 @@ from portatrain.checkpoint import shared_reads
 from portatrain.checkpoint.locations import step_name
 from portatrain.checkpoint.restore import boxes_of
 from portatrain.checkpoint.saver import Checkpoints, format_layout
+from portatrain.system.environment import READ_ONCE
 from portatrain.system.processes import run_processes
 from tests.support.mesh_cases import CASES
 
@@ -184,7 +185,7 @@ def test_where_it_pays(
     processes: int, here: str, remote: bool, said: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    monkeypatch.delenv(shared_reads.READ_ONCE, raising=False)
+    monkeypatch.delenv(READ_ONCE.name, raising=False)
     if said is not None:
-        monkeypatch.setenv(shared_reads.READ_ONCE, said)
+        monkeypatch.setenv(READ_ONCE.name, said)
     assert shared_reads.pays(processes, remote=remote) is expected

@@ -12,7 +12,8 @@ import pytest
 
 from launchers.slurm import SlurmLauncher
 from portatrain.runs import jobs
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import Status, status
 from tests.engines.slurm_here import Slurm
 from tests.engines.story import launch

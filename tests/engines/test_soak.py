@@ -1,7 +1,7 @@
 """One run through many preemptions and kills at random moments on a real Slurm: `make soak-engines`.
 
 SOAK_KILLS (50) and SOAK_SEED (1) choose how many and which, SOAK_BACKEND (torch, which starts soonest) who trains.
-Prints the table of docs/reliability.md.
+Prints the table of docs/run/reliability.md.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ def lost_steps(run: RunDir) -> list[tuple[int, int]]:
 
 
 def report(run: RunDir, found: list[Disturbance]) -> None:
-    """The figures of docs/reliability.md."""
+    """The figures of docs/run/reliability.md."""
     numbers, kinds = run.attempt_numbers(), Counter(d.kind for d in found)
     rows = {n: run.rows(n, "metrics") for n in numbers}
     again = dict(lost_steps(run))

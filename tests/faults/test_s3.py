@@ -31,7 +31,8 @@ from portatrain.backends.base import missing
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import Status, status
 from portatrain.system.object_store import Objects
 from portatrain.training.trainer import train

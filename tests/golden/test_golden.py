@@ -41,7 +41,7 @@ def render(definition: Definition) -> str:
     for info in definition.tensors.values():
         axes = ", ".join(f"{axis}={size}" for axis, size in zip(info.axes, info.shape, strict=True))
         start = f"constant {info.init.value:g}" if isinstance(info.init, Constant) else f"normal {info.init.std:.6g}"
-        lines.append(f"{info.role} {info.name} ({axes}) inputs={info.inputs} batch_dims={info.batch_dims} {start}")
+        lines.append(f"{info.role} {info.name} ({axes}) inputs={info.fan_in_axes} batch_dims={info.batch_dims} {start}")
     return "\n".join([*lines, f"{definition.parameters} parameters", ""])
 
 

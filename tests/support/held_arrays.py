@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.backends.base import LocalBox, Program
+from portatrain.backends.base import LocalBox
+from portatrain.backends.program import Program
 from portatrain.checkpoint.saver import format_layout
 from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, describe
@@ -47,7 +48,7 @@ class Holding:
 
             yield LocalBox(name=name, role=role, offset=(0,) * array.ndim, shape=array.shape, fetch=fetch)
 
-    def scattered(self, state: Mapping[str, np.ndarray]) -> dict[tuple[str, str], Any]:
+    def irregular_shards(self, state: Mapping[str, np.ndarray]) -> dict[tuple[str, str], Any]:
         return {}
 
     def agree(self, value: int) -> int:

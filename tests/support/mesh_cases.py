@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.backends.base import Program
+from portatrain.backends.program import Program
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.model.module import Module, Normal, describe

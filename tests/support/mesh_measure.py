@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.backends.base import Backend, LocalBox, Program
+from portatrain.backends.base import Backend, LocalBox
+from portatrain.backends.program import Program
 from tests.support.mesh_cases import Case
 
 Boxes = list[tuple[str, str, tuple[int, ...], tuple[int, ...], np.ndarray]]

@@ -21,22 +21,24 @@ class Tensor:
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     batch_dims: int = 0
-    inputs: int = 1
+    fan_in_axes: int = 1
 
 
 TENSORS = [
     Tensor(name="norm/scale", shape=(7,), axes=("embed",)),
     Tensor(name="mlp/up", shape=(6, 8), axes=("embed", "mlp")),
     Tensor(name="mlp/down", shape=(8, 6), axes=("mlp", "embed")),
-    Tensor(name="embedding", shape=(9, 5), axes=("vocab", "embed"), inputs=0),
+    Tensor(name="embedding", shape=(9, 5), axes=("vocab", "embed"), fan_in_axes=0),
     Tensor(name="head", shape=(5, 9), axes=("embed", "vocab")),
     Tensor(name="gate", shape=(5, 1), axes=("embed", "gate")),
-    Tensor(name="blocks/norm", shape=(3, 7), axes=("layers", "embed"), batch_dims=1, inputs=0),
-    Tensor(name="blocks/depth", shape=(3,), axes=("layers",), batch_dims=1, inputs=0),
+    Tensor(name="blocks/norm", shape=(3, 7), axes=("layers", "embed"), batch_dims=1, fan_in_axes=0),
+    Tensor(name="blocks/depth", shape=(3,), axes=("layers",), batch_dims=1, fan_in_axes=0),
     Tensor(name="blocks/up", shape=(3, 6, 8), axes=("layers", "embed", "mlp"), batch_dims=1),
     Tensor(name="blocks/experts", shape=(2, 3, 5, 4), axes=("layers", "experts", "embed", "mlp"), batch_dims=2),
     Tensor(name="blocks/wq", shape=(2, 6, 3, 2), axes=("layers", "embed", "heads", "head_dim"), batch_dims=1),
-    Tensor(name="blocks/wo", shape=(2, 3, 4, 5), axes=("layers", "heads", "head_dim", "embed"), batch_dims=1, inputs=2),
+    Tensor(
+        name="blocks/wo", shape=(2, 3, 4, 5), axes=("layers", "heads", "head_dim", "embed"), batch_dims=1, fan_in_axes=2
+    ),
 ]
 
 RULES: dict[str, Rule] = {

@@ -21,6 +21,7 @@ from portatrain.checkpoint import shared_reads
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.system import processes
+from portatrain.system.environment import READ_ONCE
 from tests.support.mesh_cases import CASES
 
 
@@ -52,7 +53,7 @@ def restore(backend: Any, folder: str, how: str, again: Path) -> tuple[int, list
     """(bytes read of values, names of boxes that are not the checkpoint's, boxes looked at). 'crossed' is also saved
     into `again`."""
     wrong = mock.patch.object(shared_reads.Share, "part", wrong_part) if how == "wrong" else nullcontext()
-    said = {shared_reads.READ_ONCE: "0" if how == "each" else "1"}
+    said = {READ_ONCE.name: "0" if how == "each" else "1"}
     with Counting(Path(folder)) as store, mock.patch.dict("os.environ", said), wrong:
         through = Reader(store)
         state = restored(backend, through)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends import reference
-from portatrain.backends.base import Backend, Context, Program, backend_class, missing
+from portatrain.backends.base import Backend, Context, backend_class, missing
+from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
 from portatrain.checkpoint.saver import format_layout
 from portatrain.model.layout import Layout

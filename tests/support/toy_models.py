@@ -147,9 +147,9 @@ class Nested(Module):
         self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
         self.mix = Linear({"embed": embed}, {"embed_out": embed}, bias=False)
         self.mix_again = self.mix
-        self.offset = Param(layers=layers, embed=embed, inputs=0)
+        self.offset = Param(layers=layers, embed=embed, fan_in_axes=0)
         self.blocks = Stack(Super(embed=embed, inner=inner, rate=rate), layers)
-        self.heads = [Param(vocab=vocab, embed=embed, inputs=0, init=0.5)]
+        self.heads = [Param(vocab=vocab, embed=embed, fan_in_axes=0, init=0.5)]
 
     def __call__(self, ops: Any, batch: Any) -> Any:
         x_BSE = self.mix_again(ops, self.mix(ops, self.embed(ops, batch["tokens"])))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -80,7 +81,7 @@ MISTAKES = [
     ([*TRAIN, "--set", "steps=0"], "at least 1"),
     ([*TRAIN, "--set", "model.witdh=3"], "Did you mean width"),
     ([*TRAIN, "--set", "model.width=wide"], "an integer"),
-    ([*TRAIN, "--set", "accumulation=3"], "nearest sizes that work: batch=3"),
+    ([*TRAIN, "--set", "accumulation=3"], "nearest valid size: batch=3"),
     (["train", "nothing.py", "--run-dir", "run"], "no such file"),
     (["train", "bad", "--run-dir", "run"], "tiny-lm"),
     (["train", "tiny-ml", "--run-dir", "run"], "Did you mean tiny-lm"),
@@ -260,10 +261,10 @@ def test_launch_local_trains_here_and_shows_the_results(trainer: Trainer, capsys
     assert trainer.calls[0]["run"].path == Path("runs/first")
     out = capsys.readouterr().out
     assert "run directory    runs/first" in out
-    assert "loss curve       runs/first/loss.png" in out
+    assert "loss curve       runs/first/loss.svg" in out
     assert "validation loss  0.2500" in out
     assert "sample:\ndef f():\n    pass" in out
-    assert Path("runs/first/loss.png").stat().st_size > 1000
+    assert Path("runs/first/loss.svg").stat().st_size > 1000
 
 
 def test_launch_chooses_a_free_name(trainer: Trainer) -> None:
@@ -351,3 +352,8 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     assert process.stderr.read() == b""
     assert process.wait(timeout=30) == 0
     process.stderr.close()
+
+
+def test_python_dash_m_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "portatrain", "--version"], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "portatrain")

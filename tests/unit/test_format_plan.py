@@ -104,7 +104,9 @@ def test_sources_name_all_writers_of_a_box() -> None:
                         assert (offset_of, writer) in asked
 
 
-@pytest.mark.parametrize("shape", [(7,), (3, 4), (2, 3, 5), (1, 1, 6), ()])
+@pytest.mark.parametrize(
+    "shape", [(), (1,), (7,), (3, 4), (1, 5), (5, 1), (2, 3, 5), (1, 1, 6), (3, 1, 2), (2, 2, 2, 3)]
+)
 def test_flat_ranges(shape: tuple[int, ...]) -> None:
     numbers = np.arange(math.prod(shape)).reshape(shape)
     for start, stop in itertools.combinations_with_replacement(range(numbers.size + 1), 2):

@@ -245,7 +245,7 @@ def test_names_and_shapes_of_attention() -> None:
         "q_norm/scale": (6,),
         "k_norm/scale": (6,),
     }
-    assert described(layer).params["wo"].inputs == 2
+    assert described(layer).params["wo"].fan_in_axes == 2
 
 
 def test_every_bias_is_named_so() -> None:
@@ -254,7 +254,7 @@ def test_every_bias_is_named_so() -> None:
     decoder = DecoderConfig(vocab=8, embed=8, layers=1, heads=2, tied=False, qk_norm=True)
     for config in (vit, decoder):
         for name, info in describe(config.build()).params.items():
-            matrix = info.inputs > 0 or name in ("embed/table", "head", "position")
+            matrix = info.fan_in_axes > 0 or name in ("embed/table", "head", "position")
             assert matrix != ("bias" in name or "norm" in name), name
 
 

@@ -21,14 +21,14 @@ class Block(Module):
         self.wq = Param(embed=16, heads=8, head_dim=4)
         self.wk = Param(embed=16, kv_heads=kv_heads, head_dim=4)
         self.down = Param(mlp=24, embed=16)
-        self.scale = Param(embed=16, inputs=0)
+        self.scale = Param(embed=16, fan_in_axes=0)
         self.load = State(experts=4)
         self.up = Param(experts=4, embed=16, mlp=24)
 
 
 class Model(Module):
     def __init__(self, kv_heads: int = 4) -> None:
-        self.table = Param(vocab=32, embed=16, inputs=0)
+        self.table = Param(vocab=32, embed=16, fan_in_axes=0)
         self.blocks = Stack(Block(kv_heads), 3)
 
 
@@ -44,7 +44,7 @@ def definition(**sizes: int) -> Definition:
 def lone(role: str = "params", **axes: int) -> TensorInfo:
     """A single tensor."""
     model = Dense()
-    model.one = State(**axes) if role == "state" else Param(**axes, inputs=0)  # type: ignore[attr-defined]
+    model.one = State(**axes) if role == "state" else Param(**axes, fan_in_axes=0)  # type: ignore[attr-defined]
     return describe(model).tensors[role, "one"]
 
 
@@ -132,11 +132,19 @@ def test_fsdp_is_one_line_of_difference() -> None:
     assert layout.spec(("embed",), role="params") == layout.spec(("embed",), role="opt") == (("fsdp",),)
 
 
-def test_optimizer_state_follows_the_params_unless_mapped() -> None:
-    layout = Layout(state={"embed": ("fsdp", "replica")})
-    assert layout.spec(("embed",), role="opt") == (("fsdp", "replica"),)
-    assert layout.spec(("embed",), role="params") == (("fsdp",),)
+def test_optimizer_state_follows_the_params_and_a_models_states_the_values() -> None:
+    layout = Layout(params={"embed": ("fsdp", "replica")})
+    assert layout.spec(("embed",), role="opt") == layout.spec(("embed",), role="params") == (("fsdp", "replica"),)
     assert layout.spec(("embed",), role="state") == ((),)
+
+
+def test_index_is_the_inverse_of_coordinates() -> None:
+    mesh = Mesh(replica=2, fsdp=3, context=2, tensor=4)
+    for device in range(mesh.devices):
+        at = mesh.coordinates(device)
+        assert mesh.index(MESH_AXES, at) == device
+        assert mesh.index(("tensor", "fsdp"), at) == 3 * at["tensor"] + at["fsdp"]
+        assert mesh.index((), at) == 0
 
 
 def test_a_layout_for_one_device_is_a_layout() -> None:

@@ -26,10 +26,10 @@ def test_names_and_axes() -> None:
     plain, adapted = describe(DECODER.build()), describe(adapt(DECODER.build(), LoRA(rank=3)))
     factors = {n: t for n, t in adapted.params.items() if is_factor(n)}
     assert {n: t for n, t in adapted.params.items() if n not in factors} == plain.params
-    assert {base_of(n) for n in factors} == {n for n, t in plain.params.items() if t.inputs}
+    assert {base_of(n) for n in factors} == {n for n, t in plain.params.items() if t.fan_in_axes}
     wo_a, wo_b = factors["blocks/attn/wo/lora_a"], factors["blocks/attn/wo/lora_b"]
-    assert (wo_a.axes, wo_a.shape, wo_a.inputs) == (("layers", "heads", "head_dim", "lora_rank"), (2, 4, 4, 3), 2)
-    assert (wo_b.axes, wo_b.shape, wo_b.inputs) == (("layers", "lora_rank", "embed"), (2, 3, 16), 1)
+    assert (wo_a.axes, wo_a.shape, wo_a.fan_in_axes) == (("layers", "heads", "head_dim", "lora_rank"), (2, 4, 4, 3), 2)
+    assert (wo_b.axes, wo_b.shape, wo_b.fan_in_axes) == (("layers", "lora_rank", "embed"), (2, 3, 16), 1)
 
 
 def routed() -> Module:
@@ -54,7 +54,7 @@ def test_it_computes_the_weight_plus_the_product(build, batch) -> None:
     for name, info in plain.params.items():
         merged[name] = values[name]
         if f"{name}/lora_a" in values:
-            batch_dims, split = info.batch_dims, info.batch_dims + info.inputs
+            batch_dims, split = info.batch_dims, info.batch_dims + info.fan_in_axes
             a, b = values[f"{name}/lora_a"], values[f"{name}/lora_b"]
             lead = a.shape[:batch_dims]
             product = a.reshape(*lead, -1, 3) @ b.reshape(*lead, 3, -1)

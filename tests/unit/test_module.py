@@ -46,8 +46,8 @@ def one(param: Param | State) -> Any:
     ("param", "std"),
     [
         (Param(embed=16, mlp=3), 1 / 4),
-        (Param(heads=3, head_dim=12, embed=5, inputs=2), 1 / 6),
-        (Param(vocab=100, embed=25, inputs=0), 0.02),
+        (Param(heads=3, head_dim=12, embed=5, fan_in_axes=2), 1 / 6),
+        (Param(vocab=100, embed=25, fan_in_axes=0), 0.02),
         (Param(layers=7, embed=16, mlp=3), 1 / 4),
         (Param(layers=7, experts=5, embed=16, mlp=3), 1 / 4),
         (Param(experts=5, mlp=25, embed=4), 1 / 5),
@@ -66,16 +66,16 @@ def test_initial_deviation(param: Param, std: float) -> None:
     ("init", "value"), [("zeros", 0.0), ("ones", 1.0), (Constant(value=-2.5), -2.5)], ids=["zeros", "ones", "value"]
 )
 def test_constant_start(init: Any, value: float) -> None:
-    assert one(Param(embed=3, inputs=0, init=init)).init == Constant(value=value)
+    assert one(Param(embed=3, fan_in_axes=0, init=init)).init == Constant(value=value)
     assert one(State(embed=3, init=init)).init == Constant(value=value)
 
 
 def test_facts_of_a_tensor() -> None:
     info = one(Param(layers=2, experts=3, embed=4, mlp=5))
     assert (info.shape, info.axes) == ((2, 3, 4, 5), ("layers", "experts", "embed", "mlp"))
-    assert (info.batch_dims, info.stack_dims, info.inputs, info.size) == (2, 0, 1, 120)
+    assert (info.batch_dims, info.stack_dims, info.fan_in_axes, info.size) == (2, 0, 1, 120)
     state = one(State(experts=3, dtype="int32"))
-    assert (state.role, state.dtype, state.shape, state.inputs) == ("state", "int32", (3,), 0)
+    assert (state.role, state.dtype, state.shape, state.fan_in_axes) == ("state", "int32", (3,), 0)
     assert one(State()).shape == ()
 
 
@@ -86,9 +86,9 @@ def test_facts_of_a_tensor() -> None:
         (lambda: Param(embed=2.0), "got 2.0"),  # type: ignore[arg-type]
         (lambda: Param(embed=True), "got True"),
         (lambda: State(embed=-1), "got -1"),
-        (lambda: Param(embed=4, inputs=2), "inputs between 0 and 1"),
-        (lambda: Param(layers=3, embed=4, inputs=2), "inputs between 0 and 1"),
-        (lambda: Param(embed=4, inputs=-1), "inputs between 0 and 1"),
+        (lambda: Param(embed=4, fan_in_axes=2), "fan_in_axes between 0 and 1"),
+        (lambda: Param(layers=3, embed=4, fan_in_axes=2), "fan_in_axes between 0 and 1"),
+        (lambda: Param(embed=4, fan_in_axes=-1), "fan_in_axes between 0 and 1"),
         (lambda: Param(embed=4, init="normal"), "'zeros', 'ones', a standard deviation"),
         (lambda: State(embed=4, init=0.5), "expected init='zeros', 'ones' or Constant"),
         (lambda: State(embed=4, dtype="float64"), "expected dtype 'float32', 'int32' or 'bool'"),
@@ -99,6 +99,17 @@ def test_wrong_declarations(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(UserError) as caught:
         make()
     assert message in str(caught.value)
+
+
+def test_the_former_name_of_fan_in_axes_is_accepted_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="fan_in_axes=n"):
+        param = Param(heads=3, head_dim=12, embed=5, inputs=2)
+    assert param.fan_in_axes == 2
+    with pytest.warns(DeprecationWarning, match="Param.fan_in_axes"):
+        assert param.inputs == 2
+    info = describe(Holder(w=param)).params["w"]
+    with pytest.warns(DeprecationWarning, match="TensorInfo.fan_in_axes"):
+        assert info.inputs == 2
 
 
 # ---- names and order
@@ -170,7 +181,7 @@ def test_describe_twice_is_the_same() -> None:
 
 
 def test_tied_tensors_belong_to_the_first_owner() -> None:
-    shared = Param(vocab=10, embed=4, inputs=0)
+    shared = Param(vocab=10, embed=4, fan_in_axes=0)
     found = describe(Holder(embed=Holder(table=shared), head=shared))
     assert list(found.params) == ["embed/table"]
     assert found.owners[id(shared)] == "embed/table"
@@ -251,8 +262,8 @@ def test_reserved_names_are_those_of_the_installed_frameworks() -> None:
 
 class Scaled(Leaf):
     def __init__(self, *, factor: float) -> None:
-        super().__init__(inputs=0)
-        self.gain = Param(embed=4, inputs=0, init=factor)
+        super().__init__(fan_in_axes=0)
+        self.gain = Param(embed=4, fan_in_axes=0, init=factor)
 
     @property
     def doubled(self) -> Any:
@@ -271,7 +282,7 @@ class Doubled(Scaled):
 
     def __init__(self) -> None:
         super().__init__(factor=0.5)
-        self.shift = Param(mlp=6, inputs=0)
+        self.shift = Param(mlp=6, fan_in_axes=0)
 
     def factor_of(self, x: Any) -> Any:
         return 3 * super().factor_of(x)
@@ -290,7 +301,8 @@ def test_a_subclass_of_a_subclass_lowers(backend: str) -> None:
     """super(), a property, a helper that is overridden, and isinstance, on the framework's own module."""
     import numpy as np
 
-    from portatrain.backends.base import Program, backend_class, missing
+    from portatrain.backends.base import backend_class, missing
+    from portatrain.backends.program import Program
     from portatrain.backends.reference import forward
     from portatrain.model.layout import Layout
     from portatrain.optim import SGD

@@ -21,7 +21,7 @@ from checkpoints_format import (
     Writer,
     commit,
 )
-from portatrain.checkpoint.locations import Folder, step_name
+from portatrain.checkpoint.locations import FolderLocation, step_name
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import UserError
 
@@ -147,14 +147,14 @@ def test_a_process_that_does_not_see_the_checkpoint_ends_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path, 1)
-    inner = Folder.open
+    inner = FolderLocation.open
 
-    def fails(self: Folder, step: int, *, create: bool = False) -> LocalStore:
+    def fails(self: FolderLocation, step: int, *, create: bool = False) -> LocalStore:
         if threading.current_thread().name.endswith("_2"):
             raise FormatError("COMMIT", expected="the file", got="none", do="Look.")
         return inner(self, step, create=create)
 
-    monkeypatch.setattr(Folder, "open", fails)
+    monkeypatch.setattr(FolderLocation, "open", fails)
     found, _ = look(tmp_path)
     assert "COMMIT" in str(found[2])
     assert not any(isinstance(step, int) for step in found)

@@ -51,7 +51,7 @@ def test_norm_does_not_depend_on_the_order_of_the_dict() -> None:
 
 
 def test_norm_of_nothing_is_a_user_error() -> None:
-    with pytest.raises(UserError, match="at least one tensor"):
+    with pytest.raises(UserError, match="at least one trainable parameter, got none"):
         global_norm(np, {})
 
 

@@ -59,7 +59,7 @@ def test_batch_axes_are_independent_tensors(name: str) -> None:
     """A stack of layers takes the very steps that its layers take alone."""
     rule = RULES[name]
     whole = next(t for t in TENSORS if t.name == "blocks/wq")
-    alone = Tensor(name=whole.name, shape=whole.shape[1:], axes=whole.axes[1:], inputs=whole.inputs)
+    alone = Tensor(name=whole.name, shape=whole.shape[1:], axes=whole.axes[1:], fan_in_axes=whole.fan_in_axes)
     param, (grad,) = randoms(whole, seed=2, steps=1)
     common = {"scale": np.float64(1), "count": np.float64(1), "decay": True}
     stacked, _ = update(np, rule, whole, param, grad, zeros(rule, whole), **common)
@@ -92,7 +92,7 @@ def test_zero_gradients_give_finite_steps(name: str, info: Tensor) -> None:
 
 def test_adafactor_survives_rows_without_gradient() -> None:
     """One live row among dead ones: r k / mean(r) would leave float32's range if it were formed."""
-    rule, info = RULES["adafactor"], Tensor(name="e", shape=(4, 3), axes=("vocab", "embed"), inputs=0)
+    rule, info = RULES["adafactor"], Tensor(name="e", shape=(4, 3), axes=("vocab", "embed"), fan_in_axes=0)
     grad = np.zeros((4, 3), np.float32)
     grad[1] = 1e6
     param, _ = update(
@@ -111,7 +111,7 @@ def test_adafactor_survives_rows_without_gradient() -> None:
 
 # --- which rule takes what, and what it keeps ----------------------------------------------------
 
-BIAS_2D = Tensor(name="attn/q_bias", shape=(4, 8), axes=("heads", "head_dim"), inputs=0)
+BIAS_2D = Tensor(name="attn/q_bias", shape=(4, 8), axes=("heads", "head_dim"), fan_in_axes=0)
 
 
 @pytest.mark.parametrize(

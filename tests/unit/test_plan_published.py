@@ -47,5 +47,5 @@ def test_where_a_factor_comes_from() -> None:
 
 
 def test_the_page_is_what_the_command_prints() -> None:
-    page = Path(__file__).parents[2] / "docs" / "plan-published.md"
+    page = Path(__file__).parents[2] / "docs" / "measured" / "plan-published.md"
     assert page.read_text(encoding="utf-8") == plan_published.report()

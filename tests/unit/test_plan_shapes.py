@@ -89,7 +89,7 @@ def _info(tensor: LogicalTensor) -> TensorInfo:
         shape=tensor.shape,
         axes=tensor.axes,
         batch_dims=tensor.batch_dims,
-        inputs=tensor.inputs,
+        fan_in_axes=tensor.fan_in_axes,
         init=Normal(std=1.0),
     )
 

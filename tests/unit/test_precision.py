@@ -91,7 +91,7 @@ def test_frameworks_have_the_same_words_and_round_alike() -> None:
         shape=(3, 5, 7),
         axes=("a", "b", "c"),
         batch_dims=0,
-        inputs=1,
+        fan_in_axes=1,
         init=None,
         dtype="bfloat16",
     )  # type: ignore[arg-type]

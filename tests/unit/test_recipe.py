@@ -14,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain import config
+from portatrain.data import Digits, Stdlib, TextFiles
 from portatrain.errors import UserError
 from portatrain.optim import SGD, AdamW, Lion, Muon
-from portatrain.optim.schedules import Constant, Cosine
+from portatrain.optim.schedules import WSD, Constant, Cosine
 from portatrain.recipe import Recipe, apply_overrides, load_recipe, shipped_recipes
 from tests.support.recipe_files import BAD_FILES, GOOD
 from tests.support.small_recipe import Inner, Sizes, make, named_hook
@@ -37,7 +38,7 @@ INVALID = [
     ({"ema_decay": 1.0}, "ema_decay", "between 0 and 1"),
     ({"max_skips": -1}, "max_skips", "at least 0"),
     ({"eval_every": 0}, "eval_every", "at least 1"),
-    ({"name": "Big Run"}, "name", "small letters"),
+    ({"name": "Big Run"}, "name", "lower-case letters"),
     ({"name": "a" * 64}, "name", "1 to 63"),
     ({"frozen": ["a"]}, "frozen", "comma-separated"),
     ({"optimizer": "adamw"}, "optimizer", "Rule"),
@@ -100,6 +101,59 @@ def test_overrides_apply_in_order_and_together() -> None:
     assert changed.optimizer == Muon(lr=0.5)
     assert apply_overrides(make(), ["optimizer.lr=0.5", "optimizer=SGD"]).optimizer == SGD(lr=0.5)
     assert apply_overrides(make(), []) == make()
+
+
+def test_another_source_is_chosen_by_its_class_whatever_the_order() -> None:
+    recipe = make(data=Stdlib(seq_len=8, validation=0.03))
+    words = ["data=TextFiles", "data.paths=corpus,more", "data.seq_len=16"]
+    for order in itertools.permutations(words):
+        data = apply_overrides(recipe, order).data
+        assert data == TextFiles(paths=("corpus", "more"), seq_len=16, validation=0.03)
+    assert apply_overrides(recipe, words[:2]).data.seq_len == 8  # both have it
+    assert apply_overrides(recipe, ["data=Digits"]).data == Digits()  # its own default of `validation` is another
+
+
+def test_what_two_rules_share_is_kept_and_what_means_something_else_is_not() -> None:
+    recipe = make(optimizer=AdamW(lr=3e-3, b1=0.8, b2=0.95, weight_decay=0.1), schedule=Cosine(warmup=3))
+    changed = apply_overrides(recipe, ["optimizer=Lion", "schedule=WSD"])
+    assert changed.optimizer == Lion(lr=3e-3, b1=0.8, weight_decay=0.1)  # b2 has another default there
+    assert changed.schedule == WSD(warmup=3)
+    assert apply_overrides(recipe, ["optimizer=Muon"]).optimizer == Muon(lr=3e-3, weight_decay=0.1)
+
+
+def test_a_class_that_needs_more_says_how_it_is_given() -> None:
+    with pytest.raises(UserError, match=r"none for paths.*--set data\.paths=VALUE"):
+        apply_overrides(make(), ["data=TextFiles"])
+    with pytest.raises(UserError, match=r"TextFiles.*TokenMemmap|Did you mean TextFiles"):
+        apply_overrides(make(), ["data=TextFile"])
+    with pytest.raises(UserError, match="none for paths, seq_len"):
+        apply_overrides(make(), ["data=Mixture", "data.weights=1", "data.sources=TextFiles"])
+
+
+def test_a_class_of_the_recipes_own_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "own_rule.py"
+    path.write_text(
+        GOOD
+        + """
+@dataclass(frozen=True, kw_only=True)
+class Gentle(SGD):
+    softness: float = 0.5
+
+@dataclass(frozen=True, kw_only=True)
+class Wide:
+    width: int = 9
+    depth: int = 3
+    def build(self):
+        return None
+"""
+    )
+    recipe = load_recipe(str(path))
+    changed = apply_overrides(recipe, ["optimizer.softness=0.25", "optimizer=Gentle", "model=Wide", "model.depth=5"])
+    assert (type(changed.optimizer).__name__, changed.optimizer.lr) == ("Gentle", 0.1)
+    assert changed.optimizer.softness == 0.25
+    assert (changed.model.width, changed.model.depth) == (9, 5)
+    with pytest.raises(UserError, match=r"Model, Wide|Wide, Model"):
+        apply_overrides(recipe, ["model=Other"])
 
 
 @given(micro=st.integers(1, 5), stages=st.integers(0, 6), first=st.integers(1, 4), more=st.integers(0, 9))
@@ -245,8 +299,8 @@ def test_rules_by_name() -> None:
     assert [recipe.averages(name) for name in names] == [False, True, True]
     recipe.check_names(names)
 
-    wq = SimpleNamespace(name=names[1], shape=(2, 4, 4), axes=("layers", "embed", "heads"), batch_dims=1, inputs=1)
-    norm = SimpleNamespace(name=names[2], shape=(2, 4), axes=("layers", "embed"), batch_dims=1, inputs=0)
+    wq = SimpleNamespace(name=names[1], shape=(2, 4, 4), axes=("layers", "embed", "heads"), batch_dims=1, fan_in_axes=1)
+    norm = SimpleNamespace(name=names[2], shape=(2, 4), axes=("layers", "embed"), batch_dims=1, fan_in_axes=0)
     assert not recipe.decays(wq)
     assert make().decays(wq)
     assert not make().decays(norm)

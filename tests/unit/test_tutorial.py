@@ -1,4 +1,4 @@
-"""The code of docs/tutorial.md, as it stands there, on both backends."""
+"""The code of docs/start/layer.md, as it stands there, on both backends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.program import make_program
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
-from portatrain.training.trainer import make_program
 
-PAGE = Path(__file__).parents[2] / "docs" / "tutorial.md"
+PAGE = Path(__file__).parents[2] / "docs" / "start" / "layer.md"
 SMALL = [
     "model.layers=2",
     "model.embed=32",
@@ -27,7 +27,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = re.findall(r'```python title="scaled_lm.py"\n(.*?)```', PAGE.read_text(), re.DOTALL)
     path = tmp_path_factory.mktemp("tutorial") / "scaled_lm.py"
     path.write_text(code)
     return apply_overrides(load_recipe(str(path)), SMALL)

@@ -21,7 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from portatrain.backends.base import Arrays, LocalBox, Program, Scattered, StepResult
+from checkpoints_format.boxes import flat_range_boxes
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
 from portatrain.backends.deepspeed.engine import (
     Part,
     Root,
@@ -33,13 +34,13 @@ from portatrain.backends.deepspeed.engine import (
     zero_state,
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
-from portatrain.backends.deepspeed.ranges import boxes_of_range
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, slot_tensors
-from portatrain.backends.torch.backend import TorchBackend, TorchState, _aux_value
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
 from portatrain.backends.torch.mesh_ops import RowOps
+from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
@@ -120,7 +121,7 @@ class ZeroBackend(MeshBackend):
     # ---- states
 
     def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return TorchBackend._part(self, info, role)  # modules are made whole, then cut by DeepSpeed
+        return OneDevice._part(self, info, role)  # modules are made whole, then cut by DeepSpeed
 
     def _build(self, draw: Callable[..., np.ndarray], count: int) -> ZeroState:
         def value(role: str, name: str, index: tuple[int, ...]) -> Tensor:
@@ -147,11 +148,10 @@ class ZeroBackend(MeshBackend):
         draw: Callable[..., np.ndarray], info: TensorInfo, role: str, index: tuple[int, ...], part: Part, into: Tensor
     ) -> None:
         lead, at = (1,) * len(index), 0
-        for offset, shape in boxes_of_range(info.shape[info.stack_dims :], part.start, part.start + part.n):
-            n = math.prod(shape)
-            array = draw(info, role, (*index, *offset), (*lead, *shape))
-            into[at : at + n].copy_(torch.from_numpy(np.array(array)).flatten())
-            at += n
+        for box in flat_range_boxes(info.shape[info.stack_dims :], part.start, part.start + part.n):
+            array = draw(info, role, (*index, *box.offset), (*lead, *box.shape))
+            into[at : at + box.size].copy_(torch.from_numpy(np.array(array)).flatten())
+            at += box.size
 
     def init_state(self) -> ZeroState:
         return self._build(lambda t, role, at, shape: initial_box(t, self.program.seed, at, shape), 0)
@@ -224,7 +224,7 @@ class ZeroBackend(MeshBackend):
         held = zero_state(state)
         held.zero.override_loss_scale(1.0)
         held.factor = 1.0
-        return TorchBackend._accumulate(self, state, batch, step)
+        return OneDevice._accumulate(self, state, batch, step)
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
         zero_state(state).engine.set_gradient_accumulation_boundary(last)
@@ -305,7 +305,7 @@ class ZeroBackend(MeshBackend):
 
     # ---- without an update
 
-    rehearse: Any = None  # the continuity check takes losses and hashes alone
+    probe: Any = None  # the continuity check takes losses and hashes alone
     restore_shared: Any = None  # it reads flat ranges of its own
 
     @torch.no_grad()
@@ -342,7 +342,7 @@ class ZeroBackend(MeshBackend):
         count = held.client.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
-    def scattered(self, state: TorchState) -> Scattered:
+    def irregular_shards(self, state: TorchState) -> IrregularShards:
         """Slots and averages, and in stage 3 parameters: whatever lies in flat ranges."""
         mine = [
             (box.role, box.name, box.offset, box.shape)

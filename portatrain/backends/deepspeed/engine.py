@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,11 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from checkpoints_format.boxes import flat_range_boxes
 from portatrain.backends.base import LocalBox
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
-from portatrain.backends.deepspeed.ranges import boxes_of_range
-from portatrain.backends.torch.backend import TorchState
 from portatrain.backends.torch.lower import Piece
+from portatrain.backends.torch.one_device import TorchState
 from portatrain.errors import UserError
 from portatrain.model.module import Stack, TensorInfo
 from portatrain.model.ops import Loss
@@ -121,17 +120,16 @@ def in_rows(flat: Tensor) -> Tensor:
 
 def boxes_of(info: TensorInfo, role: str, index: tuple[int, ...], flat: Tensor, start: int) -> Iterator[LocalBox]:
     lead, at = (1,) * len(index), 0
-    for offset, shape in boxes_of_range(info.shape[info.stack_dims :], start, start + flat.numel()):
-        n = math.prod(shape)
-        part, whole = flat[at : at + n], (*lead, *shape)
+    for box in flat_range_boxes(info.shape[info.stack_dims :], start, start + flat.numel()):
+        part, whole = flat[at : at + box.size], (*lead, *box.shape)
         yield LocalBox(
             name=info.name,
             role=role,
-            offset=(*index, *offset),
+            offset=(*index, *box.offset),
             shape=whole,
             fetch=functools.partial(_fetched, part, whole),
         )
-        at += n
+        at += box.size
 
 
 def _fetched(part: Tensor, shape: tuple[int, ...]) -> np.ndarray:

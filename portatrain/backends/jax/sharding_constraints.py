@@ -62,7 +62,7 @@ class OnMesh:
             shape=tuple(plain(p).shape),
             axes=axes,
             batch_dims=0,
-            inputs=0,
+            fan_in_axes=0,
             init=Constant(value=0.0),
         )
         return self.layout.tensor_spec(info, role=role)

@@ -24,7 +24,7 @@ def init(rule: Rule, info: Info) -> State:
     shape, batch = info.shape, info.batch_dims
     inner = shape[batch:]
     if isinstance(rule, Adafactor):
-        rows = info.inputs if info.inputs > 0 else 1
+        rows = info.fan_in_axes if info.fan_in_axes > 0 else 1
         if math.prod(inner[:rows]) > 1 and math.prod(inner[rows:]) > 1:
             row, col = shape[: batch + rows], shape[:batch] + inner[rows:]
             return {"v_row": np.zeros(row), "v_col": np.zeros(col)}
@@ -67,9 +67,9 @@ def step(
         elif isinstance(acting, SGD):
             out, s = _sgd(acting, p, g, s, eta)
         elif isinstance(acting, Adafactor):
-            out, s = _adafactor(acting, p, g, s, eta, count, info.inputs)
+            out, s = _adafactor(acting, p, g, s, eta, count, info.fan_in_axes)
         elif isinstance(acting, Muon):
-            out, s = _muon(acting, p, g, s, eta, info.inputs)
+            out, s = _muon(acting, p, g, s, eta, info.fan_in_axes)
         else:
             raise TypeError(f"the reference has no equations for {type(acting).__name__}")
         # Decoupled: the decay acts on the old parameter and reaches neither gradient nor slots.
@@ -145,5 +145,5 @@ def _muon(rule: Muon, p: Float, g: Float, s: State, eta: float, inputs: int) -> 
 
 
 def _muon_takes(info: Info) -> bool:
-    outputs = len(info.shape) - info.batch_dims - info.inputs
-    return info.inputs > 0 and outputs > 0 and not any(axis == "vocab" for axis in info.axes)
+    outputs = len(info.shape) - info.batch_dims - info.fan_in_axes
+    return info.fan_in_axes > 0 and outputs > 0 and not any(axis == "vocab" for axis in info.axes)

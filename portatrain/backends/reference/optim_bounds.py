@@ -1,7 +1,7 @@
 """How far two float32 evaluations of one optimizer step may lie apart. Derived, not fitted.
 
 The two start from the same float32 inputs and may order sums, fuse multiply-adds and share
-subexpressions as they like. u = 2**-24 is float32's unit roundoff. docs/optimizers.md has the
+subexpressions as they like. u = 2**-24 is float32's unit roundoff. docs/understand/optimizers.md has the
 derivations, which are to first order in u:
 
 * AdamW, Lion, SGD: 4 ulp of the largest operand, element by element (an ulp of x is 2**-23 |x|; the
@@ -169,7 +169,7 @@ def _muon(
     size_n = (1 - mu) * np.abs(g) + mu * size_m if rule.nesterov else size_m
     m = mu * s["m"] + (1 - mu) * g
     n = (1 - mu) * g + mu * m if rule.nesterov else m
-    matrix = n.reshape(math.prod(g.shape[: info.inputs]), -1)
+    matrix = n.reshape(math.prod(g.shape[: info.fan_in_axes]), -1)
     factor = math.sqrt(max(1.0, matrix.shape[1] / matrix.shape[0]))
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
@@ -245,7 +245,7 @@ class _Slice:
     """One batch slice of a tensor, as an Info."""
 
     def __init__(self, info: Info) -> None:
-        self.name, self.batch_dims, self.inputs = info.name, 0, info.inputs
+        self.name, self.batch_dims, self.fan_in_axes = info.name, 0, info.fan_in_axes
         self.shape, self.axes = info.shape[info.batch_dims :], info.axes[info.batch_dims :]
 
 

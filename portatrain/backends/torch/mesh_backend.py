@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from portatrain.backends.base import Arrays, LocalBox, Program
-from portatrain.backends.torch.backend import TorchBackend, TorchState
+from portatrain.backends.base import Arrays, LocalBox
+from portatrain.backends.program import Program
 from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
 from portatrain.backends.torch.mesh_ops import MeshOps, RowOps
 from portatrain.backends.torch.mesh_values import plain
+from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.parallel import Sharded, check_layout, shard_module
 from portatrain.backends.torch.sharded_optimizer import ShardedOptimizer
@@ -31,7 +32,7 @@ from portatrain.model.module import TensorInfo
 __all__ = ["MeshBackend", "check_processes"]
 
 
-class MeshBackend(TorchBackend):
+class MeshBackend(OneDevice):
     """See `portatrain.backends.base.Backend`. All processes call every verb together, with the same global batch."""
 
     def __init__(self, program: Program) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
@@ -10,17 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box, LocalStore, Reader, Writer, commit
+from checkpoints_format import Box, Reader, Store, Writer, commit
 from checkpoints_format.dtypes import NUMPY
+from portatrain.backends.program import make_program
 from portatrain.backends.state import COUNT, initial_box
+from portatrain.checkpoint.errors import explained
 from portatrain.checkpoint.interop import huggingface, trees
 from portatrain.checkpoint.saver import format_layout
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
 from portatrain.recipe import Recipe
-from portatrain.runs.find_checkpoints import explained
-from portatrain.runs.run_dir import RunDir
-from portatrain.training.trainer import make_program
 
 Values = Callable[[Box], np.ndarray]
 
@@ -93,8 +93,8 @@ def _written(reader: Reader, to: str, out: Path, role: str) -> list[str]:
     return trees.to_nnx(reader, definition, out)
 
 
-def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
-    """Begin a run of `recipe` in `run_dir` with a checkpoint made of `source`; its step.
+def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int], Store]) -> int:
+    """Write a checkpoint for `recipe`, made of `source`, into the store that `store_of(step)` opens; return its step.
 
     What our own export left goes on as the same run, its optimizer's state included. Of anything else the parameters
     are taken, at step 0: slots are zero, averages the parameters. UserError, with nothing written, for tensors that
@@ -107,15 +107,6 @@ def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
             got="a file" if source.exists() else "no such folder",
             do="Check the path.",
         )
-    run = RunDir(run_dir)
-    if run_dir.exists() and any(run_dir.iterdir()):
-        raise UserError(
-            f"run directory {run_dir}",
-            expected="a name that is free",
-            got="a folder that is not empty",
-            do="Choose another name; nothing in it was changed.",
-        )
-    run.check(recipe)
     program = make_program(recipe)
     layout = format_layout(program)
     shapes = {t.name: t.shape for t in layout.tensors}
@@ -147,11 +138,9 @@ def import_from(source: Path, kind: str, recipe: Recipe, run_dir: Path) -> int:
             return lambda box: initial_box(param, recipe.seed, box.offset, box.shape)
         return lambda box: np.zeros(box.shape, NUMPY[dtype])
 
-    with explained():
-        run.create(recipe)
-        with LocalStore(run_dir / "checkpoints" / f"step-{step:08d}", create=True) as store:
-            Writer(store, layout, save="import").write({t.name: values(t.name, t.dtype) for t in layout.tensors})
-            commit(store, layout, save="import", meta=meta)
+    with explained(), contextlib.closing(store_of(step)) as store:
+        Writer(store, layout, save="import").write({t.name: values(t.name, t.dtype) for t in layout.tensors})
+        commit(store, layout, save="import", meta=meta)
     return step
 
 

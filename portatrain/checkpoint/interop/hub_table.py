@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,3 +49,5 @@ class Hub:
 
     config: Mapping[str, Any]
     rows: tuple[Row, ...]
+    overrides: Mapping[str, str] = field(default_factory=dict)
+    """A name in config.json -> the recipe's field that decides it, for messages."""

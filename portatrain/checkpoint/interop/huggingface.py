@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from checkpoints_format import Box, Reader
+from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
+from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_table import Hub, Row
+from portatrain.checkpoint.interop.hub_tokenizer import written
 from portatrain.errors import UserError
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import TensorInfo
@@ -18,6 +20,9 @@ from portatrain.recipe import Recipe
 
 FILE_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
+DTYPES = ("F64", "F32", "F16", "BF16")
+BUFFERS = "rotary_emb.inv_freq"
+"""A tensor that some models hold and that is computed from config.json."""
 
 
 def hub_of(recipe: Recipe) -> Hub:
@@ -72,9 +77,17 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
         names.append(file)
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    config = {**hub.config, "torch_dtype": "float32"}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return [*names, INDEX, "config.json"]
+    fields, more = written(recipe.data, out)
+    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": "float32"}
+    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    return [*names, INDEX, CONFIG, *more]
+
+
+def _longest(recipe: Recipe, hub: Hub) -> int:
+    """Return the longest text, in tokens, that the model is said to take: what it trained on, or is stretched to."""
+    stretch = hub.config.get("rope_scaling") or {}
+    reach = stretch.get("original_max_position_embeddings", 0) * stretch.get("factor", 0)
+    return max(int(reach), getattr(recipe.data, "seq_len", None) or 2048)
 
 
 def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row) -> np.ndarray:
@@ -102,22 +115,14 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
 
     Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
     """
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     hub, what = hub_of(recipe), f"folder {source}"
-    files = _files(source)
-    there: dict[str, Path] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                there |= dict.fromkeys(opened.keys(), file)
-        except (SafetensorError, OSError) as error:
-            raise UserError(
-                f"file {file}", expected="a safetensors file", got=str(error), do="Fetch it again."
-            ) from error
+    check(source, hub, recipe.name)
+    there = _files(source)
     wanted = {row.theirs: row for row in hub.rows}
     missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
-    more = [n for n in more if not n.endswith("rotary_emb.inv_freq")]
+    more = [n for n in more if not n.endswith(BUFFERS)]
     wrong = []
     for name in sorted(wanted.keys() & there.keys()):
         with safe_open(there[name], framework="numpy") as opened:
@@ -159,14 +164,26 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
     return {ours: values(ours) for ours in rows}
 
 
-def _files(source: Path) -> list[Path]:
-    """The weights' files; UserError where there are none, or one that the index names is missing."""
-    if (source / INDEX).exists():
-        index: Any = json.loads((source / INDEX).read_text())
-        files = sorted({source / name for name in index["weight_map"].values()})
+def _files(source: Path) -> dict[str, Path]:
+    """Return the file of every tensor, by the tensor's name: what the index says, or what the files hold.
+
+    A file may be a link, as in the cache of huggingface_hub. Raises UserError for a folder without weights, a file
+    that the index names and that is missing, and a tensor that its file does not hold.
+    """
+    index, wanted = source / INDEX, {}
+    if index.exists():
+        try:
+            wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted(set(wanted.values()))
+            good = all(isinstance(n, str) and isinstance(f, str) for n, f in wanted.items())
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+            raise _no_index(index, f"{type(error).__name__}: {error}") from error
+        if not good or any(Path(name).name != name for name in names):
+            raise _no_index(index, "other names")
+        files = [source / name for name in names]
     else:
         files = sorted(source.glob("*.safetensors"))
-    gone = [f.name for f in files if not f.is_file() or f.resolve().parent != source.resolve()]
+    gone = [f.name for f in files if not f.is_file()]
     if gone or not files:
         raise UserError(
             f"folder {source}",
@@ -174,4 +191,45 @@ def _files(source: Path) -> list[Path]:
             got=f"no {', '.join(gone) or 'such file'}",
             do="Fetch the model again, with all its files.",
         )
-    return files
+    there: dict[str, Path] = {}
+    for file in files:
+        held = _held(file)
+        if twice := sorted(set(held) & there.keys() - wanted.keys()):
+            raise UserError(
+                f"file {file}", expected="tensors that no other file holds", got=twice[0], do=f"Write a {INDEX}."
+            )
+        there |= {name: file for name in held if not wanted or wanted.get(name) == file.name}
+    if lost := sorted(wanted.keys() - there.keys()):
+        raise UserError(
+            f"file {index}",
+            expected=f"tensor {lost[0]} in {wanted[lost[0]]}",
+            got="no such tensor",
+            do="Fetch the model again, with all its files.",
+        )
+    return there
+
+
+def _no_index(path: Path, got: str) -> UserError:
+    return UserError(
+        f"file {path}", expected="a weight_map from tensors to files beside it", got=got, do="Fetch it again."
+    )
+
+
+def _held(file: Path) -> list[str]:
+    """Return the names of the tensors in a file. Raises UserError if it is damaged or holds quantized weights."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"file {file}", expected="a safetensors file", got=str(error), do="Fetch it again.") from error
+    for name, kind in kinds.items():
+        if kind not in DTYPES and not name.endswith(BUFFERS):
+            raise UserError(
+                f"file {file}: tensor {name}",
+                expected=f"one of {', '.join(DTYPES)}",
+                got=kind,
+                do="Import weights that are not quantized.",
+            )
+    return list(kinds)

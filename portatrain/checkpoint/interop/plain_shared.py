@@ -11,7 +11,7 @@ import numpy as np
 
 from checkpoints_format import Box, Explicit, FormatError, Layout, Reader, Tensor, Writer, commit
 from portatrain.backends.state import COUNT
-from portatrain.checkpoint.locations import place_of
+from portatrain.checkpoint.locations import location_of
 from portatrain.errors import UserError
 
 
@@ -66,7 +66,7 @@ def write(
         )
     layout = Layout(tensors=tuple(made), writers=len(every))
     try:
-        store = place_of(where).open(step, create=True)
+        store = location_of(where).open(step, create=True)
         held = {n: [(p.box, p.fetch()) for p in parts] for n, parts in mine.items()}
         Writer(store, layout, save=save, writer=process).write(held)
         barrier()
@@ -80,7 +80,7 @@ def write(
 
 def open_newest(where: Path | str, step: int | None) -> tuple[int, Reader]:
     """The checkpoint of `step`, by default the newest that is committed."""
-    place = place_of(where)
+    place = location_of(where)
     steps = [s for s in place.steps() if place.committed(s)] if step is None else [step]
     if not steps:
         raise UserError(
@@ -125,7 +125,7 @@ def count_of(reader: Reader) -> int:
 
 
 def _user(error: FormatError) -> UserError:
-    return UserError(error.what, expected=error.expected, got=error.got, do=error.do)
+    return UserError.of(error)
 
 
 __all__ = ["About", "Part", "check_shapes", "count_of", "open_newest", "read", "write"]

@@ -47,10 +47,10 @@ class Attention(Module):
         self.wq = Param(embed=embed, heads=heads, head_dim=head_dim)
         self.wk = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
         self.wv = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
-        self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, inputs=2)
-        self.q_bias: Any = Param(heads=heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
-        self.v_bias: Any = Param(kv_heads=kv_heads, head_dim=head_dim, inputs=0, init="zeros") if bias else None
-        self.o_bias: Any = Param(embed=embed, inputs=0, init="zeros") if bias else None
+        self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, fan_in_axes=2)
+        self.q_bias: Any = Param(heads=heads, head_dim=head_dim, fan_in_axes=0, init="zeros") if bias else None
+        self.v_bias: Any = Param(kv_heads=kv_heads, head_dim=head_dim, fan_in_axes=0, init="zeros") if bias else None
+        self.o_bias: Any = Param(embed=embed, fan_in_axes=0, init="zeros") if bias else None
         self.q_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
         self.causal, self.window, self.softcap = causal, window, softcap

@@ -17,7 +17,7 @@ class Embedding(Module):
     """A table of `vocab` rows. Tied output: pass `embedding.table` to `ops.cross_entropy`."""
 
     def __init__(self, *, vocab: int, embed: int, init: str | float | Init | None = None) -> None:
-        self.table = Param(vocab=vocab, embed=embed, inputs=0, init=init)
+        self.table = Param(vocab=vocab, embed=embed, fan_in_axes=0, init=init)
 
     def __call__(self, ops: Ops, ids: Array) -> Array:
         """Integers (...) in [0, vocab) -> (..., embed)."""
@@ -43,8 +43,8 @@ class Linear(Module):
                 got=f"inputs {dict(inputs)}, outputs {dict(outputs)}",
                 do="Give the second use of an axis a name of its own: Linear({'embed': 64}, {'embed_out': 64}).",
             )
-        self.weight = Param(**inputs, **outputs, inputs=len(inputs), init=init)
-        self.bias: Any = Param(**outputs, inputs=0, init="zeros") if bias else None
+        self.weight = Param(**inputs, **outputs, fan_in_axes=len(inputs), init=init)
+        self.bias: Any = Param(**outputs, fan_in_axes=0, init="zeros") if bias else None
         self.n_in, self.n_out = len(inputs), len(outputs)
 
     def __call__(self, ops: Ops, x: Array) -> Array:
@@ -84,8 +84,8 @@ class PatchEmbedding(Module):
                 got=f"rows={rows}, columns={columns}",
                 do="Choose another patch size, or pad the images.",
             )
-        self.kernel = Param(patch_rows=patch, patch_columns=patch, channels=channels, embed=embed, inputs=3)
-        self.bias: Any = Param(embed=embed, inputs=0, init="zeros") if bias else None
+        self.kernel = Param(patch_rows=patch, patch_columns=patch, channels=channels, embed=embed, fan_in_axes=3)
+        self.bias: Any = Param(embed=embed, fan_in_axes=0, init="zeros") if bias else None
         self.rows, self.columns, self.patch, self.features = rows, columns, patch, embed
         self.patches = (rows // patch) * (columns // patch)
 

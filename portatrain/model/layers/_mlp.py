@@ -49,8 +49,8 @@ class MLP(Module):
     def __init__(self, *, embed: int, mlp: int, activation: str = "gelu", bias: bool = True) -> None:
         self.up = Param(embed=embed, mlp=mlp)
         self.down = Param(mlp=mlp, embed=embed)
-        self.up_bias: Any = Param(mlp=mlp, inputs=0, init="zeros") if bias else None
-        self.down_bias: Any = Param(embed=embed, inputs=0, init="zeros") if bias else None
+        self.up_bias: Any = Param(mlp=mlp, fan_in_axes=0, init="zeros") if bias else None
+        self.down_bias: Any = Param(embed=embed, fan_in_axes=0, init="zeros") if bias else None
         self.activation = _check("MLP", activation)
 
     def __call__(self, ops: Ops, x_BSE: Array) -> Array:

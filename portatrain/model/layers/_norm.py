@@ -24,7 +24,7 @@ class RMSNorm(Module):
     """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4): `RMSNorm(embed=512)`."""
 
     def __init__(self, *, eps: float = 1e-6, **axis: int) -> None:
-        self.scale = Param(**_one_axis("RMSNorm", axis), inputs=0, init="ones")
+        self.scale = Param(**_one_axis("RMSNorm", axis), fan_in_axes=0, init="ones")
         self.eps = eps
 
     def __call__(self, ops: Ops, x: Array) -> Array:
@@ -37,8 +37,8 @@ class LayerNorm(Module):
     `LayerNorm(embed=512)`; `bias=False` leaves the bias out."""
 
     def __init__(self, *, eps: float = 1e-6, bias: bool = True, **axis: int) -> None:
-        self.scale = Param(**_one_axis("LayerNorm", axis), inputs=0, init="ones")
-        self.bias: Any = Param(**axis, inputs=0, init="zeros") if bias else None
+        self.scale = Param(**_one_axis("LayerNorm", axis), fan_in_axes=0, init="ones")
+        self.bias: Any = Param(**axis, fan_in_axes=0, init="zeros") if bias else None
         self.eps = eps
 
     def __call__(self, ops: Ops, x: Array) -> Array:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -270,3 +270,13 @@ def _short(chip: Chip) -> str:
 
 def _dims(size: str) -> tuple[int, ...]:
     return tuple(int(n) for n in size.split("x"))
+
+
+def find(wanted: Sequence[str], recipe: str, others: Sequence[str] = ()) -> list[Cluster]:
+    """The clusters of these names, from clusters.toml beside the recipe or from the catalog (`others`: also valid).
+
+    Raises:
+      UserError: there is none of a name; the nearest are in the message.
+    """
+    files = clusters_toml.files(recipe)
+    return [resolve(name, files=files, others=others) for name in wanted]

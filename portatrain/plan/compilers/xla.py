@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.program import make_program
 from portatrain.data import digits, windows
 from portatrain.data.spec import DataSpec, Digits
+from portatrain.plan.recorded import ordered
 from portatrain.recipe import load_recipe
 from portatrain.recipe.overrides import override
-from portatrain.training.trainer import make_program
 
 PLATFORM = {"tpu": "tpu", "cuda": "cuda"}
 
@@ -30,7 +31,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     from portatrain.plan.compilers import hlo
 
     devices = _devices(asked, jax)
-    program = make_program(recipe, mesh=asked["mesh"])
+    program = ordered(make_program(recipe, mesh=asked["mesh"]), recipe)
     backend = JaxBackend(program, devices)
     stage(f"tracing for {len(devices)} x {devices[0].device_kind}")
     step, args = backend.abstract_step(batch_of(recipe.data, recipe.batch, recipe.accumulation))

@@ -69,14 +69,14 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
 
 def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTensor, ...]:
     """The parameters of a model. The last table over the vocabulary is the one that the loss multiplies with."""
-    tables = [name for name, info in definition.params.items() if "vocab" in info.axes and not info.inputs]
+    tables = [name for name, info in definition.params.items() if "vocab" in info.axes and not info.fan_in_axes]
     return tuple(
         LogicalTensor(
             name=info.name,
             shape=info.shape,
             axes=info.axes,
             batch_dims=info.batch_dims,
-            inputs=info.inputs,
+            fan_in_axes=info.fan_in_axes,
             trainable=recipe.trains(info.name),
             matmul=info.name == tables[-1] if tables else False,
         )

@@ -208,7 +208,9 @@ def _block(shape: ModelShape, path: str, n: int, mlp: int, *, experts: int) -> l
 def _tensor(name: str, inputs: int, layers: int, **axes: int) -> LogicalTensor:
     named = {"layers": layers, **axes} if layers else axes
     leading = int(bool(layers)) + (next(iter(axes)) == "experts")
-    return LogicalTensor(name=name, shape=tuple(named.values()), axes=tuple(named), batch_dims=leading, inputs=inputs)
+    return LogicalTensor(
+        name=name, shape=tuple(named.values()), axes=tuple(named), batch_dims=leading, fan_in_axes=inputs
+    )
 
 
 def _llama(name: str, **sizes: int) -> ModelShape:
@@ -299,7 +301,7 @@ def from_tensors(
         for axis, size in zip(tensor.axes, tensor.shape, strict=True):
             sizes[axis] = max(sizes.get(axis, 0), size)
     lengths = {t.shape[0] for t in tensors if t.batch_dims and t.axes[0] != "experts"}
-    made = [t.name.rpartition("/")[0] for t in tensors if t.inputs and t.axes[-1] == "mlp"]
+    made = [t.name.rpartition("/")[0] for t in tensors if t.fan_in_axes and t.axes[-1] == "mlp"]
     experts = sizes.get("experts", 0)
     known: dict[str, object] = {
         "embed": sizes.get("embed") or max((t.shape[-1] for t in tensors), default=1),

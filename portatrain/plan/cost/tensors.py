@@ -19,14 +19,14 @@ Sizes = tuple[int, int, int, int, int]
 @dataclass(frozen=True, kw_only=True)
 class LogicalTensor:
     """One parameter: ``axes`` names its dimensions, the first ``batch_dims`` of which count copies (layers,
-    experts); the next ``inputs`` are contracted by the forward pass (0: a lookup, a scale, a bias). ``matmul``
-    says that it is multiplied with every token where ``inputs`` does not (an output table declared as a lookup)."""
+    experts); the next ``fan_in_axes`` are contracted by the forward pass (0: a lookup, a scale, a bias). ``matmul``
+    says that it is multiplied with every token although ``fan_in_axes`` is 0 (an output table, which is a lookup)."""
 
     name: str
     shape: tuple[int, ...]
     axes: tuple[str, ...]
     batch_dims: int = 0
-    inputs: int = 1
+    fan_in_axes: int = 1
     trainable: bool = True
     matmul: bool = False
 
@@ -97,7 +97,7 @@ def group(
     for tensor in tensors:
         layers = tensor.shape[0] if tensor.batch_dims and tensor.axes[0] != "experts" else 0
         key = (_splits(tensor, by_params), _splits(tensor, by_compute), layers, _role(tensor, layers))
-        multiplied = tensor.inputs > 0 or tensor.matmul
+        multiplied = tensor.fan_in_axes > 0 or tensor.matmul
         share = experts_share if "experts" in tensor.axes[: tensor.batch_dims] else 1.0
         total = sums.setdefault(key, [0, 0, 0.0])
         total[0] += tensor.size
@@ -114,7 +114,7 @@ def _role(tensor: LogicalTensor, layers: int) -> str:
     if not layers:
         return "ends"
     first = tensor.batch_dims
-    taken, made = tensor.axes[first : first + tensor.inputs], tensor.axes[first + tensor.inputs :]
+    taken, made = tensor.axes[first : first + tensor.fan_in_axes], tensor.axes[first + tensor.fan_in_axes :]
     if "heads" in taken:
         return "projected"
     if "mlp" in taken:

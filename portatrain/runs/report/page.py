@@ -9,7 +9,7 @@ from typing import Any
 
 from portatrain.runs.history import AttemptFacts, RunFacts, Seam
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
-from portatrain.training.metrics.console import duration
+from portatrain.system.text import duration
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em; color: #222;

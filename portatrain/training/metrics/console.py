@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from portatrain.system.text import duration, si
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
 
 
@@ -114,18 +115,3 @@ class ConsoleSink:
             self._progress.console.print(text, markup=False, highlight=False)
         else:
             print(text, file=self._stream, flush=True)
-
-
-def si(value: float) -> str:
-    """``value`` with three digits and k, M or G."""
-    for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= bound:
-            return f"{value / bound:.3g} {letter}"
-    return f"{value:.3g}"
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` as 1:02:03 or 2:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"

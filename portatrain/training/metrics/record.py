@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from portatrain.training.metrics.flops import measured_cpu_peak
+
+if TYPE_CHECKING:
+    from portatrain.model.module import Definition
+    from portatrain.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +46,45 @@ class RunInfo:
     peak_source: str = ""
     """Where that figure comes from."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        definition: Definition,
+        *,
+        run_dir: Path,
+        attempt: int,
+        first_step: int,
+        backend: str,
+        device: str,
+        devices: int,
+        mesh: str,
+    ) -> RunInfo:
+        """Return the facts of an attempt at `recipe` on `devices` devices of the kind `device`."""
+        seq_len = getattr(recipe.data, "seq_len", None)
+        counted = getattr(recipe.model, "flops_per_sample", None)
+        per_sample = None if counted is None else counted(seq_len) if seq_len else counted()
+        peak = measured_cpu_peak() if device.startswith("cpu") and per_sample else None
+        return cls(
+            run=run_dir.name,
+            run_dir=str(run_dir),
+            attempt=attempt,
+            steps=recipe.steps,
+            first_step=first_step,
+            backend=backend,
+            device=f"{devices} x {device}",
+            mesh=mesh,
+            precision=recipe.precision,
+            parameters=definition.parameters,
+            trainable=sum(t.size for n, t in definition.params.items() if recipe.trains(n)),
+            tokens_per_step=recipe.batch * (seq_len or 1),
+            unit="tokens" if seq_len else "images",
+            flops_per_step=None if per_sample is None else per_sample * recipe.batch,
+            peak_flops=peak.flops_per_s if peak else None,
+            peak_source=peak.source if peak else "",
+            recipe=recipe.to_json(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

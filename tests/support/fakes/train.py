@@ -9,20 +9,22 @@ import os
 import sys
 import time
 
-from portatrain.checkpoint.locations import place_of
+from portatrain.checkpoint.locations import location_of
 from portatrain.commands import options, train
 from portatrain.errors import StorageError, UserError
-from portatrain.runs.run_dir import RunDir, open_run
+from portatrain.runs.open import open_run
+from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import committed
+from portatrain.system.exit_codes import RESUMABLE
 from portatrain.system.processes import end_with_parent
-from portatrain.system.stop_signals import RESUME_ME, StopSignals
+from portatrain.system.stop_signals import StopSignals
 from portatrain.system.watchdog import Watchdog
 
 STEPS, STEP_S = int(os.environ.get("FAKE_STEPS", "60")), float(os.environ.get("FAKE_STEP_S", "0.05"))
 
 
 def save(run: RunDir, attempt: object, step: int) -> None:
-    store = place_of(run.checkpoints()).open(step, create=True)
+    store = location_of(run.checkpoints()).open(step, create=True)
     time.sleep(float(os.environ.get("FAKE_SAVE_S", "0")))
     with attempt.guard():  # type: ignore[attr-defined]
         store.put_if_absent("COMMIT", json.dumps({"step": step}).encode())
@@ -74,7 +76,7 @@ def main() -> int:
                     attempt.finish({"status": "done"})
                     return 0
                 attempt.event("end", status="preempted")
-    return RESUME_ME
+    return RESUMABLE
 
 
 def follow(run: RunDir) -> int:
@@ -83,7 +85,7 @@ def follow(run: RunDir) -> int:
         signals.trained = True
         while not run.is_done and signals.asked is None:
             time.sleep(0.05)
-        return 0 if run.is_done else RESUME_ME
+        return 0 if run.is_done else RESUMABLE
 
 
 if __name__ == "__main__":

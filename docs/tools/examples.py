@@ -1,0 +1,158 @@
+"""The examples of the reference pages. tests/docs runs every one of them.
+
+An example of an operation runs after OPS_SETUP; an example of a recipe's field is an assignment of `--set`.
+"""
+
+from __future__ import annotations
+
+OPS_SETUP = """\
+import numpy as np
+
+from portatrain.backends.reference.ops import ReferenceOps
+
+rng = np.random.default_rng(0)
+B, S, E, H, K, D, V = 2, 4, 8, 4, 2, 6, 16
+ops = ReferenceOps(seed=0, step=1, sample=np.arange(B), training=True)
+x_BSE = rng.normal(size=(B, S, E))
+table_VE = rng.normal(size=(V, E))
+tokens_BS = rng.integers(0, V, size=(B, S))
+"""
+
+OPS = {
+    "weight": "gain_E = ops.weight(np.ones(E))\nassert gain_E.shape == (E,)",
+    "einsum": (
+        'wq_EHD = rng.normal(size=(E, H, D))\nq_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, wq_EHD)\n'
+        "assert q_BSHD.shape == (B, S, H, D)"
+    ),
+    "embed": "assert ops.embed(table_VE, tokens_BS).shape == (B, S, E)",
+    "bias": "assert ops.bias(x_BSE, np.ones(E)).shape == (B, S, E)",
+    "rms_norm": "assert ops.rms_norm(x_BSE, np.ones(E), eps=1e-5).shape == (B, S, E)",
+    "layer_norm": "assert ops.layer_norm(x_BSE, np.ones(E), np.zeros(E)).shape == (B, S, E)",
+    "rope_table": (
+        "cos, sin = ops.rope_table(ops.arange(S), D, theta=10_000.0)\nassert cos.shape == sin.shape == (S, D // 2)"
+    ),
+    "rope": "table = ops.rope_table(ops.arange(S), D)\nassert ops.rope(q_BSHD, table).shape == (B, S, H, D)",
+    "attention": (
+        "k_BTKD, v_BTKD = rng.normal(size=(2, B, S, K, D))\n"
+        "out_BSHD = ops.attention(q_BSHD, k_BTKD, v_BTKD, causal=True, window=3)\n"
+        "assert out_BSHD.shape == (B, S, H, D)"
+    ),
+    "dropout": "assert ops.dropout(x_BSE, 0.1, site=7).shape == (B, S, E)  # in a Module: site=self.site",
+    "silu": "assert ops.silu(x_BSE).shape == x_BSE.shape",
+    "gelu": "assert ops.gelu(x_BSE, approximate=True).shape == x_BSE.shape",
+    "relu": "assert (ops.relu(x_BSE) >= 0).all()",
+    "sigmoid": "assert (ops.sigmoid(x_BSE) < 1).all()",
+    "tanh": "assert (abs(ops.tanh(x_BSE)) < 1).all()",
+    "exp": "assert (ops.exp(x_BSE) > 0).all()",
+    "log": "assert ops.log(ops.exp(x_BSE)).shape == x_BSE.shape",
+    "softmax": "assert np.allclose(ops.softmax(x_BSE, axis=-1).sum(-1), 1)",
+    "where": "assert (ops.where(x_BSE > 0, x_BSE, 0.0) >= 0).all()",
+    "concat": "assert ops.concat([x_BSE, x_BSE], axis=1).shape == (B, 2 * S, E)",
+    "cast": 'assert ops.cast(x_BSE > 0, "float32").shape == x_BSE.shape',
+    "arange": "assert ops.arange(3).tolist() == [0, 1, 2]",
+    "one_hot": "assert ops.one_hot(tokens_BS, V).shape == (B, S, V)",
+    "top_k": "values_BSk, ids_BSk = ops.top_k(x_BSE, 2)\nassert values_BSk.shape == ids_BSk.shape == (B, S, 2)",
+    "write": (
+        "cache_BTKD = np.zeros((B, 10, K, D))\nfilled_BTKD = ops.write(cache_BTKD, k_BTKD, np.asarray(3))\n"
+        "assert (filled_BTKD[:, 3 : 3 + S] == k_BTKD).all()"
+    ),
+    "sum": 'assert ops.sum(x_BSE, ("batch", "seq", "embed"), over=("batch", "seq")).shape == (E,)',
+    "mean": 'assert ops.mean(x_BSE, ("batch", "seq", "embed"), over=("seq",)).shape == (B, E)',
+    "stop_gradient": "assert ops.stop_gradient(x_BSE).shape == x_BSE.shape",
+    "cross_entropy": (
+        "loss = ops.cross_entropy(x_BSE, table_VE, tokens_BS, mask=np.ones((B, S)), z_loss=1e-4)\n"
+        "assert loss.sum.shape == () and loss.weight_B.tolist() == [S, S]"
+    ),
+    "loss": (
+        "square_B = ops.mean(x_BSE * x_BSE, ('batch', 'seq', 'embed'), over=('seq', 'embed'))\n"
+        "assert ops.loss(square_B, np.ones(B)).sum.shape == ()"
+    ),
+    "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',
+    "stack": (
+        "from portatrain import Module, Stack\n\n\n"
+        "class Double(Module):\n"
+        "    def __call__(self, ops, x_BSE):\n"
+        "        return 2 * x_BSE, None\n\n\n"
+        "out_BSE, _ = Stack(Double(), 3)(ops, x_BSE)  # the Stack calls ops.stack\n"
+        "assert np.allclose(out_BSE, 8 * x_BSE)"
+    ),
+    "name": 'hidden_BSE = ops.name(x_BSE, "hidden")  # a remat policy may keep what is named so',
+    "aux": 'ops.aux("activation_size", abs(x_BSE).mean((1, 2)))  # one value a sample: (B,)',
+    "tally": (
+        "from portatrain import State\n\n\n"
+        "class Counter(Module):\n"
+        "    def __init__(self):\n"
+        "        self.seen = State()\n\n"
+        "    def __call__(self, ops, x_BSE):\n"
+        '        ops.tally(self, seen=ops.sum(0 * x_BSE[..., 0] + 1, ("batch", "seq"), over=("batch", "seq")))\n'
+        "        return x_BSE\n\n\n"
+        "assert Counter()(ops, x_BSE) is x_BSE"
+    ),
+    "update": (
+        "class Decaying(Counter):\n"
+        "    def after_step(self, ops):\n"
+        "        ops.update(self, seen=0.9 * self.seen)  # here a State is a plain array"
+    ),
+}
+
+RECIPE = {
+    "name": "name=my-run",
+    "model": "model.layers=2",
+    "data": "data.seq_len=64",
+    "optimizer": "optimizer=Lion",
+    "schedule": "schedule=WSD",
+    "steps": "steps=1000",
+    "batch": "batch=64",
+    "accumulation": "accumulation=4",
+    "batch_start": "batch_start=2 batch_ramp=100 accumulation=4",
+    "batch_ramp": "batch_start=2 batch_ramp=100 accumulation=4",
+    "seed": "seed=1",
+    "precision": "precision=bf16",
+    "remat": "remat=dots",
+    "clip_norm": "clip_norm=none",
+    "max_skips": "max_skips=0",
+    "trainable": "trainable=blocks/*",
+    "frozen": "frozen=embed/*",
+    "lora": "lora=LoRA lora.rank=4",
+    "decay": "decay=*",
+    "no_decay": "no_decay=embed/*",
+    "ema_decay": "ema_decay=0.999",
+    "ema": "ema=blocks/* ema_decay=0.999",
+    "eval_every": "eval_every=50",
+    "eval_batches": "eval_batches=4",
+    "checkpoint_every": "checkpoint_every=100",
+    "checkpoint_keep": "checkpoint_keep=3",
+    "checkpoint_keep_every": "checkpoint_keep_every=500",
+    "checkpoint_keep_best": "checkpoint_keep_best=min:loss",
+    "checkpoint_busy": "checkpoint_busy=skip",
+    "probe_every": "probe_every=2",
+}
+"""Field -> assignments to tiny-lm, separated by a blank."""
+
+RECIPE_PYTHON = {
+    "compute": 'compute={"batch": ("replica", "fsdp")}',
+    "params": 'params={"embed": "fsdp"}',
+    "hooks": 'hooks=(TextSample(prompt="def "),)',
+}
+"""Fields that are set in the file: field -> a keyword of `dataclasses.replace`."""
+
+RULES = {
+    "AdamW": "AdamW(lr=3e-4, b2=0.95, weight_decay=0.1)",
+    "Lion": "Lion(lr=1e-4, weight_decay=1.0)",
+    "SGD": "SGD(lr=0.1, momentum=0.9, nesterov=True)",
+    "Adafactor": "Adafactor(lr=1e-2, relative=True)",
+    "Muon": "Muon(lr=0.02, adamw=AdamW(lr=3e-4, b2=0.95))",
+    "Constant": "Constant(warmup=100)",
+    "Linear": "Linear(warmup=100, min_ratio=0.1)",
+    "Cosine": "Cosine(warmup=100, min_ratio=0.1)",
+    "WSD": 'WSD(warmup=100, decay=200, shape="sqrt")',
+}
+
+DATA = {
+    "Stdlib": "Stdlib(seq_len=256)",
+    "TextFiles": 'TextFiles(paths="corpus/**/*.txt", seq_len=256)',
+    "Jsonl": 'Jsonl(paths="pages.jsonl", field="text", seq_len=256)',
+    "TokenMemmap": 'TokenMemmap(paths="tokens.bin", seq_len=256, vocab=50_257, separator=50_256)',
+    "Digits": "Digits(validation=0.2)",
+    "Mixture": ('Mixture(sources=(Stdlib(seq_len=256), TextFiles(paths="corpus", seq_len=256)), weights=(0.7, 0.3))'),
+}

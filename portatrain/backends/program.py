@@ -1,0 +1,69 @@
+"""A program: everything that a backend needs to know of a run, and how one is made from a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from portatrain.errors import choice
+from portatrain.model import remat
+from portatrain.model.layout import Layout, Mesh
+from portatrain.model.module import Definition
+from portatrain.model.precision import PRECISIONS
+from portatrain.optim import Rule
+from portatrain.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """Everything that a backend needs to know of a run, and nothing of its length, data or disk.
+
+    `decay`, `trainable` and `ema` name parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
+    `compile` None: the backend's own choice for its device.
+    """
+
+    definition: Definition
+    layout: Layout
+    optimizer: Rule
+    trainable: frozenset[str]
+    decay: frozenset[str]
+    ema: frozenset[str] = frozenset()
+    ema_decay: float | None = None
+    clip_norm: float | None = None
+    precision: str = "fp32"
+    remat: str = "none"
+    seed: int = 0
+    compile: bool | None = None
+    order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
+    """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise choice("precision", self.precision, PRECISIONS)
+        remat.parse(self.remat)
+
+
+def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
+    """What a backend is to carry out: `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
+
+    Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
+    """
+    definition = recipe.describe()
+    params = definition.params
+    recipe.check_names(params)
+    layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
+    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
+    return Program(
+        definition=definition,
+        layout=layout,
+        optimizer=recipe.optimizer,
+        trainable=frozenset(n for n in params if recipe.trains(n)),
+        decay=frozenset(n for n, t in params.items() if recipe.decays(t)),
+        ema=frozenset(n for n in params if recipe.averages(n)),
+        ema_decay=recipe.ema_decay,
+        clip_norm=recipe.clip_norm,
+        precision=recipe.precision,
+        remat=recipe.remat,
+        seed=recipe.seed,
+    )

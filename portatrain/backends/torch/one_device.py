@@ -1,0 +1,404 @@
+"""The torch backend on one device."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
+from portatrain.backends.program import Program
+from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
+from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
+from portatrain.backends.torch.host import box, to_torch
+from portatrain.backends.torch.losses import chunk_loss, token_losses
+from portatrain.backends.torch.lower import Piece, lower
+from portatrain.backends.torch.ops import Static, TorchOps, run_block
+from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
+from portatrain.backends.torch.probe import norms
+from portatrain.backends.torch.remat import check_policy, rematerialised
+from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
+from portatrain.errors import UserError
+from portatrain.model import remat
+from portatrain.model.module import TensorInfo
+from portatrain.model.ops import Aux, Loss
+from portatrain.model.precision import averaged
+from portatrain.model.state_updates import needs_after_step, run_after_step
+
+
+@dataclass
+class TorchState:
+    """Changed in place by `step`. ema: by position in `pieces`."""
+
+    module: nn.Module
+    pieces: list[Piece]
+    optimizer: RuleOptimizer
+    ema: dict[int, Tensor]
+
+
+class OneDevice(StandaloneOps):
+    """See `portatrain.backends.base.Backend`."""
+
+    name = "torch"
+    async_dispatch = False  # a step ends in one wait for the device: is it finite?
+    ops: Any = TorchOps
+    process, processes = 0, 1
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.definition = program, program.definition
+        self.device = self._device()
+        row = row_of(self.device)
+        check_device(row, program.precision)
+        if program.precision == "bf16-state" and not hasattr(Tensor, "grad_dtype"):
+            raise UserError(
+                "precision bf16-state on the torch backend",
+                expected="torch 2.10 or newer, which sums gradients of bfloat16 tensors in float32",
+                got=f"torch {torch.__version__}",
+                do="Use bf16, or a newer torch.",
+            )
+        self.compiles = program.compile if program.compile is not None else row.compiles
+        self._after_step = needs_after_step(self.definition)
+        self._graphs = 0
+        self.remat = remat.parse(program.remat)
+        check_policy(self.remat)
+        self._runners = self._made_runners()
+        if self.device.type == "cuda" and program.precision == "fp32":
+            torch.backends.cuda.matmul.allow_tf32 = False
+
+    def _device(self) -> torch.device:
+        return pick_device()
+
+    def _made_runners(self) -> dict[str, Any]:
+        """What runs blocks and losses: `TorchOps.run_block`, `run_again` and `losses`."""
+        if not self.compiles:
+            return {
+                "run_block": run_block,
+                "run_again": rematerialised(self.remat, run_block),
+                "losses": (token_losses, chunk_loss),
+            }
+        compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
+        block = compiled(run_block)
+        # A block that is computed again as a whole is compiled as it is; what is chosen in it, with the choice.
+        again = (
+            rematerialised(self.remat, block)
+            if self.remat.name == "block"
+            else compiled(rematerialised(self.remat, run_block))
+        )
+        losses = (compiled(token_losses), compiled(chunk_loss))
+        return {"run_block": block, "run_again": again, "losses": losses}
+
+    def _counted(self, graph: Any, inputs: Any) -> Any:
+        from torch._inductor.compile_fx import compile_fx
+
+        self._graphs += 1
+        return compile_fx(graph, inputs)
+
+    def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
+        static = Static(training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops)
+        sample = batch.get("sample")
+        return self.ops(
+            static,
+            *words(self.program.seed, step, self.device),
+            sample=torch.zeros(1, 2, dtype=torch.int32, device=self.device) if sample is None else sample,
+            layer=torch.zeros((), dtype=torch.int32, device=self.device),
+            **self._runners,
+            kept={},
+        )
+
+    # ---- states
+
+    def _build(
+        self, draw: Callable[[TensorInfo, str, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int
+    ) -> Any:
+        """A state whose every piece comes from draw(logical tensor, role, offset, shape)."""
+
+        def piece(info: TensorInfo, role: str, index: tuple[int, ...]) -> Tensor:
+            at, inner = self._part(info, role)
+            array = draw(info, role, (*index, *at), (*(1 for _ in index), *inner)).reshape(inner)
+            return self._piece(array, info, role)
+
+        infos = self.definition.tensors
+        state = self._lowered(lambda role, name, index: piece(infos[role, name], role, index))
+        optimizer = state.optimizer
+        if count:
+            optimizer.set_count(count)
+        for i, p in enumerate(state.pieces):
+            if p.tensor in optimizer.infos:
+                for slot, info in slot_tensors(self.program.optimizer, self.definition.params[p.name]).items():
+                    slots = optimizer.state[p.tensor]
+                    slots[optimizer.slot(p.tensor, slot)] = piece(info, info.role, p.index)
+            if p.role == "params" and p.name in self.program.ema:
+                state.ema[i] = piece(averaged(infos["params", p.name]), "ema", p.index)
+        return state
+
+    def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
+        """A tensor of the device with what this process holds of one layer of a logical tensor."""
+        return to_torch(array).to(self.device)
+
+    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """(offset, shape) of what this process holds of one layer of a logical tensor."""
+        inner = info.shape[info.stack_dims :]
+        return (0,) * len(inner), inner
+
+    def _lowered(self, value: Callable[[str, str, tuple[int, ...]], Tensor]) -> TorchState:
+        """The module with the parts `value(role, name, index)`, and an optimizer whose slots are zero."""
+        module, pieces = lower(self.definition, value)
+        for p in pieces:
+            if p.role == "params":
+                p.tensor.requires_grad_(p.name in self.program.trainable)
+                if p.tensor.dtype != torch.float32:
+                    p.tensor.grad_dtype = torch.float32  # microbatches are summed in it
+        trained = [p for p in pieces if p.role == "params" and p.name in self.program.trainable]
+        program = self.program
+        optimizer = RuleOptimizer(program.optimizer, trained, self.definition.params, program.decay, program.seed)
+        return TorchState(module, pieces, optimizer, {})
+
+    def init_state(self) -> TorchState:
+        return self._build(lambda info, role, offset, shape: initial_box(info, self.program.seed, offset, shape), 0)
+
+    def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> TorchState:
+        return self._build(
+            lambda info, role, offset, shape: read(role, info.name, offset, shape), int(read(COUNT, "", (), ()))
+        )
+
+    def lower(self) -> nn.Module:
+        return self.init_state().module
+
+    # ---- the step
+
+    def _forward(
+        self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool
+    ) -> tuple[Loss, TorchOps]:
+        ops = self._ops(batch, step, training)
+        loss = state.module(ops, batch)
+        if not isinstance(loss, Loss):
+            raise UserError(
+                type(self.definition.model).__name__,
+                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
+                got=type(loss).__name__,
+                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
+            )
+        return loss, ops
+
+    def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
+        """Leaves the gradients of the mean loss in `.grad`; (loss, weight, aux sums, tallies)."""
+        state.optimizer.zero_grad(set_to_none=True)
+        n = next(iter(batch.values())).shape[0]
+        mean: Any = 0.0
+        weight: Any = 0.0
+        auxes: dict[str, dict[str, Tensor]] = {}
+        tallies: dict[str, Tensor] = {}
+        for i in range(n):
+            self._begin(state, last=i == n - 1)
+            loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True)
+            objective = loss.sum
+            for aux in ops.auxes.values():
+                if aux.loss:
+                    objective = objective + aux.loss * (aux.value_B * loss.weight_B).sum()
+            mine = loss.weight_B.sum()
+            # With one microbatch the weight is known before the backward pass, which then scales for free.
+            objective = objective / self._over_rows(mine) if n == 1 else objective
+            self._backward(state, objective)
+            mean, weight = (objective.detach(), mine) if n == 1 else (mean + objective.detach(), weight + mine)
+            with torch.no_grad():
+                for key, found in ops.auxes.items():
+                    auxes[key] = _join_aux(auxes.get(key), found)
+            for key, value in ops.tallies.items():
+                tallies[key] = tallies[key] + value if key in tallies else value
+        mean, weight, auxes = self._reduced(state, mean, weight, auxes)
+        if n > 1:
+            self._scale(state, 1.0 / weight)
+            mean = mean / weight
+        return mean, weight, auxes, tallies
+
+    def _begin(self, state: TorchState, *, last: bool) -> None:
+        """Before every microbatch of a step."""
+
+    def _backward(self, state: TorchState, objective: Tensor) -> None:
+        objective.backward()
+
+    def _scale(self, state: TorchState, factor: Tensor) -> None:
+        """Multiply the gradients."""
+        torch._foreach_mul_(self._grads(state), factor)
+
+    def _over_rows(self, x: Tensor) -> Tensor:
+        """A sum over this process's rows as one over the rows of the microbatch."""
+        return x
+
+    def _reduced(
+        self, state: TorchState, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]
+    ) -> tuple[Any, ...]:
+        """Sums over this process's rows as sums over the batch; the gradients of its parts are in `.grad` after it."""
+        return loss, weight, auxes
+
+    def _norm(self, state: TorchState) -> Tensor:
+        return total_norm(self._grads(state))
+
+    def _grads(self, state: TorchState) -> list[Tensor]:
+        grads = []
+        for p in state.optimizer.param_groups[0]["params"]:
+            if p.grad is None:  # the loss does not depend on it
+                p.grad = torch.zeros_like(p, dtype=torch.float32)
+            grads.append(p.grad)
+        return grads
+
+    def step(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+    ) -> tuple[TorchState, StepResult]:
+        loss, weight, auxes, tallies = self._accumulate(state, batch, step)
+        grads = self._grads(state)
+        norm = self._norm(state)
+        # One wait for the device a step: a step that is not finite must change nothing.
+        loss_there, norm_there = torch.stack([loss, norm]).tolist()
+        good = math.isfinite(loss_there) and math.isfinite(norm_there)
+        if good:
+            clip = self.program.clip_norm
+            if clip is not None and norm_there > clip:
+                # A quotient of float32 numbers rounded from float64 is the correctly rounded float32 one.
+                torch._foreach_mul_(grads, clip / norm_there)
+            state.optimizer.step(scale=scale)
+            self._after(state, step, tallies)
+        return state, StepResult(
+            loss=loss,
+            grad_norm=norm,
+            skipped=int(not good),
+            weight=weight,
+            aux={k: _aux_value(v) for k, v in auxes.items()},
+        )
+
+    @torch.no_grad()
+    def _after(self, state: TorchState, step: int, tallies: dict[str, Tensor]) -> None:
+        """Model States and averages, once an applied step."""
+        if self.definition.states and (tallies or self._after_step):
+            states = self._states(state)
+            states = {n: s + tallies[n] if n in tallies else s for n, s in states.items()}
+            states = run_after_step(self.definition, states, self._ops_after(step), lambda xs: torch.stack(list(xs)))
+            for p in state.pieces:
+                if p.role == "state":
+                    p.tensor.copy_(states[p.name][p.index] if p.index else states[p.name])
+        decay = self.program.ema_decay
+        if decay is not None:
+            self._average(state, decay)
+
+    def _average(self, state: TorchState, decay: float) -> None:
+        for i, average in state.ema.items():
+            average.lerp_(state.pieces[i].tensor.float(), 1 - decay)
+
+    def _ops_after(self, step: int) -> TorchOps:
+        return self._ops({}, step, True)
+
+    def _states(self, state: TorchState) -> dict[str, Tensor]:
+        """The model's States as logical tensors."""
+        parts: dict[str, list[Tensor]] = {}
+        for p in state.pieces:
+            if p.role == "state":
+                parts.setdefault(p.name, []).append(p.tensor)
+        infos = self.definition.states
+        return {n: torch.stack(ts).reshape(infos[n].shape) if infos[n].stack_dims else ts[0] for n, ts in parts.items()}
+
+    def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
+        loss, *_ = self._accumulate(state, batch, step)
+        self._grads(state)
+        found = {n: np.zeros(self.definition.params[n].shape, np.float32) for n in sorted(self.program.trainable)}
+        for p in state.pieces:
+            if p.role == "params" and p.tensor.grad is not None:
+                found[p.name][p.index] = p.tensor.grad.cpu().numpy()
+        state.optimizer.zero_grad(set_to_none=True)
+        return float(loss), found
+
+    # ---- without an update
+
+    def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+        self._accumulate(state, batch, step)
+        self._grads(state)
+        norm, clip = float(self._norm(state)), self.program.clip_norm
+        factor = clip / norm if clip is not None and norm > clip else 1.0
+        return norms(self, state, clip=factor, scale=scale, counts=self._counts, total=self._total)
+
+    def _counts(self, info: TensorInfo, role: str) -> bool:
+        """Whether this process's part of a tensor is the one that counts, of equal copies."""
+        return True
+
+    def _total(self, x: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return x
+
+    @torch.no_grad()
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        loss, ops = self._forward(state, self._put(batch), 0, False)
+        means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
+        return {k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()}
+
+    @torch.no_grad()
+    def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        there = self._put(batch)
+        predict: Any = state.module.predict
+        return self._fetch(predict(self._ops(there, 0, False), there).float())
+
+    def _fetch(self, x_B: Tensor) -> np.ndarray:
+        """Values by sample, on the host."""
+        return x_B.cpu().numpy()
+
+    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        return {
+            k: torch.from_numpy(sample_words(v) if k == "sample" else np.ascontiguousarray(v)).to(self.device)
+            for k, v in batch.items()
+        }
+
+    # ---- what it holds and runs on
+
+    def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
+        for i, p in enumerate(state.pieces):
+            info = self.definition.tensors[p.role, p.name]
+            yield box(p.role, info, p.index, p.tensor, self._part(info, p.role)[0])
+            if i in state.ema:
+                yield box("ema", info, p.index, state.ema[i], self._part(info, "ema")[0])
+            if p.tensor in state.optimizer.infos:
+                for slot, what in slot_tensors(self.program.optimizer, info).items():
+                    held = state.optimizer.state[p.tensor][state.optimizer.slot(p.tensor, slot)]
+                    yield box(what.role, info, p.index, held, self._part(what, what.role)[0])
+        count = state.optimizer.count
+        yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
+
+    def irregular_shards(self, state: Any) -> IrregularShards:
+        return {}
+
+    def describe_memory(self, state: TorchState) -> dict[str, int]:
+        def held(tensors: Any) -> int:
+            return sum(t.nbytes for t in tensors)
+
+        found = {role: held(p.tensor for p in state.pieces if p.role == role) for role in ("params", "state")}
+        found["ema"] = held(state.ema.values())
+        found["opt"] = held(t for slots in state.optimizer.state.values() for t in slots.values())
+        peak = peak_bytes(self.device)
+        return found if peak is None else {**found, "peak": peak}
+
+    def graphs(self) -> int:
+        return self._graphs
+
+    def agree(self, value: int) -> int:
+        return value
+
+    def describe_device(self) -> dict[str, Any]:
+        return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}
+
+
+def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:
+    """Sums over samples and microbatches, or the maximum."""
+    if aux.reduce == "max":
+        high = aux.value_B.max()
+        return {"max": high if so_far is None else torch.maximum(so_far["max"], high)}
+    found = {"sum": aux.value_B.sum(), "count": torch.tensor(float(aux.count * math.prod(aux.value_B.shape)))}
+    if aux.reduce == "sum":
+        found.pop("count")
+    return found if so_far is None else {k: v + so_far[k] for k, v in found.items()}
+
+
+def _aux_value(part: dict[str, Tensor]) -> Tensor:
+    return part["max"] if "max" in part else part["sum"] / part.get("count", torch.tensor(1.0))

@@ -1,0 +1,54 @@
+"""Export what belongs to the weights beside them: the tokenizer's files, and the ids that open and end a text."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from portatrain.data.encode import encoding
+from portatrain.data.spec import DataSpec, Mixture
+
+BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+
+
+def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
+    """Copy the tokenizer of `data` into the folder `out`; return (fields for config.json, names of the files).
+
+    A document of ours ends where the next one opens, so the id that opens one is also the id at which to stop.
+    Raises UserError if the tokenizer's file is no longer there.
+    """
+    sources = list(_leaves(data))
+    given = {(getattr(s, "tokenizer", None), getattr(s, "bos", None)) for s in sources}
+    if len(given) != 1 or not hasattr(sources[0], "bos"):
+        separator = getattr(sources[0], "separator", None) if len(given) == 1 else None
+        return ({} if separator is None else {"bos_token_id": separator, "eos_token_id": separator}), []
+    ((path, bos),) = given
+    opens = int(encoding(path, bos).bos)
+    fields = {"bos_token_id": opens, "eos_token_id": opens}
+    if path is None:  # bytes are their own ids
+        return fields, []
+    file = Path(path).expanduser()
+    folder, file = (file, file / "tokenizer.json") if file.is_dir() else (file.parent, file)
+    shutil.copyfile(file, out / "tokenizer.json")
+    names = ["tokenizer.json"]
+    for name in BESIDE:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, out / name)
+            names.append(name)
+    if "tokenizer_config.json" not in names:
+        about = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        about |= {} if bos is None else {"bos_token": bos, "eos_token": bos}
+        (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
+        names.append("tokenizer_config.json")
+    return fields, names
+
+
+def _leaves(data: DataSpec) -> Iterable[DataSpec]:
+    if isinstance(data, Mixture):
+        for source in data.sources:
+            yield from _leaves(source)
+    else:
+        yield data

@@ -1,0 +1,51 @@
+"""Run a job of this machine in the foreground: `launch --cluster local RECIPE`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+
+from launchers.base import Job, python, train_here
+from launchers.local import environment_of
+from portatrain.commands import results, train
+from portatrain.system import environment
+from portatrain.system.urls import is_remote
+
+
+def run(job: Job) -> int:
+    """Train in this process, so that Ctrl-C reaches the trainer and nothing else; return the exit code."""
+    parser = argparse.ArgumentParser()
+    train.add_arguments(parser)
+    # Through the options of `portatrain train`: what --dry-run prints is what is run.
+    args = parser.parse_args(job.train()[2:])
+    # What `launch resume` goes on from.
+    source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd")}
+    before = os.environ.get(environment.CLUSTER.name)
+    os.environ[environment.CLUSTER.name] = json.dumps({"engine": "local", "cluster": "local", "source": source})
+    try:
+        code = train.run(args) if job.code is None else _with_code(job)
+    finally:
+        os.environ.pop(environment.CLUSTER.name)
+        if before is not None:
+            os.environ[environment.CLUSTER.name] = before
+    results.show(job.run_dir)
+    return code
+
+
+def _with_code(job: Job) -> int:
+    """In a process of its own, with the run's copy of the code: what is imported here is another."""
+    from portatrain.system.processes import forwarding
+
+    folder = job.code if not is_remote(str(job.code)) else None
+    if folder is None:
+        from portatrain.runs.remote_run_dir import local_code
+
+        folder = str(local_code(str(job.code)))
+    env = {**os.environ, **environment_of(job), "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
+    words = [python(job), "-m", "portatrain.cli", *train_here(job)]
+    started: list[subprocess.Popen[bytes]] = []
+    with forwarding(started):
+        started.append(subprocess.Popen(words, env=env, start_new_session=True))
+        return started[0].wait()
