@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from portatrain.cli import main
+from portatrain.plan.clusters.gpu_devices import DEVICES
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.compilers import gpus, job, targets
 from portatrain.plan.recorded import chip_of
@@ -144,9 +145,9 @@ def test_what_the_compiler_is_told() -> None:
     assert targets.target(parse("gb200-72")).options["topology"] == "1x18x4"
 
 
-@pytest.mark.parametrize("name", gpus.DEVICES)
+@pytest.mark.parametrize("name", DEVICES)
 def test_a_gpu_is_found_by_the_name_that_its_description_has(name: str) -> None:
-    found = chip_of(gpus.DEVICES[name].name)
+    found = chip_of(DEVICES[name].name)
     assert found is not None and found.name == name
     assert f"memory_bandwidth: {int(found.memory_bw.value * 1e9)}" in gpus.description(found)  # type: ignore[union-attr]
 

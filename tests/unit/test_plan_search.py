@@ -14,7 +14,7 @@ from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost import meshes
 from portatrain.plan.cost.efficiency import Efficiency
 from portatrain.plan.cost.memory import memory
-from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.tensors import Sizes
@@ -40,7 +40,7 @@ def every_way(shape: ModelShape, cluster_name: str, factor: float) -> Iterator[t
             continue
         if any(n > 1 and axis not in useful for axis, n in enumerate(mesh)):
             continue
-        placements = place(cluster, mesh, cluster.devices)
+        placements = assign_axes(cluster, mesh, cluster.devices)
         if isinstance(placements, str):
             continue
         work = on_mesh(shape, mesh)
