@@ -89,7 +89,17 @@ def test_a_program_that_does_not_fit_is_an_answer() -> None:
     )
     found = job.answer(asked, target, tell=lambda line: None)
     assert not found.fits and found.peak_bytes is None
-    assert found.needs_bytes is None or found.needs_bytes > 16 * 2**30
+    assert "RESOURCE_EXHAUSTED" in found.raw["said"] or "memory" in found.raw["said"]
+
+
+def test_the_size_in_an_error_of_memory_is_read() -> None:
+    from portatrain.plan.compilers.xla import _too_large
+
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.5G of 15.75G hbm. Exceeded by 9.75G."
+    assert _too_large(RuntimeError(said))["needs_bytes"] == 25.5 * 2**30
+    assert _too_large(RuntimeError("RESOURCE_EXHAUSTED: no sizes"))["needs_bytes"] is None
+    with pytest.raises(RuntimeError, match="another"):
+        _too_large(RuntimeError("another error"))
 
 
 @pytest.mark.full
