@@ -1,6 +1,6 @@
 """Print a row of docs/measured/versions.md for the environment that this runs in.
 
-    python -m docs.tools.versions
+python -m docs.tools.versions
 """
 
 from __future__ import annotations

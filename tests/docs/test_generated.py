@@ -114,5 +114,5 @@ def test_the_drawing_changes_with_the_imports(tmp_path: Path, monkeypatch: pytes
     before = draw_rooms.draw(rooms, arrows)
     rules_file.write_text("def f():\n    from portatrain.plan import search\n")
     rooms, arrows = draw_rooms.arrows_of(tmp_path)
-    assert ("optim", "plan") in arrows and 'url(#up)' in draw_rooms.draw(rooms, arrows)
-    assert 'url(#up)' not in before
+    assert ("optim", "plan") in arrows and "url(#up)" in draw_rooms.draw(rooms, arrows)
+    assert "url(#up)" not in before

@@ -45,9 +45,7 @@ def test_links(page: Path) -> None:
 def test_every_page_is_in_the_sites_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     named = set(re.findall(r"[\w./-]+\.md", text.split("\nnav:", 1)[1]))
-    there = {
-        str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md") if not p.name.endswith(".in.md")
-    }
+    there = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md") if not p.name.endswith(".in.md")}
     brought = {"contributing.md", "security.md", "changes.md", "checkpoint-format.md"}  # by docs/tools/site.py
     assert named - brought == there
 
