@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from portatrain import __version__
 from portatrain.errors import UserError, choice
 from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
@@ -67,6 +66,8 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     """``portatrain WORDS``; its exit code, or a UserError."""
     if words and words[0] in ("--version", "-V"):
+        from portatrain import __version__
+
         print(f"portatrain {__version__}")
         return 0
     if not words or words[0] in ("--help", "-h", "help"):
