@@ -285,7 +285,8 @@ _ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "microbatch": (
         lambda: layout_of("fsdp=2,expert=2").check_batch(6),
         "a microbatch, axis 'batch' on mesh fsdp=2,expert=2: expected a size that "
-        "fsdp=2 x expert=2 divides, got 6. The nearest sizes that work are 4 or 8; or use a smaller fsdp or expert axis.",
+        "fsdp=2 x expert=2 divides, got 6. The nearest sizes that work are 4 or 8; or use a smaller fsdp or expert "
+        "axis.",
     ),
     "sequence": (
         lambda: layout_of("context=2,tensor=4").check_batch(8, 12),
