@@ -97,7 +97,7 @@ class Trainer:
         """Steps trained so far."""
         self._skipped: list[int] = []
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
-        self._save_timer = SaveTimer(recipe.checkpoint_every_s)
+        self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
 
@@ -108,7 +108,7 @@ class Trainer:
         try:
             return self._run()
         finally:
-            if not self.backend.process and hasattr(self, "_info"):
+            if not self.backend.process and self._begun:
                 draw(self.run_dir)
 
     def _run(self) -> int:
@@ -119,7 +119,7 @@ class Trainer:
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
-            self._began_s = time.perf_counter()
+            self._began_s, self._begun = time.perf_counter(), True
             self.checkpoints = Checkpoints(
                 self.run_dir.checkpoints(self.options.checkpoints),
                 keep=self.recipe.retention,
