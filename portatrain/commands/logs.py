@@ -16,8 +16,11 @@ from pathlib import Path
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
+from portatrain.runs.events import Kind, has
+from portatrain.runs.history import read_history
+from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import find, status
+from portatrain.system import json_files
 
 POLL_S = 0.3
 
@@ -66,9 +69,11 @@ def _log(run: RunDir, number: int, rank: int) -> Path:
 
 
 def _check(run: RunDir, number: int, rank: int) -> None:
-    if _log(run, number, rank).exists():
+    if _log(run, number, rank).is_file():
         return
-    there = sorted(int(p.stem[5:]) for p in _log(run, number, rank).parent.glob("rank-*.log"))
+    folder = _log(run, number, rank).parent
+    found = (json_files.digits(p.stem[5:]) for p in folder.glob("rank-*.log"))
+    there = sorted(r for r in found if r is not None)
     raise UserError(
         f"run {run.path.name}, attempt {number}: rank {rank}",
         expected=f"one of {', '.join(map(str, there))}" if there else "an attempt of a job, whose output is kept",
@@ -82,7 +87,7 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
     while True:
         run.refresh(logs=True)
         over = _ended(run, number)  # looked at before reading, so that nothing written before the end is missed
-        if path.exists():
+        if path.is_file():
             with path.open("rb") as file:
                 file.seek(at)
                 while chunk := file.read(1 << 16):
@@ -96,9 +101,9 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
 
 def _ended(run: RunDir, number: int) -> bool:
     events = run.rows(number, "events") if number in run.attempt_numbers() else []
-    if any(e["event"] in ("left", "gave_up") for e in events) or max(run.attempt_numbers(), default=0) > number:
+    if has(events, Kind.LEFT, Kind.GAVE_UP) or max(run.attempt_numbers(), default=0) > number:
         return True
-    now = status(run)
+    now = read_history(run)
     return now.over or (now.state in ("LOST", "REQUEUED") and bool(now.attempts))
 
 
@@ -109,7 +114,7 @@ def _next(run: RunDir, number: int) -> int:
         later = [n for n in run.attempt_numbers() if n > number]
         if later:
             return later[0]
-        now = status(run)
+        now = read_history(run)
         if now.over or (now.state in ("LOST", "REQUEUED") and not _queued(run)):
             return 0
         time.sleep(POLL_S if run.locks else 10 * POLL_S)

@@ -24,8 +24,8 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs import jobs
 from portatrain.runs.claim import in_use
+from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir, code_sha256
-from portatrain.runs.status import find
 from portatrain.system import json_files
 from portatrain.system.urls import is_remote
 

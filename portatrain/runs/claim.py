@@ -18,9 +18,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from portatrain.errors import UserError
 from portatrain.system import environment
@@ -201,16 +201,28 @@ class Claim:
 def holder(path: Path) -> Owner | None:
     """Who holds the claim at ``path``; None where nobody does."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return owner_of(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError) as error:
         raise UserError(
             str(path),
             expected="a claim that portatrain wrote",
             got=str(error),
             do="Remove the file if no process uses this run directory.",
         ) from error
+
+
+def owner_of(row: Any) -> Owner:
+    """The owner that a claim names. Raises ValueError, TypeError or KeyError for what is no claim."""
+    given = {f.name: row[f.name] for f in fields(Owner) if f.name in row}
+    owner = Owner(**given)
+    texts = (owner.host, owner.process_start, owner.token)
+    if not all(isinstance(text, str) for text in texts) or type(owner.pid) is not int or not 0 < owner.pid < 2**31:
+        raise ValueError("no owner")
+    if type(owner.claimed_unix_s) not in (int, float) or not 0 <= owner.claimed_unix_s <= 1e11:
+        raise ValueError("no time")
+    return owner
 
 
 def silent_s(path: Path) -> float:

@@ -18,11 +18,11 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.runs.claim import BEAT_S, LEASE_S, Owner, in_use
+from portatrain.runs.claim import BEAT_S, LEASE_S, Owner, in_use, owner_of
 from portatrain.system.object_store import Objects, Version
 
 NAME = "claim"
@@ -160,8 +160,8 @@ def _owner(data: bytes, objects: Objects) -> Owner | None:
         row: dict[str, Any] = json.loads(data)
         if "released" in row:
             return None
-        return Owner(**{f.name: row[f.name] for f in fields(Owner)})
-    except (ValueError, TypeError, KeyError) as error:
+        return owner_of(row)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"object {objects.url}/{NAME}",
             expected="a claim that portatrain wrote",

@@ -136,7 +136,7 @@ class RemoteRun(RunDir):
     # ---- what is written
 
     def put(self, name: str, data: object, *, once: bool = False) -> bool:
-        text = (json.dumps(json_files.finite(data), indent=2, allow_nan=False) + "\n").encode()
+        text = (json.dumps(json_files.strict(data), indent=2, allow_nan=False) + "\n").encode()
         if once:
             if self.objects.create(name, text) is None:
                 return False

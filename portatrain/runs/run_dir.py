@@ -26,9 +26,12 @@ from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
+from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
+from portatrain.runs.events import Kind
 from portatrain.system import environment, json_files
+from portatrain.system.urls import is_remote
 
 FORMAT = 1
 
@@ -61,7 +64,7 @@ class RunDir:
 
     def entries(self) -> list[str] | None:
         """Names of what lies in it; None where there is no such folder."""
-        return [entry.name for entry in self.path.iterdir()] if self.path.exists() else None
+        return [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else None
 
     def refresh(self, *, logs: bool = False) -> None:
         """See what others have written since; `logs`: the output of processes too."""
@@ -250,10 +253,10 @@ class RunDir:
         }
         json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
-            attempt.event("code_differs", why="it is not the code that the run began with")
+            attempt.event(Kind.CODE_DIFFERS, why="it is not the code that the run began with")
         if claim.taken_over is not None:
             dead = claim.taken_over
-            attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
+            attempt.event(Kind.CLAIM_TAKEN_OVER, host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
         self.send()
         return attempt
 
@@ -261,7 +264,9 @@ class RunDir:
         """Where the checkpoints are: ``checkpoints`` in the run directory, or the URL in checkpoints.json, which the
         first attempt that is given one writes. UserError for another URL than that."""
         note = self.path / "checkpoints.json"
-        stored = json_files.read_json(note)["url"] if note.exists() else None
+        stored = json_files.read_object(note).get("url", "") if note.exists() else None
+        if stored is not None and not (isinstance(stored, str) and is_remote(stored)):
+            raise typed.damaged(note, "no URL of an object store")
         if url is None or url == stored:
             return stored or self.default_checkpoints()
         if stored is not None or "checkpoints" in (self.entries() or ()):
@@ -276,7 +281,7 @@ class RunDir:
 
     def run_info(self) -> dict[str, Any]:
         """run.json."""
-        return json_files.read_json(self.path / "run.json")
+        return typed.run_info(self.path / "run.json")
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
@@ -285,16 +290,17 @@ class RunDir:
     def summary(self) -> dict[str, Any]:
         """summary.json; empty before the end."""
         path = self.path / "summary.json"
-        return json_files.read_json(path) if path.exists() else {}
+        return json_files.read_object(path) if path.exists() else {}
 
     def attempt_numbers(self) -> list[int]:
         folder = self.path / "attempts"
-        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        return sorted(n for name in names if (n := json_files.digits(name)) is not None and str(n) == name)
 
     def rows(self, number: int, name: str) -> list[dict[str, Any]]:
         """The rows of ``metrics`` or ``events`` of one attempt."""
-        return json_files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl")
+        check = {"metrics": typed.metric, "events": typed.event}[name]
+        return json_files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl", check)
 
     def curve(self) -> list[dict[str, Any]]:
         """One row a step, in order, over all attempts; each says its ``attempt``.
@@ -304,7 +310,7 @@ class RunDir:
         """
         return merge({number: self.rows(number, "metrics") for number in self.attempt_numbers()})
 
-    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+    def events(self, kind: Kind | str | None = None) -> list[dict[str, Any]]:
         """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.events import Kind
 from portatrain.system.stop_signals import StopSignals
 from portatrain.system.watchdog import Watchdog
 from portatrain.training.metrics.record import Sink
@@ -84,7 +85,7 @@ class Leaving:
 
     def _asked(self, kind: str) -> None:
         for sink in self.sinks:
-            sink.event("stopping", asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
+            sink.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
 
     def _leave(self, why: str) -> None:
         status = "interrupted" if self.asked == "interrupt" else "preempted"
@@ -93,5 +94,5 @@ class Leaving:
         self.attempt.close()
 
     def _hung(self, found: dict[str, Any]) -> None:
-        self.attempt.event("hang", **found)
+        self.attempt.event(Kind.HANG, **found)
         self.attempt.close()

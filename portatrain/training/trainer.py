@@ -25,6 +25,7 @@ from portatrain.errors import UserError
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
@@ -122,7 +123,8 @@ class Trainer:
             attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
             for sink in self.sinks:
                 sink.start(self._info)
-            status, summary = "failed", {}
+            status: str = "failed"
+            summary: dict[str, Any] = {}
             try:
                 if found:
                     self._go_on(found)
@@ -132,7 +134,7 @@ class Trainer:
                     if self._stop.signals.grace_s is not None:
                         continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
                 if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
-                    self.event("saves_exceed_memory", training_waits_for_gib_written=round(beyond / 2**30, 3))
+                    self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
                 for hook in self.recipe.hooks:
                     hook.on_start(self)
                 self._loop()
@@ -148,7 +150,8 @@ class Trainer:
                     status = "done"
                     attempt.finish({"status": status, **summary})
                 else:
-                    status = {"interrupt": "interrupted", "preempt": "preempted"}.get(asked or "", "stopped")
+                    ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
+                    status = ends.get(asked or "", Kind.STOPPED)
                     self.event(status, step=self.step, of=self.recipe.steps)
                     attempt.write("summary.json", {"status": status, **summary})
             finally:
@@ -197,7 +200,9 @@ class Trainer:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
         if not self.backend.process and not self.run_dir.locks:
             self.checkpoints.remove_unfinished()
-        found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text), self.backend.agree)
+        found = self.checkpoints.newest(
+            lambda text: attempt.event(Kind.CHECKPOINT_DAMAGED, what=text), self.backend.agree
+        )
         return found[1] if found else None
 
     def _asked(self) -> str | None:
@@ -266,9 +271,9 @@ class Trainer:
         skips = recipe.checkpoint_busy == "skip" and not last
         if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
             self._saved = self.step
-            self.event("saving", step=self.step)
+            self.event(Kind.SAVING, step=self.step)
         else:
-            self.event("save_skipped", step=self.step, why="the one before is still being written")
+            self.event(Kind.SAVE_SKIPPED, step=self.step, why="the one before is still being written")
 
     def _go_on(self, reader: Any) -> None:
         """Restore, and check that the run is the same run."""
@@ -284,7 +289,7 @@ class Trainer:
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
-        self.event("resumed", step=step, **found, accepted=self.options.accept_drift)
+        self.event(Kind.RESUMED, step=step, **found, accepted=self.options.accept_drift)
         if found["verdict"] == "broken" and self.options.accept_drift is None:
             raise continuity.refusal(step, found)
 
@@ -323,7 +328,7 @@ class Trainer:
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
         self._skipped.append(step)
-        self.event("skipped", step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
+        self.event(Kind.SKIPPED, step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
         if len(self._skipped) > self.recipe.max_skips:
             raise UserError(
                 f"step {step} of {self.recipe.name}",
@@ -380,7 +385,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         train_s = time.perf_counter() - self._began_s
-        self.event("evaluating_the_whole_validation_split")
+        self.event(Kind.EVALUATING)
         self._evaluate(None)
         summary = {**self._results(), "train_s": train_s}
         for hook in self.recipe.hooks:

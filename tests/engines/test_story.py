@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
+from portatrain.runs.history import History, committed, read_history
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, committed, status
 from tests.engines.slurm_here import Slurm
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(2400)]
@@ -42,8 +42,8 @@ def prepare() -> None:
         Path("corpus", f"{k}.txt").write_text("".join(lines))
 
 
-def now(name: str = "story") -> Status:
-    return status(RunDir(Path("runs", name)))
+def now(name: str = "story") -> History:
+    return read_history(RunDir(Path("runs", name)))
 
 
 def story_of(name: str = "story") -> str:

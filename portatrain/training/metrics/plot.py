@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
+from portatrain.system import json_files
 
 LOSS_PNG = "loss.png"
 
@@ -25,7 +28,7 @@ def plot_run(run: RunDir) -> Path:
         UserError: matplotlib is missing, or the run has no step yet.
     """
     path = run.path / LOSS_PNG
-    curve, evals = run.curve(), run.events("eval")
+    curve, evals = run.curve(), run.events(Kind.EVAL)
     unit, factor = _unit(evals)
     references = run.summary().get("references") or {}
     draw_curve(curve, evals, path, title=run.path.name, unit=unit, factor=factor, references=references)
@@ -36,7 +39,7 @@ def _unit(evals: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
     """The unit of the loss axis, and what a loss is multiplied with to be in it."""
     for row in reversed(evals):
         bits = row.get("metrics", {}).get("bits_per_byte")
-        if bits and row.get("loss"):
+        if bits and row.get("loss") and math.isfinite(bits / row["loss"]):
             return "bits per byte", bits / row["loss"]
     return "loss", 1.0
 
@@ -63,7 +66,7 @@ def draw_curve(
         raise UserError(
             "the loss curve", expected="matplotlib", got="no such package", do="pip install 'portatrain[plot]'"
         ) from None
-    rows = [row for row in curve if row.get("loss") is not None]
+    rows = [row for row in curve if math.isfinite(json_files.number(row.get("loss")))]
     if not rows:
         raise UserError(
             "the loss curve", expected="at least one step with a finite loss", got="none", do="Train first."
@@ -75,7 +78,7 @@ def draw_curve(
     steps, losses = [row["step"] for row in rows], [factor * row["loss"] for row in rows]
     top.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
     top.plot(steps, smooth(losses), color="C0", linewidth=1.6, label="training (smoothed)")
-    shown = [row for row in evals if row.get("loss") is not None]
+    shown = [row for row in evals if math.isfinite(json_files.number(row.get("loss")))]
     few = min((row.get("samples", 0) for row in shown), default=0)
     # Evaluations on the way see a part of the split, the last all of it: another set, so another mark.
     for style, label, of in (
@@ -85,7 +88,8 @@ def draw_curve(
         if of:
             values = [factor * row["loss"] for row in of]
             top.plot([row["step"] for row in of], values, style, color="C1", markersize=4, label=label)
-    for index, (label, value) in enumerate(references.items()):
+    levels = ((label, json_files.number(value)) for label, value in references.items())
+    for index, (label, value) in enumerate(levels):
         top.axhline(value, color=f"C{2 + index}", linestyle="--", linewidth=1.2, label=f"{label}: {value:.3f}")
     top.set_ylabel(unit)
     top.set_title(title)
