@@ -161,7 +161,7 @@ def read_history(where: RunDir | Path | str) -> History:
         owner=owner,
         step=curve[-1]["step"] if curve else 0,
         steps=recipe.get("steps") or 0,
-        loss=curve[-1]["loss"] if curve else None,
+        loss=curve[-1].get("loss") if curve else None,
         tokens_per_s=_rate(rows[numbers[-1]] if numbers else []),
         committed=committed(run),
         lost_s=_lost_s(attempts, curve),
@@ -245,7 +245,7 @@ def _attempt(
     about = typed.attempt_info(folder / "attempt.json")
     plan = json_files.read_object(folder / "plan.json") if (folder / "plan.json").exists() else None
     began_s = about.get("began_unix_s", events[0].get("unix_s", 0.0) if events else 0.0)
-    times = [e["unix_s"] for e in events if e.get("unix_s")] + [began_s + row["time_s"] for row in rows[-1:]]
+    times = [e["unix_s"] for e in events if e.get("unix_s")] + [began_s + row.get("time_s", 0.0) for row in rows[-1:]]
     steady = [row["step_s"] for row in rows[2:] if row.get("step_s") and not row.get("skipped")]
     kept = sum(row["attempt"] == number for row in curve)
     verdict = last(events, Kind.RESUMED)
@@ -283,7 +283,7 @@ def _lost_s(attempts: Sequence[AttemptHistory], curve: Sequence[Row]) -> float:
     spans: dict[int, tuple[float, float]] = {}
     for row in curve:
         n = row["attempt"]
-        now_s = began[n] + row["time_s"]
+        now_s = began[n] + row.get("time_s", 0.0)
         first_s = spans[n][0] if n in spans else now_s - row.get("step_s", 0.0)
         spans[n] = (first_s, now_s)
     ordered = [spans[n] for n in sorted(spans)]
@@ -305,8 +305,8 @@ def _resume_points(
         mine = rows[attempt.number]
         gap_s = None
         if earlier and mine:
-            arrived_s = attempt.began_unix_s + mine[0]["time_s"] - mine[0].get("step_s", 0.0)
-            gap_s = max(0.0, arrived_s - (earlier.began_unix_s + rows[earlier.number][-1]["time_s"]))
+            arrived_s = attempt.began_unix_s + mine[0].get("time_s", 0.0) - mine[0].get("step_s", 0.0)
+            gap_s = max(0.0, arrived_s - (earlier.began_unix_s + rows[earlier.number][-1].get("time_s", 0.0)))
         found.append(
             ResumePoint(
                 step=step,

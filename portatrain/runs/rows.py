@@ -21,18 +21,19 @@ def metric(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row of metrics.jsonl with `loss`, `grad_norm` and `aux` as floats that may not be finite."""
     whole(row, "step", least=1, required=True)
     for key in ("loss", "grad_norm", "lr"):
-        if key in row or key == "loss":
-            row[key] = json_files.number(row.get(key))
+        if key in row:
+            row[key] = json_files.number(row[key])
     for key in ("time_s", "step_s", "data_wait_s", "tokens_per_s"):
-        if row.get(key) is not None or key == "time_s":
-            row[key] = bounded(row.get(key, 0.0), key, 1e30 if key == "tokens_per_s" else LONGEST_S)
+        if row.get(key) is not None:
+            row[key] = bounded(row[key], key, 1e30 if key == "tokens_per_s" else LONGEST_S)
         elif key in row:
             del row[key]
     for key in ("tokens", "memory_bytes"):
         whole(row, key, most=10**24)
     if row.get("mfu") is not None:
         row["mfu"] = json_files.number(row["mfu"])
-    row["aux"] = numbers(row.get("aux") or {}, "aux")
+    if "aux" in row:
+        row["aux"] = numbers(row["aux"] or {}, "aux")
     return row
 
 

@@ -294,7 +294,7 @@ class RunDir:
 
     def attempt_numbers(self) -> list[int]:
         folder = self.path / "attempts"
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
         return sorted(n for name in names if (n := json_files.digits(name)) is not None and str(n) == name)
 
     def rows(self, number: int, name: str) -> list[dict[str, Any]]:

@@ -199,7 +199,9 @@ class Replay:
     @classmethod
     def of(cls, curve: Iterable[Mapping[str, Any]], step: int, precision: str) -> Replay | None:
         """From the rows of metrics.jsonl; None where nothing was logged after `step`."""
-        rows = {int(r["step"]): json_files.number(r["loss"]) for r in curve if step < r["step"] <= step + REPLAY_STEPS}
+        rows = {
+            int(r["step"]): json_files.number(r.get("loss")) for r in curve if step < r["step"] <= step + REPLAY_STEPS
+        }
         return cls(rows, precision) if rows else None
 
     def add(self, step: int, loss: float) -> dict[str, Any] | None:

@@ -200,13 +200,13 @@ def paths(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield from ((key, inner) for inner in list(value)[:12])
 
 
-def tried(capsys: pytest.CaptureFixture[str], name: str, what: str) -> str:
+def tried(capsysbinary: pytest.CaptureFixture[bytes], name: str, what: str) -> str:
     """Run a command; what it printed. The test fails unless it ends with a code and at most a paragraph."""
     try:
         code = COMMANDS[name]()
     except BaseException as error:  # what the command line would show as a traceback
         raise AssertionError(f"{name} with {what}: {type(error).__name__}: {error}") from error
-    out, err = capsys.readouterr()
+    out, err = (text.decode(errors="replace") for text in capsysbinary.readouterr())
     assert code in (0, 1, 2, 75), (name, what, code)
     assert "Traceback" not in out + err and len(err.splitlines()) < 10, (name, what, err)
     if name == "list":
@@ -215,7 +215,9 @@ def tried(capsys: pytest.CaptureFixture[str], name: str, what: str) -> str:
 
 
 @pytest.mark.parametrize("file", [*FILES, *FOLDERS])
-def test_every_file_in_every_way_under_every_command(runs: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_file_in_every_way_under_every_command(
+    runs: Path, file: str, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
     bad = runs / "runs" / "bad"
     path = bad / file
     if file == "claim":
@@ -230,7 +232,7 @@ def test_every_file_in_every_way_under_every_command(runs: Path, file: str, caps
         for what, damage in ways:
             damage()
             for name in COMMANDS:
-                tried(capsys, name, f"{file}: {what}")
+                tried(capsysbinary, name, f"{file}: {what}")
             if path.is_symlink() or path.is_file():
                 path.unlink()
             elif path.is_dir():
@@ -247,7 +249,7 @@ def test_every_file_in_every_way_under_every_command(runs: Path, file: str, caps
 
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.endswith(("json", "jsonl"))])
-def test_every_field_with_odd_values(runs: Path, file: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_field_with_odd_values(runs: Path, file: str, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     """Of the commands each value gets some in turn, so that each field meets each command."""
     path = runs / "runs" / "bad" / file
     if not path.exists():
@@ -258,19 +260,19 @@ def test_every_field_with_odd_values(runs: Path, file: str, capsys: pytest.Captu
         for what, damage in field_damage(path):
             damage()
             for _ in range(2):
-                tried(capsys, next(turn), f"{file}: {what}")
+                tried(capsysbinary, next(turn), f"{file}: {what}")
     finally:
         path.write_bytes(good)
         if not (runs / "runs" / "good" / file).exists():
             path.unlink()
 
 
-def test_markup_in_names_is_text(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_markup_in_names_is_text(runs: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
     name = "node[/1] [bold]x[/bold]"
     path = runs / "runs" / "bad" / "attempts" / "2" / "attempt.json"
     good = path.read_bytes()
     try:
         path.write_text(json.dumps({**json.loads(good), "host": name, "mesh": "[/]", "backend": "[red]"}))
-        assert name in tried(capsys, "status", "markup") and name in tried(capsys, "list", "markup")
+        assert name in tried(capsysbinary, "status", "markup") and name in tried(capsysbinary, "list", "markup")
     finally:
         path.write_bytes(good)

@@ -95,7 +95,7 @@ def draw_curve(
     top.set_title(title)
     top.grid(alpha=0.25)
     top.legend()
-    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="C3", linewidth=1.2)
+    bottom.plot([row["step"] for row in rows], [row.get("lr", math.nan) for row in rows], color="C3", linewidth=1.2)
     bottom.set_ylabel("learning rate")
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.25)
