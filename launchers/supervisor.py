@@ -25,14 +25,14 @@ from launchers.base import Job, Landed, launcher
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import Holding
+from portatrain.runs.claim import ClaimHandle
 from portatrain.runs.code_snapshot import differences
 from portatrain.runs.events import Kind, last, of_kind
 from portatrain.runs.history import committed
 from portatrain.runs.open import open_run
 from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK, RESUMABLE
-from portatrain.system.stop_signals import SAME_S
+from portatrain.system.stop_signals import SAME_S, stopping_signals
 from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
 
@@ -53,7 +53,7 @@ class Supervisor:
 
     def main(self) -> int:
         """Until the run is over, or this job's part in it; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in stopping_signals():
             signal.signal(number, self._signal)
         if self._over():
             self.landed.leave("over")
@@ -80,7 +80,7 @@ class Supervisor:
             self.landed.leave(outcome)
         return code
 
-    def _patiently(self, claim: Holding) -> tuple[int, str]:
+    def _patiently(self, claim: ClaimHandle) -> tuple[int, str]:
         """`_attempts`, again where the run's store is away, for some minutes."""
         for left in reversed(range(STORE_TRIES)):
             try:
@@ -100,7 +100,7 @@ class Supervisor:
         mine = self.job.submission
         return bool(mine) and any(e.get("submission") == mine for e in self.run.events(Kind.GAVE_UP))
 
-    def _attempts(self, claim: Holding) -> tuple[int, str]:
+    def _attempts(self, claim: ClaimHandle) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim
             return OK, "over"
         if self._given_up():

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
-from portatrain.runs.history import History, read_history
+from portatrain.runs.history import History, errors, read_history
 from portatrain.runs.open import find
 from portatrain.system.text import age
+from portatrain.system.urls import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,6 +71,10 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
     )
     if now.why:
         console.print(f"the last attempt: {now.why}", highlight=False, markup=False)
+    if now.attempts and now.attempts[-1].ended == "failed":
+        kept = errors(Path(now.where, "attempts", str(now.attempts[-1].number)))
+        if kept and not is_remote(now.where):
+            console.print(f"the whole error: {kept[0]}", highlight=False, markup=False)
     if now.attempts:
         table = Table("attempt", "where", "backend", "mesh", "began", "steps", "kept", "resumed", "ended")
         for one in now.attempts:

@@ -61,6 +61,10 @@ def places(given: Path | str) -> list[FoundCheckpoint]:
         raise UserError(
             what, expected="a folder that can be read", got="no permission", do="Ask for it, or copy the folder."
         ) from error
+    except OSError as error:
+        raise UserError(
+            what, expected="a folder that can be read", got=str(error), do="Restore it from a copy, or check the path."
+        ) from error
     if not steps:
         raise UserError(
             what,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.checkpoint.locations import location_of
-from portatrain.errors import UserError
+from portatrain.errors import LONGEST, UserError
 from portatrain.runs import rows as typed
 from portatrain.runs.claim import Owner
 from portatrain.runs.events import Event, Kind, has, how_it_ended, last, of_kind, why_it_ended
@@ -248,7 +248,7 @@ def _attempt(
     times = [e["unix_s"] for e in events if e.get("unix_s")] + [began_s + row.get("time_s", 0.0) for row in rows[-1:]]
     steady = [row["step_s"] for row in rows[2:] if row.get("step_s") and not row.get("skipped")]
     kept = sum(row["attempt"] == number for row in curve)
-    verdict = last(events, Kind.RESUMED)
+    verdict, error = last(events, Kind.RESUMED), _last_error(folder)
     return AttemptHistory(
         number=number,
         where=" ".join(str(about[k]) for k in ("cluster", "host") if about.get(k)),
@@ -261,13 +261,28 @@ def _attempt(
         steps=(rows[0]["step"], rows[-1]["step"]) if rows else None,
         kept=kept,
         again=len(rows) - kept,
-        ended=how_it_ended(events) or ("" if alive else LOST),
-        why=why_it_ended(events),
+        ended=how_it_ended(events) or ("" if alive else "failed" if error else LOST),
+        why=why_it_ended(events) or error,
         verdict="" if verdict is None else str(verdict.get("verdict", "")),
         step_s=statistics.median(steady) if steady else None,
         memory_bytes=max((row["memory_bytes"] for row in rows if row.get("memory_bytes")), default=None),
         plan=plan,
     )
+
+
+def errors(folder: Path) -> list[Path]:
+    """Return the files in an attempt's folder in which processes kept their errors, process 0's first."""
+    found = [folder / "error.txt", *sorted(folder.glob("error-rank-*.txt"))]
+    return [path for path in found if path.is_file()]
+
+
+def _last_error(folder: Path) -> str:
+    """Return the last line of the first error that was kept; '' if there is none."""
+    for path in errors(folder):
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1].strip()[:LONGEST]
+    return ""
 
 
 def _rate(rows: Sequence[Row]) -> float | None:

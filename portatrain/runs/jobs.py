@@ -119,7 +119,11 @@ def read(run_dir: str | Path, number: int) -> Job:
 
 def _read(folder: Path, number: int) -> Job:
     path = folder / "jobs" / f"{number}.json"
-    found = json_files.read_object(path)
+    return of_row(path, json_files.read_object(path))
+
+
+def of_row(path: Path, found: Mapping[str, Any]) -> Job:
+    """The job that a JSON object of the file `path` describes; UserError where it is damaged."""
     known = {f.name for f in fields(Job)}
     try:
         row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}

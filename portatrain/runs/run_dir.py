@@ -24,11 +24,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
 from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
+from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
 from portatrain.runs.events import Kind
 from portatrain.system import environment, json_files
 from portatrain.system.urls import is_remote
@@ -77,7 +77,7 @@ class RunDir:
         """Who holds the claim and is, as far as can be known, alive."""
         return live_owner(self.path / "claim")
 
-    def acquire(self) -> Holding:
+    def acquire(self) -> ClaimHandle:
         """Take the claim; UserError where another process holds it. The directory is there."""
         return Claim.acquire(self.path / "claim")
 
@@ -200,7 +200,8 @@ class RunDir:
             raise self._unusable(error) from error
 
     def _unusable(self, error: OSError) -> UserError:
-        return UserError(
+        kind = UserError if storage_error(error) is None else StorageError
+        return kind(
             f"run directory {self.where}",
             expected="a place that can be written to",
             got=str(error),
@@ -225,7 +226,7 @@ class RunDir:
         }
         self.put("run.json", run, once=True)
 
-    def new_attempt(self, claim: Holding) -> Attempt:
+    def new_attempt(self, claim: ClaimHandle) -> Attempt:
         """The folder and record of the next attempt, empty."""
         number = max(self.attempt_numbers(), default=0) + 1
         folder = self.path / "attempts" / str(number)
@@ -233,7 +234,7 @@ class RunDir:
         self.began(folder)
         return Attempt(self, number, folder, claim)
 
-    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
+    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: ClaimHandle) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
             number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)

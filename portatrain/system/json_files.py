@@ -6,6 +6,7 @@ reads them back; it reads null as NaN, which is how earlier versions wrote all t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -89,10 +90,14 @@ class JsonLines:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        if not self._file.closed:
+        if self._file.closed:
+            return
+        try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+        finally:
+            with contextlib.suppress(OSError):  # what could not be written above cannot be written now
+                self._file.close()
 
 
 def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.system.stop_signals import StopSignals
 from portatrain.system.watchdog import Watchdog
@@ -26,7 +26,7 @@ class Leaving:
 
     def __init__(
         self,
-        attempt: Attempt | Follower,
+        attempt: Attempt | NullAttempt,
         folder: Path,
         *,
         process: int,
@@ -60,12 +60,12 @@ class Leaving:
 
     @property
     def asked(self) -> str | None:
-        """None, 'interrupt' or 'preempt'; set to what all processes have agreed on."""
+        """None, 'interrupt' or 'preempt': the strongest request that has come to this process or been agreed on."""
         return self.signals.asked
 
-    @asked.setter
-    def asked(self, kind: str | None) -> None:
-        self.signals.asked = kind
+    def strengthen(self, kind: str | None) -> None:
+        """Take over what all processes have agreed on; a request that came here meanwhile is not forgotten."""
+        self.signals.strengthen(kind)
 
     @property
     def trained(self) -> bool:

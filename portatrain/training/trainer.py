@@ -24,12 +24,12 @@ from portatrain.data import prefetch
 from portatrain.errors import UserError
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
-from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
-from portatrain.system.stop_signals import StopSignals
+from portatrain.system.stop_signals import STRENGTHS, StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
@@ -54,6 +54,8 @@ class TrainOptions:
     checkpoints: str | None = None
     """A URL of an object store for the checkpoints, kept in the run directory; None: as that says, or inside it."""
     sinks: Sequence[Sink] = ()
+    source: Mapping[str, Any] | None = None
+    """How `portatrain train` was called, for attempt.json: what `launch resume` goes on from."""
     signals: StopSignals | None = None
     """Entered by the caller, so that a request to stop is seen from the start."""
 
@@ -103,68 +105,84 @@ class Trainer:
         """Train to the end, or to where it is stopped; the exit code."""
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
+        if self.options.source is not None:
+            info["source"] = dict(self.options.source)
         if not self.backend.process:
             fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()
-            self.checkpoints = Checkpoints(
-                self.run_dir.checkpoints(self.options.checkpoints),
-                keep=self.recipe.retention,
-                save_name=f"a{attempt.number}",
-                process=self.backend.process,
-                processes=self.backend.processes,
-                guard=attempt.guard,
-            )
-            found = self._newest(attempt)
-            self.step = int(found.meta["step"]) if found else 0
-            self._info = self._run_info(attempt.number, about)
-            attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
-            for sink in self.sinks:
-                sink.start(self._info)
-            status: str = "failed"
-            summary: dict[str, Any] = {}
+            self._status, self._summary, self._told = "failed", {}, False
             try:
-                if found:
-                    self._go_on(found)
-                else:
-                    self.state = self.backend.init_state()
-                    # What a save on demand would have to compile within the grace.
-                    if self._stop.signals.grace_s is not None:
-                        continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
-                if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
-                    self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
-                for hook in self.recipe.hooks:
-                    hook.on_start(self)
-                self._loop()
-                self._stop.at("save", self.step)
-                self._save(last=True)
-                self.checkpoints.wait()
-                self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
-                self._stop.at("eval", self.step)
-                summary = self._finish() if self.step == self.recipe.steps else self._results()
-                # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
-                asked = self._asked()
-                if asked is None and self.step == self.recipe.steps:
-                    status = "done"
-                    attempt.finish({"status": status, **summary})
-                else:
-                    ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
-                    status = ends.get(asked or "", Kind.STOPPED)
-                    self.event(status, step=self.step, of=self.recipe.steps)
-                    attempt.write("summary.json", {"status": status, **summary})
+                self._run(attempt, about)
+            except BaseException as error:
+                self._summary = {**self._summary, "why": attempt.keep_error(error)}
+                raise
             finally:
-                for sink in self.sinks:
-                    sink.end({"status": status, **summary})
-        return {"done": OK, "interrupted": INTERRUPTED}.get(status, RESUMABLE)
+                self._end(attempt)
+        return {"done": OK, "interrupted": INTERRUPTED}.get(self._status, RESUMABLE)
 
-    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
+    def _run(self, attempt: Attempt | NullAttempt, about: Mapping[str, Any]) -> None:
+        """The attempt from its first checkpoint to its last; `_status` and `_summary` say how it ended."""
+        self.checkpoints = Checkpoints(
+            self.run_dir.checkpoints(self.options.checkpoints),
+            keep=self.recipe.retention,
+            save_name=f"a{attempt.number}",
+            process=self.backend.process,
+            processes=self.backend.processes,
+            guard=attempt.guard,
+        )
+        found = self._newest(attempt)
+        self.step = int(found.meta["step"]) if found else 0
+        self._info = self._run_info(attempt.number, about)
+        attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
+        self._told = True
+        for sink in self.sinks:
+            sink.start(self._info)
+        if found:
+            self._go_on(found)
+        else:
+            self.state = self.backend.init_state()
+            # What a save on demand would have to compile within the grace.
+            if self._stop.signals.grace_s is not None:
+                continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
+        if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
+            self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
+        for hook in self.recipe.hooks:
+            hook.on_start(self)
+        self._loop()
+        self._stop.at("save", self.step)
+        self._save(last=True)
+        self.checkpoints.wait()
+        self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
+        self._stop.at("eval", self.step)
+        self._summary = self._finish() if self.step == self.recipe.steps else self._results()
+        # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
+        asked = self._asked()
+        if asked is None and self.step == self.recipe.steps:
+            attempt.finish({"status": "done", **self._summary})
+            self._status = "done"
+        else:
+            ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
+            self._status = str(ends.get(asked or "", Kind.STOPPED))
+            self.event(self._status, step=self.step, of=self.recipe.steps)
+            attempt.write("summary.json", {"status": self._status, **self._summary})
+
+    def _end(self, attempt: Attempt | NullAttempt) -> None:
+        """Tell the sinks how the attempt ended, or its record alone if they have not been started."""
+        if self._told:
+            for sink in self.sinks:
+                sink.end({"status": self._status, **self._summary})
+        else:
+            attempt.event(Kind.END, status=self._status, **self._summary)
+
+    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | NullAttempt:
         """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
         first, signals = not self.backend.process, self.options.signals
         # A request to stop finds an attempt that can be told and closed, or none.
         with signals.staying() if first and signals is not None else nullcontext():
-            attempt = self.run_dir.begin(self.recipe, info) if first else Follower(self.backend.agree(0))
+            attempt = self.run_dir.begin(self.recipe, info) if first else self._follow(self.backend.agree(0))
             stack.enter_context(attempt)
             if isinstance(attempt, Attempt):
                 self.sinks.append(JsonlSink(attempt))
@@ -182,6 +200,9 @@ class Trainer:
             self.backend.agree(attempt.number)
         return attempt
 
+    def _follow(self, number: int) -> NullAttempt:
+        return NullAttempt(number, self.run_dir.path / "attempts" / str(number), self.backend.process)
+
     def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
         """Return what does not change during the attempt; `about` is the backend's description of its device."""
         return RunInfo.of(
@@ -196,7 +217,7 @@ class Trainer:
             mesh=str(self.mesh),
         )
 
-    def _newest(self, attempt: Attempt | Follower) -> Any:
+    def _newest(self, attempt: Attempt | NullAttempt) -> Any:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
         if not self.backend.process and not self.run_dir.locks:
             self.checkpoints.remove_unfinished()
@@ -207,9 +228,9 @@ class Trainer:
 
     def _asked(self) -> str | None:
         """Whether a process has been asked to stop, and how: all leave after the same step."""
-        kinds = (None, "preempt", "interrupt")
-        self._stop.asked = kinds[self.backend.agree(kinds.index(self._stop.asked))]
-        return self._stop.asked
+        agreed = STRENGTHS[self.backend.agree(STRENGTHS.index(self._stop.asked))]
+        self._stop.strengthen(agreed)
+        return agreed  # and not what has come to this process meanwhile: the others know of that the next time
 
     def _loop(self) -> None:
         recipe, self._ended_s = self.recipe, time.perf_counter()

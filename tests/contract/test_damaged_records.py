@@ -250,7 +250,7 @@ def test_every_file_in_every_way_under_every_command(
 
 @pytest.mark.parametrize("file", [f for f in FILES if f.endswith(("json", "jsonl"))])
 def test_every_field_with_odd_values(runs: Path, file: str, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
-    """Of the commands each value gets some in turn, so that each field meets each command."""
+    """Each value gets one command in turn: there are more values than commands, so each field meets each command."""
     path = runs / "runs" / "bad" / file
     if not path.exists():
         path.write_text(json.dumps({"url": "s3://nowhere/at-all"}))
@@ -259,12 +259,29 @@ def test_every_field_with_odd_values(runs: Path, file: str, capsysbinary: pytest
     try:
         for what, damage in field_damage(path):
             damage()
-            for _ in range(2):
-                tried(capsysbinary, next(turn), f"{file}: {what}")
+            tried(capsysbinary, next(turn), f"{file}: {what}")
     finally:
         path.write_bytes(good)
         if not (runs / "runs" / "good" / file).exists():
             path.unlink()
+
+
+def test_every_field_of_a_run_of_the_foreground(runs: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
+    """Without a job, `resume` goes on from what the last attempt recorded of its command."""
+    bad = runs / "runs" / "bad"
+    path = bad / "attempts" / "2" / "attempt.json"
+    good = path.read_bytes()
+    source = {"recipe": "tiny-lm", "overrides": list(SIZES), "cwd": "", "backend": BACKEND, "mesh": None, "devices": 1}
+    (bad / "jobs").rename(runs / "jobs-aside")
+    try:
+        path.write_text(json.dumps({**json.loads(good), "source": source}))
+        assert "--set steps=8" in tried(capsysbinary, "resume", "a run of the foreground")
+        for what, damage in field_damage(path):
+            damage()
+            tried(capsysbinary, "resume", what)
+    finally:
+        path.write_bytes(good)
+        (runs / "jobs-aside").rename(bad / "jobs")
 
 
 def test_markup_in_names_is_text(runs: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:
