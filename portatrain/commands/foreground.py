@@ -10,7 +10,7 @@ import subprocess
 from launchers.base import Job, python, train_here
 from launchers.local import environment_of
 from portatrain.commands import results, train
-from portatrain.runs.run_dir import PLACE
+from portatrain.runs.run_dir import CLUSTER
 from portatrain.system.urls import is_remote
 
 
@@ -22,14 +22,14 @@ def run(job: Job) -> int:
     args = parser.parse_args(job.train()[2:])
     # What `launch resume` goes on from.
     source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd")}
-    before = os.environ.get(PLACE)
-    os.environ[PLACE] = json.dumps({"engine": "local", "cluster": "local", "source": source})
+    before = os.environ.get(CLUSTER)
+    os.environ[CLUSTER] = json.dumps({"engine": "local", "cluster": "local", "source": source})
     try:
         code = train.run(args) if job.code is None else _with_code(job)
     finally:
-        os.environ.pop(PLACE)
+        os.environ.pop(CLUSTER)
         if before is not None:
-            os.environ[PLACE] = before
+            os.environ[CLUSTER] = before
     results.show(job.run_dir)
     return code
 

@@ -180,7 +180,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             hosts=t.hosts,
             processes=t.processes,
             options=t.options,
-            place=t.place,
+            cluster_shape=t.cluster_shape,
             cwd=last.cwd or os.getcwd(),
             detached=t.engine != "local" or args.detach,
             run_dir=run.where if is_remote(run.where) else str(run.path.absolute()),

@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
             detached=target.engine != "local" or args.detach,
             cwd=os.getcwd(),
             options=target.options,
-            place=target.place,
+            cluster_shape=target.cluster_shape,
         )
         for target in fitting
     ]

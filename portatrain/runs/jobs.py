@@ -46,7 +46,7 @@ class Job:
     """The recipe as it was given: a file (absolute), or ''; for --new-code."""
     code: str | None = None
     """The folder with the run's own copy of the code; None: what is installed where the job runs."""
-    place: Mapping[str, Any] = field(default_factory=dict)
+    cluster_shape: Mapping[str, Any] = field(default_factory=dict)
     """What the cluster is: chip, chips, slices, topology, chips_per_host, resource (its name in Kubernetes)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the cluster, for its engine."""
@@ -122,6 +122,7 @@ def _read(folder: Path, number: int) -> Job:
     found = json_files.read_json(path)
     known = {f.name for f in fields(Job)}
     try:
+        found = {"cluster_shape": found.get("place", {}), **found}  # as earlier releases called it
         row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}
         return Job(**row)
     except (TypeError, AttributeError) as error:

@@ -34,7 +34,7 @@ from portatrain.system import json_files
 FORMAT = 1
 ATTEMPT = "PORTATRAIN_ATTEMPT"
 """Environment variable: the attempt that this process's supervisor has begun for it."""
-PLACE = "PORTATRAIN_PLACE"
+CLUSTER = "PORTATRAIN_CLUSTER"
 """Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
 
 
@@ -253,7 +253,7 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(PLACE, "{}")), **info})
+        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(CLUSTER, "{}")), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
             attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:
