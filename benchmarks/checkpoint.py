@@ -231,7 +231,7 @@ class Holding:
     def agree(self, value: int) -> int:
         return value
 
-    def scattered(self, held: State) -> Any:
+    def irregular_shards(self, held: State) -> Any:
         return {}
 
     def local_boxes(self, held: State) -> Any:

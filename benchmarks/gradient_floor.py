@@ -15,12 +15,12 @@ import dataclasses
 import numpy as np
 import torch
 
+from benchmarks.exact_gradients import exact
+from benchmarks.matrix.cells import MESHES, ROWS, recipe_of
 from portatrain.backends.jax import JaxBackend
 from portatrain.backends.program import make_program
 from portatrain.backends.torch import TorchBackend
 from portatrain.testing import parity
-from tests.distributed.exact import exact
-from tests.matrix.cells import MESHES, ROWS, recipe_of
 
 
 def main() -> None:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.backends.base import missing
+from portatrain.system import environment
 
 STEP, STEPS, BOUND = 10, 30, 1e-6
 SIZES = (
@@ -48,7 +49,7 @@ KINDS = {
     "torch-xla": ("fsdp=2", "fsdp=2,tensor=2"),
 }
 """Backend -> (mesh before the move, mesh after it): two devices, then four."""
-ELSEWHERE = {"torch-xla": "PORTATRAIN_XLA_PYTHON"}
+ELSEWHERE = {"torch-xla": environment.XLA_PYTHON.name}
 LEG_S = 600
 MARKS = ("<!-- resume matrix -->", "<!-- end of resume matrix -->")
 ROOT = Path(__file__).parents[1]

@@ -24,11 +24,11 @@ from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
 from portatrain.runs import jobs
 from portatrain.runs.jobs import Job
+from portatrain.system import environment
 from portatrain.system.plugins import Registry, lacks
 from portatrain.system.urls import is_remote
 
 __all__ = [
-    "HOST_PROCESSES",
     "Job",
     "JobRuntime",
     "JobState",
@@ -59,9 +59,6 @@ LAUNCHERS = Registry(
     },
 )
 """Every launcher by name. `rank` is asked in this order: pods of a JobSet on TPUs have Cloud TPU's variables too."""
-
-HOST_PROCESSES = "PORTATRAIN_HOST_PROCESSES"
-"""Environment variable: how many processes a host has, where the scheduler starts one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,7 +326,7 @@ def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
 
 def host_processes(job: Job) -> dict[str, str]:
     """What `launchers.rank_entry` has to be told where an engine starts one process a host and the backend has more."""
-    return {HOST_PROCESSES: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
+    return {environment.HOST_PROCESSES.name: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
 
 
 def python(job: Job) -> str:

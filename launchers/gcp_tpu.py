@@ -32,7 +32,8 @@ from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.slices import RULES
-from portatrain.system.stop_signals import GRACE
+from portatrain.system import environment
+from portatrain.system.environment import whole_number
 
 OPTIONS = {
     "project": "a Google Cloud project",
@@ -151,8 +152,8 @@ class GcpTpuLauncher(Launcher):
     def rank(self, env: Mapping[str, str]) -> Rank | None:
         if "TPU_WORKER_ID" not in env or "TPU_WORKER_HOSTNAMES" not in env:
             return None
-        slices, each = int(env.get("MEGASCALE_NUM_SLICES", "1")), len(env["TPU_WORKER_HOSTNAMES"].split(","))
-        index = int(env.get("MEGASCALE_SLICE_ID", "0")) * each + int(env["TPU_WORKER_ID"])
+        slices, each = whole_number(env, "MEGASCALE_NUM_SLICES", 1), len(env["TPU_WORKER_HOSTNAMES"].split(","))
+        index = whole_number(env, "MEGASCALE_SLICE_ID", 0) * each + whole_number(env, "TPU_WORKER_ID")
         return Rank(rank=index, world=slices * each)
 
     def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
@@ -201,8 +202,8 @@ def script(job: Job) -> str:
     first, other = commands_in_image(job)
     env = {
         "MASTER_PORT": str(PORT),
-        GRACE: str(NOTICE_S - 5),
-        "PORTATRAIN_NOTICES": "gcp",
+        environment.GRACE_S.name: str(NOTICE_S - 5),
+        environment.NOTICES.name: "gcp",
         **option(job, "env", dict, {}),
     }
     setup = option(job, "setup", str, "").strip()

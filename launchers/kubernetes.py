@@ -31,7 +31,9 @@ from launchers.base import (
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError, choice
 from portatrain.plan.clusters.chip import Chip
-from portatrain.system.stop_signals import GRACE, RESUME_ME
+from portatrain.system import environment
+from portatrain.system.environment import whole_number
+from portatrain.system.exit_codes import RESUMABLE
 from portatrain.system.urls import is_remote
 
 OPTIONS = {
@@ -161,9 +163,10 @@ class KubernetesLauncher(Launcher):
     def rank(self, env: Mapping[str, str]) -> Rank | None:
         if "JOB_COMPLETION_INDEX" not in env:  # an index a pod, over all jobs of the set
             return None
-        hosts = int(env.get("PORTATRAIN_HOSTS", "1"))
-        each = int(env.get("PORTATRAIN_SLICE_HOSTS", str(hosts)))
-        return Rank(rank=int(env.get("JOB_INDEX", "0")) * each + int(env["JOB_COMPLETION_INDEX"]), world=hosts)
+        hosts = environment.HOSTS.get(env)
+        each = environment.SLICE_HOSTS.get(env) or hosts
+        index = whole_number(env, "JOB_INDEX", 0) * each + whole_number(env, "JOB_COMPLETION_INDEX")
+        return Rank(rank=index, world=hosts)
 
     def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
         return {name: env[name] for name in ("JOBSET_NAME", "JOB_COMPLETION_INDEX") if name in env}
@@ -201,7 +204,7 @@ def manifest(job: Job) -> dict[str, Any]:
         "backoffLimit": 0,
         "podFailurePolicy": {
             "rules": [
-                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUME_ME]}},
+                {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [RESUMABLE]}},
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
             ]
         },
@@ -237,9 +240,9 @@ def _container(job: Job, shape: Mapping[str, Any], slices: int, hosts: int, grac
     env = {
         "MASTER_ADDR": f"{job.name}-slice-0-0.{job.name}",
         "MASTER_PORT": str(PORT),
-        GRACE: str(grace - 5),
-        "PORTATRAIN_HOSTS": str(slices * hosts),
-        "PORTATRAIN_SLICE_HOSTS": str(hosts),
+        environment.GRACE_S.name: str(grace - 5),
+        environment.HOSTS.name: str(slices * hosts),
+        environment.SLICE_HOSTS.name: str(hosts),
         **host_processes(job),
         **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
     }

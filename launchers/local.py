@@ -24,6 +24,7 @@ from launchers.base import (
 from portatrain.errors import UserError
 from portatrain.runs.claim import process_start
 from portatrain.runs.open import open_run
+from portatrain.system import environment
 
 OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
 STARTS_WITHIN_S = 20.0
@@ -106,10 +107,9 @@ class LocalRuntime(JobRuntime):
         self.job = job
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        from portatrain.system.processes import PARENT
 
         words = [python(self.job), "-m", "portatrain.cli", *train_here(self.job)]
-        return words, {PARENT: str(os.getpid())}, attempt / "rank-0.log"
+        return words, {environment.PARENT.name: str(os.getpid())}, attempt / "rank-0.log"
 
 
 def _pid(job: Job) -> int | None:

@@ -2,23 +2,21 @@
 
 Puts what the scheduler's environment says, as its launcher reads it (`Launcher.rank`), into the variables that torchrun
 would set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. Goes on as `portatrain`. If the scheduler starts one process
-a host and the backend needs more (HOST_PROCESSES), it starts them.
+a host and the backend needs more (`environment.HOST_PROCESSES`), it starts them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from launchers.base import HOST_PROCESSES, Rank, launcher, launcher_names
+from launchers.base import Rank, launcher, launcher_names
 from portatrain.errors import UserError
-from portatrain.runs.run_dir import CLUSTER
-from portatrain.system.processes import LOGS
+from portatrain.system import environment
 
 
 def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
@@ -57,33 +55,27 @@ def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 def _asked_in_order(env: Mapping[str, str]) -> list[str]:
     """The engine that the supervisor names, then the others: hosts that an engine starts itself are not told."""
-    engine = json.loads(env.get(CLUSTER, "{}")).get("engine")
+    engine = environment.CLUSTER.get(env).get("engine")
     return sorted(launcher_names(), key=lambda name: name != engine)
 
 
 def _rank(name: str, env: Mapping[str, str]) -> Rank | None:
     try:
-        return launcher(name).rank(env)
+        one = launcher(name)
     except UserError as error:  # of a package that is broken; this job may be another's
         print(f"engine {name} is not asked for a rank: {error}", file=sys.stderr)
         return None
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"the environment of {name}",
-            expected="variables that give a rank",
-            got=f"{type(error).__name__}: {error}",
-            do=f"Look at the variables that {name} sets.",
-        ) from error
+    return one.rank(env)
 
 
 def main() -> int:
     """Set the rank's variables, then go on as `portatrain`."""
     from portatrain.cli import main as portatrain
-    from portatrain.system.processes import PARENT, ends_at_once, run_processes
+    from portatrain.system.processes import ends_at_once, run_processes
 
-    os.environ.pop(PARENT, None)
-    n = int(os.environ.pop(HOST_PROCESSES, "1"))
+    os.environ.pop(environment.PARENT.name, None)
     try:
+        n = environment.HOST_PROCESSES.take()
         found = rank_variables(os.environ)
         if found and found["LOCAL_WORLD_SIZE"] == "1" and n > 1:
             entry, args = "launchers.rank_entry:one", {"words": sys.argv[1:]}
@@ -113,10 +105,10 @@ def one(args: argparse.Namespace) -> int:
 
 def _note(code: int) -> None:
     """Leave the exit code where the supervisor looks: whoever starts processes may report another's, that it killed."""
-    folder = os.environ.get(LOGS)
-    if folder:
+    folder = environment.LOGS.get()
+    if folder is not None:
         with contextlib.suppress(OSError):
-            Path(folder, f"exit-{os.environ.get('RANK', '0')}").write_text(str(code))
+            Path(folder, f"exit-{os.environ.get(environment.RANK.name, '0')}").write_text(str(code))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.slices import RULES
-from portatrain.system.stop_signals import RESUME_ME
+from portatrain.system.environment import whole_number
+from portatrain.system.exit_codes import RESUMABLE
 
 OPTIONS = {
     "accelerators": "SkyPilot's name and count a node, as in H100:8",
@@ -111,7 +112,7 @@ class SkyPilotLauncher(Launcher):
     def rank(self, env: Mapping[str, str]) -> Rank | None:
         if "SKYPILOT_NODE_RANK" not in env:
             return None
-        return Rank(rank=int(env["SKYPILOT_NODE_RANK"]), world=int(env.get("SKYPILOT_NUM_NODES", "1")))
+        return Rank(rank=whole_number(env, "SKYPILOT_NODE_RANK"), world=whole_number(env, "SKYPILOT_NUM_NODES", 1))
 
     def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
         return {name: env[name] for name in ("SKYPILOT_TASK_ID", "SKYPILOT_NODE_RANK") if name in env}
@@ -126,7 +127,7 @@ def task(job: Job) -> dict[str, Any]:
     for name, key, kind in (("infra", "infra", str), ("image", "image_id", str), ("spot", "use_spot", bool)):
         if option(job, name, kind) is not None:
             one[key] = job.options[name]
-    recovery = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": [RESUME_ME]}
+    recovery = {"max_restarts_on_errors": job.max_restarts, "recover_on_exit_codes": [RESUMABLE]}
     anything = option(job, "any_of", list)
     resources: dict[str, Any] = {"job_recovery": recovery}
     resources |= {"any_of": [dict(r) for r in anything]} if anything else one

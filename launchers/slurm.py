@@ -37,8 +37,9 @@ from portatrain.errors import UserError
 from portatrain.plan.clusters.chip import Chip
 from portatrain.runs import jobs
 from portatrain.runs.open import open_run
+from portatrain.system import environment
+from portatrain.system.environment import whole_number
 from portatrain.system.processes import free_port
-from portatrain.system.stop_signals import GRACE
 from portatrain.system.urls import is_remote
 
 OPTIONS = {
@@ -197,10 +198,10 @@ class SlurmLauncher(Launcher):
             return None
         here = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
         return Rank(
-            rank=int(env["SLURM_PROCID"]),
-            world=int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1"))),
-            local_rank=int(env["SLURM_LOCALID"]),
-            local_world=int(here),
+            rank=whole_number(env, "SLURM_PROCID"),
+            world=whole_number(env, "SLURM_STEP_NUM_TASKS", whole_number(env, "SLURM_NTASKS", 1)),
+            local_rank=whole_number(env, "SLURM_LOCALID"),
+            local_world=whole_number({"SLURM_STEP_TASKS_PER_NODE": here}, "SLURM_STEP_TASKS_PER_NODE"),
         )
 
     def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
@@ -265,11 +266,9 @@ class SlurmRuntime(JobRuntime):
         env = {"MASTER_ADDR": head_address(), "MASTER_PORT": str(free_port())}
         grace = option(job, "grace_s", int) or _grace_s(os.environ.get("SLURM_JOB_PARTITION", ""))
         if grace:
-            env[GRACE] = str(grace)
+            env[environment.GRACE_S.name] = str(grace)
         if "hang_s" in job.options:
-            from portatrain.system.watchdog import LIMIT
-
-            env[LIMIT] = str(job.options["hang_s"])
+            env[environment.HANG_S.name] = str(job.options["hang_s"])
         return words, env, None
 
     def means(self, signum: int) -> str:

@@ -25,17 +25,16 @@ from launchers.base import Job, JobRuntime, launcher, runtime_of
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import TOKEN, Holding
+from portatrain.runs.claim import Holding
 from portatrain.runs.code_snapshot import differences
 from portatrain.runs.open import open_run
-from portatrain.runs.run_dir import ATTEMPT, CLUSTER
 from portatrain.runs.status import committed
-from portatrain.system.processes import LOGS
-from portatrain.system.stop_signals import RESUME_ME, SAME_S
+from portatrain.system import environment
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK, RESUMABLE
+from portatrain.system.stop_signals import SAME_S
 from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
 
-MISTAKE = 2
 STORE_TRIES, STORE_EVERY_S = 20, 30.0
 BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 
@@ -64,8 +63,8 @@ class Supervisor:
         except UserError as error:
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
             self.runtime.on_exit("superseded")
-            return RESUME_ME
-        code, outcome = RESUME_ME, "unclear"
+            return RESUMABLE
+        code, outcome = RESUMABLE, "unclear"
         try:
             code, outcome = self._patiently(claim)
         except UserError as error:
@@ -102,7 +101,7 @@ class Supervisor:
 
     def _attempts(self, claim: Holding) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim
-            return 0, "over"
+            return OK, "over"
         if self._given_up():
             return MISTAKE, "over"
         self.runtime.on_claimed()
@@ -117,7 +116,7 @@ class Supervisor:
                 dead = None
             code, outcome, why = self._attempt(attempt)
             if self._over():
-                return (0 if self.run.is_done else RESUME_ME), "over"
+                return (OK if self.run.is_done else RESUMABLE), "over"
             if outcome in ("failed", "hung"):
                 if code == MISTAKE:
                     attempt.event("gave_up", why=why, submission=self.job.submission)
@@ -126,21 +125,21 @@ class Supervisor:
                     text = f"{self.job.max_restarts} restarts in a row brought no new commit; the last attempt: {why}"
                     attempt.event("gave_up", why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
-                    return code if code else 1, "over"
+                    return code or FAILED, "over"
                 if not self.asked and self.runtime.restarts:
                     continue
                 if not self.asked:
-                    return code if code > 0 else 1, "failed"
+                    return code if code > 0 else FAILED, "failed"
             elif not self.asked and outcome == "preempted":
                 # Its own processes were told, and this one was not: a notice of the cloud, or somebody's kill.
-                return RESUME_ME, "preempted"
+                return RESUMABLE, "preempted"
             return self._asked_end()
 
     def _asked_end(self) -> tuple[int, str]:
         if self.asked == "cancel":  # by the scheduler's own command; that holds for the other acceptable places too
             self.run.put("CANCELLED", {"unix_s": time.time(), "by": f"job {self.job.number}"})
-            return RESUME_ME, "over"
-        return RESUME_ME, "preempted" if self.asked == "preempt" else "unclear"
+            return RESUMABLE, "over"
+        return RESUMABLE, "preempted" if self.asked == "preempt" else "unclear"
 
     def _pause(self, seconds: float) -> bool:
         """Wait; False where a signal came meanwhile."""
@@ -182,10 +181,10 @@ class Supervisor:
         env = {
             **os.environ,
             **more,
-            TOKEN: token,
-            ATTEMPT: str(attempt.number),
-            CLUSTER: json.dumps(where),
-            LOGS: str(attempt.folder),
+            environment.CLAIM.name: token,
+            environment.ATTEMPT.name: str(attempt.number),
+            environment.CLUSTER.name: json.dumps(where),
+            environment.LOGS.name: str(attempt.folder),
         }
         with open(output or os.devnull, "ab") as log:
             # A session of its own: what is sent to this process's group comes once, from here.
@@ -200,7 +199,7 @@ class Supervisor:
             if self.signals:  # it came in between
                 self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
-        if code not in (0, RESUME_ME) and _mistake(attempt.folder):
+        if code not in (OK, RESUMABLE) and _mistake(attempt.folder):
             code = MISTAKE
         outcome, why = self._outcome(attempt, code)
         attempt.event(
@@ -224,9 +223,9 @@ class Supervisor:
         hang = next((e for e in events if e["event"] == "hang"), None)
         if hang is not None:
             return "hung", f"a hang; {hang['behind']['text']}"
-        if self.asked or code in (RESUME_ME, 130):
+        if self.asked or code in (RESUMABLE, INTERRUPTED):
             ends = [e["status"] for e in events if e["event"] == "end"]
-            if ends or code == RESUME_ME:
+            if ends or code == RESUMABLE:
                 return ("stopped" if ends and ends[-1] in ("stopped", "interrupted") else "preempted"), ""
             return "preempted", "it was ended before it could say how"
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

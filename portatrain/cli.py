@@ -17,6 +17,7 @@ from typing import NoReturn
 
 from portatrain import __version__
 from portatrain.errors import UserError, choice
+from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
 # A new command is a line here: name -> its module, and what the list of commands says of it.
 PORTATRAIN: dict[str, tuple[str, str]] = {
@@ -39,7 +40,7 @@ LAUNCH: dict[str, tuple[str, str]] = {
 }
 SUBMIT = ("portatrain.commands.submit", "train a recipe on a cluster")
 
-PORTATRAIN_HELP = """\
+HELP_TEXT = """\
 Write the model and its sharding once; train it on TPUs, GPUs or a laptop.
 
 commands:
@@ -67,7 +68,7 @@ def run(words: list[str]) -> int:
         print(f"portatrain {__version__}")
         return 0
     if not words or words[0] in ("--help", "-h", "help"):
-        print(PORTATRAIN_HELP.format(commands=_listing(PORTATRAIN)), end="")
+        print(HELP_TEXT.format(commands=_listing(PORTATRAIN)), end="")
         return 0
     if words[0] not in PORTATRAIN:
         raise choice(f"portatrain {words[0]}: the command", words[0], PORTATRAIN)
@@ -151,10 +152,10 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
             do="Choose another place or a shorter name, free some space, or mend the permissions.",
         )
         print(f"error: {where}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except SystemExit as end:  # argparse, after --help
         return end.code if isinstance(end.code, int) else 0
 

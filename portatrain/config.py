@@ -1,7 +1,7 @@
-"""Frozen dataclasses as data: checked types, JSON and back, a hash.
+"""Frozen dataclasses as configuration: checked types, conversion to and from JSON, and a hash.
 
-A recipe, a model's sizes, an optimizer rule are all frozen keyword-only dataclasses. What a text on the
-command line becomes is decided in ``overrides.py``, with the same types.
+A config is a frozen keyword-only dataclass: a recipe, the sizes of a model, an optimizer rule.
+``portatrain.recipe.overrides`` parses command-line texts by the same types.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ _ADDED = "added later"
 
 
 def is_config(value: object) -> bool:
-    """Whether ``value`` is an instance of a frozen dataclass."""
+    """Return True if ``value`` is an instance of a frozen dataclass."""
     parameters = getattr(type(value), "__dataclass_params__", None)
     return parameters is not None and bool(parameters.frozen)
 
 
 def added_later(default: Any) -> Any:
-    """Declare a field that a class did not have in an earlier release: `name: int = added_later(0)`.
+    """Declare a field that earlier releases of the class did not have: ``name: int = added_later(0)``.
 
-    It is left out of the JSON while it has its default, so that the hashes of existing recipes stay as they are. The
-    default must therefore mean what the class did before it had the field, and never change.
+    The JSON omits the field while it has its default, so the hashes of existing recipes do not change. The default must
+    therefore give the behaviour that the class had without the field, and must never change.
     """
     return dataclasses.field(default=default, metadata={_ADDED: True})
 
@@ -45,9 +45,9 @@ def _left_out(config: Any, name: str) -> bool:
 
 
 def hints(cls: type) -> dict[str, Any]:
-    """The resolved annotation of every field that ``cls`` takes, by name, in order.
+    """Return the resolved annotation of every field that ``cls`` takes, by name, in order.
 
-    An annotation that cannot be resolved here (a name imported for the type checker only) counts as Any.
+    An annotation that cannot be resolved (a name imported for the type checker only) is Any.
     """
     return _hints(cls)
 
@@ -62,7 +62,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def required(cls: type) -> list[str]:
-    """The fields of ``cls`` that have no default."""
+    """Return the names of the fields of ``cls`` that have no default."""
     return [
         field.name
         for field in dataclasses.fields(cls)
@@ -71,7 +71,7 @@ def required(cls: type) -> list[str]:
 
 
 def describe(hint: Any) -> str:
-    """``hint`` in words for an error: ``an integer or none``."""
+    """Return an annotation in words, for an error message: ``an integer or none``."""
     words = {int: "an integer", float: "a number", bool: "true or false", str: "text", type(None): "none"}
     if hint in words:
         return words[hint]
@@ -90,15 +90,16 @@ def describe(hint: Any) -> str:
 
 
 def is_mapping(hint: Any) -> bool:
+    """Return True if an annotation is a mapping type."""
     origin = get_origin(hint) or hint
     return isinstance(origin, type) and issubclass(origin, Mapping)
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether ``value`` is a legal value of a field annotated ``hint``.
+    """Return True if ``value`` is valid for a field with annotation ``hint``.
 
-    A bool is no integer here, an integer is a legal float, and a number must be finite. Hints other
-    than those of plain data (classes, protocols, callables) are checked for classes only.
+    A bool is not a valid integer, an integer is a valid float, and a number must be finite. An annotation that is a
+    class is checked with isinstance; protocols, callables and other annotations accept any value.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in UNIONS:
@@ -131,7 +132,7 @@ def check_types(config: object) -> None:
                 f"field {name} of {type(config).__name__}",
                 expected=describe(hint),
                 got=f"{value!r} ({type(value).__name__})",
-                do="Set it to a value of that kind.",
+                do="Set it to a value of that type.",
             )
 
 
@@ -141,14 +142,14 @@ _CLASS, _NAMED = "class", "named"
 
 
 def to_json(value: object) -> Any:
-    """``value`` as plain JSON data: a config is an object whose ``class`` is ``module:qualname``.
+    """Return ``value`` as plain JSON data.
 
-    A field that `added_later` declares is left out while it has its default. Tuples become lists; functions
-    and classes become ``{"named": "module:qualname"}``; a number in a
-    float field is written as a float, so that 1 and 1.0 hash alike.
+    A config becomes an object with its fields and ``class``, "module:qualname"; fields of `added_later` are omitted
+    while they have their defaults. Tuples become lists. Functions and classes become ``{"named": "module:qualname"}``.
+    A number in a float field becomes a float, so that 1 and 1.0 have the same hash.
 
     Raises:
-        UserError: something in it is no data (an open file, a lambda, an array, a list, a set).
+        UserError: ``value`` contains something else: an open file, a lambda, an array, a list, a set.
     """
     if is_config(value):
         known = {name: hint for name, hint in hints(type(value)).items() if not _left_out(value, name)}
@@ -168,17 +169,17 @@ def to_json(value: object) -> Any:
         "recipe value",
         expected="plain data: numbers, text, tuples, mappings, frozen dataclasses, module-level functions",
         got=f"{value!r} ({type(value).__name__})",
-        do="Put it into a frozen dataclass, or a tuple in place of a list.",
+        do="Put it into a frozen dataclass, or use a tuple instead of a list.",
     )
 
 
 def from_json(data: Any) -> Any:
-    """The inverse of ``to_json``: equal to what went in.
+    """Return the value that ``to_json`` converted, the inverse of ``to_json``.
 
-    Classes are looked up by name, and only frozen dataclasses are ever called.
+    Classes and functions are imported by name, and no class but a dataclass is called.
 
     Raises:
-        UserError: a class that cannot be found, or a field that it does not have.
+        UserError: a name that cannot be imported, a field that the class does not have, or a missing field.
     """
     if isinstance(data, list):
         return tuple(from_json(item) for item in data)
@@ -211,13 +212,13 @@ def from_json(data: Any) -> Any:
 
 
 def sha256(value: object) -> str:
-    """SHA-256, in hex, of the canonical JSON of ``value``: sorted keys, no spaces, shortest floats."""
+    """Return the SHA-256, in hex, of the canonical JSON of ``value``: sorted keys, no spaces, shortest floats."""
     text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _as_float(value: object, hint: Any) -> object:
-    """``value`` as a float if ``hint`` wants one; exact, since only integers below 2**53 are converted."""
+    """Return an int as a float if ``hint`` is a float annotation. It is exact: larger ints than 2**53 stay ints."""
     arms = get_args(hint) if get_origin(hint) in UNIONS else (hint,)
     if type(value) is int and float in arms and int not in arms and abs(value) <= 2**53:
         return float(value)
@@ -225,9 +226,9 @@ def _as_float(value: object, hint: Any) -> object:
 
 
 def _name_of(thing: Any) -> str:
-    """``module:qualname``, the module being the outermost package that exports it under that name.
+    """Return ``module:qualname``, with the outermost package that exports the thing under that name as module.
 
-    So a run's JSON, and its hash, stay the same when a class moves to another file of its package.
+    The JSON and the hash of a run therefore do not change when a class moves to another file of its package.
     """
     module = thing.__module__
     parts = module.split(".")
@@ -239,7 +240,7 @@ def _name_of(thing: Any) -> str:
     return f"{module}:{thing.__qualname__}"
 
 
-# Where classes were that older runs name: module -> where it is now.
+# Modules named in the JSON of older runs -> the module that has their classes now.
 _MOVED = {
     "portatrain.schedules": "portatrain.optim",
     "portatrain.hooks": "portatrain",
@@ -261,6 +262,6 @@ def _find(name: str) -> Any:
             f"recipe class {name}",
             expected="a name that can be imported here",
             got=str(error),
-            do="Load the recipe file that defines it first, or install the package it comes from.",
+            do="First load the recipe file that defines it, or install its package.",
         ) from error
     return thing

@@ -1,4 +1,4 @@
-"""The one kind of error that a user's mistake may end in."""
+"""`UserError`: the error for a user's mistake, printed as one paragraph and never as a traceback."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from collections.abc import Iterable
 from typing import Any, Self
 
 LONGEST = 1000
+"""Characters of a user's own text in a message; the middle of a longer text is left out."""
 
 
 class UserError(Exception):
-    """A mistake that the user can mend.
+    """A mistake that the user can correct.
 
-    The command line prints it as one paragraph and leaves with code 2; it is never shown as a
-    traceback. ``what`` names the thing at fault, ``expected`` and ``got`` say what was wanted and
-    what came, ``do`` says how to mend it, with the valid choices where there are few.
+    The command line prints it as one paragraph, "WHAT: expected EXPECTED, got GOT. DO", and exits with ``code``.
+
+    Args:
+        what: the thing at fault, such as a field or a file.
+        expected: the valid values.
+        got: the actual value.
+        do: one sentence that says how to correct it, with the valid choices if they are few.
     """
 
     code = 2
-    """Exit code of a command that ends in it."""
+    """Exit code of a command that ends with this error."""
 
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
         super().__init__(f"{_short(what)}: expected {expected}, got {_short(got)}. {do}")
@@ -30,20 +35,21 @@ class UserError(Exception):
 
 
 class StorageError(UserError):
-    """Storage that did not do what it was asked for. It may do so when it is tried again, so a job tries again."""
+    """A failure of storage that may be temporary. A job that ends with it is started again."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def _short(text: str) -> str:
-    """What a user gave may be of any length; a message is a paragraph of sentences."""
+    """Return ``text`` without a final period and, if it is long, without its middle."""
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
 def choice(what: str, got: str, valid: Iterable[str]) -> UserError:
-    """The error for a name that is not among ``valid``, with the nearest ones first."""
+    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names."""
+
     import difflib
 
     names = sorted(valid)

@@ -22,22 +22,14 @@ for _name, _value in {
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.support.folders import listing  # noqa: E402
+
 # The same examples in every run: a failure is a change of ours. `--hypothesis-profile=explore` looks for new ones.
 settings.register_profile(
     "fixed", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.register_profile("explore", parent=settings.get_profile("fixed"), derandomize=False, max_examples=1000)
 settings.load_profile("fixed")
-
-
-def listing(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file and folder below ``folder``: relative path -> mode, time of change, content."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        status = path.lstat()
-        content = path.read_bytes() if path.is_file() and os.access(path, os.R_OK) else b""
-        found[str(path.relative_to(folder))] = (status.st_mode, status.st_mtime_ns, content)
-    return found
 
 
 @pytest.fixture

@@ -64,7 +64,7 @@ class Context:
     precision: str = "fp32"
 
 
-Scattered = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]
+IrregularShards = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]
 """By role and name: (process, offset, shape) of boxes that cover the tensor, without overlap."""
 
 
@@ -82,7 +82,7 @@ class Backend(Protocol):
 
     name: str
     program: Program
-    asynchronous: bool
+    async_dispatch: bool
     """Whether `step` returns before the step is done."""
     process: int
     """This process's number among those that carry the program out together; 0 writes what a run leaves."""
@@ -108,11 +108,11 @@ class Backend(Protocol):
         """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
         ...
 
-    def rehearse(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+    def probe(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         """What `step` would do, with nothing changed, for the continuity check. By 'ROLE/NAME' the 2-norm of every
         tensor of the state; as 'grad/NAME' that of the gradient before clipping, as 'update/NAME' of what would be
         added to the parameter. Each array has the axes of the tensor's Stacks: a value a layer, () without one.
-        A backend that cannot has `rehearse = None`."""
+        A backend that cannot has `probe = None`."""
         ...
 
     def eval(self, state: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -132,7 +132,7 @@ class Backend(Protocol):
         """Every box of every tensor that this process holds, with nothing left out."""
         ...
 
-    def scattered(self, state: Any) -> Scattered:
+    def irregular_shards(self, state: Any) -> IrregularShards:
         """Which process has which boxes of the tensors that do not lie as the layout says; all processes call it."""
         ...
 

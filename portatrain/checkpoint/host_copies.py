@@ -16,10 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from checkpoints_format import Box
-from portatrain.errors import UserError
-
-BUDGET = "PORTATRAIN_SAVE_MEMORY_GIB"
-"""Environment variable: host memory for the copies of this process; without it half of what is free."""
+from portatrain.system import environment
 
 
 @dataclass(slots=True)
@@ -155,21 +152,8 @@ class Staging:
 
 def given_budget_bytes() -> int | None:
     """What the environment allows the copies to take, or None. Raises UserError where it is not a number."""
-    given = os.environ.get(BUDGET)
-    if given is None:
-        return None
-    try:
-        gib = float(given)
-    except ValueError:
-        gib = -1.0
-    if not 0 <= gib < float("inf"):
-        raise UserError(
-            f"environment variable {BUDGET}",
-            expected="a number of GiB, such as 2.5",
-            got=repr(given),
-            do="Correct it, or unset it: then half of the free memory is taken.",
-        )
-    return int(gib * 2**30)
+    gib = environment.SAVE_MEMORY_GIB.get()
+    return None if gib is None else int(gib * 2**30)
 
 
 def free_memory_bytes() -> int:

@@ -41,7 +41,7 @@ from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
 from checkpoints_format.packs import receipt_name
 from checkpoints_format.store import read_small
 from checkpoints_format.writer import COMMIT
-from portatrain.backends.base import Backend, Scattered
+from portatrain.backends.base import Backend, IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, full_name, slot_tensors
 from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
@@ -72,19 +72,24 @@ def _is_whole(store: Store, receipt: str) -> bool:
 
 
 def format_layout(
-    program: Program, scattered: Scattered | None = None, writers: int = 1, owners: Sequence[int] | None = None
+    program: Program,
+    irregular_shards: IrregularShards | None = None,
+    writers: int = 1,
+    owners: Sequence[int] | None = None,
 ) -> FormatLayout:
-    """What a checkpoint of `program` holds, and which mesh position has which box of it. `scattered`: the tensors
-    that do not lie as the layout says, as `Backend.scattered` gives them. `owners`: the process of every position of
-    the mesh, where processes do not hold equal consecutive runs (`sharing.owners_of`)."""
-    scattered = scattered or {}
+    """Return what a checkpoint of `program` holds, and which mesh position has which box of it.
+
+    irregular_shards: the tensors that do not lie as the layout says, as `Backend.irregular_shards` gives them.
+    owners: the process of every position of the mesh, if processes do not hold equal consecutive runs of positions.
+    """
+    irregular_shards = irregular_shards or {}
     mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
 
     def tensor(info: TensorInfo, role: str) -> Tensor:
         # Averages lie as parameters do; a slot as the layout's mapping for the optimizer says.
         spec = program.layout.tensor_spec(info, role="params" if role == "ema" else role)
         by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
-        listed = tuple((process, Box(*box)) for process, *box in scattered.get((role, info.name), ()))
+        listed = tuple((process, Box(*box)) for process, *box in irregular_shards.get((role, info.name), ()))
         return Tensor(
             name=full_name(role, info.name),
             dtype=info.dtype,
@@ -245,7 +250,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
         self._metrics: dict[int, Mapping[str, float]] = {}
-        self._plan: tuple[Program, Scattered, FormatLayout, dict[str, list[Box]]] | None = None
+        self._plan: tuple[Program, IrregularShards, FormatLayout, dict[str, list[Box]]] | None = None
 
     # ---- saving
 
@@ -287,10 +292,10 @@ class Checkpoints:
 
     def _planned(self, backend: Backend, state: Any) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
         """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
-        program, scattered = backend.program, backend.scattered(state)
-        if self._plan is None or self._plan[0] is not program or self._plan[1] != scattered:
-            layout = format_layout(program, scattered, self.processes, owners_of(backend))
-            self._plan = program, scattered, layout, written_by(layout, self.process)
+        program, irregular_shards = backend.program, backend.irregular_shards(state)
+        if self._plan is None or self._plan[0] is not program or self._plan[1] != irregular_shards:
+            layout = format_layout(program, irregular_shards, self.processes, owners_of(backend))
+            self._plan = program, irregular_shards, layout, written_by(layout, self.process)
         return self._plan[2], self._plan[3]
 
     def _write(self, step: int, layout: FormatLayout, staging: Staging, meta: Mapping[str, Any]) -> None:

@@ -7,7 +7,6 @@ processes is faster than the storage: an object store, or a file system that sev
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,10 @@ from checkpoints_format.dtypes import item_bytes
 from portatrain.backends.base import Backend
 from portatrain.backends.program import Program
 from portatrain.backends.state import slot_tensors
-from portatrain.errors import choice
 from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.model.module import TensorInfo
+from portatrain.system import environment
 
-READ_ONCE = "PORTATRAIN_READ_ONCE"
-"""Environment variable: 1 shares the reading of copies wherever the mesh has them, 0 never does."""
 LEAST_BYTES = 64 << 10
 """A part below this is not worth a request and an exchange: such a box is read whole by everyone."""
 
@@ -37,11 +34,8 @@ class Share:
         self, mesh: Mesh, at: Mapping[str, int], offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(offset, shape) of what the device at mesh coordinates `at` reads of a box."""
-        index = 0
-        for axis in self.axes:
-            index = index * mesh.sizes[axis] + at[axis]
         mine = shape[self.dim] // mesh.over(self.axes)
-        moved = offset[self.dim] + index * mine
+        moved = offset[self.dim] + mesh.index(self.axes, at) * mine
         d = self.dim
         return (*offset[:d], moved, *offset[d + 1 :]), (*shape[:d], mine, *shape[d + 1 :])
 
@@ -121,9 +115,7 @@ def _across(mesh: Mesh, owners: Sequence[int]) -> tuple[str, ...]:
 def pays(processes: int, *, remote: bool) -> bool:
     """Whether reading once and exchanging is taken to be quicker: from an object store, and from a file system where
     the processes are on several hosts. The environment may say otherwise; UserError where that is no 0 or 1."""
-    said = os.environ.get(READ_ONCE)
-    if said not in (None, "0", "1"):
-        raise choice(READ_ONCE, said, ("0", "1"))
+    said = environment.READ_ONCE.get()
     if said is not None:
-        return said == "1"
-    return processes > 1 and (remote or processes > int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return said
+    return processes > 1 and (remote or processes > environment.LOCAL_WORLD_SIZE.get())

@@ -10,7 +10,7 @@ import subprocess
 from launchers.base import Job, python, train_here
 from launchers.local import environment_of
 from portatrain.commands import results, train
-from portatrain.runs.run_dir import CLUSTER
+from portatrain.system import environment
 from portatrain.system.urls import is_remote
 
 
@@ -22,14 +22,14 @@ def run(job: Job) -> int:
     args = parser.parse_args(job.train()[2:])
     # What `launch resume` goes on from.
     source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd")}
-    before = os.environ.get(CLUSTER)
-    os.environ[CLUSTER] = json.dumps({"engine": "local", "cluster": "local", "source": source})
+    before = os.environ.get(environment.CLUSTER.name)
+    os.environ[environment.CLUSTER.name] = json.dumps({"engine": "local", "cluster": "local", "source": source})
     try:
         code = train.run(args) if job.code is None else _with_code(job)
     finally:
-        os.environ.pop(CLUSTER)
+        os.environ.pop(environment.CLUSTER.name)
         if before is not None:
-            os.environ[CLUSTER] = before
+            os.environ[environment.CLUSTER.name] = before
     results.show(job.run_dir)
     return code
 

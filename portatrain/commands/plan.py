@@ -8,7 +8,7 @@ examples:
   portatrain plan llama3-8b --cluster tpu-v5p-256,h100-64,mi300x-64
   portatrain plan llama3-405b --cluster 4*tpu-v5p-4096 --details
   portatrain plan tiny-lm --cluster cpu-2 --json
-  portatrain plan llama3-70b --cluster all --plot cost.png
+  portatrain plan llama3-70b --cluster all --plot cost.svg
   portatrain plan --calibrate runs/demo runs/wide                  # planned beside measured; learns the factor
   portatrain plan llama3-8b --cluster tpu-v5p-256 --compile       # the real compiler checks it; takes minutes
 """
@@ -83,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=folder,
         help="in place of a plan: fit the efficiency factors to these runs, say what changes, and keep it",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days (png, svg, pdf)")
+    parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days, an SVG")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -262,11 +262,11 @@ def _words(text: str | None) -> tuple[str, ...]:
 
 def _plot_file(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in (".png", ".svg", ".pdf") or not path.parent.is_dir():
+    if path.suffix != ".svg" or not path.parent.is_dir():
         raise UserError(
             f"--plot {text}",
-            expected="a file ending in .png, .svg or .pdf in a folder that exists",
+            expected="a file ending in .svg in a folder that exists",
             got=text,
-            do="Write --plot cost.png.",
+            do="Write --plot cost.svg.",
         )
     return path

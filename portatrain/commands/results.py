@@ -19,7 +19,7 @@ def show(run_dir: str) -> None:
     summary = run.summary()
     print(f"\nrun directory    {run_dir}")
     try:
-        print(f"loss curve       {plot_run(run)}")
+        print(f"loss curve       {run.where}/{plot_run(run).name}")
     except UserError as error:
         print(f"no loss curve: {error}", file=sys.stderr)
     _print(summary)

@@ -1,4 +1,4 @@
-"""Where tensors lie: a mesh, three mappings from logical axes to mesh axes, and the boxes that follow.
+"""Where tensors lie: a mesh, two mappings from logical axes to mesh axes, and the boxes that follow.
 
 This is the only place that decides, and the only one that raises a sharding error. A `Layout` becomes a
 `PartitionSpec` (JAX), DTensor placements and FSDP2's shard dimension (torch), an XLA SPMD spec, or a
@@ -93,6 +93,13 @@ class Mesh:
         """The number of shards that splitting over `axes` makes."""
         return math.prod(self.sizes[a] for a in axes)
 
+    def index(self, axes: Iterable[str], at: Mapping[str, int]) -> int:
+        """Return the number, row-major over `axes` (major first), of the shard of the device at coordinates `at`."""
+        found = 0
+        for axis in axes:
+            found = found * self.sizes[axis] + at[axis]
+        return found
+
     def coordinates(self, rank: int) -> dict[str, int]:
         """The position of device `rank`, counted row-major over `MESH_AXES`."""
         found = {}
@@ -106,7 +113,7 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the three mappings: `compute` for values, `params` for parameters, `state` for the optimizer's.
+    """A mesh and the two mappings: `compute` for values, `params` for parameters, their averages and slots.
 
     `known` are the logical axes that may be named besides those of the mappings (those of the model's tensors);
     None allows any. Build one for a model with `Layout.of`.
@@ -115,7 +122,6 @@ class Layout:
     mesh: Mesh = field(default_factory=Mesh)
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
     params: Mapping[str, Axes] = field(default_factory=lambda: {**COMPUTE, **PARAMS})
-    state: Mapping[str, Axes] | None = None
     known: frozenset[str] | None = None
 
     @classmethod
@@ -185,7 +191,7 @@ class Layout:
     def _mapping(self, role: str) -> Mapping[str, Axes]:
         if role == "compute" or role == "state":  # a model's State lies where values lie
             return self.compute
-        return self.params if role == "params" or self.state is None else self.state
+        return self.params
 
     def _uneven(self, what: str, axis: str, size: int, over: tuple[str, ...]) -> UserError:
         shards = self.mesh.over(over)
@@ -207,17 +213,14 @@ class Layout:
         """(offset, shape) of the part of `tensor` on the device at mesh coordinates `at`."""
         offset, shape = [], []
         for size, over in zip(tensor.shape, self.tensor_spec(tensor, role=role), strict=True):
-            index = 0
-            for axis in over:
-                index = index * self.mesh.sizes[axis] + at[axis]
             mine = size // self.mesh.over(over)
-            offset.append(index * mine)
+            offset.append(self.mesh.index(over, at) * mine)
             shape.append(mine)
         return tuple(offset), tuple(shape)
 
     def check(self, model: Definition) -> None:
         """Raise UserError unless every tensor of `model` divides, and every mesh axis is one that a mapping names."""
-        for mapping in (self.compute, self.params, self.state or {}):
+        for mapping in (self.compute, self.params):
             for logical, axes in mapping.items():
                 for axis in _tuple(axes):
                     if axis not in MESH_AXES:

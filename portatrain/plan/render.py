@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from html import escape
 from pathlib import Path
 
 from rich.console import Console
@@ -10,6 +11,7 @@ from rich.table import Table
 
 from portatrain.plan.cost import efficiency
 from portatrain.plan.result import CONVENTION, Plan
+from portatrain.system.svg import COLOURS, Scale, document, frame
 
 GIB = 2**30
 
@@ -142,26 +144,20 @@ def _legend(plans: Iterable[Plan]) -> str:
 
 
 def plot(plans: Sequence[Plan], path: Path) -> None:
-    """Cost of the run against its days, one point a cluster; the format follows the file's ending."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for plan in plans:
-        if plan.days and plan.usd_per_run:
-            axes.plot(plan.days, plan.usd_per_run, "o", label=plan.cluster.name)
-            axes.annotate(
-                plan.cluster.name, (plan.days, plan.usd_per_run), xytext=(5, 3), textcoords="offset points", fontsize=8
-            )
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="days per run",
-        ylabel="USD per run, list prices",
-        title=f"{plans[0].asked.name}: predicted cost against time",
-    )
-    axes.grid(True, which="both", alpha=0.2)
-    figure.savefig(path)
+    """Write an SVG: the cost of the run against its days, one point a cluster."""
+    points = [(p.days, p.usd_per_run, p.cluster.name) for p in plans if p.days and p.usd_per_run]
+    title = f"{plans[0].asked.name}: predicted cost against time"
+    parts = ['<text x="480" y="300" text-anchor="middle">no cluster has a price</text>']
+    if points:
+        days, costs = [when for when, _, _ in points], [usd for _, usd, _ in points]
+        x = Scale(low=min(days) / 2, high=max(days) * 3, start=90, end=940, log=True)
+        y = Scale(low=min(costs) / 2, high=max(costs) * 2, start=540, end=40, log=True)
+        parts = frame(x, y, x_label="days per run", y_label="USD per run, list prices")
+        for number, (when, usd, name) in enumerate(points):
+            colour = COLOURS[number % len(COLOURS)]
+            parts.append(f'<circle cx="{x(when):.1f}" cy="{y(usd):.1f}" r="5" fill="{colour}"/>')
+            parts.append(f'<text x="{x(when) + 8:.1f}" y="{y(usd) - 5:.1f}">{escape(name)}</text>')
+    path.write_text(document(title, 960, 600, parts), encoding="utf-8")
 
 
 def _mesh(text: str) -> str:

@@ -1,4 +1,5 @@
-"""A recipe is everything that decides a run, as one frozen dataclass. Load one by name or file; override fields."""
+"""`Recipe`: everything that decides what a run computes, as one frozen dataclass. Load one by name or file, override
+its fields, and hash it. This room imports definitions only: no framework."""
 
 from portatrain.recipe.recipe import ModelSpec as ModelSpec
 from portatrain.recipe.recipe import Recipe as Recipe

@@ -1,4 +1,4 @@
-"""``path=value`` texts from the command line, read by the types of the fields that they name."""
+"""Overrides from the command line: ``path=value`` texts, parsed by the types of the fields that they name."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def parse(text: str, hint: Any, current: object, modules: Iterable[str] = ()) ->
     a dataclass the class that ``text`` names, without values yet.
 
     Raises:
-        ValueError: no reading of ``text`` fits.
+        ValueError: ``text`` cannot be read as any type that ``hint`` allows.
     """
     origin, args = get_origin(hint), get_args(hint)
     if origin in UNIONS:
         # None first, so that `none` in an optional field means None; text last, as every value reads as text.
         for arm in sorted(args, key=lambda arm: (arm is str, arm is not type(None))):
             if str in args and get_origin(arm) is tuple and text and not set(text) & set(",(["):
-                continue  # one word, where a list of them would do too
+                continue  # prefer text to a list of one word
             try:
                 return parse(text, arm, current, modules)
             except ValueError:
@@ -79,7 +79,7 @@ def _parse_bool(text: str) -> bool:
 
 
 def _parse_int(text: str) -> int:
-    """An integer, also as ``20_000`` or ``1e4``."""
+    """Return an integer from texts such as ``20000``, ``20_000`` and ``1e4``."""
     try:
         return int(text)
     except ValueError:
@@ -95,7 +95,7 @@ def _parse_tuple(text: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         inner = inner[1:-1]
     words = [word.strip().strip("'\"") for word in inner.split(",")]
     if words and not words[-1]:
-        words.pop()  # "" is the empty list, and a comma may end a list
+        words.pop()  # "" is the empty list, and a list may end in a comma
     arms = [args[0]] * len(words) if len(args) == 2 and args[1] is Ellipsis else list(args)
     if len(arms) != len(words):
         raise ValueError(text)
@@ -110,7 +110,7 @@ def _literal(text: str) -> object:
 
 
 def _plain(value: object) -> object:
-    """``value`` with every list made a tuple, all the way down."""
+    """Return ``value`` with every list, at any depth, converted to a tuple."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -164,7 +164,7 @@ def _room_of(cls: type) -> tuple[str, str]:
 
 
 def _members(cls: type) -> set[str]:
-    """The public methods and properties of ``cls``, and ``__call__`` where it defines one."""
+    """Return the names of the public methods and properties of ``cls``, and ``__call__`` if it has one."""
     names = {name for base in cls.__mro__[:-1] for name in vars(base) if name in dir(cls)}
     data = set(hints(cls)) if dataclasses.is_dataclass(cls) else set()
     return {name for name in names if name == "__call__" or not name.startswith("_")} - data
@@ -184,8 +184,8 @@ def override(config: Any, assignments: Iterable[str], *, modules: Iterable[str] 
     class (`data.paths=corpus`) may stand before or after its name.
 
     Raises:
-        UserError: no "=", an unknown field (with the nearest names and all valid ones), a value that
-            does not fit, or whatever the dataclass itself refuses.
+        UserError: a missing "=", an unknown field (the message lists the nearest names and all valid ones), a value
+            that does not fit the field, or a value that the dataclass rejects.
     """
     pending: list[tuple[list[str], str, str]] = []
     for assignment in assignments:
@@ -307,5 +307,5 @@ def _parse_or_raise(hint: Any, current: object, text: str, assignment: str, modu
     except (ValueError, OverflowError):
         wanted = describe(hint)
         raise UserError(
-            f"override {assignment!r}", expected=wanted, got=repr(text), do="Give a value of that kind."
+            f"override {assignment!r}", expected=wanted, got=repr(text), do="Write a value of that type."
         ) from None

@@ -1,7 +1,7 @@
-"""A recipe: everything that decides what a run computes, as one frozen dataclass.
+"""`Recipe`: everything that decides what a run computes, as one frozen dataclass; and loading one by name or file.
 
-A recipe is a Python file with a function ``recipe()`` that returns a ``Recipe``. Backend, mesh and devices
-are no part of it: they may change while a run goes on, and the curve stays the same.
+A recipe file is a Python file with a function ``recipe()`` that returns a ``Recipe``. Backend, mesh and devices are not
+part of a recipe: they may change between the attempts of a run, and the loss curve stays the same.
 """
 
 from __future__ import annotations
@@ -33,102 +33,111 @@ from portatrain.recipe import overrides
 from portatrain.recipe.retention import Retention
 
 MeshAxes = Mapping[str, str | tuple[str, ...]]
-"""Logical axis -> the mesh axes that it is cut over, major first; (): whole on every device."""
+"""Logical axis -> the mesh axes that shard it, major first; () leaves it whole on every device."""
 
 
 @runtime_checkable
 class ModelSpec(Protocol):
-    """The sizes of a model, as a frozen dataclass that can make it."""
+    """The sizes of a model: a frozen dataclass with a method that builds it."""
 
     def build(self) -> Any:
-        """The model: a ``portatrain.model.module.Module``."""
+        """Return the model, a ``portatrain.model.module.Module``."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What a run computes. Any two runs of equal recipes follow the same loss curve.
+    """Everything that decides what a run computes. Two runs of equal recipes follow the same loss curve.
 
     Raises:
-        UserError: a field of the wrong type or out of range, or sizes that do not go together.
+        UserError: a field has the wrong type or is out of range, or two sizes do not fit together.
     """
 
     name: str
-    """Small letters, digits, ``-`` and ``_``; the default name of a run."""
+    """Name of the recipe and default name of its runs: 1 to 63 lower-case letters, digits, ``-`` and ``_``."""
     model: ModelSpec
-    """The sizes of the model: a frozen dataclass with a method build()."""
+    """The sizes of the model; a frozen dataclass with a method ``build``."""
     data: DataSpec
-    """A source, and how it is cut into samples."""
+    """The source of the data and how it is cut into samples."""
     optimizer: Rule
     """The update rule, with its learning rate."""
     schedule: Schedule
-    """What the learning rate is multiplied by, over the steps."""
+    """The multiplier of the learning rate at each step."""
 
     steps: int
-    """Optimizer steps of the whole run."""
+    """Number of optimizer steps in the run, at least 1."""
     batch: int
-    """Samples a step, over all devices together."""
+    """Samples per step, over all devices together."""
     accumulation: int = 1
-    """Microbatches a step; ``batch`` is a multiple of it."""
+    """Microbatches per step; must divide ``batch``. 1: the whole batch at once."""
     batch_start: int | None = None
-    """Samples of the first step, where the batch grows: a multiple of the microbatch, whose size stays. None: it does
-    not grow."""
+    """Samples of the first step if the batch grows: a multiple of the microbatch size, which does not change. None: the
+    batch does not grow."""
     batch_ramp: int = 0
-    """Steps in which it grows, by a microbatch at a time and evenly; each after them takes ``batch``."""
+    """Number of steps in which the batch grows evenly from ``batch_start`` to ``batch``, one microbatch at a time. 0:
+    it does not grow."""
     seed: int = 0
-    """Decides the initial weights, the order of the data and dropout."""
+    """Seed of the initial weights, the order of samples and dropout, from 0 to 2**63 - 1."""
 
     precision: Literal["fp32", "bf16", "bf16-state"] = "fp32"
-    """Of the computation. Parameters and optimizer state are fp32, with bf16-state bf16 too (``precision.py``)."""
+    """The dtypes. fp32: float32 throughout. bf16: computation in bfloat16; parameters and optimizer state in float32.
+    bf16-state: these are kept in bfloat16 too, with stochastic rounding. See ``portatrain.model.precision``."""
     remat: str = "none"
-    """What the backward pass computes again instead of keeping: the name of a policy."""
+    """The remat policy: which activations the backward pass recomputes instead of keeping. none: it keeps all. See
+    ``portatrain.model.remat``."""
     clip_norm: float | None = 1.0
-    """Global gradient norm above which the gradient is scaled down to it; None: never."""
+    """Maximum global 2-norm of the gradient; a larger gradient is scaled down to it. None: no clipping."""
     max_skips: int = 10
-    """Steps that may be skipped because loss or gradient is not finite, before the run ends."""
+    """Maximum number of steps that an attempt may skip because the loss or the gradient is not finite; one more ends it
+    with an error."""
 
-    # Rules by name: shell patterns (`*`, `?`, `[...]`) over whole parameter names such as blocks/attn/wq.
+    # The next fields select parameters by shell patterns (`*`, `?`, `[...]`) over names such as blocks/attn/wq.
     trainable: tuple[str, ...] | None = None
-    """What is trained; None: everything or, with ``lora``, its factors."""
+    """Name patterns of the parameters to train. None: all parameters or, with ``lora``, only the LoRA factors."""
     frozen: tuple[str, ...] = ()
-    """What is not trained although ``trainable`` names it; it has no optimizer state."""
+    """Name patterns of the parameters to exclude from ``trainable``; they have no optimizer state. (): none."""
     lora: LoRA | None = None
-    """Low-rank factors beside the weights that it targets; None: there are none."""
+    """LoRA settings: low-rank factors are added to the weights that it targets. None: no LoRA."""
     decay: tuple[str, ...] | None = None
-    """What weight decay applies to; None: matrices and embeddings (``optim.decays_by_default``)."""
+    """Name patterns of the parameters to apply weight decay to. None: matrices and embeddings
+    (``portatrain.optim.decays_by_default``)."""
     no_decay: tuple[str, ...] = ()
-    """What it leaves alone although it would apply."""
+    """Name patterns of the parameters to exclude from weight decay. (): none."""
     ema_decay: float | None = None
-    """Decay of an exponential moving average of the parameters; None: there is none."""
+    """Decay per step of an exponential moving average of the parameters, between 0 and 1. None: no average."""
     ema: tuple[str, ...] = ("*",)
-    """Which trainable parameters are averaged."""
+    """Name patterns of the trainable parameters to average. ("*",): all of them. No effect without ``ema_decay``."""
 
     compute: MeshAxes | None = None
-    """Entries that replace those of the default mapping of activations to mesh axes."""
+    """Logical axis -> mesh axes for activations; these entries replace the defaults (``model.layout.COMPUTE``). None:
+    the defaults."""
     params: MeshAxes | None = None
-    """Entries that replace those of the default mapping of parameters to mesh axes."""
+    """Logical axis -> mesh axes for parameters; these entries replace the defaults (``model.layout.PARAMS``). None: the
+    defaults."""
 
     eval_every: int | None = None
-    """Steps between evaluations; None: one at the end."""
+    """Steps between evaluations. None: one evaluation, at the end of the run."""
     eval_batches: int = 16
-    """Validation batches of an evaluation (fewer where the split has fewer)."""
+    """Maximum number of validation batches per evaluation; fewer if the split has fewer."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints; None: one where the run stops or ends."""
+    """Steps between checkpoints. None: one checkpoint, when the run stops or ends."""
     checkpoint_keep: int = 2
-    """How many committed checkpoints are kept: the newest ones."""
+    """Number of newest committed checkpoints to keep, at least 1."""
     checkpoint_keep_every: int | None = None
-    """Those whose step is a multiple of it are kept too."""
+    """Also keep each checkpoint whose step is a multiple of this number. None: no others."""
     checkpoint_keep_best: str | None = None
-    """And the best by an evaluation's metric: min:loss, max:accuracy."""
+    """Also keep the best checkpoint by an evaluation metric, such as min:loss or max:accuracy. None: no others."""
     checkpoint_busy: Literal["wait", "skip"] = "wait"
-    """What a save does while the one before it is being written. The last one of an attempt always waits."""
+    """Action if a checkpoint is due while the previous one is still being written: wait for it, or skip the new one.
+    The last checkpoint of an attempt always waits."""
 
     probe_every: int = 1
-    """Every how many checkpoints carry the continuity check's virtual step; that of a stopping run always does."""
+    """Every n-th checkpoint stores the probe for the continuity check (1: all do), and so does the last one of a run
+    that is asked to stop."""
 
     hooks: tuple[Any, ...] = ()
-    """What a researcher adds to the training loop; see ``portatrain.training.trainer``."""
+    """Hooks to call from the training loop (``portatrain.training.hooks``). (): none."""
 
     def __post_init__(self) -> None:
         config.check_types(self)
@@ -136,7 +145,7 @@ class Recipe:
             if not config.is_config(getattr(self, name)):
                 self._refuse(name, "a frozen dataclass", "Decorate its class with @dataclass(frozen=True).")
         if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,62}", self.name):
-            self._refuse("name", "1 to 63 small letters, digits, '-' or '_'", "Use a name such as tiny-lm.")
+            self._refuse("name", "1 to 63 lower-case letters, digits, '-' or '_'", "Use a name such as tiny-lm.")
         least = {
             "steps": 1,
             "batch": 1,
@@ -152,13 +161,13 @@ class Recipe:
                 least[name] = 1
         for name, bound in least.items():
             if getattr(self, name) < bound:
-                self._refuse(name, f"an integer of at least {bound}", "Choose a larger one.")
+                self._refuse(name, f"an integer of at least {bound}", "Use a larger number.")
         if self.seed >= 2**63:
-            self._refuse("seed", "an integer below 2**63", "Choose a smaller one.")
+            self._refuse("seed", "an integer below 2**63", "Use a smaller number.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             self._refuse("clip_norm", "a positive number or none", "Use none to switch clipping off.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            self._refuse("ema_decay", "a number between 0 and 1, or none", "A usual one is 0.999.")
+            self._refuse("ema_decay", "a number between 0 and 1, or none", "A usual value is 0.999.")
         if self.batch % self.accumulation:
             below = self.batch // self.accumulation * self.accumulation
             sizes = [str(size) for size in (below, below + self.accumulation) if size]
@@ -166,7 +175,7 @@ class Recipe:
                 f"recipe {self.name}: batch",
                 expected=f"a multiple of accumulation={self.accumulation}",
                 got=str(self.batch),
-                do=f"The nearest sizes that work: batch={' or batch='.join(sizes)}.",
+                do=f"Use the nearest valid size: batch={' or batch='.join(sizes)}.",
             )
         self._check_ramp()
         self.schedule.check(self.steps)
@@ -176,7 +185,9 @@ class Recipe:
         start, micro = self.batch_start, self.microbatch
         if start is None:
             if self.batch_ramp:
-                self._refuse("batch_ramp", "0 where batch_start is none", "Set batch_start to the first batch.")
+                self._refuse(
+                    "batch_ramp", "0, since batch_start is none", "Set batch_start to the batch size of the first step."
+                )
             return
         if not 0 < start <= self.batch or start % micro:
             finer = self.batch // math.gcd(max(start, 1), self.batch)
@@ -190,7 +201,7 @@ class Recipe:
             self._refuse(
                 "batch_ramp",
                 f"at least {stages} steps, one for every microbatch between {start} and {self.batch}",
-                "Lengthen it, or start from a larger batch.",
+                "Use a longer ramp, or a larger batch_start.",
             )
 
     def _refuse(self, field: str, expected: str, do: str) -> None:
@@ -198,42 +209,43 @@ class Recipe:
 
     @property
     def microbatch(self) -> int:
-        """Samples of a microbatch."""
+        """The number of samples in a microbatch."""
         return self.batch // self.accumulation
 
     def batch_at(self, step: int) -> int:
-        """Samples of a step, counted from 1."""
+        """Return the number of samples in ``step``, counted from 1."""
         if self.batch_start is None or step > self.batch_ramp:
             return self.batch
         stages = (self.batch - self.batch_start) // self.microbatch
         return self.batch_start + (step - 1) * stages // self.batch_ramp * self.microbatch
 
     def microbatches(self, rows: Mapping[str, Any]) -> dict[str, Any]:
-        """Arrays of a step's samples with leading axes (microbatches, microbatch)."""
+        """Return the arrays of one step, (samples, ...), as (microbatches, samples per microbatch, ...)."""
         return {k: v.reshape(-1, self.microbatch, *v.shape[1:]) for k, v in rows.items()}
 
     def samples_after(self, step: int) -> int:
-        """Samples that the steps 1 to ``step`` take: where the next one begins in the sequence of samples."""
+        """Return the number of samples in steps 1 to ``step``: the index of the first sample of the next step."""
         if self.batch_start is None:
             return step * self.batch
         stages = (self.batch - self.batch_start) // self.microbatch
-        # Stage j begins after ceil(j * ramp / stages) steps; what every later step lacks of the full batch.
+        # Stage j begins after ceil(j * ramp / stages) steps, and each step before it has one microbatch less.
+
         begins = [-(-j * self.batch_ramp // stages) for j in range(stages + 1)] if stages else [0]
         lacking = sum(min(step, end) for end in begins[1:]) * self.microbatch
         return step * self.batch - lacking
 
     @property
     def retention(self) -> Retention:
-        """Which checkpoints stay."""
+        """The rule for keeping checkpoints."""
         return Retention(last=self.checkpoint_keep, every=self.checkpoint_keep_every, best=self.checkpoint_keep_best)
 
     def describe(self) -> Definition:
-        """The model, built, with what the recipe adds to it."""
+        """Build the model, with its LoRA factors if any, and return its tensors in the dtypes of ``precision``."""
         model = self.model.build()
         return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
 
     def trains(self, name: str) -> bool:
-        """Whether the parameter ``name`` is trained."""
+        """Return True if the recipe trains the parameter ``name``."""
         if self.trainable is None:
             named = self.lora is None or is_factor(name)
         else:
@@ -241,41 +253,51 @@ class Recipe:
         return named and not _matches(name, self.frozen)
 
     def decays(self, info: Info) -> bool:
-        """Whether weight decay applies to the parameter that ``info`` describes."""
+        """Return True if weight decay applies to the parameter that ``info`` describes."""
         if _matches(info.name, self.no_decay):
             return False
         return decays_by_default(info) if self.decay is None else _matches(info.name, self.decay)
 
     def averages(self, name: str) -> bool:
-        """Whether a moving average of the parameter ``name`` is kept."""
+        """Return True if the run keeps a moving average of the parameter ``name``."""
         return self.ema_decay is not None and self.trains(name) and _matches(name, self.ema)
 
     def check_names(self, names: Iterable[str]) -> None:
-        """Raise UserError for a rule that selects none of the model's parameters, or if nothing trains."""
+        """Check the name patterns against the names of the model's parameters.
+
+        Raises:
+            UserError: a pattern matches no parameter, or no parameter is trained.
+        """
         known = list(names)
         for field in ("trainable", "frozen", "decay", "no_decay", "ema"):
             for pattern in getattr(self, field) or ():
                 if not any(fnmatchcase(name, pattern) for name in known):
                     raise choice(f"recipe {self.name}: pattern {pattern!r} of {field}", pattern, known)
         if not any(self.trains(name) for name in known):
-            self._refuse("trainable", "at least one parameter to train", f"The model has: {', '.join(known)}.")
+            self._refuse("trainable", "at least one parameter to train", f"Choose among {', '.join(known)}.")
 
     @property
     def sha256(self) -> str:
-        """SHA-256, in hex, of the resolved recipe."""
+        """The SHA-256 of the recipe's JSON, in hex."""
         return config.sha256(self)
 
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe as nested plain data; ``Recipe.from_json`` gives an equal recipe back."""
+        """Return the recipe as nested plain data, from which ``Recipe.from_json`` makes an equal recipe."""
         return config.to_json(self)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Recipe:
-        """The recipe that ``to_json`` wrote. One from a file of its own needs ``load_recipe`` first."""
+        """Return the recipe that ``to_json`` wrote.
+
+        If a recipe file defines classes of its own, load it with ``load_recipe`` first.
+
+        Raises:
+            UserError: a class that cannot be imported, an unknown or missing field, or the JSON of another class.
+        """
         loaded = config.from_json(dict(data))
         if not isinstance(loaded, Recipe):
             raise UserError(
-                "recipe", expected="the JSON of a Recipe", got=type(loaded).__name__, do="Pass what to_json returned."
+                "recipe", expected="the JSON of a Recipe", got=type(loaded).__name__, do="Pass the result of to_json."
             )
         return loaded
 
@@ -327,11 +349,11 @@ def _named_in(source: str) -> list[str]:
 
 
 def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
-    """The recipe of a file (``my/recipe.py``, relative to ``cwd``) or of a shipped one (``tiny-lm``).
+    """Return the recipe of a file (``my/recipe.py``, relative to ``cwd``) or a shipped recipe (``tiny-lm``).
 
     Raises:
-        UserError: there is no such file or name, the file does not import or defines no ``recipe()``,
-            that function raises, or it returns something else than a Recipe.
+        UserError: there is no such file or name, the file does not import or defines no ``recipe()``, that function
+            raises, or it does not return a Recipe.
     """
     shipped = shipped_recipes()
     if name_or_path.endswith(".py") or "/" in name_or_path:
@@ -355,8 +377,8 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
         raise UserError(
             what,
             expected="a function recipe() that returns a Recipe",
-            got="none of that name",
-            do="Add one, as the shipped files in recipes/ have.",
+            got="no function of that name",
+            do="Add one; the files in recipes/ are examples.",
         )
     if name_or_path in shipped and name_or_path in getattr(module, "RECIPES", ()):
         function = partial(function, name_or_path)
@@ -373,25 +395,25 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
 
 
 def _import_file(path: Path, shipped: Mapping[str, str], *, what: str) -> ModuleType:
-    """Import ``path`` as a module. Files beside it can be imported by it, as in a script."""
+    """Import ``path`` as a module. Like a script, it can import the files beside it."""
     for module_name in shipped.values():
         spec = importlib.util.find_spec(module_name)
         if spec and spec.origin and Path(spec.origin).resolve() == path:
             return _run(what, partial(importlib.import_module, module_name))
-    # Named after the file, so that JSON and worker processes name its classes the same way everywhere; with a
-    # prefix, so that my_recipes/json.py does not become `json`.
+    # The module is named after the file, so that JSON and worker processes use the same names for its classes. The
+    # prefix prevents my_recipes/json.py from becoming `json`.
     module_name = f"recipe_file_{re.sub(r'[^A-Za-z0-9_]', '_', path.stem)}"
     previous = sys.modules.get(module_name)
     source = _run(what, path.read_bytes)
     if previous is not None and (previous.__file__, getattr(previous, "__source__", None)) == (str(path), source):
-        return previous  # as with any import: its classes are the same ones the second time
+        return previous  # as with any import, a second import returns the same classes
     if str(path.parent) not in sys.path:
         sys.path.append(str(path.parent))
     module = ModuleType(module_name)
     module.__dict__.update(__file__=str(path), __source__=source)
-    sys.modules[module_name] = module  # dataclasses look their module up while it is being run
+    sys.modules[module_name] = module  # dataclasses look up their module while it runs
     try:
-        # Not through an import loader: that would leave a __pycache__ beside the user's file.
+        # An import loader would leave a __pycache__ beside the user's file.
         _run(what, lambda: exec(compile(source, str(path), "exec"), module.__dict__))
     except UserError:
         sys.modules.pop(module_name)
@@ -402,7 +424,7 @@ def _import_file(path: Path, shipped: Mapping[str, str], *, what: str) -> Module
 
 
 def _run(what: str, function: Any) -> Any:
-    """Call code that the user wrote; what it raises becomes one paragraph with its place in the file."""
+    """Call the user's code; report an exception from it as one UserError with file and line."""
     try:
         return function()
     except UserError:
@@ -416,5 +438,5 @@ def _run(what: str, function: Any) -> Any:
             what,
             expected="a file that runs and whose recipe() returns a Recipe",
             got=f"{type(error).__name__}: {error}{place}",
-            do="Mend the file and try again.",
+            do="Correct the file and try again.",
         ) from error

@@ -1,4 +1,4 @@
-"""Which checkpoints stay: the last k, every n-th step, the best by a metric. Plain Python; it removes nothing."""
+"""The rule for keeping checkpoints: the newest k, every n-th step, the best by a metric. Nothing here deletes any."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from portatrain.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Retention:
-    """What to keep of the committed checkpoints.
+    """The committed checkpoints to keep.
 
-    last: the newest ones, at least 1. every: also each whose step is a multiple of it. best: also the best by
-    'min:NAME' or 'max:NAME', NAME an evaluation's metric such as loss; a checkpoint is judged by the evaluation after
-    the step that it is of, if there was one.
+    Raises:
+        UserError: ``best`` is not of the form 'min:NAME' or 'max:NAME'.
     """
 
     last: int = 2
+    """Number of newest checkpoints to keep, at least 1."""
     every: int | None = None
+    """Also keep each checkpoint whose step is a multiple of this number. None: no others."""
     best: str | None = None
+    """Also keep the best checkpoint by 'min:NAME' or 'max:NAME', with NAME a metric of the evaluation after the
+    checkpoint's step. A checkpoint without such an evaluation does not count. None: no others."""
 
     def __post_init__(self) -> None:
         if self.best is not None:
@@ -28,19 +31,23 @@ class Retention:
 
     @property
     def goal(self) -> tuple[str, str]:
-        """('min' or 'max', the metric)."""
+        """``best`` as ('min' or 'max', name of the metric)."""
         sign, colon, name = (self.best or "").partition(":")
         if sign not in ("min", "max") or not colon or not name:
             raise UserError(
                 "checkpoint_keep_best",
                 expected="min:NAME or max:NAME",
                 got=repr(self.best),
-                do="A usual one is min:loss, by the validation loss.",
+                do="For the lowest validation loss, use min:loss.",
             )
         return sign, name
 
     def kept(self, steps: Iterable[int], metrics: Mapping[int, Mapping[str, float]]) -> set[int]:
-        """Those of the committed `steps` that stay; `metrics` by step."""
+        """Return the subset of the committed `steps` to keep.
+
+        Args:
+            metrics: step -> the metrics of its evaluation, name -> value.
+        """
         ordered = sorted(steps)
         keep = set(ordered[-self.last :])
         if self.every is not None:
@@ -51,5 +58,6 @@ class Retention:
             judged = {s: v for s, v in found.items() if v is not None and math.isfinite(v)}
             if judged:
                 pick = min if sign == "min" else max
-                keep.add(pick(sorted(judged, reverse=True), key=judged.__getitem__))  # of equals the newest
+                keep.add(pick(sorted(judged, reverse=True), key=judged.__getitem__))  # the newest of equals
+
         return keep

@@ -23,12 +23,11 @@ from pathlib import Path
 from typing import Protocol
 
 from portatrain.errors import UserError
+from portatrain.system import environment
 
 BEAT_S = 5.0
 LEASE_S = 60.0
 LOCK_WITHIN_S = 60.0
-TOKEN = "PORTATRAIN_CLAIM"
-"""Environment variable: the token of a claim that this process's supervisor holds for it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +64,7 @@ class Owner:
     @property
     def is_ours(self) -> bool:
         """Whether it is the claim that this process's supervisor holds for it."""
-        return os.environ.get(TOKEN) == self.token
+        return environment.CLAIM.get() == self.token
 
 
 def process_start(pid: int) -> str | None:

@@ -25,12 +25,11 @@ from portatrain.errors import UserError
 from portatrain.runs import remote_claim
 from portatrain.runs.claim import BEAT_S, Holding, Owner
 from portatrain.runs.run_dir import RunDir
-from portatrain.system import json_files
+from portatrain.system import environment, json_files
+from portatrain.system.exit_codes import MISTAKE
 from portatrain.system.object_store import Objects
 from portatrain.system.urls import is_remote
 
-SCRATCH = "PORTATRAIN_SCRATCH"
-"""Environment variable: the folder for such copies (default: portatrain in the user's cache folder)."""
 SEND_S = 10.0
 SHARE = 20.0
 """Files are sent every SEND_S, or SHARE times as long as sending took: a log cannot be appended to in a store."""
@@ -148,6 +147,10 @@ class RemoteRun(RunDir):
         json_files.write_json(path, data)
         return True
 
+    def put_text(self, name: str, text: str) -> None:
+        self.objects.put(name, text.encode())
+        super().put_text(name, text)
+
     def remove(self, name: str) -> None:
         self.objects.delete(name)
         (self.path / name).unlink(missing_ok=True)
@@ -226,9 +229,9 @@ class RemoteRun(RunDir):
 
 def scratch() -> Path:
     """The folder for the copies of this machine, made where missing."""
-    given = os.environ.get(SCRATCH)
+    given = environment.SCRATCH.get()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = Path(given) if given else Path(base).expanduser() / "portatrain"
+    folder = given if given is not None else Path(base).expanduser() / "portatrain"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -238,7 +241,7 @@ def scratch() -> Path:
             f"folder {folder}",
             expected="a place for this machine's copy of a run that is in an object store",
             got=str(error),
-            do=f"Set {SCRATCH} to a folder that can be written to.",
+            do=f"Set {environment.SCRATCH.name} to a folder that can be written to.",
         ) from error
 
 
@@ -288,7 +291,7 @@ def main() -> None:
         words = localized(words, code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(MISTAKE)
     env = {**os.environ, "PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
     os.execvpe(words[0], words, env)
 

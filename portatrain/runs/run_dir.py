@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.resources
-import json
 import os
 import platform
 import socket
@@ -29,13 +28,9 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
-from portatrain.system import json_files
+from portatrain.system import environment, json_files
 
 FORMAT = 1
-ATTEMPT = "PORTATRAIN_ATTEMPT"
-"""Environment variable: the attempt that this process's supervisor has begun for it."""
-CLUSTER = "PORTATRAIN_CLUSTER"
-"""Environment variable: JSON for attempt.json, on where the attempt runs (job, engine, cluster, hosts)."""
 
 
 class RunDir:
@@ -93,6 +88,10 @@ class RunDir:
             return False
         json_files.write_json(self.path / name, data)
         return True
+
+    def put_text(self, name: str, text: str) -> None:
+        """Write a text file of it whole."""
+        json_files.write_text(self.path / name, text)
 
     def remove(self, name: str) -> None:
         """Remove a mark; nothing where it is not there."""
@@ -174,7 +173,17 @@ class RunDir:
         stored = self.run_info()
         if stored.get("recipe_sha256") == recipe.sha256:
             return
-        changed = sorted(_differences(stored.get("recipe", {}), recipe.to_json()))
+        was = stored.get("recipe", {})
+        try:
+            # An older release may have written the same recipe with other module names or without newer fields.
+            known = Recipe.from_json(was)
+        except UserError:
+            pass  # a class that is not here: the difference is shown as it was written
+        else:
+            if known.sha256 == recipe.sha256:
+                return
+            was = known.to_json()
+        changed = sorted(_differences(was, recipe.to_json()))
         raise UserError(
             f"run directory {self.where}",
             expected="the recipe that the run began with",
@@ -238,7 +247,7 @@ class RunDir:
     def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
-            number = int(os.environ[ATTEMPT])
+            number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
             self.began(attempt.folder)
         else:
@@ -253,7 +262,7 @@ class RunDir:
             "python": platform.python_version(),
             "code_sha256": code_sha256(recipe),
         }
-        json_files.write_json(folder / "attempt.json", {**about, **json.loads(os.environ.get(CLUSTER, "{}")), **info})
+        json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
             attempt.event("code_differs", why="it is not the code that the run began with")
         if claim.taken_over is not None:

@@ -1,12 +1,11 @@
 """Notices of clouds that a machine is about to be taken away: spot preemption and maintenance, read from its metadata.
 
-The environment variable PORTATRAIN_NOTICES says whose: `gcp` or `aws` (with `=URL` another address than the usual one).
+`environment.NOTICES` names the cloud: `gcp` or `aws` (with `=URL` another address than the usual one).
 A notice is the same as SIGTERM: the run saves and leaves with 85.
 """
 
 from __future__ import annotations
 
-import os
 import threading
 import urllib.error
 import urllib.request
@@ -14,8 +13,8 @@ from collections.abc import Callable
 from types import TracebackType
 
 from portatrain.errors import UserError, choice
+from portatrain.system import environment
 
-NOTICES = "PORTATRAIN_NOTICES"
 EVERY_S = 5.0
 TIMEOUT_S = 3.0
 SOURCES = {"gcp": "http://metadata.google.internal", "aws": "http://169.254.169.254"}
@@ -26,7 +25,7 @@ class Notices:
 
     def __init__(self, ask: Callable[[], None], *, every_s: float = EVERY_S) -> None:
         self.ask, self.every_s = ask, every_s
-        self.cloud, self.url = source(os.environ.get(NOTICES, ""))
+        self.cloud, self.url = source(environment.NOTICES.get())
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -54,9 +53,11 @@ def source(text: str) -> tuple[str, str]:
         return "", ""
     cloud, _, url = text.partition("=")
     if cloud not in SOURCES:
-        raise choice(f"{NOTICES}={text}", cloud, SOURCES)
+        raise choice(f"{environment.NOTICES.name}={text}", cloud, SOURCES)
     if url and not url.startswith("http"):
-        raise UserError(f"{NOTICES}={text}", expected="an http:// address", got=url, do="Leave it out.")
+        raise UserError(
+            f"{environment.NOTICES.name}={text}", expected="an http:// address", got=url, do="Leave it out."
+        )
     return cloud, url or SOURCES[cloud]
 
 

@@ -15,7 +15,11 @@ from portatrain.errors import UserError
 
 def write_json(path: Path, data: object) -> None:
     """Write ``data`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    text = json.dumps(finite(data), indent=2, allow_nan=False) + "\n"
+    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as `write_json` does."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:

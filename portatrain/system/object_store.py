@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from checkpoints_format import FormatError, MissingFileError, StoreError
 from portatrain.errors import StorageError, UserError
+from portatrain.system import environment
 
 SHORT_RETRY = {
     "max_retries": 5,
@@ -31,8 +32,6 @@ RETRY = {
 }
 
 """For checkpoints."""
-TIMEOUT_S = 60
-"""Environment variable PORTATRAIN_STORE_TIMEOUT_S: how long one request may take before it is tried again."""
 PART_BYTES = 32 << 20
 Version = dict[str, str]
 
@@ -239,7 +238,7 @@ def obstore_module() -> Any:
 
 def connect(url: str, options: dict[str, Any]) -> Any:
     obstore = obstore_module()
-    timeout_s = float(os.environ.get("PORTATRAIN_STORE_TIMEOUT_S", TIMEOUT_S))
+    timeout_s = environment.STORE_TIMEOUT_S.get()
     given: dict[str, Any] = {
         "retry_config": RETRY,
         "client_options": {"timeout": timedelta(seconds=timeout_s), "connect_timeout": timedelta(seconds=10)},

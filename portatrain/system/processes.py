@@ -25,29 +25,31 @@ from types import FrameType
 from typing import Any
 
 from portatrain.errors import StorageError, UserError
+from portatrain.system import environment
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
 
-REPORTS = "PORTATRAIN_REPORTS"
-"""Environment variable: the folder where a process says how it failed."""
-PARENT = "PORTATRAIN_PARENT"
-"""Environment variable: who started this process; it ends when that one is gone."""
-LOGS = "PORTATRAIN_LOGS"
-"""Environment variable: the folder that the processes' output goes to, rank-R.log; process 0 has this one's own."""
 PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 """Backends of which every device has a process of its own; of the others every host has one."""
 GRACE_S = 3.0
 """How long the others may take to end by themselves once one has failed."""
-ENDINGS = (0, 85, 130)
-"""Exit codes that are not failures: done, stopped to be resumed, interrupted."""
 
 
 def rank() -> int:
     """This process's number among those of the run: 0 where there is one."""
-    return int(os.environ.get("RANK", "0"))
+    found, n = environment.RANK.get(), world_size()
+    if n is not None and found >= n:
+        raise UserError(
+            f"environment variable {environment.RANK.name}",
+            expected=f"a number below {environment.WORLD_SIZE.name}, which is {n}",
+            got=str(found),
+            do="Correct it, or start the processes by torchrun or `launch`.",
+        )
+    return found
 
 
 def world_size() -> int | None:
     """How many processes there are, where the environment says so (torchrun, `run_processes`)."""
-    return int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ and "WORLD_SIZE" in os.environ else None
+    return environment.WORLD_SIZE.get() if os.environ.get(environment.RANK.name) else None
 
 
 def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0, hosts: int = 1) -> int:
@@ -63,8 +65,8 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
             "WORLD_SIZE": str(n * hosts),
             "LOCAL_WORLD_SIZE": str(n),
             **({} if hosts > 1 else {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}),
-            REPORTS: folder,
-            PARENT: str(os.getpid()),
+            environment.REPORTS.name: folder,
+            environment.PARENT.name: str(os.getpid()),
         }
         # Simulated devices share the cores of one machine.
         shared.setdefault("OMP_NUM_THREADS", "1")
@@ -88,8 +90,8 @@ def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> sub
     # A session of its own: Ctrl-C reaches this process alone, which hands it on once.
     if r == 0:
         return subprocess.Popen(command, env=env, start_new_session=True)
-    logs = os.environ.get(LOGS)
-    with (Path(logs) / f"rank-{r}.log" if logs else folder / f"stderr-{r}").open("ab") as errors:
+    logs = environment.LOGS.get()
+    with (logs / f"rank-{r}.log" if logs else folder / f"stderr-{r}").open("ab") as errors:
         return subprocess.Popen(
             command,
             env=env,
@@ -105,7 +107,7 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
     deadline: float | None = None
     while True:
         codes = [p.poll() for p in processes]
-        failed = [r for r, code in enumerate(codes) if code is not None and code not in ENDINGS]
+        failed = [r for r, code in enumerate(codes) if code is not None and code not in NOT_FAILURES]
         if None not in codes:
             return failed
         if failed and deadline is None:
@@ -123,19 +125,20 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
         r = silent[0]
         code = processes[r].returncode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
-        errors = Path(os.environ[LOGS]) / f"rank-{r}.log" if LOGS in os.environ else folder / f"stderr-{r}"
+        logs = environment.LOGS.get()
+        errors = logs / f"rank-{r}.log" if logs is not None else folder / f"stderr-{r}"
         tail = errors.read_text(errors="replace")[-4000:].strip() if errors.exists() else ""
         print(f"error: process {r} of {len(processes)} was ended {how}; the others were stopped.", file=sys.stderr)
         if tail:
             print(tail, file=sys.stderr)
-        return 1
+        return FAILED
     r = min(reports, key=lambda k: reports[k]["unix_s"])
     found = reports[r]
     if found["user"] is not None:
         kind = StorageError if found["code"] == StorageError.code else UserError
         raise kind(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
     print(f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}", file=sys.stderr)
-    return 1
+    return FAILED
 
 
 @contextmanager
@@ -170,15 +173,15 @@ def free_port() -> int:
 
 def end_with_parent() -> None:
     """Where the environment says who started this process, end it when that one is gone."""
-    parent = os.environ.pop(PARENT, None)
+    parent = environment.PARENT.take()
     if parent is not None:
-        threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
 
 
 def _end_with(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(1.0)
-    os._exit(1)
+    os._exit(FAILED)
 
 
 def _run(entry: str, args: Mapping[str, Any]) -> int:
@@ -188,17 +191,17 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     try:
         return function(argparse.Namespace(**args))
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     except UserError as error:
         _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
         return error.code
     except BaseException:
         _report(None)
-        return 1
+        return FAILED
 
 
-def _report(user: dict[str, str] | None, code: int = 1) -> None:
-    path = Path(os.environ[REPORTS]) / f"report-{os.environ['LOCAL_RANK']}.json"
+def _report(user: dict[str, str] | None, code: int = FAILED) -> None:
+    path = Path(os.environ[environment.REPORTS.name], f"report-{environment.LOCAL_RANK.get()}.json")
     found = {"unix_s": time.time(), "user": user, "code": code, "text": traceback.format_exc()}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found))
@@ -217,10 +220,10 @@ def ends_at_once(call: Callable[[], int]) -> int:
         code = call()
     except BaseException:
         traceback.print_exc()
-        code = 1
+        code = FAILED
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in ENDINGS:
+    if code not in NOT_FAILURES:
         os._exit(code)
     return code
 

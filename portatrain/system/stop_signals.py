@@ -26,12 +26,9 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
-RESUME_ME = 85
-"""Exit code for 'saved, resume me'."""
-GRACE = "PORTATRAIN_GRACE_S"
-"""Environment variable: seconds from a preemption's first signal to the kill, where the launcher knows them."""
+from portatrain.system import environment
+from portatrain.system.exit_codes import INTERRUPTED, RESUMABLE
+
 SAME_S = 1.0
 MARGIN_S = 1.0
 """Left of the grace for leaving."""
@@ -59,8 +56,7 @@ class StopSignals:
         self.trained = False
         self.on_asked: Callable[[str], None] = lambda kind: None
         self.on_leaving: Callable[[str], None] = lambda why: None
-        given = os.environ.get(GRACE)
-        self.grace_s = float(given) if given else None
+        self.grace_s = environment.GRACE_S.get()
         self._first_s = 0.0
         self._last_s: dict[int, float] = {}
         self._before: dict[int, Any] = {}
@@ -124,7 +120,7 @@ class StopSignals:
     def _leave(self, why: str) -> None:
         """End the process now; what was committed before stands."""
         self._staying.acquire()  # for good
-        code = INTERRUPTED if self.asked == "interrupt" else RESUME_ME
+        code = INTERRUPTED if self.asked == "interrupt" else RESUMABLE
         # In a thread of its own: the main one may hold a lock that telling needs.
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()

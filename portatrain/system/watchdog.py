@@ -19,10 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from portatrain.system.stop_signals import RESUME_ME
+from portatrain.system import environment
+from portatrain.system.exit_codes import RESUMABLE
 
-LIMIT = "PORTATRAIN_HANG_S"
-"""Environment variable: seconds without moving on after which an attempt is ended; 0: never."""
 PHASES = ("starting", "data", "agree", "step", "record", "eval", "save", "end")
 """In the order of a step: of two processes at one step the one in the earlier phase is behind."""
 STARTING_S, LEAST_S, TIMES = 3600.0, 600.0, 20.0
@@ -48,8 +47,7 @@ class Watchdog:
     ) -> None:
         self.folder, self.process, self.processes, self.tell = folder, process, processes, tell
         self.cancelled: Callable[[], None] | None = cancelled
-        given = os.environ.get(LIMIT)
-        self.given_s = float(given) if given else None
+        self.given_s = environment.HANG_S.get()
         self.phase, self.step, self._since_s = "starting", 0, time.monotonic()
         self._slowest_s: float | None = None
         self._step_s = time.monotonic()
@@ -139,7 +137,7 @@ class Watchdog:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(RESUME_ME)
+        os._exit(RESUMABLE)
 
 
 def host_name() -> str:

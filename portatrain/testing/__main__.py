@@ -8,6 +8,7 @@ import sys
 
 from portatrain.backends.base import backend_class
 from portatrain.errors import UserError
+from portatrain.system.exit_codes import MISTAKE
 from portatrain.testing import CASES, measure
 
 
@@ -32,7 +33,7 @@ def main(arguments: list[str]) -> int:
         backend = backend_class(arguments[0])
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return MISTAKE
     checks = [c for case in cases for precision in case.precisions for c in measure(backend, case, precision)]
     for check in checks:
         print(check)

@@ -96,11 +96,11 @@ def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: i
 
 
 def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
-    """Norms by name, a list where there are layers; empty for a backend that cannot rehearse a step."""
-    rehearse = getattr(backend, "rehearse", None)
-    if rehearse is None:
+    """Norms by name, a list where there are layers; empty for a backend that cannot probe a step."""
+    probe = getattr(backend, "probe", None)
+    if probe is None:
         return {}
-    found = rehearse(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
+    found = probe(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
     return {name: norm.tolist() for name, norm in sorted(found.items())}
 
 

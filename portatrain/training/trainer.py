@@ -26,13 +26,15 @@ from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, Follower
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
-from portatrain.system.stop_signals import INTERRUPTED, RESUME_ME, StopSignals
+from portatrain.system.stop_signals import StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
 from portatrain.training.stop_requests import Leaving
 
@@ -98,7 +100,14 @@ class Trainer:
     # ---- the loop
 
     def run(self) -> int:
-        """Train to the end, or to where it is stopped; the exit code."""
+        """Train to the end, or to where it is stopped; return the exit code. The curve is drawn however it ends."""
+        try:
+            return self._run()
+        finally:
+            if not self.backend.process and hasattr(self, "_info"):
+                draw(self.run_dir)
+
+    def _run(self) -> int:
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if not self.backend.process:
@@ -153,7 +162,7 @@ class Trainer:
             finally:
                 for sink in self.sinks:
                     sink.end({"status": status, **summary})
-        return {"done": 0, "interrupted": INTERRUPTED}.get(status, RESUME_ME)
+        return {"done": OK, "interrupted": INTERRUPTED}.get(status, RESUMABLE)
 
     def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
         """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
@@ -230,7 +239,7 @@ class Trainer:
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)
-                if not self.backend.asynchronous:
+                if not self.backend.async_dispatch:
                     self._record(*pending)
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS
 
 from portatrain.backends.base import Context
 from portatrain.testing import Case, check_case
 from portatrain.testing.attention_cases import attention_cases
+from tests.support.running import BACKENDS
 
 pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed")
 
@@ -63,7 +63,7 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.
         monkeypatch.setattr(attention, "SCORES_BYTES", most)
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            return jnp.sum(JaxBackend._bare(Context()).attention(q, k, v))
+            return jnp.sum(JaxBackend._standalone(Context()).attention(q, k, v))
 
         x = np.zeros((1, length, heads, width), np.float32)
         compiled = jax.jit(jax.grad(total, argnums=(0, 1, 2))).lower(x, x, x).compile()

@@ -1,4 +1,4 @@
-"""The continuity check: mutants with valid checksums are refused, honest moves are not, a rehearsal changes nothing."""
+"""The continuity check: mutants with valid checksums are refused, honest moves are not, a probe changes nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing import moves, parity
 from portatrain.training import continuity
 from portatrain.training.trainer import train
-from tests.contract.running import everything
+from tests.support.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 SMALL = [
@@ -92,15 +92,15 @@ def test_drift_that_is_accepted_is_recorded(left: tuple[Recipe, Path], tmp_path:
     assert [(s["verdict"], s["accepted"]) for s in run.events("resumed")] == [("broken", "a test")]
 
 
-REHEARSED = [
+PROBED = [
     pytest.param(name, rule, marks=[pytest.mark.full] if (name, rule) in SLOW else [])
     for name in BACKENDS
     for rule in ("AdamW", "Adafactor", "Muon", "Lion", "SGD")
 ]
 
 
-@pytest.mark.parametrize(("name", "rule"), REHEARSED)
-def test_a_rehearsal_is_the_step_that_comes_and_changes_nothing(name: str, rule: str) -> None:
+@pytest.mark.parametrize(("name", "rule"), PROBED)
+def test_a_probe_is_the_step_that_comes_and_changes_nothing(name: str, rule: str) -> None:
     recipe = small(f"optimizer={rule}", "frozen=('blocks/attn/wq',)")
     backend = backend_class(name)(make_program(recipe))
     state = backend.init_state()
@@ -108,7 +108,7 @@ def test_a_rehearsal_is_the_step_that_comes_and_changes_nothing(name: str, rule:
         state, _ = backend.step(state, batch, step=step, scale=1.0)
     batch = parity.batches(recipe, 3)[2]
     before = everything(backend, state)
-    found = backend.rehearse(state, batch, step=3, scale=0.5)
+    found = backend.probe(state, batch, step=3, scale=0.5)
     after = everything(backend, state)
     assert all(np.array_equal(before[k], after[k]) for k in before)
     state, result = backend.step(state, batch, step=3, scale=0.5)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS
 
 from portatrain.backends.base import Context
+from tests.support.running import BACKENDS
 
 TOKENS, EMBED, VOCAB = 512, 8, 4096
 CHUNK = 64 * VOCAB * 4
@@ -30,7 +30,7 @@ def test_jax_needs_no_room_for_the_logits(monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(losses, "CHUNK_BYTES", chunk)
 
         def loss(x: jax.Array, table: jax.Array, targets: jax.Array) -> jax.Array:
-            return JaxBackend._bare(Context()).cross_entropy(x, table, targets).sum
+            return JaxBackend._standalone(Context()).cross_entropy(x, table, targets).sum
 
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*arguments()).compile()
         return compiled.memory_analysis().temp_size_in_bytes

@@ -8,7 +8,8 @@ import subprocess
 import sys
 
 import pytest
-from running import BACKENDS
+
+from tests.support.running import BACKENDS
 
 pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed")
 

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import BACKENDS, Running, parameters, tokens_batch
 
 from portatrain.backends import reference
 from portatrain.model.module import describe
 from portatrain.model.rope import RopeScaling
 from portatrain.testing.tolerance import amplification, tolerance
 from recipes.models.decoder import DecoderConfig
+from tests.support.running import BACKENDS, Running, parameters, tokens_batch
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

@@ -13,8 +13,8 @@ from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, describe
 from portatrain.model.precision import stored
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
-from tests.contract.running import BACKENDS, everything, microbatches
-from tests.distributed.cases import CASES
+from tests.support.mesh_cases import CASES
+from tests.support.running import BACKENDS, everything, microbatches
 
 ROWS = 16
 

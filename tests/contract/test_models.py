@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import BACKENDS, Running, image_batch, microbatches, tokens_batch
-from toy_models import Nested, Routed
 
 from portatrain.backends.reference import directional_derivative
 from portatrain.model.module import Module
@@ -16,6 +14,8 @@ from portatrain.optim import SGD
 from portatrain.testing.tolerance import amplification, moved, tolerance
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
+from tests.support.running import BACKENDS, Running, image_batch, microbatches, tokens_batch
+from tests.support.toy_models import Nested, Routed
 
 
 def decoder(**options: Any) -> Callable[[], Module]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS
 
 from portatrain.backends.base import Context, backend_class
 from portatrain.testing import CASES, Case, check_case
 from portatrain.testing.loss_cases import cross_entropy_case
+from tests.support.running import BACKENDS
 
 _ALL = [pytest.param(case, precision, id=f"{case.name}-{precision}") for case in CASES for precision in case.precisions]
 

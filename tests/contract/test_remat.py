@@ -8,8 +8,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import BACKENDS, Running, image_batch, microbatches, tokens_batch
-from toy_models import Nested
 
 from portatrain.backends.program import Program
 from portatrain.errors import UserError
@@ -21,6 +19,8 @@ from portatrain.optim import SGD
 from portatrain.plan.cost.policy import REMATS
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
+from tests.support.running import BACKENDS, Running, image_batch, microbatches, tokens_batch
+from tests.support.toy_models import Nested
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 

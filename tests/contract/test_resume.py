@@ -15,7 +15,7 @@ from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import parity
 from portatrain.training.trainer import train
-from tests.contract.running import everything
+from tests.support.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 PAIRS = [(a, b) for a in BACKENDS for b in BACKENDS]

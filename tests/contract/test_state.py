@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from running import BACKENDS, Running, microbatches, tokens_batch
-from toy_models import CachedDecoder, Routed
 
 from portatrain.backends import reference
 from recipes.models.decoder import DecoderConfig
+from tests.support.running import BACKENDS, Running, microbatches, tokens_batch
+from tests.support.toy_models import CachedDecoder, Routed
 
 CONFIG = DecoderConfig(vocab=23, embed=16, layers=3, heads=4, kv_heads=2, mlp=24, rope_theta=100.0)
 
@@ -52,11 +52,11 @@ def test_a_bias_balances_the_router(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_norms_of_a_rehearsal_are_of_whole_numbers_too(backend: str) -> None:
+def test_the_norms_of_a_probe_are_of_whole_numbers_too(backend: str) -> None:
     running = Running(backend, Routed(vocab=64, embed=16, layers=2, experts=4, chosen=1, rate=0.02))
     batch = microbatches(tokens_batch(vocab=64, batch=8, seq=32), 2)
     running.state, _ = running.backend.step(running.state, batch, step=1, scale=1.0)
-    norms = running.backend.rehearse(running.state, batch, step=2, scale=1.0)
+    norms = running.backend.probe(running.state, batch, step=2, scale=1.0)
     for name, held in running.tensors("state").items():
         per_layer = np.sqrt(np.square(held.astype(np.float64)).reshape(2, -1).sum(1))
         np.testing.assert_allclose(norms[f"state/{name}"], per_layer, rtol=1e-6)

@@ -13,11 +13,11 @@ from portatrain.backends.base import backend_class, missing
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.processes import run_processes
-from tests.distributed.cases import CASES
-from tests.distributed.measure import Measured
-from tests.distributed.mutants import ZERO
-from tests.distributed.test_meshes import alone, differences
-from tests.distributed.test_train import train
+from tests.support.mesh_cases import CASES
+from tests.support.mesh_compare import alone, differences
+from tests.support.mesh_measure import Measured
+from tests.support.mesh_mutants import ZERO
+from tests.support.train_command import train
 
 __all__ = ["alone"]  # a fixture
 
@@ -47,7 +47,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
             cells = [(f"{mesh}: {case}", "case", (case, mesh, "")) for mesh, case in CELLS]
             cells += [(mutant, "case", (CELLS[0][1], "fsdp=2", mutant)) for mutant in ZERO if backend == STAGES[1]]
             given = {"cells": cells, "out": str(out), "backend": backend}
-            assert run_processes(2, "tests.distributed.worker:main", given) == 0
+            assert run_processes(2, "tests.support.torch_worker:main", given) == 0
             with out.open("rb") as stream:
                 done[backend] = dict(pickle.load(stream)[:2] for _ in cells)
         return done[backend]

@@ -12,7 +12,7 @@ from portatrain.backends.torch.parallel import Cut, cut_of
 from portatrain.errors import UserError
 from portatrain.model.layout import COMPUTE, PARAMS, Layout, Mesh
 from portatrain.model.module import describe
-from tests.distributed.cases import CASES
+from tests.support.mesh_cases import CASES
 
 pytestmark = pytest.mark.meshes
 
@@ -51,14 +51,9 @@ def test_sizes_that_do_not_divide(mesh: str, said: str) -> None:
         LM.program(mesh)
 
 
-def _with(
-    params: dict[str, object] | None = None,
-    state: dict[str, object] | None = None,
-    case: str = "lm",
-    mesh: str = "fsdp=2,tensor=2",
-) -> None:
+def _with(params: dict[str, object] | None = None, case: str = "lm", mesh: str = "fsdp=2,tensor=2") -> None:
     program = CASES[case].program(mesh)
-    layout = dataclasses.replace(program.layout, params={**COMPUTE, **PARAMS, **(params or {})}, state=state)
+    layout = dataclasses.replace(program.layout, params={**COMPUTE, **PARAMS, **(params or {})})
     TorchBackend(dataclasses.replace(program, layout=layout))
 
 
@@ -73,11 +68,6 @@ def _with(
 def test_layouts_that_fsdp2_cannot_hold(params: dict[str, object], said: str) -> None:
     with pytest.raises(UserError, match=said):
         _with(params)
-
-
-def test_optimizer_state_that_lies_elsewhere() -> None:
-    with pytest.raises(UserError, match="optimizer state laid out as the parameters"):
-        _with(state={**COMPUTE})
 
 
 def test_experts_that_do_not_divide() -> None:

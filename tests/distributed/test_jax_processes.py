@@ -15,9 +15,9 @@ from portatrain.backends.base import missing
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.processes import run_processes
-from tests.distributed.cases import CASES
-from tests.distributed.measure import Measured, measure
-from tests.distributed.test_meshes import differences
+from tests.support.mesh_cases import CASES
+from tests.support.mesh_compare import differences
+from tests.support.mesh_measure import Measured, measure
 
 pytestmark = [pytest.mark.meshes, pytest.mark.skipif(bool(missing("jax")), reason="jax is not installed")]
 
@@ -43,7 +43,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Any]:
     out = tmp_path_factory.mktemp("jax") / "found"
     cells = [(case, mesh, False) for mesh, case in FOUR] + [(FOUR[0][1], FOUR[0][0], True)]
     given = {"cells": cells, "devices": 4, "out": str(out)}
-    assert run_processes(2, "tests.distributed.jax_worker:main", given) == 0
+    assert run_processes(2, "tests.support.jax_worker:main", given) == 0
     with out.open("rb") as stream:
         return {cell: pickle.load(stream) for cell in (*FOUR, MUTANT)}
 

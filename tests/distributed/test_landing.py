@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launchers.rank_entry import HOST_PROCESSES
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.environment import HOST_PROCESSES
 from portatrain.system.processes import free_port
 
 pytestmark = [pytest.mark.meshes, pytest.mark.timeout(300)]
@@ -41,7 +41,7 @@ def pods(run: Path, *words: str) -> list[tuple[int, str]]:
             **os.environ,
             "JOB_COMPLETION_INDEX": str(index),
             "PORTATRAIN_HOSTS": "2",
-            HOST_PROCESSES: "2",
+            HOST_PROCESSES.name: "2",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": port,
         }

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.matrix.cells import BACKENDS, MESHES, ROWS, cover, installed, refusal
-from tests.matrix.run import CELL_S, run_group
-from tests.matrix.table import problem, table
+from benchmarks.matrix.cells import BACKENDS, MESHES, ROWS, cover, installed, refusal
+from benchmarks.matrix.run import CELL_S, run_group
+from benchmarks.matrix.table import problem, table
 
 FOLDER: list[Path] = []
 

@@ -16,8 +16,9 @@ from portatrain.checkpoint import shared_reads
 from portatrain.checkpoint.locations import step_name
 from portatrain.checkpoint.restore import boxes_of
 from portatrain.checkpoint.saver import Checkpoints, format_layout
+from portatrain.system.environment import READ_ONCE
 from portatrain.system.processes import run_processes
-from tests.distributed.cases import CASES
+from tests.support.mesh_cases import CASES
 
 pytestmark = pytest.mark.meshes
 
@@ -61,7 +62,7 @@ def found(request: pytest.FixtureRequest, saved: dict[str, str], tmp_path_factor
     cells = [(case, mesh, saved[case], how) for case, mesh, how in ways]
     given = {"cells": cells, "devices": 4, "out": str(out), "backend": request.param}
     processes = 4 if request.param == "torch" else 2
-    assert run_processes(processes, "tests.distributed.restore_worker:main", given) == 0
+    assert run_processes(processes, "tests.support.restore_worker:main", given) == 0
     each = [pickle.loads((out / str(r)).read_bytes()) for r in range(processes)]
     return {**dict(zip(ways, zip(*each, strict=True), strict=True)), "out": out}
 
@@ -184,7 +185,7 @@ def test_where_it_pays(
     processes: int, here: str, remote: bool, said: str | None, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    monkeypatch.delenv(shared_reads.READ_ONCE, raising=False)
+    monkeypatch.delenv(READ_ONCE.name, raising=False)
     if said is not None:
-        monkeypatch.setenv(shared_reads.READ_ONCE, said)
+        monkeypatch.setenv(READ_ONCE.name, said)
     assert shared_reads.pays(processes, remote=remote) is expected

@@ -5,27 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from portatrain.runs.run_dir import RunDir
+from tests.support.train_command import command, train
 
 pytestmark = pytest.mark.meshes
-
-SIZES = ["steps=8", "schedule.warmup=2", "batch=16", "accumulation=2", "model.layers=2", "model.embed=32"]
-
-
-def command(run: Path, *more: str) -> list[str]:
-    sizes = [word for size in SIZES for word in ("--set", size)]
-    words = ["tiny-vit", "--backend", "torch", "--run-dir", str(run)]
-    return [sys.executable, "-m", "portatrain.cli", "train", *words, *sizes, *more]
-
-
-def train(run: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(run, *more), capture_output=True, text=True, timeout=200, check=False)
 
 
 @pytest.mark.full

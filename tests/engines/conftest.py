@@ -11,7 +11,7 @@ import pytest
 from tests.engines.slurm_here import NODES, Slurm, missing
 
 PATIENCE = 5
-FAKES = Path(__file__).parents[1] / "fakes"
+FAKES = Path(__file__).parents[1] / "support" / "fakes"
 
 CLUSTERS = """
 [lab-tpu]
@@ -46,7 +46,7 @@ def lab(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @pytest.fixture
 def light_lab(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
-    """The same, where `portatrain train` is tests/fakes/train.py; the variable FAKE says how it misbehaves."""
+    """The same, where `portatrain train` is tests/support/fakes/train.py; the variable FAKE says how it misbehaves."""
     monkeypatch.setenv("REAL_PYTHON", sys.executable)
     monkeypatch.setenv("FAKES", str(FAKES))
     yield from _in(slurm, tmp_path, monkeypatch, str(FAKES / "python"))
@@ -54,7 +54,7 @@ def light_lab(slurm: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def _in(slurm: Slurm, folder: Path, monkeypatch: pytest.MonkeyPatch, python: str) -> Iterator[Slurm]:
     (folder / "clusters.toml").write_text(CLUSTERS.format(common=COMMON.format(python=python)))
-    monkeypatch.setenv("PYTHONPATH", str(FAKES.parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(FAKES.parents[2]))
     monkeypatch.chdir(folder)
     yield slurm
     slurm.call("scancel", "--user", _user())

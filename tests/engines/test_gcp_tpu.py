@@ -12,7 +12,7 @@ import pytest
 from launchers.base import Job
 from launchers.gcp_tpu import GcpTpuLauncher, request, script
 from portatrain.errors import UserError
-from tests.golden.test_jobs import CASES, GCP, job
+from tests.support.jobs import CASES, GCP, job
 
 pytestmark = pytest.mark.engines
 

@@ -17,7 +17,7 @@ import pytest
 from launchers.base import Job
 from launchers.kubernetes import KubernetesLauncher, manifest
 from portatrain.errors import UserError
-from tests.golden.test_jobs import CASES, POD, job
+from tests.support.jobs import CASES, POD, job
 
 pytestmark = pytest.mark.engines
 

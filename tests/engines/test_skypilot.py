@@ -10,8 +10,8 @@ import pytest
 
 from launchers import skypilot
 from launchers.yaml_text import to_yaml
-from portatrain.system.stop_signals import RESUME_ME
-from tests.golden.test_jobs import CASES, job
+from portatrain.system.exit_codes import RESUMABLE
+from tests.support.jobs import CASES, job
 
 os.environ["SKYPILOT_DISABLE_USAGE_COLLECTION"] = "1"
 sky = pytest.importorskip("sky", reason="SkyPilot is not installed; it has an environment of its own")
@@ -38,7 +38,7 @@ def test_it_reads_what_was_meant(name: str, tmp_path: Path) -> None:
     seen = {(*_only(one.accelerators), one.infra.to_str().lower(), one.use_spot) for one in found.resources}
     assert seen == {(*_parts(one["accelerators"]), one["infra"], bool(one.get("use_spot"))) for one in asked}
     for one in found.resources:
-        assert one.job_recovery["recover_on_exit_codes"] == [RESUME_ME]
+        assert one.job_recovery["recover_on_exit_codes"] == [RESUMABLE]
         assert one.job_recovery["max_restarts_on_errors"] == made.max_restarts
 
 

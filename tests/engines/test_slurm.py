@@ -1,5 +1,5 @@
 """What carries a job on a real Slurm: claims, siblings, preemption, cancelling, failures. The training is a stand-in
-that computes nothing (tests/fakes/train.py); test_story.py has the real one."""
+that computes nothing (tests/support/fakes/train.py); test_story.py has the real one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from portatrain.runs.open import open_run
 from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import Status, status
 from tests.engines.slurm_here import Slurm
-from tests.engines.test_story import launch
+from tests.engines.story import launch
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 
@@ -262,7 +262,7 @@ def test_a_run_directory_in_an_object_store(
     light_lab: Slurm, until: Until, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("obstore")
-    from tests.faults.s3 import s3
+    from tests.support.s3 import s3
 
     monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setenv("FAKE_STEP_S", "0.3")

@@ -27,7 +27,7 @@ from portatrain.runs.claim import live_owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import status
 from tests.engines.slurm_here import Slurm
-from tests.engines.test_story import launch, now, prepare, story_of
+from tests.engines.story import launch, now, prepare, story_of
 
 pytestmark = [pytest.mark.engines, pytest.mark.soak, pytest.mark.timeout(14_000)]
 

@@ -36,7 +36,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import Status, status
 from portatrain.system.object_store import Objects
 from portatrain.training.trainer import train
-from tests.faults.s3 import Proxy, s3
+from tests.support.s3 import Proxy, s3
 
 obstore = pytest.importorskip("obstore")
 object_store = pytest.importorskip("portatrain.checkpoint.object_store")
@@ -275,19 +275,20 @@ def test_a_run_directory_in_s3_goes_on_on_another_machine(
 
 
 def _light_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, step_s: float) -> None:
-    """A cluster `here` with a training that computes nothing (tests/fakes/train.py): only what carries a run."""
+    """Configure a cluster `here` whose training computes nothing (tests/support/fakes/train.py)."""
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)
     for key, value in {
         "PYTHONPATH": str(root),
         "REAL_PYTHON": sys.executable,
-        "FAKES": str(root / "tests" / "fakes"),
+        "FAKES": str(root / "tests" / "support" / "fakes"),
         "FAKE_STEP_S": str(step_s),
         "PORTATRAIN_SCRATCH": str(tmp_path / "one"),
     }.items():
         monkeypatch.setenv(key, value)
     Path("clusters.toml").write_text(
-        f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {{ python = "{root}/tests/fakes/python" }}\n'
+        '[here]\nchip = "cpu"\ncount = 1\nengine = "local"\n'
+        f'options = {{ python = "{root}/tests/support/fakes/python" }}\n'
     )
 
 

@@ -20,7 +20,7 @@ from checkpoints_format import LocalStore
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import UserError
 from portatrain.recipe.retention import Retention
-from tests.contract.test_saving import Holding
+from tests.support.held_arrays import Holding
 
 EVENTS = ("open", "os.mkdir", "os.link", "os.remove", "os.rmdir", "os.rename", "shutil.rmtree")
 STEPS = (1, 2, 3)

@@ -1,6 +1,8 @@
-"""Names, shapes, axes and initial values of every shipped model, as text. Checkpoints and runs depend on all of them.
+"""Names, shapes, axes and initial values of every shipped model, and the hash of every shipped recipe, as text.
+Checkpoints and runs depend on all of them.
 
-After a change that is meant: ``python tests/golden/test_golden.py`` rewrites the files; read the difference.
+After an intended change ``python tests/golden/test_golden.py`` rewrites the files; read the difference. A changed hash
+means that runs which began with the recipe no longer match it: declare a new field with `config.added_later`.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from portatrain.model.module import Constant, Definition, Module, describe
-from portatrain.recipe import load_recipe
+from portatrain.recipe import load_recipe, shipped_recipes
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 
@@ -43,17 +45,29 @@ def render(definition: Definition) -> str:
     return "\n".join([*lines, f"{definition.parameters} parameters", ""])
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_model_is_as_recorded(name: str) -> None:
-    path = HERE / f"model-{name}.txt"
+def hashes() -> str:
+    """Return one line for every shipped recipe: its name and the SHA-256 of the resolved recipe."""
+    return "".join(f"{name} {load_recipe(name).sha256}\n" for name in sorted(shipped_recipes()))
+
+
+def compare(path: Path, found: str) -> None:
+    """Fail with the difference unless the file holds ``found``."""
     recorded = path.read_text(encoding="utf-8") if path.exists() else ""
-    found = render(describe(MODELS[name]()))
     if found != recorded:
         lines = difflib.unified_diff(recorded.splitlines(), found.splitlines(), "recorded", "found", lineterm="")
         pytest.fail(
-            f"{path.name} differs:\n" + "\n".join(lines) + "\nIf this is meant: python tests/golden/test_golden.py",
+            f"{path.name} differs:\n" + "\n".join(lines) + "\nIf this is intended: python tests/golden/test_golden.py",
             pytrace=False,
         )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_is_as_recorded(name: str) -> None:
+    compare(HERE / f"model-{name}.txt", render(describe(MODELS[name]())))
+
+
+def test_recipe_hash_is_pinned() -> None:
+    compare(HERE / "recipe-hashes.txt", hashes())
 
 
 if __name__ == "__main__":
@@ -61,3 +75,4 @@ if __name__ == "__main__":
         path = HERE / f"model-{name}.txt"
         path.write_text(render(describe(make())), encoding="utf-8")
         print(f"wrote {path}")
+    (HERE / "recipe-hashes.txt").write_text(hashes(), encoding="utf-8")

@@ -20,8 +20,8 @@ from portatrain.cli import launch_main, main
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.metrics import Sink
-from tests.conftest import listing
-from tests.unit.test_recipe import BAD_FILES, GOOD
+from tests.support.folders import listing
+from tests.support.recipe_files import BAD_FILES, GOOD
 
 Capture = pytest.CaptureFixture[str]
 Unchanged = Callable[[Path], None]
@@ -81,7 +81,7 @@ MISTAKES = [
     ([*TRAIN, "--set", "steps=0"], "at least 1"),
     ([*TRAIN, "--set", "model.witdh=3"], "Did you mean width"),
     ([*TRAIN, "--set", "model.width=wide"], "an integer"),
-    ([*TRAIN, "--set", "accumulation=3"], "nearest sizes that work: batch=3"),
+    ([*TRAIN, "--set", "accumulation=3"], "nearest valid size: batch=3"),
     (["train", "nothing.py", "--run-dir", "run"], "no such file"),
     (["train", "bad", "--run-dir", "run"], "tiny-lm"),
     (["train", "tiny-ml", "--run-dir", "run"], "Did you mean tiny-lm"),
@@ -261,10 +261,10 @@ def test_launch_local_trains_here_and_shows_the_results(trainer: Trainer, capsys
     assert trainer.calls[0]["run"].path == Path("runs/first")
     out = capsys.readouterr().out
     assert "run directory    runs/first" in out
-    assert "loss curve       runs/first/loss.png" in out
+    assert "loss curve       runs/first/loss.svg" in out
     assert "validation loss  0.2500" in out
     assert "sample:\ndef f():\n    pass" in out
-    assert Path("runs/first/loss.png").stat().st_size > 1000
+    assert Path("runs/first/loss.svg").stat().st_size > 1000
 
 
 def test_launch_chooses_a_free_name(trainer: Trainer) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data_windows import windows
 
 from portatrain.data import Mixture, Stdlib, batch_hash
 from portatrain.data.mixture import Chained, Mixed, check, counts
 from portatrain.errors import UserError
+from tests.support.token_windows import windows
 
 WEIGHTS = st.lists(st.floats(0.01, 10), min_size=1, max_size=4)
 

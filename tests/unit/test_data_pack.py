@@ -16,7 +16,7 @@ from portatrain.data import Digits, Jsonl, Mixture, OpenData, TextFiles, TokenMe
 from portatrain.data import pack as packs
 from portatrain.data.corpus import SPLITS
 from portatrain.errors import UserError
-from tests.conftest import listing
+from tests.support.folders import listing
 
 
 def corpus(root: Path) -> Path:

@@ -15,7 +15,7 @@ from portatrain.data import Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemm
 from portatrain.data.corpus import streams
 from portatrain.data.sources import documents, find, stdlib_files
 from portatrain.errors import UserError
-from tests.conftest import listing
+from tests.support.folders import listing
 
 TEXTS = {f"d/{i}.txt": f"document {i} ".encode() * (i + 1) for i in range(30)}
 

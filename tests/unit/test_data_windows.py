@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from portatrain.data import batch_hash
 from portatrain.data.corpus import Stream
-from portatrain.data.windows import Windows
 from portatrain.errors import UserError
+from tests.support.token_windows import windows
 
 KEYS = {
     "tokens": np.int32,
@@ -20,23 +20,6 @@ KEYS = {
     "positions": np.int32,
     "sample": np.int64,
 }
-
-
-def stream(documents: list[bytes], bos: int = 0) -> Stream:
-    opened = [bytes([bos]) + d for d in documents]
-    return Stream(
-        tokens=np.frombuffer(b"".join(opened), np.uint8),
-        starts=np.cumsum([0, *map(len, opened[:-1])]),
-        vocab=256,
-        bos=bos,
-        bytes=sum(map(len, documents)),
-        fingerprint="test",
-    )
-
-
-def windows(documents: list[bytes], seq_len: int, *, permuted: bool = False, seed: int = 0) -> Windows:
-    name = "train" if permuted else "validation"
-    return Windows(stream(documents), name=name, seq_len=seq_len, seed=seed, permuted=permuted, order=f"data/{name}")
 
 
 def by_hand(documents: list[bytes], seq_len: int) -> list[dict[str, list]]:

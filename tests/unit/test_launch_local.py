@@ -1,5 +1,5 @@
 """`launch` for this machine, in the background: submit, status, logs, cancel, resume. The training is a stand-in that
-computes nothing (tests/fakes/train.py); tests/faults has the real one."""
+computes nothing (tests/support/fakes/train.py); tests/faults has the real one."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("REAL_PYTHON", sys.executable)
     monkeypatch.setenv("FAKE_STEP_S", "0.04")
-    monkeypatch.setenv("FAKES", str(ROOT / "tests" / "fakes"))
-    options = f'{{ python = "{ROOT}/tests/fakes/python" }}'
+    monkeypatch.setenv("FAKES", str(ROOT / "tests" / "support" / "fakes"))
+    options = f'{{ python = "{ROOT}/tests/support/fakes/python" }}'
     tmp_path.joinpath("clusters.toml").write_text(
         f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {options}\n'
     )

@@ -132,11 +132,19 @@ def test_fsdp_is_one_line_of_difference() -> None:
     assert layout.spec(("embed",), role="params") == layout.spec(("embed",), role="opt") == (("fsdp",),)
 
 
-def test_optimizer_state_follows_the_params_unless_mapped() -> None:
-    layout = Layout(state={"embed": ("fsdp", "replica")})
-    assert layout.spec(("embed",), role="opt") == (("fsdp", "replica"),)
-    assert layout.spec(("embed",), role="params") == (("fsdp",),)
+def test_optimizer_state_follows_the_params_and_a_models_states_the_values() -> None:
+    layout = Layout(params={"embed": ("fsdp", "replica")})
+    assert layout.spec(("embed",), role="opt") == layout.spec(("embed",), role="params") == (("fsdp", "replica"),)
     assert layout.spec(("embed",), role="state") == ((),)
+
+
+def test_index_is_the_inverse_of_coordinates() -> None:
+    mesh = Mesh(replica=2, fsdp=3, context=2, tensor=4)
+    for device in range(mesh.devices):
+        at = mesh.coordinates(device)
+        assert mesh.index(MESH_AXES, at) == device
+        assert mesh.index(("tensor", "fsdp"), at) == 3 * at["tensor"] + at["fsdp"]
+        assert mesh.index((), at) == 0
 
 
 def test_a_layout_for_one_device_is_a_layout() -> None:

@@ -15,8 +15,8 @@ from portatrain.model.module import Module, Param, describe
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
-from tests.contract.running import BACKENDS, image_batch, microbatches, parameters, program, tokens_batch
-from tests.contract.toy_models import Routed
+from tests.support.running import BACKENDS, image_batch, microbatches, parameters, program, tokens_batch
+from tests.support.toy_models import Routed
 
 DECODER = DecoderConfig(vocab=32, embed=16, layers=2, heads=4, kv_heads=2, mlp=24)
 VIT = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=16, layers=2, heads=2, mlp=24)

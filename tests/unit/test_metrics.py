@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,9 +18,9 @@ from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord
 from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
-from portatrain.training.metrics.plot import plot_run, smooth
+from portatrain.training.metrics.plot import draw, loss_curve, plot_run, smooth
 from portatrain.training.metrics.trackers import TensorBoardSink, WandbSink, scalars
-from tests.unit.small_recipe import make
+from tests.support.small_recipe import make
 
 INFO = RunInfo(
     run="small",
@@ -146,71 +147,87 @@ def test_jsonl_has_every_field_in_full(tmp_path: Path) -> None:
     assert run.events("eval")[0]["metrics"] == {"bits_per_byte": 4.328}
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def drawn(run: RunDir) -> ET.Element:
+    """The picture of the loss curve, parsed, with every coordinate inside it."""
+    assert plot_run(run) == run.path / "loss.svg"
+    picture = ET.fromstring((run.path / "loss.svg").read_text())
+    width, height = float(picture.attrib["width"]), float(picture.attrib["height"])
+    for line in picture.iter(f"{SVG}polyline"):
+        for x, y in points(line):
+            assert 0 < x < width and 0 < y < height
+    return picture
+
+
+def points(line: ET.Element) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in (pair.split(",") for pair in line.attrib["points"].split())]
+
+
+def texts(picture: ET.Element) -> list[str]:
+    return [text.text or "" for text in picture.iter(f"{SVG}text")]
+
+
 def test_loss_curve_is_a_picture(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    run = RunDir(tmp_path / "run")
+    run = RunDir(tmp_path / "a <run> & more")
     with run.begin(make()) as attempt:
         sink = JsonlSink(attempt)
         play(sink, steps=6)
         sink.step(record(7, loss=float("nan"), skipped=True))
         attempt.write("summary.json", {"references": {"byte 3-gram model": 2.5}})
-    path = plot_run(run)
-    assert path == run.path / "loss.png"
-
-    from matplotlib.image import imread
-
-    picture = imread(path)
-    assert picture.shape[0] > 500
-    assert picture.shape[1] > 800
-    assert picture[..., :3].std() > 0.05  # it shows something
+    picture = drawn(run)
+    raw, mean, validation, rate = picture.iter(f"{SVG}polyline")
+    assert [len(points(line)) for line in (raw, mean, validation, rate)] == [6, 6, 1, 6]  # no point for the step of NaN
+    heights = [y for _, y in points(raw)]
+    assert heights == sorted(heights)  # the loss falls: down is a larger y
+    assert "a <run> & more" in texts(picture)
 
 
-def test_loss_curve_is_in_bits_per_byte_where_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+def test_loss_curve_is_in_bits_per_byte_if_they_are_known(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with run.begin(make()) as attempt:
         play(JsonlSink(attempt), steps=2)  # its evaluation has loss 3.0 and 4.328 bits per byte
         attempt.write("summary.json", {"references": {"byte 3-gram model": 2.5}})
-    plot_run(run)
-    top = drawn[0].axes[0]
-    assert top.get_ylabel() == "bits per byte"
-    lines = {str(line.get_label()): list(line.get_ydata()) for line in top.get_lines()}
-    assert lines["validation"] == pytest.approx([4.328])
-    assert lines["byte 3-gram model: 2.500"] == [2.5, 2.5]
-    assert next(iter(lines.values())) == pytest.approx([4.328 / 3 * 4.9, 4.328 / 3 * 4.8])
+    picture = drawn(run)
+    assert "bits per byte" in texts(picture) and "loss" not in texts(picture)
+    assert "byte 3-gram model: 2.500" in texts(picture)
+    raw, _, validation, _ = picture.iter(f"{SVG}polyline")
+    (reference,) = (line for line in picture.iter(f"{SVG}line") if line.attrib.get("class") == "reference")
+    # Heights are linear in the value: the three values that are known give the same scale.
+    (_, first), (_, second) = points(raw)
+    high, low = 4.328 / 3 * 4.9, 4.328 / 3 * 4.8
+    for value, y in ((4.328, points(validation)[0][1]), (2.5, float(reference.attrib["y1"]))):
+        assert y == pytest.approx(first + (second - first) * (high - value) / (high - low), abs=3)
 
 
-def test_loss_curve_keeps_the_whole_split_apart_from_a_part_of_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
-    drawn: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: drawn.append(self))
+def test_loss_curve_keeps_the_whole_split_apart_from_a_part_of_it(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with run.begin(make()) as attempt:
         sink = JsonlSink(attempt)
         play(sink, steps=2)  # evaluates 8 samples
         sink.eval(EvalRecord(step=2, loss=2.0, samples=800, time_s=9.0, eval_s=0.1))
-    plot_run(run)
-    lines = {str(line.get_label()): list(line.get_ydata()) for line in drawn[0].axes[0].get_lines()}
-    assert len(lines["validation"]) == len(lines["validation, whole split"]) == 1
-    assert lines["validation"] != lines["validation, whole split"]
+    picture = drawn(run)
+    assert {"validation", "validation, whole split"} <= set(texts(picture))
+    (circle,) = picture.iter(f"{SVG}circle")
+    (diamond,) = (path for path in picture.iter(f"{SVG}path") if path.attrib.get("class") == "whole")
+    assert float(circle.attrib["cy"]) < float(diamond.attrib["d"].split()[2])  # 3.0 above 2.0
 
 
-def test_loss_curve_without_steps_or_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_curve_of_a_long_run_stays_small(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": 5 - step / 1e5, "lr": 1e-3} for step in range(1, 100_001)]
+    text = loss_curve(rows, [], title="long", references={"nothing": float("nan")})
+    assert len(text) < 60_000
+    ET.fromstring(text)
+
+
+def test_loss_curve_without_steps(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.begin(make()).close()
     with pytest.raises(UserError, match="at least one step"):
         plot_run(run)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UserError, match=r"portatrain\[plot\]"):
-        plot_run(run)
+    draw(run)
+    assert not (run.path / "loss.svg").exists()
 
 
 def test_smooth_is_the_mean_of_the_neighbours_and_has_no_lag() -> None:

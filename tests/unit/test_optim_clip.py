@@ -11,7 +11,7 @@ import pytest
 from portatrain.backends.reference import optim as reference
 from portatrain.errors import UserError
 from portatrain.optim import clip_scale, global_norm
-from tests.unit.optim_cases import jax_namespace, torch_namespace
+from tests.support.optim_cases import jax_namespace, torch_namespace
 
 
 def _namespaces() -> list[tuple[str, Any, Any]]:

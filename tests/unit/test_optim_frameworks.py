@@ -8,7 +8,7 @@ import pytest
 from portatrain.backends.reference import optim as reference
 from portatrain.backends.reference.optim_bounds import ratio
 from portatrain.optim import Rule
-from tests.unit.optim_cases import (
+from tests.support.optim_cases import (
     FRAMEWORKS,
     MUTANTS,
     REDUCING,

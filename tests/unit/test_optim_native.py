@@ -16,7 +16,7 @@ import torch
 
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
-from tests.unit.optim_cases import Tensor, randoms, update, zeros
+from tests.support.optim_cases import Tensor, randoms, update, zeros
 
 STEPS = 5
 MATRIX = Tensor(name="w", shape=(6, 8), axes=("embed", "mlp"))

@@ -11,7 +11,7 @@ import pytest
 from portatrain.backends.reference import optim as reference
 from portatrain.errors import UserError
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule, decays_by_default
-from tests.unit.optim_cases import MUTANTS, RULES, SCALE, TENSORS, Tensor, randoms, update, zeros
+from tests.support.optim_cases import MUTANTS, RULES, SCALE, TENSORS, Tensor, randoms, update, zeros
 
 STEPS = 5
 # Two float64 evaluations of up to 12 Newton-Schulz steps, whose gain is at most 3.4445**5 = 485, and of

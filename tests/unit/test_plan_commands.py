@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,10 @@ def test_presets_take_overrides(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "cost.svg"
     assert call(plan, "llama3-8b", "--cluster", "h100-64,tpu-v5p-256", "--plot", str(target), "--json") == 0
-    assert "tpu-v5p-256" in target.read_text(encoding="utf-8") or target.stat().st_size > 5_000
+    picture = ET.fromstring(target.read_text(encoding="utf-8"))
+    texts = {text.text for text in picture.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"h100-64", "tpu-v5p-256", "days per run"} <= texts
+    assert len(list(picture.iter("{http://www.w3.org/2000/svg}circle"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -95,7 +99,7 @@ def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["llama3-8b", "--cluster", "h100-8", "--set", "bach=8"], "batch"),
         (["tiny-vit", "--cluster", "h100-8", "--seq-len", "512"], "how long its samples are"),
         (["llama3-8b", "--cluster", "h100-8", "--plot", "/nowhere/cost.png"], "--plot"),
-        (["llama3-8b", "--cluster", "h100-8", "--plot", "cost.txt"], "png"),
+        (["llama3-8b", "--cluster", "h100-8", "--plot", "cost.png"], ".svg"),
     ],
 )
 def test_mistakes(words: list[str], told: str) -> None:

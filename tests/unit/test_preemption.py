@@ -16,8 +16,8 @@ import pytest
 
 from launchers.rank_entry import rank_variables as variables
 from portatrain.errors import UserError
-from portatrain.system.cloud_notices import NOTICES, Notices, noticed, source
-from portatrain.system.stop_signals import GRACE
+from portatrain.system.cloud_notices import Notices, noticed, source
+from portatrain.system.environment import GRACE_S, NOTICES
 from portatrain.system.watchdog import behind
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def test_with_nothing_to_save_it_leaves_at_once(busy: list[subprocess.Popen[str]
 def test_with_something_to_save_it_waits_for_the_trainer_until_the_grace_is_nearly_over(
     busy: list[subprocess.Popen[str]],
 ) -> None:
-    process = start(busy, "trained", **{GRACE: "3"})
+    process = start(busy, "trained", **{GRACE_S.name: "3"})
     process.send_signal(signal.SIGTERM)
     time.sleep(0.7)
     assert process.poll() is None
@@ -127,7 +127,7 @@ def test_notices_of_clouds(metadata: tuple[str, dict[str, str]], monkeypatch: py
     assert noticed("gcp", url)
     answers["/latest/meta-data/spot/instance-action"] = '{"action": "terminate"}'
     assert noticed("aws", url)
-    monkeypatch.setenv(NOTICES, f"gcp={url}")
+    monkeypatch.setenv(NOTICES.name, f"gcp={url}")
     asked = threading.Event()
     with Notices(asked.set, every_s=0.05):
         assert asked.wait(10)
@@ -149,7 +149,7 @@ def test_where_a_process_is_by_its_scheduler() -> None:
     assert variables({"RANK": "0", "WORLD_SIZE": "2", **slurm}) == {}
     with pytest.raises(UserError, match="MASTER_ADDR"):
         variables(slurm)
-    with pytest.raises(UserError, match="environment of slurm: expected variables that give a rank"):
+    with pytest.raises(UserError, match="SLURM_PROCID: expected a whole number"):
         variables({**slurm, **head, "SLURM_PROCID": "abc"})
     with pytest.raises(UserError, match="rank below 4"):
         variables({**slurm, **head, "SLURM_PROCID": "7"})

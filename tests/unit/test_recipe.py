@@ -19,7 +19,8 @@ from portatrain.errors import UserError
 from portatrain.optim import SGD, AdamW, Lion, Muon
 from portatrain.optim.schedules import WSD, Constant, Cosine
 from portatrain.recipe import Recipe, apply_overrides, load_recipe, shipped_recipes
-from tests.unit.small_recipe import Inner, Sizes, make, named_hook
+from tests.support.recipe_files import BAD_FILES, GOOD
+from tests.support.small_recipe import Inner, Sizes, make, named_hook
 
 INVALID = [
     ({"steps": 0}, "steps", "at least 1"),
@@ -37,7 +38,7 @@ INVALID = [
     ({"ema_decay": 1.0}, "ema_decay", "between 0 and 1"),
     ({"max_skips": -1}, "max_skips", "at least 0"),
     ({"eval_every": 0}, "eval_every", "at least 1"),
-    ({"name": "Big Run"}, "name", "small letters"),
+    ({"name": "Big Run"}, "name", "lower-case letters"),
     ({"name": "a" * 64}, "name", "1 to 63"),
     ({"frozen": ["a"]}, "frozen", "comma-separated"),
     ({"optimizer": "adamw"}, "optimizer", "Rule"),
@@ -312,41 +313,6 @@ def test_rules_by_name() -> None:
 
 
 # --- files -------------------------------------------------------------------------------------
-
-HEADER = """
-from dataclasses import dataclass
-from portatrain import Recipe
-from portatrain.data import Stdlib
-from portatrain.optim import SGD
-from portatrain.optim.schedules import Constant
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    width: int = 4
-    def build(self):
-        return None
-"""
-GOOD = (
-    HEADER
-    + """
-def recipe():
-    return Recipe(name="mine", model=Model(), data=Stdlib(seq_len=8), optimizer=SGD(lr=0.1), schedule=Constant(),
-                  steps=5, batch=2)
-"""
-)
-BAD_FILES = {
-    "raises": ("raise ValueError('not today')", "ValueError: not today"),
-    "exits": ("import sys; sys.exit(3)", "SystemExit"),
-    "syntax": ("def recipe(:", "SyntaxError"),
-    "imports": ("import nothing_of_that_name", "ModuleNotFoundError"),
-    "no function": ("x = 1", "none of that name"),
-    "no call": ("recipe = 3", "none of that name"),
-    "wrong type": ("def recipe():\n    return {'steps': 3}", "a dict"),
-    "raises late": ("def recipe():\n    return 1 / 0", "line 2"),
-    "arguments": ("def recipe(size):\n    return size", "TypeError"),
-    "bad recipe": (GOOD.replace("steps=5", "steps=0"), "at least 1"),
-    "null byte": ("x = '\0'", "SyntaxError"),
-}
 
 
 @pytest.mark.parametrize("case", BAD_FILES)

@@ -15,7 +15,6 @@ import pytest
 from portatrain.checkpoint import object_store
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
-from portatrain.runs import claim as file_claim
 from portatrain.runs import jobs, remote_claim, remote_run_dir
 from portatrain.runs.claim import Owner
 from portatrain.runs.jobs import Job
@@ -23,8 +22,9 @@ from portatrain.runs.open import open_run
 from portatrain.runs.run_dir import RunDir
 from portatrain.runs.status import find, names, status
 from portatrain.system import object_store as connection
+from portatrain.system.environment import CLAIM, SCRATCH
 from portatrain.system.object_store import Objects
-from tests.unit.small_recipe import make
+from tests.support.small_recipe import make
 
 obstore = pytest.importorskip("obstore")
 RECIPE = make()
@@ -72,7 +72,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     for module in (connection, object_store):
         monkeypatch.setattr(module, "connect", lambda url, options: Below(url))
         monkeypatch.setattr(module, "obstore_module", lambda: made)
-    monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / "scratch"))
+    monkeypatch.setenv(SCRATCH.name, str(tmp_path / "scratch"))
     yield made
 
 
@@ -81,7 +81,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Be another machine: with a copy of its own."""
 
     def go(name: str) -> None:
-        monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / name))
+        monkeypatch.setenv(SCRATCH.name, str(tmp_path / name))
 
     return go
 
@@ -203,7 +203,7 @@ def test_a_supervisor_and_its_trainer_hold_one_claim(monkeypatch: pytest.MonkeyP
     supervisor = run.acquire()
     with pytest.raises(UserError, match="a claim of process"):
         open_run(URL, work=True).acquire()
-    monkeypatch.setenv(file_claim.TOKEN, supervisor.owner.token)
+    monkeypatch.setenv(CLAIM.name, supervisor.owner.token)
     trainer = open_run(URL, work=True).acquire()
     assert trainer.adopted and trainer.held
     for _ in range(3):  # each writes it anew, over the other's version
@@ -319,7 +319,7 @@ def test_foreign_objects_and_a_folder_that_cannot_be_written(monkeypatch: pytest
     with pytest.raises(UserError, match=r"a folder with their\.txt"):
         open_run(URL, work=True).begin(RECIPE)
     tmp_path.joinpath("file").touch()
-    monkeypatch.setenv(remote_run_dir.SCRATCH, str(tmp_path / "file" / "x"))
+    monkeypatch.setenv(SCRATCH.name, str(tmp_path / "file" / "x"))
     with pytest.raises(UserError, match="PORTATRAIN_SCRATCH"):
         open_run(URL)
 

@@ -13,7 +13,8 @@ import pytest
 
 from portatrain.cli import main
 from portatrain.runs.history import gather
-from portatrain.runs.report.charts import Band, Mark, chart, columns, ticks
+from portatrain.runs.report.charts import Band, Mark, chart
+from portatrain.system.svg import columns, ticks
 
 EVAL = {"event": "eval", "step": 8, "loss": 0.7, "metrics": {"accuracy": 0.5}}
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from small_recipe import make
 
 from portatrain.errors import UserError
 from portatrain.recipe.retention import Retention
+from tests.support.small_recipe import make
 
 LOSSES = {10: {"loss": 3.0}, 20: {"loss": 1.0}, 30: {"loss": 2.0}, 40: {}, 50: {"loss": float("nan")}}
 

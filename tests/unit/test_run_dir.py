@@ -18,7 +18,7 @@ from portatrain.errors import UserError
 from portatrain.runs.claim import Claim, Owner, holder, process_start
 from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system import json_files
-from tests.unit.small_recipe import make
+from tests.support.small_recipe import make
 
 RECIPE = make()
 

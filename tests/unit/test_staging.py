@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from checkpoints_format import Box, Layout, LocalStore, Mesh, Reader, Sharded, Tensor, Writer, commit
-from portatrain.checkpoint.host_copies import BUDGET, Staging, given_budget_bytes
+from portatrain.checkpoint.host_copies import Staging, given_budget_bytes
 from portatrain.errors import UserError
+from portatrain.system.environment import SAVE_MEMORY_GIB
 
 LAYERS, ROWS, COLUMNS = 6, 40, 64
 LAYOUT = Layout(
@@ -149,14 +150,14 @@ def test_a_writer_that_ends_lets_training_go_on() -> None:
 
 @pytest.mark.parametrize(("given", "wanted"), [("1.5", 3 << 29), ("0", 0)])
 def test_the_budget_of_the_environment(monkeypatch: pytest.MonkeyPatch, given: str, wanted: int) -> None:
-    monkeypatch.delenv(BUDGET, raising=False)
+    monkeypatch.delenv(SAVE_MEMORY_GIB.name, raising=False)
     assert given_budget_bytes() is None
-    monkeypatch.setenv(BUDGET, given)
+    monkeypatch.setenv(SAVE_MEMORY_GIB.name, given)
     assert given_budget_bytes() == wanted
 
 
-@pytest.mark.parametrize("given", ["", "much", "-1", "nan", "inf"])
+@pytest.mark.parametrize("given", ["much", "-1", "nan", "inf"])
 def test_a_budget_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, given: str) -> None:
-    monkeypatch.setenv(BUDGET, given)
-    with pytest.raises(UserError, match=BUDGET):
+    monkeypatch.setenv(SAVE_MEMORY_GIB.name, given)
+    with pytest.raises(UserError, match=SAVE_MEMORY_GIB.name):
         given_budget_bytes()

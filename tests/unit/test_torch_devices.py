@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("torch")
 
-from portatrain.backends.base import PRECISIONS
 from portatrain.backends.torch import devices
 from portatrain.backends.torch.devices import DEVICES, check_device, detect, local_device, process_group_backend
 from portatrain.errors import UserError
+from portatrain.model.precision import PRECISIONS
 
 
 def build(*there: str, hip: str | None = None, mps: bool = False) -> Any:

@@ -27,7 +27,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (code,) = re.findall(r'```python title="scaled_lm.py"\n(.*?)```', PAGE.read_text(), re.DOTALL)
     path = tmp_path_factory.mktemp("tutorial") / "scaled_lm.py"
     path.write_text(code)
     return apply_overrides(load_recipe(str(path)), SMALL)

@@ -22,9 +22,9 @@ from portatrain.testing import parity
 if missing("torch-xla"):
     pytest.skip("torch_xla is not installed: `make test-xla` has an environment for it", allow_module_level=True)
 
-from tests.distributed.cases import CASES
-from tests.distributed.measure import Measured
-from tests.distributed.test_meshes import alone, differences
+from tests.support.mesh_cases import CASES
+from tests.support.mesh_compare import alone, differences
+from tests.support.mesh_measure import Measured
 
 __all__ = ["alone"]  # a fixture: the torch backend in one process
 
@@ -124,7 +124,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
             cells = cells_of(n)
             sees = {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": str(n)}
             with mock.patch.dict(os.environ, sees):
-                assert run_processes(1, "tests.xla.worker:main", {"cells": cells, "out": str(out)}) == 0
+                assert run_processes(1, "tests.support.xla_worker:main", {"cells": cells, "out": str(out)}) == 0
             with out.open("rb") as stream:
                 done[n] = dict(pickle.load(stream)[:2] for _ in cells)
         return done[n]

@@ -75,7 +75,7 @@ def test_compiled_blocks_are_refused() -> None:
 
     from portatrain.backends.torch_xla import XlaBackend
     from portatrain.errors import UserError
-    from tests.distributed.cases import CASES
+    from tests.support.mesh_cases import CASES
 
     with pytest.raises(UserError, match="compile on the torch-xla backend: expected no choice"):
         XlaBackend(dataclasses.replace(CASES["lm"].program(""), compile=True))

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from checkpoints_format.boxes import flat_range_boxes
-from portatrain.backends.base import Arrays, LocalBox, Scattered, StepResult
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
 from portatrain.backends.deepspeed.engine import (
     Part,
     Root,
@@ -305,7 +305,7 @@ class ZeroBackend(MeshBackend):
 
     # ---- without an update
 
-    rehearse: Any = None  # the continuity check takes losses and hashes alone
+    probe: Any = None  # the continuity check takes losses and hashes alone
     restore_shared: Any = None  # it reads flat ranges of its own
 
     @torch.no_grad()
@@ -342,7 +342,7 @@ class ZeroBackend(MeshBackend):
         count = held.client.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
-    def scattered(self, state: TorchState) -> Scattered:
+    def irregular_shards(self, state: TorchState) -> IrregularShards:
         """Slots and averages, and in stage 3 parameters: whatever lies in flat ranges."""
         mine = [
             (box.role, box.name, box.offset, box.shape)

@@ -61,6 +61,8 @@ def attention(
     `may_be_blind`: a query may see nothing; None: where positions or two kinds of segments are given."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
+    if s == 0 or t == 0:
+        return jnp.zeros_like(q_BSHD)
     # Heads first, so that no array of scores is ever transposed: q, k, v and the result are smaller.
     q_BKGSD = jnp.einsum("bskgd->bkgsd", q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d))
     k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (k_BTKD, v_BTKD))

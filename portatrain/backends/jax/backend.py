@@ -14,7 +14,7 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends.base import Arrays, Context, LocalBox, Scattered, StepResult
+from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
@@ -59,7 +59,7 @@ class JaxBackend:
         shardings = self._assemble(lambda tensor, role: self._sharding(tensor, role), None)
         platform = self.devices.devices.flat[0].platform
         # On a CPU a step takes the cores that would prepare the next one; small ones even run in the calling thread.
-        self.asynchronous = platform != "cpu"
+        self.async_dispatch = platform != "cpu"
         options = compiler_options(platform)
         # Of many processes each can read only what it has: what the host reads is whole on all of them.
         read: Any = self._replicated if self.processes > 1 else None
@@ -68,7 +68,7 @@ class JaxBackend:
         self._evals = jit(self._eval, out_shardings=read)
         self._predicts = jit(self._predict, out_shardings=read)
         self._gradients_of = jit(self._accumulate, out_shardings=read)
-        self._rehearses = jit(self._rehearse, out_shardings=self._replicated)
+        self._probes = jit(self._probe, out_shardings=self._replicated)
 
     # ---- modules
 
@@ -287,13 +287,13 @@ class JaxBackend:
 
     # ---- without an update
 
-    def _rehearse(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
+    def _probe(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
         grads, *_ = self._accumulate(state, batch, step)
         deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
         return norms(self.definition, self.program.optimizer, state, grads, deltas)
 
-    def rehearse(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
-        found = self._rehearses(state, self._put(batch, 1), np.int32(step), np.float32(scale))
+    def probe(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+        found = self._probes(state, self._put(batch, 1), np.int32(step), np.float32(scale))
         return {k: np.asarray(v, np.float64) for k, v in found.items()}
 
     def _eval(self, params: Any, states: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -352,7 +352,7 @@ class JaxBackend:
         count = state["opt"].count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
 
-    def scattered(self, state: Any) -> Scattered:
+    def irregular_shards(self, state: Any) -> IrregularShards:
         return {}
 
     def describe_memory(self, state: State) -> dict[str, int]:
@@ -366,7 +366,7 @@ class JaxBackend:
         return {**found, **({"peak": max(peaks)} if peaks else {})}
 
     def graphs(self) -> int:
-        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of, self._rehearses]
+        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of, self._probes]
         return sum(f._cache_size() for f in jitted)
 
     def agree(self, value: int) -> int:
@@ -379,10 +379,10 @@ class JaxBackend:
         name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"
         return {"device": name, "devices": self.layout.mesh.devices, "framework": f"jax {jax.__version__}"}
 
-    # ---- bare operations
+    # ---- operations on their own
 
     @classmethod
-    def _bare(cls, context: Context) -> JaxOps:
+    def _standalone(cls, context: Context) -> JaxOps:
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
         return JaxOps(
             step=jnp.int32(context.step),
@@ -396,13 +396,13 @@ class JaxBackend:
     @classmethod
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
         args = jax.tree.map(jnp.asarray, args)
-        return jax.tree.map(np.asarray, jax.jit(lambda a: fn(cls._bare(context), *a))(args))
+        return jax.tree.map(np.asarray, jax.jit(lambda a: fn(cls._standalone(context), *a))(args))
 
     @classmethod
     def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         args = jax.tree.map(jnp.asarray, args)
         floating = tuple(i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating))
-        run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._bare(context), *a), argnums=floating))
+        run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._standalone(context), *a), argnums=floating))
         value, grads = run(*args)
         return np.asarray(value), tuple(np.asarray(g) for g in grads)
 

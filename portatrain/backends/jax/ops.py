@@ -185,7 +185,7 @@ class JaxOps(OnMesh):
         return jax.nn.gelu(x, approximate=approximate)
 
     def relu(self, x: Any) -> Any:
-        return jnp.maximum(x, 0)
+        return jnp.where(x <= 0, 0, x)  # where jnp.maximum has derivative 1/2 at 0
 
     def sigmoid(self, x: Any) -> Any:
         return jax.nn.sigmoid(x)
@@ -218,7 +218,8 @@ class JaxOps(OnMesh):
         return jax.nn.one_hot(ids, n, dtype=jnp.float32)
 
     def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
-        return jax.lax.top_k(x, k)
+        # It would take -0 for less than 0. The derivative is 1 as before.
+        return jax.lax.top_k(x + jax.lax.stop_gradient(jnp.where(x == 0, -x, 0)), k)
 
     def write(self, cache_BT: Any, value: Any, at: Any) -> Any:
         return jax.lax.dynamic_update_slice_in_dim(cache_BT, value.astype(cache_BT.dtype), at, axis=1)

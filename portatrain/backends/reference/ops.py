@@ -118,7 +118,7 @@ class ReferenceOps:
             if softcap is not None:
                 scores_BST = softcap * np.tanh(scores_BST / softcap)
             scores_BST = np.where(visible, scores_BST, -np.inf)
-            top = scores_BST.max(-1, keepdims=True)
+            top = scores_BST.max(-1, keepdims=True, initial=-np.inf)
             weights_BST = np.exp(scores_BST - np.where(np.isfinite(top), top, 0.0))
             total = weights_BST.sum(-1, keepdims=True)
             out[:, :, h] = (weights_BST / np.where(total == 0, 1.0, total)) @ v_BTD
@@ -147,7 +147,7 @@ class ReferenceOps:
         return np.maximum(x, 0)
 
     def sigmoid(self, x: Array) -> Array:
-        return 0.5 * (1 + np.tanh(0.5 * x))
+        return np.exp(-np.logaddexp(0, -x))
 
     def tanh(self, x: Array) -> Array:
         return np.tanh(x)
@@ -159,7 +159,7 @@ class ReferenceOps:
         return np.log(x)
 
     def softmax(self, x: Array, *, axis: int = -1) -> Array:
-        e = np.exp(x - x.max(axis, keepdims=True))
+        e = np.exp(x - x.max(axis, keepdims=True, initial=-np.inf))
         return e / e.sum(axis, keepdims=True)
 
     def where(self, condition: Array, x: Array, y: Array) -> Array:
@@ -181,7 +181,7 @@ class ReferenceOps:
         return (ids[..., None] == np.arange(n)).astype(float)
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        indices = np.argsort(-x, axis=-1, kind="stable")[..., :k]
+        indices = np.lexsort((-x, ~np.isnan(x)), axis=-1)[..., :k]  # NaN counts as the largest
         return np.take_along_axis(x, indices, -1), indices.astype(np.int32)
 
     def write(self, cache_BT: Array, value: Array, at: Array) -> Array:

@@ -7,7 +7,6 @@ Rows of devices that no test of ours ever ran on say so in `ran`.
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from portatrain.errors import UserError
+from portatrain.system import environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,7 +176,7 @@ def check_device(row: Device, precision: str) -> None:
 def local_device(row: Device, what: str) -> torch.device:
     """This process's device among those of its machine, by LOCAL_RANK, made the current one. UserError where there
     are too few, or where the kind has no collectives."""
-    local = int(os.environ.get("LOCAL_RANK", "0"))
+    local = environment.LOCAL_RANK.get()
     if row.type == "cpu":
         return torch.device("cpu")
     if row.collectives is None:

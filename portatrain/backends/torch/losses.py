@@ -116,17 +116,17 @@ def cross_entropy(
     b, tokens = targets.shape[0], targets.numel()
     x_TE, targets_T = x.flatten(0, -2).to(table_VE.dtype), targets.flatten()
     mask_T = None if mask is None else mask.detach().float().flatten()
-    n = min(tokens, -(-tokens * table_VE.shape[0] * 4 // CHUNK_BYTES))
+    n = max(1, min(tokens, -(-tokens * table_VE.shape[0] * 4 // CHUNK_BYTES)))
     if n > 1 and torch.is_grad_enabled():
         total, loss_T = _Chunked.apply(x_TE, table_VE, targets_T, mask_T, z_loss, softcap, n, chunk)
-        loss_B = loss_T.view(b, -1).sum(1)
+        loss_B = loss_T.view(b, tokens // b).sum(1)
     else:
         cuts = [(x_TE, targets_T, mask_T)] if n == 1 else _cut(n, x_TE, targets_T, mask_T)
         losses = [whole(x, table_VE, t, m, z_loss, softcap) for x, t, m in cuts]
-        loss_B = (torch.cat(losses) if n > 1 else losses[0]).view(b, -1).sum(1)
+        loss_B = (torch.cat(losses) if n > 1 else losses[0]).view(b, tokens // b).sum(1)
         total = loss_B.sum()
     if mask_T is None:
         weight_B = torch.full((b,), float(tokens // b), device=x.device)
     else:
-        weight_B = mask_T.view(b, -1).sum(1)
+        weight_B = mask_T.view(b, tokens // b).sum(1)
     return total, loss_B.detach(), weight_B

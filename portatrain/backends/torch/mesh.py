@@ -14,7 +14,6 @@ import atexit
 import functools
 import itertools
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -28,6 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from portatrain.backends.torch.devices import detect, local_device, process_group_backend
 from portatrain.errors import UserError
 from portatrain.model.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
+from portatrain.system.processes import world_size
 
 TIMEOUT_S = 600
 """How long a collective waits for a process that does not come."""
@@ -64,8 +64,7 @@ def join(mesh: Mesh) -> torch.device:
     if dist.is_initialized():
         check_processes(mesh, dist.get_world_size())
     else:
-        there = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
-        check_processes(mesh, int(there) if there is not None else None)
+        check_processes(mesh, world_size())
     row = detect()
     device = local_device(row, f"mesh {mesh}")
     if not dist.is_initialized():
@@ -120,14 +119,8 @@ class World:
         self.params, self.values, self._lines = groups.params, groups.values, groups.lines
         self.row_blocks = self.mesh.over(BATCH_MESH_AXES)
         """How many parts a microbatch is cut into."""
-        self.row_block = self._index(BATCH_MESH_AXES)
+        self.row_block = self.mesh.index(BATCH_MESH_AXES, self.at)
         """Which of them is this process's."""
-
-    def _index(self, axes: Sequence[str]) -> int:
-        index = 0
-        for axis in axes:
-            index = index * self.mesh.sizes[axis] + self.at[axis]
-        return index
 
     @property
     def data_parallel(self) -> DeviceMesh | None:
@@ -154,17 +147,11 @@ class World:
         for fixed in itertools.product(*(range(self.mesh.sizes[a]) for a in others)):
             at = dict(zip(others, fixed, strict=True))
             moved = itertools.product(*(range(self.mesh.sizes[a]) for a in axes))
-            ranks = [self._rank({**at, **dict(zip(axes, m, strict=True))}) for m in moved]
+            ranks = [self.mesh.index(MESH_AXES, {**at, **dict(zip(axes, m, strict=True))}) for m in moved]
             made = dist.new_group(ranks)  # every process makes every group
             if self.rank in ranks:
                 mine = made
         return mine
-
-    def _rank(self, at: dict[str, int]) -> int:
-        rank = 0
-        for axis in MESH_AXES:
-            rank = rank * self.mesh.sizes[axis] + at[axis]
-        return rank
 
     # ---- collectives without gradient
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from portatrain.backends.base import Arrays, LocalBox, Scattered, StepResult
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
@@ -23,7 +23,7 @@ from portatrain.backends.torch.ops import Static, TorchOps, run_block
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
-from portatrain.backends.torch.standalone_ops import COMPUTE, Bare, words
+from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.module import TensorInfo
@@ -42,11 +42,11 @@ class TorchState:
     ema: dict[int, Tensor]
 
 
-class OneDevice(Bare):
+class OneDevice(StandaloneOps):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch"
-    asynchronous = False  # a step ends in one wait for the device: is it finite?
+    async_dispatch = False  # a step ends in one wait for the device: is it finite?
     ops: Any = TorchOps
     process, processes = 0, 1
 
@@ -314,7 +314,7 @@ class OneDevice(Bare):
 
     # ---- without an update
 
-    def rehearse(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+    def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         self._accumulate(state, batch, step)
         self._grads(state)
         norm, clip = float(self._norm(state)), self.program.clip_norm
@@ -366,7 +366,7 @@ class OneDevice(Bare):
         count = state.optimizer.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
-    def scattered(self, state: Any) -> Scattered:
+    def irregular_shards(self, state: Any) -> IrregularShards:
         return {}
 
     def describe_memory(self, state: TorchState) -> dict[str, int]:

@@ -165,6 +165,9 @@ class TorchOps:
         return F.silu(x)
 
     def gelu(self, x: Tensor, *, approximate: bool = False) -> Tensor:
+        if not approximate and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            # The CPU's own kernel gives NaN for infinity, and infinity from 2^127 on.
+            return 0.5 * x * torch.special.erfc(x * -(0.5**0.5))
         return F.gelu(x, approximate="tanh" if approximate else "none")
 
     def relu(self, x: Tensor) -> Tensor:
@@ -198,7 +201,7 @@ class TorchOps:
         return torch.arange(n, dtype=torch.int32, device=self.step.device)
 
     def one_hot(self, ids: Tensor, n: int) -> Tensor:
-        return F.one_hot(ids.long(), n).float()
+        return (ids[..., None] == torch.arange(n, dtype=ids.dtype, device=ids.device)).float()
 
     def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         # torch.topk leaves the order of ties open; a stable sort does not.

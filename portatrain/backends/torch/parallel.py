@@ -86,13 +86,6 @@ def cut_of(layout: Layout, info: TensorInfo) -> Cut:
 
 def check_layout(layout: Layout, params: dict[str, TensorInfo]) -> None:
     """Raise UserError for what the torch backend cannot do with this layout."""
-    if layout.state is not None and layout.state != layout.params:
-        raise UserError(
-            "layout on the torch backend",
-            expected="optimizer state laid out as the parameters",
-            got="a state mapping",
-            do="Leave the state mapping out; on the jax backend it may differ.",
-        )
     for info in params.values():
         cut_of(layout, info)
 

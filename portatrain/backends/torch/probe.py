@@ -24,7 +24,7 @@ def norms(
     counts: Callable[[TensorInfo, str], bool],
     total: Callable[[Tensor], Tensor],
 ) -> Arrays:
-    """See `Backend.rehearse`. The gradients of the mean loss are in `.grad`; the update takes them times `clip`.
+    """See `Backend.probe`. The gradients of the mean loss are in `.grad`; the update takes them times `clip`.
 
     `counts(tensor, role)`: whether this process's part is the one that counts of equal copies. `total` sums over all
     processes.

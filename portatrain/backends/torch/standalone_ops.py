@@ -26,13 +26,13 @@ def words(seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
     )
 
 
-class Bare:
+class StandaloneOps:
     """`evaluate` and `differentiate` of a backend, by its class of operations."""
 
     ops: Any = TorchOps
 
     @classmethod
-    def _bare(cls, context: Context) -> TorchOps:
+    def _standalone(cls, context: Context) -> TorchOps:
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
         return cls.ops(
             Static(context.training, COMPUTE[context.precision], ops=cls.ops),
@@ -46,13 +46,13 @@ class Bare:
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
         args = tree_map(lambda a: torch.from_numpy(np.array(a)), args)
         with torch.no_grad():
-            return tree_map(lambda t: t.numpy(), fn(cls._bare(context), *args))
+            return tree_map(lambda t: t.numpy(), fn(cls._standalone(context), *args))
 
     @classmethod
     def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         args = tree_map(lambda a: torch.from_numpy(np.array(a)), args)
         floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
-        value = fn(cls._bare(context), *args)
+        value = fn(cls._standalone(context), *args)
         grads = torch.autograd.grad(value, floating, allow_unused=True)
         return value.detach().numpy(), tuple(
             np.zeros(t.shape, np.float32) if g is None else g.numpy() for g, t in zip(grads, floating, strict=True)

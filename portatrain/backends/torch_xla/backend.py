@@ -63,7 +63,7 @@ class XlaBackend(OneDevice):
         self.devices = Devices(program.layout)
         self.device, self.compiles = self.devices.device, False
         # On a CPU a step takes the cores that would prepare the next one.
-        self.asynchronous = not xla.on_cpu()
+        self.async_dispatch = not xla.on_cpu()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self._runners = {"run_block": run_block, "run_again": rematerialised(self.remat, run_block)}
@@ -257,7 +257,7 @@ class XlaBackend(OneDevice):
 
     # ---- without an update
 
-    def rehearse(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+    def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         assert isinstance(state, XlaState)
         numbers: Any = self._numbers(step, scale)
         self._accumulate(state, batch, numbers)
@@ -331,10 +331,10 @@ class XlaBackend(OneDevice):
     def describe_device(self) -> dict[str, Any]:
         return xla.describe()
 
-    # ---- bare operations
+    # ---- operations on their own
 
     @classmethod
-    def _bare(cls, context: Context) -> Any:
+    def _standalone(cls, context: Context) -> Any:
         xla.use_precision(context.precision)
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
         ints = cls._given(np.array([context.step, *dropout_hash.words(context.seed)], np.int32))
@@ -357,7 +357,7 @@ class XlaBackend(OneDevice):
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
         args = tree_map(cls._given, args)
         with torch.no_grad():
-            found = fn(cls._bare(context), *args)
+            found = fn(cls._standalone(context), *args)
         xla.sync()
         return tree_map(xla.fetched, found)
 
@@ -365,7 +365,7 @@ class XlaBackend(OneDevice):
     def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
         args = tree_map(cls._given, args)
         floating = [t.requires_grad_() for t in tree_leaves(args) if t.is_floating_point()]
-        value = fn(cls._bare(context), *args)
+        value = fn(cls._standalone(context), *args)
         grads = torch.autograd.grad(value, floating, allow_unused=True)
         xla.sync()
         return xla.fetched(value), tuple(

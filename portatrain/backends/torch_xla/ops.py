@@ -107,9 +107,6 @@ class XlaOps(TorchOps):
         with _Shifts():
             return super().dropout(x, rate, site=site)
 
-    def one_hot(self, ids: Tensor, n: int) -> Tensor:
-        return (ids[..., None] == torch.arange(n, dtype=ids.dtype, device=ids.device)).float()
-
     def write(self, cache_BT: Tensor, value: Tensor, at: Tensor) -> Tensor:
         """As a choice between cache and value at every position: an update at a computed place would be a scatter."""
         t, n = cache_BT.shape[1], value.shape[1]

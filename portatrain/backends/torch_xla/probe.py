@@ -15,7 +15,7 @@ from portatrain.model.module import TensorInfo
 
 @torch.no_grad()
 def norms(backend: Any, state: Any, delta: Callable[[Tensor], Tensor], sync: Callable[[], None]) -> Arrays:
-    """See `Backend.rehearse`. The gradients of the mean loss are in `.grad`; `delta` is what is added to a tensor."""
+    """See `Backend.probe`. The gradients of the mean loss are in `.grad`; `delta` is what is added to a tensor."""
     places: list[tuple[str, TensorInfo, tuple[int, ...]]] = []
     values: list[Tensor] = []
 

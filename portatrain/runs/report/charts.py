@@ -7,13 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 210, 70, 14, 26, 22
-POINTS = 600
-"""Columns of a curve, at most: of more steps each column is a mean, with the range behind it."""
-BANDS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
-VERDICTS = {"continuous": "#2a7d2a", "broken": "#c22", "unproven": "#b58900", "imported": "#268bd2"}
+from portatrain.system.svg import COLOURS, Point, Scale, columns, padded, short, ticks
 
-Point = tuple[float, float]
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 210, 70, 14, 26, 22
+VERDICTS = {"continuous": "#2a7d2a", "broken": "#c22", "unproven": "#b58900", "imported": "#268bd2"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +24,7 @@ class Band:
 
     @property
     def colour(self) -> str:
-        return BANDS[(self.number - 1) % len(BANDS)]
+        return COLOURS[(self.number - 1) % len(COLOURS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +34,6 @@ class Mark:
     step: int
     verdict: str
     text: str
-
-
-def columns(points: Sequence[Point], most: int = POINTS) -> list[tuple[float, float, float, float]]:
-    """(step, least, mean, greatest) of at most `most` runs of neighbouring points."""
-    n = -(-len(points) // most) if points else 1
-    found = []
-    for i in range(0, len(points), n):
-        part = points[i : i + n]
-        values = [v for _, v in part]
-        found.append((sum(x for x, _ in part) / len(part), min(values), sum(values) / len(values), max(values)))
-    return found
-
-
-def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within [low, high]."""
-    span = high - low
-    if span <= 0 or not math.isfinite(span):
-        return [low]
-    step = 10.0 ** math.floor(math.log10(span / about))
-    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= about)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def chart(
@@ -77,18 +52,9 @@ def chart(
     if not points:
         return f'<figure><figcaption>{escape(title)}</figcaption><p class="none">nothing recorded</p></figure>'
     shown = columns(points)
-    low = min([c[1] for c in shown] + [y for _, y in dots])
-    high = max([c[3] for c in shown] + [y for _, y in dots])
-    if high - low < 1e-12 * max(abs(high), 1e-300):
-        low, high = low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    pad = 0.04 * (high - low)
-    low, high = low - pad, high + pad
-
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / max(steps, 1)
-
-    def y(value: float) -> float:
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (value - low) / (high - low)
+    low, high = padded([c[1] for c in shown] + [c[3] for c in shown] + [y for _, y in dots])
+    x = Scale(low=0, high=max(steps, 1), start=LEFT, end=WIDTH - RIGHT)
+    y = Scale(low=low, high=high, start=HEIGHT - BOTTOM, end=TOP)
 
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for band in bands:
@@ -99,9 +65,9 @@ def chart(
         )
     for value in ticks(low, high, 4):
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(value):.1f}" y2="{y(value):.1f}" class="grid"/>')
-        out.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{_short(value)}</text>')
+        out.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{short(value)}</text>')
     for step in ticks(0, steps, 10):
-        out.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{_short(step)}</text>')
+        out.append(f'<text x="{x(step):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{short(step)}</text>')
     if len(points) > len(shown):
         edge = [f"{x(c[0]):.1f},{y(c[3]):.1f}" for c in shown] + [f"{x(c[0]):.1f},{y(c[1]):.1f}" for c in shown[::-1]]
         out.append(f'<polygon points="{" ".join(edge)}" class="range"/>')
@@ -121,11 +87,3 @@ def chart(
         )
     out.append(f'<text x="{LEFT}" y="14" class="title">{escape(title)}</text></svg>')
     return "".join(out)
-
-
-def _short(value: float) -> str:
-    if value and abs(value) >= 1e4:
-        for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-            if abs(value) >= bound:
-                return f"{value / bound:.4g}{letter}"
-    return f"{value:.4g}"

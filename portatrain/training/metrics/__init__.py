@@ -1,6 +1,6 @@
 """What a run measures and where it goes: records, sinks, FLOPs, plots.
 
-Nothing here imports a framework; NumPy, rich and matplotlib are imported where they are used.
+Nothing here imports a framework; NumPy and rich are imported where they are used.
 """
 
 from portatrain.training.metrics.record import EvalRecord as EvalRecord

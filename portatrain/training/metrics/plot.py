@@ -1,35 +1,49 @@
-"""The loss curve of a run as a picture."""
+"""The loss curve of a run as a picture, an SVG file that needs no package to write and any browser to see."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import tempfile
+import math
+import sys
 from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.svg import COLOURS, Point, Scale, columns, document, frame, padded, polyline
 
-LOSS_PNG = "loss.png"
+LOSS_SVG = "loss.svg"
+WIDTH, HEIGHT = 960, 640
+TRAINING, VALIDATION, RATE = COLOURS[0], COLOURS[1], COLOURS[4]
+REFERENCES = (COLOURS[2], COLOURS[3], COLOURS[6])
 
 
 def plot_run(run: RunDir) -> Path:
-    """Draw loss, validation loss and learning rate of ``run`` into its loss.png.
+    """Draw loss, validation loss and learning rate of `run` into its loss.svg; return where that is.
 
-    In bits per byte where the evaluations give them, else as they are. The ``references`` of its
-    summary (label -> value in the same unit) are level lines, to compare with.
+    The losses are in bits per byte if the evaluations give them, else as they are. The `references` of its summary
+    (label -> value in the same unit) are level lines to compare with.
 
     Raises:
-        UserError: matplotlib is missing, or the run has no step yet.
+        UserError: the run has no step yet.
     """
-    path = run.path / LOSS_PNG
     curve, evals = run.curve(), run.events("eval")
     unit, factor = _unit(evals)
     references = run.summary().get("references") or {}
-    draw_curve(curve, evals, path, title=run.path.name, unit=unit, factor=factor, references=references)
-    return path
+    title = run.where.rstrip("/").rpartition("/")[2]
+    run.put_text(LOSS_SVG, loss_curve(curve, evals, title=title, unit=unit, factor=factor, references=references))
+    return run.path / LOSS_SVG
+
+
+def draw(run: RunDir) -> None:
+    """Draw the curve if there is one. A picture that cannot be written is said and ends nothing."""
+    try:
+        if run.curve():
+            plot_run(run)
+    except (UserError, OSError) as error:
+        print(f"no loss curve: {error}", file=sys.stderr)
 
 
 def _unit(evals: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
@@ -41,61 +55,100 @@ def _unit(evals: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
     return "loss", 1.0
 
 
-def draw_curve(
+def loss_curve(
     curve: Sequence[Mapping[str, Any]],
     evals: Sequence[Mapping[str, Any]],
-    path: Path,
     *,
     title: str,
     unit: str = "loss",
     factor: float = 1.0,
     references: Mapping[str, float],
-) -> None:
-    """Draw rows with step, loss, lr (``RunDir.curve``) and evaluations with step, loss as a PNG at ``path``.
+) -> str:
+    """Return an SVG of rows with step, loss, lr (`RunDir.curve`) and of evaluations with step, loss.
 
-    Losses are multiplied by ``factor``; ``references`` are in ``unit`` already.
+    Losses are multiplied by `factor`; `references` are in `unit` already.
     """
-    try:
-        # Not pyplot: it would choose a window system and keep global state.
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "the loss curve", expected="matplotlib", got="no such package", do="pip install 'portatrain[plot]'"
-        ) from None
-    rows = [row for row in curve if row.get("loss") is not None]
+    rows = [row for row in curve if _finite(row.get("loss"))]
     if not rows:
         raise UserError(
             "the loss curve", expected="at least one step with a finite loss", got="none", do="Train first."
         )
-
-    figure = Figure(figsize=(8, 5.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
-    steps, losses = [row["step"] for row in rows], [factor * row["loss"] for row in rows]
-    top.plot(steps, losses, color="C0", alpha=0.3, linewidth=0.8)
-    top.plot(steps, smooth(losses), color="C0", linewidth=1.6, label="training (smoothed)")
-    shown = [row for row in evals if row.get("loss") is not None]
+    raw = [(float(row["step"]), factor * row["loss"]) for row in rows]
+    mean = list(zip([step for step, _ in raw], smooth([loss for _, loss in raw]), strict=True))
+    shown = [row for row in evals if _finite(row.get("loss"))]
     few = min((row.get("samples", 0) for row in shown), default=0)
-    # Evaluations on the way see a part of the split, the last all of it: another set, so another mark.
-    for style, label, of in (
-        ("o-", "validation", [r for r in shown if r.get("samples", 0) == few]),
-        ("D", "validation, whole split", [r for r in shown if r.get("samples", 0) != few]),
-    ):
-        if of:
-            values = [factor * row["loss"] for row in of]
-            top.plot([row["step"] for row in of], values, style, color="C1", markersize=4, label=label)
-    for index, (label, value) in enumerate(references.items()):
-        top.axhline(value, color=f"C{2 + index}", linestyle="--", linewidth=1.2, label=f"{label}: {value:.3f}")
-    top.set_ylabel(unit)
-    top.set_title(title)
-    top.grid(alpha=0.25)
-    top.legend()
-    bottom.plot([row["step"] for row in rows], [row["lr"] for row in rows], color="C3", linewidth=1.2)
-    bottom.set_ylabel("learning rate")
-    bottom.set_xlabel("step")
-    bottom.grid(alpha=0.25)
-    _save(figure, path)
+    dots = [(float(row["step"]), factor * row["loss"]) for row in shown if row.get("samples", 0) == few]
+    # Evaluations on the way see a part of the split, the last one may see all of it: another set, so another mark.
+    whole = [(float(row["step"]), factor * row["loss"]) for row in shown if row.get("samples", 0) != few]
+    rates = [(float(row["step"]), row["lr"]) for row in rows if _finite(row.get("lr"))]
+
+    low, high = padded([loss for _, loss in [*raw, *dots, *whole]] + [v for v in references.values() if _finite(v)])
+    x = Scale(low=0, high=max(raw[-1][0], 1), start=80, end=WIDTH - 20)
+    y = Scale(low=low, high=high, start=450, end=40)
+    parts = frame(x, y, x_label="", y_label=unit)
+    parts.append(polyline(_drawn(raw), x, y, colour=TRAINING, kind="raw"))
+    parts.append(polyline(_drawn(mean), x, y, colour=TRAINING))
+    legend = [(TRAINING, "", "training (smoothed)")]
+    if dots:
+        parts.append(polyline(dots, x, y, colour=VALIDATION))
+        parts += [_mark(x(step), y(loss), round_=True, text=f"step {step:g}: {loss:.4g}") for step, loss in dots]
+        legend.append((VALIDATION, "", "validation"))
+    if whole:
+        parts += [_mark(x(step), y(loss), round_=False, text=f"step {step:g}: {loss:.4g}") for step, loss in whole]
+        legend.append((VALIDATION, "diamond", "validation, whole split"))
+    for (label, value), colour in zip(references.items(), itertools.cycle(REFERENCES), strict=False):
+        if _finite(value):
+            parts.append(
+                f'<line x1="{x.start:.1f}" x2="{x.end:.1f}" y1="{y(value):.1f}" y2="{y(value):.1f}" '
+                f'stroke="{colour}" stroke-width="1.4" stroke-dasharray="6 4" class="reference"/>'
+            )
+            legend.append((colour, "dashed", f"{label}: {value:.3f}"))
+    parts += _legend(legend)
+    if rates:
+        low, high = padded([rate for _, rate in rates])
+        under = Scale(low=min(low, 0.0), high=high, start=580, end=480)
+        parts += frame(x, under, x_label="step", y_label="learning rate", y_ticks=3)
+        parts.append(polyline(_drawn(rates), x, under, colour=RATE))
+    return document(title, WIDTH, HEIGHT, parts)
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def _drawn(points: Sequence[Point]) -> list[Point]:
+    """At most as many points as there are pixels."""
+    return [(step, middle) for step, _, middle, _ in columns(points)]
+
+
+def _mark(x: float, y: float, *, round_: bool, text: str) -> str:
+    title = f"<title>{escape(text)}</title>"
+    if round_:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{VALIDATION}">{title}</circle>'
+    return f'<path d="M {x:.1f} {y - 7:.1f} l 6 7 l -6 7 l -6 -7 z" fill="{VALIDATION}" class="whole">{title}</path>'
+
+
+def _legend(entries: Sequence[tuple[str, str, str]]) -> list[str]:
+    """(colour, kind of mark, label) of every line, in the upper right corner."""
+    width = 52 + 6.4 * max(len(label) for _, _, label in entries)
+    left, top = WIDTH - 30 - width, 48
+    height = 12 + 20 * len(entries)
+    out = [
+        f'<rect x="{left:.1f}" y="{top}" width="{width:.1f}" height="{height}" fill="#fff" fill-opacity=".85" '
+        'stroke="#ccc"/>'
+    ]
+    for row, (colour, kind, label) in enumerate(entries):
+        at = top + 16 + 20 * row
+        if kind == "diamond":
+            out.append(f'<path d="M {left + 20:.1f} {at - 6} l 5 6 l -5 6 l -5 -6 z" fill="{colour}"/>')
+        else:
+            dash = ' stroke-dasharray="6 4"' if kind == "dashed" else ""
+            out.append(
+                f'<line x1="{left + 8:.1f}" x2="{left + 32:.1f}" y1="{at}" y2="{at}" stroke="{colour}" '
+                f'stroke-width="2"{dash}/>'
+            )
+        out.append(f'<text x="{left + 40:.1f}" y="{at + 4}">{escape(label)}</text>')
+    return out
 
 
 def smooth(values: Sequence[float], *, reach: int | None = None) -> list[float]:
@@ -107,15 +160,3 @@ def smooth(values: Sequence[float], *, reach: int | None = None) -> list[float]:
         near = min(reach, index, len(values) - 1 - index)
         result.append((sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
     return result
-
-
-def _save(figure: Any, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=".plot.", suffix=".png", dir=path.parent)
-    os.close(handle)
-    try:
-        figure.savefig(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
