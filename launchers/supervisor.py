@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launchers.base import Job, Landed, launcher
+from launchers.base import Job, JobRuntime, launcher, runtime_of
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
@@ -43,8 +43,8 @@ BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 class Supervisor:
     """Carries one job out. `signals` has what it was sent."""
 
-    def __init__(self, job: Job, landed: Landed) -> None:
-        self.job, self.landed, self.run = job, landed, open_run(job.run_dir, work=True)
+    def __init__(self, job: Job, runtime: JobRuntime) -> None:
+        self.job, self.runtime, self.run = job, runtime, open_run(job.run_dir, work=True)
         self.signals: list[int] = []
         self.asked = ""
         """'preempt', 'cancel' or 'unclear': what the last signal meant; '' where there was none."""
@@ -56,14 +56,14 @@ class Supervisor:
         for number in stopping_signals():
             signal.signal(number, self._signal)
         if self._over():
-            self.landed.leave("over")
+            self.runtime.on_exit("over")
             return 0
-        self.landed.give_way()
+        self.runtime.yield_to_preferred()
         try:
             claim = self.run.acquire()
         except UserError as error:
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
-            self.landed.leave("aside")
+            self.runtime.on_exit("superseded")
             return RESUMABLE
         code, outcome = RESUMABLE, "unclear"
         try:
@@ -72,12 +72,12 @@ class Supervisor:
             if isinstance(error, StorageError) or claim.held:
                 raise
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
-            outcome = "aside"
+            outcome = "superseded"
         finally:
             for last in (self.run.send, claim.release):
                 with contextlib.suppress(StorageError):  # the lease runs out
                     last()
-            self.landed.leave(outcome)
+            self.runtime.on_exit(outcome)
         return code
 
     def _patiently(self, claim: ClaimHandle) -> tuple[int, str]:
@@ -105,7 +105,7 @@ class Supervisor:
             return OK, "over"
         if self._given_up():
             return MISTAKE, "over"
-        self.landed.arrive()
+        self.runtime.on_claimed()
         dead = claim.taken_over
         while True:
             failures = self._failures_without_progress()
@@ -127,7 +127,7 @@ class Supervisor:
                     attempt.event(Kind.GAVE_UP, why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
                     return code or FAILED, "over"
-                if not self.asked and self.landed.restarts:
+                if not self.asked and self.runtime.restarts:
                     continue
                 if not self.asked:
                     return code if code > 0 else FAILED, "failed"
@@ -171,19 +171,20 @@ class Supervisor:
 
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
         """(exit code, 'done' | 'preempted' | 'stopped' | 'cancelled' | 'failed' | 'hung', why)."""
-        place = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
-        attempt.event(Kind.LANDED, **place, id=self.job.id, scheduler=scheduler_facts())
+        where = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
+        facts = launcher(self.job.engine).scheduler_facts(os.environ)
+        attempt.event(Kind.LANDED, **where, id=self.job.id, scheduler=dict(facts))
         changed = differences(self._code())
         if changed:
             attempt.event(Kind.ENVIRONMENT_DIFFERS, packages=changed)
-        command, more, output = self.landed.command(attempt.folder)
+        command, more, output = self.runtime.command(attempt.folder)
         token = attempt.token
         env = {
             **os.environ,
             **more,
             environment.CLAIM.name: token,
             environment.ATTEMPT.name: str(attempt.number),
-            environment.CLUSTER.name: json.dumps(place),
+            environment.CLUSTER.name: json.dumps(where),
             environment.LOGS.name: str(attempt.folder),
         }
         with open(output or os.devnull, "ab") as log:
@@ -240,7 +241,7 @@ class Supervisor:
         if (first or again) and self._child is not None and self._child.poll() is None:
             # One kind for all engines, and not the one that means "end" to programs in between.
             self._child.send_signal(signal.SIGUSR1)
-        meaning = self.landed.means(number)
+        meaning = self.runtime.means(number)
         if self.asked in ("", "unclear"):
             self.asked = meaning
 
@@ -260,28 +261,13 @@ def _last_words(folder: Path) -> str:
     return ""
 
 
-def scheduler_facts() -> dict[str, str]:
-    """What the scheduler's environment says of where this is."""
-    names = (
-        "SLURM_JOB_ID",
-        "SLURM_JOB_PARTITION",
-        "SLURM_JOB_NODELIST",
-        "SLURM_RESTART_COUNT",
-        "JOB_COMPLETION_INDEX",
-        "JOBSET_NAME",
-        "TPU_WORKER_ID",
-        "TPU_ACCELERATOR_TYPE",
-    )
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
 def main() -> int:
     """`python -m launchers.supervisor RUN_DIR JOB`."""
     job = jobs.read(sys.argv[1], int(sys.argv[2]))
     if job.cwd and os.path.isdir(job.cwd):
         os.chdir(job.cwd)
     try:
-        return Supervisor(job, launcher(job.engine).land(job)).main()
+        return Supervisor(job, runtime_of(job)).main()
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code

@@ -179,7 +179,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             hosts=t.hosts,
             processes=t.processes,
             options=t.options,
-            place=t.place,
+            cluster_shape=t.cluster_shape,
             track=last.track or t.track,
             cwd=last.cwd or os.getcwd(),
             detached=t.engine != "local" or args.detach,

@@ -46,7 +46,7 @@ class Job:
     """The recipe as it was given: a file (absolute), or ''; for --new-code."""
     code: str | None = None
     """The folder with the run's own copy of the code; None: what is installed where the job runs."""
-    place: Mapping[str, Any] = field(default_factory=dict)
+    cluster_shape: Mapping[str, Any] = field(default_factory=dict)
     """What the cluster is: chip, chips, slices, topology, chips_per_host, resource (its name in Kubernetes)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the cluster, for its engine."""
@@ -130,6 +130,7 @@ def of_row(path: Path, found: Mapping[str, Any]) -> Job:
     """The job that a JSON object of the file `path` describes; UserError where it is damaged."""
     known = {f.name for f in fields(Job)}
     try:
+        found = {"cluster_shape": found.get("place", {}), **found}  # as earlier releases called it
         row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}
         job = Job(**row)
         _check(job)
