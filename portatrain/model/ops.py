@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from portatrain.errors import UserError
+from portatrain.model.ops_arrays import ArrayOps
 from portatrain.model.rope import RopeScaling
 
 Array = Any
@@ -67,7 +68,7 @@ class Aux:
         return Aux(both(self.value_B, other.value_B), self.count + other.count, self.reduce, self.loss)
 
 
-class Ops(Protocol):
+class Ops(ArrayOps, Protocol):
     """The operations. Each backend is one small class of them; `backends/reference` in NumPy float64 is the oracle."""
 
     training: bool
@@ -175,7 +176,7 @@ class Ops(Protocol):
         ...
 
     def relu(self, x: Array) -> Array:
-        """max(x, 0)."""
+        """max(x, 0); the derivative at 0 is 0."""
         ...
 
     def sigmoid(self, x: Array) -> Array:
@@ -215,11 +216,12 @@ class Ops(Protocol):
         ...
 
     def one_hot(self, ids: Array, n: int) -> Array:
-        """ids.shape + (n,) float32: 1 at each id, 0 elsewhere."""
+        """ids.shape + (n,) float32: 1 at each id, 0 elsewhere. An id outside [0, n) gives zeros."""
         ...
 
     def top_k(self, x: Array, k: int) -> tuple[Array, Array]:
-        """The k largest values over the last axis, descending, and their int32 indices; ties: lowest index first."""
+        """The k largest values over the last axis, descending, and their int32 indices; ties: lowest index first.
+        A NaN counts as the largest."""
         ...
 
     def write(self, cache_BT: Array, value: Array, at: Array) -> Array:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
 from portatrain.model import dropout_hash
@@ -20,7 +21,7 @@ from portatrain.model.rope import RopeScaling
 Array = np.ndarray
 
 
-class ReferenceOps:
+class ReferenceOps(ReferenceArrays):
     """The oracle. Floating arrays are float64 throughout: 'float32', 'bfloat16' and 'compute' all mean float64.
 
     `values` are the logical arrays of Params and States by id (a running model needs them, bare calls do not).
