@@ -323,7 +323,8 @@ class Ops(ArrayOps, Protocol):
         """Return the k largest values of the last axis, in descending order, and their indices.
 
         x: (..., N) with N at least k. Returns (..., k) in the dtype of x and (..., k) int32. Of equal values the lowest
-        index comes first; a NaN counts as the largest. bf16: rounding makes more values equal; cast logits to float32 first.
+        index comes first; a NaN counts as the largest. bf16: rounding makes more values equal, so cast logits
+        to float32 first.
         Example: `values_BSK, experts_BSK = ops.top_k(p_BSX, 2)`
         """
         ...
