@@ -1,4 +1,4 @@
-"""JSON on disk: files that are whole or absent, and logs that survive a crash in mid-line."""
+"""JSON files that are written atomically, and JSON-lines logs that survive a crash in the middle of a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portatrain.errors import UserError
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write ``data`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Write ``data`` atomically: a reader, or a restart after a crash, sees the whole old file or the whole new one."""
     write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
 
 
@@ -35,7 +35,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in ``folder`` survive a power cut."""
+    """Flush the entries of ``folder`` to disk, so that a rename or a new file in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -44,7 +44,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in ``path``; UserError where it is missing, unreadable or damaged."""
+    """Return the JSON in ``path``. Raises UserError if the file is missing, unreadable or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -57,10 +57,10 @@ def read_json(path: Path) -> Any:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line.
+    """An append-only file with one JSON object per line.
 
-    Every line is handed to the operating system at once, so a killed process loses at most the line
-    that it was writing. Floats are written with all their digits; one that is not finite becomes null.
+    Each line is passed to the operating system at once, so a killed process loses at most the line that it was writing.
+    Floats are written with all their digits; NaN and infinity become null.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,10 +78,10 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a ``JsonLines`` file, without a last line that a crash cut short; [] where there is none.
+    """Return the rows of a ``JsonLines`` file, without an incomplete last line; [] if there is no file.
 
     Raises:
-        UserError: a damaged line that is not the last.
+        UserError: a line other than the last one is damaged.
     """
     if not path.exists():
         return []
@@ -95,7 +95,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             if not isinstance(row, dict):
                 raise ValueError("not an object")
         except ValueError as error:
-            if number == len(lines):  # no newline after it: torn
+            if number == len(lines):  # without a newline: incomplete
                 break
             raise UserError(
                 f"{path}, line {number}",
@@ -108,7 +108,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def finite(value: object) -> object:
-    """`value` with null for numbers that JSON has not: NaN and infinities."""
+    """Return `value` with None for NaN and infinities, which JSON does not have."""
+
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
