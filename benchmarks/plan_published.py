@@ -21,7 +21,7 @@ from benchmarks.plan_published_rows import ROWS, Row
 from portatrain.plan.cost import efficiency
 from portatrain.plan.cost.efficiency import Efficiency
 from portatrain.plan.cost.memory import memory
-from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import PRECISIONS, TUNING
 from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.timing import rates, step_time
@@ -70,7 +70,7 @@ def predict(row: Row, factor: float) -> tuple[float, Candidate]:
         slot_bytes=shape.slot_bytes,
         tuning=tuning,
     )
-    placements = place(cluster, row.mesh, cluster.devices)
+    placements = assign_axes(cluster, row.mesh, cluster.devices)
     if isinstance(placements, str):
         raise ValueError(f"{row.model} on {row.cluster}: {placements}")
     ways = [

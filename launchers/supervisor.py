@@ -25,13 +25,14 @@ from launchers.base import Job, Landed, launcher
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import Holding
+from portatrain.runs.claim import ClaimHandle
 from portatrain.runs.code_snapshot import differences
+from portatrain.runs.events import Kind, last, of_kind
+from portatrain.runs.history import committed
 from portatrain.runs.open import open_run
-from portatrain.runs.status import committed
 from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK, RESUMABLE
-from portatrain.system.stop_signals import SAME_S
+from portatrain.system.stop_signals import SAME_S, stopping_signals
 from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
 
@@ -52,7 +53,7 @@ class Supervisor:
 
     def main(self) -> int:
         """Until the run is over, or this job's part in it; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in stopping_signals():
             signal.signal(number, self._signal)
         if self._over():
             self.landed.leave("over")
@@ -79,7 +80,7 @@ class Supervisor:
             self.landed.leave(outcome)
         return code
 
-    def _patiently(self, claim: Holding) -> tuple[int, str]:
+    def _patiently(self, claim: ClaimHandle) -> tuple[int, str]:
         """`_attempts`, again where the run's store is away, for some minutes."""
         for left in reversed(range(STORE_TRIES)):
             try:
@@ -97,9 +98,9 @@ class Supervisor:
         """Whether a job that was submitted together with this one has given the run up: it cancels this one too, but
         has let the claim go before."""
         mine = self.job.submission
-        return bool(mine) and any(e.get("submission") == mine for e in self.run.events("gave_up"))
+        return bool(mine) and any(e.get("submission") == mine for e in self.run.events(Kind.GAVE_UP))
 
-    def _attempts(self, claim: Holding) -> tuple[int, str]:
+    def _attempts(self, claim: ClaimHandle) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim
             return OK, "over"
         if self._given_up():
@@ -112,18 +113,18 @@ class Supervisor:
                 return self._asked_end()
             attempt = self.run.new_attempt(claim)
             if dead is not None:
-                attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
+                attempt.event(Kind.CLAIM_TAKEN_OVER, host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
                 dead = None
             code, outcome, why = self._attempt(attempt)
             if self._over():
                 return (OK if self.run.is_done else RESUMABLE), "over"
             if outcome in ("failed", "hung"):
                 if code == MISTAKE:
-                    attempt.event("gave_up", why=why, submission=self.job.submission)
+                    attempt.event(Kind.GAVE_UP, why=why, submission=self.job.submission)
                     return code, "over"
                 if self._failures_without_progress() > self.job.max_restarts:
                     text = f"{self.job.max_restarts} restarts in a row brought no new commit; the last attempt: {why}"
-                    attempt.event("gave_up", why=text, submission=self.job.submission)
+                    attempt.event(Kind.GAVE_UP, why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
                     return code or FAILED, "over"
                 if not self.asked and self.landed.restarts:
@@ -152,10 +153,10 @@ class Supervisor:
         """Attempts of this job, at the end of the record, that failed or hung and left the commit that there is now."""
         now, count = committed(self.run), 0
         for number in reversed(self.run.attempt_numbers()):
-            left = [e for e in self.run.rows(number, "events") if e["event"] == "left"]
-            if not left or left[-1].get("job") != self.job.number or left[-1].get("committed") != now:
+            left = last(self.run.rows(number, "events"), Kind.LEFT)
+            if left is None or left.get("job") != self.job.number or left.get("committed") != now:
                 break
-            if left[-1]["outcome"] in ("failed", "hung"):
+            if left.get("outcome") in ("failed", "hung"):
                 count += 1
         return count
 
@@ -171,10 +172,10 @@ class Supervisor:
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
         """(exit code, 'done' | 'preempted' | 'stopped' | 'cancelled' | 'failed' | 'hung', why)."""
         place = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
-        attempt.event("landed", **place, id=self.job.id, scheduler=scheduler_facts())
+        attempt.event(Kind.LANDED, **place, id=self.job.id, scheduler=scheduler_facts())
         changed = differences(self._code())
         if changed:
-            attempt.event("environment_differs", packages=changed)
+            attempt.event(Kind.ENVIRONMENT_DIFFERS, packages=changed)
         command, more, output = self.landed.command(attempt.folder)
         token = attempt.token
         env = {
@@ -202,7 +203,7 @@ class Supervisor:
             code = MISTAKE
         outcome, why = self._outcome(attempt, code)
         attempt.event(
-            "left",
+            Kind.LEFT,
             outcome=outcome,
             code=code,
             why=why,
@@ -219,11 +220,11 @@ class Supervisor:
             return "done", ""
         if self.run.marked("CANCELLED") or self.asked == "cancel":
             return "cancelled", ""
-        hang = next((e for e in events if e["event"] == "hang"), None)
+        hang = next(iter(of_kind(events, Kind.HANG)), None)
         if hang is not None:
             return "hung", f"a hang; {hang['behind']['text']}"
         if self.asked or code in (RESUMABLE, INTERRUPTED):
-            ends = [e["status"] for e in events if e["event"] == "end"]
+            ends = [e.get("status") for e in of_kind(events, Kind.END)]
             if ends or code == RESUMABLE:
                 return ("stopped" if ends and ends[-1] in ("stopped", "interrupted") else "preempted"), ""
             return "preempted", "it was ended before it could say how"

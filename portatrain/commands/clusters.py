@@ -14,8 +14,6 @@ from portatrain.plan.clusters.cluster import Cluster
 if TYPE_CHECKING:
     from rich.table import Table
 
-SUMMARY = "show the chips and clusters that portatrain knows"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of the command on ``parser``."""

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COMPILERS = ("auto", "tpu", "cuda", "fsdp2")
-SUMMARY = "plan a recipe for clusters: mesh, memory, time and cost"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
             cluster,
             mesh=mesh,
             precisions=_words(args.precision) or None,
-            remats=_words(args.remat) or (_runnable() if args.compile else tuple(REMATS)),
+            remats=_words(args.remat) or tuple(REMATS),
         )
         for cluster in clusters
     ]
@@ -131,14 +130,6 @@ def run(args: argparse.Namespace) -> int:
                 if one.chosen:
                     _compiled(one, args, console)
     return 0
-
-
-def _runnable() -> tuple[str, ...]:
-    """The remat policies of a plan that the backends have: what is compiled must be what runs."""
-    from portatrain.backends import base
-
-    known = getattr(base, "REMATS", tuple(REMATS))
-    return tuple(name for name in REMATS if name in known)
 
 
 def _calibrate(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ which engine it is reached. The run directory is runs/NAME, and is the record of
 
 examples:
   launch --cluster local tiny-lm
+  launch --cluster local tiny-lm --set data=TextFiles --set data.paths=my/texts --track tensorboard
   launch --cluster local tiny-vit --run first-vit --backend torch --devices 2 --detach
   launch --cluster tpu-v5p-256,h100-64 llama3-8b --run long --max-restarts 10
   launch --cluster tpu-v5p-256 llama3-8b --dry-run

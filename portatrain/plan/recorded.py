@@ -16,13 +16,13 @@ from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.clusters.gpu_devices import DEVICES
 from portatrain.plan.clusters.slices import RULES, default_shape, text
-from portatrain.plan.compilers.gpus import DEVICES
 from portatrain.plan.cost import device_order as orders
 from portatrain.plan.cost import recipes
 from portatrain.plan.cost.efficiency import Efficiency, of
 from portatrain.plan.cost.memory import memory
-from portatrain.plan.cost.placement import coordinates, place
+from portatrain.plan.cost.placement import assign_axes, coordinates
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.cost.timing import rates, step_time
@@ -143,7 +143,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
     rows, odd = divmod(recipe.batch, work.rows * recipe.accumulation)
     if odd:
         return f"batch={recipe.batch} does not divide over the mesh"
-    places = place(cluster, sizes, cluster.devices)
+    places = assign_axes(cluster, sizes, cluster.devices)
     if isinstance(places, str):
         return places
     need = memory(

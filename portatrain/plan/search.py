@@ -15,7 +15,7 @@ from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import efficiency as factors
 from portatrain.plan.cost import meshes
 from portatrain.plan.cost.memory import Memory, memory, state_bytes
-from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Precision, Remat, Tuning
 from portatrain.plan.cost.shapes import ModelShape
 from portatrain.plan.cost.tensors import Sizes
@@ -73,7 +73,7 @@ class _Search:
         fitting = list(self._fitting(work))
         if not fitting:
             return
-        placements = place(self.cluster, mesh, self.cluster.devices)
+        placements = assign_axes(self.cluster, mesh, self.cluster.devices)
         if isinstance(placements, str):
             self.refused[placements] = self.refused.get(placements, 0) + 1
             return

@@ -14,6 +14,7 @@ not notice a signal. The C part of a handler also writes to a pipe, and a thread
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -34,19 +35,28 @@ MARGIN_S = 1.0
 
 _ASKED = 255
 """The number for `ask`, in place of a signal's number."""
+STRENGTHS = (None, "preempt", "interrupt")
+"""The kinds of request, from weak to strong."""
 _KINDS: dict[int, str] = {
     signal.SIGINT: "interrupt",
     signal.SIGTERM: "preempt",
     signal.SIGUSR1: "preempt",
+    signal.SIGHUP: "preempt",  # the terminal is gone
     _ASKED: "preempt",
 }
+
+
+def stopping_signals() -> list[signal.Signals]:
+    """Return the signals that request a stop, without SIGHUP if this process was started to outlive its terminal."""
+    found = [signal.Signals(number) for number in _KINDS if number != _ASKED]
+    return [n for n in found if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StopSignals:
     """The stop requests of this process; use it in a `with` block.
 
     Attributes:
-        asked: None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1, `ask`).
+        asked: None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1, SIGHUP, `ask`).
         trained: True if there is anything to save; the trainer sets it.
         on_asked: called with the kind of the first request, from the watching thread.
         on_leaving: called with the reason before the process exits at once, from another thread.
@@ -65,14 +75,14 @@ class StopSignals:
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
-        self._staying = threading.Lock()
+        self._staying, self._deciding = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> StopSignals:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
         if threading.current_thread() is threading.main_thread():
-            for number in (n for n in _KINDS if n != _ASKED):
+            for number in stopping_signals():
                 self._before[number] = signal.signal(number, lambda number, frame: None)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="portatrain-signals", daemon=True)
@@ -83,6 +93,15 @@ class StopSignals:
         """Request a stop, as a signal would; for cloud notices."""
         if self._pipe is not None and self.asked is None:
             os.write(self._pipe[1], bytes([_ASKED]))
+
+    def strengthen(self, kind: str | None) -> None:
+        """Adopt the request of another process if it is stronger than the one of this process."""
+
+        with self._deciding:
+            if STRENGTHS.index(kind) > STRENGTHS.index(self.asked):
+                if self.asked is None:
+                    self._first_s = time.monotonic()
+                self.asked = kind
 
     @contextmanager
     def staying(self) -> Iterator[None]:
@@ -113,8 +132,13 @@ class StopSignals:
 
     def _seen(self, number: int) -> None:
         kind, now_s = _KINDS[number], time.monotonic()
-        if self.asked is None:
-            self.asked, self._first_s = kind, now_s
+        with self._deciding:
+            first, asked = not self._last_s, self.asked
+            if asked is None:
+                self._first_s = now_s
+            if STRENGTHS.index(kind) > STRENGTHS.index(asked):
+                self.asked = kind
+        if first:  # what other processes were asked before is no signal of ours
             self.on_asked(kind)
         elif kind == "interrupt" or now_s - self._last_s.get(number, now_s) >= SAME_S:
             self._leave("a second signal came")
@@ -129,7 +153,12 @@ class StopSignals:
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)
-        print(f"\nleaving at once: {why}; the last committed checkpoint stands", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+            print(f"\nleaving at once: {why}; the last committed checkpoint stands", file=sys.stderr, flush=True)
+        folder = environment.REPORTS.get()
+        if folder is not None:  # the others wait for this process in vain
+            with contextlib.suppress(OSError):
+                (folder / f"left-{environment.LOCAL_RANK.get()}").write_text(str(code))
         os._exit(code)
 
     def __exit__(

@@ -15,7 +15,7 @@ class SaveTimer:
 
     def __init__(self, every_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._every_s, self._clock = every_s, clock
-        self._took_s = 0.0
+        self._took_s, self._first = 0.0, True
         self.start()
 
     def start(self) -> None:
@@ -31,10 +31,14 @@ class SaveTimer:
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure how long the loop waits for a save of any kind; count from its end."""
+        """Measure how long the loop waits for a save of any kind; count from its end.
+
+        The first save of an attempt is left out: it may compile what the others use.
+        """
         began_s = self._clock()
         try:
             yield
         finally:
             self.start()
-            self._took_s = self._since_s - began_s
+            self._took_s = 0.0 if self._first else self._since_s - began_s
+            self._first = False

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from portatrain.cli import main
+from portatrain.plan.clusters.gpu_devices import DEVICES
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.compilers import gpus, job, targets
 from portatrain.plan.recorded import chip_of
@@ -88,7 +89,17 @@ def test_a_program_that_does_not_fit_is_an_answer() -> None:
     )
     found = job.answer(asked, target, tell=lambda line: None)
     assert not found.fits and found.peak_bytes is None
-    assert found.needs_bytes is None or found.needs_bytes > 16 * 2**30
+    assert "RESOURCE_EXHAUSTED" in found.raw["said"] or "memory" in found.raw["said"]
+
+
+def test_the_size_in_an_error_of_memory_is_read() -> None:
+    from portatrain.plan.compilers.xla import _too_large
+
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 25.5G of 15.75G hbm. Exceeded by 9.75G."
+    assert _too_large(RuntimeError(said))["needs_bytes"] == 25.5 * 2**30
+    assert _too_large(RuntimeError("RESOURCE_EXHAUSTED: no sizes"))["needs_bytes"] is None
+    with pytest.raises(RuntimeError, match="another"):
+        _too_large(RuntimeError("another error"))
 
 
 @pytest.mark.full
@@ -144,9 +155,9 @@ def test_what_the_compiler_is_told() -> None:
     assert targets.target(parse("gb200-72")).options["topology"] == "1x18x4"
 
 
-@pytest.mark.parametrize("name", gpus.DEVICES)
+@pytest.mark.parametrize("name", DEVICES)
 def test_a_gpu_is_found_by_the_name_that_its_description_has(name: str) -> None:
-    found = chip_of(gpus.DEVICES[name].name)
+    found = chip_of(DEVICES[name].name)
     assert found is not None and found.name == name
     assert f"memory_bandwidth: {int(found.memory_bw.value * 1e9)}" in gpus.description(found)  # type: ignore[union-attr]
 

@@ -353,15 +353,21 @@ def test_help(command: Callable[[Sequence[str]], int], words: list[str], capsys:
 
 
 def test_examples_in_the_help_are_commands_that_parse(capsys: Capture) -> None:
-    from portatrain.commands import submit, train
+    from portatrain.commands import init, show, submit, train
 
-    lines = itertools.chain(*((module.__doc__ or "").splitlines() for module in (train, submit)))
+    lines = itertools.chain(*((module.__doc__ or "").splitlines() for module in (train, submit, init, show)))
     examples = [line.split() for line in lines if line.startswith(("  portatrain ", "  launch "))]
-    assert len(examples) >= 6
+    assert len(examples) >= 14
+    Path("there").write_text("a file")
     Path("my_recipe.py").write_text(GOOD.replace("width: int = 4", "width: int = 4\n    embed: int = 4"))
     for words in examples:
         if words[0] == "launch":
             assert launch_main([*words[1:], "--dry-run"]) == 0, words
+        elif words[1] == "init":  # all but the file is read, which then cannot be made
+            assert "got 'there'" in refused(main, ["init", "there", *words[3:]], capsys)
+        elif words[1] == "show":  # what is said last: the model of this recipe is a stand-in
+            assert main(words[1:]) == 0 or "portatrain.Module" in capsys.readouterr().err
+            capsys.readouterr()
         else:
             # A mesh that cannot be is the last thing checked before the run directory: all else has passed.
             assert "--devices" in refused(main, [*words[1:], "--mesh", "fsdp=2", "--devices", "3"], capsys)

@@ -96,7 +96,13 @@ def test_a_closed_reader_ends_its_iteration_and_closes_twice():
 
 
 def test_a_forgotten_reader_ends():
-    next(Prefetch(Numbers(), 0, 4))  # the fixture sees that the thread goes
+    batches = Prefetch(Numbers(), 0, 4)
+    next(batches)
+    (thread,) = readers()
+    del batches
+    gc.collect()
+    thread.join(timeout=5)
+    assert not thread.is_alive()
 
 
 @pytest.mark.parametrize(("count", "depth"), [(0, 2), (1, 0)])

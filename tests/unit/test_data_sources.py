@@ -93,6 +93,35 @@ def test_token_memmap(tmp_path, dtype, ids, separator, want):
     assert open_data(spec, seed=0).bytes_per_target is None
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_token_files_that_numpy_saved(tmp_path, dtype):
+    ids = np.array([1, 2, 3, 9, 4, 5, 9], dtype)
+    np.save(tmp_path / "tokens.npy", ids)
+    ids.tofile(tmp_path / "tokens.bin")
+    given = {"seq_len": 2, "vocab": 10, "dtype": dtype, "separator": 9, "validation": 0}
+    saved, raw = (
+        streams(TokenMemmap(paths=str(tmp_path / f"tokens.{end}"), **given), None)["train"] for end in ("npy", "bin")
+    )
+    # The order of documents follows the file's name; the documents are the same.
+    assert sorted(d.tolist() for d in saved) == sorted(d.tolist() for d in raw) == [[1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.array([1, 2, 3], "<u4"), "got uint32 of shape"),
+        (np.array([[1, 2], [3, 4]], "<u2"), r"got uint16 of shape \(2, 2\)"),
+        (np.array([1.0, 2.0]), "got float64"),
+        (np.array([{}]), "numpy.save"),
+    ],
+)
+def test_npy_files_of_something_else_are_refused(tmp_path, array, said):
+    np.save(tmp_path / "tokens.npy", array)
+    spec = TokenMemmap(paths=str(tmp_path / "tokens.npy"), seq_len=2, vocab=10, validation=0)
+    with pytest.raises(UserError, match=said):
+        open_data(spec, seed=0)
+
+
 def test_stdlib_is_the_library_without_tests_and_machine_paths(tmp_path):
     kept = {"os.py": b"1", "json/decoder.py": b"2", "lib2to3/main.py": b"3"}
     left = ["site-packages/x.py", "test/a.py", "idlelib/idle_test/b.py", "json/tests/c.py", "os.txt"]

@@ -18,6 +18,7 @@ from portatrain.data import Stdlib, TextFiles, TokenMemmap
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
 
+ROOT = Path(__file__).parents[2]
 COMBINATIONS = [(model, data) for model, kinds in MODELS.items() for data in kinds]
 CHOSEN = {"text": ["batch=8"], "tokens": ["batch=8"], "images": []}
 STEPS = {"text": 8, "tokens": 8, "images": 24}
@@ -64,7 +65,16 @@ def test_what_is_written_is_linted(corpus: Path, model: str, data: str) -> None:
     assert main(["init", "my_recipe.py", "--model", model, "--data", data, *paths]) == 0
     for words in (["check"], ["format", "--check"]):
         done = subprocess.run(
-            [sys.executable, "-m", "ruff", *words, "--no-cache", "--config", "line-length=120", "my_recipe.py"],
+            [
+                sys.executable,
+                "-m",
+                "ruff",
+                *words,
+                "--no-cache",
+                "--config",
+                str(ROOT / "pyproject.toml"),
+                "my_recipe.py",
+            ],
             capture_output=True,
             text=True,
             timeout=60,

@@ -16,7 +16,7 @@ import pytest
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.text import duration, si
-from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord
+from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord, plot
 from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
@@ -235,6 +235,24 @@ def test_loss_curve_of_a_long_run_stays_small(tmp_path: Path) -> None:
     text = loss_curve(rows, [], title="long", references={"nothing": float("nan")})
     assert len(text) < 60_000
     ET.fromstring(text)
+
+
+def test_metrics_beyond_a_bound_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    for first, last in ((1, 200), (151, 400)):  # the second attempt goes on from step 150
+        with run.begin(make()) as attempt:
+            for step in range(first, last + 1):
+                attempt.metrics({"step": step, "loss": 5.0 - step / 100, "lr": 1e-3, "padding": "x" * 100})
+    with (run.path / "attempts" / "2" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 401, "lo')  # cut short by a crash
+    (whole,) = (points(line) for line in drawn(run).iter(f"{SVG}polyline") if line.attrib["class"] == "raw")
+    monkeypatch.setattr(plot, "MOST_BYTES", 8000)
+    (part,) = (points(line) for line in drawn(run).iter(f"{SVG}polyline") if line.attrib["class"] == "raw")
+    assert 20 < len(part) < len(whole) / 5
+    # 1, 1 + n, ... of the first attempt up to 150, then those of the second: each once, on the same line.
+    assert [x for x, _ in part] == sorted({x for x, _ in part})
+    heights = [y for _, y in part]
+    assert heights == sorted(heights)
 
 
 def test_loss_curve_without_steps(tmp_path: Path) -> None:

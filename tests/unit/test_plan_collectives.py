@@ -9,7 +9,7 @@ import pytest
 
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.collectives import Path, all_gather, all_reduce, all_to_all, many_reduces
-from portatrain.plan.cost.placement import Placement, coordinates, cut, place
+from portatrain.plan.cost.placement import Placement, assign_axes, coordinates, cut
 from portatrain.plan.cost.tensors import Sizes
 
 V = 1e9
@@ -17,7 +17,7 @@ V = 1e9
 
 def paths(cluster: str, sizes: Sizes) -> list[Placement]:
     made = parse(cluster)
-    found = place(made, sizes, made.devices)
+    found = assign_axes(made, sizes, made.devices)
     assert not isinstance(found, str), found
     return list(found)
 
@@ -103,7 +103,7 @@ def test_axes_are_cut_slowest_first() -> None:
 )
 def test_what_cannot_be_placed(cluster: str, sizes: Sizes, why: str) -> None:
     made = parse(cluster)
-    found = place(made, sizes, made.devices)
+    found = assign_axes(made, sizes, made.devices)
     assert isinstance(found, str) and why in found
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.memory import Memory, memory
 from portatrain.plan.cost.meshes import rules
-from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import ATTENTION_BACKWARD, ATTENTION_SHARE, PRECISIONS, REMATS, SCORES_COPIES, TUNING
 from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.tensors import Sizes
@@ -170,7 +170,7 @@ def test_more_chips_never_need_more_memory_each(name: str, mesh: Sizes, remat: s
 def when(name: str, cluster: str, mesh: Sizes, *, rows: int, remat: str = "none", accumulation: int = 1) -> Time:
     made, shape, precision = parse(cluster), PRESETS[name], PRECISIONS["bf16"]
     work = on_mesh(shape, mesh)
-    placements = place(made, mesh, made.devices)
+    placements = assign_axes(made, mesh, made.devices)
     assert not isinstance(placements, str)
     return step_time(
         work,

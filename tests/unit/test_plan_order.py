@@ -10,7 +10,7 @@ import pytest
 from portatrain.model.layout import Mesh
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.device_order import ordered
-from portatrain.plan.cost.placement import coordinates, place
+from portatrain.plan.cost.placement import assign_axes, coordinates
 from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.recorded import device_order
 from portatrain.recipe import apply_overrides, load_recipe
@@ -84,7 +84,7 @@ def test_an_order_that_is_no_plan_leaves_devices_as_they_are() -> None:
 
 def test_devices_without_coordinates_follow_domains() -> None:
     cluster, mesh = parse("h100-16"), Mesh(replica=2, fsdp=4, tensor=2)
-    (placement,) = place(cluster, sizes_of(mesh), 16)
+    (placement,) = assign_axes(cluster, sizes_of(mesh), 16)
     assert ordered(list(range(16)), coordinates(cluster, sizes_of(mesh), placement)) == list(range(16))
 
 
@@ -92,7 +92,7 @@ def test_devices_without_coordinates_follow_domains() -> None:
 def test_described_gpus_follow_their_numbers(name: str) -> None:
     """Those that XLA's GPU compiler is given have coordinates too, (domain, host, number), and no slice."""
     cluster, mesh = parse(name), sizes_of(Mesh(fsdp=parse(name).chips))
-    placements = place(cluster, mesh, cluster.devices)
+    placements = assign_axes(cluster, mesh, cluster.devices)
     assert not isinstance(placements, str)
     each = min(cluster.chip.chips_in_host, cluster.domain)
     shape = cluster.chips // cluster.domain, cluster.domain // each, each

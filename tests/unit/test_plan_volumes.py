@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from portatrain.plan.clusters.names import parse
-from portatrain.plan.cost.placement import place
+from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.tensors import Sizes
@@ -51,7 +51,7 @@ def test_times_are_made_of_these_amounts(mesh: Sizes) -> None:
     cluster = parse("h100-64")
     shape = replace(PRESETS["llama3-8b"], batch=128)
     work = on_mesh(shape, mesh)
-    placements = place(cluster, mesh, 64)
+    placements = assign_axes(cluster, mesh, 64)
     assert not isinstance(placements, str)
     rate = 1e9
     paths = tuple(

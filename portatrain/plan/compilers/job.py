@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.compilers import targets
 from portatrain.plan.compilers.targets import Target
 from portatrain.plan.cost import placement
@@ -221,12 +220,3 @@ def _read(path: Path, *, cached: bool) -> Answer:
         cached=cached,
         raw=raw,
     )
-
-
-def usable(cluster: Cluster) -> bool:
-    """Whether some compiler answers for the cluster."""
-    try:
-        targets.target(cluster)
-    except UserError:
-        return False
-    return True

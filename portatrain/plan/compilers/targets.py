@@ -10,6 +10,7 @@ from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.plan.clusters.cluster import Cluster
+from portatrain.plan.clusters.gpu_devices import DEVICES
 from portatrain.plan.clusters.slices import text
 from portatrain.plan.compilers import gpus
 
@@ -46,7 +47,7 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
     """
     chip = cluster.chip
     if compiler == "auto":
-        compiler = "tpu" if chip.aot else "cuda" if chip.name in gpus.DEVICES else "fsdp2"
+        compiler = "tpu" if chip.aot else "cuda" if chip.name in DEVICES else "fsdp2"
     if compiler == "tpu":
         if not chip.aot:
             raise _unknown(cluster, "libtpu", "a TPU of generation v4, v5e, v5p, v6e or 7x")
@@ -61,8 +62,8 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
             compiler=compiler, options=options, modules=("jax", "flax", "optax", "libtpu"), extra="tpu", env=TPU_ENV
         )
     if compiler == "cuda":
-        if chip.name not in gpus.DEVICES:
-            raise _unknown(cluster, "XLA's GPU compiler", f"one of {', '.join(gpus.DEVICES)}")
+        if chip.name not in DEVICES:
+            raise _unknown(cluster, "XLA's GPU compiler", f"one of {', '.join(DEVICES)}")
         each = min(chip.chips_in_host, cluster.domain)
         hosts = cluster.domain // each
         options = {

@@ -63,7 +63,7 @@ def cut(sizes: Sizes, domains: int) -> tuple[Sizes, Sizes] | None:
     return tuple(outer), inner  # type: ignore[return-value]
 
 
-def place(cluster: Cluster, sizes: Sizes, devices: int) -> tuple[Placement, ...] | str:
+def assign_axes(cluster: Cluster, sizes: Sizes, devices: int) -> tuple[Placement, ...] | str:
     """The placements of a mesh on ``devices`` of the cluster worth pricing, or why there is none."""
     chip = cluster.chip
     per_domain = cluster.domain * chip.devices_per_chip

@@ -149,11 +149,6 @@ class ModelShape:
             return self.flops_per_sample / self.seq_len
         return 6 * self.active + 3 * self.attention_flops
 
-    @property
-    def model_flops_uncut(self) -> float:
-        """The same with attention counted as if it were not causal, as several publications do."""
-        return 6 * self.active + 3 * self.attention_flops * (2 if self.causal else 1)
-
 
 def derive(shape: ModelShape) -> tuple[LogicalTensor, ...]:
     """The parameters of a Llama-like model of these sizes: norms, attention, feed-forward, experts, ends."""
