@@ -1,7 +1,8 @@
 """The portatrain checkpoint format: logical tensors as checksummed tiles in safetensors files.
 
-SPEC.md defines the format. This package reads and writes it with NumPy and small codecs only; it imports
-no portatrain and no framework.
+SPEC.md defines the format. This package reads and writes it with NumPy and small codecs only. It does not import
+portatrain or a framework.
+
 
     layout = SaveLayout(tensors=(Tensor(name="params/w", dtype="float32", shape=(8, 4),
                                     placement=Sharded(spec=(("fsdp",), ()))),),

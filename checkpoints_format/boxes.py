@@ -1,4 +1,4 @@
-"""Boxes: rectangles of a logical tensor, and the proof that some of them are exactly all of it."""
+"""Boxes: rectangles of a logical tensor, and the proof that a list of boxes covers a tensor exactly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .errors import FormatError
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of a logical tensor: ``offset`` and ``shape``, one number a dimension, in elements."""
+    """A rectangle of a logical tensor: ``offset`` and ``shape``, one number per dimension, in elements."""
 
     offset: tuple[int, ...]
     shape: tuple[int, ...]
@@ -27,26 +27,26 @@ class Box:
         return tuple(o + n for o, n in zip(self.offset, self.shape, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
-        """The common part, or None where there is none."""
+        """Return the box of the common elements, or None if there are none."""
         start = tuple(map(max, self.offset, other.offset))
         shape = tuple(min(a, b) - s for a, b, s in zip(self.stop, other.stop, start, strict=True))
         return Box(start, shape) if all(n > 0 for n in shape) else None
 
     def slices(self, origin: Sequence[int] | None = None) -> tuple[slice, ...]:
-        """Index of this box in an array whose first element lies at ``origin`` (default: zeros)."""
+        """Return the slices of this box in an array that begins at ``origin`` in global coordinates (default: 0)."""
         base = origin if origin is not None else (0,) * len(self.offset)
         return tuple(slice(o - b, o - b + n) for o, b, n in zip(self.offset, base, self.shape, strict=True))
 
     @staticmethod
     def whole(shape: Sequence[int]) -> Box:
-        """The box that is all of a tensor of that shape."""
+        """Return the box of a whole tensor of that shape."""
         return Box((0,) * len(shape), tuple(shape))
 
 
 def flat_range_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Box]:
-    """Boxes that together are elements [start, stop) of the flattened tensor, in order.
+    """Yield boxes that together have the elements [start, stop) of the flattened tensor, in order.
 
-    At most 2 n - 1 of them for n dimensions. ZeRO's flat partitions become boxes this way.
+    There are at most 2 n - 1 boxes for n dimensions. ZeRO's flat partitions are converted to boxes with it.
     """
     if not shape:
         if start < stop:
@@ -67,15 +67,15 @@ def flat_range_boxes(shape: Sequence[int], start: int, stop: int) -> Iterator[Bo
 
 
 def prove_cover(shape: Sequence[int], boxes: Sequence[Box], what: str) -> None:
-    """Prove that ``boxes`` cover a tensor of that shape exactly: inside it, no overlap, no hole.
+    """Prove that ``boxes`` cover a tensor of that shape exactly: all inside, without overlap and without holes.
 
-    Volumes that add up to the whole and no two boxes that overlap are together such a proof.
+    The proof is that the sizes add up to that of the tensor and that no two boxes overlap.
 
     Raises:
-        FormatError: naming ``what`` and a box at fault; also where the proof would take more than some
-            seconds, which no partition of real training state does.
+        FormatError: the boxes do not cover it, or the proof would take more than a few seconds, which no partition of
+            real training state does. The error names ``what`` and a box.
     """
-    do = "Each element belongs to exactly one writer: mend the list of boxes."
+    do = "Correct the list of boxes: each element belongs to exactly one writer."
     for box in boxes:
         if (
             len(box.offset) != len(shape)
@@ -101,7 +101,8 @@ _Corners = tuple[tuple[int, ...], tuple[int, ...]]  # first index, one past the 
 
 
 def _overlap(boxes: list[_Corners], d: int, budget: list[int]) -> _Corners | None:
-    """A box that overlaps another in dimensions d and after, or None. Sweeps along dimension d."""
+    """Return a box that overlaps another one in dimensions d and after, or None. Sweeps along dimension d."""
+
     if len(boxes) < 2:
         return None
     if d == len(boxes[0][0]):

@@ -1,8 +1,8 @@
-"""Writes past the page cache, where a file system of this host's own disks takes them (O_DIRECT).
+"""Direct writes (O_DIRECT), which bypass the page cache, on file systems of this host's own disks.
 
-A checkpoint is written once and read, if at all, by another job: in the page cache it displaces what others read, costs
-a copy and fresh pages, and is waited for at fsync all the same. On network file systems, on overlays and in memory
-files are written as ever: there the cache is what joins requests, or is the disk.
+A checkpoint is written once and read by another job, if at all. In the page cache it would displace data that others
+read, cost a copy and new pages, and fsync would wait for it anyway. On network, overlay and memory file systems, files
+are written normally: there the cache merges requests, or is the storage itself.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from collections.abc import Iterator
 import numpy as np
 
 PAGE = 4096  # address, offset and length of a direct write are multiples of it
-_LEAST_BYTES = 1 << 20  # below this a trip to the disk costs more than the cache does
+_LEAST_BYTES = 1 << 20  # smaller writes are faster through the cache
 
 
 def aligned(nbytes: int) -> np.ndarray:
-    """Zeros of uint8 that begin on a page, in shared memory: a fork while a direct write is under way may take private
-    pages from under it (open(2), notes on O_DIRECT), and data loaders fork."""
+    """Return zeros, uint8, that begin at a page, in shared memory.
+
+    A fork during a direct write can corrupt it if the memory is private (open(2), notes on O_DIRECT), and data loaders
+    fork.
+    """
     return np.frombuffer(mmap.mmap(-1, max(1, nbytes)), np.uint8)
 
 
@@ -38,7 +41,7 @@ class Direct:
         self._allowed = hasattr(os, "O_DIRECT") and os.major(os.fstat(fd).st_dev) != 0
 
     def parts(self, chunk: memoryview, offset: int) -> Iterator[memoryview]:
-        """The chunk in one part or two, each to be written at once, at ``offset`` of the file and after it."""
+        """Yield the chunk in one or two parts; write each before requesting the next, beginning at ``offset``."""
         chunk = chunk.cast("B")
         whole = len(chunk) - len(chunk) % PAGE
         fits = whole >= _LEAST_BYTES and offset % PAGE == 0 and _address(chunk) % PAGE == 0
@@ -50,7 +53,8 @@ class Direct:
             yield chunk
 
     def refused(self, error: OSError) -> bool:
-        """Whether a write failed as the file system does not take direct ones after all: it may be tried again."""
+        """Return True if a write failed because the file system rejects direct writes; the caller can write again."""
+
         if not self._on or error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             return False
         self._allowed = False

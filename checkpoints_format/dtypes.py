@@ -54,12 +54,12 @@ _NAME_OF = {dtype: name for name, dtype in NUMPY.items()}
 
 
 def item_bytes(name: str) -> int:
-    """Bytes of one element."""
+    """Return the bytes of one element of a dtype."""
     return NUMPY[name].itemsize
 
 
 def check_dtype(name: object, *, what: str) -> str:
-    """``name`` if it is a dtype of the format, otherwise an error that lists them."""
+    """Return ``name`` if it is a dtype of the format. Raises FormatError, with the list of dtypes, if it is not."""
     if not isinstance(name, str) or name not in NUMPY:
         raise FormatError(
             what,
@@ -81,13 +81,14 @@ def dtype_name(array: np.ndarray | np.dtype, *, what: str = "array") -> str:
 
 
 def as_words(array: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned words, so that NumPy moves bits and never looks at values."""
+    """Return the same memory as unsigned words, so that NumPy copies bits without interpreting values."""
     kind = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}.get(array.dtype.itemsize)
     return array.view(kind) if kind else array
 
 
 def little_endian(array: np.ndarray) -> np.ndarray:
-    """``array`` itself, or a byte-swapped copy if it is stored big-endian."""
+    """Return ``array`` itself, or a byte-swapped copy if it is big-endian."""
+
     order = array.dtype.byteorder
     if order == ">" or (order == "=" and sys.byteorder == "big"):
         return array.byteswap().view(array.dtype.newbyteorder("<"))

@@ -1,13 +1,16 @@
-"""What goes wrong with a checkpoint, said so that a person can mend it."""
+"""The errors of the checkpoint format. Each message says how to correct the problem."""
 
 from __future__ import annotations
 
 
 class FormatError(Exception):
-    """A checkpoint, or a request for one, that cannot be honoured.
+    """An invalid checkpoint, or an invalid request for one.
 
-    ``what`` names the tensor and the file at fault, ``expected`` and ``got`` say what was wanted and
-    what came, ``do`` says what to do about it.
+    Args:
+        what: the tensor and the file at fault.
+        expected: the valid values.
+        got: the actual value.
+        do: a sentence that says how to correct it.
     """
 
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
@@ -15,32 +18,33 @@ class FormatError(Exception):
         self.what, self.expected, self.got, self.do = what, expected, got, do
 
     def inside(self, file: str) -> FormatError:
-        """The same error, said of something in ``file``."""
+        """Return the same error, with ``file`` as the place of the fault."""
         return FormatError(f"{file}, {self.what}", expected=self.expected, got=self.got, do=self.do)
 
 
 class NotCommittedError(FormatError):
-    """There is no COMMIT: the save did not finish, or this is not a checkpoint."""
+    """There is no COMMIT: the save did not finish, or the folder is not a checkpoint."""
 
 
 class AlreadyCommittedError(FormatError):
-    """Another save has committed here first; its checkpoint stands and ours is void."""
+    """Another save has committed first. Its checkpoint is valid, and this save is void."""
 
 
 class NewerFormatError(FormatError):
-    """A version or a required feature that this library does not know: not damage, and not to be replaced."""
+    """The checkpoint has a version or a required feature that this library does not know. It is not damaged."""
 
 
 class MissingFileError(FormatError):
-    """A file that the checkpoint names is not there."""
+    """A file of the checkpoint does not exist."""
 
 
 class StoreError(FormatError):
-    """The storage did not do what was asked of it. That says nothing of the checkpoint, which may be whole."""
+    """The storage failed. The checkpoint itself may be valid."""
 
 
 def shorten(value: object, limit: int = 120) -> str:
-    """``repr`` for a message: at most ``limit`` characters, whatever a hostile file put there."""
+    """Return the ``repr`` of a value for a message, at most ``limit`` characters even for a hostile file."""
+
     if isinstance(value, str | bytes) and len(value) > limit:
         value = value[:limit]
     text = repr(value) if not isinstance(value, list | dict) else f"{type(value).__name__} of {len(value)}"

@@ -1,7 +1,7 @@
-"""What a checkpoint holds, and who holds which part of it: tensors, meshes, placements.
+"""The contents of a checkpoint and the writer of each part: tensors, meshes, placements.
 
-Everything here is logical: no bytes, no files. A ``SaveLayout`` is small (one entry a tensor), the same on
-every process, and enough to compute every file name, header and offset of the checkpoint.
+Everything here is logical, without bytes or files. A ``SaveLayout`` is small (one entry per tensor) and the same on
+every process. Every file name, header and offset of the checkpoint follows from it.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ _MAX_PLACEMENTS = 1 << 22  # planning a writer takes a few microseconds for each
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sharded:
-    """Regular boxes: dimension d is cut into equal parts over the mesh axes ``spec[d]``, major first.
+    """A regular placement: dimension d is divided into equal parts over the mesh axes ``spec[d]``, major first.
 
-    SaveMesh axes that ``spec`` does not name hold replicas; replicas share the writing.
+    Along the mesh axes that ``spec`` does not name, positions have replicas. Replicas share the writing. ``mesh`` is an
+    index into the meshes of the layout.
     """
 
     spec: tuple[tuple[str, ...], ...]
@@ -38,7 +39,7 @@ class Sharded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Explicit:
-    """Irregular boxes, listed as (writer, box). They cover the tensor exactly, without overlap."""
+    """An irregular placement: a list of (writer, box). The boxes cover the tensor exactly, without overlap."""
 
     boxes: tuple[tuple[int, Box], ...]
 
@@ -53,10 +54,10 @@ class Tensor:
         shape: global shape; () is a scalar, a 0 anywhere makes it empty.
         axes: a name for each dimension, or () where they have none.
         role: params, opt, state, ema, step, rng, data, or any word.
-        placement: who holds which box. The default, every position a replica, suits small tensors.
-        batch: number of leading dimensions that are batches of independent tensors; None counts the
-            leading axes named ``layers`` or ``experts``.
-        tile: extents of a tile; None takes the formula of ``tiles.tile_shape``.
+        placement: which writer has which box. The default, a replica at every position, is meant for small tensors.
+        batch: number of leading dimensions that count independent tensors; None counts the leading axes named
+            ``layers`` or ``experts``.
+        tile: extents of a tile, in elements; None computes them by ``tiles.tile_shape``.
     """
 
     name: str
@@ -79,7 +80,11 @@ class Tensor:
         return math.prod(self.shape) * self.item_bytes
 
     def resolved(self) -> Tensor:
-        """The same tensor with ``tile``, ``batch`` and ``placement`` filled in and everything checked."""
+        """Return the same tensor with ``tile``, ``batch`` and ``placement`` filled in.
+
+        Raises:
+            FormatError: a field is invalid.
+        """
         what = f"tensor {shorten(self.name)}"
         _check(
             what,
@@ -97,7 +102,7 @@ class Tensor:
             and math.prod(max(n, 1) for n in shape) <= MAX_ELEMENTS,
             f"a shape of at most {MAX_DIMS} sizes, at most 2^50 elements",
             shorten(shape),
-            "Mend the shape.",
+            "Correct the shape.",
         )
         axes = tuple(self.axes)
         _check(
@@ -155,17 +160,17 @@ def _check(what: str, ok: bool, expected: str, got: str, do: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class SaveLayout:
-    """Everything that fixes a checkpoint's files, apart from the values: the same on every process.
+    """Everything that determines the files of a checkpoint, except the values. It is the same on every process.
 
     Args:
-        tensors: in the order in which they are written.
-        writers: number of processes that write; writer w has number w.
-        meshes: grids that placements refer to by index; default: one axis, a position a writer.
-        pack_bytes: a pack file is closed before its tiles would exceed this (256 MiB to 2 GiB in use).
-        share_bytes: replicas share the writing of a box in parts of about this much or more.
+        tensors: the tensors, in the order in which they are written.
+        writers: number of processes that write; they are numbered from 0.
+        meshes: grids to which placements refer by index; default: one axis with one position per writer.
+        pack_bytes: maximum bytes of tiles in a pack file (usually 256 MiB to 2 GiB); one larger tile is allowed.
+        share_bytes: smallest part, in bytes, in which replicas share the writing of a box.
 
     Raises:
-        FormatError: naming the tensor and what does not fit.
+        FormatError: a field is invalid or does not fit the others; names the tensor.
     """
 
     tensors: tuple[Tensor, ...]
@@ -214,10 +219,10 @@ class SaveLayout:
         object.__setattr__(self, "_index", {t.name: i for i, t in enumerate(tensors)})
 
     def index(self, name: str) -> int:
-        """Number of the tensor of that name.
+        """Return the index of the tensor with that name.
 
         Raises:
-            FormatError: no such tensor; names the nearest ones.
+            FormatError: there is no such tensor; the message has the nearest names.
         """
         index: dict[str, int] = self._index  # type: ignore[attr-defined]
         if name not in index:
@@ -231,11 +236,11 @@ class SaveLayout:
         return index[name]
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that name; FormatError if there is none."""
+        """Return the tensor with that name. Raises FormatError if there is none."""
         return self.tensors[self.index(name)]
 
     def boxes_of(self, writer: int) -> Iterator[tuple[Tensor, Box]]:
-        """The boxes that a writer holds, each once, in order of tensors and positions."""
+        """Yield the boxes of a writer, each once, in the order of tensors and positions."""
         for tensor in self.tensors:
             if isinstance(tensor.placement, Explicit):
                 yield from ((tensor, box) for w, box in tensor.placement.boxes if w == writer)
@@ -286,7 +291,7 @@ def _check_placement(tensor: Tensor, meshes: Sequence[SaveMesh], writers: int) -
             all(type(w) is int and 0 <= w < writers for w, _ in placement.boxes),
             f"writers from 0 to {writers - 1}",
             "another number",
-            "Mend the list of boxes.",
+            "Correct the list of boxes.",
         )
         prove_cover(tensor.shape, [box for _, box in placement.boxes], what)
         return
@@ -307,7 +312,7 @@ def _check_placement(tensor: Tensor, meshes: Sequence[SaveMesh], writers: int) -
         len(placement.spec) == len(tensor.shape),
         f"a spec of {len(tensor.shape)} dimensions",
         f"{len(placement.spec)}",
-        "Give one tuple of mesh axes a dimension.",
+        "Give one tuple of mesh axes per dimension.",
     )
     used = [axis for axes in placement.spec for axis in axes]
     _check(
@@ -315,7 +320,7 @@ def _check_placement(tensor: Tensor, meshes: Sequence[SaveMesh], writers: int) -
         len(set(used)) == len(used) and all(a in sizes for a in used),
         f"mesh axes among {', '.join(sizes)}, each at most once",
         shorten(tuple(used)),
-        "Mend the spec.",
+        "Correct the spec.",
     )
     for d, (axes, n) in enumerate(zip(placement.spec, tensor.shape, strict=True)):
         parts = math.prod(sizes[a] for a in axes)

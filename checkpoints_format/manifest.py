@@ -1,7 +1,7 @@
-"""The root manifest, the receipts and COMMIT: strict JSON both ways.
+"""The root, the receipts and COMMIT: writing and reading them as strict JSON.
 
-The parser takes nothing on trust: sizes before bytes, counts before objects, every field by name and
-kind, no duplicate key, no NaN; and COMMIT, which nothing else vouches for, in its one spelling.
+The parser does not trust its input. It checks sizes before bytes, counts before objects, and the name and type of every
+field, and rejects duplicate keys and NaN. COMMIT, which no checksum protects, must be the canonical text.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True, slots=True)
 class PackRecord:
-    """What the root knows of a pack: bytes of the file, where data begins, crc of header and of table."""
+    """The facts about a pack in the root: bytes of the file, offset of the data, crcs of header and crc table."""
 
     length: int
     data_begin: int
@@ -38,7 +38,7 @@ class PackRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Root:
-    """A whole checkpoint, apart from the values. ``packs[w][k]`` is pack k of writer w."""
+    """A whole checkpoint, except the values. ``packs[w][k]`` is pack k of writer w."""
 
     save: str
     layout: SaveLayout
@@ -48,7 +48,7 @@ class Root:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """One writer's word that its packs are durable. ``layout``: SHA-256 of the layout it wrote by."""
+    """A writer's statement that its packs are on stable storage. ``layout``: SHA-256 of the layout that it used."""
 
     save: str
     writer: int
@@ -58,7 +58,7 @@ class Receipt:
 
 @dataclass(frozen=True, kw_only=True)
 class Commit:
-    """Names the root and fixes its bytes."""
+    """The contents of COMMIT: the save, and length and SHA-256 of its root."""
 
     save: str
     length: int
@@ -66,7 +66,7 @@ class Commit:
 
 
 def check_save(save: object) -> str:
-    """``save`` if it can name a save."""
+    """Return ``save`` if it is a valid name of a save. Raises FormatError if it is not."""
     if not isinstance(save, str) or not SAVE.fullmatch(save):
         raise FormatError(
             f"save name {shorten(save)}",
@@ -81,7 +81,7 @@ def check_save(save: object) -> str:
 
 
 def layout_fields(layout: SaveLayout) -> dict[str, Any]:
-    """The layout as JSON values."""
+    """Return the layout as JSON values."""
     return {
         "writers": layout.writers,
         "pack_bytes": layout.pack_bytes,
@@ -113,12 +113,12 @@ def _tensor_fields(t: Tensor) -> dict[str, Any]:
 
 
 def layout_digest(layout: SaveLayout) -> str:
-    """SHA-256 of the layout, by which writers prove that they agree."""
+    """Return the SHA-256 of the layout, in hex, by which the committing process checks that all writers agree."""
     return hashlib.sha256(canonical(layout_fields(layout))).hexdigest()
 
 
 def encode_root(root: Root) -> bytes:
-    """The root's bytes.
+    """Return the bytes of the root.
 
     Raises:
         FormatError: ``meta`` is not JSON, or too large.
@@ -132,7 +132,7 @@ def encode_root(root: Root) -> bytes:
             got=str(error)[:200],
             do="Write such numbers as strings.",
         ) from None
-    parse(meta, "meta", MAX_META_BYTES)  # what a reader would refuse is refused here, before COMMIT
+    parse(meta, "meta", MAX_META_BYTES)  # reject here, before COMMIT, what a reader would reject
     return canonical(
         {
             "format": FORMAT,
@@ -147,7 +147,7 @@ def encode_root(root: Root) -> bytes:
 
 
 def encode_receipt(receipt: Receipt) -> bytes:
-    """The receipt's bytes."""
+    """Return the bytes of a receipt."""
     return canonical(
         {
             "format": FORMAT,
@@ -161,7 +161,7 @@ def encode_receipt(receipt: Receipt) -> bytes:
 
 
 def encode_commit(save: str, root: bytes) -> bytes:
-    """COMMIT's bytes."""
+    """Return the bytes of COMMIT."""
     return canonical(
         {
             "format": FORMAT,
@@ -182,7 +182,7 @@ def _record_fields(p: PackRecord) -> list[int]:
 
 
 def decode_commit(data: bytes, what: str) -> Commit:
-    """COMMIT from its bytes; FormatError names ``what``."""
+    """Parse COMMIT. Raises FormatError, naming ``what``."""
     value = Fields(parse(data, what, MAX_COMMIT_BYTES), what)
     _check_head(value)
     commit = Commit(
@@ -197,7 +197,7 @@ def decode_commit(data: bytes, what: str) -> Commit:
 
 
 def decode_receipt(data: bytes, what: str) -> Receipt:
-    """A receipt from its bytes; FormatError names ``what``."""
+    """Parse a receipt. Raises FormatError, naming ``what``."""
     value = Fields(parse(data, what, MAX_RECEIPT_BYTES), what)
     _check_head(value)
     receipt = Receipt(
@@ -212,7 +212,8 @@ def decode_receipt(data: bytes, what: str) -> Receipt:
 
 
 def decode_root(data: bytes, commit: Commit, what: str) -> Root:
-    """The root from its bytes, checked against COMMIT first, then field by field; FormatError names ``what``."""
+    """Parse the root, after checking its bytes against COMMIT. Raises FormatError, naming ``what``."""
+
     if len(data) != commit.length:
         raise FormatError(what, expected=f"{commit.length} bytes, as COMMIT says", got=f"{len(data)}", do=RESTORE)
     digest = hashlib.sha256(data).hexdigest()

@@ -1,9 +1,9 @@
-"""Pack files: valid safetensors files whose every byte but the values is known before any is written.
+"""Pack files: safetensors files of which every byte except the values is known before writing.
 
 8 bytes       length of the header, little-endian
 header        JSON, padded with spaces so that data begins at a multiple of 4 KiB
-data          entries without holes: runs of tiles, padding entries, and last ``__crc32c__``,
-              the crc of every tile of the pack, in order
+data          entries without gaps: runs of tiles, padding entries, and ``__crc32c__`` as the last one,
+              with the crc of every tile of the pack, in order
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tiles import Grid
 FORMAT, VERSION = "portatrain-checkpoint", 1
 PAGE = 4096
 LINE = 64
-MAX_PACK_TILES = 1 << 22  # so that no crc table is over 16 MiB
+MAX_PACK_TILES = 1 << 22  # limits a crc table to 16 MiB
 TABLE = "__crc32c__"
 
 
@@ -43,9 +43,9 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class PackEntry:
-    """A part of a run, tiles [first, stop), that lies in one pack.
+    """The part of a run, tiles [first, stop), in one pack.
 
-    ``begin``: offset in the pack's data. ``crc``: number of its first tile in the pack's crc table.
+    ``begin``: offset in the data of the pack. ``crc``: number of its first tile in the crc table of the pack.
     """
 
     run: Run
@@ -66,12 +66,12 @@ class SavePack:
 
     @property
     def tiles(self) -> int:
-        """Number of tiles, which is the number of crcs in the table."""
+        """The number of tiles, and of crcs in the table."""
         return self.entries[-1].crc + self.entries[-1].stop - self.entries[-1].first
 
     @property
     def data_bytes(self) -> int:
-        """Bytes of data, the table included."""
+        """The bytes of data, including the crc table."""
         return self.table_begin + 4 * self.tiles
 
     @cached_property
@@ -84,7 +84,7 @@ class SavePack:
         )
 
     def header(self, *, save: str, writer: int, number: int) -> bytes:
-        """The first bytes of the file, up to the data: length word and padded JSON."""
+        """Return the first bytes of the file, up to the data: the length word and the padded JSON."""
         fields: dict[str, object] = {
             "__metadata__": {
                 "format": FORMAT,
@@ -113,7 +113,7 @@ class SavePack:
 
     @staticmethod
     def _pad(fields: dict[str, object], at: int, begin: int, pads: int) -> tuple[int, int]:
-        if begin > at:  # safetensors refuses holes, so padding has a name
+        if begin > at:  # safetensors does not allow gaps, so padding is an entry
             fields[f"__pad{pads}__"] = {"dtype": "U8", "shape": [begin - at], "data_offsets": [at, begin]}
             pads += 1
         return begin, pads
@@ -124,14 +124,14 @@ def _commas(numbers: Iterable[int]) -> str:
 
 
 def fill_packs(layout: SaveLayout, runs: Iterable[Run], limit: int = 1 << 20) -> tuple[SavePack, ...]:
-    """Distribute a writer's runs over its packs, in order.
+    """Distribute the runs of a writer over its packs, in order.
 
-    An entry of a run of at least 4 KiB begins on a page, of a smaller one on 64 bytes. A tile goes into
-    the current pack unless that pack holds something already and the tile would end beyond ``pack_bytes``,
-    or be one too many.
+    An entry of a run of at least 4 KiB begins at a multiple of 4 KiB, that of a smaller run at a multiple of 64 bytes.
+    A new pack begins if the current one is not empty and the next tile would end beyond ``pack_bytes``, or if the
+    current one has MAX_PACK_TILES tiles.
 
     Raises:
-        FormatError: there would be more packs than ``limit``; stops there.
+        FormatError: there would be more packs than ``limit``.
     """
     packs: list[SavePack] = []
     entries: list[PackEntry] = []
@@ -174,15 +174,16 @@ def fill_packs(layout: SaveLayout, runs: Iterable[Run], limit: int = 1 << 20) ->
 
 
 def pack_name(save: str, writer: int, number: int) -> str:
-    """File name of a pack."""
+    """Return the file name of a pack."""
     return f"pack-{save}-{writer:05d}-{number:04d}.safetensors"
 
 
 def receipt_name(save: str, writer: int) -> str:
-    """File name of a writer's receipt."""
+    """Return the file name of a writer's receipt."""
     return f"receipt-{save}-{writer:05d}.json"
 
 
 def root_name(save: str) -> str:
-    """File name of the root manifest."""
+    """Return the file name of the root."""
+
     return f"root-{save}.json"

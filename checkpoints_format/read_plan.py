@@ -1,4 +1,4 @@
-"""Which bytes of which files a read needs: from the root alone, before any of them is touched."""
+"""The plan of a read: which bytes of which files it needs. It follows from the root, before any file is opened."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .write_plan import Planner, WriterPlan
 
 @dataclass(frozen=True)
 class Want:
-    """A box of a tensor, and the array of its shape and dtype to fill (None: a new one)."""
+    """A box of a tensor to read (None: the whole tensor), and the array to fill (None: a new one).
+
+    The array must have the shape of the box and the dtype of the tensor.
+    """
 
     name: str
     box: Box | None = None
@@ -30,9 +33,10 @@ class Want:
 
 @dataclass(frozen=True, slots=True)
 class ReadPiece:
-    """A block of tiles to read: where it lies in the file, and which part of it goes where.
+    """A block of tiles to read: its bytes in the file, and the destination of its wanted part.
 
-    ``inside``: the wanted part, relative to the block. ``target``: the same part in the wanted box's array.
+    ``inside``: the slices of the wanted part in the block. ``target``: its slices in the array of the wanted box.
+    ``crc``: the number of the block's first tile in the crc table of the pack.
     """
 
     want: int
@@ -46,13 +50,13 @@ class ReadPiece:
 
     @property
     def elements(self) -> int:
-        """Wanted elements."""
+        """The number of wanted elements."""
         return math.prod(s.stop - s.start for s in self.target)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PackFile:
-    """A pack that is to be read. One object a file, equal to itself alone: by value a hash would walk the layout."""
+    """A pack file to read. There is one object per file, compared by identity: a hash by value would be slow."""
 
     writer: int
     number: int
@@ -62,21 +66,25 @@ class PackFile:
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Pieces of one file that are read together, ascending, with the gaps between them."""
+    """Pieces of one file that one request reads, in ascending order, with the gaps between them."""
 
     file: PackFile
     pieces: tuple[ReadPiece, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes asked for."""
+        """The bytes of the request."""
         return self.pieces[-1].offset + self.pieces[-1].nbytes - self.pieces[0].offset
 
 
 @dataclass(frozen=True)
 class ReadPlan:
-    """What a read will do: requests for values to the store, their bytes with merged gaps, bytes of crc tables
-    (one more request a file), and bytes wanted."""
+    """The cost of a read.
+
+    ``requests``: requests for values. ``files``: pack files, each with one more request, for its crc table.
+    ``read_bytes``: bytes of the requests, including gaps. ``table_bytes``: bytes of the crc tables. ``wanted_bytes``:
+    bytes of the wanted boxes.
+    """
 
     requests: int
     files: int
@@ -86,12 +94,12 @@ class ReadPlan:
 
 
 class RequestPlanner:
-    """Turns wants into requests.
+    """Converts wants to requests.
 
     Args:
-        describe: what to call a file in a message.
-        request_bytes: of one request, at most (or one tile).
-        gap_bytes: gaps up to this are read too.
+        describe: a function from the name of a file to its description in messages.
+        request_bytes: maximum bytes of a request; one larger tile is allowed.
+        gap_bytes: maximum gap between pieces that is read too, instead of making another request.
     """
 
     def __init__(self, root: Root, describe: Callable[[str], str], *, request_bytes: int, gap_bytes: int) -> None:
@@ -101,7 +109,7 @@ class RequestPlanner:
         self._files: dict[tuple[int, int], PackFile] = {}
 
     def checked(self, want: Want) -> Want:
-        """The want with its box filled in; an error if the checkpoint cannot serve it."""
+        """Return the want with its box filled in. Raises FormatError if the checkpoint cannot satisfy it."""
         tensor = self.root.layout.tensor(want.name)
         what, whole = f"tensor {want.name!r}", Box.whole(tensor.shape)
         box = want.box if want.box is not None else whole
@@ -129,7 +137,7 @@ class RequestPlanner:
         return Want(want.name, box, out)
 
     def requests(self, wants: Sequence[Want]) -> list[ReadRequest]:
-        """The pieces of all wants, sorted by file and offset, near ones merged."""
+        """Return the requests for all wants, sorted by file and offset, with near pieces merged."""
         pieces: dict[tuple[int, int], list[ReadPiece]] = {}
         for number, want in enumerate(wants):
             for key, piece in self._pieces(number, want):
@@ -192,7 +200,7 @@ class RequestPlanner:
             )
 
     def file(self, writer: int, number: int) -> PackFile:
-        """A pack of the checkpoint; an error if root and layout disagree about it."""
+        """Return a pack of the checkpoint. Raises FormatError if root and layout disagree about it."""
         file = self._files.get((writer, number))
         if file is None:
             plan, records = self._plan(writer), self.root.packs[writer]
@@ -210,12 +218,13 @@ class RequestPlanner:
         return file
 
     def what(self, file: PackFile, tensor: Tensor | None = None) -> str:
-        """File and tensor, for a message; by default the file's first tensor."""
+        """Return file and tensor in words, for a message; default: the first tensor of the file."""
         tensor = tensor or self.root.layout.tensors[file.pack.entries[0].run.tensor]
         return f"{self._describe(pack_name(self.root.save, file.writer, file.number))}, tensor {tensor.name!r}"
 
     def all_files(self) -> Iterator[PackFile]:
-        """Every pack of the checkpoint; an error if the root has other packs than the layout."""
+        """Yield every pack of the checkpoint. Raises FormatError if root and layout disagree about the packs."""
+
         for writer in range(self.root.layout.writers):
             planned = self._plan(writer).packs
             self._check_count(writer, len(planned))

@@ -1,4 +1,4 @@
-"""Restoring: any box of any tensor, by reading the tiles that it meets and no others."""
+"""`Reader`: reads any box of any tensor of a checkpoint, from those tiles only that the box needs."""
 
 from __future__ import annotations
 
@@ -28,16 +28,17 @@ from .writer import COMMIT
 class Reader:
     """A committed checkpoint, open for reading. Safe to use from one thread at a time.
 
-    Opening reads COMMIT and the root and proves that the boxes of every tensor cover it exactly; no other
-    file is touched until values are asked for.
+    Opening it reads COMMIT and the root, and proves that the boxes of every tensor cover it exactly. No other file is
+    opened before values are read.
 
     Args:
-        store: where the checkpoint is.
-        budget_bytes: host memory for buffers, beside the arrays returned.
-        in_flight: requests to the store at the same time.
+        store: the store with the checkpoint's files.
+        budget_bytes: host memory for buffers, in addition to the returned arrays.
+        in_flight: number of simultaneous requests to the store.
 
     Raises:
-        NotCommittedError: no COMMIT. FormatError: damaged, or of a newer format; names the file.
+        NotCommittedError: there is no COMMIT.
+        FormatError: the checkpoint is damaged or of a newer format; names the file.
     """
 
     def __init__(self, store: Store, *, budget_bytes: int = 256 << 20, in_flight: int = 4) -> None:
@@ -65,7 +66,7 @@ class Reader:
 
     @property
     def layout(self) -> SaveLayout:
-        """The tensors and who wrote which part of them."""
+        """The tensors and their placements."""
         return self.root.layout
 
     @property
@@ -75,19 +76,19 @@ class Reader:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The tensors' names, in order."""
+        """The names of the tensors, in the order of the layout."""
         return tuple(t.name for t in self.root.layout.tensors)
 
     def read(self, name: str, box: Box | None = None, out: np.ndarray | None = None) -> np.ndarray:
-        """A box of a tensor (default: all of it), into ``out`` or a new array.
+        """Read a box of a tensor (default: the whole tensor) into ``out`` or a new array, and return the array.
 
         Raises:
-            FormatError: no such tensor or box, or damage, named with its file. ``out`` may then be partly filled.
+            FormatError: there is no such tensor or box, or a file is damaged. ``out`` may then be partly filled.
         """
         return self.read_many([Want(name, box, out)])[0]
 
     def read_many(self, wants: Iterable[Want]) -> list[np.ndarray]:
-        """Several boxes at once, so that their requests overlap in time and neighbours are merged."""
+        """Read several boxes at once, with simultaneous and merged requests; return their arrays, in order."""
         wants = [self._requests.checked(want) for want in wants]
         requests = self._requests.requests(wants)
         files = dict.fromkeys(request.file for request in requests)
@@ -109,7 +110,7 @@ class Reader:
         return results
 
     def plan(self, wants: Iterable[Want]) -> ReadPlan:
-        """What ``read_many`` would do. Touches no file."""
+        """Return the cost of ``read_many``, without opening a file."""
         wants = [self._requests.checked(want) for want in wants]
         requests = self._requests.requests(wants)
         files = dict.fromkeys(request.file for request in requests)
@@ -123,11 +124,13 @@ class Reader:
         )
 
     def verify_all(self, part: int = 0, of: int = 1) -> int:
-        """Read every byte of every file and check it; returns the bytes of values found good. Of several processes
-        that each check some files, this is number ``part`` of ``of``.
+        """Read and check every byte of every file; return the bytes of values.
+
+        Args:
+            part, of: check only the files of this part, number ``part`` of ``of``, so that processes share the work.
 
         Raises:
-            FormatError: the first damage, with tensor and file.
+            FormatError: the first damage found; names tensor and file.
         """
         found = 0
         for _, good in self._verified(part, of):
@@ -137,15 +140,17 @@ class Reader:
         return found
 
     def problems(self, read: Callable[[int], None] = lambda nbytes: None) -> Iterator[FormatError]:
-        """Like ``verify_all``, but goes on: one error for each damaged file. ``read`` is told the bytes of every file
-        that has been read."""
+        """Check every file as ``verify_all`` does, and yield one error for each damaged file.
+
+        ``read`` is called with the bytes of each file after it has been read.
+        """
         for nbytes, found in self._verified():
             read(nbytes)
             if isinstance(found, FormatError):
                 yield found
 
     def _verified(self, part: int = 0, of: int = 1) -> Iterator[tuple[int, int | FormatError]]:
-        """The length of each file and what checking it comes to, in their order; several at a time."""
+        """Yield (length, bytes of values or error) for each file, in order; several are checked at a time."""
 
         def verify(file: PackFile) -> int | FormatError:
             try:
@@ -164,7 +169,7 @@ class Reader:
         return np.empty(want.box.shape if want.box else (), NUMPY[self.layout.tensor(want.name).dtype])
 
     def _table(self, file: PackFile) -> np.ndarray:
-        """The crcs of a pack's tiles, proved by the root; also proves the file's length."""
+        """Return the crcs of a pack's tiles, after checking them and the length of the file against the root."""
         table = self._tables.get((file.writer, file.number))
         if table is None:
             name = pack_name(self.root.save, file.writer, file.number)
@@ -184,7 +189,7 @@ class Reader:
     def _carry_out(
         self, request: ReadRequest, results: Sequence[np.ndarray], scratch: queue.SimpleQueue[np.ndarray]
     ) -> None:
-        """Read a request's pieces, straight into the result where the bytes lie there in the same order."""
+        """Read the pieces of a request, directly into the result if its bytes have the same order."""
         targets = [tiles_first(part_of(results[p.want], p.target), p.block.tiles) for p in request.pieces]
         direct = [t.flags.c_contiguous and t.nbytes == p.nbytes for t, p in zip(targets, request.pieces, strict=True)]
         buffer = scratch.get()
@@ -229,5 +234,6 @@ class Reader:
 
 
 def _inside_tile(piece: ReadPiece) -> tuple[slice, ...]:
-    """The wanted part of each tile; only along dimensions with one tile is it less than all."""
+    """Return the slices of the wanted part of each tile: all of it, except in dimensions with a single tile."""
+
     return tuple(part if m == 1 else slice(None) for part, m in zip(piece.inside, piece.block.tiles, strict=True))

@@ -1,4 +1,4 @@
-"""Regular boxes by rule: a mesh of positions, and the arithmetic from position to box and back."""
+"""The rule for regular placements: a mesh of positions, and the arithmetic from position to box and back."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .boxes import Box
 
 @dataclass(frozen=True, kw_only=True)
 class SaveMesh:
-    """A grid of positions (devices), and which writer (process) holds each.
+    """A grid of positions (devices), each of which belongs to a writer (process).
 
-    Positions are numbered row-major over ``axes``, the first axis slowest. ``writers[p]`` is the writer
-    at position p; None means equal consecutive runs: position p belongs to ``p * W // P``.
+    Positions are numbered row-major over ``axes``, the first axis slowest. ``writers[p]`` is the writer of position p.
+    None means equal consecutive runs: of P positions and W writers, position p belongs to writer ``p * W // P``.
     """
 
     axes: tuple[tuple[str, int], ...]
@@ -24,11 +24,11 @@ class SaveMesh:
 
     @property
     def positions(self) -> int:
-        """Number of positions, the product of the axis sizes."""
+        """The number of positions, the product of the axis sizes."""
         return math.prod(size for _, size in self.axes)
 
     def strides(self) -> dict[str, tuple[int, int]]:
-        """Axis name to (size, distance between neighbours along it)."""
+        """Return axis name -> (size, distance in position numbers between neighbours along it)."""
         out, stride = {}, self.positions
         for name, size in self.axes:
             stride //= size
@@ -43,29 +43,29 @@ class SaveMesh:
         return held
 
     def writer_of(self, position: int, writers: int) -> int:
-        """The writer that holds a position."""
+        """Return the writer of a position."""
         if self.writers is not None:
             return self.writers[position]
         return position * writers // self.positions
 
     def positions_of(self, writer: int, writers: int) -> Sequence[int]:
-        """The positions that a writer holds, ascending."""
+        """Return the positions of a writer, ascending."""
         if self.writers is not None:
             return self._by_writer.get(writer, ())
         each = self.positions // writers
         return range(writer * each, (writer + 1) * each)
 
     def most_positions(self, writers: int) -> int:
-        """Positions of the writer that holds most."""
+        """Return the number of positions of the writer with the most."""
         if self.writers is not None:
             return max(map(len, self._by_writer.values()), default=0)
         return self.positions // writers
 
 
 class ShardRule:
-    """The assignment rule of a regular tensor, as arithmetic: position to part, part to box and replicas.
+    """The arithmetic of a regular placement: from position to part, and from part to box and replicas.
 
-    A *part* is a tuple of part numbers, one a dimension. All is O(dimensions + mesh axes) or O(result).
+    A *part* is a tuple of part numbers, one per dimension. Every method takes O(dimensions + mesh axes) or O(result).
     """
 
     def __init__(self, shape: Sequence[int], spec: Sequence[Sequence[str]], mesh: SaveMesh) -> None:
@@ -78,26 +78,27 @@ class ShardRule:
         self.replicas = math.prod(size for size, _ in self._free)
 
     def part_at(self, position: int) -> tuple[int, ...]:
-        """The part that a position holds."""
+        """Return the part at a position."""
         return tuple(_mixed(position, dim) for dim in self._dims)
 
     def replica_at(self, position: int) -> int:
-        """Which of the replicas of its part a position is."""
+        """Return the replica number of a position among those with the same part."""
         return _mixed(position, self._free)
 
     def position_of(self, part: Sequence[int], replica: int) -> int:
-        """The position that holds a replica of a part."""
+        """Return the position of a replica of a part."""
         position = _place(replica, self._free)
         for number, dim in zip(part, self._dims, strict=True):
             position += _place(number, dim)
         return position
 
     def box(self, part: Sequence[int]) -> Box:
-        """The box of a part."""
+        """Return the box of a part."""
         return Box(tuple(i * e for i, e in zip(part, self.extents, strict=True)), self.extents)
 
     def parts_meeting(self, box: Box) -> Iterator[tuple[int, ...]]:
-        """The parts whose boxes meet a (non-empty) box."""
+        """Return the parts that have elements in common with a non-empty box."""
+
         ranges = [
             range(o // e, (o + n - 1) // e + 1) for o, n, e in zip(box.offset, box.shape, self.extents, strict=True)
         ]

@@ -1,4 +1,4 @@
-"""The bytes of a file on their way from arrays to a store."""
+"""Buffers between arrays and a store: one is filled while the store writes the other."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from .direct import PAGE, aligned
 
 
 class Slabs:
-    """Two pieces of memory that take turns: one is filled while a store writes the other.
+    """Two buffers that alternate: one is filled while a store writes the other.
 
-    What they give out begins and ends on pages of the file and of memory, so that a store may write it past the page
-    cache; only the last of a file may end anywhere. The file is filled from its first byte on.
+    The chunks begin and end at multiples of the page size, in the file and in memory, so that a store can bypass the
+    page cache. Only the last chunk of a file may end anywhere. The file is filled from its first byte on.
 
     Args:
-        nbytes: of each, and a page. Slabs that are smaller than a page give out what fits.
+        nbytes: bytes of each buffer, to which one page is added. Buffers smaller than a page yield unaligned chunks.
     """
 
     def __init__(self, nbytes: int) -> None:
@@ -26,23 +26,23 @@ class Slabs:
         self._used = 0
 
     def room(self, nbytes: int) -> Iterator[memoryview]:
-        """Give out what is filled where ``nbytes``, at most those of a slab, would not fit beside it."""
+        """Make room for ``nbytes``, at most the size of a buffer: yield the filled bytes if they would not fit."""
         if self._used + nbytes <= len(self._now):
             return
         whole = self._used - self._used % self._unit
         yield self._now[:whole].data
-        # Only now: as long as that was waited for, the other slab was being written.
+        # Only now, because the store was writing the other buffer until the yield returned.
         rest = self._used - whole
         self._other[:rest] = self._now[whole : self._used]
         self._now, self._other, self._used = self._other, self._now, rest
 
     def take(self, nbytes: int) -> np.ndarray:
-        """The next bytes, uint8, to be filled: there is room for them."""
+        """Return the next ``nbytes`` bytes to fill, uint8. Call ``room`` first."""
         self._used += nbytes
         return self._now[self._used - nbytes : self._used]
 
     def copy(self, data: np.ndarray) -> Iterator[memoryview]:
-        """Fill in bytes of any number, giving out what is full on the way."""
+        """Copy any number of bytes into the buffers, and yield the chunks that are full."""
         while len(data):
             yield from self.room(min(len(data), self._unit))
             n = min(len(data), len(self._now) - self._used)
@@ -50,5 +50,6 @@ class Slabs:
             data = data[n:]
 
     def rest(self) -> memoryview:
-        """What is filled and was not given out: the last bytes of the file."""
+        """Return the filled bytes that were not yielded yet: the last bytes of the file."""
+
         return self._now[: self._used].data

@@ -1,7 +1,7 @@
-"""Where a checkpoint's files live: a small protocol, and local disk.
+"""`Store`, a protocol for the storage of a checkpoint's files, and `LocalStore`, a directory.
 
-A store has objects, written once and read by range. Nothing is decided by listing or renaming. The one
-atomic operation is ``put_if_absent``; object stores have it as a conditional put.
+A store has objects that are written once and read by range. The format never depends on listing or renaming. Its only
+atomic operation is ``put_if_absent``, which object stores offer as a conditional put.
 """
 
 from __future__ import annotations
@@ -31,44 +31,46 @@ _IOV_MAX = 1024
 class Store(Protocol):
     """A flat set of named objects under one prefix. Safe to use from several threads."""
 
-    #: Gaps up to this many bytes between wanted ranges are read too, rather than asked around.
+    #: Maximum gap, in bytes, between wanted ranges that is read too, instead of making another request.
     merge_gap_bytes: int
-    #: What one read asks for where more is wanted: enough to pay for the request.
+    #: Bytes per request for large reads, enough to outweigh the cost of a request.
     request_bytes: int
 
     def put(self, name: str, chunks: Iterable[memoryview], nbytes: int, *, durable: bool = True) -> None:
-        """Write an object that must not exist yet; visible to all when this returns, and durable if asked.
+        """Write an object that does not exist yet.
 
-        A chunk is only valid until the next one is asked for. The chunks add up to ``nbytes``.
+        When it returns, the object is visible to all and, if ``durable``, on stable storage. The chunks add up to
+        ``nbytes``; each is valid only until the next one is requested.
         """
 
     def put_if_absent(self, name: str, data: bytes) -> bool:
-        """Write a small object whole and durably, or not at all; False if the name is taken."""
+        """Write a small object atomically and durably; return False if the name exists already."""
 
     def read_into(self, name: str, offset: int, views: Sequence[memoryview]) -> None:
-        """Fill the views, one after the other, from ``offset`` on; all or an error."""
+        """Fill all views, one after the other, with the bytes from ``offset`` on. Raises if the object is too short."""
 
     def size(self, name: str) -> int | None:
-        """Bytes of an object, or None if there is none."""
+        """Return the bytes of an object, or None if it does not exist."""
 
     def list(self) -> Iterator[str]:
-        """Names, for housekeeping and messages only; may lag behind."""
+        """Yield the names of the objects, for cleanup and messages only: recent changes may be missing."""
 
     def delete(self, name: str) -> None:
-        """Remove an object; it is no error if there is none."""
+        """Remove an object; do nothing if it does not exist."""
 
     def describe(self, name: str) -> str:
-        """What to call an object in a message, such as its path."""
+        """Return the description of an object for messages, such as its path."""
 
     def close(self) -> None:
-        """Give back what it holds; the store is of no use afterwards."""
+        """Release all resources. The store cannot be used afterwards."""
 
 
 def read_small(store: Store, name: str, limit: int) -> bytes:
-    """All of an object of at most ``limit`` bytes.
+    """Return the contents of an object of at most ``limit`` bytes.
 
     Raises:
-        MissingFileError: there is none. FormatError: it is larger.
+        MissingFileError: the object does not exist.
+        FormatError: the object is larger.
     """
     size = store.size(name)
     if size is None:
@@ -92,14 +94,14 @@ class LocalStore:
 
     Args:
         path: the checkpoint's directory.
-        create: make it (and its parents) if it is not there; otherwise it must exist.
+        create: create it and its parents if it does not exist; otherwise it must exist.
 
     Raises:
         FormatError: the directory is missing or may not be opened.
     """
 
     merge_gap_bytes = 0
-    request_bytes = 4 << 20  # much larger ones leave the cores' caches before they are checked and placed
+    request_bytes = 4 << 20  # larger requests leave the CPU caches before they are checked and copied
 
     def __init__(self, path: str | os.PathLike[str], *, create: bool = False) -> None:
         self.path = Path(path)
@@ -118,7 +120,7 @@ class LocalStore:
         self.close()
 
     def close(self) -> None:
-        """Close all descriptors; the store is of no use afterwards."""
+        """Close all descriptors. The store cannot be used afterwards."""
         with self._lock:
             for fd in self._open.values():
                 os.close(fd)
@@ -128,11 +130,11 @@ class LocalStore:
                 self._dir = -1
 
     def describe(self, name: str) -> str:
-        """The path of a file."""
+        """Return the path of a file, for messages."""
         return f"file {self.path / shorten(name, 200).strip(chr(39))}"
 
     def put(self, name: str, chunks: Iterable[memoryview], nbytes: int, *, durable: bool = True) -> None:
-        """See ``Store.put``. A file that fails half-way is removed where that is possible."""
+        """See ``Store.put``. If writing fails half-way, the file is removed if possible."""
         with _explained(self.describe(name), f"to write {nbytes} bytes"):
             fd = self._create(name)
             try:
@@ -188,7 +190,7 @@ class LocalStore:
             return True
 
     def read_into(self, name: str, offset: int, views: Sequence[memoryview]) -> None:
-        """See ``Store.read_into``; positional reads, no mapping."""
+        """See ``Store.read_into``. It uses positional reads and no memory mapping."""
         with _explained(self.describe(name), "to read it"), self._reading(name) as fd:
             pending = [v.cast("B") for v in views if v.nbytes]
             while pending:
@@ -224,7 +226,7 @@ class LocalStore:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=self._dir)
 
-    # The operations that change the disk, one each, so that a test can stop the world at any of them.
+    # Each operation that changes the disk has its own method, so that a test can interrupt at any of them.
 
     def _create(self, name: str) -> int:
         self._check(name)
@@ -253,12 +255,12 @@ class LocalStore:
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[int]:
-        """A descriptor to read from; kept open for the next time, the least recently used closed."""
+        """Open a file for reading. Descriptors stay open for later reads; the least recently used ones are closed."""
         with self._lock:
             fd = self._open.pop(name, None)
             if fd is None:
                 self._check(name)
-                # O_NONBLOCK: a pipe by that name must not make us wait.
+                # O_NONBLOCK: opening a pipe of that name must not block.
                 fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=self._dir)
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     os.close(fd)
@@ -280,7 +282,7 @@ class LocalStore:
 
 
 def _make_durably(path: Path) -> None:
-    """mkdir -p, with fsync of every folder that gains one: a new folder is lost otherwise."""
+    """Create a folder and its parents, with fsync of every parent: a new folder could be lost otherwise."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     for folder in reversed(missing):
         folder.mkdir(exist_ok=True)
@@ -305,7 +307,8 @@ _ADVICE = {
 
 @contextlib.contextmanager
 def _explained(what: str, expected: str) -> Iterator[None]:
-    """Turn what the operating system says into a FormatError that names the file."""
+    """Convert errors of the operating system to a FormatError that names the file."""
+
     try:
         yield
     except FileNotFoundError as error:

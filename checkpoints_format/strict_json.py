@@ -1,6 +1,6 @@
-"""JSON that is taken on trust in nothing: bounded before it becomes objects, every field asked for by name.
+"""Strict JSON for untrusted files: sizes are checked before objects are made, and every field is read by name.
 
-No duplicate key, no NaN or infinity, no number without bound, no deep nesting.
+Duplicate keys, NaN, infinity, unbounded numbers and deep nesting are errors.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ RESTORE = "The checkpoint is damaged or was not written by this format: restore 
 
 
 def canonical(value: object) -> bytes:
-    """The one JSON text of a value: no spaces, ASCII, keys in their order."""
+    """Return the canonical JSON text of a value: no spaces, ASCII, keys in their order."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
 def parse(data: bytes, what: str, limit: int) -> object:
-    """JSON, bounded before it becomes objects."""
+    """Parse JSON of at most ``limit`` bytes, after checking the number of lists and items.
+
+    Raises:
+        FormatError: it is too large, too deep or not valid; names ``what``.
+    """
     if len(data) > limit:
         raise FormatError(what, expected=f"at most {limit} bytes", got=f"{len(data)}", do=RESTORE)
     objects, items = data.count(b"[") + data.count(b"{"), data.count(b",")
@@ -85,7 +89,7 @@ def _deeper_than(value: object, depth: int) -> bool:
 
 
 class Fields:
-    """An object whose every field is asked for once, by name and kind; what is left over is an error."""
+    """A JSON object of which the caller takes every field once, by name and type. Fields that are left are an error."""
 
     def __init__(self, value: object, what: str) -> None:
         self.what = what
@@ -129,6 +133,7 @@ class Fields:
 
 
 def same_text(value: Fields, data: bytes) -> None:
-    """Refuse any other spelling of the same values, so that no bit of the text is without meaning."""
+    """Raise FormatError unless ``data`` is the canonical text of the values, so that every bit of it matters."""
+
     if canonical(value.all) != data:
         raise FormatError(value.what, expected="JSON in its canonical spelling", got="another spelling", do=RESTORE)

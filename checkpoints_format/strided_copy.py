@@ -1,4 +1,4 @@
-"""Moving elements between an array and the bytes of tiles: one strided copy for many tiles."""
+"""Copies between an array and the bytes of tiles: one strided copy for many tiles."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 
 
 def tiles_first(region: np.ndarray, tiles: Sequence[int]) -> np.ndarray:
-    """View a rectangle of ``tiles[d]`` equal tiles a dimension as (tiles..., extents...). Never a copy.
+    """Return a view, (tiles..., extents...), of a rectangle with ``tiles[d]`` equal tiles in dimension d.
 
-    In C order the elements of the result are those of the file: tile after tile.
+    It never copies. In C order, its elements have the order of the file: tile after tile.
     """
     dims = len(tiles)
     split = tuple(n for size, m in zip(region.shape, tiles, strict=True) for n in (m, size // m))
@@ -20,21 +20,22 @@ def tiles_first(region: np.ndarray, tiles: Sequence[int]) -> np.ndarray:
 
 
 def part_of(array: np.ndarray, where: Sequence[slice]) -> np.ndarray:
-    """A rectangle of an array, as a view even where the array is a scalar."""
+    """Return a rectangle of an array as a view, also if the array is a scalar."""
     index: tuple[Any, ...] = (*where, ...)
     return array[index]
 
 
 def as_bytes(array: np.ndarray) -> np.ndarray:
-    """The memory of a C-contiguous array as one row of uint8."""
+    """Return the memory of a C-contiguous array as a one-dimensional uint8 view."""
     return array.reshape(-1, copy=False).view(np.uint8)
 
 
 def copy_tiles(target: np.ndarray, source: np.ndarray) -> None:
-    """Copy between two arrays of one shape and dtype, each row along the last axis moved as a single element.
+    """Copy between two arrays of equal shape and dtype, with each row along the last axis as a single element.
 
-    NumPy's strided copy of rows of 16 to 256 bytes is up to 2.5 times faster that way.
+    This makes NumPy's strided copy of rows of 16 to 256 bytes up to 2.5 times faster.
     """
+
     width = target.shape[-1] * target.itemsize if target.ndim else 0
     if width > target.itemsize and target.strides[-1] == source.strides[-1] == target.itemsize:
         target, source = target.view(f"V{width}"), source.view(f"V{width}")

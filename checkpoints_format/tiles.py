@@ -1,11 +1,11 @@
-"""How a tensor is cut into tiles, the unit of checksum and of reading.
+"""Tiles: the units in which tensors are checksummed and read.
 
-The tile extents are a function of global shape and item size alone, and the cut lines lie at their
-multiples in global coordinates. So every box of every mesh is cut along the same lines, and a reader on
-another mesh meets whole tiles wherever sizes divide. A tile at a box's edge may be smaller.
+The extents of a tile depend only on global shape and item size, and tiles begin at multiples of these extents in
+global coordinates. The boxes of every mesh are therefore divided along the same lines, and a reader on another mesh
+reads whole tiles if the sizes divide. A tile at the edge of a box may be smaller.
 
-Inside a box tiles are numbered row-major; inside a tile elements are row-major. A run of consecutive
-tiles is therefore a run of consecutive bytes.
+Tiles are numbered row-major in a box, and elements are row-major in a tile. Consecutive tiles therefore have
+consecutive bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FLOOR_BYTES_8, FLOOR_BYTES_32 = 256, 1024
 
 
 def _ways(size: int, ways: int) -> int:
-    """Least common multiple of the numbers up to ``ways`` that divide ``size``."""
+    """Return the least common multiple of the numbers up to ``ways`` that divide ``size``."""
     return math.lcm(*(k for k in range(1, ways + 1) if size % k == 0))
 
 
@@ -35,13 +35,13 @@ def _smallest_prime(n: int) -> int:
 
 @lru_cache(maxsize=4096)
 def tile_shape(shape: tuple[int, ...], item_bytes: int, batch: int = 0) -> tuple[int, ...]:
-    """The tile extents of a tensor.
+    """Return the tile extents of a tensor, in elements.
 
     1. The leading ``batch`` dimensions (layers, experts) become 1.
-    2. Each other dimension, outermost first, is cut until every split into up to 8 equal parts falls on
-       cut lines, unless the tile would fall under 256 bytes.
-    3. The same for up to 32 parts, unless it would fall under 1 KiB.
-    4. While the tile is over 8 MiB, its longest dimension is halved: near-square.
+    2. Each other dimension, outermost first, is divided until tiles fit every division into up to 8 equal parts,
+       unless the tile would have less than 256 bytes.
+    3. The same for up to 32 parts, unless the tile would have less than 1 KiB.
+    4. While the tile has more than 8 MiB, its longest dimension is halved, which makes it nearly square.
 
     Example: a (4096, 14336) bf16 matrix has tiles of (128, 64), 16 KiB.
     """
@@ -63,10 +63,10 @@ def tile_shape(shape: tuple[int, ...], item_bytes: int, batch: int = 0) -> tuple
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A rectangle of tiles that is consecutive in tile order and uniform in extents.
+    """A rectangle of tiles with consecutive numbers and equal extents.
 
-    ``first`` and ``count``: tile numbers in the box. ``start``: its first element, relative to the box.
-    ``tiles[d]`` by ``extents[d]``: how many tiles, and how long each is.
+    ``first``, ``count``: first tile number in the box, and number of tiles. ``start``: first element, relative to the
+    box. ``tiles``, ``extents``: for each dimension, the number of tiles and the elements of each.
     """
 
     first: int
@@ -77,22 +77,22 @@ class Block:
 
     @property
     def tile_elements(self) -> int:
-        """Elements of one tile."""
+        """The number of elements in one tile."""
         return math.prod(self.extents)
 
     @property
     def elements(self) -> int:
-        """Elements of all its tiles."""
+        """The number of elements in all its tiles."""
         return self.count * self.tile_elements
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of the rectangle in elements."""
+        """The shape of the rectangle, in elements."""
         return tuple(m * e for m, e in zip(self.tiles, self.extents, strict=True))
 
 
 class Grid:
-    """The tiles of one box: where each begins, in elements and in tile order."""
+    """The tiles of one box, with the position of each in elements and in tile order."""
 
     __slots__ = ("_starts", "box", "count", "counts", "strides", "uniform")
 
@@ -111,17 +111,17 @@ class Grid:
         )
 
     def start(self, d: int, i: int) -> int:
-        """First element of tile ``i`` along dimension d, relative to the box; ``i`` may be the count."""
+        """Return the first element of tile ``i`` along dimension d, relative to the box; ``i`` may be the count."""
         line, t, extent = self._starts[d]
         return min(max(line + i * t, 0), extent)
 
     def tile_at(self, d: int, element: int) -> int:
-        """Number, along dimension d, of the tile that holds an element of the box."""
+        """Return the number, along dimension d, of the tile with an element of the box."""
         line, t, _ = self._starts[d]
         return (element - line) // t
 
     def elements_before(self, k: int) -> int:
-        """Elements of the tiles 0 .. k-1; k may be the count. A closed form, O(dimensions)."""
+        """Return the number of elements in tiles 0 .. k-1, in O(dimensions); k may be the count."""
         if k >= self.count:
             return self.box.size if self.count else 0
         total, outer = 0, 1
@@ -133,13 +133,13 @@ class Grid:
         return total
 
     def first_beyond(self, elements: int) -> int:
-        """The largest k with ``elements_before(k) <= elements``."""
+        """Return the largest k with ``elements_before(k) <= elements``."""
         if elements >= self.box.size:
             return self.count
         return bisect_right(range(self.count), elements, key=self.elements_before) - 1
 
     def blocks(self, crop: Sequence[tuple[int, int]], first: int, last: int, limit: int) -> Iterator[Block]:
-        """Blocks, ascending, that hold every tile of [first, last) that meets ``crop``.
+        """Yield blocks, in ascending order, with every tile of [first, last) that overlaps ``crop``.
 
         Args:
             crop: wanted range of elements of each dimension, relative to the box, not empty.
@@ -196,7 +196,8 @@ class Grid:
             i += n
 
     def _equal_until(self, d: int, i: int, crop: Sequence[tuple[int, int]]) -> int:
-        """End of the run of full, uncropped tiles that begins with tile i; i + 1 if it is not one itself."""
+        """Return the end of the run of full, uncropped tiles that begins with tile i; i + 1 if tile i is not full."""
+
         line, t, extent = self._starts[d]
         if line + i * t < crop[d][0]:
             return i + 1

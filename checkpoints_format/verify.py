@@ -1,4 +1,4 @@
-"""Reading a pack file whole, and checking every byte of it: header, tiles, padding, table."""
+"""Verification of a whole pack file: every byte of header, tiles, padding and crc table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _STEP_BYTES = 2 << 20
 
 
 def check_length(store: Store, name: str, record: PackRecord, what: str) -> None:
-    """Prove that a file is there and has the length that the root says; FormatError names ``what``."""
+    """Raise FormatError, naming ``what``, unless the file exists and has the length that the root states."""
     size = store.size(name)
     if size is None:
         raise MissingFileError(what, expected=f"a file of {record.length} bytes", got="no such file", do=RESTORE)
@@ -25,7 +25,7 @@ def check_length(store: Store, name: str, record: PackRecord, what: str) -> None
 
 
 def verify_pack(store: Store, pack: SavePack, record: PackRecord, *, save: str, writer: int, number: int) -> int:
-    """Check every byte of a pack file; returns the bytes of values in it.
+    """Check every byte of a pack file; return its bytes of values.
 
     Raises:
         FormatError: the first damage, with the file and, where it lies in a tensor, the tensor.
@@ -108,7 +108,8 @@ def _read(store: Store, name: str, offset: int, nbytes: int) -> np.ndarray:
 
 
 def _at(pack: SavePack, header: bytes, at: int) -> str:
-    """Which entry the byte of a header belongs to, for the message."""
+    """Return the entry to which a byte of the header belongs, in words, for a message."""
+
     for entry, name in zip(pack.entries, pack.names, strict=True):
         begin = header.find(f'"{name}"'.encode())
         if begin <= at < header.find(b"}", begin):

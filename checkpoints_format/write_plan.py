@@ -1,4 +1,5 @@
-"""Who writes which tiles into which pack: from the layout alone, on any process, with no communication."""
+"""The plan of a save: which writer writes which tiles into which pack. It follows from the layout alone, so every
+process computes the same plan without communication."""
 
 from __future__ import annotations
 
@@ -16,23 +17,23 @@ _KEPT_PLANS, _MAX_PACKS = 4096, 1 << 20
 
 
 def sharers_of(box_bytes: int, replicas: int, share_bytes: int) -> int:
-    """Among how many of its replicas the writing of a box is shared."""
+    """Return the number of replicas that share the writing of a box."""
     return max(1, min(replicas, box_bytes // share_bytes))
 
 
 def replica_of_share(share: int, sharers: int, replicas: int, tensor: int) -> int:
-    """The replica that writes a share. Starts at the tensor's number, so that small tensors spread."""
+    """Return the replica that writes a share. It begins at the tensor's number, to distribute small tensors evenly."""
     return (tensor + share * (replicas // sharers)) % replicas
 
 
 def share_of_replica(replica: int, sharers: int, replicas: int, tensor: int) -> int | None:
-    """The share that a replica writes, or None."""
+    """Return the share that a replica writes, or None if it writes none."""
     share, rest = divmod((replica - tensor) % replicas, replicas // sharers)
     return share if rest == 0 and share < sharers else None
 
 
 def share_tiles(share: int, sharers: int, tiles: int) -> tuple[int, int]:
-    """First and one past the last tile of a share."""
+    """Return the first tile of a share and one past the last."""
     return share * tiles // sharers, (share + 1) * tiles // sharers
 
 
@@ -45,7 +46,7 @@ class WriterPlan:
 
     @cached_property
     def entries(self) -> dict[tuple[int, tuple[int, ...]], list[tuple[int, PackEntry]]]:
-        """(tensor number, offset of the box) to (number of the pack, entry)."""
+        """(tensor number, offset of the box) -> list of (pack number, entry)."""
         found: dict[tuple[int, tuple[int, ...]], list[tuple[int, PackEntry]]] = {}
         for number, pack in enumerate(self.packs):
             for entry in pack.entries:
@@ -54,15 +55,15 @@ class WriterPlan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of values that this writer writes."""
+        """The bytes of values that this writer writes."""
         return sum(entry.nbytes for pack in self.packs for entry in pack.entries)
 
 
 class Planner:
-    """Answers about one layout. Plans of writers are kept, so asking again costs nothing.
+    """Computes the plans of the writers of one layout, and keeps them for further calls.
 
     Args:
-        limits: for each writer the number of packs beyond which its plan is an error.
+        limits: for each writer, the maximum number of packs; more are an error.
     """
 
     def __init__(self, layout: SaveLayout, limits: Sequence[int] | None = None) -> None:
@@ -80,7 +81,7 @@ class Planner:
                     by_writer.setdefault(writer, []).append(box)
 
     def writer(self, writer: int) -> WriterPlan:
-        """The packs of a writer."""
+        """Return the packs of a writer. Raises FormatError if there are more than its limit."""
         plan = self._plans.get(writer)
         if plan is None:
             if len(self._plans) >= _KEPT_PLANS:
@@ -90,7 +91,7 @@ class Planner:
         return plan
 
     def runs(self, writer: int) -> Iterator[Run]:
-        """What a writer writes: by tensor, then by position (or as listed), then by tile."""
+        """Yield the runs of tiles of a writer, by tensor, then by position (or in the order of the list)."""
         layout = self.layout
         for index, tensor in enumerate(layout.tensors):
             if tensor.nbytes == 0:
@@ -113,7 +114,7 @@ class Planner:
                     yield Run(index, grid, first, stop)
 
     def sources(self, tensor: int, want: Box) -> Iterator[tuple[Box, list[int]]]:
-        """The boxes that meet a (non-empty) wanted box, each with the writers of its tiles."""
+        """Yield the boxes that overlap the non-empty box ``want``, each with the writers of its tiles."""
         if tensor in self._explicit:
             for writer, boxes in self._explicit[tensor].items():
                 yield from ((box, [writer]) for box in boxes if box.intersect(want))
@@ -140,7 +141,8 @@ class Planner:
 
 
 def _tile_span(grid: Grid, want: Box) -> tuple[int, int]:
-    """Smallest range of tile numbers of the grid that holds all tiles meeting ``want``."""
+    """Return the smallest range of tile numbers with all tiles that have elements in common with ``want``."""
+
     low = high = 0
     for d, stride in enumerate(grid.strides):
         offset, extent = grid.box.offset[d], grid.box.shape[d]

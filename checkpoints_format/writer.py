@@ -1,4 +1,4 @@
-"""Saving: every process writes its own packs and leaves a receipt; one process commits."""
+"""`Writer` and `commit`: each process writes its own packs and a receipt, then one process commits."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Source = np.ndarray | Sequence[tuple[Box, np.ndarray]] | Callable[[Box], np.ndar
 
 @dataclass(frozen=True, kw_only=True)
 class Written:
-    """What a writer did: number of pack files, bytes of values, bytes of files."""
+    """The result of a writer: number of pack files, bytes of values, bytes of files."""
 
     packs: int
     value_bytes: int
@@ -55,12 +55,15 @@ class Writer:
     """Writes one process's part of a checkpoint.
 
     Args:
-        store: where the checkpoint goes.
-        layout: the same on every process.
-        save: a name that no other attempt at this checkpoint has, the same on every process.
-        writer: this process's number.
-        budget_bytes: host memory that buffers and lazily fetched arrays may take. At least 4 tiles.
-        streams: pack files written at the same time.
+        store: the store for the checkpoint's files.
+        layout: the layout, the same on every process.
+        save: a name that is the same on every process, and that no other save into this store has.
+        writer: the number of this process among the writers.
+        budget_bytes: maximum host memory for buffers and for arrays that are fetched lazily; at least 4 tiles.
+        streams: number of pack files that are written at the same time.
+
+    Raises:
+        FormatError: an invalid number or name, or a budget that is too small.
     """
 
     def __init__(
@@ -96,11 +99,14 @@ class Writer:
         self._fetch_bytes, self._slab_bytes = half, max(largest, min(_SLAB_BYTES, half // _SLABS))
 
     def write(self, sources: Mapping[str, Source]) -> Written:
-        """Write all packs of this process, then its receipt. Durable when it returns.
+        """Write all packs of this process, then its receipt. The packs are on stable storage when it returns.
+
+        Args:
+            sources: tensor name -> its values; see `Source`.
 
         Raises:
-            FormatError: a tensor is missing, has another shape or dtype, or the store refuses; names both.
-                Nothing that was committed before is touched.
+            FormatError: a tensor is missing or has another shape or dtype, or the store fails. Checkpoints that were
+                committed before stay valid.
         """
         held = sorted({entry.run.tensor for pack in self.plan.packs for entry in pack.entries})
         for index in held:
@@ -115,7 +121,8 @@ class Writer:
                 raise
         receipt = Receipt(save=self.save, writer=self.number, layout=layout_digest(self.layout), packs=tuple(records))
         data = encode_receipt(receipt)
-        # Only the committer reads it, after the barrier; should the machine die before, the save is void anyway.
+        # Only the committing process reads it, after the barrier; if the machine fails before, the save is void anyway.
+
         self.store.put(receipt_name(self.save, self.number), [memoryview(data)], len(data), durable=False)
         return Written(packs=len(records), value_bytes=self.plan.nbytes, file_bytes=sum(r.length for r in records))
 
@@ -133,8 +140,8 @@ class Writer:
                 yield last
 
         ready = chunks() if length <= self._slab_bytes else _one_ahead(chunks())
-        # Closed here where the store gives up half-way: collected later, in a thread of the generator's own pool, it
-        # would wait for that very thread.
+        # Close the generator here if the store fails half-way. If it were collected later, in a thread of its own pool,
+        # it would wait for that same thread.
         with contextlib.closing(ready):
             self.store.put(pack_name(self.save, self.number, number), ready, length)
         return PackRecord(length, len(header), crc32c(header), crc32c(crcs.view(np.uint8)))
@@ -142,7 +149,7 @@ class Writer:
     def _values(
         self, pack: SavePack, sources: Mapping[str, Source], crcs: np.ndarray, slabs: Slabs
     ) -> Iterator[memoryview]:
-        """The data of a pack up to the table, by way of ``slabs``; fills in ``crcs``."""
+        """Yield the data of a pack up to its crc table, through ``slabs``; fill in ``crcs``."""
         at = 0
         for entry in pack.entries:
             yield from slabs.copy(np.zeros(entry.begin - at, np.uint8))
@@ -162,7 +169,7 @@ class Writer:
         yield from slabs.copy(np.zeros(pack.table_begin - at, np.uint8))
 
     def _parts(self, tensor: Tensor, entry: PackEntry, source: Source) -> Iterator[_ArrayPart]:
-        """The values of an entry: at once where there is an array, else fetched in pieces within the budget."""
+        """Yield the values of an entry: all at once from an array, or in pieces within the budget from a function."""
         box = entry.run.box
         if not callable(source):
             yield _ArrayPart(
@@ -188,12 +195,17 @@ class _ArrayPart:
 def commit(
     store: Store, layout: SaveLayout, *, save: str, meta: Mapping[str, Any] | None = None, requests: int = 8
 ) -> None:
-    """Make the save of that name the checkpoint. Called by one process after all writers have returned.
+    """Make the save of that name the checkpoint. One process calls it, after all writers have returned.
 
-    Reads every receipt, writes the root, then COMMIT if there is none yet. ``meta`` is any JSON object.
+    It reads every receipt, writes the root, and then writes COMMIT if there is none yet.
+
+    Args:
+        meta: a JSON object of your own, stored in the root.
+        requests: number of receipts that are read at the same time.
 
     Raises:
-        FormatError: a receipt is missing or disagrees; names it. AlreadyCommittedError: another save was first.
+        FormatError: a receipt is missing or does not match; names it.
+        AlreadyCommittedError: another save has committed first.
     """
     digest = layout_digest(layout)
 
@@ -232,7 +244,7 @@ def commit(
 
 
 def _one_ahead(chunks: Generator[memoryview, None, None]) -> Generator[memoryview, None, None]:
-    """The same chunks, the next one prepared in another thread while the store takes this one."""
+    """Yield the same chunks, and prepare the next one in another thread while the store writes this one."""
     with ThreadPoolExecutor(1, thread_name_prefix="ckpt-slab") as pool:
         coming = pool.submit(next, chunks, None)
         while (chunk := coming.result()) is not None:
@@ -265,7 +277,7 @@ def _find(tensor: Tensor, box: Box, source: np.ndarray | Sequence[tuple[Box, np.
 
 
 def _words(tensor: Tensor, box: Box, array: np.ndarray) -> np.ndarray:
-    """The array's bits as unsigned words, after a check of shape and dtype."""
+    """Return the bits of the array as unsigned words, after checking shape and dtype."""
     what = f"tensor {tensor.name!r}, {box}"
     array = np.asarray(array)
     name = dtype_name(array, what=what)

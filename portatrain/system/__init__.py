@@ -1,1 +1,2 @@
-"""The machine under a run: files, object stores, processes, signals, notices of a cloud. Knows nothing of training."""
+"""The machine under a run: JSON files, object stores, processes, signals, cloud notices, the watchdog, exit codes and
+environment variables. It knows nothing of models, recipes or checkpoints."""

@@ -1,7 +1,7 @@
-"""Notices of clouds that a machine is about to be taken away: spot preemption and maintenance, read from its metadata.
+"""Cloud notices: a cloud's metadata server says that it will take this machine away (spot preemption, maintenance).
 
-`environment.NOTICES` names the cloud: `gcp` or `aws` (with `=URL` another address than the usual one).
-A notice is the same as SIGTERM: the run saves and leaves with 85.
+`environment.NOTICES` names the cloud, `gcp` or `aws`; `gcp=URL` replaces the usual address of its metadata server. A
+notice has the effect of SIGTERM: the run saves and exits with code 85.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SOURCES = {"gcp": "http://metadata.google.internal", "aws": "http://169.254.169.
 
 
 class Notices:
-    """Polls from a thread while entered; `ask` is called once, when there is a notice."""
+    """Polls the metadata server from a thread while entered, and calls `ask` once at the first notice."""
 
     def __init__(self, ask: Callable[[], None], *, every_s: float = EVERY_S) -> None:
         self.ask, self.every_s = ask, every_s
@@ -48,7 +48,11 @@ class Notices:
 
 
 def source(text: str) -> tuple[str, str]:
-    """(cloud, URL) of the variable's value; ('', '') where there is none. UserError for an unknown cloud."""
+    """Return (cloud, URL) for the value of the variable, or ('', '') if it is empty.
+
+    Raises:
+        UserError: an unknown cloud, or an address that is not http.
+    """
     if not text:
         return "", ""
     cloud, _, url = text.partition("=")
@@ -62,7 +66,8 @@ def source(text: str) -> tuple[str, str]:
 
 
 def noticed(cloud: str, url: str) -> bool:
-    """Whether the machine is about to be taken away. No answer is no notice."""
+    """Return True if the cloud has announced that it will take the machine away; False if it does not answer."""
+
     if cloud == "gcp":
         base = f"{url}/computeMetadata/v1/instance"
         if _get(f"{base}/preempted", {"Metadata-Flavor": "Google"}) == "TRUE":

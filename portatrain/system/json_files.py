@@ -1,7 +1,7 @@
-"""JSON on disk: files that are whole or absent, and logs that survive a crash in mid-line.
+"""JSON files that are written atomically, and JSON-lines logs that survive a crash in the middle of a line.
 
 JSON has no NaN and no infinities. Here they are written as the texts "nan", "inf" and "-inf" (`strict`), and `number`
-reads them back; it reads null as NaN, which is how earlier versions wrote all three.
+reads them back. It also reads null as NaN, since earlier versions wrote null for all three.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from portatrain.errors import UserError
 
 
 def write_json(path: Path, data: object) -> None:
-    """Write ``data`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
+    """Write ``data`` atomically: a reader, or a restart after a crash, sees the whole old file or the whole new one."""
     write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")
 
 
@@ -40,7 +40,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename or a new file in ``folder`` survive a power cut."""
+    """Flush the entries of ``folder`` to disk, so that a rename or a new file in it survives a power failure."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -49,7 +49,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in ``path``; UserError where it is missing, unreadable or damaged."""
+    """Return the JSON in ``path``. Raises UserError if the file is missing, unreadable or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
@@ -62,7 +62,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``; UserError where it is missing, unreadable or something else."""
+    """Return the JSON object in ``path``. Raises UserError if it is missing, unreadable or something else."""
     found = read_json(path)
     if not isinstance(found, dict):
         raise UserError(
@@ -75,10 +75,10 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 class JsonLines:
-    """An append-only file of one JSON object a line.
+    """An append-only file with one JSON object per line.
 
-    Every line is handed to the operating system at once, so a killed process loses at most the line
-    that it was writing. Floats are written with all their digits.
+    Each line is passed to the operating system at once, so a killed process loses at most the line that it was writing.
+    Floats are written with all their digits.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,7 +89,7 @@ class JsonLines:
         self._file.flush()
 
     def sync(self) -> None:
-        """Make what has been appended survive a power cut."""
+        """Flush the appended lines to disk, so that they survive a power failure."""
         if not self._file.closed:
             os.fsync(self._file.fileno())
 
@@ -105,12 +105,12 @@ class JsonLines:
 
 
 def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> list[dict[str, Any]]:
-    """The rows of a ``JsonLines`` file, without a last line that a crash cut short; [] where there is none.
+    """Return the rows of a ``JsonLines`` file, without an incomplete last line; [] if there is no file.
 
-    `check` returns a row as it is to be read, or raises ValueError.
+    `check` converts a row to its final form, or raises ValueError.
 
     Raises:
-        UserError: a damaged line that is not the last, or a file that cannot be read.
+        UserError: a line other than the last one is damaged, or the file cannot be read.
     """
     if not path.exists():
         return []
@@ -130,7 +130,7 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = l
                 raise ValueError("not an object")
             row = check(row)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # no newline after it: torn
+            if number == len(lines):  # without a newline: incomplete
                 break
             raise UserError(
                 f"{path}, line {number}",
@@ -143,7 +143,7 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = l
 
 
 def strict(value: object) -> Any:
-    """`value` with "nan", "inf" and "-inf" for the numbers that JSON does not have."""
+    """Return `value` with "nan", "inf" and "-inf" for the numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     if isinstance(value, Mapping):
@@ -154,7 +154,11 @@ def strict(value: object) -> Any:
 
 
 def number(value: object) -> float:
-    """A number as `strict` wrote it, which may not be finite; null is NaN. ValueError for anything else."""
+    """Return a number that `strict` wrote, which may be NaN or infinite; None is NaN.
+
+    Raises:
+        ValueError: `value` is something else.
+    """
     if value is None:
         return math.nan
     if isinstance(value, bool) or (isinstance(value, str) and value not in ("nan", "inf", "-inf")):
@@ -168,5 +172,6 @@ def number(value: object) -> float:
 
 
 def digits(text: str) -> int | None:
-    """The number that `text`, a part of a file's name, is written as; None where it is none that we would write."""
+    """Return the number in `text`, a part of a file name, or None if it is not up to 12 decimal digits."""
+
     return int(text) if text.isascii() and text.isdigit() and len(text) <= 12 else None

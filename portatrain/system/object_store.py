@@ -1,7 +1,7 @@
-"""Names with bytes below a URL of an object store: what the record of a run there is made of.
+"""Object stores: reading, writing and listing the objects below a URL, with conditional writes.
 
-Changes that must be one step are conditional puts, by the version that a read gave. Every error is a UserError that
-names the object; requests are tried again for seconds, not for minutes, as whoever asks may hold a claim that runs out.
+Atomic changes are conditional puts, which name the version that was read. Every error is a UserError that names the
+object. Requests for a run's record are retried for seconds only, because the caller may hold a claim that expires.
 """
 
 from __future__ import annotations
@@ -24,20 +24,19 @@ SHORT_RETRY = {
     "retry_timeout": timedelta(seconds=15),
     "backoff": {"init_backoff": timedelta(seconds=0.2), "max_backoff": timedelta(seconds=3), "base": 2},
 }
-"""For the record of a run: whoever asks may hold a claim that runs out."""
+"""Retries for a run's record: short, because the caller may hold a claim that expires."""
 RETRY = {
     "max_retries": 10,
     "retry_timeout": timedelta(seconds=300),
     "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
 }
-
-"""For checkpoints."""
+"""Retries for checkpoints."""
 PART_BYTES = 32 << 20
 Version = dict[str, str]
 
 
 class Listed(NamedTuple):
-    """An object: its name below the URL, and a text that changes with its content."""
+    """An object in a listing: its name below the URL, and a tag that changes with its content."""
 
     name: str
     tag: str
@@ -52,7 +51,7 @@ class Objects:
         self._api = obstore_module()
 
     def get(self, name: str) -> tuple[bytes, Version] | None:
-        """(content, version); None where there is no such object."""
+        """Return (content, version) of an object, or None if it does not exist."""
         with self._told(name, "to read it"):
             try:
                 found = self._api.get(self._store, name)
@@ -61,7 +60,7 @@ class Objects:
                 return None
 
     def exists(self, name: str) -> bool:
-        """Whether there is such an object."""
+        """Return True if the object exists."""
         with self._told(name, "to look at it"):
             try:
                 self._api.head(self._store, name)
@@ -70,11 +69,11 @@ class Objects:
             return True
 
     def create(self, name: str, data: bytes) -> Version | None:
-        """Write an object that is not there yet; its version, or None where there is one of other content."""
+        """Write a new object and return its version, or None if one with other content exists."""
         return self._conditional(name, data, "create")
 
     def replace(self, name: str, data: bytes, version: Version) -> Version | None:
-        """Write over that version; the new one, or None where it has been changed or removed since."""
+        """Replace that version of an object and return the new version, or None if it has changed since."""
         return self._conditional(name, data, version)
 
     def _conditional(self, name: str, data: bytes, mode: Any) -> Version | None:
@@ -86,18 +85,20 @@ class Objects:
                     f"object {self.url}/{name}",
                     expected="a store with conditional writes",
                     got="one without",
-                    do="Use a store that has them (S3, Google Cloud Storage, Azure): a claim must be one step.",
+                    do="Use S3, Google Cloud Storage or Azure: a claim needs conditional writes.",
                 ) from None
         return None if made is None else _version(made)
 
     def put(self, name: str, data: bytes | Path) -> None:
-        """Write, whatever was there; a path is read as it is sent."""
+        """Write an object, replacing any old one. The content of a path is read while it is sent."""
         with self._told(name, "to write it"):
             self._api.put(self._store, name, data, max_concurrency=4)
 
     def fetch(self, name: str, path: Path) -> None:
-        """Write an object to the file `path`, in parts: a request's time is limited. One that is replaced meanwhile is
-        not what was asked for, and is asked for again."""
+        """Download an object to the file `path`, in parts, since the duration of a request is limited.
+
+        If the object is replaced during the download, the download starts again.
+        """
         with self._told(name, "to read it"), path.open("wb") as file:
             while True:
                 meta = self._api.head(self._store, name)
@@ -113,25 +114,29 @@ class Objects:
                 file.truncate()
 
     def delete(self, name: str) -> None:
-        """Remove it; nothing where it is not there."""
+        """Remove an object; do nothing if it does not exist."""
         with self._told(name, "to remove it"), contextlib.suppress(FileNotFoundError):
             self._api.delete(self._store, name)
 
     def below(self, prefix: str) -> list[Listed]:
-        """The objects below `prefix`, such as 'attempts'."""
+        """Return the objects below `prefix`, such as 'attempts'."""
         with self._told(prefix, "to list it"):
             rows = [row for batch in self._api.list(self._store, prefix=prefix) for row in batch]
         return [Listed(row["path"], _tag(row)) for row in rows]
 
     def top(self) -> tuple[list[Listed], list[str]]:
-        """(objects, folders) right below the URL."""
+        """Return (objects, folder names) directly below the URL."""
         with self._told("", "to list it"):
             found = self._api.list_with_delimiter(self._store)
         names = [p.rstrip("/").rpartition("/")[2] for p in found["common_prefixes"]]
         return [Listed(row["path"], _tag(row)) for row in found["objects"]], names
 
     def age_s(self, name: str, *, writable: bool = True) -> float:
-        """Seconds since an object was written, by the store's own clock; `writable`: else by this machine's."""
+        """Return the seconds since an object was written, or 0 if it does not exist.
+
+        It compares with the clock of the store, by writing a small object, or with this machine's clock if `writable`
+        is false or the write fails.
+        """
         from datetime import UTC, datetime
 
         with self._told(name, "to look at it"):
@@ -168,12 +173,14 @@ def _tag(row: Any) -> str:
 
 
 def put_in_one_step(store: Any, name: str, data: bytes, mode: Any, retry: Mapping[str, Any]) -> Any:
-    """A conditional put (`mode` as obstore has it): what the store says of the new object, or None where it did not
-    take it, as another's is there. A store may take an object and its answer be lost: one with this very content is
-    ours, so no two contents may be equal by chance.
+    """Put an object conditionally (`mode` as in obstore); return the store's answer, or None if another object exists.
 
-    What a server refused with an error obstore sends again, but not a conditional put that got no answer at all: that
-    is done here.
+    A store may write the object while its answer is lost. An object with exactly this content therefore counts as ours,
+    so callers must never write the same content twice by chance.
+
+    obstore retries requests that the server answered with an error. This function also retries a conditional put that
+    got no answer.
+
     """
     api = obstore_module()
     errors = api.exceptions
@@ -196,7 +203,7 @@ def put_in_one_step(store: Any, name: str, data: bytes, mode: Any, retry: Mappin
 
 
 def _ours(store: Any, name: str, data: bytes) -> Any:
-    """What the store says of the object `name`, if its content is `data`; else None."""
+    """Return the store's metadata of the object `name` if its content is `data`; otherwise None."""
     with contextlib.suppress(FileNotFoundError):
         found = obstore_module().get(store, name)
         if bytes(found.bytes()) == data:
@@ -206,7 +213,8 @@ def _ours(store: Any, name: str, data: bytes) -> Any:
 
 @contextlib.contextmanager
 def explained(what: str, expected: str) -> Iterator[None]:
-    """Within it, what a store refuses is a FormatError that names the object."""
+    """Convert the store's errors, while entered, to a FormatError that names the object."""
+
     obstore = obstore_module()
     try:
         yield

@@ -1,7 +1,7 @@
-"""One command as several processes of this machine: how a backend with a process a device runs without a scheduler.
+"""Running one command as several processes on this machine, for backends with one process per device.
 
-`run_processes` starts them with the environment that torchrun would set, hands signals on, and waits. Where one fails,
-the others are ended within seconds and its error is the one that is shown. No framework.
+`run_processes` starts them with the environment variables of torchrun, forwards signals to them, and waits. If one
+fails, it ends the others within seconds and shows the error of the first.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
 from portatrain.system.stop_signals import stopping_signals
 
 PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
-"""Backends of which every device has a process of its own; of the others every host has one."""
+"""The backends that run one process per device; the others run one process per host."""
 GRACE_S = 3.0
-"""How long the others may take to end by themselves once one has failed."""
+"""Seconds in which the other processes may end by themselves after one has failed."""
 LEAVING_S = 10.0
-"""How long they may take once one has left at once."""
+"""Seconds in which the other processes may end after one has exited at once."""
 
 
 def rank() -> int:
-    """This process's number among those of the run: 0 where there is one."""
+    """Return the rank of this process among those of the run; 0 if it is the only one."""
     found, n = environment.RANK.get(), world_size()
     if n is not None and found >= n:
         raise UserError(
@@ -51,16 +51,24 @@ def rank() -> int:
 
 
 def world_size() -> int | None:
-    """How many processes there are, where the environment says so (torchrun, `run_processes`)."""
+    """Return the number of processes if the environment says it (torchrun, `run_processes`); otherwise None."""
     return environment.WORLD_SIZE.get() if os.environ.get(environment.RANK.name) else None
 
 
 def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0, hosts: int = 1) -> int:
-    """Run `entry` ('package.module:function', of an argparse.Namespace, giving an exit code) in `n` processes.
+    """Run `entry` in `n` processes on this host and return their exit code.
 
-    Of several `hosts`, each of which does the same, this is number `host`; then the environment has MASTER_ADDR and
-    MASTER_PORT. Only the first process here has this one's standard output and error. Returns the exit code of all; a
-    UserError of the process that failed first is raised here, another failure is printed and gives 1.
+    Args:
+        entry: 'package.module:function', a function from an argparse.Namespace to an exit code.
+        args: the contents of the namespace.
+        host, hosts: number of this host and number of hosts. With several hosts, each of them makes this call, and the
+            environment must have MASTER_ADDR and MASTER_PORT.
+
+    Only the first process on this host writes to this process's standard output and error. If a process fails without
+    a UserError, its error is printed and the result is 1.
+
+    Raises:
+        UserError: the process that failed first ended with it.
     """
     with tempfile.TemporaryDirectory(prefix="portatrain-") as folder:
         shared = {
@@ -93,7 +101,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
 
 
 def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches this process alone, which hands it on once.
+    # With a session of its own, a child does not get Ctrl-C from the terminal; this process forwards it once.
     if r == 0:
         return subprocess.Popen(command, env=env, start_new_session=True)
     logs = environment.LOGS.get()
@@ -109,10 +117,10 @@ def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> sub
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
-    """Until all have ended; the ranks that ended by themselves with a failure, if any did.
+    """Wait until all have ended, or some seconds after the first failure; return the ranks that failed by themselves.
 
-    Where one leaves at once, as after a signal that came to it alone, the others would wait for it: they are asked to
-    stop as well, and ended if they do not.
+    If one exits at once, as after a signal to it alone, the others would wait for it. They are asked to stop too, and
+    ended if they do not.
     """
     deadline: float | None = None
     asked = False
@@ -134,10 +142,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
 
 
 def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder: Path) -> int:
-    """Show the failure that came first: the others are its consequences."""
+    """Show the first failure, of which the others are consequences."""
     reports = {r: json.loads(p.read_text()) for r in failed if (p := folder / f"report-{r}.json").exists()}
     silent = [r for r in failed if r not in reports]
-    if silent:  # ended by a signal, or by a library: before the others noticed
+    if silent:  # ended by a signal or by a library, so it wrote no report
         r = silent[0]
         code = processes[r].returncode
         how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
@@ -159,7 +167,7 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
 
 @contextmanager
 def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
-    """While entered, signals that ask a run to stop go to every process, and not to this one."""
+    """While entered, forward the signals that stop a run to every process; this process ignores them."""
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in processes:
@@ -178,7 +186,7 @@ def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on now."""
+    """Return a port that is free at this moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
@@ -188,7 +196,7 @@ def free_port() -> int:
 
 
 def end_with_parent() -> None:
-    """Where the environment says who started this process, end it when that one is gone."""
+    """End this process when its parent ends, if the environment names the parent."""
     parent = environment.PARENT.take()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -240,8 +248,10 @@ def main() -> None:
 
 
 def ends_at_once(call: Callable[[], int]) -> int:
-    """The exit code of `call`; on a failure the process ends here, as tidying up would wait for processes that do not
-    answer."""
+    """Return the exit code of `call`, or end the process if it failed.
+
+    It ends without cleanup, because atexit handlers would wait for other processes that do not answer.
+    """
     try:
         code = call()
     except BaseException:
@@ -259,7 +269,8 @@ if __name__ == "__main__":
 
 
 def peak_rss_bytes() -> int:
-    """The most host memory that this process has had."""
+    """Return the maximum host memory that this process has used, in bytes."""
+
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,16 +1,15 @@
-"""Requests that a run stop: signals, and the notices of clouds. Seen at once, whatever the main thread is doing.
+"""Stop requests by signal or cloud notice, noticed at once even while the main thread compiles.
 
-Python runs a signal's handler between two bytecodes of the main thread, so one that compiles for minutes would see
-nothing. The C half of a handler writes to a pipe, however, and a thread reads that. It decides:
+Python runs a signal handler between two bytecodes of the main thread, so a main thread that compiles for minutes would
+not notice a signal. The C part of a handler also writes to a pipe, and a thread reads that pipe. The thread decides:
 
-- The first request is noted in `asked`; the trainer looks at it between steps, while it evaluates and while it waits
-  for data, saves, and leaves.
-- Before anything has been trained (imports, restoring, compiling the first step) the last commit is all there is: the
-  process leaves at once.
-- When the grace is nearly over and the trainer has not left, the process leaves with the checkpoint before.
-- A second request leaves at once: the same signal again, SAME_S or more after the first. One request comes as several
-  signals (a scheduler tells the processes, and the supervisor, which hands it on; a cloud's notice goes before its
-  SIGTERM), and on a busy machine they are seconds apart.
+- At the first request, it sets `asked`. The trainer checks it between steps, during evaluation and while it waits for
+  data; then it saves and exits.
+- Before the first step (imports, restoring, compiling), there is nothing to save, and the process exits at once.
+- If the grace period is nearly over and the trainer has not exited, the process exits with the previous checkpoint.
+- At a second request, the process exits at once. A second request is the same signal again, at least SAME_S seconds
+  after the first. One request may arrive as several different signals, seconds apart on a busy machine: a scheduler
+  signals the processes and the supervisor, which forwards the signal, and a cloud's notice precedes its SIGTERM.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ from portatrain.system.exit_codes import INTERRUPTED, RESUMABLE
 
 SAME_S = 1.0
 MARGIN_S = 1.0
-"""Left of the grace for leaving."""
+"""Seconds of the grace period that are reserved for exiting."""
 
 _ASKED = 255
-"""Stands for `ask` where signals have their numbers."""
+"""The number for `ask`, in place of a signal's number."""
 STRENGTHS = (None, "preempt", "interrupt")
-"""Requests in order of strength."""
+"""The kinds of request, from weak to strong."""
 _KINDS: dict[int, str] = {
     signal.SIGINT: "interrupt",
     signal.SIGTERM: "preempt",
@@ -48,17 +47,21 @@ _KINDS: dict[int, str] = {
 
 
 def stopping_signals() -> list[signal.Signals]:
-    """The signals that ask a run to stop; without SIGHUP where this process was started to outlive its terminal."""
+    """Return the signals that request a stop, without SIGHUP if this process was started to outlive its terminal."""
     found = [signal.Signals(number) for number in _KINDS if number != _ASKED]
     return [n for n in found if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
 class StopSignals:
-    """While entered, `asked` is None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1, SIGHUP). Use it in `with`.
+    """The stop requests of this process; use it in a `with` block.
 
-    `trained`: whether there is anything to save; the trainer sets it. `on_asked(kind)` and `on_leaving(why)` are called
-    from the watching thread, the latter before the process ends without returning to the main thread. Off the main
-    thread, where Python takes no signals, only `ask` asks.
+    Attributes:
+        asked: None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1, SIGHUP, `ask`).
+        trained: True if there is anything to save; the trainer sets it.
+        on_asked: called with the kind of the first request, from the watching thread.
+        on_leaving: called with the reason before the process exits at once, from another thread.
+
+    Outside the main thread, Python handles no signals, and only `ask` can request a stop.
     """
 
     def __init__(self) -> None:
@@ -87,12 +90,13 @@ class StopSignals:
         return self
 
     def ask(self) -> None:
-        """As if a signal had come; for notices that are none."""
+        """Request a stop, as a signal would; for cloud notices."""
         if self._pipe is not None and self.asked is None:
             os.write(self._pipe[1], bytes([_ASKED]))
 
     def strengthen(self, kind: str | None) -> None:
-        """Take over what other processes were asked; a request that came here and is as strong stays."""
+        """Adopt the request of another process if it is stronger than the one of this process."""
+
         with self._deciding:
             if STRENGTHS.index(kind) > STRENGTHS.index(self.asked):
                 if self.asked is None:
@@ -101,7 +105,7 @@ class StopSignals:
 
     @contextmanager
     def staying(self) -> Iterator[None]:
-        """While entered the process does not leave at once; for moments in which what is to be told changes hands."""
+        """Delay an immediate exit while entered, so that the record of the exit is complete."""
         with self._staying:
             yield
 
@@ -123,7 +127,7 @@ class StopSignals:
 
     @property
     def _patience_s(self) -> float:
-        """How long after the first signal the trainer may go on saving."""
+        """Seconds after the first signal in which the trainer may save."""
         return float("inf") if self.grace_s is None else max(self.grace_s - MARGIN_S, self.grace_s / 2)
 
     def _seen(self, number: int) -> None:
@@ -141,10 +145,11 @@ class StopSignals:
         self._last_s[number] = now_s
 
     def _leave(self, why: str) -> None:
-        """End the process now; what was committed before stands."""
-        self._staying.acquire()  # for good
+        """End the process now. Committed checkpoints stay valid."""
+        self._staying.acquire()  # never released
         code = INTERRUPTED if self.asked == "interrupt" else RESUMABLE
-        # In a thread of its own: the main one may hold a lock that telling needs.
+        # Use a separate thread: the main thread may hold a lock that the callback needs.
+
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)

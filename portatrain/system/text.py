@@ -6,7 +6,7 @@ import time
 
 
 def si(value: float) -> str:
-    """``value`` with three digits and k, M or G."""
+    """Return ``value`` with three digits and k, M or G."""
     for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= bound:
             return f"{value / bound:.3g} {letter}"
@@ -14,14 +14,15 @@ def si(value: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``seconds`` as 1:02:03 or 2:03."""
+    """Return ``seconds`` as 1:02:03 or 2:03."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
 def age(unix_s: float) -> str:
-    """Time since, for a person: '12 s', '3 min', '2 h', '5 d'."""
+    """Return a duration as '12 s', '3 min', '2 h' or '5 d'."""
+
     seconds = max(0.0, time.time() - unix_s)
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= size:

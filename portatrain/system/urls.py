@@ -10,7 +10,8 @@ SCHEMES = ("s3://", "gs://", "az://")
 
 
 def is_remote(where: str | Path) -> bool:
-    """Whether it is a URL of an object store; UserError for one of another kind."""
+    """Return True for a URL of an object store and False for a path. Raises UserError for another kind of URL."""
+
     scheme, _, rest = str(where).partition("://")
     if not rest or "/" in scheme:
         return False

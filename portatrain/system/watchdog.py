@@ -1,8 +1,8 @@
-"""Where every process of a run is, and what to do when one of them stays there.
+"""The watchdog: detects a process that hangs, and ends the attempt so that it can be resumed.
 
-Each process leaves a small file, `attempts/K/beats/rank-R.json`: its host, step and phase. One that has not moved on
-for `limit_s` writes the stacks of all its threads beside it, reads the others' files to see who is behind, records the
-event `hang` and leaves with 85: the next attempt goes on from the last checkpoint.
+Each process writes a small file, `attempts/K/beats/rank-R.json`, with its host, step and phase. A process that makes no
+progress for `limit_s` seconds writes the stacks of all its threads, reads the files of the others to find the processes
+that are behind, records the event `hang` and exits with code 85. The next attempt continues from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -23,17 +23,20 @@ from portatrain.system import environment
 from portatrain.system.exit_codes import RESUMABLE
 
 PHASES = ("starting", "data", "agree", "step", "record", "eval", "save", "end")
-"""In the order of a step: of two processes at one step the one in the earlier phase is behind."""
+"""The phases in the order of a step. Of two processes in the same step, the one in the earlier phase is behind."""
 STARTING_S, LEAST_S, TIMES = 3600.0, 600.0, 20.0
 """Defaults: an hour before the first step is done (compiling); then 20 of the slowest step, and at least 600 s."""
 BEAT_S = 2.0
 
 
 class Watchdog:
-    """Watches this process from a thread; use in a `with` block. `folder` is the attempt's.
+    """Watches this process from a thread; use it in a `with` block.
 
-    `tell(fields)` is called once, on a hang, before the process ends; `cancelled()` once, when the run's CANCELLED is
-    seen.
+    Args:
+        folder: the folder of the attempt.
+        process, processes: rank of this process and number of processes.
+        tell: called once with the fields of the event at a hang, before the process ends.
+        cancelled: called once when the file CANCELLED appears in the run directory.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="portatrain-watchdog", daemon=True)
 
     def at(self, phase: str, step: int) -> None:
-        """The main thread is now in `phase` of `step`."""
+        """Record that the main thread enters `phase` of `step`."""
         now_s = time.monotonic()
         if step != self.step:
             if self._slowest_s is not None or self.phase != "starting":
@@ -65,7 +68,7 @@ class Watchdog:
 
     @property
     def limit_s(self) -> float:
-        """Seconds in one phase that are taken for a hang."""
+        """Seconds in one phase after which the process counts as hanging."""
         if self.given_s is not None:
             return self.given_s or float("inf")
         if self._slowest_s is None:
@@ -107,7 +110,7 @@ class Watchdog:
             partial = path.with_suffix(".partial")
             partial.write_text(json.dumps(row))
             partial.replace(path)
-        except OSError:  # the file system is what hangs, perhaps; the stacks will show
+        except OSError:  # the file system itself may hang; the stacks will show it
             pass
 
     def _end(self) -> None:
@@ -117,7 +120,7 @@ class Watchdog:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
             faulthandler.dump_traceback(sys.stderr, all_threads=True)
-        time.sleep(2 * min(BEAT_S, self.limit_s / 4))  # so that what the others say of themselves is of now
+        time.sleep(2 * min(BEAT_S, self.limit_s / 4))  # so that the files of the others are recent
         found = behind(beats(self.folder), self.processes)
         fields = {
             "process": self.process,
@@ -141,12 +144,12 @@ class Watchdog:
 
 
 def host_name() -> str:
-    """This host's name, as its scheduler calls it where it does."""
+    """Return the name of this host: the scheduler's name for it, if any, or its own."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def beats(folder: Path) -> dict[int, dict[str, Any]]:
-    """What each process of an attempt last said of itself, by rank."""
+    """Return the latest file of each process of an attempt, by rank."""
     found = {}
     for path in (folder / "beats").glob("rank-*.json"):
         try:
@@ -158,7 +161,8 @@ def beats(folder: Path) -> dict[int, dict[str, Any]]:
 
 
 def behind(rows: Mapping[int, Mapping[str, Any]], processes: int) -> dict[str, Any]:
-    """Whom the others wait for: {'hosts', 'processes', 'text'}."""
+    """Return the processes for which the others wait: {'hosts', 'processes', 'text'}."""
+
     missing = [r for r in range(processes) if r not in rows]
     newest_s = max((row["unix_s"] for row in rows.values()), default=0.0)
     silent = [r for r, row in rows.items() if newest_s - row["unix_s"] > 5 * BEAT_S]
