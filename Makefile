@@ -12,7 +12,7 @@ TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIP
 XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
 PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy lint format clean
+.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
 
 help:  ## what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +71,14 @@ test-xla:  ## the torch-xla backend on simulated devices, in an environment of i
 	@.ci/setup $(VENV)-xla xla-test 16 constraints-xla.txt
 	$(TEST_ENV) PJRT_DEVICE=CPU CPU_NUM_DEVICES=1 $(VENV)-xla/bin/python -m pytest $(PYTEST_ARGS) tests/xla
 
+docs:  ## the site, into site/, in an environment of its own; a warning or a broken link is an error
+	@.ci/setup $(VENV)-docs docs 2
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict --quiet
+
+pages: setup  ## write the pages and the picture that are made from the code
+	$(VENV)/bin/python -m docs.tools.reference --write
+	$(VENV)/bin/python -m docs.tools.draw_rooms --write
+
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -81,5 +89,5 @@ format: setup  ## let ruff mend what it can
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the environment and caches; runs are kept
-	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky $(VENV)-xla build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky $(VENV)-xla $(VENV)-docs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

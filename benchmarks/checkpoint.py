@@ -38,7 +38,7 @@ import numpy as np
 
 from benchmarks.checkpoint_contenders import State, contenders, raw_save
 from benchmarks.paired import Ratio, ratio
-from checkpoints_format import Box, Layout, LocalStore, Mesh, Reader, Sharded, Tensor, Want, Writer, commit
+from checkpoints_format import Box, LocalStore, Reader, SaveLayout, SaveMesh, Sharded, Tensor, Want, Writer, commit
 
 Taken = dict[str, list[float]]
 SAVE, RESTORE, STALL, OTHERS = 1.2, 1.1, 1.1, 2.0
@@ -169,9 +169,9 @@ def column_read(where: Path) -> Iterator[str]:
     """An eighth of the columns of eight row shards: on tile lines, and off them."""
     shape, shards = (4096, 4096), 8
     values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    layout = Layout(
+    layout = SaveLayout(
         tensors=(Tensor(name="w", dtype="float32", shape=shape, placement=Sharded(spec=(("fsdp",), ()))),),
-        meshes=(Mesh(axes=(("fsdp", shards),)),),
+        meshes=(SaveMesh(axes=(("fsdp", shards),)),),
         writers=shards,
     )
     with tempfile.TemporaryDirectory(prefix="ckpt-bench-", dir=where) as scratch:

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Layout, LocalStore, Reader, Tensor, Want, Writer, commit
+from checkpoints_format import LocalStore, Reader, SaveLayout, Tensor, Want, Writer, commit
 
 State = dict[str, np.ndarray]
 
 
-def layout_of(state: State) -> Layout:
-    return Layout(
+def layout_of(state: State) -> SaveLayout:
+    return SaveLayout(
         tensors=tuple(
             Tensor(name=n, dtype=str(a.dtype), shape=a.shape, role=n.split("/")[0], batch=int("blocks" in n))
             for n, a in state.items()

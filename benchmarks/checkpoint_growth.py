@@ -19,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Layout, Mesh, Planner, Sharded, Tensor, Want
+from checkpoints_format import Planner, SaveLayout, SaveMesh, Sharded, Tensor, Want
 from checkpoints_format.boxes import Box
 from checkpoints_format.manifest import PackRecord, Root, encode_root
-from checkpoints_format.ranges import RequestPlanner
+from checkpoints_format.read_plan import RequestPlanner
 
 LAYERS, EMBED, HEADS, KV_HEADS, HEAD_DIM, MLP, VOCAB = 126, 16384, 128, 8, 128, 53248, 128256
 TENSORS = {
@@ -45,9 +45,9 @@ SIZES = {16: (16, 1), 256: (64, 4), 4096: (512, 8), 16384: (2048, 8)}
 RECORD = PackRecord(1_073_741_824, 4096, 4_294_967_295, 4_294_967_295)
 
 
-def layout(processes: int, fsdp: int, tensor: int) -> Layout:
-    mesh = Mesh(axes=(("replica", processes // (fsdp * tensor)), ("fsdp", fsdp), ("tensor", tensor)))
-    return Layout(
+def layout(processes: int, fsdp: int, tensor: int) -> SaveLayout:
+    mesh = SaveMesh(axes=(("replica", processes // (fsdp * tensor)), ("fsdp", fsdp), ("tensor", tensor)))
+    return SaveLayout(
         tensors=tuple(
             Tensor(
                 name=f"{role}/{name}",
@@ -65,7 +65,7 @@ def layout(processes: int, fsdp: int, tensor: int) -> Layout:
     )
 
 
-def root_of(made: Layout, packs: list[int]) -> Root:
+def root_of(made: SaveLayout, packs: list[int]) -> Root:
     """A root with every pack's record; the numbers are as long as real ones."""
     return Root(save="a1", layout=made, packs=tuple((RECORD,) * n for n in packs), meta={})
 
@@ -74,7 +74,7 @@ class Records(Sequence):
     """Every writer's packs as the root lists them, those of one writer computed when they are asked for: a reader has
     read them, and need not compute them."""
 
-    def __init__(self, made: Layout, packs: int) -> None:
+    def __init__(self, made: SaveLayout, packs: int) -> None:
         self._planner, self._made, self._packs = Planner(made), made, packs
         self._known: dict[int, tuple[PackRecord, ...]] = {}
 
@@ -105,7 +105,7 @@ def measured(work: object) -> tuple[float, int, object]:
     return took_s, peak, result
 
 
-def wants_of(there: Layout, process: int) -> list[Want]:
+def wants_of(there: SaveLayout, process: int) -> list[Want]:
     """What process `process` of the mesh that goes on holds."""
     mesh = there.meshes[0]
     sizes = dict(mesh.axes)

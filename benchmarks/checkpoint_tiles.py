@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints_format import Layout, LocalStore, Reader, Tensor, Want, Writer, commit, tile_shape
+from checkpoints_format import LocalStore, Reader, SaveLayout, Tensor, Want, Writer, commit, tile_shape
 from checkpoints_format.dtypes import NUMPY, item_bytes
 
 # Name, shape without batch axes, dtype: the matrices of models in use, and small ones.
@@ -108,7 +108,7 @@ def measure(shape: tuple[int, ...], dtype: str, *, mib: int, rounds: int, folder
     """Per round: cutting in GB/s, and save, restore over a plain write, read of the same bytes."""
     layers = max(1, (mib << 20) // (math.prod(shape) * item_bytes(dtype)))
     tensor = Tensor(name="w", dtype=dtype, shape=(layers, *shape), batch=1)
-    layout = Layout(tensors=(tensor,))
+    layout = SaveLayout(tensors=(tensor,))
     array = (
         np.frombuffer(np.random.default_rng(0).bytes(tensor.nbytes), np.uint8).view(NUMPY[dtype]).reshape(tensor.shape)
     )

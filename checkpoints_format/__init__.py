@@ -3,9 +3,9 @@
 SPEC.md defines the format. This package reads and writes it with NumPy and small codecs only; it imports
 no portatrain and no framework.
 
-    layout = Layout(tensors=(Tensor(name="params/w", dtype="float32", shape=(8, 4),
+    layout = SaveLayout(tensors=(Tensor(name="params/w", dtype="float32", shape=(8, 4),
                                     placement=Sharded(spec=(("fsdp",), ()))),),
-                    meshes=(Mesh(axes=(("fsdp", 2),)),), writers=2)
+                    meshes=(SaveMesh(axes=(("fsdp", 2),)),), writers=2)
     Writer(store, layout, save="a0", writer=rank).write({"params/w": my_rows})      # every process
     commit(store, layout, save="a0", meta={"step": 10})                             # one process
     Reader(store).read("params/w", Box((0, 1), (8, 2)))                             # anyone, any box
@@ -20,16 +20,16 @@ from .errors import NewerFormatError as NewerFormatError
 from .errors import NotCommittedError as NotCommittedError
 from .errors import StoreError as StoreError
 from .layout import Explicit as Explicit
-from .layout import Layout as Layout
+from .layout import SaveLayout as SaveLayout
 from .layout import Sharded as Sharded
 from .layout import Tensor as Tensor
-from .plan import Planner as Planner
 from .reader import Reader as Reader
 from .reader import ReadPlan as ReadPlan
 from .reader import Want as Want
-from .rule import Mesh as Mesh
+from .rule import SaveMesh as SaveMesh
 from .store import LocalStore as LocalStore
 from .store import Store as Store
 from .tiles import tile_shape as tile_shape
+from .write_plan import Planner as Planner
 from .writer import Writer as Writer
 from .writer import commit as commit

@@ -1,6 +1,6 @@
 """What a checkpoint holds, and who holds which part of it: tensors, meshes, placements.
 
-Everything here is logical: no bytes, no files. A ``Layout`` is small (one entry a tensor), the same on
+Everything here is logical: no bytes, no files. A ``SaveLayout`` is small (one entry a tensor), the same on
 every process, and enough to compute every file name, header and offset of the checkpoint.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from .boxes import Box, prove_cover
 from .dtypes import check_dtype, item_bytes
 from .errors import FormatError, shorten
-from .rule import Mesh, ShardRule
+from .rule import SaveMesh, ShardRule
 from .tiles import MAX_TILE_BYTES, tile_shape
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-\[\]=+]*(/[A-Za-z0-9_][A-Za-z0-9_.\-\[\]=+]*)*")
@@ -29,7 +29,7 @@ _MAX_PLACEMENTS = 1 << 22  # planning a writer takes a few microseconds for each
 class Sharded:
     """Regular boxes: dimension d is cut into equal parts over the mesh axes ``spec[d]``, major first.
 
-    Mesh axes that ``spec`` does not name hold replicas; replicas share the writing.
+    SaveMesh axes that ``spec`` does not name hold replicas; replicas share the writing.
     """
 
     spec: tuple[tuple[str, ...], ...]
@@ -154,7 +154,7 @@ def _check(what: str, ok: bool, expected: str, got: str, do: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Layout:
+class SaveLayout:
     """Everything that fixes a checkpoint's files, apart from the values: the same on every process.
 
     Args:
@@ -170,7 +170,7 @@ class Layout:
 
     tensors: tuple[Tensor, ...]
     writers: int = 1
-    meshes: tuple[Mesh, ...] = ()
+    meshes: tuple[SaveMesh, ...] = ()
     pack_bytes: int = 1 << 30
     share_bytes: int = 1 << 20
 
@@ -192,7 +192,7 @@ class Layout:
                 shorten(value),
                 "Use 256 MiB to 2 GiB for packs, 1 MiB for shares.",
             )
-        meshes = tuple(self.meshes) or (Mesh(axes=(("writer", self.writers),)),)
+        meshes = tuple(self.meshes) or (SaveMesh(axes=(("writer", self.writers),)),)
         for index, mesh in enumerate(meshes):
             _check_mesh(mesh, index, self.writers)
         tensors = tuple(t.resolved() for t in self.tensors)
@@ -246,7 +246,7 @@ class Layout:
                 yield from ((tensor, box) for box in dict.fromkeys(boxes))
 
 
-def _check_mesh(mesh: Mesh, index: int, writers: int) -> None:
+def _check_mesh(mesh: SaveMesh, index: int, writers: int) -> None:
     what = f"mesh {index}"
     ok = all(
         isinstance(a, str) and len(a) <= 64 and WORD.fullmatch(a) and type(n) is int and n >= 1 for a, n in mesh.axes
@@ -278,7 +278,7 @@ def _check_mesh(mesh: Mesh, index: int, writers: int) -> None:
         )
 
 
-def _check_placement(tensor: Tensor, meshes: Sequence[Mesh], writers: int) -> None:
+def _check_placement(tensor: Tensor, meshes: Sequence[SaveMesh], writers: int) -> None:
     what, placement = f"tensor {tensor.name!r}", tensor.placement
     if isinstance(placement, Explicit):
         _check(

@@ -14,9 +14,9 @@ from typing import Any
 
 from .boxes import Box
 from .errors import FormatError, NewerFormatError, shorten
-from .layout import Explicit, Layout, Sharded, Tensor
+from .layout import Explicit, SaveLayout, Sharded, Tensor
 from .packs import FORMAT, VERSION, root_name
-from .rule import Mesh
+from .rule import SaveMesh
 from .strict_json import RESTORE, Fields, canonical, parse, same_text
 
 MAX_ROOT_BYTES, MAX_RECEIPT_BYTES, MAX_COMMIT_BYTES, MAX_META_BYTES = 32 << 20, 4 << 20, 4096, 4 << 20
@@ -41,7 +41,7 @@ class Root:
     """A whole checkpoint, apart from the values. ``packs[w][k]`` is pack k of writer w."""
 
     save: str
-    layout: Layout
+    layout: SaveLayout
     packs: tuple[tuple[PackRecord, ...], ...]
     meta: Mapping[str, Any]
 
@@ -80,7 +80,7 @@ def check_save(save: object) -> str:
 # ---- writing
 
 
-def layout_fields(layout: Layout) -> dict[str, Any]:
+def layout_fields(layout: SaveLayout) -> dict[str, Any]:
     """The layout as JSON values."""
     return {
         "writers": layout.writers,
@@ -91,7 +91,7 @@ def layout_fields(layout: Layout) -> dict[str, Any]:
     }
 
 
-def _mesh_fields(mesh: Mesh) -> dict[str, Any]:
+def _mesh_fields(mesh: SaveMesh) -> dict[str, Any]:
     fields: dict[str, Any] = {"axes": [[name, size] for name, size in mesh.axes]}
     return fields if mesh.writers is None else fields | {"writers": list(mesh.writers)}
 
@@ -112,7 +112,7 @@ def _tensor_fields(t: Tensor) -> dict[str, Any]:
     return fields | {"mesh": t.placement.mesh, "spec": [list(axes) for axes in t.placement.spec]}
 
 
-def layout_digest(layout: Layout) -> str:
+def layout_digest(layout: SaveLayout) -> str:
     """SHA-256 of the layout, by which writers prove that they agree."""
     return hashlib.sha256(canonical(layout_fields(layout))).hexdigest()
 
@@ -237,7 +237,7 @@ def decode_root(data: bytes, commit: Commit, what: str) -> Root:
         "tensors": tuple(_tensor(t, f"{what}, tensor {i}") for i, t in enumerate(value.list("tensors"))),
     }
     try:
-        layout = Layout(**fields)
+        layout = SaveLayout(**fields)
     except FormatError as error:
         raise error.inside(what) from None
     packs = tuple(_records(w, what) for w in value.list("packs"))
@@ -248,7 +248,7 @@ def decode_root(data: bytes, commit: Commit, what: str) -> Root:
     return Root(save=commit.save, layout=layout, packs=packs, meta=meta)
 
 
-def _mesh(item: object, what: str) -> Mesh:
+def _mesh(item: object, what: str) -> SaveMesh:
     value = Fields(item, what)
     axes = []
     for axis in value.list("axes"):
@@ -257,7 +257,7 @@ def _mesh(item: object, what: str) -> Mesh:
         axes.append((axis[0], axis[1]))
     writers = tuple(_integers(value.list("writers"), what)) if "writers" in value.left else None
     value.done()
-    return Mesh(axes=tuple(axes), writers=writers)
+    return SaveMesh(axes=tuple(axes), writers=writers)
 
 
 def _tensor(item: object, what: str) -> Tensor:

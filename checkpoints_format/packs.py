@@ -16,7 +16,7 @@ from functools import cached_property
 from .boxes import Box
 from .dtypes import SAFETENSORS
 from .errors import FormatError
-from .layout import Layout
+from .layout import SaveLayout
 from .tiles import Grid
 
 FORMAT, VERSION = "portatrain-checkpoint", 1
@@ -42,7 +42,7 @@ class Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class PackEntry:
     """A part of a run, tiles [first, stop), that lies in one pack.
 
     ``begin``: offset in the pack's data. ``crc``: number of its first tile in the pack's crc table.
@@ -57,11 +57,11 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Pack:
+class SavePack:
     """The plan of one pack file."""
 
-    layout: Layout
-    entries: tuple[Entry, ...]
+    layout: SaveLayout
+    entries: tuple[PackEntry, ...]
     table_begin: int
 
     @property
@@ -123,7 +123,7 @@ def _commas(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def fill_packs(layout: Layout, runs: Iterable[Run], limit: int = 1 << 20) -> tuple[Pack, ...]:
+def fill_packs(layout: SaveLayout, runs: Iterable[Run], limit: int = 1 << 20) -> tuple[SavePack, ...]:
     """Distribute a writer's runs over its packs, in order.
 
     An entry of a run of at least 4 KiB begins on a page, of a smaller one on 64 bytes. A tile goes into
@@ -133,8 +133,8 @@ def fill_packs(layout: Layout, runs: Iterable[Run], limit: int = 1 << 20) -> tup
     Raises:
         FormatError: there would be more packs than ``limit``; stops there.
     """
-    packs: list[Pack] = []
-    entries: list[Entry] = []
+    packs: list[SavePack] = []
+    entries: list[PackEntry] = []
     at = tiles = 0
 
     def close() -> None:
@@ -146,7 +146,7 @@ def fill_packs(layout: Layout, runs: Iterable[Run], limit: int = 1 << 20) -> tup
                 got="more by the layout",
                 do="Raise pack_bytes; when reading, the root does not fit its layout: restore another checkpoint.",
             )
-        packs.append(Pack(layout, tuple(entries), at + -at % LINE))
+        packs.append(SavePack(layout, tuple(entries), at + -at % LINE))
         entries.clear()
         at = tiles = 0
 
@@ -166,7 +166,7 @@ def fill_packs(layout: Layout, runs: Iterable[Run], limit: int = 1 << 20) -> tup
                     continue
                 stop = k + 1
             nbytes = (grid.elements_before(stop) - before) * item
-            entries.append(Entry(run, k, stop, begin, nbytes, tiles))
+            entries.append(PackEntry(run, k, stop, begin, nbytes, tiles))
             at, tiles, k = begin + nbytes, tiles + stop - k, stop
     if entries:
         close()

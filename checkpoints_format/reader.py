@@ -14,13 +14,13 @@ from .boxes import Box
 from .crc import crc32c, first_mismatch
 from .dtypes import NUMPY, as_words
 from .errors import FormatError, MissingFileError, NotCommittedError
-from .layout import Layout
+from .layout import SaveLayout
 from .manifest import MAX_COMMIT_BYTES, MAX_ROOT_BYTES, Root, decode_commit, decode_root
-from .moves import as_bytes, copy_tiles, part_of, tiles_first
 from .packs import pack_name, root_name
-from .ranges import PackFile, Piece, ReadPlan, Request, RequestPlanner, Want
+from .read_plan import PackFile, ReadPiece, ReadPlan, ReadRequest, RequestPlanner, Want
 from .store import Store, read_small
 from .strict_json import RESTORE
+from .strided_copy import as_bytes, copy_tiles, part_of, tiles_first
 from .verify import check_length, verify_pack
 from .writer import COMMIT
 
@@ -64,7 +64,7 @@ class Reader:
         )
 
     @property
-    def layout(self) -> Layout:
+    def layout(self) -> SaveLayout:
         """The tensors and who wrote which part of them."""
         return self.root.layout
 
@@ -182,7 +182,7 @@ class Reader:
         return table
 
     def _carry_out(
-        self, request: Request, results: Sequence[np.ndarray], scratch: queue.SimpleQueue[np.ndarray]
+        self, request: ReadRequest, results: Sequence[np.ndarray], scratch: queue.SimpleQueue[np.ndarray]
     ) -> None:
         """Read a request's pieces, straight into the result where the bytes lie there in the same order."""
         targets = [tiles_first(part_of(results[p.want], p.target), p.block.tiles) for p in request.pieces]
@@ -214,7 +214,7 @@ class Reader:
         finally:
             scratch.put(buffer)
 
-    def _check(self, file: PackFile, piece: Piece, row: np.ndarray) -> None:
+    def _check(self, file: PackFile, piece: ReadPiece, row: np.ndarray) -> None:
         table, block = self._table(file), piece.block
         size = block.tile_elements * piece.tensor.item_bytes
         bad = first_mismatch(row, size, table[piece.crc : piece.crc + block.count].tolist())
@@ -228,6 +228,6 @@ class Reader:
             )
 
 
-def _inside_tile(piece: Piece) -> tuple[slice, ...]:
+def _inside_tile(piece: ReadPiece) -> tuple[slice, ...]:
     """The wanted part of each tile; only along dimensions with one tile is it less than all."""
     return tuple(part if m == 1 else slice(None) for part, m in zip(piece.inside, piece.block.tiles, strict=True))

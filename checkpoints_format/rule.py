@@ -12,7 +12,7 @@ from .boxes import Box
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mesh:
+class SaveMesh:
     """A grid of positions (devices), and which writer (process) holds each.
 
     Positions are numbered row-major over ``axes``, the first axis slowest. ``writers[p]`` is the writer
@@ -68,7 +68,7 @@ class ShardRule:
     A *part* is a tuple of part numbers, one a dimension. All is O(dimensions + mesh axes) or O(result).
     """
 
-    def __init__(self, shape: Sequence[int], spec: Sequence[Sequence[str]], mesh: Mesh) -> None:
+    def __init__(self, shape: Sequence[int], spec: Sequence[Sequence[str]], mesh: SaveMesh) -> None:
         strides = mesh.strides()
         self._dims = [[strides[axis] for axis in axes] for axes in spec]
         self.parts = tuple(math.prod(size for size, _ in dim) for dim in self._dims)

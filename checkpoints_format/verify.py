@@ -7,7 +7,7 @@ import numpy as np
 from .crc import crc32c, first_mismatch
 from .errors import FormatError, MissingFileError
 from .manifest import PackRecord
-from .packs import Entry, Pack, pack_name
+from .packs import PackEntry, SavePack, pack_name
 from .store import Store
 from .strict_json import RESTORE
 from .tiles import Grid
@@ -24,7 +24,7 @@ def check_length(store: Store, name: str, record: PackRecord, what: str) -> None
         raise FormatError(what, expected=f"{record.length} bytes", got=f"{size}", do=RESTORE)
 
 
-def verify_pack(store: Store, pack: Pack, record: PackRecord, *, save: str, writer: int, number: int) -> int:
+def verify_pack(store: Store, pack: SavePack, record: PackRecord, *, save: str, writer: int, number: int) -> int:
     """Check every byte of a pack file; returns the bytes of values in it.
 
     Raises:
@@ -67,7 +67,7 @@ def verify_pack(store: Store, pack: Pack, record: PackRecord, *, save: str, writ
 
 
 def _verify_entry(
-    store: Store, name: str, record: PackRecord, entry: Entry, item: int, crcs: np.ndarray, what: str
+    store: Store, name: str, record: PackRecord, entry: PackEntry, item: int, crcs: np.ndarray, what: str
 ) -> None:
     grid: Grid = entry.run.grid
     base, whole = grid.elements_before(entry.first), [(0, n) for n in grid.box.shape]
@@ -107,7 +107,7 @@ def _read(store: Store, name: str, offset: int, nbytes: int) -> np.ndarray:
     return data
 
 
-def _at(pack: Pack, header: bytes, at: int) -> str:
+def _at(pack: SavePack, header: bytes, at: int) -> str:
     """Which entry the byte of a header belongs to, for the message."""
     for entry, name in zip(pack.entries, pack.names, strict=True):
         begin = header.find(f'"{name}"'.encode())

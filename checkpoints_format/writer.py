@@ -14,7 +14,7 @@ from .boxes import Box
 from .crc import crc32c, crc32c_each
 from .dtypes import as_words, dtype_name, little_endian
 from .errors import AlreadyCommittedError, FormatError, MissingFileError, shorten
-from .layout import Layout, Tensor
+from .layout import SaveLayout, Tensor
 from .manifest import (
     MAX_RECEIPT_BYTES,
     PackRecord,
@@ -27,11 +27,11 @@ from .manifest import (
     encode_root,
     layout_digest,
 )
-from .moves import copy_tiles, part_of, tiles_first
-from .packs import Entry, Pack, pack_name, receipt_name, root_name
-from .plan import Planner
+from .packs import PackEntry, SavePack, pack_name, receipt_name, root_name
 from .slabs import Slabs
 from .store import Store, read_small
+from .strided_copy import copy_tiles, part_of, tiles_first
+from .write_plan import Planner
 
 COMMIT = "COMMIT"
 _SLAB_BYTES = 4 << 20  # or one tile
@@ -66,7 +66,7 @@ class Writer:
     def __init__(
         self,
         store: Store,
-        layout: Layout,
+        layout: SaveLayout,
         *,
         save: str,
         writer: int = 0,
@@ -119,7 +119,7 @@ class Writer:
         self.store.put(receipt_name(self.save, self.number), [memoryview(data)], len(data), durable=False)
         return Written(packs=len(records), value_bytes=self.plan.nbytes, file_bytes=sum(r.length for r in records))
 
-    def _write_pack(self, number: int, pack: Pack, sources: Mapping[str, Source]) -> PackRecord:
+    def _write_pack(self, number: int, pack: SavePack, sources: Mapping[str, Source]) -> PackRecord:
         header = pack.header(save=self.save, writer=self.number, number=number)
         crcs = np.zeros(pack.tiles, "<u4")
         length = len(header) + pack.data_bytes
@@ -140,7 +140,7 @@ class Writer:
         return PackRecord(length, len(header), crc32c(header), crc32c(crcs.view(np.uint8)))
 
     def _values(
-        self, pack: Pack, sources: Mapping[str, Source], crcs: np.ndarray, slabs: Slabs
+        self, pack: SavePack, sources: Mapping[str, Source], crcs: np.ndarray, slabs: Slabs
     ) -> Iterator[memoryview]:
         """The data of a pack up to the table, by way of ``slabs``; fills in ``crcs``."""
         at = 0
@@ -161,20 +161,22 @@ class Writer:
                     crc += block.count
         yield from slabs.copy(np.zeros(pack.table_begin - at, np.uint8))
 
-    def _parts(self, tensor: Tensor, entry: Entry, source: Source) -> Iterator[_Part]:
+    def _parts(self, tensor: Tensor, entry: PackEntry, source: Source) -> Iterator[_ArrayPart]:
         """The values of an entry: at once where there is an array, else fetched in pieces within the budget."""
         box = entry.run.box
         if not callable(source):
-            yield _Part(_words(tensor, box, _find(tensor, box, source)), (0,) * len(box.shape), entry.first, entry.stop)
+            yield _ArrayPart(
+                _words(tensor, box, _find(tensor, box, source)), (0,) * len(box.shape), entry.first, entry.stop
+            )
             return
         whole = [(0, n) for n in box.shape]
         for block in entry.run.grid.blocks(whole, entry.first, entry.stop, self._fetch_bytes // tensor.item_bytes):
             part = Box(tuple(o + s for o, s in zip(box.offset, block.start, strict=True)), block.shape)
-            yield _Part(_words(tensor, part, source(part)), block.start, block.first, block.first + block.count)
+            yield _ArrayPart(_words(tensor, part, source(part)), block.start, block.first, block.first + block.count)
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
+class _ArrayPart:
     """Values as unsigned words from ``start`` of the box on; of them tiles [first, stop) are to be written."""
 
     words: np.ndarray
@@ -184,7 +186,7 @@ class _Part:
 
 
 def commit(
-    store: Store, layout: Layout, *, save: str, meta: Mapping[str, Any] | None = None, requests: int = 8
+    store: Store, layout: SaveLayout, *, save: str, meta: Mapping[str, Any] | None = None, requests: int = 8
 ) -> None:
     """Make the save of that name the checkpoint. Called by one process after all writers have returned.
 

@@ -57,6 +57,7 @@ class Target:
     hosts: int = 1
     processes: int = 1
     options: Mapping[str, Any] = field(default_factory=dict)
+    track: tuple[str, ...] = ()
 
     @property
     def place(self) -> dict[str, Any]:
@@ -130,6 +131,7 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
         hosts=hosts,
         processes=processes,
         options=options,
+        track=cluster.track,
     )
 
 
@@ -249,6 +251,8 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             folder, source, _ = where(Path(job.run_dir), job.recipe)
             code = f"{job.run_dir}/code/{folder.name}" if is_remote(job.run_dir) else str(folder)
             numbered = replace(numbered, code=code, recipe=source.replace(str(folder), code, 1))
+        if cluster is None and job.engine == "local":
+            print(f"# {_local_plan(recipe, job)}")
         if cluster is None or job.engine:
             title = f"# {job.cluster} by {job.engine}\n" if job.detached else ""
             print(title + launcher(job.engine).materialize(numbered if job.detached else job))
@@ -261,6 +265,26 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             f"{clusters_toml.config_folder()}, then launch --cluster my-{cluster.chip.name}"
         )
         print("\n".join(_table(cluster)))
+
+
+def _local_plan(recipe: Recipe, job: Job) -> str:
+    """The plan of a job of this machine, in a line. Nothing here loads a framework, so accelerators are not known."""
+    from portatrain.model.layout import Mesh
+    from portatrain.plan.recorded import of_run
+    from portatrain.system.text import duration
+
+    mesh = Mesh.parse(job.mesh if job.mesh is not None else f"fsdp={job.devices or 1}")
+    try:
+        made = of_run(recipe, mesh, "cpu")
+    except UserError as error:
+        made = {"planned": False, "why": str(error)}
+    if not made["planned"]:
+        return f"not planned: {made['why']}"
+    step_s, memory = float(made["plan"]["step_s"]), float(made["plan"]["memory_total_bytes"])
+    return (
+        f"plan, if it runs on CPU devices: mesh {mesh}, {step_s:.3g} s a step, {memory / 2**30:.2f} GiB a device, "
+        f"{duration(step_s * recipe.steps)} for {recipe.steps} steps"
+    )
 
 
 def _show_plans(recipe: Recipe, wanted: Sequence[Cluster]) -> list[Plan]:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0.dev0"
-
 # The public surface: name -> the module of this package that defines it. A class that can stand in a recipe is
 # written into run.json, and hashed, under the outermost package that exports it: keep it here when its file moves.
 _PUBLIC = {
@@ -32,6 +30,7 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    __version__: str
     from portatrain.errors import UserError as UserError
     from portatrain.model.layout import Layout as Layout
     from portatrain.model.layout import Mesh as Mesh
@@ -69,6 +68,9 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     """Import the module that defines ``name`` on first use (PEP 562)."""
+    if name == "__version__":
+        globals()[name] = _version()
+        return globals()[name]
     if name not in _PUBLIC:
         raise AttributeError(f"module 'portatrain' has no attribute {name!r}")
     value = getattr(import_module(f"portatrain.{_PUBLIC[name]}"), name)
@@ -76,5 +78,15 @@ def __getattr__(name: str) -> object:
     return value
 
 
+def _version() -> str:
+    """Return the version that pyproject.toml gave the installed package."""
+    from importlib.metadata import PackageNotFoundError, version  # not at import: it takes longer than all the rest
+
+    try:
+        return version("portatrain")
+    except PackageNotFoundError:  # the source on PYTHONPATH, not installed
+        return "0+unknown"
+
+
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_PUBLIC])
+    return sorted([*globals(), *_PUBLIC, "__version__"])

@@ -15,13 +15,14 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from portatrain import __version__
 from portatrain.errors import UserError, choice
 from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
 # A new command is a line here: name -> its module, and what the list of commands says of it.
 PORTATRAIN: dict[str, tuple[str, str]] = {
+    "init": ("portatrain.commands.init", "write a recipe of your own to begin with"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes a device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "report": ("portatrain.commands.report", "write a run as one HTML page"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
@@ -65,6 +66,8 @@ def launch_main(argv: Sequence[str] | None = None) -> int:
 def run(words: list[str]) -> int:
     """``portatrain WORDS``; its exit code, or a UserError."""
     if words and words[0] in ("--version", "-V"):
+        from portatrain import __version__
+
         print(f"portatrain {__version__}")
         return 0
     if not words or words[0] in ("--help", "-h", "help"):

@@ -1,4 +1,4 @@
-"""Recipes: one readable file each, with a function `recipe()` that returns a `portatrain.Recipe`.
+"""Recipes: one file each, with a function `recipe()` that returns a `portatrain.Recipe`.
 
-Models lie in `recipes/models`. Recipes import portatrain's public names only; nothing imports recipes.
+`recipes/models` has the models. Recipes import portatrain; portatrain does not import recipes.
 """

@@ -1,4 +1,4 @@
-"""tiny-lm: a byte-level decoder on the source code of Python's standard library. Minutes on two CPU cores."""
+"""tiny-lm: a byte-level decoder on the source code of Python's standard library. It trains in minutes on two cores."""
 
 from __future__ import annotations
 
@@ -20,5 +20,6 @@ def recipe() -> Recipe:
         steps=600,
         batch=8,
         eval_every=100,
+        eval_final_batches="all",
         hooks=(TrigramBaseline(), TextSample(prompt="def ")),
     )

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .. import Box, Explicit, Layout, LocalStore, Mesh, Sharded, Tensor, Writer, commit, flat_range_boxes
+from .. import Box, Explicit, LocalStore, SaveLayout, SaveMesh, Sharded, Tensor, Writer, commit, flat_range_boxes
 from ..dtypes import NUMPY
-from ..moves import part_of
+from ..strided_copy import part_of
 
 
 def values(tensor: Tensor) -> np.ndarray:
@@ -30,7 +30,7 @@ def values(tensor: Tensor) -> np.ndarray:
     return data.view(NUMPY[tensor.dtype]).reshape(tensor.shape)
 
 
-def kinds() -> Layout:
+def kinds() -> SaveLayout:
     """One writer, one of every dtype, scalars, empty tensors."""
     tensors = [Tensor(name=f"params/{dtype}", dtype=dtype, shape=(3, 5), axes=("embed", "mlp")) for dtype in NUMPY]
     tensors += [
@@ -39,14 +39,14 @@ def kinds() -> Layout:
         Tensor(name="state/none", dtype="bfloat16", shape=(4, 0, 2), role="state"),
         Tensor(name="params/norm", dtype="float32", shape=(2, 300), axes=("layers", "embed")),
     ]
-    return Layout(tensors=tuple(tensors))
+    return SaveLayout(tensors=tuple(tensors))
 
 
-def mesh() -> Layout:
+def mesh() -> SaveLayout:
     """Four writers on a 2 x 2 x 2 mesh, tiny packs and shares, so that every rule has something to do."""
     meshes = (
-        Mesh(axes=(("replica", 2), ("fsdp", 2), ("tensor", 2))),
-        Mesh(axes=(("data", 3), ("fsdp", 2)), writers=(3, 1, 0, 2, 2, 0)),
+        SaveMesh(axes=(("replica", 2), ("fsdp", 2), ("tensor", 2))),
+        SaveMesh(axes=(("data", 3), ("fsdp", 2)), writers=(3, 1, 0, 2, 2, 0)),
     )
     ranges = [(0, 0, 50), (2, 50, 51), (1, 51, 130), (0, 130, 240)]
     flat = tuple((w, box) for w, start, stop in ranges for box in flat_range_boxes((4, 5, 12), start, stop))
@@ -80,7 +80,7 @@ def mesh() -> Layout:
         ),
         Tensor(name="opt/count", dtype="int64", shape=(), role="opt", placement=Sharded(mesh=1, spec=())),
     )
-    return Layout(tensors=tensors, meshes=meshes, writers=4, pack_bytes=1200, share_bytes=256)
+    return SaveLayout(tensors=tensors, meshes=meshes, writers=4, pack_bytes=1200, share_bytes=256)
 
 
 VECTORS = {"v1-kinds": kinds, "v1-mesh": mesh}

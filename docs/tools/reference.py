@@ -55,6 +55,8 @@ def docstring(thing: Any) -> str:
     lines = []
     for line in text.split("\n"):
         bare = line.strip()
+        if bare.startswith(("bf16:", "Example:")):
+            lines.append("")
         lines.append(line.rstrip()[:-1] if bare.endswith("::") else line.rstrip())
     found = "\n".join(lines).replace("``", "`")
     for title in ("Args", "Raises", "Attributes"):
@@ -227,14 +229,14 @@ def optimizers_page() -> str:
     from portatrain.model.module import Normal, TensorInfo
     from portatrain.optim import Rule, Schedule, base, rules, schedules
 
-    def info(name: str, inputs: int, **axes: int) -> TensorInfo:
+    def info(name: str, fan_in_axes: int, **axes: int) -> TensorInfo:
         return TensorInfo(
             name=name,
             role="params",
             shape=tuple(axes.values()),
             axes=tuple(axes),
             batch_dims=int("layers" in axes),
-            inputs=inputs,
+            fan_in_axes=fan_in_axes,
             init=Normal(std=1.0),
         )
 
@@ -270,8 +272,10 @@ def optimizers_page() -> str:
             result = inspect.signature(member.fget).return_annotation if member.fget else ""
             rows.append(f"| `info.{name}` | `{result}` | {cell(docstring(member))} |")
     parts += ["\n".join(rows), "## A slot", docstring(base.Slot), "\n".join(fields_table(base.Slot))]
-    parts += ["## The functions that a rule may call", docstring(base.Xp)]
-    parts += [code("\n".join(f"xp.{signature(m)}" for n, m in vars(base.Xp).items() if n[0] != "_"), "text")]
+    parts += ["## The functions that a rule may call", docstring(base.ArrayNamespace)]
+    parts += [
+        code("\n".join(f"xp.{signature(m)}" for n, m in vars(base.ArrayNamespace).items() if n[0] != "_"), "text")
+    ]
     parts += ["## Schedules", docstring(schedules)]
     for cls in subclasses(Schedule, schedules):
         example = examples.RULES[cls.__name__]

@@ -17,6 +17,7 @@ import numpy as np
 
 from portatrain.backends.program import Program
 from portatrain.errors import UserError, choice
+from portatrain.model.ops import Loss
 from portatrain.system import processes
 
 Arrays = dict[str, np.ndarray]
@@ -62,6 +63,18 @@ class Context:
     """(B,) int64 sample indices n; needed by dropout."""
     training: bool = False
     precision: str = "fp32"
+
+
+def check_loss(value: Any, model: object) -> Loss:
+    """Return `value`, which `model` returned from its call, if it is a `Loss`; else raise UserError."""
+    if not isinstance(value, Loss):
+        raise UserError(
+            type(model).__name__,
+            expected="a model that returns ops.cross_entropy(...) or ops.loss()",
+            got=type(value).__name__,
+            do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
+        )
+    return value
 
 
 IrregularShards = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]

@@ -1,19 +1,80 @@
 """The state of a run as logical tensors: what there is, how it starts, how it is named. Frameworks come after.
 
 Roles: 'params', 'state' (a model's `State`s), 'ema' (averages), 'opt/<slot>' (optimizer slots), and the scalar
-'opt/count', the number of steps applied.
+'opt/count', the number of steps applied. `inventory` is the only list of them: backends, checkpoints, the probe and
+the memory report are loops over it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 
 from checkpoints_format.dtypes import NUMPY
+from portatrain.backends.program import Program
 from portatrain.model.module import Constant, TensorInfo
+from portatrain.model.precision import averaged
 from portatrain.model.rng import truncated_normal
 from portatrain.optim import Rule
 
 COUNT = "opt/count"
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A logical tensor of a run's state.
+
+    role: 'params', 'state', 'ema' or 'opt/<slot>'. laid_out_as: the role by which `Layout.tensor_spec` lays it out:
+    an average lies as its parameter does.
+    """
+
+    info: TensorInfo
+    role: str
+    laid_out_as: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(role, name)."""
+        return self.role, self.info.name
+
+    @property
+    def slot(self) -> str | None:
+        """The optimizer's name of it; None if it is no slot."""
+        return self.role.removeprefix("opt/") if self.role.startswith("opt/") else None
+
+
+def inventory(program: Program) -> tuple[StateTensor, ...]:
+    """Return every tensor of a run's state, in the order of the checkpoint; the scalar `COUNT` comes after them."""
+    params, found = program.definition.params, []
+    found += [StateTensor(info, "params", "params") for info in params.values()]
+    found += [StateTensor(info, "state", "state") for info in program.definition.states.values()]
+    found += [StateTensor(averaged(info), "ema", "params") for name, info in params.items() if name in program.ema]
+    for name, info in params.items():
+        if name in program.trainable:
+            slots = slot_tensors(program.optimizer, info).values()
+            found += [StateTensor(slot, slot.role, slot.role) for slot in slots]
+    return tuple(found)
+
+
+def beside_params(program: Program) -> dict[str, list[StateTensor]]:
+    """Return, by parameter, what is kept beside it: its averages and its slots."""
+    found: dict[str, list[StateTensor]] = {}
+    for tensor in inventory(program):
+        if tensor.role not in ("params", "state"):
+            found.setdefault(tensor.info.name, []).append(tensor)
+    return found
+
+
+def bytes_by_kind(held: Iterable[tuple[StateTensor, Any]], nbytes: Callable[[Any], int]) -> dict[str, int]:
+    """Return the bytes of the arrays of `held`, summed over the first parts of their roles."""
+    found = dict.fromkeys(("params", "state", "ema", "opt"), 0)
+    for tensor, array in held:
+        kind = tensor.role.partition("/")[0]
+        found[kind] = found.get(kind, 0) + nbytes(array)
+    return found
 
 
 def full_name(role: str, name: str) -> str:

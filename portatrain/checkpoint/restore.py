@@ -20,8 +20,8 @@ import numpy as np
 from checkpoints_format import Box, FormatError, LocalStore, Reader, Want
 from portatrain.backends.base import Backend
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, full_name
-from portatrain.checkpoint.shared_reads import Shares, consecutive, owners_of, pays, roles_of, shares_of
+from portatrain.backends.state import COUNT, full_name, inventory
+from portatrain.checkpoint.shared_reads import Shares, consecutive, owners_of, pays, shares_of
 from portatrain.errors import UserError
 
 GROUP_BYTES = 64 << 20
@@ -42,12 +42,13 @@ def boxes_of(
     held_by = owners if owners is not None else consecutive(layout.mesh.devices, processes)
     mine = [layout.mesh.coordinates(d) for d, owner in enumerate(held_by) if owner == process]
     found = {}
-    for info, role, lies in roles_of(program):
-        boxes, share = [(at, *layout.box(info, at, role=lies)) for at in mine], shares.get((role, info.name))
+    for tensor in inventory(program):
+        boxes = [(at, *layout.box(tensor.info, at, role=tensor.laid_out_as)) for at in mine]
+        share, name = shares.get(tensor.key), full_name(*tensor.key)
         if share is None:
-            found[full_name(role, info.name)] = [Box(offset, shape) for _, offset, shape in boxes]
+            found[name] = [Box(offset, shape) for _, offset, shape in boxes]
         else:
-            found[full_name(role, info.name)] = [Box(*share.part(layout.mesh, *box)) for box in boxes]
+            found[name] = [Box(*share.part(layout.mesh, *box)) for box in boxes]
     return {**found, COUNT: [Box((), ())] * len(mine)}
 
 

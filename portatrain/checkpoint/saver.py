@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -22,35 +22,29 @@ import numpy as np
 
 from checkpoints_format import (
     Box,
-    Explicit,
     FormatError,
     LocalStore,
-    Mesh,
     NewerFormatError,
-    Planner,
     Reader,
-    Sharded,
+    SaveLayout,
     Store,
-    Tensor,
     Want,
     Writer,
     commit,
 )
-from checkpoints_format import Layout as FormatLayout
 from checkpoints_format.manifest import MAX_RECEIPT_BYTES, decode_receipt
 from checkpoints_format.packs import receipt_name
 from checkpoints_format.store import read_small
 from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, IrregularShards
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, full_name, slot_tensors
+from portatrain.backends.state import full_name
+from portatrain.checkpoint.format_layout import check_tensors, format_layout, written_by
 from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
 from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
 from portatrain.errors import StorageError, UserError
-from portatrain.model.module import TensorInfo
-from portatrain.model.precision import averaged
 from portatrain.recipe.retention import Retention
 
 RECEIPTS_WITHIN_S = 600.0
@@ -71,62 +65,6 @@ def _is_whole(store: Store, receipt: str) -> bool:
     return True
 
 
-def format_layout(
-    program: Program,
-    irregular_shards: IrregularShards | None = None,
-    writers: int = 1,
-    owners: Sequence[int] | None = None,
-) -> FormatLayout:
-    """Return what a checkpoint of `program` holds, and which mesh position has which box of it.
-
-    irregular_shards: the tensors that do not lie as the layout says, as `Backend.irregular_shards` gives them.
-    owners: the process of every position of the mesh, if processes do not hold equal consecutive runs of positions.
-    """
-    irregular_shards = irregular_shards or {}
-    mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
-
-    def tensor(info: TensorInfo, role: str) -> Tensor:
-        # Averages lie as parameters do; a slot as the layout's mapping for the optimizer says.
-        spec = program.layout.tensor_spec(info, role="params" if role == "ema" else role)
-        by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
-        listed = tuple((process, Box(*box)) for process, *box in irregular_shards.get((role, info.name), ()))
-        return Tensor(
-            name=full_name(role, info.name),
-            dtype=info.dtype,
-            shape=info.shape,
-            axes=info.axes,
-            role=role.split("/")[0],
-            batch=info.batch_dims,
-            placement=Explicit(boxes=listed) if listed else by_rule,
-        )
-
-    infos = program.definition
-    tensors = [tensor(t, "params") for t in infos.params.values()]
-    tensors += [tensor(t, "state") for t in infos.states.values()]
-    tensors += [tensor(averaged(t), "ema") for n, t in infos.params.items() if n in program.ema]
-    tensors += [
-        tensor(slot, slot.role)
-        for n, t in infos.params.items()
-        if n in program.trainable
-        for slot in slot_tensors(program.optimizer, t).values()
-    ]
-    tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
-    axes = tuple(mesh.items()) or (("device", 1),)
-    held_by = None if owners is None else tuple(owners)
-    return FormatLayout(tensors=tuple(tensors), meshes=(Mesh(axes=axes, writers=held_by),), writers=writers)
-
-
-def snapshot(
-    backend: Backend, state: Any, wanted: Mapping[str, list[Box]] | None = None
-) -> dict[str, list[tuple[Box, np.ndarray]]]:
-    """Copies on the host of what this process holds, each box once; with `wanted` boxes by tensor, what meets them."""
-    held: dict[str, list[tuple[Box, np.ndarray]]] = {}
-    for name, box, fetch in _boxes(backend, state):
-        if wanted is None or _meets(box, wanted.get(name, ())):
-            held.setdefault(name, []).append((box, fetch()))
-    return held
-
-
 def _meets(box: Box, others: Iterable[Box]) -> bool:
     return any(box.intersect(other) is not None for other in others)
 
@@ -139,47 +77,6 @@ def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[]
         if (name, box.offset) not in seen:
             seen.add((name, box.offset))
             yield name, Box(box.offset, box.shape), box.fetch
-
-
-def written_by(layout: FormatLayout, writer: int) -> dict[str, list[Box]]:
-    """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
-    found: dict[str, list[Box]] = {}
-    for pack in Planner(layout).writer(writer).packs:
-        for entry in pack.entries:
-            boxes = found.setdefault(layout.tensors[entry.run.tensor].name, [])
-            if entry.run.box not in boxes:
-                boxes.append(entry.run.box)
-    return found
-
-
-def check_tensors(reader: Reader, program: Program) -> None:
-    """Raise UserError unless a checkpoint holds the tensors of `program`, with the same shapes; names what differs."""
-    there = {t.name: t for t in reader.layout.tensors}
-    wanted = {t.name: t for t in format_layout(program).tensors}
-    found = [
-        ("not in it", sorted(wanted.keys() - there.keys())),
-        ("not the model's", sorted(there.keys() - wanted.keys())),
-        (
-            "different",
-            [
-                f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})"
-                for n, t in wanted.items()
-                if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
-            ],
-        ),
-    ]
-    if any(names for _, names in found):
-        got = [
-            f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
-            for kind, names in found
-            if names
-        ]
-        raise UserError(
-            reader.store.describe("COMMIT"),
-            expected="the tensors of this model and optimizer",
-            got="; ".join(got),
-            do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
-        )
 
 
 def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
@@ -250,7 +147,7 @@ class Checkpoints:
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
         self._metrics: dict[int, Mapping[str, float]] = {}
-        self._plan: tuple[Program, IrregularShards, FormatLayout, dict[str, list[Box]]] | None = None
+        self._plan: tuple[Program, IrregularShards, SaveLayout, dict[str, list[Box]]] | None = None
 
     # ---- saving
 
@@ -284,13 +181,13 @@ class Checkpoints:
         layout, wanted = self._planned(backend, state)
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
-    def _staging(self, backend: Backend, state: Any, layout: FormatLayout, wanted: Mapping[str, list[Box]]) -> Staging:
+    def _staging(self, backend: Backend, state: Any, layout: SaveLayout, wanted: Mapping[str, list[Box]]) -> Staging:
         budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
         sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
         return Staging(boxes, sizes, budget_bytes=budget)
 
-    def _planned(self, backend: Backend, state: Any) -> tuple[FormatLayout, Mapping[str, list[Box]]]:
+    def _planned(self, backend: Backend, state: Any) -> tuple[SaveLayout, Mapping[str, list[Box]]]:
         """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
         program, irregular_shards = backend.program, backend.irregular_shards(state)
         if self._plan is None or self._plan[0] is not program or self._plan[1] != irregular_shards:
@@ -298,7 +195,7 @@ class Checkpoints:
             self._plan = program, irregular_shards, layout, written_by(layout, self.process)
         return self._plan[2], self._plan[3]
 
-    def _write(self, step: int, layout: FormatLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
+    def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
             with contextlib.closing(self.place.open(step, create=True)) as store:
                 Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())

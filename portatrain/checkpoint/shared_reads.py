@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from checkpoints_format.dtypes import item_bytes
 from portatrain.backends.base import Backend
 from portatrain.backends.program import Program
-from portatrain.backends.state import slot_tensors
+from portatrain.backends.state import inventory
 from portatrain.model.layout import MESH_AXES, Mesh
-from portatrain.model.module import TensorInfo
 from portatrain.system import environment
 
 LEAST_BYTES = 64 << 10
@@ -44,20 +43,6 @@ Shares = Mapping[tuple[str, str], Share]
 """By role and name. Tensors that are not in it are read by every process that holds a copy."""
 
 
-def roles_of(program: Program) -> list[tuple[TensorInfo, str, str]]:
-    """(tensor, its role in a checkpoint, the role whose mapping says where it lies) of a state, in the order of the
-    checkpoint, without its count."""
-    infos = program.definition
-    found = [(t, "params", "params") for t in infos.params.values()]
-    found += [(t, "state", "state") for t in infos.states.values()]
-    found += [(t, "ema", "params") for n, t in infos.params.items() if n in program.ema]
-    for name, info in infos.params.items():
-        if name in program.trainable:
-            slots = slot_tensors(program.optimizer, info).values()
-            found += [(slot, slot.role, slot.role) for slot in slots]
-    return found
-
-
 def owners_of(backend: Backend) -> tuple[int, ...] | None:
     """The process of every position of the backend's mesh, row-major, where its `owners` say so; None: processes hold
     equal consecutive runs, as they do unless the network has the devices of a mesh in another order."""
@@ -82,20 +67,21 @@ def shares_of(
     layout, mesh = program.layout, program.layout.mesh
     across = _across(mesh, list(owners) if owners is not None else consecutive(mesh.devices, processes))
     found = {}
-    for info, role, lies in roles_of(program):
-        cut = {axis for dim in layout.tensor_spec(info, role=lies) for axis in dim}
+    for tensor in inventory(program):
+        info = tensor.info
+        cut = {axis for dim in layout.tensor_spec(info, role=tensor.laid_out_as) for axis in dim}
         axes = tuple(axis for axis in across if axis not in cut)
         ways = mesh.over(axes)
-        _, shape = layout.box(info, mesh.coordinates(0), role=lies)
+        _, shape = layout.box(info, mesh.coordinates(0), role=tensor.laid_out_as)
         item, inner = item_bytes(info.dtype), range(info.stack_dims, len(shape))
         layer = math.prod(shape[info.stack_dims :]) * item
-        if role == "state" or ways == 1 or layer < ways * LEAST_BYTES:
+        if tensor.role == "state" or ways == 1 or layer < ways * LEAST_BYTES:
             continue
         for d in inner:
             run = math.prod(shape[d:]) * item  # bytes from one part of a device to its next
             repeated = math.prod(shape) * item > run
             if shape[d] % ways == 0 and not (repeated and run - run // ways <= gap_bytes):
-                found[role, info.name] = Share(d, axes)
+                found[tensor.key] = Share(d, axes)
                 break
     return found
 

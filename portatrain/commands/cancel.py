@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> int:
         print(f"{found.path.name}: finished before it could be cancelled")
         return 0
     step = committed(found)
-    print(f"{found.path.name}: cancelled; saved: {f'step {step}' if step is not None else 'nothing'}")
+    newest = f"step {step}" if step is not None else "nothing"
+    if args.no_wait and found.owner() is not None:
+        print(f"{found.path.name}: told to save and leave, which takes a while; saved until now: {newest}")
+    else:
+        print(f"{found.path.name}: cancelled; saved: {newest}")
     return 1 if problems else 0
 
 

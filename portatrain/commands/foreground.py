@@ -21,7 +21,7 @@ def run(job: Job) -> int:
     # Through the options of `portatrain train`: what --dry-run prints is what is run.
     args = parser.parse_args(job.train()[2:])
     # What `launch resume` goes on from.
-    source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd")}
+    source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd", "track")}
     before = os.environ.get(environment.CLUSTER.name)
     os.environ[environment.CLUSTER.name] = json.dumps({"engine": "local", "cluster": "local", "source": source})
     try:

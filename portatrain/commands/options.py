@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
-from portatrain.errors import UserError
+from portatrain.errors import UserError, choice
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.urls import is_remote
 
@@ -57,6 +58,27 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend", metavar="NAME", help="jax, torch, or an installed one (default: jax where installed, else torch)"
     )
+
+
+def add_track(parser: argparse.ArgumentParser, more: str = "") -> None:
+    """--track."""
+    parser.add_argument(
+        "--track",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help=f"send metrics to wandb or tensorboard as well; may be given several times{more}",
+    )
+
+
+def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return `names`, each once; UserError for a tracker that there is not."""
+    from portatrain.training.metrics.trackers import TRACKERS
+
+    for name in names:
+        if name not in TRACKERS:
+            raise choice(what, name, TRACKERS)
+    return tuple(dict.fromkeys(names))
 
 
 def resolved_recipe(args: argparse.Namespace) -> Recipe:

@@ -181,6 +181,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             processes=t.processes,
             options=t.options,
             place=t.place,
+            track=last.track or t.track,
             cwd=last.cwd or os.getcwd(),
             detached=t.engine != "local" or args.detach,
             run_dir=run.where if is_remote(run.where) else str(run.path.absolute()),

@@ -7,6 +7,7 @@ which engine it is reached. The run directory is runs/NAME, and is the record of
 
 examples:
   launch --cluster local tiny-lm
+  launch --cluster local tiny-lm --set data=TextFiles --set data.paths=my/texts --track tensorboard
   launch --cluster local tiny-vit --run first-vit --backend torch --devices 2 --detach
   launch --cluster tpu-v5p-256,h100-64 llama3-8b --run long --max-restarts 10
   launch --cluster tpu-v5p-256 llama3-8b --dry-run
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="failures in a row, without a new checkpoint, after which a job gives up (default: 3)",
     )
+    options.add_track(parser, " (default: `track` of the cluster in clusters.toml)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
 
 
@@ -60,6 +62,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--max-restarts", expected="0 or more", got=str(args.max_restarts), do="Choose a larger one.")
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     wanted = targets.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
+    track = options.check_track("--track", args.track)
+    for target in wanted:
+        options.check_track(f"cluster {target.name}: track", target.track)
     recipe = options.resolved_recipe(args)
     run_name = _run_name(args.run, args.runs, recipe.name)
 
@@ -90,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
             cwd=os.getcwd(),
             options=target.options,
             place=target.place,
+            track=track or target.track,
         )
         for target in fitting
     ]

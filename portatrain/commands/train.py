@@ -44,9 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
     )
-    parser.add_argument(
-        "--track", metavar="NAME", action="append", default=[], help="send metrics to wandb or tensorboard as well"
-    )
+    options.add_track(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,13 +95,11 @@ def train(args: argparse.Namespace) -> int:
     from portatrain.training.metrics.console import ConsoleSink
     from portatrain.training.metrics.trackers import TRACKERS
 
-    for name in args.track:
-        if name not in TRACKERS:
-            raise choice("--track", name, TRACKERS)
+    track = options.check_track("--track", args.track)
     run_dir = open_run(args.run_dir, work=True)
     if rank() == 0:  # the one that writes there
         run_dir.check(recipe)
-    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
+    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in track)]
 
     from portatrain.system.cloud_notices import Notices
     from portatrain.system.stop_signals import StopSignals

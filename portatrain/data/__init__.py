@@ -1,7 +1,7 @@
-"""Data: what a run reads, as frozen specs, and the fixed sequence of samples made of it.
+"""Data: specs of sources, and the sequence of samples that they define as a function of (spec, seed) alone.
 
-The specs load nothing, so that recipes stay light; `open_data` and what else works on arrays is imported
-when it is first asked for. May import NumPy and `portatrain.model.rng`; never a framework.
+Specs are frozen dataclasses that load nothing, so recipes import fast; names that need NumPy, such as `open_data`, are
+imported at their first use. This room imports NumPy and `portatrain.model.rng`, and no framework.
 """
 
 from __future__ import annotations

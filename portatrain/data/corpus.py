@@ -1,4 +1,4 @@
-"""From documents to packed streams of tokens, one a split."""
+"""Packed token streams: the documents of a source, one after another, in one stream per split."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ SPLITS = ("train", "validation")
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """Documents one after another, each opened by ``bos``.
+    """Documents one after another; each begins with the token ``bos``.
 
-    ``tokens`` (n,) unsigned; ``starts`` (documents,) int64, where each opens, rising from 0; ``bytes``: how
-    many source bytes the tokens stand for, None if unknown.
+    ``tokens``: (n,) unsigned integers. ``starts``: (documents,) int64, the index of the first token of each document,
+    increasing from 0. ``bytes``: the number of source bytes that the tokens represent, or None if unknown.
     """
 
     tokens: np.ndarray
@@ -36,7 +36,7 @@ class Stream:
     fingerprint: str
 
     def document(self, number: int) -> np.ndarray:
-        """Tokens of one document, without the one that opens it."""
+        """Return the tokens of one document, without its ``bos``."""
         end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.tokens)
         return self.tokens[self.starts[number] + 1 : end]
 
@@ -45,13 +45,13 @@ class Stream:
 
 
 def identity(spec: DataSpec) -> dict[str, Any]:
-    """What a pack of ``spec`` is made from; the window length is no part of it."""
+    """Return the facts that determine the packed corpus of ``spec``. The window length is not one of them."""
     fields = {k: v for k, v in dataclasses.asdict(spec).items() if k != "seq_len"}
     return json.loads(json.dumps({"source": type(spec).__name__, **fields}))
 
 
 def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
-    """The packed streams of a token source by split; without ``validation`` where nothing is held out."""
+    """Return the packed streams of a token source, by split; no ``validation`` if no document is held out."""
     pack = packs.make(identity(spec), SPLITS, lambda writer: _produce(spec, writer), pack_dir)
     meaning = pack.facts["meaning"]
     out = {}
@@ -85,7 +85,7 @@ def _produce(spec: DataSpec, writer: packs.Writer) -> packs.Meta:
                 got=f"{int(mine.sum())} of {len(source)} documents there, none with content",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",
             )
-        # Before the pack is there for good: it would outlive the documents that mend this.
+        # Check before the pack is stored: a stored pack would still be too small after documents are added.
         if split == "train":
             tokens = writer.entries["train-tokens"]["size"]
             require_window(split, tokens, writer.entries["train-starts"]["size"], seq_len)
@@ -93,22 +93,23 @@ def _produce(spec: DataSpec, writer: packs.Writer) -> packs.Meta:
 
 
 def require_window(split: str, tokens: int, documents: int, seq_len: int) -> None:
-    """Raise UserError where a stream fills no window. A validation split may be shorter: it is padded."""
+    """Raise UserError if a stream is shorter than one window. A validation split may be, since it is padded."""
     needed = seq_len + 1 if split == "train" else 2
     if tokens < needed:
         raise UserError(
             f"{split} data",
             expected=f"at least {needed} tokens, one window of seq_len={seq_len} and its last target",
             got=f"{tokens} tokens in {documents} documents",
-            do="Add documents, shorten seq_len, or change the fraction held out (validation).",
+            do="Add documents, use a smaller seq_len, or change the fraction held out (validation).",
         )
 
 
 def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Writer) -> int | None:
-    """Write the documents ``numbers`` in permuted order; returns the bytes that they stand for."""
+    """Write the documents ``numbers`` in permuted order; return the number of source bytes, or None if unknown."""
     starts: list[int] = []
     n_bytes: int | None = 0
-    # Not of the run's seed: one pack serves every seed, and the windows are permuted by it anyway.
+    # The permutation does not use the run's seed: one pack serves all seeds, and windows are permuted by the seed.
+
     if len(numbers):
         numbers = numbers[Permutation(len(numbers), 0, f"data/documents/{split}")(np.arange(len(numbers)))]
 

@@ -15,8 +15,11 @@ from portatrain.model import rng
 
 
 class Images(Split):
-    """Images and labels: ``image`` (B, 8, 8, 1) float32 in [0, 1], ``label`` (B,) int32, ``mask`` (B,) float32,
-    1 for a real image, ``sample`` (B,) int64."""
+    """Images and labels.
+
+    The arrays of a batch: ``image`` (B, 8, 8, 1) float32 in [0, 1]; ``label`` (B,) int32; ``mask`` (B,) float32, 1 for
+    an image and 0 for padding; ``sample`` (B,) int64.
+    """
 
     def __init__(self, pack: packs.Pack, name: str, seed: int, *, permuted: bool) -> None:
         self.name, self.fingerprint = name, pack.fingerprints[name]
@@ -40,7 +43,7 @@ class Images(Split):
 
 
 def blank(count: int) -> Batch:
-    """``count`` samples of no image, as `Split.blank`."""
+    """Return ``count`` padding rows, as `Split.blank` does."""
     return {
         "image": np.zeros((count, 8, 8, 1), np.float32),
         "label": np.zeros(count, np.int32),
@@ -50,7 +53,7 @@ def blank(count: int) -> Batch:
 
 
 def open_digits(spec: Digits, seed: int, pack_dir: Path | None) -> dict[str, Split]:
-    """The splits by name."""
+    """Return the splits of the digits, by name. Raises UserError if scikit-learn is not installed."""
     pack = packs.make(identity(spec), SPLITS, lambda writer: _produce(spec, writer), pack_dir)
     return {
         name: Images(pack, name, seed, permuted=name == "train")
@@ -65,7 +68,7 @@ def _produce(spec: Digits, writer: packs.Writer) -> packs.Meta:
     except ImportError as error:
         raise UserError(
             "data source digits",
-            expected="the package scikit-learn, which carries the images",
+            expected="the package scikit-learn, which has the images",
             got="none",
             do="Run: pip install 'portatrain[data]'",
         ) from error

@@ -1,4 +1,4 @@
-"""Bytes of a document to token ids: the bytes themselves, or a tokenizer's."""
+"""Encodings: from the bytes of a document to token ids, which are the bytes themselves or a tokenizer's ids."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from portatrain.errors import UserError
 
 
 class Encoding(Protocol):
-    """``vocab`` ids, of which ``bos`` opens a document; a call turns bytes from ``where`` into ids (n,)."""
+    """A function from bytes to token ids, (n,) integers in [0, vocab). Id ``bos`` begins a document.
+
+    ``where`` names the document, for messages.
+    """
 
     vocab: int
     bos: int
@@ -20,7 +23,8 @@ class Encoding(Protocol):
 
 
 class Bytes:
-    """A byte is its own id. Id 0 opens a document: a zero byte inside one is told apart by its place."""
+    """The encoding in which each byte is a token. Id 0 also begins a document; only its position distinguishes it from
+    a zero byte."""
 
     vocab, bos = 256, 0
 
@@ -29,7 +33,11 @@ class Bytes:
 
 
 class Tokenized:
-    """A tokenizer of the `tokenizers` library from its local JSON file; adds no special tokens of its own."""
+    """The encoding of a local ``tokenizer.json``, by the package `tokenizers`, without added special tokens.
+
+    Raises:
+        UserError: the package is missing, the file cannot be loaded, or ``bos`` is not one of its tokens.
+    """
 
     def __init__(self, path: str, bos: str | None) -> None:
         try:
@@ -48,7 +56,7 @@ class Tokenized:
                 f"tokenizer {path}",
                 expected="a tokenizer.json that the package tokenizers can load, or its folder",
                 got=str(error),
-                do="Give the path of a local tokenizer.json; nothing is fetched.",
+                do="Give the path of a local tokenizer.json; nothing is downloaded.",
             ) from error
         self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
         if bos is None:
@@ -58,9 +66,9 @@ class Tokenized:
         if found is None:
             raise UserError(
                 f"bos of tokenizer {path}",
-                expected="one of its tokens, or None for an id of its own",
+                expected="one of its tokens, or None for an additional id",
                 got=repr(bos),
-                do="Look for the token that opens a document among added_tokens in tokenizer.json.",
+                do="Choose the token that begins a document, from added_tokens in tokenizer.json.",
             )
         self.bos = found
 
@@ -70,19 +78,19 @@ class Tokenized:
         except UnicodeDecodeError as error:
             raise UserError(
                 where,
-                expected="UTF-8 text, as a tokenizer reads",
+                expected="UTF-8 text, since a tokenizer is used",
                 got=str(error),
-                do="Convert or leave out the document, or use bytes as tokens (tokenizer=None).",
+                do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
             ) from error
         return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
 
 
 def encoding(tokenizer: str | None, bos: str | None) -> Encoding:
-    """The encoding of a text source."""
+    """Return the encoding of a text source. Raises UserError if ``bos`` is given without a tokenizer."""
     if tokenizer is not None:
         return Tokenized(tokenizer, bos)
     if bos is not None:
         raise UserError(
-            "bos", expected="None where bytes are tokens", got=repr(bos), do="Give a tokenizer as well, or drop bos."
+            "bos", expected="None, since bytes are tokens", got=repr(bos), do="Give a tokenizer too, or remove bos."
         )
     return Bytes()

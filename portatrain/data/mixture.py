@@ -1,9 +1,9 @@
-"""Several token sources in fixed proportions: blocks with exact counts, permuted inside.
+"""Mixtures of token sources in fixed proportions: blocks with an exact count per source, permuted within the block.
 
-Sample n lies in block ``n div block`` at place ``n mod block``. The block's permutation sends the place to a
-rank; ranks are dealt to the sources in turn, as many to each as its count. The source's own sample number
-is the rank within its share plus all that it gave to earlier blocks, which is a sum over the pieces of the
-schedule: nothing is remembered, any n is reached at once.
+Sample n is at index ``n mod block`` of block ``n div block``. The permutation of the block maps the index to a rank.
+The first ranks belong to the first source, as many as its count, the next ones to the second source, and so on. The
+source's own sample number is the rank within its share plus its samples in earlier blocks, which is a sum over the
+pieces of the schedule. Any n can therefore be located without state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from portatrain.model.rng import Permutation
 
 
 def counts(weights: tuple[float, ...], block: int) -> np.ndarray:
-    """Samples of each source in a block, (sources,) int64, by largest remainders; ties go to earlier sources."""
+    """Return the samples of each source in a block, (sources,) int64, by largest remainders; ties: earlier first."""
     share = [block * w / math.fsum(weights) for w in weights]
     out = np.array([math.floor(s) for s in share], np.int64)
     rest = sorted(range(len(share)), key=lambda i: (out[i] - share[i], i))
@@ -32,14 +32,14 @@ def counts(weights: tuple[float, ...], block: int) -> np.ndarray:
 
 
 class Mixed(Split):
-    """A mixture of `Windows` by the rule of ``spec``. Keys as theirs, and ``source`` (B,) int32."""
+    """A mixture of `Windows` in the proportions of ``spec``. A batch has their arrays and ``source`` (B,) int32."""
 
     def __init__(self, spec: Mixture, parts: list[Windows], *, name: str, seed: int) -> None:
         self.name, self._parts, self._seed, self._block = name, parts, seed, spec.block
         pieces = [(0, spec.weights), *spec.schedule]
         self._first = np.array([first for first, _ in pieces], np.int64)
         self._counts = np.stack([counts(weights, spec.block) for _, weights in pieces])  # (pieces, sources)
-        # (pieces, sources): what each source gave before the piece began
+        # (pieces, sources): the number of samples of each source before the piece begins
         given = self._counts[:-1] * np.diff(self._first)[:, None]
         self._before = np.concatenate((np.zeros((1, len(parts)), np.int64), np.cumsum(given, axis=0)))
         self.windows = sum(p.windows for p in parts)
@@ -61,7 +61,7 @@ class Mixed(Split):
         return self._parts[0].blank(count) | {"source": np.zeros(count, np.int32)}
 
     def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source (B,) and the source's own sample number (B,), both int64, of samples (B,) int64."""
+        """Return the source and the source's own sample number, both (B,) int64, of samples (B,) int64."""
         block, place = np.divmod(sample, self._block)
         source, number = np.empty_like(sample), np.empty_like(sample)
         for b in np.unique(block).tolist():
@@ -77,7 +77,7 @@ class Mixed(Split):
 
 
 class Chained(Split):
-    """The windows of several splits one after another: what a mixture is evaluated on."""
+    """The windows of several splits, one after another. A mixture is evaluated on it."""
 
     def __init__(self, parts: list[Windows], *, name: str) -> None:
         self.name, self._parts = name, parts
@@ -104,29 +104,29 @@ class Chained(Split):
 
 
 def check(spec: Mixture) -> None:
-    """Raise UserError for a mixture that contradicts itself."""
+    """Raise UserError if the fields of a mixture are invalid or do not fit together."""
     if not spec.sources or spec.block < 1:
         raise UserError(
             "Mixture",
             expected="at least one source and a block of at least one sample",
             got=f"{len(spec.sources)} sources and block={spec.block}",
-            do="Name the sources; a block of about a thousand samples serves most mixtures.",
+            do="Give the sources; a block of about a thousand samples fits most mixtures.",
         )
     lengths = [getattr(s, "seq_len", None) for s in spec.sources]
     if None in lengths or len(set(lengths)) > 1:
         raise UserError(
             "Mixture sources",
-            expected="token sources of one seq_len",
+            expected="token sources with the same seq_len",
             got=", ".join(f"{type(s).__name__}(seq_len={n})" for s, n in zip(spec.sources, lengths, strict=True)),
-            do="Give every source the same seq_len; images and mixtures cannot be mixed in.",
+            do="Give every source the same seq_len; images and mixtures cannot be sources.",
         )
     firsts = [0, *(first for first, _ in spec.schedule)]
     if any(b <= a for a, b in itertools.pairwise(firsts)):
         raise UserError(
             "Mixture schedule",
-            expected="first blocks that rise from 1 on",
+            expected="increasing first blocks, from 1",
             got=str(firsts[1:]),
-            do="Put the pieces in order; the weights before the first piece are `weights`.",
+            do="Sort the pieces; before the first piece, `weights` apply.",
         )
     for what, weights in (("weights", spec.weights), *((f"schedule at block {f}", w) for f, w in spec.schedule)):
         ok = (
@@ -137,7 +137,7 @@ def check(spec: Mixture) -> None:
                 f"Mixture {what}",
                 expected=f"{len(spec.sources)} finite weights of at least 0, not all 0",
                 got=str(weights),
-                do="Give one weight a source.",
+                do="Give one weight per source.",
             )
         lost = [i for i, (w, c) in enumerate(zip(weights, counts(weights, spec.block), strict=True)) if w and not c]
         if lost:
@@ -145,7 +145,7 @@ def check(spec: Mixture) -> None:
                 f"Mixture {what}",
                 expected=f"at least one sample of every weighted source in a block of {spec.block}",
                 got=f"none of source {lost[0]} with weight {weights[lost[0]]}",
-                do="Use a larger block or a larger weight, or leave the source out.",
+                do="Use a larger block or a larger weight, or remove the source.",
             )
 
 

@@ -1,15 +1,14 @@
-"""An interpolated Kneser-Ney byte 3-gram model: the yardstick of a language model on the same split.
+"""An interpolated Kneser-Ney byte 3-gram model, the baseline for a language model on the same split.
 
-Modified Kneser-Ney [1], equation numbers from there. With c the counts of trigrams ``u v w`` and, for the
-lower orders, the numbers of distinct left neighbours (``N1+(. v w)``, ``N1+(. w)``)::
+This is modified Kneser-Ney [1], with the equation numbers of that paper. c is the count of a trigram ``u v w`` or, for
+the lower orders, the number of distinct left neighbours (``N1+(. v w)``, ``N1+(. w)``)::
 
     P(w | u v) = max(c(u v w) - D(c), 0) / c(u v .)  +  gamma(u v) P(w | v)          (eq. 26)
     gamma(u v) = (D1 N1(u v .) + D2 N2(u v .) + D3+ N3+(u v .)) / c(u v .)
     D1 = 1 - 2 Y n2/n1,  D2 = 2 - 3 Y n3/n2,  D3+ = 3 - 4 Y n4/n3,  Y = n1 / (n1 + 2 n2)   (eq. 27)
 
-and the unigram is interpolated with 1/256, so that no byte has probability 0. Two marks outside the
-alphabet stand before each document, so its first bytes are predicted as such; the marks are never
-predicted.
+The unigram is interpolated with 1/256, so no byte has probability 0. Each document is preceded by two marks that are
+not bytes, so its first bytes have contexts of their own. The marks are never predicted.
 
 [1] Chen, Goodman, "An empirical study of smoothing techniques for language modeling", Computer Speech and
 Language 13 (1999), section 3.
@@ -32,7 +31,7 @@ _PIECE = 1 << 22  # bytes counted at once
 
 @dataclass(frozen=True)
 class _Order:
-    """One order of the model: ``count`` (..., 256); per context ``total`` and ``gamma`` (...); ``discount`` (4,)."""
+    """One order of the model: ``count`` (..., 256), ``total`` and ``gamma`` (...) per context, ``discount`` (4,)."""
 
     count: np.ndarray
     total: np.ndarray
@@ -46,22 +45,21 @@ class _Order:
         some = [np.count_nonzero(count == n, axis=-1) for n in (1, 2)]
         some.append(np.count_nonzero(count, axis=-1) - some[0] - some[1])
         taken = sum(d * n for d, n in zip(discount[1:], some, strict=True))
-        # An unseen context gives all its mass to the lower order.
+        # In an unseen context, the lower order has all the probability.
         gamma = np.where(total > 0, taken / np.maximum(total, 1), 1.0)
         return cls(count, total, gamma, discount)
 
     def mix(self, at: tuple[np.ndarray, ...], byte: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """Probabilities (n,) of ``byte`` in the contexts ``at``, given those of the next lower order."""
+        """Return the probabilities, (n,), of ``byte`` in the contexts ``at``, from those of the next lower order."""
         count = self.count[(*at, byte)]
         kept = count - self.discount[np.minimum(count, 3)]
         return kept / np.maximum(self.total[at], 1) + self.gamma[at] * lower
 
 
 def discounts(n: np.ndarray) -> np.ndarray:
-    """(0, D1, D2, D3+) from n1..n4, the numbers of entries that occur once to four times.
+    """Return (0, D1, D2, D3+) from n1..n4, the numbers of entries that occur once to four times.
 
-    Where a count of counts is 0 the formula has no value; 0 < D_i < i is what makes a discount, so there
-    the discount is i/2.
+    A discount must satisfy 0 < D_i < i. If a count of counts is 0, the formula gives no such value, and D_i is i/2.
     """
     out = np.zeros(4)
     y = n[0] / (n[0] + 2 * n[1]) if n[0] else 0.0
@@ -72,7 +70,11 @@ def discounts(n: np.ndarray) -> np.ndarray:
 
 
 class KneserNey:
-    """The model of some documents, each an array of bytes (n,) uint8."""
+    """The model of a set of documents, each an array of bytes, (n,) uint8.
+
+    Raises:
+        UserError: the documents have no bytes.
+    """
 
     def __init__(self, documents: Iterable[np.ndarray]) -> None:
         trigrams = np.zeros(_SYMBOLS * _SYMBOLS * BYTES, np.int64)
@@ -88,12 +90,12 @@ class KneserNey:
         self._one = _Order.of(np.count_nonzero(pairs, axis=0))
 
     def probability(self, u: np.ndarray, v: np.ndarray, w: np.ndarray) -> np.ndarray:
-        """P(w | u v), (n,) float64; u and v may be `START`."""
+        """Return P(w | u v), (n,) float64, for symbols u, v and w, (n,) integers; u and v may be `START`."""
         one = self._one.mix((), w, np.full(len(w), 1 / BYTES))
         return self._three.mix((u, v), w, self._two.mix((v,), w, one))
 
     def bits_per_byte(self, documents: Iterable[np.ndarray]) -> float:
-        """Mean of -log2 P over every byte of every document."""
+        """Return the mean of -log2 P over all bytes of all documents."""
         bits, count = 0.0, 0
         for u, v, w in _pieces(documents):
             bits -= float(np.log2(self.probability(u, v, w)).sum())
@@ -106,13 +108,14 @@ class KneserNey:
 
 
 def _pieces(documents: Iterable[np.ndarray]) -> Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Trigrams (u, v, w), each (n,) int64, of several documents at a time."""
+    """Yield the trigrams (u, v, w), each (n,) int64, of several documents at a time."""
     gathered: list[np.ndarray] = []
     size = 0
     marks = np.full(2, START, np.int64)
     for document in documents:
         for begin in range(0, len(document), _PIECE):
-            # A long document goes on with its own last two bytes in front.
+            # The next piece of a long document begins with the last two bytes of this one.
+
             before = document[begin - 2 : begin].astype(np.int64) if begin else marks
             gathered += [before, document[begin : begin + _PIECE].astype(np.int64)]
             size += len(gathered[-1])

@@ -1,4 +1,4 @@
-"""Opening what a spec describes."""
+"""`open_data`: find, pack and split the data of a spec."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class OpenData:
     """Opened data.
 
     Attributes:
-        train, validation: the splits; validation is None where nothing is held out.
+        train, validation: the splits; validation is None if nothing is held out.
         vocab: number of token ids, or of classes.
-        bytes_per_target: of the validation split, else of the training split; see `Split`.
-        fingerprint: SHA-256, in hex, over those of the splits.
-        streams: the packed token streams by split, where the data is one token source; else empty.
+        bytes_per_target: that number of the validation split or, without one, of the training split; see `Split`.
+        fingerprint: SHA-256, in hex, of the fingerprints of the splits.
+        streams: the packed token streams by split if the data is a single token source; otherwise empty.
     """
 
     train: Split
@@ -48,12 +48,12 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     """Find, pack and split the data of ``spec``.
 
     Args:
-        seed: orders the windows of every epoch; the pack, the splits and the fingerprint do not depend on it.
-        pack_dir: folder for the packed corpus. Where it holds a pack that is read, and the source need not
-            exist; else the pack is written there. None: packed in memory.
+        seed: determines the order of the windows in every epoch, and nothing else.
+        pack_dir: folder of the packed corpus. If it has one, that is read, and the source need not exist; otherwise it
+            is written there. None: it is kept in memory.
 
     Raises:
-        UserError: the source is missing, malformed, or too small; the pack is damaged or of other data.
+        UserError: the source is missing, malformed, or too small; the packed corpus is damaged or has other data.
     """
     pack_dir = None if pack_dir is None else Path(os.path.abspath(Path(pack_dir).expanduser()))
     _check(spec)
@@ -78,7 +78,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     if len(vocabs) > 1:
         raise UserError(
             "Mixture sources",
-            expected="one vocabulary",
+            expected="sources with the same vocabulary",
             got=f"vocabularies of {', '.join(map(str, vocabs))} ids",
             do="Use one tokenizer for all sources.",
         )
@@ -108,12 +108,12 @@ def _check(spec: DataSpec) -> None:
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:
         raise UserError(
-            f"{kind} seq_len", expected="at least 1", got=str(values["seq_len"]), do="Set the window's length."
+            f"{kind} seq_len", expected="at least 1", got=str(values["seq_len"]), do="Set the targets per window."
         )
     if "validation" in values and not 0 <= values["validation"] < 1:
         raise UserError(
             f"{kind} validation",
             expected="a fraction of the documents, from 0 to below 1",
             got=str(values["validation"]),
-            do="Set how much to hold out, say 0.1.",
+            do="Set the fraction to hold out, such as 0.1.",
         )

@@ -1,12 +1,12 @@
-"""A pack: the arrays of a corpus, made once, kept in memory or in a folder.
+"""Packed corpora: the token arrays of a data source, written once and kept in memory or in a folder.
 
-The folder holds ``pack.json`` and one raw little-endian file ``NAME.bin`` an array. It is written under
-another name beside its place and renamed when every file is on the disk, so that a pack is there whole or
-not at all; of several processes that pack at once the first wins and the others read what it wrote. A
-process killed while packing leaves its unfinished ``.NAME.partial-*`` folder behind, which may be deleted.
+The folder has ``pack.json`` and one raw little-endian file ``NAME.bin`` per array. It is written under a temporary name
+beside its final one and renamed when every file is on disk, so a reader sees all of it or nothing. If several processes
+pack at once, the first one wins and the others read its result. A process that is killed while packing leaves an
+unfinished ``.NAME.partial-*`` folder, which can be deleted.
 
-A fingerprint is the SHA-256 of the names, types, shapes and SHA-256 sums of a split's arrays and of what
-gives them meaning (``facts``).
+The fingerprint of a split is the SHA-256 of the names, dtypes, sizes and SHA-256 sums of its arrays and of the facts
+that define their meaning.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ import numpy as np
 from portatrain.errors import UserError
 
 FORMAT = "portatrain-pack-1"
-VERIFY_BYTES = 64 << 20  # a pack up to this size is verified whole whenever it is opened
+VERIFY_BYTES = 64 << 20  # up to this size, every byte is verified at each opening
 
 Meta = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Named arrays (read only), facts about them, and a fingerprint a split."""
+    """A packed corpus: named read-only arrays, facts about them, and the fingerprint of each split."""
 
     arrays: dict[str, np.ndarray]
     facts: Meta
@@ -43,7 +43,7 @@ class Pack:
 
 
 class Writer:
-    """Takes arrays in pieces, to memory or to files of a folder, and sums them on the way."""
+    """Writes arrays piece by piece, to memory or to files in a folder, and computes their SHA-256 sums."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
@@ -79,17 +79,21 @@ class Writer:
         self.entries[name] = {"dtype": dtype.name, "size": count, "sha256": digest.hexdigest()}
 
     def whole(self, name: str, array: np.ndarray) -> None:
-        """Write the one-dimensional array ``name`` at once."""
+        """Write the one-dimensional array ``name`` as one piece."""
         self.array(name, array.dtype, lambda write: write(array))
 
 
 def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Meta], pack_dir: Path | None) -> Pack:
-    """The pack in ``pack_dir`` where there is one, else a new one, written there if a folder is given.
+    """Return the packed corpus in ``pack_dir``, after writing it if the folder is empty or absent.
 
     Args:
-        identity: what the arrays were made from, plain JSON values; an existing pack must have the same.
-        splits: prefixes of array names, each with a fingerprint of its own.
-        produce: writes the arrays, returns the facts.
+        identity: the facts that determine the arrays, as plain JSON values; an existing corpus must have equal ones.
+        splits: prefixes of array names; each split has its own fingerprint.
+        produce: a function that writes the arrays and returns the facts about them.
+        pack_dir: the folder, or None to keep the arrays in memory.
+
+    Raises:
+        UserError: the folder cannot be written, or has a damaged corpus or one with another identity.
     """
     if pack_dir is not None and pack_dir.exists() and not (pack_dir.is_dir() and not any(pack_dir.iterdir())):
         return read(pack_dir, identity, splits)
@@ -129,16 +133,18 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
             f"pack {pack_dir}",
             expected="a folder that can be written",
             got=str(error),
-            do="Free some space or mend the permissions, or name another folder.",
+            do="Free some space, change the permissions, or name another folder.",
         ) from error
     return read(pack_dir, identity, splits)
 
 
 def read(pack_dir: Path, identity: Meta | None, splits: tuple[str, ...], *, whole: bool = False) -> Pack:
-    """Open a pack, having checked sizes, fingerprints and, where small or ``whole``, every byte.
+    """Open the packed corpus in ``pack_dir`` and check its sizes and fingerprints.
+
+    It also checks every byte if ``whole`` is true or the corpus is at most VERIFY_BYTES.
 
     Raises:
-        UserError: no pack, a damaged one, or one made from something else than ``identity``.
+        UserError: there is no packed corpus, it is damaged, or its identity is not ``identity``.
     """
     meta = _meta(pack_dir)
     if identity is not None and meta["made_from"] != identity:
@@ -148,7 +154,7 @@ def read(pack_dir: Path, identity: Meta | None, splits: tuple[str, ...], *, whol
             f"pack {pack_dir}",
             expected=", ".join(f"{k}={identity.get(k)!r}" for k in keys),
             got=f"one made with {', '.join(f'{k}={theirs.get(k)!r}' for k in keys)}",
-            do="Ask for the data that the pack was made from, or name another folder.",
+            do="Use the data spec of this pack, or name another folder.",
         )
     if _fingerprints(splits, meta["facts"], meta["arrays"]) != meta["fingerprints"]:
         raise _damaged(pack_dir, "fingerprints that follow from the sums of the arrays", "others")
@@ -187,7 +193,8 @@ def _meta(pack_dir: Path) -> Meta:
         got = meta.get("format") if isinstance(meta, dict) else meta
         raise _damaged(pack_dir, f"format {FORMAT!r} in pack.json", repr(got))
     if not _well_formed(meta) or meta.get("check") != _check(meta):
-        raise _damaged(pack_dir, "a pack.json that agrees with its own check sum", "another sum")
+        raise _damaged(pack_dir, "a pack.json that matches its own checksum", "another checksum")
+
     return meta
 
 

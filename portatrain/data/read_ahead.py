@@ -1,8 +1,7 @@
-"""Reading ahead on a background thread.
+"""Prefetching of batches on a background thread.
 
-A plain thread, not grain: grain serves random-access sources with workers and transformations of its own,
-of which nothing is left to do here (a batch is one call that seeks anywhere), and importing it costs more
-than a second, which every start of a run would pay. docs/understand/data.md has the measurement.
+A plain thread is enough: one call returns any batch, so no worker pool and no iterator state is needed.
+docs/understand/data.md has the measurement.
 """
 
 from __future__ import annotations
@@ -20,21 +19,24 @@ CLOSE_WITHIN_S = 2.0
 
 
 class Prefetch(Iterator[Batch]):
-    """Batches of ``count`` samples, or of as many as it gives for each, from ``start`` on, up to ``depth`` of them read
-    ahead.
+    """An iterator over batches that reads up to ``depth`` of them ahead.
 
-    An error in reading surfaces at the ``next`` that would have returned its batch, and again at every
-    later one. ``close``, leaving the ``with`` block, or the iterator's collection ends the thread.
+    Args:
+        start: number of the first sample.
+        count: samples per batch, or an iterator of the samples of each batch.
+
+    If reading a batch fails, the ``next`` for that batch raises the error, and so does every later one. ``close``, the
+    end of the ``with`` block, or garbage collection of the iterator ends the thread.
     """
 
     def __init__(self, split: Split, start: int, count: int | Iterator[int], depth: int = 2) -> None:
         self._stop = threading.Event()
         counts = itertools.repeat(count) if isinstance(count, int) else count
         if (isinstance(count, int) and count < 1) or depth < 1:
-            raise ValueError(f"count and depth are at least 1, got {count} and {depth}")
+            raise ValueError(f"count and depth must be at least 1, got {count} and {depth}")
         self._ready: queue.Queue[Batch | BaseException] = queue.Queue(depth)
         self._error: BaseException | None = None
-        # The thread holds no reference to self, so that a forgotten iterator is collected and ends it.
+        # The thread has no reference to self, so an iterator that is no longer used is collected and ends the thread.
         self._thread = threading.Thread(
             target=_read, args=(split, start, counts, self._ready, self._stop), name="portatrain-prefetch", daemon=True
         )
@@ -46,7 +48,7 @@ class Prefetch(Iterator[Batch]):
         return batch
 
     def get(self, stopped: Callable[[], bool]) -> Batch | None:
-        """The next batch; None where it has not come when ``stopped()`` is first seen to be true."""
+        """Wait for the next batch and return it; return None if ``stopped()`` becomes true before it is ready."""
         while self._error is None:
             if self._stop.is_set():
                 raise StopIteration
@@ -62,8 +64,12 @@ class Prefetch(Iterator[Batch]):
         raise self._error
 
     def close(self) -> None:
-        """End the thread; a batch being read is finished first, unless that takes longer than CLOSE_WITHIN_S: its
-        source may be what has stalled. May be called again."""
+        """End the thread. Can be called more than once.
+
+        It waits up to CLOSE_WITHIN_S seconds for the batch that is being read, and no longer, since the source may have
+        stalled.
+        """
+
         self._stop.set()
         until_s = time.monotonic() + CLOSE_WITHIN_S
         while self._thread.is_alive() and time.monotonic() < until_s:
@@ -85,7 +91,8 @@ class Prefetch(Iterator[Batch]):
 
 
 def prefetch(split: Split, start: int, count: int | Iterator[int], depth: int = 2) -> Prefetch:
-    """Read batches [start, start + count), ... ahead; use in a ``with`` block."""
+    """Return an iterator over the batches from sample ``start`` on, read ahead; use it in a ``with`` block."""
+
     return Prefetch(split, start, count, depth)
 
 

@@ -1,7 +1,7 @@
-"""Documents of text and token sources: found in a fixed order, read one at a time, by number.
+"""The documents of text and token sources, in a fixed order, read one at a time by number.
 
-A document's name is the name of its file within the source and its index in the file. The order found and
-the names depend on nothing outside the source, so that a corpus may be moved.
+The name of a document is the name of its file within the source and its index in the file. Names and order do not
+depend on the location of the source, so a corpus can be moved.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError, choice
 from portatrain.model import rng
 
-Files = list[tuple[str, Path]]  # (name within the source, where it lies), sorted by name
+Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
 
 
 class Documents(ABC):
     """Documents [0, n) of one source.
 
     Attributes:
-        vocab, bos: number of token ids; the one that opens every document in the packed stream.
-        file: (n,) int64, rising, the file each document lies in; index: (n,) int64, its place in that file.
+        vocab: number of token ids. bos: the id that begins every document in the packed stream.
+        file: (n,) int64, not decreasing, the file of each document. index: (n,) int64, its index in that file.
     """
 
     vocab: int
@@ -47,13 +47,14 @@ class Documents(ABC):
 
     @abstractmethod
     def read(self, number: int) -> tuple[np.ndarray, int | None]:
-        """Token ids of a document, without the opening one, and the bytes they stand for (None: unknown)."""
+        """Return the token ids of a document without ``bos``, and the number of its source bytes (None: unknown)."""
 
     def held_out(self, fraction: float) -> np.ndarray:
-        """(n,) bool: the document belongs to the validation split.
+        """Return (n,) bool, True for the documents of the validation split.
 
-        Where files are held out by name that decides; else a word of Philox keyed by the file's name, at the
-        document's index, below ``fraction``: so adding documents moves none from one split to the other.
+        If files are held out by name, their documents are in it. Otherwise a document is in it if the Philox word at
+        its index, under a key from its file's name, is below ``fraction``. Adding documents therefore never moves
+        another document to the other split.
         """
         if self._trained < len(self.files):
             return self.file >= self._trained
@@ -68,7 +69,7 @@ class Documents(ABC):
 
 
 def documents(spec: DataSpec) -> Documents:
-    """The documents of a token source."""
+    """Return the documents of a token source."""
     if isinstance(spec, Stdlib):
         return _TextDocuments(stdlib_files(), [], encoding(spec.tokenizer, spec.bos))
     if isinstance(spec, TextFiles):
@@ -81,7 +82,7 @@ def documents(spec: DataSpec) -> Documents:
 
 
 def stdlib_files(root: Path | None = None) -> Files:
-    """The running interpreter's library modules, as `Stdlib` describes them."""
+    """Return the library modules of the running interpreter that `Stdlib` includes."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     out_of_scope = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
     files = [
@@ -94,13 +95,13 @@ def stdlib_files(root: Path | None = None) -> Files:
             "data source stdlib",
             expected=f"the .py files of Python's standard library in {root}",
             got="none",
-            do=f"This interpreter ({sys.executable}) ships no source; use another, or TextFiles.",
+            do=f"This interpreter ({sys.executable}) has no source files: use another one, or TextFiles.",
         )
     return sorted(files)
 
 
 def find(paths: str | tuple[str, ...], what: str) -> Files:
-    """Files under ``paths`` (files, folders, globs) by name, each file once."""
+    """Return the files under ``paths`` (files, folders, globs), sorted by name, each file once."""
     found: dict[Path, str] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
         path = Path(given).expanduser()
@@ -119,7 +120,7 @@ def find(paths: str | tuple[str, ...], what: str) -> Files:
                 what,
                 expected="a file, a folder with files, or a glob that matches some",
                 got=repr(given),
-                do="Check the path; relative ones start at the working directory.",
+                do="Check the path; relative paths start at the working directory.",
             )
         for name, p in here:
             found.setdefault(p.resolve(), name)
@@ -138,13 +139,13 @@ def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files]:
             f"{kind} validation_paths",
             expected="files that are not among paths",
             got=str(min(common)),
-            do="A document that is trained on cannot be held out: remove it from one of the two.",
+            do="Remove it from one of the two: a training document cannot be held out.",
         )
     return files, held
 
 
 def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
-    """The recipe leaves it to the user to name the corpus."""
+    """Return the error for a spec without paths, whose recipe expects the user to set them."""
     what = {"TextFiles": "text files", "Jsonl": "files of JSON lines"}.get(kind, "files of token ids")
     if isinstance(spec, TokenMemmap):
         opens = "" if spec.separator is None else f", every document after the id {spec.separator}"
@@ -175,7 +176,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
 
 
 class _TextDocuments(Documents):
-    """A document is a file."""
+    """Text files; each file is a document."""
 
     def __init__(self, files: Files, held_out: Files, encode: Encoding) -> None:
         super().__init__(files, held_out)
@@ -190,7 +191,7 @@ class _TextDocuments(Documents):
 
 
 class _JsonlDocuments(Documents):
-    """A document is a line; one pass finds where the lines begin."""
+    """JSON lines; each line is a document. One pass over the files finds the beginnings of the lines."""
 
     def __init__(self, files: Files, held_out: Files, encode: Encoding, field: str) -> None:
         super().__init__(files, held_out)
@@ -213,30 +214,34 @@ class _JsonlDocuments(Documents):
         try:
             value = json.loads(raw)
         except ValueError as error:
-            raise UserError(where, expected="one JSON object", got=str(error), do="Mend or delete the line.") from error
+            raise UserError(
+                where, expected="one JSON object", got=str(error), do="Correct or delete the line."
+            ) from error
         if not isinstance(value, dict):
-            raise UserError(where, expected="one JSON object", got=type(value).__name__, do="Mend or delete the line.")
+            raise UserError(
+                where, expected="one JSON object", got=type(value).__name__, do="Correct or delete the line."
+            )
         if self._field not in value:
             raise choice(f"{where}, field", self._field, map(str, value))
         text = value[self._field]
         if not isinstance(text, str):
             raise UserError(
-                f"{where}, field {self._field!r}", expected="a string", got=type(text).__name__, do="Mend the line."
+                f"{where}, field {self._field!r}", expected="a string", got=type(text).__name__, do="Correct the line."
             )
         try:
             data = text.encode()
         except UnicodeEncodeError as error:
             raise UserError(
                 f"{where}, field {self._field!r}",
-                expected="text that UTF-8 can carry",
+                expected="text that UTF-8 can encode",
                 got=str(error),
-                do="Mend the escapes of the line: a lone surrogate is no character.",
+                do="Correct the escapes of the line: a lone surrogate is not a character.",
             ) from error
         return self._encode(data, where), len(data)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, int]]:
-    """(line from 0, offset in bytes) of every line that is not blank."""
+    """Yield (line number from 0, offset in bytes) for every line that is not blank."""
     try:
         with path.open("rb") as file:
             at = 0
@@ -249,7 +254,7 @@ def _lines(path: Path) -> Iterator[tuple[int, int]]:
 
 
 class _TokenDocuments(Documents):
-    """A document is what lies between two separators, or a file."""
+    """Token files; each run of tokens between two separators is a document, or each file if there is no separator."""
 
     def __init__(self, files: Files, held_out: Files, spec: TokenMemmap) -> None:
         super().__init__(files, held_out)
@@ -266,10 +271,10 @@ class _TokenDocuments(Documents):
                     f"TokenMemmap {what}",
                     expected=f"from {least} to {most} for ids of {spec.dtype} below vocab={spec.vocab}",
                     got=str(value),
-                    do=f"Set {what} to what the files were written with.",
+                    do=f"Set {what} to the value with which the files were written.",
                 )
         self.vocab, self.bos = spec.vocab, spec.separator or 0
-        self._ids = [_ids(path, dtype) for _, path in self.files]
+        self._ids = [read_ids(path, dtype) for _, path in self.files]
         tables = [_between(f, ids, spec.separator) for f, ids in enumerate(self._ids)]
         self.file, self.index, self._from, self._to = np.concatenate(tables).T
 
@@ -283,12 +288,15 @@ class _TokenDocuments(Documents):
                 f"token {low + at} of {self.files[f][1]}",
                 expected=f"an id from 0 to {self.vocab - 1}, vocab being {self.vocab}",
                 got=str(int(ids[at])),
-                do="Set vocab and dtype to what the file was written with.",
+                do="Set vocab and dtype to the values with which the file was written.",
             )
         return ids.astype(np.min_scalar_type(self.vocab - 1)), None
 
 
-def _ids(path: Path, dtype: np.dtype) -> np.ndarray:
+def read_ids(path: Path, dtype: np.dtype) -> np.ndarray:
+    """Return the ids of a token file, mapped into memory: raw, or one array as numpy.save writes it (.npy)."""
+    if path.suffix == ".npy":
+        return _npy_ids(path, dtype)
     try:
         size = path.stat().st_size
         if size % dtype.itemsize == 0:
@@ -301,15 +309,36 @@ def _ids(path: Path, dtype: np.dtype) -> np.ndarray:
         f"token file {path}",
         expected=f"a whole number of {dtype.itemsize}-byte ids ({dtype.name})",
         got=f"{size} bytes",
-        do="Set dtype to what the file was written with, or write the file again.",
+        do="Set dtype to the value with which the file was written, or write the file again.",
     )
 
 
+def _npy_ids(path: Path, dtype: np.dtype) -> np.ndarray:
+    try:
+        ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"token file {path}",
+            expected="an array that numpy.save wrote",
+            got=str(error),
+            do="Write it again with numpy.save, or rename it if it holds raw ids.",
+        ) from error
+    if ids.ndim != 1 or ids.dtype != dtype:
+        raise UserError(
+            f"token file {path}",
+            expected=f"a one-dimensional array of {dtype.name}, little-endian",
+            got=f"{ids.dtype.name} of shape {ids.shape}",
+            do="Set dtype to what the file was written with; flatten an array of several dimensions.",
+        )
+    return ids.view(np.ndarray)
+
+
 def _between(file: int, ids: np.ndarray, separator: int | None) -> np.ndarray:
-    """(documents, 4) int64: file, index in it, first token, end."""
+    """Return (documents, 4) int64: file, index in the file, first token, one past the last token."""
     cut = np.empty(0, np.int64)
     if separator is not None:
-        step = 1 << 26  # keeps the comparison's mask small beside a corpus that does not fit in memory
+        step = 1 << 26  # limits the memory of the mask; the corpus may not fit in memory
+
         parts = (np.flatnonzero(ids[at : at + step] == separator) + at for at in range(0, len(ids), step))
         cut = np.concatenate([cut, *parts])
     low, high = np.append(-1, cut) + 1, np.append(cut, len(ids))

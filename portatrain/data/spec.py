@@ -1,10 +1,13 @@
-"""What data a run trains on, as frozen dataclasses of plain Python values.
+"""Data specs: frozen dataclasses that say which data a run trains on.
 
-Every text source has: ``seq_len``, targets in a window; ``validation``, the fraction of documents held
-out, chosen by a hash of the document's name; and tokens that are bytes unless ``tokenizer`` names a local
-``tokenizer.json``. Token ``bos`` opens every document: 0 for bytes; with a tokenizer the name of one of its
-tokens, or None for an id of its own after the tokenizer's last. ``validation_paths`` names documents that
-are held out whatever their hash; where it is given, ``validation`` is not used.
+Text sources share these fields:
+
+- ``seq_len``: number of targets in a window.
+- ``validation``: fraction of the documents to hold out for validation, selected by a hash of the document's name.
+- ``validation_paths``: files to hold out for validation, in place of a fraction. (): the fraction applies.
+- ``tokenizer``: path of a local ``tokenizer.json``. None: each byte is a token.
+- ``bos``: name of the token that begins every document, one of the tokenizer's. None: an additional id after the
+  tokenizer's last. If bytes are tokens, bos must be None, and id 0 begins every document.
 """
 
 from __future__ import annotations
@@ -14,15 +17,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Base of all specs."""
+    """Base class of all data specs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stdlib(DataSpec):
-    """The source code of the running Python's standard library; a document is a .py file.
+    """The source code of the running Python's standard library; each .py file is a document.
 
-    Left out: site-packages, tests (folders ``test``, ``tests``, ``idle_test``), and ``_sysconfigdata*.py``,
-    which holds the paths of the machine that built the interpreter. So equal releases give equal corpora.
+    It excludes site-packages, tests (folders ``test``, ``tests``, ``idle_test``) and ``_sysconfigdata*.py``, which
+    contains paths of the machine that built the interpreter. Equal Python releases therefore give equal corpora.
     """
 
     seq_len: int
@@ -33,13 +36,14 @@ class Stdlib(DataSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class TextFiles(DataSpec):
-    """Text files; a document is a file.
+    """Text files; each file is a document.
 
-    ``paths``: files, folders (all files below) or globs (``**`` crosses folders). A document's name is its
-    path from the folder or from the fixed part of the glob, so the corpus may be moved.
+    The name of a document is its path relative to the folder, or to the fixed part of the glob. The corpus can
+    therefore be moved without changing the samples.
     """
 
     paths: str | tuple[str, ...]
+    """Files, folders (all files below them) or globs (``**`` matches folders at any depth)."""
     seq_len: int
     validation: float = 0.1
     validation_paths: str | tuple[str, ...] = ()
@@ -49,14 +53,16 @@ class TextFiles(DataSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(DataSpec):
-    """JSON lines; a document is the string under ``field`` of a line. Blank lines are passed over.
+    """JSON lines; each line is an object with one document. Blank lines are skipped.
 
-    ``paths`` as in `TextFiles`. A document's name is its file's name and its line.
+    The name of a document is the name of its file, as in `TextFiles`, and its line number.
     """
 
     paths: str | tuple[str, ...]
+    """As in `TextFiles`."""
     seq_len: int
     field: str = "text"
+    """The key of the document's text in each object."""
     validation: float = 0.1
     validation_paths: str | tuple[str, ...] = ()
     tokenizer: str | None = None
@@ -65,38 +71,44 @@ class Jsonl(DataSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenMemmap(DataSpec):
-    """Files of token ids, raw little-endian, as other tools leave them.
-
-    ``separator``: the id that stands before or after each document, which then also opens every document
-    here; None: a file is one document, and token 0 opens it. ``vocab``: number of ids, the separator too.
-    """
+    """Files of token ids, raw and little-endian, as other tools write them."""
 
     paths: str | tuple[str, ...]
+    """As in `TextFiles`."""
     seq_len: int
     vocab: int
+    """Number of token ids, including the separator."""
     dtype: str = "uint16"
+    """The integer type of the ids in the files."""
     separator: int | None = None
+    """The id before or after each document in the files; here it begins every document. None: each file is one
+    document, and id 0 begins it."""
     validation: float = 0.1
     validation_paths: str | tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digits(DataSpec):
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 pixels, ten classes; held out by a hash of the index."""
+    """The 1,797 handwritten digits of scikit-learn: images of 8 x 8 pixels in ten classes."""
 
     validation: float = 0.2
+    """Fraction of the images to hold out for validation, selected by a hash of the image's index."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture(DataSpec):
     """Several token sources in fixed proportions.
 
-    The sequence is cut into blocks of ``block`` samples; each holds an exact count of every source, permuted
-    inside. ``weights`` are proportions. ``schedule`` changes them from a block on: pairs
-    (first block, weights) in rising order.
+    The sequence of samples is divided into blocks. Each block has an exact number of samples from every source, in
+    permuted order.
     """
 
     sources: tuple[DataSpec, ...]
+    """Token sources with the same ``seq_len``."""
     weights: tuple[float, ...]
+    """Proportion of each source; they need not sum to 1."""
     block: int = 1024
+    """Samples per block."""
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
+    """Later changes of the weights: pairs (first block, weights), with increasing first blocks of at least 1. (): the
+    weights do not change."""

@@ -1,7 +1,7 @@
-"""A split: the fixed infinite sequence of samples that training and evaluation read, by number.
+"""`Split`: the infinite sequence of samples, addressed by number, that training or evaluation reads.
 
-B batch, S seq. Sample n is window ``n mod windows`` of epoch ``n div windows``; every epoch of a training
-split is permuted anew. Nothing depends on how the sequence is cut into batches, or on who reads it.
+Shape letters: B batch, S seq. Sample n is window ``n mod windows`` of epoch ``n div windows``. Every epoch of a
+training split has its own permutation. Sample n is the same for every batch size and every process.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Batch = dict[str, np.ndarray]
 
 
 class Split(ABC):
-    """Samples by number.
+    """A sequence of samples, addressed by number.
 
     Attributes:
         name: ``train`` or ``validation``.
-        windows: number of distinct samples, one epoch.
-        fingerprint: SHA-256, in hex, of all that decides what a sample holds except the seed: tokens,
-            document boundaries, window length. It does not depend on where the source lies.
-        bytes_per_target: source bytes per predicted token, None where targets do not stand for bytes.
-            Bits per byte are nats per target / (ln 2 * bytes_per_target).
+        windows: number of distinct samples, which are one epoch.
+        fingerprint: SHA-256, in hex, of everything but the seed that decides the samples: tokens, document boundaries,
+            window length. It does not depend on the location of the source.
+        bytes_per_target: source bytes per predicted token, or None if targets do not represent bytes. Bits per byte
+            are nats per target / (ln 2 * bytes_per_target).
     """
 
     name: str
@@ -37,14 +37,14 @@ class Split(ABC):
 
     @abstractmethod
     def batch(self, start: int, count: int) -> Batch:
-        """Samples [start, start + count): arrays of leading size ``count``, with ``sample`` (B,) int64."""
+        """Return samples [start, start + count) as arrays (B, ...) with B = count; ``sample`` is (B,) int64."""
 
     @abstractmethod
     def blank(self, count: int) -> Batch:
-        """``count`` rows of the same keys, shapes and dtypes whose mask is 0 and whose sample is -1."""
+        """Return ``count`` padding rows, with the keys, shapes and dtypes of `batch`, mask 0 and sample -1."""
 
     def once(self, count: int) -> Iterator[Batch]:
-        """Every sample of the first epoch exactly once in batches of ``count``, the last filled with `blank`."""
+        """Yield every sample of the first epoch once, in batches of ``count``; `blank` rows fill the last batch."""
         for start in range(0, self.windows, count):
             real = min(count, self.windows - start)
             batch = self.batch(start, real)
@@ -54,25 +54,25 @@ class Split(ABC):
             yield batch
 
     def require(self, count: int) -> None:
-        """Raise UserError where a batch of ``count`` is more than the split holds."""
+        """Raise UserError if the split has fewer than ``count`` distinct samples."""
         if count > self.windows:
             raise UserError(
                 f"{self.name} data",
                 expected=f"at least {count} samples, one batch",
                 got=f"{self.windows}",
-                do="Use a smaller batch, shorter windows, or more data.",
+                do="Use a smaller batch, a smaller seq_len, or more data.",
             )
 
 
 class Order:
-    """Which window sample n is: a permutation an epoch, or none."""
+    """The order of windows: the map from sample number to window. Each epoch has its own permutation, or none."""
 
     def __init__(self, windows: int, seed: int, name: str, *, permuted: bool) -> None:
         self.windows, self._seed, self._name, self._permuted = windows, seed, name, permuted
         self._cache: dict[int, Permutation] = {}
 
     def __call__(self, sample: np.ndarray) -> np.ndarray:
-        """Windows (B,) int64 of samples (B,) int64."""
+        """Return the windows, (B,) int64, of samples (B,) int64."""
         epoch, window = np.divmod(sample, self.windows)
         if not self._permuted:
             return window
@@ -85,21 +85,22 @@ class Order:
     def _permutation(self, epoch: int) -> Permutation:
         found = self._cache.get(epoch)
         if found is None:
-            if len(self._cache) > 8:  # reads go forward: old epochs do not come back
+            if len(self._cache) > 8:  # reads move forward, so old epochs are not needed again
                 self._cache = {}
             found = self._cache[epoch] = Permutation(self.windows, self._seed, f"{self._name}/epoch/{epoch}")
         return found
 
 
 def samples(start: int, count: int) -> np.ndarray:
-    """Numbers [start, start + count), (count,) int64."""
+    """Return the numbers [start, start + count), (count,) int64."""
     if start < 0 or count < 0:
         raise ValueError(f"samples [{start}, {start} + {count}) do not exist")
     return np.arange(start, start + count, dtype=np.int64)
 
 
 def batch_hash(batch: Batch) -> str:
-    """SHA-256, in hex, over names, dtypes, shapes and contents, keys in sorted order."""
+    """Return the SHA-256, in hex, of the names, dtypes, shapes and contents of the arrays, in the order of the keys."""
+
     digest = hashlib.sha256()
     for key in sorted(batch):
         value = np.ascontiguousarray(batch[key])

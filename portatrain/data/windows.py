@@ -1,10 +1,9 @@
-"""Windows over a packed stream of tokens: what a language model trains on.
+"""Windows over a packed token stream: the samples of a language model.
 
-The stream is the documents one after another, each opened by the token ``bos``. Window w reads tokens
-[w S, w S + S) and predicts tokens [w S + 1, w S + S + 1): consecutive windows overlap by one token, so every
-token of the stream but the first is a target exactly once. Targets that open a document are masked: what
-is predicted is every token of every document, once, each from what stands before it in its document and
-its window.
+In the stream, documents follow each other, and each begins with the token ``bos``. Window w has tokens [w S, w S + S)
+as inputs and tokens [w S + 1, w S + S + 1) as targets. Consecutive windows overlap by one token, so every token of the
+stream except the first is a target exactly once. Targets that begin a document are masked. Every other token is
+predicted once, from the tokens before it in its document and its window.
 """
 
 from __future__ import annotations
@@ -18,18 +17,23 @@ from portatrain.data.split import Batch, Order, Split, samples
 
 
 def blank(count: int, seq_len: int) -> Batch:
-    """``count`` samples of no tokens, as `Split.blank`; with no stream, for their shapes and dtypes."""
+    """Return ``count`` padding rows, as `Split.blank` does; it needs no stream, only the shapes and dtypes."""
     names = ("tokens", "targets", "segment_ids", "positions")
     empty = {k: np.zeros((count, seq_len), np.int32) for k in names}
     return {**empty, "mask": np.zeros((count, seq_len), np.float32), "sample": np.full(count, -1, np.int64)}
 
 
 class Windows(Split):
-    """The windows of one packed stream. Keys of a batch, all (B, S) unless said:
+    """The windows of one packed stream.
 
-    ``tokens`` int32; ``targets`` int32; ``mask`` float32, 1 where the target counts; ``segment_ids`` int32,
-    from 1 in each window, one more at each document, 0 for padding after the end of the stream (attention
-    must not cross them); ``positions`` int32, from 0 in each segment; ``sample`` (B,) int64.
+    The arrays of a batch are (B, S), except for ``sample``:
+
+    - ``tokens``, ``targets``: int32.
+    - ``mask``: float32, the weight of each target, 1 or 0.
+    - ``segment_ids``: int32, the number of the document within the window, from 1; 0 for padding after the end of the
+      stream. Attention must not cross segments.
+    - ``positions``: int32, from 0 in each segment.
+    - ``sample``: (B,) int64, the sample number.
     """
 
     def __init__(self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str) -> None:
@@ -47,7 +51,7 @@ class Windows(Split):
         return self.at(samples(start, count))
 
     def at(self, sample: np.ndarray) -> Batch:
-        """The samples numbered ``sample`` (B,) int64."""
+        """Return the samples with the numbers ``sample``, (B,) int64."""
         size, begin = self.seq_len, self._order(sample) * self.seq_len
         drawn = np.zeros((len(begin), size + 1), np.int32)
         for row, at in zip(drawn, begin.tolist(), strict=True):
@@ -72,7 +76,9 @@ class Windows(Split):
         return blank(count, self.seq_len)
 
     def _opens(self, begin: np.ndarray) -> np.ndarray:
-        """(B, S + 1) bool: the token opens a document. Column 0 stays False: a window opens a segment anyway."""
+        """Return (B, S + 1) bool, True for a token that begins a document, except in column 0: a window always begins
+        a segment."""
+
         starts = self.stream.starts
         low = np.searchsorted(starts, begin, side="right")
         high = np.searchsorted(starts, begin + self.seq_len, side="right")

@@ -1,1 +1,2 @@
-"""How a model is written: modules, operations, layers, layouts, precision, random numbers. No framework, no device."""
+"""The definition of a model: modules, operations, layers, layouts, LoRA, precision, remat policies, random numbers.
+This room imports no framework and touches no device or disk."""

@@ -1,6 +1,6 @@
 """Copies of portable modules with arrays in place of their `Param`s and `State`s. Plain Python, no framework.
 
-Backends that make native classes do not need it; the oracle and `after_step` do.
+The oracle and `Module.after_step` use it; backends that make native modules do not.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from portatrain.model.module import Module, Param, Stack, State
 
 
 def bind(module: Module, value_of: Callable[[Param | State], Any]) -> Module:
-    """A copy of `module` and of all that it holds, with `value_of(p)` for every Param and State `p`.
+    """Return a deep copy of `module` with every Param and State `p` replaced by `value_of(p)`.
 
-    A module or tensor held in two places stays one. A Stack keeps its portable block, which has values only once a
-    layer is chosen: whoever runs the Stack binds the block, layer by layer. `source_of` gives the original back.
+    A module that two others hold is copied once. The block of a Stack is not copied, since its values depend on the
+    layer: the code that runs the Stack binds the block for each layer. `source_of` returns the original module.
     """
     made: dict[int, Module] = {}
 
@@ -40,5 +40,6 @@ def bind(module: Module, value_of: Callable[[Param | State], Any]) -> Module:
 
 
 def source_of(bound: Module) -> Module:
-    """The portable module that `bind` made this copy of."""
+    """Return the portable module from which `bind` made the copy `bound`."""
+
     return vars(bound)["_source"]

@@ -1,7 +1,7 @@
-"""Dropout's hash: which elements are kept, as a pure function in wrapping int32 arithmetic.
+"""The dropout hash: a pure function that decides which elements dropout keeps.
 
-The formulas use only `+ ^ * >> &` on int32 arrays, so that NumPy, JAX and torch give the same bits (torch has no
-unsigned shift on every device). The finaliser is that of MurmurHash3 (Appleby 2011, fmix32).
+It uses only `+ ^ * >> &` on wrapping int32 arrays, so NumPy, JAX and torch give the same bits (torch lacks an unsigned
+shift on some devices). The mixing function is the finaliser of MurmurHash3 (Appleby 2011, fmix32).
 """
 
 from __future__ import annotations
@@ -16,19 +16,27 @@ _M2 = -1028477387  # 0xC2B2AE35
 
 
 def _lsr(x: Array, bits: int) -> Array:
-    """Logical shift right of int32."""
+    """Return the int32 `x` shifted right by `bits`, with zeros shifted in."""
     return (x >> bits) & ((1 << (32 - bits)) - 1)
 
 
 def mix(h: Array) -> Array:
-    """fmix32: every input bit changes every output bit with probability near one half."""
+    """Return fmix32 of int32 words: each input bit changes each output bit with a probability near one half."""
     h = (h ^ _lsr(h, 16)) * _M1
     h = (h ^ _lsr(h, 13)) * _M2
     return h ^ _lsr(h, 16)
 
 
 def sample_keys(seed_2: Array, step: Array, site: int, layer: Array, sample_B2: Array) -> Array:
-    """(B,) int32 keys, one a sample; every word enters by itself. All arrays are int32."""
+    """Return one key per sample, (B,) int32.
+
+    Args:
+        seed_2: (2,) int32, the two words of the seed.
+        step: () int32.
+        site: the module's `site`.
+        layer: () int32.
+        sample_B2: (B, 2) int32, the two words of each sample's index.
+    """
     h = mix(seed_2[0] ^ _GOLDEN)
     h = mix(h ^ seed_2[1])
     h = mix(h ^ step)
@@ -39,26 +47,31 @@ def sample_keys(seed_2: Array, step: Array, site: int, layer: Array, sample_B2: 
 
 
 def tensor_key(seed_2: Array, step: Array, site: int) -> Array:
-    """(1,) int32: the key of a tensor at a step. All arrays are int32."""
-    h = mix(seed_2[:1] ^ (_GOLDEN + 1))  # another stream than the samples'
+    """Return the key of a tensor at a step, (1,) int32; the arguments are those of `sample_keys`."""
+    h = mix(seed_2[:1] ^ (_GOLDEN + 1))  # a different stream from that of `sample_keys`
     h = mix(h ^ seed_2[1:])
     h = mix(h ^ step)
     return mix(h ^ site)
 
 
 def random_bits(key_B1: Array, offset_1F: Array) -> Array:
-    """24 random bits, (B, F) int32, for element offsets within a sample."""
+    """Return 24 random bits per element, (B, F) int32.
+
+    Args:
+        key_B1: (B, 1) int32 keys.
+        offset_1F: (1, F) int32 offsets of elements within a sample.
+    """
     h = mix(key_B1 + offset_1F * _GOLDEN)
     return _lsr(mix(h ^ (key_B1 * _M1 + 1)), 8)
 
 
 def threshold(rate: float) -> int:
-    """Elements with `random_bits` below this are dropped."""
+    """Return the number below which `random_bits` of an element mean that it is dropped at `rate`."""
     return round(rate * (1 << 24))
 
 
 def words(value: int) -> tuple[int, int]:
-    """A 64-bit integer as two int32 words (low, high)."""
+    """Return a 64-bit integer as two int32 words, (low, high)."""
 
     def signed(word: int) -> int:
         return word - (1 << 32) if word >= 1 << 31 else word

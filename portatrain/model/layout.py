@@ -1,12 +1,13 @@
-"""Where tensors lie: a mesh, two mappings from logical axes to mesh axes, and the boxes that follow.
+"""Meshes and layouts: which device holds which part of a tensor.
 
-This is the only place that decides, and the only one that raises a sharding error. A `Layout` becomes a
-`PartitionSpec` (JAX), DTensor placements and FSDP2's shard dimension (torch), an XLA SPMD spec, or a
-checkpoint's boxes. A layout for one device is a layout like any other. Plain Python.
+A `Layout` is a mesh and two mappings from logical axes to mesh axes. All sharding is decided here, and all sharding
+errors are raised here. Backends convert a layout to a `PartitionSpec` (JAX), to DTensor placements and FSDP2's shard
+dimension (torch) or to an XLA SPMD spec; checkpoints convert it to boxes. Plain Python.
 """
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,13 +16,14 @@ from portatrain.errors import UserError, choice
 from portatrain.model.module import Definition, TensorInfo
 
 MESH_AXES = ("replica", "fsdp", "expert", "context", "tensor")
-"""The mesh axes, major to minor: neighbours on `tensor` are the nearest devices. `stage` is kept for pipelines."""
+"""The mesh axes, major to minor: neighbours on `tensor` are the nearest devices. `stage` is reserved for pipelines."""
 
 BATCH_MESH_AXES = ("replica", "fsdp", "expert")
+"""The mesh axes that shard the batch."""
 
 Axes = str | tuple[str, ...]
 Spec = tuple[tuple[str, ...], ...]
-"""For every dimension of a tensor the mesh axes that split it, major first."""
+"""For each dimension of a tensor, the mesh axes that shard it, major first."""
 
 COMPUTE: Mapping[str, Axes] = {
     "batch": BATCH_MESH_AXES,
@@ -33,10 +35,59 @@ COMPUTE: Mapping[str, Axes] = {
     "vocab": "tensor",
     "experts": "expert",
 }
-"""Where values lie while computing. `res_seq` is the sequence axis of the residual stream."""
+"""The default mapping for activations. `res_seq` is the sequence axis of the residual stream."""
 
 PARAMS: Mapping[str, Axes] = {"embed": "fsdp"}
-"""What the params mapping adds to `COMPUTE`: FSDP is this one line."""
+"""The entries that the default mapping for parameters adds to `COMPUTE`. This line is FSDP."""
+
+
+UNSPLIT = frozenset(
+    {"layers", "head_dim", "patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"}
+)
+"""The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
+device, and are meant to be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnknownAxis:
+    """A logical axis that no mapping knows: it is whole on every device, as a misspelt one is."""
+
+    axis: str
+    tensors: tuple[str, ...]
+    nearest: str | None
+    """The known axis with the most similar name, if one is similar."""
+
+    def __str__(self) -> str:
+        more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
+        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
+        return (
+            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {meant}"
+            f"If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+        )
+
+
+def unknown_axes(
+    model: Definition, *, compute: Mapping[str, Axes] | None = None, params: Mapping[str, Axes] | None = None
+) -> list[UnknownAxis]:
+    """Return the axes of `model` that no mapping knows, in the order of its tensors.
+
+    Known are the axes of the default mappings, `UNSPLIT`, the axes of Stacks, and every key of `compute` and `params`
+    (a recipe's), also one that is mapped to (): that says that the axis stays whole on purpose.
+    """
+    known = {*COMPUTE, *PARAMS, *UNSPLIT, *(compute or ()), *(params or ())}
+    found: dict[str, list[str]] = {}
+    for tensor in model.tensors.values():
+        for axis in tensor.axes[tensor.stack_dims :]:
+            if axis not in known:
+                found.setdefault(axis, []).append(tensor.name)
+    return [
+        UnknownAxis(
+            axis=axis,
+            tensors=tuple(tensors),
+            nearest=next(iter(difflib.get_close_matches(axis, sorted(known), n=1)), None),
+        )
+        for axis, tensors in found.items()
+    ]
 
 
 def _tuple(axes: Axes) -> tuple[str, ...]:
@@ -45,7 +96,11 @@ def _tuple(axes: Axes) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Mesh:
-    """A grid of devices: sizes of the mesh axes, every axis present, in the order of `MESH_AXES`."""
+    """A grid of devices: the size of each mesh axis, in the order of `MESH_AXES`.
+
+    Raises:
+        UserError: a size is not a whole number of at least 1.
+    """
 
     replica: int = 1
     fsdp: int = 1
@@ -65,7 +120,11 @@ class Mesh:
 
     @classmethod
     def parse(cls, text: str) -> Mesh:
-        """`Mesh.parse("fsdp=4,tensor=2")`; the empty text is the mesh of one device."""
+        """Return the mesh of a text such as "fsdp=4,tensor=2"; the empty text gives one device.
+
+        Raises:
+            UserError: an unknown or repeated axis, or a size that is not a whole number.
+        """
         sizes: dict[str, int] = {}
         for part in filter(None, (p.strip() for p in text.split(","))):
             axis, sign, size = part.partition("=")
@@ -83,14 +142,16 @@ class Mesh:
 
     @property
     def sizes(self) -> dict[str, int]:
+        """Mesh axis -> size, in the order of `MESH_AXES`."""
         return {axis: getattr(self, axis) for axis in MESH_AXES}
 
     @property
     def devices(self) -> int:
+        """The number of devices."""
         return math.prod(self.sizes.values())
 
     def over(self, axes: Iterable[str]) -> int:
-        """The number of shards that splitting over `axes` makes."""
+        """Return the number of shards over the mesh axes `axes`, the product of their sizes."""
         return math.prod(self.sizes[a] for a in axes)
 
     def index(self, axes: Iterable[str], at: Mapping[str, int]) -> int:
@@ -101,7 +162,7 @@ class Mesh:
         return found
 
     def coordinates(self, rank: int) -> dict[str, int]:
-        """The position of device `rank`, counted row-major over `MESH_AXES`."""
+        """Return the mesh coordinates of device `rank`; ranks are row-major over `MESH_AXES`."""
         found = {}
         for axis in reversed(MESH_AXES):
             rank, found[axis] = divmod(rank, self.sizes[axis])
@@ -113,16 +174,16 @@ class Mesh:
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and the two mappings: `compute` for values, `params` for parameters, their averages and slots.
-
-    `known` are the logical axes that may be named besides those of the mappings (those of the model's tensors);
-    None allows any. Build one for a model with `Layout.of`.
-    """
+    """A mesh and two mappings from logical axes to mesh axes. Build one for a model with `Layout.of`."""
 
     mesh: Mesh = field(default_factory=Mesh)
+    """The devices."""
     compute: Mapping[str, Axes] = field(default_factory=lambda: dict(COMPUTE))
+    """The mapping for activations and for States."""
     params: Mapping[str, Axes] = field(default_factory=lambda: {**COMPUTE, **PARAMS})
+    """The mapping for parameters, their averages and the optimizer's slots."""
     known: frozenset[str] | None = None
+    """The logical axes that are valid, in mappings and in tensors. None: all are."""
 
     @classmethod
     def of(
@@ -133,9 +194,14 @@ class Layout:
         compute: Mapping[str, Axes] | None = None,
         params: Mapping[str, Axes] | None = None,
     ) -> Layout:
-        """The layout of `model` on `mesh`, with `compute` and `params` entries laid over the default mappings.
+        """Return the layout of `model` on `mesh`.
 
-        Checks everything that can be checked before anything is allocated; raises UserError.
+        Args:
+            mesh: None is one device.
+            compute, params: entries that replace those of the default mappings `COMPUTE` and `PARAMS`.
+
+        Raises:
+            UserError: a tensor cannot be sharded evenly, or a mapping is invalid. Nothing has been allocated yet.
         """
         mine = {**COMPUTE, **(compute or {})}
         layout = cls(
@@ -150,10 +216,14 @@ class Layout:
     # ---- specs
 
     def spec(self, axes: Sequence[str | None], *, role: str = "compute", what: str = "value") -> Spec:
-        """The mesh axes of every dimension of something with these logical `axes` (None: not split).
+        """Return the mesh axes of each dimension of an array with these logical `axes` (None: not sharded).
 
-        `role` is 'compute' for values, 'params', 'state' or 'opt'. Raises UserError for an unknown logical axis
-        and for a mesh axis used twice.
+        Args:
+            role: 'compute' for activations, 'params', 'state' or 'opt'.
+            what: the name of the array, for messages.
+
+        Raises:
+            UserError: an unknown logical axis, or a mesh axis that would shard two dimensions.
         """
         mapping = self._mapping(role)
         spec = []
@@ -174,10 +244,13 @@ class Layout:
         return tuple(spec)
 
     def tensor_spec(self, tensor: TensorInfo, *, role: str | None = None) -> Spec:
-        """The spec of a logical tensor, with kv_heads replicated where there are fewer of them than the axis.
+        """Return the mesh axes of each dimension of a logical tensor.
 
-        Rule: kv_heads that the mesh axes divide are split; where the mesh axes' size is a multiple of kv_heads the
-        dimension is replicated (each device computes with the whole, small tensor); anything else is an error.
+        The axis kv_heads is an exception. If the mesh axes have more shards than kv_heads, and a multiple of them, the
+        dimension is replicated: each device computes with the whole, small tensor.
+
+        Raises:
+            UserError: a dimension does not divide over its mesh axes; as in `spec`.
         """
         spec = list(self.spec(tensor.axes, role=role or tensor.role, what=tensor.name))
         for dim, (axis, size) in enumerate(zip(tensor.axes, tensor.shape, strict=True)):
@@ -189,7 +262,7 @@ class Layout:
         return tuple(spec)
 
     def _mapping(self, role: str) -> Mapping[str, Axes]:
-        if role == "compute" or role == "state":  # a model's State lies where values lie
+        if role == "compute" or role == "state":  # a State is sharded as activations are
             return self.compute
         return self.params
 
@@ -197,12 +270,13 @@ class Layout:
         shards = self.mesh.over(over)
         up = -(-size // shards) * shards
         near = f"{up - shards} or {up}" if up > shards else str(up)
-        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in over)
+        used = [a for a in over if self.mesh.sizes[a] > 1]
+        split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in used)
         return UserError(
             f"{what}, axis {axis!r} on mesh {self.mesh}",
             expected=f"a size that {split} divides",
             got=str(size),
-            do=f"The nearest sizes that work are {near}; or use a smaller {over[-1]} axis.",
+            do=f"The nearest sizes that work are {near}; or use a smaller {' or '.join(used)} axis.",
         )
 
     # ---- boxes
@@ -210,7 +284,7 @@ class Layout:
     def box(
         self, tensor: TensorInfo, at: Mapping[str, int], *, role: str | None = None
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(offset, shape) of the part of `tensor` on the device at mesh coordinates `at`."""
+        """Return the box, (offset, shape) in elements, of `tensor` on the device at mesh coordinates `at`."""
         offset, shape = [], []
         for size, over in zip(tensor.shape, self.tensor_spec(tensor, role=role), strict=True):
             mine = size // self.mesh.over(over)
@@ -219,7 +293,7 @@ class Layout:
         return tuple(offset), tuple(shape)
 
     def check(self, model: Definition) -> None:
-        """Raise UserError unless every tensor of `model` divides, and every mesh axis is one that a mapping names."""
+        """Raise UserError unless the mappings name valid mesh axes and every tensor of `model` divides evenly."""
         for mapping in (self.compute, self.params):
             for logical, axes in mapping.items():
                 for axis in _tuple(axes):
@@ -237,7 +311,8 @@ class Layout:
             )
 
     def check_batch(self, microbatch: int, seq_len: int | None = None) -> None:
-        """Raise UserError unless the samples (and positions) of a microbatch divide over the mesh."""
+        """Raise UserError unless the samples of a microbatch, and their positions, divide evenly over the mesh."""
+
         for axis, size in (("batch", microbatch), ("seq", seq_len), ("res_seq", seq_len)):
             over = self.spec((axis,), what="a batch")[0]
             if size is not None and size % self.mesh.over(over):

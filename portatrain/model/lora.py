@@ -1,9 +1,9 @@
-"""Low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): a weight W that stays, and a product A B that is trained.
+"""LoRA, low-rank adaptation (Hu et al. 2021, arXiv:2106.09685): the weight W is frozen, and a product A B is trained.
 
-A recipe says `lora=LoRA(rank=8)`; `adapt` then replaces the weights that it targets in a model that has been built.
-The weight keeps its name, the factors get 'blocks/attn/wq/lora_a' and '.../lora_b', with W's logical axes: whatever
-cuts W on a mesh cuts them. Models and layers know nothing of it: `ops.einsum` contracts with A, then with B, wherever
-it is given a weight that is adapted.
+With `lora=LoRA(rank=8)` in a recipe, `adapt` replaces the targeted weights of the built model. W keeps its name. Its
+factors are named 'blocks/attn/wq/lora_a' and 'blocks/attn/wq/lora_b' and have W's logical axes, so the mesh axes that
+shard W shard them too. Models and layers need no change: given an adapted weight, `ops.einsum` contracts with W, and
+with A and then B.
 """
 
 from __future__ import annotations
@@ -24,16 +24,22 @@ FACTORS = ("lora_a", "lora_b")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """y = x W + alpha / rank * (x A) B. A starts as any weight does, B at zero: the first step sees W alone.
+    """y = x W + alpha / rank * (x A) B.
 
-    targets: shell patterns over whole parameter names; of those that they name, the ones that contract an axis
-    (`inputs` of at least 1) and lie over no vocabulary are adapted. Unless the recipe's `trainable` says otherwise,
-    the factors are all that is trained.
+    A has the default initial values of a weight and B starts at zero, so the model starts as it was. Only the factors
+    are trained, unless the recipe sets `trainable`.
+
+    Raises:
+        UserError: rank or alpha is not above 0, or a field has the wrong type.
     """
 
     rank: int = 8
+    """Size of the axis between A and B."""
     alpha: float = 16.0
+    """Scale of the product: it is multiplied by alpha / rank."""
     targets: tuple[str, ...] = ("*",)
+    """Shell patterns over whole parameter names. Weights that contract an axis (`fan_in_axes` of at least 1) and have
+    no `vocab` axis are adapted if their name matches. ("*",): all of them."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -48,17 +54,12 @@ class LoRA:
 
 
 def is_factor(name: str) -> bool:
-    """Whether the parameter of this name is a factor of an adapted weight."""
+    """Return True if the parameter `name` is a factor of an adapted weight."""
     return name.rpartition("/")[2] in FACTORS
 
 
-def base_of(name: str) -> str:
-    """The name of the weight that the factor `name` belongs to."""
-    return name.rpartition("/")[0]
-
-
 class Adapted(Module):
-    """A weight with its factors, in the place of the weight."""
+    """A weight with its two factors; it replaces the weight in the model."""
 
     unnamed: ClassVar[tuple[str, ...]] = ("base",)
 
@@ -76,7 +77,11 @@ class Adapted(Module):
         self.batch, self.split = batch, split
 
     def contracted(self, einsum: Callable[..., Any], spec: str, operands: tuple[Any, ...], dtype: str | None) -> Any:
-        """`einsum(spec, *operands)`, one of which is this weight."""
+        """Return `einsum(spec, *operands)` with this weight, one of the operands, adapted.
+
+        Raises:
+            UserError: the spec does not contract exactly the `fan_in_axes` of the weight.
+        """
         inputs, _, out = spec.replace(" ", "").partition("->")
         letters = inputs.split(",")
         at = next(i for i, x in enumerate(operands) if x is self)
@@ -94,9 +99,10 @@ class Adapted(Module):
         ):
             raise UserError(
                 f"LoRA on {self.path}",
-                expected=f"its first {len(taken)} axes after {self.batch} batch axes to be contracted, as inputs says",
+                expected=f"an einsum that contracts its first {len(taken)} axes (fan_in_axes) after {self.batch} batch "
+                "axes",
                 got=f"einsum {spec!r}",
-                do="Leave it out of the targets of LoRA.",
+                do="Exclude it from LoRA.targets.",
             )
         r = next(c for c in "zyxwvutsrqponmlkjihgfedcba" if c not in spec)
         middle = "".join(c for c in out if c not in made) + r
@@ -108,7 +114,7 @@ class Adapted(Module):
 
 
 def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
-    """`Ops.einsum` for weights that may be adapted."""
+    """Return the method `einsum` of an `Ops` class, extended to adapted weights."""
 
     @functools.wraps(einsum)
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
@@ -121,19 +127,27 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def not_adapted(p: Any) -> Any:
-    """`p`, a parameter or value that something else than einsum uses; UserError where it is adapted."""
+    """Return `p`, which an operation other than einsum uses.
+
+    Raises:
+        UserError: `p` is an adapted weight.
+    """
     if isinstance(p, Adapted):
         raise UserError(
             f"LoRA on {p.path}",
-            expected="a weight that ops.einsum contracts",
-            got="another use of it",
-            do="Leave it out of the targets of LoRA.",
+            expected="a weight that only ops.einsum uses",
+            got="a use in another operation",
+            do="Exclude it from LoRA.targets.",
         )
     return p
 
 
 def adapt(model: Module, lora: LoRA) -> Module:
-    """`model`, its weights that `lora` targets replaced. UserError for a pattern that names no such weight."""
+    """Replace the weights of `model` that `lora` targets, in place, and return the model.
+
+    Raises:
+        UserError: a pattern that matches no weight which can be adapted, or only some weights of a list.
+    """
     found = describe(model)
     able = [n for n, t in found.params.items() if t.fan_in_axes and "vocab" not in t.axes]
     for pattern in lora.targets:
@@ -154,9 +168,9 @@ def adapt(model: Module, lora: LoRA) -> Module:
         if any(isinstance(item, Param) for item in new):
             raise UserError(
                 f"LoRA.targets: {name}",
-                expected="all weights of a list or none",
+                expected="all weights of a list, or none",
                 got="some of them",
-                do="Widen the pattern, or leave the list out.",
+                do="Use a pattern that matches all or none.",
             )
         return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 

@@ -1,13 +1,14 @@
-"""What numbers are computed in and what they are kept in; stochastic rounding.
+"""Precision: the dtypes of computation and of stored state, and stochastic rounding.
 
-    fp32        everything in float32
+    fp32        everything is float32
     bf16        computation in bfloat16; parameters, optimizer state, averages and reductions in float32
-    bf16-state  parameters and optimizer state in bfloat16 too, rounded stochastically; averages in float32
+    bf16-state  as bf16, with parameters and optimizer state kept in bfloat16, rounded stochastically
 
-An update is computed in float32 from what is kept, and rounded up with the probability of the part that is cut off
-(Zamirai et al. 2020, arXiv:2010.06192): rounding to nearest would lose every step below 1/512 of a value, and a second
-moment with b2 = 0.999 would stand still. The random words are a hash of seed, tensor, count of steps and logical index,
-in the arithmetic of `portatrain.model.dropout_hash`: the same on every framework, mesh and device.
+Under bf16-state, an update is computed in float32 from the kept values. It is rounded away from zero with a probability
+equal to the fraction that is cut off (Zamirai et al. 2020, arXiv:2010.06192). Rounding to nearest would lose every
+update below 1/512 of a value, so a second moment with b2 = 0.999 would never change. The random words are a hash of
+seed, tensor, number of steps and logical index (`portatrain.model.dropout_hash`), the same on every framework, mesh and
+device.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ Array = Any
 
 
 def stored(definition: Definition, precision: str) -> Definition:
-    """`definition` with its parameters in the dtype that `precision` keeps them in; slots follow."""
+    """Return `definition` with the dtype in which `precision` keeps parameters; slots have the same dtype."""
     if precision != "bf16-state":
         return definition
     params = {n: dataclasses.replace(t, dtype="bfloat16") for n, t in definition.params.items()}
@@ -33,14 +34,19 @@ def stored(definition: Definition, precision: str) -> Definition:
 
 
 def averaged(info: TensorInfo) -> TensorInfo:
-    """The moving average of the parameter `info`."""
+    """Return the tensor that holds the moving average of the parameter `info`: the same one in float32."""
     return dataclasses.replace(info, dtype="float32")
 
 
 def rounded_bits(bits: Array, noise: Array) -> Array:
-    """float32 as int32 words -> those of its neighbour in bfloat16 towards or away from zero, as `noise` has it.
+    """Round float32 numbers, given as int32 words, to a neighbouring bfloat16 number: towards or away from zero.
 
-    noise: int32, of which 16 random bits count. Infinities stay what they are.
+    Args:
+        bits: int32, any shape: the bits of the float32 numbers.
+        noise: int32, the same shape; its low 16 bits decide the direction.
+
+    Returns:
+        int32, the bits of float32 numbers that bfloat16 represents exactly. Infinities do not change.
     """
     return (bits + (noise & 0xFFFF)) & -0x10000
 
@@ -54,10 +60,16 @@ def noise(
     shape: Sequence[int],
     arange: Callable[[int], Array],
 ) -> Array:
-    """Random words for the box at `offset` of a logical tensor, int32 of `shape`.
+    """Return random words for the box at `offset` of a logical tensor, int32 of shape `shape`.
 
-    seed_2: (2,) int32; count: () int32, the steps applied; arange(n): int32, on the device.
+    Args:
+        seed_2: (2,) int32, the two words of the seed.
+        count: () int32, the number of applied steps.
+        role, name: the tensor.
+        offset, shape: the box, in elements.
+        arange: a function from n to 0 .. n-1, int32, on the device.
     """
+
     h = dropout_hash.tensor_key(seed_2, count, site_of(f"{role}/{name}"))
     if not shape:
         return dropout_hash.random_bits(h, arange(1))[0]

@@ -1,19 +1,19 @@
-"""Remat policies by name: what the backward pass keeps of a block of a Stack, and what it computes again.
+"""Remat policies: which activations of a Stack's block are kept for the backward pass. The others are recomputed.
 
-One list for recipes, backends and the planner; no framework. A policy means the same on every backend, and changes
-memory and time alone: gradients are those of `none`.
+Recipes, backends and the planner share this list. A policy means the same on every backend. It changes memory and time
+only: gradients are those of `none`.
 
-| policy | kept of a block, besides its input |
+| policy | kept activations of a block, besides its input |
 |---|---|
-| `none` | everything: nothing is computed again |
-| `dots` | what contractions without a batch dimension returned: activations times weights |
-| `attention` | what attention returned, so that a fused kernel is not run again |
-| `block` | nothing |
-| `keep:A+B` | the activations named A and B by `ops.name`, and nothing else |
-| `offload:A+B` | those, in the host's memory |
+| `none` | all: nothing is recomputed |
+| `dots` | the results of contractions without a batch dimension: activations times weights |
+| `attention` | the results of attention, so that a fused kernel does not run again |
+| `block` | none |
+| `keep:A+B` | the activations that `ops.name` names A and B, and no others |
+| `offload:A+B` | the same ones, in host memory |
 
-The layers of `portatrain.model.layers` name theirs by `ACTIVATIONS`; a model names more with `ops.name(x, "routes")`. A
-name that no block of the model uses is an error at the first step.
+The layers of `portatrain.model.layers` use the names in `ACTIVATIONS`; a model adds names with `ops.name(x, "routes")`.
+A policy with a name that no block of the model uses is an error at the first step.
 """
 
 from __future__ import annotations
@@ -27,31 +27,34 @@ from portatrain.errors import UserError, choice
 ACTIVATIONS = {
     "normed": "the inputs of attention and feed-forward, after their norms",
     "qkv": "queries, keys and values, rotated",
-    "attention": "what attention returned; named by `ops.attention` itself",
+    "attention": "the results of attention; `ops.attention` names them itself",
     "projected": "the output projection of attention",
     "hidden": "gate and up of the feed-forward, before the activation",
-    "product": "the activation, times up where there is a gate",
+    "product": "the activation; times up if there is a gate",
 }
-"""Names that the layers of `portatrain.model.layers` give, and what of."""
+"""The names that the layers of `portatrain.model.layers` use -> the activations that have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """`names`: the activations that are kept (of `none` and `dots`, those of `ACTIVATIONS` that their rule covers).
-    `dots`: the rule is the kind of operation, not the name. `offload`: they are kept in the host's memory."""
+    """One remat policy."""
 
     name: str
     names: frozenset[str] = frozenset()
+    """The names of the kept activations; for `none` and `dots`, the names in `ACTIVATIONS` that they keep."""
     dots: bool = False
+    """True if the kind of operation decides, and not the name."""
     offload: bool = False
+    """True if kept activations are moved to host memory."""
 
     @property
     def keeps_all(self) -> bool:
+        """True if nothing is recomputed."""
         return self.name == "none"
 
     @property
     def by_name(self) -> bool:
-        """Whether `ops.name` decides what is kept."""
+        """True if `ops.name` decides which activations are kept."""
         return bool(self.names) and not (self.keeps_all or self.dots)
 
 
@@ -69,9 +72,10 @@ _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 def parse(text: str) -> Policy:
-    """The policy `text`: a name of `POLICIES`, or `keep:A+B`, `offload:A+B` over names of activations.
+    """Return the policy `text`: a name in `POLICIES`, or `keep:A+B` or `offload:A+B` with names of activations.
 
-    Raises UserError with the nearest choices.
+    Raises:
+        UserError: no such policy, or an invalid or repeated name.
     """
     if text in POLICIES:
         return POLICIES[text]
@@ -90,8 +94,9 @@ def parse(text: str) -> Policy:
 
 
 def check_used(policy: Policy, used: Iterable[str]) -> None:
-    """Raise UserError for a name of `policy` that is not among those `used` in the model's blocks."""
-    known = {*used, "attention"}  # which `ops.attention` names
+    """Raise UserError if `policy` has a name that is not in `used`, the names in the model's blocks."""
+    known = {*used, "attention"}  # `ops.attention` names its result itself
+
     if policy.by_name:
         for name in sorted(policy.names - known):
             raise choice(f"remat {policy.name!r}: an activation named in the model's blocks", name, known)

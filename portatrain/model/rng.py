@@ -1,9 +1,9 @@
-"""Counter-based randomness of the host: initial weights, permutations, and random words by index.
+"""Counter-based random numbers on the host: initial weights, permutations, and random words by index.
 
-Everything here is a pure function of (seed, name, index): no state, no order of calls, no device. The
-one generator is Philox4x64-10 [1] as NumPy carries it; word ``k`` of a key is ``random_raw(...)[k]`` of
-``numpy.random.Philox(key=key)``, which is word ``k mod 4`` of the cipher at counter ``k div 4 + 1``. Hence
-any word is reached without those before it.
+Every function is a pure function of (seed, name, index): it has no state and depends on no order of calls and no
+device. The generator is NumPy's Philox4x64-10 [1]. Word ``k`` of a key is ``random_raw(...)[k]`` of
+``numpy.random.Philox(key=key)``, which is word ``k mod 4`` of the cipher at counter ``k div 4 + 1``. Any word can
+therefore be computed without the ones before it.
 
 A key is the first 128 bits, two little-endian 64-bit words, of the SHA-256 of::
 
@@ -12,10 +12,9 @@ A key is the first 128 bits, two little-endian 64-bit words, of the SHA-256 of::
 with the domain ``portatrain.init.1`` for initial weights, ``portatrain.words.1`` for `words` and
 ``portatrain.permutation.1`` for `Permutation`.
 
-The bits are the same on every machine: hashing and Philox are integer arithmetic, and the normal
-quantile uses float64 ``+ - * /`` only, each of which IEEE 754 fixes to the last bit. Nothing may fuse a
-multiplication with an addition, which would round once instead of twice: every operation is a NumPy call
-of its own that stores its result. No libm function is called.
+The bits are the same on every machine. Hashing and Philox are integer arithmetic, and the normal quantile uses only
+float64 ``+ - * /``, whose results IEEE 754 defines to the last bit. A fused multiply-add would round once instead of
+twice; to prevent it, every operation is a separate NumPy call that stores its result. No libm function is called.
 
 [1] Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -36,12 +35,11 @@ from portatrain.errors import UserError
 TRUNCATED_STD = 0.8796256610342398
 """Standard deviation of the standard normal cut at -2 and 2: sqrt(1 - 4 phi(2) / (Phi(2) - Phi(-2)))."""
 
-# x(u) = q P(q^2) / Q(q^2) with q = u - 1/2 is the quantile of the standard normal cut at -2 and 2, that is
-# Phi^-1(Phi(-2) + u (Phi(2) - Phi(-2))). P and Q are the minimax pair of degree (6, 6) for the relative error
-# on 0 <= q^2 <= 1/4, found by Remez' exchange in 60 decimal digits and rounded to float64. The greatest
-# relative error is 3.3e-11, the greatest absolute error 6.6e-11 (6.8e-11 as float64 computes it): a thousandth
-# of half a unit in the last place of the float32 result. tests/unit/test_rng.py holds it against
-# statistics.NormalDist.
+# x(u) = q P(q^2) / Q(q^2) with q = u - 1/2 is the quantile of the standard normal cut at -2 and 2, which is
+# Phi^-1(Phi(-2) + u (Phi(2) - Phi(-2))). P and Q are the minimax pair of degree (6, 6) for the relative error on
+# 0 <= q^2 <= 1/4, found by the Remez exchange algorithm in 60 decimal digits and rounded to float64. The largest
+# relative error is 3.3e-11, the largest absolute error 6.6e-11 (6.8e-11 if computed in float64): a thousandth of half
+# a unit in the last place of the float32 result. tests/unit/test_rng.py compares it with statistics.NormalDist.
 _P = (
     2.392576026721675839711,
     -32.40637547594301944651,
@@ -61,19 +59,19 @@ _Q = (
     60.06474929194163082786,
 )
 
-_BLOCK = 1 << 16  # values worked on at once: 2.5 MiB of buffers stay in cache and hide the cost of 35 calls
-_SHORT = 160  # below this many words a run costs less by the vectorised cipher than by a NumPy generator
+_BLOCK = 1 << 16  # values per pass: 2.5 MiB of buffers fit in cache and outweigh the cost of 35 calls
+_SHORT = 160  # words of a run below which the vectorised cipher is faster than a NumPy generator
 _MAX_INDEX = 1 << 62
 
 
 def key_of(domain: str, seed: int, name: str) -> np.ndarray:
-    """The Philox key (2,) uint64 of (seed, name) within ``domain``; the module's docstring has the encoding."""
+    """Return the Philox key, (2,) uint64, of (seed, name) in ``domain``, encoded as the top of this file says."""
     text = b"\0".join((domain.encode(), str(operator.index(seed)).encode(), name.encode()))
     return np.frombuffer(hashlib.sha256(text).digest()[:16], "<u8").astype(np.uint64)
 
 
 class _Stream:
-    """Random access to the words of one key; not to be shared between threads."""
+    """Random access to the words of one key. Do not share it between threads."""
 
     def __init__(self, key: np.ndarray) -> None:
         self.key = key
@@ -81,14 +79,14 @@ class _Stream:
         self._state = self._generator.state
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Words [start, start + count), (count,) uint64."""
+        """Return words [start, start + count), (count,) uint64."""
         block, skip = divmod(start, 4)
         self._state["state"]["counter"][0] = block
         self._generator.state = self._state
         return self._generator.random_raw(skip + count)[skip:]
 
     def read_many(self, starts: np.ndarray, count: int) -> np.ndarray:
-        """Words [start, start + count) of every start, (len(starts), count) uint64; made for small counts."""
+        """Return words [start, start + count) for every start, (len(starts), count) uint64. Fast for small counts."""
         blocks = -(-(count + 3) // 4) if count > 1 else 1
         first = starts.astype(np.uint64) >> np.uint64(2)
         index = (first[:, None] + np.arange(blocks, dtype=np.uint64)).ravel()
@@ -98,10 +96,10 @@ class _Stream:
 
 
 def philox(block: np.ndarray, key: np.ndarray) -> np.ndarray:
-    """Blocks of NumPy's Philox4x64-10 stream by index: (n,) uint64 -> (n, 4) uint64.
+    """Return blocks of NumPy's Philox4x64-10 stream by their indices: (n,) uint64 -> (n, 4) uint64.
 
-    The same words as ``numpy.random.Philox(key=key).random_raw`` gives in order; here each block is
-    enciphered for itself, so that scattered ones cost no more than neighbours.
+    The words are those of ``numpy.random.Philox(key=key).random_raw``. Each block is computed on its own, so scattered
+    blocks cost no more than neighbouring ones.
     """
     zero = np.zeros(1, np.uint64)
     c0, c1, c2, c3 = block + np.uint64(1), zero, zero, zero
@@ -116,7 +114,7 @@ def philox(block: np.ndarray, key: np.ndarray) -> np.ndarray:
 
 
 def _multiply(a: int, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """High and low words of the 128-bit product, from 32-bit halves."""
+    """Return the high and the low word of the 128-bit products ``a * b``, computed from 32-bit halves."""
     low, half = np.uint64(0xFFFFFFFF), np.uint64(32)
     a0, a1 = np.uint64(a & 0xFFFFFFFF), np.uint64(a >> 32)
     b0, b1 = b & low, b >> half
@@ -126,9 +124,13 @@ def _multiply(a: int, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def words(seed: int, stream: str, start: int, count: int) -> np.ndarray:
-    """Words [start, start + count) of the stream named ``stream``: (count,) uint64, any start below 2^62."""
+    """Return words [start, start + count) of the stream named ``stream``, (count,) uint64.
+
+    Raises:
+        ValueError: the range is not within [0, 2^62).
+    """
     if start < 0 or count < 0 or start + count > _MAX_INDEX:
-        raise ValueError(f"words [{start}, {start} + {count}) do not lie within [0, 2^62)")
+        raise ValueError(f"words [{start}, {start} + {count}) are not within [0, 2^62)")
     return _Stream(key_of("portatrain.words.1", seed, stream)).read(start, count)
 
 
@@ -142,23 +144,23 @@ def truncated_normal(
     box: Sequence[int] | None = None,
     threads: int = 1,
 ) -> np.ndarray:
-    """Initial weights: a box of the logical tensor ``name``, a normal cut at two sigma.
+    """Return the initial weights of a box of the logical tensor ``name``: a normal distribution cut at two sigma.
 
-    Value ``k``, the flat row-major index in the logical tensor, is made of word ``k`` of the key of
-    (seed, name): ``u = (word >> 11) * 2^-53 + 2^-54``, then the cut normal's quantile at ``u``, times
-    ``std / TRUNCATED_STD``, rounded to float32. So a box does not depend on how the rest is divided.
+    The value with flat row-major index ``k`` in the logical tensor depends on word ``k`` of the key of (seed, name):
+    ``u = (word >> 11) * 2^-53 + 2^-54``, then the quantile of the cut normal at ``u``, times ``std / TRUNCATED_STD``,
+    rounded to float32. A box therefore has the same values however the tensor is sharded.
 
     Args:
         shape: the whole logical tensor, at most 2^62 elements.
-        std: standard deviation of the values themselves (not of the normal before the cut).
-        offset, box: first index and extent of the part wanted along each axis; by default the whole.
-        threads: threads that share the work; the values do not depend on it.
+        std: standard deviation of the values after the cut.
+        offset, box: first index and extent of the box along each axis; default: the whole tensor.
+        threads: number of threads; the values do not depend on it.
 
     Returns:
         float32 array of shape ``box``.
 
     Raises:
-        UserError: ``std`` is negative or not finite, or the box leaves the tensor.
+        UserError: ``std`` is negative or not finite, or the box is not inside the tensor.
     """
     shape, offset, box = _checked(name, shape, offset, box)
     if not (math.isfinite(std) and std >= 0):
@@ -166,7 +168,7 @@ def truncated_normal(
             f"initial standard deviation of {name}",
             expected="a finite number of at least 0",
             got=repr(std),
-            do="Mend the parameter's init= or the sizes that it is computed from.",
+            do="Correct the parameter's init=, or the sizes from which it is computed.",
         )
     out = np.empty(box, np.float32)
     if not out.size:
@@ -203,7 +205,7 @@ def _checked(
     if not inside or math.prod(shape) > _MAX_INDEX:
         raise UserError(
             f"box of {name}",
-            expected=f"a part of a tensor of shape {shape} with at most 2^62 elements",
+            expected=f"a box inside a tensor of shape {shape} with at most 2^62 elements",
             got=f"offset {offset} and extent {box}",
             do="Give offset and box one number per axis, with offset + box inside the shape.",
         )
@@ -211,11 +213,12 @@ def _checked(
 
 
 class _Work:
-    """A box as runs of nearby words, cut into items of about `_BLOCK` values each.
+    """A box as runs of nearby words, divided into items of about `_BLOCK` values each.
 
-    Axes that lie together in memory are merged first. The inner axes whose gaps cost less to draw than to
-    jump over form the *run* (the same pattern at every start); the outer ones only give the starts. An item
-    is either several whole runs or some rows of one long run: in both cases contiguous in the output.
+    Axes that are contiguous in memory are merged first. The inner axes form the *run*, the same pattern of words at
+    every start: these are the axes with gaps so small that drawing the unused words is faster than skipping them. The
+    outer axes give the starts. An item is several whole runs, or some rows of one long run; both are contiguous in the
+    output.
     """
 
     def __init__(self, shape: tuple[int, ...], offset: tuple[int, ...], box: tuple[int, ...]) -> None:
@@ -233,7 +236,7 @@ class _Work:
         span = 1
         while split:
             n, s = axes[split - 1]
-            # A word drawn in vain takes 4.5 ns, a jump 3 us, a word by the vectorised cipher some 50 ns.
+            # An unused word takes 4.5 ns, a jump 3 us, and a word by the vectorised cipher about 50 ns.
             if s - span > min(600, 10 * (span + 3)) or span > _BLOCK:
                 break
             span += (n - 1) * s
@@ -296,7 +299,10 @@ class _Work:
 
 
 def _quantile(word: np.ndarray, buffers: np.ndarray, scale: float, out: np.ndarray) -> None:
-    """Words (n,) to values (n,), overwriting both; the order of operations is part of the definition."""
+    """Convert words (n,) uint64 to values (n,) float32 in ``out``. Overwrites ``word`` and ``buffers``.
+
+    The order of operations is part of the definition.
+    """
     q, r, p, d = (b[: len(word)] for b in buffers)
     np.right_shift(word, np.uint64(11), out=word)
     np.copyto(q, word.view(np.int64))
@@ -321,15 +327,19 @@ def _quantile(word: np.ndarray, buffers: np.ndarray, scale: float, out: np.ndarr
 
 
 class Permutation:
-    """A bijection on [0, size) in O(1) memory, fixed by (seed, name).
+    """A bijection on [0, size) in O(1) memory, determined by (seed, name).
 
     A generalised Feistel network [2] over pairs (l, r) in Z_a x Z_b, with a = ceil(sqrt(size)) and
-    b = ceil(size / a): even rounds add F(r) to l modulo a, odd rounds add F(l) to r modulo b, F being the
-    splitmix64 finaliser of the half xor a round key from Philox. Because a b exceeds size by less than a,
-    walking the cycle until the value lies inside takes less than one step in sqrt(size).
+    b = ceil(size / a): even rounds add F(r) to l modulo a, odd rounds add F(l) to r modulo b. F is the splitmix64
+    finaliser of the half xor a round key from Philox. A value outside [0, size) is permuted again until it is inside;
+    since a b exceeds size by less than a, this happens to fewer than one value in sqrt(size).
 
     Args:
         size: from 1 to 2^62.
+        seed, name: select the permutation.
+
+    Raises:
+        ValueError: another size.
 
     [2] Black, Rogaway, "Ciphers with arbitrary finite domains", CT-RSA 2002, sections 3 and 5.
     """
@@ -346,10 +356,14 @@ class Permutation:
         self._keys = _Stream(key).read(0, self.ROUNDS)
 
     def __call__(self, index: np.ndarray) -> np.ndarray:
-        """Images of ``index``, any shape of integers in [0, size), as int64 of that shape."""
+        """Return the images of ``index``, integers in [0, size) of any shape, as int64 of that shape.
+
+        Raises:
+            IndexError: an index outside [0, size).
+        """
         index = np.asarray(index)
         if index.size and not (int(index.min()) >= 0 and int(index.max()) < self.size):
-            raise IndexError(f"indices {index.min()} to {index.max()} do not lie in [0, {self.size})")
+            raise IndexError(f"indices {index.min()} to {index.max()} are not all in [0, {self.size})")
         out = self._once(index.astype(np.uint64).reshape(-1))
         outside = np.flatnonzero(out >= np.uint64(self.size))
         while outside.size:
@@ -370,7 +384,8 @@ class Permutation:
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection on 64-bit words."""
+    """Return the splitmix64 finaliser (Steele, Lea, Flood, OOPSLA 2014) of x: a bijection on 64-bit words."""
+
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -1,6 +1,6 @@
-"""What `Module.after_step` does once per optimizer step, written once for every backend.
+"""State updates after a step: runs `Module.after_step` of every module, for all backends.
 
-A backend calls `run_after_step` inside its compiled step with its own arrays and operations.
+A backend calls `run_after_step` inside its compiled step, with its own arrays and operations.
 """
 
 from __future__ import annotations
@@ -20,12 +20,18 @@ Index = tuple[int, ...]
 def run_after_step(
     definition: Definition, states: Mapping[str, Array], ops: Any, stack_arrays: Callable[[Sequence[Array]], Array]
 ) -> dict[str, Array]:
-    """All States after every `after_step` of the model has run: a new dict with the keys of `states`.
+    """Run `after_step` of every module that overrides it and return the new States, with the keys of `states`.
 
-    `states` are logical arrays (with the leading axes of Stacks); `stack_arrays` joins equal shapes along a new
-    leading axis. A module in a Stack runs once per layer, on that layer's slices. Every module reads the States as
-    they were before the first one ran, so their order does not matter. Modules that do not override `after_step`
-    are skipped: where none does, the arrays come back as they are. Raises UserError for a wrong `ops.update`.
+    A module in a Stack runs once per layer, on the slices of that layer. Every module reads the States from before the
+    first one ran, so the order of the modules does not matter.
+
+    Args:
+        states: logical arrays by name, with the leading axes of Stacks.
+        ops: the backend's operations.
+        stack_arrays: a function that joins arrays of equal shape along a new leading axis.
+
+    Raises:
+        UserError: an `ops.update` with an unknown State or another shape, or a call of `ops.tally`.
     """
     updates: dict[str, dict[Index, Array]] = {}
     for module, sizes in _overriding(definition.model):
@@ -53,7 +59,7 @@ def run_after_step(
 
 
 def needs_after_step(definition: Definition) -> bool:
-    """Whether any module of the model overrides `after_step`."""
+    """Return True if any module of the model overrides `after_step`."""
     return next(_overriding(definition.model), None) is not None
 
 
@@ -62,7 +68,7 @@ def _at(array: Array, index: Index) -> Array:
 
 
 def _overriding(model: Module) -> Iterator[tuple[Module, Index]]:
-    """Every module that overrides `after_step`, with the sizes of the Stacks around it."""
+    """Yield every module that overrides `after_step`, with the sizes of the Stacks around it, outermost first."""
     seen: set[int] = set()
 
     def walk(module: Module, sizes: Index) -> Iterator[tuple[Module, Index]]:
@@ -80,7 +86,7 @@ def _overriding(model: Module) -> Iterator[tuple[Module, Index]]:
 
 
 class _Updating:
-    """The backend's operations, with `update` on top of them."""
+    """The backend's operations, with `update` for the layer `index`, and without `tally`."""
 
     def __init__(self, ops: Any, definition: Definition, updates: dict[str, dict[Index, Array]], index: Index) -> None:
         self._ops, self._definition, self._updates, self._index = ops, definition, updates, index
@@ -103,7 +109,7 @@ class _Updating:
                     what,
                     expected=f"an array of shape {wanted}, as in State({', '.join(held[name].axes)})",
                     got=f"shape {tuple(value.shape)}",
-                    do="Set a State as a whole, to an array of its own shape.",
+                    do="Give a State a new array of its whole shape.",
                 )
             self._updates.setdefault(full, {})[self._index] = value
 

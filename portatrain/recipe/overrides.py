@@ -217,7 +217,7 @@ def _changes(cls: type, now: Mapping[str, Any], pending: Pending, modules: tuple
     for path, text, assignment in sorted(pending, key=lambda one: len(one[0]) > 1):  # a class before its fields
         name = path[0]
         if name not in known:
-            raise choice(f"override {assignment!r}: field {name!r} of {cls.__name__}", name, known)
+            raise _no_field(cls, name, path, assignment, modules)
         current = changes.get(name, now.get(name))
         if len(path) == 1:
             chosen.pop(name, None)
@@ -237,6 +237,19 @@ def _changes(cls: type, now: Mapping[str, Any], pending: Pending, modules: tuple
         else:
             changes[name] = _replaced(changes.get(name, now.get(name)), mine, modules)
     return changes
+
+
+def _no_field(cls: type, name: str, path: list[str], assignment: str, modules: tuple[str, ...]) -> UserError:
+    """Return the error for a field that `cls` does not have; it names the classes in its place that do."""
+    error = choice(f"override {assignment!r}: field {name!r} of {cls.__name__}", name, hints(cls))
+    base = next((b for b in cls.__mro__[1:] if dataclasses.is_dataclass(b)), None)
+    others = alternatives(base, None, modules) if base is not None else {}
+    having = [other for other, there in others.items() if name in hints(there)]
+    place = assignment.partition("=")[0].strip().removesuffix("." + ".".join(path))
+    if not having or place == assignment.partition("=")[0].strip():
+        return error
+    do = f"{error.do} {', '.join(having)} {'has' if len(having) == 1 else 'have'} it: add --set {place}={having[0]}."
+    return UserError(error.what, expected=error.expected, got=error.got, do=do)
 
 
 @dataclasses.dataclass(frozen=True)

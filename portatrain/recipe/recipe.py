@@ -25,7 +25,7 @@ from portatrain import config
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
 from portatrain.model.lora import LoRA, adapt, is_factor
-from portatrain.model.module import Definition, describe
+from portatrain.model.module import Definition, Module, describe
 from portatrain.model.precision import stored
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
@@ -119,9 +119,15 @@ class Recipe:
     """Steps between evaluations. None: one evaluation, at the end of the run."""
     eval_batches: int = 16
     """Maximum number of validation batches per evaluation; fewer if the split has fewer."""
+    eval_final_batches: int | Literal["all"] | None = config.added_later(None)
+    """Maximum number of validation batches of the evaluation after the last step; all: the whole split. None:
+    ``eval_batches``."""
 
     checkpoint_every: int | None = None
-    """Steps between checkpoints. None: one checkpoint, when the run stops or ends."""
+    """Steps between checkpoints. None: no rule by steps. A run always saves when it stops or ends."""
+    checkpoint_every_s: float | None = config.added_later(600.0)
+    """Seconds of training between checkpoints, besides ``checkpoint_every``; longer if saving would take more than 2 %
+    of the time. None: no rule by time."""
     checkpoint_keep: int = 2
     """Number of newest committed checkpoints to keep, at least 1."""
     checkpoint_keep_every: int | None = None
@@ -156,8 +162,8 @@ class Recipe:
             "checkpoint_keep": 1,
             "probe_every": 1,
         }
-        for name in ("eval_every", "checkpoint_every", "checkpoint_keep_every"):
-            if getattr(self, name) is not None:
+        for name in ("eval_every", "eval_final_batches", "checkpoint_every", "checkpoint_keep_every"):
+            if getattr(self, name) not in (None, "all"):
                 least[name] = 1
         for name, bound in least.items():
             if getattr(self, name) < bound:
@@ -166,6 +172,8 @@ class Recipe:
             self._refuse("seed", "an integer below 2**63", "Use a smaller number.")
         if self.clip_norm is not None and self.clip_norm <= 0:
             self._refuse("clip_norm", "a positive number or none", "Use none to switch clipping off.")
+        if self.checkpoint_every_s is not None and self.checkpoint_every_s <= 0:
+            self._refuse("checkpoint_every_s", "a positive number of seconds, or none", "A usual one is 600.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             self._refuse("ema_decay", "a number between 0 and 1, or none", "A usual value is 0.999.")
         if self.batch % self.accumulation:
@@ -242,6 +250,13 @@ class Recipe:
     def describe(self) -> Definition:
         """Build the model, with its LoRA factors if any, and return its tensors in the dtypes of ``precision``."""
         model = self.model.build()
+        if not isinstance(model, Module):
+            raise UserError(
+                f"recipe {self.name}: model",
+                expected=f"a portatrain.Module from {type(self.model).__name__}.build()",
+                got=repr(model),
+                do="Return the model at the end of build().",
+            )
         return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
 
     def trains(self, name: str) -> bool:

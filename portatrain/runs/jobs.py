@@ -50,6 +50,8 @@ class Job:
     """What the cluster is: chip, chips, slices, topology, chips_per_host, resource (its name in Kubernetes)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the cluster, for its engine."""
+    track: tuple[str, ...] = ()
+    """The trackers that get its metrics too."""
     number: int = 0
     """Of jobs/N.json; 0: not written yet."""
     id: str | None = None
@@ -79,6 +81,8 @@ class Job:
                 words += [option, str(value)]
         for override in self.overrides:
             words += ["--set", override]
+        for tracker in self.track:
+            words += ["--track", tracker]
         return words
 
     def write(self) -> Job:

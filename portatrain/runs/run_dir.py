@@ -20,6 +20,7 @@ import platform
 import socket
 import sys
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,7 @@ class RunDir:
         run = {
             "format": FORMAT,
             "name": self.path.name,
+            "id": uuid.uuid4().hex[:16],  # what a tracker knows the run by: names are used again, in other folders
             "created_unix_s": time.time(),
             "recipe_sha256": recipe.sha256,
             "code_sha256": code_sha256(recipe),

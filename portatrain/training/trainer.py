@@ -18,10 +18,12 @@ import numpy as np
 
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.restore import restored
-from portatrain.checkpoint.saver import Checkpoints, check_newest, check_tensors
+from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.data import prefetch
 from portatrain.errors import UserError
+from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, Follower
@@ -36,6 +38,7 @@ from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
+from portatrain.training.save_timer import SaveTimer
 from portatrain.training.stop_requests import Leaving
 
 
@@ -94,6 +97,7 @@ class Trainer:
         """Steps trained so far."""
         self._skipped: list[int] = []
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
+        self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
 
@@ -104,7 +108,7 @@ class Trainer:
         try:
             return self._run()
         finally:
-            if not self.backend.process and hasattr(self, "_info"):
+            if not self.backend.process and self._begun:
                 draw(self.run_dir)
 
     def _run(self) -> int:
@@ -115,7 +119,7 @@ class Trainer:
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
-            self._began_s = time.perf_counter()
+            self._began_s, self._begun = time.perf_counter(), True
             self.checkpoints = Checkpoints(
                 self.run_dir.checkpoints(self.options.checkpoints),
                 keep=self.recipe.retention,
@@ -130,6 +134,8 @@ class Trainer:
             attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
             for sink in self.sinks:
                 sink.start(self._info)
+            for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
+                self.event("warning", what=str(unknown))
             status, summary = "failed", {}
             try:
                 if found:
@@ -199,7 +205,12 @@ class Trainer:
             device=str(about["device"]),
             devices=int(about["devices"]),
             mesh=str(self.mesh),
+            id=self._run_id(),
         )
+
+    def _run_id(self) -> str:
+        """Return the id in run.json; only process 0, which has the sinks, needs it."""
+        return "" if self.backend.process else str(self.run_dir.run_info().get("id", ""))
 
     def _newest(self, attempt: Attempt | Follower) -> Any:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
@@ -209,13 +220,25 @@ class Trainer:
         return found[1] if found else None
 
     def _asked(self) -> str | None:
-        """Whether a process has been asked to stop, and how: all leave after the same step."""
-        kinds = (None, "preempt", "interrupt")
-        self._stop.asked = kinds[self.backend.agree(kinds.index(self._stop.asked))]
-        return self._stop.asked
+        """Return how any process has been asked to stop, or None: all leave after the same step."""
+        asked = self._agreed()
+        return None if asked == "save" else asked
+
+    def _agreed(self, *, save: bool = False) -> str | None:
+        """Return what all processes do now: None, "preempt" or "interrupt" to stop, or "save" if one wants to `save`.
+
+        One exchange a step tells both. A stop comes before a save: the state is saved then anyway.
+        """
+        kinds = (None, "save", "preempt", "interrupt")
+        asked = self._stop.asked
+        agreed = kinds[self.backend.agree(kinds.index("save" if save and asked is None else asked))]
+        if agreed in ("preempt", "interrupt"):
+            self._stop.asked = agreed
+        return agreed
 
     def _loop(self) -> None:
         recipe, self._ended_s = self.recipe, time.perf_counter()
+        self._save_timer.start()
         # Where steps run apart from us, a step's results are read after the next one has been started, so that the
         # device never waits.
         pending: tuple[int, StepResult, float] | None = None
@@ -229,7 +252,19 @@ class Trainer:
                 rows = batches.get(lambda: self._stop.asked is not None)
                 waited_s = time.perf_counter() - waited_s
                 self._stop.at("agree", step)
-                if self._asked() is not None or rows is None:
+                # The clock of process 0 decides.
+                due = not self.backend.process and self.step > max(0, self._saved) and self._save_timer.due
+                agreed = self._agreed(save=due)
+                if agreed == "save":
+                    if pending is not None:
+                        self._record(*pending)
+                        pending = None
+                    self._stop.at("save", self.step)
+                    self._save(by_time=True)
+                    self._ended_s = time.perf_counter()
+                elif agreed is not None:
+                    break
+                if rows is None:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
@@ -260,10 +295,14 @@ class Trainer:
 
     # ---- stopping and going on
 
-    def _save(self, *, last: bool = False) -> None:
-        """Begin to save the state after `self.step`, unless that has been done."""
+    def _save(self, *, last: bool = False, by_time: bool = False) -> None:
+        """Begin to save the state after `self.step`, unless that has been done. One `by_time` waits for no other."""
         if self._saved == self.step:
             return
+        with self._save_timer.saving():
+            self._begin_save(last=last, by_time=by_time)
+
+    def _begin_save(self, *, last: bool, by_time: bool) -> None:
         recipe = self.recipe
         self._saves += 1
         probes = last or (self._saves - 1) % recipe.probe_every == 0
@@ -271,7 +310,7 @@ class Trainer:
         found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)}
         if self._last_eval is not None and self._last_eval.step == self.step:
             found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
-        skips = recipe.checkpoint_busy == "skip" and not last
+        skips = by_time or (recipe.checkpoint_busy == "skip" and not last)
         if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
             self._saved = self.step
             self.event("saving", step=self.step)
@@ -388,8 +427,10 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         train_s = time.perf_counter() - self._began_s
-        self.event("evaluating_the_whole_validation_split")
-        self._evaluate(None)
+        final = self.recipe.eval_final_batches
+        if final == "all":
+            self.event("evaluating_the_whole_validation_split")
+        self._evaluate(None if final == "all" else final or self.recipe.eval_batches)
         summary = {**self._results(), "train_s": train_s}
         for hook in self.recipe.hooks:
             if self._asked() is None:

@@ -1,6 +1,6 @@
 """A Llama-like decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, gated MLP.
 
-B batch, S seq, E embed, V vocab.
+Shape letters: B batch, S seq, E embed, V vocab.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from portatrain.model.module import Module, Param, Stack
 from portatrain.model.ops import Array, Batch, Loss, Ops
 from portatrain.model.rope import RopeScaling
 
-# A layer's tensors: the name in LlamaForCausalLM, ours, and how many axes the product contracts.
+# The tensors of a layer: name in LlamaForCausalLM, our name, and the number of contracted axes.
 LLAMA = (
     ("input_layernorm", "attn_norm/scale", None),
     ("self_attn.q_proj", "attn/wq", 1),
@@ -45,42 +45,61 @@ HUB_FIELDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The sizes of a `Decoder`. head_dim None is embed / heads; mlp None is 8/3 embed, rounded up to 32.
-
-    window: a token sees itself and the window-1 before it. softcap: of attention scores; logit_softcap: of logits.
-    """
+    """The sizes of a `Decoder`."""
 
     vocab: int
     embed: int
     layers: int
     heads: int
     kv_heads: int | None = None
+    """Number of key-value heads. None: ``heads``."""
     head_dim: int | None = None
+    """Features per head. None: embed / heads."""
     mlp: int | None = None
+    """Hidden features of the feed-forward block. None: 8/3 embed, rounded up to a multiple of 32."""
     rope_theta: float = 10_000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """Scaling of the rotary frequencies. None: no scaling."""
     tied: bool = True
+    """Use the embedding table as the output table."""
     dropout: float = 0.0
+    """Dropout rate after the embedding, attention and feed-forward."""
     window: int | None = None
+    """Tokens that a token attends to, itself included. None: all before it."""
     softcap: float | None = None
+    """Softcap of attention scores. None: no cap."""
     logit_softcap: float | None = None
+    """Softcap of logits. None: no cap."""
     qk_norm: bool = False
+    """Apply RMSNorm to queries and keys."""
     norm_eps: float = 1e-5
+    """The eps of all norms."""
     z_loss: float = 0.0
+    """Weight of the z-loss; 0 switches it off."""
 
     def build(self) -> Decoder:
+        """Return the model."""
         return Decoder(self)
 
     @property
     def head_size(self) -> int:
+        """Features per head."""
         return self.head_dim or self.embed // self.heads
 
     @property
     def mlp_size(self) -> int:
+        """Hidden features of the feed-forward block."""
         return self.mlp or -(-8 * self.embed // 96) * 32
 
     def huggingface(self) -> Hub:
-        """As transformers' LlamaForCausalLM, with a window MistralForCausalLM; UserError for what neither has."""
+        """Return the config and the tensor names of the same model in transformers.
+
+        It is a LlamaForCausalLM, or with a window a MistralForCausalLM.
+
+        Raises:
+            UserError: a field has a value that neither supports.
+        """
         for name, off in (("softcap", None), ("logit_softcap", None), ("qk_norm", False)):
             if getattr(self, name) != off:
                 raise UserError(
@@ -136,17 +155,17 @@ class DecoderConfig:
         return Hub(config=config, rows=tuple(rows), overrides=HUB_FIELDS)
 
     def flops_per_sample(self, seq_len: int) -> float:
-        """Floating-point operations of forward and backward for one sample of `seq_len` tokens, without recomputation.
+        """Return the floating-point operations of forward and backward for one sample of `seq_len` tokens.
 
-        6 a token for every weight of a matrix multiplication (the head included, the embedding's lookup not), and
-        12 * layers * heads * head_dim * seq_len for attention, halved as it is causal (Chowdhery et al. 2022,
-        appendix B), with the span that a window leaves.
+        They are, without recomputation: 6 per token for each weight of a matrix multiplication (including the head but
+        not the embedding), and 12 * layers * heads * head_dim * seq_len per token for attention, halved for the causal
+        mask (Chowdhery et al. 2022, appendix B) and reduced further by a window.
         """
         heads, kv_heads, d = self.heads, self.kv_heads or self.heads, self.head_size
         layer = self.embed * d * (2 * heads + 2 * kv_heads) + 3 * self.embed * self.mlp_size
         weights = self.layers * layer + self.vocab * self.embed
         window = min(self.window or seq_len, seq_len)
-        seen = window * (seq_len - window / 2)  # pairs of query and key, S^2 / 2 without a window
+        seen = window * (seq_len - window / 2)  # pairs of query and key: S^2 / 2 without a window
         return 6.0 * weights * seq_len + 12.0 * self.layers * heads * d * seen
 
 
@@ -179,8 +198,11 @@ class Block(Module):
 
 
 class Decoder(Module):
-    """Predicts the next token. A batch has tokens and targets, (B, S) integers, and where documents are packed
-    segment_ids and positions, (B, S) integers, and mask, (B, S) float, what each target counts."""
+    """A language model that predicts the next token.
+
+    A batch has tokens and targets, (B, S) integers. For packed documents it also has segment_ids and positions, (B, S)
+    integers, and mask, (B, S) float, the weight of each target.
+    """
 
     def __init__(self, c: DecoderConfig) -> None:
         self.embed = Embedding(vocab=c.vocab, embed=c.embed)
@@ -191,7 +213,7 @@ class Decoder(Module):
         self.config = c
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:
-        """Summed cross-entropy, in nats."""
+        """Return the summed cross-entropy, in nats."""
         return ops.cross_entropy(
             self.hidden(ops, batch),
             self.output_table,
@@ -202,18 +224,19 @@ class Decoder(Module):
         )
 
     def predict(self, ops: Ops, batch: Batch) -> Array:
-        """Logits (B, S, V), float32. Needs no targets."""
+        """Return the logits, (B, S, V) float32. The batch needs no targets."""
         cap = self.config.logit_softcap
         logits = ops.einsum("bse,ve->bsv", self.hidden(ops, batch), self.output_table, dtype="float32")
         return logits if cap is None else cap * ops.tanh(logits / cap)
 
     @property
     def output_table(self) -> Array:
-        """(V, E): the embedding's own table where tied."""
+        """The output table, (V, E): the embedding's table if tied."""
         return self.embed.table if self.head is None else self.head
 
     def hidden(self, ops: Ops, batch: Batch) -> Array:
-        """(B, S, E), normalised, before the output table."""
+        """Return the normalised features before the output table, (B, S, E)."""
+
         tokens, positions = batch["tokens"], batch.get("positions")
         if positions is None:
             positions = ops.arange(tokens.shape[1])

@@ -1,6 +1,6 @@
-"""A vision transformer (Dosovitskiy et al. 2021), pre-norm, with the mean over patches in place of a class token.
+"""A vision transformer (Dosovitskiy et al. 2021), pre-norm, with the mean over patches instead of a class token.
 
-B batch, S patches (the sequence), E embed, C classes.
+Shape letters: B batch, S patches (the sequence), E embed, C classes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from portatrain.model.ops import Array, Batch, Loss, Ops
 
 @dataclass(frozen=True, kw_only=True)
 class ViTConfig:
-    """The sizes of a `ViT`; the image is (rows, columns, channels). mlp None is 4 embed."""
+    """The sizes of a `ViT` for images of (rows, columns, channels). mlp=None is 4 * embed."""
 
     rows: int
     columns: int
@@ -36,8 +36,10 @@ class ViTConfig:
         return self.mlp or 4 * self.embed
 
     def flops_per_sample(self) -> float:
-        """Floating-point operations of forward and backward for one image, without recomputation: 6 for every weight
-        and patch, 12 * layers * embed * patches^2 for attention, 6 for every weight of the head."""
+        """Return the floating-point operations of forward and backward for one image, without recomputation.
+
+        They are 6 per weight and patch, 12 * layers * embed * patches^2 for attention, and 6 per weight of the head.
+        """
         patches = (self.rows // self.patch) * (self.columns // self.patch)
         weights = self.layers * (4 * self.embed**2 + 2 * self.embed * self.mlp_size)
         weights += self.patch**2 * self.channels * self.embed
@@ -46,7 +48,7 @@ class ViTConfig:
 
 
 class Block(Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), all with biases, every patch seeing every other."""
+    """x + attention(norm(x)), then x + mlp(norm(x)), with biases; every patch attends to all patches."""
 
     def __init__(self, c: ViTConfig) -> None:
         self.attn_norm = LayerNorm(embed=c.embed, eps=c.norm_eps)
@@ -65,7 +67,7 @@ class Block(Module):
 
 
 class ViT(Module):
-    """Classifies images. A batch has image: (B, rows, columns, channels) float, and label: (B,) integers."""
+    """An image classifier. A batch has image, (B, rows, columns, channels) float, and label, (B,) integers."""
 
     def __init__(self, c: ViTConfig) -> None:
         self.patches = PatchEmbedding(rows=c.rows, columns=c.columns, channels=c.channels, patch=c.patch, embed=c.embed)
@@ -76,21 +78,23 @@ class ViT(Module):
         self.head = Param(classes=c.classes, embed=c.embed, fan_in_axes=0, init=c.embed**-0.5)
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:
-        """Summed cross-entropy, in nats, with the side output `accuracy`."""
+        """Return the summed cross-entropy, in nats, and record the metric `accuracy`."""
         x_BE = self.features(ops, batch)
         correct_B = ops.top_k(self.logits(ops, x_BE), 1)[1][:, 0] == batch["label"]
         ops.aux("accuracy", ops.cast(correct_B, "float32"))
         return ops.cross_entropy(x_BE, self.head, batch["label"])
 
     def predict(self, ops: Ops, batch: Batch) -> Array:
-        """Logits (B, C), float32."""
+        """Return the logits, (B, C) float32."""
         return self.logits(ops, self.features(ops, batch))
 
     def logits(self, ops: Ops, x_BE: Array) -> Array:
+        """Return the logits of features (B, E), (B, C) float32."""
         return ops.einsum("be,ce->bc", x_BE, self.head, dtype="float32")
 
     def features(self, ops: Ops, batch: Batch) -> Array:
-        """(B, E): the mean over the patches."""
+        """Return the mean of the patches' features, (B, E)."""
+
         x_BSE = self.patches(ops, batch["image"]) + ops.weight(self.position)
         x_BSE = ops.shard(x_BSE, "batch", "res_seq", None)
         x_BSE, _ = self.blocks(ops, self.embed_dropout(ops, x_BSE))

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from portatrain.backends.base import Backend, Program
+from portatrain.backends.base import Backend
 from portatrain.backends.jax import JaxBackend
+from portatrain.backends.program import Program
 from portatrain.backends.torch import TorchBackend
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from portatrain.recipe import Recipe, apply_overrides, load_recipe

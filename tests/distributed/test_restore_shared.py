@@ -10,12 +10,13 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader, Want
 from portatrain.backends.base import missing
-from portatrain.backends.state import full_name
+from portatrain.backends.state import full_name, inventory
 from portatrain.backends.torch import TorchBackend
 from portatrain.checkpoint import shared_reads
+from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.locations import step_name
 from portatrain.checkpoint.restore import boxes_of
-from portatrain.checkpoint.saver import Checkpoints, format_layout
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.system.environment import READ_ONCE
 from portatrain.system.processes import run_processes
 from tests.support.mesh_cases import CASES
@@ -139,7 +140,7 @@ def test_gaps_that_a_store_reads_over_are_not_shared() -> None:
         patch.setattr(shared_reads, "LEAST_BYTES", 1)
         exact, over = (shared_reads.shares_of(program, 4, gap_bytes=gap) for gap in (0, 1 << 20))
     assert len(over) < len(exact)
-    infos = {(role, info.name): info for info, role, _ in shared_reads.roles_of(program)}
+    infos = {tensor.key: tensor.info for tensor in inventory(program)}
     assert all(not infos[key].stack_dims for key in over)  # one part a process, and no gap
 
 

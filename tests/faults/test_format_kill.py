@@ -19,18 +19,18 @@ import pytest
 from checkpoints_format import (
     Box,
     FormatError,
-    Layout,
     LocalStore,
-    Mesh,
     NotCommittedError,
     Reader,
+    SaveLayout,
+    SaveMesh,
     Sharded,
     Tensor,
     Writer,
     commit,
 )
 
-LAYOUT = Layout(
+LAYOUT = SaveLayout(
     tensors=(
         Tensor(
             name="params/w", dtype="float32", shape=(192, 96), tile=(8, 16), placement=Sharded(spec=(("fsdp",), ()))
@@ -38,7 +38,7 @@ LAYOUT = Layout(
         Tensor(name="params/b", dtype="bfloat16", shape=(96,)),
         Tensor(name="opt/count", dtype="int32", shape=(), role="opt"),
     ),
-    meshes=(Mesh(axes=(("replica", 2), ("fsdp", 2))),),
+    meshes=(SaveMesh(axes=(("replica", 2), ("fsdp", 2))),),
     writers=4,
     pack_bytes=4000,
     share_bytes=512,

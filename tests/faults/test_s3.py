@@ -18,10 +18,10 @@ import pytest
 from checkpoints_format import (
     Box,
     FormatError,
-    Layout,
-    Mesh,
     NotCommittedError,
     Reader,
+    SaveLayout,
+    SaveMesh,
     Sharded,
     Tensor,
     Writer,
@@ -41,14 +41,14 @@ from tests.support.s3 import Proxy, s3
 obstore = pytest.importorskip("obstore")
 object_store = pytest.importorskip("portatrain.checkpoint.object_store")
 
-LAYOUT = Layout(
+LAYOUT = SaveLayout(
     tensors=(
         Tensor(
             name="params/w", dtype="float32", shape=(64, 4096), axes=("a", "b"), placement=Sharded(spec=(("fsdp",), ()))
         ),
         Tensor(name="opt/count", dtype="int32", shape=(), role="opt"),
     ),
-    meshes=(Mesh(axes=(("fsdp", 2),)),),
+    meshes=(SaveMesh(axes=(("fsdp", 2),)),),
     writers=2,
 )
 VALUES = {"params/w": np.arange(64 * 4096, dtype=np.float32).reshape(64, 4096), "opt/count": np.asarray(7, np.int32)}

@@ -9,7 +9,7 @@ import numpy as np
 
 from portatrain.backends.base import LocalBox
 from portatrain.backends.program import Program
-from portatrain.checkpoint.saver import format_layout
+from portatrain.checkpoint.format_layout import format_layout
 from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, describe
 from portatrain.optim import AdamW

@@ -11,7 +11,7 @@ from portatrain.backends import reference
 from portatrain.backends.base import Backend, Context, backend_class, missing
 from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
-from portatrain.checkpoint.saver import format_layout
+from portatrain.checkpoint.format_layout import format_layout
 from portatrain.model.layout import Layout
 from portatrain.model.module import Definition, Module, describe
 from portatrain.optim import SGD

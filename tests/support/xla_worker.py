@@ -107,9 +107,9 @@ def held_bytes(case: str, mesh: str) -> tuple[dict[str, int], dict[str, int]]:
     state, _ = one.step(one.init_state(), PROGRAMS[case].batches()[0], step=1, scale=1.0)
     layout = one.program.layout
     said = {"params": 0, "opt": 0}
-    for role, info, index, tensor in one._held(state):
-        if (kind := role.partition("/")[0]) in said:
-            spec = layout.tensor_spec(info, role=role)[len(index) :]
+    for kept, index, tensor in one.state_arrays(state):
+        if (kind := kept.role.partition("/")[0]) in said:
+            spec = layout.tensor_spec(kept.info, role=kept.laid_out_as)[len(index) :]
             cut = int(np.prod([layout.mesh.over(axes) for axes in spec]))
             said[kind] += tensor.numel() * tensor.element_size() // cut * layout.mesh.devices
     found = one.describe_memory(state)

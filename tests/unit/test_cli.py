@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -289,13 +290,44 @@ def test_dry_run_prints_a_command_that_does_the_same(trainer: Trainer, capsys: C
     before = listing(Path.cwd())
     assert launch_main([*words, "--dry-run"]) == 0
     assert listing(Path.cwd()) == before
-    line = capsys.readouterr().out.strip()
+    planned, line = capsys.readouterr().out.strip().splitlines()
+    assert planned.startswith("# not planned: ")  # the model of this recipe is a stand-in
     assert line == (
         "portatrain train mine.py --run-dir runs/mine --backend torch --set model.width=9 --set clip_norm=none"
     )
     assert main(shlex.split(line)[1:]) == 0
     assert launch_main([*words, "--run", "again"]) == 0
     assert trainer.calls[0]["recipe"] == trainer.calls[1]["recipe"]
+
+
+def test_dry_run_of_a_local_run_shows_its_plan(capsys: Capture) -> None:
+    assert launch_main(["--cluster", "local", "tiny-lm", "--devices", "2", "--dry-run"]) == 0
+    planned, line = capsys.readouterr().out.strip().splitlines()
+    assert re.fullmatch(r"# plan, .*: mesh fsdp=2, [0-9.]+ s a step, 0\.[0-9]+ GiB a device, .* for 600 steps", planned)
+    assert line == "portatrain train tiny-lm --run-dir runs/tiny-lm --devices 2"
+
+
+def test_trackers_of_the_command_and_of_clusters_toml_reach_the_job(
+    trainer: Trainer, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launchers import slurm, submission
+
+    words = ["--cluster", "local", "mine.py", "--track", "tensorboard", "--track", "tensorboard"]
+    assert launch_main([*words, "--dry-run"]) == 0
+    assert capsys.readouterr().out.strip().splitlines()[-1].endswith("--run-dir runs/mine --track tensorboard")
+    assert "Did you mean wandb" in refused(launch_main, [*words[:3], "--track", "wandbb"], capsys)
+
+    Path("clusters.toml").write_text('[lab]\nchip = "h100"\ncount = 1\nengine = "slurm"\ntrack = ["wandb"]\n')
+    handed: list[Any] = []
+    monkeypatch.setattr(submission, "submit", lambda run, recipe, jobs: handed.extend(jobs))
+    monkeypatch.setattr(slurm.SlurmLauncher, "check", lambda self, job: None)
+    lab = ["--cluster", "lab", "tiny-lm", "--mesh", "fsdp=1"]
+    assert launch_main(lab) == 0
+    assert launch_main([*lab, "--track", "tensorboard"]) == 0
+    assert [job.train()[-2:] for job in handed] == [["--track", "wandb"], ["--track", "tensorboard"]]
+    for bad, said in (('["wandbb"]', "Did you mean wandb"), ('"wandb"', "a list of names")):
+        Path("clusters.toml").write_text(f'[lab]\nchip = "h100"\ncount = 1\nengine = "slurm"\ntrack = {bad}\n')
+        assert said in refused(launch_main, lab, capsys)
 
 
 def test_a_bug_is_a_traceback_not_a_users_mistake(trainer: Trainer) -> None:
@@ -321,15 +353,21 @@ def test_help(command: Callable[[Sequence[str]], int], words: list[str], capsys:
 
 
 def test_examples_in_the_help_are_commands_that_parse(capsys: Capture) -> None:
-    from portatrain.commands import submit, train
+    from portatrain.commands import init, show, submit, train
 
-    lines = itertools.chain(*((module.__doc__ or "").splitlines() for module in (train, submit)))
+    lines = itertools.chain(*((module.__doc__ or "").splitlines() for module in (train, submit, init, show)))
     examples = [line.split() for line in lines if line.startswith(("  portatrain ", "  launch "))]
-    assert len(examples) >= 6
+    assert len(examples) >= 14
+    Path("there").write_text("a file")
     Path("my_recipe.py").write_text(GOOD.replace("width: int = 4", "width: int = 4\n    embed: int = 4"))
     for words in examples:
         if words[0] == "launch":
             assert launch_main([*words[1:], "--dry-run"]) == 0, words
+        elif words[1] == "init":  # all but the file is read, which then cannot be made
+            assert "got 'there'" in refused(main, ["init", "there", *words[3:]], capsys)
+        elif words[1] == "show":  # what is said last: the model of this recipe is a stand-in
+            assert main(words[1:]) == 0 or "portatrain.Module" in capsys.readouterr().err
+            capsys.readouterr()
         else:
             # A mesh that cannot be is the last thing checked before the run directory: all else has passed.
             assert "--devices" in refused(main, [*words[1:], "--mesh", "fsdp=2", "--devices", "3"], capsys)

@@ -121,10 +121,10 @@ BAD = [
     ({"weights": (0.0, 0.0)}, "not all 0"),
     ({"weights": (1.0, float("nan"))}, "finite"),
     ({"weights": (1.0, 1e-6)}, "block of 8, got none of source 1"),
-    ({"schedule": ((0, (1.0, 1.0)),)}, "rise from 1"),
-    ({"schedule": ((5, (1.0, 1.0)), (5, (1.0, 2.0)))}, "rise from 1"),
+    ({"schedule": ((0, (1.0, 1.0)),)}, "increasing first blocks, from 1"),
+    ({"schedule": ((5, (1.0, 1.0)), (5, (1.0, 2.0)))}, "increasing first blocks, from 1"),
     ({"schedule": ((5, (1.0,)),)}, "schedule at block 5"),
-    ({"sources": (Stdlib(seq_len=8), Stdlib(seq_len=9))}, "one seq_len"),
+    ({"sources": (Stdlib(seq_len=8), Stdlib(seq_len=9))}, "the same seq_len"),
 ]
 
 

@@ -93,12 +93,41 @@ def test_token_memmap(tmp_path, dtype, ids, separator, want):
     assert open_data(spec, seed=0).bytes_per_target is None
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "int32"])
+def test_token_files_that_numpy_saved(tmp_path, dtype):
+    ids = np.array([1, 2, 3, 9, 4, 5, 9], dtype)
+    np.save(tmp_path / "tokens.npy", ids)
+    ids.tofile(tmp_path / "tokens.bin")
+    given = {"seq_len": 2, "vocab": 10, "dtype": dtype, "separator": 9, "validation": 0}
+    saved, raw = (
+        streams(TokenMemmap(paths=str(tmp_path / f"tokens.{end}"), **given), None)["train"] for end in ("npy", "bin")
+    )
+    # The order of documents follows the file's name; the documents are the same.
+    assert sorted(d.tolist() for d in saved) == sorted(d.tolist() for d in raw) == [[1, 2, 3], [4, 5]]
+
+
+@pytest.mark.parametrize(
+    ("array", "said"),
+    [
+        (np.array([1, 2, 3], "<u4"), "got uint32 of shape"),
+        (np.array([[1, 2], [3, 4]], "<u2"), r"got uint16 of shape \(2, 2\)"),
+        (np.array([1.0, 2.0]), "got float64"),
+        (np.array([{}]), "numpy.save"),
+    ],
+)
+def test_npy_files_of_something_else_are_refused(tmp_path, array, said):
+    np.save(tmp_path / "tokens.npy", array)
+    spec = TokenMemmap(paths=str(tmp_path / "tokens.npy"), seq_len=2, vocab=10, validation=0)
+    with pytest.raises(UserError, match=said):
+        open_data(spec, seed=0)
+
+
 def test_stdlib_is_the_library_without_tests_and_machine_paths(tmp_path):
     kept = {"os.py": b"1", "json/decoder.py": b"2", "lib2to3/main.py": b"3"}
     left = ["site-packages/x.py", "test/a.py", "idlelib/idle_test/b.py", "json/tests/c.py", "os.txt"]
     write(tmp_path, kept | dict.fromkeys([*left, "_sysconfigdata__linux_.py"], b"no"))
     assert [n for n, _ in stdlib_files(tmp_path)] == sorted(kept)
-    with pytest.raises(UserError, match="ships no source"):
+    with pytest.raises(UserError, match="has no source files"):
         stdlib_files(tmp_path / "idlelib" / "nothing")
 
 
@@ -241,7 +270,7 @@ BAD = [
     ("TextFiles", {"paths": "small", "seq_len": 0}, ["seq_len", "at least 1"]),
     ("TextFiles", {"paths": "small", "validation_paths": "nowhere"}, ["validation_paths", "nowhere"]),
     ("TextFiles", {"paths": "small", "bos": "<s>"}, ["bos", "<s>"]),
-    ("TextFiles", {"paths": "small", "tokenizer": "nowhere"}, ["tokenizer nowhere", "nothing is fetched"]),
+    ("TextFiles", {"paths": "small", "tokenizer": "nowhere"}, ["tokenizer nowhere", "nothing is downloaded"]),
     ("TextFiles", {"paths": "small", "tokenizer": "bad.json"}, ["tokenizer bad.json"]),
     ("TextFiles", {"paths": "latin", "validation": 0, "tokenizer": "TOKENIZER"}, ["latin/one.txt", "UTF-8"]),
     ("TextFiles", {"paths": "small", "tokenizer": "TOKENIZER", "bos": "<no>"}, ["bos", "<no>"]),
@@ -323,5 +352,5 @@ def test_what_is_no_spec():
 
 def test_mixture_in_a_mixture_is_refused(tmp_path):
     inner = Mixture(sources=(Stdlib(seq_len=8),), weights=(1.0,))
-    with pytest.raises(UserError, match="token sources of one seq_len"):
+    with pytest.raises(UserError, match="token sources with the same seq_len"):
         open_data(Mixture(sources=(inner, Stdlib(seq_len=8)), weights=(1.0, 1.0)), seed=0)

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints_format import FormatError, Layout, LocalStore, Reader, Tensor, Writer, commit
+from checkpoints_format import FormatError, LocalStore, Reader, SaveLayout, Tensor, Writer, commit
 from checkpoints_format.direct import PAGE, Direct, aligned
 from checkpoints_format.slabs import Slabs
 
 # Runs of several entries, tiles at edges, a scalar: 22 MiB, so that slabs of 8 MiB take turns.
-LAYOUT = Layout(
+LAYOUT = SaveLayout(
     tensors=(
         Tensor(name="a", dtype="float32", shape=(1000, 2001)),
         Tensor(name="b", dtype="bfloat16", shape=(7, 999, 1024), batch=1),

@@ -11,17 +11,27 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_format import Box, Explicit, FormatError, Layout, Mesh, Planner, Sharded, Tensor, flat_range_boxes
+from checkpoints_format import (
+    Box,
+    Explicit,
+    FormatError,
+    Planner,
+    SaveLayout,
+    SaveMesh,
+    Sharded,
+    Tensor,
+    flat_range_boxes,
+)
 from checkpoints_format.boxes import prove_cover
 
-MESH = Mesh(axes=(("replica", 2), ("fsdp", 4), ("tensor", 2)))
+MESH = SaveMesh(axes=(("replica", 2), ("fsdp", 4), ("tensor", 2)))
 
 
-def _layout(tensors: list[Tensor], **over: Any) -> Layout:
-    return Layout(**({"tensors": tuple(tensors), "meshes": (MESH,), "writers": 16} | over))
+def _layout(tensors: list[Tensor], **over: Any) -> SaveLayout:
+    return SaveLayout(**({"tensors": tuple(tensors), "meshes": (MESH,), "writers": 16} | over))
 
 
-def _covered(layout: Layout) -> None:
+def _covered(layout: SaveLayout) -> None:
     """Every element of every tensor is written exactly once, counted by painting."""
     planner = Planner(layout)
     paint = [np.zeros(t.shape, np.uint8) for t in layout.tensors]
@@ -72,7 +82,7 @@ def test_small_replicated_tensors_spread() -> None:
 
 def test_list_of_writers_is_obeyed() -> None:
     order = tuple(random.Random(3).sample(range(16), 16))
-    mesh = Mesh(axes=MESH.axes, writers=order)
+    mesh = SaveMesh(axes=MESH.axes, writers=order)
     layout = _layout(
         [Tensor(name="w", dtype="int8", shape=(16, 32), placement=Sharded(spec=(("fsdp",), ("tensor",))))],
         meshes=(mesh,),
@@ -153,8 +163,8 @@ def test_growth() -> None:
     ]
     times = []
     for world in (64, 16384):
-        layout = Layout(
-            tensors=tuple(tensors), meshes=(Mesh(axes=(("fsdp", world // 8), ("tensor", 8))),), writers=world
+        layout = SaveLayout(
+            tensors=tuple(tensors), meshes=(SaveMesh(axes=(("fsdp", world // 8), ("tensor", 8))),), writers=world
         )
         planner = Planner(layout)
         began = time.perf_counter()
@@ -203,6 +213,6 @@ def test_bad_names_and_meshes() -> None:
     with pytest.raises(FormatError, match="multiple of 3 positions"):
         _layout([tensor], writers=3)
     with pytest.raises(FormatError, match="16 writers from 0 to 1"):
-        _layout([tensor], writers=2, meshes=(Mesh(axes=MESH.axes, writers=(0, 1, 2)),))
+        _layout([tensor], writers=2, meshes=(SaveMesh(axes=MESH.axes, writers=(0, 1, 2)),))
     with pytest.raises(FormatError, match="nearest names are params/wq"):
         _layout([Tensor(name="params/wq", dtype="int8", shape=())]).tensor("params/qw")

@@ -16,10 +16,10 @@ from checkpoints_format import (
     Box,
     Explicit,
     FormatError,
-    Layout,
     LocalStore,
-    Mesh,
     Reader,
+    SaveLayout,
+    SaveMesh,
     Sharded,
     Tensor,
     Want,
@@ -36,7 +36,7 @@ def _part_of(array: np.ndarray) -> Callable[[Box], np.ndarray]:
     return lambda box: array[(*box.slices(), ...)]
 
 
-def _draw(seed: int) -> tuple[Layout, Arrays, random.Random]:
+def _draw(seed: int) -> tuple[SaveLayout, Arrays, random.Random]:
     """A random layout, its values, and the generator that drew them."""
     draw = random.Random(seed)
     sizes = {"replica": draw.choice((1, 2, 3)), "fsdp": draw.choice((1, 2, 4)), "tensor": draw.choice((1, 2))}
@@ -71,17 +71,17 @@ def _draw(seed: int) -> tuple[Layout, Arrays, random.Random]:
         raw = raw & 1 if dtype == "bool" else raw
         tensors.append(tensor)
         arrays[tensor.name] = raw.view(NUMPY[dtype]).reshape(shape)
-    layout = Layout(
+    layout = SaveLayout(
         tensors=tuple(tensors),
         writers=writers,
-        meshes=(Mesh(axes=tuple(sizes.items()), writers=owners),),
+        meshes=(SaveMesh(axes=tuple(sizes.items()), writers=owners),),
         pack_bytes=draw.choice((1, 100, 1000, 5000, 1 << 30)),
         share_bytes=draw.choice((1, 64, 1000)),
     )
     return layout, arrays, draw
 
 
-def _save(store: LocalStore, layout: Layout, arrays: Arrays, *, lazily: bool, streams: int = 1) -> None:
+def _save(store: LocalStore, layout: SaveLayout, arrays: Arrays, *, lazily: bool, streams: int = 1) -> None:
     written = 0
     for writer in range(layout.writers):
         sources: dict = {name: _part_of(array) for name, array in arrays.items()}
@@ -124,7 +124,7 @@ def test_any_layout_any_box(seed: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("byteorder", ["<", ">"])
 def test_any_memory_order(order: str, byteorder: str, tmp_path: Path) -> None:
     array = np.asarray(np.arange(12 * 20).reshape(12, 20), dtype=f"{byteorder}f4", order=order)  # type: ignore[call-overload]
-    layout = Layout(tensors=(Tensor(name="w", dtype="float32", shape=(12, 20), tile=(5, 8)),))
+    layout = SaveLayout(tensors=(Tensor(name="w", dtype="float32", shape=(12, 20), tile=(5, 8)),))
     with LocalStore(tmp_path) as store:
         Writer(store, layout, save="s").write({"w": array})
         commit(store, layout, save="s")
@@ -133,9 +133,9 @@ def test_any_memory_order(order: str, byteorder: str, tmp_path: Path) -> None:
 
 def test_reads_only_what_it_needs(tmp_path: Path) -> None:
     """A column of row shards: bytes wanted are bytes read, and only tables come on top."""
-    layout = Layout(
+    layout = SaveLayout(
         tensors=(Tensor(name="w", dtype="float32", shape=(256, 512), placement=Sharded(spec=(("f",), ()))),),
-        meshes=(Mesh(axes=(("f", 8),)),),
+        meshes=(SaveMesh(axes=(("f", 8),)),),
         writers=8,
     )
     array = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
@@ -160,7 +160,7 @@ def test_reads_only_what_it_needs(tmp_path: Path) -> None:
 
 
 def test_gaps_are_merged_where_the_store_wants_it(tmp_path: Path) -> None:
-    layout = Layout(tensors=(Tensor(name="w", dtype="float32", shape=(256, 512)),))
+    layout = SaveLayout(tensors=(Tensor(name="w", dtype="float32", shape=(256, 512)),))
     array = np.random.default_rng(0).standard_normal((256, 512)).astype(np.float32)
 
     class Remote(LocalStore):
@@ -177,13 +177,13 @@ def test_gaps_are_merged_where_the_store_wants_it(tmp_path: Path) -> None:
 def test_a_request_costs_no_walk_over_the_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Requests are told apart by the file that they read: a hash of a pack's values takes in the whole layout, and a
     large model has tens of thousands of requests."""
-    layout = Layout(tensors=tuple(Tensor(name=f"w{i}", dtype="float32", shape=(8, 8)) for i in range(50)))
+    layout = SaveLayout(tensors=tuple(Tensor(name=f"w{i}", dtype="float32", shape=(8, 8)) for i in range(50)))
     arrays = {f"w{i}": np.full((8, 8), i, np.float32) for i in range(50)}
     with LocalStore(tmp_path) as store:
         _save(store, layout, arrays, lazily=False)
         store.request_bytes = 256  # one for each tensor
-        hashed: list[Layout] = []
-        monkeypatch.setattr(Layout, "__hash__", lambda self: hashed.append(self) or id(self))
+        hashed: list[SaveLayout] = []
+        monkeypatch.setattr(SaveLayout, "__hash__", lambda self: hashed.append(self) or id(self))
         reader = Reader(store)
         found = reader.read_many([Want(name) for name in arrays])
         assert reader.plan([Want(name) for name in arrays]).requests == 50
@@ -194,7 +194,9 @@ def test_a_request_costs_no_walk_over_the_layout(tmp_path: Path, monkeypatch: py
 def test_lazy_sources_stay_within_the_budget(tmp_path: Path) -> None:
     """Fetched pieces are at most half of the budget each, and no two are alive beside what is being written."""
     budget = 1 << 20
-    layout = Layout(tensors=(Tensor(name="w", dtype="float32", shape=(8, 256, 512), axes=("layers", "embed", "mlp")),))
+    layout = SaveLayout(
+        tensors=(Tensor(name="w", dtype="float32", shape=(8, 256, 512), axes=("layers", "embed", "mlp")),)
+    )
     array = np.random.default_rng(0).standard_normal((8, 256, 512)).astype(np.float32)
     fetched: list[int] = []
 
@@ -233,14 +235,14 @@ BAD_SOURCES = {
 @pytest.mark.parametrize("case", BAD_SOURCES)
 def test_bad_sources(case: str, tmp_path: Path) -> None:
     sources, message = BAD_SOURCES[case]
-    layout = Layout(tensors=(Tensor(name="w", dtype="float32", shape=(4, 4)),))
+    layout = SaveLayout(tensors=(Tensor(name="w", dtype="float32", shape=(4, 4)),))
     with LocalStore(tmp_path) as store, pytest.raises(FormatError, match=message):
         Writer(store, layout, save="s").write(sources)  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == [], "nothing is left of a save that failed"
 
 
 def test_bad_wants(tmp_path: Path) -> None:
-    layout = Layout(tensors=(Tensor(name="w", dtype="float32", shape=(4, 4)),))
+    layout = SaveLayout(tensors=(Tensor(name="w", dtype="float32", shape=(4, 4)),))
     with LocalStore(tmp_path) as store:
         _save(store, layout, W, lazily=False)
         reader = Reader(store)

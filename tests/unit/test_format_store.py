@@ -12,11 +12,11 @@ import pytest
 from checkpoints_format import (
     AlreadyCommittedError,
     FormatError,
-    Layout,
     LocalStore,
     MissingFileError,
     NotCommittedError,
     Reader,
+    SaveLayout,
     Sharded,
     Store,
     Tensor,
@@ -24,13 +24,13 @@ from checkpoints_format import (
     commit,
 )
 
-LAYOUT = Layout(
+LAYOUT = SaveLayout(
     tensors=(Tensor(name="w", dtype="int32", shape=(4, 6), placement=Sharded(spec=(("writer",), ()))),), writers=2
 )
 ARRAY = np.arange(24, dtype=np.int32).reshape(4, 6)
 
 
-def _write(store: Store, save: str, writers: tuple[int, ...] = (0, 1), layout: Layout = LAYOUT) -> None:
+def _write(store: Store, save: str, writers: tuple[int, ...] = (0, 1), layout: SaveLayout = LAYOUT) -> None:
     for writer in writers:
         Writer(store, layout, save=save, writer=writer).write({"w": ARRAY[2 * writer : 2 * writer + 2]})
 
@@ -53,7 +53,7 @@ def test_commit_waits_for_every_writer(tmp_path: Path) -> None:
 
 
 def test_writers_must_agree_on_the_layout(tmp_path: Path) -> None:
-    other = Layout(tensors=LAYOUT.tensors, writers=2, pack_bytes=77)
+    other = SaveLayout(tensors=LAYOUT.tensors, writers=2, pack_bytes=77)
     with LocalStore(tmp_path) as store:
         _write(store, "a0", (0,))
         _write(store, "a0", (1,), other)
@@ -174,7 +174,9 @@ def test_bad_meta(tmp_path: Path) -> None:
 
 
 def test_many_files_few_descriptors(tmp_path: Path) -> None:
-    layout = Layout(tensors=tuple(Tensor(name=f"t{i}", dtype="int32", shape=(4, 6)) for i in range(150)), pack_bytes=1)
+    layout = SaveLayout(
+        tensors=tuple(Tensor(name=f"t{i}", dtype="int32", shape=(4, 6)) for i in range(150)), pack_bytes=1
+    )
     with LocalStore(tmp_path) as store:
         Writer(store, layout, save="s").write({t.name: ARRAY for t in layout.tensors})
         commit(store, layout, save="s")

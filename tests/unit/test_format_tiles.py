@@ -9,8 +9,8 @@ import random
 import numpy as np
 import pytest
 
-from checkpoints_format import Box, Layout, Mesh, Sharded, Tensor, tile_shape
-from checkpoints_format.moves import copy_tiles, tiles_first
+from checkpoints_format import Box, SaveLayout, SaveMesh, Sharded, Tensor, tile_shape
+from checkpoints_format.strided_copy import copy_tiles, tiles_first
 from checkpoints_format.tiles import MAX_TILE_BYTES, Grid
 
 # Frozen: a change of the formula changes every offset that a writer computes without a recorded tile.
@@ -145,7 +145,7 @@ def test_grid_is_the_tensors_whatever_the_mesh() -> None:
     """Column cuts of row shards fall on the same lines as those of the whole."""
     tensor = Tensor(name="w", dtype="float32", shape=(4096, 2048), placement=Sharded(spec=(("fsdp",), ())))
     for ways in (1, 2, 8, 64):
-        layout = Layout(tensors=(tensor,), meshes=(Mesh(axes=(("fsdp", ways),)),), writers=ways)
+        layout = SaveLayout(tensors=(tensor,), meshes=(SaveMesh(axes=(("fsdp", ways),)),), writers=ways)
         for held, box in layout.boxes_of(ways - 1):
             grid = Grid(box, held.tile or ())
             assert [grid.start(1, i) for i in range(grid.counts[1])] == list(range(0, 2048, 64))

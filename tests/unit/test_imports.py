@@ -69,6 +69,7 @@ ARRAY_MODULES = tuple(
         "training.open_data",
         "testing",
         "checkpoint.saver",
+        "checkpoint.format_layout",
         "checkpoint.newest",
         "checkpoint.object_store",
         "checkpoint.restore",
@@ -145,7 +146,18 @@ def test_nothing_imports_recipes() -> None:
     assert "recipes" not in loaded_by(*CORE, *modules_below("launchers"))
 
 
-@pytest.mark.parametrize("arguments", [[], ["train", "--help"], ["train", "nothing", "--run-dir", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["train", "--help"],
+        ["train", "nothing", "--run-dir", "x"],
+        ["init", "--help"],
+        ["init", "folder/of/mine.txt"],
+        ["show", "--help"],
+        ["show", "nothing"],
+    ],
+)
 def test_help_and_first_errors_load_no_framework_and_no_numpy(arguments: list[str]) -> None:
     names = loaded_when(f"from portatrain.cli import main; main({arguments!r})")
     assert "portatrain" in names

@@ -94,6 +94,20 @@ def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: 
     until(ended, "the supervisor has left")
 
 
+def test_a_cancel_that_does_not_wait_promises_no_step(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE_STEP_S", "0.5")
+    start()
+    until(lambda: now().step >= 2, "steps")
+    capsys.readouterr()
+    assert launch_main(["cancel", "a", "--no-wait"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a: told to save and leave, which takes a while; saved until now: ")
+    until(ended, "the supervisor has left")
+    assert now().committed is not None and f"step {now().committed}" not in said  # it saved more after that
+    assert launch_main(["cancel", "a"]) == 0
+    assert f"a: cancelled; saved: step {now().committed}" in capsys.readouterr().out
+
+
 def test_the_code_of_a_run_is_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE_STEP_S", "1")
     helper, recipe = place / "helper.py", place / "mine.py"

@@ -247,11 +247,21 @@ _ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "smaller than the mesh axis": (
         lambda: layout_of("tensor=5", Dense(), compute={"mlp": ("tensor", "context")}, params={"embed": ()}),
-        "w, axis 'mlp' on mesh tensor=5: expected a size that tensor=5 x context=1 divides, got 24",
+        "w, axis 'mlp' on mesh tensor=5: expected a size that tensor=5 divides, got 24",
     ),
     "tiny size": (
         lambda: Layout(mesh=Mesh(tensor=4)).tensor_spec(lone(heads=3)),
         "The nearest sizes that work are 4; or use a smaller tensor axis.",
+    ),
+    "a batch over several axes, of which one is cut": (
+        lambda: layout_of("fsdp=4").check_batch(6),
+        "a microbatch, axis 'batch' on mesh fsdp=4: expected a size that fsdp=4 divides, got 6. "
+        "The nearest sizes that work are 4 or 8; or use a smaller fsdp axis.",
+    ),
+    "a batch over several axes, of which two are cut": (
+        lambda: layout_of("replica=2,fsdp=4").check_batch(12),
+        "expected a size that replica=2 x fsdp=4 divides, got 12. "
+        "The nearest sizes that work are 8 or 16; or use a smaller replica or fsdp axis.",
     ),
     "unknown logical axis": (
         lambda: layout_of("fsdp=2").spec(("batch", "sqe", None), what="ops.shard"),
@@ -283,7 +293,8 @@ _ERRORS: dict[str, tuple[Callable[[], Any], str]] = {
     "microbatch": (
         lambda: layout_of("fsdp=2,expert=2").check_batch(6),
         "a microbatch, axis 'batch' on mesh fsdp=2,expert=2: expected a size that "
-        "replica=1 x fsdp=2 x expert=2 divides, got 6. The nearest sizes that work are 4 or 8",
+        "fsdp=2 x expert=2 divides, got 6. The nearest sizes that work are 4 or 8; or use a smaller fsdp or expert "
+        "axis.",
     ),
     "sequence": (
         lambda: layout_of("context=2,tensor=4").check_batch(8, 12),

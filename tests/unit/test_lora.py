@@ -10,7 +10,7 @@ import pytest
 from portatrain.backends import reference
 from portatrain.backends.base import Context, backend_class
 from portatrain.errors import UserError
-from portatrain.model.lora import Adapted, LoRA, adapt, base_of, is_factor
+from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.model.module import Module, Param, describe
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
@@ -20,6 +20,11 @@ from tests.support.toy_models import Routed
 
 DECODER = DecoderConfig(vocab=32, embed=16, layers=2, heads=4, kv_heads=2, mlp=24)
 VIT = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=16, layers=2, heads=2, mlp=24)
+
+
+def base_of(name: str) -> str:
+    """Return the name of the weight that the factor `name` belongs to."""
+    return name.rpartition("/")[0]
 
 
 def test_names_and_axes() -> None:
@@ -129,7 +134,7 @@ def test_a_tied_weight_has_one_pair_of_factors() -> None:
         (lambda: LoRA(alpha=0.0), "LoRA.alpha"),
         (lambda: adapt(DECODER.build(), LoRA(targets=("blocks/attn/wx",))), "blocks/attn/wq"),
         (lambda: adapt(DECODER.build(), LoRA(targets=("embed/table",))), "embed/table"),
-        (lambda: adapt(Shared(), LoRA(targets=("again/1",))), "all weights of a list or none"),
+        (lambda: adapt(Shared(), LoRA(targets=("again/1",))), "all weights of a list, or none"),
     ],
 )
 def test_what_is_refused(make, said: str) -> None:
@@ -140,7 +145,7 @@ def test_what_is_refused(make, said: str) -> None:
 def test_a_weight_that_is_contracted_on_the_other_side_is_refused() -> None:
     found = describe(adapt(Shared(backwards=True), LoRA(rank=2)))
     batch = {"x": np.ones((2, 8)), "mask": np.ones(2)}
-    with pytest.raises(UserError, match="LoRA on first: expected its first 1 axes"):
+    with pytest.raises(UserError, match="LoRA on first: expected an einsum that contracts its first 1 axes"):
         reference.forward(found, parameters(found), batch, Context(), states={})
 
 
@@ -158,7 +163,7 @@ class Read(Module):
 def test_another_use_of_an_adapted_weight_is_refused(name: str) -> None:
     found = describe(adapt(Read(), LoRA(rank=2)))
     batch = {"x": np.ones((2, 8), np.float32), "mask": np.ones(2, np.float32), "sample": np.arange(2)}
-    with pytest.raises(UserError, match=r"LoRA on w: expected a weight that ops\.einsum contracts"):
+    with pytest.raises(UserError, match=r"LoRA on w: expected a weight that only ops\.einsum uses"):
         if name == "reference":
             reference.forward(found, parameters(found), batch, Context(), states={})
         else:

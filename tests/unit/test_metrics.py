@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -14,7 +16,7 @@ import pytest
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.text import duration, si
-from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord
+from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord, plot
 from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
@@ -78,7 +80,7 @@ def test_console_without_a_terminal_prints_plain_lines() -> None:
     assert "1.50 M parameters, 20 steps of 1000 tokens, fp32, jax on CPU, mesh 1" in text
     assert "MFU is relative to 0.05 TFLOP/s (measured here)" in text
     # A mean that forgets a tenth a step lags behind a line of slope -0.1 by 0.9 (1 - 0.9^9) = 0.5513 at step 10.
-    assert "step 10/20  loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
+    assert "step 10/20  mean loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
     assert "step 20: validation loss 3.0000  bits per byte 4.328" in text
     assert "skipped: step 3" in text
     assert "\x1b" not in text
@@ -114,6 +116,20 @@ def test_console_says_what_is_wrong() -> None:
     assert "data wait 50%" in text
     assert "skipped: not finite" in text
     assert "nan" not in text  # the shown loss is a mean over the finite ones
+
+
+def test_console_says_a_verdict_in_words() -> None:
+    out = io.StringIO()
+    sink = ConsoleSink(out)
+    figures = {"loss_difference": 3e-7, "loss_bound": 1e-5, "state_difference": None, "state_bound": None}
+    sink.event("resumed", step=20, verdict="continuous", differs=[], accepted=None, **figures)
+    sink.event("resumed", step=30, verdict="broken", differs=["rng.word"], accepted="a reason")
+    sink.event("warning", what="axis 'embd' is in no mapping")
+    assert out.getvalue().splitlines() == [
+        "went on from the checkpoint of step 20. Continuity: continuous, loss 3.0e-07 (bound 1e-05)",
+        "went on from the checkpoint of step 30. Continuity: broken, different: rng.word, accepted: a reason",
+        "warning: axis 'embd' is in no mapping",
+    ]
 
 
 def test_console_does_not_take_the_compilation_for_the_rate() -> None:
@@ -221,6 +237,24 @@ def test_loss_curve_of_a_long_run_stays_small(tmp_path: Path) -> None:
     ET.fromstring(text)
 
 
+def test_metrics_beyond_a_bound_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(tmp_path / "run")
+    for first, last in ((1, 200), (151, 400)):  # the second attempt goes on from step 150
+        with run.begin(make()) as attempt:
+            for step in range(first, last + 1):
+                attempt.metrics({"step": step, "loss": 5.0 - step / 100, "lr": 1e-3, "padding": "x" * 100})
+    with (run.path / "attempts" / "2" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 401, "lo')  # cut short by a crash
+    (whole,) = (points(line) for line in drawn(run).iter(f"{SVG}polyline") if line.attrib["class"] == "raw")
+    monkeypatch.setattr(plot, "MOST_BYTES", 8000)
+    (part,) = (points(line) for line in drawn(run).iter(f"{SVG}polyline") if line.attrib["class"] == "raw")
+    assert 20 < len(part) < len(whole) / 5
+    # 1, 1 + n, ... of the first attempt up to 150, then those of the second: each once, on the same line.
+    assert [x for x, _ in part] == sorted({x for x, _ in part})
+    heights = [y for _, y in part]
+    assert heights == sorted(heights)
+
+
 def test_loss_curve_without_steps(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     run.begin(make()).close()
@@ -294,11 +328,30 @@ def test_wandb_gets_one_curve_over_all_attempts(monkeypatch: pytest.MonkeyPatch)
     module.init = lambda **options: calls.append(options) or run
     monkeypatch.setitem(sys.modules, "wandb", module)
     play(WandbSink(), steps=2)
-    assert calls[0]["id"] == "small"
+    assert (calls[0]["id"], calls[0]["name"]) == ("small", "small")  # a run of before there were ids
     assert calls[0]["resume"] == "allow"
     assert [call[0] for call in calls[1:-1]] == [1, 2, 2]
     assert calls[-1] == "end"
     assert summary == {"status": "done"}
+
+
+def test_wandb_knows_a_run_by_its_id_and_not_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = ModuleType("wandb")
+    module.__spec__ = SimpleNamespace()
+    seen: list[dict[str, Any]] = []
+    run = SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None, summary={})
+    module.init = lambda **options: seen.append(options) or run
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    for folder in ("a/tiny", "b/tiny", "a/tiny"):
+        there = RunDir(tmp_path / folder)
+        there.begin(make()).close()
+        sink = WandbSink()
+        sink.start(replace(INFO, run=there.path.name, id=there.run_info()["id"]))
+        sink.end({})
+    first, other, again = (options["id"] for options in seen)
+    assert first == again != other
+    assert re.fullmatch("[0-9a-f]{16}", first)
+    assert {options["name"] for options in seen} == {"tiny"}
 
 
 def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:

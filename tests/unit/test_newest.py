@@ -11,10 +11,10 @@ import pytest
 
 from checkpoints_format import (
     FormatError,
-    Layout,
     LocalStore,
-    Mesh,
     Reader,
+    SaveLayout,
+    SaveMesh,
     Sharded,
     StoreError,
     Tensor,
@@ -49,9 +49,9 @@ class Agreed:
 
 def save(folder: Path, step: int) -> None:
     values = np.random.default_rng(step).standard_normal((3, 64), dtype=np.float32)
-    layout = Layout(
+    layout = SaveLayout(
         tensors=(Tensor(name="w", dtype="float32", shape=(3, 64), placement=Sharded(spec=(("fsdp",), ()))),),
-        meshes=(Mesh(axes=(("fsdp", PROCESSES),)),),
+        meshes=(SaveMesh(axes=(("fsdp", PROCESSES),)),),
         writers=PROCESSES,
     )
     with LocalStore(folder / step_name(step), create=True) as store:

@@ -130,6 +130,16 @@ def test_a_class_that_needs_more_says_how_it_is_given() -> None:
         apply_overrides(make(), ["data=Mixture", "data.weights=1", "data.sources=TextFiles"])
 
 
+def test_a_field_of_another_class_says_which() -> None:
+    with pytest.raises(UserError, match=r"field 'paths' of Stdlib.*TextFiles, .*have it: add --set data=TextFiles\."):
+        apply_overrides(make(), ["data.paths=corpus"])
+    with pytest.raises(UserError, match=r"Adafactor has it: add --set optimizer=Adafactor\."):
+        apply_overrides(make(), ["optimizer.decay_rate=0.7"])
+    with pytest.raises(UserError) as caught:
+        apply_overrides(make(), ["optimizer.nothing=3"])
+    assert "have it" not in str(caught.value)
+
+
 def test_a_class_of_the_recipes_own_file_is_found(tmp_path: Path) -> None:
     path = tmp_path / "own_rule.py"
     path.write_text(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_format import Box, Layout, LocalStore, Reader, Tensor, Writer, commit
+from checkpoints_format import Box, LocalStore, Reader, SaveLayout, Tensor, Writer, commit
 from portatrain.checkpoint.restore import Restoring
 from portatrain.errors import UserError
 
@@ -21,7 +21,7 @@ def saved(tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
     rng = np.random.default_rng(0)
     values = {n: rng.standard_normal(s).astype(np.float32) for n, s in SHAPES.items()}
     values["opt/count"] = np.asarray(3, np.int32)
-    layout = Layout(
+    layout = SaveLayout(
         tensors=tuple(
             Tensor(name=n, dtype=str(v.dtype), shape=v.shape, role=n.split("/")[0], batch=min(1, v.ndim))
             for n, v in values.items()

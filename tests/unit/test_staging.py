@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from checkpoints_format import Box, Layout, LocalStore, Mesh, Reader, Sharded, Tensor, Writer, commit
+from checkpoints_format import Box, LocalStore, Reader, SaveLayout, SaveMesh, Sharded, Tensor, Writer, commit
 from portatrain.checkpoint.host_copies import Staging, given_budget_bytes
 from portatrain.errors import UserError
 from portatrain.system.environment import SAVE_MEMORY_GIB
 
 LAYERS, ROWS, COLUMNS = 6, 40, 64
-LAYOUT = Layout(
+LAYOUT = SaveLayout(
     tensors=(
         Tensor(name="a/w", dtype="float32", shape=(LAYERS, ROWS, COLUMNS), batch=1),
         Tensor(name="b", dtype="int32", shape=()),
         Tensor(name="c/w", dtype="float32", shape=(ROWS, COLUMNS), placement=Sharded(spec=(("fsdp",), ()))),
         Tensor(name="d/w", dtype="float64", shape=(LAYERS, ROWS), batch=1),
     ),
-    meshes=(Mesh(axes=(("fsdp", 4),)),),
+    meshes=(SaveMesh(axes=(("fsdp", 4),)),),
 )
 SIZES = {t.name: t.item_bytes for t in LAYOUT.tensors}
 ONE_LAYER = ROWS * COLUMNS * 4

@@ -35,7 +35,7 @@ from portatrain.backends.deepspeed.engine import (
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, initial_box, slot_tensors
+from portatrain.backends.state import COUNT, StateTensor, beside_params, initial_box, inventory
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
@@ -120,47 +120,48 @@ class ZeroBackend(MeshBackend):
 
     # ---- states
 
-    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return OneDevice._part(self, info, role)  # modules are made whole, then cut by DeepSpeed
+    def _part(self, info: TensorInfo, laid_out_as: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return OneDevice._part(self, info, laid_out_as)  # modules are made whole, then cut by DeepSpeed
 
     def _build(self, draw: Callable[..., np.ndarray], count: int) -> ZeroState:
+        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+
         def value(role: str, name: str, index: tuple[int, ...]) -> Tensor:
-            info = self.definition.tensors[role, name]
+            info = tensors[role, name].info
             inner = info.shape[info.stack_dims :]
-            box = draw(info, role, (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
+            box = draw(tensors[role, name], (*index, *(0 for _ in inner)), (*(1 for _ in index), *inner))
             return torch.from_numpy(np.array(box)).reshape(inner).to(self.device)
 
         module, pieces = lower(self.definition, value)
         state = self._engine(module, pieces)
         state.client.count = count
         for i, part in state.parts.items():
-            p, info = pieces[i], self.definition.params[pieces[i].name]
-            slots = state.client.slots_of(part.flat)
-            for slot, what in slot_tensors(self.program.optimizer, info).items():
-                self._fill(draw, what, what.role, p.index, part, part.of(slots[slot]))
-            if p.name in self.program.ema:
-                state.ema[i] = torch.empty(part.n, device=self.device)
-                self._fill(draw, info, "ema", p.index, part, state.ema[i])
+            p, slots = pieces[i], state.client.slots_of(part.flat)
+            for tensor in beside.get(p.name, ()):
+                if tensor.slot is not None:
+                    self._fill(draw, tensor, p.index, part, part.of(slots[tensor.slot]))
+                else:
+                    into = state.beside.setdefault(tensor.role, {})[i] = torch.empty(part.n, device=self.device)
+                    self._fill(draw, tensor, p.index, part, into)
         return state
 
     @staticmethod
     def _fill(
-        draw: Callable[..., np.ndarray], info: TensorInfo, role: str, index: tuple[int, ...], part: Part, into: Tensor
+        draw: Callable[..., np.ndarray], tensor: StateTensor, index: tuple[int, ...], part: Part, into: Tensor
     ) -> None:
-        lead, at = (1,) * len(index), 0
+        info, lead, at = tensor.info, (1,) * len(index), 0
         for box in flat_range_boxes(info.shape[info.stack_dims :], part.start, part.start + part.n):
-            array = draw(info, role, (*index, *box.offset), (*lead, *box.shape))
+            array = draw(tensor, (*index, *box.offset), (*lead, *box.shape))
             into[at : at + box.size].copy_(torch.from_numpy(np.array(array)).flatten())
             at += box.size
 
     def init_state(self) -> ZeroState:
-        return self._build(lambda t, role, at, shape: initial_box(t, self.program.seed, at, shape), 0)
+        return self._build(lambda tensor, at, shape: initial_box(tensor.info, self.program.seed, at, shape), 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> ZeroState:
-        def box(info: TensorInfo, role: str, at: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-            return read(role, info.name, at, shape)
-
-        return self._build(box, int(read(COUNT, "", (), ())))
+        return self._build(
+            lambda tensor, at, shape: read(tensor.role, tensor.info.name, at, shape), int(read(COUNT, "", (), ()))
+        )
 
     def _engine(self, module: nn.Module, pieces: list[Piece]) -> ZeroState:
         import deepspeed
@@ -323,31 +324,36 @@ class ZeroBackend(MeshBackend):
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         """Whole parameters in stages 1 and 2, flat ranges of them in stage 3; flat ranges of slots and averages."""
         held = zero_state(state)
+        for tensor, index, flat, start in self._ranges(held):
+            yield from boxes_of(tensor, index, flat, start)
+        count = held.client.count
+        yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
+
+    def _ranges(self, held: ZeroState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
+        """Yield (logical tensor, index in its Stacks, this process's elements, the number of the first of them in the
+        flattened layer) of all that `held` has but the count."""
+        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
         for i, p in enumerate(held.pieces):
-            info = self.definition.tensors[p.role, p.name]
             part = held.parts.get(i)
             if p.role == "state" or self.stage < 3:
-                yield from boxes_of(info, p.role, p.index, p.tensor.detach().flatten(), 0)
+                yield tensors[p.role, p.name], p.index, p.tensor.detach().flatten(), 0
             elif part is not None:
-                yield from boxes_of(info, p.role, p.index, part.values, part.start)
+                yield tensors[p.role, p.name], p.index, part.values, part.start
             else:  # frozen: DeepSpeed cuts it, and updates nothing
-                yield from self._frozen(info, p)
+                yield tensors[p.role, p.name], p.index, *self._frozen(p)
             if part is None or not part.n:
                 continue
             slots = held.client.slots_of(part.flat)
-            for slot, what in slot_tensors(self.program.optimizer, info).items():
-                yield from boxes_of(what, what.role, p.index, part.of(slots[slot]), part.start)
-            if i in held.ema:
-                yield from boxes_of(info, "ema", p.index, held.ema[i], part.start)
-        count = held.client.count
-        yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
+            for tensor in beside.get(p.name, ()):
+                own = held.beside[tensor.role][i] if tensor.slot is None else part.of(slots[tensor.slot])
+                yield tensor, p.index, own, part.start
 
     def irregular_shards(self, state: TorchState) -> IrregularShards:
         """Slots and averages, and in stage 3 parameters: whatever lies in flat ranges."""
         mine = [
             (box.role, box.name, box.offset, box.shape)
             for box in self.local_boxes(state)
-            if (box.role.startswith(("opt/", "ema")) and box.name) or (box.role == "params" and self.stage == 3)
+            if (box.role not in ("params", "state", COUNT)) or (box.role == "params" and self.stage == 3)
         ]
         every: list[Any] = [None] * self.processes
         dist.all_gather_object(every, mine)
@@ -357,11 +363,12 @@ class ZeroBackend(MeshBackend):
                 found.setdefault((role, name), []).append((process, offset, shape))
         return found
 
-    def _frozen(self, info: TensorInfo, p: Any) -> Iterator[LocalBox]:
+    def _frozen(self, p: Any) -> tuple[Tensor, int]:
+        """(this process's elements, the number of the first) of a parameter that DeepSpeed cuts and never updates."""
         shard = p.tensor.ds_tensor
         start = self.world.rank * shard.ds_numel
         mine = max(0, min(shard.ds_numel, p.tensor.ds_numel - start))
-        yield from boxes_of(info, p.role, p.index, shard.detach()[:mine], start)
+        return shard.detach()[:mine], start
 
     def describe_memory(self, state: TorchState) -> dict[str, int]:
         """What DeepSpeed holds, with its padding. In stages 1 and 2 its float32 copies of this process's parts count as
@@ -372,12 +379,9 @@ class ZeroBackend(MeshBackend):
         slots = sum(t.nbytes for f in flats.values() for t in held.client.slots_of(f).values())
         copies = sum(f.nbytes for f in flats.values())
         here = sum((p if self.stage < 3 else p.ds_tensor).nbytes for p in params)
-        found = {
-            "params": here,
-            "opt": slots + copies,
-            "ema": sum(t.nbytes for t in held.ema.values()),
-            "state": sum(p.tensor.nbytes for p in held.pieces if p.role == "state"),
-        }
+        beside = {role: sum(t.nbytes for t in by_piece.values()) for role, by_piece in held.beside.items()}
+        states = sum(p.tensor.nbytes for p in held.pieces if p.role == "state")
+        found = {"params": here, "opt": slots + copies, "ema": 0, **beside, "state": states}
         peak = peak_bytes(self.device)
         return found if peak is None else {**found, "peak": peak}
 

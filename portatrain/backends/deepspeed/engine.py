@@ -12,13 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints_format.boxes import flat_range_boxes
-from portatrain.backends.base import LocalBox
+from portatrain.backends.base import LocalBox, check_loss
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
+from portatrain.backends.state import StateTensor
 from portatrain.backends.torch.lower import Piece
 from portatrain.backends.torch.one_device import TorchState
-from portatrain.errors import UserError
-from portatrain.model.module import Stack, TensorInfo
-from portatrain.model.ops import Loss
+from portatrain.model.module import Stack
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,8 @@ class Part:
 
 
 class ZeroState(TorchState):
-    """module: the root that the engine runs. parts and ema: by position in `pieces`; an average is held as the
-    parameter's part is."""
+    """module: the root that the engine runs. parts: by position in `pieces`; what is kept beside a parameter is held as
+    the parameter's part is."""
 
     def __init__(self, module: nn.Module, pieces: list[Piece], engine: Any, client: FlatOptimizer) -> None:
         super().__init__(module, pieces, client, {})  # type: ignore[arg-type]
@@ -75,14 +74,7 @@ class Root(nn.Module):
         model: Any = self.module
         if method == "predict":
             return model.predict(ops, batch)
-        loss = model.forward(ops, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(
-                type(model).__name__,
-                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__,
-                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
-            )
+        loss = check_loss(model.forward(ops, batch), model)
         return loss.sum, loss.weight_B, loss.loss_B
 
 
@@ -118,13 +110,13 @@ def in_rows(flat: Tensor) -> Tensor:
     )
 
 
-def boxes_of(info: TensorInfo, role: str, index: tuple[int, ...], flat: Tensor, start: int) -> Iterator[LocalBox]:
-    lead, at = (1,) * len(index), 0
+def boxes_of(tensor: StateTensor, index: tuple[int, ...], flat: Tensor, start: int) -> Iterator[LocalBox]:
+    info, lead, at = tensor.info, (1,) * len(index), 0
     for box in flat_range_boxes(info.shape[info.stack_dims :], start, start + flat.numel()):
         part, whole = flat[at : at + box.size], (*lead, *box.shape)
         yield LocalBox(
             name=info.name,
-            role=role,
+            role=tensor.role,
             offset=(*index, *box.offset),
             shape=whole,
             fetch=functools.partial(_fetched, part, whole),

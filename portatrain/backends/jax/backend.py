@@ -14,7 +14,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult
+from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.batches import pad_rows
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
@@ -22,12 +23,9 @@ from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
-from portatrain.errors import UserError
+from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
 from portatrain.model import dropout_hash, remat
 from portatrain.model.module import TensorInfo
-from portatrain.model.ops import Loss
-from portatrain.model.precision import averaged
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
 
@@ -56,7 +54,7 @@ class JaxBackend:
             self.graph, skeleton, self.paths = self._split(lambda role, name: jnp.zeros(()))
         self.flat_paths = [path for path, _ in skeleton]
         # A state leaves a step laid out as it came in, or the next step would compile again.
-        shardings = self._assemble(lambda tensor, role: self._sharding(tensor, role), None)
+        shardings = self._assemble(self._sharding, None)
         platform = self.devices.devices.flat[0].platform
         # On a CPU a step takes the cores that would prepare the next one; small ones even run in the calling thread.
         self.async_dispatch = platform != "cpu"
@@ -107,10 +105,9 @@ class JaxBackend:
 
     # ---- states
 
-    def _sharding(self, tensor: TensorInfo, role: str, share: Any = None) -> NamedSharding:
-        """`role` is a checkpoint's: averages lie as parameters do, slots as the layout's state mapping says. With a
-        `share` copies have a part each."""
-        spec = list(self.layout.tensor_spec(tensor, role="params" if role == "ema" else role))
+    def _sharding(self, tensor: StateTensor, share: Any = None) -> NamedSharding:
+        """How `tensor` lies. With a `share` copies have a part each."""
+        spec = list(self.layout.tensor_spec(tensor.info, role=tensor.laid_out_as))
         if share is not None:
             spec[share.dim] = (*spec[share.dim], *share.axes)
         return NamedSharding(self.devices, partition_spec(tuple(spec)))
@@ -126,19 +123,20 @@ class JaxBackend:
         # On a CPU the array may share NumPy's memory, and a shared buffer cannot be donated.
         return placed.copy() if placed.size else placed
 
-    def _assemble(self, make: Callable[[TensorInfo, str], Any], count: int | None) -> State:
-        """A state whose arrays come from make(logical tensor, role); count None: the count's sharding in its place."""
-        trained = {n: t for n, t in self.definition.params.items() if n in self.program.trainable}
+    def _assemble(self, make: Callable[[StateTensor], Any], count: int | None) -> State:
+        """A state whose arrays come from make(logical tensor); count None: the count's sharding in its place."""
+        state: State = {"params": {}, "state": {}, "ema": {}}
         slots: dict[str, dict[str, Any]] = {}
-        for name, info in trained.items():
-            for slot, what in slot_tensors(self.program.optimizer, info).items():
-                slots.setdefault(slot, {})[name] = make(what, what.role)
-        return {
-            "params": {n: make(t, "params") for n, t in self.definition.params.items()},
-            "state": {n: make(t, "state") for n, t in self.definition.states.items()},
-            "ema": {n: make(averaged(t), "ema") for n, t in self.definition.params.items() if n in self.program.ema},
-            "opt": RuleState(self._replicated if count is None else self._whole(np.int32(count)), slots),
-        }
+        for tensor in inventory(self.program):
+            into = state.setdefault(tensor.role, {}) if tensor.slot is None else slots.setdefault(tensor.slot, {})
+            into[tensor.info.name] = make(tensor)
+        return {**state, "opt": RuleState(self._replicated if count is None else self._whole(np.int32(count)), slots)}
+
+    def state_arrays(self, state: State) -> Iterator[tuple[StateTensor, Any]]:
+        """Yield every tensor of `state` with its array, in the order of the checkpoint."""
+        for tensor in inventory(self.program):
+            held = state[tensor.role] if tensor.slot is None else state["opt"].slots[tensor.slot]
+            yield tensor, held[tensor.info.name]
 
     def _whole(self, value: np.int32) -> Any:
         return jax.make_array_from_callback((), self._replicated, lambda _: np.asarray(value)).copy()
@@ -148,11 +146,10 @@ class JaxBackend:
         return NamedSharding(self.devices, PartitionSpec())
 
     def init_state(self) -> State:
-        def make(tensor: TensorInfo, role: str) -> Any:
+        def make(tensor: StateTensor) -> Any:
+            info = tensor.info
             return self._place(
-                tensor,
-                lambda at, shape: initial_box(tensor, self.program.seed, at, shape),
-                self._sharding(tensor, role),
+                info, lambda at, shape: initial_box(info, self.program.seed, at, shape), self._sharding(tensor)
             )
 
         return self._assemble(make, 0)
@@ -161,10 +158,10 @@ class JaxBackend:
         return self.restore_shared(read, {})
 
     def restore_shared(self, read: Callable[[str, str, tuple, tuple], np.ndarray], shares: Mapping[Any, Any]) -> State:
-        def make(tensor: TensorInfo, role: str) -> Any:
-            share, lies = shares.get((role, tensor.name)), self._sharding(tensor, role)
-            parts = self._sharding(tensor, role, share)
-            placed = self._place(tensor, lambda at, shape: read(role, tensor.name, at, shape), parts)
+        def make(tensor: StateTensor) -> Any:
+            share, lies = shares.get(tensor.key), self._sharding(tensor)
+            parts = self._sharding(tensor, share)
+            placed = self._place(tensor.info, lambda at, shape: read(tensor.role, tensor.info.name, at, shape), parts)
             return placed if share is None else jax.jit(_as_it_is, out_shardings=lies)(placed)
 
         return self._assemble(make, int(read(COUNT, "", (), ())))
@@ -173,14 +170,7 @@ class JaxBackend:
 
     def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any) -> Any:
         ops = self._ops(batch, step, training=True)
-        loss = self._module({**frozen, **trained}, states)(ops, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(
-                type(self.definition.model).__name__,
-                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__,
-                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
-            )
+        loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         total = loss.sum
         for aux in ops.auxes.values():
             if aux.loss:
@@ -237,7 +227,7 @@ class JaxBackend:
         ema = state["ema"]
         if program.ema_decay is not None:
             ema = {n: a + (1 - program.ema_decay) * (params[n] - a) for n, a in ema.items()}
-        return {"params": params, "state": states, "ema": ema, "opt": opt}
+        return {**state, "params": params, "state": states, "ema": ema, "opt": opt}
 
     def _step(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> tuple[State, Any]:
         grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
@@ -266,8 +256,8 @@ class JaxBackend:
         """The function that `step` calls, and its arguments without their contents: to compile with no device there.
         Of `batch`, shapes and dtypes count."""
 
-        def like(tensor: TensorInfo, role: str) -> Any:
-            return jax.ShapeDtypeStruct(tensor.shape, tensor.dtype, sharding=self._sharding(tensor, role))
+        def like(tensor: StateTensor) -> Any:
+            return jax.ShapeDtypeStruct(tensor.info.shape, tensor.info.dtype, sharding=self._sharding(tensor))
 
         state = self._assemble(like, None)
         count = jax.ShapeDtypeStruct((), jnp.int32, sharding=self._replicated)
@@ -290,7 +280,7 @@ class JaxBackend:
     def _probe(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
         grads, *_ = self._accumulate(state, batch, step)
         deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
-        return norms(self.definition, self.program.optimizer, state, grads, deltas)
+        return norms(self.definition.params, self.state_arrays(state), grads, deltas)
 
     def probe(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         found = self._probes(state, self._put(batch, 1), np.int32(step), np.float32(scale))
@@ -316,9 +306,7 @@ class JaxBackend:
         return np.asarray(self._predicts(state["params"], state["state"], there))[:rows]
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """As many rows as divide over the mesh; the last one again where they do not."""
-        more = -next(iter(batch.values())).shape[0] % self.layout.mesh.over(self.layout.spec(("batch",))[0])
-        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()} if more else batch
+        return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """The batch on the devices; axis `lead` is the samples'."""
@@ -336,19 +324,16 @@ class JaxBackend:
     # ---- what it holds and runs on
 
     def local_boxes(self, state: State) -> Iterator[LocalBox]:
-        groups = [("params", state["params"]), ("state", state["state"]), ("ema", state["ema"])]
-        groups += [(f"opt/{slot}", named) for slot, named in state["opt"].slots.items()]
-        for role, named in groups:
-            for name, array in named.items():
-                for shard in array.addressable_shards:
-                    bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
-                    yield LocalBox(
-                        name=name,
-                        role=role,
-                        offset=tuple(b[0] for b in bounds),
-                        shape=shard.data.shape,
-                        fetch=functools.partial(np.array, shard.data),
-                    )
+        for tensor, array in self.state_arrays(state):
+            for shard in array.addressable_shards:
+                bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
+                yield LocalBox(
+                    name=tensor.info.name,
+                    role=tensor.role,
+                    offset=tuple(b[0] for b in bounds),
+                    shape=shard.data.shape,
+                    fetch=functools.partial(np.array, shard.data),
+                )
         count = state["opt"].count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
 
@@ -356,11 +341,10 @@ class JaxBackend:
         return {}
 
     def describe_memory(self, state: State) -> dict[str, int]:
-        def held(tree: Any) -> int:
-            return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards)
+        def held(array: Any) -> int:
+            return sum(shard.data.nbytes for shard in array.addressable_shards)
 
-        found = {role: held(state[role]) for role in ("params", "state", "ema")}
-        found["opt"] = held(state["opt"])
+        found = bytes_by_kind(self.state_arrays(state), held)
         stats = [d.memory_stats() or {} for d in self.devices.local_devices]
         peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
         return {**found, **({"peak": max(peaks)} if peaks else {})}

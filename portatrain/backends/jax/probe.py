@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from portatrain.backends.state import slot_tensors
-from portatrain.model.module import Definition
+from portatrain.backends.state import StateTensor, full_name
+from portatrain.model.module import TensorInfo
 
 
 def norms(
-    definition: Definition, rule: Any, state: Mapping[str, Any], grads: Mapping[str, Any], deltas: Mapping[str, Any]
+    params: Mapping[str, TensorInfo],
+    state_arrays: Iterable[tuple[StateTensor, Any]],
+    grads: Mapping[str, Any],
+    deltas: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """By 'ROLE/NAME' the 2-norm of every tensor of `state` and, as 'grad/NAME' and 'update/NAME', of `grads` and
+    """By 'ROLE/NAME' the 2-norm of every tensor of the state and, as 'grad/NAME' and 'update/NAME', of `grads` and
     `deltas`; each has the axes of the tensor's Stacks."""
-    params = definition.params
-    found = {}
-    for role in ("params", "state", "ema"):
-        for name, array in state[role].items():
-            info = definition.states[name] if role == "state" else params[name]
-            found[f"{role}/{name}"] = _norm(array, info.stack_dims)
-    for slot, named in state["opt"].slots.items():
-        for name, array in named.items():
-            found[f"opt/{slot}/{name}"] = _norm(array, slot_tensors(rule, params[name])[slot].stack_dims)
+    found = {full_name(*tensor.key): _norm(array, tensor.info.stack_dims) for tensor, array in state_arrays}
     for role, named in (("grad", grads), ("update", deltas)):
         for name, array in named.items():
             found[f"{role}/{name}"] = _norm(array, params[name].stack_dims)

@@ -1,7 +1,7 @@
-"""The oracle: every operation in NumPy float64, forward only, written for clarity from the docstrings of `Ops`.
+"""The oracle: every operation of `Ops` in NumPy float64, forward only, written for clarity.
 
-What other backends compute is compared with it; gradients are compared with its differences. It imports NumPy and
-portatrain's core, no framework.
+Tests compare the results of other backends with it, and their gradients with its finite differences. It imports NumPy
+and the rooms below, no framework.
 """
 
 from portatrain.backends.reference.backend import ReferenceBackend as ReferenceBackend

@@ -1,4 +1,4 @@
-"""`ReferenceBackend`: the part of the `Backend` Protocol that an oracle can answer."""
+"""`ReferenceBackend`: the oracle with the two methods of the `Backend` Protocol that need no training."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ from portatrain.backends.reference.trees import tree_map
 
 
 class ReferenceBackend:
-    """`evaluate` and `differentiate` in float64. It trains nothing: it says what the others should have computed."""
+    """`evaluate` and `differentiate` in float64. It cannot train; tests compare other backends with it."""
 
     name = "reference"
     operations = ReferenceOps
 
     @classmethod
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
-        """`fn(ops, *args)`; floating arguments become float64, results are NumPy arrays."""
+        """Return `fn(ops, *args)` as NumPy arrays; floating arguments are converted to float64."""
         ops = cls.operations(seed=context.seed, step=context.step, sample=context.sample, training=context.training)
         return tree_map(np.asarray, fn(ops, *(tree_map(as_reference, arg) for arg in args)))
 
     @classmethod
     def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
-        """(value, gradients with respect to every floating array of `args`, None for the others), element by element
-        from differences: for small arrays, as it calls `fn` four times an element."""
+        """Return (value, gradients), with a gradient for each floating array in `args` and None for the others.
+
+        Each element of a gradient is a finite difference. Use small arrays: it calls `fn` at least four times per
+        element.
+        """
 
         def function(*moved: np.ndarray) -> float:
             return float(cls.evaluate(fn, moved, context))

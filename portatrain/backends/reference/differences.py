@@ -1,4 +1,4 @@
-"""Derivatives from differences in float64: the oracle of gradients."""
+"""Finite differences in float64: the oracle of gradients."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ _HALVINGS = 24
 def directional_derivative(
     function: Callable[..., float], args: Sequence[np.ndarray], direction: Sequence[np.ndarray | None]
 ) -> float:
-    """d/dh function(args + h direction) at h = 0, to about nine digits.
+    """Return d/dh function(args + h direction) at h = 0, to about nine digits.
 
-    Central differences of fourth order, (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12 h + O(h^4) (Fornberg 1988, table 1),
-    with h halved until two neighbours agree to 1e-9, or to the rounding of f over h. The first h moves the farthest
-    element by a hundredth of the arguments' root mean square. None: that argument does not move. `function` must be
-    smooth at `args`: within h of a kink the halving goes on until it is left behind.
+    It uses central differences of fourth order, (8 (f(h) - f(-h)) - (f(2h) - f(-2h))) / 12 h + O(h^4) (Fornberg 1988,
+    table 1). It halves h until two successive results agree to 1e-9, or to the rounding error of f divided by h. The
+    first h changes the element with the largest direction by a hundredth of the root mean square of the arguments.
+
+    Args:
+        function: must be smooth at `args`; near a kink, h is halved until the kink is outside.
+        args: float64 arrays.
+        direction: one array per argument, or None for an argument that does not change.
     """
     moved = [(a, d) for a, d in zip(args, direction, strict=True) if d is not None]
     reach = max(float(np.abs(d).max()) for _, d in moved)
@@ -27,7 +31,8 @@ def directional_derivative(
     h = 0.01 * float(np.sqrt(square) or 1.0) / reach
 
     def odd(t: float) -> tuple[float, float]:
-        """(f(t) - f(-t), the size of f)."""
+        """Return (f(t) - f(-t), the larger of |f(t)| and |f(-t)|)."""
+
         up, down = (
             float(function(*(a if d is None else a + s * d for a, d in zip(args, direction, strict=True))))
             for s in (t, -t)

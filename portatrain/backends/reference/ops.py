@@ -1,4 +1,4 @@
-"""`ReferenceOps`: the operations of `portatrain.model.ops.Ops` in NumPy float64. Docstrings and legend are there."""
+"""`ReferenceOps`: the operations of `portatrain.model.ops.Ops` in NumPy float64; `Ops` documents them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,17 @@ Array = np.ndarray
 
 
 class ReferenceOps:
-    """The oracle. Floating arrays are float64 throughout: 'float32', 'bfloat16' and 'compute' all mean float64.
+    """The oracle. All floating arrays are float64: 'float32', 'bfloat16' and 'compute' mean float64.
 
-    `values` are the logical arrays of Params and States by id (a running model needs them, bare calls do not).
-    `auxes` and `tallies` ({id of State: {index in the Stacks: sum}}) collect what the model records.
+    Args:
+        seed, step: those of the run, for dropout.
+        sample: (B,) integers, the sample numbers, for dropout.
+        training: True to apply dropout and record tallies.
+        values: id of a Param or State -> its logical array; only needed to run a model.
+
+    Attributes:
+        auxes: name -> the value that `aux` recorded.
+        tallies: id of a State -> {index in the Stacks: the sum that `tally` recorded}.
     """
 
     def __init__(
@@ -241,7 +248,7 @@ class ReferenceOps:
         return carry, tree_map(lambda *leaves: np.stack(leaves), outs[0], *outs[1:])
 
     def value(self, p: Param | State) -> Array:
-        """The array of `p` in the layer that is running."""
+        """Return the array of `p` in the present layer."""
         return self._values[id(p)][self._index]
 
     def name(self, x: Array, name: str) -> Array:
@@ -263,8 +270,8 @@ class ReferenceOps:
         raise UserError(
             f"ops.update({type(module).__name__}, ...)",
             expected="a call from within after_step",
-            got="one from the forward pass",
-            do="Use ops.tally to add to a State while computing.",
+            got="a call in the forward pass",
+            do="Use ops.tally to add to a State in the forward pass.",
         )
 
 
@@ -278,7 +285,7 @@ def _check_axes(what: str, x: Array, axes: Sequence[str | None]) -> None:
             what,
             expected=f"one logical axis (or None) for each of the {x.ndim} dimensions of shape {x.shape}",
             got=f"{len(axes)}: {', '.join(map(str, axes))}",
-            do="Name every dimension; None where it is not split.",
+            do="Give one axis per dimension; None for a dimension that is not sharded.",
         )
 
 

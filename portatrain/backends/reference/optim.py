@@ -1,8 +1,8 @@
-"""The oracle of the optimizer rules: NumPy float64, from the papers' equations, one slice at a time.
+"""The oracle of the optimizer rules: the papers' equations in NumPy float64, one slice at a time.
 
-Written apart from portatrain.optim on purpose, sharing with it the rules' fields and nothing else:
-plain loops over layers and experts, powers where the rules use expm1, the matrix of a slice spelled
-out, its second moment formed whole. It is slow, and meant to be read beside the paper.
+It shares only the rules' fields with portatrain.optim, so that each can reveal the other's mistakes. It loops over
+layers and experts, computes powers instead of expm1, and forms each matrix and its second moment completely. It is slow
+and meant to be read beside the papers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ State = dict[str, Float]
 
 
 def init(rule: Rule, info: Info) -> State:
-    """The slots of ``rule`` for a tensor, zero; float64."""
+    """Return the initial slots of ``rule`` for a tensor: zeros, float64."""
     shape, batch = info.shape, info.batch_dims
     inner = shape[batch:]
     if isinstance(rule, Adafactor):
@@ -49,9 +49,9 @@ def step(
     count: int,
     decay: bool,
 ) -> tuple[Float, State]:
-    """The new parameter and the new slots after step ``count`` (from 1), in float64.
+    """Return the new parameter and the new slots, float64, after step ``count``, counted from 1.
 
-    Arguments as in ``Rule.update``; everything is computed batch slice by batch slice.
+    The arguments are those of ``Rule.update``. Each slice of the batch axes is computed on its own.
     """
     new_param = np.array(param, np.float64)
     new_slots = {name: np.array(value, np.float64) for name, value in slots.items()}
@@ -72,7 +72,7 @@ def step(
             out, s = _muon(acting, p, g, s, eta, info.fan_in_axes)
         else:
             raise TypeError(f"the reference has no equations for {type(acting).__name__}")
-        # Decoupled: the decay acts on the old parameter and reaches neither gradient nor slots.
+        # Decoupled decay uses the old parameter and changes neither gradient nor slots.
         new_param[index] = out - (eta * acting.weight_decay * p if decay else 0.0)
         for name, value in s.items():
             new_slots[name][index] = value
@@ -80,7 +80,7 @@ def step(
 
 
 def global_norm(grads: Mapping[str, Float]) -> float:
-    """The 2-norm of all gradients as one vector, exactly rounded sums (math.fsum)."""
+    """Return sqrt(sum of g^2 over all gradients), with a correctly rounded sum (math.fsum)."""
     return math.sqrt(math.fsum(float(x) ** 2 for name in sorted(grads) for x in np.ravel(grads[name])))
 
 
@@ -109,7 +109,7 @@ def _sgd(rule: SGD, p: Float, g: Float, s: State, eta: float) -> tuple[Float, St
 
 
 def _adafactor(rule: Adafactor, p: Float, g: Float, s: State, eta: float, t: int, inputs: int) -> tuple[Float, State]:
-    """arXiv:1804.04235, algorithm 4 (matrices) and 5 (vectors), beta2 of equation in section 7.2."""
+    """arXiv:1804.04235, algorithms 4 (matrices) and 5 (vectors), with the beta2 of section 7.2."""
     beta2 = 1 - float(t) ** -rule.decay_rate
     squares = g**2 + rule.eps1
     if "v" in s:
@@ -119,7 +119,7 @@ def _adafactor(rule: Adafactor, p: Float, g: Float, s: State, eta: float, t: int
         rows = inputs if inputs > 0 else 1
         n, m = math.prod(g.shape[:rows]), math.prod(g.shape[rows:])
         table = squares.reshape(n, m)
-        # The slots are means; the algorithm's R and C are sums, over m columns and over n rows.
+        # The slots are means; R and C of the algorithm are sums, over m columns and over n rows.
         big_r = beta2 * (m * s["v_row"].reshape(n)) + (1 - beta2) * table.sum(axis=1)
         big_c = beta2 * (n * s["v_col"].reshape(m)) + (1 - beta2) * table.sum(axis=0)
         v = (np.outer(big_r, big_c) / big_r.sum()).reshape(g.shape)
@@ -131,8 +131,9 @@ def _adafactor(rule: Adafactor, p: Float, g: Float, s: State, eta: float, t: int
 
 
 def _muon(rule: Muon, p: Float, g: Float, s: State, eta: float, inputs: int) -> tuple[Float, State]:
-    """Jordan et al. 2024. The odd polynomial acts on the singular values alone, so it is applied to
-    those of the SVD: X = U S V^T  ->  U f(S) V^T, f(x) = a x + b x^3 + c x^5."""
+    """Jordan et al. 2024. The odd polynomial changes only the singular values, so it is applied to the SVD:
+    X = U S V^T  ->  U f(S) V^T, f(x) = a x + b x^3 + c x^5."""
+
     m = rule.momentum * s["m"] + (1 - rule.momentum) * g
     n = (1 - rule.momentum) * g + rule.momentum * m if rule.nesterov else m
     d_in, d_out = math.prod(g.shape[:inputs]), math.prod(g.shape[inputs:])

@@ -1,17 +1,16 @@
-"""How far two float32 evaluations of one optimizer step may lie apart. Derived, not fitted.
+"""Bounds for the difference between two float32 evaluations of one optimizer step, derived from rounding errors.
 
-The two start from the same float32 inputs and may order sums, fuse multiply-adds and share
-subexpressions as they like. u = 2**-24 is float32's unit roundoff. docs/understand/optimizers.md has the
-derivations, which are to first order in u:
+The two evaluations start from the same float32 inputs. They may order sums, fuse multiply-adds and share subexpressions
+in any way. u = 2**-24 is the unit roundoff of float32. docs/understand/optimizers.md derives them, to first order
+in u:
 
-* AdamW, Lion, SGD: 4 ulp of the largest operand, element by element (an ulp of x is 2**-23 |x|; the
-  terms of a sum and the sum itself are operands);
-* Adafactor: relative errors are counted operation by operation (every sum is of positive numbers,
-  so a sum of n costs at most n - 1 of them), twice that between two evaluations;
-* Muon: the rounding of each Newton-Schulz step, carried to the end by the exact derivative of the
-  steps that follow, which is diagonal in the singular vectors. It bounds the Frobenius norm of a
-  slice's difference, at 4 standard deviations of the model that roundings are independent (a bound
-  for the worst roundings is so loose that wrong rules pass).
+* AdamW, Lion, SGD: 4 ulp of the largest operand, for each element. An ulp of x is 2**-23 |x|; the terms of a sum and
+  the sum itself are operands.
+* Adafactor: the relative errors of all operations are added, and doubled for two evaluations. All sums have positive
+  terms, so a sum of n terms adds at most n - 1 errors.
+* Muon: the rounding errors of each Newton-Schulz step are multiplied by the exact derivative of the later steps, which
+  is diagonal in the singular vectors. The bound is for the Frobenius norm of a slice's difference, at 4 standard
+  deviations if rounding errors are independent. A bound for the worst case is so loose that wrong rules would pass.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ from portatrain.optim import SGD, Adafactor, AdamW, Info, Lion, Muon, Rule
 Float = NDArray[np.float64]
 
 U = 2.0**-24
-ULP = 2.0**-23  # of a number's own size
-SIGMAS = 4.0  # standard deviations granted to Muon's random part
-POW = 8.0  # errors of a power, in u: 4 ulp, what libm, XLA and SLEEF stay within
+ULP = 2.0**-23  # relative to the number
+SIGMAS = 4.0  # standard deviations allowed for the random part of Muon's error
+POW = 8.0  # error of a power, in u: 4 ulp, which libm, XLA and SLEEF do not exceed
 
 
 def allowed(
@@ -45,10 +44,10 @@ def allowed(
     count: int,
     decay: bool,
 ) -> tuple[Float, dict[str, Float]]:
-    """The largest difference allowed in every element of the new parameter and of the new slots.
+    """Return the largest difference allowed in each element of the new parameter, and of the new slots.
 
-    Arguments as in ``reference.step``, holding values that float32 has. For the parameter under Muon
-    the number, one a slice, is for the Frobenius norm of the slice's difference (so for each element).
+    The arguments are those of ``reference.step``, with values that float32 can represent. For a parameter under Muon,
+    each slice has one number, a bound for the Frobenius norm of the slice's difference and so for each element.
     """
     bounds = np.zeros(info.shape), {name: np.zeros(np.shape(value)) for name, value in slots.items()}
     acting = rule.rule_for(info)
@@ -68,7 +67,7 @@ def allowed(
             bounds[0][index] = 4 * ULP * largest
         if step is not None:
             direction, error = step
-            # lr as float32, lr * scale, the product, two sums; for the decay wd as float32 and a product more
+            # The 5 errors: lr as float32, lr * scale, the product, two sums. Decay adds 2: wd as float32, a product.
             rounding = U * (lr * (5 * np.abs(direction) + 7 * wd * np.abs(p)) + np.abs(p))
             if isinstance(acting, Muon):
                 rounding = np.asarray(np.linalg.norm(rounding))
@@ -85,9 +84,9 @@ def ratio(
     second: tuple[Float, Mapping[str, Float]],
     **start: Any,
 ) -> float:
-    """How much of the allowed difference lies between two results, each (new parameter, new slots): at most 1.
+    """Return the largest difference between two results, each (new parameter, new slots), relative to the bound.
 
-    ``start`` is what both started from, as in ``allowed``.
+    The results agree if it is at most 1. ``start`` are the keyword arguments of ``allowed``.
     """
     bound, slot_bounds = allowed(rule, info, **start)
     difference = np.abs(np.asarray(first[0], np.float64) - second[0])
@@ -101,9 +100,9 @@ def ratio(
 
 
 def _operands(rule: Rule, g: Float, s: Mapping[str, Float], t: int) -> tuple[Float, dict[str, Float]]:
-    """The largest operand on the way to the step over lr, and to each slot, of an elementwise rule."""
+    """Return the largest operand in computing step / lr, and in computing each slot, of an elementwise rule."""
 
-    def largest(*terms: Float) -> Float:  # terms of a sum, or the sum itself, itself an operand of what follows
+    def largest(*terms: Float) -> Float:  # of the terms of a sum and the sum itself, the next operand
         return np.maximum(np.max(np.abs(terms), axis=0), np.abs(np.sum(terms, axis=0)))
 
     if isinstance(rule, AdamW):
@@ -124,7 +123,7 @@ def _operands(rule: Rule, g: Float, s: Mapping[str, Float], t: int) -> tuple[Flo
 def _adafactor(
     rule: Adafactor, info: Info, p: Float, g: Float, s: Mapping[str, Float], t: int
 ) -> tuple[tuple[Float, Float], dict[str, Float]]:
-    """((direction, its error), the slots' differences) of one slice. Names e_* count errors of size u."""
+    """Return ((direction, its error), bounds of the slots) of one slice. Names e_* count errors of size u."""
 
     def mean(n: int) -> float:  # n - 1 sums, and a division or a product with a rounded 1/n
         return n + 1.0
@@ -152,7 +151,7 @@ def _adafactor(
         e_row_factor = 0.5 * (2 * e_slots["v_row"] + mean(n_in)) + 3
         e_col_factor = 0.5 * e_slots["v_col"] + 2
         e_u = e_row_factor + e_col_factor + 2
-    e_rms = 0.5 * mean(g.size) + 1.5  # of exact numbers; squaring doubles an error, the root halves it
+    e_rms = 0.5 * mean(g.size) + 1.5  # for exact numbers; squaring doubles an error, the root halves it
     e_direction = e_u + (e_u + e_rms + 1) + 1
     if rule.relative:
         e_direction += e_rms + 1
@@ -163,7 +162,7 @@ def _adafactor(
 def _muon(
     rule: Muon, info: Info, p: Float, g: Float, s: Mapping[str, Float]
 ) -> tuple[tuple[Float, Float], dict[str, Float]]:
-    """((direction, Frobenius norm of its error), the slot's difference) of one slice."""
+    """Return ((direction, Frobenius norm of its error), bound of the slot) of one slice."""
     mu = rule.momentum
     size_m = mu * np.abs(s["m"]) + (1 - mu) * np.abs(g)
     size_n = (1 - mu) * np.abs(g) + mu * size_m if rule.nesterov else size_m
@@ -185,9 +184,9 @@ def _muon(
         x = a * x + b * x**3 + c * x**5
         iterates.append(x)
 
-    # From the last step to the first: gains of what each step adds, through the steps after it. Entry (i, j) of
-    # a perturbation in the singular vectors' bases is multiplied by divided differences of the quintic, at s_i
-    # and s_j for its symmetric half, at s_i and -s_j for the other, and at s_i and 0 beyond the square.
+    # From the last step to the first: the factors by which later steps multiply the errors of each step. In the bases
+    # of the singular vectors, entry (i, j) of a perturbation is multiplied by divided differences of the quintic: at
+    # s_i and s_j for the symmetric half, at s_i and -s_j for the antisymmetric half, at s_i and 0 beyond the square.
     gain = np.ones((short, 2 * short + 1))
     random, steady = 0.0, 2 * U * float(np.linalg.norm(x))  # reshape factor as float32, times lr
     for k in reversed(range(len(rule.coefficients))):
@@ -198,7 +197,7 @@ def _muon(
         a, b, c = rule.coefficients[k]
         i, j = iterates[k][:, None], np.concatenate([iterates[k], -iterates[k], [0.0]])[None, :]
         gain = gain * np.abs(a + b * (i**2 + i * j + j**2) + c * (i**4 + i**3 * j + i**2 * j**2 + i * j**3 + j**4))
-    # n: constants as float32, products and sums, 3 errors for m and 3 more. Its norm: one factor common to all.
+    # n: constants as float32, products and sums, 3 errors for m and 3 more. An error in its norm scales all elements.
     steady += float(gain.max()) * 6 * U * float(np.linalg.norm(size_n)) / norm
     along = float(np.linalg.norm(np.diagonal(gain) * iterates[0]))
     steady += (SIGMAS * 0.5 * math.sqrt(g.size) + 2) * U * along
@@ -217,10 +216,10 @@ def _muon(
 
 
 def _newton_schulz_rounding(x: Float, sigma: Float, quintic: tuple[float, float, float]) -> tuple[float, float]:
-    """Norms of what rounding adds in a X + (b G + c G G) X, G = X X^T: (its random, its steady part).
+    """Return the Frobenius norms of the rounding errors in a X + (b G + c G G) X, G = X X^T: (random, systematic part).
 
-    Random: an element of A B with inner length k has standard deviation at most sqrt(k) u (|A| |B|) (Higham &
-    Mary 2019). Steady: a, b, c as float32, and products and sums element by element, 3 errors each.
+    Random part: an element of A B with inner length k has a standard deviation of at most sqrt(k) u (|A| |B|) (Higham &
+    Mary 2019). Systematic part: a, b, c as float32, and elementwise products and sums, 3 errors each.
     """
     a, b, c = quintic
     short, long = x.shape
@@ -242,7 +241,7 @@ def _newton_schulz_rounding(x: Float, sigma: Float, quintic: tuple[float, float,
 
 
 class _Slice:
-    """One batch slice of a tensor, as an Info."""
+    """The `Info` of one slice of the batch axes of a tensor."""
 
     def __init__(self, info: Info) -> None:
         self.name, self.batch_dims, self.fan_in_axes = info.name, 0, info.fan_in_axes

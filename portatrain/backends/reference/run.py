@@ -1,4 +1,4 @@
-"""A whole portable model in the oracle: forward pass, side outputs, and the States after a step."""
+"""Running a portable model in the oracle: forward pass, recorded values, and the States after a step."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class Forward:
-    """What a forward pass gives.
+    """The results of a forward pass.
 
-    value: what the model returned (a `Loss` from __call__). auxes: by name. states: the States with what
-    `ops.tally` added. objective: () float64, the loss that is differentiated: the sum plus the auxiliary losses, each
-    sample's weighted by its loss weight; None where the model returned no `Loss`.
+    value: the result of the model (a `Loss` from __call__). auxes: the values of `ops.aux`, by name. states: the States
+    including the sums of `ops.tally`. objective: () float64, the loss to differentiate: the summed loss plus the
+    auxiliary losses, each sample weighted by its loss weight; None if the model returned no `Loss`.
     """
 
     value: Any
@@ -42,10 +42,14 @@ def forward(
     states: Arrays | None = None,
     method: str = "__call__",
 ) -> Forward:
-    """`model(ops, batch)` in float64, with parameters and States by logical name (stacked ones as one array).
+    """Run `model(ops, batch)` in float64.
 
-    The sample indices are `context.sample`, or else `batch['sample']`. `method` names another method of the model,
-    such as 'predict'.
+    Args:
+        params: the parameters by name, each a whole logical array, with the leading axes of Stacks.
+        batch: arrays by name.
+        context: seed, step, sample numbers and training; without sample numbers, `batch['sample']` has them.
+        states: the States by name, as the parameters; default: their initial values.
+        method: the method of the model to run, such as 'predict'.
     """
     context = context or Context()
     states = initial_states(definition) if states is None else dict(states)
@@ -68,18 +72,18 @@ def forward(
 
 
 def after_step(definition: Definition, states: Arrays) -> dict[str, np.ndarray]:
-    """The States after `Module.after_step` of every module."""
+    """Return the States after `Module.after_step` of every module."""
     return run_after_step(definition, states, ReferenceOps(), np.stack)
 
 
 def as_reference(array: Any) -> np.ndarray:
-    """An array as the oracle takes it: float64, or integers and booleans as they are."""
+    """Return an array in the oracle's dtype: float64 for floating dtypes, otherwise unchanged."""
     array = np.asarray(array)
     return array.astype(np.float64) if array.dtype.kind not in "iub" else array
 
 
 def initial_states(definition: Definition) -> dict[str, np.ndarray]:
-    """The States of a fresh model."""
+    """Return the initial States of a model, by name."""
     made: dict[str, np.ndarray] = {}
     for name, info in definition.states.items():
         assert isinstance(info.init, Constant)  # State accepts nothing else
@@ -89,8 +93,12 @@ def initial_states(definition: Definition) -> dict[str, np.ndarray]:
 
 
 def initial(definition: Definition, seed: int = 0) -> dict[str, np.ndarray]:
-    """Fresh parameters for tests, float64 holding float32 values: normal with each tensor's standard deviation, or
-    its constant, from NumPy's own generator. (What a run starts from is `portatrain.model.rng`.)"""
+    """Return initial parameters for tests: float64 arrays with values that float32 can represent.
+
+    They are normal with each tensor's standard deviation, or its constant, from NumPy's generator. A run uses
+    `portatrain.model.rng` instead.
+    """
+
     rng = np.random.default_rng(seed)
     made = {}
     for name, info in definition.params.items():

@@ -1,4 +1,4 @@
-"""Trees of arrays: tuples, lists, dicts, `Loss` and None, as models pass them around."""
+"""Trees of arrays: nested tuples, lists, dicts, `Loss` and None, which models take and return."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from portatrain.backends.base import Arrays, LocalBox
+from portatrain.backends.batches import pad_rows
 from portatrain.backends.program import Program
 from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
@@ -59,10 +60,10 @@ class MeshBackend(OneDevice):
 
     # ---- states
 
-    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if role == "state":  # small, and whole on every process
-            return super()._part(info, role)
-        offset, shape = self.world.layout.box(info, self.world.at, role="params" if role == "ema" else role)
+    def _part(self, info: TensorInfo, laid_out_as: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        if laid_out_as == "state":  # small, and whole on every process
+            return super()._part(info, laid_out_as)
+        offset, shape = self.world.layout.box(info, self.world.at, role=laid_out_as)
         return offset[info.stack_dims :], shape[info.stack_dims :]
 
     def restore_shared(
@@ -180,10 +181,8 @@ class MeshBackend(OneDevice):
         self._free(state)
         return found[:rows]
 
-    def _even(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """As many rows as divide over the processes; the last one again where they do not."""
-        more = -next(iter(batch.values())).shape[0] % self.world.row_blocks
-        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
+    def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        return pad_rows(batch, self.world.row_blocks)
 
     def _free(self, state: TorchState) -> None:
         """FSDP2 keeps what the root gathered, for a backward pass that will not come."""
@@ -212,8 +211,10 @@ class MeshBackend(OneDevice):
 class MeshState(TorchState):
     """`TorchState` with what it takes to reduce gradients. Its pieces hold this process's parts."""
 
-    def __init__(self, module: Any, pieces: Any, optimizer: Any, ema: dict[int, Tensor], sharded: Sharded) -> None:
-        super().__init__(module, pieces, optimizer, ema)
+    def __init__(
+        self, module: Any, pieces: Any, optimizer: Any, beside: dict[str, dict[int, Tensor]], sharded: Sharded
+    ) -> None:
+        super().__init__(module, pieces, optimizer, beside)
         self.sharded = sharded
 
 

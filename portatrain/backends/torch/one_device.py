@@ -12,9 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, initial_box, sample_words, slot_tensors
+from portatrain.backends.state import (
+    COUNT,
+    StateTensor,
+    beside_params,
+    bytes_by_kind,
+    initial_box,
+    inventory,
+    sample_words,
+)
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
@@ -28,18 +36,23 @@ from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Aux, Loss
-from portatrain.model.precision import averaged
 from portatrain.model.state_updates import needs_after_step, run_after_step
 
 
 @dataclass
 class TorchState:
-    """Changed in place by `step`. ema: by position in `pieces`."""
+    """Changed in place by `step`. beside: what is kept of parameters by neither module nor optimizer, by role and
+    position in `pieces`."""
 
     module: nn.Module
     pieces: list[Piece]
     optimizer: RuleOptimizer
-    ema: dict[int, Tensor]
+    beside: dict[str, dict[int, Tensor]]
+
+    @property
+    def ema(self) -> dict[int, Tensor]:
+        """The averages, by position in `pieces`."""
+        return self.beside.setdefault("ema", {})
 
 
 class OneDevice(StandaloneOps):
@@ -113,35 +126,44 @@ class OneDevice(StandaloneOps):
 
     # ---- states
 
-    def _build(
-        self, draw: Callable[[TensorInfo, str, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int
-    ) -> Any:
-        """A state whose every piece comes from draw(logical tensor, role, offset, shape)."""
+    def _build(self, draw: Callable[[StateTensor, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int) -> Any:
+        """A state whose every piece comes from draw(logical tensor, offset, shape)."""
 
-        def piece(info: TensorInfo, role: str, index: tuple[int, ...]) -> Tensor:
-            at, inner = self._part(info, role)
-            array = draw(info, role, (*index, *at), (*(1 for _ in index), *inner)).reshape(inner)
-            return self._piece(array, info, role)
+        def piece(tensor: StateTensor, index: tuple[int, ...]) -> Tensor:
+            at, inner = self._part(tensor.info, tensor.laid_out_as)
+            array = draw(tensor, (*index, *at), (*(1 for _ in index), *inner)).reshape(inner)
+            return self._piece(array, tensor)
 
-        infos = self.definition.tensors
-        state = self._lowered(lambda role, name, index: piece(infos[role, name], role, index))
+        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+        state = self._lowered(lambda role, name, index: piece(tensors[role, name], index))
         optimizer = state.optimizer
         if count:
             optimizer.set_count(count)
         for i, p in enumerate(state.pieces):
-            if p.tensor in optimizer.infos:
-                for slot, info in slot_tensors(self.program.optimizer, self.definition.params[p.name]).items():
-                    slots = optimizer.state[p.tensor]
-                    slots[optimizer.slot(p.tensor, slot)] = piece(info, info.role, p.index)
-            if p.role == "params" and p.name in self.program.ema:
-                state.ema[i] = piece(averaged(infos["params", p.name]), "ema", p.index)
+            for tensor in beside.get(p.name, ()) if p.role == "params" else ():
+                if tensor.slot is None:
+                    state.beside.setdefault(tensor.role, {})[i] = piece(tensor, p.index)
+                else:
+                    optimizer.state[p.tensor][optimizer.slot(p.tensor, tensor.slot)] = piece(tensor, p.index)
         return state
 
-    def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
+    def state_arrays(self, state: TorchState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor]]:
+        """Yield (logical tensor, index in its Stacks, this process's part) of all that `state` holds but the count."""
+        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+        for i, p in enumerate(state.pieces):
+            yield tensors[p.role, p.name], p.index, p.tensor
+            for tensor in beside.get(p.name, ()) if p.role == "params" else ():
+                if tensor.slot is None:
+                    yield tensor, p.index, state.beside[tensor.role][i]
+                else:
+                    slots = state.optimizer.state[p.tensor]
+                    yield tensor, p.index, slots[state.optimizer.slot(p.tensor, tensor.slot)]
+
+    def _piece(self, array: np.ndarray, tensor: StateTensor) -> Tensor:
         """A tensor of the device with what this process holds of one layer of a logical tensor."""
         return to_torch(array).to(self.device)
 
-    def _part(self, info: TensorInfo, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def _part(self, info: TensorInfo, laid_out_as: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(offset, shape) of what this process holds of one layer of a logical tensor."""
         inner = info.shape[info.stack_dims :]
         return (0,) * len(inner), inner
@@ -160,11 +182,11 @@ class OneDevice(StandaloneOps):
         return TorchState(module, pieces, optimizer, {})
 
     def init_state(self) -> TorchState:
-        return self._build(lambda info, role, offset, shape: initial_box(info, self.program.seed, offset, shape), 0)
+        return self._build(lambda tensor, at, shape: initial_box(tensor.info, self.program.seed, at, shape), 0)
 
     def restore_state(self, read: Callable[[str, str, tuple, tuple], np.ndarray]) -> TorchState:
         return self._build(
-            lambda info, role, offset, shape: read(role, info.name, offset, shape), int(read(COUNT, "", (), ()))
+            lambda tensor, at, shape: read(tensor.role, tensor.info.name, at, shape), int(read(COUNT, "", (), ()))
         )
 
     def lower(self) -> nn.Module:
@@ -176,15 +198,7 @@ class OneDevice(StandaloneOps):
         self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool
     ) -> tuple[Loss, TorchOps]:
         ops = self._ops(batch, step, training)
-        loss = state.module(ops, batch)
-        if not isinstance(loss, Loss):
-            raise UserError(
-                type(self.definition.model).__name__,
-                expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-                got=type(loss).__name__,
-                do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
-            )
-        return loss, ops
+        return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
         """Leaves the gradients of the mean loss in `.grad`; (loss, weight, aux sums, tallies)."""
@@ -354,15 +368,8 @@ class OneDevice(StandaloneOps):
     # ---- what it holds and runs on
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
-        for i, p in enumerate(state.pieces):
-            info = self.definition.tensors[p.role, p.name]
-            yield box(p.role, info, p.index, p.tensor, self._part(info, p.role)[0])
-            if i in state.ema:
-                yield box("ema", info, p.index, state.ema[i], self._part(info, "ema")[0])
-            if p.tensor in state.optimizer.infos:
-                for slot, what in slot_tensors(self.program.optimizer, info).items():
-                    held = state.optimizer.state[p.tensor][state.optimizer.slot(p.tensor, slot)]
-                    yield box(what.role, info, p.index, held, self._part(what, what.role)[0])
+        for tensor, index, held in self.state_arrays(state):
+            yield box(tensor.role, tensor.info, index, held, self._part(tensor.info, tensor.laid_out_as)[0])
         count = state.optimizer.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
@@ -370,12 +377,7 @@ class OneDevice(StandaloneOps):
         return {}
 
     def describe_memory(self, state: TorchState) -> dict[str, int]:
-        def held(tensors: Any) -> int:
-            return sum(t.nbytes for t in tensors)
-
-        found = {role: held(p.tensor for p in state.pieces if p.role == role) for role in ("params", "state")}
-        found["ema"] = held(state.ema.values())
-        found["opt"] = held(t for slots in state.optimizer.state.values() for t in slots.values())
+        found = bytes_by_kind(((tensor, held) for tensor, _, held in self.state_arrays(state)), lambda t: t.nbytes)
         peak = peak_bytes(self.device)
         return found if peak is None else {**found, "peak": peak}
 

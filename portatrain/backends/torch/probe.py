@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from portatrain.backends.base import Arrays
-from portatrain.backends.state import slot_tensors
 from portatrain.model.module import TensorInfo
 
 
@@ -29,30 +28,24 @@ def norms(
     `counts(tensor, role)`: whether this process's part is the one that counts of equal copies. `total` sums over all
     processes.
     """
-    definition, optimizer, rule = backend.definition, state.optimizer, backend.program.optimizer
+    optimizer = state.optimizer
     places: list[tuple[str, tuple[int, ...]]] = []
     squares: list[Tensor] = []
     shapes: dict[str, tuple[int, ...]] = {}
 
-    def add(role: str, name: str, info: TensorInfo, index: tuple[int, ...], held: Tensor, lies: str) -> None:
-        key = f"{role}/{name}"
+    def add(role: str, info: TensorInfo, index: tuple[int, ...], held: Tensor, lies: str) -> None:
+        key = f"{role}/{info.name}"
         shapes[key] = info.shape[: info.stack_dims]
         places.append((key, index))
         square = _square(held)
         squares.append(square if counts(info, lies) else torch.zeros_like(square))
 
-    for i, p in enumerate(state.pieces):
-        info = definition.tensors[p.role, p.name]
-        add(p.role, p.name, info, p.index, p.tensor, p.role)
-        if i in state.ema:
-            add("ema", p.name, info, p.index, state.ema[i], "params")
-        if p.tensor in optimizer.infos:
-            for slot, what in slot_tensors(rule, info).items():
-                held = optimizer.state[p.tensor][optimizer.slot(p.tensor, slot)]
-                add(what.role, p.name, what, p.index, held, what.role)
-            add("grad", p.name, info, p.index, p.tensor.grad, "params")
-            delta = optimizer.delta(p.tensor, p.tensor.grad * clip, scale)
-            add("update", p.name, info, p.index, delta, "params")
+    for tensor, index, held in backend.state_arrays(state):
+        info = tensor.info
+        add(tensor.role, info, index, held, tensor.laid_out_as)
+        if tensor.role == "params" and held in optimizer.infos:
+            add("grad", info, index, held.grad, "params")
+            add("update", info, index, optimizer.delta(held, held.grad * clip, scale), "params")
     values = total(torch.stack(squares)).sqrt().cpu().numpy()
     found = {key: np.zeros(shape) for key, shape in shapes.items()}
     for (key, index), value in zip(places, values, strict=True):

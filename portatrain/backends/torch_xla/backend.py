@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from portatrain.backends.base import Arrays, Context, LocalBox, StepResult
+from portatrain.backends.batches import pad_rows
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, sample_words, slot_tensors
+from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
@@ -133,18 +134,17 @@ class XlaBackend(OneDevice):
 
     # ---- states
 
-    def _spec(self, info: TensorInfo, role: str) -> Spec:
-        """How one layer of a logical tensor lies. `role` is a checkpoint's: averages lie as parameters do."""
-        spec = self.program.layout.tensor_spec(info, role="params" if role == "ema" else role)
-        return spec[info.stack_dims :]
+    def _spec(self, info: TensorInfo, laid_out_as: str) -> Spec:
+        """How one layer of a logical tensor lies."""
+        return self.program.layout.tensor_spec(info, role=laid_out_as)[info.stack_dims :]
 
-    def _piece(self, array: np.ndarray, info: TensorInfo, role: str) -> Tensor:
-        return self.devices.put(array, self._spec(info, role))
+    def _piece(self, array: np.ndarray, tensor: StateTensor) -> Tensor:
+        return self.devices.put(array, self._spec(tensor.info, tensor.laid_out_as))
 
     def _build(self, draw: Callable[..., np.ndarray], count: int) -> XlaState:
         made: TorchState = super()._build(draw, count)
         count_1 = self.devices.put(np.array([count], np.int32))
-        return XlaState(made.module, made.pieces, made.optimizer, made.ema, count_1)
+        return XlaState(made.module, made.pieces, made.optimizer, made.beside, count_1)
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         placed = {}
@@ -155,10 +155,7 @@ class XlaBackend(OneDevice):
         return placed
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        """As many rows as divide over the mesh; the last one again where they do not."""
-        over = self.program.layout.mesh.over(self.program.layout.spec(("batch",))[0])
-        more = -next(iter(batch.values())).shape[0] % over
-        return {k: np.concatenate([v, np.repeat(v[-1:], more, axis=0)]) for k, v in batch.items()}
+        return pad_rows(batch, self.program.layout.mesh.over(self.program.layout.spec(("batch",))[0]))
 
     # ---- the step
 
@@ -235,7 +232,7 @@ class XlaBackend(OneDevice):
             for i, average in state.ema.items():
                 p = state.pieces[i]
                 value = average + (1 - decay) * (p.tensor - average)
-                self._set(average, value, good, self._spec(self.definition.params[p.name], "ema"))
+                self._set(average, value, good, self._spec(self.definition.params[p.name], "params"))
 
     def _set(self, tensor: Tensor, value: Tensor, good: Tensor, spec: Spec) -> None:
         """`tensor` becomes `value` where `good`, and lies as it lay: else the next step would compile again."""
@@ -288,27 +285,16 @@ class XlaBackend(OneDevice):
 
     # ---- what it holds and runs on
 
-    def _held(self, state: TorchState) -> Iterator[tuple[str, TensorInfo, tuple[int, ...], Tensor]]:
-        """(role, logical tensor, index in its Stacks, tensor) of all but the count."""
-        for i, p in enumerate(state.pieces):
-            info = self.definition.tensors[p.role, p.name]
-            yield p.role, info, p.index, p.tensor
-            if i in state.ema:
-                yield "ema", info, p.index, state.ema[i]
-            if p.tensor in state.optimizer.infos:
-                for slot, what in slot_tensors(self.program.optimizer, info).items():
-                    yield what.role, what, p.index, state.optimizer.state[p.tensor][slot]
-
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         """The parts that devices hold, each once."""
         assert isinstance(state, XlaState)
-        for role, info, index, tensor in self._held(state):
-            copies = _Copies(self.devices, tensor)
+        for tensor, index, held in self.state_arrays(state):
+            copies = _Copies(self.devices, held)
             for offset, shape in copies.parts:
                 boxed = (*(1 for _ in index), *shape)
                 yield LocalBox(
-                    name=info.name,
-                    role=role,
+                    name=tensor.info.name,
+                    role=tensor.role,
                     offset=(*index, *offset),
                     shape=boxed,
                     fetch=functools.partial(copies.fetch, offset, boxed),
@@ -323,10 +309,7 @@ class XlaBackend(OneDevice):
         )
 
     def describe_memory(self, state: TorchState) -> dict[str, int]:
-        found = dict.fromkeys(("params", "state", "ema", "opt"), 0)
-        for role, _, _, tensor in self._held(state):
-            found[role.partition("/")[0]] += self.devices.bytes_held(tensor)
-        return found
+        return bytes_by_kind(((tensor, held) for tensor, _, held in self.state_arrays(state)), self.devices.bytes_held)
 
     def describe_device(self) -> dict[str, Any]:
         return xla.describe()

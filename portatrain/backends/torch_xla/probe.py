@@ -23,11 +23,11 @@ def norms(backend: Any, state: Any, delta: Callable[[Tensor], Tensor], sync: Cal
         places.append((f"{role}/{info.name}", info, index))
         values.append(_norm(tensor))
 
-    for role, info, index, tensor in backend._held(state):
-        add(role, info, index, tensor)
-        if role == "params" and tensor in state.optimizer.infos:
-            add("grad", info, index, tensor.grad)
-            add("update", info, index, delta(tensor))
+    for tensor, index, held in backend.state_arrays(state):
+        add(tensor.role, tensor.info, index, held)
+        if tensor.role == "params" and held in state.optimizer.infos:
+            add("grad", tensor.info, index, held.grad)
+            add("update", tensor.info, index, delta(held))
     stacked = torch.stack(values)
     del values[:]
     sync()

@@ -16,8 +16,8 @@ from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import make_program
 from portatrain.backends.state import COUNT, initial_box
 from portatrain.checkpoint.errors import explained
+from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.interop import huggingface, trees
-from portatrain.checkpoint.saver import format_layout
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
 from portatrain.recipe import Recipe

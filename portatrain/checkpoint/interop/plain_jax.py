@@ -58,18 +58,7 @@ def save(
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("portatrain-save")
 
-    process = jax.process_index()
-    write(
-        where,
-        step,
-        tensors,
-        mine,
-        every,
-        process=process,
-        barrier=barrier,
-        save=name,
-        meta={"step": step, **(meta or {})},
-    )
+    write(where, step, tensors, mine, every, process=jax.process_index(), barrier=barrier, save=name, meta=meta)
 
 
 def restore(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box, Explicit, FormatError, Layout, Reader, Tensor, Writer, commit
+from checkpoints_format import Box, Explicit, FormatError, Reader, SaveLayout, Tensor, Writer, commit
 from portatrain.backends.state import COUNT
 from portatrain.checkpoint.locations import location_of
 from portatrain.errors import UserError
@@ -43,7 +43,7 @@ def write(
     process: int,
     barrier: Callable[[], None],
     save: str,
-    meta: Mapping[str, Any],
+    meta: Mapping[str, Any] | None,
 ) -> None:
     """Save as the checkpoint `step` of the folder or URL `where`. `every`: what each process holds; the first that
     holds a box writes it. All processes call it, with the same arguments but `mine` and `process`."""
@@ -64,14 +64,14 @@ def write(
                 placement=Explicit(boxes=tuple((writer, box) for box, writer in seen.items())),
             )
         )
-    layout = Layout(tensors=tuple(made), writers=len(every))
+    layout = SaveLayout(tensors=tuple(made), writers=len(every))
     try:
         store = location_of(where).open(step, create=True)
         held = {n: [(p.box, p.fetch()) for p in parts] for n, parts in mine.items()}
         Writer(store, layout, save=save, writer=process).write(held)
         barrier()
         if process == 0:
-            commit(store, layout, save=save, meta=meta)
+            commit(store, layout, save=save, meta={"step": step, **(meta or {})})
         barrier()
         store.close()
     except FormatError as error:

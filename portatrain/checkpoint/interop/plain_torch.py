@@ -44,17 +44,7 @@ def save(
         every = [None] * dist.get_world_size()
         dist.all_gather_object(every, boxes)
         process, barrier = dist.get_rank(), dist.barrier
-    write(
-        where,
-        step,
-        tensors,
-        mine,
-        every,
-        process=process,
-        barrier=barrier,
-        save=name,
-        meta={"step": step, **(meta or {})},
-    )
+    write(where, step, tensors, mine, every, process=process, barrier=barrier, save=name, meta=meta)
 
 
 def restore(

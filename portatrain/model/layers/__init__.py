@@ -1,6 +1,6 @@
-"""Portable layers: plain `Module`s over `Ops`, from which models are put together.
+"""Portable layers: `Module`s over `Ops` from which models are built.
 
-They import portatrain's core only; a model of your own may use, subclass or ignore them.
+Your own model may use them, subclass them or do without them.
 """
 
 from portatrain.model.layers._attention import Attention as Attention

@@ -1,4 +1,4 @@
-"""Grouped-query attention. B batch, S seq, E embed, H heads, K kv_heads, D head_dim."""
+"""Grouped-query attention. Shape letters: B batch, S seq, E embed, H heads, K kv_heads, D head_dim."""
 
 from __future__ import annotations
 
@@ -11,12 +11,20 @@ from portatrain.model.ops import Array, Ops
 
 
 class Attention(Module):
-    """Attention with `heads` query heads over `kv_heads` key-value heads (Ainslie et al. 2023).
+    """Attention with `heads` query heads and `kv_heads` key-value heads (Ainslie et al. 2023).
 
-    causal, window, softcap: as in `ops.attention`. bias: on queries, values and output (ViT); on keys it would move
-    all scores of a query alike, which softmax takes out again. qk_norm: RMSNorm of every head's query and key before
-    the rotation (Henry et al. 2020). To keep a key-value cache, subclass it and put `qkv` and `project` around
-    `ops.write` and `ops.attention`.
+    Args:
+        embed, heads, kv_heads, head_dim: sizes; kv_heads must divide heads, and head_dim must be even.
+        causal, window, softcap: as in `Ops.attention`.
+        bias: add biases to queries, values and the output (ViT). Keys have none: it would add the same number to all
+            scores of a query, and softmax would cancel it.
+        qk_norm: apply RMSNorm to the query and key of each head before the rotation (Henry et al. 2020).
+        norm_eps: the eps of these norms.
+
+    For a key-value cache, subclass it and call `qkv`, `ops.write`, `ops.attention` and `project`.
+
+    Raises:
+        UserError: kv_heads does not divide heads, or head_dim is odd.
     """
 
     def __init__(
@@ -38,11 +46,14 @@ class Attention(Module):
                 "Attention",
                 expected="a number of heads that kv_heads divides",
                 got=f"heads={heads}, kv_heads={kv_heads}",
-                do="kv_heads=heads is plain multi-head attention, kv_heads=1 shares one.",
+                do="Use kv_heads=heads for multi-head attention, or kv_heads=1 to share one.",
             )
         if head_dim % 2:
             raise UserError(
-                "Attention", expected="an even head_dim", got=str(head_dim), do="Rotations act on pairs of features."
+                "Attention",
+                expected="an even head_dim",
+                got=str(head_dim),
+                do="Use an even number: rotations act on pairs of features.",
             )
         self.wq = Param(embed=embed, heads=heads, head_dim=head_dim)
         self.wk = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
@@ -58,7 +69,13 @@ class Attention(Module):
     def __call__(
         self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None = None, segment_ids: Array | None = None
     ) -> Array:
-        """(B, S, E) -> (B, S, E). `rope` is `ops.rope_table(positions, head_dim)`, `segment_ids` (B, S) integers."""
+        """Return the attention output, (B, S, E), in the compute dtype.
+
+        Args:
+            x_BSE: (B, S, E).
+            rope: the result of `ops.rope_table(positions, head_dim)`, or None for no rotation.
+            segment_ids: (B, S) integers, as in `Ops.attention`, or None.
+        """
         q_BSHD, k_BSKD, v_BSKD = self.qkv(ops, x_BSE, rope)
         out_BSHD = ops.attention(
             q_BSHD,
@@ -72,7 +89,7 @@ class Attention(Module):
         return self.project(ops, out_BSHD)
 
     def qkv(self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
-        """Queries (B, S, H, D), keys and values (B, S, K, D), rotated."""
+        """Return queries (B, S, H, D), keys and values (B, S, K, D); queries and keys are rotated by `rope`."""
         x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
         q_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, self.wq)
         k_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wk)
@@ -87,6 +104,6 @@ class Attention(Module):
         return ops.name(q_BSHD, "qkv"), ops.name(k_BSKD, "qkv"), ops.name(v_BSKD, "qkv")
 
     def project(self, ops: Ops, out_BSHD: Array) -> Array:
-        """(B, S, H, D) -> (B, S, E), laid out as the residual stream."""
+        """Project attention outputs (B, S, H, D) to (B, S, E), sharded as the residual stream."""
         out_BSE = ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
         return ops.name(out_BSE if self.o_bias is None else ops.bias(out_BSE, self.o_bias), "projected")

@@ -1,6 +1,6 @@
-"""Embedding, linear map, dropout, patches.
+"""Embedding, linear map, dropout and patch embedding.
 
-B batch, E embed, P patches; images are (B, rows, columns, channels).
+Shape letters: B batch, E embed, P patches. Images are (B, rows, columns, channels).
 """
 
 from __future__ import annotations
@@ -14,19 +14,28 @@ from portatrain.model.ops import Array, Ops
 
 
 class Embedding(Module):
-    """A table of `vocab` rows. Tied output: pass `embedding.table` to `ops.cross_entropy`."""
+    """An embedding table, (vocab, embed). To tie the output, pass `embedding.table` to `ops.cross_entropy`."""
 
     def __init__(self, *, vocab: int, embed: int, init: str | float | Init | None = None) -> None:
         self.table = Param(vocab=vocab, embed=embed, fan_in_axes=0, init=init)
 
     def __call__(self, ops: Ops, ids: Array) -> Array:
-        """Integers (...) in [0, vocab) -> (..., embed)."""
+        """Return the rows of `ids`, (...) integers in [0, vocab), as (..., embed) in the compute dtype."""
         return ops.embed(self.table, ids)
 
 
 class Linear(Module):
-    """y = x W + bias, over named axes: `Linear({"heads": 8, "head_dim": 64}, {"embed": 512})` contracts the last
-    two axes of x. The bias starts at zero."""
+    """y = x W + bias over named axes: `Linear({"heads": 8, "head_dim": 64}, {"embed": 512})`.
+
+    Args:
+        inputs: the last axes of x, which are contracted, with their sizes.
+        outputs: the axes that replace them, with their sizes; no name may be in both.
+        bias: add a bias of the output axes, which starts at zero.
+        init: the initial values of W, as in `Param`.
+
+    Raises:
+        UserError: no input or no output axis, or an axis in both.
+    """
 
     def __init__(
         self,
@@ -39,16 +48,16 @@ class Linear(Module):
         if not inputs or not outputs or set(inputs) & set(outputs):
             raise UserError(
                 "Linear",
-                expected="input axes and output axes, all of different names",
+                expected="input axes and output axes, all with different names",
                 got=f"inputs {dict(inputs)}, outputs {dict(outputs)}",
-                do="Give the second use of an axis a name of its own: Linear({'embed': 64}, {'embed_out': 64}).",
+                do="Rename the second use of an axis: Linear({'embed': 64}, {'embed_out': 64}).",
             )
         self.weight = Param(**inputs, **outputs, fan_in_axes=len(inputs), init=init)
         self.bias: Any = Param(**outputs, fan_in_axes=0, init="zeros") if bias else None
         self.n_in, self.n_out = len(inputs), len(outputs)
 
     def __call__(self, ops: Ops, x: Array) -> Array:
-        """(..., *inputs) -> (..., *outputs)."""
+        """Map (..., *inputs) to (..., *outputs), in the compute dtype."""
         letters = "abcdefghijklmnopqrstuvwxyz"
         lead = letters[: x.ndim - self.n_in]
         contracted = letters[len(lead) : x.ndim]
@@ -58,9 +67,13 @@ class Linear(Module):
 
 
 class Dropout(Module):
-    """x / (1 - rate) where kept, 0 elsewhere, while training; the same elements on any mesh and framework.
+    """Dropout: x / (1 - rate) at kept elements and 0 at the others, while training; otherwise x.
 
-    A Dropout draws by its path, step, layer and sample: use one of these for each place, never one twice.
+    The kept elements depend on the module's path, the step, the layer and the sample, and not on mesh or framework. Use
+    a separate Dropout for each place in a model: one that is called twice drops the same elements twice.
+
+    Raises:
+        UserError: rate is not in [0, 1).
     """
 
     def __init__(self, rate: float) -> None:
@@ -69,12 +82,22 @@ class Dropout(Module):
         self.rate = rate
 
     def __call__(self, ops: Ops, x: Array) -> Array:
-        """(B, ...) -> (B, ...)."""
+        """Return (B, ...) for x (B, ...), in the dtype of x."""
         return ops.dropout(x, self.rate, site=self.site)
 
 
 class PatchEmbedding(Module):
-    """Cuts images into square patches and maps each to `embed` features (Dosovitskiy et al. 2021, eq. 1)."""
+    """Cut images into square patches and map each patch to `embed` features (Dosovitskiy et al. 2021, eq. 1).
+
+    Args:
+        rows, columns, channels: the size of an image.
+        patch: rows and columns of a patch; must divide those of the image.
+        embed: features per patch.
+        bias: add a bias, which starts at zero.
+
+    Raises:
+        UserError: `patch` does not divide rows and columns.
+    """
 
     def __init__(self, *, rows: int, columns: int, channels: int, patch: int, embed: int, bias: bool = True) -> None:
         if rows % patch or columns % patch:
@@ -90,7 +113,8 @@ class PatchEmbedding(Module):
         self.patches = (rows // patch) * (columns // patch)
 
     def __call__(self, ops: Ops, image: Array) -> Array:
-        """(B, rows, columns, channels) -> (B, P, E), patches row by row."""
+        """Map images (B, rows, columns, channels) to patches in row-major order, (B, P, E), in the compute dtype."""
+
         p, channels = self.patch, image.shape[-1]
         cut = image.reshape(-1, self.rows // p, p, self.columns // p, p, channels)
         x_BRCE = ops.einsum("brxcyk,xyke->brce", cut, self.kernel)

@@ -1,4 +1,4 @@
-"""The feed-forward blocks. B batch, S seq, E embed, M mlp."""
+"""Feed-forward blocks. Shape letters: B batch, S seq, E embed, M mlp."""
 
 from __future__ import annotations
 
@@ -26,7 +26,12 @@ def _check(owner: str, activation: str) -> str:
 
 
 class GatedMLP(Module):
-    """down(silu(gate x) * up x), without biases (Shazeer 2020, SwiGLU)."""
+    """down(silu(gate x) * up x), without biases (Shazeer 2020, SwiGLU).
+
+    Args:
+        embed, mlp: sizes of the input and of the hidden axis.
+        activation: 'silu', 'gelu', 'gelu_tanh' or 'relu'.
+    """
 
     def __init__(self, *, embed: int, mlp: int, activation: str = "silu") -> None:
         self.gate = Param(embed=embed, mlp=mlp)
@@ -35,7 +40,7 @@ class GatedMLP(Module):
         self.activation = _check("GatedMLP", activation)
 
     def __call__(self, ops: Ops, x_BSE: Array) -> Array:
-        """(B, S, E) -> (B, S, E)."""
+        """Map x (B, S, E) to (B, S, E), in the compute dtype, sharded as the residual stream."""
         x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
         gate_BSM = ops.name(ops.einsum("bse,em->bsm", x_BSE, self.gate), "hidden")
         up_BSM = ops.name(ops.einsum("bse,em->bsm", x_BSE, self.up), "hidden")
@@ -44,7 +49,13 @@ class GatedMLP(Module):
 
 
 class MLP(Module):
-    """down(gelu(up x)), with biases unless `bias=False`."""
+    """down(gelu(up x)).
+
+    Args:
+        embed, mlp: sizes of the input and of the hidden axis.
+        activation: 'silu', 'gelu', 'gelu_tanh' or 'relu'.
+        bias: add biases after up and down, which start at zero.
+    """
 
     def __init__(self, *, embed: int, mlp: int, activation: str = "gelu", bias: bool = True) -> None:
         self.up = Param(embed=embed, mlp=mlp)
@@ -54,7 +65,7 @@ class MLP(Module):
         self.activation = _check("MLP", activation)
 
     def __call__(self, ops: Ops, x_BSE: Array) -> Array:
-        """(B, S, E) -> (B, S, E)."""
+        """Map x (B, S, E) to (B, S, E), in the compute dtype, sharded as the residual stream."""
         x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
         up_BSM = ops.einsum("bse,em->bsm", x_BSE, self.up)
         up_BSM = ops.name(up_BSM if self.up_bias is None else ops.bias(up_BSM, self.up_bias), "hidden")

@@ -13,7 +13,7 @@ def _one_axis(owner: str, axis: dict[str, int]) -> dict[str, int]:
     if len(axis) != 1:
         raise UserError(
             owner,
-            expected="one logical axis with its size, the last axis of what is normalised",
+            expected="one logical axis with its size, the last axis of x",
             got=", ".join(f"{name}={size}" for name, size in axis.items()) or "none",
             do=f"Write {owner}(embed=512).",
         )
@@ -28,13 +28,13 @@ class RMSNorm(Module):
         self.eps = eps
 
     def __call__(self, ops: Ops, x: Array) -> Array:
-        """(..., N) -> (..., N), in the dtype of x."""
+        """Return x, (..., N), normalised, in the shape and dtype of x; computed in float32."""
         return ops.rms_norm(x, self.scale, eps=self.eps)
 
 
 class LayerNorm(Module):
     """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (Ba, Kiros and Hinton 2016, eq. 4):
-    `LayerNorm(embed=512)`; `bias=False` leaves the bias out."""
+    `LayerNorm(embed=512)`. With `bias=False` there is no bias."""
 
     def __init__(self, *, eps: float = 1e-6, bias: bool = True, **axis: int) -> None:
         self.scale = Param(**_one_axis("LayerNorm", axis), fan_in_axes=0, init="ones")
@@ -42,5 +42,5 @@ class LayerNorm(Module):
         self.eps = eps
 
     def __call__(self, ops: Ops, x: Array) -> Array:
-        """(..., N) -> (..., N), in the dtype of x."""
+        """Return x, (..., N), normalised, in the shape and dtype of x; computed in float32."""
         return ops.layer_norm(x, self.scale, self.bias, eps=self.eps)

@@ -17,7 +17,7 @@ class Cluster:
 
     ``dims`` is the torus of one slice, in chips; empty for chips that are joined by a switch or a mesh.
     ``wraps`` says which of its axes close to a ring. ``domain`` is the number of chips that the fast
-    network joins: a slice, a host, a rack. ``engine``, ``storage`` and ``options`` come from clusters.toml
+    network joins: a slice, a host, a rack. ``engine``, ``storage``, ``options`` and ``track`` come from clusters.toml
     and are for the launchers.
     """
 
@@ -32,6 +32,7 @@ class Cluster:
     storage: str = ""
     options: Mapping[str, object] = field(default_factory=dict)
     prices: Mapping[str, Figure] = field(default_factory=dict)
+    track: tuple[str, ...] = ()
     where: str = ""
 
     def __hash__(self) -> int:

@@ -8,6 +8,7 @@ storage = "s3://bucket/runs"
 prices = { on_demand = 2.10 }          # USD per chip-hour
 scale_out_gbps = 200                   # where the network is not the catalog's
 options = { partition = "gpu" }        # passed to the engine as it is
+track = ["wandb"]                      # where metrics go too, unless launch is given --track
 """
 
 from __future__ import annotations
@@ -27,7 +28,19 @@ from portatrain.plan.clusters.catalog import chip_names, find_chip
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.figures import Figure, figure
 
-KEYS = ("chip", "count", "topology", "slices", "engine", "storage", "prices", "scale_out_gbps", "power_w", "options")
+KEYS = (
+    "chip",
+    "count",
+    "topology",
+    "slices",
+    "engine",
+    "storage",
+    "prices",
+    "scale_out_gbps",
+    "power_w",
+    "options",
+    "track",
+)
 ENGINES = ("local", "slurm", "kubernetes", "skypilot", "gcp_tpu")
 
 
@@ -43,6 +56,7 @@ class Entry:
     storage: str
     prices: Mapping[str, Figure]
     options: Mapping[str, object]
+    track: tuple[str, ...]
     where: str
     size_where: str
 
@@ -107,6 +121,7 @@ class _Table:
             storage=self._get("storage", str) or "",
             prices=self._prices(),
             options=self._get("options", dict) or {},
+            track=self._track(),
             where=self._where(None),
             size_where=self._where("topology" if "topology" in self.table else "count"),
         )
@@ -156,6 +171,12 @@ class _Table:
                 raise self._error("prices", f"USD per chip-hour for {kind!r}", repr(value), "Give a number.")
             found[kind] = figure(float(value), "USD/chip-hour", "user")
         return found
+
+    def _track(self) -> tuple[str, ...]:
+        value = self.table.get("track", [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self._error("track", "a list of names", repr(value), 'Write track = ["wandb"].')
+        return tuple(value)
 
     def _get(self, key: str, kind: type) -> Any:
         value: Any = self.table.get(key)

@@ -240,6 +240,7 @@ def _from_entry(entry: clusters_toml.Entry) -> Cluster:
         engine=entry.engine,
         storage=entry.storage,
         options=entry.options,
+        track=entry.track,
         prices=entry.prices,
         where=entry.where,
     )

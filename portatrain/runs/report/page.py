@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from portatrain.runs.history import AttemptFacts, RunFacts, Seam
+from portatrain.runs.history import AttemptFacts, RunFacts
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
+from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration
 
 STYLE = """
@@ -78,7 +79,8 @@ def _charts(run: RunFacts) -> str:
                 )
             )
     marks = [
-        Mark(step=s.step, verdict=str(s.event.get("verdict")), text=f"step {s.step}: {_verdict(s)}") for s in run.seams
+        Mark(step=s.step, verdict=str(s.event.get("verdict")), text=f"step {s.step}: {in_words(s.event)}")
+        for s in run.seams
     ]
     steps = max(run.steps, run.curve[-1]["step"] if run.curve else 0)
     unit = "tokens" if "seq_len" in run.recipe.get("data", {}) else "samples"
@@ -99,20 +101,6 @@ def _charts(run: RunFacts) -> str:
         for b in bands
     )
     return f"<p>{keys}</p>{''.join(out)}"
-
-
-def _verdict(seam: Seam) -> str:
-    """The verdict and its figures beside their bounds, in words."""
-    e = seam.event
-    parts = [str(e.get("verdict"))]
-    for key in ("loss", "mean", "state", "grad", "update", "replay"):
-        if e.get(f"{key}_difference") is not None:
-            parts.append(f"{key} {e[f'{key}_difference']:.1e} (bound {e[f'{key}_bound']:.0e})")
-    if e.get("differs"):
-        parts.append("different: " + ", ".join(map(str, e["differs"])))
-    if e.get("accepted"):
-        parts.append(f"accepted: {e['accepted']}")
-    return ", ".join(parts)
 
 
 def _attempts(run: RunFacts) -> str:
@@ -145,7 +133,7 @@ def _seams(run: RunFacts) -> str:
     for s in run.seams:
         verdict = str(s.event.get("verdict"))
         colour = VERDICTS.get(verdict, "#555")
-        shown = f'<b style="color:{colour}">{escape(verdict)}</b>{escape(_verdict(s)[len(verdict) :])}'
+        shown = f'<b style="color:{colour}">{escape(verdict)}</b>{escape(in_words(s.event)[len(verdict) :])}'
         rows.append(
             (
                 str(s.step),

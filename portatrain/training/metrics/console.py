@@ -7,12 +7,16 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration, si
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
 
 
 class ConsoleSink:
-    """A ``Sink`` on ``stream`` (standard error), where progress does not mix with answers."""
+    """A ``Sink`` on ``stream`` (standard error), where progress does not mix with answers.
+
+    "mean loss" is a running mean over about the last ten steps; metrics.jsonl has the loss of every step.
+    """
 
     def __init__(self, stream: TextIO | None = None, *, every_s: float = 5.0) -> None:
         """``every_s``: seconds between two lines where the stream is no terminal."""
@@ -76,7 +80,7 @@ class ConsoleSink:
 
     def _status(self, record: StepRecord) -> str:
         unit = self._info.unit if self._info else "tokens"
-        parts = [f"loss {self._loss:.4f}", f"{si(self._rate)} {unit}/s"]
+        parts = [f"mean loss {self._loss:.4f}", f"{si(self._rate)} {unit}/s"]
         if record.mfu is not None:
             parts.append(f"MFU {record.mfu:.1%}")
         if record.step_s > 0 and record.data_wait_s / record.step_s > 0.05:
@@ -99,7 +103,10 @@ class ConsoleSink:
         self._line(f"step {record.step}: validation loss {record.loss:.4f}{more}")
 
     def event(self, kind: str, **fields: object) -> None:
-        what = f" {fields.pop('what')}" if "what" in fields else ""  # "evaluating" the whole validation split
+        if kind == "resumed":
+            self._line(f"went on from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
+            return
+        what = f": {fields.pop('what')}" if "what" in fields else ""
         more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
         self._line(f"{kind.replace('_', ' ')}{what}{': ' + more if more else ''}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.runs.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system.svg import COLOURS, Point, Scale, columns, document, frame, padded, polyline
 
 LOSS_SVG = "loss.svg"
+MOST_BYTES = 32 * 2**20
+"""How much of metrics.jsonl is drawn: some 80,000 steps."""
 WIDTH, HEIGHT = 960, 640
 TRAINING, VALIDATION, RATE = COLOURS[0], COLOURS[1], COLOURS[4]
 REFERENCES = (COLOURS[2], COLOURS[3], COLOURS[6])
@@ -29,7 +32,7 @@ def plot_run(run: RunDir) -> Path:
     Raises:
         UserError: the run has no step yet.
     """
-    curve, evals = run.curve(), run.events("eval")
+    curve, evals = _curve(run), run.events("eval")
     unit, factor = _unit(evals)
     references = run.summary().get("references") or {}
     title = run.where.rstrip("/").rpartition("/")[2]
@@ -40,10 +43,39 @@ def plot_run(run: RunDir) -> Path:
 def draw(run: RunDir) -> None:
     """Draw the curve if there is one. A picture that cannot be written is said and ends nothing."""
     try:
-        if run.curve():
+        if any(path.stat().st_size for path in _files(run).values()):
             plot_run(run)
     except (UserError, OSError) as error:
         print(f"no loss curve: {error}", file=sys.stderr)
+
+
+def _files(run: RunDir) -> dict[int, Path]:
+    """The metrics of every attempt that has some."""
+    found = {n: run.path / "attempts" / str(n) / "metrics.jsonl" for n in run.attempt_numbers()}
+    return {n: path for n, path in found.items() if path.exists()}
+
+
+def _curve(run: RunDir) -> list[dict[str, Any]]:
+    """Return `run.curve()`; of a run whose metrics exceed `MOST_BYTES` only every n-th step, as millions of rows fit
+    neither a picture nor the memory of a host that trains."""
+    files = _files(run)
+    every = -(-sum(path.stat().st_size for path in files.values()) // MOST_BYTES)
+    if every <= 1:
+        return run.curve()
+    attempts: dict[int, list[dict[str, Any]]] = {}
+    for number, path in files.items():
+        with path.open("rb") as lines:
+            rows = (_row(line) for index, line in enumerate(lines) if index % every == 0)
+            attempts[number] = [{key: row.get(key) for key in ("step", "loss", "lr")} for row in rows if row]
+    return merge(attempts)
+
+
+def _row(line: bytes) -> dict[str, Any]:
+    """A line of metrics.jsonl; empty for one that a crash cut short."""
+    try:
+        return dict(json.loads(line))
+    except ValueError:
+        return {}
 
 
 def _unit(evals: Sequence[Mapping[str, Any]]) -> tuple[str, float]:

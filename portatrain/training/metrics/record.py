@@ -46,6 +46,8 @@ class RunInfo:
     peak_source: str = ""
     """Where that figure comes from."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    id: str = ""
+    """The run's own, the same in all its attempts; '': a run of before there were any."""
 
     @classmethod
     def of(
@@ -60,6 +62,7 @@ class RunInfo:
         device: str,
         devices: int,
         mesh: str,
+        id: str = "",
     ) -> RunInfo:
         """Return the facts of an attempt at `recipe` on `devices` devices of the kind `device`."""
         seq_len = getattr(recipe.data, "seq_len", None)
@@ -84,6 +87,7 @@ class RunInfo:
             peak_flops=peak.flops_per_s if peak else None,
             peak_source=peak.source if peak else "",
             recipe=recipe.to_json(),
+            id=id,
         )
 
 

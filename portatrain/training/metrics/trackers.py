@@ -41,9 +41,9 @@ class WandbSink:
         self._run: Any = None
 
     def start(self, info: RunInfo) -> None:
-        # The run directory's name is the identity of the run: all attempts go on one curve.
+        # All attempts go on one curve. A run that was begun without an id was known by its folder's name.
         self._run = self._wandb.init(
-            id=info.run, name=info.run, dir=info.run_dir, config=dict(info.recipe), resume="allow"
+            id=info.id or info.run, name=info.run, dir=info.run_dir, config=dict(info.recipe), resume="allow"
         )
 
     def step(self, record: StepRecord) -> None:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from .boxes import Box
-from .layout import Explicit, Layout, Sharded
-from .packs import Entry, Pack, Run, fill_packs
+from .layout import Explicit, SaveLayout, Sharded
+from .packs import PackEntry, Run, SavePack, fill_packs
 from .rule import ShardRule
 from .tiles import Grid
 
@@ -41,12 +41,12 @@ class WriterPlan:
     """All pack files of one writer."""
 
     writer: int
-    packs: tuple[Pack, ...]
+    packs: tuple[SavePack, ...]
 
     @cached_property
-    def entries(self) -> dict[tuple[int, tuple[int, ...]], list[tuple[int, Entry]]]:
+    def entries(self) -> dict[tuple[int, tuple[int, ...]], list[tuple[int, PackEntry]]]:
         """(tensor number, offset of the box) to (number of the pack, entry)."""
-        found: dict[tuple[int, tuple[int, ...]], list[tuple[int, Entry]]] = {}
+        found: dict[tuple[int, tuple[int, ...]], list[tuple[int, PackEntry]]] = {}
         for number, pack in enumerate(self.packs):
             for entry in pack.entries:
                 found.setdefault((entry.run.tensor, entry.run.box.offset), []).append((number, entry))
@@ -65,7 +65,7 @@ class Planner:
         limits: for each writer the number of packs beyond which its plan is an error.
     """
 
-    def __init__(self, layout: Layout, limits: Sequence[int] | None = None) -> None:
+    def __init__(self, layout: SaveLayout, limits: Sequence[int] | None = None) -> None:
         self.layout, self._limits = layout, limits
         self._plans: dict[int, WriterPlan] = {}
         self._rules: dict[int, ShardRule] = {}

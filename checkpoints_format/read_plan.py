@@ -13,10 +13,10 @@ from .dtypes import NUMPY
 from .errors import FormatError, shorten
 from .layout import Tensor
 from .manifest import PackRecord, Root
-from .packs import Pack, pack_name, root_name
-from .plan import Planner, WriterPlan
+from .packs import SavePack, pack_name, root_name
 from .strict_json import RESTORE
 from .tiles import Block
+from .write_plan import Planner, WriterPlan
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Want:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class ReadPiece:
     """A block of tiles to read: where it lies in the file, and which part of it goes where.
 
     ``inside``: the wanted part, relative to the block. ``target``: the same part in the wanted box's array.
@@ -56,16 +56,16 @@ class PackFile:
 
     writer: int
     number: int
-    pack: Pack
+    pack: SavePack
     record: PackRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ReadRequest:
     """Pieces of one file that are read together, ascending, with the gaps between them."""
 
     file: PackFile
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ReadPiece, ...]
 
     @property
     def nbytes(self) -> int:
@@ -128,27 +128,27 @@ class RequestPlanner:
             )
         return Want(want.name, box, out)
 
-    def requests(self, wants: Sequence[Want]) -> list[Request]:
+    def requests(self, wants: Sequence[Want]) -> list[ReadRequest]:
         """The pieces of all wants, sorted by file and offset, near ones merged."""
-        pieces: dict[tuple[int, int], list[Piece]] = {}
+        pieces: dict[tuple[int, int], list[ReadPiece]] = {}
         for number, want in enumerate(wants):
             for key, piece in self._pieces(number, want):
                 pieces.setdefault(key, []).append(piece)
         requests = []
         for key in sorted(pieces):
-            batch: list[Piece] = []
+            batch: list[ReadPiece] = []
             file, end = self.file(*key), 0
             for piece in sorted(pieces[key], key=lambda piece: piece.offset):
                 fits = batch and piece.offset + piece.nbytes - batch[0].offset <= self._request_bytes
                 if batch and not (fits and 0 <= piece.offset - end <= self._gap_bytes):
-                    requests.append(Request(file, tuple(batch)))
+                    requests.append(ReadRequest(file, tuple(batch)))
                     batch = []
                 batch.append(piece)
                 end = piece.offset + piece.nbytes
-            requests.append(Request(file, tuple(batch)))
+            requests.append(ReadRequest(file, tuple(batch)))
         return requests
 
-    def _pieces(self, number: int, want: Want) -> Iterator[tuple[tuple[int, int], Piece]]:
+    def _pieces(self, number: int, want: Want) -> Iterator[tuple[tuple[int, int], ReadPiece]]:
         """The pieces of a want; together they are exactly the wanted box, or an error."""
         box = want.box
         if box is None or box.size == 0:
@@ -171,7 +171,7 @@ class RequestPlanner:
                         part = area.intersect(box)
                         if part is None:
                             continue
-                        piece = Piece(
+                        piece = ReadPiece(
                             number,
                             tensor,
                             block,

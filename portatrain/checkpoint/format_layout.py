@@ -1,0 +1,89 @@
+"""What a checkpoint of a program holds, as a layout of the format, and which process writes which part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveMesh, Sharded, Tensor
+from portatrain.backends.base import IrregularShards
+from portatrain.backends.program import Program
+from portatrain.backends.state import COUNT, StateTensor, full_name, inventory
+from portatrain.errors import UserError
+
+
+def format_layout(
+    program: Program,
+    irregular_shards: IrregularShards | None = None,
+    writers: int = 1,
+    owners: Sequence[int] | None = None,
+) -> SaveLayout:
+    """Return what a checkpoint of `program` holds, and which mesh position has which box of it.
+
+    irregular_shards: the boxes of tensors that do not follow the layout, as `Backend.irregular_shards` gives them.
+    owners: the process of every position of the mesh, if processes do not hold equal consecutive runs
+    (`shared_reads.owners_of`).
+    """
+    irregular_shards = irregular_shards or {}
+    mesh = {axis: size for axis, size in program.layout.mesh.sizes.items() if size > 1}
+
+    def tensor(held: StateTensor) -> Tensor:
+        info, role = held.info, held.role
+        spec = program.layout.tensor_spec(info, role=held.laid_out_as)
+        by_rule = Sharded(spec=tuple(tuple(a for a in dim if a in mesh) for dim in spec))
+        listed = tuple((process, Box(*box)) for process, *box in irregular_shards.get(held.key, ()))
+        return Tensor(
+            name=full_name(role, info.name),
+            dtype=info.dtype,
+            shape=info.shape,
+            axes=info.axes,
+            role=role.split("/")[0],
+            batch=info.batch_dims,
+            placement=Explicit(boxes=listed) if listed else by_rule,
+        )
+
+    tensors = [tensor(held) for held in inventory(program)]
+    tensors.append(Tensor(name=COUNT, dtype="int32", shape=(), role="opt"))
+    axes = tuple(mesh.items()) or (("device", 1),)
+    held_by = None if owners is None else tuple(owners)
+    return SaveLayout(tensors=tuple(tensors), meshes=(SaveMesh(axes=axes, writers=held_by),), writers=writers)
+
+
+def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
+    """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
+    found: dict[str, list[Box]] = {}
+    for pack in Planner(layout).writer(writer).packs:
+        for entry in pack.entries:
+            boxes = found.setdefault(layout.tensors[entry.run.tensor].name, [])
+            if entry.run.box not in boxes:
+                boxes.append(entry.run.box)
+    return found
+
+
+def check_tensors(reader: Reader, program: Program) -> None:
+    """Raise UserError unless a checkpoint holds the tensors of `program`, with the same shapes; names what differs."""
+    there = {t.name: t for t in reader.layout.tensors}
+    wanted = {t.name: t for t in format_layout(program).tensors}
+    found = [
+        ("not in it", sorted(wanted.keys() - there.keys())),
+        ("not the model's", sorted(there.keys() - wanted.keys())),
+        (
+            "different",
+            [
+                f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})"
+                for n, t in wanted.items()
+                if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
+            ],
+        ),
+    ]
+    if any(names for _, names in found):
+        got = [
+            f"{kind}: {', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+            for kind, names in found
+            if names
+        ]
+        raise UserError(
+            reader.store.describe("COMMIT"),
+            expected="the tensors of this model and optimizer",
+            got="; ".join(got),
+            do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
+        )

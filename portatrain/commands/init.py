@@ -1,0 +1,185 @@
+"""Write a short recipe with comments to FILE: one that trains as it is, to be changed from there.
+
+--model decoder is a language model, vision a classifier of images, own a small model that the file itself defines.
+--data text reads the files under --paths, or the source code of Python's standard library; tokens reads files of token
+ids (.bin, raw and little-endian, or .npy); images are scikit-learn's handwritten digits.
+
+examples:
+  portatrain init my_recipe.py
+  portatrain init my_recipe.py --paths my/texts
+  portatrain init my_recipe.py --model own --data tokens --paths train.bin
+  portatrain init my_recipe.py --model vision
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.resources
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from portatrain.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# The kinds of data that each model takes, the one first that is taken unless --data says otherwise.
+MODELS = {"decoder": ("text", "tokens"), "vision": ("images",), "own": ("text", "tokens", "images")}
+FILES = {"decoder": "decoder.py", "vision": "vision.py", "own": "own.py"}
+DATA = ("text", "tokens", "images")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="the file to write; one that is there is left as it is")
+    parser.add_argument("--model", choices=tuple(MODELS), default="decoder", help="default: decoder")
+    parser.add_argument("--data", choices=DATA, help="default: text, for vision images")
+    parser.add_argument(
+        "--paths", metavar="PATH", nargs="+", default=[], help="files, folders or globs of the text or the token ids"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    path = Path(args.file)
+    data = args.data or MODELS[args.model][0]
+    if data not in MODELS[args.model]:
+        takes = [model for model, kinds in MODELS.items() if data in kinds]
+        raise UserError(
+            f"--model {args.model} --data {data}",
+            expected=f"data that the model takes: {' or '.join(MODELS[args.model])}",
+            got=data,
+            do=f"Use --model {' or --model '.join(takes)} for {data}.",
+        )
+    text = recipe_text(args.model, data, args.paths, path)
+    _write(path, text)
+    print(f"{path}: {args.model}, {data}\n\n  launch --cluster local {path}\n  portatrain show {path}")
+    return 0
+
+
+def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
+    """Return the recipe for `path`: the template of `model`, reading `data` from `paths`."""
+    if path.suffix != ".py":
+        raise UserError(f"file {path}", expected="a name that ends in .py", got=repr(path.name), do=f"Use {path}.py.")
+    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:63] or "my-recipe"
+    text = _template("own_images.py" if (model, data) == ("own", "images") else FILES[model])
+    text = text.replace("my-recipe", name).replace("my_recipe.py", path.name)
+    if data == "images" and paths:
+        raise UserError(
+            "--paths",
+            expected="none for images: they are the digits that scikit-learn brings",
+            got=", ".join(paths),
+            do="Leave it out; docs/data.md says how images of one's own are read.",
+        )
+    if data == "text" and paths:
+        held_out = 0.1 if _documents(paths, "text files") > 1 else 0.0
+        return _with_data(text, _template("data_text.py"), paths, held_out)
+    if data == "tokens":
+        if not paths:
+            raise UserError(
+                "--data tokens",
+                expected="--paths with the files of token ids",
+                got="none",
+                do="Write --paths train.bin (raw little-endian ids) or --paths train.npy.",
+            )
+        held_out = 0.1 if _documents(paths, "files of token ids") > 1 else 0.0
+        dtype, vocab = _look(paths)
+        block = _template("data_tokens.py").replace('"uint16"', f'"{dtype}"').replace("50_257", str(vocab))
+        return _with_data(text, block, paths, held_out)
+    return text
+
+
+def _template(name: str) -> str:
+    return (importlib.resources.files("portatrain.commands") / "templates" / name).read_text(encoding="utf-8")
+
+
+def _with_data(text: str, block: str, paths: Sequence[str], held_out: float) -> str:
+    """Return `text` with the import and the paragraph of its data replaced by those of `block`."""
+    imported = re.compile(r"^from portatrain\.data import .*$", re.MULTILINE)
+    paragraph = re.compile(r"^# Data: .*?(?=\n\n|\Z)", re.MULTILINE | re.DOTALL)
+    given = json.dumps(paths[0], ensure_ascii=False) if len(paths) == 1 else _tuple(paths)
+    block = re.sub(r"paths=\"[^\"]*\"", lambda _: f"paths={given}", block.rstrip())
+    if not held_out:
+        note = (
+            "\n# There is one file, so none is held out: for a validation loss give validation_paths=, or more files."
+        )
+        block = block.replace("validation=0.1", "validation=0.0").replace("\nDATA =", f"{note}\nDATA =")
+    new_import, new_paragraph = imported.search(block), paragraph.search(block)
+    assert new_import is not None and new_paragraph is not None
+    text = imported.sub(lambda _: new_import[0], text, count=1)
+    return paragraph.sub(lambda _: new_paragraph[0], text, count=1)
+
+
+def _tuple(paths: Sequence[str]) -> str:
+    return f"({', '.join(json.dumps(path, ensure_ascii=False) for path in paths)})"
+
+
+def _documents(paths: Sequence[str], what: str) -> int:
+    """How many files there are; UserError where a path has none."""
+    from portatrain.data.sources import find
+
+    return len(find(tuple(paths), f"--paths: {what}"))
+
+
+def _look(paths: Sequence[str]) -> tuple[str, int]:
+    """Return the type of the ids in token files, and how many ids there are: one more than the largest."""
+    import numpy as np
+
+    from portatrain.data.sources import find, read_ids
+
+    kinds: dict[str, Path] = {}
+    most = 0
+    for _, path in find(tuple(paths), "--paths"):
+        dtype = _npy_dtype(path) if path.suffix == ".npy" else _guessed(np.fromfile(path, "<u2", 1 << 20))
+        kinds.setdefault(dtype, path)
+        ids = read_ids(path, np.dtype(dtype).newbyteorder("<"))
+        step = 1 << 26  # so that a corpus which is larger than memory is read in parts
+        most = max([most, *(int(ids[at : at + step].max()) for at in range(0, len(ids), step))])
+    if len(kinds) > 1:
+        raise UserError(
+            "--paths",
+            expected="files of one type of ids",
+            got=", ".join(f"{dtype} in {path}" for dtype, path in kinds.items()),
+            do="Write them all with one type.",
+        )
+    (dtype,) = kinds
+    return dtype, most + 1
+
+
+def _npy_dtype(path: Path) -> str:
+    import numpy as np
+
+    try:
+        return str(np.load(path, mmap_mode="r").dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"token file {path}", expected="an array that numpy.save wrote", got=str(error), do="Write it again."
+        ) from error
+
+
+def _guessed(words: np.ndarray) -> str:
+    """The type of ids in a raw file: 32 bits if every second 16-bit word is 0, as ids below 65,536 leave it."""
+    return "uint32" if len(words) > 1 and not words[1::2].any() else "uint16"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        raise UserError(
+            f"file {path}",
+            expected="a name that is free",
+            got="a file that is there",
+            do="Choose another name; nothing in it was changed.",
+        ) from None
+    except OSError as error:
+        raise UserError(
+            f"file {path}",
+            expected="a place that can be written to",
+            got=error.strerror or str(error),
+            do="Choose another place, or make the folder first.",
+        ) from error
+    with os.fdopen(handle, "w", encoding="utf-8") as file:
+        file.write(text)

@@ -1,0 +1,179 @@
+"""Show every parameter of RECIPE: shape, axes, sharding, bytes a device, how it starts, what trains and what decays.
+
+The mesh is --mesh, or the planned one for --cluster, or one device. An axis that no mapping knows is named: it is whole
+on every device, as a misspelt one is. Nothing is trained, and no framework is needed.
+
+examples:
+  portatrain show tiny-lm
+  portatrain show llama3-8b --mesh fsdp=16,tensor=4
+  portatrain show llama3-8b --cluster h100-64 --set precision=bf16-state
+  portatrain show my_recipe.py --set lora=LoRA --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from portatrain.commands import options
+from portatrain.errors import UserError
+from portatrain.model.layout import Layout, Mesh, unknown_axes
+from portatrain.model.module import Constant, Init, TensorInfo
+from portatrain.recipe import Recipe
+
+BYTES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "bool": 1}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_recipe(parser)
+    parser.add_argument("--mesh", metavar="AXES", help="how many ways to split along each axis: fsdp=4,tensor=2")
+    parser.add_argument("--cluster", metavar="NAME", help="take the mesh that is planned for this cluster")
+    parser.add_argument("--json", action="store_true", help="print one object with everything")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.mesh is not None and args.cluster is not None:
+        raise UserError(
+            "portatrain show", expected="--mesh or --cluster", got="both", do="Leave one out: a cluster gives a mesh."
+        )
+    recipe = options.resolved_recipe(args)
+    mesh = args.mesh or (_planned(args.cluster, args.recipe, recipe) if args.cluster else "")
+    found = facts(recipe, Mesh.parse(mesh))
+    if args.json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
+    """Return what the command shows, as plain data. Sizes of a device are in bytes.
+
+    Raises:
+        UserError: the recipe's rules name no parameter, or the mesh does not divide a size.
+    """
+    from portatrain.backends.state import slot_tensors
+    from portatrain.plan.cost.policy import PRECISIONS
+
+    definition = recipe.describe()
+    recipe.check_names(definition.params)
+    layout = Layout.of(definition, mesh, compute=recipe.compute, params=recipe.params)
+
+    def held(tensor: TensorInfo) -> int:
+        shards = mesh.over(axis for over in layout.tensor_spec(tensor) for axis in over)
+        return tensor.size * BYTES[tensor.dtype] // shards
+
+    rows, optimizer, gradients, averages = [], 0, 0, 0
+    gradient_bytes = PRECISIONS[recipe.precision].grad
+    for tensor in definition.tensors.values():
+        trains = tensor.role == "params" and recipe.trains(tensor.name)
+        slots = slot_tensors(recipe.optimizer, tensor) if trains else {}
+        optimizer += sum(held(slot) for slot in slots.values())
+        numbers = held(tensor) // BYTES[tensor.dtype]
+        gradients += int(numbers * gradient_bytes) if trains else 0
+        averages += 4 * numbers if trains and recipe.averages(tensor.name) else 0
+        rows.append(
+            {
+                "name": tensor.name,
+                "role": tensor.role,
+                "shape": list(tensor.shape),
+                "axes": list(tensor.axes),
+                "split": [list(over) for over in layout.tensor_spec(tensor)],
+                "bytes_per_device": held(tensor),
+                "init": _init(tensor.init),
+                "dtype": tensor.dtype,
+                "trains": trains,
+                "decays": trains and recipe.decays(tensor),
+            }
+        )
+    trained = [t for t in definition.params.values() if recipe.trains(t.name)]
+    unknown = unknown_axes(definition, compute=recipe.compute, params=recipe.params)
+    return {
+        "recipe": recipe.name,
+        "sha256": recipe.sha256,
+        "mesh": str(mesh),
+        "devices": mesh.devices,
+        "precision": recipe.precision,
+        "tensors": rows,
+        "parameters": definition.parameters,
+        "trained_parameters": sum(t.size for t in trained),
+        "bytes_per_device": {
+            "parameters": sum(held(t) for t in definition.params.values()),
+            "gradients": gradients,
+            "optimizer": optimizer,
+            "averages": averages,
+            "states": sum(held(t) for t in definition.states.values()),
+        },
+        "unknown_axes": [
+            {"axis": u.axis, "tensors": list(u.tensors), "nearest": u.nearest, "said": str(u)} for u in unknown
+        ],
+    }
+
+
+def _planned(cluster: str, given: str, recipe: Recipe) -> str:
+    """Return the mesh that a plan chooses for `recipe` on `cluster`; UserError if there is none on which it fits."""
+    from portatrain.plan import render
+    from portatrain.plan.clusters import clusters_toml, names
+    from portatrain.plan.cost import recipes
+    from portatrain.plan.cost.policy import REMATS
+    from portatrain.plan.search import plan
+
+    remats = (recipe.remat,) if recipe.remat in REMATS else tuple(REMATS)
+    there = names.resolve(cluster, files=clusters_toml.files(given))
+    made = plan(recipes.shape_of(recipe), there, remats=remats)
+    if made.chosen is None:
+        raise UserError(
+            f"cluster {cluster} for {recipe.name}",
+            expected="a mesh on which it fits",
+            got=render._misfit(made),
+            do=f"`portatrain plan {given} --cluster {cluster}` says more; --mesh shows any mesh.",
+        )
+    return "" if made.chosen.mesh_text == "1" else made.chosen.mesh_text
+
+
+def _init(init: Init) -> str:
+    if isinstance(init, Constant):
+        return {0.0: "zeros", 1.0: "ones"}.get(init.value, f"{init.value:g}")
+    return f"normal {init.std:.4g}"
+
+
+def _print(found: Mapping[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console() if Console().is_terminal else Console(width=180)
+    table = Table("tensor", "shape", "split over", "a device", "starts as", "dtype", "trains", "decays")
+    for row in found["tensors"]:
+        table.add_row(
+            row["name"] if row["role"] == "params" else f"{row['name']} (state)",
+            ", ".join(f"{axis}={size}" for axis, size in zip(row["axes"], row["shape"], strict=True)),
+            ", ".join(f"{a}: {'/'.join(s)}" for a, s in zip(row["axes"], row["split"], strict=True) if s) or "nothing",
+            _size(row["bytes_per_device"]),
+            row["init"],
+            row["dtype"],
+            "yes" if row["trains"] else "no",
+            "yes" if row["decays"] else "no",
+        )
+    console.print(table)
+    held = found["bytes_per_device"]
+    frozen = found["parameters"] - found["trained_parameters"]
+    lines = [
+        f"{found['recipe']}: {found['parameters']:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
+        f"mesh {found['mesh']}, {found['devices']} device{'s' if found['devices'] > 1 else ''}, {found['precision']}",
+        "a device holds "
+        + ", ".join(f"{name} {_size(size)}" for name, size in held.items() if size)
+        + f"; together {_size(sum(held.values()))}, without activations (`portatrain plan` has those)",
+    ]
+    console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
+    for unknown in found["unknown_axes"]:
+        print(f"warning: {unknown['said']}", file=sys.stderr)
+
+
+def _size(nbytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if nbytes >= size:
+            return f"{nbytes / size:.2f} {unit}"
+    return f"{nbytes} B"

@@ -1,0 +1,118 @@
+"""The pages and the drawing that commands write are current, and nothing public is missing from the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+
+from docs.tools import draw_rooms, examples, reference
+from portatrain.model.ops import Ops
+from portatrain.optim import Rule, Schedule, rules, schedules
+from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from tests.docs.pages import ROOT
+
+PAGES = ROOT / "docs" / "reference"
+
+
+def text(name: str) -> str:
+    return (PAGES / name).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", reference.WRITTEN)
+def test_a_reference_page_is_current(name: str) -> None:
+    assert text(name) == reference.WRITTEN[name](), "run python -m docs.tools.reference --write"
+
+
+@pytest.mark.parametrize("module", reference.PUBLIC)
+def test_every_public_name_is_in_the_reference(module: str) -> None:
+    page = text("names.md")
+    assert [n for n in reference.exported(module) if f"### `{module}.{n}`" not in page] == []
+
+
+def test_every_field_of_a_recipe_is_in_the_reference() -> None:
+    page = text("recipe.md")
+    fields = [field.name for field in dataclasses.fields(Recipe)]
+    assert [name for name in fields if f"| `{name}` |" not in page] == []
+    assert set(fields) == set(examples.RECIPE) | set(examples.RECIPE_PYTHON)
+
+
+@pytest.mark.parametrize("field", examples.RECIPE)
+def test_the_example_of_a_field_changes_it(field: str) -> None:
+    recipe = load_recipe("tiny-lm")
+    changed = apply_overrides(recipe, examples.RECIPE[field].split())
+    assert getattr(changed, field) != getattr(recipe, field)
+
+
+@pytest.mark.parametrize("field", examples.RECIPE_PYTHON)
+def test_the_example_of_a_field_that_is_set_in_the_file(field: str) -> None:
+    from portatrain import TextSample
+
+    changes = eval(f"dict({examples.RECIPE_PYTHON[field]})", {"TextSample": TextSample})
+    recipe = load_recipe("tiny-lm")
+    assert getattr(dataclasses.replace(recipe, **changes), field) != getattr(recipe, field)
+
+
+def test_every_operation_is_in_the_reference() -> None:
+    page = text("ops.md")
+    methods = [n for n, m in vars(Ops).items() if callable(m) and not n.startswith("_")]
+    assert methods and [n for n in methods if f"### `{n}`" not in page] == []
+    assert [n for n in Ops.__annotations__ if f"`ops.{n}`" not in page] == []
+    assert set(methods) == set(examples.OPS)
+
+
+def test_every_rule_and_schedule_is_in_the_reference() -> None:
+    page = text("optimizers.md")
+    classes = [*reference.subclasses(Rule, rules), *reference.subclasses(Schedule, schedules)]
+    assert [c.__name__ for c in classes if f"### `{c.__name__}`" not in page] == []
+    for cls in classes:
+        section = page.split(f"### `{cls.__name__}`")[1].split("\n### ")[0]
+        assert [f.name for f in dataclasses.fields(cls) if f"| `{f.name}` |" not in section] == []
+
+
+def test_every_option_is_in_the_reference() -> None:
+    page = text("commands.md")
+    for program, module in reference.commands():
+        parser = reference.parser_of(program, module)
+        section = page.split(f"## `{program}`\n")[1].split("\n## ")[0]
+        for made in (parser, *reference.subparsers(parser)):
+            options = [o for a in made._actions for o in a.option_strings if o not in ("-h", "--help")]
+            assert [o for o in options if f"`{o}" not in section] == [], made.prog
+
+
+def variables() -> set[str]:
+    """The environment variables that the code reads or sets."""
+    files = [*(ROOT / "portatrain").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]
+    found = {n for p in files for n in re.findall(r"\"(PORTATRAIN_[A-Z_]+)\"", p.read_text(encoding="utf-8"))}
+    assert len(found) > 10
+    return found
+
+
+def test_every_environment_variable_has_a_row() -> None:
+    page = (ROOT / "docs" / "run" / "environment.md").read_text(encoding="utf-8")
+    assert sorted(n for n in variables() if f"| `{n}` |" not in page) == []
+
+
+def test_the_drawing_of_rooms_is_current(capsys: pytest.CaptureFixture[str]) -> None:
+    assert draw_rooms.main([]) == 0, "run python -m docs.tools.draw_rooms --write"
+    found = re.search(r"rooms (\d+), arrows (\d+)", capsys.readouterr().out)
+    assert found and int(found[1]) <= 20 and int(found[2]) <= 110
+
+
+def test_the_drawing_changes_with_the_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A planted import that points up is counted, drawn, and makes the committed drawing old."""
+    for room in ("optim", "plan"):
+        (tmp_path / "portatrain" / room).mkdir(parents=True)
+    (tmp_path / "portatrain" / "plan" / "search.py").write_text("from portatrain.optim.rules import AdamW\n")
+    rules_file = tmp_path / "portatrain" / "optim" / "rules.py"
+    rules_file.write_text("")
+    monkeypatch.setattr(draw_rooms, "ROOT", tmp_path)
+    rooms, arrows = draw_rooms.arrows_of(tmp_path)
+    assert rooms == ["optim", "plan"] and list(arrows) == [("plan", "optim")]
+    before = draw_rooms.draw(rooms, arrows)
+    rules_file.write_text("def f():\n    from portatrain.plan import search\n")
+    rooms, arrows = draw_rooms.arrows_of(tmp_path)
+    assert ("optim", "plan") in arrows and "url(#up)" in draw_rooms.draw(rooms, arrows)
+    assert "url(#up)" not in before
