@@ -1,54 +1,64 @@
 """What a launcher is, and how one is found.
 
-A launcher carries jobs to one kind of place. A job runs `launchers.supervisor` on its first host; that reads the
-record, takes the claim, and starts `portatrain train` as the launcher's `Landed` says. So what differs between places
-is: what is submitted, how processes are started there, and what a signal means there.
+A launcher carries jobs to one kind of scheduler. A job runs `launchers.supervisor` on its first host; that reads the
+record, takes the claim, and starts `portatrain train` as the launcher's `JobRuntime` says. So schedulers differ in what
+is submitted, in how processes are started, and in what a signal means.
+
+A lab's launcher is a class with the members of `Launcher`, registered under the entry points `portatrain.launchers`
+(docs/plugins.md).
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
 import os
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from portatrain.errors import UserError, choice
+from portatrain.plan.clusters.catalog import CHIPS
+from portatrain.plan.clusters.chip import Chip
+from portatrain.runs import jobs
 from portatrain.runs.jobs import Job
 from portatrain.system import environment
+from portatrain.system.plugins import Registry, lacks
 from portatrain.system.urls import is_remote
 
 __all__ = [
-    "GROUP",
     "Job",
+    "JobRuntime",
     "JobState",
-    "Landed",
-    "LandedInImage",
     "Launcher",
+    "Rank",
+    "RuntimeInImage",
+    "carriers",
     "check_shared",
     "commands_in_image",
+    "each_sibling",
     "launcher",
     "launcher_names",
-    "train_here",
+    "runtime_of",
     "supervise_command",
+    "tolerantly",
+    "train_here",
 ]
 
-GROUP = "portatrain.launchers"
-"""The entry-point group that a lab's own launchers register in."""
-
-_OURS = {
-    "local": "launchers.local:LocalLauncher",
-    "slurm": "launchers.slurm:SlurmLauncher",
-    "kubernetes": "launchers.kubernetes:KubernetesLauncher",
-    "skypilot": "launchers.skypilot:SkyPilotLauncher",
-    "gcp_tpu": "launchers.gcp_tpu:GcpTpuLauncher",
-}
-
-STATES = ("pending", "held", "running", "gone", "unknown")
+LAUNCHERS = Registry(
+    kind="engine",
+    group="portatrain.launchers",
+    ours={
+        "local": "launchers.local:LocalLauncher",
+        "slurm": "launchers.slurm:SlurmLauncher",
+        "kubernetes": "launchers.kubernetes:KubernetesLauncher",
+        "skypilot": "launchers.skypilot:SkyPilotLauncher",
+        "gcp_tpu": "launchers.gcp_tpu:GcpTpuLauncher",
+    },
+)
+"""Every launcher by name. `rank` is asked in this order: pods of a JobSet on TPUs have Cloud TPU's variables too."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,94 +70,136 @@ class JobState:
     reason: str = ""
     """The scheduler's own words."""
     where: str = ""
-    """Nodes, where it runs."""
+    """The nodes on which it runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """The number of a process among those of its job, and among those of its host."""
+
+    rank: int
+    world: int
+    local_rank: int = 0
+    local_world: int = 1
 
 
 class Launcher(Protocol):
-    """Carries jobs to one kind of place. Every verb raises UserError where the place cannot be reached."""
+    """Carries jobs to one kind of scheduler. It is made without arguments and keeps no state between calls.
 
+    Every method raises UserError if the scheduler cannot be reached, or refuses. A class that inherits from this
+    Protocol has the defaults below; one that does not must have every member.
+    """
+
+    name: ClassVar[str]
+    """What `engine = "..."` in clusters.toml calls it."""
+    example_options: ClassVar[str] = "{ }"
+    """The options that a cluster cannot do without, as a TOML table to be filled in."""
+    queues: ClassVar[bool] = True
+    """True: jobs wait, several may be handed over for one run, and the first to start claims it; such a launcher needs
+    a cluster of clusters.toml. False: a job starts at once, and the launcher's name alone is a cluster."""
+
+    def carries(self, chip: Chip) -> bool:
+        """Return whether jobs for such chips can be carried. Only suggestions depend on it."""
+        return True
+
+    @abstractmethod
     def materialize(self, job: Job) -> str:
-        """Exactly what `submit` would hand over, as text; changes nothing and needs nothing installed."""
+        """Return exactly what `submit` would hand over, as text. Change nothing; need nothing installed."""
         ...
 
+    @abstractmethod
     def check(self, job: Job) -> None:
-        """Raise UserError for what would keep the job from ever starting; changes nothing."""
+        """Raise UserError for what would keep the job from ever starting. Change nothing."""
         ...
 
+    @abstractmethod
     def submit(self, job: Job) -> str:
-        """Hand a written job over; return the scheduler's id of it."""
+        """Hand over a job that is written in the record; return the scheduler's id of it. What is handed over runs
+        `supervise_command(job)` on the job's first host."""
         ...
 
+    @abstractmethod
     def describe(self, job: Job) -> JobState:
-        """What the scheduler says of it."""
+        """Return what the scheduler says of the job."""
+        ...
+
+    @abstractmethod
+    def cancel(self, job: Job) -> None:
+        """Take the job out of the scheduler, pending or running. Do nothing if it is gone."""
+        ...
+
+    @abstractmethod
+    def runtime(self, job: Job) -> JobRuntime:
+        """Return the job's life on its first host, where this is called."""
         ...
 
     def logs(self, job: Job) -> Iterator[str]:
-        """What the engine itself has of the job's output, beside the logs in the run directory."""
-        ...
-
-    def cancel(self, job: Job) -> None:
-        """Take it out of the scheduler, pending or running; nothing where it is gone."""
-        ...
+        """Yield the lines that the scheduler itself has of the job's output, beside the logs in the run directory."""
+        return iter(())
 
     def release(self, job: Job) -> None:
-        """Let a held job start."""
-        ...
+        """Let a held job start. Do nothing if the scheduler cannot hold jobs."""
+        return
 
     def names(self, prefix: str) -> Mapping[str, str]:
-        """name -> id of the user's jobs in the scheduler whose names begin so; for finding orphans."""
-        ...
+        """Return name -> id of the user's jobs in the scheduler whose names begin with `prefix`, to find orphans."""
+        return {}
+
+    def rank(self, env: Mapping[str, str]) -> Rank | None:
+        """Return the rank that the scheduler's variables in `env` give; None if they are not there."""
+        return None
+
+    def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
+        """Return the variables of `env` that say where in the scheduler this is, for the record."""
+        return {}
 
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
-        """(what was looked at, 'ok' | 'warn' | 'bad', what was found and how to mend it). `storage`: where runs would
-        be; None where that is an object store."""
-        ...
+        """Yield (what was looked at, 'ok' | 'warn' | 'bad', what was found and how to mend it). `storage` is the folder
+        that runs would be in; None if they would be in an object store."""
+        return iter(())
 
 
-class Landed(Protocol):
-    """A job where it has landed: how the supervisor starts an attempt there, and what ends mean."""
+class JobRuntime(Protocol):
+    """The life of a job on its first host: how the supervisor starts an attempt, and what its ends mean."""
 
-    restarts: bool
-    """Whether another attempt can be started after one has failed. False where the engine starts the processes of the
-    other hosts: it must start them all again."""
+    restarts: ClassVar[bool] = True
+    """Whether another attempt can be started after one has failed. False if the engine starts the processes of the
+    other hosts: it must start all of them again."""
 
-    def give_way(self) -> None:
-        """Nothing is claimed yet: wait for a job of a place that is preferred to this one and starts at this moment."""
-        ...
+    def yield_to_preferred(self) -> None:
+        """Before claiming, wait briefly for a sibling job on a preferred cluster that is starting now."""
+        return
 
-    def arrive(self) -> None:
-        """The claim is ours: siblings may not start."""
-        ...
+    def on_claimed(self) -> None:
+        """React to the claim that this job has taken: siblings should not start."""
+        return
 
+    @abstractmethod
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
-        """(command, more environment, file for its output or None where it opens its own) of one attempt."""
+        """Return one attempt's (command, additional environment, file for its output). The file is None if the command
+        opens its own. `attempt` is the folder of the attempt."""
         ...
 
     def means(self, signum: int) -> str:
-        """What a signal to the supervisor means here: 'preempt', 'cancel' or 'unclear'."""
-        ...
+        """Return what a signal to the supervisor means: 'preempt', 'cancel' or 'unclear'."""
+        return "unclear"
 
-    def leave(self, outcome: str) -> None:
-        """The claim has been released. 'over' (done, cancelled or given up), 'preempted', 'unclear' (asked to stop, and
-        nothing says why), 'failed' (for the engine to start again) or 'aside' (another attempt has the run)."""
-        ...
+    def on_exit(self, outcome: str) -> None:
+        """React to the end of this job's part, after the claim has been released. `outcome` is 'over' (done, cancelled
+        or given up), 'preempted', 'unclear' (it was asked to stop, and nothing says why), 'failed' (the engine should
+        start it again) or 'superseded' (another attempt has the run)."""
+        return
 
 
-class LandedInImage:
-    """The first host of a job whose engine starts the processes of all hosts, and all of them again. See `Landed`."""
+class RuntimeInImage(JobRuntime):
+    """The first host of a job whose engine starts the processes of all hosts, and all of them again."""
 
-    restarts = False
-    logs = True
-    """Whether the output of process 0 goes to the attempt's folder; else to the engine."""
+    restarts: ClassVar[bool] = False
+    logs: ClassVar[bool] = True
+    """Whether the output of process 0 goes to the attempt's folder; else the engine keeps it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-
-    def give_way(self) -> None:
-        """There is nothing to wait for: whichever claims the run first goes on."""
-
-    def arrive(self) -> None:
-        """Siblings that start step aside by the claim."""
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
         words = [sys.executable, "-m", "launchers.rank_entry", *train_here(self.job)]
@@ -156,25 +208,69 @@ class LandedInImage:
     def means(self, signum: int) -> str:
         return "preempt"  # a cancel takes the job out, and leaves nothing that could start again
 
-    def leave(self, outcome: str) -> None:
-        """Nothing is left behind."""
-
 
 def launcher_names() -> list[str]:
-    """The engines that there are, ours first."""
-    theirs = {point.name for point in importlib.metadata.entry_points(group=GROUP)}
-    return [*_OURS, *sorted(theirs - set(_OURS))]
+    """Return the names of all launchers, ours first."""
+    return LAUNCHERS.names()
 
 
-def launcher(name: str) -> Any:
-    """The launcher `name`; UserError for one that there is not."""
-    if name not in launcher_names():
-        raise choice(f"engine {name!r}", name, launcher_names())
-    if name in _OURS:
-        module, _, qualname = _OURS[name].partition(":")
-        return getattr(importlib.import_module(module), qualname)()
-    (point,) = importlib.metadata.entry_points(group=GROUP, name=name)
-    return point.load()()
+def launcher(name: str) -> Launcher:
+    """Return the launcher `name`.
+
+    Raises:
+        UserError: there is none of that name, it does not import, or it lacks members of `Launcher`.
+    """
+    found = LAUNCHERS.load(name)
+    if missing := lacks(found, Launcher):
+        raise UserError(
+            f"engine {name}",
+            expected="a class with the members of launchers.base.Launcher",
+            got=f"{getattr(found, '__qualname__', found)}, without {', '.join(missing)}",
+            do="Add them, or inherit from Launcher for those that have a default.",
+        )
+    made: Launcher = found()
+    return made
+
+
+def runtime_of(job: Job) -> JobRuntime:
+    """Return the runtime of `job` on its first host, which is this one; UserError if it lacks members."""
+    found = launcher(job.engine).runtime(job)
+    if missing := lacks(found, JobRuntime):
+        raise UserError(
+            f"engine {job.engine}: runtime",
+            expected="an object with the members of launchers.base.JobRuntime",
+            got=f"{type(found).__qualname__}, without {', '.join(missing)}",
+            do="Add them, or inherit from JobRuntime for those that have a default.",
+        )
+    return found
+
+
+def carriers(chip: Chip) -> list[str]:
+    """Return the launchers that could carry a job to such chips through a queue, the most specialised ones first."""
+    found = []
+    for name in launcher_names():
+        try:
+            one = launcher(name)
+        except UserError:  # a broken package must not keep the others from being suggested
+            continue
+        if one.queues and one.carries(chip):
+            found.append((sum(one.carries(other) for other in CHIPS.values()), name))
+    return [name for _, name in sorted(found, key=lambda pair: pair[0])]
+
+
+def each_sibling(job: Job, verb: Callable[[Job], None]) -> None:
+    """Call `verb`, as `tolerantly` does, with every other job of the run that has the same engine."""
+    others = [j for j in jobs.of(job.run_dir) if j.engine == job.engine and j.id is not None and j.number != job.number]
+    for sibling in others:
+        tolerantly(verb, sibling)
+
+
+def tolerantly(verb: Callable[[Job], None], job: Job) -> None:
+    """Call `verb` with `job`; say so on standard error if the scheduler refuses (it has just started, or is gone)."""
+    try:
+        verb(job)
+    except UserError as error:
+        print(f"job {job.number} ({job.id}): {error}", file=sys.stderr, flush=True)
 
 
 def supervise_command(job: Job) -> list[str]:
@@ -186,8 +282,8 @@ def commands_in_image(job: Job) -> tuple[list[str], list[str]]:
     """(what the first host runs, what the others run), where an engine starts the same command on every host of an
     image or machine that is not this one."""
     there = str(job.options.get("python", "python3"))
-    landing = ("-m", "launchers.rank_entry", *job.train()[1:])
-    return _with_code(job, there, *_supervisor(job)), _with_code(job, there, *landing)
+    other = ("-m", "launchers.rank_entry", *job.train()[1:])
+    return _with_code(job, there, *_supervisor(job)), _with_code(job, there, *other)
 
 
 def train_here(job: Job) -> list[str]:

@@ -9,27 +9,31 @@ fake.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from launchers.base import (
     Job,
+    JobRuntime,
     JobState,
-    Landed,
-    LandedInImage,
+    Launcher,
+    Rank,
+    RuntimeInImage,
     check_options,
     check_shared,
     commands_in_image,
+    each_sibling,
     option,
     shell,
+    tolerantly,
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
+from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.slices import RULES
-from portatrain.runs import jobs
 from portatrain.system import environment
+from portatrain.system.environment import whole_number
 
 OPTIONS = {
     "project": "a Google Cloud project",
@@ -68,8 +72,14 @@ export MASTER_ADDR=$(attribute megascale-coordinator-address | cut -d : -f 1)
 export MASTER_ADDR=${MASTER_ADDR:-${TPU_WORKER_HOSTNAMES%%,*}}"""
 
 
-class GcpTpuLauncher:
+class GcpTpuLauncher(Launcher):
     """See `launchers.base.Launcher`."""
+
+    name: ClassVar[str] = "gcp_tpu"
+    example_options: ClassVar[str] = '{ project = "PROJECT", zone = "ZONE" }'
+
+    def carries(self, chip: Chip) -> bool:
+        return chip.vendor == "google"
 
     def materialize(self, job: Job) -> str:
         return to_yaml(request(job))
@@ -84,11 +94,11 @@ class GcpTpuLauncher:
                     got="none",
                     do=f'Add it in clusters.toml: options = {{ {name} = "{example}" }}.',
                 )
-        if job.place.get("chip") not in RUNTIMES:
+        if job.cluster_shape.get("chip") not in RUNTIMES:
             raise UserError(
                 f"cluster {job.cluster}",
                 expected=f"TPUs that can be queued for: {', '.join(RUNTIMES)}",
-                got=str(job.place.get("chip")),
+                got=str(job.cluster_shape.get("chip")),
                 do="Use another engine.",
             )
         check_shared(job, None if option(job, "setup", str) else {}, "mount it there in the option setup")
@@ -131,12 +141,6 @@ class GcpTpuLauncher:
             if not error.got.startswith("404"):
                 raise
 
-    def release(self, job: Job) -> None:
-        """Nothing is held here."""
-
-    def names(self, prefix: str) -> Mapping[str, str]:
-        return {}
-
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
         job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="gcp_tpu", options=options)
         try:
@@ -145,22 +149,32 @@ class GcpTpuLauncher:
         except UserError as error:
             yield "queued resources", "bad", str(error)
 
-    def land(self, job: Job) -> Landed:
-        return LandedOnTpu(job)
+    def rank(self, env: Mapping[str, str]) -> Rank | None:
+        if "TPU_WORKER_ID" not in env or "TPU_WORKER_HOSTNAMES" not in env:
+            return None
+        slices, each = whole_number(env, "MEGASCALE_NUM_SLICES", 1), len(env["TPU_WORKER_HOSTNAMES"].split(","))
+        index = whole_number(env, "MEGASCALE_SLICE_ID", 0) * each + whole_number(env, "TPU_WORKER_ID")
+        return Rank(rank=index, world=slices * each)
+
+    def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
+        return {name: env[name] for name in ("TPU_WORKER_ID", "TPU_ACCELERATOR_TYPE") if name in env}
+
+    def runtime(self, job: Job) -> JobRuntime:
+        return SliceRuntime(job)
 
 
 def request(job: Job) -> dict[str, Any]:
     """The CreateQueuedResourceRequest, as plain data."""
-    chip, slices = str(job.place.get("chip", "")), int(job.place.get("slices", 1))
+    chip, slices = str(job.cluster_shape.get("chip", "")), int(job.cluster_shape.get("slices", 1))
     node: dict[str, Any] = {
         "runtime_version": option(job, "runtime", str, RUNTIMES.get(chip, "RUNTIME")),
         "metadata": {"startup-script": script(job)},
         "labels": {"managed-by": "portatrain"},
     }
     if chip in TYPES:
-        node["accelerator_config"] = {"type_": TYPES[chip], "topology": str(job.place.get("topology", ""))}
+        node["accelerator_config"] = {"type_": TYPES[chip], "topology": str(job.cluster_shape.get("topology", ""))}
     else:
-        per_slice = int(job.place.get("chips", 1)) // slices
+        per_slice = int(job.cluster_shape.get("chips", 1)) // slices
         number = per_slice * (RULES[chip].per_name if chip in RULES else 1)
         node["accelerator_type"] = f"{chip.replace('-7x', '7x')}-{number}"
     if option(job, "network", str) is not None:
@@ -220,21 +234,18 @@ def _name(job: Job) -> str:
     return f"{_parent(job)}/queuedResources/{job.id}"
 
 
-class LandedOnTpu(LandedInImage):
+class SliceRuntime(RuntimeInImage):
     """The first host of a slice. Siblings that start step aside, and are deleted then."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.launcher = GcpTpuLauncher()
 
-    def leave(self, outcome: str) -> None:
-        mine = [self.job] if outcome in ("over", "aside") else []
-        others = [j for j in jobs.of(self.job.run_dir) if j.engine == "gcp_tpu" and j.number != self.job.number]
-        for job in [*(others if outcome == "over" else []), *mine]:
-            try:
-                self.launcher.cancel(job)
-            except UserError as error:
-                print(f"job {job.number} ({job.id}): {error}", file=sys.stderr, flush=True)
+    def on_exit(self, outcome: str) -> None:
+        if outcome == "over":
+            each_sibling(self.job, self.launcher.cancel)
+        if outcome in ("over", "superseded"):
+            tolerantly(self.launcher.cancel, self.job)
 
 
 # ---- the API

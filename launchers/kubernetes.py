@@ -8,28 +8,31 @@ failures count against maxRestarts. The run directory lies on a volume that ever
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from launchers.base import (
     Job,
+    JobRuntime,
     JobState,
-    Landed,
-    LandedInImage,
+    Launcher,
+    Rank,
+    RuntimeInImage,
     check_options,
     commands_in_image,
+    each_sibling,
     host_processes,
     option,
     shell,
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError, choice
-from portatrain.runs import jobs
+from portatrain.plan.clusters.chip import Chip
 from portatrain.system import environment
+from portatrain.system.environment import whole_number
 from portatrain.system.exit_codes import RESUMABLE
 from portatrain.system.urls import is_remote
 
@@ -62,8 +65,14 @@ GKE_TPU = {
 """The label cloud.google.com/gke-tpu-accelerator of each chip's node pools."""
 
 
-class KubernetesLauncher:
+class KubernetesLauncher(Launcher):
     """See `launchers.base.Launcher`."""
+
+    name: ClassVar[str] = "kubernetes"
+    example_options: ClassVar[str] = '{ image = "IMAGE", volume = { claim = "CLAIM", path = "FOLDER" } }'
+
+    def carries(self, chip: Chip) -> bool:
+        return chip.stack != "cpu"
 
     def materialize(self, job: Job) -> str:
         return to_yaml(manifest(job))
@@ -138,9 +147,6 @@ class KubernetesLauncher:
         for name in [workload["metadata"]["name"] for workload in found["items"]]:
             _call(job, partial(_patch, kueue, name, active))
 
-    def names(self, prefix: str) -> Mapping[str, str]:
-        return {}
-
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
         job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="kubernetes", options=options)
         try:
@@ -154,17 +160,28 @@ class KubernetesLauncher:
         if "queue" not in options:
             yield ("Kueue", "warn", "no queue is named: the JobSet starts as soon as there is room, without quota")
 
-    def land(self, job: Job) -> Landed:
-        return LandedInPod(job)
+    def rank(self, env: Mapping[str, str]) -> Rank | None:
+        if "JOB_COMPLETION_INDEX" not in env:  # an index a pod, over all jobs of the set
+            return None
+        hosts = environment.HOSTS.get(env)
+        each = environment.SLICE_HOSTS.get(env) or hosts
+        index = whole_number(env, "JOB_INDEX", 0) * each + whole_number(env, "JOB_COMPLETION_INDEX")
+        return Rank(rank=index, world=hosts)
+
+    def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
+        return {name: env[name] for name in ("JOBSET_NAME", "JOB_COMPLETION_INDEX") if name in env}
+
+    def runtime(self, job: Job) -> JobRuntime:
+        return PodRuntime(job)
 
 
 def manifest(job: Job) -> dict[str, Any]:
     """The JobSet of `job`. One replicated job for each slice, one pod for each host of it."""
-    place = dict(job.place)
-    slices = int(place.get("slices", 1))
+    shape = dict(job.cluster_shape)
+    slices = int(shape.get("slices", 1))
     hosts = max(1, job.hosts // slices)
     namespace, queue = option(job, "namespace", str, "default"), option(job, "queue", str)
-    tpu = place.get("chip") in GKE_TPU
+    tpu = shape.get("chip") in GKE_TPU
     grace, volume = option(job, "grace_s", int, GRACE_S), _volume(job)
     labels = {"app.kubernetes.io/managed-by": "portatrain", **({"kueue.x-k8s.io/queue-name": queue} if queue else {})}
     annotations = {"portatrain/run": job.run}
@@ -175,9 +192,9 @@ def manifest(job: Job) -> dict[str, Any]:
         "terminationGracePeriodSeconds": grace,
         **_given(job, "service_account", "serviceAccountName", str),
         **_given(job, "priority_class", "priorityClassName", str),
-        "nodeSelector": {**_selector(place), **option(job, "node_selector", dict, {})},
+        "nodeSelector": {**_selector(shape), **option(job, "node_selector", dict, {})},
         **_given(job, "tolerations", "tolerations", list),
-        "containers": [_container(job, place, slices, hosts, grace)],
+        "containers": [_container(job, shape, slices, hosts, grace)],
         **({"volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": volume["claim"]}}]} if volume else {}),
     }
     job_spec = {
@@ -215,7 +232,7 @@ def manifest(job: Job) -> dict[str, Any]:
     }
 
 
-def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grace: int) -> dict[str, Any]:
+def _container(job: Job, shape: Mapping[str, Any], slices: int, hosts: int, grace: int) -> dict[str, Any]:
     first, other = commands_in_image(job)
     script = (
         f'if [ "$JOB_INDEX" = 0 ] && [ "$JOB_COMPLETION_INDEX" = 0 ]; then exec {shell(first)}; fi\nexec {shell(other)}'
@@ -229,8 +246,8 @@ def _container(job: Job, place: Mapping[str, Any], slices: int, hosts: int, grac
         **host_processes(job),
         **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
     }
-    each = int(place.get("chips_per_host", 0))
-    chips = {place["resource"]: each} if place.get("resource") and each else {}
+    each = int(shape.get("chips_per_host", 0))
+    chips = {shape["resource"]: each} if shape.get("resource") and each else {}
     volume = _volume(job)
     index = {"fieldRef": {"fieldPath": "metadata.annotations['jobset.sigs.k8s.io/job-index']"}}
     return {
@@ -251,12 +268,12 @@ def _volume(job: Job) -> dict[str, str] | None:
     return option(job, "volume", dict) or {"claim": "CLAIM", "path": str(Path(job.run_dir).parent)}
 
 
-def _selector(place: Mapping[str, Any]) -> dict[str, str]:
-    chip = place.get("chip", "")
+def _selector(shape: Mapping[str, Any]) -> dict[str, str]:
+    chip = shape.get("chip", "")
     if chip in GKE_TPU:
         return {
             "cloud.google.com/gke-tpu-accelerator": GKE_TPU[chip],
-            "cloud.google.com/gke-tpu-topology": place["topology"],
+            "cloud.google.com/gke-tpu-topology": shape["topology"],
         }
     return {}
 
@@ -275,36 +292,28 @@ def _missing(job: Job, name: str, expected: str, example: str) -> UserError:
     )
 
 
-class LandedInPod(LandedInImage):
+class PodRuntime(RuntimeInImage):
     """The first pod of a JobSet."""
 
-    logs = False
+    logs: ClassVar[bool] = False
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)
         self.launcher = KubernetesLauncher()
 
-    def _each(self, verb: Callable[[Job], None]) -> None:
-        for other in jobs.of(self.job.run_dir):
-            if other.engine == "kubernetes" and other.id is not None and other.number != self.job.number:
-                try:
-                    verb(other)
-                except UserError as error:
-                    print(f"job {other.number} ({other.id}): {error}", file=sys.stderr, flush=True)
-
-    def arrive(self) -> None:
+    def on_claimed(self) -> None:
         def hold(job: Job) -> None:
             if self.launcher.describe(job).state in ("pending", "running"):
                 self.launcher.hold(job)
 
-        self._each(hold)
+        each_sibling(self.job, hold)
 
-    def leave(self, outcome: str) -> None:
+    def on_exit(self, outcome: str) -> None:
         if outcome == "over":
-            self._each(self.launcher.cancel)
+            each_sibling(self.job, self.launcher.cancel)
         elif outcome == "preempted":
-            self._each(self.launcher.release)
-        elif outcome == "aside":
+            each_sibling(self.job, self.launcher.release)
+        elif outcome == "superseded":
             self.launcher.hold(self.job)
             time.sleep(GRACE_S)  # the pod is taken away
 

@@ -6,11 +6,21 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
-from launchers.base import Job, JobState, Landed, check_options, python, shell, supervise_command, train_here
+from launchers.base import (
+    Job,
+    JobRuntime,
+    JobState,
+    Launcher,
+    check_options,
+    python,
+    shell,
+    supervise_command,
+    train_here,
+)
 from portatrain.errors import UserError
 from portatrain.runs.claim import process_start
 from portatrain.runs.open import open_run
@@ -20,11 +30,14 @@ OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
 STARTS_WITHIN_S = 20.0
 
 
-class LocalLauncher:
+class LocalLauncher(Launcher):
     """A detached job: a supervisor in a session of its own starts the training, and again after a failure.
 
     A job in the foreground is no launcher's business: `portatrain.commands.foreground` runs it.
     """
+
+    name: ClassVar[str] = "local"
+    queues: ClassVar[bool] = False
 
     def materialize(self, job: Job) -> str:
         if not job.detached:
@@ -83,43 +96,20 @@ class LocalLauncher:
         if pid is not None:
             os.kill(pid, signal.SIGTERM)
 
-    def release(self, job: Job) -> None:
-        """Nothing is ever held here."""
-
-    def names(self, prefix: str) -> Mapping[str, str]:
-        return {}
-
-    def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
-        yield from ()
-
-    def land(self, job: Job) -> Landed:
-        return LandedHere(job)
+    def runtime(self, job: Job) -> JobRuntime:
+        return LocalRuntime(job)
 
 
-class LandedHere:
-    """A detached job: there is no scheduler, so nothing is requeued; `launch resume` goes on."""
-
-    restarts = True
+class LocalRuntime(JobRuntime):
+    """A detached job: there is no scheduler, so nothing is requeued; `launch resume` goes on. It has no siblings."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
-
-    def give_way(self) -> None:
-        """There is nothing to wait for: whichever claims the run first goes on."""
-
-    def arrive(self) -> None:
-        """There are no siblings."""
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
 
         words = [python(self.job), "-m", "portatrain.cli", *train_here(self.job)]
         return words, {environment.PARENT.name: str(os.getpid())}, attempt / "rank-0.log"
-
-    def means(self, signum: int) -> str:
-        return "unclear"
-
-    def leave(self, outcome: str) -> None:
-        """Nothing is left behind."""
 
 
 def _pid(job: Job) -> int | None:

@@ -12,13 +12,15 @@ import subprocess
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from launchers.base import (
     Job,
+    JobRuntime,
     JobState,
-    Landed,
-    LandedInImage,
+    Launcher,
+    Rank,
+    RuntimeInImage,
     check_options,
     check_shared,
     commands_in_image,
@@ -28,7 +30,9 @@ from launchers.base import (
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
+from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.slices import RULES
+from portatrain.system.environment import whole_number
 from portatrain.system.exit_codes import RESUMABLE
 
 OPTIONS = {
@@ -49,8 +53,14 @@ NAMES = {"a100-40": "A100", "a100-80": "A100-80GB", "h100-sxm": "H100", "gaudi3"
 TPUS = {"tpu-v5e": "tpu-v5litepod", "tpu-7x": "tpu-v7x"}
 
 
-class SkyPilotLauncher:
+class SkyPilotLauncher(Launcher):
     """See `launchers.base.Launcher`."""
+
+    name: ClassVar[str] = "skypilot"
+    example_options: ClassVar[str] = '{ infra = "CLOUD" }'
+
+    def carries(self, chip: Chip) -> bool:
+        return chip.stack != "cpu"
 
     def materialize(self, job: Job) -> str:
         return to_yaml(task(job))
@@ -91,12 +101,6 @@ class SkyPilotLauncher:
         if self.describe(job).state != "gone":
             _call(job, ["sky", "jobs", "cancel", "--yes", "--name", str(job.id)])
 
-    def release(self, job: Job) -> None:
-        """Nothing is held here."""
-
-    def names(self, prefix: str) -> Mapping[str, str]:
-        return {}
-
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
         job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="skypilot", options=options)
         try:
@@ -105,8 +109,16 @@ class SkyPilotLauncher:
         except UserError as error:
             yield "SkyPilot", "bad", str(error)
 
-    def land(self, job: Job) -> Landed:
-        return LandedBySky(job)
+    def rank(self, env: Mapping[str, str]) -> Rank | None:
+        if "SKYPILOT_NODE_RANK" not in env:
+            return None
+        return Rank(rank=whole_number(env, "SKYPILOT_NODE_RANK"), world=whole_number(env, "SKYPILOT_NUM_NODES", 1))
+
+    def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
+        return {name: env[name] for name in ("SKYPILOT_TASK_ID", "SKYPILOT_NODE_RANK") if name in env}
+
+    def runtime(self, job: Job) -> JobRuntime:
+        return ManagedJobRuntime(job)
 
 
 def task(job: Job) -> dict[str, Any]:
@@ -127,7 +139,7 @@ def task(job: Job) -> dict[str, Any]:
         f"exec {shell(other)}\n"
     )
     # A TPU slice is one node to SkyPilot, of however many hosts; it runs the command on each of them.
-    nodes = int(job.place.get("slices", 1)) if _is_tpu(job) else job.hosts
+    nodes = int(job.cluster_shape.get("slices", 1)) if _is_tpu(job) else job.hosts
     found: dict[str, Any] = {"name": job.name, "num_nodes": nodes, "resources": resources}
     env = {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}
     if env:
@@ -141,18 +153,18 @@ def task(job: Job) -> dict[str, Any]:
 
 
 def _accelerators(job: Job) -> str:
-    chip, each = str(job.place.get("chip", "")), int(job.place.get("chips_per_host", 1))
+    chip, each = str(job.cluster_shape.get("chip", "")), int(job.cluster_shape.get("chips_per_host", 1))
     if _is_tpu(job):
-        of_a_slice = int(job.place["chips"]) // int(job.place["slices"]) * RULES[chip].per_name
+        of_a_slice = int(job.cluster_shape["chips"]) // int(job.cluster_shape["slices"]) * RULES[chip].per_name
         return f"{TPUS.get(chip, chip)}-{of_a_slice}:1"
     return f"{NAMES.get(chip, chip.upper())}:{each}"
 
 
 def _is_tpu(job: Job) -> bool:
-    return job.place.get("chip", "") in RULES
+    return job.cluster_shape.get("chip", "") in RULES
 
 
-class LandedBySky(LandedInImage):
+class ManagedJobRuntime(RuntimeInImage):
     """The first node of a managed job: SkyPilot restarts it by its exit code, and takes machines down when it has
     ended. A run has one managed job; what is acceptable is in its task file."""
 

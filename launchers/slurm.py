@@ -17,14 +17,28 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from launchers.base import Job, JobState, Landed, check_options, option, python, shell, supervise_command
+from launchers.base import (
+    Job,
+    JobRuntime,
+    JobState,
+    Launcher,
+    Rank,
+    check_options,
+    each_sibling,
+    option,
+    python,
+    shell,
+    supervise_command,
+)
 from launchers.slurm_commands import call, installed
 from portatrain.errors import UserError
+from portatrain.plan.clusters.chip import Chip
 from portatrain.runs import jobs
 from portatrain.runs.open import open_run
 from portatrain.system import environment
+from portatrain.system.environment import whole_number
 from portatrain.system.processes import free_port
 from portatrain.system.urls import is_remote
 
@@ -56,8 +70,14 @@ PREFERRED_STARTS_WITHIN_S = 10.0
 """How long a job waits for one of a preferred partition that Slurm has started too, to claim the run."""
 
 
-class SlurmLauncher:
+class SlurmLauncher(Launcher):
     """See `launchers.base.Launcher`."""
+
+    name: ClassVar[str] = "slurm"
+    example_options: ClassVar[str] = '{ partition = "PARTITION" }'
+
+    def carries(self, chip: Chip) -> bool:
+        return chip.vendor != "google"
 
     def materialize(self, job: Job) -> str:
         def given(name: str, flag: str) -> list[str]:
@@ -173,36 +193,37 @@ class SlurmLauncher:
 
         yield from look(options, storage)
 
-    def land(self, job: Job) -> Landed:
-        return LandedOnSlurm(job)
+    def rank(self, env: Mapping[str, str]) -> Rank | None:
+        if "SLURM_PROCID" not in env:
+            return None
+        here = env.get("SLURM_STEP_TASKS_PER_NODE", "1").partition("(")[0].partition(",")[0]
+        return Rank(
+            rank=whole_number(env, "SLURM_PROCID"),
+            world=whole_number(env, "SLURM_STEP_NUM_TASKS", whole_number(env, "SLURM_NTASKS", 1)),
+            local_rank=whole_number(env, "SLURM_LOCALID"),
+            local_world=whole_number({"SLURM_STEP_TASKS_PER_NODE": here}, "SLURM_STEP_TASKS_PER_NODE"),
+        )
+
+    def scheduler_facts(self, env: Mapping[str, str]) -> Mapping[str, str]:
+        names = ("SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_JOB_NODELIST", "SLURM_RESTART_COUNT")
+        return {name: env[name] for name in names if name in env}
+
+    def runtime(self, job: Job) -> JobRuntime:
+        return SlurmRuntime(job)
 
 
-class LandedOnSlurm:
+class SlurmRuntime(JobRuntime):
     """A batch job on its first node."""
-
-    restarts = True
 
     def __init__(self, job: Job) -> None:
         self.job, self.slurm = job, SlurmLauncher()
         self.id = os.environ["SLURM_JOB_ID"]
 
-    def _siblings(self) -> Iterator[Job]:
-        for job in jobs.of(self.job.run_dir):
-            if job.engine == "slurm" and job.id is not None and job.id != self.id:
-                yield job
-
-    def _each(self, verb: Any) -> None:
-        """`verb` of every sibling; one that Slurm refuses (it has just started, or is gone) settles itself."""
-        for sibling in self._siblings():
-            try:
-                verb(sibling)
-            except UserError as error:
-                print(f"job {sibling.number} ({sibling.id}): {error}", file=sys.stderr, flush=True)
-
-    def give_way(self) -> None:
+    def yield_to_preferred(self) -> None:
         until_s = time.monotonic() + PREFERRED_STARTS_WITHIN_S
         while time.monotonic() < until_s and open_run(self.job.run_dir).owner() is None:
-            better = [job for job in self._siblings() if job.number < self.job.number]
+            siblings = (job for job in jobs.of(self.job.run_dir) if job.engine == self.job.engine)
+            better = [job for job in siblings if job.id is not None and job.number < self.job.number]
             if not any(self._starts(job) for job in better):
                 break
             time.sleep(0.5)
@@ -213,12 +234,12 @@ class LandedOnSlurm:
         except UserError:
             return False
 
-    def arrive(self) -> None:
+    def on_claimed(self) -> None:
         def hold(job: Job) -> None:
             if self.slurm.describe(job).state == "pending":
                 self.slurm.hold(job)
 
-        self._each(hold)
+        each_sibling(self.job, hold)
 
     def command(self, attempt: Path) -> tuple[list[str], dict[str, str], Path | None]:
         job = self.job
@@ -270,13 +291,13 @@ class LandedOnSlurm:
             return "preempt"
         return "unclear"
 
-    def leave(self, outcome: str) -> None:
+    def on_exit(self, outcome: str) -> None:
         if outcome == "over":
-            self._each(self.slurm.cancel)
-        elif outcome == "aside":
+            each_sibling(self.job, self.slurm.cancel)
+        elif outcome == "superseded":
             self._self(["scontrol", "requeuehold", self.id])
         elif outcome == "preempted":
-            self._each(self.slurm.release)
+            each_sibling(self.job, self.slurm.release)
             self._self(["scontrol", "requeue", self.id])
         else:  # Slurm ends this job for a reason of its own, and decides by the same whether to requeue it
             time.sleep(STAY_S)

@@ -21,17 +21,18 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from launchers.base import Job, Landed, launcher
+from launchers.base import Job, JobRuntime, launcher, runtime_of
 from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import Holding
+from portatrain.runs.claim import ClaimHandle
 from portatrain.runs.code_snapshot import differences
+from portatrain.runs.events import Kind, last, of_kind
+from portatrain.runs.history import committed
 from portatrain.runs.open import open_run
-from portatrain.runs.status import committed
 from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK, RESUMABLE
-from portatrain.system.stop_signals import SAME_S
+from portatrain.system.stop_signals import SAME_S, stopping_signals
 from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
 
@@ -42,8 +43,8 @@ BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 class Supervisor:
     """Carries one job out. `signals` has what it was sent."""
 
-    def __init__(self, job: Job, landed: Landed) -> None:
-        self.job, self.landed, self.run = job, landed, open_run(job.run_dir, work=True)
+    def __init__(self, job: Job, runtime: JobRuntime) -> None:
+        self.job, self.runtime, self.run = job, runtime, open_run(job.run_dir, work=True)
         self.signals: list[int] = []
         self.asked = ""
         """'preempt', 'cancel' or 'unclear': what the last signal meant; '' where there was none."""
@@ -52,17 +53,17 @@ class Supervisor:
 
     def main(self) -> int:
         """Until the run is over, or this job's part in it; the exit code."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in stopping_signals():
             signal.signal(number, self._signal)
         if self._over():
-            self.landed.leave("over")
+            self.runtime.on_exit("over")
             return 0
-        self.landed.give_way()
+        self.runtime.yield_to_preferred()
         try:
             claim = self.run.acquire()
         except UserError as error:
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
-            self.landed.leave("aside")
+            self.runtime.on_exit("superseded")
             return RESUMABLE
         code, outcome = RESUMABLE, "unclear"
         try:
@@ -71,15 +72,15 @@ class Supervisor:
             if isinstance(error, StorageError) or claim.held:
                 raise
             print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
-            outcome = "aside"
+            outcome = "superseded"
         finally:
             for last in (self.run.send, claim.release):
                 with contextlib.suppress(StorageError):  # the lease runs out
                     last()
-            self.landed.leave(outcome)
+            self.runtime.on_exit(outcome)
         return code
 
-    def _patiently(self, claim: Holding) -> tuple[int, str]:
+    def _patiently(self, claim: ClaimHandle) -> tuple[int, str]:
         """`_attempts`, again where the run's store is away, for some minutes."""
         for left in reversed(range(STORE_TRIES)):
             try:
@@ -97,14 +98,14 @@ class Supervisor:
         """Whether a job that was submitted together with this one has given the run up: it cancels this one too, but
         has let the claim go before."""
         mine = self.job.submission
-        return bool(mine) and any(e.get("submission") == mine for e in self.run.events("gave_up"))
+        return bool(mine) and any(e.get("submission") == mine for e in self.run.events(Kind.GAVE_UP))
 
-    def _attempts(self, claim: Holding) -> tuple[int, str]:
+    def _attempts(self, claim: ClaimHandle) -> tuple[int, str]:
         if self._over():  # it ended while we waited for the claim
             return OK, "over"
         if self._given_up():
             return MISTAKE, "over"
-        self.landed.arrive()
+        self.runtime.on_claimed()
         dead = claim.taken_over
         while True:
             failures = self._failures_without_progress()
@@ -112,21 +113,21 @@ class Supervisor:
                 return self._asked_end()
             attempt = self.run.new_attempt(claim)
             if dead is not None:
-                attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
+                attempt.event(Kind.CLAIM_TAKEN_OVER, host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
                 dead = None
             code, outcome, why = self._attempt(attempt)
             if self._over():
                 return (OK if self.run.is_done else RESUMABLE), "over"
             if outcome in ("failed", "hung"):
                 if code == MISTAKE:
-                    attempt.event("gave_up", why=why, submission=self.job.submission)
+                    attempt.event(Kind.GAVE_UP, why=why, submission=self.job.submission)
                     return code, "over"
                 if self._failures_without_progress() > self.job.max_restarts:
                     text = f"{self.job.max_restarts} restarts in a row brought no new commit; the last attempt: {why}"
-                    attempt.event("gave_up", why=text, submission=self.job.submission)
+                    attempt.event(Kind.GAVE_UP, why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
                     return code or FAILED, "over"
-                if not self.asked and self.landed.restarts:
+                if not self.asked and self.runtime.restarts:
                     continue
                 if not self.asked:
                     return code if code > 0 else FAILED, "failed"
@@ -152,10 +153,10 @@ class Supervisor:
         """Attempts of this job, at the end of the record, that failed or hung and left the commit that there is now."""
         now, count = committed(self.run), 0
         for number in reversed(self.run.attempt_numbers()):
-            left = [e for e in self.run.rows(number, "events") if e["event"] == "left"]
-            if not left or left[-1].get("job") != self.job.number or left[-1].get("committed") != now:
+            left = last(self.run.rows(number, "events"), Kind.LEFT)
+            if left is None or left.get("job") != self.job.number or left.get("committed") != now:
                 break
-            if left[-1]["outcome"] in ("failed", "hung"):
+            if left.get("outcome") in ("failed", "hung"):
                 count += 1
         return count
 
@@ -170,19 +171,20 @@ class Supervisor:
 
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
         """(exit code, 'done' | 'preempted' | 'stopped' | 'cancelled' | 'failed' | 'hung', why)."""
-        place = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
-        attempt.event("landed", **place, id=self.job.id, scheduler=scheduler_facts())
+        where = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
+        facts = launcher(self.job.engine).scheduler_facts(os.environ)
+        attempt.event(Kind.LANDED, **where, id=self.job.id, scheduler=dict(facts))
         changed = differences(self._code())
         if changed:
-            attempt.event("environment_differs", packages=changed)
-        command, more, output = self.landed.command(attempt.folder)
+            attempt.event(Kind.ENVIRONMENT_DIFFERS, packages=changed)
+        command, more, output = self.runtime.command(attempt.folder)
         token = attempt.token
         env = {
             **os.environ,
             **more,
             environment.CLAIM.name: token,
             environment.ATTEMPT.name: str(attempt.number),
-            environment.CLUSTER.name: json.dumps(place),
+            environment.CLUSTER.name: json.dumps(where),
             environment.LOGS.name: str(attempt.folder),
         }
         with open(output or os.devnull, "ab") as log:
@@ -202,7 +204,7 @@ class Supervisor:
             code = MISTAKE
         outcome, why = self._outcome(attempt, code)
         attempt.event(
-            "left",
+            Kind.LEFT,
             outcome=outcome,
             code=code,
             why=why,
@@ -219,11 +221,11 @@ class Supervisor:
             return "done", ""
         if self.run.marked("CANCELLED") or self.asked == "cancel":
             return "cancelled", ""
-        hang = next((e for e in events if e["event"] == "hang"), None)
+        hang = next(iter(of_kind(events, Kind.HANG)), None)
         if hang is not None:
             return "hung", f"a hang; {hang['behind']['text']}"
         if self.asked or code in (RESUMABLE, INTERRUPTED):
-            ends = [e["status"] for e in events if e["event"] == "end"]
+            ends = [e.get("status") for e in of_kind(events, Kind.END)]
             if ends or code == RESUMABLE:
                 return ("stopped" if ends and ends[-1] in ("stopped", "interrupted") else "preempted"), ""
             return "preempted", "it was ended before it could say how"
@@ -239,7 +241,7 @@ class Supervisor:
         if (first or again) and self._child is not None and self._child.poll() is None:
             # One kind for all engines, and not the one that means "end" to programs in between.
             self._child.send_signal(signal.SIGUSR1)
-        meaning = self.landed.means(number)
+        meaning = self.runtime.means(number)
         if self.asked in ("", "unclear"):
             self.asked = meaning
 
@@ -259,28 +261,13 @@ def _last_words(folder: Path) -> str:
     return ""
 
 
-def scheduler_facts() -> dict[str, str]:
-    """What the scheduler's environment says of where this is."""
-    names = (
-        "SLURM_JOB_ID",
-        "SLURM_JOB_PARTITION",
-        "SLURM_JOB_NODELIST",
-        "SLURM_RESTART_COUNT",
-        "JOB_COMPLETION_INDEX",
-        "JOBSET_NAME",
-        "TPU_WORKER_ID",
-        "TPU_ACCELERATOR_TYPE",
-    )
-    return {name: os.environ[name] for name in names if name in os.environ}
-
-
 def main() -> int:
     """`python -m launchers.supervisor RUN_DIR JOB`."""
     job = jobs.read(sys.argv[1], int(sys.argv[2]))
     if job.cwd and os.path.isdir(job.cwd):
         os.chdir(job.cwd)
     try:
-        return Supervisor(job, launcher(job.engine).land(job)).main()
+        return Supervisor(job, runtime_of(job)).main()
     except StorageError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.code

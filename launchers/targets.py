@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launchers.base import Job, launcher, launcher_names
-from portatrain.errors import UserError
+from launchers.base import Job, carriers, launcher, launcher_names
+from portatrain.errors import UserError, choice
 from portatrain.plan.clusters import clusters_toml, names
 from portatrain.plan.clusters.catalog import STACKS
 from portatrain.plan.clusters.cluster import Cluster
@@ -33,20 +33,13 @@ RESOURCES = {
     "neuron": "aws.amazon.com/neuron",
 }
 """What the chips of a software stack are called in Kubernetes."""
-EXAMPLES = {
-    "gcp_tpu": '{ project = "PROJECT", zone = "ZONE" }',
-    "slurm": '{ partition = "PARTITION" }',
-    "kubernetes": '{ image = "IMAGE", volume = { claim = "CLAIM", path = "FOLDER" } }',
-    "skypilot": '{ infra = "CLOUD" }',
-}
-"""What an engine cannot do without, to be filled in."""
 GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
 """Options of a cluster that are not for its engine: they replace what the plan says."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A cluster as a place for a job. `cluster` is None for this machine and for launchers of a lab's own."""
+    """A cluster that a job can be sent to. `cluster` is None for one that is a launcher's name: `local`."""
 
     name: str
     engine: str
@@ -60,8 +53,8 @@ class Target:
     track: tuple[str, ...] = ()
 
     @property
-    def place(self) -> dict[str, Any]:
-        """What of the cluster a job's engine may need."""
+    def cluster_shape(self) -> dict[str, Any]:
+        """What a job's engine may need to know of the cluster: see `Job.cluster_shape`."""
         cluster = self.cluster
         if cluster is None:
             return {}
@@ -79,16 +72,16 @@ def targets(
     given: Sequence[str], recipe: str, *, mesh: str | None, devices: int | None, backend: str | None
 ) -> list[Target]:
     """What the names stand for; UserError for one that stands for nothing."""
-    own = set(launcher_names()) - {"slurm", "kubernetes", "skypilot", "gcp_tpu"}
     found = []
     for name in given:
-        if name in own:
+        if _is_cluster(name):
             found.append(Target(name=name, engine=name, mesh=mesh, devices=devices, backend=backend))
         else:
-            (cluster,) = names.find([name], recipe, sorted(own))
+            (cluster,) = names.find([name], recipe, ["local"])
             found.append(_target(cluster, mesh, devices, backend))
-    if len(found) > 1 and any(t.engine == "local" for t in found):
-        local = next(t.name for t in found if t.engine == "local")
+    at_once = [t.name for t in found if t.engine and not launcher(t.engine).queues]
+    if len(found) > 1 and at_once:
+        local = at_once[0]
         raise UserError(
             f"--cluster {','.join(given)}",
             expected="clusters of schedulers, or one alone",
@@ -98,7 +91,14 @@ def targets(
     return found
 
 
+def _is_cluster(name: str) -> bool:
+    """Whether `name` is that of a launcher whose jobs start at once, which needs no description of a cluster."""
+    return name in launcher_names() and not launcher(name).queues
+
+
 def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: str | None) -> Target:
+    if cluster.engine and cluster.engine not in launcher_names():
+        raise choice(f"{cluster.where}: cluster {cluster.name!r}, engine", cluster.engine, launcher_names())
     options: dict[str, Any] = dict(cluster.options)
     general = {key: options.pop(key) for key in GENERAL if key in options}
     backend = backend or general.get("backend") or STACKS[cluster.chip.stack].backend or None
@@ -203,19 +203,10 @@ def _planned_mesh(cluster: Cluster, recipe: Recipe, devices: int | None) -> str:
     return made.chosen.mesh_text if made.chosen.mesh_text != "1" else "fsdp=1"
 
 
-def carriers(cluster: Cluster) -> list[str]:
-    """The engines that could carry a job to such chips."""
-    if cluster.chip.name.startswith("tpu"):
-        return ["gcp_tpu", "kubernetes", "skypilot"]
-    if cluster.chip.name.startswith("cpu"):
-        return ["slurm"]
-    return ["slurm", "kubernetes", "skypilot"]
-
-
 def _no_engine(cluster: Cluster) -> UserError:
     return UserError(
         f"cluster {cluster.name}",
-        expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster))})",
+        expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster.chip))})",
         got="a name of the catalog, which says only what it is",
         do=f"Put a table into clusters.toml, beside the recipe or in {clusters_toml.config_folder()}, and name that: "
         f"{'; '.join(_table(cluster))}; a line each. --dry-run shows the job for each engine.",
@@ -224,13 +215,13 @@ def _no_engine(cluster: Cluster) -> UserError:
 
 def _table(cluster: Cluster) -> list[str]:
     """The lines of clusters.toml that would configure it, for the first engine that could carry a job there."""
-    engine = carriers(cluster)[0]
+    engine = carriers(cluster.chip)[0]
     return [
         f"[my-{cluster.chip.name}]",
         f'chip = "{cluster.chip.name}"',
         f"count = {cluster.chips}",
         f'engine = "{engine}"',
-        f"options = {EXAMPLES[engine]}",
+        f"options = {launcher(engine).example_options}",
     ]
 
 
@@ -257,7 +248,7 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             title = f"# {job.cluster} by {job.engine}\n" if job.detached else ""
             print(title + launcher(job.engine).materialize(numbered if job.detached else job))
             continue
-        for engine in carriers(cluster):
+        for engine in carriers(cluster.chip):
             print(f"\n# {job.cluster} by {engine} (not configured)")
             print(launcher(engine).materialize(replace(numbered, engine=engine)))
         print(

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError, choice, storage_error
 from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
 # A new command is a line here: name -> its module, and what the list of commands says of it.
@@ -145,6 +145,9 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
+        if not places and (storage := storage_error(error)) is not None:
+            print(f"error: {storage}", file=sys.stderr)
+            return storage.code
         if not places or error.errno not in PLACES:
             raise
         name = f" {error.filename}" if error.filename else ""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from typing import Any, Self
 
 LONGEST = 1000
 """Characters of a user's own text in a message; the middle of a longer text is left out."""
+STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN, errno.EFBIG)
+"""Errors of the operating system that are the storage's, and may be gone when it is tried again."""
 
 
 class UserError(Exception):
@@ -38,6 +41,19 @@ class StorageError(UserError):
     """A failure of storage that may be temporary. A job that ends with it is started again."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def storage_error(error: OSError) -> StorageError | None:
+    """The error for storage that failed while a run used it: full, over its quota, away; None for other errors."""
+    if error.errno not in STORAGE_ERRNOS:
+        return None
+    name = f" ({error.filename})" if error.filename else ""
+    return StorageError(
+        "the storage of the run",
+        expected="files that can be written and read",
+        got=f"{error.strerror or error}{name}",
+        do="Free some space or mend the storage, and go on with the run; the last committed checkpoint stands.",
+    )
 
 
 def _short(text: str) -> str:

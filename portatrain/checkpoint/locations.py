@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from portatrain.system import json_files
 from portatrain.system.urls import SCHEMES
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def step_name(step: int) -> str:
 
 def steps_of(names: Iterable[str]) -> list[int]:
     """The steps of names such as step-00000010."""
-    return sorted(int(n[5:]) for n in names if n.startswith("step-") and n[5:].isdigit())
+    found = (json_files.digits(n[5:]) for n in names if n.startswith("step-"))
+    return sorted(step for step in found if step is not None)
 
 
 class FolderLocation:
@@ -82,7 +84,8 @@ class FolderLocation:
         return (self.path / step_name(step) / COMMIT).exists()
 
     def sizes(self, step: int) -> dict[str, int]:
-        return {p.name: p.stat().st_size for p in (self.path / step_name(step)).iterdir() if p.is_file()}
+        folder = self.path / step_name(step)
+        return {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()} if folder.is_dir() else {}
 
     def commit(self, step: int) -> bytes:
         return (self.path / step_name(step) / COMMIT).read_bytes()

@@ -46,6 +46,7 @@ from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
 from portatrain.errors import StorageError, UserError
 from portatrain.recipe.retention import Retention
+from portatrain.system import json_files
 
 RECEIPTS_WITHIN_S = 600.0
 """How long the committing process waits for the others to have written."""
@@ -207,8 +208,8 @@ class Checkpoints:
                     if step in self._damaged:  # it was read, and will not do: ours takes its place
                         store.delete(COMMIT)
                         self._damaged.discard(step)
-                    commit(store, layout, save=self.save_name, meta=meta)
-                self._metrics[step] = meta.get("metrics", {})
+                    commit(store, layout, save=self.save_name, meta=json_files.strict(meta))
+                self._metrics[step] = _metrics_of(meta)
                 self._sweep_others(store)
             self._sweep(step)
         except BaseException as error:
@@ -248,7 +249,7 @@ class Checkpoints:
             for step in good:
                 if step not in self._metrics:
                     with contextlib.closing(self.place.open(step)) as store:
-                        self._metrics[step] = Reader(store).meta.get("metrics", {})
+                        self._metrics[step] = _metrics_of(Reader(store).meta)
         kept = self.keep.kept(good, self._metrics)
         for step in there:
             if step not in kept:
@@ -283,3 +284,12 @@ class Checkpoints:
     def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
         """See `finding.newest`. What is found damaged makes way for the next save of its step."""
         return newest(self.place, self.process, self.processes, report, agree, self._damaged)
+
+
+def _metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics in a checkpoint's meta, which may not be finite; without those that are no numbers."""
+    found, given = {}, meta.get("metrics")
+    for name, value in given.items() if isinstance(given, Mapping) else ():
+        with contextlib.suppress(ValueError):
+            found[name] = json_files.number(value)
+    return found

@@ -16,8 +16,9 @@ import time
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
+from portatrain.runs.history import committed
+from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import committed, find
 
 WAIT_S = 120.0
 

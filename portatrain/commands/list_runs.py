@@ -12,8 +12,8 @@ import json
 import sys
 
 from portatrain.errors import UserError
-from portatrain.runs.open import open_run
-from portatrain.runs.status import Status, names, status
+from portatrain.runs.history import History, read_history
+from portatrain.runs.open import names, open_run
 from portatrain.system.text import age
 
 
@@ -23,16 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    found: list[tuple[float, Status]] = []
+    found: list[tuple[float, History]] = []
     for name in names(args.runs):
         try:
             run = open_run(f"{args.runs}/{name}")
-            path, now = run.path, status(run)
+            path, now = run.path, read_history(run)
+            files = [*path.glob("attempts/*/*.jsonl"), *path.glob("*.json")] or [path]
+            found.append((max(p.lstat().st_mtime for p in files), now))
         except (UserError, OSError) as error:  # one that is damaged or private does not hide the others
             print(f"{name}: {error}", file=sys.stderr)
-            continue
-        files = [*path.glob("attempts/*/*.jsonl"), *path.glob("*.json")] or [path]
-        found.append((max(p.stat().st_mtime for p in files), now))
     found.sort(key=lambda pair: -pair[0])
     if args.json:
         print(json.dumps([{**now.as_json(), "moved_unix_s": moved_s} for moved_s, now in found], indent=1))
@@ -42,13 +41,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("run", "state", "step", "loss", "where", "attempts", "moved")
     for moved_s, now in found:
         where = now.attempts[-1].where if now.attempts else "-"
         loss = f"{now.loss:.4f}" if now.loss is not None else "-"
         table.add_row(
-            now.run, now.state, f"{now.step}/{now.steps}", loss, where, str(len(now.attempts)), f"{age(moved_s)} ago"
+            *(Text(cell) for cell in (now.run, now.state, f"{now.step}/{now.steps}", loss, where)),
+            str(len(now.attempts)),
+            f"{age(moved_s)} ago",
         )
     console = Console() if Console().is_terminal else Console(width=160)
     console.print(table)

@@ -16,8 +16,11 @@ from pathlib import Path
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
+from portatrain.runs.events import Kind, has
+from portatrain.runs.history import errors, read_history
+from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import find, status
+from portatrain.system import json_files
 
 POLL_S = 0.3
 
@@ -43,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if not numbers and not args.follow:
         return _engine_logs(found)
     number = args.attempt or (numbers[-1] if numbers else 1)
-    if not args.follow:
-        _check(found, number, args.rank)
+    if not args.follow and not _check(found, number, args.rank):
+        return _without_logs(found, number)
     while True:
         _print(found, number, args.rank, follow=args.follow)
         if not args.follow or args.attempt is not None:
@@ -65,15 +68,33 @@ def _log(run: RunDir, number: int, rank: int) -> Path:
     return run.path / "attempts" / str(number) / f"rank-{rank}.log"
 
 
-def _check(run: RunDir, number: int, rank: int) -> None:
-    if _log(run, number, rank).exists():
-        return
-    there = sorted(int(p.stem[5:]) for p in _log(run, number, rank).parent.glob("rank-*.log"))
+def _without_logs(run: RunDir, number: int) -> int:
+    """Print what is known of an attempt of the foreground, whose output went to its terminal: how it ended, and why."""
+    one = next(a for a in read_history(run).attempts if a.number == number)
+    said = f"it ended: {one.ended}" if one.ended else "it goes on"
+    print(f"attempt {number} ran in the foreground and wrote to its terminal; {said}")
+    kept = errors(run.path / "attempts" / str(number))
+    for path in kept:
+        print(path.read_text(encoding="utf-8", errors="replace").rstrip())
+    if one.why and not kept:
+        print(one.why)
+    return 0
+
+
+def _check(run: RunDir, number: int, rank: int) -> bool:
+    """Whether that process's output was kept; False where no process's was, UserError where only others' were."""
+    if _log(run, number, rank).is_file():
+        return True
+    folder = _log(run, number, rank).parent
+    found = (json_files.digits(p.stem[5:]) for p in folder.glob("rank-*.log"))
+    there = sorted(r for r in found if r is not None)
+    if not there:
+        return False
     raise UserError(
         f"run {run.path.name}, attempt {number}: rank {rank}",
-        expected=f"one of {', '.join(map(str, there))}" if there else "an attempt of a job, whose output is kept",
-        got=str(rank) if there else "one that ran in the foreground, and wrote to its terminal",
-        do="Give --rank." if there else "What it recorded is in attempts/*/events.jsonl; see `launch status`.",
+        expected=f"one of {', '.join(map(str, there))}",
+        got=str(rank),
+        do="Give --rank.",
     )
 
 
@@ -82,7 +103,7 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
     while True:
         run.refresh(logs=True)
         over = _ended(run, number)  # looked at before reading, so that nothing written before the end is missed
-        if path.exists():
+        if path.is_file():
             with path.open("rb") as file:
                 file.seek(at)
                 while chunk := file.read(1 << 16):
@@ -96,9 +117,9 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
 
 def _ended(run: RunDir, number: int) -> bool:
     events = run.rows(number, "events") if number in run.attempt_numbers() else []
-    if any(e["event"] in ("left", "gave_up") for e in events) or max(run.attempt_numbers(), default=0) > number:
+    if has(events, Kind.LEFT, Kind.GAVE_UP) or max(run.attempt_numbers(), default=0) > number:
         return True
-    now = status(run)
+    now = read_history(run)
     return now.over or (now.state in ("LOST", "REQUEUED") and bool(now.attempts))
 
 
@@ -109,7 +130,7 @@ def _next(run: RunDir, number: int) -> int:
         later = [n for n in run.attempt_numbers() if n > number]
         if later:
             return later[0]
-        now = status(run)
+        now = read_history(run)
         if now.over or (now.state in ("LOST", "REQUEUED") and not _queued(run)):
             return 0
         time.sleep(POLL_S if run.locks else 10 * POLL_S)

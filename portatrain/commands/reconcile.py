@@ -17,9 +17,9 @@ from collections.abc import Iterator
 
 from portatrain.errors import UserError
 from portatrain.runs import jobs
-from portatrain.runs.open import open_run
+from portatrain.runs.history import read_history
+from portatrain.runs.open import find, names, open_run
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import find, names, status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +52,7 @@ def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
     """What is, or with `dry_run` would be, done for `run`, a line each."""
     from launchers.base import launcher
 
-    now, there = status(run), [job for job in jobs.of(run.where) if job.detached]
+    now, there = read_history(run), [job for job in jobs.of(run.where) if job.detached]
     by_name = {job.name: job for job in there}
     said = {}
     for engine in {job.engine for job in there}:

@@ -1,7 +1,7 @@
 """Write a run's report: one HTML page that needs no network, DIR/report.html.
 
 Loss, gradient norm, throughput and learning rate over the steps; a coloured band for every attempt, with what it ran
-on; each place where the run moved, with the verdict of the continuity check; time lost to restarts; checkpoints; the
+on; each resume point, with the verdict of the continuity check; time lost to restarts; checkpoints; the
 resolved recipe; planned beside measured where a plan was recorded.
 
 examples:
@@ -26,16 +26,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from portatrain.runs.history import gather
+    from portatrain.runs.history import kept_checkpoints, read_history
+    from portatrain.runs.open import open_run
     from portatrain.runs.report.page import page
 
-    found = gather(args.run_dir)
-    out = args.out or (Path(f"{found.name}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html"))
+    found = read_history(args.run_dir)
+    out = args.out or (Path(f"{found.run}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html"))
     try:
-        out.write_text(page(found), encoding="utf-8")
+        out.write_text(page(found, kept_checkpoints(open_run(args.run_dir))), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"file {out}", expected="a place that can be written to", got=str(error), do="Choose another with --out."
         ) from error
-    print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.seams)} seams")
+    print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.resume_points)} resume points")
     return 0

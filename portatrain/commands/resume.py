@@ -22,11 +22,10 @@ from typing import Any
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
-from portatrain.runs import jobs
+from portatrain.runs import jobs, rows
 from portatrain.runs.claim import in_use
+from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir, code_sha256
-from portatrain.runs.status import find
-from portatrain.system import json_files
 from portatrain.system.urls import is_remote
 
 LEAVING_S = 10.0
@@ -141,10 +140,10 @@ def _of_foreground(run: RunDir) -> jobs.Job:
     """The job of a run that was only ever trained in the foreground, as its last attempt recorded it."""
     for number in reversed(run.attempt_numbers()):
         path = run.path / "attempts" / str(number) / "attempt.json"
-        source = json_files.read_json(path).get("source") if path.exists() else None
+        source = rows.attempt_info(path).get("source")
         if source:
-            known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in source.items()}
-            return jobs.Job(run_dir=run.where, cluster="local", engine="local", detached=False, **known)
+            given = {"run_dir": run.where, "cluster": "local", "engine": "local", "detached": False}
+            return jobs.of_row(path, {**source, **given})
     raise UserError(
         f"run {run.path.name}",
         expected="a run that `launch` began",
@@ -180,7 +179,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
             hosts=t.hosts,
             processes=t.processes,
             options=t.options,
-            place=t.place,
+            cluster_shape=t.cluster_shape,
             track=last.track or t.track,
             cwd=last.cwd or os.getcwd(),
             detached=t.engine != "local" or args.detach,

@@ -1,4 +1,4 @@
-"""Show where RUN stands: state, step, loss, speed, every attempt with its place and its seam, jobs, time lost.
+"""Show where RUN stands: state, step, loss, speed, every attempt with its cluster and verdict, jobs, time lost.
 
 From the run directory; with --ask also what the schedulers say of its jobs, which is a hint.
 
@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
-from portatrain.runs.status import Status, find, status
+from portatrain.runs.history import History, errors, read_history
+from portatrain.runs.open import find
 from portatrain.system.text import age
+from portatrain.system.urls import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     found = find(args.run, args.runs)
-    now = status(found)
+    now = read_history(found)
     there: list[dict[str, object]] = [
         {"job": j.number, "engine": j.engine, "cluster": j.cluster, "id": j.id, **(_asked(j) if args.ask else {})}
         for j in jobs.of(found.where)
@@ -50,16 +53,17 @@ def _asked(job: jobs.Job) -> dict[str, str]:
     return {"scheduler": " ".join(filter(None, (said.state, said.where, said.reason and f"({said.reason})")))}
 
 
-def _print(now: Status, there: list[dict[str, object]]) -> None:
+def _print(now: History, there: list[dict[str, object]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console() if Console().is_terminal else Console(width=180)
     loss = f", loss {now.loss:.4f}" if now.loss is not None else ""
     rate = f", {now.tokens_per_s:,.0f} tokens/s" if now.tokens_per_s and now.state == "RUNNING" else ""
-    console.print(f"{now.run}: {now.state}, step {now.step}/{now.steps}{loss}{rate}", highlight=False)
+    console.print(f"{now.run}: {now.state}, step {now.step}/{now.steps}{loss}{rate}", highlight=False, markup=False)
     if now.owner is not None:
-        console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False)
+        console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False, markup=False)
     saved = f"step {now.committed}" if now.committed is not None else "nothing"
     console.print(
         f"saved: {saved}; lost between attempts: {now.lost_s:.0f} s; steps trained again: {now.trained_again}",
@@ -67,26 +71,34 @@ def _print(now: Status, there: list[dict[str, object]]) -> None:
     )
     if now.why:
         console.print(f"the last attempt: {now.why}", highlight=False, markup=False)
+    if now.attempts and now.attempts[-1].ended == "failed":
+        kept = errors(Path(now.where, "attempts", str(now.attempts[-1].number)))
+        if kept and not is_remote(now.where):
+            console.print(f"the whole error: {kept[0]}", highlight=False, markup=False)
     if now.attempts:
-        table = Table("attempt", "where", "backend", "mesh", "began", "steps", "kept", "seam", "ended")
+        table = Table("attempt", "where", "backend", "mesh", "began", "steps", "kept", "resumed", "ended")
         for one in now.attempts:
             steps = f"{one.steps[0]}-{one.steps[1]}" if one.steps else "-"
             table.add_row(
                 str(one.number),
-                one.where,
-                one.backend,
-                one.mesh,
+                Text(one.where),
+                Text(one.backend),
+                Text(one.mesh),
                 f"{age(one.began_unix_s)} ago",
                 steps,
                 str(one.kept),
-                one.verdict or "-",
-                one.ended or "-",
+                Text(one.verdict or "-"),
+                Text(one.ended or "-"),
             )
         console.print(table)
     if there:
         table = Table("job", "engine", "cluster", "id", *(["scheduler"] if "scheduler" in there[0] else []))
         for job in there:
-            table.add_row(*(str(v if v is not None else "-") for v in job.values()))
+            table.add_row(*(Text(str(v if v is not None else "-")) for v in job.values()))
         console.print(table)
     if now.state in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
-        console.print(f"`launch resume {now.run}` goes on from there, `launch logs {now.run}` shows why.", style="dim")
+        console.print(
+            f"`launch resume {now.run}` goes on from there, `launch logs {now.run}` shows why.",
+            style="dim",
+            markup=False,
+        )

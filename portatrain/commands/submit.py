@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
             detached=target.engine != "local" or args.detach,
             cwd=os.getcwd(),
             options=target.options,
-            place=target.place,
+            cluster_shape=target.cluster_shape,
             track=track or target.track,
         )
         for target in fitting

@@ -12,9 +12,13 @@ examples:
 from __future__ import annotations
 
 import argparse
+import os
+from pathlib import Path
+from typing import Any
 
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
+from portatrain.system import environment
 from portatrain.system.urls import SCHEMES
 
 
@@ -117,8 +121,19 @@ def train(args: argparse.Namespace) -> int:
             accept_drift=args.accept_drift,
             checkpoints=getattr(args, "checkpoints", None),
             sinks=sinks,
+            source=_source(args),
             signals=signals,
         )
+
+
+def _source(args: argparse.Namespace) -> dict[str, Any] | None:
+    """What `launch resume` needs to go on with this run; None where a job, or `launch`, has recorded that."""
+    if environment.CLUSTER.get():
+        return None
+    file = Path(args.recipe)
+    known = {name: getattr(args, name, None) for name in ("backend", "mesh", "devices")}
+    recipe = str(file.absolute()) if file.is_file() else args.recipe
+    return {"recipe": recipe, "overrides": list(args.overrides), "cwd": os.getcwd(), **known}
 
 
 def _processes_there(backend: str, mesh: str | None) -> int | None:

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from portatrain.errors import UserError
+from portatrain.model.ops_arrays import ArrayOps
 from portatrain.model.rope import RopeScaling
 
 Array = Any
@@ -77,7 +78,7 @@ class Aux:
         return Aux(both(self.value_B, other.value_B), self.count + other.count, self.reduce, self.loss)
 
 
-class Ops(Protocol):
+class Ops(ArrayOps, Protocol):
     """The operations of a model. Each backend implements them in one class.
 
     `portatrain.backends.reference.ReferenceOps` implements them in NumPy float64; tests compare every backend with it.
@@ -236,7 +237,7 @@ class Ops(Protocol):
         ...
 
     def relu(self, x: Array) -> Array:
-        """Return max(x, 0), elementwise, in the shape and dtype of x (bfloat16 under bf16).
+        """Return max(x, 0), elementwise, in the shape and dtype of x (bfloat16 under bf16). The derivative at 0 is 0.
 
         Example: `hidden_BSM = ops.relu(up_BSM)`
         """
@@ -313,7 +314,7 @@ class Ops(Protocol):
     def one_hot(self, ids: Array, n: int) -> Array:
         """Return ids.shape + (n,) float32 with 1 at each id and 0 elsewhere.
 
-        ids: integers in [0, n). bf16: the result stays float32.
+        ids: integers; an id outside [0, n) gives zeros. bf16: the result stays float32.
         Example: `chosen_BSX = ops.one_hot(expert_BS, 8)`
         """
         ...
@@ -322,7 +323,8 @@ class Ops(Protocol):
         """Return the k largest values of the last axis, in descending order, and their indices.
 
         x: (..., N) with N at least k. Returns (..., k) in the dtype of x and (..., k) int32. Of equal values the lowest
-        index comes first. bf16: rounding makes more values equal; cast logits to float32 first.
+        index comes first; a NaN counts as the largest. bf16: rounding makes more values equal, so cast logits
+        to float32 first.
         Example: `values_BSK, experts_BSK = ops.top_k(p_BSX, 2)`
         """
         ...

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+import traceback
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Protocol
 
-from portatrain.runs.claim import Holding
+from portatrain.errors import LONGEST, UserError
+from portatrain.runs.claim import ClaimHandle
 from portatrain.system import json_files
 
 
@@ -25,7 +28,7 @@ class Record(Protocol):
 class Attempt:
     """The attempt of this process at a run. Every write checks first that the claim is still ours."""
 
-    def __init__(self, run: Record, number: int, folder: Path, claim: Holding) -> None:
+    def __init__(self, run: Record, number: int, folder: Path, claim: ClaimHandle) -> None:
         self.run, self.number, self.folder, self._claim = run, number, folder, claim
         self._metrics = json_files.JsonLines(folder / "metrics.jsonl")
         self._events = json_files.JsonLines(folder / "events.jsonl")
@@ -47,7 +50,12 @@ class Attempt:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """While entered the run is ours; UserError where it is not. No commit is ahead of the rows on record."""
+        """While entered the run is ours; UserError where it is not.
+
+        The metrics and events so far are synced, or uploaded, first, so that no commit is newer than its rows.
+        """
+        for file in (self._metrics, self._events):
+            file.sync()
         self.run.send()
         with self._claim.guard():
             yield
@@ -62,32 +70,53 @@ class Attempt:
         self._claim.fence()
         json_files.write_json(self.folder / name, data)
 
+    def keep_error(self, error: BaseException) -> str:
+        """Write the traceback of what ended the attempt into error.txt; return the reason in one line."""
+        return keep_error(self.folder / "error.txt", error)
+
     def finish(self, summary: Mapping[str, object]) -> None:
         """Write summary.json, then DONE: the run is over, and was a success."""
         self.write("summary.json", dict(summary))
         self.write("DONE", {"attempt": self.number, "unix_s": time.time()})
 
     def close(self) -> None:
-        """End the attempt; the run directory is free for the next one."""
-        self._metrics.close()
-        self._events.close()
-        try:
-            self.run.send()
-        finally:
-            self._claim.release()
+        """End the attempt; the run directory is free for the next one, whatever fails before."""
+        with ExitStack() as stack:
+            stack.callback(self._claim.release)
+            stack.callback(self.run.send)
+            stack.callback(self._events.close)
+            stack.callback(self._metrics.close)
 
     def __enter__(self) -> Attempt:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        try:
+            self.close()
+        except (OSError, UserError):
+            if error is None:  # else that one is told, and this is most likely its consequence
+                raise
 
 
-class Follower:
-    """An attempt that another process of the run has begun: the same number, and nothing is written."""
+def keep_error(path: Path, error: BaseException) -> str:
+    """Write the traceback of `error` to `path`, if that is possible; return the reason in one line."""
+    said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    with contextlib.suppress(OSError, ValueError):
+        text = said if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+        path.write_text(text + "\n", encoding="utf-8", errors="replace")
+    return " ".join(said.split())[:LONGEST]
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+
+class NullAttempt:
+    """An attempt that another process of the run has begun: the same number, and of its record nothing is written but
+    the error of this process."""
+
+    def __init__(self, number: int, folder: Path, process: int) -> None:
+        self.number, self.folder, self.process = number, folder, process
+
+    def keep_error(self, error: BaseException) -> str:
+        """Write the traceback of what ended this process into error-rank-R.txt; return the reason in one line."""
+        return keep_error(self.folder / f"error-rank-{self.process}.txt", error)
 
     def event(self, kind: str, **fields: object) -> None:
         """Nothing."""
@@ -108,7 +137,7 @@ class Follower:
     def close(self) -> None:
         """Nothing."""
 
-    def __enter__(self) -> Follower:
+    def __enter__(self) -> NullAttempt:
         return self
 
     def __exit__(self, *exc: object) -> None:

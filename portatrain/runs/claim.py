@@ -1,13 +1,15 @@
 """Exclusive use of a run directory: one attempt at a time writes to it, and one that lost its claim writes nothing.
 
 `claim` is a file that names its owner. It is made under a lock, because a lock alone ends with its process and tells a
-reader nothing. Its modification time is a sign of life, renewed every BEAT_S: an owner on this host is looked up by
-process, one on another host is taken for gone when the file has been silent for LEASE_S. What must never come from a
-loser (a checkpoint's commit, DONE) happens inside `Claim.guard()`, under the same lock as a change of owner.
+reader nothing. Its modification time is a sign of life, renewed every BEAT_S: an owner of this boot and this namespace
+of processes is looked up by number, any other is taken for gone when the file has been silent for LEASE_S. What must
+never come from a loser (a checkpoint's commit, DONE) happens inside `Claim.guard()`, under the same lock as a change of
+owner.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,9 +20,9 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from portatrain.errors import UserError
 from portatrain.system import environment
@@ -39,6 +41,8 @@ class Owner:
     process_start: str
     claimed_unix_s: float
     token: str
+    namespace: str = ""
+    """Of its process numbers (containers have their own); '' on a system without them."""
 
     @staticmethod
     def this_process() -> Owner:
@@ -49,12 +53,20 @@ class Owner:
             process_start=process_start(pid) or "",
             claimed_unix_s=time.time(),
             token=secrets.token_hex(16),
+            namespace=pid_namespace(),
         )
 
     @property
     def is_here(self) -> bool:
-        """Whether its process is, or was, one of this host."""
-        return self.host == socket.gethostname()
+        """Whether its process can be looked up here: it is, or was, one of this boot and this namespace of processes.
+
+        Names of hosts do not tell: machines of a pool, and containers, may have one name. They count only on a system
+        that tells no boot.
+        """
+        boot = boot_id()
+        if not boot:
+            return self.host == socket.gethostname() and "/" not in self.process_start
+        return self.process_start.partition("/")[0] == boot and self.namespace == pid_namespace()
 
     @property
     def is_gone(self) -> bool:
@@ -67,6 +79,22 @@ class Owner:
         return environment.CLAIM.get() == self.token
 
 
+def boot_id() -> str:
+    """What tells this boot of this machine from every other; '' on a system that does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def pid_namespace() -> str:
+    """What tells this namespace of process numbers from others of this boot; '' on a system without them."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
 def process_start(pid: int) -> str | None:
     """When process ``pid`` of this host began, as an opaque text; None if there is no such process."""
     try:
@@ -75,8 +103,7 @@ def process_start(pid: int) -> str | None:
         fields = stat.rpartition(")")[2].split()
         if fields[0] == "Z":  # ended, only not yet reaped by its parent
             return None
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}/{fields[19]}"
+        return f"{boot_id()}/{fields[19]}"
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
             return None
@@ -89,7 +116,7 @@ def process_start(pid: int) -> str | None:
     return ""
 
 
-class Holding(Protocol):
+class ClaimHandle(Protocol):
     """A claim that this process holds, or the supervisor that started it (`adopted`)."""
 
     owner: Owner
@@ -126,14 +153,40 @@ class Claim:
             handle = os.open(path, os.O_RDONLY)
             threading.Thread(target=self._beat, args=(handle,), name="portatrain-claim", daemon=True).start()
 
-    def _beat(self, handle: int) -> None:
-        try:
-            while not self._stop.wait(BEAT_S):
+    def _beat(self, handle: int | None) -> None:
+        """Renew the sign of life until the claim is given up or lost. What fails is tried again, as a file system may
+        be away for a while, and come back with another handle."""
+        while not self._stop.wait(BEAT_S):
+            try:
+                if handle is None:
+                    handle = self._reopened()
+                    if handle is None:
+                        return
                 os.utime(handle)
-        except OSError:  # the file system is away; the lease runs out if it stays so
-            pass
-        finally:
+            except OSError:
+                if handle is not None:
+                    with contextlib.suppress(OSError):
+                        os.close(handle)
+                handle = None
+        if handle is not None:
             os.close(handle)
+
+    def _reopened(self) -> int | None:
+        """A new handle of the claim; None where it is not ours any more. OSError where the file system is away."""
+        try:
+            handle = os.open(self.path, os.O_RDONLY)
+        except FileNotFoundError:
+            return None
+        try:
+            if owner_of(json.loads(os.read(handle, 1 << 16))).token == self.owner.token:
+                return handle
+        except (ValueError, TypeError, KeyError):
+            pass
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)
+        return None
 
     @staticmethod
     def acquire(path: Path) -> Claim:
@@ -201,16 +254,28 @@ class Claim:
 def holder(path: Path) -> Owner | None:
     """Who holds the claim at ``path``; None where nobody does."""
     try:
-        return Owner(**json.loads(path.read_text(encoding="utf-8")))
+        return owner_of(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError) as error:
         raise UserError(
             str(path),
             expected="a claim that portatrain wrote",
             got=str(error),
             do="Remove the file if no process uses this run directory.",
         ) from error
+
+
+def owner_of(row: Any) -> Owner:
+    """The owner that a claim names. Raises ValueError, TypeError or KeyError for what is no claim."""
+    given = {f.name: row[f.name] for f in fields(Owner) if f.name in row}
+    owner = Owner(**given)
+    texts = (owner.host, owner.process_start, owner.token)
+    if not all(isinstance(text, str) for text in texts) or type(owner.pid) is not int or not 0 < owner.pid < 2**31:
+        raise ValueError("no owner")
+    if type(owner.claimed_unix_s) not in (int, float) or not 0 <= owner.claimed_unix_s <= 1e11:
+        raise ValueError("no time")
+    return owner
 
 
 def silent_s(path: Path) -> float:

@@ -12,6 +12,7 @@ from portatrain.checkpoint import locations
 from portatrain.checkpoint.errors import explained
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from portatrain.system import json_files
 from portatrain.system.urls import SCHEMES
 
 
@@ -49,14 +50,20 @@ def places(given: Path | str) -> list[FoundCheckpoint]:
         names = {p.name for p in path.iterdir()}
         if "COMMIT" in names or any(n.startswith("root-") for n in names):
             step = path.name[5:] if path.name.startswith("step-") else ""
-            return [FoundCheckpoint(path=path, step=int(step) if step.isdigit() else None)]
+            return [FoundCheckpoint(path=path, step=json_files.digits(step))]
         folder = path / "checkpoints" if "checkpoints" in names else path
         steps = sorted(
-            (int(p.name[5:]), p) for p in folder.iterdir() if p.name.startswith("step-") and p.name[5:].isdigit()
+            (n, p)
+            for p in folder.iterdir()
+            if p.name.startswith("step-") and (n := json_files.digits(p.name[5:])) is not None
         )
     except PermissionError as error:
         raise UserError(
             what, expected="a folder that can be read", got="no permission", do="Ask for it, or copy the folder."
+        ) from error
+    except OSError as error:
+        raise UserError(
+            what, expected="a folder that can be read", got=str(error), do="Restore it from a copy, or check the path."
         ) from error
     if not steps:
         raise UserError(

@@ -1,209 +1,336 @@
-"""What a run directory says of its attempts: what ran where, how it went on at each seam, and what that cost."""
+"""The history of a run, derived once from its run directory: for `status`, `list`, `logs`, `reconcile` and the report.
+
+QUEUED      no attempt has begun
+STARTING    an attempt holds the claim and has not trained yet
+RUNNING     an attempt holds the claim and trains
+PREEMPTING  an attempt holds the claim, has been asked to stop and is saving
+REQUEUED    saved and left; the next attempt goes on from there
+SUCCEEDED   DONE is there
+FAILED      ended by a user's mistake, or too many failures without progress
+CANCELLED   somebody asked that it end
+LOST        the last attempt ended without a word; the next one goes on from the last commit
+"""
 
 from __future__ import annotations
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from portatrain.checkpoint.locations import location_of
-from portatrain.errors import UserError
+from portatrain.errors import LONGEST, UserError
+from portatrain.runs import rows as typed
+from portatrain.runs.claim import Owner
+from portatrain.runs.events import Event, Kind, has, how_it_ended, last, of_kind, why_it_ended
 from portatrain.runs.open import open_run
-from portatrain.runs.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system import json_files
+
+STATES = ("QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST")
+OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
+LOST = "lost"
+"""How an attempt ended of which neither its supervisor nor itself wrote how, and which no longer holds the claim."""
+
+Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttemptFacts:
-    """One attempt. first, last: the steps that it trained, None where none; of them `lost` were trained again later.
-
-    ended: 'done', 'stopped', 'interrupted', 'preempted', 'failed', or 'lost' where nothing tells. began_s, ended_s:
-    Unix times, the last one of the last that it wrote. plan: what was planned, if that was recorded.
-    """
+class AttemptHistory:
+    """One attempt. `steps`: (first, last) of its rows; `kept`: how many of them are on the run's curve."""
 
     number: int
+    where: str
+    """Cluster and host."""
     backend: str
-    device: str
     mesh: str
+    device: str
     framework: str
-    first: int | None
-    last: int | None
-    lost: int
+    began_unix_s: float
+    ended_unix_s: float
+    """When it wrote last."""
+    steps: tuple[int, int] | None
+    kept: int
+    again: int
+    """How many of its steps were trained again by a later attempt."""
     ended: str
-    began_s: float
-    ended_s: float
+    """As `events.how_it_ended` says, or LOST; '' while it goes on."""
+    why: str
+    """The reason that was recorded for its end; '' if there is none."""
+    verdict: str
+    """Of the continuity check when it began; '' if there was none."""
     step_s: float | None
     memory_bytes: int | None
     plan: Mapping[str, Any] | None
+    """What was planned, if that was recorded."""
 
     @property
-    def where(self) -> str:
-        return f"{self.backend} on {self.device}" + (f", {self.mesh}" if self.mesh not in ("", "1") else "")
+    def runs_on(self) -> str:
+        """Backend, devices and mesh, in words."""
+        return f"{self.backend or '?'} on {self.device}" + (f", {self.mesh}" if self.mesh not in ("", "1") else "")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Seam:
+class ResumePoint:
     """Where an attempt went on from a checkpoint. event: the verdict with its numbers, as recorded.
 
     retrained_s: the time of the steps after the checkpoint that an earlier attempt had trained already. gap_s: from
-    the last that the earlier one wrote to the end of the first step here, less that step.
+    the last row of the earlier attempt to the beginning of the first step here.
     """
 
     step: int
     earlier: int | None
     attempt: int
-    event: Mapping[str, Any]
+    event: Event
     retrained: int
     retrained_s: float
     gap_s: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunFacts:
-    """A run; `curve` and `evals` as `RunDir` gives them."""
+class History:
+    """One run; `curve` and `evals` as `RunDir` gives them."""
 
-    name: str
+    run: str
+    where: str
     state: str
+    owner: Owner | None
+    step: int
     steps: int
+    loss: float | None
+    tokens_per_s: float | None
+    committed: int | None
+    """Step of the newest commit."""
+    lost_s: float
+    """Wall time from the last kept step of each attempt to the beginning of the first kept step of the next."""
+    trained_again: int
+    """Steps that were trained more than once, each time counted."""
+    attempts: Sequence[AttemptHistory]
+    why: str
+    """The reason that the last attempt, or its supervisor, gave for its end."""
     recipe: Mapping[str, Any]
     recipe_sha256: str
-    curve: Sequence[Mapping[str, Any]]
-    evals: Sequence[Mapping[str, Any]]
-    attempts: Sequence[AttemptFacts]
-    seams: Sequence[Seam]
-    checkpoints: Sequence[Mapping[str, Any]]
-    summary: Mapping[str, Any]
-    skipped: Sequence[int]
+    curve: Sequence[Row]
+    evals: Sequence[Event]
+    resume_points: Sequence[ResumePoint]
 
     @property
-    def lost_s(self) -> float:
-        return sum(s.retrained_s + (s.gap_s or 0.0) for s in self.seams)
+    def over(self) -> bool:
+        """Whether nothing will go on by itself."""
+        return self.state in OVER
+
+    @property
+    def skipped(self) -> list[int]:
+        """Steps of the curve whose update was left out."""
+        return [row["step"] for row in self.curve if row.get("skipped")]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `status --json` prints, as strict JSON data."""
+        names = ("run", "state", "step", "steps", "loss", "tokens_per_s", "committed", "lost_s", "trained_again", "why")
+        shown = ("number", "where", "backend", "mesh", "began_unix_s", "steps", "kept", "ended", "why", "verdict")
+        return json_files.strict(
+            {
+                **{name: getattr(self, name) for name in names},
+                "owner": None if self.owner is None else asdict(self.owner),
+                "attempts": [{name: getattr(one, name) for name in shown} for one in self.attempts],
+            }
+        )
 
 
-def gather(where: Path | str) -> RunFacts:
-    """Everything that the report shows. UserError for a folder or URL that is no run directory."""
+def read_history(where: RunDir | Path | str) -> History:
+    """Return the history of a run; UserError where its record is damaged or `where` is no run directory."""
+    if not isinstance(where, RunDir):
+        where = _checked(where)
+    run = where
+    owner, numbers = run.owner(), run.attempt_numbers()
+    events = {n: run.rows(n, "events") for n in numbers}
+    rows = {n: run.rows(n, "metrics") for n in numbers}
+    curve = merge(rows)  # of the rows that were read: a run that goes on would add some in between
+    attempts = [
+        _attempt(run, n, events[n], rows[n], curve, alive=owner is not None and n == numbers[-1]) for n in numbers
+    ]
+    info = run.run_info() if (run.path / "run.json").exists() else {}
+    recipe = info.get("recipe", {})
+    return History(
+        run=run.path.name,
+        where=run.where,
+        state=_state(run, owner, attempts, events, rows),
+        owner=owner,
+        step=curve[-1]["step"] if curve else 0,
+        steps=recipe.get("steps") or 0,
+        loss=curve[-1].get("loss") if curve else None,
+        tokens_per_s=_rate(rows[numbers[-1]] if numbers else []),
+        committed=committed(run),
+        lost_s=_lost_s(attempts, curve),
+        trained_again=sum(len(r) for r in rows.values()) - len(curve),
+        attempts=attempts,
+        why=attempts[-1].why if attempts else "",
+        recipe=recipe,
+        recipe_sha256=info.get("recipe_sha256", ""),
+        curve=curve,
+        evals=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.EVAL)],
+        resume_points=_resume_points(attempts, rows, events),
+    )
+
+
+def _checked(where: Path | str) -> RunDir:
     run = open_run(where)
-    path = run.path
-    if not (path / "run.json").is_file():
+    if not (run.path / "run.json").exists():
         there = run.entries() is not None
         raise UserError(
             f"run directory {where}",
             expected="a run of portatrain, with a run.json",
-            got="a file" if path.is_file() else "none in it" if there else "no such folder",
+            got="a file" if run.path.is_file() else "none in it" if there else "no such folder",
             do="Give the folder or URL that `portatrain train --run-dir` or `launch` made.",
         )
-    info, summary = run.run_info(), run.summary()
-    numbers = run.attempt_numbers()
-    rows = {n: run.rows(n, "metrics") for n in numbers}
-    events = {n: run.rows(n, "events") for n in numbers}
-    curve = run.curve()
-    kept = {(row["attempt"], row["step"]) for row in curve}
-    attempts = [_attempt(path, n, rows[n], events[n], kept) for n in numbers]
-    return RunFacts(
-        name=info.get("name", path.name),
-        state=_state(run, attempts),
-        steps=int(info["recipe"].get("steps", 0)),
-        recipe=info["recipe"],
-        recipe_sha256=info.get("recipe_sha256", ""),
-        curve=curve,
-        evals=run.events("eval"),
-        attempts=attempts,
-        seams=_seams(attempts, rows, events),
-        checkpoints=_checkpoints(run),
-        summary=summary,
-        skipped=[row["step"] for row in curve if row.get("skipped")],
-    )
+    return run
 
 
-def _state(run: RunDir, attempts: Sequence[AttemptFacts]) -> str:
+def committed(run: RunDir) -> int | None:
+    """Return the step of the newest checkpoint that has been committed; whether it verifies the restore finds out."""
+    location = location_of(run.checkpoints())
+    return next((step for step in reversed(location.steps()) if location.committed(step)), None)
+
+
+def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:
+    """Return steps, whether committed, and bytes: from COMMIT and the sizes of the files, without reading them."""
+    location, found = location_of(run.checkpoints()), []
+    for step in location.steps():
+        sizes = location.sizes(step)
+        row: dict[str, Any] = {"step": step, "committed": "COMMIT" in sizes, "bytes": sum(sizes.values())}
+        if row["committed"]:
+            try:
+                row["save"] = str(json.loads(location.commit(step))["save"])
+            except (ValueError, KeyError, TypeError, RecursionError, OSError):
+                row["committed"] = False
+        found.append(row)
+    return found
+
+
+def _state(
+    run: RunDir,
+    owner: Owner | None,
+    attempts: Sequence[AttemptHistory],
+    events: Mapping[int, Sequence[Event]],
+    rows: Mapping[int, Sequence[Row]],
+) -> str:
+    newest = events[attempts[-1].number] if attempts else []
+    left = has(newest, Kind.LEFT)
     if run.is_done:
-        return "done"
+        return "SUCCEEDED"
     if run.marked("CANCELLED"):
-        return "cancelled"
-    if run.owner() is not None or (run.path / "claim").exists():
-        return "running, or ended without a word"
-    return attempts[-1].ended if attempts else "not begun"
+        return "PREEMPTING" if owner is not None and attempts and not left else "CANCELLED"
+    if has(newest, Kind.GAVE_UP):
+        return "FAILED" if owner is None else "STARTING"
+    if owner is not None:
+        if not attempts or left:
+            return "STARTING"
+        if has(newest, Kind.STOPPING):
+            return "PREEMPTING"
+        return "RUNNING" if rows[attempts[-1].number] else "STARTING"
+    if not attempts:
+        return "QUEUED"
+    if attempts[-1].ended == "failed":
+        return "REQUEUED" if left else "FAILED"
+    return "LOST" if attempts[-1].ended == LOST else "REQUEUED"
 
 
 def _attempt(
-    path: Path, number: int, rows: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], kept: set
-) -> AttemptFacts:
-    folder = path / "attempts" / str(number)
-    about = json_files.read_json(folder / "attempt.json") if (folder / "attempt.json").exists() else {}
-    plan = json_files.read_json(folder / "plan.json") if (folder / "plan.json").exists() else None
-    began_s = float(about.get("began_unix_s", 0.0))
-    times = [float(e["unix_s"]) for e in events if e.get("unix_s")]
-    if rows:
-        times.append(began_s + float(rows[-1]["time_s"]))
-    steady = [float(r["step_s"]) for r in rows[2:] if r.get("step_s") and not r.get("skipped")]
-    peaks = [int(r["memory_bytes"]) for r in rows if r.get("memory_bytes")]
-    ends = [e for e in events if e["event"] == "end"]
-    devices = about.get("devices", 1)
-    return AttemptFacts(
+    run: RunDir, number: int, events: Sequence[Event], rows: Sequence[Row], curve: Sequence[Row], *, alive: bool
+) -> AttemptHistory:
+    folder = run.path / "attempts" / str(number)
+    about = typed.attempt_info(folder / "attempt.json")
+    plan = json_files.read_object(folder / "plan.json") if (folder / "plan.json").exists() else None
+    began_s = float(about.get("began_unix_s", events[0].get("unix_s", 0.0) if events else 0.0) or 0.0)
+    times = [e["unix_s"] for e in events if e.get("unix_s")] + [began_s + row.get("time_s", 0.0) for row in rows[-1:]]
+    steady = [row["step_s"] for row in rows[2:] if row.get("step_s") and not row.get("skipped")]
+    kept = sum(row["attempt"] == number for row in curve)
+    verdict, error = last(events, Kind.RESUMED), _last_error(folder)
+    return AttemptHistory(
         number=number,
-        backend=str(about.get("backend", "?")),
+        where=" ".join(str(about[k]) for k in ("cluster", "host") if about.get(k)),
+        backend=str(about.get("backend", "")),
         mesh=str(about.get("mesh", "")),
-        device=f"{devices} x {about.get('device', '?')}",
+        device=f"{about.get('devices', 1)} x {about.get('device', '?')}",
         framework=str(about.get("framework", "")),
-        first=rows[0]["step"] if rows else None,
-        last=rows[-1]["step"] if rows else None,
-        lost=sum((number, r["step"]) not in kept for r in rows),
-        ended=ends[-1]["status"] if ends else "lost",
-        began_s=began_s,
-        ended_s=max(times, default=began_s),
+        began_unix_s=began_s,
+        ended_unix_s=max(times, default=began_s),
+        steps=(rows[0]["step"], rows[-1]["step"]) if rows else None,
+        kept=kept,
+        again=len(rows) - kept,
+        ended=how_it_ended(events) or ("" if alive else "failed" if error else LOST),
+        why=why_it_ended(events) or error,
+        verdict="" if verdict is None else str(verdict.get("verdict", "")),
         step_s=statistics.median(steady) if steady else None,
-        memory_bytes=max(peaks, default=None),
+        memory_bytes=max((row["memory_bytes"] for row in rows if row.get("memory_bytes")), default=None),
         plan=plan,
     )
 
 
-def _seams(
-    attempts: Sequence[AttemptFacts],
-    rows: Mapping[int, Sequence[Mapping[str, Any]]],
-    events: Mapping[int, Sequence[Mapping[str, Any]]],
-) -> list[Seam]:
+def errors(folder: Path) -> list[Path]:
+    """Return the files in an attempt's folder in which processes kept their errors, process 0's first."""
+    found = [folder / "error.txt", *sorted(folder.glob("error-rank-*.txt"))]
+    return [path for path in found if path.is_file()]
+
+
+def _last_error(folder: Path) -> str:
+    """Return the last line of the first error that was kept; '' if there is none."""
+    for path in errors(folder):
+        lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        if lines:
+            return lines[-1].strip()[:LONGEST]
+    return ""
+
+
+def _rate(rows: Sequence[Row]) -> float | None:
+    """Tokens a second over the last ten steps without the first one of an attempt, which compiles."""
+    recent = [row for row in rows[1:][-10:] if row.get("step_s") and row.get("tokens_per_s")]
+    if not recent:
+        return None
+    return sum(row["tokens_per_s"] * row["step_s"] for row in recent) / sum(row["step_s"] for row in recent)
+
+
+def _lost_s(attempts: Sequence[AttemptHistory], curve: Sequence[Row]) -> float:
+    began = {a.number: a.began_unix_s for a in attempts}
+    spans: dict[int, tuple[float, float]] = {}
+    for row in curve:
+        n = row["attempt"]
+        now_s = began[n] + row.get("time_s", 0.0)
+        first_s = spans[n][0] if n in spans else now_s - row.get("step_s", 0.0)
+        spans[n] = (first_s, now_s)
+    ordered = [spans[n] for n in sorted(spans)]
+    return sum(max(0.0, b[0] - a[1]) for a, b in itertools.pairwise(ordered))
+
+
+def _resume_points(
+    attempts: Sequence[AttemptHistory], rows: Mapping[int, Sequence[Row]], events: Mapping[int, Sequence[Event]]
+) -> list[ResumePoint]:
     found = []
     for at, attempt in enumerate(attempts):
-        resumed = [e for e in events[attempt.number] if e["event"] == "resumed"]
+        resumed = of_kind(events[attempt.number], Kind.RESUMED)
         if not resumed:
             continue
         # The last verdict counts: 'unproven' at first, then what the steps trained again said.
-        event, step = resumed[-1], int(resumed[0]["step"])
-        earlier = next((a for a in reversed(attempts[:at]) if a.last is not None), None)
+        event, step = resumed[-1], resumed[0].get("step") or 0
+        earlier = next((a for a in reversed(attempts[:at]) if a.steps is not None), None)
         again = [r for r in rows[earlier.number] if r["step"] > step] if earlier else []
         mine = rows[attempt.number]
         gap_s = None
         if earlier and mine:
-            arrived_s = attempt.began_s + float(mine[0]["time_s"]) - float(mine[0].get("step_s", 0.0))
-            left_s = earlier.began_s + float(rows[earlier.number][-1]["time_s"])
-            gap_s = max(0.0, arrived_s - left_s)
+            arrived_s = attempt.began_unix_s + mine[0].get("time_s", 0.0) - mine[0].get("step_s", 0.0)
+            gap_s = max(0.0, arrived_s - (earlier.began_unix_s + rows[earlier.number][-1].get("time_s", 0.0)))
         found.append(
-            Seam(
+            ResumePoint(
                 step=step,
                 earlier=earlier.number if earlier else None,
                 attempt=attempt.number,
                 event=event,
                 retrained=len(again),
-                retrained_s=sum(float(r.get("step_s", 0.0)) for r in again),
+                retrained_s=sum(r.get("step_s", 0.0) for r in again),
                 gap_s=gap_s,
             )
         )
-    return found
-
-
-def _checkpoints(run: RunDir) -> list[dict[str, Any]]:
-    """Steps, whether committed, and bytes: from COMMIT and the sizes of the files, without reading them."""
-    place, found = location_of(run.checkpoints()), []
-    for step in place.steps():
-        sizes = place.sizes(step)
-        row: dict[str, Any] = {"step": step, "committed": "COMMIT" in sizes, "bytes": sum(sizes.values())}
-        if row["committed"]:
-            try:
-                row["save"] = json.loads(place.commit(step))["save"]
-            except (ValueError, KeyError):
-                row["committed"] = False
-        found.append(row)
     return found

@@ -46,7 +46,7 @@ class Job:
     """The recipe as it was given: a file (absolute), or ''; for --new-code."""
     code: str | None = None
     """The folder with the run's own copy of the code; None: what is installed where the job runs."""
-    place: Mapping[str, Any] = field(default_factory=dict)
+    cluster_shape: Mapping[str, Any] = field(default_factory=dict)
     """What the cluster is: chip, chips, slices, topology, chips_per_host, resource (its name in Kubernetes)."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of the cluster, for its engine."""
@@ -123,12 +123,19 @@ def read(run_dir: str | Path, number: int) -> Job:
 
 def _read(folder: Path, number: int) -> Job:
     path = folder / "jobs" / f"{number}.json"
-    found = json_files.read_json(path)
+    return of_row(path, json_files.read_object(path))
+
+
+def of_row(path: Path, found: Mapping[str, Any]) -> Job:
+    """The job that a JSON object of the file `path` describes; UserError where it is damaged."""
     known = {f.name for f in fields(Job)}
     try:
+        found = {"cluster_shape": found.get("place", {}), **found}  # as earlier releases called it
         row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}
-        return Job(**row)
-    except (TypeError, AttributeError) as error:
+        job = Job(**row)
+        _check(job)
+        return job
+    except (TypeError, ValueError) as error:
         raise UserError(
             str(path), expected="a job that portatrain wrote", got=str(error), do="Restore the file from a copy."
         ) from error
@@ -137,5 +144,35 @@ def _read(folder: Path, number: int) -> Job:
 def of(run_dir: str | Path) -> list[Job]:
     """The jobs of a run, in order."""
     path = open_run(run_dir).path
-    numbers = [int(p.stem) for p in (path / "jobs").glob("*.json") if p.stem.isdigit() and p.stat().st_size]
-    return [_read(path, n) for n in sorted(numbers)]
+    folder = path / "jobs"
+    found = sorted(folder.glob("*.json")) if folder.is_dir() else []
+    # An empty file is a number that somebody has just taken.
+    numbers = [json_files.digits(p.stem) for p in found if not p.is_file() or p.stat().st_size]
+    return [_read(path, n) for n in sorted(n for n in numbers if n is not None)]
+
+
+TEXTS = ("run_dir", "recipe", "cluster", "engine", "cwd", "source", "submission")
+
+
+def _check(job: Job) -> None:
+    """Raise ValueError for a field of another type than portatrain writes."""
+    for f in fields(Job):
+        value = getattr(job, f.name)
+        if f.name in TEXTS:
+            good = isinstance(value, str)
+        elif f.name in ("backend", "mesh", "code", "id"):
+            good = value is None or isinstance(value, str)
+        elif f.name in ("hosts", "processes", "max_restarts", "number"):
+            good = type(value) is int and 0 <= value <= 10**9
+        elif f.name == "devices":
+            good = value is None or (type(value) is int and 1 <= value <= 10**9)
+        elif f.name == "overrides":
+            good = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+        elif f.name == "detached":
+            good = isinstance(value, bool)
+        elif f.name == "submitted_unix_s":
+            good = value is None or (type(value) in (int, float) and 0 <= value <= 1e11)
+        else:
+            good = isinstance(value, Mapping)
+        if not good:
+            raise ValueError(f"{f.name}={value!r:.60}")

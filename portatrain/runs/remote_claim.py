@@ -18,18 +18,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import Any
 
 from portatrain.errors import UserError
-from portatrain.runs.claim import BEAT_S, LEASE_S, Owner, in_use
+from portatrain.runs.claim import BEAT_S, LEASE_S, Owner, in_use, owner_of
 from portatrain.system.object_store import Objects, Version
 
 NAME = "claim"
 
 
 class RemoteClaim:
-    """See `portatrain.runs.claim.Holding`. `released()` is called once, before it is given up."""
+    """See `portatrain.runs.claim.ClaimHandle`. `released()` is called once, before it is given up."""
 
     def __init__(
         self,
@@ -135,19 +135,13 @@ def holder(objects: Objects) -> Owner | None:
 
 def is_over(objects: Objects, owner: Owner, *, writable: bool = True) -> bool:
     """Whether the claim may be taken over from `owner`."""
-    # Machines that see one store may well have one name: a process is looked up only where it was this very system.
-    here = owner.is_here and owner.process_start.partition("/")[0] == _boot()
-    return (here and owner.is_gone) or (not here and objects.age_s(NAME, writable=writable) > LEASE_S)
+    return owner.is_gone or (not owner.is_here and objects.age_s(NAME, writable=writable) > LEASE_S)
 
 
 def live_owner(objects: Objects) -> Owner | None:
     """Who holds the claim and is, as far as can be known, alive. Writes nothing."""
     owner = holder(objects)
     return None if owner is None or is_over(objects, owner, writable=False) else owner
-
-
-def _boot() -> str:
-    return Owner.this_process().process_start.partition("/")[0]
 
 
 def _body(owner: Owner) -> bytes:
@@ -160,8 +154,8 @@ def _owner(data: bytes, objects: Objects) -> Owner | None:
         row: dict[str, Any] = json.loads(data)
         if "released" in row:
             return None
-        return Owner(**{f.name: row[f.name] for f in fields(Owner)})
-    except (ValueError, TypeError, KeyError) as error:
+        return owner_of(row)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"object {objects.url}/{NAME}",
             expected="a claim that portatrain wrote",

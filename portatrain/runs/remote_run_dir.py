@@ -23,7 +23,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.runs import remote_claim
-from portatrain.runs.claim import BEAT_S, Holding, Owner
+from portatrain.runs.claim import BEAT_S, ClaimHandle, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import MISTAKE
@@ -136,7 +136,7 @@ class RemoteRun(RunDir):
     # ---- what is written
 
     def put(self, name: str, data: object, *, once: bool = False) -> bool:
-        text = (json.dumps(json_files.finite(data), indent=2, allow_nan=False) + "\n").encode()
+        text = (json.dumps(json_files.strict(data), indent=2, allow_nan=False) + "\n").encode()
         if once:
             if self.objects.create(name, text) is None:
                 return False
@@ -155,7 +155,7 @@ class RemoteRun(RunDir):
         self.objects.delete(name)
         (self.path / name).unlink(missing_ok=True)
 
-    def acquire(self) -> Holding:
+    def acquire(self) -> ClaimHandle:
         over = threading.Event()
         claim = remote_claim.RemoteClaim.acquire(self.objects, over.set)
         if not claim.adopted:  # else the supervisor's copy is the one that is here

@@ -25,11 +25,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
+from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
-from portatrain.runs.claim import Claim, Holding, Owner, in_use, live_owner
+from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
+from portatrain.runs.events import Kind
 from portatrain.system import environment, json_files
+from portatrain.system.urls import is_remote
 
 FORMAT = 1
 
@@ -62,7 +65,7 @@ class RunDir:
 
     def entries(self) -> list[str] | None:
         """Names of what lies in it; None where there is no such folder."""
-        return [entry.name for entry in self.path.iterdir()] if self.path.exists() else None
+        return [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else None
 
     def refresh(self, *, logs: bool = False) -> None:
         """See what others have written since; `logs`: the output of processes too."""
@@ -75,7 +78,7 @@ class RunDir:
         """Who holds the claim and is, as far as can be known, alive."""
         return live_owner(self.path / "claim")
 
-    def acquire(self) -> Holding:
+    def acquire(self) -> ClaimHandle:
         """Take the claim; UserError where another process holds it. The directory is there."""
         return Claim.acquire(self.path / "claim")
 
@@ -212,7 +215,8 @@ class RunDir:
             raise self._unusable(error) from error
 
     def _unusable(self, error: OSError) -> UserError:
-        return UserError(
+        kind = UserError if storage_error(error) is None else StorageError
+        return kind(
             f"run directory {self.where}",
             expected="a place that can be written to",
             got=str(error),
@@ -238,7 +242,7 @@ class RunDir:
         }
         self.put("run.json", run, once=True)
 
-    def new_attempt(self, claim: Holding) -> Attempt:
+    def new_attempt(self, claim: ClaimHandle) -> Attempt:
         """The folder and record of the next attempt, empty."""
         number = max(self.attempt_numbers(), default=0) + 1
         folder = self.path / "attempts" / str(number)
@@ -246,7 +250,7 @@ class RunDir:
         self.began(folder)
         return Attempt(self, number, folder, claim)
 
-    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: Holding) -> Attempt:
+    def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: ClaimHandle) -> Attempt:
         self.create(recipe)
         if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
             number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
@@ -266,10 +270,10 @@ class RunDir:
         }
         json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})
         if self.run_info().get("code_sha256") != about["code_sha256"]:
-            attempt.event("code_differs", why="it is not the code that the run began with")
+            attempt.event(Kind.CODE_DIFFERS, why="it is not the code that the run began with")
         if claim.taken_over is not None:
             dead = claim.taken_over
-            attempt.event("claim_taken_over", host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
+            attempt.event(Kind.CLAIM_TAKEN_OVER, host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
         self.send()
         return attempt
 
@@ -277,7 +281,9 @@ class RunDir:
         """Where the checkpoints are: ``checkpoints`` in the run directory, or the URL in checkpoints.json, which the
         first attempt that is given one writes. UserError for another URL than that."""
         note = self.path / "checkpoints.json"
-        stored = json_files.read_json(note)["url"] if note.exists() else None
+        stored = json_files.read_object(note).get("url", "") if note.exists() else None
+        if stored is not None and not (isinstance(stored, str) and is_remote(stored)):
+            raise typed.damaged(note, "no URL of an object store")
         if url is None or url == stored:
             return stored or self.default_checkpoints()
         if stored is not None or "checkpoints" in (self.entries() or ()):
@@ -292,7 +298,7 @@ class RunDir:
 
     def run_info(self) -> dict[str, Any]:
         """run.json."""
-        return json_files.read_json(self.path / "run.json")
+        return typed.run_info(self.path / "run.json")
 
     def recipe(self) -> Recipe:
         """The resolved recipe of the run."""
@@ -301,16 +307,17 @@ class RunDir:
     def summary(self) -> dict[str, Any]:
         """summary.json; empty before the end."""
         path = self.path / "summary.json"
-        return json_files.read_json(path) if path.exists() else {}
+        return json_files.read_object(path) if path.exists() else {}
 
     def attempt_numbers(self) -> list[int]:
         folder = self.path / "attempts"
         names = [entry.name for entry in folder.iterdir()] if folder.exists() else []
-        return sorted(int(name) for name in names if name.isdigit())
+        return sorted(n for name in names if (n := json_files.digits(name)) is not None and str(n) == name)
 
     def rows(self, number: int, name: str) -> list[dict[str, Any]]:
         """The rows of ``metrics`` or ``events`` of one attempt."""
-        return json_files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl")
+        check = {"metrics": typed.metric, "events": typed.event}[name]
+        return json_files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl", check)
 
     def curve(self) -> list[dict[str, Any]]:
         """One row a step, in order, over all attempts; each says its ``attempt``.
@@ -320,7 +327,7 @@ class RunDir:
         """
         return merge({number: self.rows(number, "metrics") for number in self.attempt_numbers()})
 
-    def events(self, kind: str | None = None) -> list[dict[str, Any]]:
+    def events(self, kind: Kind | str | None = None) -> list[dict[str, Any]]:
         """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]

@@ -1,12 +1,17 @@
-"""JSON on disk: files that are whole or absent, and logs that survive a crash in mid-line."""
+"""JSON on disk: files that are whole or absent, and logs that survive a crash in mid-line.
+
+JSON has no NaN and no infinities. Here they are written as the texts "nan", "inf" and "-inf" (`strict`), and `number`
+reads them back; it reads null as NaN, which is how earlier versions wrote all three.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,7 +20,7 @@ from portatrain.errors import UserError
 
 def write_json(path: Path, data: object) -> None:
     """Write ``data`` so that a reader, or a crash, sees the old file or the new one and nothing between."""
-    write_text(path, json.dumps(finite(data), indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -47,7 +52,7 @@ def read_json(path: Path) -> Any:
     """The JSON in ``path``; UserError where it is missing, unreadable or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(
             str(path),
             expected="a JSON file that portatrain wrote",
@@ -56,36 +61,65 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; UserError where it is missing, unreadable or something else."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(
+            str(path),
+            expected="a JSON object that portatrain wrote",
+            got=f"{json.dumps(found)[:60]}",
+            do="Restore the file from a copy, or use a new run directory.",
+        )
+    return found
+
+
 class JsonLines:
     """An append-only file of one JSON object a line.
 
     Every line is handed to the operating system at once, so a killed process loses at most the line
-    that it was writing. Floats are written with all their digits; one that is not finite becomes null.
+    that it was writing. Floats are written with all their digits.
     """
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, object]) -> None:
-        self._file.write(json.dumps(finite(row), separators=(",", ":"), allow_nan=False) + "\n")
+        self._file.write(json.dumps(strict(row), separators=(",", ":"), allow_nan=False) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Make what has been appended survive a power cut."""
         if not self._file.closed:
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        if self._file.closed:
+            return
+        try:
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
+        finally:
+            with contextlib.suppress(OSError):  # what could not be written above cannot be written now
+                self._file.close()
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> list[dict[str, Any]]:
     """The rows of a ``JsonLines`` file, without a last line that a crash cut short; [] where there is none.
 
+    `check` returns a row as it is to be read, or raises ValueError.
+
     Raises:
-        UserError: a damaged line that is not the last.
+        UserError: a damaged line that is not the last, or a file that cannot be read.
     """
     if not path.exists():
         return []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UserError(
+            str(path), expected="a file that can be read", got=str(error), do="Restore the file from a copy."
+        ) from error
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line:
@@ -94,7 +128,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
-        except ValueError as error:
+            row = check(row)
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # no newline after it: torn
                 break
             raise UserError(
@@ -107,12 +142,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def finite(value: object) -> object:
-    """`value` with null for numbers that JSON has not: NaN and infinities."""
+def strict(value: object) -> Any:
+    """`value` with "nan", "inf" and "-inf" for the numbers that JSON does not have."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return str(float(value))
     if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
+        return {str(key): strict(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [finite(item) for item in value]
+        return [strict(item) for item in value]
     return value
+
+
+def number(value: object) -> float:
+    """A number as `strict` wrote it, which may not be finite; null is NaN. ValueError for anything else."""
+    if value is None:
+        return math.nan
+    if isinstance(value, bool) or (isinstance(value, str) and value not in ("nan", "inf", "-inf")):
+        raise ValueError(f"{value!r:.60} is no number")
+    if not isinstance(value, (int, float, str)):
+        raise ValueError(f"{value!r:.60} is no number")
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError("a number that is too large") from None
+
+
+def digits(text: str) -> int | None:
+    """The number that `text`, a part of a file's name, is written as; None where it is none that we would write."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 12 else None

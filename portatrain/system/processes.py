@@ -24,14 +24,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from portatrain.errors import StorageError, UserError
+from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
+from portatrain.system.stop_signals import stopping_signals
 
 PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 """Backends of which every device has a process of its own; of the others every host has one."""
 GRACE_S = 3.0
 """How long the others may take to end by themselves once one has failed."""
+LEAVING_S = 10.0
+"""How long they may take once one has left at once."""
 
 
 def rank() -> int:
@@ -77,13 +80,16 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
                 for r in range(n):
                     env = {**shared, "RANK": str(host * n + r), "LOCAL_RANK": str(r)}
                     started.append(_start(command, env, Path(folder), r))
-                failed = _wait(started)
+                failed = _wait(started, Path(folder))
             finally:
                 for process in started:
                     if process.poll() is None:
                         process.kill()
                     process.wait()
-        return started[0].returncode if not failed else _explain(started, failed, Path(folder))
+        if failed:
+            return _explain(started, failed, Path(folder))
+        ends = [p.returncode for p in started if p.returncode in NOT_FAILURES]
+        return started[0].returncode if started[0].returncode in NOT_FAILURES else max(ends, default=FAILED)
 
 
 def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> subprocess.Popen[bytes]:
@@ -102,9 +108,14 @@ def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> sub
         )
 
 
-def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
-    """Until all have ended; the ranks that ended by themselves with a failure, if any did."""
+def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
+    """Until all have ended; the ranks that ended by themselves with a failure, if any did.
+
+    Where one leaves at once, as after a signal that came to it alone, the others would wait for it: they are asked to
+    stop as well, and ended if they do not.
+    """
     deadline: float | None = None
+    asked = False
     while True:
         codes = [p.poll() for p in processes]
         failed = [r for r, code in enumerate(codes) if code is not None and code not in NOT_FAILURES]
@@ -112,6 +123,11 @@ def _wait(processes: list[subprocess.Popen[bytes]]) -> list[int]:
             return failed
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE_S
+        if not asked and not failed and any(folder.glob("left-*")):
+            asked, deadline = True, time.monotonic() + LEAVING_S
+            for process in processes:
+                if process.poll() is None:
+                    process.send_signal(signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
             return failed
         time.sleep(0.05)
@@ -152,7 +168,7 @@ def forwarding(processes: list[subprocess.Popen[bytes]]) -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in stopping_signals():
             before[number] = signal.signal(number, forward)
     try:
         yield
@@ -193,11 +209,21 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except UserError as error:
-        _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
-        return error.code
+        return _report_user(error)
+    except OSError as error:
+        storage = storage_error(error)
+        if storage is not None:
+            return _report_user(storage)
+        _report(None)
+        return FAILED
     except BaseException:
         _report(None)
         return FAILED
+
+
+def _report_user(error: UserError) -> int:
+    _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
+    return error.code
 
 
 def _report(user: dict[str, str] | None, code: int = FAILED) -> None:

@@ -15,6 +15,7 @@ nothing. The C half of a handler writes to a pipe, however, and a thread reads t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -35,16 +36,25 @@ MARGIN_S = 1.0
 
 _ASKED = 255
 """Stands for `ask` where signals have their numbers."""
+STRENGTHS = (None, "preempt", "interrupt")
+"""Requests in order of strength."""
 _KINDS: dict[int, str] = {
     signal.SIGINT: "interrupt",
     signal.SIGTERM: "preempt",
     signal.SIGUSR1: "preempt",
+    signal.SIGHUP: "preempt",  # the terminal is gone
     _ASKED: "preempt",
 }
 
 
+def stopping_signals() -> list[signal.Signals]:
+    """The signals that ask a run to stop; without SIGHUP where this process was started to outlive its terminal."""
+    found = [signal.Signals(number) for number in _KINDS if number != _ASKED]
+    return [n for n in found if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+
+
 class StopSignals:
-    """While entered, `asked` is None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1); use in a `with` block.
+    """While entered, `asked` is None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1, SIGHUP). Use it in `with`.
 
     `trained`: whether there is anything to save; the trainer sets it. `on_asked(kind)` and `on_leaving(why)` are called
     from the watching thread, the latter before the process ends without returning to the main thread. Off the main
@@ -62,14 +72,14 @@ class StopSignals:
         self._before: dict[int, Any] = {}
         self._pipe: tuple[int, int] | None = None
         self._thread: threading.Thread | None = None
-        self._staying = threading.Lock()
+        self._staying, self._deciding = threading.Lock(), threading.Lock()
 
     def __enter__(self) -> StopSignals:
         self._pipe = os.pipe()
         for end in self._pipe:
             os.set_blocking(end, False)
         if threading.current_thread() is threading.main_thread():
-            for number in (n for n in _KINDS if n != _ASKED):
+            for number in stopping_signals():
                 self._before[number] = signal.signal(number, lambda number, frame: None)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._thread = threading.Thread(target=self._watch, name="portatrain-signals", daemon=True)
@@ -80,6 +90,14 @@ class StopSignals:
         """As if a signal had come; for notices that are none."""
         if self._pipe is not None and self.asked is None:
             os.write(self._pipe[1], bytes([_ASKED]))
+
+    def strengthen(self, kind: str | None) -> None:
+        """Take over what other processes were asked; a request that came here and is as strong stays."""
+        with self._deciding:
+            if STRENGTHS.index(kind) > STRENGTHS.index(self.asked):
+                if self.asked is None:
+                    self._first_s = time.monotonic()
+                self.asked = kind
 
     @contextmanager
     def staying(self) -> Iterator[None]:
@@ -110,8 +128,13 @@ class StopSignals:
 
     def _seen(self, number: int) -> None:
         kind, now_s = _KINDS[number], time.monotonic()
-        if self.asked is None:
-            self.asked, self._first_s = kind, now_s
+        with self._deciding:
+            first, asked = not self._last_s, self.asked
+            if asked is None:
+                self._first_s = now_s
+            if STRENGTHS.index(kind) > STRENGTHS.index(asked):
+                self.asked = kind
+        if first:  # what other processes were asked before is no signal of ours
             self.on_asked(kind)
         elif kind == "interrupt" or now_s - self._last_s.get(number, now_s) >= SAME_S:
             self._leave("a second signal came")
@@ -125,7 +148,12 @@ class StopSignals:
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)
-        print(f"\nleaving at once: {why}; the last committed checkpoint stands", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+            print(f"\nleaving at once: {why}; the last committed checkpoint stands", file=sys.stderr, flush=True)
+        folder = environment.REPORTS.get()
+        if folder is not None:  # the others wait for this process in vain
+            with contextlib.suppress(OSError):
+                (folder / f"left-{environment.LOCAL_RANK.get()}").write_text(str(code))
         os._exit(code)
 
     def __exit__(

@@ -12,6 +12,7 @@ import numpy as np
 
 from portatrain.backends.base import Context
 from portatrain.model.rope import RopeScaling
+from portatrain.testing.array_cases import array_cases
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.testing.case import FP32, Args, Case, Rng, normal, with_ints
 from portatrain.testing.loss_cases import loss_cases
@@ -341,5 +342,6 @@ CASES: tuple[Case, ...] = (
     *_integer_cases(),
     *_reduction_cases(),
     *loss_cases(),
+    *array_cases(),
 )
 """Every case, in the order of `portatrain.model.ops`."""

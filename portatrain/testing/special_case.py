@@ -23,8 +23,31 @@ from portatrain.testing.tolerance import FACTOR, MOVE, UNIT_ROUNDOFF
 Array = np.ndarray
 Gradients = Callable[..., Sequence[Array]]
 
+INF, NAN = np.inf, np.nan
+EMPTY = np.zeros((2, 0, 3), np.float32)
+
 SMALLEST_NORMAL = 2.0**-126
 """Devices may take smaller numbers for 0 (XLA on a CPU does), so a number below it may count as 0 of its sign."""
+
+
+def points(*values: float) -> Array:
+    """(P,) float32: what every operation is tried at (zeros of both signs, numbers below and above the smallest normal
+    one, ordinary and large ones, infinities, NaN), and more."""
+    common = (0.0, -0.0, 1e-40, -1e-40, 1e-30, -1e-30, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 30.0, -30.0, 1e4, -1e4)
+    large = (1e18, -1e18, INF, -INF, NAN)
+    return np.array([*common, *large, *values], np.float32)
+
+
+def f32(values: Any) -> Array:
+    return np.array(values, np.float32)
+
+
+def i32(values: Any) -> Array:
+    return np.array(values, np.int32)
+
+
+def one_or_more(size: Array) -> Array:
+    return np.maximum(size, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

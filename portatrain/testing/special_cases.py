@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
-from portatrain.testing.special_case import Special, elementwise
+from portatrain.testing.special_arrays import ARRAY_SLOPES, array_specials
+from portatrain.testing.special_case import EMPTY, INF, NAN, Special, elementwise, f32, i32, one_or_more, points
 
 Array = np.ndarray
-INF, NAN = np.inf, np.nan
-EMPTY = np.zeros((2, 0, 3), np.float32)
 
 WITHOUT = {
     "name": "It is the identity.",
@@ -29,31 +28,11 @@ WITHOUT = {
 """Operations without special points, with the reason."""
 
 
-def points(*values: float) -> Array:
-    """(P,) float32: what every operation is tried at (zeros of both signs, numbers below and above the smallest normal
-    one, ordinary and large ones, infinities, NaN), and more."""
-    common = (0.0, -0.0, 1e-40, -1e-40, 1e-30, -1e-30, 0.5, -0.5, 1.0, -1.0, 3.0, -3.0, 30.0, -30.0, 1e4, -1e4)
-    large = (1e18, -1e18, INF, -INF, NAN)
-    return np.array([*common, *large, *values], np.float32)
-
-
-def f32(values: Any) -> Array:
-    return np.array(values, np.float32)
-
-
-def i32(values: Any) -> Array:
-    return np.array(values, np.int32)
-
-
 # ---- elementwise: the derivatives, with their conventions
 
 
 def _sigmoid(x: Array) -> Array:
     return np.exp(-np.logaddexp(0, -x))
-
-
-def one_or_more(size: Array) -> Array:
-    return np.maximum(size, 1.0)
 
 
 def _silu_slope(x: Array) -> Array:
@@ -88,6 +67,7 @@ SLOPES: dict[str, Row] = {
     "weight": ("weight", lambda ops, x: ops.weight(x) * 1.0, np.ones_like, None),
     "cast": ("cast", lambda ops, x: ops.cast(x, "float32"), np.ones_like, None),
 }
+ALL_SLOPES = {**SLOPES, **ARRAY_SLOPES}
 """By name: the operation, a call of it, its derivative with its convention at kinks, and the size of the terms that
 cancel in it."""
 
@@ -431,4 +411,5 @@ SPECIALS: tuple[Special, ...] = (
     *_integers(),
     *_reductions(),
     *_losses(),
+    *array_specials(),
 )

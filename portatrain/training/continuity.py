@@ -24,6 +24,7 @@ from portatrain.data import Split, batch_hash
 from portatrain.errors import UserError
 from portatrain.model.rng import words
 from portatrain.recipe import Recipe
+from portatrain.system import json_files
 
 PROBE_SAMPLES = 64
 REPLAY_STEPS = 5
@@ -112,7 +113,7 @@ def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -
     """
     if "imported" in before:
         return {"verdict": "imported", "differs": [], "failed": [], "from": before["imported"]}
-    a, b = _flat(before), _flat(now)
+    a, b = _flat(json_files.strict(before)), _flat(json_files.strict(now))  # so that NaN equals NaN
     differs = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and a.get(k) != b.get(k))
     was = before.get("probe")
     if was is None:
@@ -132,10 +133,11 @@ def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -
 
 def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     """By the names of `Bounds`: the largest relative difference of two probes, and where it lies."""
-    a, b = np.array(was["losses"]), np.array(now["losses"])
+    a, b = _numbers(was["losses"]), _numbers(now["losses"])
     if a.shape != b.shape:
         return {"loss": (float("inf"), "their number")}
-    relative = (b - a) / np.maximum(np.abs(a), max(float(np.abs(a).mean()), 1e-3))
+    sizes = np.abs(a[np.isfinite(a)])
+    relative = _difference(a, b, np.maximum(np.abs(a), max(float(sizes.mean()) if sizes.size else 0.0, 1e-3)))
     found = {
         "loss": (_finite(np.abs(relative).max()), f"sample {int(np.abs(relative).argmax())}"),
         "mean": (_finite(abs(relative.mean())), "all samples"),
@@ -147,7 +149,8 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[f
         names = [k for k in kinds if kinds[k] == kind]
         least = 0.0
         if kind != "state":
-            least = 1e-3 * max((float(np.max(np.abs(was["norms"][k]))) for k in names), default=0.0)
+            norms = [np.abs(_numbers(was["norms"][k])) for k in names]
+            least = 1e-3 * max((float(np.max(n[np.isfinite(n)], initial=0.0)) for n in norms), default=0.0)
         worst = (0.0, "")
         for name in names:
             difference = _relative(was["norms"][name], now["norms"].get(name), least)
@@ -158,11 +161,25 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[f
 
 
 def _relative(a: Any, b: Any, least: float) -> float:
-    x, y = np.asarray(a, np.float64), np.asarray(np.nan if b is None else b, np.float64)
+    x, y = _numbers(a), _numbers([] if b is None else b)
     if x.shape != y.shape:
         return float("inf")
-    scale = np.maximum(np.abs(x), max(least, 1e-30))
-    return _finite(np.max(np.abs(x - y) / scale, initial=0.0))
+    return _finite(np.max(np.abs(_difference(x, y, np.maximum(np.abs(x), max(least, 1e-30)))), initial=0.0))
+
+
+def _numbers(value: Any) -> np.ndarray:
+    """Numbers, in lists or not, as `json_files.strict` writes them, as float64."""
+    if isinstance(value, list):
+        return np.array([_numbers(item) for item in value], np.float64)
+    return np.asarray(json_files.number(value) if isinstance(value, str) or value is None else value, np.float64)
+
+
+def _difference(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """(b - a) / scale; 0 where both are NaN or the same infinity, infinite where only one of them is finite."""
+    same = (a == b) | (np.isnan(a) & np.isnan(b))
+    both = np.isfinite(a) & np.isfinite(b)
+    with np.errstate(invalid="ignore"):
+        return np.where(same, 0.0, np.where(both, (b - a) / scale, np.inf))
 
 
 def _finite(x: Any) -> float:
@@ -182,7 +199,9 @@ class Replay:
     @classmethod
     def of(cls, curve: Iterable[Mapping[str, Any]], step: int, precision: str) -> Replay | None:
         """From the rows of metrics.jsonl; None where nothing was logged after `step`."""
-        rows = {int(r["step"]): float(r["loss"]) for r in curve if step < r["step"] <= step + REPLAY_STEPS}
+        rows = {
+            int(r["step"]): json_files.number(r.get("loss")) for r in curve if step < r["step"] <= step + REPLAY_STEPS
+        }
         return cls(rows, precision) if rows else None
 
     def add(self, step: int, loss: float) -> dict[str, Any] | None:

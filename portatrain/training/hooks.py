@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class TrigramBaseline(Hook):
         streams = trainer.data.streams
         if not {"train", "validation"} <= set(streams):
             return {}
-        trainer.event("scoring_a_byte_3-gram_model_on_the_same_split")
+        trainer.event(Kind.SCORING)
         bits = KneserNey(streams["train"]).bits_per_byte(streams["validation"])
         return {"references": {"byte 3-gram model (Kneser-Ney), bits per byte": bits}}
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.attempt import Attempt, NullAttempt
+from portatrain.runs.events import Kind
 from portatrain.system.stop_signals import StopSignals
 from portatrain.system.watchdog import Watchdog
 from portatrain.training.metrics.record import Sink
@@ -25,7 +26,7 @@ class Leaving:
 
     def __init__(
         self,
-        attempt: Attempt | Follower,
+        attempt: Attempt | NullAttempt,
         folder: Path,
         *,
         process: int,
@@ -59,12 +60,12 @@ class Leaving:
 
     @property
     def asked(self) -> str | None:
-        """None, 'interrupt' or 'preempt'; set to what all processes have agreed on."""
+        """None, 'interrupt' or 'preempt': the strongest request that has come to this process or been agreed on."""
         return self.signals.asked
 
-    @asked.setter
-    def asked(self, kind: str | None) -> None:
-        self.signals.asked = kind
+    def strengthen(self, kind: str | None) -> None:
+        """Take over what all processes have agreed on; a request that came here meanwhile is not forgotten."""
+        self.signals.strengthen(kind)
 
     @property
     def trained(self) -> bool:
@@ -84,7 +85,7 @@ class Leaving:
 
     def _asked(self, kind: str) -> None:
         for sink in self.sinks:
-            sink.event("stopping", asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
+            sink.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
 
     def _leave(self, why: str) -> None:
         status = "interrupted" if self.asked == "interrupt" else "preempted"
@@ -93,5 +94,5 @@ class Leaving:
         self.attempt.close()
 
     def _hung(self, found: dict[str, Any]) -> None:
-        self.attempt.event("hang", **found)
+        self.attempt.event(Kind.HANG, **found)
         self.attempt.close()

@@ -26,11 +26,12 @@ from portatrain.errors import UserError
 from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
-from portatrain.runs.attempt import Attempt, Follower
+from portatrain.runs.attempt import Attempt, NullAttempt
+from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
-from portatrain.system.stop_signals import StopSignals
+from portatrain.system.stop_signals import STRENGTHS, StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
@@ -57,6 +58,8 @@ class TrainOptions:
     checkpoints: str | None = None
     """A URL of an object store for the checkpoints, kept in the run directory; None: as that says, or inside it."""
     sinks: Sequence[Sink] = ()
+    source: Mapping[str, Any] | None = None
+    """How `portatrain train` was called, for attempt.json: what `launch resume` goes on from."""
     signals: StopSignals | None = None
     """Entered by the caller, so that a request to stop is seen from the start."""
 
@@ -96,6 +99,8 @@ class Trainer:
         self.step = 0
         """Steps trained so far."""
         self._skipped: list[int] = []
+        self._status, self._told = "failed", False
+        self._summary: dict[str, Any] = {}
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
         self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
         self._replay: continuity.Replay | None = None
@@ -114,68 +119,85 @@ class Trainer:
     def _run(self) -> int:
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
+        if self.options.source is not None:
+            info["source"] = dict(self.options.source)
         if not self.backend.process:
             fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s, self._begun = time.perf_counter(), True
-            self.checkpoints = Checkpoints(
-                self.run_dir.checkpoints(self.options.checkpoints),
-                keep=self.recipe.retention,
-                save_name=f"a{attempt.number}",
-                process=self.backend.process,
-                processes=self.backend.processes,
-                guard=attempt.guard,
-            )
-            found = self._newest(attempt)
-            self.step = int(found.meta["step"]) if found else 0
-            self._info = self._run_info(attempt.number, about)
-            attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
-            for sink in self.sinks:
-                sink.start(self._info)
-            for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
-                self.event("warning", what=str(unknown))
-            status, summary = "failed", {}
             try:
-                if found:
-                    self._go_on(found)
-                else:
-                    self.state = self.backend.init_state()
-                    # What a save on demand would have to compile within the grace.
-                    if self._stop.signals.grace_s is not None:
-                        continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
-                if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
-                    self.event("saves_exceed_memory", training_waits_for_gib_written=round(beyond / 2**30, 3))
-                for hook in self.recipe.hooks:
-                    hook.on_start(self)
-                self._loop()
-                self._stop.at("save", self.step)
-                self._save(last=True)
-                self.checkpoints.wait()
-                self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
-                self._stop.at("eval", self.step)
-                summary = self._finish() if self.step == self.recipe.steps else self._results()
-                # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
-                asked = self._asked()
-                if asked is None and self.step == self.recipe.steps:
-                    status = "done"
-                    attempt.finish({"status": status, **summary})
-                else:
-                    status = {"interrupt": "interrupted", "preempt": "preempted"}.get(asked or "", "stopped")
-                    self.event(status, step=self.step, of=self.recipe.steps)
-                    attempt.write("summary.json", {"status": status, **summary})
+                self._train(attempt, about)
+            except BaseException as error:
+                self._summary = {**self._summary, "why": attempt.keep_error(error)}
+                raise
             finally:
-                for sink in self.sinks:
-                    sink.end({"status": status, **summary})
-        return {"done": OK, "interrupted": INTERRUPTED}.get(status, RESUMABLE)
+                self._end(attempt)
+        return {"done": OK, "interrupted": INTERRUPTED}.get(self._status, RESUMABLE)
 
-    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | Follower:
+    def _train(self, attempt: Attempt | NullAttempt, about: Mapping[str, Any]) -> None:
+        """The attempt from its first checkpoint to its last; `_status` and `_summary` say how it ended."""
+        self.checkpoints = Checkpoints(
+            self.run_dir.checkpoints(self.options.checkpoints),
+            keep=self.recipe.retention,
+            save_name=f"a{attempt.number}",
+            process=self.backend.process,
+            processes=self.backend.processes,
+            guard=attempt.guard,
+        )
+        found = self._newest(attempt)
+        self.step = int(found.meta["step"]) if found else 0
+        self._info = self._run_info(attempt.number, about)
+        attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
+        self._told = True
+        for sink in self.sinks:
+            sink.start(self._info)
+        for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
+            self.event(Kind.WARNING, what=str(unknown))
+        if found:
+            self._go_on(found)
+        else:
+            self.state = self.backend.init_state()
+            # What a save on demand would have to compile within the grace.
+            if self._stop.signals.grace_s is not None:
+                continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
+        if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
+            self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
+        for hook in self.recipe.hooks:
+            hook.on_start(self)
+        self._loop()
+        self._stop.at("save", self.step)
+        self._save(last=True)
+        self.checkpoints.wait()
+        self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
+        self._stop.at("eval", self.step)
+        self._summary = self._finish() if self.step == self.recipe.steps else self._results()
+        # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
+        asked = self._asked()
+        if asked is None and self.step == self.recipe.steps:
+            attempt.finish({"status": "done", **self._summary})
+            self._status = "done"
+        else:
+            ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
+            self._status = str(ends.get(asked or "", Kind.STOPPED))
+            self.event(self._status, step=self.step, of=self.recipe.steps)
+            attempt.write("summary.json", {"status": self._status, **self._summary})
+
+    def _end(self, attempt: Attempt | NullAttempt) -> None:
+        """Tell the sinks how the attempt ended, or its record alone if they have not been started."""
+        if self._told:
+            for sink in self.sinks:
+                sink.end({"status": self._status, **self._summary})
+        else:
+            attempt.event(Kind.END, status=self._status, **self._summary)
+
+    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | NullAttempt:
         """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
         first, signals = not self.backend.process, self.options.signals
         # A request to stop finds an attempt that can be told and closed, or none.
         with signals.staying() if first and signals is not None else nullcontext():
-            attempt = self.run_dir.begin(self.recipe, info) if first else Follower(self.backend.agree(0))
+            attempt = self.run_dir.begin(self.recipe, info) if first else self._follow(self.backend.agree(0))
             stack.enter_context(attempt)
             if isinstance(attempt, Attempt):
                 self.sinks.append(JsonlSink(attempt))
@@ -192,6 +214,9 @@ class Trainer:
         if first:
             self.backend.agree(attempt.number)
         return attempt
+
+    def _follow(self, number: int) -> NullAttempt:
+        return NullAttempt(number, self.run_dir.path / "attempts" / str(number), self.backend.process)
 
     def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
         """Return what does not change during the attempt; `about` is the backend's description of its device."""
@@ -212,28 +237,31 @@ class Trainer:
         """Return the id in run.json; only process 0, which has the sinks, needs it."""
         return "" if self.backend.process else str(self.run_dir.run_info().get("id", ""))
 
-    def _newest(self, attempt: Attempt | Follower) -> Any:
+    def _newest(self, attempt: Attempt | NullAttempt) -> Any:
         """The newest checkpoint that verifies, the same for all processes; None where there is none."""
         if not self.backend.process and not self.run_dir.locks:
             self.checkpoints.remove_unfinished()
-        found = self.checkpoints.newest(lambda text: attempt.event("checkpoint_damaged", what=text), self.backend.agree)
+        found = self.checkpoints.newest(
+            lambda text: attempt.event(Kind.CHECKPOINT_DAMAGED, what=text), self.backend.agree
+        )
         return found[1] if found else None
 
     def _asked(self) -> str | None:
         """Return how any process has been asked to stop, or None: all leave after the same step."""
-        asked = self._agreed()
-        return None if asked == "save" else asked
+        agreed = self._agreed()
+        return None if agreed == "save" else agreed
 
     def _agreed(self, *, save: bool = False) -> str | None:
-        """Return what all processes do now: None, "preempt" or "interrupt" to stop, or "save" if one wants to `save`.
+        """Return what all processes do now: None, "save" if one wants to `save`, or how to stop (`STRENGTHS`).
 
-        One exchange a step tells both. A stop comes before a save: the state is saved then anyway.
+        One exchange a step tells both. A stop comes before a save: the state is saved then anyway. What has come to
+        this process meanwhile is not in the answer: the others know of that the next time.
         """
-        kinds = (None, "save", "preempt", "interrupt")
+        kinds = (None, "save", *STRENGTHS[1:])
         asked = self._stop.asked
         agreed = kinds[self.backend.agree(kinds.index("save" if save and asked is None else asked))]
-        if agreed in ("preempt", "interrupt"):
-            self._stop.asked = agreed
+        if agreed != "save":
+            self._stop.strengthen(agreed)
         return agreed
 
     def _loop(self) -> None:
@@ -313,9 +341,9 @@ class Trainer:
         skips = by_time or (recipe.checkpoint_busy == "skip" and not last)
         if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
             self._saved = self.step
-            self.event("saving", step=self.step)
+            self.event(Kind.SAVING, step=self.step)
         else:
-            self.event("save_skipped", step=self.step, why="the one before is still being written")
+            self.event(Kind.SAVE_SKIPPED, step=self.step, why="the one before is still being written")
 
     def _go_on(self, reader: Any) -> None:
         """Restore, and check that the run is the same run."""
@@ -331,7 +359,7 @@ class Trainer:
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
-        self.event("resumed", step=step, **found, accepted=self.options.accept_drift)
+        self.event(Kind.RESUMED, step=step, **found, accepted=self.options.accept_drift)
         if found["verdict"] == "broken" and self.options.accept_drift is None:
             raise continuity.refusal(step, found)
 
@@ -370,7 +398,7 @@ class Trainer:
 
     def _skip(self, step: int, loss: float, norm: float) -> None:
         self._skipped.append(step)
-        self.event("skipped", step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
+        self.event(Kind.SKIPPED, step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
         if len(self._skipped) > self.recipe.max_skips:
             raise UserError(
                 f"step {step} of {self.recipe.name}",
@@ -429,7 +457,7 @@ class Trainer:
         train_s = time.perf_counter() - self._began_s
         final = self.recipe.eval_final_batches
         if final == "all":
-            self.event("evaluating_the_whole_validation_split")
+            self.event(Kind.EVALUATING)
         self._evaluate(None if final == "all" else final or self.recipe.eval_batches)
         summary = {**self._results(), "train_s": train_s}
         for hook in self.recipe.hooks:

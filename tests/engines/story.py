@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from portatrain.runs.history import History, read_history
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, status
 
 HERE = Path(__file__).parent
 
@@ -32,8 +32,8 @@ def prepare() -> None:
         Path("corpus", f"{k}.txt").write_text("".join(lines))
 
 
-def now(name: str = "story") -> Status:
-    return status(RunDir(Path("runs", name)))
+def now(name: str = "story") -> History:
+    return read_history(RunDir(Path("runs", name)))
 
 
 def story_of(name: str = "story") -> str:

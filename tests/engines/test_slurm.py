@@ -12,9 +12,9 @@ import pytest
 
 from launchers.slurm import SlurmLauncher
 from portatrain.runs import jobs
+from portatrain.runs.history import History, read_history
 from portatrain.runs.open import open_run
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, status
 from tests.engines.slurm_here import Slurm
 from tests.engines.story import launch
 
@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(1500)]
 Until = Callable[..., None]
 
 
-def now(name: str = "a") -> Status:
-    return status(RunDir(Path("runs", name)))
+def now(name: str = "a") -> History:
+    return read_history(RunDir(Path("runs", name)))
 
 
 def events(kind: str, name: str = "a") -> list[dict[str, Any]]:
@@ -155,7 +155,7 @@ def test_a_node_that_dies(light_lab: Slurm, until: Until) -> None:
     # What Slurm will do by itself takes as long as the node is away; the held sibling is free to go on.
     until(lambda: "released" in launch("reconcile", "a") or now().state == "SUCCEEDED", 60, "released", seen)
     until(lambda: now().state == "SUCCEEDED", 60, "the end", seen)
-    assert now().attempts[0].ended == "" and now().attempts[1].steps[0] == 21
+    assert now().attempts[0].ended == "lost" and now().attempts[1].steps[0] == 21
     assert now().trained_again > 0  # what had not been committed; the curve has each step once
     assert [row["step"] for row in RunDir(Path("runs/a")).curve()] == list(range(1, 61))
     until(lambda: not light_lab.jobs(), 60, "no job left", light_lab.jobs)
@@ -221,7 +221,7 @@ def test_a_folder_of_odd_characters(light_lab: Slurm, until: Until) -> None:
     runs = "my runs, %j $(id) 'so'"
     launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", "--runs", runs)
     run = RunDir(Path(runs, "a"))
-    until(lambda: status(run).state == "SUCCEEDED", 60, "the end", lambda: list(Path().rglob("*.log")))
+    until(lambda: read_history(run).state == "SUCCEEDED", 60, "the end", lambda: list(Path().rglob("*.log")))
     assert sorted(p.name for p in (run.path / "attempts/1").glob("rank-*.log")) == ["rank-0.log", "rank-1.log"]
     refused = launch("--cluster", "lab-tpu", "tiny-lm", "--run", "a", "--runs", 'say "so"', code=2)
     assert "without quotes" in refused and not Path('say "so"').exists()
@@ -269,8 +269,8 @@ def test_a_run_directory_in_an_object_store(
     with s3(monkeypatch):
         runs, run = "s3://runs/many", "s3://runs/many/a"
 
-        def there() -> Status:
-            return status(open_run(run))
+        def there() -> History:
+            return read_history(open_run(run))
 
         launch("--cluster", "lab-tpu,lab-gpu", "tiny-lm", "--run", "a", "--runs", runs)
         until(lambda: there().step >= 5, 60, "steps", there)

@@ -24,8 +24,8 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.runs.claim import live_owner
+from portatrain.runs.history import read_history
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import status
 from tests.engines.slurm_here import Slurm
 from tests.engines.story import launch, now, prepare, story_of
 
@@ -73,7 +73,7 @@ def test_no_step_is_lost_or_trained_twice(
     check(run, steps, every=10)
     assert [row["loss"] for row in run.curve()] == [row["loss"] for row in alone.curve()]
     assert same(run, alone)
-    seams = Counter(a.verdict for a in status(run).attempts if a.verdict)
+    seams = Counter(a.verdict for a in read_history(run).attempts if a.verdict)
     assert set(seams) == {"continuous"}, seams
     print(f"{BACKEND}: losses and last checkpoint bit-equal to the undisturbed run; seams {dict(seams)}", flush=True)
 

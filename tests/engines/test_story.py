@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from portatrain.runs.history import committed
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import committed
 from tests.engines.slurm_here import Slurm
 from tests.engines.story import launch, now, prepare, story_of
 

@@ -31,9 +31,9 @@ from portatrain.backends.base import missing
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.runs.history import History, read_history
 from portatrain.runs.open import open_run
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, status
 from portatrain.system.object_store import Objects
 from portatrain.training.trainer import train
 from tests.support.s3 import Proxy, s3
@@ -300,8 +300,8 @@ def test_launched_killed_and_gone_on_with_elsewhere(
     runs, run = "s3://runs/many", "s3://runs/many/a"
     assert launch_main(["--cluster", "here", "mine.py", "--detach", "--run", "a", "--runs", runs]) == 0
 
-    def now() -> Status:
-        return status(open_run(run))
+    def now() -> History:
+        return read_history(open_run(run))
 
     until(lambda: (now().committed or 0) >= 20, "a commit", now)
     refused = launch_main(["--cluster", "here", "mine.py", "--detach", "--run", "a", "--runs", runs])
@@ -330,10 +330,10 @@ def test_a_cancel_reaches_a_run_on_another_machine(
     _light_cluster(tmp_path, monkeypatch, step_s=0.5)
     run = "s3://runs/many/b"
     assert launch_main(["--cluster", "here", "tiny-lm", "--detach", "--run", "b", "--runs", "s3://runs/many"]) == 0
-    until(lambda: status(open_run(run)).step >= 1, "a step", lambda: status(open_run(run)))
+    until(lambda: read_history(open_run(run)).step >= 1, "a step", lambda: read_history(open_run(run)))
     monkeypatch.setenv("PORTATRAIN_SCRATCH", str(tmp_path / "two"))
     assert launch_main(["cancel", run]) == 0
-    found = status(open_run(run))
+    found = read_history(open_run(run))
     assert found.state == "CANCELLED" and found.committed == found.step >= 1 and found.owner is None
     assert "cancelled; saved: step" in capsys.readouterr().out
 

@@ -55,7 +55,7 @@ def job(engine: str, cluster: str, mesh: str, options: dict[str, Any], number: i
         devices=target.devices,
         hosts=target.hosts,
         processes=target.processes,
-        place=target.place,
+        cluster_shape=target.cluster_shape,
         options={"python": "python3", **options},
         code="/runs/llama/code/0123456789abcdef",
         cwd="/home/me",

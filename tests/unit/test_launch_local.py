@@ -17,8 +17,8 @@ from portatrain.cli import launch_main
 from portatrain.recipe import load_recipe
 from portatrain.runs import jobs
 from portatrain.runs.claim import live_owner
+from portatrain.runs.history import History, read_history
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, status
 from portatrain.system import json_files
 
 ROOT = Path(__file__).parents[2]
@@ -39,8 +39,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def now() -> Status:
-    return status(RunDir(Path("runs/a")))
+def now() -> History:
+    return read_history(RunDir(Path("runs/a")))
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:

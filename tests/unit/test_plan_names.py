@@ -189,7 +189,6 @@ def test_own_clusters(tmp_path: Path) -> None:
         ("[pod]\nchip = 'tpu-v5p'\ntopology = '4x4x6'\n", 3, "4x4x8"),
         ("[pod]\nchip = 'tpu-v5p'\ncount = 9\nslices = 2\n", 3, "multiple of slices"),
         ("[a]\nchip = 'h100'\ncount = 8\n[b]\nchip = 'h100'\ncount = 8\nchips = 8\n", 7, "count"),
-        ("[a]\nchip = 'h100'\ncount = 8\nengine = 'slrm'\n", 4, "slurm"),
         ("[a]\nchip = 'h100'\ncount = 8\nprices = { spot = -1 }\n", 4, "USD per chip-hour"),
         ("[a]\nchip = 'h100'\ncount = 8\n[a.prices]\nspot = 'x'\n", 4, "USD per chip-hour"),
         ("[a]\nchip = 'h100'\ncount = 8\nprices = { spot = inf }\n", 4, "USD per chip-hour"),

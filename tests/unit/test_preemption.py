@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launchers.rank_entry import place
+from launchers.rank_entry import rank_variables as variables
 from portatrain.errors import UserError
 from portatrain.system.cloud_notices import Notices, noticed, source
 from portatrain.system.environment import GRACE_S, NOTICES
@@ -138,17 +138,21 @@ def test_notices_of_clouds(metadata: tuple[str, dict[str, str]], monkeypatch: py
 def test_where_a_process_is_by_its_scheduler() -> None:
     head = {"MASTER_ADDR": "head", "MASTER_PORT": "1"}
     slurm = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}
-    assert place({**slurm, **head}) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    assert place({**slurm, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == {}
+    assert variables({**slurm, **head}) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert variables({**slurm, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == {}
     pod = {"JOB_INDEX": "2", "JOB_COMPLETION_INDEX": "1", "PORTATRAIN_HOSTS": "12", "PORTATRAIN_SLICE_HOSTS": "4"}
-    assert place({**pod, **head})["RANK"] == "9"
+    assert variables({**pod, **head})["RANK"] == "9"
     tpu = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a,b", "MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
-    assert place({**tpu, **head}) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    assert place({"RANK": "0", "WORLD_SIZE": "2", **slurm}) == {}
+    assert variables({**tpu, **head}) == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    # The pods of a JobSet on TPUs have Cloud TPU's variables too: they count within a slice.
+    assert variables({**pod, **tpu, **head})["RANK"] == "9"
+    assert variables({"RANK": "0", "WORLD_SIZE": "2", **slurm}) == {}
     with pytest.raises(UserError, match="MASTER_ADDR"):
-        place(slurm)
+        variables(slurm)
+    with pytest.raises(UserError, match="SLURM_PROCID: expected a whole number"):
+        variables({**slurm, **head, "SLURM_PROCID": "abc"})
     with pytest.raises(UserError, match="rank below 4"):
-        place({**slurm, **head, "SLURM_PROCID": "7"})
+        variables({**slurm, **head, "SLURM_PROCID": "7"})
 
 
 def row(process: int, step: int, phase: str, host: str = "", unix_s: float = 100.0) -> dict[str, object]:

@@ -17,10 +17,10 @@ from portatrain.cli import launch_main, main
 from portatrain.errors import UserError
 from portatrain.runs import jobs, remote_claim, remote_run_dir
 from portatrain.runs.claim import Owner
+from portatrain.runs.history import read_history
 from portatrain.runs.jobs import Job
-from portatrain.runs.open import open_run
+from portatrain.runs.open import find, names, open_run
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import find, names, status
 from portatrain.system import object_store as connection
 from portatrain.system.environment import CLAIM, SCRATCH
 from portatrain.system.object_store import Objects
@@ -96,7 +96,7 @@ def held_by(objects: Objects, **changes: object) -> Owner:
 def test_a_run_from_begin_to_done(elsewhere: Any) -> None:
     run = open_run(URL, work=True)
     with run.begin(RECIPE, {"backend": "jax"}) as attempt:
-        assert status(open_run(URL)).state == "STARTING"
+        assert read_history(open_run(URL)).state == "STARTING"
         attempt.metrics({"step": 1, "loss": 1 / 3, "grad_norm": float("inf"), "time_s": 0.5})
         attempt.event("eval", step=1, loss=0.25)
         attempt.finish({"status": "done", "loss": 1 / 3})
@@ -105,7 +105,7 @@ def test_a_run_from_begin_to_done(elsewhere: Any) -> None:
     assert seen.is_done and seen.recipe() == RECIPE and seen.summary() == {"status": "done", "loss": 1 / 3}
     assert [(r["step"], r["loss"], r["attempt"]) for r in seen.curve()] == [(1, 1 / 3, 1)]
     assert [(e["event"], e["loss"]) for e in seen.events("eval")] == [("eval", 0.25)]
-    assert seen.owner() is None and status(seen).state == "SUCCEEDED"
+    assert seen.owner() is None and read_history(seen).state == "SUCCEEDED"
     with pytest.raises(UserError, match="finished"):
         open_run(URL, work=True).begin(RECIPE)
 
@@ -231,14 +231,14 @@ def test_what_is_looked_at_is_refreshed_and_marks_that_are_gone_go() -> None:
     run, objects = open_run(URL, work=True), Objects(URL)
     run.create(RECIPE)
     looked = open_run(URL)
-    assert status(looked).state == "QUEUED"
+    assert read_history(looked).state == "QUEUED"
     objects.put("CANCELLED", b"{}")
-    assert status(looked).state == "CANCELLED"  # a mark is asked for each time
+    assert read_history(looked).state == "CANCELLED"  # a mark is asked for each time
     looked.refresh()
     assert (looked.path / "CANCELLED").exists()
     looked.remove("CANCELLED")
     looked.refresh()
-    assert not (looked.path / "CANCELLED").exists() and status(looked).state == "QUEUED"
+    assert not (looked.path / "CANCELLED").exists() and read_history(looked).state == "QUEUED"
 
 
 def test_jobs_have_numbers_of_their_own() -> None:

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from portatrain.cli import main
-from portatrain.runs.history import gather
+from portatrain.runs.history import kept_checkpoints, read_history
 from portatrain.runs.report.charts import Band, Mark, chart
+from portatrain.runs.run_dir import RunDir
 from portatrain.system.svg import columns, ticks
 
 EVAL = {"event": "eval", "step": 8, "loss": 0.7, "metrics": {"accuracy": 0.5}}
@@ -87,25 +88,25 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_facts(run: Path) -> None:
-    found = gather(run)
-    assert [(a.number, a.first, a.last, a.lost, a.ended) for a in found.attempts] == [
+    found = read_history(run)
+    assert [(a.number, *(a.steps or ()), a.again, a.ended) for a in found.attempts] == [
         (1, 1, 7, 2, "lost"),
         (2, 6, 9, 0, "stopped"),
         (3, 10, 10, 0, "lost"),
     ]
-    first, second = found.seams
+    first, second = found.resume_points
     assert (first.step, first.earlier, first.attempt, first.retrained, first.retrained_s) == (5, 1, 2, 2, 4.0)
     # The last step there ended at 1000 + 24; the first here began at 1100 + 12 - 2.
     assert first.gap_s == pytest.approx(1110 - 1024)
     assert (second.step, second.event["accepted"], second.retrained) == (9, "a <b>reason</b>", 0)
     assert found.lost_s == pytest.approx(4 + 86 + (1210 - 1118))
-    assert [(c["step"], c["committed"]) for c in found.checkpoints] == [(5, True), (9, False)]
+    assert [(c["step"], c["committed"]) for c in kept_checkpoints(RunDir(run))] == [(5, True), (9, False)]
     assert [r["step"] for r in found.curve] == list(range(1, 11))
 
 
 def test_the_page_needs_nothing_and_says_all(run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["report", str(run)]) == 0
-    assert "10 steps, 3 attempts, 2 seams" in capsys.readouterr().out
+    assert "10 steps, 3 attempts, 2 resume points" in capsys.readouterr().out
     text = (run / "report.html").read_text()
     for what in ("http:", "https:", "<script", "<link", "@import", "src=", "url("):
         assert what not in text, what
@@ -139,7 +140,7 @@ def test_a_long_curve_is_drawn_with_its_range() -> None:
     points = [(i, math.sin(i / 50) + (5.0 if i == 7777 else 0.0)) for i in range(1, 20_001)]
     drawn = columns(points)
     assert len(drawn) <= 600 and max(c[3] for c in drawn) > 3.9  # no peak is lost
-    svg = ET.fromstring(chart("t", points, steps=20_000, bands=[], seams=[]))
+    svg = ET.fromstring(chart("t", points, steps=20_000, bands=[], marks=[]))
     assert svg.find("polygon") is not None
 
 
@@ -150,7 +151,7 @@ def test_odd_curves_are_drawn(values: list[float]) -> None:
         list(enumerate(values, 1)),
         steps=3,
         bands=[Band(number=9, first=1, last=1, text="&")],
-        seams=[Mark(step=1, verdict="odd", text="<")],
+        marks=[Mark(step=1, verdict="odd", text="<")],
         dots=[(1, float("inf"))],
     )
     ET.fromstring(made)
@@ -180,4 +181,4 @@ def test_a_run_that_has_not_trained_yet(tmp_path: Path) -> None:
     run.mkdir()
     (run / "run.json").write_text(json.dumps({"name": "run", "recipe": {"steps": 3}}))
     assert main(["report", str(run)]) == 0
-    assert "not begun" in (run / "report.html").read_text()
+    assert "QUEUED" in (run / "report.html").read_text()

@@ -35,7 +35,7 @@ def test_a_run_from_begin_to_done(tmp_path: Path) -> None:
     assert run.is_done
     assert run.recipe() == RECIPE
     assert run.run_info()["recipe_sha256"] == RECIPE.sha256
-    assert run.curve() == [{"step": 1, "loss": 1 / 3, "grad_norm": None, "attempt": 1}]
+    assert run.curve() == [{"step": 1, "loss": 1 / 3, "grad_norm": float("inf"), "attempt": 1}]
     assert [(e["event"], e["attempt"], e["loss"]) for e in run.events("eval")] == [("eval", 1, 0.25)]
     assert run.summary() == {"status": "done", "loss": 1 / 3}
     assert json_files.read_json(run.path / "attempts" / "1" / "attempt.json")["backend"] == "jax"

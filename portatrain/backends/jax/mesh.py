@@ -22,6 +22,8 @@ def join() -> None:
     """
     if jax.distributed.is_initialized():
         return
+    # It would take SIGTERM for itself, and nothing here asks it for a step to stop at.
+    jax.config.update("jax_enable_preemption_service", False)
     n = processes.world_size()
     if n is not None and n > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
+from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
 from portatrain.model import dropout_hash
 from portatrain.model.layout import Layout
@@ -60,7 +61,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh):
+class JaxOps(OnMesh, JaxArrays):
     """See `model.ops.Ops`. One is made for every trace; `auxes` and `tallies` collect what the model records."""
 
     step: Any

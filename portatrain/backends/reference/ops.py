@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
 from portatrain.model import dropout_hash
@@ -20,7 +21,7 @@ from portatrain.model.rope import RopeScaling
 Array = np.ndarray
 
 
-class ReferenceOps:
+class ReferenceOps(ReferenceArrays):
     """The oracle. All floating arrays are float64: 'float32', 'bfloat16' and 'compute' mean float64.
 
     Args:

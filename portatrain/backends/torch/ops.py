@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_map
 from portatrain.backends.torch.attention import attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
+from portatrain.backends.torch.ops_arrays import TorchArrays
 from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
 from portatrain.model import dropout_hash
@@ -47,7 +48,7 @@ class Static:
 
 
 @dataclasses.dataclass
-class TorchOps:
+class TorchOps(TorchArrays):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect what the model records.
 
     `run_block` runs one layer of a Stack (compiled, where the backend compiles), `run_again` one under the remat

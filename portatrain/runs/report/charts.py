@@ -1,4 +1,4 @@
-"""Curves over steps as inline SVG: one chart a figure, a coloured band an attempt, a line a seam."""
+"""Curves over steps as inline SVG: one chart a figure, a coloured band an attempt, a line a resume point."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Band:
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """A seam after `step`."""
+    """A resume point after `step`."""
 
     step: int
     verdict: str
@@ -42,7 +42,7 @@ def chart(
     *,
     steps: int,
     bands: Sequence[Band],
-    seams: Sequence[Mark],
+    marks: Sequence[Mark],
     dots: Sequence[Point] = (),
     dots_are: str = "",
 ) -> str:
@@ -78,10 +78,10 @@ def chart(
             f'<circle cx="{x(step):.1f}" cy="{y(value):.1f}" r="3" class="dot"><title>{escape(dots_are)} at step '
             f"{step:g}: {value:.5g}</title></circle>"
         )
-    for seam in seams:
-        at, colour = x(seam.step), VERDICTS.get(seam.verdict, "#555")
+    for mark in marks:
+        at, colour = x(mark.step), VERDICTS.get(mark.verdict, "#555")
         out.append(
-            f'<g><title>{escape(seam.text)}</title><line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 4}" '
+            f'<g><title>{escape(mark.text)}</title><line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP - 4}" '
             f'y2="{HEIGHT - BOTTOM}" stroke="{colour}" stroke-dasharray="4 3"/><path d="M {at - 5:.1f} {TOP - 12} h 10 '
             f'l -5 8 z" fill="{colour}"/></g>'
         )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from portatrain.runs.history import AttemptFacts, RunFacts
+from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration
@@ -27,20 +27,20 @@ code { background: #f4f4f4; padding: 0 .25em } .sub { color: #666; margin-top: .
 """
 
 
-def page(run: RunFacts) -> str:
-    """The whole document."""
+def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
+    """Return the whole document; `checkpoints` as `history.kept_checkpoints` gives them."""
     return "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
-            f"<title>{escape(run.name)}</title>",
+            f"<title>{escape(run.run)}</title>",
             f"<style>{STYLE}</style></head><body>",
             _head(run),
             _charts(run),
             _attempts(run),
-            _seams(run),
+            _resume_points(run),
             _plans(run),
-            _checkpoints(run),
+            _checkpoints(checkpoints),
             _recipe(run),
             "</body></html>",
             "",
@@ -48,24 +48,24 @@ def page(run: RunFacts) -> str:
     )
 
 
-def _head(run: RunFacts) -> str:
+def _head(run: History) -> str:
     reached = run.curve[-1]["step"] if run.curve else 0
     trained_s = sum(float(row.get("step_s", 0.0)) for row in run.curve)
-    facts = [f"{run.state}", f"step {reached} of {run.steps}", f"{len(run.attempts)} attempt(s)"]
+    facts = [run.state, f"step {reached} of {run.steps}", f"{len(run.attempts)} attempt(s)"]
     if trained_s:
         facts.append(f"{duration(trained_s)} of training")
-    if run.seams:
+    if run.resume_points:
         facts.append(f"{duration(run.lost_s)} lost to restarts")
     last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
     if last:
         more = "".join(f", {escape(k.replace('_', ' '))} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
-        facts.append(f"validation loss {last['loss']:.4f} at step {last['step']}{more}")
+        facts.append(f"validation loss {last['loss']:.4f} at step {last.get('step', '?')}{more}")
     if run.skipped:
         facts.append(f"{len(run.skipped)} step(s) skipped: not finite")
-    return f"<h1>{escape(run.name)}</h1><p class=sub>{' · '.join(facts)}</p>"
+    return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(facts)}</p>"
 
 
-def _charts(run: RunFacts) -> str:
+def _charts(run: History) -> str:
     bands = []
     for attempt in run.attempts:
         mine = [row["step"] for row in run.curve if row["attempt"] == attempt.number]
@@ -75,12 +75,12 @@ def _charts(run: RunFacts) -> str:
                     number=attempt.number,
                     first=mine[0],
                     last=mine[-1],
-                    text=f"attempt {attempt.number}: {attempt.where}, steps {mine[0]} to {mine[-1]}",
+                    text=f"attempt {attempt.number}: {attempt.runs_on}, steps {mine[0]} to {mine[-1]}",
                 )
             )
     marks = [
         Mark(step=s.step, verdict=str(s.event.get("verdict")), text=f"step {s.step}: {in_words(s.event)}")
-        for s in run.seams
+        for s in run.resume_points
     ]
     steps = max(run.steps, run.curve[-1]["step"] if run.curve else 0)
     unit = "tokens" if "seq_len" in run.recipe.get("data", {}) else "samples"
@@ -93,9 +93,13 @@ def _charts(run: RunFacts) -> str:
     out = []
     for key, title in figures:
         points = [(row["step"], row[key]) for row in run.curve if row.get(key) is not None]
-        dots = [(e["step"], e["loss"]) for e in run.evals if e.get("loss") is not None] if key == "loss" else []
+        dots = (
+            [(e["step"], e["loss"]) for e in run.evals if e.get("loss") is not None and e.get("step") is not None]
+            if key == "loss"
+            else []
+        )
         named = f"{title} (dots: validation)" if dots else title
-        out.append(chart(named, points, steps=steps, bands=bands, seams=marks, dots=dots, dots_are="validation loss"))
+        out.append(chart(named, points, steps=steps, bands=bands, marks=marks, dots=dots, dots_are="validation loss"))
     keys = "".join(
         f'<span style="margin-right:1.4em"><i class="key" style="background:{b.colour}"></i>{escape(b.text)}</span>'
         for b in bands
@@ -103,17 +107,17 @@ def _charts(run: RunFacts) -> str:
     return f"<p>{keys}</p>{''.join(out)}"
 
 
-def _attempts(run: RunFacts) -> str:
+def _attempts(run: History) -> str:
     rows = [
         (
             _key(a),
-            a.where,
+            a.runs_on,
             a.framework,
-            f"{a.first} to {a.last}" if a.first is not None else "none",
-            str(a.lost or ""),
-            _when(a.began_s),
-            duration(max(0.0, a.ended_s - a.began_s)),
-            a.ended,
+            f"{a.steps[0]} to {a.steps[1]}" if a.steps else "none",
+            str(a.again or ""),
+            _when(a.began_unix_s),
+            duration(max(0.0, a.ended_unix_s - a.began_unix_s)),
+            a.ended or "goes on",
         )
         for a in run.attempts
     ]
@@ -121,16 +125,16 @@ def _attempts(run: RunFacts) -> str:
     return _section("Attempts", _table(head, rows, raw=(0,)))
 
 
-def _key(attempt: AttemptFacts) -> str:
+def _key(attempt: AttemptHistory) -> str:
     colour = Band(number=attempt.number, first=1, last=1, text="").colour
     return f'<i class="key" style="background:{colour}"></i>{attempt.number}'
 
 
-def _seams(run: RunFacts) -> str:
-    if not run.seams:
+def _resume_points(run: History) -> str:
+    if not run.resume_points:
         return ""
     rows = []
-    for s in run.seams:
+    for s in run.resume_points:
         verdict = str(s.event.get("verdict"))
         colour = VERDICTS.get(verdict, "#555")
         shown = f'<b style="color:{colour}">{escape(verdict)}</b>{escape(in_words(s.event)[len(verdict) :])}'
@@ -145,25 +149,28 @@ def _seams(run: RunFacts) -> str:
         )
     head = ("after step", "attempts", "continuity", "trained again", "from the last step there to the first here")
     total = f"<p>Lost to restarts: {run.lost_s:.1f} s.</p>"
-    return _section("Seams", _table(head, rows, raw=(2,)) + total)
+    return _section("Resume points", _table(head, rows, raw=(2,)) + total)
 
 
-def _plans(run: RunFacts) -> str:
+def _plans(run: History) -> str:
     rows = []
     for a in run.attempts:
         if a.plan is None:
             continue
         made = a.plan.get("plan") if a.plan.get("planned") else None
-        if made is None:
+        planned_s, planned_bytes = (
+            (_number(made.get(k)) for k in ("step_s", "memory_total_bytes")) if isinstance(made, dict) else (None, None)
+        )
+        if planned_s is None:
             rows.append((str(a.number), f"not planned: {a.plan.get('why', '')}", "", "", ""))
             continue
-        measured_s, planned_s = a.step_s, float(made["step_s"])
+        measured_s = a.step_s
         rows.append(
             (
                 str(a.number),
                 f"{planned_s:.4g} s",
                 "" if measured_s is None else f"{measured_s:.4g} s",
-                _gib(made.get("memory_total_bytes")),
+                _gib(planned_bytes),
                 _gib(a.memory_bytes),
             )
         )
@@ -173,17 +180,17 @@ def _plans(run: RunFacts) -> str:
     return _section("Planned beside measured", _table(head, rows))
 
 
-def _checkpoints(run: RunFacts) -> str:
+def _checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (str(c["step"]), "committed" if c["committed"] else "not committed", _mib(c["bytes"]), str(c.get("save", "")))
-        for c in run.checkpoints
+        for c in checkpoints
     ]
     if not rows:
         return ""
     return _section("Checkpoints that are kept", _table(("step", "state", "bytes", "save"), rows))
 
 
-def _recipe(run: RunFacts) -> str:
+def _recipe(run: History) -> str:
     rows = [(f"<code>{escape(k)}</code>", escape(v)) for k, v in _flat(run.recipe)]
     about = f"<p class=sub>SHA-256 {escape(run.recipe_sha256)}</p>"
     return _section("Resolved recipe", about + _table(("field", "value"), rows, raw=(0, 1)))
@@ -215,6 +222,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: Sequence[int
 
 def _when(unix_s: float) -> str:
     return datetime.datetime.fromtimestamp(unix_s, datetime.UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if unix_s else ""
+
+
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and abs(value) < 1e30 else None
 
 
 def _gib(nbytes: Any) -> str:

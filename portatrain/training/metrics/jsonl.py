@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from portatrain.runs.attempt import Attempt
+from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
 
 
@@ -17,16 +18,16 @@ class JsonlSink:
 
     def start(self, info: RunInfo) -> None:
         about = {key: value for key, value in asdict(info).items() if key != "recipe"}  # run.json has that
-        self._attempt.event("start", **about)
+        self._attempt.event(Kind.START, **about)
 
     def step(self, record: StepRecord) -> None:
         self._attempt.metrics(asdict(record))
 
     def eval(self, record: EvalRecord) -> None:
-        self._attempt.event("eval", **asdict(record))
+        self._attempt.event(Kind.EVAL, **asdict(record))
 
     def event(self, kind: str, **fields: object) -> None:
         self._attempt.event(kind, **fields)
 
     def end(self, summary: Mapping[str, object]) -> None:
-        self._attempt.event("end", **summary)
+        self._attempt.event(Kind.END, **summary)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system.svg import COLOURS, Point, Scale, columns, document, frame, padded, polyline
 
@@ -32,7 +33,7 @@ def plot_run(run: RunDir) -> Path:
     Raises:
         UserError: the run has no step yet.
     """
-    curve, evals = _curve(run), run.events("eval")
+    curve, evals = _curve(run), run.events(Kind.EVAL)
     unit, factor = _unit(evals)
     references = run.summary().get("references") or {}
     title = run.where.rstrip("/").rpartition("/")[2]
@@ -82,7 +83,7 @@ def _unit(evals: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
     """The unit of the loss axis, and what a loss is multiplied with to be in it."""
     for row in reversed(evals):
         bits = row.get("metrics", {}).get("bits_per_byte")
-        if bits and row.get("loss"):
+        if bits and row.get("loss") and math.isfinite(bits / row["loss"]):
             return "bits per byte", bits / row["loss"]
     return "loss", 1.0
 

@@ -12,9 +12,9 @@ import time
 from portatrain.checkpoint.locations import location_of
 from portatrain.commands import options, train
 from portatrain.errors import StorageError, UserError
+from portatrain.runs.history import committed
 from portatrain.runs.open import open_run
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import committed
 from portatrain.system.exit_codes import RESUMABLE
 from portatrain.system.processes import end_with_parent
 from portatrain.system.stop_signals import StopSignals

@@ -1,0 +1,124 @@
+"""Rows of metrics.jsonl and events.jsonl, and small JSON files, read with their types checked.
+
+Whatever lies in a run directory may be damaged. Here it becomes numbers and texts of the expected kind, or a ValueError
+that `json_files` turns into an error with file and line, so that no reader above has to look again.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.system import json_files
+
+MOST_STEPS, LATEST_S, LONGEST_S = 10**12, 1e11, 1e12
+"""Beyond these a number is damage: steps of a run, Unix seconds (the year 5138), seconds of an attempt."""
+
+
+def metric(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of metrics.jsonl with `loss`, `grad_norm` and `aux` as floats that may not be finite."""
+    whole(row, "step", least=1, required=True)
+    for key in ("loss", "grad_norm", "lr"):
+        if key in row:
+            row[key] = json_files.number(row[key])
+    for key in ("time_s", "step_s", "data_wait_s", "tokens_per_s"):
+        if row.get(key) is not None:
+            row[key] = bounded(row[key], key, 1e30 if key == "tokens_per_s" else LONGEST_S)
+        elif key in row:
+            del row[key]
+    for key in ("tokens", "memory_bytes"):
+        whole(row, key, most=10**24)
+    if row.get("mfu") is not None:
+        row["mfu"] = json_files.number(row["mfu"])
+    if "aux" in row:
+        row["aux"] = numbers(row["aux"] or {}, "aux")
+    return row
+
+
+def event(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of events.jsonl with its kind a text and its known numbers numbers."""
+    if not isinstance(row.get("event"), str):
+        raise ValueError("'event' is no text")
+    if row.get("unix_s") is not None:
+        row["unix_s"] = bounded(row["unix_s"], "unix_s", LATEST_S)
+    else:
+        row.pop("unix_s", None)
+    for key in ("step", "committed"):
+        whole(row, key)
+    for key, value in row.items():
+        if key in ("loss", "grad_norm") or key.endswith(("_difference", "_bound")):
+            row[key] = None if value is None and key != "loss" else json_files.number(value)
+    if "metrics" in row:
+        row["metrics"] = numbers(row["metrics"] or {}, "metrics")
+    return row
+
+
+def whole(row: dict[str, Any], key: str, *, least: int = 0, most: int = MOST_STEPS, required: bool = False) -> None:
+    """ValueError unless row[key] is a whole number in range, or missing or null and not `required`."""
+    value = row.get(key)
+    if value is None and not required:
+        return
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{key!r} is no whole number from {least} to {most}")
+
+
+def bounded(value: object, key: str, most: float) -> float:
+    """Return `value` as a float in [0, most]; ValueError for another."""
+    if isinstance(value, (bool, str)):
+        raise ValueError(f"{key!r} is no number")
+    found = json_files.number(value)
+    if not math.isfinite(found) or not 0 <= found <= most:
+        raise ValueError(f"{key!r} is no number from 0 to {most:g}")
+    return found
+
+
+def numbers(value: object, key: str) -> dict[str, float]:
+    """Return a mapping of names to floats that may not be finite; ValueError for anything else."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{key!r} is no object")
+    return {str(k): json_files.number(v) for k, v in value.items()}
+
+
+def attempt_info(path: Path) -> dict[str, Any]:
+    """Return attempt.json; {} where it is missing, UserError where it is damaged."""
+    found = json_files.read_object(path) if path.exists() else {}
+    try:
+        if found.get("began_unix_s") is not None:
+            found["began_unix_s"] = bounded(found["began_unix_s"], "began_unix_s", LATEST_S)
+        else:
+            found.pop("began_unix_s", None)
+        if not isinstance(found.get("source") or {}, dict):
+            raise ValueError("'source' is no object")
+    except ValueError as error:
+        raise damaged(path, error) from error
+    return found
+
+
+def run_info(path: Path) -> dict[str, Any]:
+    """Return run.json; UserError where it is missing or damaged."""
+    found = json_files.read_object(path)
+    recipe = found.get("recipe")
+    try:
+        if not isinstance(recipe, dict):
+            raise ValueError("'recipe' is no object")
+        whole(recipe, "steps")
+        for key in ("name", "recipe_sha256", "code_sha256"):
+            if not isinstance(found.get(key, ""), str):
+                raise ValueError(f"{key!r} is no text")
+        if not isinstance(recipe.get("data") or {}, dict):
+            raise ValueError("'recipe.data' is no object")
+    except ValueError as error:
+        raise damaged(path, error) from error
+    return found
+
+
+def damaged(path: Path, error: object) -> UserError:
+    """The error for a file of a run directory that holds something else than portatrain writes."""
+    return UserError(
+        str(path),
+        expected="what portatrain wrote",
+        got=str(error),
+        do="Restore the file from a copy, or use a new run directory.",
+    )

@@ -1,0 +1,78 @@
+"""Find what other packages add to portatrain: backends, launchers, trackers and chips, by their entry points.
+
+A kind of plug-in is a `Registry`: a group of entry points, and a table of those that come with portatrain. The table is
+in the code and not in the package's metadata, because a run's own copy of the code has no metadata.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from portatrain.errors import UserError, choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registry:
+    """Everything of one kind, by name. Ours comes first: a package cannot replace what comes with portatrain."""
+
+    kind: str
+    """What a message calls it: 'backend', 'engine'."""
+    group: str
+    """The group of entry points: 'portatrain.backends'."""
+    ours: Mapping[str, str]
+    """name -> 'package.module:object'."""
+
+    def names(self) -> list[str]:
+        """Return every name, ours first in the order of the table."""
+        theirs = {point.name for point in importlib.metadata.entry_points(group=self.group)}
+        return [*self.ours, *sorted(theirs - set(self.ours))]
+
+    def load(self, name: str) -> Any:
+        """Return the object called `name`.
+
+        Raises:
+            UserError: there is none of that name, or it does not import.
+        """
+        if name in self.ours:
+            return importlib.metadata.EntryPoint(name, self.ours[name], self.group).load()
+        found = {
+            point.value: point for point in importlib.metadata.entry_points(group=self.group) if point.name == name
+        }
+        if not found:
+            raise choice(self.kind, name, self.names())
+        if len(found) > 1:
+            raise UserError(
+                f"{self.kind} {name}",
+                expected=f"one package that registers it under {self.group}",
+                got=f"{len(found)}: {', '.join(sorted(found))}",
+                do="Remove one of them.",
+            )
+        ((value, point),) = found.items()
+        try:
+            return point.load()
+        except Exception as error:  # a plug-in may fail in any way while it is imported
+            raise UserError(
+                f"{self.kind} {name}",
+                expected=f"{value} to import",
+                got=f"{type(error).__name__}: {error}",
+                do=f"Mend or remove the package that registers it under {self.group}.",
+            ) from error
+
+
+def lacks(found: object, protocol: type) -> list[str]:
+    """Return the members of `protocol` that `found`, a class or an object, does not have.
+
+    A class variable counts as a member if the protocol annotates it so. A method that the protocol marks as abstract
+    must be replaced; the others have a default for classes that inherit from the protocol.
+    """
+    wanted = [name for name in vars(protocol) if not name.startswith("_")]
+    variables = (name for name, hint in protocol.__annotations__.items() if str(hint).startswith("ClassVar"))
+    wanted += [name for name in variables if name not in wanted]
+
+    def there(name: str) -> bool:
+        return hasattr(found, name) and not getattr(getattr(found, name), "__isabstractmethod__", False)
+
+    return [name for name in wanted if not there(name)]
