@@ -4,7 +4,7 @@
 
 Trains tiny-lm and tiny-vit, in fp32 and bf16, on three backends and meshes, saves at four steps, and restores every
 checkpoint on five. Prints how far each figure of the check went beside its bound, then what the check says to
-the mutants of portatrain.testing.moves, then the smallest changes that it refuses. docs/run/resume.md has what it
+the mutants of portatrain.testing.mutants, then the smallest changes that it refuses. docs/run/resume.md has what it
 printed.
 """
 
@@ -30,7 +30,7 @@ from portatrain.data import open_data
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.recipe.retention import Retention
 from portatrain.system.processes import run_processes
-from portatrain.testing import moves, parity
+from portatrain.testing import mutants, parity
 from portatrain.training import continuity
 
 LM = [
@@ -133,13 +133,13 @@ class Arrival:
         return continuity.verdict(meta, now, self.precision)
 
 
-def mutants(folder: Path) -> None:
+def try_mutants(folder: Path) -> None:
     print("\nMutants, on torch, of a checkpoint that jax left at step", max(STEPS))
     for name in RECIPES:
         for precision in continuity.BOUNDS:
             arrival = Arrival(folder, name, precision)
             assert arrival.verdict(arrival.values, arrival.meta)["verdict"] == "continuous"
-            for what, mutate in moves.MUTANTS.items():
+            for what, mutate in mutants.MUTANTS.items():
                 values = {n: a.copy() for n, a in arrival.values.items()}
                 meta = {k: dict(v) if isinstance(v, Mapping) else v for k, v in arrival.meta.items()}
                 mutate(values, meta, arrival.recipe)
@@ -152,14 +152,14 @@ def smallest(folder: Path) -> None:
     print("\nThe smallest change that is refused (powers of two; tiny-lm, AdamW)")
     for precision in continuity.BOUNDS:
         arrival = Arrival(folder, "tiny-lm, AdamW", precision)
-        for what, change in moves.effects().items():
+        for what, change in mutants.effects().items():
 
             def seen(size: float, arrival: Arrival = arrival, change: Any = change) -> bool:
                 values = {n: a.copy() for n, a in arrival.values.items()}
                 change(values, size)
                 return arrival.verdict(values, arrival.meta)["verdict"] == "broken"
 
-            least = moves.smallest(seen)
+            least = mutants.smallest(seen)
             print(f"  {precision}  {what:68} {'not seen at 2' if least is None else f'x = {least:.1e}'}")
 
 
@@ -181,7 +181,7 @@ def main() -> None:
             for k in ("loss", "mean", "state", "grad", "update"):
                 worst, bound = max(v[f"{k}_difference"] for v in mine), mine[0][f"{k}_bound"]
                 print(f"  {precision:5} {k:8} {worst:9.1e} {bound:9.0e}  {bound / worst:6.1f}")
-        mutants(folder)
+        try_mutants(folder)
         smallest(folder)
     print(f"\n{time.perf_counter() - began_s:.0f} s")
 

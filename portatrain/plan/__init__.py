@@ -1,5 +1,5 @@
-"""Planning: what a recipe needs and what it costs on a cluster, from nominal figures; plain Python, no framework.
+"""Plan what a recipe needs and costs on a cluster, by arithmetic on nominal figures: no framework, no accelerator.
 
-``names.resolve`` finds a cluster, ``recipes.shape_of`` what a recipe needs, ``search.plan`` the best ways to run it.
-May be imported by launchers and commands; imports the core (errors, layout, module, recipe) only.
+``clusters/`` describes chips and clusters, ``cost/`` computes what a step takes there, ``search.plan`` chooses the best
+ways to run it, and ``compilers/`` checks a plan with real compilers. Imports point in that order, never back.
 """

@@ -1,4 +1,4 @@
-"""Efficiency factors from runs: what a chip reached where it was used, in place of what others published.
+"""Fit efficiency factors to the user's own runs, in place of the factors from published runs.
 
 Kept in the user's config folder (``efficiency.json``), which `portatrain.plan.cost.efficiency.of` looks into first.
 """
@@ -48,7 +48,7 @@ class Change:
 
 
 def seen(run_dirs: Sequence[Path]) -> list[Seen]:
-    """Every attempt of the runs that was planned and trained long enough to be measured.
+    """Return every attempt of the runs that was planned and that trained long enough to be measured.
 
     Raises:
       UserError: a folder that is no run directory, or none of the attempts can be used.
@@ -82,7 +82,7 @@ def seen(run_dirs: Sequence[Path]) -> list[Seen]:
 
 
 def fit(attempts: Sequence[Seen]) -> list[Change]:
-    """The factor of every chip: the geometric mean over its attempts."""
+    """Return the factor of every chip: the geometric mean over its attempts."""
     changes = []
     for chip in sorted({one.chip for one in attempts}):
         mine = [one.factor for one in attempts if one.chip == chip and one.factor is not None]
@@ -96,7 +96,7 @@ def fit(attempts: Sequence[Seen]) -> list[Change]:
 
 
 def keep(changes: Sequence[Change]) -> Path:
-    """Write the factors to the user's config folder, beside those of other chips; the file."""
+    """Write the factors to the user's config folder, beside the factors of other chips; return the file."""
     path = efficiency.own_file()
     known = json_files.read_json(path) if path.is_file() else {}
     known |= {one.chip: {"factor": one.after, "attempts": one.attempts} for one in changes}
@@ -128,7 +128,7 @@ def _attempt(run: RunDir, recipe: Recipe, number: int) -> Seen | str:
 
 
 def _factor(recipe: Recipe, mesh: Mesh, device: str, measured_s: float) -> float | None:
-    """The factor at which the plan takes as long as was measured, to three digits."""
+    """Return the factor at which the planned time equals the measured one, to three digits."""
 
     def planned_s(value: float) -> float:
         return recorded.with_factor(recipe, mesh, device, value) or 0.0

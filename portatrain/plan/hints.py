@@ -1,4 +1,4 @@
-"""What would fit, where nothing does: more chips, narrower state, other chips."""
+"""Changes that would make a recipe fit when nothing does: more chips, narrower state, other chips."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ SHOWN = 5
 
 
 def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | None:
-    """The least memory a device that any mesh needs, with blocks recomputed and one row a microbatch; None
-    where no mesh divides."""
+    """Return the least memory per device over all meshes, with blocks recomputed and one row per microbatch;
+    None if no mesh divides."""
     found = None
     tuning = TUNING[cluster.chip.stack]
     per_domain = cluster.domain * cluster.chip.devices_per_chip
@@ -55,7 +55,7 @@ def could_fit(shape: ModelShape, cluster: Cluster, precision: str) -> bool:
 
 
 def what_would(shape: ModelShape, cluster: Cluster, precisions: Sequence[str]) -> tuple[str, ...]:
-    """Changes after which the recipe would fit, the smallest of each kind; at least one sentence."""
+    """Return changes after which the recipe would fit, the smallest of each kind; at least one sentence."""
     precision = precisions[0]
     found = []
     more = _more_chips(shape, cluster, precision)
@@ -78,7 +78,7 @@ def what_would(shape: ModelShape, cluster: Cluster, precisions: Sequence[str]) -
 
 
 def _more_chips(shape: ModelShape, cluster: Cluster, precision: str) -> str:
-    """The smallest cluster of the same chip, in doublings, that could hold the recipe."""
+    """Return the smallest cluster of the same chip, found by doubling, that could hold the recipe."""
     chips = cluster.chips
     while 2 * chips <= MOST_CHIPS:
         chips *= 2
@@ -89,7 +89,7 @@ def _more_chips(shape: ModelShape, cluster: Cluster, precision: str) -> str:
 
 
 def _other_chips(shape: ModelShape, cluster: Cluster, precision: str) -> list[str]:
-    """The chips, smallest memory first, of which as many as there are would hold the recipe."""
+    """Return the other chips that would hold the recipe in the same number, smallest memory first."""
     found: list[str] = []
     rows = (row for row in CHIPS.values() if row.kind not in ("single", "streaming") and row.offered)
     for row in sorted(rows, key=lambda row: row.memory_bytes):

@@ -1,5 +1,5 @@
-"""The plan of a run that is about to start, for what it landed on: recorded as ``attempts/K/plan.json``, so that a
-report can set planned beside measured and `portatrain plan --calibrate` can learn from it."""
+"""The plan of a run that is about to start, for the devices that it got. It is recorded as ``attempts/K/plan.json``: a
+report compares it with what was measured, and `portatrain plan --calibrate` learns from it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ FORMAT = 1
 
 
 def of_run(recipe: Recipe, mesh: Mesh, device: str, *, efficiency: Efficiency | None = None) -> dict[str, Any]:
-    """The plan of ``recipe`` on ``mesh`` of devices that the framework names ``device``, as plain data.
+    """Return the plan of ``recipe`` on ``mesh``, of devices that the framework names ``device``, as plain data.
 
-    ``planned`` is False, with ``why``, where it cannot be planned; a run starts all the same.
+    If it cannot be planned, ``planned`` is False and ``why`` gives the reason; the run starts all the same.
     """
     about: dict[str, Any] = {"format": FORMAT, "recipe": recipe.name, "device": device, "mesh": str(mesh)}
     chip = chip_of(device)
@@ -66,8 +66,8 @@ def of_run(recipe: Recipe, mesh: Mesh, device: str, *, efficiency: Efficiency | 
 
 
 def device_order(recipe: Recipe, mesh: Mesh, devices: Sequence[Any]) -> list[Any]:
-    """``devices`` of a torus in the order that the plan of ``recipe`` lays ``mesh`` on them, so that mesh axes lie
-    along torus axes; any others as they come, since they are numbered along hosts already.
+    """Return ``devices`` in the order in which the plan of ``recipe`` lays ``mesh`` on their torus, so that mesh axes
+    follow torus axes. Devices without a torus keep their order, since they are numbered along hosts already.
 
     ``devices`` are JAX's: on a TPU they know their coordinates and their slice.
     """
@@ -90,9 +90,9 @@ def device_order(recipe: Recipe, mesh: Mesh, devices: Sequence[Any]) -> list[Any
 
 
 def measured(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """Step seconds and peak memory of an attempt from its metrics.jsonl; None where too few steps were taken.
+    """Return step seconds and peak memory of an attempt from its metrics.jsonl; None if it took too few steps.
 
-    The first two steps compile and are left out; the middle of the others stands for them.
+    The first two steps compile and are left out; the result is the median of the others.
     """
     import statistics
 
@@ -105,7 +105,10 @@ def measured(rows: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def chip_of(device: str) -> Chip | None:
-    """The chip that a framework calls ``device``: 'TPU v5', 'NVIDIA H100 80GB HBM3', 'cpu (x86_64)'."""
+    """Return the chip that a framework calls ``device``, or None if the catalog has none.
+
+    Examples of names: 'TPU v5', 'NVIDIA H100 80GB HBM3', 'cpu (x86_64)'.
+    """
     if device.startswith("cpu"):
         return CHIPS["cpu"]
     for chip in CHIPS.values():
@@ -130,13 +133,13 @@ def _cluster(chip: Chip, devices: int) -> Cluster | str:
 
 
 def _size(chip: Chip, chips: int) -> str:
-    """What stands after the chip in the name of so many: of a slice its topology."""
+    """Return the size suffix of a cluster name: a topology for TPU slices, a count otherwise."""
     dims = default_shape(chip.name, chips) if chip.name in RULES else None
     return text(dims) if dims else str(chips)
 
 
 def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Candidate | str:
-    """That mesh, microbatch and remat policy, priced: nothing is searched."""
+    """Return the candidate of the recipe's own mesh, microbatch and remat policy, or why it has none."""
     shape, sizes = recipes.shape_of(recipe), sizes_of(mesh)
     precision, remat, tuning = PRECISIONS[recipe.precision], REMATS[recipe.remat], TUNING[cluster.chip.stack]
     work = on_mesh(shape, sizes)
@@ -182,7 +185,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
 
 
 def with_factor(recipe: Recipe, mesh: Mesh, device: str, value: float) -> float | None:
-    """Planned seconds of a step at an efficiency factor; None where it cannot be planned."""
+    """Return the planned seconds of a step at an efficiency factor; None if it cannot be planned."""
     made = of_run(recipe, mesh, device, efficiency=Efficiency(value=value, basis="given"))
     return float(made["plan"]["step_s"]) if made["planned"] else None
 

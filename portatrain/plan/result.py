@@ -1,4 +1,4 @@
-"""What the planner answers: the best ways to run a recipe on a cluster, and why not the others."""
+"""The planner's answer: the best ways to run a recipe on a cluster, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Candidate:
 
     @property
     def mesh_text(self) -> str:
-        """``fsdp=16,tensor=8``, as --mesh takes it."""
+        """Return the mesh as --mesh takes it: ``fsdp=16,tensor=8``."""
         return ",".join(f"{a}={n}" for a, n in zip(MESH_AXES, self.mesh, strict=True) if n > 1) or "1"
 
     def why(self, best: Candidate) -> str:
-        """What makes it slower than ``best``, by the two largest differences."""
+        """Return why it is slower than ``best``: the two largest differences."""
         if self is best:
             return _largest(best)
         mine, its = self.time.terms(), best.time.terms()
@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A reason, how many meshes it struck, and the one that came nearest."""
+    """A reason, the number of meshes that it rules out, and the mesh that came nearest."""
 
     reason: str
     count: int
@@ -183,13 +183,13 @@ _NAMES = {
 
 
 def _largest(one: Candidate) -> str:
-    """Where the time goes: the three largest terms."""
+    """Return the three terms that take the most time."""
     terms = sorted(one.time.terms().items(), key=lambda item: -item[1])[:3]
     return ", ".join(f"{_NAMES[t]} {100 * s / one.step_s:.0f} %" for t, s in terms if s)
 
 
 def slowest_term(one: Candidate, best: Candidate) -> str:
-    """The term that costs ``one`` most over ``best``, in words."""
+    """Return the term in which ``one`` loses most time against ``best``, in words."""
     its = best.time.terms()
     return _NAMES[max(its, key=lambda t: one.time.terms()[t] - its[t])]
 

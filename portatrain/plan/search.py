@@ -1,4 +1,6 @@
-"""The search: every legal mesh, the largest microbatch that fits under every remat policy, the fastest kept.
+"""Search for the fastest way to train.
+
+The search tries every legal mesh, with the largest microbatch that fits under each remat policy.
 
 For a mesh, a remat policy and a precision a larger microbatch is never slower here (weights are gathered
 less often, and nothing else changes), so only the largest that fits is timed. A mesh whose parameters and
@@ -61,7 +63,7 @@ class _Search:
 
     @property
     def roomy(self) -> float:
-        """What a plan may take of a device and still leave a margin."""
+        """Return the bytes of a device that a plan may use if it is to leave a margin."""
         return self.capacity * (1 - MARGIN)
 
     def _mesh(self, mesh: Sizes) -> None:
@@ -141,7 +143,7 @@ class _Search:
         return found
 
     def _microbatches(self, rows_here: int) -> list[int]:
-        """Rows a microbatch may have, the most first."""
+        """Return the possible numbers of rows of a microbatch, the largest first."""
         if self.accumulation is None:
             return list(reversed(meshes.divisors(rows_here)))
         return [] if rows_here % self.accumulation else [rows_here // self.accumulation]
@@ -162,7 +164,7 @@ def plan(
     tuning: Tuning | None = None,
     hints: bool = True,
 ) -> Plan:
-    """The best ways to train ``shape`` on ``cluster``.
+    """Return the best ways to train ``shape`` on ``cluster``.
 
     ``precisions``: those that may be chosen from; by default the recipe's own alone, as another changes the
     numbers. ``mesh`` and ``accumulation`` plan those only. ``tuning``: in place of that of the chip's stack.
@@ -282,7 +284,7 @@ def _check_mesh(shape: ModelShape, cluster: Cluster, mesh: Sizes) -> None:
 
 
 def _reasons(search: _Search) -> list[Refused]:
-    """Why every mesh that is not among the best is not, grouped."""
+    """Return the reasons why the other meshes are not among the best, grouped."""
     found = []
     if search.too_big:
         need, mesh = min(search.too_big)

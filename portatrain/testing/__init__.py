@@ -1,4 +1,4 @@
-"""The contract of `Ops` as a suite that any backend can be run against, with the oracle's answers as the measure.
+"""The contract of `Ops`, as a suite that runs against any backend and compares it with the oracle.
 
 In a lab's own tests::
 
@@ -8,8 +8,8 @@ In a lab's own tests::
     def test_operation(case):
         check_case(MyBackend, case)
 
-or from a shell: ``python -m portatrain.testing BACKEND``. It needs of a backend class only `evaluate` and
-`differentiate`. May import NumPy and portatrain's core; no framework.
+or from a shell: ``python -m portatrain.testing BACKEND``. The backend class needs only `evaluate` and
+`differentiate`. This room imports NumPy and portatrain's lower rooms, and no framework.
 """
 
 from portatrain.testing.case import Case as Case

@@ -1,4 +1,4 @@
-"""What a case of the contract is, and how its arguments are drawn."""
+"""A case of the contract, and the functions that draw its arguments."""
 
 from __future__ import annotations
 

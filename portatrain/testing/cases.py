@@ -83,7 +83,7 @@ def _bias_cases() -> list[Case]:
 
 
 def _shifted(rng: Rng) -> Args:
-    """A mean a hundred times the deviation."""
+    """Return normal values with a mean of a hundred times their deviation."""
     x = rng.normal(size=(2, 4, 6)) + 100.0
     return x.astype(np.float32), *normal((6,), (6,))(rng)
 

@@ -1,4 +1,4 @@
-"""Runs the cases: a backend's values and gradients beside the oracle's."""
+"""Run the cases: compare a backend's values and gradients with the oracle's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class ContractError(AssertionError):
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """One comparison. error and tolerance are absolute; what must be equal has tolerance 0."""
+    """One comparison. error and tolerance are absolute; the tolerance is 0 if the values must be equal."""
 
     case: str
     what: str
@@ -38,9 +38,9 @@ class Check:
 
 
 def check_ops(backend: Any, cases: Sequence[Case] = CASES) -> int:
-    """Check every case in every precision that it has; returns the number of comparisons.
+    """Check every case in every precision that it has; return the number of comparisons.
 
-    `backend` is a class with `evaluate` and `differentiate`. Raises ContractError that lists all that differ.
+    `backend` is a class with `evaluate` and `differentiate`. Raises ContractError with a list of all that differ.
     """
     checks = [check for case in cases for precision in case.precisions for check in measure(backend, case, precision)]
     _raise(backend, checks)
@@ -48,7 +48,7 @@ def check_ops(backend: Any, cases: Sequence[Case] = CASES) -> int:
 
 
 def check_case(backend: Any, case: Case, precision: str = "fp32") -> None:
-    """Check one case; raises ContractError."""
+    """Check one case; raise ContractError if a result or gradient differs too much."""
     _raise(backend, list(measure(backend, case, precision)))
 
 
@@ -60,7 +60,7 @@ def _raise(backend: Any, checks: Sequence[Check]) -> None:
 
 
 def measure(backend: Any, case: Case, precision: str = "fp32") -> Iterator[Check]:
-    """The comparisons of one case: its results, and in fp32 its gradients."""
+    """Return the comparisons of one case: its results and, in fp32, its gradients."""
     expected = answers(case, precision)
     floating = tuple(a.dtype.kind == "f" for a in expected.args)
     fn = _in_compute_dtype(case.fn, floating) if precision == "bf16" else results_of(case.fn)
@@ -120,5 +120,5 @@ def _in_compute_dtype(fn: Callable[..., Any], floating: tuple[bool, ...]) -> Cal
 
 
 def _largest(array: np.ndarray) -> float:
-    """The largest absolute value; nan where there is one."""
+    """Return the largest absolute value; nan if the array has a nan."""
     return float(np.abs(array).max(initial=0.0))

@@ -28,7 +28,7 @@ def _parts(loss: Any) -> tuple[Any, Any, Any]:
 
 
 def cross_entropy_case(what: str, b: int, s: int, e: int, v: int, *, scale: float = 1.0, **options: Any) -> Case:
-    """Cross-entropy of random x (B, S, E), table (V, E) and targets."""
+    """Return the case of cross-entropy of random x (B, S, E), table (V, E) and targets."""
 
     def args(rng: Rng) -> Args:
         x, table = normal((b, s, e), (v, e))(rng)

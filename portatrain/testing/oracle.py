@@ -46,7 +46,7 @@ class Answers:
 
 @functools.lru_cache(maxsize=512)
 def answers(case: Case, precision: str) -> Answers:
-    """Exact results of `case`, and in fp32 its exact slopes."""
+    """Return the exact results of `case` and, in fp32, its exact slopes."""
     rng = np.random.default_rng(list(case.name.encode()))
     context = replace(case.context, precision=precision)
     args = tuple(_representable(a, precision) for a in case.args(rng))
@@ -78,7 +78,7 @@ def answers(case: Case, precision: str) -> Answers:
 
 
 def results_of(fn: Callable[..., Any]) -> Callable[..., tuple]:
-    """`fn` with a tuple of arrays as its result, whatever it returns."""
+    """Wrap `fn` so that it returns a tuple of arrays, even if `fn` returns one array."""
 
     def flat(ops: Any, *args: Any) -> tuple:
         value = fn(ops, *args)
@@ -126,7 +126,7 @@ def _slopes(function: Callable[..., float], given: list, i: int, rng: np.random.
 
 
 def _representable(array: np.ndarray, precision: str) -> np.ndarray:
-    """Floating arrays as float32 that the compute dtype holds exactly, so that rounding the input is no error."""
+    """Return float32 values that the compute dtype holds exactly, so that rounding the input is no error."""
     if array.dtype.kind != "f":
         return array
     array = np.ascontiguousarray(array, np.float32)

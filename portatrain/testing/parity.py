@@ -1,4 +1,4 @@
-"""One trajectory: does a backend follow the same curve as another, on the same recipe?
+"""Check that two backends follow the same curve on the same recipe.
 
 The check has four parts, each blind where another sees: the gradients of the first step (an adaptive optimizer hides a
 wrong scale from the curve), the parameters after one update (what is between gradient and parameter: clipping, the
@@ -37,7 +37,7 @@ Make = Callable[[Program], Backend]
 
 @dataclass(frozen=True, kw_only=True)
 class Trace:
-    """What a run of a few steps leaves: everything that the check compares."""
+    """The results of a run of a few steps: everything that the check compares."""
 
     losses: list[float]
     norms: list[float]
@@ -49,7 +49,7 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """The measured differences beside their bounds; `failures` is empty where all hold."""
+    """The measured differences and their bounds; `failures` is empty if all hold."""
 
     gradient: float
     worst_gradient: str
@@ -67,7 +67,7 @@ class Verdict:
 
 
 def batches(recipe: Recipe, steps: int) -> Batches:
-    """The first global batches of a recipe, cut into its microbatches."""
+    """Return the first global batches of a recipe, split into its microbatches."""
     split = open_data(recipe.data, seed=recipe.seed).train
     cut = []
     for step in range(steps):
@@ -77,7 +77,7 @@ def batches(recipe: Recipe, steps: int) -> Batches:
 
 
 def reordered(given: Batches, seed: int = 0) -> Batches:
-    """The same samples, the rows of every global batch permuted across its microbatches: the same mathematics."""
+    """Return the same samples with the rows of every global batch permuted across its microbatches."""
     rng = np.random.default_rng(seed)
     out = []
     for batch in given:
@@ -105,7 +105,7 @@ def trace(make: Make, recipe: Recipe, given: Batches, *, mesh: str = "") -> Trac
 
 
 def parameters(backend: Backend, state: object) -> dict[str, np.ndarray]:
-    """The parameters that a process holds, as whole logical tensors (one process: all of them)."""
+    """Return the parameters that this process holds, as whole logical tensors."""
     infos = backend.program.definition.params
     found = {n: np.zeros(t.shape, np.float32) for n, t in infos.items()}
     for box in backend.local_boxes(state):
@@ -118,7 +118,7 @@ def parameters(backend: Backend, state: object) -> dict[str, np.ndarray]:
 def compare(
     baseline: Trace, other: Trace, *, loss_bound: float = LOSS_BOUND, update_bound: float | None = None
 ) -> Verdict:
-    """Every difference between two traces of one recipe, and which are too large.
+    """Return every difference between two traces of one recipe, and which of them are too large.
 
     `update_bound`: the largest difference of a parameter after one step over the largest change of that parameter;
     None where the rule is not continuous in the gradient, so that a rounding may turn a whole step around.
@@ -148,8 +148,10 @@ def compare(
 
 
 def floor(make: Make, recipe: Recipe, given: Batches, baseline: Trace) -> float:
-    """How far the baseline drifts from itself when every batch is reordered: the largest relative difference of a loss,
-    over `FLOOR_ORDERS` reorderings."""
+    """Return how far the baseline drifts from itself when every batch is reordered.
+
+    The result is the largest relative difference of a loss, over `FLOOR_ORDERS` reorderings.
+    """
     drifts = []
     for seed in range(FLOOR_ORDERS):
         again = trace(make, recipe, reordered(given, seed))

@@ -1,4 +1,4 @@
-"""How far a result may lie from the oracle's: written once, for every operation and precision.
+"""The tolerance between a result and the oracle's, defined once for every operation and precision.
 
 Let f be the operation, u the unit roundoff of the compute dtype, M the largest absolute value of the exact result, and
 A its amplification: the largest change of f per unit, over random draws, when every floating input moves by a small
@@ -24,14 +24,14 @@ _DRAWS = 3
 
 
 def tolerance(largest: float, amplification: float, precision: str = "fp32") -> float:
-    """FACTOR u (M + A); see above."""
+    """Return FACTOR u (M + A), as defined above."""
     return FACTOR[precision] * UNIT_ROUNDOFF[precision] * (largest + amplification)
 
 
 def amplification(
     function: Callable[..., np.ndarray], args: Sequence[np.ndarray], value: np.ndarray, rng: np.random.Generator
 ) -> float:
-    """A of `function` at `args`, where it has `value`; integer arguments stay."""
+    """Return the amplification A of `function` at `args`, whose value there is `value`. Integer arguments stay."""
     largest = 0.0
     for _ in range(_DRAWS):
         near = [moved(a, rng) if a.dtype.kind == "f" else a for a in args]
@@ -40,5 +40,5 @@ def amplification(
 
 
 def moved(array: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """`array` with every element moved by the relative amount MOVE, up or down."""
+    """Return `array` with every element moved by the relative amount MOVE, up or down."""
     return array * (1 + MOVE * rng.choice((-1.0, 1.0), array.shape))

@@ -20,7 +20,7 @@ from portatrain.checkpoint.saver import reads
 from portatrain.cli import main
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
-from portatrain.testing import moves
+from portatrain.testing import mutants
 from portatrain.training.trainer import train
 
 BACKEND = [n for n in ("jax", "torch") if not missing(n)][-1]
@@ -118,7 +118,7 @@ def test_diff_says_which_tensors_differ_and_by_how_much(copy: Path, run: Path, c
         given["opt/m/blocks/attn/wq"][1, 3, 0, 2] += np.float32(0.5)
         meta["data"]["next_sample"] = 1
 
-    moves.rewrite(copy / STEP, change, small())
+    mutants.rewrite(copy / STEP, change, small())
     assert main(["ckpt", "diff", str(run), str(copy), "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     (tensor,) = found["tensors"]

@@ -17,7 +17,7 @@ from portatrain.backends.program import make_program
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
-from portatrain.testing import moves, parity
+from portatrain.testing import mutants, parity
 from portatrain.training import continuity
 from portatrain.training.trainer import train
 from tests.support.running import everything
@@ -55,12 +55,12 @@ def left(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return recipe, run
 
 
-@pytest.mark.parametrize("mutant", list(moves.MUTANTS))
+@pytest.mark.parametrize("mutant", list(mutants.MUTANTS))
 def test_a_mutant_with_valid_checksums_is_refused(mutant: str, left: tuple[Recipe, Path], tmp_path: Path) -> None:
     recipe, stopped = left
     run = RunDir(tmp_path / "run")
     shutil.copytree(stopped, run.path)
-    moves.rewrite(run.path / "checkpoints/step-00000004", moves.MUTANTS[mutant], recipe)
+    mutants.rewrite(run.path / "checkpoints/step-00000004", mutants.MUTANTS[mutant], recipe)
     with LocalStore(run.path / "checkpoints/step-00000004") as store:
         Reader(store).verify_all()
     saved = sorted(p.name for p in (run.path / "checkpoints").rglob("*"))
@@ -78,7 +78,7 @@ def test_an_honest_rewrite_is_accepted(left: tuple[Recipe, Path], tmp_path: Path
     recipe, stopped = left
     run = RunDir(tmp_path / "run")
     shutil.copytree(stopped, run.path)
-    moves.rewrite(run.path / "checkpoints/step-00000004", lambda values, meta, recipe: None, recipe)
+    mutants.rewrite(run.path / "checkpoints/step-00000004", lambda values, meta, recipe: None, recipe)
     assert train(recipe, run, backend=BACKENDS[-1], stop_at=5) == 85
     assert [s["verdict"] for s in run.events("resumed")] == ["continuous"]
 
@@ -87,7 +87,7 @@ def test_drift_that_is_accepted_is_recorded(left: tuple[Recipe, Path], tmp_path:
     recipe, stopped = left
     run = RunDir(tmp_path / "run")
     shutil.copytree(stopped, run.path)
-    moves.rewrite(run.path / "checkpoints/step-00000004", moves.layers_swapped, recipe)
+    mutants.rewrite(run.path / "checkpoints/step-00000004", mutants.layers_swapped, recipe)
     assert train(recipe, run, backend=BACKENDS[-1], accept_drift="a test", stop_at=5) == 85
     assert [(s["verdict"], s["accepted"]) for s in run.events("resumed")] == [("broken", "a test")]
 
@@ -156,7 +156,7 @@ def lost_after(recipe: Recipe, path: Path, backend: str) -> RunDir:
 def test_logged_steps_that_differ_refuse(tmp_path: Path) -> None:
     recipe = small("probe_every=99", "checkpoint_every=3")
     run = lost_after(recipe, tmp_path / "run", BACKENDS[-1])
-    moves.rewrite(run.path / "checkpoints/step-00000006", moves.layers_swapped, recipe)
+    mutants.rewrite(run.path / "checkpoints/step-00000006", mutants.layers_swapped, recipe)
     with pytest.raises(UserError, match="trained again"):
         train(recipe, run, backend=BACKENDS[-1])
     assert [s["verdict"] for s in run.events("resumed")] == ["unproven", "broken"]

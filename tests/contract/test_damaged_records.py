@@ -24,21 +24,9 @@ from portatrain.runs.claim import Owner
 from portatrain.runs.jobs import Job
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.trainer import train
+from tests.support.sizes import SIZES
 
 BACKEND = next(n for n in ("jax", "torch") if not missing(n))
-SIZES = (
-    "model.layers=1",
-    "model.embed=16",
-    "model.mlp=16",
-    "data.seq_len=32",
-    "batch=4",
-    "steps=8",
-    "schedule.warmup=1",
-    "eval_every=2",
-    "eval_batches=1",
-    "hooks=()",
-    "checkpoint_every=2",
-)
 Command = Callable[[], int]
 COMMANDS: dict[str, Command] = {
     "status": lambda: launch_main(["status", "bad"]),

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.contract.running import BACKENDS, everything
 
 from portatrain.backends import state as states
 from portatrain.backends.base import backend_class
@@ -18,6 +17,7 @@ from portatrain.checkpoint import format_layout, restore, shared_reads
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
+from tests.support.running import BACKENDS, everything
 
 SECOND = "second_average"
 

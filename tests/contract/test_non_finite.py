@@ -25,8 +25,8 @@ from portatrain.training import continuity
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.record import EvalRecord, StepRecord
 from portatrain.training.trainer import train
-from tests.contract.test_damaged_records import SIZES
-from tests.unit import small_recipe
+from tests.support import small_recipe
+from tests.support.sizes import SIZES
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 ODD = (math.nan, math.inf, -math.inf)

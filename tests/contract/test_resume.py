@@ -13,38 +13,14 @@ from portatrain.backends.state import full_name
 from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.saver import Checkpoints, reads
 from portatrain.errors import UserError
-from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import parity
 from portatrain.training.trainer import train
 from tests.support.running import everything
+from tests.support.short_runs import losses, small
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
 PAIRS = [(a, b) for a in BACKENDS for b in BACKENDS]
-SMALL = [
-    "model.layers=2",
-    "model.embed=32",
-    "model.mlp=64",
-    "model.dropout=0.1",
-    "data.seq_len=64",
-    "batch=8",
-    "accumulation=2",
-    "steps=12",
-    "schedule.warmup=2",
-    "eval_every=none",
-    "hooks=()",
-    "ema_decay=0.9",
-]
-
-
-def small(*more: str) -> Recipe:
-    return apply_overrides(load_recipe("tiny-lm"), [*SMALL, *more])
-
-
-def losses(run: RunDir) -> list[float]:
-    curve = run.curve()
-    assert [row["step"] for row in curve] == list(range(1, len(curve) + 1))
-    return [row["loss"] for row in curve]
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tests.unit.small_recipe import make
 
 from portatrain.backends.base import missing
 from portatrain.cli import main
@@ -20,7 +19,9 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.training import save_timer
 from portatrain.training.save_timer import SaveTimer
 from portatrain.training.trainer import Trainer, train
-from tests.contract.test_resume import BACKENDS, losses, small
+from tests.support.running import BACKENDS
+from tests.support.short_runs import losses, small
+from tests.support.small_recipe import make
 
 
 class Clock:

@@ -1,1 +1,1 @@
-"""What there is to run on: chips, slices, clusters by name, the user's clusters.toml."""
+"""The hardware that a recipe can run on: chips, slices, clusters by name, and the user's clusters.toml."""

@@ -11,7 +11,7 @@ from portatrain.plan.clusters.chips import amd, google, nvidia, others
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """What runs on a chip: the backend that portatrain picks, and the parts underneath."""
+    """The software that runs on a chip: the backend that portatrain picks, and the parts below it."""
 
     backend: str
     plugin: str
@@ -48,15 +48,15 @@ _BY_NAME: dict[str, Chip] = {name: row for row in CHIPS.values() for name in (ro
 
 
 def chip_names() -> tuple[str, ...]:
-    """Every name and alias that ``find_chip`` takes."""
+    """Return every name and alias that ``find_chip`` takes."""
     return tuple(_BY_NAME)
 
 
 def find_chip(name: str) -> Chip:
-    """The chip of that name or alias.
+    """Return the chip of that name or alias.
 
     Raises:
-      UserError: no such chip; the nearest names are in the message.
+      UserError: there is no such chip; the message has the nearest names.
     """
     try:
         return _BY_NAME[name]

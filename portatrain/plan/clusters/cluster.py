@@ -1,4 +1,4 @@
-"""What a recipe is planned for: so many chips of one kind, and how they are joined."""
+"""A cluster to plan for: a number of chips of one kind, and the network that joins them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Cluster:
 
     @property
     def devices(self) -> int:
-        """What the framework shows: the number that the mesh must multiply to."""
+        """The number of devices that the framework shows; the sizes of the mesh must multiply to it."""
         return self.chips * self.chip.devices_per_chip
 
     @property
@@ -68,7 +68,7 @@ class Cluster:
 
     @property
     def price(self) -> tuple[str, Figure] | None:
-        """The list price to reckon with: the user's own, else on demand, else the first that the catalog has."""
+        """The list price used for costs: the user's own, else on demand, else the first in the catalog."""
         known = dict(self.prices) or dict(self.chip.prices)
         for kind in ("on_demand", "on demand"):
             if kind in known:

@@ -51,7 +51,7 @@ EXAMPLES = (
 
 
 def resolve(name: str, *, files: Iterable[Path] = (), others: Iterable[str] = ()) -> Cluster:
-    """The cluster of that name: one of the user's own (``files``, first match wins), or a chip and a count.
+    """Return the cluster of that name: one of the user's own (``files``, first match wins), or a chip and a count.
 
     ``others``: names that are valid where the caller looks, for the error.
 
@@ -69,7 +69,7 @@ def resolve(name: str, *, files: Iterable[Path] = (), others: Iterable[str] = ()
 
 
 def parse(name: str, *, own: Iterable[str] = ()) -> Cluster:
-    """The cluster that a name of the catalog's form stands for. ``own`` are further names for the error."""
+    """Return the cluster of a name in the catalog's form. ``own`` are further names for the error."""
     times, star, one = name.rpartition("*")
     count = 1
     if star:
@@ -88,7 +88,7 @@ def parse(name: str, *, own: Iterable[str] = ()) -> Cluster:
 
 
 def build(chip: Chip, size: str, *, multislice: int = 1, name: str = "") -> Cluster:
-    """The cluster of ``size`` (a number as in a name, or a topology such as 4x4x8) of ``chip``."""
+    """Return the cluster of ``size`` (a number as in a name, or a topology such as 4x4x8) of ``chip``."""
     what = f"cluster {name!r}" if name else f"{chip.name} {size}"
     if chip.name in slices.RULES:
         return _slice(chip, size, multislice, what)
@@ -103,7 +103,7 @@ def build(chip: Chip, size: str, *, multislice: int = 1, name: str = "") -> Clus
 
 
 def canonical(chip: Chip, chips: int, dims: tuple[int, ...] = (), multislice: int = 1) -> str:
-    """The name of a cluster, as ``parse`` takes it."""
+    """Return the name of a cluster, as ``parse`` takes it."""
     rule = slices.RULES.get(chip.name)
     if rule is None:
         return f"{_short(chip)}-{chips}"
@@ -113,7 +113,7 @@ def canonical(chip: Chip, chips: int, dims: tuple[int, ...] = (), multislice: in
 
 
 def legal_sizes(chip: Chip) -> tuple[str, ...]:
-    """Names that show which sizes of a chip there are (all of them for 2D slices, the usual ones otherwise)."""
+    """Return names that show the sizes of a chip: all of them for 2D slices, the usual ones otherwise."""
     if chip.name in slices.RULES:
         counts = list(slices.legal_counts(chip.name))
         shown = [n for n in counts if n & (n - 1) == 0 or n == counts[-1]]
@@ -265,7 +265,7 @@ def _unknown(name: str, chip: str, own: Iterable[str]) -> UserError:
 
 
 def _short(chip: Chip) -> str:
-    """The name that people say: the first alias, except for TPUs."""
+    """Return the common name of a chip: its first alias, except for TPUs."""
     return chip.aliases[0] if chip.aliases and chip.vendor != "google" else chip.name
 
 

@@ -1,4 +1,4 @@
-"""Which shapes of chips a TPU slice may have, which axes wrap, and what is nearest to one that is illegal.
+"""The legal shapes of TPU slices, the axes that wrap, and the legal shapes nearest to an illegal one.
 
 Rules, from Google's documentation of each generation:
 
@@ -63,7 +63,7 @@ def is_legal(kind: str, dims: Dims) -> bool:
 
 
 def wraps(kind: str, dims: Dims) -> tuple[bool, ...]:
-    """For every axis of a legal slice whether its ends are joined."""
+    """Return, for every axis of a legal slice, whether its ends are joined."""
     rule = RULES[kind]
     if dims in rule.small:
         return tuple(bool(rule.wrap_at) and n == rule.wrap_at for n in dims)
@@ -72,7 +72,7 @@ def wraps(kind: str, dims: Dims) -> tuple[bool, ...]:
 
 @cache
 def shapes_of(kind: str, chips: int) -> tuple[Dims, ...]:
-    """The legal shapes with that many chips, dimensions rising, the most cubic first."""
+    """Return the legal shapes with that many chips, dimensions in increasing order, the most cubic first."""
     rule = RULES[kind]
     small = [dims for dims in rule.small if math.prod(dims) == chips]
     if not rule.max_cubes or chips % 64 or chips > 64 * rule.max_cubes:
@@ -88,19 +88,19 @@ def shapes_of(kind: str, chips: int) -> tuple[Dims, ...]:
 
 
 def default_shape(kind: str, chips: int) -> Dims | None:
-    """The shape that a slice of that many chips has when none is asked for; None where there is none."""
+    """Return the default shape of a slice of that many chips; None if there is no such slice."""
     return next(iter(shapes_of(kind, chips)), None)
 
 
 def legal_counts(kind: str) -> Iterator[int]:
-    """The numbers of chips that a slice may have, rising."""
+    """Return the numbers of chips that a slice may have, in increasing order."""
     rule = RULES[kind]
     yield from sorted({math.prod(dims) for dims in rule.small})
     yield from (64 * cubes for cubes in range(1, rule.max_cubes + 1) if shapes_of(kind, 64 * cubes))
 
 
 def nearest_counts(kind: str, chips: int) -> tuple[int, ...]:
-    """The legal numbers of chips just below and just above ``chips``."""
+    """Return the legal numbers of chips just below and just above ``chips``."""
     counts = list(legal_counts(kind))
     below = [n for n in counts if n <= chips][-1:]
     above = [n for n in counts if n > chips][:1]
@@ -108,7 +108,7 @@ def nearest_counts(kind: str, chips: int) -> tuple[int, ...]:
 
 
 def nearest_shapes(kind: str, dims: Dims, n: int = 3) -> tuple[Dims, ...]:
-    """The legal shapes nearest to ``dims``: by the difference of sorted dimensions, then by chips."""
+    """Return the legal shapes nearest to ``dims``, ordered by the difference of sorted dimensions, then by chips."""
     rank = RULES[kind].rank
     wanted = sorted((*dims, *(1,) * rank)[: max(rank, len(dims))])[-rank:]
     chips = math.prod(dims)
@@ -133,5 +133,5 @@ def _divisors(n: int) -> list[int]:
 
 
 def text(dims: Dims) -> str:
-    """``(4, 4, 8)`` -> ``4x4x8``."""
+    """Return the shape as text: ``(4, 4, 8)`` -> ``4x4x8``."""
     return "x".join(map(str, dims))

@@ -1,6 +1,6 @@
-"""A plan checked by the real compilers, with no accelerator there: `portatrain plan --compile`.
+"""Check a plan with real compilers, without an accelerator: `portatrain plan --compile`.
 
-``targets`` says which compiler a cluster has and what it must be told, ``job`` runs one in a process of its own and
-keeps what it found, ``xla`` and ``fsdp2`` are what runs there, ``hlo`` reads compiled programs. Only those two import a
+``targets`` chooses the compiler for a cluster and its options, ``job`` runs it in a process of its own and caches the
+answer, ``xla`` and ``fsdp2`` run in that process, and ``hlo`` reads compiled programs. Only those two import a
 framework, and nothing but ``worker`` imports them.
 """

@@ -1,4 +1,4 @@
-"""Predicted beside compiled: memory, FLOPs and bytes of collectives of one device."""
+"""Compare the prediction with the compiled program: memory, FLOPs and bytes of collectives of one device."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """What the planner says of one device and step, before any compiler has run."""
+    """The planner's figures for one device and step, before any compiler has run."""
 
     peak_bytes: float
     terms: Mapping[str, float]
@@ -65,7 +65,7 @@ def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
 
 
 def rows(predicted: Predicted, found: Answer) -> list[tuple[str, float | None, float | None, float, str]]:
-    """(what, predicted, compiled, divisor, unit) of every quantity."""
+    """Return (what, predicted, compiled, divisor, unit) for every quantity."""
     compiled = found.peak_bytes if found.fits else found.needs_bytes
     made = [
         ("peak memory", predicted.peak_bytes, compiled, GIB, "GiB"),

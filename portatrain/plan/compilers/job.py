@@ -1,4 +1,4 @@
-"""One compilation: asked for as data, kept by what it depends on, run in a process of its own, its progress shown."""
+"""Compile one plan in a process of its own, show its progress, and cache the answer by all that it depends on."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be compiled: a recipe as on the command line, on a mesh, for a target's devices in an order.
+    """A request to compile a recipe, named as on the command line, on a mesh, for a target's devices in an order.
 
     ``places``: see `portatrain.plan.cost.device_order`; None: the devices as the compiler lists them.
     """
@@ -55,13 +55,13 @@ class Request:
 
     @property
     def key(self) -> str:
-        """Of all that the answer depends on: the request, the versions installed, and our sources."""
+        """Return the cache key: a hash of the request, of the installed versions and of portatrain's sources."""
         text = json.dumps([FORMAT, asdict(self), versions(), sources()], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def request(plan: Plan, chosen: Candidate, target: Target, recipe: str, overrides: tuple[str, ...]) -> Request:
-    """The compilation of one way that a plan found. Batch, accumulation and remat are the plan's."""
+    """Return the request for one candidate of a plan, with the batch, accumulation and remat of that plan."""
     own = Path(recipe).read_bytes() if recipe.endswith(".py") else b""
     asked = (
         *overrides,
@@ -127,7 +127,7 @@ def cache_folder() -> Path:
 
 
 def versions() -> dict[str, str]:
-    """The installed versions of what may compile."""
+    """Return the installed versions of the packages that compile."""
     found = {}
     for name in PACKAGES:
         try:
@@ -138,7 +138,7 @@ def versions() -> dict[str, str]:
 
 
 def sources() -> str:
-    """SHA-256 over the sources that decide what is compiled."""
+    """Return the SHA-256 of the sources that decide what is compiled."""
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted(_files(root)):

@@ -1,4 +1,4 @@
-"""Which compiler answers for a cluster, what it is told, and the environment that it needs."""
+"""Choose the compiler that checks a plan for a cluster, its options and its environment."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ CUDA_ENV = {
 
 
 def target(cluster: Cluster, compiler: str = "auto") -> Target:
-    """The compiler for ``cluster``: by name, or 'auto': libtpu on TPUs, XLA's GPU compiler on NVIDIA, else FSDP2's
-    trace.
+    """Return the compiler for ``cluster``, by name or 'auto': libtpu for TPUs, XLA's GPU compiler for NVIDIA, else
+    FSDP2's trace.
 
     Raises:
       UserError: that compiler does not know the chip.
@@ -79,7 +79,7 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
 
 
 def check_installed(wanted: Target) -> None:
-    """Raise UserError, with the install command, where the compiler is not installed."""
+    """Raise UserError, with the install command, if the compiler is not installed."""
     gone = [name for name in wanted.modules if not _there(name)]
     if gone:
         raise UserError(
@@ -91,7 +91,7 @@ def check_installed(wanted: Target) -> None:
 
 
 def environment(wanted: Target) -> dict[str, str]:
-    """The environment of the compiler's process: ours, with what it needs on top."""
+    """Return the environment of the compiler's process: the environment of this one and the variables that it needs."""
     mine = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
     return mine | dict(wanted.env) | {"TF_CPP_MIN_LOG_LEVEL": "3"}
 

@@ -1,1 +1,1 @@
-"""What a step takes there: memory, time and traffic of one device, from arithmetic."""
+"""The cost of a step on a cluster: memory, time and traffic of one device, by arithmetic."""

@@ -1,4 +1,4 @@
-"""Seconds of a collective over one mesh axis, given where its devices lie.
+"""Seconds of a collective over one mesh axis, from the positions of its devices.
 
 V is the bytes of the gathered array everywhere. Sources: the collective formulas of the jax-ml scaling
 book; for a switched domain the ring bound; for a point-to-point mesh the direct exchange.
@@ -36,8 +36,11 @@ class Path:
 
 
 def all_gather(path: Path, gathered_bytes: float) -> float:
-    """Also a reduce-scatter. Inside a domain of m: V (m-1)/m / rate; between k domains, through the m
-    devices that it has in each: V (k-1)/k / (m egress). The two overlap: the slower one counts."""
+    """Return the seconds of an all-gather, or of a reduce-scatter, of V bytes.
+
+    Inside a domain of m it takes V (m-1)/m / rate; between k domains, through the m devices in each of them,
+    V (k-1)/k / (m egress). The two overlap: the slower one counts.
+    """
     if path.size == 1 or not gathered_bytes:
         return 0.0
     time_s = path.latency_s
@@ -50,12 +53,12 @@ def all_gather(path: Path, gathered_bytes: float) -> float:
 
 
 def all_reduce(path: Path, array_bytes: float) -> float:
-    """A reduce-scatter and an all-gather."""
+    """Return the seconds of an all-reduce: a reduce-scatter and an all-gather."""
     return 2 * all_gather(path, array_bytes)
 
 
 def all_to_all(path: Path, gathered_bytes: float) -> float:
-    """Every device sends an equal part of its V/N to each other one."""
+    """Return the seconds of an all-to-all: every device sends an equal part of its V/N to each other one."""
     if path.size == 1 or not gathered_bytes:
         return 0.0
     time_s = path.latency_s

@@ -1,6 +1,6 @@
-"""The order of devices that a placement stands for: what a backend lays its mesh on.
+"""Order devices as a placement says, so that a backend can lay its mesh on them.
 
-Where a device is, is what the runtime says of it: on a TPU its slice, its coordinates and its core; elsewhere its
+The runtime reports the position of a device: on a TPU its slice, its coordinates and its core; elsewhere its
 number. Works on any objects with those attributes, and imports no framework.
 """
 
@@ -14,10 +14,10 @@ Places = Sequence[tuple[int, Sequence[int]]]
 
 
 def ordered(devices: Sequence[Any], places: Places | None) -> list[Any]:
-    """``devices`` in the order of ``places``; as they are where ``places`` is None, or says no more than their number.
+    """Return ``devices`` in the order of ``places``; unchanged if ``places`` is None or gives only their numbers.
 
     Raises:
-      ValueError: a place that no device has, or one that several have.
+      ValueError: no device, or more than one, is at a position in ``places``.
     """
     if places is None:
         return list(devices)

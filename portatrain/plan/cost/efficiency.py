@@ -49,15 +49,15 @@ TYPICAL_ERROR, WORST_ERROR = 0.084, 0.203
 
 
 def own_file() -> Path:
-    """Where `portatrain plan --calibrate` keeps the factors of the user's own runs."""
+    """Return the file in which `portatrain plan --calibrate` keeps the factors of the user's own runs."""
     return config_folder() / "efficiency.json"
 
 
 def of(chip: Chip) -> Efficiency:
-    """The factor for a chip: of the user's own runs where there are some.
+    """Return the factor for a chip: from the user's own runs if there are any, else from published runs.
 
     Raises:
-      UserError: the file of those cannot be read.
+      UserError: the file of the user's own factors cannot be read.
     """
     own = _own(own_file()).get(chip.name)
     if own is not None:
@@ -86,7 +86,7 @@ def _own(path: Path) -> dict[str, float]:
 
 
 def published(chip: Chip) -> Efficiency:
-    """The factor for a chip from published runs."""
+    """Return the factor for a chip from published runs."""
     if chip.name in BY_CHIP:
         return Efficiency(value=BY_CHIP[chip.name], basis=f"published runs on {chip.name}")
     if chip.vendor in BY_VENDOR:

@@ -51,7 +51,7 @@ class Memory:
 
 
 def state_bytes(work: OnMesh, precision: Precision, slot_bytes: float, tuning: Tuning) -> float:
-    """Parameters, gradients and optimizer state: what no remat policy and no microbatch makes smaller."""
+    """Return the bytes of parameters, gradients and optimizer state, which no remat policy changes."""
     slots = slot_bytes * precision.slots
     return work.held * precision.param + work.trained * (precision.grad + slots) + tuning.runtime_bytes
 
@@ -66,10 +66,10 @@ def memory(
     slot_bytes: float,
     tuning: Tuning,
 ) -> Memory:
-    """The peak, with ``tokens`` (T) of a microbatch on a device.
+    """Return the memory at the peak, for ``tokens`` (T) of a microbatch on a device.
 
-    It falls into the backward pass of a layer, or into the loss. The loss forms its gradients as it goes: those of the
-    output projection are summed in fp32, whole, on every device.
+    The peak occurs in the backward pass of a layer or in the loss. The loss forms its gradients as it goes:
+    the gradients of the output projection are summed in fp32, whole, on every device.
     """
     width = precision.compute
     a_token = sum(kind.n * kind.kept(remat, width, static=tuning.static) for kind in work.kinds)
@@ -97,7 +97,10 @@ Phase = tuple[float, float, float, float]
 def _eager(
     work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
 ) -> Phase:
-    """Memory as it is asked for: weights gathered and cast layer by layer, the gradients of the microbatches before."""
+    """Return the memory of a stack that allocates as it runs.
+
+    Weights are gathered and cast layer by layer; gradients of the microbatches before this one are live.
+    """
     width = precision.compute
     layer_work = max((_again(kind, remat, width) for kind in work.kinds), default=0.0) * tokens * width
     stream = 2 * work.embed / work.mesh[4] * tokens * width  # the stream itself, and its gradient
@@ -139,7 +142,7 @@ def _again(kind: LayerKind, remat: Remat, width: float) -> float:
 def _static(
     work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
 ) -> Phase:
-    """Memory as XLA plans it: what is not alive at the peak takes nothing."""
+    """Return the memory as XLA plans it: a value that is not live at the peak takes nothing."""
     width, grad = precision.compute, precision.grad
     shared = work.mesh[1] > 1
     # Every weight as it is held, in the compute type: the cast is moved out of the loop over layers.

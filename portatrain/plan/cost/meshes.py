@@ -1,4 +1,4 @@
-"""Which meshes a recipe allows on so many devices, and why it allows no others."""
+"""The meshes that a recipe allows on a number of devices, and the reasons that rule out the others."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ NEAR = 0.25
 
 @dataclass(frozen=True)
 class Rules:
-    """Every dimension of a recipe that a mesh axis cuts, each once."""
+    """Every dimension of a recipe that a mesh axis shards, each once."""
 
     splits: tuple[Split, ...]
     batch: Split
 
     def axis(self, index: int, size: int) -> str | None:
-        """Why the mesh axis cannot have that size, looked at alone; None where it can."""
+        """Return the reason why the mesh axis alone cannot have that size; None if it can."""
         alone = tuple(size if i == index else 1 for i in range(5))
         for split in (*self.splits, self.batch):
             if index in split.over and not split.fits(alone):  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ class Rules:
 
 
 def rules(shape: ModelShape) -> Rules:
-    """The divisibility rules of a recipe: those of ``portatrain.model.layout``, for its tensors and its batches."""
+    """Return the divisibility rules of a recipe: the rules of ``model.layout`` for its tensors and its batches."""
     mapping = {**COMPUTE, **shape.compute}
 
     def over(axis: str) -> tuple[int, ...]:
@@ -51,7 +51,7 @@ def rules(shape: ModelShape) -> Rules:
 
 
 def used_axes(shape: ModelShape) -> set[int]:
-    """Mesh axes that cut something of the model; a device more on any other only repeats work."""
+    """Return the mesh axes that shard part of the model; devices on any other axis only repeat work."""
     found = {0} | {axis for part in shape.groups for split in part.params for axis in split.over}
     if shape.heads and shape.seq_len > 1:
         found.add(CONTEXT)
@@ -59,7 +59,7 @@ def used_axes(shape: ModelShape) -> set[int]:
 
 
 def legal(shape: ModelShape, devices: int, per_domain: int, refused: dict[str, int]) -> Iterator[Sizes]:
-    """The meshes of exactly ``devices``; what is left out is counted in ``refused`` by reason."""
+    """Return the legal meshes of exactly ``devices``; count the others in ``refused``, by reason."""
     checks = rules(shape)
     useful = used_axes(shape)
     sizes: dict[int, list[int]] = {}
@@ -94,7 +94,7 @@ def legal(shape: ModelShape, devices: int, per_domain: int, refused: dict[str, i
 
 
 def _cores(shape: ModelShape, most: int, per_domain: int) -> Iterator[int]:
-    """Every product of tensor, context and expert sizes that the recipe allows, and that is at most ``most``."""
+    """Return the products of tensor, context and expert sizes that the recipe allows, up to ``most``."""
     checks, useful = rules(shape), used_axes(shape)
 
     def allowed(axis: int, limit: int) -> list[int]:
@@ -113,7 +113,7 @@ def _cores(shape: ModelShape, most: int, per_domain: int) -> Iterator[int]:
 
 
 def most_usable(shape: ModelShape, cluster: Cluster) -> Cluster | None:
-    """The largest part of the cluster, in whole hosts or slices, that the recipe's batch divides over."""
+    """Return the largest part of the cluster, in whole hosts or slices, over which the recipe's batch divides."""
     chip, per_domain = cluster.chip, cluster.domain * cluster.chip.devices_per_chip
     shards = divisors(shape.batch)
     counts = {
@@ -130,7 +130,7 @@ def most_usable(shape: ModelShape, cluster: Cluster) -> Cluster | None:
 
 
 def _part(cluster: Cluster, chips: int) -> Cluster | None:
-    """``chips`` of the cluster as equal shares of its domains; None where that is no whole number of hosts."""
+    """Return ``chips`` of the cluster as equal shares of its domains; None if they fill no whole hosts."""
     if cluster.dims:
         if chips % cluster.domain:
             return None
@@ -161,6 +161,6 @@ def near_batches(shape: ModelShape, cluster: Cluster, n: int = 6) -> tuple[int, 
 
 @cache
 def divisors(n: int) -> tuple[int, ...]:
-    """Divisors of ``n``, rising."""
+    """Return the divisors of ``n``, in increasing order."""
     small = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
     return tuple(small + [n // d for d in reversed(small) if d * d != n])

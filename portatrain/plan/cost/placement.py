@@ -1,4 +1,4 @@
-"""Which devices a mesh axis is made of: mesh axes to torus axes, to domains of a switch, across slices.
+"""Place mesh axes on hardware: on torus axes, on the domains of a switch, and across slices.
 
 Devices are numbered row-major over the mesh (``portatrain.model.layout.MESH_AXES``, replica slowest, tensor
 fastest). Across slices, hosts or racks the slowest axes are cut first. Inside a torus every mesh axis takes
@@ -23,7 +23,7 @@ KEEP = 4  # placements kept of each mesh axis, the fastest first
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a torus axis: ``length`` devices, ``stride`` apart, closed to a ring or not."""
+    """A part of a torus axis: ``length`` devices, ``stride`` apart, which form a ring or a line."""
 
     dim: int
     length: int
@@ -41,7 +41,7 @@ Dim = tuple[int, bool, float]
 
 @dataclass(frozen=True)
 class Placement:
-    """Where every mesh axis lies. ``order`` is torus pieces per mesh axis, for explicit device orders."""
+    """The position of every mesh axis. ``order`` holds the torus pieces of each mesh axis, to order devices by."""
 
     paths: tuple[Path, Path, Path, Path, Path]
     order: tuple[tuple[Piece, ...], ...] = ()
@@ -51,7 +51,7 @@ class Placement:
 
 
 def cut(sizes: Sizes, domains: int) -> tuple[Sizes, Sizes] | None:
-    """(outer, inner) sizes over that many domains, slowest axes first; None where the mesh does not divide so."""
+    """Split a mesh over ``domains``, slowest axes first: return (outer, inner) sizes, or None if they do not divide."""
     left, outer = domains, []
     for n in sizes:
         part = math.gcd(n, left)
@@ -64,7 +64,7 @@ def cut(sizes: Sizes, domains: int) -> tuple[Sizes, Sizes] | None:
 
 
 def assign_axes(cluster: Cluster, sizes: Sizes, devices: int) -> tuple[Placement, ...] | str:
-    """The placements of a mesh on ``devices`` of the cluster worth pricing, or why there is none."""
+    """Return the placements of a mesh on ``devices`` of the cluster that are worth timing, or the reason for none."""
     chip = cluster.chip
     per_domain = cluster.domain * chip.devices_per_chip
     if devices <= per_domain:
@@ -92,10 +92,10 @@ def assign_axes(cluster: Cluster, sizes: Sizes, devices: int) -> tuple[Placement
 
 
 def coordinates(cluster: Cluster, sizes: Sizes, placement: Placement) -> list[tuple[int, tuple[int, ...]]]:
-    """For every device of the mesh, row-major, where it is: (slice, host or rack; place inside it).
+    """Return the position of every device of the mesh, row-major: (slice, host or rack; position inside it).
 
-    The place is (die, x, y, z) on a torus, without die where a chip is one device, and the rank inside the
-    domain elsewhere. A backend that can order its devices takes them in this order; torch ranks, which are
+    The position is (die, x, y, z) on a torus, without the die if a chip is one device, and the rank inside the
+    domain on other networks. A backend that can order its devices takes them in this order; torch ranks, which are
     numbered along hosts, are in it already.
     """
     outer = tuple(path.outer for path in placement.paths)
@@ -124,7 +124,7 @@ def _digits(number: int, sizes: Sizes) -> tuple[int, ...]:
 
 
 def _across(path: Path, inner: int, outer: int, egress: float, cluster: Cluster) -> Path:
-    """``path`` inside a domain, carried on over ``outer`` domains."""
+    """Extend ``path``, which lies inside one domain, over ``outer`` domains."""
     if outer == 1:
         return path
     unit = "slices" if cluster.chip.vendor == "google" else "domains"
@@ -134,7 +134,7 @@ def _across(path: Path, inner: int, outer: int, egress: float, cluster: Cluster)
 
 
 def _switched(cluster: Cluster, n: int) -> Path:
-    """``n`` devices behind a switch, or in a full mesh of links, or of one chip."""
+    """Return the path of ``n`` devices behind a switch, in a full mesh of links, or on one chip."""
     chip = cluster.chip
     if n == 1:
         return Path()
@@ -153,7 +153,7 @@ def _switched(cluster: Cluster, n: int) -> Path:
 
 
 def _dims(cluster: Cluster) -> tuple[Dim, ...]:
-    """The torus of one domain, in devices: first the dies of a chip, then its axes."""
+    """Return the torus of one domain, in devices: first the dies of a chip, then the axes of the torus."""
     chip = cluster.chip
     dies = chip.devices_per_chip
     inside = chip.die_to_die.value if chip.die_to_die else 0.0
@@ -166,9 +166,9 @@ def _dims(cluster: Cluster) -> tuple[Dim, ...]:
 
 @lru_cache(maxsize=65_536)
 def _torus(dims: tuple[Dim, ...], inner: Sizes, dies: int) -> tuple[tuple[tuple[Path, ...], Order], ...]:
-    """The ways to lay mesh axes on a torus that no other way beats on every axis.
+    """Return the ways to lay mesh axes on a torus, without those that another way beats on every axis.
 
-    ``dims[0]`` is the dies of a chip where a chip has several (``dies`` > 1).
+    ``dims[0]`` is the number of dies of a chip if a chip has several (``dies`` > 1).
     """
     states: list[tuple[tuple[int, ...], dict[int, tuple[Path, tuple[Piece, ...]]]]] = [((1,) * len(dims), {})]
     # The fastest axes choose first; what is left falls to the slowest.
@@ -196,7 +196,7 @@ def _torus(dims: tuple[Dim, ...], inner: Sizes, dies: int) -> tuple[tuple[tuple[
 
 
 def _factor(dims: tuple[Dim, ...], strides: tuple[int, ...], n: int) -> Iterator[tuple[int, ...]]:
-    """Every way to write ``n`` as a product of one free factor of each torus axis."""
+    """Return every way to write ``n`` as a product of one free factor of each torus axis."""
     if not dims:
         if n == 1:
             yield ()
@@ -211,7 +211,7 @@ def _factor(dims: tuple[Dim, ...], strides: tuple[int, ...], n: int) -> Iterator
 def _lay(
     dims: tuple[Dim, ...], strides: tuple[int, ...], lengths: tuple[int, ...], n: int, dies: int
 ) -> tuple[Path, tuple[Piece, ...]]:
-    """The path of a mesh axis of ``n`` that takes ``lengths`` of the torus axes, from ``strides`` on.
+    """Return the path of a mesh axis of ``n`` devices that takes ``lengths`` of the torus axes, from ``strides`` on.
 
     Whole rings work at the same time, and their rates add. Parts of torus axes are gathered over before them,
     one after the other, while the array is still small.

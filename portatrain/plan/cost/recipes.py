@@ -1,4 +1,4 @@
-"""From a recipe to what the planner needs: any recipe plans, by the list of its logical tensors."""
+"""Turn a recipe into the shape that the planner needs, by the list of its logical tensors."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _SLOT_BYTES = {"float32": 4, "bfloat16": 2, "int32": 4, "float16": 2}
 
 
 def find(name: str, *, cwd: Path | None = None) -> Recipe | ModelShape:
-    """The recipe of that name or file, else the preset shape of that name.
+    """Return the recipe of that name or file, else the preset shape of that name.
 
     Raises:
-      UserError: neither; a file that does not load.
+      UserError: there is neither, or the file does not load.
     """
     shipped = shipped_recipes()
     if name in shipped or name.endswith(".py") or "/" in name:
@@ -30,7 +30,7 @@ def find(name: str, *, cwd: Path | None = None) -> Recipe | ModelShape:
 
 
 def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
-    """What the planner needs of ``recipe``."""
+    """Return the shape that the planner needs of ``recipe``."""
     if isinstance(recipe, ModelShape):
         return recipe
     definition = recipe.describe()
@@ -68,7 +68,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
 
 
 def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTensor, ...]:
-    """The parameters of a model. The last table over the vocabulary is the one that the loss multiplies with."""
+    """Return the parameters of a model. The last table over the vocabulary is the one that the loss multiplies with."""
     tables = [name for name, info in definition.params.items() if "vocab" in info.axes and not info.fan_in_axes]
     return tuple(
         LogicalTensor(
@@ -85,5 +85,5 @@ def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTens
 
 
 def _positions(tensors: tuple[LogicalTensor, ...]) -> int:
-    """The length of a sample that is no text: of its table of positions, else 1."""
+    """Return the length of a sample that is not text: the length of its table of positions, else 1."""
     return max((t.shape[t.axes.index("patches")] for t in tensors if "patches" in t.axes), default=1)

@@ -22,7 +22,7 @@ from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """What one device does in a second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
+    """The work that one device does in a second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
 
     matmul: float
     attention: float
@@ -30,7 +30,7 @@ class Rates:
 
 
 def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
-    """The rates of a device of ``chip``. Attention stays in the wider precision where matmuls are in fp8."""
+    """Return the rates of a device of ``chip``. With fp8 matmuls, attention stays in the wider precision."""
     dies = chip.devices_per_chip
     bf16 = chip.peaks["bf16"].value
     peak = chip.peaks[precision.peak].value if precision.peak in chip.peaks else bf16
@@ -47,8 +47,8 @@ def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """Seconds of a step on one device. The collectives are what is left of them beside computation; what
-    they take in all is in ``busy``."""
+    """Seconds of a step on one device. A collective's field holds only the part that computation does not hide;
+    ``busy`` holds the whole duration."""
 
     matmul: float
     attention: float
@@ -87,7 +87,7 @@ def _left(collective: float, behind: float, share: float) -> float:
 
 
 def attention_flops(work: OnMesh, tuning: Tuning) -> float:
-    """A token's FLOPs of the forward pass of attention, as the stack computes it."""
+    """Return the FLOPs of attention in the forward pass of a token, as the software stack computes it."""
     return work.attention_flops + (0.0 if tuning.skips_masked else work.masked_flops)
 
 
@@ -103,7 +103,7 @@ def step_time(
     rate: Rates,
     tuning: Tuning,
 ) -> Time:
-    """The time of a step of ``accumulation`` microbatches of ``tokens`` (T) on a device."""
+    """Return the time of a step of ``accumulation`` microbatches of ``tokens`` (T) on a device."""
     width, mesh, paths = precision.compute, work.mesh, placement.paths
     # Forward computation. A matmul is bound by its FLOPs or by its operands' bytes.
     per_token = sum(work.matmul.values())

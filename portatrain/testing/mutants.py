@@ -1,5 +1,5 @@
-"""Checkpoints that are not what they say: mutants of a saved state with valid checksums, which the continuity check
-must refuse, and small changes of one kind, to find out from what size on it sees them."""
+"""Mutants of a checkpoint: wrong states with valid checksums, which the continuity check must refuse, and small changes
+of one kind, to measure from which size on the check sees them."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def seed_changed(values: Values, meta: Meta, recipe: Recipe) -> None:
 
 
 def learning_rate_off_by_a_step(values: Values, meta: Meta, recipe: Recipe) -> None:
-    """The schedule's position: the rate of the step before, as a run would have it that counts one less."""
+    """Set the schedule back by a step: the learning rate of a run that counts one step less."""
     meta["schedule"]["learning_rate"] = recipe.optimizer.lr * recipe.schedule(meta["step"], recipe.steps)
 
 
@@ -76,14 +76,14 @@ def step_off_by_one(values: Values, meta: Meta, recipe: Recipe) -> None:
 
 
 def layers_swapped(values: Values, meta: Meta, recipe: Recipe) -> None:
-    """Two layers of every parameter of the Stack with the most of them, with their slots and averages."""
+    """Swap two layers of every parameter of the largest Stack, with their slots and averages."""
     for name, array in values.items():
         if "blocks/" in name and array.ndim and array.shape[0] > 1:
             array[[0, 1]] = array[[1, 0]]
 
 
 def one_tensor_swapped(values: Values, meta: Meta, recipe: Recipe) -> None:
-    """Two layers of one parameter, and nothing else."""
+    """Swap two layers of one parameter, and nothing else."""
     array = values[next(n for n in sorted(values) if n.startswith("params/blocks/") and values[n].ndim > 2)]
     array[[0, 1]] = array[[1, 0]]
 
@@ -113,7 +113,7 @@ MUTANTS: Mapping[str, Mutant] = {
 
 
 def effects() -> Mapping[str, Callable[[Values, float], None]]:
-    """Small changes of one tensor in one layer, by size."""
+    """Return small changes of one tensor in one layer, by size."""
     rng = np.random.default_rng(0)
 
     def noise(array: np.ndarray, size: float) -> None:
@@ -146,7 +146,7 @@ def effects() -> Mapping[str, Callable[[Values, float], None]]:
 
 
 def smallest(seen: Callable[[float], bool], *, low: float = 2.0**-24, high: float = 2.0) -> float | None:
-    """The smallest power of two from which on `seen` says yes, by bisection; None where not even `high` is seen."""
+    """Return the smallest power of two from which on `seen` is true, by bisection; None if even `high` is not seen."""
     sizes = [low * 2.0**i for i in range(int(np.log2(high / low)) + 1)]
     if not seen(sizes[-1]):
         return None
