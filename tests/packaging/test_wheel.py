@@ -88,7 +88,7 @@ def test_what_else_reads_files_of_the_package(installed: Path, tmp_path: Path) -
     portatrain, launch = installed / "bin" / "portatrain", installed / "bin" / "launch"
     version = run(portatrain, "--version", cwd=tmp_path).split()[1]
     assert version == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
-    assert "H100" in run(portatrain, "clusters", cwd=tmp_path)
+    assert "h100" in run(portatrain, "clusters", cwd=tmp_path)
     planned = run(portatrain, "plan", "tiny-lm", "--cluster", "tpu-v5p-8", "--json", cwd=tmp_path)
     assert len(json.loads(planned)) == 1
     (tmp_path / "clusters.toml").write_text('[lab]\nchip = "h100"\ncount = 8\nengine = "slurm"\n')
