@@ -35,6 +35,8 @@ class Program:
     remat: str = "none"
     seed: int = 0
     compile: bool | None = None
+    kernels: tuple[tuple[str, str], ...] = ()
+    """(operation, kernel) of those named explicitly; all others follow from the table (`backends/kernels.py`)."""
     order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
     """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
 

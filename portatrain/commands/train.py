@@ -48,6 +48,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="URL",
         help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
     )
+    parser.add_argument(
+        "--kernel",
+        metavar="OP=NAME",
+        action="append",
+        default=[],
+        help="the implementation of an operation, as in attention=written-out; else the first that covers the case",
+    )
     options.add_track(parser)
 
 
@@ -63,6 +70,8 @@ def train(args: argparse.Namespace) -> int:
 
     ``args`` has the attributes of the options above.
     """
+    from portatrain.backends.kernels import parse as parse_kernels
+
     recipe = options.resolved_recipe(args)
     backend = options.resolved_backend(args.backend)
     options.positive("--devices", args.devices)
@@ -82,6 +91,7 @@ def train(args: argparse.Namespace) -> int:
             raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
         location_of(url)  # what the URL or the environment lacks, before anything starts
     _check_mesh(args.mesh, args.devices)
+    kernels = parse_kernels(getattr(args, "kernel", None) or ())
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
         from portatrain.backends.program import make_program
@@ -120,6 +130,7 @@ def train(args: argparse.Namespace) -> int:
             stop_at=args.stop_at,
             accept_drift=args.accept_drift,
             checkpoints=getattr(args, "checkpoints", None),
+            kernels=kernels,
             sinks=sinks,
             source=_source(args),
             signals=signals,

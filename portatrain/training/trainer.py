@@ -6,6 +6,7 @@ exit_code = trainer.run()
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections import deque
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends import kernels
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.format_layout import check_tensors
@@ -57,6 +59,8 @@ class TrainOptions:
     """A reason to go on although the continuity check fails; it is recorded."""
     checkpoints: str | None = None
     """A URL of an object store for the checkpoints, kept in the run directory; None: as that says, or inside it."""
+    kernels: tuple[tuple[str, str], ...] = ()
+    """(operation, kernel) of those named explicitly (`backends/kernels.py`)."""
     sinks: Sequence[Sink] = ()
     source: Mapping[str, Any] | None = None
     """How `portatrain train` was called, for attempt.json: what `launch resume` goes on from."""
@@ -84,7 +88,7 @@ class Trainer:
         mesh, backend = options.mesh, options.backend
         if mesh is None:
             mesh = f"fsdp={options.devices or 1}"
-        program = ordered(make_program(recipe, mesh=mesh), recipe)
+        program = dataclasses.replace(ordered(make_program(recipe, mesh=mesh), recipe), kernels=options.kernels)
         self.definition, self.mesh = program.definition, program.layout.mesh
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
@@ -117,6 +121,7 @@ class Trainer:
                 draw(self.run_dir)
 
     def _run(self) -> int:
+        kernels.taken()  # forget the choices of what ran in this process before
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if self.options.source is not None:
@@ -270,7 +275,8 @@ class Trainer:
         # Where steps run apart from us, a step's results are read after the next one has been started, so that the
         # device never waits.
         pending: tuple[int, StepResult, float] | None = None
-        counts = map(recipe.batch_at, itertools.count(self.step + 1))
+        first = self.step + 1
+        counts = map(recipe.batch_at, itertools.count(first))
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # what failed in the background ends the run here
@@ -299,6 +305,8 @@ class Trainer:
                 scale = recipe.schedule(step, recipe.steps)
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
+                if step == first:
+                    self.event("kernels", choices=kernels.taken())
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)

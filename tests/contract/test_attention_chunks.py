@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from portatrain.backends import kernels
 from portatrain.backends.base import Context
 from portatrain.testing import Case, check_case
 from portatrain.testing.attention_cases import attention_cases
@@ -21,20 +22,18 @@ CASES = [
 
 @pytest.mark.parametrize(("case", "precision"), CASES)
 def test_one_query_at_a_time(case: Case, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from portatrain.backends.jax import JaxBackend, attention
+    from portatrain.backends.jax import JaxBackend
 
-    monkeypatch.setattr(attention, "SCORES_BYTES", 1)
+    monkeypatch.setattr(kernels, "SCORES_BYTES", 1)
     check_case(JaxBackend, case, precision)
 
 
 def test_chunks_keep_within_the_bound() -> None:
-    from portatrain.backends.jax.attention import SCORES_BYTES, chunks
-
     for rows, heads, length in ((1, 32, 8192), (4, 8, 8192), (1, 128, 131_072), (3, 5, 6000)):
-        n = chunks(rows, heads, length, length)
-        assert length % n == 0 and 4 * rows * heads * (length // n) * length <= SCORES_BYTES
-    assert chunks(8, 4, 256, 256) == 1  # small models are not cut
-    assert chunks(1, 4096, 7, 2**20) == 7  # one query at a time, where even that is too much
+        n = kernels.chunks(rows, heads, length, length)
+        assert length % n == 0 and 4 * rows * heads * (length // n) * length <= kernels.SCORES_BYTES
+    assert kernels.chunks(8, 4, 256, 256) == 1  # small models are not cut
+    assert kernels.chunks(1, 4096, 7, 2**20) == 7  # one query at a time, where even that is too much
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -55,12 +54,12 @@ def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.
     import jax
     import jax.numpy as jnp
 
-    from portatrain.backends.jax import JaxBackend, attention
+    from portatrain.backends.jax import JaxBackend
 
     length, heads, width = 512, 4, 16
 
     def temporary_bytes(most: int) -> int:
-        monkeypatch.setattr(attention, "SCORES_BYTES", most)
+        monkeypatch.setattr(kernels, "SCORES_BYTES", most)
 
         def total(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return jnp.sum(JaxBackend._standalone(Context()).attention(q, k, v))

@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not instal
 CODE = """
 import json, sys
 import numpy as np
-from portatrain.backends.jax import JaxBackend, attention, losses
+from portatrain.backends import kernels
+from portatrain.backends.jax import JaxBackend, losses
 from portatrain.recipe.overrides import override
 from portatrain.plan.cost import recipes
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
@@ -27,7 +28,7 @@ from portatrain.plan.compilers import hlo, hlo_text
 from portatrain.recipe import load_recipe
 from portatrain.backends.program import make_program
 
-losses.CHUNK_BYTES, attention.SCORES_BYTES = 4 * 8 * 512, 4 * 2 * 4 * 64
+losses.CHUNK_BYTES, kernels.SCORES_BYTES = 4 * 8 * 512, 4 * 2 * 4 * 64
 sizes = ["vocab=512", "embed=32", "layers=2", "heads=4", "kv_heads=2", "mlp=64"]
 recipe = override(load_recipe("tiny-lm"), [f"model.{s}" for s in sizes] + ["data.seq_len=64", "batch=8"])
 rng = np.random.default_rng(0)

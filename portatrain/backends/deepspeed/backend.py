@@ -35,7 +35,7 @@ from portatrain.backends.deepspeed.engine import (
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.program import Program
-from portatrain.backends.state import COUNT, StateTensor, beside_params, initial_box, inventory
+from portatrain.backends.state import COUNT, StateTensor, initial_box
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
@@ -123,8 +123,10 @@ class ZeroBackend(MeshBackend):
     def _part(self, info: TensorInfo, laid_out_as: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return OneDevice._part(self, info, laid_out_as)  # modules are made whole, then cut by DeepSpeed
 
-    def _build(self, draw: Callable[..., np.ndarray], count: int) -> ZeroState:
-        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+    def _build(
+        self, draw: Callable[[StateTensor, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int
+    ) -> ZeroState:
+        tensors, beside = self._inventory
 
         def value(role: str, name: str, index: tuple[int, ...]) -> Tensor:
             info = tensors[role, name].info
@@ -332,7 +334,7 @@ class ZeroBackend(MeshBackend):
     def _ranges(self, held: ZeroState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
         """Yield (logical tensor, index in its Stacks, this process's elements, the number of the first of them in the
         flattened layer) of all that `held` has but the count."""
-        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+        tensors, beside = self._inventory
         for i, p in enumerate(held.pieces):
             part = held.parts.get(i)
             if p.role == "state" or self.stage < 3:

@@ -12,17 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-SCORES_BYTES = 256 << 20
-"""The most that a chunk's float32 scores may take on a device."""
+from portatrain.backends import kernels
 
-
-def chunks(rows: int, heads: int, queries: int, keys: int) -> int:
-    """How many chunks the queries are cut into, of sizes on a device: the fewest that divide them and keep the scores
-    of one within SCORES_BYTES."""
-    for n in range(1, queries):
-        if queries % n == 0 and 4 * rows * heads * (queries // n) * keys <= SCORES_BYTES:
-            return n
-    return max(queries, 1)
+SITE = kernels.Site(backend="jax")
 
 
 def visible(at_q: Any, at_k: Any, of_q: Any, of_k: Any, *, causal: bool, window: int | None) -> Any | None:
@@ -47,6 +39,41 @@ def attention(
     k_BTKD: Any,
     v_BTKD: Any,
     *,
+    site: kernels.Site = SITE,
+    shards: tuple[int, int, int] = (1, 1, 1),
+    **options: Any,
+) -> Any:
+    """See `Ops.attention`. Runs the kernel that the table gives. `shards`: parts that batch, heads and queries are cut
+    into over devices. `options` may have `precision`, and `may_be_blind`: a query may see nothing; None: if positions
+    or two kinds of segments are given."""
+    (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
+    rows, heads, parts = shards
+    traits = kernels.attention_traits(options) | ({"uneven"} if s % parts else set())
+    shape = (-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d)
+    case = kernels.Case(site=site, dtype=q_BSHD.dtype.name, shape=shape, traits=traits)
+    return kernels.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
+
+
+def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
+    """All scores at once."""
+    return _in_chunks(1, 1, q_BSHD, k_BTKD, v_BTKD, **options)
+
+
+def chunked(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
+    """The scores of one chunk of queries at a time."""
+    rows, heads, parts = shards
+    b, s, h, _ = q_BSHD.shape
+    n = kernels.chunks(-(-b // rows), -(-h // heads), s // parts, k_BTKD.shape[1])
+    return _in_chunks(n, parts, q_BSHD, k_BTKD, v_BTKD, **options)
+
+
+def _in_chunks(
+    n: int,
+    parts: int,
+    q_BSHD: Any,
+    k_BTKD: Any,
+    v_BTKD: Any,
+    *,
     causal: bool = True,
     window: int | None = None,
     segment_ids: Any | tuple[Any, Any] | None = None,
@@ -54,11 +81,9 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     precision: Any = None,
-    shards: tuple[int, int, int] = (1, 1, 1),
     may_be_blind: bool | None = None,
 ) -> Any:
-    """See `Ops.attention`. `shards`: parts that batch, heads and queries are cut into over devices.
-    `may_be_blind`: a query may see nothing; None: where positions or two kinds of segments are given."""
+    """Attention of `n` chunks of queries, each of which has its share of every one of `parts`."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     if s == 0 or t == 0:
@@ -79,8 +104,6 @@ def attention(
         if may_be_blind is None
         else may_be_blind,
     }
-    rows, heads, parts = shards
-    n = chunks(-(-b // rows), -(-h // heads), s // parts, t) if s % parts == 0 else 1
     if n == 1:
         out_BKGSD = _seen(options, q_BKGSD, at_q, of_q, k_BKTD, at_k, of_k, v_BKTD)
     else:

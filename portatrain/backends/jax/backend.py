@@ -22,6 +22,7 @@ from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
+from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
 from portatrain.model import dropout_hash, remat
@@ -56,6 +57,7 @@ class JaxBackend:
         # A state leaves a step laid out as it came in, or the next step would compile again.
         shardings = self._assemble(self._sharding, None)
         platform = self.devices.devices.flat[0].platform
+        self.site = Site.of(program, backend="jax", device=platform)
         # On a CPU a step takes the cores that would prepare the next one; small ones even run in the calling thread.
         self.async_dispatch = platform != "cpu"
         options = compiler_options(platform)
@@ -101,6 +103,7 @@ class JaxBackend:
             remat=remat.parse(self.program.remat),
             layout=self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
+            site=self.site,
         )
 
     # ---- states
@@ -123,18 +126,22 @@ class JaxBackend:
         # On a CPU the array may share NumPy's memory, and a shared buffer cannot be donated.
         return placed.copy() if placed.size else placed
 
+    @functools.cached_property
+    def _inventory(self) -> tuple[StateTensor, ...]:
+        return inventory(self.program)
+
     def _assemble(self, make: Callable[[StateTensor], Any], count: int | None) -> State:
         """A state whose arrays come from make(logical tensor); count None: the count's sharding in its place."""
         state: State = {"params": {}, "state": {}, "ema": {}}
         slots: dict[str, dict[str, Any]] = {}
-        for tensor in inventory(self.program):
+        for tensor in self._inventory:
             into = state.setdefault(tensor.role, {}) if tensor.slot is None else slots.setdefault(tensor.slot, {})
             into[tensor.info.name] = make(tensor)
         return {**state, "opt": RuleState(self._replicated if count is None else self._whole(np.int32(count)), slots)}
 
     def state_arrays(self, state: State) -> Iterator[tuple[StateTensor, Any]]:
         """Yield every tensor of `state` with its array, in the order of the checkpoint."""
-        for tensor in inventory(self.program):
+        for tensor in self._inventory:
             held = state[tensor.role] if tensor.slot is None else state["opt"].slots[tensor.slot]
             yield tensor, held[tensor.info.name]
 

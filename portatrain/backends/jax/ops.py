@@ -14,10 +14,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
+from portatrain.backends.kernels import Site
 from portatrain.model import dropout_hash
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
@@ -73,6 +75,7 @@ class JaxOps(OnMesh, JaxArrays):
     remat: Policy = POLICIES["none"]
     layout: Layout | None = None
     devices: jax.sharding.Mesh | None = None
+    site: Site = SITE
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)

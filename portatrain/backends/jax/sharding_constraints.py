@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from portatrain.backends.jax.attention import attention
 from portatrain.backends.jax.losses import Cut
 from portatrain.backends.jax.low_precision import SMALL_TABLES, rows
+from portatrain.backends.kernels import Site
 from portatrain.model.layout import BATCH_MESH_AXES, Layout, Spec
 from portatrain.model.module import Constant, TensorInfo
 
@@ -49,6 +50,7 @@ class OnMesh:
 
     layout: Layout | None
     devices: jax.sharding.Mesh | None
+    site: Site
 
     def _spec(self, p: Any, role: str) -> Spec:
         """The mesh axes of every dimension of a parameter, as one layer of its Stacks has it; () where nothing is known
@@ -119,7 +121,7 @@ class OnMesh:
 
     def _attended(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, precision: Any, **options: Any) -> Any:
         """`attention` of values that lie on the mesh."""
-        run = functools.partial(attention, precision=precision)
+        run = functools.partial(attention, precision=precision, site=self.site)
         rows, heads, parts = self._shards("batch", "heads", "seq")
         b, s = q_BSHD.shape[:2]
         segments = options.get("segment_ids")

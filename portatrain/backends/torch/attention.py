@@ -1,4 +1,4 @@
-"""Attention: torch's fused kernel where it says the same thing, else written out.
+"""Attention: torch's fused kernel if it says the same thing, else written out; `backends/kernels.py` decides.
 
 Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 """
@@ -11,6 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from portatrain.backends import kernels
+
+SITE = kernels.Site(backend="torch")
 
 
 def visible(
@@ -46,35 +50,112 @@ def attention(
     k_BTKD: Tensor,
     v_BTKD: Tensor,
     *,
+    site: kernels.Site = SITE,
+    kept: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Tensor:
+    """See `Ops.attention`. Runs the kernel that the table gives. `kept(what, of, make)` is make(*of), or its result
+    from an earlier layer."""
+    b, s, h, d = q_BSHD.shape
+    where = _kernel(
+        site.backend,
+        site.device,
+        site.mesh,
+        site.named,
+        q_BSHD.dtype,
+        (b, s, k_BTKD.shape[1], h, k_BTKD.shape[2], d),
+        options.get("causal", True),
+        options.get("window") is not None,
+        options.get("segment_ids") is not None,
+        options.get("positions") is not None,
+        options.get("softcap") is not None,
+    )
+    return LOADED[where](q_BSHD, k_BTKD, v_BTKD, kept=kept or (lambda what, of, make: make(*of)), **options)
+
+
+@torch.compiler.assume_constant_result
+def _kernel(
+    backend: str,
+    device: str,
+    mesh: str,
+    named: kernels.Named,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    *present: bool,
+) -> str:
+    """The key in `LOADED` of the kernel that runs. Constants alone go in and out: torch.compile calls this once, and
+    traces nothing of it."""
+    names = ("causal", "window", "segments", "positions", "softcap")
+    case = kernels.Case(
+        site=kernels.Site(backend=backend, device=device, mesh=mesh, named=named),
+        dtype=str(dtype).removeprefix("torch."),
+        shape=shape,
+        traits=frozenset(name for name, there in zip(names, present, strict=True) if there),
+    )
+    kernel = kernels.choose("attention", case).kernel
+    LOADED.setdefault(kernel.where, kernel.load())
+    return kernel.where
+
+
+LOADED: dict[str, Callable[..., Tensor]] = {}
+"""Implementations by `Kernel.where`."""
+
+
+def load_kernels() -> None:
+    """Fill `LOADED` with all that may run, as a compiled block cannot import what it calls."""
+    for kernel in kernels.rows("attention", "torch"):
+        LOADED.setdefault(kernel.where, kernel.load())
+
+
+def sdpa_causal(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
+    """torch's fused kernel with its own causal mask."""
+    return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale, causal=True)
+
+
+def sdpa_masked(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    kept: Callable[..., Any],
+    scale: float | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    softcap: None = None,
+    **options: Any,
+) -> Tensor:
+    """torch's fused kernel with a mask of numbers to add, made once: it would make them of a boolean one each time."""
+    rule = _rule(q_BSHD, k_BTKD, positions=positions, **options)
+    bias = kept("bias", (*rule, q_BSHD.dtype), _bias)
+    out = _sdpa(q_BSHD, k_BTKD, v_BTKD, bias, scale, causal=False)
+    if positions is not None and bias is not None:
+        # Only with free positions may a query see nothing: in place, it sees itself at least.
+        mask = kept("visible", rule, visible)
+        out = torch.where(mask.any(-1)[:, :, None, None], out, 0.0)
+    return out
+
+
+def _sdpa(
+    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, bias: Tensor | None, scale: float | None, *, causal: bool
+) -> Tensor:
+    grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
+    scale = q_BSHD.shape[3] ** -0.5 if scale is None else scale
+    q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2)
+
+
+def _rule(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    *,
     causal: bool = True,
     window: int | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     positions: tuple[Tensor, Tensor] | None = None,
-    softcap: float | None = None,
-    scale: float | None = None,
-    kept: Callable[..., Any] | None = None,
-) -> Tensor:
-    """See `Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
-    s, h, d = q_BSHD.shape[1:]
-    t, kv_heads = k_BTKD.shape[1:3]
-    scale = d**-0.5 if scale is None else scale
-    kept = kept or (lambda what, of, make: make(*of))
-    in_place = causal and window is None and segment_ids is None and positions is None and s == t
-    # Pairs are laid flat: it is the tensors in them that stay the same from layer to layer.
-    rule = (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions))
-    if softcap is not None:
-        return _written_out(q_BSHD, k_BTKD, v_BTKD, kept("visible", rule, visible), softcap, scale)
-    # The kernels want numbers to add, and would otherwise make them from a boolean mask in every layer.
-    bias = None if in_place else kept("bias", (*rule, q_BSHD.dtype), _bias)
-    q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
-    out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, is_causal=in_place, scale=scale, enable_gqa=h != kv_heads
-    )
-    if positions is not None and bias is not None:
-        # Only with free positions may a query see nothing: in place, it sees itself at least.
-        mask = kept("visible", rule, visible)
-        out = torch.where(mask.any(-1)[:, None, :, None], out, 0.0)
-    return out.transpose(1, 2)
+) -> tuple[Any, ...]:
+    """The arguments of `visible`. Pairs are laid flat: it is the tensors in them that stay the same between layers."""
+    s, t = q_BSHD.shape[1], k_BTKD.shape[1]
+    return (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions))
 
 
 def _pair(given: Any) -> tuple[Any, Any]:
@@ -91,15 +172,24 @@ def _bias(*rule_and_dtype: Any) -> Tensor | None:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
 
 
-def _written_out(
-    q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, mask: Tensor | None, softcap: float, scale: float
+def written_out(
+    q_BSHD: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    *,
+    kept: Callable[..., Any],
+    softcap: float | None = None,
+    scale: float | None = None,
+    **options: Any,
 ) -> Tensor:
-    """As the definition says, with scores softcapped: torch's kernel has no place for that."""
+    """As the definition says."""
+    mask = kept("visible", _rule(q_BSHD, k_BTKD, **options), visible)
     b, s, h, d = q_BSHD.shape
     kv_heads = k_BTKD.shape[2]
     q = q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d).float()
-    scores = torch.einsum("bskgd,btkd->bkgst", q, k_BTKD.float()) * scale
-    scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.einsum("bskgd,btkd->bkgst", q, k_BTKD.float()) * (d**-0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
     weights = torch.softmax(scores, dim=-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.state import (
     COUNT,
@@ -23,6 +24,7 @@ from portatrain.backends.state import (
     inventory,
     sample_words,
 )
+from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
@@ -76,6 +78,8 @@ class OneDevice(StandaloneOps):
                 do="Use bf16, or a newer torch.",
             )
         self.compiles = program.compile if program.compile is not None else row.compiles
+        self.site = Site.of(program, backend="torch", device=self.device.type)
+        load_kernels()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self.remat = remat.parse(program.remat)
@@ -113,7 +117,9 @@ class OneDevice(StandaloneOps):
         return compile_fx(graph, inputs)
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
-        static = Static(training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops)
+        static = Static(
+            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops, site=self.site
+        )
         sample = batch.get("sample")
         return self.ops(
             static,
@@ -126,6 +132,11 @@ class OneDevice(StandaloneOps):
 
     # ---- states
 
+    @functools.cached_property
+    def _inventory(self) -> tuple[dict[tuple[str, str], StateTensor], dict[str, list[StateTensor]]]:
+        """(all tensors of a state by key, what is kept beside each parameter)."""
+        return {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+
     def _build(self, draw: Callable[[StateTensor, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int) -> Any:
         """A state whose every piece comes from draw(logical tensor, offset, shape)."""
 
@@ -134,7 +145,7 @@ class OneDevice(StandaloneOps):
             array = draw(tensor, (*index, *at), (*(1 for _ in index), *inner)).reshape(inner)
             return self._piece(array, tensor)
 
-        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+        tensors, beside = self._inventory
         state = self._lowered(lambda role, name, index: piece(tensors[role, name], index))
         optimizer = state.optimizer
         if count:
@@ -149,7 +160,7 @@ class OneDevice(StandaloneOps):
 
     def state_arrays(self, state: TorchState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor]]:
         """Yield (logical tensor, index in its Stacks, this process's part) of all that `state` holds but the count."""
-        tensors, beside = {t.key: t for t in inventory(self.program)}, beside_params(self.program)
+        tensors, beside = self._inventory
         for i, p in enumerate(state.pieces):
             yield tensors[p.role, p.name], p.index, p.tensor
             for tensor in beside.get(p.name, ()) if p.role == "params" else ():

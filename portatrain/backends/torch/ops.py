@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from portatrain.backends.torch.attention import attention
+from portatrain.backends.kernels import Site
+from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
 from portatrain.backends.torch.ops_arrays import TorchArrays
@@ -43,6 +44,8 @@ class Static:
     layout: Layout | None = None
     ops: Any = None
     """The class of operations, TorchOps unless a mesh wants another."""
+    site: Site = SITE
+    """What decides which kernels run."""
     calls: bool = False
     """Whether a block is run by its own call, with the hooks that others put on it."""
 
@@ -139,7 +142,7 @@ class TorchOps(TorchArrays):
         return y.to(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
-        out = attention(q_BSHD, k_BTKD, v_BTKD, kept=self._kept, **options)
+        out = attention(q_BSHD, k_BTKD, v_BTKD, site=self.static.site, kept=self._kept, **options)
         # What a kernel returns is kept with what its backward pass needs; what is written out, by name.
         return out if options.get("softcap") is None else self.name(out, "attention")
 

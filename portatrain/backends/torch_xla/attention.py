@@ -11,10 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from portatrain.backends import kernels
 from portatrain.backends.torch.attention import visible
 
+SITE = kernels.Site(backend="torch-xla")
 
-def attention(
+
+def attention(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, site: kernels.Site = SITE, **options: Any) -> Tensor:
+    """See `Ops.attention`. Runs the kernel that the table gives."""
+    b, s, h, d = q_BSHD.shape
+    shape = (b, s, k_BTKD.shape[1], h, k_BTKD.shape[2], d)
+    dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), kernels.attention_traits(options)
+    case = kernels.Case(site=site, dtype=dtype, shape=shape, traits=traits)
+    return kernels.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, **options)
+
+
+def written_out(
     q_BSHD: Tensor,
     k_BTKD: Tensor,
     v_BTKD: Tensor,

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from portatrain.backends.base import Arrays, Context, LocalBox, StepResult
 from portatrain.backends.batches import pad_rows
+from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
 from portatrain.backends.torch.one_device import OneDevice, TorchState
@@ -24,6 +25,7 @@ from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
 from portatrain.backends.torch.standalone_ops import COMPUTE
 from portatrain.backends.torch_xla import devices as xla
+from portatrain.backends.torch_xla.attention import SITE
 from portatrain.backends.torch_xla.devices import Devices
 from portatrain.backends.torch_xla.ops import XlaOps
 from portatrain.backends.torch_xla.probe import norms
@@ -65,6 +67,7 @@ class XlaBackend(OneDevice):
         self.device, self.compiles = self.devices.device, False
         # On a CPU a step takes the cores that would prepare the next one.
         self.async_dispatch = not xla.on_cpu()
+        self.site = Site.of(program, backend=self.name, device=xla.kind())
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self._runners = {"run_block": run_block, "run_again": rematerialised(self.remat, run_block)}
@@ -106,7 +109,9 @@ class XlaBackend(OneDevice):
     def _ops(self, batch: Mapping[str, Tensor], step: Any, training: bool) -> XlaOps:
         numbers = step if isinstance(step, Numbers) else self._numbers(step)
         xla.use_precision(self.program.precision)
-        static = Static(training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops)
+        static = Static(
+            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops, site=self.site
+        )
         sample = batch.get("sample")
         return self.ops(
             static,
@@ -321,7 +326,7 @@ class XlaBackend(OneDevice):
         xla.use_precision(context.precision)
         sample = np.zeros(1, np.int64) if context.sample is None else context.sample
         ints = cls._given(np.array([context.step, *dropout_hash.words(context.seed)], np.int32))
-        static = Static(context.training, COMPUTE[context.precision], ops=XlaOps)
+        static = Static(context.training, COMPUTE[context.precision], ops=XlaOps, site=SITE)
         return XlaOps(
             static,
             ints[0],

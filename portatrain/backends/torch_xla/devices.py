@@ -41,8 +41,13 @@ def device() -> torch.device:
     return torch_xla.device()
 
 
+def kind() -> str:
+    """The kind of the devices, such as cpu or tpu."""
+    return str(runtime.device_type()).lower()
+
+
 def on_cpu() -> bool:
-    return runtime.device_type() == "CPU"
+    return kind() == "cpu"
 
 
 def check_mesh(mesh: Mesh) -> None:

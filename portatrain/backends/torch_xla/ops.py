@@ -99,7 +99,9 @@ class XlaOps(TorchOps):
         return _SummedInTwoSteps.apply(p, (like.shape[0], *(1,) * between))
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
-        return self.name(attention(q_BSHD, k_BTKD, v_BTKD, kept=self._kept, **options), "attention")
+        return self.name(
+            attention(q_BSHD, k_BTKD, v_BTKD, site=self.static.site, kept=self._kept, **options), "attention"
+        )
 
     # ---- elementwise and shape
 

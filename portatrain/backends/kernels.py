@@ -1,0 +1,311 @@
+"""Which implementation of an operation runs: one table for every backend, read from the top.
+
+An operation has one meaning (`model/ops.py`) and several implementations, its kernels. Which one runs follows from the
+backend, the kind of device, the dtype, the sizes on one device, the traits of the call (its mask, mostly) and the mesh:
+the first row of `TABLE` that belongs to the backend and has no reason against the case. The last row of a backend is
+the operation written out, which always applies. A kernel that is named explicitly runs or is refused with its reason.
+
+A laboratory adds rows by the entry-point group `portatrain.kernels`; they stand before ours. No framework is imported
+here: `Kernel.load` imports the implementation when it runs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from portatrain.errors import UserError, choice
+
+GROUP = "portatrain.kernels"
+"""The entry-point group of other packages' rows: each names a `Kernel`, or a sequence of them."""
+OPERATIONS = ("attention",)
+"""The operations that have more than one implementation."""
+SCORES_BYTES = 256 << 20
+"""The most that the float32 scores of attention may take on a device at a time, on jax."""
+
+Named = tuple[tuple[str, str], ...]
+"""(operation, kernel) of those that were named explicitly."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where operations run. backend: 'jax', 'torch' (DeepSpeed's too) or 'torch-xla'. device: the framework's name of
+    its kind. mesh: as `Mesh` prints itself."""
+
+    backend: str
+    device: str = "cpu"
+    mesh: str = "1"
+    named: Named = ()
+
+    @classmethod
+    def of(cls, program: Any, *, backend: str, device: str) -> Site:
+        """Return the site of `program`; UserError for a kernel that it names and that `backend` lacks."""
+        for operation, name in program.kernels:
+            rows(operation, backend, name)
+        return cls(backend=backend, device=device, mesh=str(program.layout.mesh), named=tuple(program.kernels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """All that decides which kernel runs.
+
+    shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
+    attention those of 'causal', 'window', 'segments', 'positions' and 'softcap' that the call has, and 'uneven' if the
+    queries do not divide over the devices that hold them.
+    """
+
+    site: Site
+    dtype: str
+    shape: tuple[int, ...]
+    traits: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """A row: an implementation, and the cases that it covers.
+
+    refuses: returns the reason why it does not cover a case, or None if it does. where: 'module:function'. The function
+    takes the operation's own arguments, and by keyword what its backend adds: `precision`, `shards` and `may_be_blind`
+    on jax, `kept` on torch and torch-xla.
+    """
+
+    operation: str
+    name: str
+    backends: tuple[str, ...]
+    where: str
+    refuses: Callable[[Case], str | None] = lambda case: None
+
+    def load(self) -> Callable[..., Any]:
+        """Import the implementation."""
+        return _loaded(self.where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """What runs, and the reason against every other row of the backend."""
+
+    kernel: Kernel
+    case: Case
+    against: tuple[tuple[str, str], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "operation": self.kernel.operation,
+            "kernel": self.kernel.name,
+            "named": self.kernel.operation in dict(case.site.named),
+            "backend": case.site.backend,
+            "device": case.site.device,
+            "mesh": case.site.mesh,
+            "dtype": case.dtype,
+            "shape": list(case.shape),
+            "traits": sorted(case.traits),
+            "against": dict(self.against),
+        }
+
+
+# ---- reasons
+
+
+def chunks(rows: int, heads: int, queries: int, keys: int) -> int:
+    """How many chunks jax cuts the queries of attention into, of sizes on a device: the fewest that divide them and
+    keep the scores of one within `SCORES_BYTES`."""
+    for n in range(1, queries):
+        if queries % n == 0 and 4 * rows * heads * (queries // n) * keys <= SCORES_BYTES:
+            return n
+    return max(queries, 1)
+
+
+def _chunked_refuses(case: Case) -> str | None:
+    b, s, t, h, _, _ = case.shape
+    if "uneven" in case.traits:
+        return "the queries do not divide over the devices that hold them"
+    if chunks(b, h, s, t) == 1:
+        return f"the scores of all queries fit in {SCORES_BYTES / 2**20:g} MiB"
+    return None
+
+
+def _sdpa_refuses(case: Case) -> str | None:
+    return "torch's kernels cannot soft-cap the scores" if "softcap" in case.traits else None
+
+
+def _sdpa_causal_refuses(case: Case) -> str | None:
+    if reason := _sdpa_refuses(case):
+        return reason
+    if "causal" not in case.traits:
+        return "the mask is not causal"
+    if more := case.traits - {"causal"}:
+        return f"its mask is causal and knows no {' or '.join(sorted(more))}"
+    if case.shape[1] != case.shape[2]:
+        return f"{case.shape[1]} queries and {case.shape[2]} keys are not the same positions"
+    return None
+
+
+# ---- the table
+
+TABLE: tuple[Kernel, ...] = (
+    Kernel(
+        operation="attention",
+        name="chunked",
+        backends=("jax",),
+        where="portatrain.backends.jax.attention:chunked",
+        refuses=_chunked_refuses,
+    ),
+    Kernel(
+        operation="attention",
+        name="sdpa-causal",
+        backends=("torch",),
+        where="portatrain.backends.torch.attention:sdpa_causal",
+        refuses=_sdpa_causal_refuses,
+    ),
+    Kernel(
+        operation="attention",
+        name="sdpa-masked",
+        backends=("torch",),
+        where="portatrain.backends.torch.attention:sdpa_masked",
+        refuses=_sdpa_refuses,
+    ),
+    Kernel(
+        operation="attention",
+        name="written-out",
+        backends=("jax",),
+        where="portatrain.backends.jax.attention:written_out",
+    ),
+    Kernel(
+        operation="attention",
+        name="written-out",
+        backends=("torch",),
+        where="portatrain.backends.torch.attention:written_out",
+    ),
+    Kernel(
+        operation="attention",
+        name="written-out",
+        backends=("torch-xla",),
+        where="portatrain.backends.torch_xla.attention:written_out",
+    ),
+)
+
+
+@functools.cache
+def _loaded(where: str) -> Callable[..., Any]:
+    module, _, name = where.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+    return found
+
+
+@functools.cache
+def others() -> tuple[Kernel, ...]:
+    """The rows that other packages register."""
+    found: list[Kernel] = []
+    for point in importlib.metadata.entry_points(group=GROUP):
+        try:
+            made = point.load()
+        except (ImportError, AttributeError) as error:
+            raise UserError(
+                f"kernel {point.name}",
+                expected=f"{point.value} to import",
+                got=f"{type(error).__name__}: {error}",
+                do=f"Mend or remove the package that registers it under {GROUP}.",
+            ) from error
+        mine = tuple(made) if isinstance(made, Sequence) else (made,)
+        for kernel in mine:
+            if not isinstance(kernel, Kernel) or kernel.operation not in OPERATIONS:
+                raise UserError(
+                    f"kernel {point.name}",
+                    expected=f"a portatrain.backends.kernels.Kernel of {', '.join(OPERATIONS)}",
+                    got=repr(kernel)[:80],
+                    do=f"Mend or remove the package that registers it under {GROUP}.",
+                )
+        found += mine
+    return tuple(found)
+
+
+def rows(operation: str, backend: str, name: str | None = None) -> tuple[Kernel, ...]:
+    """Return the rows of `operation` on `backend`, in the order of the table; those called `name`, if it is given.
+    Raises UserError if there are none."""
+    if operation not in OPERATIONS:
+        raise choice("operation of a kernel", operation, OPERATIONS)
+    found = tuple(k for k in (*others(), *TABLE) if k.operation == operation and backend in k.backends)
+    if name is None:
+        return found
+    named = tuple(k for k in found if k.name == name)
+    if not named:
+        raise choice(f"kernel of {operation} on {backend}", name, [k.name for k in found])
+    return named
+
+
+def parse(texts: Iterable[str]) -> Named:
+    """Read `attention=NAME` texts, of which each operation has one; UserError for what is none."""
+    found: dict[str, str] = {}
+    for text in texts:
+        operation, sign, name = text.partition("=")
+        if operation not in OPERATIONS:
+            raise choice(f"--kernel {text}", operation, OPERATIONS)
+        if not sign or not name or operation in found:
+            raise UserError(
+                f"--kernel {text}",
+                expected="each operation once, with the name of a kernel, as in attention=written-out",
+                got=repr(text),
+                do="Leave it out to take the first kernel of the table that covers the case.",
+            )
+        found[operation] = name
+    return tuple(sorted(found.items()))
+
+
+# ---- the choice
+
+_taken: dict[tuple[str, Case], Choice] = {}
+
+
+def choose(operation: str, case: Case) -> Choice:
+    """Return the kernel that runs `operation` in this case, with the reasons against the others.
+
+    Raises UserError if a kernel was named that does not cover the case.
+    """
+    known = rows(operation, case.site.backend)
+    reasons = {k.name: k.refuses(case) for k in known}
+    first = next(k for k in known if reasons[k.name] is None)
+    name = dict(case.site.named).get(operation)
+    if name is None:
+        chosen = first
+    else:
+        chosen = rows(operation, case.site.backend, name)[0]
+        if (reason := reasons[name]) is not None:
+            raise UserError(
+                f"kernel {operation}={name}",
+                expected="a case that it covers",
+                got=f"{reason} (shape {case.shape}, {case.dtype}, {', '.join(sorted(case.traits)) or 'no mask'})",
+                do=f"Leave --kernel out: {first.name} runs then.",
+            )
+    against = {k.name: reasons[k.name] or _passed_over(chosen, named=name is not None) for k in known if k != chosen}
+    made = Choice(kernel=chosen, case=case, against=tuple(against.items()))
+    _taken[operation, case] = made
+    return made
+
+
+def _passed_over(chosen: Kernel, *, named: bool) -> str:
+    return f"{chosen.name} was named" if named else f"{chosen.name} comes first"
+
+
+def taken() -> list[dict[str, Any]]:
+    """Return the choices of this process since the last call, as JSON. Kept by the process and not by a program: a
+    compiled step is traced where no object of ours can hold them."""
+    found = [made.as_json() for made in _taken.values()]
+    _taken.clear()
+    return found
+
+
+def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
+    """Return the traits of a call of `Ops.attention` with these keywords."""
+    present = {
+        "causal": options.get("causal", True),
+        "window": options.get("window") is not None,
+        "segments": options.get("segment_ids") is not None,
+        "positions": options.get("positions") is not None,
+        "softcap": options.get("softcap") is not None,
+    }
+    return frozenset(name for name, there in present.items() if there)

@@ -1,0 +1,92 @@
+"""Every kernel of attention does as the oracle does in every case that it covers, and refuses the others."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.contract.running import BACKENDS
+
+from portatrain.backends import kernels
+from portatrain.backends.base import Context, backend_class
+from portatrain.errors import UserError
+from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.runs.run_dir import RunDir
+from portatrain.testing import check_case
+from portatrain.testing.attention_cases import attention_cases
+from portatrain.training.trainer import train
+
+ROWS = [(name, row.name) for name in BACKENDS for row in kernels.rows("attention", name)]
+
+
+def naming(backend: str, kernel: str) -> Any:
+    """The class of `backend`, whose operations on their own run by `kernel`."""
+    site, plain = kernels.Site(backend=backend, named=(("attention", kernel),)), backend_class(backend)
+
+    class Named(plain):  # type: ignore[valid-type,misc]
+        @classmethod
+        def _standalone(cls, context: Context) -> Any:
+            ops = super()._standalone(context)
+            if backend == "jax":
+                return dataclasses.replace(ops, site=site)
+            return dataclasses.replace(ops, static=dataclasses.replace(ops.static, site=site))
+
+    return Named
+
+
+@pytest.mark.parametrize(("backend", "kernel"), ROWS)
+def test_a_kernel_is_right_where_it_applies(backend: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SCORES_BYTES", 1)  # else nothing is long enough to be cut into chunks
+    ran, refused, named = 0, 0, naming(backend, kernel)
+    for case in attention_cases():
+        for precision in case.precisions:
+            try:
+                check_case(named, case, precision)
+                ran += 1
+            except UserError as error:
+                assert f"attention={kernel}" in str(error)
+                refused += 1
+    assert ran and (refused or not kernel.startswith("sdpa"))
+    if kernel == "written-out":
+        assert not refused
+
+
+def test_a_compiled_block_chooses_too() -> None:
+    torch = pytest.importorskip("torch")
+    from portatrain.backends.torch.attention import attention, load_kernels
+
+    load_kernels()
+
+    def run(q: Any, k: Any, **options: Any) -> Any:
+        return attention(q, k, k, **options)
+
+    q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16)
+    compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="eager")
+    kernels.taken()
+    for options in ({}, {"window": 3}, {"softcap": 5.0}):
+        torch.testing.assert_close(compiled(q, k, **options), run(q, k, **options))
+    assert {c["kernel"] for c in kernels.taken()} == {"sdpa-causal", "sdpa-masked", "written-out"}
+
+
+def small() -> Any:
+    sizes = ["model.layers=1", "model.embed=16", "model.heads=2", "model.kv_heads=1", "model.mlp=32", "data.seq_len=16"]
+    return apply_overrides(load_recipe("tiny-lm"), [*sizes, "batch=4", "steps=2", "eval_every=0", "hooks=()"])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_choice_is_an_event_of_the_attempt(backend: str, tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    assert train(small(), run, backend=backend, kernels=(("attention", "written-out"),)) == 0
+    (event,) = run.events("kernels")
+    assert event["choices"] and {c["kernel"] for c in event["choices"]} == {"written-out"}
+    others = {k.name for k in kernels.rows("attention", backend)} - {"written-out"}
+    assert all(c["named"] and set(c["against"]) == others for c in event["choices"])
+
+
+def test_a_kernel_that_is_not_the_backends_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    run = RunDir(tmp_path / "run")
+    with pytest.raises(UserError, match="kernel of attention"):
+        train(small(), run, backend=BACKENDS[0], kernels=(("attention", "splash"),))
+    assert not (tmp_path / "run").exists()

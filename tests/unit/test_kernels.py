@@ -1,0 +1,145 @@
+"""The table of kernels: every case has one, the reasons are given, and a kernel that is named runs or is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterator
+
+import pytest
+
+from portatrain.backends import kernels
+from portatrain.backends.kernels import Case, Kernel, Site, choose
+from portatrain.errors import UserError
+
+BACKENDS = ("jax", "torch", "torch-xla")
+
+
+def case(backend: str, *traits: str, shape: tuple[int, ...] = (2, 64, 64, 4, 2, 16), **site: object) -> Case:
+    return Case(site=Site(backend=backend, **site), dtype="float32", shape=shape, traits=frozenset(traits))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_row_is_written_out_and_covers_every_case(backend: str) -> None:
+    *_, last = kernels.rows("attention", backend)
+    assert last.name == "written-out"
+    every = ("causal", "window", "segments", "positions", "softcap", "uneven")
+    assert last.refuses(case(backend, *every, shape=(3, 5, 7, 4, 1, 6))) is None
+    names = [k.name for k in kernels.rows("attention", backend)]
+    assert len(names) == len(set(names))
+
+
+LONG = (1, 32768, 32768, 32, 8, 128)
+
+
+@pytest.mark.parametrize(
+    ("given", "name", "against"),
+    [
+        (case("jax", "causal"), "written-out", {"chunked": "fit in 256 MiB"}),
+        (case("jax", "causal", shape=LONG), "chunked", {"written-out": "chunked comes first"}),
+        (case("jax", "causal", "uneven", shape=LONG), "written-out", {"chunked": "do not divide"}),
+        (case("torch", "causal"), "sdpa-causal", {"sdpa-masked": "comes first", "written-out": "comes first"}),
+        (case("torch"), "sdpa-masked", {"sdpa-causal": "not causal"}),
+        (case("torch", "causal", "segments"), "sdpa-masked", {"sdpa-causal": "knows no segments"}),
+        (case("torch", "causal", shape=(2, 1, 64, 4, 2, 16)), "sdpa-masked", {"sdpa-causal": "1 queries and 64 keys"}),
+        (case("torch", "causal", "softcap"), "written-out", {"sdpa-causal": "soft-cap", "sdpa-masked": "soft-cap"}),
+        (case("torch-xla", "causal"), "written-out", {}),
+    ],
+)
+def test_what_runs_and_why_not_the_others(given: Case, name: str, against: dict[str, str]) -> None:
+    found = choose("attention", given)
+    assert found.kernel.name == name
+    reasons = dict(found.against)
+    assert set(reasons) == {k.name for k in kernels.rows("attention", given.site.backend)} - {name}
+    assert all(part in reasons[other] for other, part in against.items())
+
+
+def test_a_kernel_that_is_named_runs_and_the_others_say_so() -> None:
+    found = choose("attention", case("torch", "causal", named=(("attention", "written-out"),)))
+    assert found.kernel.name == "written-out"
+    assert dict(found.against) == dict.fromkeys(("sdpa-causal", "sdpa-masked"), "written-out was named")
+    assert found.as_json()["named"] is True
+
+
+def test_a_kernel_that_is_named_and_does_not_apply_is_refused_with_its_reason() -> None:
+    with pytest.raises(UserError, match=r"attention=sdpa-causal.*knows no window.*sdpa-masked runs then"):
+        choose("attention", case("torch", "causal", "window", named=(("attention", "sdpa-causal"),)))
+
+
+def test_names_are_checked_before_anything_runs() -> None:
+    with pytest.raises(UserError, match=r"sdpa-casual.*sdpa-causal"):
+        kernels.rows("attention", "torch", "sdpa-casual")
+    with pytest.raises(UserError, match="chunked, written-out"):
+        kernels.rows("attention", "jax", "sdpa-causal")
+    with pytest.raises(UserError, match="attention"):
+        kernels.rows("atention", "jax")
+
+
+@pytest.mark.parametrize("text", ["attention", "attention=", "norm=fused", "=x"])
+def test_texts_that_name_no_kernel(text: str) -> None:
+    with pytest.raises(UserError, match="--kernel"):
+        kernels.parse([text])
+
+
+def test_texts() -> None:
+    assert kernels.parse([]) == ()
+    assert kernels.parse(["attention=written-out"]) == (("attention", "written-out"),)
+    with pytest.raises(UserError, match="each operation once"):
+        kernels.parse(["attention=a", "attention=b"])
+
+
+def test_choices_are_taken_once_a_case() -> None:
+    kernels.taken()
+    for _ in range(3):
+        choose("attention", case("torch", "causal"))
+    choose("attention", case("torch"))
+    found = kernels.taken()
+    assert [(c["kernel"], c["traits"]) for c in found] == [("sdpa-causal", ["causal"]), ("sdpa-masked", [])]
+    assert kernels.taken() == []
+
+
+LAB = Kernel(
+    operation="attention",
+    name="lab-flash",
+    backends=("torch",),
+    where=f"{__name__}:lab_attention",
+    refuses=lambda case: "it needs head sizes of 16" if case.shape[-1] != 16 else None,
+)
+
+
+def lab_attention() -> None: ...
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
+    point = importlib.metadata.EntryPoint("lab", f"{__name__}:{request.param}", kernels.GROUP)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == kernels.GROUP else [])
+    kernels.others.cache_clear()
+    yield
+    kernels.others.cache_clear()
+
+
+@pytest.mark.parametrize("lab", ["LAB"], indirect=True)
+@pytest.mark.usefixtures("lab")
+def test_a_laboratorys_kernel_comes_first_where_it_applies() -> None:
+    found = choose("attention", case("torch", "causal"))
+    assert found.kernel is LAB and found.kernel.load() is lab_attention
+    wide = choose("attention", case("torch", "causal", shape=(2, 64, 64, 4, 2, 32)))
+    assert wide.kernel.name == "sdpa-causal" and dict(wide.against)["lab-flash"] == "it needs head sizes of 16"
+    assert choose("attention", case("jax", "causal")).kernel.name == "written-out"
+
+
+@pytest.mark.parametrize("lab", ["BACKENDS", "nothing_there"], indirect=True)
+@pytest.mark.usefixtures("lab")
+def test_a_package_that_registers_no_kernel_is_named() -> None:
+    with pytest.raises(UserError, match="kernel lab"):
+        choose("attention", case("torch", "causal"))
+
+
+def test_a_site_refuses_a_kernel_that_its_backend_lacks() -> None:
+    @dataclasses.dataclass
+    class Named:
+        kernels: tuple[tuple[str, str], ...]
+
+    with pytest.raises(UserError, match="kernel of attention on jax"):
+        Site.of(Named((("attention", "sdpa-causal"),)), backend="jax", device="cpu")
