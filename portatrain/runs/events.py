@@ -25,6 +25,8 @@ class Kind(StrEnum):
     """The code is not the one that the run began with."""
     ENVIRONMENT_DIFFERS = "environment_differs"
     """Installed packages are not those that the run began with."""
+    KERNELS = "kernels"
+    """The implementation of each operation that runs, and why not the others (`backends/kernels.py`)."""
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
     """A checkpoint was passed over."""
     WARNING = "warning"

@@ -306,7 +306,7 @@ class Trainer:
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:
-                    self.event("kernels", choices=kernels.taken())
+                    self.event(Kind.KERNELS, choices=kernels.taken())
                 if pending is not None:
                     self._record(*pending)
                 pending = (step, result, waited_s)
