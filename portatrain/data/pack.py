@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError, storage_error
 
 FORMAT = "portatrain-pack-1"
 VERIFY_BYTES = 64 << 20  # a pack up to this size is verified whole whenever it is opened
@@ -125,7 +125,8 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
             if not pack_dir.exists():
                 _remove_empty(absent)
     except OSError as error:
-        raise UserError(
+        kind = UserError if storage_error(error) is None else StorageError
+        raise kind(
             f"pack {pack_dir}",
             expected="a folder that can be written",
             got=str(error),

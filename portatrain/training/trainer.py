@@ -98,6 +98,9 @@ class Trainer:
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
+        self._status, self._told = "failed", False
+        """How the attempt ends, and whether its sinks have been started."""
+        self._summary: dict[str, Any] = {}
 
     # ---- the loop
 
@@ -113,7 +116,6 @@ class Trainer:
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = time.perf_counter()
-            self._status, self._summary, self._told = "failed", {}, False
             try:
                 self._run(attempt, about)
             except BaseException as error:
