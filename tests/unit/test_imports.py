@@ -69,6 +69,7 @@ ARRAY_MODULES = tuple(
         "training.open_data",
         "testing",
         "checkpoint.saver",
+        "checkpoint.errors",
         "checkpoint.newest",
         "checkpoint.object_store",
         "checkpoint.restore",

@@ -147,7 +147,8 @@ def test_frameworks_stay_in_their_rooms() -> None:
         {"portatrain/runs/low.py": "def f():\n    import launchers.base"},
         {"launchers/low.py": "from portatrain.commands import submit"},
         {
-            "portatrain/checkpoint/low.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import portatrain.cli"
+            "portatrain/checkpoint/low.py": "from typing import TYPE_CHECKING\n"
+            "if TYPE_CHECKING:\n    import portatrain.cli"
         },
     ],
     ids=["plain", "in a function", "launchers", "for types"],
