@@ -118,13 +118,15 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
     asked = False
     while True:
         codes = [p.poll() for p in processes]
+        left = any(folder.glob("left-*")) or any(code is not None and _end(code) != code for code in codes)
         failed = [r for r, code in enumerate(codes) if code is not None and _end(code) not in NOT_FAILURES]
+        if left:  # what fails in the others is a consequence
+            failed = []
         if None not in codes:
             return failed
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE_S
-        left = any(code is not None and code < 0 for code in codes) or any(folder.glob("left-*"))
-        if left and not asked and not failed:
+        if left and not asked:
             asked, deadline = True, time.monotonic() + LEAVING_S
             for process in processes:
                 if process.poll() is None:
