@@ -27,7 +27,7 @@ from portatrain.runs import jobs
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import ClaimHandle
 from portatrain.runs.code_snapshot import differences
-from portatrain.runs.events import Kind, last, of_kind
+from portatrain.runs.events import Kind, last, of_kind, why_it_ended
 from portatrain.runs.history import committed
 from portatrain.runs.open import open_run
 from portatrain.system import environment
@@ -223,7 +223,7 @@ class Supervisor:
             return "cancelled", ""
         hang = next(iter(of_kind(events, Kind.HANG)), None)
         if hang is not None:
-            return "hung", f"a hang; {hang['behind']['text']}"
+            return "hung", f"a hang; {why_it_ended([hang])}"
         if self.asked or code in (RESUMABLE, INTERRUPTED):
             ends = [e.get("status") for e in of_kind(events, Kind.END)]
             if ends or code == RESUMABLE:

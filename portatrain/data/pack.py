@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError, storage_error
 
 FORMAT = "portatrain-pack-1"
 VERIFY_BYTES = 64 << 20  # up to this size, every byte is verified at each opening
@@ -129,7 +129,8 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
             if not pack_dir.exists():
                 _remove_empty(absent)
     except OSError as error:
-        raise UserError(
+        kind = UserError if storage_error(error) is None else StorageError
+        raise kind(
             f"pack {pack_dir}",
             expected="a folder that can be written",
             got=str(error),

@@ -94,4 +94,9 @@ def how_it_ended(events: Sequence[Event]) -> str:
 
 def why_it_ended(events: Sequence[Event]) -> str:
     """Return the last reason that an attempt, or its supervisor, gave; '' if there is none."""
-    return next((str(event["why"]) for event in reversed(events) if event.get("why")), "")
+    for event in reversed(events):
+        if event.get("event") in (Kind.END, Kind.LEFT, Kind.GAVE_UP) and event.get("why"):
+            return str(event["why"])
+    hang = last(events, Kind.HANG)
+    behind = None if hang is None else hang.get("behind")
+    return str(behind.get("text", "")) if isinstance(behind, Mapping) else ""

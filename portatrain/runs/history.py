@@ -244,7 +244,7 @@ def _attempt(
     folder = run.path / "attempts" / str(number)
     about = typed.attempt_info(folder / "attempt.json")
     plan = json_files.read_object(folder / "plan.json") if (folder / "plan.json").exists() else None
-    began_s = float(about.get("began_unix_s", events[0].get("unix_s", 0.0) if events else 0.0) or 0.0)
+    began_s: float = about.get("began_unix_s") or (events[0].get("unix_s") if events else None) or 0.0
     times = [e["unix_s"] for e in events if e.get("unix_s")] + [began_s + row.get("time_s", 0.0) for row in rows[-1:]]
     steady = [row["step_s"] for row in rows[2:] if row.get("step_s") and not row.get("skipped")]
     kept = sum(row["attempt"] == number for row in curve)

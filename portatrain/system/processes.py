@@ -26,13 +26,14 @@ from typing import Any
 
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.system import environment
-from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, RESUMABLE
 from portatrain.system.stop_signals import stopping_signals
 
 PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 """The backends that run one process per device; the others run one process per host."""
 GRACE_S = 3.0
 """Seconds in which the other processes may end by themselves after one has failed."""
+STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LEAVING_S = 10.0
 """Seconds in which the other processes may end after one has exited at once."""
 
@@ -96,8 +97,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
                     process.wait()
         if failed:
             return _explain(started, failed, Path(folder))
-        ends = [p.returncode for p in started if p.returncode in NOT_FAILURES]
-        return started[0].returncode if started[0].returncode in NOT_FAILURES else max(ends, default=FAILED)
+        return _end_of_all([p.returncode for p in started])
 
 
 def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> subprocess.Popen[bytes]:
@@ -126,12 +126,15 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
     asked = False
     while True:
         codes = [p.poll() for p in processes]
-        failed = [r for r, code in enumerate(codes) if code is not None and code not in NOT_FAILURES]
+        left = any(folder.glob("left-*")) or any(code is not None and _end(code) != code for code in codes)
+        failed = [r for r, code in enumerate(codes) if code is not None and _end(code) not in NOT_FAILURES]
+        if left:  # what fails in the others is a consequence
+            failed = []
         if None not in codes:
             return failed
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE_S
-        if not asked and not failed and any(folder.glob("left-*")):
+        if left and not asked:
             asked, deadline = True, time.monotonic() + LEAVING_S
             for process in processes:
                 if process.poll() is None:
@@ -139,6 +142,19 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
         if deadline is not None and time.monotonic() > deadline:
             return failed
         time.sleep(0.05)
+
+
+def _end(code: int) -> int:
+    """The exit code of a process, where a signal to stop that came before it could listen counts as heard."""
+    if code == -signal.SIGINT:
+        return INTERRUPTED
+    return RESUMABLE if -code in STOPPING else code
+
+
+def _end_of_all(codes: list[int]) -> int:
+    """The exit code of processes of which none failed; those that were killed for waiting in vain do not count."""
+    ends = [_end(code) for code in codes if _end(code) in NOT_FAILURES]
+    return _end(codes[0]) if _end(codes[0]) in ends else max(ends, default=FAILED)
 
 
 def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder: Path) -> int:

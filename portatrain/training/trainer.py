@@ -103,12 +103,13 @@ class Trainer:
         self.step = 0
         """Steps trained so far."""
         self._skipped: list[int] = []
-        self._status, self._told = "failed", False
-        self._summary: dict[str, Any] = {}
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
         self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
+        self._status, self._told = "failed", False
+        """How the attempt ends, and whether its sinks have been started."""
+        self._summary: dict[str, Any] = {}
 
     # ---- the loop
 

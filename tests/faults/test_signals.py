@@ -107,7 +107,9 @@ def steps(run: Path) -> int:
     return len(RunDir(run).curve()) if (run / "run.json").exists() else 0
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85)])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGHUP, 85)]
+)
 def test_a_signal_ends_the_step_saves_and_leaves(number: int, code: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run)
@@ -229,3 +231,80 @@ def test_a_stall_is_a_hang_that_is_named(tmp_path: Path) -> None:
     assert "phase 'data' of step 11" in errors
     assert "read_ahead.py" in (run / "attempts" / "1" / hang["stacks"]).read_text()
     assert committed(run) == 10 and not (run / "claim").exists()
+
+
+# ---- several processes
+
+TWO = ("--backend=jax", "--mesh=fsdp=2", "--processes=2")
+
+
+def ranks(process: subprocess.Popen) -> dict[int, int]:
+    """The processes that a command has started, by rank: rank -> pid."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            fields = (folder / "stat").read_text().rpartition(")")[2].split()
+            env = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(fields[1]) == process.pid:
+            rank = [e for e in env if e.startswith(b"RANK=")]
+            if rank:
+                found[int(rank[0][5:])] = int(folder.name)
+    return found
+
+
+ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
+SENT_TO_ALL = [pytest.param(n, marks=() if n == signal.SIGTERM else pytest.mark.full) for n in ALL]
+SENT_TO_ONE = [
+    pytest.param(rank, n, marks=() if (rank, n) == (1, signal.SIGTERM) else pytest.mark.full, id=f"{rank}-{n.name}")
+    for rank in (0, 1)
+    for n in ALL
+]
+
+
+@pytest.mark.parametrize("number", SENT_TO_ALL)
+def test_two_processes_of_jax_save_and_leave(number: signal.Signals, tmp_path: Path) -> None:
+    """jax.distributed would take SIGTERM for itself, and nothing would be saved."""
+    run = tmp_path / "run"
+    process = start(run, *TWO)
+    wait_until(lambda: steps(run) > 3, process, 180)
+    process.send_signal(number)
+    ends(process, 130 if number == signal.SIGINT else 85, 60)
+    assert committed(run) == steps(run) > 3 and not (run / "claim").exists()
+
+
+@pytest.mark.parametrize(("rank", "number"), SENT_TO_ONE)
+def test_one_rank_that_leaves_in_start_up_does_not_stall_the_other(
+    rank: int, number: signal.Signals, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(run, *TWO)
+    wait_until(lambda: len(ranks(process)) == 2, process)
+    time.sleep(3.0)  # imports, joining, compiling: before anything has been trained
+    if rank in (there := ranks(process)):
+        os.kill(there[rank], number)
+    began_s = time.monotonic()
+    process.communicate(timeout=60)
+    assert process.returncode in (85, 130) and time.monotonic() - began_s < 45
+    assert not (run / "claim").exists() or RunDir(run).owner() is None
+
+
+@pytest.mark.parametrize("number", SENT_TO_ALL)
+def test_one_rank_that_is_told_stops_both_after_the_same_step(number: signal.Signals, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, *TWO)
+    wait_until(lambda: steps(run) > 3, process, 180)
+    os.kill(ranks(process)[1], number)
+    ends(process, 130 if number == signal.SIGINT else 85, 60)
+    assert committed(run) == steps(run) > 3
+
+
+def test_a_run_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    program = f"import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n{PLAIN}"
+    process = start(run, "--stop-at=60", program=program)
+    wait_until(lambda: steps(run) > 3, process)
+    process.send_signal(signal.SIGHUP)
+    ends(process, 85, 90)
+    assert steps(run) == 60

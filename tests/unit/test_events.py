@@ -77,3 +77,6 @@ def test_the_word_of_the_supervisor_counts_first(rows: list[dict[str, str]], end
 def test_the_last_of_a_kind_and_the_last_reason() -> None:
     rows = [{"event": "end", "n": 1, "why": "a"}, {"event": "end", "n": 2}, {"event": "left", "why": ""}]
     assert last(rows, Kind.END) == rows[1] and last(rows, Kind.HANG) is None and why_it_ended(rows) == "a"
+    assert why_it_ended([{"event": "save_skipped", "why": "busy"}]) == ""  # which is no reason of an end
+    assert why_it_ended([{"event": "hang", "behind": {"text": "rank 3"}}]) == "rank 3"
+    assert why_it_ended([{"event": "hang", "behind": 7}]) == ""

@@ -70,6 +70,8 @@ ARRAY_MODULES = tuple(
         "testing",
         "checkpoint.saver",
         "checkpoint.format_layout",
+        "checkpoint.errors",
+        "checkpoint.interop.hub_tokenizer",
         "checkpoint.newest",
         "checkpoint.object_store",
         "checkpoint.restore",

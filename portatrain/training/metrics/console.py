@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Mapping
@@ -112,13 +113,15 @@ class ConsoleSink:
 
     def end(self, summary: Mapping[str, object]) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with contextlib.suppress(OSError, ValueError):
+                self._progress.stop()
             self._progress = None
         elif self._last is not None and self._last_printed != self._last.step:
             self._plain(self._last)
 
     def _line(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False)
-        else:
-            print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone: the run goes on without it
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False)
+            else:
+                print(text, file=self._stream, flush=True)
