@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
@@ -63,7 +64,7 @@ class RowOps(TorchOps):
 
 
 @dataclasses.dataclass
-class MeshOps(RowOps):
+class MeshOps(MeshArrays, RowOps):
     """See the top of this file."""
 
     def __post_init__(self) -> None:

@@ -109,6 +109,10 @@ class XlaOps(TorchOps):
         with _Shifts():
             return super().dropout(x, rate, site=site)
 
+    def noise(self, *shape: int, site: int, kind: str = "normal", draw: int = 0) -> Tensor:
+        with _Shifts():
+            return super().noise(*shape, site=site, kind=kind, draw=draw)
+
     def write(self, cache_BT: Tensor, value: Tensor, at: Tensor) -> Tensor:
         """As a choice between cache and value at every position: an update at a computed place would be a scatter."""
         t, n = cache_BT.shape[1], value.shape[1]
