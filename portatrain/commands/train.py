@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
     )
     parser.add_argument(
-        "--track", metavar="NAME", action="append", default=[], help="send metrics to wandb or tensorboard as well"
+        "--track",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="send metrics to wandb, tensorboard or another tracker",
     )
 
 
@@ -95,15 +99,13 @@ def train(args: argparse.Namespace) -> int:
     from portatrain.system.processes import rank
     from portatrain.training.metrics import Sink
     from portatrain.training.metrics.console import ConsoleSink
-    from portatrain.training.metrics.trackers import TRACKERS
+    from portatrain.training.metrics.trackers import tracker
 
-    for name in args.track:
-        if name not in TRACKERS:
-            raise choice("--track", name, TRACKERS)
+    trackers = [tracker(name) for name in args.track]  # what is missing is said before anything is written
     run_dir = open_run(args.run_dir, work=True)
     if rank() == 0:  # the one that writes there
         run_dir.check(recipe)
-    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in args.track)]
+    sinks: list[Sink] = [ConsoleSink(), *trackers]
 
     from portatrain.system.cloud_notices import Notices
     from portatrain.system.stop_signals import StopSignals
