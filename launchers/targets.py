@@ -15,7 +15,7 @@ from typing import Any
 from launchers.base import Job, carriers, launcher, launcher_names
 from portatrain.errors import UserError, choice
 from portatrain.plan.clusters import clusters_toml, names
-from portatrain.plan.clusters.catalog import STACKS
+from portatrain.plan.clusters.catalog import stack_of
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import recipes
 from portatrain.plan.result import Plan
@@ -101,7 +101,7 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
         raise choice(f"{cluster.where}: cluster {cluster.name!r}, engine", cluster.engine, launcher_names())
     options: dict[str, Any] = dict(cluster.options)
     general = {key: options.pop(key) for key in GENERAL if key in options}
-    backend = backend or general.get("backend") or STACKS[cluster.chip.stack].backend or None
+    backend = backend or general.get("backend") or stack_of(cluster.chip).backend or None
     devices = general.get("devices", cluster.devices) if devices is None else devices
     hosts = general.get("hosts") or (1 if cluster.chip.name.startswith("cpu") else cluster.hosts)
     processes = general.get("processes") or (devices if backend in PROCESS_A_DEVICE else hosts)

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     own = {name: names.resolve(name, files=[path]) for path in reversed(found) for name in clusters_toml.read(path)}
     if args.name is None:
         data: object = {
-            "chips": [_chip_json(row) for row in catalog.CHIPS.values()],
+            "chips": [_chip_json(row) for row in catalog.all_chips().values()],
             "clusters": [_cluster_json(made) for made in own.values()],
         }
         tables = [_chips_table(), *([_own_table(own)] if own else [])]
@@ -56,7 +56,7 @@ def _chip_json(chip: Chip) -> dict[str, object]:
         "vendor": chip.vendor,
         "kind": chip.kind,
         "stack": chip.stack,
-        "backend": catalog.STACKS[chip.stack].backend,
+        "backend": catalog.stack_of(chip).backend,
         "devices_per_chip": chip.devices_per_chip,
         "figures": {name: value.as_json() for name, value in chip.figures().items()},
         "sizes": names.legal_sizes(chip),
@@ -92,13 +92,13 @@ def _chips_table() -> Table:
     table = Table(title="Chips (a cluster is CHIP-COUNT; see portatrain clusters CHIP)")
     for name in ("chip", "memory", "HBM", "bf16", "scale-up", "domain", "scale-out", "power", "USD/h", "backend"):
         table.add_column(name, justify="left" if name in ("chip", "backend") else "right", overflow="fold")
-    for chip in catalog.CHIPS.values():
+    for chip in catalog.all_chips().values():
         peak = chip.peaks.get("bf16")
         price = next(iter(chip.prices.values()), None)
         cells = (chip.memory, chip.memory_bw, peak, chip.scale_up, chip.domain, chip.scale_out, chip.power, price)
         short = [str(cell).replace("/chip-hour", "").replace("USD", "").strip() if cell else "-" for cell in cells]
         label = chip.name + (f" ({chip.aliases[0]})" if chip.aliases else "")
-        table.add_row(label, *short, catalog.STACKS[chip.stack].backend or "-")
+        table.add_row(label, *short, catalog.stack_of(chip).backend or "-")
     return table
 
 
@@ -153,7 +153,7 @@ def _figures_table(chip: Chip) -> Table:
     table.add_row("sizes", ", ".join(names.legal_sizes(chip)), "", "", "")
     if chip.skus:
         table.add_row("machine types", ", ".join(chip.skus), "", "", "")
-    stack = catalog.STACKS[chip.stack]
+    stack = catalog.stack_of(chip)
     table.add_row("stack", f"{stack.backend or 'none here'}: {stack.plugin}; {stack.collectives}", "", "", "")
     return table
 

@@ -76,8 +76,8 @@ def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
     from portatrain.training.metrics.trackers import TRACKERS
 
     for name in names:
-        if name not in TRACKERS:
-            raise choice(what, name, TRACKERS)
+        if name not in TRACKERS.names():
+            raise choice(what, name, TRACKERS.names())
     return tuple(dict.fromkeys(names))
 
 

@@ -107,13 +107,14 @@ def train(args: argparse.Namespace) -> int:
     from portatrain.system.processes import rank
     from portatrain.training.metrics import Sink
     from portatrain.training.metrics.console import ConsoleSink
-    from portatrain.training.metrics.trackers import TRACKERS
+    from portatrain.training.metrics.trackers import tracker
 
     track = options.check_track("--track", args.track)
+    trackers = [tracker(name) for name in track]  # what is missing is said before anything is written
     run_dir = open_run(args.run_dir, work=True)
     if rank() == 0:  # the one that writes there
         run_dir.check(recipe)
-    sinks: list[Sink] = [ConsoleSink(), *(TRACKERS[name]() for name in track)]
+    sinks: list[Sink] = [ConsoleSink(), *trackers]
 
     from portatrain.system.cloud_notices import Notices
     from portatrain.system.stop_signals import StopSignals

@@ -47,6 +47,8 @@ class Kind(StrEnum):
     """The last evaluation begins."""
     SCORING = "scoring_a_byte_3-gram_model_on_the_same_split"
     """`TrigramBaseline` begins."""
+    SINK_FAILED = "sink_failed"
+    """A sink raised an error and gets no more metrics: which, and why."""
     STOPPING = "stopping"
     """The attempt was asked to end: how, in which phase of which step."""
     STOPPED = "stopped"

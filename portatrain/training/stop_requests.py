@@ -8,7 +8,6 @@ with Leaving(attempt, ..., sinks=sinks) as leaving:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +31,7 @@ class Leaving:
         process: int,
         processes: int,
         signals: StopSignals | None,
-        sinks: Sequence[Sink],
+        sinks: Sink,
     ) -> None:
         self.attempt, self.sinks, self._own = attempt, sinks, signals is None
         self.signals = StopSignals() if signals is None else signals
@@ -84,13 +83,11 @@ class Leaving:
     # ---- from other threads
 
     def _asked(self, kind: str) -> None:
-        for sink in self.sinks:
-            sink.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
+        self.sinks.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
 
     def _leave(self, why: str) -> None:
         status = "interrupted" if self.asked == "interrupt" else "preempted"
-        for sink in self.sinks:
-            sink.end({"status": status, "left_at_once": why})
+        self.sinks.end({"status": status, "left_at_once": why})
         self.attempt.close()
 
     def _hung(self, found: dict[str, Any]) -> None:

@@ -37,6 +37,7 @@ from portatrain.system.stop_signals import STRENGTHS, StopSignals
 from portatrain.training import continuity
 from portatrain.training.evaluation import evaluate
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
+from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw
@@ -83,7 +84,7 @@ class Trainer:
     """One attempt at a run. Public for hooks: recipe, data, definition, backend, state, step."""
 
     def __init__(self, recipe: Recipe, run: RunDir, options: TrainOptions) -> None:
-        self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, list(options.sinks)
+        self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, Broadcast(options.sinks)
         self.last_step = min(options.stop_at or recipe.steps, recipe.steps)
         mesh, backend = options.mesh, options.backend
         if mesh is None:
@@ -93,7 +94,7 @@ class Trainer:
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
         if self.backend.process:  # process 0 packs, and is the only one that writes or prints
-            self.sinks = []
+            self.sinks = Broadcast()
             self.backend.agree(0)
         self.data = data_of(recipe, self.definition, run.data())
         if not self.backend.process:
@@ -157,8 +158,7 @@ class Trainer:
         self._info = self._run_info(attempt.number, about)
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
-        for sink in self.sinks:
-            sink.start(self._info)
+        self.sinks.start(self._info)
         for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
             self.event(Kind.WARNING, what=str(unknown))
         if found:
@@ -193,8 +193,7 @@ class Trainer:
     def _end(self, attempt: Attempt | NullAttempt) -> None:
         """Tell the sinks how the attempt ended, or its record alone if they have not been started."""
         if self._told:
-            for sink in self.sinks:
-                sink.end({"status": self._status, **self._summary})
+            self.sinks.end({"status": self._status, **self._summary})
         else:
             attempt.event(Kind.END, status=self._status, **self._summary)
 
@@ -206,7 +205,7 @@ class Trainer:
             attempt = self.run_dir.begin(self.recipe, info) if first else self._follow(self.backend.agree(0))
             stack.enter_context(attempt)
             if isinstance(attempt, Attempt):
-                self.sinks.append(JsonlSink(attempt))
+                self.sinks.record = JsonlSink(attempt)
             self._stop = stack.enter_context(
                 Leaving(
                     attempt,
@@ -394,8 +393,7 @@ class Trainer:
             skipped=skipped,
             aux={k: float(v) for k, v in result.aux.items()},
         )
-        for sink in self.sinks:
-            sink.step(record)
+        self.sinks.step(record)
         for hook in recipe.hooks:
             hook.on_step(self, record)
         self._history.append([step, loss])
@@ -449,8 +447,7 @@ class Trainer:
             time_s=now_s - self._began_s,
             eval_s=now_s - began_s,
         )
-        for sink in self.sinks:
-            sink.eval(self._last_eval)
+        self.sinks.eval(self._last_eval)
         for hook in self.recipe.hooks:
             hook.on_eval(self, self._last_eval)
 
@@ -478,8 +475,7 @@ class Trainer:
 
     def event(self, kind: str, **fields: Any) -> None:
         """Tell every sink."""
-        for sink in self.sinks:
-            sink.event(kind, **fields)
+        self.sinks.event(kind, **fields)
 
     def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """The model's `predict` on a batch of samples, on the host."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
-from portatrain.errors import choice
+from portatrain.errors import UserError, choice
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.chips import amd, google, nvidia, others
+from portatrain.system.plugins import Registry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,43 @@ STACKS: dict[str, Stack] = {
     "cpu": Stack(backend="jax", plugin="none", collectives="gloo", reference="this project"),
 }
 
+CHIPS_OF_OTHERS = Registry(kind="chip", group="portatrain.chips", ours={})
+"""Chips that other packages add: the name of the entry point is the chip's, its object a `Chip`."""
+
 CHIPS: dict[str, Chip] = {row.name: row for row in (*google.CHIPS, *nvidia.CHIPS, *amd.CHIPS, *others.CHIPS)}
 _BY_NAME: dict[str, Chip] = {name: row for row in CHIPS.values() for name in (row.name, *row.aliases)}
 
 
+def all_chips() -> dict[str, Chip]:
+    """Return every chip by name: the rows of the catalog, then those of other packages that import."""
+    found = dict(CHIPS)
+    for name in CHIPS_OF_OTHERS.names():
+        with contextlib.suppress(UserError):  # `find_chip` says what is wrong with it
+            found.setdefault(name, _of_others(name))
+    return found
+
+
+def stack_of(chip: Chip) -> Stack:
+    """Return what runs on a chip: for a chip of another package with a stack of its own, the backend that it names."""
+    own = Stack(backend=chip.backend, plugin=chip.stack, collectives="its own", reference=f"the package of {chip.name}")
+    return STACKS.get(chip.stack, own)
+
+
+def _of_others(name: str) -> Chip:
+    found = CHIPS_OF_OTHERS.load(name)
+    if not isinstance(found, Chip) or found.name != name:
+        raise UserError(
+            f"chip {name}",
+            expected=f"a portatrain.plan.clusters.chip.Chip named {name}",
+            got=f"{found.name}" if isinstance(found, Chip) else f"a {type(found).__name__}",
+            do="Mend the package that registers it under portatrain.chips.",
+        )
+    return found
+
+
 def chip_names() -> tuple[str, ...]:
     """Return every name and alias that ``find_chip`` takes."""
-    return tuple(_BY_NAME)
+    return tuple(dict.fromkeys([*_BY_NAME, *CHIPS_OF_OTHERS.names()]))
 
 
 def find_chip(name: str) -> Chip:
@@ -58,7 +90,8 @@ def find_chip(name: str) -> Chip:
     Raises:
       UserError: there is no such chip; the message has the nearest names.
     """
-    try:
+    if name in _BY_NAME:
         return _BY_NAME[name]
-    except KeyError:
-        raise choice("chip", name, _BY_NAME) from None
+    if name in CHIPS_OF_OTHERS.names():
+        return _of_others(name)
+    raise choice("chip", name, chip_names())

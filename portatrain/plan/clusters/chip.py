@@ -69,6 +69,8 @@ class Chip:
     aot: str = ""
     status: str = ""
     offered: bool = True
+    backend: str = ""
+    """The backend that runs on it, for a chip of another package whose ``stack`` the catalog does not have."""
 
     @property
     def memory_bytes(self) -> float:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError, choice
 from portatrain.plan.clusters import clusters_toml, slices
-from portatrain.plan.clusters.catalog import CHIPS, chip_names, find_chip
+from portatrain.plan.clusters.catalog import all_chips, chip_names, find_chip
 from portatrain.plan.clusters.chip import GIB, Chip
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.clusters.figures import Figure, figure
@@ -254,7 +254,7 @@ def _unknown(name: str, chip: str, own: Iterable[str]) -> UserError:
             got="none",
             do=f"Write for instance {legal_sizes(find_chip(chip))[-1].split()[0]}.",
         )
-    short = [_short(row) for row in CHIPS.values()]
+    short = [_short(row) for row in all_chips().values()]
     error = choice(f"cluster {name!r}", chip, [*short, *own])
     return UserError(
         error.what,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.system.plugins import Registry, lacks
 from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRecord
 
 
@@ -87,5 +88,30 @@ class TensorBoardSink:
             self._writer.close()
 
 
-TRACKERS: dict[str, Callable[[], Sink]] = {"wandb": WandbSink, "tensorboard": TensorBoardSink}
-"""What ``portatrain train --track`` may name."""
+TRACKERS = Registry(
+    kind="--track",
+    group="portatrain.trackers",
+    ours={
+        "wandb": "portatrain.training.metrics.trackers:WandbSink",
+        "tensorboard": "portatrain.training.metrics.trackers:TensorBoardSink",
+    },
+)
+"""What ``--track`` may name. A package adds its own, a class made without arguments, under the group's entry points."""
+
+
+def tracker(name: str) -> Sink:
+    """Return a new sink of the tracker `name`.
+
+    Raises:
+        UserError: there is no such tracker, its package is missing or broken, or it is no sink.
+    """
+    found = TRACKERS.load(name)
+    if missing := lacks(found, Sink):
+        raise UserError(
+            f"--track {name}",
+            expected="a class with the methods of portatrain.training.metrics.Sink",
+            got=f"{getattr(found, '__qualname__', found)}, without {', '.join(missing)}",
+            do="Add them to the package that registers it.",
+        )
+    sink: Sink = found()
+    return sink
