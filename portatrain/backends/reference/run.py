@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
+from portatrain.backends.reference.guard import GuardedOps, guarded, unwrapped
 from portatrain.backends.reference.ops import ReferenceOps
 from portatrain.model.bind import bind
 from portatrain.model.module import Constant, Definition
@@ -41,20 +42,23 @@ def forward(
     *,
     states: Arrays | None = None,
     method: str = "__call__",
+    operations: type[ReferenceOps] = GuardedOps,
 ) -> Forward:
     """`model(ops, batch)` in float64, with parameters and States by logical name (stacked ones as one array).
 
     The sample indices are `context.sample`, or else `batch['sample']`. `method` names another method of the model,
-    such as 'predict'.
+    such as 'predict'. Arrays are guarded (guard.py): what frameworks do not have in common is a UserError.
     """
     context = context or Context()
     states = initial_states(definition) if states is None else dict(states)
     named = {**params, **states}
     values = {key: as_reference(named[name]) for key, name in definition.owners.items()}
     sample = context.sample if context.sample is not None else batch.get("sample")
-    ops = ReferenceOps(seed=context.seed, step=context.step, sample=sample, training=context.training, values=values)
+    ops = operations(seed=context.seed, step=context.step, sample=sample, training=context.training, values=values)
     model = bind(definition.model, ops.value)
-    value = getattr(model, method)(ops, {key: as_reference(array) for key, array in batch.items()})
+    given = {key: as_reference(array) for key, array in batch.items()}
+    guards = issubclass(operations, GuardedOps)
+    value = unwrapped(getattr(model, method)(ops, guarded(given) if guards else given))
     for key, added in ops.tallies.items():
         states[definition.owners[key]] = states[definition.owners[key]].copy()
         for index, amount in added.items():
