@@ -243,10 +243,13 @@ class ReferenceOps(ReferenceArrays):
             self.layer = np.asarray(int(outer_layer) * stack.n + i, np.int32)
             self._index = (*outer_index, i)
             mine = () if per_layer is None else (tree_map(_slice(i), per_layer),)
-            carry, out = bind(stack.block, self.value)(self, carry, *shared, *mine)
+            carry, out = self._layer(stack.block, carry, *shared, *mine)
             outs.append(out)
         self.layer, self._index = outer_layer, outer_index
         return carry, tree_map(lambda *leaves: np.stack(leaves), outs[0], *outs[1:])
+
+    def _layer(self, block: Module, *args: Any) -> tuple[Any, Any]:
+        return bind(block, self.value)(self, *args)
 
     def value(self, p: Param | State) -> Array:
         """Return the array of `p` in the present layer."""

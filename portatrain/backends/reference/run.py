@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
+from portatrain.backends.reference.guard import GuardedOps, guarded, unwrapped
 from portatrain.backends.reference.ops import ReferenceOps
 from portatrain.model.bind import bind
 from portatrain.model.module import Constant, Definition
@@ -41,6 +42,7 @@ def forward(
     *,
     states: Arrays | None = None,
     method: str = "__call__",
+    operations: type[ReferenceOps] = GuardedOps,
 ) -> Forward:
     """Run `model(ops, batch)` in float64.
 
@@ -50,15 +52,19 @@ def forward(
         context: seed, step, sample numbers and training; without sample numbers, `batch['sample']` has them.
         states: the States by name, as the parameters; default: their initial values.
         method: the method of the model to run, such as 'predict'.
+        operations: the class of operations; the default guards arrays, so that what frameworks do not have in common
+            is a UserError (guard.py).
     """
     context = context or Context()
     states = initial_states(definition) if states is None else dict(states)
     named = {**params, **states}
     values = {key: as_reference(named[name]) for key, name in definition.owners.items()}
     sample = context.sample if context.sample is not None else batch.get("sample")
-    ops = ReferenceOps(seed=context.seed, step=context.step, sample=sample, training=context.training, values=values)
+    ops = operations(seed=context.seed, step=context.step, sample=sample, training=context.training, values=values)
     model = bind(definition.model, ops.value)
-    value = getattr(model, method)(ops, {key: as_reference(array) for key, array in batch.items()})
+    given = {key: as_reference(array) for key, array in batch.items()}
+    guards = issubclass(operations, GuardedOps)
+    value = unwrapped(getattr(model, method)(ops, guarded(given) if guards else given))
     for key, added in ops.tallies.items():
         states[definition.owners[key]] = states[definition.owners[key]].copy()
         for index, amount in added.items():

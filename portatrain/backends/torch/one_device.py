@@ -87,6 +87,7 @@ class OneDevice(StandaloneOps):
         self._runners = self._made_runners()
         if self.device.type == "cuda" and program.precision == "fp32":
             torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.allow_tf32 = False  # convolutions, which use TF32 unless told
 
     def _device(self) -> torch.device:
         return pick_device()
