@@ -11,7 +11,7 @@ from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import meshes
 from portatrain.plan.cost.memory import memory
-from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, tuning_of
 from portatrain.plan.cost.shapes import ADAM_BYTES, ModelShape
 from portatrain.plan.cost.workload import on_mesh
 
@@ -23,7 +23,7 @@ def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | 
     """Return the least memory per device over all meshes, with blocks recomputed and one row per microbatch;
     None if no mesh divides."""
     found = None
-    tuning = TUNING[cluster.chip.stack]
+    tuning = tuning_of(cluster.chip.stack)
     per_domain = cluster.domain * cluster.chip.devices_per_chip
     for mesh in meshes.legal(shape, cluster.devices, per_domain, {}):
         work = on_mesh(shape, mesh)

@@ -23,7 +23,7 @@ from portatrain.plan.cost import recipes
 from portatrain.plan.cost.efficiency import Efficiency, of
 from portatrain.plan.cost.memory import memory
 from portatrain.plan.cost.placement import assign_axes, coordinates
-from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, tuning_of
 from portatrain.plan.cost.tensors import sizes_of
 from portatrain.plan.cost.timing import rates, step_time
 from portatrain.plan.cost.workload import on_mesh
@@ -141,7 +141,7 @@ def _size(chip: Chip, chips: int) -> str:
 def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Candidate | str:
     """Return the candidate of the recipe's own mesh, microbatch and remat policy, or why it has none."""
     shape, sizes = recipes.shape_of(recipe), sizes_of(mesh)
-    precision, remat, tuning = PRECISIONS[recipe.precision], REMATS[recipe.remat], TUNING[cluster.chip.stack]
+    precision, remat, tuning = PRECISIONS[recipe.precision], REMATS[recipe.remat], tuning_of(cluster.chip.stack)
     work = on_mesh(shape, sizes)
     rows, odd = divmod(recipe.batch, work.rows * recipe.accumulation)
     if odd:

@@ -18,7 +18,7 @@ from portatrain.plan.cost import efficiency as factors
 from portatrain.plan.cost import meshes
 from portatrain.plan.cost.memory import Memory, memory, state_bytes
 from portatrain.plan.cost.placement import assign_axes
-from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Precision, Remat, Tuning
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, Precision, Remat, Tuning, tuning_of
 from portatrain.plan.cost.shapes import ModelShape
 from portatrain.plan.cost.tensors import Sizes
 from portatrain.plan.cost.timing import Rates, rates, step_time
@@ -252,7 +252,7 @@ def _search(
         cluster=cluster,
         remats=[REMATS[name] for name in remats],
         precisions=chosen,
-        tuning=tuning or TUNING[cluster.chip.stack],
+        tuning=tuning or tuning_of(cluster.chip.stack),
         rates={p.name: rates(cluster.chip, p, factor.value) for p in chosen},
         capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip,
         accumulation=accumulation,

@@ -14,23 +14,26 @@ from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
 
 if TYPE_CHECKING:
-    from portatrain.training.trainer import Trainer
+    from portatrain.training.view import TrainingView
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
-    """Base of all hooks: override what you need."""
+    """Base of all hooks: override what you need. ``run`` is what a hook may use of the training."""
 
-    def on_start(self, trainer: Trainer) -> None:
+    def on_start(self, run: TrainingView) -> None:
         """Before the first step of an attempt."""
 
-    def on_step(self, trainer: Trainer, record: StepRecord) -> None:
+    def on_step(self, run: TrainingView, record: StepRecord) -> None:
         """After every step; its record has been given to the sinks."""
 
-    def on_eval(self, trainer: Trainer, record: EvalRecord) -> None:
+    def on_evaluation(self, run: TrainingView, record: EvalRecord) -> None:
         """After every evaluation."""
 
-    def on_end(self, trainer: Trainer) -> Mapping[str, Any]:
+    def on_save(self, run: TrainingView) -> None:
+        """After a save has begun: the state after ``run.step`` steps is being written."""
+
+    def on_end(self, run: TrainingView) -> Mapping[str, Any]:
         """After the last step and evaluation of a run: entries of its summary."""
         return {}
 
@@ -39,13 +42,13 @@ class Hook:
 class TrigramBaseline(Hook):
     """Scores an interpolated Kneser-Ney byte 3-gram model on the run's own split, for comparison."""
 
-    def on_end(self, trainer: Trainer) -> Mapping[str, Any]:
+    def on_end(self, run: TrainingView) -> Mapping[str, Any]:
         from portatrain.data import KneserNey
 
-        streams = trainer.data.streams
+        streams = run.data.streams
         if not {"train", "validation"} <= set(streams):
             return {}
-        trainer.event(Kind.SCORING)
+        run.event(Kind.SCORING)
         bits = KneserNey(streams["train"]).bits_per_byte(streams["validation"])
         return {"references": {"byte 3-gram model (Kneser-Ney), bits per byte": bits}}
 
@@ -58,21 +61,21 @@ class TextSample(Hook):
     length: int = 200
     temperature: float = 0.7
 
-    def on_end(self, trainer: Trainer) -> Mapping[str, Any]:
+    def on_end(self, run: TrainingView) -> Mapping[str, Any]:
         import numpy as np
 
         from portatrain.model.rng import words
 
-        trainer.event(f"sampling_{self.length}_bytes")
-        size: int = getattr(trainer.recipe.data, "seq_len")  # noqa: B009  # text sources all have it
+        run.event(f"sampling_{self.length}_bytes")
+        size: int = getattr(run.recipe.data, "seq_len")  # noqa: B009  # text sources all have it
         text = [0, *self.prompt.encode()]  # byte 0 opens a document
-        random = words(trainer.recipe.seed, "sample", 0, self.length) / 2.0**64
+        random = words(run.recipe.seed, "sample", 0, self.length) / 2.0**64
         for draw in random:
             seen = text[-size:]
             row = np.zeros((1, size), np.int32)
             row[0, : len(seen)] = seen
             ids = (np.arange(size) < len(seen)).astype(np.int32)[None]
-            logits = trainer.predict(
+            logits = run.predict(
                 {"tokens": row, "segment_ids": ids, "positions": np.arange(size, dtype=np.int32)[None]}
             )[0, len(seen) - 1].astype(np.float64)
             weights = np.exp((logits - logits.max()) / self.temperature)

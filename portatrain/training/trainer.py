@@ -15,8 +15,6 @@ from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from portatrain.backends import kernels
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
@@ -44,6 +42,7 @@ from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
 from portatrain.training.save_timer import SaveTimer
 from portatrain.training.stop_requests import Leaving
+from portatrain.training.view import TrainingView
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ def train(recipe: Recipe, run: RunDir, **options: Any) -> int:
 
 
 class Trainer:
-    """One attempt at a run. Public for hooks: recipe, data, definition, backend, state, step."""
+    """One attempt at a run. Hooks see its `view`."""
 
     def __init__(self, recipe: Recipe, run: RunDir, options: TrainOptions) -> None:
         self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, Broadcast(options.sinks)
@@ -111,6 +110,16 @@ class Trainer:
         self._status, self._told = "failed", False
         """How the attempt ends, and whether its sinks have been started."""
         self._summary: dict[str, Any] = {}
+        self.view = TrainingView(
+            recipe=recipe,
+            definition=self.definition,
+            data=self.data,
+            folder=run.path,
+            backend=self.backend,
+            state=lambda: self.state,
+            step=lambda: self.step,
+            event=self.event,
+        )
 
     # ---- the loop
 
@@ -171,7 +180,7 @@ class Trainer:
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
         for hook in self.recipe.hooks:
-            hook.on_start(self)
+            hook.on_start(self.view)
         self._loop()
         self._stop.at("save", self.step)
         self._save(last=True)
@@ -350,6 +359,8 @@ class Trainer:
         if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
             self._saved = self.step
             self.event(Kind.SAVING, step=self.step)
+            for hook in recipe.hooks:
+                hook.on_save(self.view)
         else:
             self.event(Kind.SAVE_SKIPPED, step=self.step, why="the one before is still being written")
 
@@ -394,8 +405,9 @@ class Trainer:
             aux={k: float(v) for k, v in result.aux.items()},
         )
         self.sinks.step(record)
+        self.view.metrics |= {"loss": loss, "grad_norm": norm, "lr": record.lr, **record.aux}
         for hook in recipe.hooks:
-            hook.on_step(self, record)
+            hook.on_step(self.view, record)
         self._history.append([step, loss])
         if self._replay is not None and (found := self._replay.add(step, loss)) is not None:
             self._replay = None
@@ -448,8 +460,9 @@ class Trainer:
             eval_s=now_s - began_s,
         )
         self.sinks.eval(self._last_eval)
+        self.view.metrics |= {"validation_loss": loss, **{f"validation_{k}": v for k, v in metrics.items()}}
         for hook in self.recipe.hooks:
-            hook.on_eval(self, self._last_eval)
+            hook.on_evaluation(self.view, self._last_eval)
 
     def _results(self) -> dict[str, Any]:
         found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
@@ -468,15 +481,9 @@ class Trainer:
         summary = {**self._results(), "train_s": train_s}
         for hook in self.recipe.hooks:
             if self._asked() is None:
-                summary |= hook.on_end(self)
+                summary |= hook.on_end(self.view)
         return summary
-
-    # ---- for hooks
 
     def event(self, kind: str, **fields: Any) -> None:
         """Tell every sink."""
         self.sinks.event(kind, **fields)
-
-    def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The model's `predict` on a batch of samples, on the host."""
-        return self.backend.predict(self.state, batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -75,3 +76,52 @@ def test_without_the_package_there_is_no_such_backend(tmp_path: Path) -> None:
 def test_cases_that_no_word_selects() -> None:
     done = python("portatrain.testing", "acme", "--only", "flux capacitor")
     assert done.returncode == 2 and "a word in the name of a case" in done.stderr
+
+
+SIZES = ["steps=4", "schedule.warmup=1", "batch=8", "model.layers=2", "model.embed=32", "eval_every=2"]
+
+
+def lab(run: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    settings = [word for size in SIZES for word in ("--set", size)]
+    recipe = str(ACME / "acme_lab" / "recipe.py")
+    return python("portatrain.cli", "train", recipe, "--run-dir", str(run), *settings, *words)
+
+
+def test_a_hook_sees_the_same_parameters_on_every_mesh(tmp_path: Path) -> None:
+    norms = {}
+    for name, words in {"jax": [], "jax-2": ["--mesh", "fsdp=2"], "torch": [], "torch-2": ["--mesh", "fsdp=2"]}.items():
+        done = lab(tmp_path / name, "--backend", name.removesuffix("-2"), *words)
+        assert done.returncode == 0, done.stderr
+        run = RunDir(tmp_path / name)
+        norms[name] = [(row["when"], row["step"], row["norm"]) for row in run.events("norm")]
+        assert run.summary()["steps_seen"] == 4 and run.summary()["last_loss"] == run.curve()[-1]["loss"]
+    assert [row[:2] for row in norms["jax"]] == [("start", 0), ("save", 4), ("end", 4)]
+    for found in norms.values():
+        for (*at, mine), (*there, theirs) in zip(norms["jax"], found, strict=True):
+            assert at == there and abs(mine - theirs) <= 1e-6 * mine
+
+
+def test_a_tracker_is_found_by_name_and_one_that_fails_is_dropped(tmp_path: Path) -> None:
+    done = lab(tmp_path / "run", "--backend", "torch", "--track", "acme", "--track", "acme-failing")
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "run" / "acme.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 1, 2, 3, 4]
+    assert rows[-1] == {"status": "done"}
+    (failed,) = RunDir(tmp_path / "run").events("sink_failed")
+    assert (failed["sink"], failed["why"]) == ("FailingTracker", "RuntimeError: the service is gone")
+    assert done.stderr.count("FailingTracker gets no more metrics") == 1 and "Traceback" not in done.stderr
+    for name, said in {
+        "acme-no-sink": "methods of portatrain.training.metrics.Sink",
+        "acm": "Did you mean acme",
+    }.items():
+        done = lab(tmp_path / "none", "--backend", "torch", "--track", name)
+        assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+def test_a_chip_is_listed_and_planned() -> None:
+    done = python("portatrain.cli", "clusters")
+    assert done.returncode == 0 and "acme-one" in done.stdout, done.stdout + done.stderr
+    done = python("portatrain.cli", "plan", "tiny-vit", "--cluster", "acme-one-2")
+    assert done.returncode == 0 and "acme-one-2" in done.stdout, done.stdout + done.stderr
+    done = python("portatrain.cli", "plan", "tiny-vit", "--cluster", "acme-none-2")
+    assert done.returncode == 2 and "chip acme-none: expected acme_lab.nowhere:CHIP to import" in done.stderr

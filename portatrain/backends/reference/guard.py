@@ -155,7 +155,7 @@ class GuardedArray:
     def __float__(self) -> float:
         raise refused("an array as a Python number", "arithmetic and ops.where: a model never reads a value")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __len__(self) -> int:
         raise refused("len(x) of an array", "x.shape")
@@ -206,7 +206,7 @@ def unwrapped(tree: Any) -> Any:
 
 
 def guarded(tree: Any) -> Any:
-    return tree_map(lambda x: GuardedArray(x) if isinstance(x, (np.ndarray, np.generic)) else x, tree)
+    return tree_map(lambda x: GuardedArray(np.asarray(x)) if isinstance(x, (np.ndarray, np.generic)) else x, tree)
 
 
 class GuardedOps(ReferenceOps):

@@ -160,6 +160,16 @@ class MeshBackend(OneDevice):
 
     # ---- without an update
 
+    def whole_parameter(self, state: TorchState, name: str) -> np.ndarray:
+        """Return a parameter whole, on every process."""
+        info = self.definition.params[name]
+        found = np.zeros(info.shape, np.float32)
+        for p in state.pieces:
+            if (p.role, p.name) == ("params", name):
+                spec = self.world.layout.tensor_spec(info)[len(p.index) :]
+                found[p.index] = self.world.gather_tensor(p.tensor.detach(), spec).float().cpu().numpy()
+        return found
+
     def _counts(self, info: TensorInfo, role: str) -> bool:
         if role == "state":
             return self.world.rank == 0

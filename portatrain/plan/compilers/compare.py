@@ -10,7 +10,7 @@ from rich.table import Table
 
 from portatrain.plan.compilers.job import Answer
 from portatrain.plan.cost.memory import memory
-from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, tuning_of
 from portatrain.plan.cost.volumes import volumes
 from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.result import Candidate, Plan
@@ -39,7 +39,7 @@ class Predicted:
 def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
     """The figures of one way that a plan found, as ``compiler`` counts them: XLA's of the jax backend, and in a trace
     of torch's neither the runtime nor fragments of the allocator."""
-    precision, tuning = PRECISIONS[chosen.precision], TUNING[plan.cluster.chip.stack]
+    precision, tuning = PRECISIONS[chosen.precision], tuning_of(plan.cluster.chip.stack)
     if compiler == "cuda":
         tuning = TUNING["jax-cuda"]
     elif compiler == "fsdp2":

@@ -156,3 +156,8 @@ STATIC_LOGITS_COPIES = 2
 
 LOGITS_PASSES = 6
 """Times that an fp32 logit is read or written."""
+
+
+def tuning_of(stack: str) -> Tuning:
+    """Return how a software stack lays a step out; the defaults for the stack of a chip of another package."""
+    return TUNING.get(stack, Tuning())

@@ -1,0 +1,96 @@
+"""What a hook sees of a run: plain values and NumPy arrays, the same on every backend and mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from portatrain.backends.base import Backend
+from portatrain.data import OpenData
+from portatrain.errors import UserError, choice
+from portatrain.model.module import Definition
+from portatrain.recipe import Recipe
+
+
+class TrainingView:
+    """One attempt at a run, as its hooks see it. Hooks run in every process; all of them must make the same calls.
+
+    Attributes:
+        recipe, definition, data: the recipe, the model's parameters by name, and the opened data.
+        folder: the run directory on this machine.
+        backend: the name of the backend.
+        process: this process's number; write files in process 0 alone.
+        metrics: numbers by name, of the last step (`loss`, `grad_norm`, `lr`, ...) and of the last evaluation
+            (`validation_loss`, ...).
+    """
+
+    def __init__(
+        self,
+        *,
+        recipe: Recipe,
+        definition: Definition,
+        data: OpenData,
+        folder: Path,
+        backend: Backend,
+        state: Callable[[], Any],
+        step: Callable[[], int],
+        event: Callable[..., None],
+    ) -> None:
+        self.recipe, self.definition, self.data, self.folder = recipe, definition, data, folder
+        self.backend, self.process = backend.name, backend.process
+        self.metrics: dict[str, float] = {}
+        self._backend, self._state, self._step, self._event = backend, state, step, event
+
+    @property
+    def step(self) -> int:
+        """Steps trained so far. On a backend that runs ahead it may be one more than that of the last record."""
+        return self._step()
+
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.recipe.steps
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Tell every sink; a line of events.jsonl."""
+        self._event(kind, **fields)
+
+    def evaluate(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return 'loss_B', 'weight_B' and every `ops.aux` a sample, without dropout. `batch` has leading axis B."""
+        return self._backend.eval(self._state(), batch)
+
+    def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
+        """Return the model's `predict` on a batch of samples."""
+        return self._backend.predict(self._state(), batch)
+
+    def parameter(self, name: str) -> np.ndarray:
+        """Return the parameter `name` whole, whatever the mesh. It takes the parameter's size of memory.
+
+        Raises:
+            UserError: there is no such parameter, or the backend cannot gather one from several processes.
+        """
+        if name not in self.definition.params:
+            raise choice(f"parameter {name!r}", name, self.definition.params)
+        gather = getattr(self._backend, "whole_parameter", None)
+        if gather is not None and self._backend.processes > 1:
+            return gather(self._state(), name)
+        shape = self.definition.params[name].shape
+        found, covered = None, np.zeros(shape, bool)
+        for box in self._backend.local_boxes(self._state()):
+            if (box.role, box.name) != ("params", name):
+                continue
+            values = np.asarray(box.fetch())
+            found = np.empty(shape, values.dtype) if found is None else found
+            at = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+            found[at], covered[at] = values.reshape(box.shape), True
+        if found is None or not covered.all():
+            raise UserError(
+                f"parameter {name!r} on {self.backend}",
+                expected="a backend that gathers parameters from all processes (whole_parameter)",
+                got=f"{self._backend.processes} processes, of which this one holds a part",
+                do="Use jax in one process or torch, or read the parameter from a checkpoint.",
+            )
+        return found
