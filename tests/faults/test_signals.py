@@ -50,7 +50,7 @@ sys.exit(main())
 # Saves after the first do not end.
 STUCK = """
 import sys, time
-from portatrain.checkpoint import Checkpoints
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.cli import main
 whole = Checkpoints.save
 def save(self, step, *rest, **options):
