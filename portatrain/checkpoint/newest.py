@@ -91,11 +91,16 @@ def _tried(
         reader = reader or Reader(location.open(step))
     except FormatError as error:  # process 0 has opened it
         return None, StoreError(error.what, expected=error.expected, got=error.got, do=error.do)
-    try:
-        reader.verify_all(part, processes)
-    except FormatError as error:
-        return reader, error
-    return reader, None
+    found: FormatError | None = None
+    for _ in range(2):  # what looks damaged is read again: one bad read must not condemn a good checkpoint
+        try:
+            reader.verify_all(part, processes)
+            return reader, None
+        except FormatError as error:
+            found = error
+            if isinstance(error, StoreError):
+                break
+    return reader, found
 
 
 def _unreadable(location: Location, step: int, error: FormatError | None, who: int) -> StorageError:

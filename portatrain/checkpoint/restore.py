@@ -22,7 +22,7 @@ from portatrain.backends.base import Backend
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, full_name, inventory
 from portatrain.checkpoint.shared_reads import Shares, consecutive, owners_of, pays, shares_of
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
 
 GROUP_BYTES = 64 << 20
 BUDGET_BYTES = 512 << 20
@@ -95,7 +95,8 @@ class Restoring:
         boxes: what will be asked for, by full name (`boxes_of`); a box as often as it will be.
         budget_bytes: host memory for what was read ahead.
 
-    Raises (read): UserError for damage, with tensor and file, and for a tensor that the checkpoint has not.
+    Raises (read): StorageError for a read that fails or brings other bytes, with tensor and file: the checkpoint was
+    verified before, so a job tries again. UserError for a tensor that the checkpoint has not.
     """
 
     def __init__(self, reader: Reader, boxes: Mapping[str, Sequence[Box]], *, budget_bytes: int = BUDGET_BYTES) -> None:
@@ -127,7 +128,7 @@ class Restoring:
             with self._reading:
                 return self._reader.read_many([Want(full, box, None)])[0]
         except FormatError as error:
-            raise UserError.of(error) from error
+            raise (StorageError if full in self._tensors else UserError).of(error) from error
 
     def _ahead(self, full: str, box: Box) -> np.ndarray | None:
         """The box out of what was read ahead; None if it is not to be had there."""

@@ -72,7 +72,9 @@ def test_a_compiled_block_chooses_too() -> None:
 
 def small() -> Any:
     sizes = ["model.layers=1", "model.embed=16", "model.heads=2", "model.kv_heads=1", "model.mlp=32", "data.seq_len=16"]
-    return apply_overrides(load_recipe("tiny-lm"), [*sizes, "batch=4", "steps=2", "eval_every=0", "hooks=()"])
+    return apply_overrides(
+        load_recipe("tiny-lm"), [*sizes, "batch=4", "steps=2", "schedule.warmup=1", "eval_every=none", "hooks=()"]
+    )
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -185,3 +185,22 @@ def test_every_file_is_read_by_one_process(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(LocalStore, "read_into", counted)
     look(tmp_path)
     assert sorted(read) == [f"pack-a-{writer:05d}-0000.safetensors" for writer in range(PROCESSES)]
+
+
+def test_one_bad_read_condemns_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cable or a cache may hand out wrong bytes once: what looks damaged is read again before the verdict."""
+    for step in (1, 2):
+        save(tmp_path, step)
+    inner, failed = Reader.verify_all, []
+
+    def fails_once(self: Reader, part: int = 0, of: int = 1) -> int:
+        if not failed:
+            failed.append(part)
+            raise FormatError("pack", expected="crc 1", got="another", do="Restore.")
+        return inner(self, part, of)
+
+    monkeypatch.setattr(Reader, "verify_all", fails_once)
+    reports: list[str] = []
+    found = Checkpoints(tmp_path).newest(reports.append)
+    assert failed and found is not None and found[0] == 2
+    assert reports == []

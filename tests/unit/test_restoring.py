@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from checkpoints_format import Box, LocalStore, Reader, SaveLayout, Tensor, Writer, commit
+from checkpoints_format import Box, LocalStore, Reader, SaveLayout, StoreError, Tensor, Writer, commit
 from portatrain.checkpoint.restore import Restoring
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
 
 SHAPES = {"params/a": (4, 32, 64), "params/b": (64,), "opt/m/a": (4, 32, 64), "opt/m/b": (64,), "opt/count": ()}
 
@@ -123,3 +123,24 @@ def test_leaving_early_ends_the_thread(saved: tuple[Path, dict]) -> None:
         with Restoring(Reader(store), boxes, budget_bytes=10) as restoring:
             pass
         assert not restoring._thread.is_alive()
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_read_that_fails_is_the_storages_and_ends_no_run_for_good(
+    saved: tuple[Path, dict], monkeypatch: pytest.MonkeyPatch, ahead: bool
+) -> None:
+    """Every byte was verified before: a job tries again (exit code 75)."""
+    path, values = saved
+    name = next(n for n, v in values.items() if v.ndim > 1)
+    shape = values[name].shape
+    boxes = {name: [Box.whole(shape)]} if ahead else {}
+    with LocalStore(path) as store:
+        reader = Reader(store)
+
+        def fails(*_: Any) -> None:
+            raise StoreError(name, expected="to read it", got="Input/output error", do="Look at the storage.")
+
+        monkeypatch.setattr(LocalStore, "read_into", fails)
+        with Restoring(reader, boxes) as restoring, pytest.raises(StorageError, match="Input/output") as found:
+            restoring.read(*split(name), (0,) * len(shape), shape)
+    assert found.value.code == 75
