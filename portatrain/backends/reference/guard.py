@@ -86,7 +86,7 @@ class GuardedArray:
     __slots__ = ("_array",)
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray | np.generic) -> None:
         self._array = np.asarray(array)
 
     @property
@@ -155,7 +155,7 @@ class GuardedArray:
     def __float__(self) -> float:
         raise refused("an array as a Python number", "arithmetic and ops.where: a model never reads a value")
 
-    __int__ = __index__ = __float__  # type: ignore[assignment]
+    __int__ = __index__ = __float__
 
     def __len__(self) -> int:
         raise refused("len(x) of an array", "x.shape")
