@@ -105,5 +105,5 @@ def _equal(model: str, what: str, together: np.ndarray, alone: Sequence[np.ndarr
             f"{model}, {what}",
             expected="the same beside another sample as alone",
             got=f"{np.array2string(together, precision=6)} together and {np.array2string(apart, precision=6)} alone",
-            do="Reduce over the batch with ops.sum or ops.mean and over=('batch',) alone, or give it one letter.",
+            do="Reduce over the batch with ops.sum or ops.mean and over=('batch',) alone; one letter in an einsum.",
         )

@@ -86,7 +86,7 @@ class GuardedArray:
     __slots__ = ("_array",)
     __hash__: ClassVar[None] = None  # type: ignore[assignment]
 
-    def __init__(self, array: np.ndarray) -> None:
+    def __init__(self, array: np.ndarray | np.generic) -> None:
         self._array = np.asarray(array)
 
     @property
