@@ -28,8 +28,6 @@ from portatrain.errors import StorageError, UserError
 from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES
 
-PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
-"""Backends of which every device has a process of its own; of the others every host has one."""
 GRACE_S = 3.0
 """How long the others may take to end by themselves once one has failed."""
 

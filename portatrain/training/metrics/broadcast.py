@@ -49,8 +49,8 @@ class Broadcast:
                 if self.record is not None:
                     call(self.record)
             finally:
-                for sink, error in failed:
-                    self._tell(type(sink).__name__, f"{type(error).__name__}: {error}"[:500])
+                for one, why in failed:
+                    self._tell(type(one).__name__, f"{type(why).__name__}: {why}"[:500])
 
     def _tell(self, sink: str, why: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # it may be standard error that is gone
