@@ -97,11 +97,12 @@ def carry(source: Path, target: Path, kind: str, mesh: str) -> str | None:
 
 
 def carrying(words: dict[str, Any]) -> int:
+    from portatrain.backends.base import process_per_device
     from portatrain.model.layout import Mesh
-    from portatrain.system.processes import PROCESS_A_DEVICE, run_processes
+    from portatrain.system.processes import run_processes
 
     n = Mesh.parse(words["mesh"]).devices
-    if n > 1 and words["backend"] in PROCESS_A_DEVICE:
+    if n > 1 and process_per_device(words["backend"]):
         return run_processes(n, "benchmarks.resume_matrix:worker", words)
     return worker(argparse.Namespace(**words))
 

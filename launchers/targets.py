@@ -22,7 +22,6 @@ from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
-from portatrain.system.processes import PROCESS_A_DEVICE
 from portatrain.system.urls import is_remote
 
 RESOURCES = {
@@ -104,7 +103,9 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
     backend = backend or general.get("backend") or stack_of(cluster.chip).backend or None
     devices = general.get("devices", cluster.devices) if devices is None else devices
     hosts = general.get("hosts") or (1 if cluster.chip.name.startswith("cpu") else cluster.hosts)
-    processes = general.get("processes") or (devices if backend in PROCESS_A_DEVICE else hosts)
+    from portatrain.backends.base import process_per_device
+
+    processes = general.get("processes") or (devices if process_per_device(backend) else hosts)
     for key, value in (("devices", devices), ("hosts", hosts), ("processes", processes)):
         if not isinstance(value, int) or value < 1:
             raise UserError(

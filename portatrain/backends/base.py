@@ -252,9 +252,29 @@ def backend_class(name: str) -> type[Backend]:
     return found
 
 
+_PROCESS_PER_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
+
+
+def process_per_device(name: str | None) -> bool:
+    """Return whether every device of backend `name` has a process of its own; else every host has one.
+
+    A backend of another package says so by its class's attribute `process_per_device`.
+    """
+    if name is None or name in _OURS or name not in _entry_points():
+        return name in _PROCESS_PER_DEVICE
+    return bool(getattr(backend_class(name), "process_per_device", False))
+
+
 def simulate_devices(name: str, devices: int) -> None:
     """Have backend `name` see `devices` devices, over all processes, on a machine that has a CPU only. To be called
-    before its framework is imported; does nothing for one, or where the process has been told how many there are."""
+    before its framework is imported; does nothing for one, or where the process has been told how many there are.
+
+    A backend of another package may have a static method `simulate_devices(devices)`, which is called before it is
+    made."""
+    if name not in _OURS:
+        own = getattr(backend_class(name), "simulate_devices", None)
+        if own is not None:
+            own(devices)
     if name == "torch-xla":
         os.environ.setdefault("CPU_NUM_DEVICES", str(devices))
     if name != "jax":

@@ -150,21 +150,22 @@ def _source(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _processes_there(backend: str, mesh: str | None) -> int | None:
     """Under torchrun, without --mesh or --devices: a device for every process that was started."""
-    from portatrain.system.processes import PROCESS_A_DEVICE, world_size
+    from portatrain.backends.base import process_per_device
+    from portatrain.system.processes import world_size
 
-    return world_size() if backend in PROCESS_A_DEVICE and mesh is None else None
+    return world_size() if process_per_device(backend) and mesh is None else None
 
 
 def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
     """How many processes to start for this command; None where this process is one of them, or all that it takes."""
-    from portatrain.backends.base import devices_a_process
+    from portatrain.backends.base import devices_a_process, process_per_device
     from portatrain.model.layout import Mesh
-    from portatrain.system.processes import PROCESS_A_DEVICE, world_size
+    from portatrain.system.processes import world_size
 
     if world_size() is not None:
         return None
     devices = Mesh.parse(args.mesh).devices if args.mesh is not None else args.devices or 1
-    n = devices if backend in PROCESS_A_DEVICE else args.processes or 1
+    n = devices if process_per_device(backend) else args.processes or 1
     if args.processes not in (None, n):
         raise UserError(
             f"--processes {args.processes} on the {backend} backend",

@@ -29,8 +29,6 @@ from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, RESUMABLE
 from portatrain.system.stop_signals import stopping_signals
 
-PROCESS_A_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
-"""The backends that run one process per device; the others run one process per host."""
 GRACE_S = 3.0
 """Seconds in which the other processes may end by themselves after one has failed."""
 STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

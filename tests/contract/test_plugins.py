@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.backends.base import missing
+from portatrain.backends.base import missing, process_per_device
 from portatrain.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
@@ -125,3 +125,9 @@ def test_a_chip_is_listed_and_planned() -> None:
     assert done.returncode == 0 and "acme-one-2" in done.stdout, done.stdout + done.stderr
     done = python("portatrain.cli", "plan", "tiny-vit", "--cluster", "acme-none-2")
     assert done.returncode == 2 and "chip acme-none: expected acme_lab.nowhere:CHIP to import" in done.stderr
+
+
+def test_a_backend_says_that_every_device_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ACME))
+    assert process_per_device("acme") and process_per_device("torch") and process_per_device("deepspeed-2")
+    assert not process_per_device("jax") and not process_per_device(None)

@@ -24,6 +24,7 @@ class AcmeOps(TorchOps):
 class AcmeBackend(TorchBackend):
     name = "acme"
     ops = AcmeOps
+    process_per_device = True
 
 
 @dataclasses.dataclass
