@@ -5,7 +5,7 @@ Ranks count row-major over `MESH_AXES`, as `Mesh.coordinates` does. Three views 
 - rows: the axes that split the batch (replica, fsdp, expert). Activations are plain tensors over them.
 - values: those of context and tensor that are larger than 1. Activations are DTensors over them.
 - params: replicas x fsdp x expert x tensor, for FSDP2. `replicas` joins replica and context: over both, a parameter
-    is whole, and its gradient is the sum of the gradients of the processes.
+  is whole, and its gradient is the sum of the gradients of the processes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,6 @@ def join(mesh: Mesh) -> torch.device:
     torchrun and `portatrain train --devices` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. gloo
     carries tensors of the host, the device's own library (`devices`) all others. Raises UserError before it waits for
     other processes.
-    """
     """
     if dist.is_initialized():
         check_processes(mesh, dist.get_world_size())
