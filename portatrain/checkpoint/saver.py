@@ -141,7 +141,7 @@ class Checkpoints:
         guard: Callable[[], AbstractContextManager[object]] = nullcontext,
         budget_bytes: int | None = None,
     ) -> None:
-        self.place, self.keep, self.save_name = location_of(where), keep or Retention(), save_name
+        self.location, self.keep, self.save_name = location_of(where), keep or Retention(), save_name
         self.process, self.processes, self.guard = process, processes, guard
         self.budget_bytes = given_budget_bytes() if budget_bytes is None else budget_bytes
         self._thread: threading.Thread | None = None
@@ -199,7 +199,7 @@ class Checkpoints:
 
     def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
-            with contextlib.closing(self.place.open(step, create=True)) as store:
+            with contextlib.closing(self.location.open(step, create=True)) as store:
                 Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
                 staging.close()
                 if self.process:
@@ -226,7 +226,7 @@ class Checkpoints:
             while not _is_whole(store, receipt_name(self.save_name, writer)):
                 if time.monotonic() > deadline_s:
                     raise UserError(
-                        f"checkpoint in {self.place.name}",
+                        f"checkpoint in {self.location.name}",
                         expected=f"the receipt of process {writer}",
                         got=f"none within {RECEIPTS_WITHIN_S:.0f} s",
                         do="All processes must see one run directory.",
@@ -246,25 +246,25 @@ class Checkpoints:
     def _sweep(self, newest: int) -> None:
         """Remove old checkpoints and uncommitted files. Nothing is removed before the newest checkpoint is
         committed."""
-        there = [s for s in self.place.steps() if s <= newest]
-        good = [s for s in there if s not in self._damaged and self.place.committed(s)]
+        there = [s for s in self.location.steps() if s <= newest]
+        good = [s for s in there if s not in self._damaged and self.location.committed(s)]
         if self.keep.best is not None:
             for step in good:
                 if step not in self._metrics:
-                    with contextlib.closing(self.place.open(step)) as store:
+                    with contextlib.closing(self.location.open(step)) as store:
                         self._metrics[step] = _metrics_of(Reader(store).meta)
         kept = self.keep.kept(good, self._metrics)
         for step in there:
             if step not in kept:
                 with self.guard():
-                    self.place.remove(step)
+                    self.location.remove(step)
 
     def remove_unfinished(self) -> None:
         """Remove the checkpoints that no commit names, before anything is saved. No lock can stop an attempt that loses
         its claim during a commit, but after this it has nothing complete to commit."""
-        for step in self.place.steps():
-            if not self.place.committed(step):
-                self.place.remove(step)
+        for step in self.location.steps():
+            if not self.location.committed(step):
+                self.location.remove(step)
 
     def check(self) -> None:
         """Raise UserError if a save in the background has failed. Does not wait."""
@@ -286,7 +286,7 @@ class Checkpoints:
 
     def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
         """Return the newest valid checkpoint, see `newest.newest`. The next save of a damaged step replaces it."""
-        return newest(self.place, self.process, self.processes, report, agree, self._damaged)
+        return newest(self.location, self.process, self.processes, report, agree, self._damaged)
 
 
 def _metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:
