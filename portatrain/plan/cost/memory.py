@@ -141,6 +141,8 @@ def _again(kind: LayerKind, remat: Remat, width: float) -> float:
 
 
 def _static(
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
+) -> Phase:
     """Return the memory as XLA plans it: a value that is not live at the peak takes nothing."""
     width, grad = precision.compute, precision.grad
     shared = work.mesh[1] > 1
