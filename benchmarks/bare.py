@@ -1,4 +1,4 @@
-"""A bound from below on a step's time: its matrix products and its attention, forward and backward."""
+"""Bound a step's time from below: run only its matrix products and its attention, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from benchmarks.shapes import Shape
 
 
 def products(shape: Shape) -> list[tuple[int, int, int]]:
-    """(tokens, in, out) of every weight's product in the forward pass; the backward pass has two more of each."""
+    """Return (tokens, in, out) of every weight's product in the forward pass; the backward pass has two more of
+    each."""
     t, e, d = shape.tokens, shape.embed, shape.head_dim
     layer = [(e, shape.heads * d), (e, shape.kv_heads * d), (e, shape.kv_heads * d), (shape.heads * d, e)]
     layer += [(e, shape.mlp), (e, shape.mlp), (shape.mlp, e)]

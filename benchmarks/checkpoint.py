@@ -1,4 +1,4 @@
-"""Saving and restoring one state: ours beside raw files, safetensors, Orbax and torch DCP, on the same bytes.
+"""Save and restore one state, ours beside raw files, safetensors, Orbax and torch DCP, on the same bytes.
 
     python -m benchmarks.checkpoint [--mib 720] [--rounds 9] [--free GIB] [--disk DIR] [--memory DIR] [--write]
 
@@ -42,12 +42,13 @@ from checkpoints_format import Box, LocalStore, Reader, SaveLayout, SaveMesh, Sh
 
 Taken = dict[str, list[float]]
 SAVE, RESTORE, STALL, OTHERS = 1.2, 1.1, 1.1, 2.0
-"""The goals: ours over raw, over raw, over a copy of the state; Orbax and DCP over ours."""
+"""The goals: our seconds over raw, over raw, and over a copy of the state; Orbax and DCP over ours."""
 MARKS = ("<!-- checkpoint benchmark -->", "<!-- end of checkpoint benchmark -->")
 
 
 def make_state(mib: int) -> State:
-    """Parameters, m and v of about `mib` MiB in all: as many layers of llama3-1b, at least one, and a short table."""
+    """Return parameters, m and v of about `mib` MiB in all: whole layers of llama3-1b, at least one, and a short
+    table."""
     rng = np.random.default_rng(0)
     embed, heads, kv_heads, mlp, vocab = 2048, 32, 8, 8192, 1024
     a_layer = embed * (2 * embed + 2 * kv_heads * embed // heads + 3 * mlp)
@@ -79,11 +80,12 @@ def drop_cache(folder: Path) -> None:
 
 
 class Memory:
-    """Memory that is ready when a contender asks for it.
+    """Have memory ready when a contender asks for it.
 
-    The host of a virtual machine takes back what is free and backs it anew at the first touch, which can take ten
-    times as long as what is measured here, and hits whom it hits. With `free_gib` all memory but that is held as long
-    as this lives; in either case `ready` touches as much as a contender may take, just before its turn.
+    The host of a virtual machine takes free memory back and provides it again at the first touch. That can take ten
+    times as long as the measured work, and it hits contenders at random. With `free_gib`, all memory except that amount
+    is held while this object lives. In either case `ready` touches as much as a contender may need, just before its
+    turn.
     """
 
     def __init__(self, free_gib: float | None, needed: int) -> None:
@@ -96,7 +98,7 @@ class Memory:
 
 
 def available() -> int:
-    """Bytes that processes may still take, by the kernel's estimate."""
+    """Return the bytes that processes may still allocate, by the kernel's estimate."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable")))
 
@@ -108,7 +110,7 @@ def touched(nbytes: int) -> np.ndarray:
 
 
 def measure(state: State, where: Path, rounds: int, memory: Memory) -> dict[str, Taken]:
-    """Seconds by 'save' and 'restore' and contender, a value a round."""
+    """Return seconds by 'save' or 'restore' and contender, one value a round."""
     found: dict[str, Taken] = {"save": {}, "restore": {}}
 
     def timed(what: str, name: str, run: Callable[[], Any]) -> Any:
@@ -132,14 +134,14 @@ def measure(state: State, where: Path, rounds: int, memory: Memory) -> dict[str,
                 shutil.rmtree(at)
             if number:
                 print(f"  round {number} of {rounds} on {where}", flush=True)
-            else:  # once for nothing: imports, pools, and the contents are right
+            else:  # an unmeasured first round: imports, pools, and a check of the contents
                 found = {"save": {}, "restore": {}}
             rng.shuffle(order)
     return found
 
 
 def goal(name: str, what: str, over_raw: Ratio, over_ours: Ratio) -> str:
-    """What a row was to reach, and whether its median does."""
+    """Return the goal of a row, and whether its median reaches it."""
     if name == "ours":
         most = SAVE if what == "save" else RESTORE
         return f"at most {most} x raw: {'met' if over_raw.median <= most else '**missed**'}"
@@ -166,7 +168,7 @@ def io_bytes() -> int:
 
 
 def column_read(where: Path) -> Iterator[str]:
-    """An eighth of the columns of eight row shards: on tile lines, and off them."""
+    """Measure an eighth of the columns of eight row shards, on tile boundaries and off them."""
     shape, shards = (4096, 4096), 8
     values = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     layout = SaveLayout(
@@ -201,7 +203,7 @@ def column_read(where: Path) -> Iterator[str]:
 
 
 class Holding:
-    """A backend that holds arrays as they are, as far as a save needs one."""
+    """Hold arrays unchanged, as a backend does, as far as a save needs one."""
 
     def __init__(self, state: State) -> None:
         from portatrain.backends.program import Program
@@ -243,8 +245,8 @@ class Holding:
 
 
 def stall(state: State, where: Path, rounds: int, memory: Memory) -> Iterator[str]:
-    """What `Checkpoints.save` keeps training from: beside a copy of the state, and beside the bound of half the
-    memory, which is the copy and a raw write of what exceeds it."""
+    """Measure how long `Checkpoints.save` stalls training, beside two bounds: a copy of the state, and, with half of
+    the memory, the copy and a raw write of what exceeds the budget."""
     from portatrain.checkpoint.saver import Checkpoints
 
     backend: Any = Holding(state)

@@ -1,4 +1,4 @@
-"""Those whom benchmarks/checkpoint.py compares: raw files, safetensors, Orbax, torch DCP, and ours."""
+"""Define the contenders of benchmarks/checkpoint.py: raw files, safetensors, Orbax, torch DCP, and ours."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def layout_of(state: State) -> SaveLayout:
 
 @dataclass(frozen=True)
 class Contender:
-    """Saves the state into a folder that is not there, and restores it into new arrays."""
+    """Save the state into a new folder, and restore it into new arrays."""
 
     name: str
     save: Callable[[State, Path], None]

@@ -1,4 +1,4 @@
-"""How saving and restoring grow with the number of processes: Llama-3.1-405B's state planned, without data.
+"""Measure how planning a save or a restore grows with the processes: Llama-3.1-405B's state, without data.
 
     python -m benchmarks.checkpoint_growth          # about a minute
 
@@ -66,13 +66,13 @@ def layout(processes: int, fsdp: int, tensor: int) -> SaveLayout:
 
 
 def root_of(made: SaveLayout, packs: list[int]) -> Root:
-    """A root with every pack's record; the numbers are as long as real ones."""
+    """Return a root with every pack's record, with numbers as long as real ones."""
     return Root(save="a1", layout=made, packs=tuple((RECORD,) * n for n in packs), meta={})
 
 
 class Records(Sequence):
-    """Every writer's packs as the root lists them, those of one writer computed when they are asked for: a reader has
-    read them, and need not compute them."""
+    """List every writer's packs as the root does. One writer's packs are computed when they are asked for, because a
+    reader has read them and need not compute them."""
 
     def __init__(self, made: SaveLayout, packs: int) -> None:
         self._planner, self._made, self._packs = Planner(made), made, packs
@@ -92,7 +92,7 @@ class Records(Sequence):
 
 
 def measured(work: object) -> tuple[float, int, object]:
-    """(seconds, peak bytes, result) of a call, timed apart from the tracing of its memory."""
+    """Return (seconds, peak bytes, result) of a call. The time is measured apart from the memory."""
     assert callable(work)
     work()  # what a root read from a file would hold already
     began = time.perf_counter()
@@ -106,7 +106,7 @@ def measured(work: object) -> tuple[float, int, object]:
 
 
 def wants_of(there: SaveLayout, process: int) -> list[Want]:
-    """What process `process` of the mesh that goes on holds."""
+    """Return the boxes that process `process` of the new mesh holds."""
     mesh = there.meshes[0]
     sizes = dict(mesh.axes)
     at, rest = {}, process

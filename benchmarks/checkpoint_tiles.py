@@ -1,4 +1,4 @@
-"""How tensors are cut into tiles, what a reader on another mesh over-reads, and what small tiles cost.
+"""Show how tensors are cut into tiles, what a reader on another mesh over-reads, and what small tiles cost.
 
     python -m benchmarks.checkpoint_tiles [--rounds 5] [--mib 128]
 
@@ -48,7 +48,7 @@ MEASURED = [SHAPES[i] for i in (0, 2, 3, 6, 9, 10, 13)]
 
 
 def over_read(size: int, tile: int, ways: Iterable[int]) -> float:
-    """Worst bytes read over bytes wanted of one axis, over all parts of all splits that divide it."""
+    """Return the worst bytes read over bytes wanted along one axis, over all parts of all splits that divide it."""
     worst = 1.0
     for k in ways:
         if size % k == 0:
@@ -60,7 +60,7 @@ def over_read(size: int, tile: int, ways: Iterable[int]) -> float:
 
 
 def over_read_table() -> list[str]:
-    """The first table, one line a shape."""
+    """Return the first table, one line a shape."""
     lines = [f"{'tensor':20} {'dtype':9} {'shape':>18} {'tile':>16} {'bytes':>8}  1-8 ways    9-32 ways (per axis)"]
     for name, shape, dtype in SHAPES:
         tile = tile_shape(shape, item_bytes(dtype))
@@ -98,14 +98,14 @@ def _plain_read(path: Path, out: np.ndarray) -> None:
 
 
 class _NoDisk(LocalStore):
-    """Takes every byte and writes none: what is left is the cost of cutting and checking."""
+    """Accept every byte and write none, so that only cutting and checking costs time."""
 
     def _write(self, fd: int, chunk: memoryview) -> None:
         pass
 
 
 def measure(shape: tuple[int, ...], dtype: str, *, mib: int, rounds: int, folder: Path) -> dict[str, list[float]]:
-    """Per round: cutting in GB/s, and save, restore over a plain write, read of the same bytes."""
+    """Return, per round, cutting in GB/s, and save and restore over a plain write and read of the same bytes."""
     layers = max(1, (mib << 20) // (math.prod(shape) * item_bytes(dtype)))
     tensor = Tensor(name="w", dtype=dtype, shape=(layers, *shape), batch=1)
     layout = SaveLayout(tensors=(tensor,))

@@ -1,4 +1,4 @@
-"""The continuity check's bounds: a hundred honest moves, the mutants, and the smallest effect that is seen.
+"""Measure the continuity check's bounds: a hundred honest moves, the mutants, and the smallest visible effect.
 
     python benchmarks/continuity.py            # some minutes on two cores
 
@@ -52,7 +52,7 @@ RECIPES = {"tiny-lm, AdamW": ("tiny-lm", LM), "tiny-vit, Muon": ("tiny-vit", VIT
 STEPS = (3, 9, 16, 25)
 SOURCES = (("jax", ""), ("jax", "fsdp=2,tensor=2"), ("torch", ""))
 TOGETHER = (("torch", "fsdp=2"), ("torch", "tensor=2"))
-"""Where every checkpoint arrives: on each source's kind, in this process, and on these, in two."""
+"""The targets of every checkpoint: each source's own kind, in this process, and these, in two processes."""
 
 
 def recipe_of(name: str, precision: str) -> Recipe:
@@ -66,7 +66,7 @@ def backend_of(name: str, precision: str, kind: str, mesh: str) -> Backend:
 
 
 def leave(folder: Path) -> None:
-    """Train and save: folder/NAME/PRECISION/SOURCE/step-NNNNNNNN."""
+    """Train and save into folder/NAME/PRECISION/SOURCE/step-NNNNNNNN."""
     for name in RECIPES:
         for precision in continuity.BOUNDS:
             recipe = recipe_of(name, precision)
@@ -85,7 +85,7 @@ def leave(folder: Path) -> None:
 
 
 def arrive(folder: Path, targets: Iterable[tuple[str, str]]) -> list[tuple[str, dict[str, Any]]]:
-    """The verdicts of all checkpoints on all targets."""
+    """Return the verdicts of all checkpoints on all targets."""
     found = []
     for name in RECIPES:
         for precision in continuity.BOUNDS:
@@ -112,7 +112,7 @@ def worker(args: argparse.Namespace) -> int:
 
 
 class Arrival:
-    """One checkpoint that is changed in memory, and arrives on torch."""
+    """Restore a checkpoint on torch with a change in memory."""
 
     def __init__(self, folder: Path, name: str, precision: str) -> None:
         self.recipe, self.precision = recipe_of(name, precision), precision

@@ -1,4 +1,4 @@
-"""What an optimised XLA program executes, read from its text: instructions and matmul FLOPs, loops multiplied out."""
+"""Count what an optimised XLA program executes, from its text: instructions and matmul FLOPs, with loops multiplied."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from math import prod
 
-# They name, group or alias values, or run others: nothing runs by itself.
+# These opcodes name, group or alias values, or run other computations, so they run no kernel themselves.
 NOT_KERNELS = {
     "parameter",
     "constant",
@@ -40,9 +40,9 @@ class Instruction:
 
 @dataclass(kw_only=True)
 class HloCounts:
-    """operations: instructions run, by opcode (a fusion is one), those of loops times the trips.
-    in_loops: those of one pass through every loop that is in no other.
-    matmul_flops: 2 m n k of every dot, wherever it lies."""
+    """Hold counts of a program. operations: instructions that run, by opcode (a fusion is one), times the trips of
+    loops. in_loops: the instructions in one pass through every loop that is in no other loop. matmul_flops: 2 m n k of
+    every dot, in any computation."""
 
     operations: Counter[str] = field(default_factory=Counter)
     in_loops: int = 0
@@ -54,7 +54,7 @@ class HloCounts:
 
 
 def count(hlo: str) -> HloCounts:
-    """Counts of the entry computation. Raises ValueError where a loop does not say how often it runs."""
+    """Return the counts of the entry computation. Raises ValueError if a loop does not say how often it runs."""
     computations, entry = parse(hlo)
     found = HloCounts()
     _add(computations, entry, 1, found, inside_fusion=False)
@@ -62,7 +62,7 @@ def count(hlo: str) -> HloCounts:
 
 
 def parse(hlo: str) -> tuple[dict[str, list[Instruction]], str]:
-    """({computation: its instructions}, name of the entry)."""
+    """Return ({computation: its instructions}, name of the entry)."""
     computations: dict[str, list[Instruction]] = {}
     entry = ""
     current: list[Instruction] = []
@@ -88,7 +88,7 @@ def _instruction(line: str) -> Instruction:
 
 
 def _closing(text: str, at: int) -> int:
-    """Where the parenthesis that opens at `at` closes."""
+    """Return the index at which the parenthesis that opens at `at` closes."""
     depth = 0
     for i in range(at, len(text)):
         depth += (text[i] == "(") - (text[i] == ")")
@@ -121,7 +121,7 @@ def _add(
                 fused = inside_fusion or one.opcode != "call"
                 _add(computations, inner, times, found, inside_fusion=fused)
         elif one.opcode == "conditional":
-            # Any one branch may run: the costliest counts.
+            # Any one branch may run, so the costliest counts.
             branches = _BRANCHES.search(one.text)
             names = re.findall(r"%?([\w.\-]+)", branches[1]) if branches else []
             names += re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", one.text)

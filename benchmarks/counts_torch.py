@@ -1,4 +1,4 @@
-"""What a torch step executes: operations and matmul FLOPs, seen by the dispatcher (eager) or profiler (compiled)."""
+"""Count what a torch step executes: operations and matmul FLOPs, by the dispatcher (eager) or profiler (compiled)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """operations: kernels run, by name. matmul_flops: of plain matmuls; attention_flops: of fused attention, both of
-    its matmuls over the whole square, and five of them in its backward pass."""
+    """Hold counts of a step. operations: kernels that run, by name. matmul_flops: of plain matmuls. attention_flops: of
+    fused attention, both of its matmuls over the whole square, and five matmuls in its backward pass."""
 
     operations: dict[str, int] = field(default_factory=dict)
     matmul_flops: float = 0.0
@@ -26,7 +26,7 @@ class Counts:
         return sum(self.operations.values())
 
 
-# They allocate, describe, or call what is counted itself: no kernel of their own runs.
+# These operations allocate, describe, or call others that are counted, so they run no kernel themselves.
 NOT_KERNELS = {
     "to",
     "detach_",
@@ -74,13 +74,13 @@ MATMULS = {"mm": (0, 1), "bmm": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
 
 
 def _matmul_flops(name: str, shapes: list[Any]) -> float:
-    """2 m n k of the product of the two matrices among an operation's arguments."""
+    """Return 2 m n k of the product of the two matrices among an operation's arguments."""
     a, b = (shapes[i] for i in MATMULS[name])
     return 2.0 * prod(a) * b[-1]
 
 
 def _attention_flops(q_shape: Any, k_shape: Any, *, backward: bool) -> float:
-    """q (B, H, S, D), k (B, K, T, D): 2 matmuls forward; backward the scores again and 4 more."""
+    """Return the FLOPs for q (B, H, S, D), k (B, K, T, D): 2 matmuls forward; backward the scores again and 4 more."""
     b, h, s, d = q_shape
     return (5 if backward else 2) * 2.0 * b * h * s * k_shape[2] * d
 
@@ -106,7 +106,7 @@ class _Seen(TorchDispatchMode):
 
 
 def count_eager(step: Callable[[], object]) -> Counts:
-    """Every operation of one call that runs a kernel: views and allocations left out."""
+    """Count every operation of one call that runs a kernel, without views and allocations."""
     with _Seen() as seen:
         step()
     return Counts(
@@ -115,7 +115,7 @@ def count_eager(step: Callable[[], object]) -> Counts:
 
 
 def count_compiled(step: Callable[[], object]) -> Counts:
-    """The same of a step with compiled parts, whose generated kernels count as one operation each ('fused').
+    """Count a step with compiled parts, whose generated kernels count as one operation each ('fused').
 
     The parts must have been compiled with `profile_kernels` on, and run before.
     """
@@ -140,7 +140,7 @@ def count_compiled(step: Callable[[], object]) -> Counts:
             backward = "backward" in name
             q, k = event.input_shapes[1:3] if backward else event.input_shapes[:2]
             attention_flops += _attention_flops(q, k, backward=backward)
-        # What only calls others is not a kernel; what calls none but allocations and views is.
+        # An operation that only calls others is not a kernel; one that calls only allocations and views is.
         leaf = all(c.name.removeprefix("aten::") in NOT_KERNELS | VIEWS for c in inner)
         inside = _inside_kernel(event)
         if not inside and (leaf or attention or name in MATMULS or name.startswith("_foreach")):
@@ -149,7 +149,7 @@ def count_compiled(step: Callable[[], object]) -> Counts:
 
 
 def _inside_kernel(event: Any) -> bool:
-    """Whether an operation was called by one that counts as a whole."""
+    """Return whether an operation was called by another one that counts as a whole."""
     above = event.cpu_parent
     while above is not None:
         name = above.name.removeprefix("aten::").removesuffix("_out")
@@ -162,7 +162,7 @@ def _inside_kernel(event: Any) -> bool:
 
 
 def profile_kernels() -> None:
-    """Have torch.compile name every kernel that it generates to the profiler. Before anything is compiled."""
+    """Make torch.compile name every kernel that it generates to the profiler. Call it before anything is compiled."""
     import torch._inductor.config as inductor
 
     inductor.cpp.enable_kernel_profile = True

@@ -1,4 +1,4 @@
-"""Why the jax backend selects Eigen's matmul on CPUs: accuracy and time of XLA's two, on a decoder's products.
+"""Show why the jax backend selects Eigen's matmul on CPUs: accuracy and time of XLA's two, on a decoder's products.
 
     python benchmarks/cpu_matmul.py
 

@@ -1,5 +1,5 @@
-"""The gradients of a first step in float64, by the torch backend on one device: what a comparison of two float32 runs
-has to be seen beside, as each of them is off by roundings of its own."""
+"""Compute the gradients of a first step in float64, by the torch backend on one device, as the reference for two
+float32 runs, each of which has rounding errors of its own."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Arrays = dict[str, np.ndarray]
 
 
 class Exact(TorchBackend):
-    """The torch backend with float64 in the place of float32."""
+    """Run the torch backend with float64 in place of float32."""
 
     def init_state(self) -> Any:
         state = super().init_state()
@@ -33,7 +33,8 @@ class Exact(TorchBackend):
 
 
 def exact(program: Program, batch: Arrays) -> Arrays:
-    """By name, of the mean loss of `batch`: casts to float32 are made casts to float64. `program` is fp32."""
+    """Return gradients of the mean loss of `batch` by name; casts to float32 become casts to float64. `program` is
+    fp32."""
 
     def double(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         return x.double(*args, **options)

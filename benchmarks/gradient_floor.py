@@ -1,5 +1,5 @@
-"""How far the gradients of a first step in float32 are from the same step in float64: what no comparison of two
-backends can be expected to fall below. One device, any row of the parity matrix.
+"""Compare the gradients of a first step in float32 with the same step in float64: the floor for any comparison of two
+backends. It runs on one device, for any row of the parity matrix.
 
     python -m benchmarks.gradient_floor [--row tiny-vit] [--mesh "fsdp=3, sizes by three"]
 

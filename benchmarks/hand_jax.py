@@ -1,6 +1,6 @@
-"""The decoder of `recipes/models/decoder.py` and its training step as one writes them in plain JAX.
+"""Write the decoder of `recipes/models/decoder.py` and its training step as one does in plain JAX.
 
-What is chosen, and why: a pytree of stacked parameters and lax.scan over the layers; two-dimensional weights;
+The choices: a pytree of stacked parameters and lax.scan over the layers; two-dimensional weights;
 jax.nn.dot_product_attention; rotations from tables made once; optax's integer cross-entropy on all logits; optax.chain
 of clip_by_global_norm and adamw with decay on matrices alone; one jit, its parameters and optimizer state donated.
 
@@ -34,7 +34,7 @@ def rotate(x_BSHD: Any, cos: Any, sin: Any) -> Any:
 
 
 def tables(s: Shape) -> tuple[np.ndarray, np.ndarray]:
-    """cos and sin, (S, 1, D/2)."""
+    """Return cos and sin, (S, 1, D/2)."""
     frequencies = np.float32(s.rope_theta ** (-np.arange(0, s.head_dim, 2) / s.head_dim))
     angles = np.arange(s.seq, dtype=np.float32)[:, None, None] * frequencies
     return np.cos(angles), np.sin(angles)
@@ -43,7 +43,7 @@ def tables(s: Shape) -> tuple[np.ndarray, np.ndarray]:
 def loss_of(
     shape: Shape, params: Mapping[str, Any], batch: Mapping[str, Any], rows: Callable[[Any], Any] = lambda x: x
 ) -> Any:
-    """The mean loss. `rows` says of an activation that it is split over its rows."""
+    """Return the mean loss. `rows` constrains an activation to be sharded over its rows."""
     cos, sin = tables(shape)
     mask = None
     if shape.packed:
@@ -70,7 +70,7 @@ def loss_of(
 
 
 def load(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """portatrain's parameters, with (N, E, H, D) as (N, E, H*D) and (N, H, D, E) as (N, H*D, E)."""
+    """Return portatrain's parameters, with (N, E, H, D) as (N, E, H*D) and (N, H, D, E) as (N, H*D, E)."""
     block = {"attn_norm": params["blocks/attn_norm/scale"], "mlp_norm": params["blocks/mlp_norm/scale"]}
     for name in ("wq", "wk", "wv"):
         block[name] = params[f"blocks/attn/{name}"].reshape(*params[f"blocks/attn/{name}"].shape[:2], -1)
@@ -82,7 +82,7 @@ def load(params: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def step_of(shape: Shape, rows: Callable[[Any], Any] = lambda x: x) -> tuple[Any, Any]:
-    """(optimizer, step): step(params, opt, batch) -> (params, opt, loss, gradient norm)."""
+    """Return (optimizer, step): step(params, opt, batch) -> (params, opt, loss, gradient norm)."""
 
     def decays(params: Any) -> Any:
         norms = ("attn_norm", "mlp_norm", "final_norm")
@@ -102,7 +102,7 @@ def step_of(shape: Shape, rows: Callable[[Any], Any] = lambda x: x) -> tuple[Any
 
 
 def make_step(shape: Shape, *, defaults: bool) -> tuple[Any, Any]:
-    """(optimizer, compiled step).
+    """Return (optimizer, compiled step).
 
     The matmul is the one that ours selects (portatrain/backends/jax/flags.py), so that the two compute with the same
     kernels; with `defaults` it is XLA's own choice, which is less exact.
@@ -131,7 +131,7 @@ def hand_written(
 def hand_sharded(
     shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, devices: int
 ) -> Step:
-    """Every matrix and table split over its embed axis, norms whole, the batch over its rows; one jit, donated."""
+    """Shard every matrix and table over its embed axis and the batch over its rows, norms whole; one jit, donated."""
     mesh = jax.make_mesh((devices,), ("fsdp",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     optimizer, step = step_of(shape, lambda x: jax.lax.with_sharding_constraint(x, rows))
@@ -175,7 +175,7 @@ def hand_sharded(
 def hand_written_hlo(
     shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, defaults: bool = False
 ) -> str:
-    """The optimised program."""
+    """Return the optimised program."""
     optimizer, step = make_step(shape, defaults=defaults)
     held = load(params)
     given = {k: v for k, v in batch.items() if k != "sample"}

@@ -1,6 +1,6 @@
-"""The decoder of `recipes/models/decoder.py` and its training step as one writes them in plain torch.
+"""Write the decoder of `recipes/models/decoder.py` and its training step as one does in plain torch.
 
-What is chosen, and why: nn.RMSNorm; rotations in the rotate-half form from tables made once; the fused attention with
+The choices: nn.RMSNorm; rotations in the rotate-half form from tables made once; the fused attention with
 grouped heads and is_causal (with packed documents one boolean mask, made once a step); F.cross_entropy on all logits;
 foreach gradient clipping; fused AdamW with decay on matrices alone; gradients set to None. Compiled: torch.compile over
 the whole model and its loss, one graph, which takes the longer the deeper the model; or over each block and over the
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from benchmarks.shapes import ADAMW, CLIP_NORM, Shape
 
 Step = Callable[[], float]
-"""Runs one training step to its end; the loss before the update."""
+"""Run one training step to its end; return the loss before the update."""
 
 
 def rotate(x_BSHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Llama(nn.Module):
     def forward(
         self, tokens: Tensor, targets: Tensor, segment_ids: Tensor | None = None, positions: Tensor | None = None
     ) -> Tensor:
-        """The mean loss."""
+        """Return the mean loss."""
         mask = None
         cos, sin = self.cos[:, None], self.sin[:, None]  # (S, 1, D)
         if segment_ids is not None and positions is not None:
@@ -102,7 +102,7 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten().long())
 
     def compile_parts(self) -> None:
-        """Each block, and the loss."""
+        """Compile each block, and the loss."""
         for block in self.blocks:
             block.compile(fullgraph=True, dynamic=False)
         self.loss_of = torch.compile(self.loss_of, fullgraph=True, dynamic=False)  # type: ignore[method-assign]
@@ -130,7 +130,7 @@ def load(model: Llama, params: Mapping[str, np.ndarray]) -> None:
 
 
 def training_step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Step:
-    """Forward, backward, clip, AdamW."""
+    """Run forward, backward, clip and AdamW."""
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(
         [
@@ -178,7 +178,7 @@ def hand_written(
 def hand_fsdp2(
     shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, compile: bool
 ) -> Step:
-    """Every block and the root under `fully_shard`, this process's rows of the batch; of a group that is there."""
+    """Apply `fully_shard` to every block and the root, for this process's rows of the batch, in an existing group."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -204,7 +204,7 @@ def hand_fsdp2(
 def transformers_llama(
     shape: Shape, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], *, compile: bool
 ) -> Step:
-    """transformers' LlamaForCausalLM, its attention the fused one, with no mask but the causal one."""
+    """Return transformers' LlamaForCausalLM with fused attention and only a causal mask."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""How fast initial weights are drawn: million values a second, best of five, by shape of the box.
+"""Measure how fast initial weights are drawn: million values a second, best of five, by shape of the box.
 
 Run: python benchmarks/init_speed.py [--threads N]
 """

@@ -1,4 +1,4 @@
-"""Bytes of torch's storages that are alive: what a forward pass leaves for the backward pass, on any device."""
+"""Count the bytes of torch's live storages: what a forward pass leaves for the backward pass, on any device."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """While entered, `bytes` counts the storages that were made since and are still there."""
+    """Count, while entered, the `bytes` of storages that were made since and are still alive."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Bytes on a device: what the layout and the planner say, beside what the backends hold.
-
-Written into docs/measured/memory.md.
+"""Compare the bytes on a device by the layout and the planner with the bytes that the backends hold.
 
 Run: python -m benchmarks.memory [--write]     (simulated devices; a few minutes on two cores)
+
+With --write the result goes into docs/measured/memory.md.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def recipe(*more: str) -> Recipe:
 
 
 def predicted(mesh: str) -> dict[str, int]:
-    """Bytes on device 0, from the layout alone."""
+    """Return the bytes on device 0, from the layout alone."""
     program = make_program(recipe(), mesh=mesh)
     at = program.layout.mesh.coordinates(0)
 
@@ -53,7 +53,7 @@ def predicted(mesh: str) -> dict[str, int]:
 
 
 def measured(backend: str, mesh: str) -> dict[str, int]:
-    """What one device of this process holds after a step."""
+    """Return the bytes that one device of this process holds after a step."""
     chosen = recipe()
     made = backend_class(backend)(make_program(chosen, mesh=mesh))
     state = made.init_state()
@@ -71,7 +71,7 @@ def jax_part(args: argparse.Namespace) -> int:
 
 
 def _jax_step(policy: str) -> dict[str, int]:
-    """The compiler's own figures for one device of the step on fsdp=4."""
+    """Return the compiler's own figures for one device of the step on fsdp=4."""
     chosen = recipe(f"remat={policy}", "batch=16")
     made: Any = backend_class("jax")(make_program(chosen, mesh="fsdp=4"))
     step, given = made.abstract_step(parity.batches(chosen, 1)[0])
@@ -87,7 +87,7 @@ def torch_part(args: argparse.Namespace) -> int:
 
 
 def torch_remat(args: argparse.Namespace) -> int:
-    """Bytes that live between the passes, one device, a microbatch of four rows."""
+    """Return the bytes that live between the passes, for one device and a microbatch of four rows."""
     from benchmarks.live_bytes import Live
 
     found = {}
@@ -106,7 +106,7 @@ def torch_remat(args: argparse.Namespace) -> int:
 
 
 def kept(policy: str, rows: int) -> float:
-    """Bytes of activations that the planner says a policy keeps of the blocks in torch, fp32."""
+    """Return the planner's bytes of activations that a policy keeps of the blocks in torch, fp32."""
     chosen = recipe()
     work = on_mesh(shape_of(chosen), (1,) * len(MESH_AXES))
     tokens = rows * shape_of(chosen).seq_len
@@ -167,7 +167,7 @@ def report() -> str:
 
 
 def _zero(folder: str) -> list[str]:
-    """DeepSpeed cuts tensors laid end to end, so its shares are not the layout's."""
+    """Return DeepSpeed's shares, which differ from the layout's, because it cuts tensors that are joined end to end."""
     lines = [
         "",
         "DeepSpeed on fsdp=4, with its padding; predicted by ZeRO's arithmetic (the float32 copy of a "

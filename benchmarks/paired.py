@@ -1,6 +1,6 @@
-"""Paired timing: every round runs every contender once, in an order drawn anew, and a ratio is taken within a round.
+"""Time contenders in pairs: every round runs each once, in an order drawn anew, and ratios are taken within a round.
 
-What slows the machine for seconds slows both sides of a pair, and the order favours nobody.
+A slow phase of the machine slows both sides of a pair, and the order favours neither.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from statistics import median
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """The median of paired ratios with its 95 % interval: order statistics, which assume no distribution."""
+    """Hold the median of paired ratios with its 95 % interval: order statistics, which assume no distribution."""
 
     median: float
     low: float
@@ -37,7 +37,8 @@ def interleaved(
     seed: int = 0,
     before: Callable[[], object] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of `repeats` calls of each, by name, one value a round; `before` each of them is not counted."""
+    """Return the seconds of `repeats` calls of each, by name, one value a round; the calls of `before` are not
+    counted."""
     order, rng = list(run), random.Random(seed)
     taken: dict[str, list[float]] = {name: [] for name in run}
     for _ in range(rounds):
@@ -52,8 +53,8 @@ def interleaved(
 
 
 def rank_of_bound(n: int, confidence: float = 0.95) -> int:
-    """k such that the k-th smallest and k-th largest of n values bracket the median with `confidence` at least:
-    the largest k with P(Binomial(n, 1/2) < k) <= (1 - confidence) / 2, counted from 1."""
+    """Return the largest k, counted from 1, for which the k-th smallest and k-th largest of n values bracket the median
+    with `confidence` at least: P(Binomial(n, 1/2) < k) <= (1 - confidence) / 2."""
     below, k = 0.0, 0
     while (below := below + math.comb(n, k) / 2**n) <= (1 - confidence) / 2:
         k += 1
@@ -63,7 +64,7 @@ def rank_of_bound(n: int, confidence: float = 0.95) -> int:
 
 
 def ratio(ours_s: Sequence[float], theirs_s: Sequence[float]) -> Ratio:
-    """Our speed over theirs: their seconds over ours, round by round."""
+    """Return our speed over theirs: their seconds over ours, round by round."""
     ratios = sorted(b / a for a, b in zip(ours_s, theirs_s, strict=True))
     k = rank_of_bound(len(ratios))
     return Ratio(median=median(ratios), low=ratios[k - 1], high=ratios[-k])

@@ -1,11 +1,11 @@
-"""The planner beside the real compilers: writes docs/measured/plan-accuracy.md.
+"""Compare the planner with the real compilers, and write docs/measured/plan-accuracy.md.
 
     python -m benchmarks.plan_accuracy [--only WORD...] [--fresh | --again] [--write]
 
 Every row is planned first, and all predictions are written to docs/measured/plan-accuracy.json before any compiler
-runs: a row that is there keeps its prediction until --fresh, or --again where the planner has changed and the programs
-have not. Then each is compiled, in a process of its own, and the page is written from both. Hours on two cores, minutes
-for one row; what was compiled is kept (`portatrain plan --compile`).
+runs. A row that is in the file keeps its prediction until --fresh, or --again if the planner has changed and the
+programs have not. Then each row is compiled in a separate process, and the page is written from both. This takes hours
+on two cores, minutes for one row; compiled answers are cached (`portatrain plan --compile`).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One program. ``bound``: how far the memory may be off. ``remat``, ``accumulation`` and ``mesh`` are fixed, so
-    that a row stays the same program whatever the planner would choose."""
+    """Describe one program. ``bound``: the largest error of the memory. ``remat``, ``accumulation`` and ``mesh`` are
+    fixed, so that a row stays the same program even if the planner would choose another."""
 
     recipe: str
     cluster: str
@@ -49,7 +49,7 @@ class Row:
     seq_len: int = 8192
     more: tuple[str, ...] = ()
     blind: bool = False
-    """Compiled after the planner's terms were last changed; of the others the lists of live buffers have been read."""
+    """Rows compiled after the last change to the planner's terms; for the others the live buffers have been read."""
 
     @property
     def name(self) -> str:
@@ -148,7 +148,7 @@ ROWS = (
 
 
 def planned(row: Row) -> tuple[Plan, Candidate]:
-    """The row's own way, priced by the planner."""
+    """Return the row's own configuration, priced by the planner."""
     recipe = load_recipe(row.recipe)
     words = (*row.more, f"batch={row.batch}", f"data.seq_len={row.seq_len}")
     shape = recipes.shape_of(override(recipe, words))
@@ -171,8 +171,8 @@ def asked(row: Row, made: Plan, chosen: Candidate) -> tuple[job.Request, targets
 
 
 def predictions(rows: list[Row], *, fresh: bool, again: bool = False) -> dict[str, Any]:
-    """Every row's prediction, written before anything is compiled. ``fresh`` forgets what was compiled, ``again`` does
-    not."""
+    """Return every row's prediction, written before anything is compiled. ``fresh`` drops the compiled results,
+    ``again`` keeps them."""
     known = read()
     for row in rows:
         seen = "compiled" in known.get(row.name, {})  # of a blind row, it is that prediction that counts
@@ -186,7 +186,7 @@ def predictions(rows: list[Row], *, fresh: bool, again: bool = False) -> dict[st
 
 
 def read() -> dict[str, Any]:
-    """Every row's entry by its name, as it is in docs/measured/plan-accuracy.json."""
+    """Return every row's entry by its name, from docs/measured/plan-accuracy.json."""
     path = HERE / "plan-accuracy.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
@@ -228,7 +228,7 @@ def main() -> int:
 
 
 def memory_error(entry: dict[str, Any]) -> float | None:
-    """Predicted over compiled peak memory, less 1; None where it was not compiled."""
+    """Return predicted over compiled peak memory, less 1; None if the row was not compiled."""
     compiled = entry.get("compiled")
     after = compiled and (compiled["peak_bytes"] or compiled["needs_bytes"])
     return entry["predicted"]["peak_bytes"] / after - 1 if after else None
@@ -257,7 +257,7 @@ def line(row: Row, entry: dict[str, Any]) -> str:
 
 
 def page(known: dict[str, Any]) -> str:
-    """docs/measured/plan-accuracy.md."""
+    """Return the text of docs/measured/plan-accuracy.md."""
     compiled = [(row, known[row.name]) for row in ROWS if "compiled" in known.get(row.name, {})]
     errors = {row.name: error for row, entry in compiled if (error := memory_error(entry)) is not None}
     beyond = [

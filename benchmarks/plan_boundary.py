@@ -1,8 +1,8 @@
-"""Where a recipe stops fitting: the planner's boundary beside the compiler's, both by bisection over the depth.
+"""Find the depth at which a recipe stops fitting, by the planner and by the compiler, both by bisection.
 
     python -m benchmarks.plan_boundary [--within 0.05] [--only CLUSTER...]
 
-The number of layers is what is turned: it scales weights and kept activations alike, and a scan compiles as fast at any
+Only the number of layers changes: it scales weights and kept activations alike, and a scan compiles as fast at any
 depth. The compiler's boundary lies between the deepest program that it compiled and the shallowest that it refused with
 RESOURCE_EXHAUSTED; they are brought together until they are within --within of one another. Minutes a program.
 """
@@ -25,7 +25,7 @@ from portatrain.recipe.overrides import override
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A recipe on a mesh of a cluster, of which only the depth is open."""
+    """Describe a recipe on a mesh of a cluster, with the depth left open."""
 
     recipe: str
     cluster: str
@@ -41,7 +41,7 @@ CASES = (
 
 
 def planner_fits(case: Case, layers: int) -> bool:
-    """Whether the planner says that it fits, with no margin: that is what the compiler is asked."""
+    """Return whether the planner says that it fits, without a margin, as the compiler is asked the same."""
     recipe = override(load_recipe(case.recipe), [f"model.layers={layers}", f"batch={case.batch}"])
     made = plan(
         recipes.shape_of(recipe),
@@ -55,7 +55,7 @@ def planner_fits(case: Case, layers: int) -> bool:
 
 
 def planner_boundary(case: Case) -> int:
-    """The deepest model that the planner lets in."""
+    """Return the deepest model that the planner accepts."""
     low, high = 0, 1
     while planner_fits(case, high):
         low, high = high, 2 * high
@@ -77,7 +77,7 @@ def compiler_fits(case: Case, layers: int) -> bool:
 
 
 def compiler_boundary(case: Case, start: int, within: float) -> tuple[int, int]:
-    """(deepest that compiled, shallowest that did not), no further apart than ``within`` of the deeper one."""
+    """Return (deepest that compiled, shallowest that did not), no further apart than ``within`` of the deeper one."""
     low = high = 0
     step = max(1, round(start * within))
     at = start

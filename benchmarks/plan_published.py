@@ -1,4 +1,4 @@
-"""Published training speeds beside what the planner predicts: how wrong it is, and the factors it is fitted to.
+"""Compare published training speeds with the planner's predictions: its errors, and the factors fitted to the speeds.
 
     python -m benchmarks.plan_published [--write]      # --write also writes docs/measured/plan-published.md
 
@@ -35,7 +35,7 @@ SAMPLES_PER_DEVICE = (1, 2, 4, 8)  # tried where the publisher's mesh cannot be 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A row with its own factor, the factor fitted without it, and what that predicts."""
+    """Hold a row with its own factor, the factor fitted without it, and the prediction by that factor."""
 
     row: Row
     own: float
@@ -51,11 +51,11 @@ class Checked:
 
 @cache
 def predict(row: Row, factor: float) -> tuple[float, Candidate]:
-    """Tokens a second and chip at an efficiency factor, and the way it was run."""
+    """Return tokens a second and chip at an efficiency factor, and the configuration."""
     if row.mesh is None:
         return _searched(row, factor)
     cluster, precision = row.on, PRECISIONS[row.precision]
-    tuning = replace(TUNING[cluster.chip.stack], skips_masked=True)  # theirs are kernels of their own
+    tuning = replace(TUNING[cluster.chip.stack], skips_masked=True)  # publishers use kernels of their own
     places = row.mesh[0] * row.mesh[1] * row.mesh[2]
     shape = replace(PRESETS[row.model], batch=places * row.rows * row.accumulation, capacity=row.capacity)
     work = on_mesh(shape, row.mesh)
@@ -101,7 +101,7 @@ def predict(row: Row, factor: float) -> tuple[float, Candidate]:
 
 
 def _searched(row: Row, factor: float) -> tuple[float, Candidate]:
-    """The planner's own best way, at the best of several batches."""
+    """Return the planner's own best configuration, at the best of several batches."""
     best: tuple[float, Candidate] | None = None
     for samples in SAMPLES_PER_DEVICE:
         cluster = row.on
@@ -123,7 +123,7 @@ def _searched(row: Row, factor: float) -> tuple[float, Candidate]:
 
 @cache
 def own_factor(row: Row) -> float:
-    """The efficiency at which the prediction equals the published figure, to three digits."""
+    """Return the efficiency at which the prediction equals the published figure, to three digits."""
     low, high = 0.05, 2.0
     while high - low > 5e-4:
         middle = (low + high) / 2
@@ -132,7 +132,7 @@ def own_factor(row: Row) -> float:
 
 
 def fit(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], float]:
-    """(by chip, by vendor, over all) factors of ``rows``: geometric means of their own."""
+    """Return (by chip, by vendor, over all) factors of ``rows``: geometric means of their own."""
     known = list(rows)
     chips, vendors = sorted({r.chip for r in known}), sorted({r.vendor for r in known})
     by_chip = {c: _mean(r for r in known if r.chip == c) for c in chips if sum(r.chip == c for r in known) > 1}
@@ -144,7 +144,7 @@ def _mean(rows: Iterable[Row]) -> float:
 
 
 def check(row: Row) -> Checked:
-    """``row`` predicted from all other rows: of its chip where that has others, else of its vendor."""
+    """Return ``row`` predicted from all other rows: those of its chip if there are any, else those of its vendor."""
     others = [r for r in ROWS if r is not row]
     same = [r for r in others if r.chip == row.chip]
     basis = same or [r for r in others if r.vendor == row.vendor] or others
@@ -155,7 +155,7 @@ def check(row: Row) -> Checked:
 
 
 def report() -> str:
-    """The page docs/measured/plan-published.md."""
+    """Return the page docs/measured/plan-published.md."""
     checked = [check(row) for row in ROWS]
     errors = [abs(c.error) for c in checked]
     counted = [abs(c.error) for c in checked if c.row.counted]
@@ -243,7 +243,7 @@ _TAIL = (
 
 
 def stale() -> list[str]:
-    """How ``portatrain.plan.cost.efficiency`` differs from what the rows say now; empty where it does not."""
+    """Return how ``portatrain.plan.cost.efficiency`` differs from the rows; empty if it does not."""
     by_chip, by_vendor, over_all = fit(ROWS)
     have = (efficiency.BY_CHIP, efficiency.BY_VENDOR, efficiency.ALL)
     found = []

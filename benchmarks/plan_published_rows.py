@@ -1,4 +1,4 @@
-"""Published training speeds, and as much of each configuration as its publisher tells."""
+"""List published training speeds, with all that their publishers tell of each configuration."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from portatrain.plan.cost.tensors import Sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One published figure: ``tokens`` a second and chip. ``utilisation`` is as published, by its own convention.
+    """Describe one published figure. ``tokens``: per second and chip. ``utilisation``: as published, by its own
+    convention.
 
-    ``mesh``, ``rows`` (samples a microbatch and data-parallel place), ``accumulation`` and ``remat`` are the
-    publisher's; where ``mesh`` is None it used pipeline stages, which are not planned, and the planner's own
-    best mesh stands in. ``counted``: the number of chips was published with the figure; else it is that of the
-    publisher's configuration. ``part`` names a chip that differs from the catalog's, ``changes`` how.
+    ``mesh``, ``rows`` (samples of a microbatch on each data-parallel device), ``accumulation`` and ``remat`` are the
+    publisher's. ``mesh`` is None if the publisher used pipeline stages, which the planner does not plan; then the
+    planner's own best mesh replaces it. ``counted``: the number of chips was published with the figure; else it is the
+    number of the publisher's configuration. ``part`` names a chip that differs from the catalog's, ``changes`` how.
     """
 
     model: str
@@ -44,7 +45,7 @@ class Row:
 
     @property
     def on(self) -> Cluster:
-        """The cluster, with the publisher's part in place of the catalog's where it differs."""
+        """Return the cluster, with the publisher's part in place of the catalog's if they differ."""
         made = names.parse(self.cluster)
         other: dict[str, Any] = {name: figure(value, unit, "pages") for name, (value, unit) in self.changes.items()}
         return replace(made, chip=replace(made.chip, **other)) if other else made

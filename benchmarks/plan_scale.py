@@ -1,4 +1,4 @@
-"""How fast plans are made, and the arithmetic of mixtures: prints the tables of docs/understand/planning.md, "Speed".
+"""Measure how fast plans are made, and the arithmetic of mixtures, for docs/understand/planning.md, "Speed".
 
 Run: python -m benchmarks.plan_scale
 
@@ -18,7 +18,7 @@ FRAMEWORKS = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "orbax")
 RECIPES = ("llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b")
 HUGE = ("tpu-v5p-12288", "36*tpu-7x-512", "h100-100000", "gb200-100800")
 MIXTURES = {
-    # Parameters, and those that a token meets, in 10^9, as their makers give them.
+    # All parameters, and the parameters that a token meets, in 10^9, as the models' makers publish them.
     "mixtral-8x7b": (46.7, 12.9, "Jiang et al. 2024, Mixtral of Experts"),
     "deepseek-v3": (671.0, 37.0, "DeepSeek-AI 2024, DeepSeek-V3 Technical Report"),
 }
@@ -26,7 +26,7 @@ MIXTURE_CLUSTERS = ("tpu-v5p-2048", "h100-2048", "gb200-2016")
 
 
 def child(names: list[str], clusters: list[str]) -> None:
-    """Plan every one of `names` on every one of `clusters`; print what came out as JSON."""
+    """Plan every one of `names` on every one of `clusters`; print the results as JSON."""
     from pathlib import Path
 
     from portatrain.plan.clusters import names as cluster_names
@@ -59,7 +59,7 @@ def child(names: list[str], clusters: list[str]) -> None:
 
 
 def planned(names: tuple[str, ...], clusters: tuple[str, ...] = ()) -> tuple[float, dict]:
-    """(seconds of the whole process, what it printed)."""
+    """Return (seconds of the whole process, its output)."""
     began_s = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.plan_scale", "--recipes", ",".join(names), "--clusters", ",".join(clusters)],
@@ -71,7 +71,7 @@ def planned(names: tuple[str, ...], clusters: tuple[str, ...] = ()) -> tuple[flo
 
 
 def way(row: dict) -> str:
-    """A plan in a cell: its cluster, mesh, seconds a step and MFU."""
+    """Return a plan as a cell: its cluster, mesh, seconds per step and MFU."""
     if not row["mesh"]:
         return f"{row['cluster']}: does not fit"
     return f"{row['cluster']}: {row['mesh']}, {row['step_s']:.3g}, {100 * row['mfu']:.0f} %"

@@ -1,4 +1,4 @@
-"""The resume matrix: every pair of backends, with a change of mesh and of the number of devices at the move.
+"""Run the resume matrix: every pair of backends, with a new mesh and another number of devices at the move.
 
     python -m benchmarks.resume_matrix [--write]        # half an hour on two cores; --write: into docs/run/resume.md
 
@@ -58,12 +58,12 @@ Row = dict[str, Any]
 
 
 def python_of(kind: str) -> str | None:
-    """The Python that runs a backend; None where there is none."""
+    """Return the Python that runs a backend; None if there is none."""
     return sys.executable if not missing(kind) else os.environ.get(ELSEWHERE.get(kind, ""))
 
 
 def run(kind: str, module: str, words: list[str]) -> tuple[int, str]:
-    """(exit code, last line of what it said) of a Python module in the environment of backend `kind`."""
+    """Return (exit code, last line of output) of a Python module in the environment of backend `kind`."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     if kind in ELSEWHERE:
         env.setdefault("PJRT_DEVICE", "CPU")
@@ -89,7 +89,7 @@ def train(at: Path, kind: str, mesh: str, *more: str) -> tuple[int, str]:
 
 
 def carry(source: Path, target: Path, kind: str, mesh: str) -> str | None:
-    """Restore the checkpoint `source` on a backend and save what it then holds at `target`; an error, or None."""
+    """Restore the checkpoint `source` on a backend and save its state at `target`; return the error, or None."""
     shutil.rmtree(target, ignore_errors=True)
     words = {"source": str(source), "target": str(target), "backend": kind, "mesh": mesh}
     code, error = run(kind, "benchmarks.resume_matrix", ["--carry", json.dumps(words)])
@@ -143,7 +143,7 @@ def same(a: Path, b: Path) -> str:
 
 
 def move(first: str, second: str, scratch: Path) -> Row:
-    """What a move from one backend to another comes to: verdict, worst, back; or failed; or not_run."""
+    """Return the result of a move between two backends: verdict, worst, back; or failed; or not_run."""
     from portatrain.runs.run_dir import RunDir
 
     for kind in (first, second):
@@ -177,7 +177,7 @@ def move(first: str, second: str, scratch: Path) -> Row:
 
 
 def losses(scratch: Path, name: str, kind: str, mesh: str) -> list[float]:
-    """The curve of a run that never moved."""
+    """Return the curve of a run that never moved."""
     from portatrain.runs.run_dir import RunDir
 
     at = scratch / name
@@ -189,7 +189,7 @@ def losses(scratch: Path, name: str, kind: str, mesh: str) -> list[float]:
 
 
 def wrong(row: Row) -> bool:
-    """Whether a row is out of bounds."""
+    """Return whether a row is out of bounds."""
     if "not_run" in row:
         return False
     return "failed" in row or row["verdict"] != "continuous" or not row["worst"] <= BOUND or row["back"] != "same bits"
@@ -213,7 +213,7 @@ def table(found: dict[str, Row]) -> str:
 
 
 def sources() -> str:
-    """A name for what the runs under runs/ are made by."""
+    """Return a name for the code that makes the runs under runs/."""
     digest = hashlib.sha256()
     for root in ("portatrain", "checkpoints_format", "recipes", "benchmarks/resume_matrix.py"):
         for path in sorted((ROOT / root).rglob("*.py")) or [ROOT / root]:

@@ -1,4 +1,4 @@
-"""What the step benchmark trains: sizes, one fixed batch, and the optimizer, the same for every contender.
+"""Define what the step benchmark trains, the same for every contender: sizes, one fixed batch, and the optimizer.
 
 B batch, S seq, E embed, V vocab, N layers.
 """
@@ -23,7 +23,7 @@ CLIP_NORM = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A Llama-like decoder with tied embeddings and the batch it is trained on.
+    """Describe a Llama-like decoder with tied embeddings, and its batch.
 
     `packed`: documents share a window, so attention takes a mask from segment ids and positions start anew in each.
     """
@@ -64,9 +64,11 @@ class Shape:
 
     @property
     def matmul_flops(self) -> float:
-        """Of forward and backward: 6 a token for every weight of a matmul, the tied output table's included.
+        """Return the FLOPs of forward and backward: 6 a token for every weight of a matmul, the tied output table's
+        included.
 
-        Attention is not in it: implementations differ in what they compute of the masked half and compute again.
+        Attention is not counted, as implementations differ in what they compute of the masked half and what they
+        recompute.
         """
         layer = self.embed * self.head_dim * 2 * (self.heads + self.kv_heads) + 3 * self.embed * self.mlp
         return 6.0 * self.tokens * (self.layers * layer + self.vocab * self.embed)
@@ -97,14 +99,14 @@ SHAPES = {
             batch=16,
             packed=True,
         ),
-        # Seconds to compile and to run: for tests, and for trying the benchmark itself.
+        # Seconds to compile and to run: for tests, and to try the benchmark itself.
         Shape(name="toy", vocab=64, embed=32, layers=2, heads=4, kv_heads=2, mlp=96, seq=16, batch=2),
     )
 }
 
 
 def batch_of(shape: Shape) -> dict[str, np.ndarray]:
-    """tokens and targets (B, S) int32, sample (B,); packed: segment_ids and positions too."""
+    """Return tokens and targets (B, S) int32, sample (B,); packed: segment_ids and positions too."""
     rng = np.random.default_rng(0)
     b, s = shape.batch, shape.seq
     ids = rng.integers(0, shape.vocab, (b, s + 1), dtype=np.int32)
@@ -134,7 +136,7 @@ def program_of(shape: Shape, *, compile: bool | None = None, mesh: str = "") -> 
 
 
 def parameters_of(backend: Backend, state: object) -> dict[str, np.ndarray]:
-    """A copy of the logical parameters by name, layers stacked: what the others start from."""
+    """Return a copy of the logical parameters by name, layers stacked, from which the others start."""
     infos = backend.program.definition.params  # type: ignore[attr-defined]
     found = {name: np.zeros(info.shape, np.float32) for name, info in infos.items()}
     for box in backend.local_boxes(state):
@@ -144,5 +146,5 @@ def parameters_of(backend: Backend, state: object) -> dict[str, np.ndarray]:
 
 
 def open_ours(name: str, shape: Shape, *, compile: bool | None = None) -> Backend:
-    """Backend `name` with the shape's program; torch compiles if `compile`."""
+    """Return backend `name` with the shape's program; torch compiles if `compile`."""
     return backend_class(name)(program_of(shape, compile=compile))

@@ -1,4 +1,4 @@
-"""The training step on fsdp=2 beside hand-written ones of the same mathematics, in paired rounds.
+"""Time the training step on fsdp=2 beside hand-written ones of the same mathematics, in paired rounds.
 
     python -m benchmarks.sharded_step --write                # into docs/measured/speed.md
     python -m benchmarks.sharded_step --modes jax --shape toy --rounds 10
@@ -10,8 +10,8 @@ Contenders, each on two simulated devices of this machine:
                     clip_grad_norm_, AdamW over DTensors
     torch-compiled  the same, each block and the loss compiled
 
-Shared cores and loopback stand in for chips and links: what is compared is what the two programs do, not how fast a
-cluster would be.
+Shared cores and loopback stand in for chips and links, so the benchmark compares the work of the programs, not the
+speed of a cluster.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The training step of the lowered decoder beside others of the same shapes and mathematics, in paired rounds.
+"""Time the training step of the lowered decoder beside others of the same shapes and mathematics, in paired rounds.
 
     python -m benchmarks.step_time --write                # everything, into docs/measured/speed.md
     python -m benchmarks.step_time --modes jax --shapes toy --rounds 10
@@ -42,13 +42,14 @@ MODES = ("torch-eager", "torch-compiled", "jax")
 PAGE = Path(__file__).parents[1] / "docs" / "measured" / "speed.md"
 BEGIN, END = "<!-- step_time -->\n", "<!-- /step_time -->"
 LOSSES_AGREE = 2e-6
-"""Relative; of the losses of three steps. What differs more is not the same mathematics."""
+"""The relative difference of the losses of three steps, above which contenders do not compute the same mathematics."""
 
 Step = Callable[[], Any]
 
 
 def contenders(mode: str, shape: Shape) -> dict[str, Step]:
-    """One training step of each, run to its end and returning the loss; each has a state of its own."""
+    """Return one training step of each contender, which runs to its end and returns the loss; each has its own
+    state."""
     batch = batch_of(shape)
     given = {k: v[None] for k, v in batch.items()}
     name, compiled = ("jax", None) if mode == "jax" else ("torch", mode == "torch-compiled")
@@ -86,7 +87,7 @@ def contenders(mode: str, shape: Shape) -> dict[str, Step]:
 
 
 def measure(mode: str, shape: Shape, rounds: int) -> dict[str, Any]:
-    """Median seconds, and the fields of the ratio of each to ours; RuntimeError where losses differ."""
+    """Return median seconds, and the fields of the ratio of each to ours. Raises RuntimeError if losses differ."""
     if mode != "jax":
         import torch
 
@@ -106,7 +107,7 @@ def measure(mode: str, shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def count(mode: str, shape: Shape) -> dict[str, tuple[int, float]]:
-    """(operations that run a kernel, FLOPs of matrix products and attention) of one step, by contender."""
+    """Return (operations that run a kernel, FLOPs of matrix products and attention) of one step, by contender."""
     if mode == "jax":
         from benchmarks import counts_hlo, hand_jax
 
@@ -141,7 +142,7 @@ def count(mode: str, shape: Shape) -> dict[str, tuple[int, float]]:
 
 
 def apart(task: str, mode: str, shape: str, *options: str) -> Any:
-    """`measure` or `count` in a fresh process: to count, kernels are compiled with names for the profiler."""
+    """Run `measure` or `count` in a fresh process: to count, kernels are compiled with names for the profiler."""
     command = [sys.executable, "-m", "benchmarks.step_time", "--task", task, mode, shape, *options]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

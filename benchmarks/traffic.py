@@ -1,9 +1,9 @@
-"""Bytes between processes in one step of the torch backend, by mesh axis: what really moves, beside what the layout
-implies. Written into docs/measured/traffic.md.
+"""Compare the bytes between processes in one step of the torch backend, by mesh axis, with what the layout implies.
 
 Run: python -m benchmarks.traffic [--write]     (gloo processes; a minute or two on two cores)
 
-Counted is, for every collective, the larger of what a process puts in and gets out.
+For every collective it counts the larger of a process's input and output. With --write the result goes into
+docs/measured/traffic.md.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ KINDS = {
 
 
 def recorder(mesh: Mesh | None = None) -> Any:
-    """A mode that, while entered, notes the bytes of every collective: `found[kind]`, and with a mesh
-    `by_axes[axes][kind]`, the axes along which the members of its group differ."""
+    """Return a mode that records the bytes of every collective: `found[kind]`, and with a mesh `by_axes[axes][kind]`,
+    for the axes along which the members of its group differ."""
     import torch
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
@@ -78,7 +78,7 @@ def recorder(mesh: Mesh | None = None) -> Any:
 
         def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
             if any(issubclass(t, DTensor) for t in types):
-                return NotImplemented  # comes again, with local tensors
+                return NotImplemented  # the call comes again, with local tensors
             out = func(*args, **(kwargs or {}))
             kind = next((k for n, k in KINDS.items() if n in func._schema.name), None)
             if func.namespace in ("c10d", "_c10d_functional") and kind is not None:
@@ -98,13 +98,13 @@ def recipe() -> Recipe:
 
 
 def implied(program: Program, accumulation: int, tokens: int) -> dict[str, int]:
-    """Bytes by axis in a step, from the layout; `tokens` of a microbatch on a process, its part of batch and context.
-    Scalars, three a step, and the two numbers a token of the loss are left out.
+    """Return the bytes by axis in a step, from the layout. `tokens`: of a microbatch on a process, for its part of
+    batch and context. Scalars, three a step, and the loss's two numbers per token are left out.
 
-    fsdp: all parameters that it cuts for the forward pass, the blocks' again for the backward pass, their gradients,
-    every microbatch. replica and context: the gradients of what a process holds, once. tensor: the stream into and out
-    of attention and feed-forward of every layer, the embedding and the loss, in both directions, and the gradients of
-    what is whole over it. context: keys and values of every layer, and their gradients.
+    fsdp: all parameters that it shards, for the forward pass; the blocks' again for the backward pass; their gradients
+    after every microbatch. replica and context: the gradients of what a process holds, once. tensor: the stream into
+    and out of attention and feed-forward of every layer, the embedding and the loss, in both directions, and the
+    gradients of what is whole over it. context: keys and values of every layer, and their gradients.
     """
     layout, params = program.layout, program.definition.params
     mesh = layout.mesh
@@ -135,7 +135,7 @@ def implied(program: Program, accumulation: int, tokens: int) -> dict[str, int]:
 
 
 def processes(args: argparse.Namespace) -> int:
-    """`args.meshes`, each of as many devices as there are processes; `args.out` takes what process 0 saw."""
+    """Measure `args.meshes`, each with one device a process; process 0 writes its results to `args.out`."""
     import torch
 
     torch.set_num_threads(1)

@@ -1,10 +1,9 @@
-"""Bytes between TPU chips in one step of the jax backend, by mesh axis: what the compiled program moves, beside what
-the planner says that the layout implies. Written into docs/measured/traffic-tpu.md.
+"""Compare the bytes between TPU chips in one step of the compiled jax program, by mesh axis, with the planner's.
 
 Run: python -m benchmarks.traffic_tpu [--write]     (libtpu, no TPU: pip install 'portatrain[tpu]'; a minute a mesh)
 
-Counted is the gathered array of every collective of the optimised program, an all-reduce twice, loops as often as they
-run.
+It counts the gathered array of every collective of the optimised program, an all-reduce twice, and loops as often as
+they run. With --write the result goes into docs/measured/traffic-tpu.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the training loop costs around a step, and what a run costs before its first: at a tiny size, where it shows.
+"""Measure the training loop's time around a step and before the first step, at a tiny size, at which it is visible.
 
     python -m benchmarks.trainer_overhead
 
@@ -25,11 +25,11 @@ from portatrain.training.metrics import StepRecord
 from portatrain.training.trainer import Trainer, TrainOptions
 
 FIRST = 20
-"""Steps that are left out: compilation, and what is filled once."""
+"""The number of steps that are left out: compilation, and caches that fill once."""
 
 
 class Keeps:
-    """A sink that keeps the records of the steps."""
+    """Keep the records of the steps, as a sink."""
 
     def __init__(self) -> None:
         self.records: list[StepRecord] = []
@@ -60,7 +60,7 @@ def recipe(steps: int) -> Recipe:
 
 
 def measure(backend: str, steps: int) -> tuple[float, float, float, float]:
-    """(seconds of a step, of all around it, to make a state, to run the first step)."""
+    """Return (seconds of a step, of all around it, to make a state, to run the first step)."""
     kept = Keeps()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(recipe(steps), RunDir(folder), TrainOptions(backend=backend, sinks=[kept]))

@@ -1,4 +1,4 @@
-"""What libtpu makes of a gather and of a scatter, by slice and by group: the table of docs/measured/traffic-tpu.md.
+"""Show how libtpu compiles a gather and a scatter, by slice and group: the table of docs/measured/traffic-tpu.md.
 
 Run: python -m benchmarks.whole_slice     (libtpu, no TPU: pip install 'portatrain[tpu]'; some minutes)
 
@@ -22,7 +22,8 @@ SLICES = ("v5p:2x2x1", "v5p:2x2x4", "v5p:4x4x4", "v5p:4x4x8", "v4:4x4x4", "v5e:8
 
 
 def compiled(slice_: str, group: int) -> dict[str, str]:
-    """The collectives that the compiler wrote, for 'gather' and 'scatter', over groups of that many neighbours."""
+    """Return the collectives that the compiler wrote, for 'gather' and 'scatter', over groups of that many
+    neighbours."""
     import jax
     import jax.numpy as jnp
     from jax.experimental import topologies
@@ -52,7 +53,7 @@ def compiled(slice_: str, group: int) -> dict[str, str]:
 
 
 def collectives(module: str) -> list[str]:
-    """The collectives of a compiled module; a scatter may be an all-reduce fused with the slice that is kept of it."""
+    """Return the collectives of a compiled module; a scatter may be an all-reduce fused with the slice that is kept."""
     found = []
     for name, one in hlo_text.read(module).items():
         for line in one.lines:

@@ -2,7 +2,7 @@
 
 options: --only WORDS runs the groups of which backend, mesh or row has these words in its name (may be given again);
 --again runs cells that have a result too; --minutes N starts no group after N minutes; --table writes the table alone.
-Interrupt it whenever you like: what has ended is kept in docs/measured/parity.json, and the next call goes on.
+Interrupt it at any time: finished cells are kept in docs/measured/parity.json, and the next call continues.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
     results: dict[str, Found] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    folder = Path("runs/matrix") / _sources()  # baselines of other sources are none
+    folder = Path("runs/matrix") / _sources()  # baselines of other sources do not count
     began_s = time.monotonic()
     groups = [] if args.table else [(b, m) for b in BACKENDS for m in MESHES]
     for number, (backend, mesh) in enumerate(groups, start=1):
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def _sources() -> str:
-    """A name for what the baselines are made by."""
+    """Return a name for the sources that make the baselines."""
     digest = hashlib.sha256()
     for root in ("portatrain", "recipes", "benchmarks/matrix"):
         for path in sorted(Path(root).rglob("*.py")):

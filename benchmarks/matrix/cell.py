@@ -1,4 +1,4 @@
-"""One process of a group that runs some rows of one backend on one mesh, and the baselines that they are held to."""
+"""Run some rows of one backend on one mesh as one process of a group, and make the baselines for comparison."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from portatrain.testing import parity
 
 
 def main(args: argparse.Namespace) -> int:
-    """`args`: backend, mesh, rows as [(row, file of its baseline)], and `out`, which takes a line of JSON for each."""
+    """Run `args`: backend, mesh, rows as [(row, file of its baseline)]; write one line of JSON for each row to
+    `out`."""
     how, mesh = BACKENDS[args.backend], MESHES[args.mesh]
     simulate_devices(how.backend, Mesh.parse(mesh).devices)
     if how.backend != "jax":
@@ -44,12 +45,12 @@ def main(args: argparse.Namespace) -> int:
             out.write(json.dumps({"row": row, **found}) + "\n")
             out.flush()
             if "failed" in found:
-                return 1  # the processes may no longer agree on where they are
+                return 1  # the processes may no longer be at the same point
     return 0
 
 
 def baselines(args: argparse.Namespace) -> int:
-    """`args.rows`: [(mesh, row, file)]: each file gets the batches and the trace of one jax device in fp32."""
+    """Write the batches and the trace of one jax device in fp32 for `args.rows`: [(mesh, row, file)]."""
     from portatrain.backends.jax import JaxBackend
 
     for mesh, row, file in args.rows:

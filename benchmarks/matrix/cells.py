@@ -1,7 +1,7 @@
-"""What the parity matrix is made of: backends x meshes x rows, a row being a recipe with its overrides.
+"""Define the parity matrix: backends x meshes x rows. A row is a recipe with its overrides.
 
 The recipe files are the shipped ones, byte for byte; sizes are overrides, and the same for all cells of a row. Only the
-mesh of three devices has sizes of its own, which three divides, and stands beside the recipe's own sizes on it.
+mesh of three devices also has sizes of its own, which three divides, beside the recipe's sizes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROWS: dict[str, tuple[str, list[str]]] = {
 }
 
 BY_THREE = {"tiny-lm": ["batch=24", "model.embed=96", "model.mlp=288"], "tiny-vit": ["batch=24", "model.embed=96"]}
-"""What makes the sizes divide by three."""
+"""Overrides that make three divide the sizes."""
 
 MESHES = {
     "1": "",
@@ -49,8 +49,8 @@ MESHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """A column: a backend and how it runs. processes: None is one a device. elsewhere: the environment variable that
-    names the Python of an environment of the backend's own, where it cannot share this one."""
+    """Describe a column: a backend and how it runs. processes: None means one a device. elsewhere: the environment
+    variable that names another Python for a backend that cannot share this environment."""
 
     backend: str
     processes: int | None = None
@@ -83,7 +83,7 @@ REASONS: dict[tuple[str, str, str], str] = {
         "last place more"
     ),
 }
-"""Why a cell may differ by more than 1e-6 (never by more than 1e-5): backend, mesh, row."""
+"""The reasons why a cell may differ by more than 1e-6 (never by more than 1e-5), by backend, mesh and row."""
 
 
 def recipe_of(mesh: str, row: str) -> Recipe:
@@ -93,12 +93,12 @@ def recipe_of(mesh: str, row: str) -> Recipe:
 
 
 def baseline_of(mesh: str, row: str) -> str:
-    """The name of the one-device run that a cell is compared with."""
+    """Return the name of the one-device run that a cell is compared with."""
     return f"{row}, by three" if mesh.endswith("by three") else row
 
 
 def refusal(backend: str, mesh: str, row: str) -> str | None:
-    """The error that a cell ends in before anything starts, or None."""
+    """Return the error that a cell ends in before anything starts, or None."""
     how = BACKENDS[backend]
     try:
         program = make_program(recipe_of(mesh, row), mesh=MESHES[mesh])
@@ -114,7 +114,7 @@ def processes(backend: str, mesh: str) -> int:
 
 
 def interpreter(backend: str) -> str | None:
-    """The Python that runs the cells of a column; None where its backend is not installed."""
+    """Return the Python that runs the cells of a column; None if its backend is not installed."""
     how = BACKENDS[backend]
     if not missing(how.backend):
         return sys.executable
@@ -126,7 +126,7 @@ def installed(backend: str) -> bool:
 
 
 def cover() -> list[tuple[str, str, str]]:
-    """Cells in which every pair of backend and mesh, backend and row, mesh and row occurs."""
+    """Return cells in which every pair of backend and mesh, backend and row, mesh and row occurs."""
     rows = list(ROWS)
     return [
         (backend, mesh, rows[(b + m) % len(rows)])

@@ -1,4 +1,4 @@
-"""Runs cells: one process group for a backend and a mesh, with a time-out; the rows that it was to run, in turn."""
+"""Run cells: one process group for a backend and a mesh, with a time-out, and the group's rows in turn."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any
 from benchmarks.matrix.cells import ROWS, baseline_of, interpreter, processes, refusal
 
 CELL_S = 240
-"""What a cell may take, starting its processes included."""
+"""The time limit of a cell in seconds, with the start of its processes."""
 
 Found = dict[str, Any]
 
 
 def start(n: int, entry: str, args: dict[str, Any], timeout_s: float, python: str = sys.executable) -> tuple[bool, str]:
-    """`run_processes` in a process of its own, of `python`. (whether it ended in time, what it said last)."""
+    """Run `run_processes` in a new process of `python`; return (whether it ended in time, its last output)."""
     call = (
         "import sys, json; from portatrain.system.processes import run_processes;"
         f"sys.exit(run_processes({n}, {entry!r}, json.loads(sys.argv[1])))"
@@ -35,13 +35,13 @@ def start(n: int, entry: str, args: dict[str, Any], timeout_s: float, python: st
         said, _ = child.communicate(timeout=timeout_s)
         return True, said
     except subprocess.TimeoutExpired:
-        os.kill(child.pid, signal.SIGKILL)  # its processes end when it is gone
+        os.kill(child.pid, signal.SIGKILL)  # its own processes end after it
         said, _ = child.communicate()
         return False, said
 
 
 def make_baselines(wanted: list[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Path]:
-    """The file of the baseline of every (mesh, row), made where missing."""
+    """Return the file of the baseline of every (mesh, row); make those that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {cell: folder / f"{baseline_of(*cell).replace(' ', '-').replace(',', '')}.pickle" for cell in wanted}
     due = {file: cell for cell, file in files.items() if not file.exists()}
@@ -54,8 +54,7 @@ def make_baselines(wanted: list[tuple[str, str]], folder: Path) -> dict[tuple[st
 
 
 def run_group(backend: str, mesh: str, rows: list[str], folder: Path) -> dict[str, Found]:
-    """What every row of `rows` comes to on this backend and mesh. Rows after one that failed run in a group of their
-    own."""
+    """Return the result of every row on this backend and mesh. Rows after a failed one run in another group."""
     assert set(rows) <= set(ROWS)
     refused = {row: refusal(backend, mesh, row) for row in rows}
     found: dict[str, Found] = {row: {"refused": why} for row, why in refused.items() if why}
@@ -82,7 +81,7 @@ def run_group(backend: str, mesh: str, rows: list[str], folder: Path) -> dict[st
         for one in ended:
             found[one.pop("row")] = one
         left = [row for row in left if row not in found]
-        if left and not (ended and "failed" in ended[-1]):  # it ended without a word about this one
+        if left and not (ended and "failed" in ended[-1]):  # it ended without a result for this row
             why = said.strip()[-2000:] if in_time else f"not done in {CELL_S * len(left)} s"
             found[left.pop(0)] = {"failed": why or "ended without a word"}
     return found

@@ -1,4 +1,4 @@
-"""The matrix as Markdown, and what of it is out of bounds."""
+"""Write the matrix as Markdown, and list the cells that are out of bounds."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from benchmarks.matrix.run import Found
 from portatrain.testing.parity import GRADIENT_BOUND, LOSS_BOUND
 
 MOST = 1e-5
-"""What a gradient or loss may differ by with a reason."""
+"""The largest difference of a gradient or loss that has a reason."""
 
 
 def problem(backend: str, mesh: str, row: str, found: Found) -> str | None:
-    """Why a cell is not as it should be; None where it is, or was refused with an error of ours."""
+    """Return what is wrong with a cell; None if it is within bounds, or was refused with an error of ours."""
     if "failed" in found:
         return f"failed: {found['failed'].strip().splitlines()[-1][:200]}"
     if "refused" in found:
@@ -28,7 +28,7 @@ def problem(backend: str, mesh: str, row: str, found: Found) -> str | None:
 
 
 def problems(results: Mapping[str, Found]) -> list[str]:
-    """A line for every cell that is out of bounds."""
+    """Return a line for every cell that is out of bounds."""
     found = []
     for key, result in results.items():
         backend, mesh, row = key.split(" | ")
@@ -38,7 +38,7 @@ def problems(results: Mapping[str, Found]) -> list[str]:
 
 
 def table(results: Mapping[str, Found]) -> str:
-    """docs/measured/parity.md."""
+    """Return the text of docs/measured/parity.md."""
     notes: dict[str, int] = {}
     lines = [
         "# Parity",

@@ -1,1 +1,1 @@
-"""Damaged and hostile checkpoints, each of which must be refused. Imports the package itself only."""
+"""Damage checkpoints in ways that a reader must refuse. Imports the package itself only."""

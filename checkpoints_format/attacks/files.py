@@ -1,7 +1,7 @@
-"""Attacks on files: a checkpoint whose files were damaged, lost, exchanged or replaced.
+"""Attack the files of a checkpoint: damage, lose, exchange or replace them.
 
-Each takes the folder of a good checkpoint, a copy of the golden vector ``v1-mesh``, and spoils it. The text beside
-it is a pattern of the message that must come.
+Each attack takes the folder of a valid checkpoint, a copy of the golden vector ``v1-mesh``, and spoils it. The text
+beside an attack is a pattern for the message that the reader must give.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def flip(name: str, at: int, bit: int = 0) -> Attack:
 
 
 def resize(name: str, change: int) -> Attack:
-    """Cut off or append bytes; a file is never made shorter than nothing."""
+    """Cut off or append bytes; a cut never goes below an empty file."""
 
     def attack(folder: Path) -> None:
         size = (folder / name).stat().st_size
@@ -80,7 +80,7 @@ def link(name: str) -> Attack:
 
 
 def pipe(name: str) -> Attack:
-    """Replace a file by a named pipe, on which a careless reader waits for ever."""
+    """Replace a file by a named pipe, on which a careless reader waits forever."""
 
     def attack(folder: Path) -> None:
         (folder / name).unlink()

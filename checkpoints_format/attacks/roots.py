@@ -1,7 +1,7 @@
-"""Attacks on the root: hostile text under a valid COMMIT, so that no checksum helps and only the parser stands.
+"""Attack the root: hostile text under a valid COMMIT, which no checksum can detect, so that the parser must refuse it.
 
-Each is a change of the root of the golden vector ``v1-mesh``: a function from the parsed root to another value, or
-to the text itself. The text beside it is a pattern of the message that must come.
+Each attack changes the root of the golden vector ``v1-mesh``: a function from the parsed root to another value, or to
+the text itself. The text beside it is a pattern for the message that the reader must give.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _without(*path: str | int) -> Change:
 
 
 def _text(old: bytes, new: bytes) -> Change:
-    """Replace a piece of the text itself, for what JSON values cannot say."""
+    """Replace a part of the text itself, to write what JSON values cannot express."""
 
     def change(root: dict[str, Any]) -> bytes:
         text = json.dumps(root, separators=(",", ":")).encode()
@@ -67,7 +67,7 @@ def _text(old: bytes, new: bytes) -> Change:
 
 
 def _one_tensor(**fields: Any) -> Change:
-    """A root with one writer and one tensor, with these fields changed."""
+    """Return a root with one writer and one tensor, with these fields changed."""
 
     def change(root: dict[str, Any]) -> dict[str, Any]:
         tensor = {
@@ -91,7 +91,7 @@ def _one_tensor(**fields: Any) -> Change:
 
 
 def _comb(n: int) -> list[list[Any]]:
-    """Boxes whose volumes add up but that cross one another in n^2 places."""
+    """Return boxes whose volumes add up to the tensor, but which cross one another n^2 times."""
     rows = [[0, [i, 0], [1, n]] for i in range(n // 2)]
     return rows + [[0, [0, i], [n, 1]] for i in range(n // 2)]
 

@@ -1,7 +1,7 @@
-"""Reads a checkpoint with nothing but SPEC.md, NumPy and the standard library: python independent_reader.py DIR
+"""Read a checkpoint with nothing but SPEC.md, NumPy and the standard library: python independent_reader.py DIR
 
-Shares no code with the package, so that each can find the other's mistakes. Reads whole tensors, one process,
-clarity before speed. dtypes that NumPy lacks come as raw bytes: (shape..., item bytes) uint8.
+It shares no code with the package, so that each can find the other's mistakes. It reads whole tensors in one process,
+for clarity before speed. dtypes that NumPy lacks become raw bytes: (shape..., item bytes) uint8.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def load_root(folder: Path) -> dict:
 
 
 def boxes_by_writer(root: dict, number: int) -> list[list[tuple]]:
-    """For each writer, in its order: (offset, shape, share or None, shares) of tensor ``number``."""
+    """Return, for each writer in order, (offset, shape, share or None, shares) of tensor ``number``."""
     tensor, writers = root["tensors"][number], root["writers"]
     found: list[list[tuple]] = [[] for _ in range(writers)]
     if "boxes" in tensor:
@@ -87,7 +87,7 @@ def boxes_by_writer(root: dict, number: int) -> list[list[tuple]]:
 
 
 def tiles_of(offset: list[int], shape: list[int], tile: list[int]) -> list[tuple[slice, ...]]:
-    """The tiles of a box in order, as slices of the global tensor."""
+    """Return the tiles of a box in order, as slices of the global tensor."""
     cuts = []
     for begin, n, t in zip(offset, shape, tile, strict=True):
         lines = [begin, *range(begin - begin % t + t, begin + n, t), begin + n]
@@ -96,13 +96,13 @@ def tiles_of(offset: list[int], shape: list[int], tile: list[int]) -> list[tuple
 
 
 def read(folder: Path) -> dict[str, np.ndarray]:
-    """Every tensor of the checkpoint in ``folder``."""
+    """Return every tensor of the checkpoint in ``folder``."""
     root = load_root(folder)
     result = {t["name"]: np.empty((*t["shape"], WIDTH[t["dtype"]]), np.uint8) for t in root["tensors"]}
     written = {t["name"]: np.zeros(t["shape"], np.uint8) for t in root["tensors"]}
     assigned = [boxes_by_writer(root, number) for number in range(len(root["tensors"]))]
     for writer in range(root["writers"]):
-        packs: list[list[tuple]] = []  # of each pack its tiles: (name, where, offset in data, bytes)
+        packs: list[list[tuple]] = []  # for each pack its tiles: (name, where, offset in data, bytes)
         at = 0
         for number, tensor in enumerate(root["tensors"]):
             for offset, shape, share, shares in assigned[number][writer]:

@@ -1,1 +1,1 @@
-"""Golden checkpoints of every released version, and what makes them. Imports the package itself only."""
+"""Hold golden checkpoints of every released version, and their generator. Imports the package itself only."""

@@ -1,8 +1,8 @@
-"""Writes the golden checkpoints of the current format version: python -m checkpoints_format.vectors.make DIR
+"""Write the golden checkpoints of the current format version: python -m checkpoints_format.vectors.make DIR
 
-Each is small and touches every rule of SPEC.md: ``kinds`` every dtype, scalars and empty tensors with one
-writer; ``mesh`` replicas, shares, ragged tiles, irregular boxes, several packs and a list of writers. Their
-bytes never change; a test compares them, and every later version must still read them.
+Each checkpoint is small, and together they touch every rule of SPEC.md. ``kinds`` has every dtype, scalars and empty
+tensors, with one writer. ``mesh`` has replicas, shares, ragged tiles, irregular boxes, several packs and a list of
+writers. Their bytes never change: a test compares them, and every later version must still read them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..strided_copy import part_of
 
 
 def values(tensor: Tensor) -> np.ndarray:
-    """Values that a stranger can make too: byte i is (37 i + length of the name) mod 251, for bool mod 2."""
+    """Return values that anyone can reproduce: byte i is (37 i + length of the name) mod 251, for bool mod 2."""
     count = math.prod(tensor.shape) * tensor.item_bytes
     data = ((np.arange(count, dtype=np.int64) * 37 + len(tensor.name)) % 251).astype(np.uint8)
     if tensor.dtype == "bool":
@@ -31,7 +31,7 @@ def values(tensor: Tensor) -> np.ndarray:
 
 
 def kinds() -> SaveLayout:
-    """One writer, one of every dtype, scalars, empty tensors."""
+    """Return a layout with one writer, one tensor of every dtype, scalars and empty tensors."""
     tensors = [Tensor(name=f"params/{dtype}", dtype=dtype, shape=(3, 5), axes=("embed", "mlp")) for dtype in NUMPY]
     tensors += [
         Tensor(name="opt/count", dtype="int32", shape=(), role="opt"),
@@ -43,7 +43,7 @@ def kinds() -> SaveLayout:
 
 
 def mesh() -> SaveLayout:
-    """Four writers on a 2 x 2 x 2 mesh, tiny packs and shares, so that every rule has something to do."""
+    """Return a layout of four writers on a 2 x 2 x 2 mesh, with small packs and shares, so that every rule applies."""
     meshes = (
         SaveMesh(axes=(("replica", 2), ("fsdp", 2), ("tensor", 2))),
         SaveMesh(axes=(("data", 3), ("fsdp", 2)), writers=(3, 1, 0, 2, 2, 0)),
