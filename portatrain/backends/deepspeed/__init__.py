@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 1, 2 and 3 on the module that the torch backend lowers.
+"""Run DeepSpeed's ZeRO stages 1, 2 and 3 on the module that the torch backend lowers.
 
 May import the core, the torch backend and deepspeed.
 """

@@ -1,4 +1,4 @@
-"""The JAX backend: flax.nnx modules, one compiled step, NamedSharding from the Layout, optax for the optimizer.
+"""Run programs in JAX: flax.nnx modules, one compiled step, NamedSharding from the Layout, optax for the optimizer.
 
 May import the core, jax, flax and optax; no other backend.
 """

@@ -1,4 +1,4 @@
-"""The torch backend: nn.Module, one module a layer, torch.compile per block.
+"""Run programs in torch: nn.Module, one module a layer, torch.compile per block.
 
 May import the core and torch; no other backend.
 """

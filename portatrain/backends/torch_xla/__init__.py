@@ -1,4 +1,4 @@
-"""The torch-xla backend: the torch backend's module on XLA devices, laid out over all of them by SPMD annotations.
+"""Run the torch backend's module on XLA devices, sharded over all of them by SPMD annotations.
 
 May import the core, the torch backend and torch_xla.
 """

@@ -1,1 +1,1 @@
-"""The hardware that a recipe can run on: chips, slices, clusters by name, and the user's clusters.toml."""
+"""Describe the hardware that a recipe can run on: chips, slices, clusters by name, and the user's clusters.toml."""

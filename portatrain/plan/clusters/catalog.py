@@ -1,4 +1,4 @@
-"""The accelerator catalog: every chip by name, and the software stacks that drive them."""
+"""Look up accelerators by name, and the software stacks that drive them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portatrain.system.plugins import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """The software that runs on a chip: the backend that portatrain picks, and the parts below it."""
+    """Describe the software that runs on a chip: the backend that portatrain picks, and the libraries below it."""
 
     backend: str
     plugin: str
@@ -46,7 +46,7 @@ STACKS: dict[str, Stack] = {
 }
 
 CHIPS_OF_OTHERS = Registry(kind="chip", group="portatrain.chips", ours={})
-"""Chips that other packages add: the name of the entry point is the chip's, its object a `Chip`."""
+"""The entry-point group of chips from other packages: an entry's name is the chip's name, its object a `Chip`."""
 
 CHIPS: dict[str, Chip] = {row.name: row for row in (*google.CHIPS, *nvidia.CHIPS, *amd.CHIPS, *others.CHIPS)}
 _BY_NAME: dict[str, Chip] = {name: row for row in CHIPS.values() for name in (row.name, *row.aliases)}
@@ -56,13 +56,13 @@ def all_chips() -> dict[str, Chip]:
     """Return every chip by name: the rows of the catalog, then those of other packages that import."""
     found = dict(CHIPS)
     for name in CHIPS_OF_OTHERS.names():
-        with contextlib.suppress(UserError):  # `find_chip` says what is wrong with it
+        with contextlib.suppress(UserError):  # `find_chip` reports the error
             found.setdefault(name, _of_others(name))
     return found
 
 
 def stack_of(chip: Chip) -> Stack:
-    """Return what runs on a chip: for a chip of another package with a stack of its own, the backend that it names."""
+    """Return the software stack of a chip; a chip of another package with its own stack names its backend."""
     own = Stack(backend=chip.backend, plugin=chip.stack, collectives="its own", reference=f"the package of {chip.name}")
     return STACKS.get(chip.stack, own)
 
@@ -74,7 +74,7 @@ def _of_others(name: str) -> Chip:
             f"chip {name}",
             expected=f"a portatrain.plan.clusters.chip.Chip named {name}",
             got=f"{found.name}" if isinstance(found, Chip) else f"a {type(found).__name__}",
-            do="Mend the package that registers it under portatrain.chips.",
+            do="Repair the package that registers it under portatrain.chips.",
         )
     return found
 

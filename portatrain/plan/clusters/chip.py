@@ -1,4 +1,4 @@
-"""A kind of accelerator: what one chip has, and how chips of its kind are joined."""
+"""Describe a kind of accelerator: the figures of one chip, and the network between chips of its kind."""
 
 from __future__ import annotations
 
@@ -32,14 +32,13 @@ _UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """One row of the catalog.
+    """Hold one row of the catalog.
 
-    ``kind`` is how chips of one scale-up domain are joined: ``torus`` (each to its neighbours),
-    ``switched`` (all to all at full rate), ``mesh`` (a link to each other chip: a group of k has only
-    k - 1 of them), ``single`` (no scale-up network), ``streaming`` (weights live outside the chip).
-    ``devices_per_chip`` is what the framework shows: a mesh is made of devices, not of chips.
-    ``offered``: trained on today, and so worth proposing. ``peaks`` are dense TFLOP/s by precision;
-    ``prices`` USD per chip-hour by list.
+    ``kind`` is the network of one scale-up domain: ``torus`` (each chip to its neighbours), ``switched`` (all to all at
+    full rate), ``mesh`` (a link to each other chip, so that a group of k chips uses only k - 1 links), ``single`` (no
+    scale-up network), ``streaming`` (weights live outside the chip). ``devices_per_chip``: the number of devices that
+    the framework shows for a chip; a mesh consists of devices. ``offered``: the chip is in use for training today, so
+    it is proposed. ``peaks``: dense TFLOP/s by precision. ``prices``: list prices in USD per chip-hour.
     """
 
     name: str
@@ -70,11 +69,11 @@ class Chip:
     status: str = ""
     offered: bool = True
     backend: str = ""
-    """The backend that runs on it, for a chip of another package whose ``stack`` the catalog does not have."""
+    """The backend for a chip of another package whose ``stack`` is not in the catalog."""
 
     @property
     def memory_bytes(self) -> float:
-        """Bytes of device memory on one chip, as the vendor names it."""
+        """Return the bytes of device memory on one chip, as the vendor states it."""
         return self.memory.value * (GIB if self.memory.unit == "GiB" else 1e9)
 
     @property
@@ -87,19 +86,19 @@ class Chip:
 
     @property
     def link_bw(self) -> float:
-        """GB/s of one scale-up link, one way (switched: the chip's whole rate, measured where known)."""
+        """Return the GB/s of one scale-up link in one direction (switched: of the whole chip, measured if known)."""
         best = self.link if self.kind in ("torus", "mesh") else (self.scale_up_measured or self.scale_up)
         return best.value if best else 0.0
 
     @property
     def scale_out_bw(self) -> float:
-        """GB/s of one chip's share of the network between domains, one way."""
+        """Return the GB/s of one chip's share of the network between domains, in one direction."""
         if self.scale_out is not None:
             return self.scale_out.value / 8
         return self.scale_up.value if self.kind == "single" and self.scale_up else 0.0
 
     def figures(self) -> dict[str, Figure]:
-        """Every figure of the row by name, as ``portatrain clusters NAME`` shows them."""
+        """Return every figure of the row by name, as ``portatrain clusters NAME`` shows them."""
         found = {f"{precision} peak": peak for precision, peak in self.peaks.items()}
         for name in ("memory", *_UNITS):
             value = getattr(self, name, None)
@@ -117,7 +116,7 @@ def chip(
     prices: Mapping[str, float | Raw] | None = None,
     **entries: Any,
 ) -> Chip:
-    """A Chip from one row: bare numbers take the row's source, ``est`` and ``cite`` say otherwise."""
+    """Return a Chip from one row. Bare numbers have the row's source; ``est`` and ``cite`` mark exceptions."""
     kwargs: dict[str, Any] = {}
     for key, value in entries.items():
         if key in _UNITS and value is not None:

@@ -1,4 +1,4 @@
-"""A cluster to plan for: a number of chips of one kind, and the network that joins them."""
+"""Describe a cluster: a number of chips of one kind, and the network that joins them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from portatrain.plan.clusters.figures import Figure
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """``slices`` equal slices (TPU) or one set of whole hosts.
+    """Hold a cluster of ``slices`` equal slices (TPU) or of one set of whole hosts.
 
     ``dims`` is the torus of one slice, in chips; empty for chips that are joined by a switch or a mesh.
     ``wraps`` says which of its axes close to a ring. ``domain`` is the number of chips that the fast
@@ -53,7 +53,7 @@ class Cluster:
 
     @property
     def topology(self) -> str:
-        """``4x4x8, all axes wrap``; ``8 domains of 8, point to point``."""
+        """Return the network as text: ``4x4x8, all axes wrap``; ``8 domains of 8, point to point``."""
         if self.dims:
             joined = [n for n, wrap in zip(self.dims, self.wraps, strict=True) if wrap]
             rings = {0: "no axis wraps", len(self.dims): "all axes wrap"}.get(
@@ -68,7 +68,7 @@ class Cluster:
 
     @property
     def price(self) -> tuple[str, Figure] | None:
-        """The list price used for costs: the user's own, else on demand, else the first in the catalog."""
+        """Return the list price used for costs: the user's own, else on demand, else the first in the catalog."""
         known = dict(self.prices) or dict(self.chip.prices)
         for kind in ("on_demand", "on demand"):
             if kind in known:

@@ -1,14 +1,14 @@
-"""The user's own clusters: ``clusters.toml`` beside the recipe, then in the user's config folder.
+"""Read the user's own clusters: ``clusters.toml`` beside the recipe, then in the user's config folder.
 
 [lab]                                  # the name, as in --cluster lab
 chip = "h100"                          # a chip of the catalog
 count = 64                             # chips; or topology = "4x4x8" and slices = 4 for TPUs
-engine = "slurm"                       # what launches there
+engine = "slurm"                       # the launcher
 storage = "s3://bucket/runs"
 prices = { on_demand = 2.10 }          # USD per chip-hour
-scale_out_gbps = 200                   # where the network is not the catalog's
+scale_out_gbps = 200                   # if the network differs from the catalog's
 options = { partition = "gpu" }        # passed to the engine as it is
-track = ["wandb"]                      # where metrics go too, unless launch is given --track
+track = ["wandb"]                      # further trackers of metrics, unless launch is given --track
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One table of the file, checked. ``size`` is what stands after the chip in a name; ``where`` is file:line."""
+    """Hold one checked table of the file. ``size``: the text after the chip in a cluster name; ``where``: file:line."""
 
     name: str
     chip: Chip
@@ -52,19 +52,19 @@ class Entry:
 
 
 def config_folder() -> Path:
-    """Where a user's own settings live: $XDG_CONFIG_HOME/portatrain, else ~/.config/portatrain."""
+    """Return the folder of a user's own settings: $XDG_CONFIG_HOME/portatrain, else ~/.config/portatrain."""
     base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
     return Path(base) / "portatrain"
 
 
 def files(recipe: str | Path | None = None) -> list[Path]:
-    """The clusters.toml files that there are, the one beside the recipe (or here) first."""
+    """Return the clusters.toml files that exist, the one beside the recipe (or in this folder) first."""
     beside = Path(recipe).resolve().parent if recipe and str(recipe).endswith(".py") else Path.cwd()
     return [path for path in (beside / "clusters.toml", config_folder() / "clusters.toml") if path.is_file()]
 
 
 def read(path: Path) -> dict[str, Entry]:
-    """Every cluster of a file, by name.
+    """Return every cluster of a file, by name.
 
     Raises:
       UserError: not TOML, an unknown key or chip, a value of the wrong kind, or two values that cannot
@@ -74,12 +74,12 @@ def read(path: Path) -> dict[str, Entry]:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise UserError(str(path), expected="a TOML file", got=str(error), do="Mend the file.") from None
+        raise UserError(str(path), expected="a TOML file", got=str(error), do="Correct the file.") from None
     return {name: _Table(path, text, name, table).entry() for name, table in tables.items()}
 
 
 class _Table:
-    """One table on its way to an Entry: finds lines, and says what is wrong with which."""
+    """Turn one table into an Entry: find its lines, and report errors with their line."""
 
     def __init__(self, path: Path, text: str, name: str, table: object) -> None:
         self.path, self.lines, self.name = path, text.splitlines(), name
@@ -114,7 +114,7 @@ class _Table:
         )
 
     def _chip(self, chip: Chip) -> Chip:
-        """The catalog's row, with what this cluster has otherwise."""
+        """Return the catalog's row, with this cluster's own values in place of the catalog's."""
         changes = {"scale_out_gbps": ("scale_out", "Gbit/s"), "power_w": ("power", "W")}
         for key, (field, unit) in changes.items():
             value = self._get(key, float)
@@ -170,11 +170,11 @@ class _Table:
         wanted = {str: "text", int: "a whole number of at least 1", float: "a positive number", dict: "a table"}
         right = isinstance(value, (int, float) if kind is float else kind) and not isinstance(value, bool)
         if value is not None and (not right or (kind in (int, float) and not 0 < value < math.inf)):
-            raise self._error(key, wanted[kind], repr(value), "Mend that line.")
+            raise self._error(key, wanted[kind], repr(value), "Correct that line.")
         return float(value) if kind is float and value is not None else value
 
     def _where(self, key: str | None) -> str:
-        """file:line of a key of this table, or of the table."""
+        """Return file:line of a key of this table, or of the table."""
         quoted = re.escape(self.name)
         header = re.compile(rf"\s*\[\s*[\"']?{quoted}[\"']?\s*(\.[^\]]*)?\]")
         inside, start = False, 0

@@ -1,10 +1,10 @@
-"""A figure of the catalog: a number that knows its unit, where it was read, when, and how sure it is."""
+"""Hold figures of the catalog: numbers with a unit, a source, the date of its reading, and a certainty."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# key -> (what was read, when). Most pages carry no date of their own: the year is that of the reading.
+# key -> (source, date of reading). Most pages have no date of their own, so the year is that of the reading.
 SOURCES: dict[str, tuple[str, str]] = {
     "tpu-docs": ("Google Cloud TPU documentation", "2026"),
     "tpu-info": ("jax, tpu_info.py", "2026"),
@@ -31,7 +31,7 @@ SOURCES: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """One nominal value. ``estimate`` marks a value that no source read so far confirms.
+    """Hold one nominal value. ``estimate`` marks a value that no source read so far confirms.
 
     A bandwidth is per chip and per direction unless its unit says otherwise; GB and TB are decimal,
     GiB is binary.
@@ -60,7 +60,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Raw:
-    """A number in a row of the catalog that departs from the row's own source or certainty."""
+    """Hold a number of a row that differs from the row in source or certainty."""
 
     value: float
     source: str | None = None
@@ -69,17 +69,17 @@ class Raw:
 
 
 def est(value: float, note: str = "", *, source: str | None = None) -> Raw:
-    """A value that no source read so far confirms."""
+    """Return a value that no source read so far confirms."""
     return Raw(value=value, source=source, estimate=True, note=note)
 
 
 def cite(value: float, source: str, note: str = "") -> Raw:
-    """A value read from another source than the rest of its row."""
+    """Return a value from another source than the rest of its row."""
     return Raw(value=value, source=source, note=note)
 
 
 def figure(raw: float | Raw, unit: str, default_source: str) -> Figure:
-    """The figure for one entry of a row. ``source`` may name several keys of SOURCES, parted by spaces."""
+    """Return the figure for one entry of a row. ``source`` may name several keys of SOURCES, separated by spaces."""
     entry = raw if isinstance(raw, Raw) else Raw(value=raw)
     keys = (entry.source or default_source).split()
     texts, dates = zip(*(SOURCES[key] for key in keys), strict=True)

@@ -1,4 +1,4 @@
-"""NVIDIA's GPUs: the name under which a driver reports each, its compute capability and its units.
+"""List NVIDIA's GPUs: the name under which a driver reports each, its compute capability and its units.
 
 Per compute capability from the CUDA programming guide (its table of technical specifications); per part from the
 vendor's whitepapers. Memory and bandwidth are in the catalog of chips.
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One GPU model. Sizes are of the whole device unless the field says otherwise."""
+    """Describe one GPU model. Sizes are of the whole device unless the field says otherwise."""
 
     name: str
     """The beginning of the name that the driver reports."""

@@ -1,4 +1,4 @@
-"""Cluster names: ``tpu-v5p-256``, ``tpu-v5p-4x4x8``, ``4*tpu-v5p-256``, ``h100-64``, ``m4-max-1``, ``cpu-2``.
+"""Parse cluster names: ``tpu-v5p-256``, ``tpu-v5p-4x4x8``, ``4*tpu-v5p-256``, ``h100-64``, ``m4-max-1``, ``cpu-2``.
 
 The number in a TPU name counts what Google's names count: two per chip on v4, v5p and 7x, chips on v5e
 and v6e. For every other kind it counts chips. A name is checked against the legal slices, or against
@@ -204,8 +204,8 @@ def _hosts(chip: Chip, chips: int, what: str) -> Cluster:
 
 
 def _this_cpu(chip: Chip, devices: int) -> Chip:
-    """The CPU row as so many devices of one machine: this one's cores shared out among them, and its memory where the
-    system tells it."""
+    """Return the CPU row divided into devices of this machine: its cores in equal shares, and its memory if the system
+    reports it."""
     count, cores = figure(devices, "chips", "host"), (os.cpu_count() or 1) / devices
 
     def share(of_a_core: Figure) -> Figure:
@@ -274,10 +274,10 @@ def _dims(size: str) -> tuple[int, ...]:
 
 
 def find(wanted: Sequence[str], recipe: str, others: Sequence[str] = ()) -> list[Cluster]:
-    """The clusters of these names, from clusters.toml beside the recipe or from the catalog (`others`: also valid).
+    """Return the clusters of these names, from clusters.toml or from the catalog (`others`: also valid names).
 
     Raises:
-      UserError: there is none of a name; the nearest are in the message.
+      UserError: a name has no cluster; the message has the nearest names.
     """
     files = clusters_toml.files(recipe)
     return [resolve(name, files=files, others=others) for name in wanted]

@@ -1,11 +1,11 @@
-"""The legal shapes of TPU slices, the axes that wrap, and the legal shapes nearest to an illegal one.
+"""Give the legal shapes of TPU slices, the axes that wrap, and the legal shapes nearest to an illegal one.
 
 Rules, from Google's documentation of each generation:
 
 - 3D kinds (v4, v5p, 7x): 2x2x1, 2x2x2, 2x2x4 and 2x4x4 without wraparound; everything larger is made of
   cubes of 4x4x4, so that every dimension is a multiple of 4 and every axis wraps. v5p and 7x want the
   dimensions in rising order.
-- 2D kinds (v5e, v6e): eight shapes up to 16x16; an axis wraps only where it is 16 long.
+- 2D kinds (v5e, v6e): eight shapes up to 16x16; an axis wraps only if it is 16 long.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Dims = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SliceRule:
-    """The legal shapes of one generation. ``per_name`` is how many the number in a name counts per chip."""
+    """Hold the legal shapes of one generation. ``per_name``: what the number in a name counts per chip."""
 
     small: tuple[Dims, ...]
     max_cubes: int = 0
@@ -53,7 +53,7 @@ RULES: dict[str, SliceRule] = {
 
 
 def is_legal(kind: str, dims: Dims) -> bool:
-    """Whether a slice of ``kind`` may have the shape ``dims``."""
+    """Return whether a slice of ``kind`` may have the shape ``dims``."""
     rule = RULES[kind]
     if dims in rule.small:
         return True

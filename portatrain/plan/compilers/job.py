@@ -39,7 +39,7 @@ _SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A request to compile a recipe, named as on the command line, on a mesh, for a target's devices in an order.
+    """Describe a request to compile a recipe, named as on the command line, on a mesh, for devices in an order.
 
     ``places``: see `portatrain.plan.cost.device_order`; None: the devices as the compiler lists them.
     """

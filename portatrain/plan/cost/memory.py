@@ -122,8 +122,8 @@ def _eager(
     ends = work.ends * width if tuning.keeps_ends and shared else 0.0
     grads = work.trained * precision.grad * (2 if tuning.twice_grads and accumulation > 1 else 1)
     if accumulation == 1:
-        # Gradients arrive as kept values are freed, so the larger of the two counts. The output table's comes before
-        # them.
+        # Gradients arrive as kept values are freed, so the larger of the two counts. The loss makes the output table's
+        # gradient before that.
         early = 0.0 if shared else work.trained_head * precision.grad
         grads = early + max(0.0, grads - early - kept)
     # A chunk's part of the output table's gradient, before it is added to the sum of all chunks.
@@ -146,13 +146,13 @@ def _static(
     """Return the memory as XLA plans it: a value that is not live at the peak takes nothing."""
     width, grad = precision.compute, precision.grad
     shared = work.mesh[1] > 1
-    # Every weight as it is held, in the compute type: the cast is moved out of the loop over layers.
+    # Every stored weight in the compute type, because XLA moves the cast out of the loop over layers.
     copies = work.held * width if precision.param != width else 0.0
     sums = work.trained * grad if tuning.twice_grads and accumulation > 1 else 0.0
     stream = work.embed / work.mesh[4] * tokens * width
 
-    # In a layer: its weights and the next one's, or what is still to be scattered of its gradients. The gradient of the
-    # output table, from the loss, waits whole; those of layers come to lie where kept values were, as far as they go.
+    # In a layer: its weights and those of the next layer, or its gradients before they are scattered. The gradient of
+    # the output table, from the loss, stays whole. Gradients of layers reuse the memory of kept values if it suffices.
     layers = max(0.0, (work.trained - work.trained_ends) * grad - kept)
     table = work.head * 4 if work.trained_head else 0.0
     layer = work.largest_layer * width * 2 if shared else 0.0
@@ -165,20 +165,20 @@ def _static(
     busy = max(working, attending + SCORES_COPIES * chunk) + 2 * stream
     in_layer = (sums + layers, copies + layer + table, 0.0, busy)
 
-    # In the loss: the output projection, and the sum of its gradient, in fp32 and whole. A chunk has its logits, and is
-    # then added to that sum, in place; not so within a loop over microbatches, which writes the new sum beside the old.
+    # In the loss: the output projection and the sum of its gradient, whole, in fp32. The gradient of a chunk is added
+    # to the sum in place, but a loop over microbatches writes the new sum beside the old one.
     most = max(LOGITS_CHUNK_BYTES, work.head)
     logits = STATIC_LOGITS_COPIES * min(most, tokens * work.vocab * 4) if work.vocab else 0.0
     beside = table if accumulation > 1 else 0.0
     head = work.head * (width if work.head_gathered else 0.0) + table
     in_loss = (sums, copies + head, max(logits, beside), 3 * work.embed * tokens * width)
-    # After the layers: all gradients, and neither what was kept nor what was cast has been given up.
+    # After the layers: all gradients, with the cast weights still live.
     in_update = (sums + work.trained * grad, copies, 0.0, 0.0)
     return max(in_layer, in_loss, in_update, key=sum)
 
 
 def _layer_numbers(kind: LayerKind, remat: Remat) -> float:
-    """Numbers a token while the backward pass of a layer's feed-forward runs: what was computed again of the layer, and
+    """Return numbers per token during the backward pass of a layer's feed-forward: the layer's recomputed values, and
     the gradients of the hidden width."""
     again = (1 - remat.qkv) * (kind.q + kind.kv) + (1 - remat.attention) * kind.out + (1 - remat.projected) * kind.res
     hidden = (1 - remat.hidden) * kind.ways * kind.mlp + kind.ways * kind.mlp
@@ -186,6 +186,6 @@ def _layer_numbers(kind: LayerKind, remat: Remat) -> float:
 
 
 def _attention_numbers(kind: LayerKind) -> float:
-    """Numbers a token while that of attention runs, without its scores: queries and result with their gradients, keys
-    and values with theirs, the latter in fp32."""
+    """Return numbers per token during the backward pass of attention, without its scores: queries and result with their
+    gradients, and keys and values with theirs, the latter in fp32."""
     return 2 * kind.q + 2 * kind.out + 5 * kind.kv + 2 * kind.wide

@@ -1,1 +1,1 @@
-"""The rows of the accelerator catalog, one file a vendor or group of vendors; nothing but data."""
+"""List the rows of the accelerator catalog, one file a vendor or group of vendors; nothing but data."""
