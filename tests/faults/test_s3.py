@@ -216,7 +216,7 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
     assert main(["ckpt", "ls", str(run.path)]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in listed if line.startswith("step ") and "committed" in line] == ["6", "7"]
-    with pytest.raises(UserError, match="the place that the run began with"):
+    with pytest.raises(UserError, match="the location that the run began with"):
         train(recipe, run, backend=backend, checkpoints=f"{url}-other")
     assert train(recipe, run, backend=backend) == 0  # it knows its place
     assert [(s["step"], s["verdict"]) for s in run.events("resumed")] == [(7, "continuous")]

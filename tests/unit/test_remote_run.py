@@ -283,7 +283,7 @@ def test_names_that_leave_the_folder_are_refused() -> None:
     Objects(URL).put("run.json", b"{}")
     run = open_run(URL, work=True)
     assert isinstance(run, remote_run_dir.RemoteRun)
-    with pytest.raises(UserError, match="leaves the folder"):
+    with pytest.raises(UserError, match="points outside the run directory"):
         run._fetch("data/../../x")
 
 
