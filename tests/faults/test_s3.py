@@ -335,7 +335,7 @@ def test_a_cancel_reaches_a_run_on_another_machine(
     assert launch_main(["cancel", run]) == 0
     found = read_history(open_run(run))
     assert found.state == "CANCELLED" and found.committed == found.step >= 1 and found.owner is None
-    assert "cancelled; saved: step" in capsys.readouterr().out
+    assert "cancelled; newest checkpoint: step" in capsys.readouterr().out
 
 
 def until(condition: Callable[[], object], what: str, see: Callable[[], object], seconds: float = 120) -> None:

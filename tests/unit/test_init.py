@@ -111,7 +111,7 @@ def test_a_recipe_named_oddly_gets_a_name_that_a_run_can_have(corpus: Path) -> N
         (["a.py", "--data", "tokens", "--paths", "small.bin", "wide.bin"], "one type"),
         (["a.py", "--data", "tokens", "--paths", "text.npy"], "numpy.save"),
         (["a.py", "--paths", "nothing/here"], "nothing/here"),
-        (["a.py", "--model", "vision", "--paths", "texts"], "none for images"),
+        (["a.py", "--model", "vision", "--paths", "texts"], "no paths for images"),
         (["a.py", "--model", "decoders"], "invalid choice"),
     ],
 )
