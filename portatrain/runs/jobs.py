@@ -169,7 +169,7 @@ def _check(job: Job) -> None:
             good = type(value) is int and 0 <= value <= 10**9
         elif f.name == "devices":
             good = value is None or (type(value) is int and 1 <= value <= 10**9)
-        elif f.name == "overrides":
+        elif f.name in ("overrides", "track"):
             good = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
         elif f.name == "detached":
             good = isinstance(value, bool)
