@@ -78,6 +78,7 @@ docs:  ## the site, into site/, in an environment of its own; a warning or a bro
 pages: setup  ## write the pages and the picture that are made from the code
 	$(VENV)/bin/python -m docs.tools.reference --write
 	$(VENV)/bin/python -m docs.tools.draw_rooms --write
+	$(VENV)/bin/python -m portatrain.system.environment > docs/run/environment.md
 
 lint: setup  ## ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -71,7 +71,7 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
             "--paths",
             expected="none for images: they are the digits that scikit-learn brings",
             got=", ".join(paths),
-            do="Leave it out; docs/data.md says how images of one's own are read.",
+            do="Leave it out; docs/start/data.md says how you read data of your own.",
         )
     if data == "text" and paths:
         held_out = 0.1 if _documents(paths, "text files") > 1 else 0.0

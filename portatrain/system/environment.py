@@ -2,7 +2,7 @@
 
 `GRACE_S.get()` reads one; UserError where its value is not of its kind. A variable that is set to nothing counts as not
 set. `GRACE_S.name` is for whoever sets it for another process. `python -m portatrain.system.environment` prints
-docs/environment.md.
+docs/run/environment.md.
 """
 
 from __future__ import annotations
@@ -329,11 +329,11 @@ def whole_number(env: Mapping[str, str], name: str, default: int | None = None) 
 
 
 def page() -> str:
-    """Return docs/environment.md."""
+    """Return docs/run/environment.md."""
     out = [
         "# Environment variables",
         "",
-        "Written by `python -m portatrain.system.environment > docs/environment.md` from the one table in",
+        "Written by `python -m portatrain.system.environment > docs/run/environment.md` from the one table in",
         "`portatrain/system/environment.py`. A variable that is set to nothing counts as not set; a value that is not",
         "of its kind ends the command with one paragraph and exit code 2.",
         "",
