@@ -182,7 +182,7 @@ RECIPE = {
     "ema": "ema=blocks/* ema_decay=0.999",
     "eval_every": "eval_every=50",
     "eval_batches": "eval_batches=4",
-    "eval_final_batches": "eval_final_batches=all",
+    "eval_final_batches": "eval_final_batches=4",
     "checkpoint_every": "checkpoint_every=100",
     "checkpoint_every_s": "checkpoint_every_s=300",
     "checkpoint_keep": "checkpoint_keep=3",
