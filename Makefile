@@ -80,6 +80,7 @@ docs:  ## build the documentation into site/, in a separate environment; a warni
 pages: setup  ## write the pages and the picture that are generated from the code
 	$(VENV)/bin/python -m docs.tools.reference --write
 	$(VENV)/bin/python -m docs.tools.draw_rooms --write
+	$(VENV)/bin/python -m portatrain.system.environment > docs/run/environment.md
 
 lint: setup  ## run ruff and mypy
 	$(VENV)/bin/ruff check .
