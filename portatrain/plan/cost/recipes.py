@@ -1,4 +1,4 @@
-"""Turn a recipe into the shape that the planner needs, by the list of its logical tensors."""
+"""Turn a recipe into the shape that the planner needs, from the list of its logical tensors."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         for tensor in trained
         for slot in recipe.optimizer.slots(tensor).values()
     )
-    # Averages are fp32 whatever the slots are, which the precision scales.
+    # Averages are fp32 whatever the dtype of the slots, which the precision scales.
     averaged = sum(4 * t.size for t in tensors if recipe.averages(t.name)) / PRECISIONS[recipe.precision].slots
     numel = sum(t.size for t in trained)
     counted = getattr(recipe.model, "flops_per_sample", None)
