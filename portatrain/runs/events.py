@@ -49,6 +49,8 @@ class Kind(StrEnum):
     """`TrigramBaseline` begins."""
     SINK_FAILED = "sink_failed"
     """A sink raised an error and gets no more metrics: which, and why."""
+    HOOK_FAILED = "hook_failed"
+    """A hook raised an error after the last step: which, in which method, and why. The run is done all the same."""
     STOPPING = "stopping"
     """The attempt was asked to end: how, in which phase of which step."""
     STOPPED = "stopped"
