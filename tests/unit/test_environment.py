@@ -119,7 +119,7 @@ def test_a_wrong_rank_ends_training_in_one_paragraph(
 )
 def test_a_scheduler_that_sets_no_number_is_one_paragraph(env: dict[str, str]) -> None:
     with pytest.raises(UserError):
-        rank_entry.place(env)
+        rank_entry.rank_variables(env)
 
 
 def test_a_scheduler_number_that_is_missing_is_named() -> None:
