@@ -125,7 +125,7 @@ def test_a_real_run_is_preempted_and_goes_on(lab: Path) -> None:
     ("engine", "said"),
     [
         ("acme_unfinished", "engine acme_unfinished: expected a class with the members of launchers.base.Launcher"),
-        ("acme_gone", "engine acme_gone: expected acme_lab.nowhere:Launcher to import"),
+        ("acme_gone", "engine acme_gone: expected acme_lab.nowhere:Launcher to be importable"),
         ("acme_schedule", "Did you mean acme_scheduler"),
     ],
 )

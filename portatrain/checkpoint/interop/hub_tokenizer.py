@@ -1,4 +1,4 @@
-"""Export what belongs to the weights beside them: the tokenizer's files, and the ids that open and end a text."""
+"""Export the tokenizer's files beside the weights, with the ids that open and end a text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Copy the tokenizer of `data` into the folder `out`; return (fields for config.json, names of the files).
 
-    A document of ours ends where the next one opens, so the id that opens one is also the id at which to stop.
+    Our documents end where the next one opens, so the id that opens a document is also the id at which to stop.
     Raises UserError if the tokenizer's file is no longer there.
     """
     sources = list(_leaves(data))
