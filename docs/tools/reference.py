@@ -334,10 +334,7 @@ def commands_page() -> str:
         parts += [f"## `{program}`", *command_parts(parser)]
         for subparser in subparsers(parser):
             parts += [f"### `{subparser.prog}`", *command_parts(subparser)]
-    parts += [
-        "## `portatrain`",
-        code(cli.HELP_TEXT.format(commands=cli._listing(cli.PORTATRAIN)).strip(), "text"),
-    ]
+    parts += ["## `portatrain`", code(cli.HELP_TEXT.format(commands=cli._listing(cli.PORTATRAIN)).strip(), "text")]
     return page("Commands", *parts)
 
 

@@ -2,6 +2,7 @@
 
 The factors are stored in the user's config folder (``efficiency.json``), which `portatrain.plan.cost.efficiency.of`
 reads first.
+"""
 
 from __future__ import annotations
 

@@ -133,14 +133,15 @@ def _eager(
     return max(in_layer, in_loss, key=sum)
 
 
-"""Return numbers per token for the backward pass of one layer, besides kept values: its values, which autograd keeps
-while they are recomputed, and the gradients of the hidden widths."""
+def _again(kind: LayerKind, remat: Remat, width: float) -> float:
+    """Return numbers per token for the backward pass of one layer, besides kept values: its values, which autograd
+    keeps while they are recomputed, and the gradients of the hidden widths."""
     values = kind.kept(REMATS["none"], width, static=False) - kind.kept(remat, width, static=False)
     return values + kind.ways * kind.mlp
 
 
 def _static(
-    """Return the memory as XLA plans it: a value that is not live at the peak takes nothing."""
+    work: OnMesh, tokens: float, accumulation: int, remat: Remat, precision: Precision, tuning: Tuning, kept: float
 ) -> Phase:
     """Return the memory as XLA plans it: a value that is not live at the peak takes nothing."""
     width, grad = precision.compute, precision.grad
