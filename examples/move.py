@@ -2,10 +2,11 @@
 
     make demo-move                     # or: python examples/move.py [RUNS]
 
-Trains a small decoder on JAX, sends it SIGKILL in the middle of a step, goes on from the last commit on torch with two
-processes, kills those, and finishes on JAX with four simulated devices. Then the same recipe undisturbed. Prints the
-verdict at each seam and the largest difference of the two loss curves, and writes RUNS/moved/report.html. Exit code 0
-only if every step is there once and the curves agree to 1e-6.
+The script trains a small decoder on JAX and kills it with SIGKILL in the middle of a step. It resumes from the last
+checkpoint on torch with two processes, kills those, and finishes on JAX with four simulated devices. Then it trains the
+same recipe without interruption. It prints the verdict at each resume point and the largest difference between the two
+loss curves, and writes RUNS/moved/report.html. The exit code is 0 only if every step is on the curve exactly once and
+the curves agree to 1e-6.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ LEGS = (
     ("torch FSDP2, two processes", ("--backend", "torch", "--mesh", "fsdp=2"), 37),
     ("JAX, four devices", ("--backend", "jax", "--mesh", "fsdp=2,tensor=2"), None),
 )
-"""What each attempt runs on, and the step after which it is killed."""
+"""Each attempt's title, its options, and the step after which it is killed."""
 
 
 def start(run: Path, words: tuple[str, ...]) -> subprocess.Popen[bytes]:
@@ -57,7 +58,7 @@ def last_step(run: Path, attempt: int) -> int:
 
 
 def kill(process: subprocess.Popen[bytes]) -> None:
-    """SIGKILL to the process and all that it started: the machine is gone."""
+    """Send SIGKILL to the process and all its children, as if the machine had failed."""
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     for pid in [*map(int, children), process.pid]:
         with contextlib.suppress(ProcessLookupError):
@@ -93,19 +94,19 @@ def main() -> int:
     for number, (what, words, kill_after) in enumerate(LEGS, start=1):
         print(f"attempt {number}: {what}", flush=True)
         leg(moved, number, words, kill_after)
-    print("the same recipe undisturbed, on JAX", flush=True)
+    print("the same recipe without interruption, on JAX", flush=True)
     leg(whole, 1, ("--backend", "jax"), None)
 
     run = RunDir(moved)
-    seams = run.events("resumed")
-    for seam in seams:
-        figures = {k.removesuffix("_difference"): f"{v:.1e}" for k, v in seam.items() if k.endswith("_difference")}
-        print(f"seam after step {seam['step']}: {seam['verdict']} {figures}")
+    resume_points = run.events("resumed")
+    for point in resume_points:
+        figures = {k.removesuffix("_difference"): f"{v:.1e}" for k, v in point.items() if k.endswith("_difference")}
+        print(f"resume point after step {point['step']}: {point['verdict']} {figures}")
     one, two = RunDir(whole).curve(), run.curve()
     worst = max(abs(a["loss"] - b["loss"]) / abs(a["loss"]) for a, b in zip(one, two, strict=True))
     whole_curve = [row["step"] for row in two] == [row["step"] for row in one]
     subprocess.run([sys.executable, "-m", "portatrain.cli", "report", str(moved)], check=True)
-    good = whole_curve and worst <= BOUND and [s["verdict"] for s in seams] == ["continuous"] * 2
+    good = whole_curve and worst <= BOUND and [point["verdict"] for point in resume_points] == ["continuous"] * 2
     verdict = "good" if good else "NOT GOOD"
     print(f"{len(two)} steps, largest relative difference of a loss {worst:.1e} (bound {BOUND:.0e}): {verdict}")
     return 0 if good else 1

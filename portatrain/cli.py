@@ -1,7 +1,7 @@
-"""The commands ``portatrain`` and ``launch``: tables, parsing, and how every end is reported.
+"""The commands ``portatrain`` and ``launch``: their tables, their parser, and how errors are reported.
 
-Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 storage that failed while it was used,
-85 stopped and resumable, 130 interrupted by Ctrl-C. A traceback is a bug of ours.
+Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 storage failed during the run,
+85 stopped and resumable, 130 interrupted by Ctrl-C. A traceback is always a bug of portatrain or of a recipe.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from typing import NoReturn
 from portatrain.errors import UserError, choice, storage_error
 from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 
-# A new command is a line here: name -> its module, and what the list of commands says of it.
+# A new command is a line here: name -> (module, text in the list of commands).
 PORTATRAIN: dict[str, tuple[str, str]] = {
-    "init": ("portatrain.commands.init", "write a recipe of your own to begin with"),
+    "init": ("portatrain.commands.init", "write a recipe of your own, to start from"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
-    "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes a device"),
+    "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
-    "report": ("portatrain.commands.report", "write a run as one HTML page"),
+    "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
-    "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan may name"),
+    "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),
 }
-# `launch RECIPE` without a command's name submits.
+# `launch RECIPE` without the name of a command submits a job.
 LAUNCH: dict[str, tuple[str, str]] = {
-    "status": ("portatrain.commands.status", "show where a run stands"),
+    "status": ("portatrain.commands.status", "show the state of a run"),
     "list": ("portatrain.commands.list_runs", "list the runs of a folder"),
-    "logs": ("portatrain.commands.logs", "print what an attempt wrote"),
-    "cancel": ("portatrain.commands.cancel", "end a run, saved"),
-    "resume": ("portatrain.commands.resume", "go on with a run, here or elsewhere"),
+    "logs": ("portatrain.commands.logs", "print the output of an attempt"),
+    "cancel": ("portatrain.commands.cancel", "save and end a run"),
+    "resume": ("portatrain.commands.resume", "resume a run, here or on another cluster"),
     "reconcile": ("portatrain.commands.reconcile", "make schedulers agree with the record"),
-    "doctor": ("portatrain.commands.doctor", "look at a cluster for what would break a run"),
-    "clusters": ("portatrain.commands.clusters", "show the chips and clusters that there are"),
+    "doctor": ("portatrain.commands.doctor", "check a cluster for problems that would break a run"),
+    "clusters": ("portatrain.commands.clusters", "show the known chips and clusters"),
 }
 SUBMIT = ("portatrain.commands.submit", "train a recipe on a cluster")
 
@@ -52,19 +52,19 @@ commands:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command ``portatrain``; returns its exit code."""
+    """Run the command ``portatrain``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     return _guarded(lambda: run(words), places=words[:1] != ["train"])
 
 
 def launch_main(argv: Sequence[str] | None = None) -> int:
-    """The command ``launch``; returns its exit code."""
+    """Run the command ``launch``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     return _guarded(lambda: _launch(words))
 
 
 def run(words: list[str]) -> int:
-    """``portatrain WORDS``; its exit code, or a UserError."""
+    """Run ``portatrain WORDS``; return its exit code. Raises UserError for a user's mistake."""
     if words and words[0] in ("--version", "-V"):
         from portatrain import __version__
 
@@ -104,7 +104,7 @@ def _call(program: str, module_name: str, words: list[str], *, more_help: str = 
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with its errors in our words."""
+    """An ArgumentParser that raises UserError instead of printing its own errors."""
 
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
@@ -129,19 +129,22 @@ PLACES = (
     errno.ENOSPC,
     errno.EDQUOT,
 )
-"""Errors of the operating system that a user mends."""
+"""Errors of the operating system that a user can fix."""
 
 
 def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
-    """The exit code of `call`. `places`: errors of the file system are the user's. Those of training are not: a job
-    tries again."""
+    """Run `call`; report its errors and return the exit code.
+
+    `places`: treat errors of the file system as the user's mistakes. During training they are not, because a job
+    retries.
+    """
     try:
         return call()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except BrokenPipeError:
-        # The reader went away (`portatrain plan | head`); Python's own flush at exit must not fail over it again.
+        # The reader closed the pipe (`portatrain plan | head`); Python's flush at exit must not fail because of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -153,9 +156,9 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         name = f" {error.filename}" if error.filename else ""
         where = UserError(
             "the file system",
-            expected="a place that can be used",
+            expected="a path that can be used",
             got=f"{error.strerror}{name}",
-            do="Choose another place or a shorter name, free some space, or mend the permissions.",
+            do="Choose another path or a shorter name, free some space, or fix the permissions.",
         )
         print(f"error: {where}", file=sys.stderr)
         return MISTAKE

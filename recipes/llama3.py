@@ -24,7 +24,7 @@ from recipes.models.decoder import DecoderConfig
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What differs between the recipes."""
+    """The fields that differ between the recipes."""
 
     embed: int
     layers: int
@@ -32,11 +32,11 @@ class Size:
     head_dim: int
     mlp: int
     tied: bool = False
-    """Whether the output projection is the embedding table."""
+    """True if the output projection is the embedding table."""
     rope_factor: float = 8.0
     lr: float
     batch: int
-    """Samples of 8192 tokens in a step."""
+    """The number of samples in a step, of 8192 tokens each."""
     steps: int
 
 

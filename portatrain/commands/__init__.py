@@ -1,5 +1,5 @@
-"""The commands, one file each: ``add_arguments(parser)`` and ``run(args) -> exit code``.
+"""The commands, one file each, with ``add_arguments(parser)`` and ``run(args) -> exit code``.
 
-The module's docstring is its help. ``portatrain/cli.py`` has the table; a command is imported only
-when it is called. Frameworks are imported by the backends alone, once everything has been checked.
+The docstring of a module is the help text of its command. ``portatrain/cli.py`` has the table; it imports a command
+only when it is called. Only backends import frameworks, after everything has been checked.
 """

@@ -1,6 +1,6 @@
-"""End RUN: what it has reached is saved where it still can be, and its jobs are taken out of their schedulers.
+"""Cancel RUN: a running attempt saves a checkpoint and ends, and the jobs are removed from their schedulers.
 
-`launch resume` goes on with it later.
+`launch resume` continues the run later.
 
 examples:
   launch cancel tiny-lm
@@ -25,7 +25,7 @@ WAIT_S = 120.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument("--no-wait", action="store_true", help="do not wait until it has left")
+    parser.add_argument("--no-wait", action="store_true", help="do not wait until the attempt has ended")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"run {found.path.name}", expected="a run that is not over", got="one that is finished", do="Nothing to do."
         )
-    # The mark first: whatever ends from now on knows that it was no preemption, and saves; a running attempt looks
-    # for it every two seconds, wherever it is.
+    # The mark comes first, so that an attempt that ends from now on knows that it was not preempted. A running attempt
+    # looks for the mark every two seconds, on any cluster.
     try:
         if not found.marked("CANCELLED"):
             found.put("CANCELLED", {"unix_s": time.time()})
@@ -57,16 +57,16 @@ def run(args: argparse.Namespace) -> int:
         print(f"{found.path.name}: finished before it could be cancelled")
         return 0
     step = committed(found)
-    newest = f"step {step}" if step is not None else "nothing"
+    newest = f"step {step}" if step is not None else "none"
     if args.no_wait and found.owner() is not None:
-        print(f"{found.path.name}: told to save and leave, which takes a while; saved until now: {newest}")
+        print(f"{found.path.name}: asked to save and stop, which takes a while; newest checkpoint: {newest}")
     else:
-        print(f"{found.path.name}: cancelled; saved: {newest}")
+        print(f"{found.path.name}: cancelled; newest checkpoint: {newest}")
     return 1 if problems else 0
 
 
 def take_out(run: RunDir) -> int:
-    """Cancel every job of the run in its scheduler; how many could not be."""
+    """Cancel every job of the run in its scheduler; return the number of failures."""
     from launchers.base import launcher
 
     problems = 0
@@ -82,13 +82,13 @@ def take_out(run: RunDir) -> int:
 
 
 def _wait(run: RunDir, *, first_s: float) -> bool:
-    """Until nobody holds the run; whether that came within `first_s`."""
+    """Wait until no process holds the claim; return True if that happened within `first_s`."""
     until_s, told = time.monotonic() + first_s, False
     while run.owner() is not None:
         if time.monotonic() > until_s:
             return False
         if not told:
-            print("waiting for it to save and leave ...", file=sys.stderr, flush=True)
+            print("waiting for the attempt to save and stop ...", file=sys.stderr, flush=True)
             told = True
         time.sleep(0.1 if run.locks else 1.0)
     return True

@@ -1,7 +1,7 @@
-"""Look at checkpoints, check them, compare them, and move them to and from other formats.
+"""List, verify and compare checkpoints, and convert them to and from other formats.
 
-PATH is a run directory (its newest committed checkpoint, or --step N), one checkpoint's folder, or a URL
-(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a mistake in what was asked.
+PATH is a run directory (its newest committed checkpoint, or --step N), the folder of one checkpoint, or a URL
+(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a user's mistake.
 
 examples:
   portatrain ckpt ls runs/first
@@ -32,7 +32,7 @@ FROM = ("huggingface", "orbax", "dcp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    # Without these, argparse would show this whole page for every subcommand.
+    # Without these, argparse would print this whole docstring for every subcommand.
     commands = parser.add_subparsers(dest="what", metavar="COMMAND", required=True)
 
     def command(name: str, about: str) -> argparse.ArgumentParser:
@@ -43,27 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         made.add_argument(name, metavar=name.upper(), help=about)
 
     def step(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--step", metavar="N", type=int, help="of a run directory: this step, not the newest")
+        made.add_argument(
+            "--step",
+            metavar="N",
+            type=int,
+            help="step of the checkpoint in a run directory (default: the newest committed one)",
+        )
 
     def as_json(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--json", action="store_true", help="print data for programs")
+        made.add_argument("--json", action="store_true", help="print JSON")
 
     for name, about in (
         ("ls", "list the checkpoints of a run"),
-        ("show", "what a checkpoint holds: its meta and its tensors"),
-        ("verify", "read every byte of every file, and name what is damaged"),
+        ("show", "show a checkpoint's metadata and tensors"),
+        ("verify", "read every byte of every file, and name the damaged ones"),
     ):
         made = command(name, about)
         path(made)
         step(made)
         as_json(made)
-    made = command("diff", "which tensors of two checkpoints differ, and by how much")
+    made = command("diff", "show which tensors of two checkpoints differ, and by how much")
     path(made, "first")
     path(made, "second")
     as_json(made)
     made = command("export", "write a checkpoint in another format")
     path(made)
-    made.add_argument("out", metavar="OUT", type=options.folder, help="the folder to make")
+    made.add_argument("out", metavar="OUT", type=options.folder, help="the folder to create")
     made.add_argument(
         "--to",
         required=True,
@@ -71,12 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="huggingface: weights that transformers loads; orbax, "
         "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state",
     )
-    made.add_argument("--ema", action="store_true", help="huggingface: the averaged weights")
+    made.add_argument("--ema", action="store_true", help="huggingface: export the averaged weights (EMA)")
     step(made)
-    made = command("import", "begin a run from a checkpoint in another format")
+    made = command("import", "start a run from a checkpoint in another format")
     made.add_argument("source", metavar="SOURCE", type=options.folder, help="the folder to read")
     options.add_recipe(made)
-    made.add_argument("--run-dir", metavar="DIR", type=options.folder, required=True, help="the run directory to make")
+    made.add_argument(
+        "--run-dir", metavar="DIR", type=options.folder, required=True, help="the run directory to create"
+    )
     made.add_argument(
         "--from",
         dest="format",
@@ -259,7 +266,7 @@ def bring(args: argparse.Namespace) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise UserError(
             f"run directory {folder}",
-            expected="a name that is free",
+            expected="an unused name",
             got="a folder that is not empty",
             do="Choose another name; nothing in it was changed.",
         )
@@ -272,13 +279,13 @@ def bring(args: argparse.Namespace) -> int:
             recipe,
             lambda step: LocalStore(folder / "checkpoints" / step_name(step), create=True),
         )
-    except BaseException:  # a run without its checkpoint would begin from random weights
+    except BaseException:  # without its checkpoint, the run would start from random weights
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         raise
     run.create(recipe)
     words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
     words += [word for override in args.overrides for word in ("--set", override)]
-    print(f"{args.run_dir}: a checkpoint of step {step}. Go on with: {shlex.join(words)}")
+    print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""``portatrain clusters [NAME]``: the chips that there are, or everything known of one cluster or chip."""
+"""``portatrain clusters [NAME]``: list the known chips, or show all data of one cluster or chip."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command on ``parser``."""
+    """Add the command's arguments to ``parser``."""
     parser.add_argument("name", nargs="?", help="a cluster (tpu-v5p-256, h100-64, one of clusters.toml) or a chip")
-    parser.add_argument("--json", action="store_true", help="print data instead of tables")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the command out; the exit code."""
+    """Run the command; return the exit code."""
     found = clusters_toml.files()
     own = {name: names.resolve(name, files=[path]) for path in reversed(found) for name in clusters_toml.read(path)}
     if args.name is None:
@@ -159,7 +159,7 @@ def _figures_table(chip: Chip) -> Table:
 
 
 def _near(where: str) -> str:
-    """A file:line as short as it can be said from here."""
+    """Return file:line, with the path relative to the working directory if possible."""
     try:
         return str(Path(where).relative_to(Path.cwd())) if where else ""
     except ValueError:

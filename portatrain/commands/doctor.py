@@ -1,4 +1,4 @@
-"""Look at CLUSTER for what would break a run there, and say how to mend it. Changes nothing that lasts.
+"""Check CLUSTER for problems that would break a run, and explain how to fix them. Leaves no changes behind.
 
 examples:
   launch doctor local
@@ -26,7 +26,9 @@ Finding = tuple[str, str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER", help="local, or a cluster of clusters.toml")
-    parser.add_argument("--runs", metavar="DIR", default="runs", help="where runs would be, or a URL (default: runs)")
+    parser.add_argument(
+        "--runs", metavar="DIR", default="runs", help="the folder or URL for run directories (default: runs)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def software() -> Iterator[Finding]:
-    """This machine's Python and frameworks."""
+    """Check the versions of Python and of the frameworks on this machine."""
     found = []
     for name in ("jax", "torch"):
         try:
@@ -67,7 +69,7 @@ def software() -> Iterator[Finding]:
 
 
 def in_store(url: str) -> Iterator[Finding]:
-    """Whether what claims and commits rest on works there: puts that fail where somebody else has written."""
+    """Check that conditional puts work at `url`: claims and commits need puts that fail if the object has changed."""
     from portatrain.system.object_store import Objects
 
     name = f".doctor-{secrets.token_hex(6)}"
@@ -82,13 +84,17 @@ def in_store(url: str) -> Iterator[Finding]:
         yield "storage", "bad", str(error)
         return
     if fenced and seen:
-        yield "storage", "ok", f"{url} can be written, and conditional puts are held to"
+        yield "storage", "ok", f"{url} can be written to, and conditional puts work"
     else:
-        yield ("storage", "bad", f"{url} takes puts that it should refuse; no run is safe there: use another store")
+        yield (
+            "storage",
+            "bad",
+            f"{url} accepts conditional puts that it should refuse; no run is safe there: use another store",
+        )
 
 
 def in_folder(runs: Path) -> Iterator[Finding]:
-    """Whether runs can be in that folder of this machine."""
+    """Check that the folder `runs` of this machine can have run directories."""
     folder = existing_ancestor(runs)
     if not os.access(folder, os.W_OK | os.X_OK):
         yield (
@@ -103,7 +109,7 @@ def in_folder(runs: Path) -> Iterator[Finding]:
 
 
 def _links(folder: Path) -> tuple[str, str]:
-    """Whether what claims and commits rest on works there: locks, links that fail on a name that exists."""
+    """Check that claims and commits work in `folder`: they need locks, and links that fail if the name exists."""
     import fcntl
 
     with tempfile.TemporaryDirectory(prefix=".doctor-", dir=folder) as scratch:
@@ -119,4 +125,4 @@ def _links(folder: Path) -> tuple[str, str]:
             os.link(a, b)
             return ("bad", f"{folder}: a link over a name that exists succeeded: put --runs on another file system")
         except FileExistsError:
-            return "ok", f"{folder} can be written, locked and linked"
+            return "ok", f"files in {folder} can be written, locked and linked"

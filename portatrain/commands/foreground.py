@@ -18,9 +18,9 @@ def run(job: Job) -> int:
     """Train in this process, so that Ctrl-C reaches the trainer and nothing else; return the exit code."""
     parser = argparse.ArgumentParser()
     train.add_arguments(parser)
-    # Through the options of `portatrain train`: what --dry-run prints is what is run.
+    # Parse the options of `portatrain train`, so that --dry-run prints exactly the command that runs.
     args = parser.parse_args(job.train()[2:])
-    # What `launch resume` goes on from.
+    # `launch resume` needs these values.
     source = {k: getattr(job, k) for k in ("recipe", "overrides", "backend", "mesh", "devices", "cwd", "track")}
     before = os.environ.get(environment.CLUSTER.name)
     os.environ[environment.CLUSTER.name] = json.dumps({"engine": "local", "cluster": "local", "source": source})
@@ -35,7 +35,7 @@ def run(job: Job) -> int:
 
 
 def _with_code(job: Job) -> int:
-    """In a process of its own, with the run's copy of the code: what is imported here is another."""
+    """Train in a child process with the run's copy of the code, because this process has imported other code."""
     from portatrain.system.processes import forwarding
 
     folder = job.code if not is_remote(str(job.code)) else None

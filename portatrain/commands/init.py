@@ -1,6 +1,6 @@
-"""Write a short recipe with comments to FILE: one that trains as it is, to be changed from there.
+"""Write a short commented recipe to FILE. It trains unchanged, and is yours to edit.
 
---model decoder is a language model, vision a classifier of images, own a small model that the file itself defines.
+--model decoder is a language model, vision an image classifier, own a small model that the file itself defines.
 --data text reads the files under --paths, or the source code of Python's standard library; tokens reads files of token
 ids (.bin, raw and little-endian, or .npy); images are scikit-learn's handwritten digits.
 
@@ -27,18 +27,18 @@ from portatrain.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-# The kinds of data that each model takes, the one first that is taken unless --data says otherwise.
+# The kinds of data that each model takes; the first is the default of --data.
 MODELS = {"decoder": ("text", "tokens"), "vision": ("images",), "own": ("text", "tokens", "images")}
 FILES = {"decoder": "decoder.py", "vision": "vision.py", "own": "own.py"}
 DATA = ("text", "tokens", "images")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="the file to write; one that is there is left as it is")
+    parser.add_argument("file", metavar="FILE", help="the file to write; an existing file is never overwritten")
     parser.add_argument("--model", choices=tuple(MODELS), default="decoder", help="default: decoder")
-    parser.add_argument("--data", choices=DATA, help="default: text, for vision images")
+    parser.add_argument("--data", choices=DATA, help="default: images for vision, otherwise text")
     parser.add_argument(
-        "--paths", metavar="PATH", nargs="+", default=[], help="files, folders or globs of the text or the token ids"
+        "--paths", metavar="PATH", nargs="+", default=[], help="files, folders or globs with the text or the token ids"
     )
 
 
@@ -69,9 +69,9 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
     if data == "images" and paths:
         raise UserError(
             "--paths",
-            expected="none for images: they are the digits that scikit-learn brings",
+            expected="no paths for images: they are the digits of scikit-learn",
             got=", ".join(paths),
-            do="Leave it out; docs/data.md says how images of one's own are read.",
+            do="Leave it out; docs/start/data.md explains how to read your own data.",
         )
     if data == "text" and paths:
         held_out = 0.1 if _documents(paths, "text files") > 1 else 0.0
@@ -102,9 +102,7 @@ def _with_data(text: str, block: str, paths: Sequence[str], held_out: float) -> 
     given = json.dumps(paths[0], ensure_ascii=False) if len(paths) == 1 else _tuple(paths)
     block = re.sub(r"paths=\"[^\"]*\"", lambda _: f"paths={given}", block.rstrip())
     if not held_out:
-        note = (
-            "\n# There is one file, so none is held out: for a validation loss give validation_paths=, or more files."
-        )
+        note = "\n# There is one file, so none is held out. For a validation loss, set validation_paths= or add files."
         block = block.replace("validation=0.1", "validation=0.0").replace("\nDATA =", f"{note}\nDATA =")
     new_import, new_paragraph = imported.search(block), paragraph.search(block)
     assert new_import is not None and new_paragraph is not None
@@ -117,14 +115,14 @@ def _tuple(paths: Sequence[str]) -> str:
 
 
 def _documents(paths: Sequence[str], what: str) -> int:
-    """How many files there are; UserError where a path has none."""
+    """Return the number of files; UserError if a path has none."""
     from portatrain.data.sources import find
 
     return len(find(tuple(paths), f"--paths: {what}"))
 
 
 def _look(paths: Sequence[str]) -> tuple[str, int]:
-    """Return the type of the ids in token files, and how many ids there are: one more than the largest."""
+    """Return the dtype of the ids in token files, and the size of the vocabulary: the largest id plus one."""
     import numpy as np
 
     from portatrain.data.sources import find, read_ids
@@ -135,7 +133,7 @@ def _look(paths: Sequence[str]) -> tuple[str, int]:
         dtype = _npy_dtype(path) if path.suffix == ".npy" else _guessed(np.fromfile(path, "<u2", 1 << 20))
         kinds.setdefault(dtype, path)
         ids = read_ids(path, np.dtype(dtype).newbyteorder("<"))
-        step = 1 << 26  # so that a corpus which is larger than memory is read in parts
+        step = 1 << 26  # read in parts, because a corpus may be larger than memory
         most = max([most, *(int(ids[at : at + step].max()) for at in range(0, len(ids), step))])
     if len(kinds) > 1:
         raise UserError(
@@ -160,7 +158,7 @@ def _npy_dtype(path: Path) -> str:
 
 
 def _guessed(words: np.ndarray) -> str:
-    """The type of ids in a raw file: 32 bits if every second 16-bit word is 0, as ids below 65,536 leave it."""
+    """Return the dtype of the ids in a raw file: 32 bits if every second 16-bit word is 0, as for ids below 65,536."""
     return "uint32" if len(words) > 1 and not words[1::2].any() else "uint16"
 
 
@@ -170,16 +168,16 @@ def _write(path: Path, text: str) -> None:
     except FileExistsError:
         raise UserError(
             f"file {path}",
-            expected="a name that is free",
-            got="a file that is there",
+            expected="an unused name",
+            got="a file that exists",
             do="Choose another name; nothing in it was changed.",
         ) from None
     except OSError as error:
         raise UserError(
             f"file {path}",
-            expected="a place that can be written to",
+            expected="a file that can be written",
             got=error.strerror or str(error),
-            do="Choose another place, or make the folder first.",
+            do="Choose another folder, or create it first.",
         ) from error
     with os.fdopen(handle, "w", encoding="utf-8") as file:
         file.write(text)

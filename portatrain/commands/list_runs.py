@@ -1,4 +1,4 @@
-"""List the runs of a folder, the last one that moved first.
+"""List the runs of a folder, the most recently active one first.
 
 examples:
   launch list
@@ -18,8 +18,10 @@ from portatrain.system.text import age
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--runs", metavar="DIR", default="runs", help="the folder, or a URL (default: runs)")
-    parser.add_argument("--json", action="store_true", help="print data instead of a table")
+    parser.add_argument(
+        "--runs", metavar="DIR", default="runs", help="the folder or URL with run directories (default: runs)"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             path, now = run.path, read_history(run)
             files = [*path.glob("attempts/*/*.jsonl"), *path.glob("*.json")] or [path]
             found.append((max(p.lstat().st_mtime for p in files), now))
-        except (UserError, OSError) as error:  # one that is damaged or private does not hide the others
+        except (UserError, OSError) as error:  # a damaged or private run must not hide the others
             print(f"{name}: {error}", file=sys.stderr)
     found.sort(key=lambda pair: -pair[0])
     if args.json:

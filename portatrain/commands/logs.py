@@ -1,4 +1,4 @@
-"""Print what a process of an attempt wrote; with -f go on until the run is over, from attempt to attempt.
+"""Print the output of one process of an attempt; with -f, follow it across attempts until the run is over.
 
 examples:
   launch logs tiny-lm
@@ -27,9 +27,14 @@ POLL_S = 0.3
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on printing until the run, or attempt, ends")
-    parser.add_argument("--attempt", metavar="N", type=int, help="of this attempt (default: the last one)")
-    parser.add_argument("--rank", metavar="R", type=int, default=0, help="of this process (default: 0)")
+    parser.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="follow until the run ends (with --attempt: until that attempt ends)",
+    )
+    parser.add_argument("--attempt", metavar="N", type=int, help="the attempt (default: the last one)")
+    parser.add_argument("--rank", metavar="R", type=int, default=0, help="the rank of the process (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -69,9 +74,9 @@ def _log(run: RunDir, number: int, rank: int) -> Path:
 
 
 def _without_logs(run: RunDir, number: int) -> int:
-    """Print what is known of an attempt of the foreground, whose output went to its terminal: how it ended, and why."""
+    """Print how a foreground attempt ended and why; its output went to its terminal and was not kept."""
     one = next(a for a in read_history(run).attempts if a.number == number)
-    said = f"it ended: {one.ended}" if one.ended else "it goes on"
+    said = f"it ended: {one.ended}" if one.ended else "it is still running"
     print(f"attempt {number} ran in the foreground and wrote to its terminal; {said}")
     kept = errors(run.path / "attempts" / str(number))
     for path in kept:
@@ -82,7 +87,7 @@ def _without_logs(run: RunDir, number: int) -> int:
 
 
 def _check(run: RunDir, number: int, rank: int) -> bool:
-    """Whether that process's output was kept; False where no process's was, UserError where only others' were."""
+    """Return True if that rank has output, False if no rank has any; UserError if only other ranks have some."""
     if _log(run, number, rank).is_file():
         return True
     folder = _log(run, number, rank).parent
@@ -102,7 +107,7 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
     path, at = _log(run, number, rank), 0
     while True:
         run.refresh(logs=True)
-        over = _ended(run, number)  # looked at before reading, so that nothing written before the end is missed
+        over = _ended(run, number)  # checked before reading, so that no output written before the end is missed
         if path.is_file():
             with path.open("rb") as file:
                 file.seek(at)
@@ -124,7 +129,7 @@ def _ended(run: RunDir, number: int) -> bool:
 
 
 def _next(run: RunDir, number: int) -> int:
-    """The attempt after `number`, waited for; 0 once the run is over."""
+    """Wait for the attempt after `number` and return its number; 0 if the run is over."""
     while True:
         run.refresh()
         later = [n for n in run.attempt_numbers() if n > number]

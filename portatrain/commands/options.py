@@ -1,4 +1,4 @@
-"""Options that several commands share, and the checks of their values."""
+"""Define the options that several commands share, and check their values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from portatrain.system.urls import is_remote
 
 
 def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """RECIPE and --set."""
+    """Add RECIPE and --set."""
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
@@ -25,13 +25,13 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         metavar="FIELD=VALUE",
         action="append",
         default=[],
-        help="change a field of the recipe: --set steps=100 --set model.layers=8; or take another class for one: "
+        help="change a field of the recipe: --set steps=100 --set model.layers=8; or replace it by another class: "
         "--set optimizer=Lion --set data=TextFiles --set data.paths=FOLDER",
     )
 
 
 def folder(text: str) -> Path:
-    """For `type=`: a folder; UserError for a URL, of which a path would be a folder named 's3:'."""
+    """Return a folder, for `type=`. Raises UserError for a URL, because its path would be a folder named 's3:'."""
     if is_remote(text):
         raise UserError(
             text,
@@ -43,36 +43,38 @@ def folder(text: str) -> Path:
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
-    """RUN and --runs."""
-    parser.add_argument("run", metavar="RUN", help="a run's name, or its run directory")
+    """Add RUN and --runs."""
+    parser.add_argument("run", metavar="RUN", help="the name of a run, or its run directory")
     parser.add_argument(
         "--runs",
         metavar="DIR",
         default="runs",
-        help="the folder that runs are in, or a URL of an object store (default: runs)",
+        help="the folder or object-store URL with run directories (default: runs)",
     )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
-    """--backend."""
+    """Add --backend."""
     parser.add_argument(
-        "--backend", metavar="NAME", help="jax, torch, or an installed one (default: jax where installed, else torch)"
+        "--backend",
+        metavar="NAME",
+        help="jax, torch, or another installed backend (default: jax if installed, else torch)",
     )
 
 
 def add_track(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """--track."""
+    """Add --track."""
     parser.add_argument(
         "--track",
         metavar="NAME",
         action="append",
         default=[],
-        help=f"send metrics to wandb or tensorboard as well; may be given several times{more}",
+        help=f"also send metrics to wandb or tensorboard; can be given several times{more}",
     )
 
 
 def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return `names`, each once; UserError for a tracker that there is not."""
+    """Return `names` without repetitions; UserError for an unknown tracker."""
     from portatrain.training.metrics.trackers import TRACKERS
 
     for name in names:
@@ -82,12 +84,12 @@ def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def resolved_recipe(args: argparse.Namespace) -> Recipe:
-    """The recipe that was named, with its overrides."""
+    """Return the recipe that the user named, with the overrides of --set."""
     return apply_overrides(load_recipe(args.recipe, cwd=Path.cwd()), args.overrides)
 
 
 def resolved_backend(name: str | None) -> str:
-    """The backend that was named, or the default one; UserError unless it is known and installed."""
+    """Return the backend `name`, or the default one; UserError unless it is known and installed."""
     from portatrain.backends.base import check_backend, default_backend
 
     return default_backend() if name is None else check_backend(name)

@@ -1,7 +1,7 @@
-"""Say how a recipe would run on each of several clusters: mesh, memory, time, cost, and why.
+"""Predict how a recipe would run on each of several clusters: mesh, memory, time, cost, and the reasons.
 
-Arithmetic on nominal figures: nothing is run, no accelerator and no framework is needed. RECIPE is a file, a
-shipped recipe (tiny-lm, llama3-1b, llama3-8b, llama3-70b, llama3-405b) or a preset shape (llama2-70b, mixtral-8x7b,
+The plan is arithmetic on nominal figures: it runs nothing, and needs no accelerator and no framework. RECIPE is a file,
+a shipped recipe (tiny-lm, llama3-1b, llama3-8b, llama3-70b, llama3-405b) or a preset shape (llama2-70b, mixtral-8x7b,
 deepseek-v3). `portatrain clusters` lists chips; a cluster is CHIP-COUNT or a name of your clusters.toml.
 
 examples:
@@ -9,8 +9,8 @@ examples:
   portatrain plan llama3-405b --cluster 4*tpu-v5p-4096 --details
   portatrain plan tiny-lm --cluster cpu-2 --json
   portatrain plan llama3-70b --cluster all --plot cost.svg
-  portatrain plan --calibrate runs/demo runs/wide                  # planned beside measured; learns the factor
-  portatrain plan llama3-8b --cluster tpu-v5p-256 --compile       # the real compiler checks it; takes minutes
+  portatrain plan --calibrate runs/demo runs/wide                  # planned against measured; fits the factor
+  portatrain plan llama3-8b --cluster tpu-v5p-256 --compile       # check with the real compiler; takes minutes
 """
 
 from __future__ import annotations
@@ -44,16 +44,16 @@ COMPILERS = ("auto", "tpu", "cuda", "fsdp2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of the command on ``parser``."""
+    """Add the command's arguments to ``parser``."""
     add_recipe(parser, required=False)
     parser.add_argument(
         "--cluster",
         metavar="NAME[,NAME...]",
         default="all",
-        help="clusters to plan for; all: one of each kind of chip, and your own (default)",
+        help="clusters to plan for; all (the default): one for each kind of chip, and your own",
     )
-    parser.add_argument("--batch", type=int, metavar="N", help="samples a step, in place of the recipe's")
-    parser.add_argument("--seq-len", type=int, metavar="N", help="positions a sample, in place of the recipe's")
+    parser.add_argument("--batch", type=int, metavar="N", help="samples per step, instead of the recipe's value")
+    parser.add_argument("--seq-len", type=int, metavar="N", help="positions per sample, instead of the recipe's value")
     parser.add_argument(
         "--precision",
         metavar="NAME[,NAME...]",
@@ -62,31 +62,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--remat", metavar="NAME[,NAME...]", help=f"choose from these ({', '.join(REMATS)}; default: all)"
     )
-    parser.add_argument("--mesh", metavar="AXIS=N,...", help="plan this mesh only, as in fsdp=16,tensor=8")
-    parser.add_argument("--details", action="store_true", help="terms, placement, the ten best and why not the others")
-    parser.add_argument("--json", action="store_true", help="print a list with one object a cluster")
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help="plan only this mesh, such as fsdp=16,tensor=8")
+    parser.add_argument(
+        "--details", action="store_true", help="show terms, placement, the ten best meshes, and why others lost"
+    )
+    parser.add_argument("--json", action="store_true", help="print a JSON list with one object per cluster")
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="have the chip's own compiler check the best way, with no accelerator here: libtpu, or XLA for NVIDIA; "
-        "else FSDP2 traced with fake tensors. Takes minutes; what it finds is kept",
+        help="check the best mesh with the chip's own compiler, without an accelerator: libtpu, or XLA for NVIDIA; "
+        "otherwise FSDP2 traced with fake tensors. Takes minutes; the result is kept",
     )
     parser.add_argument(
         "--compiler", metavar="NAME", choices=COMPILERS, default="auto", help=f"for --compile: {', '.join(COMPILERS)}"
     )
-    parser.add_argument("--fresh", action="store_true", help="compile anew, whatever is kept")
+    parser.add_argument("--fresh", action="store_true", help="compile again, even if a result is kept")
     parser.add_argument(
         "--calibrate",
         metavar="RUN_DIR",
         nargs="+",
         type=folder,
-        help="in place of a plan: fit the efficiency factors to these runs, say what changes, and keep it",
+        help="instead of planning: fit the efficiency factors to these runs, print the changes, and keep them",
     )
-    parser.add_argument("--plot", metavar="FILE", help="write a plot of cost against days, an SVG")
+    parser.add_argument("--plot", metavar="FILE", help="write an SVG plot of cost against days")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Carry the command out; 0 also where nothing fits, since that is an answer."""
+    """Run the command; return 0 even if the recipe fits on no cluster, because that is a valid answer."""
     if args.calibrate:
         return _calibrate(args)
     if args.recipe is None:
@@ -133,14 +135,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    """Planned beside measured of every attempt, the factors that follow, and where they are kept."""
+    """Print planned and measured figures of every attempt; fit the factors, store them and print where."""
     from rich.console import Console
     from rich.table import Table
 
     from portatrain.plan import calibrate
 
     if args.recipe is not None:
-        args.calibrate.insert(0, Path(args.recipe))  # `--calibrate` may stand after the first folder
+        args.calibrate.insert(0, Path(args.recipe))  # the first folder may precede `--calibrate`
     attempts = calibrate.seen(args.calibrate)
     changes = calibrate.fit(attempts)
     kept = calibrate.keep(changes) if changes else None
@@ -182,7 +184,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> dict[str, object]:
-    """The best way of a plan, compiled: predicted beside compiled, printed where there is a console."""
+    """Compile the best mesh of a plan; return predicted and compiled figures, and print them if there is a console."""
     from portatrain.plan.compilers import compare, job, targets
 
     chosen = made.chosen
@@ -231,11 +233,14 @@ def _shape(args: argparse.Namespace) -> ModelShape:
                 do="Choose a larger one.",
             )
         if name == "seq_len" and isinstance(changed, Recipe) and not hasattr(changed.data, "seq_len"):
+            tokens = changed.data.tokens_per_sample()
             raise UserError(
                 "--seq-len",
-                expected="a recipe whose samples have a length",
-                got=f"recipe {shape.name}",
-                do="Leave it out: the model says how long its samples are.",
+                expected="a recipe with data that have a field seq_len",
+                got=f"recipe {shape.name} with {type(changed.data).__name__}",
+                do="Leave it out: the model says how long its samples are."
+                if tokens is None
+                else f"Leave it out, or change the length of {tokens} tokens where the recipe makes the data.",
             )
         shape = replace(shape, **{name: value})
     return shape

@@ -1,7 +1,7 @@
-"""Make the schedulers agree with the record: of RUN, or of all runs of the folder.
+"""Make the schedulers agree with the record of RUN, or with the records of all runs in the folder.
 
-A held job of a run that nothing is training is released; jobs of a run that is over, and jobs by our names that no run
-knows, are taken out; a run that nothing will go on with by itself is named.
+Releases a held job of a run that no job trains. Removes jobs of runs that are over, and portatrain's jobs that no run
+has recorded. Names every unfinished run that no job will continue.
 
 examples:
   launch reconcile
@@ -23,14 +23,14 @@ from portatrain.runs.run_dir import RunDir
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", nargs="?", help="a run's name, or its run directory (default: all)")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="the name of a run, or its run directory (default: all)")
     parser.add_argument(
         "--runs",
         metavar="DIR",
         default="runs",
-        help="the folder that runs are in, or a URL of an object store (default: runs)",
+        help="the folder or object-store URL with run directories (default: runs)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the changes without making them")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
-    """What is, or with `dry_run` would be, done for `run`, a line each."""
+    """Reconcile `run`; yield a line for every change, also with `dry_run`, which changes nothing."""
     from launchers.base import launcher
 
     now, there = read_history(run), [job for job in jobs.of(run.where) if job.detached]
@@ -60,12 +60,12 @@ def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
         for name, id in launcher(engine).names(prefix).items():
             known = by_name.get(name)
             if known is None:
-                yield f"job {id} ({engine}, {name}) is in no record: taken out"
+                yield f"job {id} ({engine}, {name}) is in no record: removed"
                 if not dry_run:
                     orphan = jobs.Job(run_dir=run.where, recipe="", cluster="", engine=engine, id=id)
                     launcher(engine).cancel(orphan)
             elif known.id is None:
-                yield f"job {known.number} had been submitted as {id} before its launch was cut short: recorded"
+                yield f"job {known.number} was submitted as {id} before its launch was interrupted: recorded"
                 by_name[name] = known if dry_run else known.submitted(id)
     for job in by_name.values():
         said[job.number] = launcher(job.engine).describe(job)
@@ -73,15 +73,15 @@ def reconcile(run: RunDir, *, dry_run: bool = False) -> Iterator[str]:
     if now.over:
         for job in by_name.values():
             if job.number in alive and now.owner is None:
-                yield f"is {now.state}; job {job.number} ({job.engine} {job.id}, {said[job.number].state}) taken out"
+                yield f"is {now.state}; job {job.number} ({job.engine} {job.id}, {said[job.number].state}) removed"
                 if not dry_run:
                     launcher(job.engine).cancel(job)
         return
     if now.owner is None:
         for job in by_name.values():
             if said[job.number].state == "held":
-                yield f"nothing trains it; job {job.number} ({job.engine} {job.id}) was held: released"
+                yield f"no job trains it; job {job.number} ({job.engine} {job.id}) was held: released"
                 if not dry_run:
                     launcher(job.engine).release(job)
         if not alive:
-            yield f"is {now.state} and no scheduler has a job of it: go on with `launch resume {run.path.name}`"
+            yield f"is {now.state} and no scheduler has a job for it: continue it with `launch resume {run.path.name}`"

@@ -1,8 +1,8 @@
-"""Write a run's report: one HTML page that needs no network, DIR/report.html.
+"""Write the report of a run to DIR/report.html: one HTML page that needs no network.
 
-Loss, gradient norm, throughput and learning rate over the steps; a coloured band for every attempt, with what it ran
-on; each resume point, with the verdict of the continuity check; time lost to restarts; checkpoints; the
-resolved recipe; planned beside measured where a plan was recorded.
+The page shows loss, gradient norm, throughput and learning rate over the steps; a coloured band for every attempt,
+with its backend, devices and mesh; each resume point, with the verdict of the continuity check; time lost to restarts;
+checkpoints; the resolved recipe; and planned against measured figures if a plan was recorded.
 
 examples:
   portatrain report runs/first
@@ -21,7 +21,7 @@ from portatrain.system.urls import is_remote
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", metavar="DIR", help="the run directory, or its URL in an object store")
     parser.add_argument(
-        "--out", metavar="FILE", type=Path, help="write here (default: DIR/report.html, or ./NAME.html)"
+        "--out", metavar="FILE", type=Path, help="the file to write (default: DIR/report.html, or ./NAME.html)"
     )
 
 
@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         out.write_text(page(found, kept_checkpoints(open_run(args.run_dir))), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"file {out}", expected="a place that can be written to", got=str(error), do="Choose another with --out."
+            f"file {out}", expected="a file that can be written", got=str(error), do="Choose another with --out."
         ) from error
     print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.resume_points)} resume points")
     return 0

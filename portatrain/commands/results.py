@@ -9,7 +9,7 @@ from portatrain.errors import UserError
 
 
 def show(run_dir: str) -> None:
-    """Draw the loss curve and print what a run has to show, on standard output."""
+    """Draw the loss curve and print the results of a run on standard output."""
     from portatrain.runs.open import open_run
     from portatrain.training.metrics.plot import plot_run
 
@@ -26,7 +26,7 @@ def show(run_dir: str) -> None:
 
 
 def _print(summary: Mapping[str, object]) -> None:
-    """The results, a line each: plain values first, then tables, then longer texts such as a generated sample."""
+    """Print the results, one per line: single values first, then tables, then texts such as a generated sample."""
     texts = {k: v for k, v in summary.items() if isinstance(v, str) and ("\n" in v or len(v) > 60)}
     for name, value in summary.items():
         if isinstance(value, Mapping):

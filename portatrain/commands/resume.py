@@ -1,7 +1,7 @@
-"""Go on with RUN from its newest checkpoint: where it was, or on another cluster with --cluster.
+"""Resume RUN from its newest checkpoint, on its previous clusters or on the clusters of --cluster.
 
-For a run that was stopped, cancelled or lost, or that failed. It uses the code that it began with, which lies in its
-run directory; --new-code takes what is here now, and the change is recorded.
+Use it for a run that was stopped, cancelled or lost, or that failed. The run uses its own copy of the code, from its
+run directory; --new-code replaces that by the code that is installed here, and records the change.
 
 examples:
   launch resume tiny-lm
@@ -33,14 +33,18 @@ LEAVING_S = 10.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument("--cluster", metavar="NAME[,NAME...]", help="where (default: the clusters that it had)")
+    parser.add_argument(
+        "--cluster", metavar="NAME[,NAME...]", help="the clusters to train on (default: the run's previous ones)"
+    )
     options.add_backend(parser)
     parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
-    parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: as before)")
-    parser.add_argument("--new-code", action="store_true", help="take the code that is here, not the run's own")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
+    parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: the previous value)")
+    parser.add_argument(
+        "--new-code", action="store_true", help="use the code that is installed here instead of the run's copy"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, without submitting it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -78,18 +82,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_code(run: RunDir, recipe: Recipe) -> None:
-    """UserError where a run that took no copy of its code along began with other code than there is now."""
+    """Raise UserError if a run without a copy of its code began with other code than the code here."""
     if run.run_info().get("code_sha256") != code_sha256(recipe):
         raise UserError(
             f"run {run.path.name}",
             expected="the code that it began with (portatrain, and the recipe's modules)",
             got="code that has been changed since",
-            do="Go back to it, or go on with what is here: --new-code.",
+            do="Restore that code, or continue with the code here: --new-code.",
         )
 
 
 def _here(job: jobs.Job) -> str:
-    """The job's recipe, as it lies on this machine."""
+    """Return the path of the job's recipe on this machine."""
     if not is_remote(job.recipe):
         return job.recipe
     from portatrain.runs.remote_run_dir import localized
@@ -103,7 +107,7 @@ def _check(run: RunDir) -> None:
             f"run {run.path.name}",
             expected="a run that is not over",
             got="one that is finished",
-            do="Begin another with launch --run NAME.",
+            do="Start another run with launch --run NAME.",
         )
     owner = run.owner()
     if owner is not None:
@@ -111,7 +115,7 @@ def _check(run: RunDir) -> None:
 
 
 def _check_idle(run: RunDir, there: list[jobs.Job]) -> None:
-    """UserError where a scheduler still has a job of the run: two of them would be one too many."""
+    """Raise UserError if a scheduler still has a job of the run, because a second one would conflict with it."""
     from launchers.base import JobState, launcher
 
     for job in there:
@@ -126,18 +130,18 @@ def _check_idle(run: RunDir, there: list[jobs.Job]) -> None:
                 said = JobState(state="unknown")
             if said.state != "running" or time.monotonic() > until_s:
                 break
-            time.sleep(0.2)  # it has given the run up, and is about to end
+            time.sleep(0.2)  # the job has released the claim and is about to end
         if said.state in ("pending", "held", "running"):
             raise UserError(
                 f"run {run.path.name}",
-                expected="no job of it in a scheduler",
+                expected="a run without a job in a scheduler",
                 got=f"job {job.number} ({job.engine} {job.id}), {said.state} {said.reason}".rstrip(),
                 do=f"Wait for it; `launch reconcile {run.path.name}` releases a held one, `launch cancel` ends all.",
             )
 
 
 def _of_foreground(run: RunDir) -> jobs.Job:
-    """The job of a run that was only ever trained in the foreground, as its last attempt recorded it."""
+    """Return a job for a run that has only been trained in the foreground, from the record of its last attempt."""
     for number in reversed(run.attempt_numbers()):
         path = run.path / "attempts" / str(number) / "attempt.json"
         source = rows.attempt_info(path).get("source")
@@ -147,8 +151,8 @@ def _of_foreground(run: RunDir) -> jobs.Job:
     raise UserError(
         f"run {run.path.name}",
         expected="a run that `launch` began",
-        got="one of `portatrain train`",
-        do=f"Go on with: portatrain train RECIPE --run-dir {run.where}.",
+        got="one that `portatrain train` began",
+        do=f"Continue with: portatrain train RECIPE --run-dir {run.where}.",
     )
 
 
@@ -160,7 +164,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
     restarts = last.max_restarts if args.max_restarts is None else args.max_restarts
     more: dict[str, Any] = {"max_restarts": restarts, "number": 0, "id": None, "submitted_unix_s": None}
     if args.cluster is None:
-        newest = {job.cluster: job for job in before}  # one job a cluster, the newest of each
+        newest = {job.cluster: job for job in before}  # the newest job of each cluster
         changes: dict[str, Any] = {k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None}
         if args.detach:
             changes["detached"] = True

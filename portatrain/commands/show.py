@@ -1,7 +1,7 @@
-"""Show every parameter of RECIPE: shape, axes, sharding, bytes a device, how it starts, what trains and what decays.
+"""Show every parameter of RECIPE: shape, axes, sharding, bytes per device, initialiser, trained or not, decay.
 
-The mesh is --mesh, or the planned one for --cluster, or one device. An axis that no mapping knows is named: it is whole
-on every device, as a misspelt one is. Nothing is trained, and no framework is needed.
+The mesh is that of --mesh, or the planned mesh of --cluster, or one device. A warning names each axis that no mapping
+has, such as a misspelt one, because it is not sharded. The command trains nothing and needs no framework.
 
 examples:
   portatrain show tiny-lm
@@ -29,9 +29,9 @@ BYTES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "bool": 1}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
-    parser.add_argument("--mesh", metavar="AXES", help="how many ways to split along each axis: fsdp=4,tensor=2")
-    parser.add_argument("--cluster", metavar="NAME", help="take the mesh that is planned for this cluster")
-    parser.add_argument("--json", action="store_true", help="print one object with everything")
+    parser.add_argument("--mesh", metavar="AXES", help="the size of each mesh axis, such as fsdp=4,tensor=2")
+    parser.add_argument("--cluster", metavar="NAME", help="use the planned mesh of this cluster")
+    parser.add_argument("--json", action="store_true", help="print one JSON object with all data")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
-    """Return what the command shows, as plain data. Sizes of a device are in bytes.
+    """Return the data that the command shows, as a JSON object. Sizes per device are in bytes.
 
     Raises:
         UserError: the recipe's rules name no parameter, or the mesh does not divide a size.

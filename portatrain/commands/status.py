@@ -1,6 +1,6 @@
-"""Show where RUN stands: state, step, loss, speed, every attempt with its cluster and verdict, jobs, time lost.
+"""Show the state of RUN: step, loss, speed, time lost, jobs, and every attempt with its cluster and verdict.
 
-From the run directory; with --ask also what the schedulers say of its jobs, which is a hint.
+The data comes from the run directory. With --ask, the schedulers' answers about the jobs are added, as a hint.
 
 examples:
   launch status tiny-lm
@@ -25,8 +25,8 @@ from portatrain.system.urls import is_remote
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(parser)
-    parser.add_argument("--ask", action="store_true", help="ask the schedulers about the jobs as well")
-    parser.add_argument("--json", action="store_true", help="print data instead of tables")
+    parser.add_argument("--ask", action="store_true", help="also ask the schedulers about the jobs")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -64,17 +64,17 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
     console.print(f"{now.run}: {now.state}, step {now.step}/{now.steps}{loss}{rate}", highlight=False, markup=False)
     if now.owner is not None:
         console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False, markup=False)
-    saved = f"step {now.committed}" if now.committed is not None else "nothing"
+    saved = f"step {now.committed}" if now.committed is not None else "none"
     console.print(
-        f"saved: {saved}; lost between attempts: {now.lost_s:.0f} s; steps trained again: {now.trained_again}",
+        f"newest checkpoint: {saved}; lost between attempts: {now.lost_s:.0f} s; repeated steps: {now.trained_again}",
         highlight=False,
     )
     if now.why:
-        console.print(f"the last attempt: {now.why}", highlight=False, markup=False)
+        console.print(f"last attempt: {now.why}", highlight=False, markup=False)
     if now.attempts and now.attempts[-1].ended == "failed":
         kept = errors(Path(now.where, "attempts", str(now.attempts[-1].number)))
         if kept and not is_remote(now.where):
-            console.print(f"the whole error: {kept[0]}", highlight=False, markup=False)
+            console.print(f"full error: {kept[0]}", highlight=False, markup=False)
     if now.attempts:
         table = Table("attempt", "where", "backend", "mesh", "began", "steps", "kept", "resumed", "ended")
         for one in now.attempts:
@@ -98,7 +98,7 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
         console.print(table)
     if now.state in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
         console.print(
-            f"`launch resume {now.run}` goes on from there, `launch logs {now.run}` shows why.",
+            f"`launch resume {now.run}` continues from there; `launch logs {now.run}` shows why.",
             style="dim",
             markup=False,
         )

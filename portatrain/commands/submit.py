@@ -1,9 +1,9 @@
-"""Train RECIPE on a cluster. `local` is this machine: it trains here, in the foreground.
+"""Train RECIPE on a cluster. The cluster `local` is this machine, in the foreground.
 
---cluster takes an ordered list of what is acceptable. Each is planned first; one that the recipe cannot run on is
-refused with the reason, and the rest are submitted: the first to start claims the run, and goes on where another one
-was preempted. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of your clusters.toml, which also says with
-which engine it is reached. The run directory is runs/NAME, and is the record of everything.
+--cluster takes a list of acceptable clusters, best first. The command plans each of them, and refuses those that the
+recipe cannot run on, with the reason. It submits a job to every other one. The first job to start claims the run; if it
+is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of
+your clusters.toml, which also names the launcher (`engine`). The run directory runs/NAME records everything.
 
 examples:
   launch --cluster local tiny-lm
@@ -29,14 +29,16 @@ from portatrain.system.urls import is_remote
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
     parser.add_argument(
-        "--cluster", metavar="NAME[,NAME...]", required=True, help="where to train; all that are acceptable, best first"
+        "--cluster", metavar="NAME[,NAME...]", required=True, help="the acceptable clusters, best first"
     )
-    parser.add_argument("--run", metavar="NAME", help="name of the run (default: the recipe's, numbered if taken)")
+    parser.add_argument(
+        "--run", metavar="NAME", help="the name of the run (default: the recipe's, with a number if taken)"
+    )
     parser.add_argument(
         "--runs",
         metavar="DIR",
         default="runs",
-        help="the folder that run directories are in, or a URL of an object store (default: runs)",
+        help="the folder or object-store URL for run directories (default: runs)",
     )
     options.add_backend(parser)
     parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
@@ -47,10 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=int,
         default=3,
-        help="failures in a row, without a new checkpoint, after which a job gives up (default: 3)",
+        help="a job gives up after N restarts in a row without a new checkpoint (default: 3)",
     )
     options.add_track(parser, " (default: `track` of the cluster in clusters.toml)")
-    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, without submitting it")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -124,14 +126,14 @@ def _check_not_submitted(run_dir: str) -> None:
         name = Path(run_dir).name
         raise UserError(
             f"run {name}",
-            expected="a name for a new run, or `launch resume` for one that there is",
+            expected="a name for a new run, or `launch resume` for an existing one",
             got=f"a run that has {len(there)} job{'s' if len(there) > 1 else ''}",
-            do=f"See `launch status {name}`; `launch resume {name}` goes on with it.",
+            do=f"See `launch status {name}`; `launch resume {name}` continues it.",
         )
 
 
 def _run_name(given: str | None, runs: str, recipe_name: str) -> str:
-    """The name that was given, if it can be a folder's; else the recipe's, or the first free of name-2, name-3 ..."""
+    """Return `given` if it is a valid folder name; by default the recipe's name, with the first unused number."""
     if given is not None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", given):
             raise UserError(

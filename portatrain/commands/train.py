@@ -1,7 +1,7 @@
-"""Train RECIPE in this process, going on from the newest checkpoint in DIR: what a job runs.
+"""Train RECIPE in this process, from the newest checkpoint in DIR if there is one. Jobs run this command.
 
-Everything of the run goes into the run directory DIR: run.json, attempts/K/metrics.jsonl, the results.
-The loss curve depends on the recipe alone, not on backend, mesh or devices.
+The run directory DIR gets all records of the run: run.json, attempts/K/metrics.jsonl, the results.
+The loss curve depends only on the recipe, not on backend, mesh or devices.
 
 examples:
   portatrain train tiny-lm --run-dir runs/first
@@ -28,32 +28,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--run-dir",
         metavar="DIR",
         required=True,
-        help="the run directory, made where missing; or a URL of an object store (s3://bucket/runs/NAME, gs://, az://)",
+        help="the run directory, created if missing; or an object-store URL (s3://bucket/runs/NAME, gs://, az://)",
     )
     options.add_backend(parser)
-    parser.add_argument("--mesh", metavar="AXES", help="how many ways to split along each axis: fsdp=4,tensor=2")
+    parser.add_argument("--mesh", metavar="AXES", help="the size of each mesh axis, such as fsdp=4,tensor=2")
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument(
         "--processes",
         metavar="N",
         type=int,
-        help="as N processes of this machine, which share the devices, as on a pod (jax; torch has one a device)",
+        help="use N processes on this machine, which share the devices as on a pod (jax; torch uses one per device)",
     )
-    parser.add_argument("--stop-at", metavar="STEP", type=int, help="save after this step and leave with exit code 85")
+    parser.add_argument("--stop-at", metavar="STEP", type=int, help="save after this step and end with exit code 85")
     parser.add_argument(
-        "--accept-drift", metavar="REASON", help="go on although the continuity check fails; recorded with REASON"
+        "--accept-drift", metavar="REASON", help="continue although the continuity check fails; REASON is recorded"
     )
     parser.add_argument(
         "--checkpoints",
         metavar="URL",
-        help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts know it",
+        help="keep checkpoints in an object store (s3://bucket/prefix, gs://, az://); later attempts use it too",
     )
     parser.add_argument(
         "--kernel",
         metavar="OP=NAME",
         action="append",
         default=[],
-        help="the implementation of an operation, as in attention=written-out; else the first that covers the case",
+        help="the implementation of an operation, such as attention=written-out (default: the first that supports it)",
     )
     options.add_track(parser)
 
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Check everything that can be checked without touching the disk, then train; the exit code.
+    """Check everything that can be checked without touching the disk, then train; return the exit code.
 
     ``args`` has the attributes of the options above.
     """
@@ -89,7 +89,7 @@ def train(args: argparse.Namespace) -> int:
 
         if not url.startswith(SCHEMES):
             raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
-        location_of(url)  # what the URL or the environment lacks, before anything starts
+        location_of(url)  # reports problems of the URL or the environment before anything starts
     _check_mesh(args.mesh, args.devices)
     kernels = parse_kernels(getattr(args, "kernel", None) or ())
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
@@ -98,7 +98,7 @@ def train(args: argparse.Namespace) -> int:
         from portatrain.runs.open import open_run
         from portatrain.system.processes import run_processes
 
-        # What does not go together, before any of them starts.
+        # Reports options that conflict before any process starts.
         make_program(recipe, mesh=args.mesh or f"fsdp={args.devices or n}")
         open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
@@ -110,16 +110,19 @@ def train(args: argparse.Namespace) -> int:
     from portatrain.training.metrics.trackers import tracker
 
     track = options.check_track("--track", args.track)
-    trackers = [tracker(name) for name in track]  # what is missing is said before anything is written
+    trackers = [tracker(name) for name in track]  # reports a missing package before anything is written
     run_dir = open_run(args.run_dir, work=True)
-    if rank() == 0:  # the one that writes there
+    if rank() == 0:  # only process 0 writes there
         run_dir.check(recipe)
     sinks: list[Sink] = [ConsoleSink(), *trackers]
 
     from portatrain.system.cloud_notices import Notices
     from portatrain.system.stop_signals import StopSignals
 
-    with StopSignals() as signals, Notices(signals.ask):  # before the framework is imported, which takes seconds
+    with (
+        StopSignals() as signals,
+        Notices(signals.ask),
+    ):  # entered before the framework is imported, which takes seconds
         from portatrain.training.trainer import train as train_recipe
 
         return train_recipe(
@@ -139,7 +142,7 @@ def train(args: argparse.Namespace) -> int:
 
 
 def _source(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What `launch resume` needs to go on with this run; None where a job, or `launch`, has recorded that."""
+    """Return the data that `launch resume` needs for this run; None if a job or `launch` has recorded it."""
     if environment.CLUSTER.get():
         return None
     file = Path(args.recipe)
@@ -149,7 +152,7 @@ def _source(args: argparse.Namespace) -> dict[str, Any] | None:
 
 
 def _processes_there(backend: str, mesh: str | None) -> int | None:
-    """Under torchrun, without --mesh or --devices: a device for every process that was started."""
+    """Return torchrun's number of processes, one device each; None with --mesh or --devices, or without torchrun."""
     from portatrain.backends.base import process_per_device
     from portatrain.system.processes import world_size
 
@@ -157,7 +160,7 @@ def _processes_there(backend: str, mesh: str | None) -> int | None:
 
 
 def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
-    """How many processes to start for this command; None where this process is one of them, or all that it takes."""
+    """Return the number of processes to start; None if this process is one of them or suffices alone."""
     from portatrain.backends.base import devices_a_process, process_per_device
     from portatrain.model.layout import Mesh
     from portatrain.system.processes import world_size
@@ -169,7 +172,7 @@ def _processes_wanted(backend: str, args: argparse.Namespace) -> int | None:
     if args.processes not in (None, n):
         raise UserError(
             f"--processes {args.processes} on the {backend} backend",
-            expected=f"{devices}, one a device",
+            expected=f"{devices}, one per device",
             got=str(args.processes),
             do="Leave --processes out.",
         )

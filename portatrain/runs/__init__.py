@@ -1,1 +1,1 @@
-"""A run's record: its folder or URL, the claim on it, attempts, events, jobs, history."""
+"""The record of a run, in a folder or below a URL: claim, attempts, events, jobs and history."""

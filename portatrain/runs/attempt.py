@@ -1,4 +1,4 @@
-"""One attempt at a run: what it writes of itself into the run directory, fenced by its claim."""
+"""The record that one attempt writes into the run directory; every write checks the claim first."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from portatrain.system import json_files
 
 
 class Record(Protocol):
-    """The part of a run directory that an attempt writes through."""
+    """The methods of a run directory that an attempt calls to write."""
 
     def send(self) -> None:
         """Upload this attempt's files; return when they are stored."""
 
     def put(self, name: str, data: object) -> bool:
-        """Write `data` as the JSON file `name` of the run, whole."""
+        """Write `data` atomically as the JSON file `name` of the run."""
 
 
 class Attempt:
-    """The attempt of this process at a run. Every write checks first that the claim is still ours."""
+    """An attempt of this process. Every write checks first that the process still holds the claim."""
 
     def __init__(self, run: Record, number: int, folder: Path, claim: ClaimHandle) -> None:
         self.run, self.number, self.folder, self._claim = run, number, folder, claim
@@ -35,7 +35,7 @@ class Attempt:
 
     @property
     def token(self) -> str:
-        """Of the claim; the environment variable `claim.TOKEN` hands it to a process that goes on with it."""
+        """The token of the claim; a supervisor passes it to its child process in the variable `environment.CLAIM`."""
         return self._claim.owner.token
 
     def metrics(self, row: Mapping[str, object]) -> None:
@@ -50,9 +50,9 @@ class Attempt:
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """While entered the run is ours; UserError where it is not.
+        """Hold the run for writes that are final, such as a commit. Raises UserError if the claim has been lost.
 
-        The metrics and events so far are synced, or uploaded, first, so that no commit is newer than its rows.
+        Syncs or uploads pending metrics and events first, so that no checkpoint is newer than its metrics.
         """
         for file in (self._metrics, self._events):
             file.sync()
@@ -61,26 +61,26 @@ class Attempt:
             yield
 
     def write(self, name: str, data: object) -> None:
-        """Write a JSON file of the run directory, such as summary.json, whole."""
+        """Write a JSON file of the run directory, such as summary.json, atomically."""
         with self.guard():
             self.run.put(name, data)
 
     def note(self, name: str, data: object) -> None:
-        """Write a JSON file of this attempt's folder, such as plan.json, whole."""
+        """Write a JSON file of this attempt's folder, such as plan.json, atomically."""
         self._claim.fence()
         json_files.write_json(self.folder / name, data)
 
     def keep_error(self, error: BaseException) -> str:
-        """Write the traceback of what ended the attempt into error.txt; return the reason in one line."""
+        """Write the traceback of the error that ended the attempt to error.txt; return the reason in one line."""
         return keep_error(self.folder / "error.txt", error)
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """Write summary.json, then DONE: the run is over, and was a success."""
+        """Write summary.json, then DONE, which marks the run as finished successfully."""
         self.write("summary.json", dict(summary))
         self.write("DONE", {"attempt": self.number, "unix_s": time.time()})
 
     def close(self) -> None:
-        """End the attempt; the run directory is free for the next one, whatever fails before."""
+        """Close the files and release the claim; the claim is released even if closing fails."""
         with ExitStack() as stack:
             stack.callback(self._claim.release)
             stack.callback(self.run.send)
@@ -94,12 +94,12 @@ class Attempt:
         try:
             self.close()
         except (OSError, UserError):
-            if error is None:  # else that one is told, and this is most likely its consequence
+            if error is None:  # otherwise `error` is reported; this one is probably its consequence
                 raise
 
 
 def keep_error(path: Path, error: BaseException) -> str:
-    """Write the traceback of `error` to `path`, if that is possible; return the reason in one line."""
+    """Write the traceback of `error` to `path` if possible; return the reason in one line."""
     said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError, ValueError):
         text = said if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
@@ -108,34 +108,36 @@ def keep_error(path: Path, error: BaseException) -> str:
 
 
 class NullAttempt:
-    """An attempt that another process of the run has begun: the same number, and of its record nothing is written but
-    the error of this process."""
+    """The attempt as seen by a process other than process 0, which writes the record.
+
+    It has the same number, and writes nothing but the error of its own process.
+    """
 
     def __init__(self, number: int, folder: Path, process: int) -> None:
         self.number, self.folder, self.process = number, folder, process
 
     def keep_error(self, error: BaseException) -> str:
-        """Write the traceback of what ended this process into error-rank-R.txt; return the reason in one line."""
+        """Write the traceback of this process's error to error-rank-R.txt; return the reason in one line."""
         return keep_error(self.folder / f"error-rank-{self.process}.txt", error)
 
     def event(self, kind: str, **fields: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def guard(self) -> AbstractContextManager[None]:
-        """Nothing: the process that began the attempt guards it."""
+        """Do nothing: process 0 holds the claim."""
         return nullcontext()
 
     def write(self, name: str, data: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def note(self, name: str, data: object) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finish(self, summary: Mapping[str, object]) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def __enter__(self) -> NullAttempt:
         return self

@@ -1,10 +1,10 @@
-"""Exclusive use of a run directory: one attempt at a time writes to it, and one that lost its claim writes nothing.
+"""The claim: the lock on a run directory. One attempt at a time writes to it; one that lost its claim writes nothing.
 
-`claim` is a file that names its owner. It is made under a lock, because a lock alone ends with its process and tells a
-reader nothing. Its modification time is a sign of life, renewed every BEAT_S: an owner of this boot and this namespace
-of processes is looked up by number, any other is taken for gone when the file has been silent for LEASE_S. What must
-never come from a loser (a checkpoint's commit, DONE) happens inside `Claim.guard()`, under the same lock as a change of
-owner.
+The file `claim` names its owner. It is created under a file lock; the lock alone would not do, because it ends with its
+process and does not name it. The owner renews the file's modification time every BEAT_S as a heartbeat. An owner in the
+same boot and the same PID namespace as the reader is looked up by PID; any other owner counts as dead when its last
+heartbeat is older than LEASE_S. Writes that an attempt without the claim must never make (a checkpoint's commit, DONE)
+happen inside `Claim.guard()`, under the same file lock as a change of owner.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ LOCK_WITHIN_S = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Owner:
-    """Who holds a claim. The start time tells a process from a later one with the same number."""
+    """The process that holds a claim. Its start time distinguishes it from a later process with the same PID."""
 
     host: str
     pid: int
@@ -42,7 +42,7 @@ class Owner:
     claimed_unix_s: float
     token: str
     namespace: str = ""
-    """Of its process numbers (containers have their own); '' on a system without them."""
+    """The PID namespace (each container has its own); '' on a system without them."""
 
     @staticmethod
     def this_process() -> Owner:
@@ -58,10 +58,10 @@ class Owner:
 
     @property
     def is_here(self) -> bool:
-        """Whether its process can be looked up here: it is, or was, one of this boot and this namespace of processes.
+        """True if the process can be looked up here: it has the boot and the PID namespace of this process.
 
-        Names of hosts do not tell: machines of a pool, and containers, may have one name. They count only on a system
-        that tells no boot.
+        Host names cannot decide this, because machines of a pool, or containers, may share one name. They count only
+        on a system without a boot id.
         """
         boot = boot_id()
         if not boot:
@@ -70,17 +70,17 @@ class Owner:
 
     @property
     def is_gone(self) -> bool:
-        """Whether its process is known to have ended. Of another host nothing is known."""
+        """True if the process is known to have ended; False for a process on another host."""
         return self.is_here and process_start(self.pid) != self.process_start
 
     @property
     def is_ours(self) -> bool:
-        """Whether it is the claim that this process's supervisor holds for it."""
+        """True if the supervisor of this process holds the claim for it."""
         return environment.CLAIM.get() == self.token
 
 
 def boot_id() -> str:
-    """What tells this boot of this machine from every other; '' on a system that does not tell."""
+    """Return the id of this boot of this machine; '' on a system without one."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
@@ -88,7 +88,7 @@ def boot_id() -> str:
 
 
 def pid_namespace() -> str:
-    """What tells this namespace of process numbers from others of this boot; '' on a system without them."""
+    """Return the id of this process's PID namespace; '' on a system without them."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -96,18 +96,18 @@ def pid_namespace() -> str:
 
 
 def process_start(pid: int) -> str | None:
-    """When process ``pid`` of this host began, as an opaque text; None if there is no such process."""
+    """Return the start time of process ``pid`` of this host, as opaque text; None if the process does not exist."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-        # The second field is the program's name, in brackets, and may hold anything.
+        # The second field is the program's name in brackets, and may contain any character.
         fields = stat.rpartition(")")[2].split()
-        if fields[0] == "Z":  # ended, only not yet reaped by its parent
+        if fields[0] == "Z":  # a zombie: ended, but not yet reaped by its parent
             return None
         return f"{boot_id()}/{fields[19]}"
     except (FileNotFoundError, ProcessLookupError):
         if Path("/proc/self/stat").exists():
             return None
-    try:  # no /proc (macOS): the number alone
+    try:  # no /proc (macOS): only the PID can be checked
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
@@ -117,45 +117,47 @@ def process_start(pid: int) -> str | None:
 
 
 class ClaimHandle(Protocol):
-    """A claim that this process holds, or the supervisor that started it (`adopted`)."""
+    """A claim held by this process, or by the supervisor that started it (then `adopted` is true)."""
 
     owner: Owner
     taken_over: Owner | None
-    """The owner that was gone, and whose claim it was."""
+    """The previous owner, if its claim was taken over because it had died."""
     adopted: bool
 
     @property
     def held(self) -> bool:
-        """Whether it is still this process's."""
+        """True if this process still holds the claim."""
         ...
 
     def fence(self) -> None:
-        """Raise UserError unless the claim is still held; to be called before anything is written."""
+        """Raise UserError if the claim has been lost. Call it before every write."""
         ...
 
     def guard(self) -> AbstractContextManager[None]:
-        """To be entered for writes that are final; UserError where the claim has been lost."""
+        """Hold the claim for writes that are final. Raises UserError if the claim has been lost."""
         ...
 
     def release(self) -> None:
-        """Give it up; one that was adopted stays its supervisor's."""
+        """Release the claim, unless it is adopted: then the supervisor keeps it."""
         ...
 
 
 class Claim:
-    """The file ``claim`` of a run directory, held by this process, or by the supervisor that started it."""
+    """The file ``claim`` of a run directory, held by this process or by the supervisor that started it."""
 
     def __init__(self, path: Path, owner: Owner, *, taken_over: Owner | None, adopted: bool = False) -> None:
         self.path, self.owner, self.taken_over, self.adopted = path, owner, taken_over, adopted
         self._stop = threading.Event()
         if not adopted:
-            # Of this very file: after another owner has replaced it, nothing of theirs is touched.
+            # The handle stays with this very file, so a claim that replaces it is never touched.
             handle = os.open(path, os.O_RDONLY)
             threading.Thread(target=self._beat, args=(handle,), name="portatrain-claim", daemon=True).start()
 
     def _beat(self, handle: int | None) -> None:
-        """Renew the sign of life until the claim is given up or lost. What fails is tried again, as a file system may
-        be away for a while, and come back with another handle."""
+        """Renew the heartbeat until the claim is released or lost.
+
+        A failed renewal is retried with a new handle, because a file system may be unavailable for a while.
+        """
         while not self._stop.wait(BEAT_S):
             try:
                 if handle is None:
@@ -172,7 +174,11 @@ class Claim:
             os.close(handle)
 
     def _reopened(self) -> int | None:
-        """A new handle of the claim; None where it is not ours any more. OSError where the file system is away."""
+        """Return a new handle of the claim file; None if the claim has been lost.
+
+        Raises:
+            OSError: the file system is unavailable.
+        """
         try:
             handle = os.open(self.path, os.O_RDONLY)
         except FileNotFoundError:
@@ -190,7 +196,7 @@ class Claim:
 
     @staticmethod
     def acquire(path: Path) -> Claim:
-        """Take the claim; ``taken_over`` names the owner that is gone and whose claim it was.
+        """Take the claim; ``taken_over`` is the previous owner if it had died.
 
         Raises:
             UserError: another process holds it.
@@ -211,7 +217,7 @@ class Claim:
                     file.flush()
                     os.fsync(file.fileno())
                 os.chmod(temporary, 0o644)
-                os.link(temporary, path)  # fails where the name exists; a reader never sees half a claim
+                os.link(temporary, path)  # fails if the name exists; a reader never sees a partial claim
             except FileExistsError:
                 other = holder(path)
                 raise in_use(path.parent, other) from None
@@ -221,28 +227,28 @@ class Claim:
 
     @property
     def held(self) -> bool:
-        """Whether it is still this process's."""
+        """True if this process still holds the claim."""
         owner = holder(self.path)
         return owner is not None and owner.token == self.owner.token
 
     def fence(self) -> None:
-        """Raise UserError unless the claim is still held; to be called before anything is written."""
+        """Raise UserError if the claim has been lost. Call it before every write."""
         if not self.held:
             raise in_use(self.path.parent, holder(self.path))
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """While entered the claim is held and nobody can take it over; for writes that are short and final.
+        """Hold the claim so that no other process can take it over. Use it for writes that are short and final.
 
         Raises:
-            UserError: it has been lost.
+            UserError: the claim has been lost.
         """
         with _locked(self.path.parent):
             self.fence()
             yield
 
     def release(self) -> None:
-        """Give it up; one that was adopted stays its supervisor's."""
+        """Release the claim, unless it is adopted: then the supervisor keeps it."""
         if self.adopted:
             return
         self._stop.set()
@@ -252,7 +258,7 @@ class Claim:
 
 
 def holder(path: Path) -> Owner | None:
-    """Who holds the claim at ``path``; None where nobody does."""
+    """Return the owner of the claim at ``path``; None if there is no claim."""
     try:
         return owner_of(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -267,7 +273,7 @@ def holder(path: Path) -> Owner | None:
 
 
 def owner_of(row: Any) -> Owner:
-    """The owner that a claim names. Raises ValueError, TypeError or KeyError for what is no claim."""
+    """Return the owner that a claim names. Raises ValueError, TypeError or KeyError if `row` is not a claim."""
     given = {f.name: row[f.name] for f in fields(Owner) if f.name in row}
     owner = Owner(**given)
     texts = (owner.host, owner.process_start, owner.token)
@@ -279,44 +285,44 @@ def owner_of(row: Any) -> Owner:
 
 
 def silent_s(path: Path) -> float:
-    """Seconds since the last sign of life of the owner, by the clock of the file system that both write to."""
+    """Return the seconds since the owner's last heartbeat, by the clock of the shared file system."""
     try:
         then_s = path.stat().st_mtime
-    except OSError:  # released meanwhile
+    except OSError:  # the claim was released in the meantime
         return 0.0
     try:
         with tempfile.TemporaryFile(dir=path.parent) as probe:
             return os.fstat(probe.fileno()).st_mtime - then_s
-    except OSError:  # a reader that may not write
+    except OSError:  # this process may read the folder but not write to it
         return time.time() - then_s
 
 
 def is_over(path: Path, owner: Owner) -> bool:
-    """Whether the claim at ``path`` may be taken over from ``owner``."""
+    """Return True if the claim at ``path`` may be taken over from ``owner``."""
     return owner.is_gone or (not owner.is_here and silent_s(path) > LEASE_S)
 
 
 def live_owner(path: Path) -> Owner | None:
-    """Who holds the claim and is, as far as can be known, alive."""
+    """Return the owner of the claim if it appears to be alive; otherwise None."""
     owner = holder(path)
     return None if owner is None or is_over(path, owner) else owner
 
 
 def in_use(run_dir: Path | str, owner: Owner | None) -> UserError:
-    """The error for a run directory that somebody else is using."""
+    """Return the error for a run directory that another process is using."""
     who = f"process {owner.pid} on {owner.host}" if owner else "nobody (the claim is gone)"
     return UserError(
         f"run directory {run_dir}",
-        expected="to be the only one that writes to it",
+        expected="no other process that writes to it",
         got=f"a claim of {who}",
-        do=f"Wait for it or end it (launch cancel). A claim of another host that has given no sign of life for "
-        f"{LEASE_S:.0f} s is taken over by itself.",
+        do=f"Wait for it or end it (launch cancel). The claim of a process on another host is taken over after "
+        f"{LEASE_S:.0f} s without a heartbeat.",
     )
 
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    # A file that can be written, and is never removed: network file systems lock nothing else across hosts.
+    # Network file systems lock across hosts only a writable file that is never removed.
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         deadline_s = time.monotonic() + LOCK_WITHIN_S
@@ -329,7 +335,7 @@ def _locked(folder: Path) -> Iterator[None]:
                     raise UserError(
                         f"run directory {folder}",
                         expected=f"its lock within {LOCK_WITHIN_S:.0f} s",
-                        got="a process that keeps it",
+                        got="another process that keeps it locked",
                         do=f"Look for a stopped process of this run: fuser {folder / '.lock'}.",
                     ) from None
                 time.sleep(0.01)

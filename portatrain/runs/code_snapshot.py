@@ -1,8 +1,9 @@
-"""A run's own copy of the code that it runs: `code/HASH/` in its run directory, on every attempt's PYTHONPATH.
+"""The run's own copy of the code: `code/HASH/` in its run directory, on the PYTHONPATH of every attempt.
 
-It holds portatrain, the launchers, the checkpoint format, the shipped recipes, and under `recipe/` the recipe's file
-with the modules beside it that it imported. `environment.json` names the Python and every installed package; what
-differs where an attempt lands is recorded with the attempt. Frameworks are not copied: they belong to the machine.
+The copy has portatrain, the launchers, the checkpoint format, the shipped recipes, and below `recipe/` the recipe's
+file with the modules beside it that it imported. `environment.json` has the version of Python and of every installed
+package; an attempt on a machine with other versions records the differences. Frameworks are not copied: each machine
+has its own.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from portatrain.system import json_files
 PACKAGES = ("portatrain", "launchers", "checkpoints_format", "recipes")
 SUFFIXES = (".py", ".json", ".toml", ".yaml", ".html", ".typed", ".md")
 WATCHED = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "libtpu", "deepspeed", "torch_xla")
-"""Packages whose version may change numbers, so that a difference is worth an event."""
+"""Packages that can change the numbers of a run; an attempt records a difference of their versions as an event."""
 
 
 def where(run_dir: Path, recipe: str) -> tuple[Path, str, dict[str, Path]]:
-    """(folder that `pack` makes, RECIPE as the copy has it, target -> file of everything in it). Writes nothing.
+    """Return (folder that `pack` makes, RECIPE in the copy, target path -> source file). Writes nothing.
 
-    To be called after the recipe has been loaded: what it imported from beside itself goes along.
+    Call it after the recipe has been loaded, because the modules that it imported from its folder are copied too.
     """
     sources = _packages()
     name = ""
@@ -47,7 +48,7 @@ def where(run_dir: Path, recipe: str) -> tuple[Path, str, dict[str, Path]]:
 
 
 def pack(run_dir: Path, recipe: str) -> tuple[Path, str]:
-    """Copy the code into the run; (its folder, RECIPE as the copy has it). The same code makes the same folder."""
+    """Copy the code into the run; return (its folder, RECIPE in the copy). The same code gives the same folder."""
     folder, name, sources = where(run_dir, recipe)
     if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ def pack(run_dir: Path, recipe: str) -> tuple[Path, str]:
         partial.chmod(0o755)
         try:
             partial.rename(folder)
-        except OSError:  # somebody else has just made it
+        except OSError:  # another process has just made it
             shutil.rmtree(partial)
             if not folder.exists():
                 raise
@@ -67,7 +68,7 @@ def pack(run_dir: Path, recipe: str) -> tuple[Path, str]:
 
 
 def environment() -> dict[str, object]:
-    """Python, platform and the version of every installed package."""
+    """Return the versions of Python and of every installed package, and the platform."""
     packages: dict[str, str] = {}
     for found in importlib.metadata.distributions():
         name = (found.metadata["Name"] or "").lower().replace("-", "_")
@@ -82,7 +83,7 @@ def environment() -> dict[str, object]:
 
 
 def differences(code: str | None) -> dict[str, list[str | None]]:
-    """What of Python and WATCHED is another version here than where the code was packed: name -> [there, here]."""
+    """Return name -> [version when the code was packed, version here] if they differ, for Python and WATCHED."""
     path = Path(code) / "environment.json" if code else None
     if path is None or not path.exists():
         return {}
@@ -110,7 +111,7 @@ def _packages() -> dict[str, Path]:
 
 
 def _beside(recipe: Path) -> list[Path]:
-    """The recipe's file and every module below its folder that is loaded now."""
+    """Return the recipe's file and every loaded module below its folder."""
     found, roots = {recipe}, _roots()
     for module in list(sys.modules.values()):
         file = getattr(module, "__file__", None)
@@ -132,6 +133,6 @@ def _beside(recipe: Path) -> list[Path]:
 
 
 def _roots() -> list[Path]:
-    """Folders of the packages that are copied anyway."""
+    """Return the folders of the packages that are always copied."""
     specs = [importlib.util.find_spec(package) for package in PACKAGES]
     return [Path(p).resolve() for spec in specs if spec for p in spec.submodule_search_locations or []]

@@ -1,6 +1,6 @@
-"""The events of an attempt: the lines of events.jsonl, their kinds, and what they say of its end.
+"""The events of an attempt: the lines of events.jsonl, their kinds, and how an attempt ended according to them.
 
-A hook or a recipe may record kinds of its own; those that portatrain itself writes and reads stand in `Kind`.
+`Kind` lists the kinds that portatrain itself writes and reads; a hook or a recipe may record others.
 """
 
 from __future__ import annotations
@@ -13,58 +13,60 @@ Event = Mapping[str, Any]
 
 
 class Kind(StrEnum):
-    """The kinds of events. The file holds the text, so a reader of JSON needs none of this."""
+    """The kinds of events. The file has the text, so a reader of JSON does not need this class."""
 
     LANDED = "landed"
-    """The supervisor has begun the attempt: job, engine, cluster, host, what the scheduler's environment says."""
+    """The supervisor has begun the attempt; with job, engine, cluster, host and the scheduler's variables."""
     START = "start"
-    """The loop of the attempt begins: the fields of `RunInfo`."""
+    """The training loop begins; with the fields of `RunInfo`."""
     CLAIM_TAKEN_OVER = "claim_taken_over"
-    """The owner before had died: its host, pid and when it took the claim."""
+    """The previous owner of the claim had died; with its host, its PID and the time of its claim."""
     CODE_DIFFERS = "code_differs"
-    """The code is not the one that the run began with."""
+    """The code differs from the code at the start of the run."""
     ENVIRONMENT_DIFFERS = "environment_differs"
-    """Installed packages are not those that the run began with."""
+    """Versions of installed packages differ from those at the start of the run."""
     KERNELS = "kernels"
-    """The implementation of each operation that runs, and why not the others (`backends/kernels.py`)."""
+    """The chosen implementation of each operation, and the reasons against the others (`backends/kernels.py`)."""
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
-    """A checkpoint was passed over."""
+    """A damaged checkpoint was skipped."""
     WARNING = "warning"
-    """Something that a user probably did not mean, such as an axis that no mapping names."""
+    """A probable mistake of the user, such as an axis that no mapping names."""
     RESUMED = "resumed"
-    """The verdict of the continuity check, with its numbers."""
+    """The run was resumed; with the verdict of the continuity check and its numbers."""
     SAVES_EXCEED_MEMORY = "saves_exceed_memory"
-    """Training waits for a save to be written, as its copies do not fit into memory."""
+    """Training waits until a save has been written, because its host copies do not fit into memory."""
     SAVING = "saving"
-    """A save of `step` has begun."""
+    """A save of the state after `step` has begun."""
     SAVE_SKIPPED = "save_skipped"
-    """The save before is still being written."""
+    """A save was skipped because the previous one is still being written."""
     SKIPPED = "skipped"
-    """The update of a step was left out, as its loss or gradient was not finite."""
+    """The update of a step was skipped because its loss or gradient was not finite."""
     EVAL = "eval"
-    """An evaluation: the fields of `EvalRecord`."""
+    """An evaluation; with the fields of `EvalRecord`."""
     EVALUATING = "evaluating_the_whole_validation_split"
-    """The last evaluation begins."""
+    """The final evaluation begins."""
     SCORING = "scoring_a_byte_3-gram_model_on_the_same_split"
     """`TrigramBaseline` begins."""
     SINK_FAILED = "sink_failed"
-    """A sink raised an error and gets no more metrics: which, and why."""
+    """A sink raised an error and gets no more metrics; with its name and the error."""
+    HOOK_FAILED = "hook_failed"
+    """A hook raised an error after the last step; with its name, the method and the error. The run is done anyway."""
     STOPPING = "stopping"
-    """The attempt was asked to end: how, in which phase of which step."""
+    """The attempt received a stop request; with its kind, the phase and the step."""
     STOPPED = "stopped"
-    """It has saved at --stop-at."""
+    """The attempt has saved at --stop-at."""
     INTERRUPTED = "interrupted"
-    """It has saved after Ctrl-C."""
+    """The attempt has saved after Ctrl-C."""
     PREEMPTED = "preempted"
-    """It has saved after a signal or a notice."""
+    """The attempt has saved after a signal or a cloud notice."""
     HANG = "hang"
-    """A process did not move on, and ended the attempt."""
+    """A process made no progress, and its watchdog ended the attempt."""
     END = "end"
-    """The last word of the loop: its status and results, and `why` where it failed."""
+    """The training loop has ended; with its status and results, and `why` if it failed."""
     LEFT = "left"
-    """The last word of the supervisor: the outcome as it saw it, exit code and why."""
+    """The supervisor has seen the attempt end; with the outcome, the exit code and the reason."""
     GAVE_UP = "gave_up"
-    """The supervisor makes no more attempts: why."""
+    """The supervisor makes no more attempts; with the reason."""
 
 
 def of_kind(events: Sequence[Event], kind: Kind) -> list[Event]:
@@ -78,14 +80,14 @@ def last(events: Sequence[Event], kind: Kind) -> Event | None:
 
 
 def has(events: Sequence[Event], *kinds: Kind) -> bool:
-    """Return whether there is an event of one of these kinds."""
+    """Return True if there is an event of one of these kinds."""
     return any(event.get("event") in kinds for event in events)
 
 
 def how_it_ended(events: Sequence[Event]) -> str:
     """Return how an attempt ended: 'done', 'preempted', 'stopped', 'interrupted', 'cancelled', 'failed' or 'hung'.
 
-    The supervisor's word counts, else the attempt's own; '' if neither was written.
+    The supervisor's event takes precedence over the attempt's own; '' if there is neither.
     """
     for kind, key in ((Kind.LEFT, "outcome"), (Kind.END, "status")):
         found = last(events, kind)
@@ -95,7 +97,7 @@ def how_it_ended(events: Sequence[Event]) -> str:
 
 
 def why_it_ended(events: Sequence[Event]) -> str:
-    """Return the last reason that an attempt, or its supervisor, gave; '' if there is none."""
+    """Return the last reason that the attempt or its supervisor recorded; '' if there is none."""
     for event in reversed(events):
         if event.get("event") in (Kind.END, Kind.LEFT, Kind.GAVE_UP) and event.get("why"):
             return str(event["why"])

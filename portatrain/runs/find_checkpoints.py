@@ -1,4 +1,4 @@
-"""Finding a checkpoint by the path that a person gives, and saying what is wrong with it."""
+"""Find a checkpoint by the path that a user gives, and explain a path that has none."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portatrain.system.urls import SCHEMES
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCheckpoint:
-    """A checkpoint, the folder or URL that it is in, and its step, where that tells."""
+    """A checkpoint: its folder or URL, and its step if the name gives it."""
 
     path: Path | str
     step: int | None
@@ -32,9 +32,10 @@ class FoundCheckpoint:
 
 
 def places(given: Path | str) -> list[FoundCheckpoint]:
-    """The checkpoints below a path or URL, by step: of a run directory, of its folder, or the one that it is.
+    """Return the checkpoints at a path or URL, sorted by step.
 
-    Whether one is whole only its COMMIT says. Raises UserError for a path that is none of these.
+    The path is a run directory, its folder of checkpoints, or one checkpoint. Only the file COMMIT tells if a
+    checkpoint is complete. Raises UserError for any other path.
     """
     what = f"checkpoint {given}"
     if str(given).startswith(SCHEMES):
@@ -45,7 +46,7 @@ def places(given: Path | str) -> list[FoundCheckpoint]:
     if not path.exists():
         raise UserError(what, expected="a run directory or a checkpoint", got="no such folder", do="Check the path.")
     if not path.is_dir():
-        raise UserError(what, expected="a run directory or a checkpoint", got="a file", do="Give the folder it is in.")
+        raise UserError(what, expected="a run directory or a checkpoint", got="a file", do="Give its folder.")
     try:
         names = {p.name for p in path.iterdir()}
         if "COMMIT" in names or any(n.startswith("root-") for n in names):
@@ -95,7 +96,7 @@ def _remote(url: str) -> list[FoundCheckpoint]:
 
 @contextlib.contextmanager
 def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
-    """The checkpoint of `step`, by default the newest that is committed. Every error is a UserError."""
+    """Open the checkpoint of `step`, by default the newest committed one. Every error is a UserError."""
     found = places(path)
     if step is not None:
         chosen = [p for p in found if p.step == step]

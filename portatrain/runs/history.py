@@ -4,11 +4,11 @@ QUEUED      no attempt has begun
 STARTING    an attempt holds the claim and has not trained yet
 RUNNING     an attempt holds the claim and trains
 PREEMPTING  an attempt holds the claim, has been asked to stop and is saving
-REQUEUED    saved and left; the next attempt goes on from there
-SUCCEEDED   DONE is there
+REQUEUED    the last attempt saved and ended; the next attempt resumes from there
+SUCCEEDED   the run has the mark DONE
 FAILED      ended by a user's mistake, or too many failures without progress
-CANCELLED   somebody asked that it end
-LOST        the last attempt ended without a word; the next one goes on from the last commit
+CANCELLED   a user cancelled the run
+LOST        the last attempt ended without a record of why; the next one resumes from the last commit
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ from portatrain.system import json_files
 STATES = ("QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST")
 OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
 LOST = "lost"
-"""How an attempt ended of which neither its supervisor nor itself wrote how, and which no longer holds the claim."""
+"""The end of an attempt that no longer holds the claim and of which no event tells how it ended."""
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptHistory:
-    """One attempt. `steps`: (first, last) of its rows; `kept`: how many of them are on the run's curve."""
+    """One attempt. `steps`: (first, last) step of its rows; `kept`: the number of them on the run's curve."""
 
     number: int
     where: str
@@ -51,31 +51,31 @@ class AttemptHistory:
     framework: str
     began_unix_s: float
     ended_unix_s: float
-    """When it wrote last."""
+    """The time of its last write."""
     steps: tuple[int, int] | None
     kept: int
     again: int
-    """How many of its steps were trained again by a later attempt."""
+    """The number of its steps that a later attempt trained again."""
     ended: str
-    """As `events.how_it_ended` says, or LOST; '' while it goes on."""
+    """The result of `events.how_it_ended`, or LOST; '' while the attempt continues."""
     why: str
-    """The reason that was recorded for its end; '' if there is none."""
+    """The recorded reason for its end; '' if there is none."""
     verdict: str
-    """Of the continuity check when it began; '' if there was none."""
+    """The verdict of the continuity check at its start; '' if there was none."""
     step_s: float | None
     memory_bytes: int | None
     plan: Mapping[str, Any] | None
-    """What was planned, if that was recorded."""
+    """The plan, if one was recorded."""
 
     @property
     def runs_on(self) -> str:
-        """Backend, devices and mesh, in words."""
+        """Return backend, devices and mesh, in words."""
         return f"{self.backend or '?'} on {self.device}" + (f", {self.mesh}" if self.mesh not in ("", "1") else "")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResumePoint:
-    """Where an attempt went on from a checkpoint. event: the verdict with its numbers, as recorded.
+    """The step at which an attempt resumed from a checkpoint. event: the recorded verdict with its numbers.
 
     retrained_s: the time of the steps after the checkpoint that an earlier attempt had trained already. gap_s: from
     the last row of the earlier attempt to the beginning of the first step here.
@@ -92,7 +92,7 @@ class ResumePoint:
 
 @dataclass(frozen=True, kw_only=True)
 class History:
-    """One run; `curve` and `evals` as `RunDir` gives them."""
+    """The history of one run; `curve` and `evals` have the rows that `RunDir` returns."""
 
     run: str
     where: str
@@ -103,32 +103,34 @@ class History:
     loss: float | None
     tokens_per_s: float | None
     committed: int | None
-    """Step of the newest commit."""
+    """The step of the newest committed checkpoint."""
     lost_s: float
-    """Wall time from the last kept step of each attempt to the beginning of the first kept step of the next."""
+    """Wall time, in total, from each attempt's last kept step to the start of the next attempt's first kept step."""
     trained_again: int
-    """Steps that were trained more than once, each time counted."""
+    """The number of repeated steps; a step that was trained three times counts twice."""
     attempts: Sequence[AttemptHistory]
     why: str
-    """The reason that the last attempt, or its supervisor, gave for its end."""
+    """The reason that the last attempt or its supervisor recorded for its end."""
     recipe: Mapping[str, Any]
     recipe_sha256: str
     curve: Sequence[Row]
     evals: Sequence[Event]
     resume_points: Sequence[ResumePoint]
+    unit: str = "tokens"
+    """What `tokens_per_s` counts."""
 
     @property
     def over(self) -> bool:
-        """Whether nothing will go on by itself."""
+        """True if no job will continue the run without a user."""
         return self.state in OVER
 
     @property
     def skipped(self) -> list[int]:
-        """Steps of the curve whose update was left out."""
+        """The steps of the curve without an update, because a loss or gradient was not finite."""
         return [row["step"] for row in self.curve if row.get("skipped")]
 
     def as_json(self) -> dict[str, Any]:
-        """Return what `status --json` prints, as strict JSON data."""
+        """Return the output of `status --json`, as strict JSON data."""
         names = ("run", "state", "step", "steps", "loss", "tokens_per_s", "committed", "lost_s", "trained_again", "why")
         shown = ("number", "where", "backend", "mesh", "began_unix_s", "steps", "kept", "ended", "why", "verdict")
         return json_files.strict(
@@ -141,14 +143,14 @@ class History:
 
 
 def read_history(where: RunDir | Path | str) -> History:
-    """Return the history of a run; UserError where its record is damaged or `where` is no run directory."""
+    """Return the history of a run. Raises UserError if the record is damaged or `where` is not a run directory."""
     if not isinstance(where, RunDir):
         where = _checked(where)
     run = where
     owner, numbers = run.owner(), run.attempt_numbers()
     events = {n: run.rows(n, "events") for n in numbers}
     rows = {n: run.rows(n, "metrics") for n in numbers}
-    curve = merge(rows)  # of the rows that were read: a run that goes on would add some in between
+    curve = merge(rows)  # from the rows already read, because a running attempt may append more in the meantime
     attempts = [
         _attempt(run, n, events[n], rows[n], curve, alive=owner is not None and n == numbers[-1]) for n in numbers
     ]
@@ -173,7 +175,16 @@ def read_history(where: RunDir | Path | str) -> History:
         curve=curve,
         evals=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.EVAL)],
         resume_points=_resume_points(attempts, rows, events),
+        unit=_unit(recipe, events[numbers[-1]] if numbers else ()),
     )
+
+
+def _unit(recipe: Mapping[str, Any], events: Sequence[Event]) -> str:
+    """Return what the rates of a run count; a run that has not started has only its recipe."""
+    started = last(events, Kind.START)
+    if started is not None and "unit" in started:
+        return str(started["unit"])
+    return "tokens" if "seq_len" in recipe.get("data", {}) else "samples"
 
 
 def _checked(where: Path | str) -> RunDir:
@@ -190,13 +201,13 @@ def _checked(where: Path | str) -> RunDir:
 
 
 def committed(run: RunDir) -> int | None:
-    """Return the step of the newest checkpoint that has been committed; whether it verifies the restore finds out."""
+    """Return the step of the newest committed checkpoint, or None. Only the restore verifies its files."""
     location = location_of(run.checkpoints())
     return next((step for step in reversed(location.steps()) if location.committed(step)), None)
 
 
 def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:
-    """Return steps, whether committed, and bytes: from COMMIT and the sizes of the files, without reading them."""
+    """Return step, commit state and bytes of each checkpoint, from COMMIT and file sizes, without reading tensors."""
     location, found = location_of(run.checkpoints()), []
     for step in location.steps():
         sizes = location.sizes(step)
@@ -271,13 +282,13 @@ def _attempt(
 
 
 def errors(folder: Path) -> list[Path]:
-    """Return the files in an attempt's folder in which processes kept their errors, process 0's first."""
+    """Return the error files in an attempt's folder, that of process 0 first."""
     found = [folder / "error.txt", *sorted(folder.glob("error-rank-*.txt"))]
     return [path for path in found if path.is_file()]
 
 
 def _last_error(folder: Path) -> str:
-    """Return the last line of the first error that was kept; '' if there is none."""
+    """Return the last line of the first error file; '' if there is none."""
     for path in errors(folder):
         lines = path.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         if lines:
@@ -286,7 +297,7 @@ def _last_error(folder: Path) -> str:
 
 
 def _rate(rows: Sequence[Row]) -> float | None:
-    """Tokens a second over the last ten steps without the first one of an attempt, which compiles."""
+    """Return tokens per second over the last ten steps, without the first step of an attempt, which compiles."""
     recent = [row for row in rows[1:][-10:] if row.get("step_s") and row.get("tokens_per_s")]
     if not recent:
         return None
@@ -313,7 +324,7 @@ def _resume_points(
         resumed = of_kind(events[attempt.number], Kind.RESUMED)
         if not resumed:
             continue
-        # The last verdict counts: 'unproven' at first, then what the steps trained again said.
+        # The last verdict counts: it is 'unproven' until the repeated steps have been compared.
         event, step = resumed[-1], resumed[0].get("step") or 0
         earlier = next((a for a in reversed(attempts[:at]) if a.steps is not None), None)
         again = [r for r in rows[earlier.number] if r["step"] > step] if earlier else []

@@ -1,7 +1,7 @@
-"""What was handed to schedulers for a run: `jobs/1.json`, `jobs/2.json` ... of its run directory.
+"""The jobs of a run: `jobs/1.json`, `jobs/2.json` ... of its run directory.
 
-A job is written before it is submitted and gets its scheduler's id after, so that one whose submission was cut short is
-known by its name. The files are the record; what a scheduler says of an id is a hint.
+A job is written before it is submitted, and gets the scheduler's id afterwards. A job that was submitted but has no id
+yet can therefore be found by its name. The files are the record; the scheduler's answer about an id is a hint.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ from portatrain.system.urls import is_remote
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One way to carry a run out somewhere. `processes` are those that the scheduler starts, over `hosts`; where it is
-    1 the command starts as many more as its backend needs on that host."""
+    """One job of a run on one cluster.
+
+    `processes` is the number of processes that the scheduler starts, over all `hosts`. If it is 1, the command starts
+    the further processes that its backend needs on that host.
+    """
 
     run_dir: str
     """Absolute."""
     recipe: str
-    """A file (absolute), of the run's own code once that has been copied, or the name of a shipped recipe."""
+    """The absolute path of a recipe file (in the run's copy of the code if it has one) or a shipped recipe's name."""
     cluster: str
     engine: str
     overrides: tuple[str, ...] = ()
     backend: str | None = None
-    """None: the job chooses by what it lands on."""
+    """None: the job chooses when it starts, from the devices of its machine."""
     mesh: str | None = None
     devices: int | None = None
     hosts: int = 1
@@ -41,24 +44,24 @@ class Job:
     max_restarts: int = 3
     detached: bool = True
     cwd: str = ""
-    """Where it was submitted from: relative paths of the recipe's data are relative to it."""
+    """The working directory of the submission; relative paths of the recipe's data start from it."""
     source: str = ""
-    """The recipe as it was given: a file (absolute), or ''; for --new-code."""
+    """The recipe file that the user gave (an absolute path), or ''; for --new-code."""
     code: str | None = None
-    """The folder with the run's own copy of the code; None: what is installed where the job runs."""
+    """The folder with the run's own copy of the code; None: the job uses the code that its machine has installed."""
     cluster_shape: Mapping[str, Any] = field(default_factory=dict)
-    """What the cluster is: chip, chips, slices, topology, chips_per_host, resource (its name in Kubernetes)."""
+    """The cluster's chip, chips, slices, topology, chips_per_host and resource (its name in Kubernetes)."""
     options: Mapping[str, Any] = field(default_factory=dict)
-    """Of the cluster, for its engine."""
+    """The cluster's options for its engine."""
     track: tuple[str, ...] = ()
-    """The trackers that get its metrics too."""
+    """The names of the trackers that get its metrics as well."""
     number: int = 0
-    """Of jobs/N.json; 0: not written yet."""
+    """The N of jobs/N.json; 0: not written yet."""
     id: str | None = None
-    """The scheduler's; None: not submitted, or cut short."""
+    """The scheduler's id; None: not submitted, or the submission was interrupted."""
     submitted_unix_s: float | None = None
     submission: str = ""
-    """The same for all jobs that were handed over together."""
+    """The same for all jobs that were submitted together."""
 
     @property
     def run(self) -> str:
@@ -67,14 +70,14 @@ class Job:
 
     @property
     def name(self) -> str:
-        """What it is called in a scheduler: letters, digits and '-', at most 40, unique to run directory and number."""
+        """The job's name in the scheduler: at most 40 letters, digits and '-', unique to run directory and number."""
         from hashlib import sha256
 
         short = re.sub(r"[^a-z0-9]+", "-", self.run.lower()).strip("-")[:24].rstrip("-") or "run"
         return f"pt-{short}-{sha256(self.run_dir.encode()).hexdigest()[:6]}-{self.number}"
 
     def train(self) -> list[str]:
-        """The `portatrain train` that carries it out, as words."""
+        """Return the words of the `portatrain train` command that the job runs."""
         words = ["portatrain", "train", self.recipe, "--run-dir", self.run_dir]
         for option, value in (("--backend", self.backend), ("--mesh", self.mesh), ("--devices", self.devices)):
             if value is not None:
@@ -86,7 +89,7 @@ class Job:
         return words
 
     def write(self) -> Job:
-        """Record it under the next free number; the job with that number."""
+        """Write the job under the next free number; return it with that number."""
         number = max((job.number for job in of(self.run_dir)), default=0) + 1
         if is_remote(self.run_dir):
             run = open_run(self.run_dir)
@@ -96,7 +99,7 @@ class Job:
         folder = Path(self.run_dir) / "jobs"
         folder.mkdir(parents=True, exist_ok=True)
         while True:
-            try:  # the number is taken by making the file
+            try:  # creating the file reserves the number
                 os.close(os.open(folder / f"{number}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
                 break
             except FileExistsError:
@@ -108,7 +111,7 @@ class Job:
         return self
 
     def forget(self) -> None:
-        """Take it out of the record: it was never submitted."""
+        """Remove a job that was never submitted from the record."""
         open_run(self.run_dir).remove(f"jobs/{self.number}.json")
 
     def submitted(self, id: str) -> Job:
@@ -117,7 +120,7 @@ class Job:
 
 
 def read(run_dir: str | Path, number: int) -> Job:
-    """Job `number` of a run; UserError where it is missing or damaged."""
+    """Return job `number` of a run; UserError if it is missing or damaged."""
     return _read(open_run(run_dir).path, number)
 
 
@@ -127,10 +130,10 @@ def _read(folder: Path, number: int) -> Job:
 
 
 def of_row(path: Path, found: Mapping[str, Any]) -> Job:
-    """The job that a JSON object of the file `path` describes; UserError where it is damaged."""
+    """Return the job that the JSON object `found` of the file `path` describes; UserError if it is damaged."""
     known = {f.name for f in fields(Job)}
     try:
-        found = {"cluster_shape": found.get("place", {}), **found}  # as earlier releases called it
+        found = {"cluster_shape": found.get("place", {}), **found}  # the key of earlier releases
         row: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k in known}
         job = Job(**row)
         _check(job)
@@ -142,11 +145,11 @@ def of_row(path: Path, found: Mapping[str, Any]) -> Job:
 
 
 def of(run_dir: str | Path) -> list[Job]:
-    """The jobs of a run, in order."""
+    """Return the jobs of a run, in order."""
     path = open_run(run_dir).path
     folder = path / "jobs"
     found = sorted(folder.glob("*.json")) if folder.is_dir() else []
-    # An empty file is a number that somebody has just taken.
+    # An empty file is a number that another process has just reserved.
     numbers = [json_files.digits(p.stem) for p in found if not p.is_file() or p.stat().st_size]
     return [_read(path, n) for n in sorted(n for n in numbers if n is not None)]
 
@@ -155,7 +158,7 @@ TEXTS = ("run_dir", "recipe", "cluster", "engine", "cwd", "source", "submission"
 
 
 def _check(job: Job) -> None:
-    """Raise ValueError for a field of another type than portatrain writes."""
+    """Raise ValueError if a field does not have the type that portatrain writes."""
     for f in fields(Job):
         value = getattr(job, f.name)
         if f.name in TEXTS:
@@ -166,7 +169,7 @@ def _check(job: Job) -> None:
             good = type(value) is int and 0 <= value <= 10**9
         elif f.name == "devices":
             good = value is None or (type(value) is int and 1 <= value <= 10**9)
-        elif f.name == "overrides":
+        elif f.name in ("overrides", "track"):
             good = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
         elif f.name == "detached":
             good = isinstance(value, bool)

@@ -11,16 +11,16 @@ from portatrain.system.urls import is_remote
 
 
 def open_run(where: str | Path, *, work: bool = False) -> RunDir:
-    """The run directory at a path, or at a URL of an object store. `work`: to carry the run out, see `RemoteRun`."""
+    """Return the run directory at a path or URL. `work`: True in a process that trains the run, see `RemoteRun`."""
     if not is_remote(where):
         return RunDir(where)
-    from portatrain.runs.remote_run_dir import RemoteRun  # with NumPy: not needed for a folder
+    from portatrain.runs.remote_run_dir import RemoteRun  # imports NumPy, which a folder does not need
 
     return RemoteRun(str(where), work=work)
 
 
 def find(name: str, runs: str | Path) -> RunDir:
-    """The run of that name in the folder `runs`, or at that path; UserError with the nearest names if there is none.
+    """Return the run `name` in the folder `runs`, or at the path `name`; UserError with similar names if there is none.
     Either may be a URL of an object store."""
     if is_remote(name) or is_remote(runs):
         url = name if is_remote(name) else f"{str(runs).rstrip('/')}/{name}"
@@ -42,13 +42,13 @@ def find(name: str, runs: str | Path) -> RunDir:
             f"run {name!r}",
             expected=f"a run in {runs}",
             got="none there",
-            do="Give --runs DIR where your runs are elsewhere, or the run directory's path.",
+            do="Give --runs DIR if your runs are elsewhere, or the path of the run directory.",
         )
     raise choice(f"run {name!r} in {runs}", name, known)
 
 
 def names(runs: str | Path) -> list[str]:
-    """The runs in a folder, or below a URL; without those that are somebody else's and closed to us."""
+    """Return the names of the runs in a folder or below a URL, without those that this user may not read."""
     if is_remote(runs):
         from portatrain.runs.remote_run_dir import run_names
 

@@ -1,12 +1,14 @@
-"""The claim of a run directory in an object store: the object `claim`, changed by conditional puts alone.
+"""The claim on a run in an object store: the object `claim`, changed only by conditional puts.
 
-The owner writes it anew every BEAT_S, each time over the version that it wrote before, so that it finds out at once if
-somebody else has. One that has been silent for LEASE_S, by the store's clock, is taken over in the same way; of two
-that try, one succeeds. A claim that is given up is written over, not removed: a removal cannot be conditional.
+The owner replaces it every BEAT_S as a heartbeat. Each put names the version that the owner wrote last, so the owner
+notices at once if another process has replaced it. A claim without a heartbeat for LEASE_S, by the store's clock, is
+taken over in the same way; if two processes try, one succeeds. A released claim is overwritten instead of removed,
+because a removal cannot be conditional.
 
-No store puts two objects in one step, so `guard()` is not a lock: it renews the claim, which gives LEASE_S, and finds
-out afterwards whether the claim was lost meanwhile. Whoever takes a run over removes what the owner before was about to
-commit (`Checkpoints.remove_unfinished`), so that a COMMIT that comes later names nothing that is there.
+No store can put two objects in one atomic step, so `guard()` is not a lock: it renews the claim, which is then valid
+for LEASE_S, and checks afterwards that the claim was not lost in the meantime. A process that takes a run over removes
+the unfinished checkpoints of the previous owner (`Checkpoints.remove_unfinished`), so a COMMIT that the previous owner
+writes later refers to files that no longer exist.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ NAME = "claim"
 
 
 class RemoteClaim:
-    """See `portatrain.runs.claim.ClaimHandle`. `released()` is called once, before it is given up."""
+    """See `portatrain.runs.claim.ClaimHandle`. `released()` is called once, just before the release."""
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class RemoteClaim:
 
     @staticmethod
     def acquire(objects: Objects, released: Callable[[], None]) -> RemoteClaim:
-        """Take the claim; UserError where somebody else holds it."""
+        """Take the claim; UserError if another process holds it."""
         me, dead, began_s = Owner.this_process(), None, _now_s()
         found = objects.get(NAME)
         if found is None:
@@ -70,18 +72,22 @@ class RemoteClaim:
 
     @property
     def held(self) -> bool:
-        """Whether it is still this process's."""
+        """True if this process still holds the claim."""
         owner = holder(self.objects)
         return owner is not None and owner.token == self.owner.token
 
     def fence(self) -> None:
-        """Raise UserError unless the claim is still held, as far as its lease tells; asks the store only after that."""
+        """Raise UserError if the claim has been lost. Asks the store only if the lease has expired."""
         if self._lost or _now_s() > self._until_s:
             self._renew()
 
     @contextmanager
     def guard(self) -> Iterator[None]:
-        """For writes that are short and final: UserError where the claim has been lost, before or meanwhile."""
+        """Hold the claim for writes that are short and final.
+
+        Raises:
+            UserError: the claim was lost before the writes or during them.
+        """
         self._renew()
         yield
         if _now_s() > self._until_s:
@@ -92,7 +98,7 @@ class RemoteClaim:
             while True:
                 began_s, body = _now_s(), _body(self.owner)
                 version = self.objects.replace(NAME, body, self._version)
-                if version is None:  # the supervisor, or who it started, has renewed it; or it is lost
+                if version is None:  # the supervisor or its child has renewed it, or it is lost
                     found = self.objects.get(NAME)
                     owner = None if found is None else _owner(found[0], self.objects)
                     if found is None or owner is None or owner.token != self.owner.token:
@@ -105,7 +111,7 @@ class RemoteClaim:
 
     def _watch(self) -> None:
         while not self._stop.wait(BEAT_S):
-            # What fails now is tried again; the lease runs out if it stays so.
+            # A failed renewal is retried; if all retries fail, the lease expires.
             with contextlib.suppress(UserError):
                 if self.adopted:
                     began_s = _now_s()
@@ -117,7 +123,7 @@ class RemoteClaim:
                     self._renew()
 
     def release(self) -> None:
-        """Give it up; one that was adopted stays its supervisor's."""
+        """Release the claim, unless it is adopted: then the supervisor keeps it."""
         self._stop.set()
         self._released()
         if self._thread is not threading.current_thread():
@@ -128,24 +134,24 @@ class RemoteClaim:
 
 
 def holder(objects: Objects) -> Owner | None:
-    """Who holds the claim; None where nobody does."""
+    """Return the owner of the claim; None if there is no claim."""
     found = objects.get(NAME)
     return None if found is None else _owner(found[0], objects)
 
 
 def is_over(objects: Objects, owner: Owner, *, writable: bool = True) -> bool:
-    """Whether the claim may be taken over from `owner`."""
+    """Return True if the claim may be taken over from `owner`."""
     return owner.is_gone or (not owner.is_here and objects.age_s(NAME, writable=writable) > LEASE_S)
 
 
 def live_owner(objects: Objects) -> Owner | None:
-    """Who holds the claim and is, as far as can be known, alive. Writes nothing."""
+    """Return the owner of the claim if it appears to be alive; otherwise None. Writes nothing."""
     owner = holder(objects)
     return None if owner is None or is_over(objects, owner, writable=False) else owner
 
 
 def _body(owner: Owner) -> bytes:
-    # Some stores tell versions apart by content: no two are equal.
+    # Some stores identify a version by its content, so every write needs different content.
     return json.dumps({**asdict(owner), "beat": secrets.token_hex(8)}).encode()
 
 
@@ -165,6 +171,6 @@ def _owner(data: bytes, objects: Objects) -> Owner | None:
 
 
 def _now_s() -> float:
-    """Seconds that go on while the machine is suspended, where there is such a clock."""
+    """Return the time of a clock that also runs while the machine is suspended, if there is one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)

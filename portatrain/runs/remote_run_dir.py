@@ -1,9 +1,10 @@
 """A run directory in an object store: s3://bucket/runs/NAME, gs://, az://.
 
-The store is the record. Every process works on a copy of it in a folder of its machine (`scratch`), so that whatever
-reads or appends to files goes on as on a file system. What decides lies in the store alone and is a conditional put:
-the claim, run.json, the numbers of jobs. DONE and CANCELLED are put at once. The files of an attempt are sent every few
-seconds by whoever holds the claim, and before every commit, so that no checkpoint is ahead of its rows.
+The store has the record. Every process works on a copy in a folder of its machine (`scratch`), so code that reads or
+appends to files is the same as on a file system. The objects that must be atomic (the claim, run.json, the numbers of
+jobs) are written directly to the store with conditional puts. DONE and CANCELLED are uploaded at once. The process with
+the claim uploads the files of its attempt every few seconds and before every commit, so that no checkpoint is newer
+than its metrics.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from portatrain.system.urls import is_remote
 
 SEND_S = 10.0
 SHARE = 20.0
-"""Files are sent every SEND_S, or SHARE times as long as sending took: a log cannot be appended to in a store."""
+"""Seconds between uploads, or SHARE times the duration of an upload if that is longer: a store cannot append, so each
+upload sends whole files."""
 TAGS = ".tags.json"
 MARKS = ("DONE", "CANCELLED")
 
@@ -40,8 +42,8 @@ MARKS = ("DONE", "CANCELLED")
 class RemoteRun(RunDir):
     """See `RunDir`. `path` is the copy on this machine.
 
-    work: of a process that carries the run out, or starts one that does. Else of one that looks: its copy is another
-    one, and is what the store had when the object was made, or at the last `refresh`.
+    work: True in a process that trains the run, or starts one that does. Otherwise the process only reads: it has a
+    separate copy, which is as old as this object or as the last `refresh`.
     """
 
     def __init__(self, url: str, *, work: bool = False) -> None:
@@ -78,7 +80,7 @@ class RemoteRun(RunDir):
         return found or None
 
     def refresh(self, *, logs: bool = False) -> None:
-        """Make the copy's record what the store has; `logs`: what processes wrote too."""
+        """Update the copy from the store; `logs`: with the output of processes."""
         top, folders = self.objects.top()
         there = {o.name: o.tag for o in top if o.name != remote_claim.NAME}
         for folder in ("attempts", "jobs"):
@@ -105,8 +107,8 @@ class RemoteRun(RunDir):
             raise UserError(
                 f"object {self.url}/{name}",
                 expected="a name that portatrain wrote",
-                got="one that leaves the folder",
-                do="Look who else writes there.",
+                got="one that points outside the run directory",
+                do="Check which other program writes there.",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, partial = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
@@ -131,7 +133,7 @@ class RemoteRun(RunDir):
         return RemoteRun(self.url) if self._work else self
 
     def _writable(self, what: str) -> None:
-        """Only the first write can tell."""
+        """Do nothing: only the first write shows if the store can be written to."""
 
     # ---- what is written
 
@@ -158,9 +160,9 @@ class RemoteRun(RunDir):
     def acquire(self) -> ClaimHandle:
         over = threading.Event()
         claim = remote_claim.RemoteClaim.acquire(self.objects, over.set)
-        if not claim.adopted:  # else the supervisor's copy is the one that is here
+        if not claim.adopted:  # an adopted claim: this process shares the supervisor's copy
             try:
-                for name in ("attempts", TAGS, *MARKS):  # what this machine did not send is not in the record
+                for name in ("attempts", TAGS, *MARKS):  # files here that were never uploaded are not in the record
                     path = self.path / name
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 self.refresh()
@@ -171,11 +173,11 @@ class RemoteRun(RunDir):
         return claim
 
     def _serve(self, over: threading.Event) -> None:
-        """Send what there is, and see a cancel, until the claim is given up."""
+        """Upload files and look for a cancellation until the claim is released."""
         while not over.wait(BEAT_S):
-            with contextlib.suppress(UserError, OSError):  # tried again the next time
+            with contextlib.suppress(UserError, OSError):  # retried in the next round
                 if not (self.path / "CANCELLED").exists() and self.objects.exists("CANCELLED"):
-                    self._fetch("CANCELLED")  # where the watchdog looks
+                    self._fetch("CANCELLED")  # the watchdog looks for this file
                 if time.monotonic() >= self._next_s:
                     self.send()
 
@@ -200,7 +202,7 @@ class RemoteRun(RunDir):
     # ---- data and code
 
     def data(self) -> Path:
-        # On a host that begins no attempt nothing else fetches these.
+        # On a host that begins no attempt, nothing else downloads these.
         for name in ("run.json", "checkpoints.json"):
             if not (self.path / name).exists() and self.objects.exists(name):
                 self._fetch(name)
@@ -228,7 +230,7 @@ class RemoteRun(RunDir):
 
 
 def scratch() -> Path:
-    """The folder for the copies of this machine, made where missing."""
+    """Return the folder for this machine's copies; create it if it is missing."""
     given = environment.SCRATCH.get()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     folder = given if given is not None else Path(base).expanduser() / "portatrain"
@@ -246,13 +248,13 @@ def scratch() -> Path:
 
 
 def run_names(where: str) -> list[str]:
-    """The runs below a URL."""
+    """Return the names of the runs below a URL."""
     there = Objects(where)
     return sorted(n for n in there.top()[1] if there.exists(f"{n}/run.json"))
 
 
 def local_code(url: str) -> Path:
-    """The folder with a run's code, fetched where it is not there yet; `url` as `share_code` gave it."""
+    """Return the folder with a run's code, downloaded if necessary; `url` is the result of `share_code`."""
     base, _, name = url.rpartition("/code/")
     run = RemoteRun(base, work=True)
     folder = run.path / "code" / name
@@ -263,13 +265,13 @@ def local_code(url: str) -> Path:
             run.objects.fetch(f"code/{name}.tar", tar)
             with tarfile.open(tar) as file:
                 file.extractall(made, filter="data")
-            with contextlib.suppress(OSError):  # another process of this machine has just made it
+            with contextlib.suppress(OSError):  # another process of this machine has just created it
                 made.rename(folder)
     return folder
 
 
 def localized(words: Iterable[str], code: str | None) -> list[str]:
-    """Command words, with what lies in a run's code where it lies here."""
+    """Replace the URL of a run's code in the words of a command by its folder on this machine."""
     if code is None or not is_remote(code):
         return list(words)
     folder = str(local_code(code))
@@ -284,7 +286,7 @@ def _is_record(name: str) -> bool:
 
 
 def main() -> None:
-    """`python -m portatrain.runs.remote_run_dir CODE COMMAND...`: run COMMAND with a run's code from a store."""
+    """Run `python -m portatrain.runs.remote_run_dir CODE COMMAND...`: COMMAND with a run's code from a store."""
     code, *words = sys.argv[1:]
     try:
         folder = local_code(code)

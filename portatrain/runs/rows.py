@@ -1,7 +1,7 @@
-"""Rows of metrics.jsonl and events.jsonl, and small JSON files, read with their types checked.
+"""Read rows of metrics.jsonl and events.jsonl, and small JSON files, and check their types.
 
-Whatever lies in a run directory may be damaged. Here it becomes numbers and texts of the expected kind, or a ValueError
-that `json_files` turns into an error with file and line, so that no reader above has to look again.
+Any file in a run directory may be damaged. These functions return values of the expected types, or raise a ValueError
+that `json_files` converts to an error with file and line, so that no caller has to check again.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from portatrain.errors import UserError
 from portatrain.system import json_files
 
 MOST_STEPS, LATEST_S, LONGEST_S = 10**12, 1e11, 1e12
-"""Beyond these a number is damage: steps of a run, Unix seconds (the year 5138), seconds of an attempt."""
+"""The largest valid steps of a run, Unix seconds (the year 5138) and seconds of an attempt; more means damage."""
 
 
 def metric(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of metrics.jsonl with `loss`, `grad_norm` and `aux` as floats that may not be finite."""
+    """Return a row of metrics.jsonl with `loss`, `grad_norm` and `aux` as floats, which can be NaN or infinite."""
     whole(row, "step", least=1, required=True)
     for key in ("loss", "grad_norm", "lr"):
         if key in row:
@@ -38,7 +38,7 @@ def metric(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def event(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of events.jsonl with its kind a text and its known numbers numbers."""
+    """Return a row of events.jsonl after checking that its kind is text and its known numbers are numbers."""
     if not isinstance(row.get("event"), str):
         raise ValueError("'event' is no text")
     if row.get("unix_s") is not None:
@@ -56,7 +56,7 @@ def event(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def whole(row: dict[str, Any], key: str, *, least: int = 0, most: int = MOST_STEPS, required: bool = False) -> None:
-    """ValueError unless row[key] is a whole number in range, or missing or null and not `required`."""
+    """Raise ValueError unless row[key] is a whole number in range, or is missing or null and not `required`."""
     value = row.get(key)
     if value is None and not required:
         return
@@ -75,14 +75,14 @@ def bounded(value: object, key: str, most: float) -> float:
 
 
 def numbers(value: object, key: str) -> dict[str, float]:
-    """Return a mapping of names to floats that may not be finite; ValueError for anything else."""
+    """Return a mapping of names to floats, which can be NaN or infinite; ValueError for anything else."""
     if not isinstance(value, dict):
         raise ValueError(f"{key!r} is no object")
     return {str(k): json_files.number(v) for k, v in value.items()}
 
 
 def attempt_info(path: Path) -> dict[str, Any]:
-    """Return attempt.json; {} where it is missing, UserError where it is damaged."""
+    """Return attempt.json; {} if it is missing, UserError if it is damaged."""
     found = json_files.read_object(path) if path.exists() else {}
     try:
         if found.get("began_unix_s") is not None:
@@ -97,7 +97,7 @@ def attempt_info(path: Path) -> dict[str, Any]:
 
 
 def run_info(path: Path) -> dict[str, Any]:
-    """Return run.json; UserError where it is missing or damaged."""
+    """Return run.json; UserError if it is missing or damaged."""
     found = json_files.read_object(path)
     recipe = found.get("recipe")
     try:
@@ -115,7 +115,7 @@ def run_info(path: Path) -> dict[str, Any]:
 
 
 def damaged(path: Path, error: object) -> UserError:
-    """The error for a file of a run directory that holds something else than portatrain writes."""
+    """Return the error for a file of a run directory with content that portatrain does not write."""
     return UserError(
         str(path),
         expected="what portatrain wrote",

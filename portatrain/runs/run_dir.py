@@ -1,14 +1,14 @@
 """The run directory: the record of a run, over all its attempts.
 
-run.json            what the run is: the resolved recipe and its hash; written once
-claim               who is writing now; its modification time is the sign of life
+run.json            the resolved recipe and its hash; written once
+claim               the process that writes now; its modification time is the heartbeat
 attempts/1/         attempt.json, metrics.jsonl, events.jsonl, rank-0.log ...; then 2/, 3/ ...
-jobs/1.json         what was handed to a scheduler; then 2.json ... (`portatrain.runs.jobs`)
+jobs/1.json         a job that was submitted to a scheduler; then 2.json ... (`portatrain.runs.jobs`)
 checkpoints/        step-00000010/ ... (`portatrain.checkpoint.saver`)
 data/               the packed corpus
 summary.json        the results, at the end
 DONE                written last
-CANCELLED           somebody asked that it end
+CANCELLED           a user or a scheduler cancelled the run
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ FORMAT = 1
 
 
 class RunDir:
-    """A run directory on a local or shared file system. Making this object touches nothing on disk.
+    """A run directory on a local or shared file system. Creating this object does not touch the disk.
 
-    `portatrain.runs.remote_run_dir.RemoteRun` is one in an object store; `open_run` makes either.
+    `portatrain.runs.remote_run_dir.RemoteRun` is a run directory in an object store; `open_run` returns either.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -48,93 +48,93 @@ class RunDir:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is over, and was a success; asks the record each time."""
+        """True if the run has finished successfully; reads the record each time."""
         return self.marked("DONE")
 
-    # ---- what differs where the record is in an object store, of which `path` then is a copy
+    # ---- overridden by `RemoteRun`, for which `path` is a local copy of the record
 
     @property
     def where(self) -> str:
-        """Path or URL, for messages and for commands."""
+        """The path or URL, for messages and commands."""
         return str(self.path)
 
     @property
     def locks(self) -> bool:
-        """Whether nobody can take the run over while `Attempt.guard` is entered."""
+        """True if no other process can take the run over inside `Attempt.guard`."""
         return True
 
     def entries(self) -> list[str] | None:
-        """Names of what lies in it; None where there is no such folder."""
+        """Return the names of the files and folders in the run directory; None if it does not exist."""
         return [entry.name for entry in self.path.iterdir()] if self.path.is_dir() else None
 
     def refresh(self, *, logs: bool = False) -> None:
-        """See what others have written since; `logs`: the output of processes too."""
+        """Fetch the writes of other processes; `logs`: with the output of processes."""
 
     def looked_at(self) -> RunDir:
-        """The same run, to look at as it is now."""
+        """Return the same run in its current state, for reading."""
         return self
 
     def owner(self) -> Owner | None:
-        """Who holds the claim and is, as far as can be known, alive."""
+        """Return the owner of the claim if it appears to be alive; otherwise None."""
         return live_owner(self.path / "claim")
 
     def acquire(self) -> ClaimHandle:
-        """Take the claim; UserError where another process holds it. The directory is there."""
+        """Take the claim; UserError if another process holds it. The directory must exist."""
         return Claim.acquire(self.path / "claim")
 
     def marked(self, name: str) -> bool:
-        """Whether it has the mark DONE, or CANCELLED."""
+        """Return True if the run has the mark `name`: DONE or CANCELLED."""
         return (self.path / name).exists()
 
     def put(self, name: str, data: object, *, once: bool = False) -> bool:
-        """Write a JSON file of it whole, seen by all at once; `once`: False, and nothing done, where it is there."""
+        """Write a JSON file of the run atomically. With `once`, return False and do nothing if the file exists."""
         if once and (self.path / name).exists():
             return False
         json_files.write_json(self.path / name, data)
         return True
 
     def put_text(self, name: str, text: str) -> None:
-        """Write a text file of it whole."""
+        """Write a text file of the run atomically."""
         json_files.write_text(self.path / name, text)
 
     def remove(self, name: str) -> None:
-        """Remove a mark; nothing where it is not there."""
+        """Remove a mark; do nothing if it does not exist."""
         if (self.path / name).exists():
             (self.path / name).unlink(missing_ok=True)
             json_files.sync_folder(self.path)
 
     def began(self, folder: Path) -> None:
-        """The attempt in `folder` is this process's."""
+        """Record that this process owns the attempt in `folder`."""
 
     def send(self) -> None:
-        """What this process has written of its attempt is in the record when this returns."""
+        """Upload this attempt's files; return when they are stored."""
 
     def default_checkpoints(self) -> Path | str:
-        """Where checkpoints are unless somebody says otherwise."""
+        """Return the location of checkpoints if none was given."""
         return self.path / "checkpoints"
 
     def data(self) -> Path:
-        """The folder of the packed corpus, with what the record has of it."""
+        """Return the folder of the packed corpus, filled from the record."""
         return self.path / "data"
 
     def share_data(self) -> None:
-        """The packed corpus is in the record when this returns."""
+        """Upload the packed corpus; return when it is stored."""
 
     def share_code(self, folder: Path) -> str:
-        """The copy of the code in `folder` is in the record when this returns; what a job calls it."""
+        """Upload the copy of the code in `folder`; return the path or URL by which a job finds it."""
         return str(folder)
 
     def _writable(self, what: str) -> None:
         if self.path.exists() and not self.path.is_dir():
-            raise UserError(what, expected="a folder, or a name that is free", got="a file", do="Choose another name.")
+            raise UserError(what, expected="a folder, or an unused name", got="a file", do="Choose another name.")
         _check_writable(what, existing_ancestor(self.path))
 
-    # ---- for all
+    # ---- the same for a folder and an object store
 
     def check(self, recipe: Recipe, *, cancelled_too: bool = False) -> None:
-        """Raise UserError unless an attempt at ``recipe`` may begin here. Writes nothing.
+        """Raise UserError if no attempt at ``recipe`` may begin here. Writes nothing.
 
-        ``cancelled_too``: also one that somebody has cancelled.
+        ``cancelled_too``: accept a cancelled run.
         """
         what = f"run directory {self.where}"
         self._writable(what)
@@ -143,7 +143,7 @@ class RunDir:
             return
         run = self.looked_at()
         if "run.json" not in there:
-            # What an attempt leaves that died before it wrote run.json: the corpus is packed before that.
+            # Left by an attempt that died before it wrote run.json: the corpus is packed first.
             ours = {"claim", "attempts", "data", "jobs", "code"}
             others = sorted(name for name in there if name not in ours and name[0] != ".")
             if others:
@@ -162,7 +162,7 @@ class RunDir:
             raise in_use(self.where, owner)
 
     def check_open(self) -> None:
-        """Raise UserError for a run that is over: finished or cancelled."""
+        """Raise UserError if the run is finished or cancelled."""
         for mark, state in (("DONE", "finished"), ("CANCELLED", "cancelled")):
             if self.marked(mark):
                 raise UserError(
@@ -170,7 +170,7 @@ class RunDir:
                     expected="a run that is not over",
                     got=f"one that is {state}",
                     do="Choose another name (launch --run NAME, train --run-dir DIR) to train again."
-                    + (" `launch resume` goes on with a cancelled run." if mark == "CANCELLED" else ""),
+                    + (" `launch resume` continues a cancelled run." if mark == "CANCELLED" else ""),
                 )
 
     def _check_same(self, recipe: Recipe) -> None:
@@ -179,10 +179,10 @@ class RunDir:
             return
         was = stored.get("recipe", {})
         try:
-            # An older release may have written the same recipe with other module names or without newer fields.
+            # An older release may have written the same recipe with other module names, or without newer fields.
             known = Recipe.from_json(was)
         except UserError:
-            pass  # a class that is not here: the difference is shown as it was written
+            pass  # a class that is not installed here: compare with the stored JSON
         else:
             if known.sha256 == recipe.sha256:
                 return
@@ -196,17 +196,17 @@ class RunDir:
         )
 
     def begin(self, recipe: Recipe, info: Mapping[str, Any] | None = None) -> Attempt:
-        """Claim the directory, made where missing, and begin the next attempt at ``recipe``.
+        """Create the directory if it is missing, claim it, and begin the next attempt at ``recipe``.
 
-        ``info`` (backend, mesh, devices ...) goes into attempt.json. To be called when everything else has been
-        validated: this is the first write.
+        ``info`` (backend, mesh, devices ...) goes into attempt.json. Call it when everything else has been validated,
+        because it makes the first write.
         """
         self.check(recipe)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             claim = self.acquire()
             try:
-                self.check_open()  # it may have ended while we waited for the claim
+                self.check_open()  # the run may have ended while this process waited for the claim
                 return self._begin(recipe, info or {}, claim)
             except BaseException:
                 claim.release()
@@ -218,13 +218,13 @@ class RunDir:
         kind = UserError if storage_error(error) is None else StorageError
         return kind(
             f"run directory {self.where}",
-            expected="a place that can be written to",
+            expected="a folder that can be written to",
             got=str(error),
-            do="Choose another place, or free some space.",
+            do="Choose another folder, or free some space.",
         )
 
     def create(self, recipe: Recipe) -> None:
-        """Write run.json, unless it is there; to be called after `check`."""
+        """Write run.json unless it exists. Call `check` first."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -234,7 +234,9 @@ class RunDir:
         run = {
             "format": FORMAT,
             "name": self.path.name,
-            "id": uuid.uuid4().hex[:16],  # what a tracker knows the run by: names are used again, in other folders
+            "id": uuid.uuid4().hex[
+                :16
+            ],  # identifies the run in a tracker: another folder may have a run of the same name
             "created_unix_s": time.time(),
             "recipe_sha256": recipe.sha256,
             "code_sha256": code_sha256(recipe),
@@ -243,7 +245,7 @@ class RunDir:
         self.put("run.json", run, once=True)
 
     def new_attempt(self, claim: ClaimHandle) -> Attempt:
-        """The folder and record of the next attempt, empty."""
+        """Create the folder and the empty record of the next attempt."""
         number = max(self.attempt_numbers(), default=0) + 1
         folder = self.path / "attempts" / str(number)
         folder.mkdir(parents=True)
@@ -252,7 +254,7 @@ class RunDir:
 
     def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: ClaimHandle) -> Attempt:
         self.create(recipe)
-        if claim.adopted:  # the supervisor has made the folder, where it keeps the logs
+        if claim.adopted:  # the supervisor has created the folder, for its logs
             number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
             self.began(attempt.folder)
@@ -278,8 +280,10 @@ class RunDir:
         return attempt
 
     def checkpoints(self, url: str | None = None) -> Path | str:
-        """Where the checkpoints are: ``checkpoints`` in the run directory, or the URL in checkpoints.json, which the
-        first attempt that is given one writes. UserError for another URL than that."""
+        """Return the location of the checkpoints: ``checkpoints`` in the run directory, or the URL in checkpoints.json.
+
+        The first attempt that is given a URL writes checkpoints.json. Raises UserError for a different URL later.
+        """
         note = self.path / "checkpoints.json"
         stored = json_files.read_object(note).get("url", "") if note.exists() else None
         if stored is not None and not (isinstance(stored, str) and is_remote(stored)):
@@ -289,23 +293,23 @@ class RunDir:
         if stored is not None or "checkpoints" in (self.entries() or ()):
             raise UserError(
                 f"--checkpoints {url}",
-                expected="the place that the run began with",
+                expected="the location that the run began with",
                 got=f"another one ({stored or self.default_checkpoints()})",
-                do="Leave --checkpoints out: the run knows its place.",
+                do="Leave --checkpoints out: the run has stored its location.",
             )
         self.put("checkpoints.json", {"url": url})
         return url
 
     def run_info(self) -> dict[str, Any]:
-        """run.json."""
+        """Return the content of run.json."""
         return typed.run_info(self.path / "run.json")
 
     def recipe(self) -> Recipe:
-        """The resolved recipe of the run."""
+        """Return the resolved recipe of the run."""
         return Recipe.from_json(self.run_info()["recipe"])
 
     def summary(self) -> dict[str, Any]:
-        """summary.json; empty before the end."""
+        """Return the content of summary.json; empty before the end of the run."""
         path = self.path / "summary.json"
         return json_files.read_object(path) if path.exists() else {}
 
@@ -315,26 +319,25 @@ class RunDir:
         return sorted(n for name in names if (n := json_files.digits(name)) is not None and str(n) == name)
 
     def rows(self, number: int, name: str) -> list[dict[str, Any]]:
-        """The rows of ``metrics`` or ``events`` of one attempt."""
+        """Return the rows of one attempt: its ``metrics`` or its ``events``."""
         check = {"metrics": typed.metric, "events": typed.event}[name]
         return json_files.read_lines(self.path / "attempts" / str(number) / f"{name}.jsonl", check)
 
     def curve(self) -> list[dict[str, Any]]:
-        """One row a step, in order, over all attempts; each says its ``attempt``.
+        """Return one row for each step, in order, over all attempts; each row has its ``attempt``.
 
-        Where an attempt goes on from an earlier step than the last one reached, its rows replace the
-        ones that it trained again and all after them.
+        If an attempt resumes from an earlier step than the last one reached, its rows replace all rows from there on.
         """
         return merge({number: self.rows(number, "metrics") for number in self.attempt_numbers()})
 
     def events(self, kind: Kind | str | None = None) -> list[dict[str, Any]]:
-        """The events of all attempts in order, or those of one kind; each says its ``attempt``."""
+        """Return the events of all attempts in order, or the events of one kind; each has its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]
 
 
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """``RunDir.curve`` of rows that have been read: attempt number -> its rows."""
+    """Return the curve (see ``RunDir.curve``) of rows already read: attempt number -> its rows."""
     curve: list[dict[str, Any]] = []
     for number in sorted(attempts):
         rows = attempts[number]
@@ -346,7 +349,7 @@ def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str,
 
 
 def code_sha256(recipe: Recipe) -> str:
-    """SHA-256, in hex, over the source of the package and of the modules that the recipe's classes come from."""
+    """Return the SHA-256, in hex, of the source of this package and of the modules with the recipe's classes."""
     package = Path(str(importlib.resources.files("portatrain")))
     sources = {f"portatrain/{path.relative_to(package)}": path for path in package.rglob("*.py")}
     for value in (recipe.model, recipe.data, recipe.optimizer, recipe.schedule, *recipe.hooks):
@@ -368,7 +371,7 @@ def _differences(old: object, new: object, path: str = "") -> set[str]:
 
 
 def existing_ancestor(path: Path) -> Path:
-    """The nearest folder or file above `path` that is there."""
+    """Return `path`, or the nearest folder or file above it that exists."""
     path = path.absolute()
     while not path.exists():
         path = path.parent
@@ -379,7 +382,7 @@ def _check_writable(what: str, folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             what,
-            expected="a place that can be written to",
+            expected="a folder that can be written to",
             got=f"no permission to write in {folder}" if folder.is_dir() else f"{folder}, which is a file",
-            do="Choose another place, or change the permissions.",
+            do="Choose another folder, or change the permissions.",
         )

@@ -1,4 +1,4 @@
-"""The continuity check's verdict at a resume, in words."""
+"""Describe the continuity check's verdict at a resume in words."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COMPARED = ("loss", "mean", "state", "grad", "update", "replay")
 
 
 def in_words(event: Mapping[str, Any]) -> str:
-    """Return the verdict of a `resumed` event and its figures beside their bounds; the event may be damaged."""
+    """Return the verdict of a `resumed` event, and each figure with its bound; the event may be damaged."""
     parts = [str(event.get("verdict"))]
     for name in COMPARED:
         if event.get(f"{name}_difference") is not None:

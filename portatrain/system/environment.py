@@ -1,8 +1,8 @@
 """Every environment variable that portatrain reads, each with a sentence, a default and a typed reader.
 
-`GRACE_S.get()` reads one; UserError where its value is not of its kind. A variable that is set to nothing counts as not
-set. `GRACE_S.name` is for whoever sets it for another process. `python -m portatrain.system.environment` prints
-docs/environment.md.
+`GRACE_S.get()` returns a value, or raises UserError if it is invalid. An empty variable counts as unset. Code that sets
+a variable for another process takes its name from `GRACE_S.name`. `python -m portatrain.system.environment` prints
+docs/run/environment.md.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class Variable(Generic[T]):
-    """One variable. `kind`: what a value is, for messages; `otherwise`: what holds where it is not set, in words."""
+    """One variable. `kind`: a description of valid values, for messages; `otherwise`: the behaviour if it is unset."""
 
     name: str
     about: str
     kind: str
     read: Callable[[str], T]
-    """Raises ValueError for a value that is not of that kind."""
+    """Converts the text; raises ValueError if it is not a valid value."""
     default: T
     otherwise: str
     set_by: str
 
     def get(self, env: Mapping[str, str] | None = None) -> T:
-        """Return its value in `env`, by default this process's environment; UserError where that is not of its kind."""
+        """Return the value in `env`, by default this process's environment; UserError if it is not valid."""
         given = (os.environ if env is None else env).get(self.name)
         if not given:
             return self.default
@@ -49,7 +49,7 @@ class Variable(Generic[T]):
             ) from None
 
     def take(self) -> T:
-        """Return its value and remove it from this process's environment, so that no child inherits it."""
+        """Return the value and remove the variable from this process's environment, so that no child inherits it."""
         try:
             return self.get()
         finally:
@@ -108,17 +108,17 @@ YOU, LAUNCHERS, OURSELVES, TORCHRUN = "you", "launchers", "portatrain, for its o
 
 GRACE_S = Variable[float | None](
     name="PORTATRAIN_GRACE_S",
-    about="Seconds from the first signal of a preemption to the kill. Shortly before they are over, a process that is "
-    "still saving leaves with the checkpoint before.",
+    about="Seconds from the first signal of a preemption to the kill. A process that is still saving shortly before "
+    "the kill exits, and the run keeps its previous checkpoint.",
     kind="a number of seconds, at least 0",
     read=_amount,
     default=None,
-    otherwise="the trainer takes the time that a save needs",
+    otherwise="the trainer takes as long as the save needs",
     set_by="launchers that know it, or you",
 )
 HANG_S = Variable[float | None](
     name="PORTATRAIN_HANG_S",
-    about="Seconds without progress after which an attempt is ended, to be resumed; 0: never.",
+    about="Seconds without progress after which an attempt ends with a resumable exit code; 0: never.",
     kind="a number of seconds, at least 0",
     read=_amount,
     default=None,
@@ -127,31 +127,31 @@ HANG_S = Variable[float | None](
 )
 NOTICES = Variable[str](
     name="PORTATRAIN_NOTICES",
-    about="The cloud that this machine is asked about: `gcp` or `aws`, with `=URL` for another address of its metadata "
-    "server. A notice of a preemption or of maintenance counts as SIGTERM.",
+    about="The cloud whose metadata server is asked for notices: `gcp` or `aws`, with `=URL` for another address of "
+    "the server. A notice of a preemption or of maintenance counts as SIGTERM.",
     kind="gcp, aws, gcp=URL or aws=URL",
     read=str,
     default="",
-    otherwise="no cloud is asked",
+    otherwise="no metadata server is asked",
     set_by="launchers, or you",
 )
 READ_ONCE = Variable[bool | None](
     name="PORTATRAIN_READ_ONCE",
-    about="1: whenever the mesh holds copies of a tensor, processes read it from storage once and exchange it; 0: each "
-    "process reads what it holds.",
+    about="1: if the mesh has several copies of a tensor, processes read it from storage once and exchange it; 0: each "
+    "process reads all of its shards.",
     kind="one of 0, 1",
     read=_flag,
     default=None,
-    otherwise="they exchange from an object store, and from a file system when they are on several hosts",
+    otherwise="1 for an object store and for a run on several hosts, else 0",
     set_by=YOU,
 )
 SAVE_MEMORY_GIB = Variable[float | None](
     name="PORTATRAIN_SAVE_MEMORY_GIB",
-    about="Host memory, in GiB, for the copies of the state that a process makes while a save is being written.",
+    about="Host memory, in GiB, for the copies of the state that a process keeps while a save is being written.",
     kind="a number of GiB, such as 2.5",
     read=_amount,
     default=None,
-    otherwise="half of the free memory is taken",
+    otherwise="half of the free memory",
     set_by=YOU,
 )
 SCRATCH = Variable[Path | None](
@@ -165,7 +165,7 @@ SCRATCH = Variable[Path | None](
 )
 STORE_TIMEOUT_S = Variable[float](
     name="PORTATRAIN_STORE_TIMEOUT_S",
-    about="Seconds that one request to an object store may take before it is tried again.",
+    about="Seconds after which a request to an object store is retried.",
     kind="a number of seconds, more than 0",
     read=_positive,
     default=60.0,
@@ -178,7 +178,7 @@ ATTEMPT = Variable[int | None](
     kind="a whole number, at least 1",
     read=_count,
     default=None,
-    otherwise="the process begins an attempt itself",
+    otherwise="the process itself begins an attempt",
     set_by=OURSELVES,
 )
 CLAIM = Variable[str](
@@ -187,21 +187,21 @@ CLAIM = Variable[str](
     kind="a token",
     read=str,
     default="",
-    otherwise="the process takes the claim itself",
+    otherwise="the process itself takes the claim",
     set_by=OURSELVES,
 )
 CLUSTER = Variable[dict[str, Any]](
     name="PORTATRAIN_CLUSTER",
-    about="JSON for attempt.json that says where the attempt runs: job, engine, cluster, host.",
+    about="JSON for attempt.json with the job, engine, cluster and host of the attempt.",
     kind="a JSON object",
     read=_object,
     default={},
-    otherwise="attempt.json names the host alone",
+    otherwise="attempt.json names only the host",
     set_by=OURSELVES,
 )
 HOSTS = Variable[int](
     name="PORTATRAIN_HOSTS",
-    about="How many hosts a JobSet has, over all its slices.",
+    about="The number of hosts of a JobSet, over all its slices.",
     kind="a whole number, at least 1",
     read=_count,
     default=1,
@@ -210,16 +210,16 @@ HOSTS = Variable[int](
 )
 SLICE_HOSTS = Variable[int | None](
     name="PORTATRAIN_SLICE_HOSTS",
-    about="How many hosts a slice of a JobSet has.",
+    about="The number of hosts of one slice of a JobSet.",
     kind="a whole number, at least 1",
     read=_count,
     default=None,
-    otherwise="as many as there are hosts",
+    otherwise="all hosts of the JobSet",
     set_by=LAUNCHERS,
 )
 HOST_PROCESSES = Variable[int](
     name="PORTATRAIN_HOST_PROCESSES",
-    about="How many processes a host needs, where its scheduler starts one.",
+    about="The number of processes that a host needs, if its scheduler starts only one.",
     kind="a whole number, at least 1",
     read=_count,
     default=1,
@@ -232,39 +232,39 @@ LOGS = Variable[Path | None](
     kind="a folder",
     read=Path,
     default=None,
-    otherwise="process 0 writes to the terminal, and of the others only errors are shown",
+    otherwise="process 0 writes to the terminal; the others show only errors",
     set_by=OURSELVES,
 )
 PARENT = Variable[int | None](
     name="PORTATRAIN_PARENT",
-    about="The process that started this one, which ends when that one is gone.",
-    kind="the number of a process",
+    about="The process that started this one; when it ends, this process ends too.",
+    kind="the PID of a process",
     read=_count,
     default=None,
-    otherwise="the process ends by itself",
+    otherwise="the process does not watch another one",
     set_by=OURSELVES,
 )
 REPORTS = Variable[Path | None](
     name="PORTATRAIN_REPORTS",
-    about="The folder in which a process leaves word of how it failed.",
+    about="The folder in which a process stores its error.",
     kind="a folder",
     read=Path,
     default=None,
-    otherwise="it prints its error",
+    otherwise="the process prints its error",
     set_by=OURSELVES,
 )
 XLA_PYTHON = Variable[Path | None](
     name="PORTATRAIN_XLA_PYTHON",
-    about="The Python of an environment with torch-xla, for the benchmarks and the matrix of tests.",
+    about="The Python of an environment with torch-xla, for the benchmarks and the parity matrix.",
     kind="a file",
     read=Path,
     default=None,
-    otherwise="their cells of torch-xla are left out",
+    otherwise="their torch-xla cells are skipped",
     set_by="`make test-xla`, or you",
 )
 GOLDEN = Variable[str](
     name="PORTATRAIN_GOLDEN",
-    about="`write` has the tests write the golden job files anew.",
+    about="With `write`, the tests write the golden job files again.",
     kind="write",
     read=str,
     default="",
@@ -273,7 +273,7 @@ GOLDEN = Variable[str](
 )
 RANK = Variable[int](
     name="RANK",
-    about="The number of this process among those of the run.",
+    about="The rank of this process among all processes of the run.",
     kind="a whole number, at least 0",
     read=_number,
     default=0,
@@ -282,7 +282,7 @@ RANK = Variable[int](
 )
 WORLD_SIZE = Variable[int | None](
     name="WORLD_SIZE",
-    about="How many processes the run has; it counts only together with RANK.",
+    about="The number of processes of the run; it is used only together with RANK.",
     kind="a whole number, at least 1",
     read=_count,
     default=None,
@@ -291,7 +291,7 @@ WORLD_SIZE = Variable[int | None](
 )
 LOCAL_RANK = Variable[int](
     name="LOCAL_RANK",
-    about="The number of this process among those of its host.",
+    about="The rank of this process among the processes of its host.",
     kind="a whole number, at least 0",
     read=_number,
     default=0,
@@ -300,7 +300,7 @@ LOCAL_RANK = Variable[int](
 )
 LOCAL_WORLD_SIZE = Variable[int](
     name="LOCAL_WORLD_SIZE",
-    about="How many processes this host has.",
+    about="The number of processes on this host.",
     kind="a whole number, at least 1",
     read=_count,
     default=1,
@@ -309,11 +309,11 @@ LOCAL_WORLD_SIZE = Variable[int](
 )
 
 VARIABLES: tuple[Variable[Any], ...] = tuple(v for v in list(globals().values()) if isinstance(v, Variable))
-"""All of them, as they stand above."""
+"""All variables, in the order of their definitions."""
 
 
 def whole_number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
-    """Return a number that a scheduler has put into `env`; UserError where it is none, or missing without a default."""
+    """Return a number that a scheduler has set in `env`; UserError if it is invalid, or missing without a default."""
     given = env.get(name)
     if not given and default is not None:
         return default
@@ -324,20 +324,20 @@ def whole_number(env: Mapping[str, str], name: str, default: int | None = None) 
             f"environment variable {name}",
             expected="a whole number, as the scheduler sets it",
             got=repr(given) if given is not None else "none",
-            do="Look who else sets it; start the run by `launch`, which sets what it needs.",
+            do="Check which other program sets it, or start the run with `launch`, which sets the variables it needs.",
         ) from None
 
 
 def page() -> str:
-    """Return docs/environment.md."""
+    """Return docs/run/environment.md."""
     out = [
         "# Environment variables",
         "",
-        "Written by `python -m portatrain.system.environment > docs/environment.md` from the one table in",
-        "`portatrain/system/environment.py`. A variable that is set to nothing counts as not set; a value that is not",
-        "of its kind ends the command with one paragraph and exit code 2.",
+        "Written by `python -m portatrain.system.environment > docs/run/environment.md` from the one table in",
+        "`portatrain/system/environment.py`. An empty variable counts as unset; an invalid value ends the command with",
+        "one paragraph and exit code 2.",
         "",
-        "| variable | what it says | a value is | without it | set by |",
+        "| variable | meaning | value | if unset | set by |",
         "|---|---|---|---|---|",
     ]
     out += [f"| `{v.name}` | {v.about} | {v.kind} | {v.otherwise} | {v.set_by} |" for v in VARIABLES]

@@ -10,14 +10,14 @@ from portatrain.errors import StorageError, UserError
 OK = 0
 """Done."""
 FAILED = 1
-"""A bug of ours, or of the code of a recipe: a traceback was printed."""
+"""A bug of portatrain, or of a recipe's code: a traceback was printed."""
 MISTAKE = UserError.code
-"""A user's mistake (2): one paragraph was printed, and another try would end the same way."""
+"""A user's mistake (2): one paragraph was printed, and a retry would fail in the same way."""
 STORAGE = StorageError.code
-"""Storage failed while it was used (75): another try may succeed."""
+"""Storage failed during the run (75): a retry may succeed."""
 RESUMABLE = 85
-"""Stopped and saved: the run is to be resumed."""
+"""Stopped and saved: the run can be resumed."""
 INTERRUPTED = 130
 """Ended by Ctrl-C."""
 NOT_FAILURES = (OK, RESUMABLE, INTERRUPTED)
-"""Ends that need no explanation; the other processes of the run may go on for a moment."""
+"""Exit codes that need no error report; the other processes of the run may continue for a moment."""

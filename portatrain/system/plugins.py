@@ -1,7 +1,7 @@
-"""Find what other packages add to portatrain: backends, launchers, trackers and chips, by their entry points.
+"""Find the backends, launchers, trackers and chips of other packages by their entry points.
 
-A kind of plug-in is a `Registry`: a group of entry points, and a table of those that come with portatrain. The table is
-in the code and not in the package's metadata, because a run's own copy of the code has no metadata.
+Each kind of plug-in has a `Registry`: a group of entry points, and a table of the plug-ins that come with portatrain.
+The table is in the code and not in the package's metadata, because a run's own copy of the code has no metadata.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from portatrain.errors import UserError, choice
 
 @dataclass(frozen=True, kw_only=True)
 class Registry:
-    """Everything of one kind, by name. Ours comes first: a package cannot replace what comes with portatrain."""
+    """The plug-ins of one kind, by name. Another package cannot replace a plug-in that comes with portatrain."""
 
     kind: str
-    """What a message calls it: 'backend', 'engine'."""
+    """The word for it in messages, such as 'backend' or 'engine'."""
     group: str
-    """The group of entry points: 'portatrain.backends'."""
+    """The group of entry points, such as 'portatrain.backends'."""
     ours: Mapping[str, str]
     """name -> 'package.module:object'."""
 
     def names(self) -> list[str]:
-        """Return every name, ours first in the order of the table."""
+        """Return every name: portatrain's in the order of the table, then the others."""
         theirs = {point.name for point in importlib.metadata.entry_points(group=self.group)}
         return [*self.ours, *sorted(theirs - set(self.ours))]
 
@@ -34,7 +34,7 @@ class Registry:
         """Return the object called `name`.
 
         Raises:
-            UserError: there is none of that name, or it does not import.
+            UserError: there is no plug-in of that name, or its import fails.
         """
         if name in self.ours:
             return importlib.metadata.EntryPoint(name, self.ours[name], self.group).load()
@@ -56,17 +56,17 @@ class Registry:
         except Exception as error:  # a plug-in may fail in any way while it is imported
             raise UserError(
                 f"{self.kind} {name}",
-                expected=f"{value} to import",
+                expected=f"{value} to be importable",
                 got=f"{type(error).__name__}: {error}",
-                do=f"Mend or remove the package that registers it under {self.group}.",
+                do=f"Fix or remove the package that registers it under {self.group}.",
             ) from error
 
 
 def lacks(found: object, protocol: type) -> list[str]:
     """Return the members of `protocol` that `found`, a class or an object, does not have.
 
-    A class variable counts as a member if the protocol annotates it so. A method that the protocol marks as abstract
-    must be replaced; the others have a default for classes that inherit from the protocol.
+    A class variable counts as a member if the protocol annotates it as one. A class must override the methods that the
+    protocol marks as abstract; if it inherits from the protocol, it has defaults for the others.
     """
     wanted = [name for name in vars(protocol) if not name.startswith("_")]
     variables = (name for name, hint in protocol.__annotations__.items() if str(hint).startswith("ClassVar"))

@@ -1,4 +1,4 @@
-"""Curves as SVG text: scales, axes, lines; no package is needed to write it."""
+"""Draw curves as SVG text, with scales, axes and lines, without any package."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 POINTS = 600
-"""Columns of a curve, at most: of more steps each column is a mean, with the range behind it."""
+"""The largest number of columns of a curve; if there are more steps, a column shows their mean and their range."""
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#eeca3b")
 
@@ -18,12 +18,12 @@ STYLE = (
     "text{font:13px system-ui,sans-serif;fill:#555}text.title{font-weight:600;font-size:15px;fill:#222}"
     ".grid{stroke:#ddd;stroke-width:.7}.curve{fill:none;stroke-width:1.8}.raw{fill:none;stroke-width:.8;opacity:.35}"
 )
-"""The style of a picture that stands alone; a report has its own."""
+"""The style of a picture in its own file; a report has another style."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Scale:
-    """Values from `low` to `high` on pixels from `start` to `end`; with `log` by their logarithm."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`, logarithmically if `log`."""
 
     low: float
     high: float
@@ -36,7 +36,7 @@ class Scale:
         return self.start + (self.end - self.start) * (value - low) / (high - low)
 
     def ticks(self, about: int) -> list[float]:
-        """Round numbers within the scale: powers of ten and 2 and 5 times those where it is logarithmic."""
+        """Return round numbers within the scale; on a logarithmic scale, 1, 2 and 5 times the powers of ten."""
         if not self.log:
             return ticks(self.low, self.high, about)
         powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
@@ -46,7 +46,7 @@ class Scale:
 
 
 def padded(values: Sequence[float]) -> tuple[float, float]:
-    """The range of `values` with some room on both sides."""
+    """Return the range of `values`, with a margin on both sides."""
     low, high = min(values), max(values)
     if high - low < 1e-12 * max(abs(high), 1e-300):
         return low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
@@ -55,7 +55,7 @@ def padded(values: Sequence[float]) -> tuple[float, float]:
 
 
 def frame(x: Scale, y: Scale, *, x_label: str, y_label: str, x_ticks: int = 8, y_ticks: int = 5) -> list[str]:
-    """Grid lines, numbers and the names of the axes of a picture; `y.start` is its bottom edge."""
+    """Return grid lines, tick labels and axis labels as SVG; `y.start` is the bottom edge."""
     out = []
     for value in y.ticks(y_ticks):
         at = y(value)
@@ -78,13 +78,13 @@ def frame(x: Scale, y: Scale, *, x_label: str, y_label: str, x_ticks: int = 8, y
 
 
 def polyline(points: Sequence[Point], x: Scale, y: Scale, *, colour: str, kind: str = "curve") -> str:
-    """A line through `points`."""
+    """Return an SVG line through `points`."""
     line = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
     return f'<polyline points="{line}" class="{kind}" stroke="{colour}"/>'
 
 
 def document(title: str, width: int, height: int, parts: Sequence[str]) -> str:
-    """An SVG file: white, with `title` on top."""
+    """Return an SVG file with a white background and `title` at the top."""
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
         f'role="img" aria-label="{escape(title)}"><style>{STYLE}</style>'
@@ -96,7 +96,7 @@ def document(title: str, width: int, height: int, parts: Sequence[str]) -> str:
 
 
 def columns(points: Sequence[Point], most: int = POINTS) -> list[tuple[float, float, float, float]]:
-    """(step, least, mean, greatest) of at most `most` runs of neighbouring points."""
+    """Group neighbouring points into at most `most` columns; return (step, minimum, mean, maximum) of each."""
     n = -(-len(points) // most) if points else 1
     found = []
     for i in range(0, len(points), n):
@@ -107,7 +107,7 @@ def columns(points: Sequence[Point], most: int = POINTS) -> list[tuple[float, fl
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers within [low, high]."""
+    """Return about `about` round numbers within [low, high]."""
     span = high - low
     if span <= 0 or not math.isfinite(span):
         return [low]
@@ -118,7 +118,7 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """`value` with four digits, and k, M or G from ten thousand on."""
+    """Return `value` with four digits, and with k, M or G from ten thousand on."""
     if value and abs(value) >= 1e4:
         for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
             if abs(value) >= bound:

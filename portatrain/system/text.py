@@ -1,4 +1,4 @@
-"""Numbers and times as short text for a terminal or a page."""
+"""Format numbers and times as short text for a terminal or a page."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import time
 
 
 def si(value: float) -> str:
-    """Return ``value`` with three digits and k, M or G."""
+    """Return ``value`` with three digits and, if it is large, k, M or G."""
     for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= bound:
             return f"{value / bound:.3g} {letter}"
@@ -21,7 +21,7 @@ def duration(seconds: float) -> str:
 
 
 def age(unix_s: float) -> str:
-    """Return a duration as '12 s', '3 min', '2 h' or '5 d'."""
+    """Return the time since `unix_s` as '12 s', '3 min', '2 h' or '5 d'."""
 
     seconds = max(0.0, time.time() - unix_s)
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):

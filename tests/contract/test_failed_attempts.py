@@ -18,7 +18,7 @@ from portatrain.runs.events import Kind
 from portatrain.runs.history import read_history
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
-from tests.contract.test_damaged_records import SIZES
+from tests.support.sizes import SIZES
 
 BACKEND = "torch" if not missing("torch") else "jax"
 WORDS = ["train", "tiny-lm", "--backend", BACKEND, *(w for size in SIZES for w in ("--set", size)), "--run-dir"]

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from running import image_batch, tokens_batch
-from toy_models import Nested, Routed
 
 from portatrain.backends import reference
 from portatrain.backends.reference.guard import RENAMED
@@ -16,6 +14,8 @@ from portatrain.errors import UserError
 from portatrain.model.module import Module, Param, describe
 from portatrain.testing.guard import check_rows_independent
 from recipes.models.vit import ViTConfig
+from tests.support.running import image_batch, tokens_batch
+from tests.support.toy_models import Nested, Routed
 
 BATCH = {"x": np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32), "sample": np.arange(4)}
 

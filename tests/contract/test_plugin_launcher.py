@@ -15,8 +15,8 @@ import pytest
 from launchers.rank_entry import rank_variables
 from portatrain.cli import launch_main
 from portatrain.runs import jobs
+from portatrain.runs.history import History, read_history
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, status
 
 ROOT = Path(__file__).parents[2]
 ACME = ROOT / "tests" / "plugins" / "acme"
@@ -58,8 +58,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     daemon.wait()
 
 
-def now(name: str = "a") -> Status:
-    return status(RunDir(Path("runs", name)))
+def now(name: str = "a") -> History:
+    return read_history(RunDir(Path("runs", name)))
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:
@@ -125,7 +125,7 @@ def test_a_real_run_is_preempted_and_goes_on(lab: Path) -> None:
     ("engine", "said"),
     [
         ("acme_unfinished", "engine acme_unfinished: expected a class with the members of launchers.base.Launcher"),
-        ("acme_gone", "engine acme_gone: expected acme_lab.nowhere:Launcher to import"),
+        ("acme_gone", "engine acme_gone: expected acme_lab.nowhere:Launcher to be importable"),
         ("acme_schedule", "Did you mean acme_scheduler"),
     ],
 )

@@ -58,7 +58,7 @@ def test_it_trains_on_the_same_curve(tmp_path: Path) -> None:
     ("backend", "said"),
     [
         ("acme-empty", "backend acme-empty: expected a class with the verbs of portatrain.backends.base.Backend"),
-        ("acme-gone", "backend acme-gone: expected acme_chip.nowhere:Backend to import"),
+        ("acme-gone", "backend acme-gone: expected acme_chip.nowhere:Backend to be importable"),
         ("acne", "Did you mean acme"),
     ],
 )
@@ -124,7 +124,7 @@ def test_a_chip_is_listed_and_planned() -> None:
     done = python("portatrain.cli", "plan", "tiny-vit", "--cluster", "acme-one-2")
     assert done.returncode == 0 and "acme-one-2" in done.stdout, done.stdout + done.stderr
     done = python("portatrain.cli", "plan", "tiny-vit", "--cluster", "acme-none-2")
-    assert done.returncode == 2 and "chip acme-none: expected acme_lab.nowhere:CHIP to import" in done.stderr
+    assert done.returncode == 2 and "chip acme-none: expected acme_lab.nowhere:CHIP to be importable" in done.stderr
 
 
 def test_a_backend_says_that_every_device_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,7 +77,7 @@ def test_cancelled_while_running_it_saves_and_is_not_requeued(light_lab: Slurm, 
     start()
     until(lambda: now().step >= 5, 40, "steps", seen)
     if how == "launch":
-        assert "cancelled; saved: step" in launch("cancel", "a")
+        assert "cancelled; newest checkpoint: step" in launch("cancel", "a")
     else:
         landed = events("landed")[0]
         light_lab.call("scancel", landed["id"])
@@ -233,7 +233,7 @@ def test_an_orphan_is_found_and_taken_out(light_lab: Slurm) -> None:
     (one, two) = jobs.of("runs/a")
     light_lab.call("scontrol", "update", f"JobId={one.id}", f"Name={one.name[:-1]}77")
     said = launch("reconcile", "a")
-    assert f"job {one.id} (slurm, {one.name[:-1]}77) is in no record: taken out" in said
+    assert f"job {one.id} (slurm, {one.name[:-1]}77) is in no record: removed" in said
     Path("runs/a/jobs", f"{two.number}.json").write_text(
         json.dumps({**json.loads(Path("runs/a/jobs", f"{two.number}.json").read_text()), "id": None})
     )

@@ -216,7 +216,7 @@ def test_a_run_saves_to_s3_is_swept_and_goes_on(
     assert main(["ckpt", "ls", str(run.path)]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in listed if line.startswith("step ") and "committed" in line] == ["6", "7"]
-    with pytest.raises(UserError, match="the place that the run began with"):
+    with pytest.raises(UserError, match="the location that the run began with"):
         train(recipe, run, backend=backend, checkpoints=f"{url}-other")
     assert train(recipe, run, backend=backend) == 0  # it knows its place
     assert [(s["step"], s["verdict"]) for s in run.events("resumed")] == [(7, "continuous")]
@@ -335,7 +335,7 @@ def test_a_cancel_reaches_a_run_on_another_machine(
     assert launch_main(["cancel", run]) == 0
     found = read_history(open_run(run))
     assert found.state == "CANCELLED" and found.committed == found.step >= 1 and found.owner is None
-    assert "cancelled; saved: step" in capsys.readouterr().out
+    assert "cancelled; newest checkpoint: step" in capsys.readouterr().out
 
 
 def until(condition: Callable[[], object], what: str, see: Callable[[], object], seconds: float = 120) -> None:

@@ -45,7 +45,7 @@ def test_product_code_takes_the_names_from_the_table(folder: str) -> None:
 
 
 def test_the_page_is_what_the_table_prints() -> None:
-    assert (ROOT / "docs" / "environment.md").read_text(encoding="utf-8") == environment.page()
+    assert (ROOT / "docs" / "run" / "environment.md").read_text(encoding="utf-8") == environment.page()
 
 
 def test_every_variable_is_described() -> None:
@@ -119,7 +119,7 @@ def test_a_wrong_rank_ends_training_in_one_paragraph(
 )
 def test_a_scheduler_that_sets_no_number_is_one_paragraph(env: dict[str, str]) -> None:
     with pytest.raises(UserError):
-        rank_entry.place(env)
+        rank_entry.rank_variables(env)
 
 
 def test_a_scheduler_number_that_is_missing_is_named() -> None:

@@ -67,6 +67,7 @@ ARRAY_MODULES = tuple(
         "training.continuity",
         "training.evaluation",
         "training.open_data",
+        "training.view",
         "testing",
         "checkpoint.saver",
         "checkpoint.format_layout",

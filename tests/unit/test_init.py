@@ -104,14 +104,14 @@ def test_a_recipe_named_oddly_gets_a_name_that_a_run_can_have(corpus: Path) -> N
     [
         (["texts/1.txt"], "ends in .py"),
         (["there.py"], "nothing in it was changed"),
-        (["nowhere/a.py"], "make the folder first"),
+        (["nowhere/a.py"], "create it first"),
         (["a.py", "--model", "decoder", "--data", "images"], "--model vision or --model own for images"),
         (["a.py", "--model", "vision", "--data", "text"], "--model decoder or --model own for text"),
         (["a.py", "--data", "tokens"], "--paths train.bin"),
         (["a.py", "--data", "tokens", "--paths", "small.bin", "wide.bin"], "one type"),
         (["a.py", "--data", "tokens", "--paths", "text.npy"], "numpy.save"),
         (["a.py", "--paths", "nothing/here"], "nothing/here"),
-        (["a.py", "--model", "vision", "--paths", "texts"], "none for images"),
+        (["a.py", "--model", "vision", "--paths", "texts"], "no paths for images"),
         (["a.py", "--model", "decoders"], "invalid choice"),
     ],
 )

@@ -82,7 +82,7 @@ def test_cancelled_and_resumed_with_the_same_code(capsys: Capture, monkeypatch: 
     assert launch_main(["resume", "a"]) == 2
     assert "a claim of process" in capsys.readouterr().err
     assert launch_main(["cancel", "a"]) == 0
-    assert "cancelled; saved: step" in capsys.readouterr().out
+    assert "cancelled; newest checkpoint: step" in capsys.readouterr().out
     reached = now().step
     assert now().state == "CANCELLED" and now().committed == reached and now().attempts[0].ended == "cancelled"
     monkeypatch.setenv("FAKE_STEP_S", "0.02")
@@ -101,11 +101,11 @@ def test_a_cancel_that_does_not_wait_promises_no_step(capsys: Capture, monkeypat
     capsys.readouterr()
     assert launch_main(["cancel", "a", "--no-wait"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("a: told to save and leave, which takes a while; saved until now: ")
+    assert said.startswith("a: asked to save and stop, which takes a while; newest checkpoint: ")
     until(ended, "the supervisor has left")
     assert now().committed is not None and f"step {now().committed}" not in said  # it saved more after that
     assert launch_main(["cancel", "a"]) == 0
-    assert f"a: cancelled; saved: step {now().committed}" in capsys.readouterr().out
+    assert f"a: cancelled; newest checkpoint: step {now().committed}" in capsys.readouterr().out
 
 
 def test_the_code_of_a_run_is_its_own(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
