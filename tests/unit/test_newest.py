@@ -131,7 +131,7 @@ def test_damage_that_process_0_does_not_see_is_none(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Reader, "verify_all", fails)
     found, reports = look(tmp_path)
-    assert "where process 0 can" in str(found[0])
+    assert "reads damage in files that process 0 can read" in str(found[0])
     assert not any(isinstance(step, int) for step in found)
     assert reports == [[]] * PROCESSES
 
