@@ -6,8 +6,10 @@ PYTEST_ARGS ?=
 MATRIX_ARGS ?=
 
 # One thread per process, because the test processes share the cores. The other variables keep an installed libtpu from
-# looking for TPUs, and let two processes load it.
-TEST_ENV = OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
+# looking for TPUs, and let two processes load it. XLA's compiled programs are kept between processes, since many tests
+# compile the same ones.
+CACHE_ENV = JAX_COMPILATION_CACHE_DIR=$(abspath $(VENV))/jax-cache JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.3
+TEST_ENV = $(CACHE_ENV) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 ALLOW_MULTIPLE_LIBTPU_LOAD=1
 # If `make test-xla` has made its environment, the parity matrix runs the torch-xla cells in it.
 XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
 PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
@@ -78,6 +80,7 @@ docs:  ## build the documentation into site/, in a separate environment; a warni
 pages: setup  ## write the pages and the picture that are generated from the code
 	$(VENV)/bin/python -m docs.tools.reference --write
 	$(VENV)/bin/python -m docs.tools.draw_rooms --write
+	$(VENV)/bin/python -m portatrain.system.environment > docs/run/environment.md
 
 lint: setup  ## run ruff and mypy
 	$(VENV)/bin/ruff check .

@@ -94,6 +94,69 @@ OPS = {
     ),
 }
 
+ARRAY_OPS = {
+    "abs": "assert (ops.abs(x_BSE) >= 0).all()",
+    "sign": "assert set(np.unique(ops.sign(x_BSE))) <= {-1.0, 0.0, 1.0}",
+    "floor": "assert (ops.floor(x_BSE) <= x_BSE).all()",
+    "sqrt": "assert np.allclose(ops.sqrt(x_BSE * x_BSE), abs(x_BSE))",
+    "rsqrt": "assert np.allclose(ops.rsqrt(x_BSE * x_BSE) * abs(x_BSE), 1)",
+    "sin": "assert np.allclose(ops.sin(x_BSE) ** 2 + ops.cos(x_BSE) ** 2, 1)",
+    "cos": "assert np.allclose(ops.cos(0 * x_BSE), 1)",
+    "erf": "assert np.allclose(x_BSE * (1 + ops.erf(x_BSE / 2**0.5)) / 2, ops.gelu(x_BSE))",
+    "log1p": "assert np.allclose(ops.log1p(abs(x_BSE)), ops.log(1 + abs(x_BSE)))",
+    "expm1": "assert np.allclose(ops.expm1(x_BSE), ops.exp(x_BSE) - 1)",
+    "softplus": "assert np.allclose(-ops.softplus(-x_BSE), ops.log(ops.sigmoid(x_BSE)))",
+    "clip": "assert abs(ops.clip(x_BSE, -0.5, 0.5)).max() <= 0.5",
+    "maximum": "assert (ops.maximum(x_BSE, 0.0) == ops.relu(x_BSE)).all()",
+    "minimum": "assert (ops.minimum(x_BSE, 0.0) <= 0).all()",
+    "max": "assert ops.max(x_BSE, axis=(1, 2)).shape == (B,)",
+    "min": "assert ops.min(x_BSE, axis=-1, keepdims=True).shape == (B, S, 1)",
+    "argmax": "guess_BS = ops.argmax(x_BSE, axis=-1)\nassert guess_BS.shape == (B, S)",
+    "argmin": "assert (ops.argmin(x_BSE) == ops.argmax(-x_BSE)).all()",
+    "logsumexp": "assert np.allclose(ops.logsumexp(x_BSE), ops.log(ops.exp(x_BSE).sum(-1)))",
+    "log_softmax": "assert np.allclose(ops.exp(ops.log_softmax(x_BSE)), ops.softmax(x_BSE, axis=-1))",
+    "var": "assert ops.var(x_BSE, axis=(1, 2), keepdims=True).shape == (B, 1, 1)",
+    "std": "assert np.allclose(ops.std(x_BSE) ** 2, ops.var(x_BSE))",
+    "norm": "unit_BSE = x_BSE / ops.norm(x_BSE, keepdims=True)\nassert np.allclose(ops.norm(unit_BSE), 1)",
+    "cumsum": "assert np.allclose(ops.cumsum(x_BSE, axis=1)[:, 1], x_BSE[:, 0] + x_BSE[:, 1])",
+    "sort": "assert (np.diff(ops.sort(x_BSE), axis=-1) >= 0).all()",
+    "argsort": (
+        "order_BSE = ops.argsort(x_BSE, descending=True)\n"
+        "assert (ops.take_along(x_BSE, order_BSE, axis=-1) == ops.sort(x_BSE, descending=True)).all()"
+    ),
+    "take_along": (
+        "last_B11 = np.full((B, 1, 1), S - 1)  # one position of every sample\n"
+        "assert (ops.take_along(x_BSE, last_B11, axis=1)[:, 0] == x_BSE[:, -1]).all()"
+    ),
+    "scatter_add": (
+        "counts_BV = ops.scatter_add(np.zeros((B, V)), tokens_BS, np.ones((B, S)), axis=1)\n"
+        "assert (counts_BV.sum(-1) == S).all()"
+    ),
+    "transpose": "assert ops.transpose(x_BSE, (0, 2, 1)).shape == (B, E, S)",
+    "flip": "assert (ops.flip(x_BSE, axis=1)[:, 0] == x_BSE[:, -1]).all()",
+    "roll": "assert (ops.roll(x_BSE, 1, axis=1)[:, 1:] == x_BSE[:, :-1]).all()",
+    "pad": "assert ops.pad(x_BSE, axis=1, before=1, after=2).shape == (B, S + 3, E)",
+    "join": "assert ops.join([x_BSE, x_BSE], axis=1).shape == (B, 2, S, E)",
+    "split": "gate_BSE, up_BSE = ops.split(ops.concat([x_BSE, x_BSE], axis=-1), 2)\nassert (gate_BSE == up_BSE).all()",
+    "conv": (
+        "kernel_KED = rng.normal(size=(3, E, D))\n"
+        'assert ops.conv(x_BSE, kernel_KED, padding="causal").shape == (B, S, D)'
+    ),
+    "pool": 'assert ops.pool(x_BSE, 2, kind="max").shape == (B, S // 2, E)',
+    "resize": 'assert ops.resize(x_BSE, 2 * S, method="linear").shape == (B, 2 * S, E)',
+    "scan": (
+        "def cell(h_BE, x_BE):\n"
+        "    h_BE = ops.tanh(0.5 * h_BE + x_BE)\n"
+        "    return h_BE, h_BE\n\n\n"
+        "last_BE, h_BSE = ops.scan(cell, np.zeros((B, E)), x_BSE)\n"
+        "assert (h_BSE[:, -1] == last_BE).all()"
+    ),
+    "associative_scan": (
+        "assert np.allclose(ops.associative_scan(lambda a, b: a + b, x_BSE), ops.cumsum(x_BSE, axis=1))"
+    ),
+    "noise": 'assert ops.noise(S, E, site=7, kind="uniform").shape == (B, S, E)  # in a Module: site=self.site',
+}
+
 RECIPE = {
     "name": "name=my-run",
     "model": "model.layers=2",
@@ -119,7 +182,7 @@ RECIPE = {
     "ema": "ema=blocks/* ema_decay=0.999",
     "eval_every": "eval_every=50",
     "eval_batches": "eval_batches=4",
-    "eval_final_batches": "eval_final_batches=all",
+    "eval_final_batches": "eval_final_batches=4",
     "checkpoint_every": "checkpoint_every=100",
     "checkpoint_every_s": "checkpoint_every_s=300",
     "checkpoint_keep": "checkpoint_keep=3",

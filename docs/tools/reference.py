@@ -198,19 +198,21 @@ def _methods(cls: type) -> Iterator[str]:
 
 
 def ops_page() -> str:
-    from portatrain.model import ops
+    from portatrain.model import ops, ops_arrays
 
     docs = field_docs(ops.Ops)
     attributes = ["| attribute | shape and type |", "|---|---|"]
     attributes += [f"| `ops.{name}` | {cell(docs[name])} |" for name in ops.Ops.__annotations__]
-    parts = []
-    for name, member in vars(ops.Ops).items():
-        if name.startswith("_") or not callable(member):
-            continue
-        parts.append(f"### `{name}`")
-        parts.append(code(f"ops.{signature(member)}", "text"))
-        parts.append(docstring(member))
-        parts.append(code(examples.OPS[name]))
+
+    def methods(cls: type, shown: dict[str, str]) -> Iterator[str]:
+        for name, member in vars(cls).items():
+            if name.startswith("_") or not callable(member):
+                continue
+            yield f"### `{name}`"
+            yield code(f"ops.{signature(member)}", "text")
+            yield docstring(member)
+            yield code(shown[name])
+
     return page(
         "Ops: the operations that models are written in",
         docstring(ops),
@@ -219,7 +221,10 @@ def ops_page() -> str:
         "## Methods",
         "Every example runs after these lines, on the backend of NumPy in float64; in a model `ops` is the argument:",
         code(examples.OPS_SETUP.strip()),
-        *parts,
+        *methods(ops.Ops, examples.OPS),
+        "## Operations on arrays",
+        docstring(ops_arrays),
+        *methods(ops_arrays.ArrayOps, examples.ARRAY_OPS),
         "## What a model returns",
         f"### `Loss`\n\n{docstring(ops.Loss)}",
     )
@@ -329,10 +334,7 @@ def commands_page() -> str:
         parts += [f"## `{program}`", *command_parts(parser)]
         for subparser in subparsers(parser):
             parts += [f"### `{subparser.prog}`", *command_parts(subparser)]
-    parts += [
-        "## `portatrain`",
-        code(cli.PORTATRAIN_HELP.format(commands=cli._listing(cli.PORTATRAIN)).strip(), "text"),
-    ]
+    parts += ["## `portatrain`", code(cli.HELP_TEXT.format(commands=cli._listing(cli.PORTATRAIN)).strip(), "text")]
     return page("Commands", *parts)
 
 

@@ -1,6 +1,7 @@
-"""What a backend is: a Protocol of few verbs. The trainer, the checkpoint and the tests see nothing else.
+"""Define the `Backend` protocol, through which the trainer, the checkpoint and the tests use a framework.
 
-A backend is found by the entry-point group `portatrain.backends`; `open_backend` makes one by name.
+Backends are found by the entry-point group `portatrain.backends`. `backend_class` returns the class of a backend by
+name.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step gives back. The arrays are the framework's own 0-d ones: read them with `float()` when needed,
-    so that a device need not be waited for.
+    """Hold the results of one step. The values are 0-d arrays of the framework; `float()` waits for the device.
 
-    loss: mean over the global batch's weight. grad_norm: of the gradient before clipping, over all parameters.
-    skipped: 1 where loss or gradient was not finite and nothing was changed, else 0. weight: the global batch's.
+    loss: mean over the weight of the global batch. grad_norm: 2-norm of the gradient of all parameters, before
+    clipping. skipped: 1 if the loss or the gradient was not finite and the state is unchanged, else 0. weight: total
+    weight of the global batch.
     """
 
     loss: Any
@@ -41,9 +42,9 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalBox:
-    """A part of a logical tensor that this process holds: what a checkpoint writes and reads.
+    """Describe a box of a logical tensor that this process holds. Checkpoints write and read such boxes.
 
-    role: 'params', 'state', 'ema', 'opt/m', ... ; `fetch` copies it to the host.
+    role: 'params', 'state', 'ema', 'opt/m', ... ; `fetch` copies the box to the host.
     """
 
     name: str
@@ -55,7 +56,7 @@ class LocalBox:
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """The circumstances of a bare call of operations, for `Backend.evaluate`."""
+    """Give `Backend.evaluate` the seed, the step and the mode for operations that run without a model."""
 
     seed: int = 0
     step: int = 1
@@ -78,106 +79,112 @@ def check_loss(value: Any, model: object) -> Loss:
 
 
 IrregularShards = Mapping[tuple[str, str], Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]]
-"""By role and name: (process, offset, shape) of boxes that cover the tensor, without overlap."""
+"""(process, offset, shape) of boxes that cover a tensor without overlap, by (role, name) of the tensor."""
 
 
 class Backend(Protocol):
-    """A way to carry a `Program` out on devices.
+    """Run a `Program` on devices.
 
-    Batches are NumPy: every array has leading axes (accumulation, microbatch) in `step` and (samples,) in `evaluate`;
-    'sample' holds the (.., ) int64 indices n. States are opaque and belong to the backend; `step` consumes the one
-    it is given.
+    Batches are NumPy. Every array has leading axes (accumulation, microbatch) in `step` and (samples,) in `evaluate`;
+    'sample' holds the (...,) int64 sample indices. A state is opaque and belongs to the backend. `step` consumes the
+    state that it is given.
 
-    Optional: `restore_shared(read, shares)` gives the state of `restore_state`, where of the tensors in `shares`
-    (checkpoint/shared_reads.py) each process reads its part of a box (`Share.part`) and receives the rest from the
-    processes that hold copies.
+    Optional method: `restore_shared(read, shares)` returns the same state as `restore_state`. For the tensors in
+    `shares` (checkpoint/shared_reads.py) each process reads only its part of a box (`Share.part`) and receives the
+    other parts from the processes that hold copies.
     """
 
     name: str
     program: Program
     async_dispatch: bool
-    """Whether `step` returns before the step is done."""
+    """True if `step` returns before the devices have finished it."""
     process: int
-    """This process's number among those that carry the program out together; 0 writes what a run leaves."""
+    """The rank of this process. Process 0 writes the files of a run."""
     processes: int
-    """How many there are. All of them call every verb together, with the same arguments. Each holds an equal run of
-    the mesh's positions, row-major, unless an attribute `owners` lists the process of every position."""
+    """The number of processes. All processes call every method together, with the same arguments. Each process holds
+    an equal, consecutive run of mesh positions, row-major, unless an attribute `owners` lists the process of every
+    position."""
 
     def __init__(self, program: Program) -> None: ...
 
     def lower(self) -> Any:
-        """The model as the framework's own module, with this program's initial parameters."""
+        """Return the model as a module of the framework, with this program's initial parameters."""
         ...
 
     def init_state(self) -> Any:
-        """Parameters from `rng.truncated_normal`, optimizer slots at zero, model States, averages, counts."""
+        """Return the initial state: parameters from `rng.truncated_normal`, slots at zero, model States, averages,
+        count."""
         ...
 
     def restore_state(self, read: Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]) -> Any:
-        """A state whose every box comes from `read(role, name, offset, shape)`."""
+        """Return a state. `read(role, name, offset, shape)` gives the values of each of its boxes."""
         ...
 
     def step(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> tuple[Any, StepResult]:
-        """One optimizer step: `step` counts from 1, `scale` is the schedule's multiplier."""
+        """Apply one optimizer step. `step` counts from 1; `scale` is the multiplier of the schedule."""
         ...
 
     def probe(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
-        """What `step` would do, with nothing changed, for the continuity check. By 'ROLE/NAME' the 2-norm of every
-        tensor of the state; as 'grad/NAME' that of the gradient before clipping, as 'update/NAME' of what would be
-        added to the parameter. Each array has the axes of the tensor's Stacks: a value a layer, () without one.
-        A backend that cannot has `probe = None`."""
+        """Return the norms that `step` would produce, without changing the state. The continuity check uses them.
+
+        'ROLE/NAME' is the 2-norm of a tensor of the state, 'grad/NAME' of a gradient before clipping, and 'update/NAME'
+        of the update of a parameter. Each array has the axes of the tensor's Stacks: one value a layer, or () without
+        Stacks. A backend without a probe sets `probe = None`.
+        """
         ...
 
     def eval(self, state: Any, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Without dropout or update: 'loss_B' and 'weight_B', and the per-sample value of every aux by its name."""
+        """Return 'loss_B', 'weight_B' and every aux by name, each (B,), without dropout and without an update."""
         ...
 
     def predict(self, state: Any, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The model's `predict(ops, batch)`, on the host."""
+        """Return the result of the model's `predict(ops, batch)`, on the host."""
         ...
 
     def gradients(self, state: Any, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
-        """(loss, gradients by parameter name) of one global batch as `step` sees them before clipping; nothing
-        changes. For checks."""
+        """Return (loss, gradients by parameter name) of one global batch, before clipping, for checks. The state does
+        not change."""
         ...
 
     def local_boxes(self, state: Any) -> Iterator[LocalBox]:
-        """Every box of every tensor that this process holds, with nothing left out."""
+        """Yield every box that this process holds, of every tensor of the state."""
         ...
 
     def irregular_shards(self, state: Any) -> IrregularShards:
-        """Which process has which boxes of the tensors that do not lie as the layout says; all processes call it."""
+        """Return the boxes of each process, for tensors that do not follow the layout. All processes call it
+        together."""
         ...
 
     def describe_memory(self, state: Any) -> dict[str, int]:
-        """Bytes on this process's devices by role: params, opt, state, ema, and 'peak' where the device tells."""
+        """Return the bytes on this process's devices by role: params, opt, state, ema; 'peak' if the device reports
+        it."""
         ...
 
     def graphs(self) -> int:
-        """How many graphs have been compiled for this program so far."""
+        """Return the number of graphs compiled for this program so far."""
         ...
 
     def agree(self, value: int) -> int:
-        """The largest `value` of all processes, once all have come here."""
+        """Return the largest `value` over all processes. Waits until all processes have called it."""
         ...
 
     def describe_device(self) -> dict[str, Any]:
-        """What it runs on: 'device' (a name), 'devices' (a count), 'framework' (name and version)."""
+        """Return 'device' (its name), 'devices' (their number) and 'framework' (name and version)."""
         ...
 
     @classmethod
     def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
-        """`fn(ops, *args)` with the arrays of `args` as the framework's own, results as NumPy. For checks."""
+        """Return the result of `fn(ops, *args)` as NumPy, for checks. `args` become arrays of the framework."""
         ...
 
     @classmethod
     def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
-        """(value, gradients with respect to every floating array of `args`) of a scalar `fn(ops, *args)`."""
+        """Return (value, gradients for every floating array of `args`) of a scalar `fn(ops, *args)`, for checks."""
         ...
 
 
 GROUP = "portatrain.backends"
-"""The entry-point group that a lab's own backends register in."""
+"""The entry-point group in which other packages register their backends."""
 
 _ZERO = "portatrain.backends.deepspeed:Zero"
 _OURS = {
@@ -186,7 +193,7 @@ _OURS = {
     **{f"deepspeed-{n}": (f"{_ZERO}{n}", "deepspeed", ("torch", "deepspeed")) for n in (1, 2, 3)},
     "torch-xla": ("portatrain.backends.torch_xla:XlaBackend", "torch-xla", ("torch", "torch_xla")),
 }
-"""Our backends: where each is, the extra that installs what it needs, and what that is."""
+"""The built-in backends: their entry point, the extra that installs their packages, and those packages."""
 
 
 def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
@@ -195,13 +202,14 @@ def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
 
 
 def missing(name: str) -> tuple[str, ...]:
-    """The frameworks that backend `name` needs and that are not installed."""
+    """Return the frameworks that backend `name` needs and that are not installed."""
     needs = _OURS[name][2] if name in _OURS else ()
     return tuple(m for m in needs if importlib.util.find_spec(m) is None)
 
 
 def check_backend(name: str) -> str:
-    """`name`, if there is such a backend and its frameworks are installed; else UserError. Imports no framework."""
+    """Return `name` if the backend exists and its frameworks are installed; else raise UserError. Imports no
+    framework."""
     known = _entry_points()
     if name not in known:
         raise choice("backend", name, known)
@@ -216,7 +224,7 @@ def check_backend(name: str) -> str:
 
 
 def default_backend() -> str:
-    """jax where it is installed, else torch; UserError with the install command where neither is."""
+    """Return 'jax' if it is installed, else 'torch'; raise UserError, with the install command, if neither is."""
     for name in ("jax", "torch"):
         if name in _entry_points() and not missing(name):
             return name
@@ -229,7 +237,8 @@ def default_backend() -> str:
 
 
 def backend_class(name: str) -> type[Backend]:
-    """The class of backend `name`, its framework imported. UserError where it does not import, or is none."""
+    """Return the class of backend `name` and import its framework. Raises UserError if the import fails or if the
+    class is no backend."""
     check_backend(name)
     point = _entry_points()[name]
     try:
@@ -239,15 +248,15 @@ def backend_class(name: str) -> type[Backend]:
             f"backend {name}",
             expected=f"{point.value} to import",
             got=f"{type(error).__name__}: {error}",
-            do="Mend or remove the package that registers it under portatrain.backends.",
+            do="Repair or remove the package that registers it under portatrain.backends.",
         ) from error
     lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
     if lacks:
         raise UserError(
             f"backend {name}",
             expected="a class with the verbs of portatrain.backends.base.Backend",
-            got=f"one without {', '.join(lacks)}",
-            do="Add them; `python -m portatrain.testing` checks what they do.",
+            got=f"a class without {', '.join(lacks)}",
+            do="Add them; `python -m portatrain.testing` tests them.",
         )
     return found
 
@@ -258,7 +267,7 @@ _PROCESS_PER_DEVICE = ("torch", "deepspeed-1", "deepspeed-2", "deepspeed-3")
 def process_per_device(name: str | None) -> bool:
     """Return whether every device of backend `name` has a process of its own; else every host has one.
 
-    A backend of another package says so by its class's attribute `process_per_device`.
+    A backend of another package declares this by the class attribute `process_per_device`.
     """
     if name is None or name in _OURS or name not in _entry_points():
         return name in _PROCESS_PER_DEVICE
@@ -266,11 +275,12 @@ def process_per_device(name: str | None) -> bool:
 
 
 def simulate_devices(name: str, devices: int) -> None:
-    """Have backend `name` see `devices` devices, over all processes, on a machine that has a CPU only. To be called
-    before its framework is imported; does nothing for one, or where the process has been told how many there are.
+    """Make backend `name` see `devices` devices, over all processes, on a machine that has only a CPU.
 
-    A backend of another package may have a static method `simulate_devices(devices)`, which is called before it is
-    made."""
+    Call this before the framework is imported. It does nothing for one device, or if the environment already sets the
+    number of devices. A backend of another package may have a static method `simulate_devices(devices)`, which is
+    called before an instance is made.
+    """
     if name not in _OURS:
         own = getattr(backend_class(name), "simulate_devices", None)
         if own is not None:
@@ -286,7 +296,7 @@ def simulate_devices(name: str, devices: int) -> None:
 
 
 def devices_a_process(devices: int, among: int) -> int:
-    """How many of a mesh's `devices` each of `among` processes has; UserError where they do not divide."""
+    """Return the number of devices of each of `among` processes; raise UserError if they do not divide `devices`."""
     if devices % among:
         raise UserError(
             f"{among} processes",

@@ -1,4 +1,4 @@
-"""Batches as a mesh takes them: as many rows as its devices divide."""
+"""Pad batches so that the devices of a mesh divide their rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs: one table for every backend, read from the top.
+"""Choose the implementation of an operation from one table for all backends, read from the top.
 
 An operation has one meaning (`model/ops.py`) and several implementations, its kernels. Which one runs follows from the
 backend, the kind of device, the dtype, the sizes on one device, the traits of the call (its mask, mostly) and the mesh:
@@ -21,20 +21,20 @@ from typing import Any
 from portatrain.errors import UserError, choice
 
 GROUP = "portatrain.kernels"
-"""The entry-point group of other packages' rows: each names a `Kernel`, or a sequence of them."""
+"""The entry-point group in which other packages register rows: each entry is a `Kernel` or a sequence of them."""
 OPERATIONS = ("attention",)
-"""The operations that have more than one implementation."""
+"""The operations with more than one implementation."""
 SCORES_BYTES = 256 << 20
-"""The most that the float32 scores of attention may take on a device at a time, on jax."""
+"""The largest size of the float32 scores of attention on a device at one time, on jax."""
 
 Named = tuple[tuple[str, str], ...]
-"""(operation, kernel) of those that were named explicitly."""
+"""(operation, kernel) of the kernels that were named explicitly."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where operations run. backend: 'jax', 'torch' (DeepSpeed's too) or 'torch-xla'. device: the framework's name of
-    its kind. mesh: as `Mesh` prints itself."""
+    """Describe where operations run. backend: 'jax', 'torch' (DeepSpeed too) or 'torch-xla'. device: the framework's
+    name of the kind of device. mesh: the mesh as text, in the form that `Mesh` prints."""
 
     backend: str
     device: str = "cpu"
@@ -43,7 +43,7 @@ class Site:
 
     @classmethod
     def of(cls, program: Any, *, backend: str, device: str) -> Site:
-        """Return the site of `program`; UserError for a kernel that it names and that `backend` lacks."""
+        """Return the site of `program`; raise UserError if it names a kernel that `backend` does not have."""
         for operation, name in program.kernels:
             rows(operation, backend, name)
         return cls(backend=backend, device=device, mesh=str(program.layout.mesh), named=tuple(program.kernels))
@@ -51,10 +51,10 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """All that decides which kernel runs.
+    """Hold everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
-    attention those of 'causal', 'window', 'segments', 'positions' and 'softcap' that the call has, and 'uneven' if the
+    attention, those of 'causal', 'window', 'segments', 'positions' and 'softcap' that the call has, and 'uneven' if the
     queries do not divide over the devices that hold them.
     """
 
@@ -66,11 +66,11 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A row: an implementation, and the cases that it covers.
+    """Describe a row of the table: an implementation of an operation, and the cases that it covers.
 
-    refuses: returns the reason why it does not cover a case, or None if it does. where: 'module:function'. The function
-    takes the operation's own arguments, and by keyword what its backend adds: `precision`, `shards` and `may_be_blind`
-    on jax, `kept` on torch and torch-xla.
+    refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
+    'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those
+    that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla.
     """
 
     operation: str
@@ -80,13 +80,13 @@ class Kernel:
     refuses: Callable[[Case], str | None] = lambda case: None
 
     def load(self) -> Callable[..., Any]:
-        """Import the implementation."""
+        """Import and return the implementation."""
         return _loaded(self.where)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """What runs, and the reason against every other row of the backend."""
+    """Name the kernel that runs, and the reason against every other row of the backend."""
 
     kernel: Kernel
     case: Case
@@ -112,8 +112,8 @@ class Choice:
 
 
 def chunks(rows: int, heads: int, queries: int, keys: int) -> int:
-    """How many chunks jax cuts the queries of attention into, of sizes on a device: the fewest that divide them and
-    keep the scores of one within `SCORES_BYTES`."""
+    """Return the number of chunks into which jax cuts the queries of attention. Sizes are those on one device. The
+    number is the smallest that divides the queries and keeps the scores of a chunk within `SCORES_BYTES`."""
     for n in range(1, queries):
         if queries % n == 0 and 4 * rows * heads * (queries // n) * keys <= SCORES_BYTES:
             return n
@@ -199,7 +199,7 @@ def _loaded(where: str) -> Callable[..., Any]:
 
 @functools.cache
 def others() -> tuple[Kernel, ...]:
-    """The rows that other packages register."""
+    """Return the rows that other packages register."""
     found: list[Kernel] = []
     for point in importlib.metadata.entry_points(group=GROUP):
         try:
@@ -209,7 +209,7 @@ def others() -> tuple[Kernel, ...]:
                 f"kernel {point.name}",
                 expected=f"{point.value} to import",
                 got=f"{type(error).__name__}: {error}",
-                do=f"Mend or remove the package that registers it under {GROUP}.",
+                do=f"Repair or remove the package that registers it under {GROUP}.",
             ) from error
         mine = tuple(made) if isinstance(made, Sequence) else (made,)
         for kernel in mine:
@@ -218,7 +218,7 @@ def others() -> tuple[Kernel, ...]:
                     f"kernel {point.name}",
                     expected=f"a portatrain.backends.kernels.Kernel of {', '.join(OPERATIONS)}",
                     got=repr(kernel)[:80],
-                    do=f"Mend or remove the package that registers it under {GROUP}.",
+                    do=f"Repair or remove the package that registers it under {GROUP}.",
                 )
         found += mine
     return tuple(found)
@@ -239,7 +239,7 @@ def rows(operation: str, backend: str, name: str | None = None) -> tuple[Kernel,
 
 
 def parse(texts: Iterable[str]) -> Named:
-    """Read `attention=NAME` texts, of which each operation has one; UserError for what is none."""
+    """Read texts such as `attention=NAME`, at most one an operation; raise UserError for any other text."""
     found: dict[str, str] = {}
     for text in texts:
         operation, sign, name = text.partition("=")
@@ -292,8 +292,8 @@ def _passed_over(chosen: Kernel, *, named: bool) -> str:
 
 
 def taken() -> list[dict[str, Any]]:
-    """Return the choices of this process since the last call, as JSON. Kept by the process and not by a program: a
-    compiled step is traced where no object of ours can hold them."""
+    """Return the choices of this process since the last call, as JSON. The process keeps them, not a program: while a
+    compiled step is traced, no object of ours is at hand to hold them."""
     found = [made.as_json() for made in _taken.values()]
     _taken.clear()
     return found

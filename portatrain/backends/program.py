@@ -1,4 +1,4 @@
-"""A program: everything that a backend needs to know of a run, and how one is made from a recipe."""
+"""Define `Program`, everything that a backend needs to know of a run, and make one from a recipe."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from portatrain.model import remat
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.module import Definition
 from portatrain.model.precision import PRECISIONS
-from portatrain.optim import Rule
+from portatrain.optim import Rule, declared_slots
 from portatrain.recipe import Recipe
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Everything that a backend needs to know of a run, and nothing of its length, data or disk.
+    """Hold everything that a backend needs to know of a run. Length, data and storage of the run are not part of it.
 
-    `decay`, `trainable` and `ema` name parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
-    `compile` None: the backend's own choice for its device.
+    `decay`, `trainable` and `ema` contain names of parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
+    `compile` None: the backend decides for its device.
     """
 
     definition: Definition
@@ -36,9 +36,10 @@ class Program:
     seed: int = 0
     compile: bool | None = None
     kernels: tuple[tuple[str, str], ...] = ()
-    """(operation, kernel) of those named explicitly; all others follow from the table (`backends/kernels.py`)."""
+    """(operation, kernel) of the kernels named explicitly; the table (`backends/kernels.py`) chooses all others."""
     order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
-    """The order of a mesh's devices where the network makes it matter; None: as the framework lists them."""
+    """The order of a mesh's devices, if the network makes it matter; None: the order in which the framework lists
+    them."""
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -47,15 +48,19 @@ class Program:
 
 
 def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
-    """What a backend is to carry out: `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
+    """Return the program that runs `recipe` on `mesh` ('fsdp=4,tensor=2'; '' is one device).
 
-    Raises UserError for all that does not go together: rules that name nothing, sizes that do not divide.
+    Raises UserError if parts of the recipe contradict one another, as rules that match no name or sizes that do not
+    divide.
     """
     definition = recipe.describe()
     params = definition.params
     recipe.check_names(params)
     layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
-    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
+    for info in params.values():
+        if recipe.trains(info.name):
+            declared_slots(recipe.optimizer, info)
+    layout.check_batch(recipe.microbatch, recipe.data.tokens_per_sample())
     return Program(
         definition=definition,
         layout=layout,

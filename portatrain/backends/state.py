@@ -1,4 +1,4 @@
-"""The state of a run as logical tensors: what there is, how it starts, how it is named. Frameworks come after.
+"""List the state of a run as logical tensors, with names and initial values. Imports no framework.
 
 Roles: 'params', 'state' (a model's `State`s), 'ema' (averages), 'opt/<slot>' (optimizer slots), and the scalar
 'opt/count', the number of steps applied. `inventory` is the only list of them: backends, checkpoints, the probe and
@@ -18,17 +18,17 @@ from portatrain.backends.program import Program
 from portatrain.model.module import Constant, TensorInfo
 from portatrain.model.precision import averaged
 from portatrain.model.rng import truncated_normal
-from portatrain.optim import Rule
+from portatrain.optim import Rule, declared_slots
 
 COUNT = "opt/count"
 
 
 @dataclass(frozen=True)
 class StateTensor:
-    """A logical tensor of a run's state.
+    """Describe a logical tensor of a run's state.
 
-    role: 'params', 'state', 'ema' or 'opt/<slot>'. laid_out_as: the role by which `Layout.tensor_spec` lays it out:
-    an average lies as its parameter does.
+    role: 'params', 'state', 'ema' or 'opt/<slot>'. laid_out_as: the role that `Layout.tensor_spec` uses for it. An
+    average has the layout of its parameter.
     """
 
     info: TensorInfo
@@ -37,12 +37,12 @@ class StateTensor:
 
     @property
     def key(self) -> tuple[str, str]:
-        """(role, name)."""
+        """Return (role, name)."""
         return self.role, self.info.name
 
     @property
     def slot(self) -> str | None:
-        """The optimizer's name of it; None if it is no slot."""
+        """Return the name of the slot; None if this tensor is no slot."""
         return self.role.removeprefix("opt/") if self.role.startswith("opt/") else None
 
 
@@ -60,7 +60,7 @@ def inventory(program: Program) -> tuple[StateTensor, ...]:
 
 
 def beside_params(program: Program) -> dict[str, list[StateTensor]]:
-    """Return, by parameter, what is kept beside it: its averages and its slots."""
+    """Return the averages and slots of every parameter, by the parameter's name."""
     found: dict[str, list[StateTensor]] = {}
     for tensor in inventory(program):
         if tensor.role not in ("params", "state"):
@@ -69,7 +69,7 @@ def beside_params(program: Program) -> dict[str, list[StateTensor]]:
 
 
 def bytes_by_kind(held: Iterable[tuple[StateTensor, Any]], nbytes: Callable[[Any], int]) -> dict[str, int]:
-    """Return the bytes of the arrays of `held`, summed over the first parts of their roles."""
+    """Return the bytes of the arrays in `held`, summed by the first part of their roles."""
     found = dict.fromkeys(("params", "state", "ema", "opt"), 0)
     for tensor, array in held:
         kind = tensor.role.partition("/")[0]
@@ -78,12 +78,12 @@ def bytes_by_kind(held: Iterable[tuple[StateTensor, Any]], nbytes: Callable[[Any
 
 
 def full_name(role: str, name: str) -> str:
-    """The name in a checkpoint of tensor `name` in `role`."""
+    """Return the name of tensor `name` of `role` in a checkpoint."""
     return f"{role}/{name}" if name else role
 
 
 def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
-    """The optimizer's slots for the parameter `info`, each as a logical tensor of role 'opt/<slot>'."""
+    """Return the optimizer's slots for the parameter `info`, each as a logical tensor of role 'opt/<slot>'."""
     return {
         slot: TensorInfo(
             name=info.name,
@@ -96,12 +96,12 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
             stack_dims=info.stack_dims,
             dtype=info.dtype if what.dtype == "float32" else what.dtype,
         )
-        for slot, what in rule.rule_for(info).slots(info).items()
+        for slot, what in declared_slots(rule, info).items()
     }
 
 
 def initial_box(tensor: TensorInfo, seed: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """The initial values of a box of `tensor`: a pure function of seed, name and logical index."""
+    """Return the initial values of a box of `tensor`, a pure function of seed, name and logical index."""
     if isinstance(tensor.init, Constant):
         return np.full(shape, tensor.init.value, NUMPY[tensor.dtype])
     values = truncated_normal(seed, tensor.name, tensor.shape, std=tensor.init.std, offset=offset, box=shape)
@@ -109,5 +109,6 @@ def initial_box(tensor: TensorInfo, seed: int, offset: tuple[int, ...], shape: t
 
 
 def sample_words(sample: np.ndarray) -> np.ndarray:
-    """(...,) int64 sample indices as (..., 2) int32 words, low and high: frameworks lack 64-bit integers."""
+    """Return (...,) int64 sample indices as (..., 2) int32 words, low and high, because frameworks lack 64-bit
+    integers."""
     return np.ascontiguousarray(sample, "<i8")[..., None].view("<i4").reshape(*sample.shape, 2)

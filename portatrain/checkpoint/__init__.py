@@ -1,1 +1,1 @@
-"""A run's checkpoints: what is saved, where, by whom; the newest that is whole; other people's formats (interop)."""
+"""Save and restore the checkpoints of a run, find the newest valid one, and convert other formats (interop)."""

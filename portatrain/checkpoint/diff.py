@@ -1,4 +1,4 @@
-"""Which tensors of two checkpoints differ, and by how much: read box by box, so that no tensor need fit twice."""
+"""Compare the tensors of two checkpoints box by box, so that no tensor need fit into memory twice."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SLAB_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of one tensor. elements: those whose bits differ; largest: of |a - b|; scale: of |a|. 'why' where no comparison
-    is possible: another shape or dtype, or only one of the two has it."""
+    """Describe how one tensor differs. elements: the number of elements with other bits; largest: the maximum of |a -
+    b|; scale: the maximum of |a|. 'why' says why no comparison is possible: another shape or dtype, or one checkpoint
+    lacks it.
+    """
 
     name: str
     why: str = ""
@@ -28,7 +30,7 @@ class Difference:
 
 
 def differences(a: Reader, b: Reader) -> Iterator[Difference]:
-    """Every tensor that differs, in the order of `a`'s, then those that only `b` has."""
+    """Yield every tensor that differs, in the order of `a`, then the tensors that only `b` has."""
     ours, theirs = ({t.name: t for t in r.layout.tensors} for r in (a, b))
     for name, tensor in ours.items():
         other = theirs.get(name)
@@ -61,7 +63,7 @@ def _of(a: Reader, b: Reader, name: str, shape: tuple[int, ...], item: int) -> D
 
 
 def slabs(shape: tuple[int, ...], item: int) -> Iterator[Box]:
-    """Boxes of at most `SLAB_BYTES` (or one row of the first axis that is cut) that make up a tensor."""
+    """Yield boxes that make up a tensor, each of at most `SLAB_BYTES`, or one row of the first axis that is cut."""
     if 0 in shape:
         return
     dim, rest = 0, math.prod(shape) * item
@@ -82,7 +84,7 @@ def slabs(shape: tuple[int, ...], item: int) -> Iterator[Box]:
 
 
 def meta_differences(a: Mapping[str, Any], b: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """The fields of two metas that differ, dotted."""
+    """Yield the dotted names of the fields in which two metas differ."""
     for key in sorted({*a, *b}):
         x, y = a.get(key), b.get(key)
         if isinstance(x, Mapping) and isinstance(y, Mapping):

@@ -1,4 +1,4 @@
-"""Errors of the checkpoint format, as errors that a command prints."""
+"""Turn errors of the checkpoint format into errors that a command prints."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from portatrain.errors import UserError
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Within it, what is wrong with a checkpoint is a UserError."""
+    """Raise any FormatError inside the context as a UserError."""
     try:
         yield
     except FormatError as error:

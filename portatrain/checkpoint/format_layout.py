@@ -1,4 +1,4 @@
-"""What a checkpoint of a program holds, as a layout of the format, and which process writes which part of it."""
+"""Describe a program's checkpoint as a layout of the format, with the part that each process writes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def format_layout(
     writers: int = 1,
     owners: Sequence[int] | None = None,
 ) -> SaveLayout:
-    """Return what a checkpoint of `program` holds, and which mesh position has which box of it.
+    """Return the layout of a checkpoint of `program`: its tensors, and the boxes of each mesh position.
 
     irregular_shards: the boxes of tensors that do not follow the layout, as `Backend.irregular_shards` gives them.
     owners: the process of every position of the mesh, if processes do not hold equal consecutive runs
@@ -49,7 +49,7 @@ def format_layout(
 
 
 def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
-    """The boxes of which process `writer` writes tiles, by tensor: replicas share the work."""
+    """Return the boxes that process `writer` writes, by tensor. Replicas share the work."""
     found: dict[str, list[Box]] = {}
     for pack in Planner(layout).writer(writer).packs:
         for entry in pack.entries:
@@ -60,7 +60,7 @@ def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
 
 
 def check_tensors(reader: Reader, program: Program) -> None:
-    """Raise UserError unless a checkpoint holds the tensors of `program`, with the same shapes; names what differs."""
+    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes."""
     there = {t.name: t for t in reader.layout.tensors}
     wanted = {t.name: t for t in format_layout(program).tensors}
     found = [
@@ -85,5 +85,5 @@ def check_tensors(reader: Reader, program: Program) -> None:
             reader.store.describe("COMMIT"),
             expected="the tensors of this model and optimizer",
             got="; ".join(got),
-            do="It is another model's checkpoint: give the recipe and the sizes that it was saved with.",
+            do="This is the checkpoint of another model: give the recipe and the sizes that it was saved with.",
         )

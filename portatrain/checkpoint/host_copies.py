@@ -1,8 +1,8 @@
-"""The host's copies of what a save writes: made while training waits, given up as they are written.
+"""Copy to the host what a save writes, while training waits, and free each copy when it is written.
 
-Where the budget holds all of them training waits for the copy alone, and nothing is written before it is done. Where it
-does not, the writer begins at once, the copies go on in the order in which it asks for them as it gives others up, and
-training waits until the last one is made: for the copy, and for the writing of what exceeds the budget.
+If the memory budget holds all copies, training waits for the copying alone, and writing begins after it. Otherwise the
+writer begins at once. It frees copies as it writes them, the copying continues in the order in which the writer asks,
+and training waits for the last copy: for the copying, and for the writing of what exceeds the budget.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ class _Copy:
     fetch: Callable[[], np.ndarray]
     nbytes: int
     left: int
-    """Elements that are still to be asked for; at 0 the copy is given up."""
+    """The number of elements that the writer has not asked for; at 0 the copy is freed."""
     array: np.ndarray | None = None
 
 
 class Staging:
-    """Copies of boxes, shared by the thread that trains (`fill`) and the one that writes (`sources`).
+    """Hold copies of boxes. The training thread makes them (`fill`), and the writing thread takes them (`sources`).
 
     Args:
-        boxes: (tensor, box, how to copy it) of what this process is to write, in any order, each once.
-        item_bytes: of one element, by tensor, in the order in which they are written.
-        budget_bytes: for copies at the same time; one that is larger by itself is made all the same.
+        boxes: (tensor, box, copy function) for each box that this process writes, once each, in any order.
+        item_bytes: bytes of one element, by tensor, in the order in which tensors are written.
+        budget_bytes: memory for the copies at one time; a copy that is larger by itself is made all the same.
     """
 
     def __init__(
@@ -62,17 +62,17 @@ class Staging:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all copies."""
+        """Return the bytes of all copies."""
         return sum(copy.nbytes for copy in self._copies)
 
     @property
     def beyond_bytes(self) -> int:
-        """How much is written, at most, before the last copy is made: copies are given up whole."""
+        """Return the most bytes that are written before the last copy is made. Copies are freed whole."""
         over = self.nbytes - self._budget_bytes
         return min(self.nbytes, over + max(copy.nbytes for copy in self._copies)) if over > 0 else 0
 
     def fill(self) -> None:
-        """Make the copies; returns once the last one is made, or the writer has ended."""
+        """Make the copies. Returns when the last one is made, or the writer has ended."""
         try:
             for copy in self._copies:
                 with self._changed:
@@ -80,7 +80,7 @@ class Staging:
                         self._changed.wait()
                     if self._closed:
                         return
-                    self._starving = False  # it asks again if this is not the one that it waits for
+                    self._starving = False  # the writer asks again if it waits for another copy
                 array = copy.fetch()
                 with self._changed:
                     copy.array = array
@@ -96,7 +96,8 @@ class Staging:
         return self._starving or not self._used or self._used + copy.nbytes <= self._budget_bytes
 
     def sources(self) -> dict[str, Callable[[Box], np.ndarray]]:
-        """For a `Writer` of one stream: the values of any box, by tensor; it asks for each element once."""
+        """Return the sources for a `Writer` of one stream, by tensor: functions from a box to its values. The writer
+        asks for each element once."""
 
         def source(name: str) -> Callable[[Box], np.ndarray]:
             return lambda wanted: self._values(name, wanted)
@@ -104,7 +105,7 @@ class Staging:
         return {name: source(name) for name in self._of}
 
     def close(self) -> None:
-        """The writer has ended: no copy is needed any more."""
+        """Record that the writer has ended and needs no more copies."""
         with self._changed:
             self._closed = True
             for copy in self._copies:
@@ -112,7 +113,8 @@ class Staging:
             self._changed.notify_all()
 
     def _values(self, name: str, wanted: Box) -> np.ndarray:
-        """A view of the one copy that holds all of it, else put together (torch has a tensor a layer)."""
+        """Return a view of the copy that holds the whole box, or join parts of several copies (torch has a tensor a
+        layer)."""
         found: list[tuple[_Copy, Box, np.ndarray]] = []
         with self._changed:
             for copy in self._copies[self._passed :]:
@@ -134,7 +136,7 @@ class Staging:
                 if copy.left <= 0:
                     self._give_up(copy)
         if sum(part.size for _, part, _ in found) < wanted.size:
-            raise RuntimeError(f"{name}: not all elements of {wanted} are held by this process")
+            raise RuntimeError(f"{name}: this process does not hold all elements of {wanted}")
         if len(found) == 1:
             copy, _, array = found[0]
             return array[wanted.slices(copy.box.offset)]
@@ -151,13 +153,13 @@ class Staging:
 
 
 def given_budget_bytes() -> int | None:
-    """What the environment allows the copies to take, or None. Raises UserError where it is not a number."""
+    """Return the budget for copies that the environment sets, or None. Raises UserError if it is not a number."""
     gib = environment.SAVE_MEMORY_GIB.get()
     return None if gib is None else int(gib * 2**30)
 
 
 def free_memory_bytes() -> int:
-    """Memory of this host that is free, or can be made so."""
+    """Return the bytes of memory of this host that are free or can be freed."""
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             found = next(line for line in lines if line.startswith("MemAvailable"))

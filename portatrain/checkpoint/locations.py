@@ -1,4 +1,4 @@
-"""Where a run's checkpoints are: a folder, or a prefix of an object store (s3://, gs://, az://). One store a step."""
+"""Open a run's checkpoints in a folder or under a prefix of an object store (s3://, gs://, az://), one store a step."""
 
 from __future__ import annotations
 
@@ -19,38 +19,39 @@ COMMIT = "COMMIT"
 
 
 class Location(Protocol):
-    """The checkpoints `step-NNNNNNNN` of a run."""
+    """Hold the checkpoints `step-NNNNNNNN` of a run."""
 
     name: str
-    """For messages."""
+    """The folder or URL, for messages."""
 
     def steps(self) -> list[int]:
-        """Steps that something is there of, ascending; whether a checkpoint is whole, only its COMMIT says."""
+        """Return the steps that have files, ascending. A step may be incomplete: only its COMMIT makes it a
+        checkpoint."""
         ...
 
     def open(self, step: int, *, create: bool = False) -> Store:
-        """The store of one step's checkpoint."""
+        """Return the store of one step's checkpoint."""
         ...
 
     def committed(self, step: int) -> bool:
-        """Whether it has a COMMIT."""
+        """Return whether the checkpoint of `step` has a COMMIT."""
         ...
 
     def sizes(self, step: int) -> dict[str, int]:
-        """Bytes of its files, by name."""
+        """Return the bytes of the checkpoint's files, by name."""
         ...
 
     def commit(self, step: int) -> bytes:
-        """What its COMMIT holds."""
+        """Return the contents of the checkpoint's COMMIT."""
         ...
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint, its COMMIT first: what is half removed is not a checkpoint."""
+        """Remove a checkpoint, its COMMIT first, so that one that is half removed is not taken for a checkpoint."""
         ...
 
 
 def location_of(where: Path | str) -> Location:
-    """A folder, or what a URL of an object store names."""
+    """Return the location for a folder or for the URL of an object store."""
     if isinstance(where, str) and where.startswith(SCHEMES):
         return ObjectLocation(where)
     return FolderLocation(Path(where))
@@ -61,13 +62,13 @@ def step_name(step: int) -> str:
 
 
 def steps_of(names: Iterable[str]) -> list[int]:
-    """The steps of names such as step-00000010."""
+    """Return the steps in names such as step-00000010."""
     found = (json_files.digits(n[5:]) for n in names if n.startswith("step-"))
     return sorted(step for step in found if step is not None)
 
 
 class FolderLocation:
-    """A `Location` on a local or shared file system."""
+    """Hold a `Location` on a local or shared file system."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -98,7 +99,7 @@ class FolderLocation:
 
 
 class ObjectLocation:
-    """A `Location` below a URL of an object store."""
+    """Hold a `Location` below a URL of an object store."""
 
     def __init__(self, url: str, **options: Any) -> None:
         from portatrain.checkpoint.object_store import ObjectStore  # with NumPy: not needed to read a command line

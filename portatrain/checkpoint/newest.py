@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from: the newest commit of which every byte verifies, one for all processes."""
+"""Find the checkpoint to resume from, the same for all processes: the newest commit of which every byte verifies."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ def newest(
     agree: Callable[[int], int],
     damaged: set[int],
 ) -> tuple[int, Reader] | None:
-    """(its step, the checkpoint), or None where nothing was ever committed. All processes call it together: process 0
-    looks, and each reads its part of the files. `agree` is the backend's; `damaged` takes the steps passed over.
+    """Return (step, reader) of the newest valid checkpoint, or None if nothing was ever committed.
 
-    An uncommitted one is a save that did not finish: passed over in silence. A damaged one is reported, and the one
-    before it taken. UserError where there are commits and none is left that verifies, and where one is of a newer
-    format: that is not damage. StorageError where a file cannot be read, which is no damage either: going on from an
-    earlier step would in the end replace this one.
+    All processes call it together: process 0 chooses a checkpoint, and each process verifies its part of the files.
+    `agree` is the backend's method. `damaged` receives the steps that were skipped. An uncommitted checkpoint is a save
+    that did not finish and is skipped silently. A damaged one is reported, and the one before it is tried.
+
+    Raises:
+        UserError: there are commits but none verifies, or one has a newer format, which is no damage.
+        StorageError: a file cannot be read, which is no damage either. To continue from an earlier step would in the
+            end replace this one.
     """
     errors: list[str] = []
     left = [] if process else location.steps()
@@ -52,13 +55,13 @@ def newest(
             assert reader is not None
             return step, reader
         if who <= processes and not process and error is None:
-            # Who read other files looks at those in question: it names the damage, or there is none.
+            # A process that read other files checks the doubtful ones itself: it names the damage, or there is none.
             reader, error = _tried(location, step, reader, who - 1, processes)
             unread = error is None or isinstance(error, StoreError)
         if agree(int(who > processes or (not process and unread))):
             number = (who - 1) % processes
             if process != (number if who > processes else 0):
-                agree(0)  # who knows why does not come to it, and ends the run
+                agree(0)  # a process that knows the cause raises here and does not join the exchange
             raise _unreadable(location, step, error, number)
         if error is not None and not process:
             passed_over(step, error)
@@ -67,14 +70,14 @@ def newest(
 def _next_of(
     location: Location, left: list[int], passed_over: Callable[[int, FormatError], None]
 ) -> tuple[int, Reader | None]:
-    """The newest step of those `left` that is committed and opens, taken off with all after it; else -1."""
+    """Return the newest committed step of `left` that opens, else -1. Takes it and all later steps off `left`."""
     while left:
         step = left.pop()
         try:
             return step, Reader(location.open(step))
         except NotCommittedError:
             continue
-        except NewerFormatError as error:  # its steps are good: going on before them would replace it
+        except NewerFormatError as error:  # its steps are valid, and to continue before them would replace it
             raise UserError.of(error) from error
         except StoreError as error:
             raise StorageError.of(error) from error
@@ -86,13 +89,13 @@ def _next_of(
 def _tried(
     location: Location, step: int, reader: Reader | None, part: int, processes: int
 ) -> tuple[Reader | None, FormatError | None]:
-    """The checkpoint of `step`, opened, and what is wrong with process `part`'s part of its files."""
+    """Return (the opened checkpoint of `step`, the error in process `part`'s part of its files or None)."""
     try:
         reader = reader or Reader(location.open(step))
     except FormatError as error:  # process 0 has opened it
         return None, StoreError(error.what, expected=error.expected, got=error.got, do=error.do)
     found: FormatError | None = None
-    for _ in range(2):  # what looks damaged is read again: one bad read must not condemn a good checkpoint
+    for _ in range(2):  # damage is read a second time, because one bad read must not condemn a valid checkpoint
         try:
             reader.verify_all(part, processes)
             return reader, None
@@ -109,6 +112,6 @@ def _unreadable(location: Location, step: int, error: FormatError | None, who: i
     return StorageError(
         f"checkpoint of step {step} in {location.name}",
         expected="files that all processes read alike",
-        got=f"process {who} reads damage where process 0 can read all",
-        do="Look at the storage as that process's host sees it; the checkpoint was left as it is.",
+        got=f"process {who} reads damage in files that process 0 can read",
+        do="Check the storage from that process's host; the checkpoint was not changed.",
     )

@@ -1,7 +1,7 @@
-"""Checkpoints in an object store (s3://, gs://, az://), through obstore. The commit is a conditional put.
+"""Store checkpoints in an object store (s3://, gs://, az://), through obstore. The commit is a conditional put.
 
 Credentials and regions come from the environment, as each cloud's own tools read them (AWS_*, GOOGLE_*, AZURE_*).
-Requests that fail with a server's error or time out are tried again; what fails for good is one FormatError.
+Requests that time out or fail with a server's error are tried again; a lasting failure is one FormatError.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from checkpoints_format.store import FILE_NAME
 from portatrain.system.object_store import RETRY, connect, explained, obstore_module, put_in_one_step
 
 PART_BYTES = 16 << 20
-"""Of an upload in parts; S3 allows 10,000 of them, which is more than any pack has."""
+"""The size of one part of an upload. S3 allows 10,000 parts, which is more than any pack has."""
 
 PARTS_AT_ONCE = 4
 
 
 class ObjectStore:
-    """See `checkpoints_format.Store`. url: s3://bucket/prefix and the like; options go to obstore as they are."""
+    """See `checkpoints_format.Store`. url: s3://bucket/prefix and the like; obstore gets the options unchanged."""
 
     merge_gap_bytes = 1 << 20
     request_bytes = 16 << 20
@@ -34,7 +34,7 @@ class ObjectStore:
         return f"object {self.url}/{name}"
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: the store holds nothing open."""
 
     def put(self, name: str, chunks: Iterable[memoryview], nbytes: int, *, durable: bool = True) -> None:
         obstore = obstore_module()
@@ -130,6 +130,6 @@ class ObjectStore:
 
 
 def _parts(chunks: Iterable[memoryview]) -> Iterator[bytes]:
-    """Copies, as a chunk is valid only until the next one: an upload sends several at once."""
+    """Yield copies of chunks. A chunk is valid only until the next one, and an upload sends several at once."""
     for chunk in chunks:
         yield bytes(chunk)

@@ -1,9 +1,9 @@
-"""Restoring: the boxes that a process will ask for are read ahead, merged, several requests at a time, within a budget.
+"""Restore a checkpoint: read the boxes of a process ahead, several requests at a time, within a memory budget.
 
-A backend asks for one box after another (`Backend.restore_state`), torch for one a layer. What this process holds
-follows from the layout, so a thread reads whole tensors' worth of it in groups, whose requests the reader merges and
-sends together, each tile checked. A box that was not foreseen is read when it is asked for; where the very first one
-was not, nothing is read ahead.
+A backend asks for one box after another (`Backend.restore_state`); torch asks for one a layer. The layout gives the
+boxes of this process, so a thread reads whole tensors in groups. The reader merges the requests of a group, sends them
+together and verifies each tile. A box that was not expected is read on demand. If the first box was not expected,
+nothing is read ahead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from portatrain.errors import StorageError, UserError
 
 GROUP_BYTES = 64 << 20
 BUDGET_BYTES = 512 << 20
-"""Host memory for what was read and not yet asked for; a single tensor's boxes may exceed it."""
+"""Host memory for boxes that were read ahead; the boxes of a single tensor may exceed it."""
 
 
 def boxes_of(
@@ -36,8 +36,8 @@ def boxes_of(
     shares: Shares | None = None,
     owners: Sequence[int] | None = None,
 ) -> dict[str, list[Box]]:
-    """By full name what process `process` asks for of every tensor, a box a device, in the order of the checkpoint:
-    what the layout says that it holds, of the tensors in `shares` its part of that. `owners` as in `shares_of`."""
+    """Return the boxes that `process` asks for, one a device, by full name and in the order of the checkpoint. Of the
+    tensors in `shares` it asks for its part alone. `owners` as in `shares_of`."""
     layout, shares = program.layout, shares or {}
     held_by = owners if owners is not None else consecutive(layout.mesh.devices, processes)
     mine = [layout.mesh.coordinates(d) for d, owner in enumerate(held_by) if owner == process]
@@ -53,13 +53,13 @@ def boxes_of(
 
 
 def restored(backend: Backend, reader: Reader) -> Any:
-    """The state of an open checkpoint on `backend`. Processes that hold copies read them in parts where that pays, and
-    where the backend can exchange them."""
+    """Return the state of an open checkpoint on `backend`. Processes that hold copies share the reading if it pays and
+    if the backend can exchange parts."""
     program, processes, owners, shares = backend.program, backend.processes, owners_of(backend), {}
     exchange: Any = getattr(backend, "restore_shared", None)
     if exchange is not None and processes > 1:
         remote = not isinstance(reader.store, LocalStore)
-        # All do or none, whatever the environment of one of them says.
+        # All processes share or none does, even if the environment of one of them differs.
         if not backend.agree(int(not pays(processes, remote=remote))):
             shares = shares_of(program, processes, owners=owners, gap_bytes=reader.store.merge_gap_bytes)
     with Restoring(reader, boxes_of(program, backend.process, processes, shares, owners)) as restoring:
@@ -71,12 +71,12 @@ class _Held:
     box: Box
     array: np.ndarray
     left: int
-    """Elements that are still to be asked for; below 1 the array is given up."""
+    """The number of elements that have not been asked for; below 1 the array is freed."""
 
 
 @dataclass
 class _Shared:
-    """What the two threads share, under one lock."""
+    """Hold the data that the two threads share, under one lock."""
 
     waiting: deque[str]
     held: dict[str, list[_Held]] = field(default_factory=dict)
@@ -89,14 +89,14 @@ class _Shared:
 
 
 class Restoring:
-    """`read(role, name, offset, shape)` for `Backend.restore_state`, out of an open checkpoint.
+    """Provide `read(role, name, offset, shape)` for `Backend.restore_state` from an open checkpoint.
 
     Args:
-        boxes: what will be asked for, by full name (`boxes_of`); a box as often as it will be.
-        budget_bytes: host memory for what was read ahead.
+        boxes: the boxes that will be asked for, by full name (`boxes_of`), each as often as it will be.
+        budget_bytes: host memory for boxes that are read ahead.
 
-    Raises (read): StorageError for a read that fails or brings other bytes, with tensor and file: the checkpoint was
-    verified before, so a job tries again. UserError for a tensor that the checkpoint has not.
+    Raises (read): StorageError, with tensor and file, if a read fails or returns other bytes: the checkpoint was
+    verified before, so a job tries again. UserError for a tensor that the checkpoint does not have.
     """
 
     def __init__(self, reader: Reader, boxes: Mapping[str, Sequence[Box]], *, budget_bytes: int = BUDGET_BYTES) -> None:
@@ -131,7 +131,7 @@ class Restoring:
             raise (StorageError if full in self._tensors else UserError).of(error) from error
 
     def _ahead(self, full: str, box: Box) -> np.ndarray | None:
-        """The box out of what was read ahead; None if it is not to be had there."""
+        """Return the box from what was read ahead; None if it is not there."""
         shared = self._shared
         with self._changed:
             if full in shared.waiting:
@@ -152,7 +152,7 @@ class Restoring:
                     shared.served = True
                     return part
             if not shared.served:
-                # This backend's boxes are others than the layout's (flat ranges, say): leave the reading to it.
+                # This backend asks for other boxes than the layout's (flat ranges, say), so it reads each on demand.
                 shared.closed = True
                 shared.waiting.clear()
                 shared.held.clear()
@@ -181,7 +181,7 @@ class Restoring:
                 self._changed.notify_all()
 
     def _next_group(self) -> list[str] | None:
-        """The next tensors to read, once there is room or somebody waits for one; None at the end."""
+        """Return the next tensors to read, when there is room or another thread waits for one; None at the end."""
         shared = self._shared
         with self._changed:
             while not shared.closed and shared.wanted is None and shared.nbytes >= self._budget_bytes:
@@ -189,7 +189,7 @@ class Restoring:
             if shared.closed or not shared.waiting:
                 return None
             if shared.wanted is not None and shared.wanted in shared.waiting:
-                # What is asked for now tells where the backend is: go on from there.
+                # The box that is asked for now shows how far the backend is: continue from there.
                 shared.waiting.rotate(-shared.waiting.index(shared.wanted))
             shared.wanted = None
             if shared.nbytes >= self._budget_bytes:
@@ -207,7 +207,7 @@ class Restoring:
         return min(GROUP_BYTES, self._budget_bytes // 2)
 
     def _give_up(self) -> None:
-        """Make room: what was read first and not asked for is read again if it is."""
+        """Make room: evict the boxes that were read first; evicted boxes are read again on demand."""
         shared = self._shared
         for name in list(shared.held):
             if shared.nbytes < self._budget_bytes:

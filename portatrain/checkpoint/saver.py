@@ -1,4 +1,4 @@
-"""A run's checkpoints: logical tensors in `checkpoints_format`, restored on any backend and mesh.
+"""Save a run's logical tensors in `checkpoints_format`, to restore them on any backend and mesh.
 
     checkpoints = Checkpoints(run_dir / "checkpoints")
     checkpoints.save(10, backend, state, meta)      # copies to the host and returns; a thread writes
@@ -49,13 +49,14 @@ from portatrain.recipe.retention import Retention
 from portatrain.system import json_files
 
 RECEIPTS_WITHIN_S = 600.0
-"""How long the committing process waits for the others to have written."""
+"""The time for which the committing process waits for the other writers."""
 
 Read = Callable[[str, str, tuple[int, ...], tuple[int, ...]], np.ndarray]
 
 
 def _is_whole(store: Store, receipt: str) -> bool:
-    """Whether a receipt is there to its end. A file is seen from its first byte on; in an object store only whole."""
+    """Return whether a receipt is complete. A file is visible from its first byte on; an object only when it is
+    whole."""
     if store.size(receipt) is None:
         return False
     if isinstance(store, LocalStore):
@@ -71,7 +72,7 @@ def _meets(box: Box, others: Iterable[Box]) -> bool:
 
 
 def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[], np.ndarray]]]:
-    """(full name, box, how to copy it) of all that this process holds, each box once."""
+    """Yield (full name, box, copy function) of everything that this process holds, each box once."""
     seen = set()
     for box in backend.local_boxes(state):
         name = full_name(box.role, box.name)
@@ -81,9 +82,8 @@ def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[]
 
 
 def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
-    """Raise UserError where the newest commit cannot be this run's: of a newer format, of another model, or of data
-    with another fingerprint (None: whatever it is). Reads its root alone, before an attempt begins; damage is left to
-    `Checkpoints.newest`.
+    """Raise UserError if the newest commit is not of this run: a newer format, another model, or data with another
+    fingerprint (None: any data). Reads only the root, before an attempt begins; damage is left to `Checkpoints.newest`.
     """
     place = location_of(where)
     for step in reversed(place.steps()):
@@ -100,7 +100,7 @@ def check_newest(where: Path | str, program: Program, fingerprint: str | None) -
                 raise UserError(
                     store.describe("COMMIT"),
                     expected=f"a run on this corpus, fingerprint {fingerprint}",
-                    got=f"one on another, {saved}",
+                    got=f"a run on another corpus, {saved}",
                     do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go on "
                     "with other data all the same, give --accept-drift REASON, which is recorded.",
                 )
@@ -108,7 +108,7 @@ def check_newest(where: Path | str, program: Program, fingerprint: str | None) -
 
 
 def reads(reader: Reader) -> Read:
-    """For `Backend.restore_state`: boxes out of an open checkpoint, checked as they are read."""
+    """Return `read` for `Backend.restore_state`: it reads boxes of an open checkpoint and verifies them."""
 
     def read(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
         return reader.read_many([Want(full_name(role, name), Box(offset, shape), None)])[0]
@@ -117,17 +117,17 @@ def reads(reader: Reader) -> Read:
 
 
 class Checkpoints:
-    """The checkpoints of a run, one a step, in a folder or an object store. Two saves never overlap.
+    """Manage the checkpoints of a run, one a step, in a folder or an object store. Two saves never overlap.
 
-    Every process writes its own boxes; `process` 0 commits when the receipts of all are there.
+    Every process writes its own boxes. `process` 0 commits when the receipts of all writers are stored.
 
     Args:
         where: the folder checkpoints of the run directory, or a URL (s3://bucket/prefix).
-        keep: which committed ones stay.
-        save_name: of this attempt: no two attempts write one file.
-        guard: entered around a commit and a removal; raises where another attempt has taken the run over.
-        budget_bytes: host memory for the copy of the state (`staging`); None: as the environment says, else half of
-            what is free.
+        keep: which committed checkpoints stay.
+        save_name: the name of this attempt's saves; no two attempts write one file.
+        guard: entered around a commit and a removal; raises if another attempt has taken the run over.
+        budget_bytes: host memory for the copy of the state (`host_copies`); None: the environment's value, else half
+            of the free memory.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class Checkpoints:
         guard: Callable[[], AbstractContextManager[object]] = nullcontext,
         budget_bytes: int | None = None,
     ) -> None:
-        self.place, self.keep, self.save_name = location_of(where), keep or Retention(), save_name
+        self.location, self.keep, self.save_name = location_of(where), keep or Retention(), save_name
         self.process, self.processes, self.guard = process, processes, guard
         self.budget_bytes = given_budget_bytes() if budget_bytes is None else budget_bytes
         self._thread: threading.Thread | None = None
@@ -155,10 +155,10 @@ class Checkpoints:
     def save(
         self, step: int, backend: Backend, state: Any, meta: Mapping[str, Any], *, skip_if_busy: bool = False
     ) -> bool:
-        """Copy the state to the host, then write and commit in the background; whether a save was begun.
+        """Copy the state to the host, then write and commit in the background; return whether a save was begun.
 
-        While one is under way this waits for it, or with `skip_if_busy` leaves this one out (all processes do, or
-        none). Raises UserError if the save before this one failed; what was committed earlier stands.
+        If a save is still running, wait for it, or with `skip_if_busy` skip this one (on all processes, or on none).
+        Raises UserError if the save before this one failed; earlier commits stay.
         """
         if skip_if_busy and backend.agree(int(self._thread is not None and self._thread.is_alive())):
             return False
@@ -177,8 +177,8 @@ class Checkpoints:
         return True
 
     def beyond_bytes(self, backend: Backend, state: Any) -> int:
-        """How much of a save of `state` training would wait for to be written, beside the copy: at most so much, 0
-        where the budget holds the copies of all."""
+        """Return the bytes of a save of `state` for whose writing training would wait, besides the copy: an upper
+        bound, 0 if the budget holds all copies."""
         layout, wanted = self._planned(backend, state)
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
@@ -189,7 +189,8 @@ class Checkpoints:
         return Staging(boxes, sizes, budget_bytes=budget)
 
     def _planned(self, backend: Backend, state: Any) -> tuple[SaveLayout, Mapping[str, list[Box]]]:
-        """The layout of a save and what of it this process writes; both as for the save before where nothing moved."""
+        """Return the layout of a save and the boxes that this process writes. If nothing moved, both come from the save
+        before."""
         program, irregular_shards = backend.program, backend.irregular_shards(state)
         if self._plan is None or self._plan[0] is not program or self._plan[1] != irregular_shards:
             layout = format_layout(program, irregular_shards, self.processes, owners_of(backend))
@@ -198,14 +199,14 @@ class Checkpoints:
 
     def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
-            with contextlib.closing(self.place.open(step, create=True)) as store:
+            with contextlib.closing(self.location.open(step, create=True)) as store:
                 Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
                 staging.close()
                 if self.process:
                     return
                 self._await_receipts(store)
                 with self.guard():
-                    if step in self._damaged:  # it was read, and will not do: ours takes its place
+                    if step in self._damaged:  # this checkpoint was read and found damaged, so the new one replaces it
                         store.delete(COMMIT)
                         self._damaged.discard(step)
                     commit(store, layout, save=self.save_name, meta=json_files.strict(meta))
@@ -218,13 +219,14 @@ class Checkpoints:
             staging.close()
 
     def _await_receipts(self, store: Store) -> None:
-        """Until every process has written. In the store, as a collective here could meet one of the step's."""
+        """Wait until every process has written. This polls the store, as a collective could collide with one of the
+        step's."""
         deadline_s, pause_s = time.monotonic() + RECEIPTS_WITHIN_S, 0.01
         for writer in range(self.processes):
             while not _is_whole(store, receipt_name(self.save_name, writer)):
                 if time.monotonic() > deadline_s:
                     raise UserError(
-                        f"checkpoint in {self.place.name}",
+                        f"checkpoint in {self.location.name}",
                         expected=f"the receipt of process {writer}",
                         got=f"none within {RECEIPTS_WITHIN_S:.0f} s",
                         do="All processes must see one run directory.",
@@ -233,7 +235,7 @@ class Checkpoints:
                 pause_s = min(2 * pause_s, 1.0)
 
     def _sweep_others(self, store: Store) -> None:
-        """Remove what saves left here that were not committed. The commit that stands names files of ours alone."""
+        """Remove files of saves of this step that were not committed. The commit names only files of this save."""
         ours = tuple(f"{kind}-{self.save_name}" for kind in ("pack", "root", "receipt"))
         for name in list(store.list()):
             if name.startswith(("pack-", "root-", "receipt-")) and not name.startswith(
@@ -242,34 +244,35 @@ class Checkpoints:
                 store.delete(name)
 
     def _sweep(self, newest: int) -> None:
-        """Remove what is not to be kept, and what was never committed. Nothing is removed before this one stands."""
-        there = [s for s in self.place.steps() if s <= newest]
-        good = [s for s in there if s not in self._damaged and self.place.committed(s)]
+        """Remove old checkpoints and uncommitted files. Nothing is removed before the newest checkpoint is
+        committed."""
+        there = [s for s in self.location.steps() if s <= newest]
+        good = [s for s in there if s not in self._damaged and self.location.committed(s)]
         if self.keep.best is not None:
             for step in good:
                 if step not in self._metrics:
-                    with contextlib.closing(self.place.open(step)) as store:
+                    with contextlib.closing(self.location.open(step)) as store:
                         self._metrics[step] = _metrics_of(Reader(store).meta)
         kept = self.keep.kept(good, self._metrics)
         for step in there:
             if step not in kept:
                 with self.guard():
-                    self.place.remove(step)
+                    self.location.remove(step)
 
     def remove_unfinished(self) -> None:
-        """Remove what no commit names, before anything is saved: an attempt that lost its claim in the moment of a
-        commit, where no lock can keep it from that, commits nothing that is whole."""
-        for step in self.place.steps():
-            if not self.place.committed(step):
-                self.place.remove(step)
+        """Remove the checkpoints that no commit names, before anything is saved. No lock can stop an attempt that loses
+        its claim during a commit, but after this it has nothing complete to commit."""
+        for step in self.location.steps():
+            if not self.location.committed(step):
+                self.location.remove(step)
 
     def check(self) -> None:
-        """UserError if a save in the background has failed. Does not wait."""
+        """Raise UserError if a save in the background has failed. Does not wait."""
         if self._thread is None or not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way; UserError if it failed."""
+        """Wait for the running save; raise UserError if it failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -282,12 +285,12 @@ class Checkpoints:
     # ---- going on
 
     def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
-        """See `finding.newest`. What is found damaged makes way for the next save of its step."""
-        return newest(self.place, self.process, self.processes, report, agree, self._damaged)
+        """Return the newest valid checkpoint, see `newest.newest`. The next save of a damaged step replaces it."""
+        return newest(self.location, self.process, self.processes, report, agree, self._damaged)
 
 
 def _metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics in a checkpoint's meta, which may not be finite; without those that are no numbers."""
+    """Return the metrics in a checkpoint's meta, non-finite ones too, without entries that are no numbers."""
     found, given = {}, meta.get("metrics")
     for name, value in given.items() if isinstance(given, Mapping) else ():
         with contextlib.suppress(ValueError):

@@ -1,7 +1,7 @@
-"""Copies of one box share its reading: each process reads a part of it, and the parts are exchanged between them.
+"""Share the reading of equal boxes: each process reads one part of a box, and the processes exchange the parts.
 
-Without it a run with `replica=8` asks the storage for every byte eight times. It pays where the network between the
-processes is faster than the storage: an object store, or a file system that several hosts share.
+Without sharing, a run with `replica=8` reads every byte eight times from the storage. Sharing pays if the network
+between the processes is faster than the storage: an object store, or a file system that several hosts use.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from portatrain.model.layout import MESH_AXES, Mesh
 from portatrain.system import environment
 
 LEAST_BYTES = 64 << 10
-"""A part below this is not worth a request and an exchange: such a box is read whole by everyone."""
+"""The smallest part that is worth a request and an exchange; smaller boxes are read whole by every process."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """How the copies of a tensor's boxes are read: cut along dimension `dim` into as many equal parts as there are
-    devices along the mesh `axes` (major first), each of which reads its own."""
+    """Describe how the copies of a tensor's boxes are read: each box is cut along dimension `dim` into one equal part
+    for each device along the mesh `axes` (major first), and every device reads its own part."""
 
     dim: int
     axes: tuple[str, ...]
@@ -32,7 +32,7 @@ class Share:
     def part(
         self, mesh: Mesh, at: Mapping[str, int], offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(offset, shape) of what the device at mesh coordinates `at` reads of a box."""
+        """Return (offset, shape) of the part of a box that the device at mesh coordinates `at` reads."""
         mine = shape[self.dim] // mesh.over(self.axes)
         moved = offset[self.dim] + mesh.index(self.axes, at) * mine
         d = self.dim
@@ -40,12 +40,12 @@ class Share:
 
 
 Shares = Mapping[tuple[str, str], Share]
-"""By role and name. Tensors that are not in it are read by every process that holds a copy."""
+"""Shares by (role, name). Every process with a copy reads the tensors that have no entry."""
 
 
 def owners_of(backend: Backend) -> tuple[int, ...] | None:
-    """The process of every position of the backend's mesh, row-major, where its `owners` say so; None: processes hold
-    equal consecutive runs, as they do unless the network has the devices of a mesh in another order."""
+    """Return the process of every position of the backend's mesh, row-major, if the backend has `owners`. None: each
+    process holds an equal consecutive run, as it does unless the network needs another order of devices."""
     owners = getattr(backend, "owners", None)
     if owners is None or list(owners) == consecutive(len(owners), backend.processes):
         return None
@@ -53,17 +53,17 @@ def owners_of(backend: Backend) -> tuple[int, ...] | None:
 
 
 def consecutive(positions: int, processes: int) -> list[int]:
-    """The process of every position where each holds an equal run."""
+    """Return the process of every position if each process holds an equal consecutive run."""
     return [p * processes // positions for p in range(positions)]
 
 
 def shares_of(
     program: Program, processes: int, *, owners: Sequence[int] | None = None, gap_bytes: int = 0
 ) -> dict[tuple[str, str], Share]:
-    """What processes that hold copies can read in parts: tensors that mesh axes across processes do not cut, in a
-    dimension that divides. A layer of a Stack is cut, not the Stack, as some backends ask for one layer after another.
-    Left out are a model's States, which are small, and boxes whose other parts are no longer than `gap_bytes`: a store
-    that reads on over such gaps would be asked for all of it by everyone."""
+    """Return the tensors that processes with copies can read in parts: those that no mesh axis across processes shards,
+    with a dimension that divides. A layer of a Stack is cut, not the Stack, because some backends ask for one layer
+    after another. A model's States are left out, because they are small. So are boxes with gaps between parts of at
+    most `gap_bytes`: a store that reads across such gaps would send all of the box to every process."""
     layout, mesh = program.layout, program.layout.mesh
     across = _across(mesh, list(owners) if owners is not None else consecutive(mesh.devices, processes))
     found = {}
@@ -78,7 +78,7 @@ def shares_of(
         if tensor.role == "state" or ways == 1 or layer < ways * LEAST_BYTES:
             continue
         for d in inner:
-            run = math.prod(shape[d:]) * item  # bytes from one part of a device to its next
+            run = math.prod(shape[d:]) * item  # bytes between the parts of neighbouring devices
             repeated = math.prod(shape) * item > run
             if shape[d] % ways == 0 and not (repeated and run - run // ways <= gap_bytes):
                 found[tensor.key] = Share(d, axes)
@@ -87,7 +87,7 @@ def shares_of(
 
 
 def _across(mesh: Mesh, owners: Sequence[int]) -> tuple[str, ...]:
-    """The mesh axes along which a device's neighbour may belong to another process."""
+    """Return the mesh axes along which neighbouring devices may belong to different processes."""
     found, stride = [], 1
     for axis in reversed(MESH_AXES):
         size = mesh.sizes[axis]
@@ -99,8 +99,8 @@ def _across(mesh: Mesh, owners: Sequence[int]) -> tuple[str, ...]:
 
 
 def pays(processes: int, *, remote: bool) -> bool:
-    """Whether reading once and exchanging is taken to be quicker: from an object store, and from a file system where
-    the processes are on several hosts. The environment may say otherwise; UserError where that is no 0 or 1."""
+    """Return whether to read once and exchange: from an object store, and from a file system if the processes are on
+    several hosts. The environment may override this; raise UserError if its value is neither 0 nor 1."""
     said = environment.READ_ONCE.get()
     if said is not None:
         return said

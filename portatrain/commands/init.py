@@ -71,7 +71,7 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
             "--paths",
             expected="no paths for images: they are the digits of scikit-learn",
             got=", ".join(paths),
-            do="Leave it out; docs/data.md explains how to read your own images.",
+            do="Leave it out; docs/start/data.md explains how to read your own data.",
         )
     if data == "text" and paths:
         held_out = 0.1 if _documents(paths, "text files") > 1 else 0.0

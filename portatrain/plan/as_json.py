@@ -1,4 +1,4 @@
-"""A plan as plain data: what ``portatrain plan --json`` prints, one object a cluster."""
+"""Turn a plan into plain data: ``portatrain plan --json`` prints one object for each cluster."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from portatrain.plan.result import CONVENTION, Candidate, Plan
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """``status``: 'fits'; 'fits-with' another batch (``notes`` say which); 'does-not-fit'; 'not-planned'."""
+    """Return a plan as plain data.
+
+    ``status`` is 'fits', 'fits-with' (another batch, which ``notes`` give), 'does-not-fit' or 'not-planned'.
+    """
     best = plan.chosen
     found: dict[str, Any] = {
         "cluster": plan.cluster.name,
@@ -80,7 +83,7 @@ def status(plan: Plan) -> str:
 
 
 def confidence(plan: Plan) -> dict[str, Any]:
-    """For memory, time, usd and kwh the estimates behind them; for time also the error seen on published runs."""
+    """Return the estimates behind memory, time, usd and kwh; for time also the error seen on published runs."""
     found: dict[str, Any] = {name: {"estimates": list(marks)} for name, marks in plan.estimates().items()}
     found["time"] |= {
         "efficiency": plan.efficiency.value,

@@ -1,6 +1,7 @@
-"""Fit efficiency factors to the user's own runs, in place of the factors from published runs.
+"""Fit efficiency factors to the user's own runs, to replace the factors from published runs.
 
-Kept in the user's config folder (``efficiency.json``), which `portatrain.plan.cost.efficiency.of` looks into first.
+The factors are stored in the user's config folder (``efficiency.json``), which `portatrain.plan.cost.efficiency.of`
+reads first.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ LOW, HIGH = 0.005, 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """An attempt at a run: planned and measured seconds of a step, bytes at the peak, and the factor at which the plan
-    would have been right; None where no factor makes it so."""
+    """Hold an attempt at a run: planned and measured seconds of a step, bytes at the peak, and the factor at which the
+    plan would have been right; None if no factor makes it right."""
 
     where: str
     chip: str
@@ -38,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A chip's factor ``before`` and after, and from how many attempts."""
+    """Hold a chip's factor before and after, and the number of attempts behind it."""
 
     chip: str
     before: float
@@ -133,7 +134,7 @@ def _factor(recipe: Recipe, mesh: Mesh, device: str, measured_s: float) -> float
     def planned_s(value: float) -> float:
         return recorded.with_factor(recipe, mesh, device, value) or 0.0
 
-    if planned_s(HIGH) > measured_s:  # memory or network alone take longer: the factor is not what is wrong
+    if planned_s(HIGH) > measured_s:  # memory or network alone take longer: the factor is not the cause
         return None
     low, high = LOW, HIGH
     while high / low > 1.0005:

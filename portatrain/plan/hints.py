@@ -45,7 +45,7 @@ def could_fit(shape: ModelShape, cluster: Cluster, precision: str) -> bool:
     if cluster.chip.kind == "streaming":
         return False
     kind, room = PRECISIONS[precision], cluster.chip.memory_bytes / cluster.chip.devices_per_chip
-    # Perfectly shared out, weights, gradients and optimizer state need this much: most questions end here.
+    # Evenly divided, weights, gradients and optimizer state need this much. Most questions end here.
     each = shape.parameters * (kind.param + kind.grad + shape.slot_bytes * kind.slots) / cluster.devices
     trains_all = all(tensor.trainable for tensor in shape.all_tensors)
     if trains_all and each > room:

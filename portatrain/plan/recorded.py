@@ -1,5 +1,5 @@
-"""The plan of a run that is about to start, for the devices that it got. It is recorded as ``attempts/K/plan.json``: a
-report compares it with what was measured, and `portatrain plan --calibrate` learns from it."""
+"""Plan a run that is about to start, on its own devices. The plan is stored as ``attempts/K/plan.json``: a report
+compares it with the measurement, and `portatrain plan --calibrate` learns from it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans as tables on a terminal, and as a plot of cost against time."""
+"""Show plans as tables on a terminal, and as a plot of cost against time."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def show(plans: Sequence[Plan], console: Console, *, details: bool) -> None:
-    """One table over all clusters; with ``details``, then everything about each."""
+    """Print one table over all clusters; with ``details``, then all tables of each cluster."""
     console.print(_overview(plans))
     for plan in plans:
         for note in plan.notes:
@@ -161,7 +161,7 @@ def plot(plans: Sequence[Plan], path: Path) -> None:
 
 
 def _mesh(text: str) -> str:
-    """With room to break after each axis."""
+    """Return the mesh with room to break after each axis."""
     return text.replace(",", ", ")
 
 
@@ -177,7 +177,7 @@ def _count(number: int) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three digits, without an exponent."""
+    """Return the value with three digits and without an exponent."""
     if value is None:
         return "-"
     if value >= 100:

@@ -1,4 +1,4 @@
-"""The planner's answer: the best ways to run a recipe on a cluster, and the reasons against the others."""
+"""Hold the planner's answer: the best ways to run a recipe on a cluster, and the reasons against the others."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from portatrain.plan.cost.tensors import Sizes
 from portatrain.plan.cost.timing import Time
 
 CONVENTION = "6 x parameters multiplied with each token + 12 x layers x width x length x 1/2 (causal); no recomputation"
-"""What MFU counts, over the peak of the precision of the matmuls."""
+"""The FLOPs that MFU counts, over the peak for the precision of the matmuls."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run a step. ``rows`` samples a microbatch on each of mesh replica x fsdp x expert places."""
+    """Hold one way to run a step. ``rows``: samples of a microbatch on each device along replica, fsdp and expert."""
 
     mesh: Sizes
     rows: int
@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """A reason, the number of meshes that it rules out, and the mesh that came nearest."""
+    """Hold a reason, the number of meshes that it rules out, and the mesh that came nearest."""
 
     reason: str
     count: int
@@ -61,7 +61,7 @@ class Refused:
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """The work that a search did: a test holds it, since times depend on the machine."""
+    """Count the work of a search. A test checks these counts, because times depend on the machine."""
 
     meshes: int = 0
     memories: int = 0
@@ -70,8 +70,8 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer for one cluster. ``used`` is the part of it that works; ``shape`` the recipe as planned,
-    ``asked`` as it was given (they differ where only another batch divides)."""
+    """Hold the answer for one cluster. ``used``: the part of the cluster that works. ``shape``: the recipe as planned.
+    ``asked``: the recipe as given, which differs from ``shape`` if only another batch divides."""
 
     asked: ModelShape
     shape: ModelShape
@@ -91,7 +91,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe runs as it was given."""
+        """Return whether the recipe runs as it was given."""
         return bool(self.best) and self.shape is self.asked
 
     @property
@@ -104,7 +104,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """FLOPs a second that MFU is relative to, over the chips that work."""
+        """Return the FLOPs per second that MFU is relative to, over the chips that work."""
         chip, one = self.cluster.chip, self.best[0].precision if self.best else "bf16"
         kind = PRECISIONS[one].peak
         return (chip.peaks.get(kind) or chip.peaks["bf16"]).value * 1e12 * self.used.chips
@@ -115,7 +115,7 @@ class Plan:
 
     @property
     def usd_per_billion(self) -> float | None:
-        """USD a billion tokens, over all chips of the cluster, idle ones too."""
+        """Return USD per billion tokens, over all chips of the cluster, idle chips too."""
         price = self.cluster.price
         if price is None or not self.best:
             return None
@@ -123,7 +123,7 @@ class Plan:
 
     @property
     def kwh_per_billion(self) -> float | None:
-        """kWh a billion tokens at the chips' rated power; hosts, network and cooling come on top."""
+        """Return kWh per billion tokens at the chips' rated power; hosts, network and cooling come on top."""
         power = self.cluster.chip.power
         if power is None or not self.best:
             return None
@@ -131,13 +131,13 @@ class Plan:
 
     @property
     def days(self) -> float | None:
-        """Days for the recipe's tokens, without interruption."""
+        """Return the days for the recipe's tokens, without interruption."""
         tokens = self.shape.train_tokens
         return tokens / self.tokens_per_s / 86_400 if tokens and self.best else None
 
     @property
     def usd_per_run(self) -> float | None:
-        """USD for the recipe's tokens."""
+        """Return the USD for the recipe's tokens."""
         tokens, each = self.shape.train_tokens, self.usd_per_billion
         return tokens / 1e9 * each if tokens and each is not None else None
 
@@ -147,7 +147,7 @@ class Plan:
         return tokens / 1e9 * each if tokens and each is not None else None
 
     def estimates(self) -> dict[str, tuple[str, ...]]:
-        """For every figure of the plan the estimates that it rests on; an empty tuple: confirmed figures only."""
+        """Return, for every figure of the plan, the estimates behind it; an empty tuple: only confirmed figures."""
         chip, found = self.cluster.chip, {}
         found["memory"] = _marked(memory=chip.memory)
         kind = PRECISIONS[self.best[0].precision].peak if self.best else "bf16"

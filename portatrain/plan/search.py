@@ -28,7 +28,7 @@ from portatrain.plan.result import Candidate, Counts, Plan, Refused, slowest_ter
 
 KEEP = 10
 MARGIN = 0.05
-"""Memory that a plan leaves free where it can; a prediction is no better than that."""
+"""Memory that a plan leaves free if it can, since predictions are no more accurate than that."""
 
 
 @dataclass
@@ -111,8 +111,8 @@ class _Search:
             self.found.append(best)
 
     def _fitting(self, work: OnMesh) -> list[tuple[int, int, Remat, Precision, Memory]]:
-        """For every remat policy and precision the largest microbatch that leaves the margin; where none does, the one
-        that needs least, if it fits."""
+        """Return the largest microbatch that leaves the margin, for every remat policy and precision; if none does, the
+        one that needs least, if it fits."""
         rows_here = self.shape.batch // work.rows
         found, smallest = [], None
         for precision in self.precisions:
@@ -166,9 +166,9 @@ def plan(
 ) -> Plan:
     """Return the best ways to train ``shape`` on ``cluster``.
 
-    ``precisions``: those that may be chosen from; by default the recipe's own alone, as another changes the
-    numbers. ``mesh`` and ``accumulation`` plan those only. ``tuning``: in place of that of the chip's stack.
-    ``hints=False`` leaves out what would fit where nothing does.
+    ``precisions``: the precisions to choose from; by default the recipe's alone, because another one changes the
+    numbers. ``mesh`` and ``accumulation`` restrict the plan to one value. ``tuning`` replaces the tuning of the chip's
+    stack. ``hints=False`` leaves out the changes that would make the recipe fit.
 
     Raises:
       UserError: an unknown precision or remat policy, or a ``mesh`` that does not fit recipe and cluster.
@@ -279,7 +279,7 @@ def _check_mesh(shape: ModelShape, cluster: Cluster, mesh: Sizes) -> None:
             f"mesh for {shape.name}",
             expected=f"a size that divides {bad.axis}={bad.size}",
             got=f"{bad.shards(mesh)} shards",
-            do="Leave --mesh out to see those that work.",
+            do="Leave --mesh out to see the meshes that work.",
         )
 
 

@@ -2,7 +2,7 @@
 
 `GRACE_S.get()` returns a value, or raises UserError if it is invalid. An empty variable counts as unset. Code that sets
 a variable for another process takes its name from `GRACE_S.name`. `python -m portatrain.system.environment` prints
-docs/environment.md.
+docs/run/environment.md.
 """
 
 from __future__ import annotations
@@ -329,11 +329,11 @@ def whole_number(env: Mapping[str, str], name: str, default: int | None = None) 
 
 
 def page() -> str:
-    """Return docs/environment.md."""
+    """Return docs/run/environment.md."""
     out = [
         "# Environment variables",
         "",
-        "Written by `python -m portatrain.system.environment > docs/environment.md` from the one table in",
+        "Written by `python -m portatrain.system.environment > docs/run/environment.md` from the one table in",
         "`portatrain/system/environment.py`. An empty variable counts as unset; an invalid value ends the command with",
         "one paragraph and exit code 2.",
         "",

@@ -155,7 +155,7 @@ NOT_THIS_RUNS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "another model's": (_other_model, "different: params/embed/table"),
     "another corpus": (
         _root(lambda root: root["meta"]["data"].update(fingerprint="0" * 64)),
-        "got one on another, 000000",
+        "got a run on another corpus, 000000",
     ),
 }
 

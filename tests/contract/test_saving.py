@@ -40,7 +40,7 @@ def test_the_last_every_nth_and_the_best_stay_and_load(backend: Any, tmp_path: P
     for step in range(1, 8):
         checkpoints = Checkpoints(tmp_path, keep=keep, save_name=f"a{step}")  # as after restarts: nothing in memory
         save(checkpoints, backend, step, metrics={"loss": abs(step - 3)})
-    assert checkpoints.place.steps() == [3, 4, 7]
+    assert checkpoints.location.steps() == [3, 4, 7]
     for step in (3, 4, 7):
         loads(tmp_path, backend, step)
 
@@ -112,7 +112,7 @@ class Slow(locations.FolderLocation):
 
 def test_a_second_save_waits_or_is_skipped(backend: Any, tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    checkpoints.place = slow = Slow(tmp_path)
+    checkpoints.location = slow = Slow(tmp_path)
     assert checkpoints.save(1, backend, backend.state(1), {"step": 1})
     checkpoints.check()  # does not wait
     assert not checkpoints.save(2, backend, backend.state(2), {"step": 2}, skip_if_busy=True)
@@ -128,7 +128,7 @@ def test_a_second_save_waits_or_is_skipped(backend: Any, tmp_path: Path) -> None
 def test_an_error_of_the_background_is_told_at_the_next_step(backend: Any, tmp_path: Path) -> None:
     save(Checkpoints(tmp_path, save_name="a1"), backend, 1)
     checkpoints = Checkpoints(tmp_path, save_name="a2")
-    checkpoints.place = slow = Slow(tmp_path)
+    checkpoints.location = slow = Slow(tmp_path)
     slow.fail = True
     checkpoints.save(2, backend, backend.state(2), {"step": 2})
     checkpoints.check()

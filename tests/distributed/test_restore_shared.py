@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         checkpoints = Checkpoints(tmp_path_factory.mktemp("saved"))
         checkpoints.save(1, backend, state, {})
         checkpoints.wait()
-        found[case] = str(checkpoints.place.open(1).path)
+        found[case] = str(checkpoints.location.open(1).path)
     return found
 
 

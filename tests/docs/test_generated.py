@@ -10,6 +10,7 @@ import pytest
 
 from docs.tools import draw_rooms, examples, reference
 from portatrain.model.ops import Ops
+from portatrain.model.ops_arrays import ArrayOps
 from portatrain.optim import Rule, Schedule, rules, schedules
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from tests.docs.pages import ROOT
@@ -57,10 +58,10 @@ def test_the_example_of_a_field_that_is_set_in_the_file(field: str) -> None:
 
 def test_every_operation_is_in_the_reference() -> None:
     page = text("ops.md")
-    methods = [n for n, m in vars(Ops).items() if callable(m) and not n.startswith("_")]
-    assert methods and [n for n in methods if f"### `{n}`" not in page] == []
+    methods = [n for cls in (Ops, ArrayOps) for n, m in vars(cls).items() if callable(m) and not n.startswith("_")]
+    assert len(methods) > 70 and [n for n in methods if f"### `{n}`" not in page] == []
     assert [n for n in Ops.__annotations__ if f"`ops.{n}`" not in page] == []
-    assert set(methods) == set(examples.OPS)
+    assert set(methods) == set(examples.OPS) | set(examples.ARRAY_OPS)
 
 
 def test_every_rule_and_schedule_is_in_the_reference() -> None:
@@ -80,19 +81,6 @@ def test_every_option_is_in_the_reference() -> None:
         for made in (parser, *reference.subparsers(parser)):
             options = [o for a in made._actions for o in a.option_strings if o not in ("-h", "--help")]
             assert [o for o in options if f"`{o}" not in section] == [], made.prog
-
-
-def variables() -> set[str]:
-    """The environment variables that the code reads or sets."""
-    files = [*(ROOT / "portatrain").rglob("*.py"), *(ROOT / "launchers").rglob("*.py")]
-    found = {n for p in files for n in re.findall(r"\"(PORTATRAIN_[A-Z_]+)\"", p.read_text(encoding="utf-8"))}
-    assert len(found) > 10
-    return found
-
-
-def test_every_environment_variable_has_a_row() -> None:
-    page = (ROOT / "docs" / "run" / "environment.md").read_text(encoding="utf-8")
-    assert sorted(n for n in variables() if f"| `{n}` |" not in page) == []
 
 
 def test_the_drawing_of_rooms_is_current(capsys: pytest.CaptureFixture[str]) -> None:

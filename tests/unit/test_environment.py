@@ -45,7 +45,7 @@ def test_product_code_takes_the_names_from_the_table(folder: str) -> None:
 
 
 def test_the_page_is_what_the_table_prints() -> None:
-    assert (ROOT / "docs" / "environment.md").read_text(encoding="utf-8") == environment.page()
+    assert (ROOT / "docs" / "run" / "environment.md").read_text(encoding="utf-8") == environment.page()
 
 
 def test_every_variable_is_described() -> None:

@@ -51,7 +51,8 @@ print(len(names.EXAMPLES), tried, fitting, *loaded)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     clusters, meshes, fitting, *loaded = done.stdout.split()
     assert int(clusters) >= 20
-    assert int(fitting) == 72  # of 88; the others are single machines that are too small, as docs/planning.md says
+    # Of 88; the others are single machines that are too small, as docs/understand/planning.md says.
+    assert int(fitting) == 72
     assert int(meshes) < 20_000  # work, not seconds: some two seconds on a 2-core VM
     assert not loaded
 

@@ -1,8 +1,8 @@
-"""The backend's verbs over a DeepSpeed engine. Rows, sums and evaluation are the torch backend's on a mesh.
+"""Run a program on a DeepSpeed engine. Rows, sums and evaluation are those of the torch backend on a mesh.
 
-DeepSpeed averages gradients over processes; a loss here is a sum, so every process hands it its own loss times their
-number. What it takes gradients to be scaled by when it steps is the weight of the global batch, times what clipping
-asks for: its own clipping (which it switches on unless told not to) adds 1e-6 to the norm, and stays off.
+DeepSpeed averages gradients over processes, but a loss here is a sum, so every process gives it its own loss times the
+number of processes. When DeepSpeed steps, it divides gradients by the weight of the global batch times the clipping
+factor, which this backend computes. DeepSpeed's own clipping, on by default, adds 1e-6 to the norm and stays off.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Loss
 from portatrain.optim import SGD, AdamW, Lion
 
-# It calls collectives by names that torch 2.13 has newer ones for.
+# DeepSpeed calls collectives by names that torch 2.13 has replaced.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 
 RULES = (AdamW, Lion, SGD)
-"""Rules that act on every element alone, so that a flat range of a tensor is as good as a tensor."""
+"""Rules that update each element alone, so that they can run on a flat range of a tensor."""
 
 
 class ZeroBackend(MeshBackend):
-    """See `portatrain.backends.base.Backend`. `stage` is ZeRO's."""
+    """See `portatrain.backends.base.Backend`. `stage` is the stage of ZeRO."""
 
     stage = 0
 
@@ -66,7 +66,7 @@ class ZeroBackend(MeshBackend):
         self.ops = functools.partial(RowOps, world=self.world)
 
     def _check(self, program: Program) -> None:
-        """Raise UserError for what ZeRO cannot do, before anybody is waited for."""
+        """Raise UserError if ZeRO cannot run the program, before this process waits for others."""
         mesh, rule = program.layout.mesh, program.optimizer
         sizes = [axis for axis, n in mesh.sizes.items() if n > 1]
         if sizes not in ([], ["fsdp"], ["replica"]):
@@ -102,7 +102,7 @@ class ZeroBackend(MeshBackend):
                 f"remat {program.remat!r} on the {self.name} backend",
                 expected="none",
                 got=repr(program.remat),
-                do="Stage 3 gathers parameters by hooks that a second pass would upset: use stage 2 or torch.",
+                do="Stage 3 gathers parameters by hooks that recomputation would disturb: use stage 2 or torch.",
             )
 
     def _device(self) -> torch.device:
@@ -223,7 +223,7 @@ class ZeroBackend(MeshBackend):
         return Loss(*zero_state(state).engine("loss", ops, batch)), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
-        """Leaves gradients with DeepSpeed: those of the mean loss times `factor`."""
+        """Accumulate gradients in DeepSpeed: the gradients of the mean loss times `factor`."""
         held = zero_state(state)
         held.zero.override_loss_scale(1.0)
         held.factor = 1.0
@@ -276,7 +276,7 @@ class ZeroBackend(MeshBackend):
 
     @staticmethod
     def _drop(held: ZeroState) -> None:
-        """Have DeepSpeed forget its gradients by the way it has for those that are not finite."""
+        """Make DeepSpeed drop its gradients, in the same way in which it drops gradients that are not finite."""
         for group in held.zero.averaged_gradients.values():
             for gradient in group or ():
                 gradient.fill_(torch.nan)
@@ -289,7 +289,7 @@ class ZeroBackend(MeshBackend):
             average.lerp_(zero_state(state).parts[i].values, 1 - decay)
 
     def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
-        """Whole gradients, on every process. For checks of small models."""
+        """Return whole gradients, on every process, for checks of small models."""
         from deepspeed.utils import safe_get_full_grad
 
         held = zero_state(state)
@@ -319,12 +319,13 @@ class ZeroBackend(MeshBackend):
         return self._fetch(found.float())[:rows]
 
     def _free(self, state: TorchState) -> None:
-        """Hooks let go of what was gathered."""
+        """Let the hooks free the parameters that they gathered."""
 
     # ---- what it holds
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
-        """Whole parameters in stages 1 and 2, flat ranges of them in stage 3; flat ranges of slots and averages."""
+        """Yield whole parameters in stages 1 and 2, flat ranges of them in stage 3; flat ranges of slots and
+        averages."""
         held = zero_state(state)
         for tensor, index, flat, start in self._ranges(held):
             yield from boxes_of(tensor, index, flat, start)
@@ -332,8 +333,8 @@ class ZeroBackend(MeshBackend):
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
     def _ranges(self, held: ZeroState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
-        """Yield (logical tensor, index in its Stacks, this process's elements, the number of the first of them in the
-        flattened layer) of all that `held` has but the count."""
+        """Yield (logical tensor, index in its Stacks, this process's elements, the index of the first element in the
+        flattened layer) of everything in `held` except the count."""
         tensors, beside = self._inventory
         for i, p in enumerate(held.pieces):
             part = held.parts.get(i)
@@ -351,7 +352,7 @@ class ZeroBackend(MeshBackend):
                 yield tensor, p.index, own, part.start
 
     def irregular_shards(self, state: TorchState) -> IrregularShards:
-        """Slots and averages, and in stage 3 parameters: whatever lies in flat ranges."""
+        """Return the boxes of all tensors that are flat ranges: slots, averages, and in stage 3 parameters."""
         mine = [
             (box.role, box.name, box.offset, box.shape)
             for box in self.local_boxes(state)
@@ -366,15 +367,16 @@ class ZeroBackend(MeshBackend):
         return found
 
     def _frozen(self, p: Any) -> tuple[Tensor, int]:
-        """(this process's elements, the number of the first) of a parameter that DeepSpeed cuts and never updates."""
+        """Return (this process's elements, the index of the first) of a parameter that DeepSpeed shards and never
+        updates."""
         shard = p.tensor.ds_tensor
         start = self.world.rank * shard.ds_numel
         mine = max(0, min(shard.ds_numel, p.tensor.ds_numel - start))
         return shard.detach()[:mine], start
 
     def describe_memory(self, state: TorchState) -> dict[str, int]:
-        """What DeepSpeed holds, with its padding. In stages 1 and 2 its float32 copies of this process's parts count as
-        the optimizer's."""
+        """Return the bytes that DeepSpeed holds, with its padding. In stages 1 and 2 its float32 copies of this
+        process's parts count as the optimizer's."""
         held = zero_state(state)
         params: list[Any] = [p.tensor for p in held.pieces if p.role == "params"]
         flats = {id(part.flat): part.flat for part in held.parts.values()}
@@ -395,18 +397,18 @@ class ZeroBackend(MeshBackend):
 
 
 class Zero1(ZeroBackend):
-    """ZeRO stage 1: every process updates a part, and holds the optimizer's slots of that part alone."""
+    """Run ZeRO stage 1: every process updates one part, and holds the optimizer's slots of that part alone."""
 
     name, stage = "deepspeed-1", 1
 
 
 class Zero2(ZeroBackend):
-    """ZeRO stage 2: gradients too are reduced to the process that updates with them."""
+    """Run ZeRO stage 2: each gradient is reduced to the process that updates with it."""
 
     name, stage = "deepspeed-2", 2
 
 
 class Zero3(ZeroBackend):
-    """ZeRO stage 3: parameters too, gathered where a module runs."""
+    """Run ZeRO stage 3: parameters are sharded too, and gathered when a module runs."""
 
     name, stage = "deepspeed-3", 3

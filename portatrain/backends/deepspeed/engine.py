@@ -1,4 +1,4 @@
-"""What DeepSpeed is given and what it makes of it: the engine's root, its settings, and where its flat parts lie."""
+"""Configure a DeepSpeed engine and locate its flat parts in logical tensors."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from portatrain.model.module import Stack
 
 @dataclass(frozen=True)
 class Part:
-    """The flat range [start, start + n) of a trained piece that this process updates: elements [at, at + n) of `flat`.
+    """Locate a range of a trained piece that this process updates: [start, start + n) is [at, at + n) of `flat`.
 
-    `n` is 0 where the piece lies on other processes.
+    `n` is 0 if the piece is on other processes.
     """
 
     flat: Tensor
@@ -37,24 +37,24 @@ class Part:
         return self.flat.detach()[self.at : self.at + self.n]
 
     def of(self, other: Tensor) -> Tensor:
-        """The same range of something laid out as `flat` is."""
+        """Return the same range of a tensor with the layout of `flat`."""
         return other[self.at : self.at + self.n]
 
 
 class ZeroState(TorchState):
-    """module: the root that the engine runs. parts: by position in `pieces`; what is kept beside a parameter is held as
-    the parameter's part is."""
+    """Hold a state on DeepSpeed. module: the root that the engine runs. parts: by position in `pieces`. A tensor beside
+    a parameter is sharded as the parameter is."""
 
     def __init__(self, module: nn.Module, pieces: list[Piece], engine: Any, client: FlatOptimizer) -> None:
         super().__init__(module, pieces, client, {})  # type: ignore[arg-type]
         self.engine, self.client = engine, client
         self.parts: dict[int, Part] = {}
         self.factor = 1.0
-        """What the gradients that DeepSpeed holds are still to be divided by."""
+        """The divisor that DeepSpeed's gradients have not been divided by yet."""
 
     @property
     def zero(self) -> Any:
-        """DeepSpeed's optimizer around ours."""
+        """Return DeepSpeed's optimizer around ours."""
         return self.engine.optimizer
 
 
@@ -64,7 +64,7 @@ def zero_state(state: TorchState) -> ZeroState:
 
 
 class Root(nn.Module):
-    """What the engine runs. Results are plain tensors, which DeepSpeed's hooks must see."""
+    """Wrap the model for the engine. Results are plain tensors, because DeepSpeed's hooks must see them."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Root(nn.Module):
 
 
 def outside_of_stacks(module: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the model's own call may use from anywhere: tied ones, tables."""
+    """Return the parameters that the model's own call may use from anywhere: tied parameters and tables."""
     inside = {id(p) for m in module.modules() if isinstance(m, Stack) for p in m.parameters()}
     return [p for p in module.parameters() if id(p) not in inside]
 
@@ -101,7 +101,7 @@ def settings(stage: int) -> dict[str, Any]:
 
 
 def in_rows(flat: Tensor) -> Tensor:
-    """A long vector in rows, of which norms are added in two steps."""
+    """Return a long vector in rows, so that its norm is summed in two steps."""
     n = flat.numel() // 4096
     return (
         torch.cat([torch.linalg.vector_norm(flat[: n * 4096].view(n, 4096), dim=1), flat[n * 4096 :]])

@@ -1,4 +1,4 @@
-"""An optimizer rule over ZeRO's flat partitions: what DeepSpeed is given as the client's optimizer."""
+"""Apply an optimizer rule to ZeRO's flat partitions, as the client optimizer that DeepSpeed gets."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from portatrain.optim import Rule
 
 
 class FlatOptimizer(torch.optim.Optimizer):
-    """An elementwise rule. DeepSpeed puts flat parts of many parameters in the place of the parameters, a group by
-    itself; group['decay'] says whether weight decay applies.
+    """Apply an elementwise rule. DeepSpeed replaces the parameters by flat parts of many of them, one group each;
+    group['decay'] says whether weight decay applies.
 
-    `begin` is told of every step before it: stage 3 calls `step` once for each of its sub-groups.
+    Call `begin` before every step: stage 3 calls `step` once for each of its sub-groups.
     """
 
     def __init__(self, rule: Rule, groups: Sequence[dict[str, Any]], info: TensorInfo) -> None:
@@ -30,7 +30,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         self.count, self.scale, self.live = count, scale, True
 
     def slots_of(self, flat: Tensor) -> dict[str, Tensor]:
-        """The slots of a flat part, zero at first, each of its shape."""
+        """Return the slots of a flat part, zero at first, each with the shape of the part."""
         held = self.state[flat]
         for slot in self.rule.slots(self.info):
             if slot not in held:

@@ -18,8 +18,8 @@ SITE = kernels.Site(backend="jax")
 
 
 def visible(at_q: Any, at_k: Any, of_q: Any, of_k: Any, *, causal: bool, window: int | None) -> Any | None:
-    """A boolean mask that broadcasts to (B, S, T), True where a query sees a key; None where it sees all. `at` are
-    positions, (S,) or (B, S); `of` segments, (B, S), or None."""
+    """Return a boolean mask that broadcasts to (B, S, T), True if a query sees a key; None if it sees all keys. `at`
+    holds positions, (S,) or (B, S); `of` holds segments, (B, S), or None."""
     mask = None
     if causal or window is not None:
         behind = at_q[..., :, None] - at_k[..., None, :]
@@ -43,9 +43,9 @@ def attention(
     shards: tuple[int, int, int] = (1, 1, 1),
     **options: Any,
 ) -> Any:
-    """See `Ops.attention`. Runs the kernel that the table gives. `shards`: parts that batch, heads and queries are cut
-    into over devices. `options` may have `precision`, and `may_be_blind`: a query may see nothing; None: if positions
-    or two kinds of segments are given."""
+    """Run the kernel that the table chooses; see `Ops.attention`. `shards`: the numbers of parts into which batch,
+    heads and queries are cut over devices. `options` may contain `precision` and `may_be_blind`. `may_be_blind` says
+    that a query may see nothing; None: True if positions or two kinds of segments are given."""
     (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
     rows, heads, parts = shards
     traits = kernels.attention_traits(options) | ({"uneven"} if s % parts else set())
@@ -55,12 +55,12 @@ def attention(
 
 
 def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
-    """All scores at once."""
+    """Compute all scores at once."""
     return _in_chunks(1, 1, q_BSHD, k_BTKD, v_BTKD, **options)
 
 
 def chunked(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
-    """The scores of one chunk of queries at a time."""
+    """Compute the scores of one chunk of queries at a time."""
     rows, heads, parts = shards
     b, s, h, _ = q_BSHD.shape
     n = kernels.chunks(-(-b // rows), -(-h // heads), s // parts, k_BTKD.shape[1])
@@ -83,12 +83,12 @@ def _in_chunks(
     precision: Any = None,
     may_be_blind: bool | None = None,
 ) -> Any:
-    """Attention of `n` chunks of queries, each of which has its share of every one of `parts`."""
+    """Compute attention in `n` chunks of queries. Each chunk takes an equal share of every one of the `parts`."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     if s == 0 or t == 0:
         return jnp.zeros_like(q_BSHD)
-    # Heads first, so that no array of scores is ever transposed: q, k, v and the result are smaller.
+    # Heads come first, so that no array of scores is transposed: q, k, v and the result are smaller.
     q_BKGSD = jnp.einsum("bskgd->bkgsd", q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d))
     k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (k_BTKD, v_BTKD))
     at_q, at_k = positions if positions is not None else (jnp.arange(s), jnp.arange(t))
@@ -99,7 +99,7 @@ def _in_chunks(
         "softcap": softcap,
         "precision": precision,
         "scale": d**-0.5 if scale is None else scale,
-        # Only then may a query see nothing: in place, it sees itself at least.
+        # Only then may a query see nothing; otherwise it sees at least itself.
         "may_be_blind": positions is not None or isinstance(segment_ids, tuple)
         if may_be_blind is None
         else may_be_blind,
@@ -108,7 +108,7 @@ def _in_chunks(
         out_BKGSD = _seen(options, q_BKGSD, at_q, of_q, k_BKTD, at_k, of_k, v_BKTD)
     else:
         kind = q_BKGSD.dtype
-        # Their gradients are summed over the chunks, in float32.
+        # The gradients of keys and values are summed over the chunks, in float32.
         k32, v32 = (x.astype(jnp.float32) for x in (k_BKTD, v_BKTD))
 
         def body(_: None, cut: tuple[Any, Any, Any]) -> tuple[None, Any]:
@@ -125,7 +125,7 @@ def _in_chunks(
 def _seen(
     options: Mapping[str, Any], q_BKGSD: Any, at_q: Any, of_q: Any, k_BKTD: Any, at_k: Any, of_k: Any, v_BKTD: Any
 ) -> Any:
-    """(B, K, G, S, D): what these queries see of all keys."""
+    """Return (B, K, G, S, D): the attention of these queries over all keys."""
     scores = options["scale"] * jnp.einsum(
         "bkgsd,bktd->bkgst", q_BKGSD, k_BKTD, precision=options["precision"], preferred_element_type=jnp.float32
     )
@@ -148,19 +148,19 @@ def _seen(
 
 
 class _Cut:
-    """An axis cut into `n` chunks, each of which takes as much of every one of its `parts` on other devices."""
+    """Cut an axis into `n` chunks. Each chunk takes an equal share of every one of the `parts` on other devices."""
 
     def __init__(self, n: int, parts: int) -> None:
         self.n, self.parts = n, parts
 
     def into(self, x: Any, axis: int) -> Any:
-        """(..., S, ...) -> (n, ..., S/n, ...)."""
+        """Reshape (..., S, ...) to (n, ..., S/n, ...)."""
         shape, each = x.shape, x.shape[axis] // (self.n * self.parts)
         x = x.reshape(*shape[:axis], self.parts, self.n, each, *shape[axis + 1 :])
         return jnp.moveaxis(x, axis + 1, 0).reshape(self.n, *shape[:axis], self.parts * each, *shape[axis + 1 :])
 
     def back(self, x: Any, axis: int) -> Any:
-        """(n, ..., S/n, ...) -> (..., S, ...)."""
+        """Reshape (n, ..., S/n, ...) to (..., S, ...)."""
         shape, each = x.shape[1:], x.shape[axis + 1] // self.parts
         x = x.reshape(self.n, *shape[:axis], self.parts, each, *shape[axis + 1 :])
         return jnp.moveaxis(x, 0, axis + 1).reshape(*shape[:axis], self.n * shape[axis], *shape[axis + 1 :])
@@ -168,7 +168,7 @@ class _Cut:
 
 @jax.custom_jvp
 def softmax(x: Any) -> Any:
-    """Over the last axis. `jax.nn.softmax` keeps the exponentials for its backward pass, and the result too."""
+    """Return the softmax over the last axis. `jax.nn.softmax` also keeps the exponentials for its backward pass."""
     exps = jnp.exp(x - jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)))
     return exps / jnp.sum(exps, axis=-1, keepdims=True)
 

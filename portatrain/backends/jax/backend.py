@@ -1,4 +1,4 @@
-"""The JAX backend's verbs. One compiled step; the state that it is given is donated."""
+"""Run a program in JAX: one compiled step, to which the state is donated."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from portatrain.optim import clip_scale, global_norm
 COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16}
 
 State = dict[str, Any]
-"""{'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
+"""The state: {'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
 class JaxBackend:
-    """See `portatrain.backends.base.Backend`. `devices`: those of the mesh, row-major, where their order matters; they
-    may be descriptions of devices that are not there, to compile for (`abstract_step`)."""
+    """See `portatrain.backends.base.Backend`. `devices`: the devices of the mesh, row-major, if their order matters.
+    They may be descriptions of absent devices, to compile for them (`abstract_step`)."""
 
     name = "jax"
 
@@ -50,18 +50,19 @@ class JaxBackend:
         self.process, self.processes = jax.process_index(), jax.process_count()
         self.owners = [getattr(device, "process_index", 0) for device in self.devices.devices.flat]
         self.tx = transformation(program.optimizer, self.definition.params, program.decay, program.seed)
-        # The structure of the native module, without arrays: enough to rebuild it inside a trace.
+        # The structure of the native module without arrays, enough to rebuild it inside a trace.
         with jax.ensure_compile_time_eval():
             self.graph, skeleton, self.paths = self._split(lambda role, name: jnp.zeros(()))
         self.flat_paths = [path for path, _ in skeleton]
-        # A state leaves a step laid out as it came in, or the next step would compile again.
+        # A state leaves a step with the sharding that it came with; otherwise the next step would compile again.
         shardings = self._assemble(self._sharding, None)
         platform = self.devices.devices.flat[0].platform
         self.site = Site.of(program, backend="jax", device=platform)
-        # On a CPU a step takes the cores that would prepare the next one; small ones even run in the calling thread.
+        # On a CPU a running step takes the cores that would prepare the next one; small steps run in the calling
+        # thread.
         self.async_dispatch = platform != "cpu"
         options = compiler_options(platform)
-        # Of many processes each can read only what it has: what the host reads is whole on all of them.
+        # A process can read only its own shards, so arrays that the host reads are replicated on all processes.
         read: Any = self._replicated if self.processes > 1 else None
         jit = functools.partial(jax.jit, compiler_options=options)
         self._steps = jit(self._step, donate_argnums=0, out_shardings=(shardings, read))
@@ -109,21 +110,21 @@ class JaxBackend:
     # ---- states
 
     def _sharding(self, tensor: StateTensor, share: Any = None) -> NamedSharding:
-        """How `tensor` lies. With a `share` copies have a part each."""
+        """Return the sharding of `tensor`. With a `share` each copy holds a part."""
         spec = list(self.layout.tensor_spec(tensor.info, role=tensor.laid_out_as))
         if share is not None:
             spec[share.dim] = (*spec[share.dim], *share.axes)
         return NamedSharding(self.devices, partition_spec(tuple(spec)))
 
     def _place(self, tensor: TensorInfo, draw: Callable[[tuple, tuple], np.ndarray], lies: NamedSharding) -> Any:
-        """A global array that lies as `lies` says, every local shard of it from `draw(offset, shape)`."""
+        """Return a global array with sharding `lies`. `draw(offset, shape)` gives each local shard."""
 
         def shard(index: Any) -> np.ndarray:
             bounds = [s.indices(n) for s, n in zip(index, tensor.shape, strict=True)]
             return draw(tuple(b[0] for b in bounds), tuple(b[1] - b[0] for b in bounds))
 
         placed = jax.make_array_from_callback(tensor.shape, lies, shard)
-        # On a CPU the array may share NumPy's memory, and a shared buffer cannot be donated.
+        # On a CPU the array may share NumPy's memory, and JAX cannot donate a shared buffer.
         return placed.copy() if placed.size else placed
 
     @functools.cached_property
@@ -131,7 +132,8 @@ class JaxBackend:
         return inventory(self.program)
 
     def _assemble(self, make: Callable[[StateTensor], Any], count: int | None) -> State:
-        """A state whose arrays come from make(logical tensor); count None: the count's sharding in its place."""
+        """Return a state with arrays from make(logical tensor); count None: the sharding of the count takes its
+        place."""
         state: State = {"params": {}, "state": {}, "ema": {}}
         slots: dict[str, dict[str, Any]] = {}
         for tensor in self._inventory:
@@ -186,7 +188,7 @@ class JaxBackend:
         return total, (total, jnp.sum(loss.weight_B), auxes, ops.tallies)
 
     def _accumulate(self, state: State, batch: Mapping[str, Any], step: Any) -> Any:
-        """(gradients of the mean loss, loss, weight, aux, tallies) over the microbatches."""
+        """Return (gradients of the mean loss, loss, weight, aux, tallies), accumulated over the microbatches."""
         trained = {n: p for n, p in state["params"].items() if n in self.program.trainable}
         frozen = {n: p for n, p in state["params"].items() if n not in self.program.trainable}
 
@@ -212,7 +214,7 @@ class JaxBackend:
         return jax.tree.map(lambda g: g * inverse, grads), total * inverse, weight, auxes, tallies
 
     def _deltas(self, state: State, grads: Any, norm: Any, scale: Any) -> tuple[Any, RuleState]:
-        """(what to add to each trained parameter, the optimizer's next state)."""
+        """Return (the update of each trained parameter, the next optimizer state)."""
         clip = self.program.clip_norm
         if clip is not None:
             factor = clip_scale(xp, norm, clip)
@@ -220,7 +222,7 @@ class JaxBackend:
         return self.tx.update(grads, state["opt"], {n: state["params"][n] for n in grads}, scale=scale)
 
     def _updated(self, state: State, grads: Any, norm: Any, tallies: Any, step: Any, scale: Any) -> State:
-        """The state after an update by the gradients of the mean loss, which have this norm."""
+        """Return the state after an update. `norm` is the norm of the gradients of the mean loss."""
         program = self.program
         deltas, opt = self._deltas(state, grads, norm, scale)
         trained = {
@@ -245,7 +247,7 @@ class JaxBackend:
             return self._updated(state, grads, norm, tallies, step, scale)
 
         if self.devices.devices.flat[0].platform == "cpu":
-            # Here a selection would copy every slot first: XLA fuses the update into each of its results.
+            # Here a selection would first copy every slot, because XLA fuses the update into each of its results.
             new = jax.lax.cond(good, update, lambda: state)
         else:  # where a branch may have to wait for the host
             new = jax.tree.map(lambda a, b: jnp.where(good, a, b), update(), state)
@@ -260,8 +262,8 @@ class JaxBackend:
         return state, StepResult(**found)
 
     def abstract_step(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, tuple[Any, ...]]:
-        """The function that `step` calls, and its arguments without their contents: to compile with no device there.
-        Of `batch`, shapes and dtypes count."""
+        """Return the function that `step` calls and its arguments without contents, to compile without a device. Only
+        the shapes and dtypes of `batch` count."""
 
         def like(tensor: StateTensor) -> Any:
             return jax.ShapeDtypeStruct(tensor.info.shape, tensor.info.dtype, sharding=self._sharding(tensor))
@@ -316,7 +318,7 @@ class JaxBackend:
         return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
-        """The batch on the devices; axis `lead` is the samples'."""
+        """Put the batch on the devices; `lead` is the axis of the samples."""
         placed = {}
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value
@@ -399,12 +401,12 @@ class JaxBackend:
 
 
 def _as_it_is(x: Any) -> Any:
-    """What changes a sharding when it is jitted; one function, so that tensors of a shape share a program."""
+    """Return a jitted function that changes a sharding. Tensors of one shape share a program through it."""
     return x
 
 
 def _aux_part(aux: Any) -> dict[str, Any]:
-    """What of an aux goes through accumulation. The kind of reduction is in the key: it must be static."""
+    """Return the part of an aux that is accumulated. The kind of reduction is in the key, because it must be static."""
     count = jnp.float32(aux.count * aux.value_B.shape[0])
     if aux.reduce == "max":
         return {"max": jnp.max(aux.value_B)}
@@ -420,14 +422,14 @@ def _is_max(path: Any) -> bool:
 
 
 def _join(a: Any, b: Any) -> Any:
-    """Accumulate two microbatches: sums, but for the maxima of auxes."""
+    """Accumulate two microbatches: add everything, except that auxes of maxima keep the larger value."""
     grads = jax.tree.map(jnp.add, a[0], b[0])
     auxes = jax.tree_util.tree_map_with_path(lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3])
     return grads, a[1] + b[1], a[2] + b[2], auxes, jax.tree.map(jnp.add, a[4], b[4])
 
 
 def _start(shapes: Any) -> Any:
-    # Sums are float32 whatever their terms are.
+    # Sums are float32, whatever the dtype of their terms.
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes)
     auxes = jax.tree_util.tree_map_with_path(lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3])
     return (*zeros[:3], auxes, zeros[4])

@@ -1,6 +1,6 @@
-"""XLA options by platform, as data: what each is for, and what was measured.
+"""List XLA options by platform, with the purpose and the measurement of each.
 
-They are passed to the compilation of our own programs, so nothing changes for other JAX code of the process.
+The backend passes them when it compiles its own programs, so other JAX code in the process is not affected.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 
 OPTIONS: dict[str, dict[str, str]] = {
-    # XLA's default matmul on CPUs (YNNPACK) adds products one after another: over 4096 tokens a weight's gradient is
-    # off by 1.4e-6 of its scale. Eigen, which this selects, adds in blocks: 2.8e-7, in 1.05 to 1.10 of the time for
-    # such products and 0.57 to 0.99 for the other ones of a decoder (benchmarks/cpu_matmul.py; 2-core x86-64 VM).
+    # XLA's default matmul on CPUs (YNNPACK) adds products one after another: over 4096 tokens the gradient of a weight
+    # is off by 1.4e-6 of its scale. This option selects Eigen, which adds in blocks: 2.8e-7, in 1.05 to 1.10 of the
+    # time for such products and 0.57 to 0.99 for the others of a decoder (benchmarks/cpu_matmul.py; 2-core x86-64 VM).
     "cpu": {"xla_cpu_experimental_ynn_fusion_type": ""},
     # No option is set for accelerators: none has been measured there.
     "gpu": {},
@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, str]] = {
 
 @functools.cache
 def compiler_options(platform: str) -> dict[str, str]:
-    """The options of `platform` that this version of XLA knows."""
+    """Return the options of `platform` that this version of XLA knows."""
     known = {}
     for name, value in OPTIONS.get(platform, {}).items():
         try:

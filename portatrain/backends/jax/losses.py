@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from portatrain.backends.jax.low_precision import laid
 
 CHUNK_BYTES = 64 << 20
-"""What a chunk of float32 logits may take on a device, or a quarter of the table's float32 gradient where that is more:
-the matmuls of smaller chunks would wait for the table rather than multiply."""
+"""The largest size of a chunk of float32 logits on a device, or a quarter of the table's float32 gradient if that is
+larger: with smaller chunks the matmuls would wait for the table."""
 
 
 def chunks(batch: int, positions: int, vocab: int, most: int | None = None) -> int:
-    """How many chunks the positions are cut into: the fewest that divide them and keep within `most` bytes."""
+    """Return the number of chunks of the positions: the smallest that divides them and keeps within `most` bytes."""
     for n in range(1, positions):
         if positions % n == 0 and batch * (positions // n) * vocab * 4 <= (most or CHUNK_BYTES):
             return n
@@ -33,12 +33,12 @@ def chunks(batch: int, positions: int, vocab: int, most: int | None = None) -> i
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tokens of a loss lie on devices: in `rows` parts of the batch and `parts` of the sequence. `table`,
-    `sums` and `stored` are shardings of the table while computing, of its gradient's sums, (rows, parts, V, E), and of
-    the gradient; None: anywhere.
+    """Describe how the tokens of a loss are sharded: in `rows` parts of the batch and `parts` of the sequence. `table`,
+    `sums` and `stored` are shardings of the table during the computation, of the sums of its gradient, (rows, parts,
+    V, E), and of the gradient; None: no constraint.
 
-    Every part sums the gradient of its own tokens, over all chunks; the parts are added once, at the end. Left to
-    itself the compiler would add them after each chunk, and gather the table for each.
+    Every part sums the gradient of its own tokens over all chunks, and the parts are added once, at the end. Without
+    these constraints the compiler would add the parts after each chunk, and gather the table for each.
     """
 
     rows: int = 1
@@ -48,7 +48,7 @@ class Cut:
     stored: Any = None
 
     def of(self, batch: int, positions: int) -> Cut:
-        """This cut, or none where it does not divide these sizes (an evaluation's last batch)."""
+        """Return this cut, or no cut if it does not divide these sizes, as in the last batch of an evaluation."""
         divides = batch % self.rows == 0 and positions % self.parts == 0
         return self if divides else Cut(table=self.table, stored=self.stored)
 
@@ -64,7 +64,7 @@ def cross_entropy(
     precision: Any,
     cut: Cut = Cut(),
 ) -> tuple[Any, Any, Any]:
-    """(sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
+    """Return (sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = mask[:, None] if mask is not None else None
@@ -78,7 +78,8 @@ def cross_entropy(
 
 
 def _chunk(options: tuple, x: Any, table_VE: Any, targets: Any, mask: Any, gradients: bool) -> Any:
-    """Loss of one chunk (R, B, P, C, ...) by sample; with `gradients`, (loss_RB, dx, dtable_RPVE) of its sum."""
+    """Return the loss of one chunk (R, B, P, C, ...) by sample; with `gradients` (loss_RB, dx, dtable_RPVE) of its
+    sum."""
     z_loss, softcap, precision, *_ = options
     z = jnp.einsum("rbpce,ve->rbpcv", x, table_VE, precision=precision, preferred_element_type=jnp.float32)
     capped = z if softcap is None else softcap * jnp.tanh(z / softcap)
@@ -102,7 +103,7 @@ def _chunk(options: tuple, x: Any, table_VE: Any, targets: Any, mask: Any, gradi
 
 
 def _split(array: Any, n: int, cut: Cut) -> Any:
-    """(B, S, ...) -> (n, R, B/R, P, S/(P n), ...)."""
+    """Reshape (B, S, ...) to (n, R, B/R, P, S/(P n), ...)."""
     b, s, *rest = array.shape
     array = array.reshape(cut.rows, b // cut.rows, cut.parts, n, s // cut.parts // n, *rest)
     return jnp.moveaxis(array, 3, 0)
@@ -113,13 +114,14 @@ def _split_all(n: int, cut: Cut, *arrays: Any) -> tuple:
 
 
 def _axes(dim: Any, mesh: Any) -> tuple[str, ...]:
-    """The mesh axes in one entry of a PartitionSpec that are longer than 1."""
+    """Return the mesh axes in one entry of a PartitionSpec that are longer than 1."""
     return tuple(a for a in ((dim,) if isinstance(dim, str) else dim or ()) if mesh.shape[a] > 1)
 
 
 def _added(dtable_RPVE: Any, cut: Cut) -> Any:
-    """(V, E): the parts added, laid out as the table is stored: every device gets the sum of its own columns. Asked for
-    by a constraint alone, the compiler gives all of them the whole sum, which moves twice as much."""
+    """Return the sum of the parts, (V, E), with the sharding of the stored table: a reduce-scatter, in which each
+    device receives the sum of its own columns. For a constraint the compiler would all-reduce, which moves twice as
+    much."""
     sums, stored = cut.sums, cut.stored
     if sums is not None and stored is not None and math.prod(dtable_RPVE.shape[:2]) > 1:
         batch, seq, vocab = (_axes(dim, sums.mesh) for dim in sums.spec[:3])

@@ -1,7 +1,7 @@
-"""Contractions and lookups in a low precision, whose gradients of parameters are summed in float32.
+"""Contract and look up in a low precision, and sum the gradients of parameters in float32.
 
-Left to themselves they would be rounded before devices add them up, and a token's rows added one after another in
-bfloat16, where 256 + 1 is 256. Legend: V vocab, E embed.
+Without this the compiler would round the gradients before devices add them, and would add the rows of a token one
+after another in bfloat16, where 256 + 1 is 256. Legend: V vocab, E embed.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 
 SMALL_TABLES = 1 << 20
-"""Elements of the embedding tables, one a sample, up to which `rows` sums their gradient in two steps."""
+"""The largest number of elements of the embedding tables, one a sample, for which `rows` sums gradients in two
+steps."""
 
 
 def transposable(spec: str) -> bool:
-    """Whether the gradients of both operands of an einsum are einsums themselves: no letter is in one term alone."""
+    """Return whether the gradients of both operands of an einsum are einsums too: no letter is in one term alone."""
     terms, _, out = spec.replace(" ", "").partition("->")
     if terms.count(",") != 1:
         return False
@@ -26,18 +27,18 @@ def transposable(spec: str) -> bool:
 
 
 def laid(x: Any, sharding: Any) -> Any:
-    """x, held to a sharding; None: to none."""
+    """Constrain x to a sharding; with None return x as given."""
     return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 Gathering = tuple[Any, Any]
-"""Shardings of a parameter as it is used and as it is stored, or (None, None)."""
+"""The shardings of a parameter as used and as stored, or (None, None)."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def contraction(spec: str, compute: Any, kind: Any, gathering: Gathering, x: Any, w: Any) -> Any:
-    """einsum(spec, x, w) in dtype `compute`, w being a parameter of dtype `kind`, gathered for it; its gradient is
-    summed in float32 and scattered."""
+    """Return einsum(spec, x, w) in dtype `compute`. w is a parameter of dtype `kind`, which is all-gathered first. Its
+    gradient is summed in float32 and reduce-scattered."""
     return _einsum(spec, x.astype(compute), laid(w.astype(compute), gathering[0]), compute)
 
 
@@ -47,7 +48,7 @@ def _einsum(spec: str, x: Any, w: Any, out: Any) -> Any:
 
 def _contraction(spec: str, compute: Any, kind: Any, gathering: Gathering, x: Any, w: Any) -> Any:
     used, stored = gathering
-    low = laid(w.astype(compute), stored)  # kept as it is stored, gathered again on the way back
+    low = laid(w.astype(compute), stored)  # kept with its stored sharding, gathered again in the backward pass
     return _einsum(spec, x.astype(compute), laid(low, used), compute), (x, low)
 
 
@@ -64,19 +65,20 @@ contraction.defvjp(_contraction, _contraction_back)
 
 
 def rows(table_VE: Any, ids: Any) -> Any:
-    """Rows of a table: (..., E) for ids (...)."""
+    """Return rows of a table: (..., E) for ids (...)."""
     b, (v, e) = ids.shape[0], table_VE.shape
     if ids.ndim < 2 or b * v * e > SMALL_TABLES:
         return jnp.take(table_VE, ids, axis=0, mode="clip")
-    # One table a sample, so that the gradient is summed within samples first: in a small vocabulary some ids come
-    # so often that adding them one after another would show in float32.
+    # One table a sample, so that the gradient is first summed within samples. In a small vocabulary some ids are so
+    # frequent that adding their rows one after another would lose precision in float32.
     at = jnp.arange(b).reshape(b, *(1,) * (ids.ndim - 1))
     return jnp.broadcast_to(table_VE, (b, v, e)).at[at, ids].get(mode="clip")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
 def low_rows(compute: Any, kind: Any, shape: tuple[int, int], find: Any, table_VE: Any, ids: Any) -> Any:
-    """`find` (`rows`, or the like on a mesh) in dtype `compute`, of a parameter of dtype `kind` and of this shape."""
+    """Run `find` (`rows`, or its version for a mesh) in dtype `compute`, for a parameter of dtype `kind` and this
+    shape."""
     return find(table_VE.astype(compute), ids)
 
 

@@ -1,4 +1,4 @@
-"""From a portable model to a real `flax.nnx.Module`.
+"""Lower a portable model to a real `flax.nnx.Module`.
 
 The native class inherits from the portable one and from nnx.Module, so `super()`, properties, helpers and isinstance
 work; it is made once per portable class. Parameters of a Stack are stacked on leading axes, as its scan wants them.
@@ -16,12 +16,12 @@ from portatrain.model.module import Definition, Module, Param, State
 
 
 class StateVariable(nnx.Variable):
-    """A portable `State`: kept with the model, without gradient."""
+    """Hold a portable `State`: part of the model, without gradient."""
 
 
 @functools.cache
 def native_class(portable: type[Module]) -> type:
-    """The nnx class of a portable class; always the same object."""
+    """Return the nnx class of a portable class, always the same object."""
 
     def __init__(self: Any, attributes: Mapping[str, Any]) -> None:
         for name, value in attributes.items():
@@ -41,9 +41,9 @@ def native_class(portable: type[Module]) -> type:
 
 
 def lower(definition: Definition, array: Callable[[str, str], Any]) -> tuple[nnx.Module, dict[tuple, tuple[str, str]]]:
-    """The native module, its arrays from `array(role, name)`, and for every nnx path the (role, name) found there.
+    """Return the native module, and (role, name) by nnx path. `array(role, name)` gives the arrays.
 
-    A tied parameter is one nnx.Param under several paths, all of which the map has. Its metadata has `axes`, the
+    A tied parameter is one nnx.Param under several paths, and the map has all of them. Its metadata has `axes`, the
     logical axes of one layer.
     """
     made: dict[int, Any] = {}
@@ -73,6 +73,6 @@ def lower(definition: Definition, array: Callable[[str, str], Any]) -> tuple[nnx
 
 
 def _holds(value: Any) -> bool:
-    """Whether a container has anything native in it."""
+    """Return whether a container has anything native in it."""
     items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
     return any(isinstance(v, (Param, State, Module)) or _holds(v) for v in items)

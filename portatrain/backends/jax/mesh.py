@@ -1,4 +1,5 @@
-"""The processes and devices of a mesh: one process, or several that each hold as many of its devices."""
+"""Join the processes of a mesh and list its devices. There is one process, or several with an equal number of
+devices."""
 
 from __future__ import annotations
 
@@ -15,14 +16,15 @@ from portatrain.system import processes
 
 
 def join() -> None:
-    """Join the processes that the environment names, unless this one has. To be called before any JAX computation.
+    """Join the processes that the environment names, unless this process has joined. Call it before any JAX
+    computation.
 
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as `portatrain train --processes` and torchrun set them, name them;
-    on a TPU slice of several hosts JAX asks the TPU's own environment. On CPUs gloo carries the collectives.
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT describe the processes, as `portatrain train --processes` and torchrun
+    set them. On a TPU slice of several hosts JAX reads the TPU's own environment. On CPUs gloo carries the collectives.
     """
     if jax.distributed.is_initialized():
         return
-    # It would take SIGTERM for itself, and nothing here asks it for a step to stop at.
+    # JAX would install its own handler of SIGTERM, and nothing here asks it for a step at which to stop.
     jax.config.update("jax_enable_preemption_service", False)
     n = processes.world_size()
     if n is not None and n > 1:
@@ -47,11 +49,12 @@ def join() -> None:
 def device_mesh(
     mesh: Mesh, devices: Sequence[Any] | None = None, order: Callable[[Sequence[Any]], Sequence[Any]] | None = None
 ) -> jax.sharding.Mesh:
-    """The JAX mesh of a portable one: over `devices` as they come; where none are given, over the first devices of one
-    process or all devices of several, in `order`.
+    """Return the JAX mesh of a portable mesh over `devices`, in their order. Without `devices` it uses the first
+    devices of one process, or all devices of several processes, in `order`.
 
-    Without it devices count process by process, so that a process holds neighbours on the minor axes. Raises UserError
-    where there are too few, and in several processes where there are others than the mesh has.
+    Without `order` devices are numbered process by process, so that the devices of a process are neighbours on the
+    minor axes. Raises UserError if there are too few devices, or if several processes have another number of devices
+    than the mesh.
     """
     there = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else list(devices)
     many = devices is None and jax.process_count() > 1
@@ -61,7 +64,7 @@ def device_mesh(
             f"mesh {mesh}",
             expected=f"{mesh.devices} devices",
             got=f"{len(there)} {there[0].platform} device(s){of}",
-            do="Use a mesh of as many; on a CPU, --devices N simulates N devices.",
+            do="Use a mesh of that many devices; on a CPU, --devices N simulates N devices.",
         )
     there = there[: mesh.devices]
     if devices is None and order is not None:

@@ -31,7 +31,7 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, 
 
 
 def saveable(policy: Policy) -> Any:
-    """The `jax.checkpoint` policy that keeps what `policy` says."""
+    """Return the `jax.checkpoint` policy that keeps the values that `policy` names."""
     known = jax.checkpoint_policies
     if policy.dots:
         return known.dots_with_no_batch_dims_saveable
@@ -47,11 +47,11 @@ def saveable(policy: Policy) -> Any:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def summed_in_two_steps(p: Any, lead: tuple[int, ...]) -> Any:
-    """`p` broadcast to (*lead, *p.shape), lead being (B, 1, ...), its gradient summed within samples first and then
-    over them.
+    """Broadcast `p` to (*lead, *p.shape), where lead is (B, 1, ...). Its gradient is summed within samples first, then
+    over samples.
 
-    XLA on a CPU adds all rows of a column one after another: a bias over 1024 rows is off by 2e-6 of its scale. It
-    would merge the two sums into one, were there no barrier.
+    XLA on a CPU adds all rows of a column one after another: the gradient of a bias over 1024 rows is off by 2e-6 of
+    its scale. Without a barrier XLA would merge the two sums into one.
     """
     return jnp.broadcast_to(p, (*lead, *p.shape))
 
@@ -64,7 +64,8 @@ summed_in_two_steps.defvjp(
 
 @dataclasses.dataclass
 class JaxOps(OnMesh, JaxArrays):
-    """See `model.ops.Ops`. One is made for every trace; `auxes` and `tallies` collect what the model records."""
+    """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
+    records."""
 
     step: Any
     seed_2: Any
@@ -113,14 +114,14 @@ class JaxOps(OnMesh, JaxArrays):
         return self._along(product, out, split)
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
-        # Over the mesh the table stays as it is stored: what was looked up is smaller.
+        # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
         table, find = plain(table_VE), self._finder(table_VE, ids)
         if self._is_low(table_VE):
             return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
         return find(table.astype(self.compute), ids)
 
     def _is_low(self, p: Any) -> bool:
-        """Whether `p` is a parameter that is used in less than float32."""
+        """Return whether `p` is a parameter that is used in less than float32."""
         return isinstance(p, nnx.Param) and self.compute != jnp.float32
 
     def bias(self, x: Any, p: Any) -> Any:
@@ -144,7 +145,7 @@ class JaxOps(OnMesh, JaxArrays):
         return y.astype(x.dtype)
 
     def _features(self, p: Any, like: Any) -> Any:
-        """A parameter in float32, to be broadcast over `like`, (B, ..., *p.shape)."""
+        """Return a parameter in float32, in a shape that broadcasts over `like`, (B, ..., *p.shape)."""
         p = self.weight(p).astype(jnp.float32)
         between = like.ndim - p.ndim - 1
         if self._platform != "cpu" or between < 1:
@@ -222,7 +223,7 @@ class JaxOps(OnMesh, JaxArrays):
         return jax.nn.one_hot(ids, n, dtype=jnp.float32)
 
     def top_k(self, x: Any, k: int) -> tuple[Any, Any]:
-        # It would take -0 for less than 0. The derivative is 1 as before.
+        # jax.lax.top_k would take -0 for less than 0. The derivative of the sum is 1, as before.
         return jax.lax.top_k(x + jax.lax.stop_gradient(jnp.where(x == 0, -x, 0)), k)
 
     def write(self, cache_BT: Any, value: Any, at: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The operations of `portatrain.model.ops_arrays.ArrayOps` in JAX. Docstrings and legend are there."""
+"""Implement `portatrain.model.ops_arrays.ArrayOps` in JAX. That module has the docstrings and the legend."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from portatrain.model.ops_composed import Composed, associative_scan
 
 
 class JaxArrays(Composed):
-    """The part of `JaxOps` that works on arrays."""
+    """Implement the operations of `JaxOps` that work on arrays."""
 
     compute: Any
     _precision: Any

@@ -1,4 +1,4 @@
-"""An optimizer rule as an `optax.GradientTransformation`."""
+"""Wrap an optimizer rule as an `optax.GradientTransformation`."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from portatrain.optim import Rule
 
 
 class RuleState(NamedTuple):
-    """count: () int32, the steps applied so far; slots[slot][name]: float32."""
+    """count: () int32, the number of applied steps; slots[slot][name]: float32 arrays."""
 
     count: Any
     slots: dict[str, dict[str, Any]]
 
 
 class _Namespace:
-    """jax.numpy for rules, with matmul a full float32 product on every device."""
+    """Give rules jax.numpy, with a matmul in full float32 on every device."""
 
     sqrt, sign, expm1, maximum = jnp.sqrt, jnp.sign, jnp.expm1, jnp.maximum
     sum, mean, swapaxes, reshape = jnp.sum, jnp.mean, jnp.swapaxes, jnp.reshape
@@ -35,7 +35,7 @@ xp = _Namespace
 
 
 def kept(value: Any, info: TensorInfo, role: str, seed: int, count: Any) -> Any:
-    """A new float32 value of a tensor of the state as it is kept: rounded stochastically where that is bfloat16."""
+    """Return a new float32 value in the dtype of its state tensor; to bfloat16 it is rounded stochastically."""
     if info.dtype != "bfloat16":
         return value
     words = precision.noise(
@@ -54,8 +54,9 @@ def kept(value: Any, info: TensorInfo, role: str, seed: int, count: Any) -> Any:
 def transformation(
     rule: Rule, infos: Mapping[str, TensorInfo], decay: frozenset[str], seed: int = 0
 ) -> optax.GradientTransformationExtraArgs:
-    """The rule for a dict of parameters by name. `update` takes `scale=`, the schedule's multiplier, () float32, and
-    returns float32 deltas; slots are kept as their tensors are, rounded by `seed`."""
+    """Return the transformation of a dict of parameters by name. `update` takes `scale=`, the multiplier of the
+    schedule, () float32, and returns float32 deltas. Slots are kept in the dtypes of their tensors, rounded by
+    `seed`."""
     slot_infos = {name: slot_tensors(rule, info) for name, info in infos.items()}
 
     def init(params: Mapping[str, Any]) -> RuleState:

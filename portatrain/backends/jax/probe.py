@@ -1,4 +1,4 @@
-"""What a step would do, as norms: sums inside the compiled program, small arrays out of it."""
+"""Compute the norms of a step that is not applied: sums inside the compiled program, small arrays out of it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def norms(
     grads: Mapping[str, Any],
     deltas: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """By 'ROLE/NAME' the 2-norm of every tensor of the state and, as 'grad/NAME' and 'update/NAME', of `grads` and
-    `deltas`; each has the axes of the tensor's Stacks."""
+    """Return 2-norms: 'ROLE/NAME' of every tensor of the state, 'grad/NAME' of `grads`, 'update/NAME' of `deltas`. Each
+    array has the axes of the tensor's Stacks."""
     found = {full_name(*tensor.key): _norm(array, tensor.info.stack_dims) for tensor, array in state_arrays}
     for role, named in (("grad", grads), ("update", deltas)):
         for name, array in named.items():
@@ -28,9 +28,10 @@ def norms(
 
 
 def _norm(array: Any, keep: int) -> Any:
-    """Over all axes but the first `keep`, of what is scaled to at most 1: squares of second moments would vanish.
+    """Return the 2-norm over all axes but the first `keep`. Values are scaled to at most 1, because squares of second
+    moments would underflow.
 
-    Rows first: XLA on a CPU adds one after another, and would merge the two sums.
+    Rows are summed first: XLA on a CPU adds one after another, and would otherwise merge the two sums.
     """
     x = array.astype(jnp.float32)
     axes = tuple(range(keep, x.ndim))

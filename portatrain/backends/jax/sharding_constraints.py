@@ -1,7 +1,7 @@
-"""How values and parameters lie on a mesh: what `JaxOps` tells XLA's partitioner.
+"""Tell XLA's partitioner how values and parameters are sharded over the mesh.
 
-The partitioner finds a layout for what nobody laid out, and need not find the one that moves least: it may gather a
-weight where an activation is smaller, or give every device the whole of a sum of which each keeps a part.
+The partitioner chooses a sharding for every value without a constraint, and its choice is not always the cheapest. It
+may all-gather a weight although the activation is smaller, or all-reduce a sum of which each device keeps only a part.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from portatrain.model.module import Constant, TensorInfo
 
 
 def plain(x: Any) -> Any:
-    """The array of an nnx.Variable; anything else as it is."""
+    """Return the array of an nnx.Variable; return anything else unchanged."""
     return x.get_value() if isinstance(x, nnx.Variable) else x
 
 
@@ -34,8 +34,8 @@ def partition_spec(spec: Spec) -> PartitionSpec:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def gathered(p: Any, used: NamedSharding, stored: NamedSharding) -> Any:
-    """`p` laid out as it is used, its gradient as it is stored: gathered over fsdp one way, scattered the other. A
-    sharding constraint alone would hold the gradient to the layout in use, and so have it all-reduced."""
+    """All-gather `p` over fsdp for use; its gradient is reduce-scattered to the stored sharding. A sharding constraint
+    alone would give the gradient the sharding in use, and so all-reduce it."""
     return jax.lax.with_sharding_constraint(p, used)
 
 
@@ -46,15 +46,15 @@ gathered.defvjp(
 
 
 class OnMesh:
-    """The part of `JaxOps` that knows the mesh; without one, every value is left as it is."""
+    """Implement the part of `JaxOps` that knows the mesh. Without a mesh every value is unchanged."""
 
     layout: Layout | None
     devices: jax.sharding.Mesh | None
     site: Site
 
     def _spec(self, p: Any, role: str) -> Spec:
-        """The mesh axes of every dimension of a parameter, as one layer of its Stacks has it; () where nothing is known
-        of it."""
+        """Return the mesh axes of every dimension of a parameter, for one layer of its Stacks; () if the parameter is
+        unknown."""
         axes = p.get_metadata().get("axes")
         if self.layout is None or self.devices is None or axes is None:
             return ()
@@ -74,8 +74,8 @@ class OnMesh:
         return NamedSharding(self.devices, partition_spec(spec))
 
     def _split(self, letters: Sequence[str], operands: Sequence[Any]) -> dict[str, tuple[str, ...]]:
-        """The letters of a contraction that a parameter's layout splits, but for those over axes that split the batch,
-        with their mesh axes."""
+        """Return the letters of a contraction that a parameter's layout shards, with their mesh axes. Letters over mesh
+        axes that shard the batch are left out."""
         found: dict[str, tuple[str, ...]] = {}
         for its, p in zip(letters, operands, strict=True):
             if isinstance(p, nnx.Param):
@@ -84,8 +84,8 @@ class OnMesh:
         return found
 
     def _along(self, x: Any, letters: str, split: Mapping[str, tuple[str, ...]]) -> Any:
-        """`x` split along the letters that the parameter of its contraction is split along, and with it its gradient:
-        left to itself the compiler may keep the gradient as the residual stream lies and gather the weight instead."""
+        """Shard `x` and its gradient along the letters that the parameter of its contraction is sharded along. Without
+        this the compiler may give the gradient the sharding of the residual stream, and gather the weight instead."""
         if not set(letters) & set(split):
             return x
         free = PartitionSpec.UNCONSTRAINED
@@ -94,14 +94,14 @@ class OnMesh:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.devices, spec))
 
     def _gathering(self, p: Any) -> tuple[NamedSharding | None, NamedSharding | None]:
-        """How a parameter lies where it is used, and as it is stored; (None, None) where that is the same."""
+        """Return the shardings of a parameter as used and as stored; (None, None) if they are the same."""
         used, stored = self._spec(p, "compute"), self._spec(p, "params")
         return (None, None) if used == stored else (self._named(used), self._named(stored))
 
     def _finder(self, p: Any, ids: Any) -> Callable[[Any, Any], Any]:
-        """What looks rows up in a table that stays as it is stored: what was looked up travels, as it is smaller. Over
-        the vocabulary's axes every device adds the rows that it has; over those of the features, rows are looked up for
-        all samples of the group and then dealt out."""
+        """Return a function that looks rows up in a table that keeps its stored sharding: the rows are exchanged,
+        because they are smaller. Over the mesh axes of the vocabulary each device adds the rows that it has. Over those
+        of the features, each device looks up rows for all samples of the group, and an all-to-all deals them out."""
         if self.layout is None or self.devices is None or not isinstance(p, nnx.Param) or ids.ndim != 2:
             return rows
         batch, seq = (self.layout.spec((axis,))[0] for axis in ("batch", "seq"))
@@ -120,7 +120,7 @@ class OnMesh:
         return find
 
     def _attended(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, precision: Any, **options: Any) -> Any:
-        """`attention` of values that lie on the mesh."""
+        """Run `attention` on values that are sharded over the mesh."""
         run = functools.partial(attention, precision=precision, site=self.site)
         rows, heads, parts = self._shards("batch", "heads", "seq")
         b, s = q_BSHD.shape[:2]
@@ -131,8 +131,8 @@ class OnMesh:
         batch, seq, kv, split = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads", "heads"))
         kv = () if k_BTKD.shape[2] % self.layout.mesh.over(kv) else kv
         used, stored = self._named((batch, (), kv, ())), self._named((batch, seq, kv, ()))
-        # Every part of the positions is a sample of its own, with keys and values of all positions. So their gradients
-        # are summed on a device over all chunks of its queries, and travel once; else they would after every chunk.
+        # Every part of the positions becomes a sample of its own, with the keys and values of all positions. So a
+        # device sums their gradients over all chunks of its queries and sends them once, and not after every chunk.
         k_BTKD, v_BTKD = (gathered(x, used, stored) for x in (k_BTKD, v_BTKD))
 
         def lies(x: Any, *dims: tuple[str, ...]) -> Any:
@@ -140,12 +140,12 @@ class OnMesh:
             return jax.lax.with_sharding_constraint(x, self._named(spec[: x.ndim]))
 
         def cut(x: Any) -> Any:
-            """(B, S, ...) -> (P B, S/P, ...)."""
+            """Reshape (B, S, ...) to (P B, S/P, ...)."""
             x = x.reshape(b, parts, s // parts, *x.shape[2:])
             return jnp.moveaxis(x, 1, 0).reshape(parts * b, s // parts, *x.shape[3:])
 
         def whole(x: Any) -> Any:
-            """(B, T, ...) -> (P B, T, ...)."""
+            """Repeat (B, T, ...) as (P B, T, ...)."""
             return jnp.broadcast_to(x, (parts, *x.shape)).reshape(parts * b, *x.shape[1:])
 
         of = None if segments is None else (cut(segments), whole(segments))
@@ -157,13 +157,13 @@ class OnMesh:
         return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(q_BSHD.shape)
 
     def _shards(self, *axes: str) -> Any:
-        """Into how many parts each logical axis of a value is cut."""
+        """Return the number of shards of each logical axis of a value."""
         if self.layout is None:
             return (1,) * len(axes)
         return tuple(self.layout.mesh.over(self.layout.spec((axis,))[0]) for axis in axes)
 
     def _cut(self, table_VE: Any) -> Cut:
-        """How the tokens of a loss and its table lie on the devices."""
+        """Return how the tokens of a loss and its table are sharded over the devices."""
         if self.layout is None or self.devices is None:
             return Cut()
         batch, seq, vocab = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "vocab"))

@@ -1,4 +1,4 @@
-"""Attention: torch's fused kernel if it says the same thing, else written out; `backends/kernels.py` decides.
+"""Compute attention: with torch's fused kernel if it covers the case, else written out (`backends/kernels.py` decides).
 
 Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 """
@@ -28,7 +28,7 @@ def visible(
     at_q: Tensor | None,
     at_k: Tensor | None,
 ) -> Tensor | None:
-    """A boolean mask that broadcasts to (B, S, T), True where a query sees a key; None where it sees all."""
+    """Return a boolean mask that broadcasts to (B, S, T), True if a query sees a key; None if it sees all keys."""
     mask = None
     if causal or window is not None:
         if at_q is None or at_k is None:
@@ -54,8 +54,8 @@ def attention(
     kept: Callable[..., Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """See `Ops.attention`. Runs the kernel that the table gives. `kept(what, of, make)` is make(*of), or its result
-    from an earlier layer."""
+    """Run the kernel that the table chooses; see `Ops.attention`. `kept(what, of, make)` returns make(*of), or its
+    result from an earlier layer."""
     b, s, h, d = q_BSHD.shape
     where = _kernel(
         site.backend,
@@ -83,8 +83,8 @@ def _kernel(
     shape: tuple[int, ...],
     *present: bool,
 ) -> str:
-    """The key in `LOADED` of the kernel that runs. Constants alone go in and out: torch.compile calls this once, and
-    traces nothing of it."""
+    """Return the key in `LOADED` of the kernel that runs. Arguments and result are constants only, so torch.compile
+    calls this once and does not trace it."""
     names = ("causal", "window", "segments", "positions", "softcap")
     case = kernels.Case(
         site=kernels.Site(backend=backend, device=device, mesh=mesh, named=named),
@@ -102,13 +102,14 @@ LOADED: dict[str, Callable[..., Tensor]] = {}
 
 
 def load_kernels() -> None:
-    """Fill `LOADED` with all that may run, as a compiled block cannot import what it calls."""
+    """Fill `LOADED` with every kernel that may run, because a compiled block cannot import the functions that it
+    calls."""
     for kernel in kernels.rows("attention", "torch"):
         LOADED.setdefault(kernel.where, kernel.load())
 
 
 def sdpa_causal(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, scale: float | None = None, **_: Any) -> Tensor:
-    """torch's fused kernel with its own causal mask."""
+    """Run torch's fused kernel with its own causal mask."""
     return _sdpa(q_BSHD, k_BTKD, v_BTKD, None, scale, causal=True)
 
 
@@ -123,12 +124,13 @@ def sdpa_masked(
     softcap: None = None,
     **options: Any,
 ) -> Tensor:
-    """torch's fused kernel with a mask of numbers to add, made once: it would make them of a boolean one each time."""
+    """Run torch's fused kernel with an additive mask, made once; from a boolean mask torch would make it at each
+    call."""
     rule = _rule(q_BSHD, k_BTKD, positions=positions, **options)
     bias = kept("bias", (*rule, q_BSHD.dtype), _bias)
     out = _sdpa(q_BSHD, k_BTKD, v_BTKD, bias, scale, causal=False)
     if positions is not None and bias is not None:
-        # Only with free positions may a query see nothing: in place, it sees itself at least.
+        # A query may see nothing only with free positions; otherwise it sees at least itself.
         mask = kept("visible", rule, visible)
         out = torch.where(mask.any(-1)[:, :, None, None], out, 0.0)
     return out
@@ -153,18 +155,18 @@ def _rule(
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     positions: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Any, ...]:
-    """The arguments of `visible`. Pairs are laid flat: it is the tensors in them that stay the same between layers."""
+    """Return the arguments of `visible`. Pairs are flattened, because their tensors are the same in every layer."""
     s, t = q_BSHD.shape[1], k_BTKD.shape[1]
     return (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions))
 
 
 def _pair(given: Any) -> tuple[Any, Any]:
-    """(for queries, for keys)."""
+    """Return (for queries, for keys)."""
     return given if isinstance(given, tuple) else (given, given)
 
 
 def _bias(*rule_and_dtype: Any) -> Tensor | None:
-    """(B, 1, S, T): 0 where a query sees a key, else -inf; None where it sees all."""
+    """Return (B, 1, S, T): 0 if a query sees a key, else -inf; None if it sees all keys."""
     *rule, dtype = rule_and_dtype
     mask = visible(*rule)
     if mask is None:
@@ -182,7 +184,7 @@ def written_out(
     scale: float | None = None,
     **options: Any,
 ) -> Tensor:
-    """As the definition says."""
+    """Compute attention as `Ops.attention` defines it."""
     mask = kept("visible", _rule(q_BSHD, k_BTKD, **options), visible)
     b, s, h, d = q_BSHD.shape
     kv_heads = k_BTKD.shape[2]

@@ -1,7 +1,7 @@
-"""Every kind of device that torch can compute on, a row each: what it is called, how it is found, what it can do.
+"""List every kind of device that torch can compute on, one row each, with its name, its test and its abilities.
 
-What torch itself says decides: a ROCm build is one whose `torch.version.hip` is set, and its device type is 'cuda'.
-Rows of devices that no test of ours ever ran on say so in `ran`.
+The rows test what torch itself reports: in a ROCm build `torch.version.hip` is set, and its device type is 'cuda'.
+Rows of devices that none of our tests has run on say so in `ran`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from portatrain.system import environment
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """One kind of device.
+    """Describe one kind of device.
 
-    type: torch's name of it. collectives: the library that carries them, as torch.distributed calls it; None: one
-    process only. present: whether torch (given) sees one. plugin: the package that makes torch know of it, imported
-    where installed. precisions: of `Program.precision`. attention: the kernels that scaled_dot_product_attention has
-    there. compiles: whether blocks are compiled unless a program says otherwise. float64: whether it has that type.
-    environment: variables that help, and why; they are set by the user, never by us. ran: what was run there.
+    type: torch's name. collectives: the library for collectives, by the name that torch.distributed uses; None: one
+    process only. present: returns whether torch (its argument) sees one. plugin: the package that adds the device to
+    torch, imported if installed. precisions: the supported values of `Program.precision`. attention: the kernels of
+    scaled_dot_product_attention on it. compiles: blocks are compiled unless a program says otherwise. float64: it has
+    this dtype. environment: variables that help, each with its reason; the user sets them, portatrain never does. ran:
+    the tests that have run on it.
     """
 
     name: str
@@ -43,7 +44,7 @@ class Device:
 
 
 def _there(name: str) -> Callable[[Any], bool]:
-    """Whether `torch.NAME.is_available()`."""
+    """Return a function that returns whether `torch.NAME.is_available()`."""
 
     def present(torch: Any) -> bool:
         module = getattr(torch, name, None)
@@ -128,11 +129,11 @@ DEVICES = {
         ),
     )
 }
-"""In the order in which they are looked for."""
+"""All kinds of devices, in the order in which they are looked for."""
 
 
 def detect(torch: Any = torch) -> Device:
-    """The first row of `DEVICES` that `torch` sees: an accelerator where there is one, else the CPU."""
+    """Return the first row of `DEVICES` that `torch` sees: an accelerator if there is one, else the CPU."""
     for row in DEVICES.values():
         if row.plugin is not None and _installed(row.plugin):
             importlib.import_module(row.plugin)
@@ -149,13 +150,13 @@ def _installed(plugin: str) -> bool:
 
 
 def row_of(device: torch.device) -> Device:
-    """The row of a device of this machine."""
+    """Return the row of a device of this machine."""
     found = detect()
     return found if found.type == device.type else DEVICES[device.type]
 
 
 def pick_device() -> torch.device:
-    """The device of a program in one process: the current accelerator where there is one, else the CPU."""
+    """Return the device of a program in one process: the current accelerator if there is one, else the CPU."""
     row = detect()
     if row.type == "cpu":
         return torch.device("cpu")
@@ -163,7 +164,7 @@ def pick_device() -> torch.device:
 
 
 def check_device(row: Device, precision: str) -> None:
-    """Raise UserError unless a program of this precision runs there."""
+    """Raise UserError unless a program of this precision runs on the device."""
     if precision not in row.precisions:
         raise UserError(
             f"precision {precision} on {row.name}",
@@ -174,8 +175,8 @@ def check_device(row: Device, precision: str) -> None:
 
 
 def local_device(row: Device, what: str) -> torch.device:
-    """This process's device among those of its machine, by LOCAL_RANK, made the current one. UserError where there
-    are too few, or where the kind has no collectives."""
+    """Return this process's device on its machine, by LOCAL_RANK, and make it the current device. Raises UserError if
+    there are too few devices, or if the kind has no collectives."""
     local = environment.LOCAL_RANK.get()
     if row.type == "cpu":
         return torch.device("cpu")
@@ -199,12 +200,13 @@ def local_device(row: Device, what: str) -> torch.device:
 
 
 def process_group_backend(row: Device) -> str:
-    """What `init_process_group` is told: gloo for what lies on the host, the device's own for the rest."""
+    """Return the backend for `init_process_group`: gloo for tensors on the host, the device's own library for
+    others."""
     return "gloo" if row.type == "cpu" else f"cpu:gloo,{row.type}:{row.collectives}"
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The most that was allocated on a device, where it tells."""
+    """Return the largest number of bytes allocated on a device; None if the device does not report it."""
     tell = getattr(getattr(torch, device.type, None), "max_memory_allocated", None)
     return None if device.type == "cpu" or tell is None else int(tell(device))
 

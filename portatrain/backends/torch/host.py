@@ -1,4 +1,4 @@
-"""Tensors as NumPy arrays and back; bfloat16 too, which torch does not exchange with NumPy."""
+"""Convert tensors to NumPy arrays and back, including bfloat16, which torch does not exchange with NumPy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from portatrain.model.module import TensorInfo
 
 
 def to_torch(array: np.ndarray) -> Tensor:
-    """A copy on the host."""
+    """Return a copy of `array` on the host."""
     copy = np.array(array)
     if copy.dtype == NUMPY["bfloat16"]:
         return torch.from_numpy(copy.view(np.int16)).view(torch.bfloat16)
@@ -20,12 +20,13 @@ def to_torch(array: np.ndarray) -> Tensor:
 
 
 def to_numpy(x: Tensor) -> np.ndarray:
-    """The memory of a tensor of the host."""
+    """Return a tensor of the host as an array that shares its memory."""
     return x.view(torch.int16).numpy().view(NUMPY["bfloat16"]) if x.dtype == torch.bfloat16 else x.numpy()
 
 
 def box(role: str, info: TensorInfo, index: tuple[int, ...], tensor: Tensor, at: tuple[int, ...]) -> LocalBox:
-    """What this process holds of one layer, `index`, of a logical tensor: its part that begins `at` there."""
+    """Return the box that this process holds of one layer, `index`, of a logical tensor. `at` is its offset in the
+    layer."""
     lead = (1,) * len(index)
     return LocalBox(
         name=info.name,

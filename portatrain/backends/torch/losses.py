@@ -1,9 +1,9 @@
 """Cross-entropy over a large vocabulary, one chunk of logits at a time.
 
-Logits that fit one chunk are left to autograd. Of more, the gradient is formed in the pass that makes the loss, while
-a chunk's logits exist, and only scaled in the backward pass: the three matmuls of an ordinary output layer either way,
-and memory for one chunk of logits and the gradients of its operands. Legend: T tokens (samples x positions), C tokens
-of a chunk, E embed, V vocab.
+If the logits fit one chunk, autograd forms the gradient. Otherwise the gradient is formed in the forward pass, while
+a chunk's logits exist, and only scaled in the backward pass: the three matmuls of an ordinary output layer in both
+cases, with memory for one chunk of logits and the gradients of its operands. Legend: T tokens (samples x positions),
+C tokens of a chunk, E embed, V vocab.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 64 << 20
-"""The most that a chunk of float32 logits may take."""
+"""The largest size of a chunk of float32 logits."""
 
 
 def token_losses(
     x_CE: Tensor, table_VE: Tensor, targets_C: Tensor, mask_C: Tensor | None, z_loss: float, softcap: float | None
 ) -> Tensor:
-    """(C,), differentiable."""
+    """Return the loss of each token of a chunk, (C,), differentiable."""
     z = (x_CE @ table_VE.mT).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
     targets_C = targets_C.long()
@@ -36,7 +36,7 @@ def token_losses(
 def chunk_loss(
     x_CE: Tensor, table_VE: Tensor, targets_C: Tensor, mask_C: Tensor | None, z_loss: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss of each token and the gradients of their sum: (loss_C, dx_CE, dtable_VE)."""
+    """Return the loss of each token and the gradients of their sum: (loss_C, dx_CE, dtable_VE)."""
     z = (x_CE @ table_VE.mT).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
     logp = torch.log_softmax(capped, dim=-1)
@@ -59,13 +59,13 @@ def chunk_loss(
 
 
 def _cut(n: int, *tensors_T: Tensor | None) -> list[tuple]:
-    """n chunks of each tensor, of sizes that differ by one token at most."""
+    """Cut each tensor into n chunks, whose sizes differ by at most one token."""
     return list(zip(*([None] * n if t is None else t.tensor_split(n) for t in tensors_T), strict=True))
 
 
 def scaled(gradients: Sequence[Tensor], g: Tensor, *, given: int) -> tuple[Tensor | None, ...]:
-    """The backward pass of a loss whose gradients were formed with it: they are scaled, and of the other arguments of
-    the `given` ones there is none."""
+    """Scale gradients that the forward pass formed, as the backward pass of a loss. The other `given` arguments have no
+    gradient."""
     return (*(d * g.to(d.dtype) for d in gradients), *[None] * (given - len(gradients)))
 
 
@@ -88,7 +88,7 @@ class _Chunked(torch.autograd.Function):
             loss_C, dx, dw = chunk(x_CE, table_VE, targets_C, mask_C, z_loss, softcap)
             losses.append(loss_C)
             dxs.append(dx)
-            # Chunks accumulate in float32 whatever the compute dtype.
+            # Chunks are summed in float32, whatever the compute dtype.
             dtable = dw.float() if dtable is None else dtable.add_(dw)
             del dw  # as large as the table: it would live on beside the next chunk's
         ctx.save_for_backward(torch.cat(dxs), dtable.to(table_VE.dtype))
@@ -112,7 +112,8 @@ def cross_entropy(
     whole: Callable[..., Any] = token_losses,
     chunk: Callable[..., Any] = chunk_loss,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, loss_B, weight_B); see `Ops.cross_entropy`. `whole`, `chunk`: as above, or compiled."""
+    """Return (sum, loss_B, weight_B); see `Ops.cross_entropy`. `whole` and `chunk`: the functions above, or
+    compiled."""
     b, tokens = targets.shape[0], targets.numel()
     x_TE, targets_T = x.flatten(0, -2).to(table_VE.dtype), targets.flatten()
     mask_T = None if mask is None else mask.detach().float().flatten()

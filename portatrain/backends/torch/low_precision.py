@@ -1,5 +1,5 @@
-"""A lookup in a low precision, whose gradient is summed in float32: in bfloat16, where 256 + 1 is 256, that of a
-frequent token would stand still (so it does on a CPU)."""
+"""Look rows up in a low precision and sum their gradient in float32. In bfloat16, where 256 + 1 is 256, the gradient
+of a frequent token would stop growing, as it does on a CPU."""
 
 from __future__ import annotations
 
@@ -26,5 +26,5 @@ class _Rows(torch.autograd.Function):
 
 
 def low_rows(table_VE: Tensor, ids: Tensor, compute: torch.dtype) -> Tensor:
-    """Rows of a table in dtype `compute`: (..., E) for ids (...)."""
+    """Return rows of a table in dtype `compute`: (..., E) for ids (...)."""
     return _Rows.apply(table_VE, ids, compute)

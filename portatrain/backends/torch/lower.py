@@ -1,4 +1,4 @@
-"""From a portable model to a real `torch.nn.Module`.
+"""Lower a portable model to a real `torch.nn.Module`.
 
 The native class inherits from nn.Module and from the portable one, so `super()`, properties, helpers and isinstance
 work; it is made once per portable class. A Stack becomes an nn.ModuleList of its layers ('blocks.0.attn.wq').
@@ -19,7 +19,7 @@ from portatrain.model.module import Definition, Module, Param, Stack, State
 
 @functools.cache
 def native_class(portable: type[Module]) -> type:
-    """The nn.Module class of a portable class; always the same object."""
+    """Return the nn.Module class of a portable class, always the same object."""
     base = nn.ModuleList if issubclass(portable, Stack) else nn.Module
     return type(
         portable.__name__,
@@ -35,7 +35,7 @@ def native_class(portable: type[Module]) -> type:
 
 @dataclass(frozen=True)
 class Piece:
-    """The part of a logical tensor that one torch tensor holds: `tensor` is slice `index` of its Stacks' axes."""
+    """Name the part of a logical tensor that one torch tensor holds: `tensor` is slice `index` of its Stacks' axes."""
 
     role: str
     name: str
@@ -46,7 +46,7 @@ class Piece:
 def lower(
     definition: Definition, piece: Callable[[str, str, tuple[int, ...]], torch.Tensor]
 ) -> tuple[nn.Module, list[Piece]]:
-    """The native module, with tensors from `piece(role, name, index)`, and the list of what it holds, in order."""
+    """Return the native module and a list of its tensors, in order. `piece(role, name, index)` gives each tensor."""
     made: dict[tuple[int, tuple[int, ...]], Any] = {}
     pieces: list[Piece] = []
 

@@ -1,11 +1,11 @@
-"""This process's place in the mesh: its coordinates, the process groups, the device meshes of DTensor and FSDP2.
+"""Locate this process in the mesh: coordinates, process groups, and the device meshes of DTensor and FSDP2.
 
 Ranks count row-major over `MESH_AXES`, as `Mesh.coordinates` does. Three views of the same processes:
 
 - rows: the axes that split the batch (replica, fsdp, expert). Activations are plain tensors over them.
-- values: context and tensor, those of them that are larger than 1. Activations are DTensors over them.
-- params: replicas x fsdp x expert x tensor, for FSDP2. `replicas` is replica and context together: over both, a
-  parameter is whole and its gradient is a sum of what each process found.
+- values: those of context and tensor that are larger than 1. Activations are DTensors over them.
+- params: replicas x fsdp x expert x tensor, for FSDP2. `replicas` joins replica and context: over both, a parameter
+  is whole, and its gradient is the sum of the gradients of the processes.
 """
 
 from __future__ import annotations
@@ -30,14 +30,15 @@ from portatrain.model.layout import BATCH_MESH_AXES, MESH_AXES, Layout, Mesh
 from portatrain.system.processes import world_size
 
 TIMEOUT_S = 600
-"""How long a collective waits for a process that does not come."""
+"""The time after which a collective gives up on a process that does not answer."""
 
 REPLICAS = ("replica", "context")
-"""Mesh axes over which FSDP2 holds copies of its shards."""
+"""Mesh axes over which FSDP2 replicates its shards."""
 
 
 def check_processes(mesh: Mesh, processes: int | None) -> None:
-    """Raise UserError unless `processes`, those that there are, are as many as the mesh has devices."""
+    """Raise UserError unless the number of processes equals the number of devices of the mesh. None: no process
+    group."""
     if processes is None:
         raise UserError(
             f"mesh {mesh} on the torch backend",
@@ -55,11 +56,11 @@ def check_processes(mesh: Mesh, processes: int | None) -> None:
 
 
 def join(mesh: Mesh) -> torch.device:
-    """Join the process group that the environment names (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT, as
-    torchrun and `portatrain train --devices` set them), unless this process has; the device of this process.
+    """Join the process group that the environment names, unless this process has joined; return the process's device.
 
-    gloo carries tensors of the host, the device's own library (`devices`) the others. Raises UserError before it waits
-    for anybody.
+    torchrun and `portatrain train --devices` set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. gloo
+    carries tensors of the host, the device's own library (`devices`) all others. Raises UserError before it waits for
+    other processes.
     """
     if dist.is_initialized():
         check_processes(mesh, dist.get_world_size())
@@ -78,7 +79,7 @@ def join(mesh: Mesh) -> torch.device:
 
 
 def leave() -> None:
-    """Take the process group down, if there is one."""
+    """Destroy the process group, if there is one."""
     _groups_of.cache_clear()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -86,7 +87,7 @@ def leave() -> None:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The process groups of a mesh. They hold threads and connections: made once for all programs on it."""
+    """Hold the process groups of a mesh. They own threads and connections, so all programs on a mesh share them."""
 
     params: DeviceMesh
     values: DeviceMesh | None
@@ -109,7 +110,7 @@ def _groups_of(mesh: Mesh, device_type: str) -> _Groups:
 
 
 class World:
-    """The processes of one program. Collectives must be called by all of them in the same order."""
+    """Hold the processes of one program. All processes must call collectives in the same order."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.mesh, self.device = layout, layout.mesh, device
@@ -118,20 +119,21 @@ class World:
         groups = _groups_of(self.mesh, device.type)
         self.params, self.values, self._lines = groups.params, groups.values, groups.lines
         self.row_blocks = self.mesh.over(BATCH_MESH_AXES)
-        """How many parts a microbatch is cut into."""
+        """The number of parts that a microbatch is cut into."""
         self.row_block = self.mesh.index(BATCH_MESH_AXES, self.at)
-        """Which of them is this process's."""
+        """The index of this process's part."""
 
     @property
     def data_parallel(self) -> DeviceMesh | None:
-        """FSDP2's mesh: fsdp, or replicas x fsdp; None where there is nothing to shard or to reduce."""
+        """Return FSDP2's mesh: fsdp, or replicas x fsdp; None if there is nothing to shard or to reduce."""
         replicas, fsdp, *_ = self.params.shape
         if replicas > 1:
             return self.params["replicas", "fsdp"]
         return self.params["fsdp"] if fsdp > 1 else None
 
     def group(self, axes: Sequence[str]) -> dist.ProcessGroup | None:
-        """The processes that differ from this one along `axes` alone; None where that is only itself."""
+        """Return the group of the processes that differ from this one only along `axes`; None if there are no
+        others."""
         wanted = tuple(a for a in MESH_AXES if a in axes and self.mesh.sizes[a] > 1)
         if wanted not in self._lines:
             self._lines[wanted] = self._new_group(wanted)
@@ -156,14 +158,14 @@ class World:
     # ---- collectives without gradient
 
     def all_reduce(self, x: Tensor, axes: Sequence[str] = MESH_AXES, op: Any = dist.ReduceOp.SUM) -> Tensor:
-        """x, reduced in place over `axes`; all processes of a line get the same bits."""
+        """Reduce x in place over `axes` and return it. All processes along the axes get the same bits."""
         group = self.group(axes)
         if group is not None:
             dist.all_reduce(x, op=op, group=group)
         return x
 
     def gather(self, x: Tensor, axes: Sequence[str], dim: int) -> Tensor:
-        """The parts along `axes` (major first) joined along `dim`."""
+        """All-gather the parts along `axes` (major first) and join them along `dim`."""
         for axis in reversed(axes):
             group = self.group((axis,))
             if group is not None:
@@ -173,28 +175,28 @@ class World:
         return x
 
     def scatter_sum(self, x: Tensor, axis: str, dim: int) -> Tensor:
-        """This process's part along `dim` of the sum of x over `axis`."""
+        """Reduce-scatter x over `axis`: return this process's part along `dim` of the sum."""
         group = self.group((axis,))
         if group is None:
             return x
         parts = x.chunk(self.mesh.sizes[axis], dim=dim)
         mine = torch.empty_like(parts[0], memory_format=torch.contiguous_format)
-        # Its name until torch 2.12.
+        # The name of the function until torch 2.12.
         scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
         scatter(mine, torch.cat(parts), group=group)
         return mine
 
     def gather_tensor(self, x: Tensor, spec: Sequence[Sequence[str]]) -> Tensor:
-        """The logical tensor of which `x` is this process's box under `spec`."""
+        """Return the logical tensor, gathered from boxes under `spec`; `x` is the box of this process."""
         for dim, axes in enumerate(spec):
             x = self.gather(x, axes, dim)
         return x
 
     def first(self, axes: Sequence[str]) -> bool:
-        """Whether this process is the first along every one of `axes`: of equal copies, the one that counts."""
+        """Return whether this process is first along every one of `axes`. Of equal copies only the first one counts."""
         return all(self.at[a] == 0 for a in axes)
 
     def my_rows(self, rows: int) -> slice:
-        """This process's part of `rows` samples."""
+        """Return this process's part of `rows` samples."""
         mine = math.ceil(rows / self.row_blocks)
         return slice(self.row_block * mine, (self.row_block + 1) * mine)

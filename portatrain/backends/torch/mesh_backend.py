@@ -1,5 +1,5 @@
-"""The torch backend on a mesh of many processes, one a device. The step is that of one device; this file says what is
-different: how a state is made, which rows are this process's, and what is summed over the others.
+"""Run the torch backend on a mesh of many processes, one a device. `one_device` has the step. This file changes how a
+state is made, which rows a process takes, and which sums go over all processes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["MeshBackend", "check_processes"]
 
 
 class MeshBackend(OneDevice):
-    """See `portatrain.backends.base.Backend`. All processes call every verb together, with the same global batch."""
+    """See `portatrain.backends.base.Backend`. All processes call every method together, with the same global batch."""
 
     def __init__(self, program: Program) -> None:
         check_layout(program.layout, program.definition.params)
@@ -100,7 +100,7 @@ class MeshBackend(OneDevice):
     def _values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world.values is None:
             return batch
-        # Sample indices are for dropout's hash, which acts on local parts.
+        # Sample indices feed dropout's hash, which acts on local parts.
         return {k: v if k == "sample" else MeshOps.placed(self.world, v) for k, v in batch.items()}
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
@@ -124,7 +124,7 @@ class MeshBackend(OneDevice):
         return self._summed(loss, weight, auxes)
 
     def _summed(self, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]) -> tuple[Any, ...]:
-        """Sums over this process's rows as sums over the batch."""
+        """Turn sums over this process's rows into sums over the batch."""
         sums = [plain(loss), plain(weight)]
         places = [(name, kind) for name in sorted(auxes) for kind in sorted(auxes[name]) if kind != "max"]
         sums += [plain(auxes[name][kind]).to(self.device) for name, kind in places]
@@ -147,7 +147,7 @@ class MeshBackend(OneDevice):
         return _sharded(state).norm()
 
     def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
-        """Whole gradients, on every process. For checks of small models."""
+        """Return whole gradients, on every process, for checks of small models."""
         loss, *_ = self._accumulate(state, batch, step)
         params = self.definition.params
         found = {n: np.zeros(params[n].shape, np.float32) for n in sorted(self.program.trainable)}
@@ -195,7 +195,7 @@ class MeshBackend(OneDevice):
         return pad_rows(batch, self.world.row_blocks)
 
     def _free(self, state: TorchState) -> None:
-        """FSDP2 keeps what the root gathered, for a backward pass that will not come."""
+        """Free the parameters that FSDP2's root keeps gathered for a backward pass, as none follows."""
         if isinstance(state.module, FSDPModule):
             state.module.reshard()
 
@@ -205,13 +205,14 @@ class MeshBackend(OneDevice):
     # ---- what it holds and runs on
 
     def agree(self, value: int) -> int:
-        """The largest `value` that any process brings; all get the same. Waits for all of them."""
+        """Return the largest `value` of all processes. Waits for all of them."""
         mine = torch.tensor(value)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         return int(mine)
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
-        """Every box that this process holds, the same one on several where the layout does not cut."""
+        """Yield every box that this process holds. Several processes yield the same box if the layout does not cut
+        it."""
         return super().local_boxes(state)
 
     def describe_device(self) -> dict[str, Any]:
@@ -219,7 +220,7 @@ class MeshBackend(OneDevice):
 
 
 class MeshState(TorchState):
-    """`TorchState` with what it takes to reduce gradients. Its pieces hold this process's parts."""
+    """Extend `TorchState` with the means to reduce gradients. Its pieces hold this process's parts."""
 
     def __init__(
         self, module: Any, pieces: Any, optimizer: Any, beside: dict[str, dict[int, Tensor]], sharded: Sharded

@@ -1,13 +1,13 @@
-"""`Ops` on a mesh. `RowOps`: the batch axes alone, activations are plain tensors of this process's rows. `MeshOps`:
-context and tensor too, activations are DTensors over those axes with global shapes (but for the batch axis).
+"""Implement `Ops` on a mesh. `RowOps` covers the batch axes: activations are plain tensors of this process's rows.
+`MeshOps` adds context and tensor: activations are DTensors over those axes, with global shapes except along the batch.
 
-Arithmetic that models do themselves goes through DTensor's own rules. Everything here takes the local parts, computes
-as on one device, and says where the result lies; gradients follow by one rule: what is whole while another operand is
-cut receives a gradient that is a sum over the cut (Partial).
+Arithmetic in the models follows DTensor's own rules. Every operation here takes the local parts, computes as on one
+device, and declares the placements of the result. One rule gives the gradients: an operand that is whole while another
+one is sharded gets a gradient that is a sum over the shards (Partial).
 
-Documented choices: attention gathers keys and values over context, queries stay; an embedding's rows and logits stay
-cut over vocab, no process sees them whole; kv_heads that are fewer than the tensor axis are computed by every process
-of it, and each keeps those that its queries read. Legend: as in `portatrain.model.ops`.
+Documented choices: attention gathers keys and values over context and leaves queries in place. An embedding's rows and
+the logits stay sharded over vocab, so no process sees them whole. If there are fewer kv_heads than tensor shards, every
+process of the axis computes all of them and keeps those that its queries read. Legend: see `portatrain.model.ops`.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Placements = Sequence[Placement]
 
 @dataclasses.dataclass
 class RowOps(TorchOps):
-    """Sums over the batch reach the other processes; parameters that are cut over expert are gathered."""
+    """Sum over the batch across processes, and gather parameters that are sharded over expert."""
 
     world: Any = None
 
@@ -65,7 +65,7 @@ class RowOps(TorchOps):
 
 @dataclasses.dataclass
 class MeshOps(MeshArrays, RowOps):
-    """See the top of this file."""
+    """Implement `Ops` on context and tensor axes, see the top of this file."""
 
     def __post_init__(self) -> None:
         self.parts = TorchOps(
@@ -83,7 +83,7 @@ class MeshOps(MeshArrays, RowOps):
 
     @staticmethod
     def placed(world: World, x: Tensor) -> Tensor:
-        """A batch's array on the mesh: (B, S) over context where S divides, all others whole. Either is correct."""
+        """Put a batch's array on the mesh: (B, S) is sharded over context if S divides; other arrays stay whole."""
         mesh, context = world.values, world.mesh.context
         assert mesh is not None and mesh.mesh_dim_names is not None
         whole: list[Placement] = [Replicate() for _ in mesh.mesh_dim_names]
@@ -95,11 +95,11 @@ class MeshOps(MeshArrays, RowOps):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The mesh axes that DTensors are over."""
+        """Return the mesh axes of the DTensors."""
         return self.world.values.mesh_dim_names
 
     def _value(self, x: Any) -> Any:
-        """x as a DTensor over the mesh's context and tensor axes."""
+        """Return x as a DTensor over the mesh's context and tensor axes."""
         if isinstance(x, nn.Parameter):
             return Weight.apply(of_all_experts(x, self.world), self.world)
         if isinstance(x, DTensor) or not isinstance(x, Tensor):
@@ -111,29 +111,29 @@ class MeshOps(MeshArrays, RowOps):
 
     @staticmethod
     def _local(x: Any, placements: Placements, grads: Placements | None = None) -> Tensor:
-        """This process's part of x under `placements`; its gradient will lie as `grads` says."""
+        """Return this process's part of x under `placements`. `grads` are the placements of its gradient."""
         if tuple(x.placements) != tuple(placements):
             x = x.redistribute(placements=tuple(placements))
         return x.to_local(grad_placements=None if grads is None else tuple(grads))
 
     def _keep(self, x: Any, *dims: int) -> list[Placement]:
-        """x's placements with `dims` made whole, and sums made."""
+        """Return x's placements with `dims` made whole and partial sums completed."""
         held = [d % x.ndim for d in dims]
         return [p if isinstance(p, Shard) and p.dim not in held else Replicate() for p in x.placements]
 
     def _each(self, fn: Callable[[Tensor], Tensor], x: Any, *dims: int) -> Any:
-        """fn on the local part of x with `dims` whole; the result lies as x does."""
+        """Apply fn to the local part of x with `dims` whole; the result has the placements of x."""
         x = self._value(x)
         kept = self._keep(x, *dims)
         return self._from(fn(self._local(x, kept)), kept)
 
     @staticmethod
     def _beside(x_placements: Placements) -> list[Placement]:
-        """How the gradient of a whole operand lies, where the other operand lies so."""
+        """Return the placements of a whole operand's gradient, given the placements of the other operand."""
         return [Partial() if isinstance(p, Shard) else Replicate() for p in x_placements]
 
     def _whole(self, p: Any, beside: Placements) -> Tensor:
-        """A parameter in the compute dtype, whole, next to something that lies as `beside`."""
+        """Return a parameter whole, in the compute dtype, for use with a value that has the placements `beside`."""
         return self._local(self.weight(p), [Replicate() for _ in self.axes], self._beside(beside))
 
     # ---- parameters and contractions
@@ -144,8 +144,9 @@ class MeshOps(MeshArrays, RowOps):
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
-        """Per mesh axis one letter may be cut, the parameter's if one is: operands that have it are cut along it, the
-        others whole; the result is cut along it, or, where it is contracted, a sum to be made."""
+        """Contract with at most one sharded letter per mesh axis, the parameter's letter if it has one. Operands with
+        the letter are sharded along it, others are whole. The result is sharded along it, or Partial if it is
+        contracted."""
         inputs, _, out = spec.replace(" ", "").partition("->")
         letters = inputs.split(",")
         xs = [self._value(x) for x in operands]
@@ -165,7 +166,8 @@ class MeshOps(MeshArrays, RowOps):
         return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
-        """Rows of a table that is cut over vocab: each process gives its own rows and zeros, a sum to be made."""
+        """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
+        sum."""
         table, ids = self.weight(table_VE), self._value(ids)
         whole = self._keep(ids)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
@@ -220,7 +222,7 @@ class MeshOps(MeshArrays, RowOps):
         return self._from(self.parts.rope(self._local(x, at), local), at)
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
-        """Queries stay where they are over context and heads; keys and values are gathered over context."""
+        """Leave queries in place over context and heads; all-gather keys and values over context."""
         q, k, v = self._value(q_BSHD), self._value(k_BTKD), self._value(v_BTKD)
         heads, kv_heads = q.shape[2], k.shape[2]
         at_q: list[Placement] = []
@@ -253,7 +255,7 @@ class MeshOps(MeshArrays, RowOps):
         return self._from(self.parts.attention(*locals_, **options), at_q)
 
     def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Local segment_ids and positions: for this process's queries, and for all keys."""
+        """Return local segment_ids and positions: those of this process's queries, and those of all keys."""
         cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
         segments, positions = options.get("segment_ids"), options.get("positions")
         if positions is None and any(cut) and (options.get("causal", True) or options.get("window") is not None):
@@ -275,7 +277,7 @@ class MeshOps(MeshArrays, RowOps):
     # ---- elementwise and shape
 
     def dropout(self, x: Any, rate: float, *, site: int) -> Any:
-        """The hash of the global offset within the sample. A sum still to be made is dropped part by part."""
+        """Apply dropout by the hash of the global offset in the sample. A Partial sum is dropped part by part."""
         if not self.training or rate == 0:
             return x
         x = self._value(x)
@@ -287,7 +289,7 @@ class MeshOps(MeshArrays, RowOps):
         return self._from(kept, x.placements)
 
     def _offsets(self, shape: tuple[int, ...], placements: Placements) -> Tensor:
-        """(F,) int32: the flat global offsets, within a sample of `shape`, of this process's elements."""
+        """Return (F,) int32, the flat global offsets of this process's elements in a sample of `shape`."""
         start, size = [0] * len(shape), list(shape)
         for axis, p in zip(self.axes, placements, strict=True):
             if isinstance(p, Shard):
@@ -350,7 +352,7 @@ class MeshOps(MeshArrays, RowOps):
     ) -> Loss:
         x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
-        # Tokens stay cut over their own axes, but each process of the vocab's axis needs all of its row of logits.
+        # Tokens stay sharded over their own axes, but each process of the vocab axis needs its whole row of logits.
         at = [
             p if isinstance(p, Shard) and p.dim < x.ndim - 1 and not v else Replicate()
             for p, v in zip(x.placements, vocab, strict=True)

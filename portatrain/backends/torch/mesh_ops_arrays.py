@@ -1,7 +1,8 @@
-"""The operations of `portatrain.model.ops_arrays.ArrayOps` on DTensors.
+"""Implement `portatrain.model.ops_arrays.ArrayOps` on DTensors.
 
-Elementwise ones follow DTensor's own rules. The others are given the axes that they act along whole, and the local part
-of all others; the result lies as they do. So work along a cut axis is done by every process of its mesh axis.
+Elementwise operations follow DTensor's own rules. All others get the axes that they act along whole, and the local part
+of the other axes. The result has the placements of the operand. So every process of a mesh axis repeats the work along
+an axis that this mesh axis shards.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from portatrain.model.ops_arrays import Axes, Sizes, axes_of, axis_of, order_of
 
 
 class MeshArrays(TorchArrays):
-    """The part of `MeshOps` that works on arrays; the helpers are there."""
+    """Implement the operations of `MeshOps` that work on arrays; `MeshOps` has the helpers."""
 
     parts: Any
     world: Any
@@ -31,7 +32,7 @@ class MeshArrays(TorchArrays):
     _whole: Callable[..., Tensor]
 
     def _along(self, name: str, x: Any, axis: Axes, keepdims: bool | None = None, **options: Any) -> Any:
-        """The operation on the local part of x with `axis` whole. keepdims: of a reduction, else None."""
+        """Apply the operation to the local part of x with `axis` whole. keepdims: for a reduction, else None."""
         x = self._value(x)
         gone = axes_of(f"ops.{name}", x, axis)
         at = self._keep(x, *gone)
@@ -98,7 +99,7 @@ class MeshArrays(TorchArrays):
         return self._whole_but_batch(lambda *given: self.parts.scatter_add(*given, axis=axis), x, index, value)
 
     def _whole_but_batch(self, fn: Callable[..., Any], *xs: Any) -> Any:
-        """fn on whole arrays of this process's samples."""
+        """Apply fn to whole arrays of this process's samples."""
         whole = [Replicate()] * self.world.values.ndim
         return tree_map(lambda y: self._from(y, whole), fn(*(self._local(self._value(x), whole) for x in xs)))
 

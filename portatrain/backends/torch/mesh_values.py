@@ -1,4 +1,4 @@
-"""Values on a mesh as autograd sees them: parameters, sums over rows, what a remat policy keeps."""
+"""Give autograd the values on a mesh: parameters, sums over rows, and values that a remat policy keeps."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from portatrain.model.layout import BATCH_MESH_AXES
 
 
 def plain(x: Any) -> Any:
-    """The value of a DTensor that is (made) whole on every process; other values as they are."""
+    """Return a DTensor as a tensor that is whole on every process; return other values unchanged."""
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 class SumRows(torch.autograd.Function):
-    """Sum over processes; every one has its own loss of the result, so gradients are summed too."""
+    """Sum over processes. Every process has its own loss of the result, so the gradients are summed too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
@@ -32,8 +32,8 @@ class SumRows(torch.autograd.Function):
 
 
 class Experts(torch.autograd.Function):
-    """A parameter that is cut over expert, of all experts: plain, or a DTensor over tensor. It is gathered where it is
-    used, as over fsdp; its gradient, of this process's rows, is summed in float32 and cut again."""
+    """All-gather a parameter, plain or a DTensor over tensor, that is sharded over expert. Its gradient, from this
+    process's rows, is summed in float32 and sharded again."""
 
     @staticmethod
     def forward(ctx: Any, p: DTensor, world: World) -> Tensor:
@@ -58,15 +58,15 @@ class Experts(torch.autograd.Function):
 
 
 def of_all_experts(p: Any, world: World) -> Any:
-    """`p`, gathered if it is a parameter that is cut over expert."""
+    """Return `p`, gathered over expert if it is a parameter that is sharded over expert."""
     if isinstance(p, DTensor) and "expert" in (p.device_mesh.mesh_dim_names or ()):
         return Experts.apply(p, world)
     return p
 
 
 class Weight(torch.autograd.Function):
-    """A parameter, plain or a DTensor over tensor, as a value on the mesh. Its gradient is left as this process's share
-    of a sum over the axes on which it is whole: over those the sum is made once a step, not here."""
+    """Turn a parameter, plain or a DTensor over tensor, into a value on the mesh. Its gradient stays this process's
+    share of a sum over the axes on which the parameter is whole; `Sharded.reduce` makes that sum once a step."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, world: World) -> Tensor:
@@ -101,7 +101,7 @@ class Weight(torch.autograd.Function):
 
 
 class Kept(torch.autograd.Function):
-    """x, of which a remat policy keeps this process's part. A gradient passes as it lies: a sum need not be made."""
+    """Pass x through; a remat policy keeps this process's part. Gradients keep their placements, partial sums too."""
 
     @staticmethod
     def forward(ctx: Any, x: Any) -> Any:

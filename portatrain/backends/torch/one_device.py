@@ -1,4 +1,4 @@
-"""The torch backend on one device."""
+"""Run the torch backend on one device."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ from portatrain.model.state_updates import needs_after_step, run_after_step
 
 @dataclass
 class TorchState:
-    """Changed in place by `step`. beside: what is kept of parameters by neither module nor optimizer, by role and
-    position in `pieces`."""
+    """Hold a state, which `step` changes in place. beside: tensors kept beside the parameters by neither module nor
+    optimizer, by role and by position in `pieces`."""
 
     module: nn.Module
     pieces: list[Piece]
@@ -53,7 +53,7 @@ class TorchState:
 
     @property
     def ema(self) -> dict[int, Tensor]:
-        """The averages, by position in `pieces`."""
+        """Return the averages, by position in `pieces`."""
         return self.beside.setdefault("ema", {})
 
 
@@ -93,7 +93,7 @@ class OneDevice(StandaloneOps):
         return pick_device()
 
     def _made_runners(self) -> dict[str, Any]:
-        """What runs blocks and losses: `TorchOps.run_block`, `run_again` and `losses`."""
+        """Return the functions that run blocks and losses: `TorchOps.run_block`, `run_again` and `losses`."""
         if not self.compiles:
             return {
                 "run_block": run_block,
@@ -102,7 +102,8 @@ class OneDevice(StandaloneOps):
             }
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
         block = compiled(run_block)
-        # A block that is computed again as a whole is compiled as it is; what is chosen in it, with the choice.
+        # A block that is recomputed whole is compiled as it is; with a policy that chooses inside it, policy and block
+        # are.
         again = (
             rematerialised(self.remat, block)
             if self.remat.name == "block"
@@ -135,11 +136,11 @@ class OneDevice(StandaloneOps):
 
     @functools.cached_property
     def _inventory(self) -> tuple[dict[tuple[str, str], StateTensor], dict[str, list[StateTensor]]]:
-        """(all tensors of a state by key, what is kept beside each parameter)."""
+        """Return (all tensors of a state by key, the tensors kept beside each parameter)."""
         return {t.key: t for t in inventory(self.program)}, beside_params(self.program)
 
     def _build(self, draw: Callable[[StateTensor, tuple[int, ...], tuple[int, ...]], np.ndarray], count: int) -> Any:
-        """A state whose every piece comes from draw(logical tensor, offset, shape)."""
+        """Return a state. draw(logical tensor, offset, shape) gives the values of every piece."""
 
         def piece(tensor: StateTensor, index: tuple[int, ...]) -> Tensor:
             at, inner = self._part(tensor.info, tensor.laid_out_as)
@@ -160,7 +161,8 @@ class OneDevice(StandaloneOps):
         return state
 
     def state_arrays(self, state: TorchState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor]]:
-        """Yield (logical tensor, index in its Stacks, this process's part) of all that `state` holds but the count."""
+        """Yield (logical tensor, index in its Stacks, this process's part) of everything in `state` except the
+        count."""
         tensors, beside = self._inventory
         for i, p in enumerate(state.pieces):
             yield tensors[p.role, p.name], p.index, p.tensor
@@ -172,16 +174,16 @@ class OneDevice(StandaloneOps):
                     yield tensor, p.index, slots[state.optimizer.slot(p.tensor, tensor.slot)]
 
     def _piece(self, array: np.ndarray, tensor: StateTensor) -> Tensor:
-        """A tensor of the device with what this process holds of one layer of a logical tensor."""
+        """Return a tensor on the device with this process's part of one layer of a logical tensor."""
         return to_torch(array).to(self.device)
 
     def _part(self, info: TensorInfo, laid_out_as: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(offset, shape) of what this process holds of one layer of a logical tensor."""
+        """Return (offset, shape) of this process's part of one layer of a logical tensor."""
         inner = info.shape[info.stack_dims :]
         return (0,) * len(inner), inner
 
     def _lowered(self, value: Callable[[str, str, tuple[int, ...]], Tensor]) -> TorchState:
-        """The module with the parts `value(role, name, index)`, and an optimizer whose slots are zero."""
+        """Return the module with the parts `value(role, name, index)`, and an optimizer with slots of zero."""
         module, pieces = lower(self.definition, value)
         for p in pieces:
             if p.role == "params":
@@ -213,7 +215,7 @@ class OneDevice(StandaloneOps):
         return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
-        """Leaves the gradients of the mean loss in `.grad`; (loss, weight, aux sums, tallies)."""
+        """Leave the gradients of the mean loss in `.grad`; return (loss, weight, aux sums, tallies)."""
         state.optimizer.zero_grad(set_to_none=True)
         n = next(iter(batch.values())).shape[0]
         mean: Any = 0.0
@@ -244,7 +246,7 @@ class OneDevice(StandaloneOps):
         return mean, weight, auxes, tallies
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
-        """Before every microbatch of a step."""
+        """Prepare a microbatch; `last` says that it is the last one of its step."""
 
     def _backward(self, state: TorchState, objective: Tensor) -> None:
         objective.backward()
@@ -254,13 +256,13 @@ class OneDevice(StandaloneOps):
         torch._foreach_mul_(self._grads(state), factor)
 
     def _over_rows(self, x: Tensor) -> Tensor:
-        """A sum over this process's rows as one over the rows of the microbatch."""
+        """Turn a sum over this process's rows into a sum over the rows of the microbatch."""
         return x
 
     def _reduced(
         self, state: TorchState, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]
     ) -> tuple[Any, ...]:
-        """Sums over this process's rows as sums over the batch; the gradients of its parts are in `.grad` after it."""
+        """Turn sums over this process's rows into sums over the batch; leave the gradients of its parts in `.grad`."""
         return loss, weight, auxes
 
     def _norm(self, state: TorchState) -> Tensor:
@@ -280,7 +282,7 @@ class OneDevice(StandaloneOps):
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         grads = self._grads(state)
         norm = self._norm(state)
-        # One wait for the device a step: a step that is not finite must change nothing.
+        # The host waits once a step for the device, because a step that is not finite must change nothing.
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
         good = math.isfinite(loss_there) and math.isfinite(norm_there)
         if good:
@@ -300,7 +302,7 @@ class OneDevice(StandaloneOps):
 
     @torch.no_grad()
     def _after(self, state: TorchState, step: int, tallies: dict[str, Tensor]) -> None:
-        """Model States and averages, once an applied step."""
+        """Update model States and averages, after every applied step."""
         if self.definition.states and (tallies or self._after_step):
             states = self._states(state)
             states = {n: s + tallies[n] if n in tallies else s for n, s in states.items()}
@@ -320,7 +322,7 @@ class OneDevice(StandaloneOps):
         return self._ops({}, step, True)
 
     def _states(self, state: TorchState) -> dict[str, Tensor]:
-        """The model's States as logical tensors."""
+        """Return the model's States as logical tensors."""
         parts: dict[str, list[Tensor]] = {}
         for p in state.pieces:
             if p.role == "state":
@@ -348,11 +350,11 @@ class OneDevice(StandaloneOps):
         return norms(self, state, clip=factor, scale=scale, counts=self._counts, total=self._total)
 
     def _counts(self, info: TensorInfo, role: str) -> bool:
-        """Whether this process's part of a tensor is the one that counts, of equal copies."""
+        """Return whether this process's part of a tensor is, of equal copies, the one that counts."""
         return True
 
     def _total(self, x: Tensor) -> Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         return x
 
     @torch.no_grad()
@@ -368,7 +370,7 @@ class OneDevice(StandaloneOps):
         return self._fetch(predict(self._ops(there, 0, False), there).float())
 
     def _fetch(self, x_B: Tensor) -> np.ndarray:
-        """Values by sample, on the host."""
+        """Return values by sample, on the host."""
         return x_B.cpu().numpy()
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
@@ -404,7 +406,7 @@ class OneDevice(StandaloneOps):
 
 
 def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:
-    """Sums over samples and microbatches, or the maximum."""
+    """Accumulate an aux over samples and microbatches: a sum, or the maximum."""
     if aux.reduce == "max":
         high = aux.value_B.max()
         return {"max": high if so_far is None else torch.maximum(so_far["max"], high)}

@@ -1,4 +1,4 @@
-"""`Ops` in torch. Arrays are this process's tensors."""
+"""Implement `Ops` in torch. Arrays are tensors of this process."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.i
 
 
 NAMED = "names of activations"
-"""The key in `TorchOps.kept` of the names that blocks gave."""
+"""The key in `TorchOps.kept` under which blocks list the names that they gave."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What does not change while a program runs: torch.compile specialises on it."""
+    """Hold what does not change while a program runs: torch.compile specialises on it."""
 
     training: bool
     compute: torch.dtype = torch.float32
     remat: Policy = POLICIES["none"]
     layout: Layout | None = None
     ops: Any = None
-    """The class of operations, TorchOps unless a mesh wants another."""
+    """The class of operations, TorchOps unless a mesh needs another one."""
     site: Site = SITE
-    """What decides which kernels run."""
+    """The facts that decide which kernels run."""
     calls: bool = False
-    """Whether a block is run by its own call, with the hooks that others put on it."""
+    """True if blocks are run by their own call, with the hooks that other libraries put on it."""
 
 
 @dataclasses.dataclass
 class TorchOps(TorchArrays):
-    """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect what the model records.
+    """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
-    `run_block` runs one layer of a Stack (compiled, where the backend compiles), `run_again` one under the remat
-    policy, `losses` all logits or one chunk of them. `kept` holds what one layer makes and the others need too: masks,
-    rotation tables.
+    `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
+    policy, `losses` all logits or one chunk of them. `kept` holds results of one layer that the others need too: masks
+    and rotation tables.
     """
 
     static: Static
@@ -113,8 +113,8 @@ class TorchOps(TorchArrays):
         bias = None if bias is None else self.weight(bias).float()
         if x.device.type != "cpu":
             return F.layer_norm(x.float(), x.shape[-1:], scale, bias, eps).to(x.dtype)
-        # On a CPU the fused kernel adds the gradients of scale and bias row after row (2.13: off by 3e-6 of their scale
-        # over 1024 rows); outside it they are ordinary sums, which torch adds in pairs.
+        # On a CPU the fused kernel adds the gradients of scale and bias one row after another (2.13: off by 3e-6 of
+        # their scale over 1024 rows). Outside of it they are ordinary sums, which torch adds in pairs.
         y = F.layer_norm(x.float(), x.shape[-1:], None, None, eps)
         y = y if scale is None else y * by_sample(scale, y)
         return (y if bias is None else y + by_sample(bias, y)).to(x.dtype)
@@ -122,7 +122,7 @@ class TorchOps(TorchArrays):
     def rope_table(
         self, positions: Tensor, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
     ) -> tuple[Tensor, Tensor]:
-        # Made on the host where the device may lack float64.
+        # The table is made on the host, because the device may not have float64.
         there = positions.device if positions.device.type in ("cpu", "cuda") else torch.device("cpu")
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=there) / head_dim
         frequencies = theta**-exponents
@@ -143,11 +143,11 @@ class TorchOps(TorchArrays):
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
         out = attention(q_BSHD, k_BTKD, v_BTKD, site=self.static.site, kept=self._kept, **options)
-        # What a kernel returns is kept with what its backward pass needs; what is written out, by name.
+        # The result of a kernel is kept with the tensors of its backward pass; attention written out is kept by name.
         return out if options.get("softcap") is None else self.name(out, "attention")
 
     def _kept(self, what: str, of: tuple[Any, ...], make: Callable[..., Any]) -> Any:
-        """make(*of), or what it gave an earlier layer for the same tensors and values."""
+        """Return make(*of), or the result that an earlier layer got for the same tensors and values."""
         if self.kept is None:
             return make(*of)
         key = (what, *(id(v) if isinstance(v, Tensor) else v for v in of))
@@ -260,14 +260,14 @@ class TorchOps(TorchArrays):
         again = not self.static.remat.keeps_all and self.training and torch.is_grad_enabled()
         run = (self.run_again if again else None) or self.run_block or run_block
         layers = (self.layer * stack.n + torch.arange(stack.n, dtype=torch.int32, device=self.step.device)).unbind()
-        # A compiled block cannot keep anything: it makes masks and tables anew, fused into what uses them.
+        # A compiled block cannot keep anything: it makes masks and tables anew and fuses them with their uses.
         kept = self.kept if self.run_block in (None, run_block) else None
         outside = set() if kept is None else kept.pop(NAMED, set())
         outs, tallies = [], []
         for index, block in enumerate(stack):
             extra = () if per_layer is None else (tree_map(lambda a, i=index: a[i], per_layer),)
             context = (self.step, self.seed_2, self.sample, layers[index])
-            # Where FSDP2 holds the block, the call goes through its hooks.
+            # If FSDP2 holds the block, the call must go through its hooks.
             hooked = getattr(block, "run_layer", None)
             call = functools.partial(run, block) if hooked is None else functools.partial(hooked, run)
             carry, out, auxes, tally = call(self.static, context, carry, (*shared, *extra), kept)
@@ -289,7 +289,7 @@ class TorchOps(TorchArrays):
         return keep(x) if self.keeps(name) else x
 
     def keeps(self, name: str) -> bool:
-        """Note that a block gave this name; whether the remat policy keeps what has it."""
+        """Record that a block gave this name; return whether the remat policy keeps its value."""
         if self.kept is not None:
             self.kept.setdefault(NAMED, set()).add(name)
         policy = self.static.remat
@@ -314,16 +314,17 @@ class TorchOps(TorchArrays):
 def run_block(
     block: Any, static: Static, context: tuple, carry: Any, args: tuple, kept: dict[Any, Any] | None
 ) -> tuple[Any, Any, dict, dict]:
-    """One layer: (carry, out, auxes as plain tuples, tallies). Pure, so it can be compiled and recomputed."""
+    """Run one layer; return (carry, out, auxes as plain tuples, tallies). Pure, so it can be compiled and
+    recomputed."""
     make: Callable[..., TorchOps] = static.ops or TorchOps
     ops = make(static, *context, kept=kept)
-    # Not the module's own call: hooks (FSDP2's) are around all of this, not inside what is compiled.
+    # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
     carry, out = (block if static.calls else block.forward)(ops, carry, *args)
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
 
 
 def _whole_table(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., 1, D) of cos and of sin with the sign of its half, so that a rotation is x cos + roll(x, D/2) sin."""
+    """Return cos and sin, each (..., 1, D), sin with the sign of its half: a rotation is x cos + roll(x, D/2) sin."""
     return torch.cat([cos, cos], dim=-1)[..., None, :], torch.cat([-sin, sin], dim=-1)[..., None, :]
 
 
@@ -332,8 +333,8 @@ def _stacked(outs: list[Any]) -> Any:
 
 
 def _plan(spec: str) -> tuple[int, bool] | None:
-    """How to carry a contraction of two operands out as one plain matmul: (how many axes it contracts, whether the
-    second operand holds them last); None where it is another kind."""
+    """Plan a contraction of two operands as one plain matmul. Return (the number of contracted axes, whether the second
+    operand has them last); None for any other contraction."""
     inputs, _, out = spec.replace(" ", "").partition("->")
     if inputs.count(",") != 1:
         return None

@@ -1,4 +1,4 @@
-"""The operations of `portatrain.model.ops_arrays.ArrayOps` in torch. Docstrings and legend are there."""
+"""Implement `portatrain.model.ops_arrays.ArrayOps` in torch. That module has the docstrings and the legend."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from portatrain.model.ops_composed import Composed, associative_scan
 
 
 class TorchArrays(Composed):
-    """The part of `TorchOps` that works on arrays."""
+    """Implement the operations of `TorchOps` that work on arrays."""
 
     static: Any
     step: Tensor
@@ -222,7 +222,7 @@ class TorchArrays(Composed):
 
 
 def _padded(x: Tensor, pads: Sequence[tuple[int, int]], value: float) -> Tensor:
-    """(B, C, ...) with its spatial axes padded."""
+    """Return x, (B, C, ...), with its spatial axes padded."""
     return F.pad(x, [n for pair in reversed(pads) for n in pair], value=value) if any(map(any, pads)) else x
 
 

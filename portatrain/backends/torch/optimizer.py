@@ -1,4 +1,4 @@
-"""An optimizer rule as a `torch.optim.Optimizer`.
+"""Wrap an optimizer rule as a `torch.optim.Optimizer`.
 
 AdamW and SGD go to torch's own fused optimizers, which compute the same formula (tests/contract proves it); every
 other rule runs as it is written, one torch tensor at a time: a layer's tensor is a batch slice of the logical one.
@@ -21,7 +21,7 @@ from portatrain.optim import SGD, AdamW, Rule
 
 
 class _Namespace:
-    """torch for rules: numpy's names and signatures."""
+    """Give rules torch under numpy's names and signatures."""
 
     sqrt, sign, expm1 = torch.sqrt, torch.sign, torch.expm1
     sum, mean, matmul, swapaxes, reshape = torch.sum, torch.mean, torch.matmul, torch.swapaxes, torch.reshape
@@ -35,14 +35,14 @@ xp = _Namespace
 
 
 NORM_ROW = 512
-"""Elements whose squares torch may add one after another."""
+"""The number of elements up to which torch may add squares one after another."""
 
 
 def total_norm(grads: Sequence[Tensor]) -> Tensor:
-    """The 2-norm, 0-d, of all gradients as one vector.
+    """Return the 2-norm, 0-d, of all gradients as one vector.
 
     On a CPU torch adds the squares of a tensor one after another (2.13: off by 7e-4 at 16 million elements, and by 2e-6
-    at 30 thousand where the first are the largest); so norms of short rows come first, then the norm of those.
+    at 30 thousand if the first ones are the largest), so norms of short rows are taken first, then the norm of those.
     """
     if grads[0].device.type == "cpu":
         grads = [part for g in grads for part in _row_norms(g.reshape(-1))]
@@ -50,7 +50,7 @@ def total_norm(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _row_norms(x: Tensor) -> list[Tensor]:
-    """Vectors of at most `NORM_ROW` elements with the norm of `x`."""
+    """Yield vectors of at most `NORM_ROW` elements with the norm of `x`."""
     if x.numel() <= NORM_ROW:
         return [x]
     rest = x.numel() % NORM_ROW
@@ -59,7 +59,7 @@ def _row_norms(x: Tensor) -> list[Tensor]:
 
 
 def slice_info(info: TensorInfo) -> TensorInfo:
-    """What a rule may know of one layer's tensor: `info` without the axes of Stacks."""
+    """Return the description that a rule gets of one layer's tensor: `info` without the axes of Stacks."""
     n = info.stack_dims
     return dataclasses.replace(
         info, shape=info.shape[n:], axes=info.axes[n:], batch_dims=info.batch_dims - n, stack_dims=0
@@ -82,8 +82,8 @@ def _native(rule: Any, params: list[Tensor], decays: bool) -> torch.optim.Optimi
 class RuleOptimizer(torch.optim.Optimizer):
     """`rule` over the trained pieces of a module. `step(scale=...)`: scale is the schedule's multiplier.
 
-    Every slot exists, at zero, from the start; `state[tensor]` is a dict by slot name, of the rule's or, where torch's
-    optimizer runs, of torch's (`slot` translates). `count` is the number of steps applied.
+    Every slot exists, at zero, from the start. `state[tensor]` is a dict by slot name: the rule's names, or torch's
+    names if torch's optimizer runs (`slot` translates). `count` is the number of applied steps.
     """
 
     def __init__(
@@ -115,22 +115,22 @@ class RuleOptimizer(torch.optim.Optimizer):
             self.natives.append((mine, native))
 
     def slot(self, tensor: Tensor, slot: str) -> str:
-        """The key in `state[tensor]` of the rule's `slot`."""
+        """Return the key in `state[tensor]` of the rule's `slot`."""
         info, name = self.infos[tensor]
         mine = self.rule.rule_for(info)
         return NATIVE_SLOTS[type(mine)][slot] if _runs_native(mine, tensor, name in self.decay) else slot
 
     def slot_shape(self, tensor: Tensor, slot: str) -> tuple[int, ...]:
-        """The shape of what this process holds of a slot."""
+        """Return the shape of this process's part of a slot."""
         return self.box(self.slot_infos[tensor][slot])[1]
 
     def box(self, info: TensorInfo) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """(offset, shape) of this process's part of one layer of the logical tensor `info`."""
+        """Return (offset, shape) of this process's part of one layer of the logical tensor `info`."""
         shape = info.shape[info.stack_dims :]
         return (0,) * len(shape), shape
 
     def updated(self, rule: Rule, tensor: Tensor, slots: dict[str, Tensor], **options: Any) -> Any:
-        """(what to add to `tensor`, the new slots), all in float32."""
+        """Return (the update of `tensor`, the new slots), all in float32."""
         return rule.update(
             options.pop("xp"),
             info=self.infos[tensor][0],
@@ -140,7 +140,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         )
 
     def keep(self, held: Tensor, value: Tensor, info: TensorInfo, role: str, index: tuple[int, ...]) -> None:
-        """Store the new `value` of one layer's tensor in `held`, rounded stochastically where that is bfloat16."""
+        """Store the new `value` of one layer's tensor in `held`; to bfloat16 it is rounded stochastically."""
         if held.dtype == torch.float32:
             held.copy_(value)
             return
@@ -158,7 +158,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         held.copy_(precision.rounded_bits(value.contiguous().view(torch.int32), words).view(torch.float32))
 
     def delta(self, tensor: Tensor, grad: Tensor, scale: float) -> Tensor:
-        """What `step` would add to `tensor` for this gradient, by the rule's formula; nothing changes."""
+        """Return the update that `step` would apply to `tensor` for this gradient, by the rule's formula."""
         info, name = self.infos[tensor]
         mine = self.rule.rule_for(info)
         return self.updated(
@@ -173,7 +173,7 @@ class RuleOptimizer(torch.optim.Optimizer):
         )[0]
 
     def set_count(self, count: int) -> None:
-        """Go on from `count` applied steps."""
+        """Continue from `count` applied steps."""
         self.count = count
         for tensor in self.infos:
             if "step" in self.state[tensor]:
@@ -214,7 +214,7 @@ class RuleOptimizer(torch.optim.Optimizer):
 
 
 def _runs_native(rule: Any, tensor: Tensor, decays: bool) -> bool:
-    """Whether torch has this very rule, fused, for the tensor's device."""
+    """Return whether torch has this very rule, fused, for the tensor's device."""
     if tensor.device.type not in ("cpu", "cuda") or tensor.dtype != torch.float32:
         return False
     if type(rule) is AdamW:

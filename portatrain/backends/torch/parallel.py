@@ -1,10 +1,10 @@
-"""A lowered module cut over the mesh: tensor parallel DTensors first, FSDP2 over them, then weights drawn box by box.
+"""Shard a lowered module over the mesh: DTensors over tensor first, FSDP2 over them, then weights drawn box by box.
 
-The module is made on the meta device, so that no process ever holds a whole tensor. Rule, per parameter: over the
-mesh axes of its params spec that its compute spec has too (tensor), it stays cut while computing; over those that it
-has not (fsdp), FSDP2 gathers it for each block; over expert it is gathered where it is used. A parameter that an axis
-does not cut is whole on every rank of it, and its gradient is summed by `Sharded.reduce`. After the backward pass all
-is arithmetic on this process's plain tensors.
+The module is made on the meta device, so that no process ever holds a whole tensor. The rule for each parameter: over
+the mesh axes that its params spec and its compute spec share (tensor), it stays sharded while computing. Over the axes
+of the params spec alone (fsdp), FSDP2 all-gathers it for each block. Over expert it is all-gathered for each use. Along
+an axis that does not shard it, every rank holds it whole, and `Sharded.reduce` sums its gradient. After the backward
+pass all arithmetic is on plain tensors of this process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from portatrain.model.layout import Layout, Spec
 from portatrain.model.module import Stack, TensorInfo
 from portatrain.model.ops import Loss
 
-# It warns of in-place operations on what a block returns; nothing here is in place.
+# FSDP2 warns of in-place operations on the result of a block; nothing here works in place.
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
 
 # FSDP2 puts its hooks on the tensors that it finds in a module's output.
@@ -41,8 +41,8 @@ _pytree.register_pytree_node(
 
 @dataclass(frozen=True)
 class Cut:
-    """How a layer's part of a parameter is cut: `shape` without the axes of Stacks, and for each dimension the mesh
-    axes that split it, major first."""
+    """Describe how one layer of a parameter is sharded: `shape` without the axes of Stacks, and for each dimension the
+    mesh axes that shard it, major first."""
 
     shape: tuple[int, ...]
     spec: Spec
@@ -52,12 +52,12 @@ class Cut:
         return tuple(a for dim in self.spec for a in dim)
 
     def dim(self, mesh_axis: str) -> int | None:
-        """The dimension that `mesh_axis` splits."""
+        """Return the dimension that `mesh_axis` shards."""
         return next((i for i, axes in enumerate(self.spec) if mesh_axis in axes), None)
 
 
 def cut_of(layout: Layout, info: TensorInfo) -> Cut:
-    """The cut of the parameter `info`; UserError for what FSDP2 over tensor parallelism cannot hold."""
+    """Return the cut of the parameter `info`; raise UserError if FSDP2 over tensor parallelism cannot hold it."""
     sizes = layout.mesh.sizes
 
     def real(spec: Spec) -> Spec:
@@ -85,17 +85,17 @@ def cut_of(layout: Layout, info: TensorInfo) -> Cut:
 
 
 def check_layout(layout: Layout, params: dict[str, TensorInfo]) -> None:
-    """Raise UserError for what the torch backend cannot do with this layout."""
+    """Raise UserError if the torch backend cannot run with this layout."""
     for info in params.values():
         cut_of(layout, info)
 
 
 @dataclass
 class Trained:
-    """A trained parameter of the module and this process's part of it, a plain tensor that shares its memory.
+    """Hold a trained parameter of the module and this process's part, a plain tensor that shares its memory.
 
-    owner, attribute: where the module holds it. summed_over: the mesh axes over which its gradient, as the backward
-    pass leaves it, is still to be summed. copies_over: those along which equal copies of the part lie.
+    owner, attribute: the module's object and attribute that hold it. summed_over: the mesh axes over which its gradient
+    must still be summed after the backward pass. copies_over: the mesh axes along which there are equal copies.
     """
 
     local: Tensor
@@ -111,7 +111,7 @@ class Trained:
 
 @dataclass
 class Sharded:
-    """What `shard_module` makes. pieces: as `lower` gives them, with this process's plain tensors."""
+    """Hold the result of `shard_module`. pieces: as `lower` returns them, with this process's plain tensors."""
 
     module: nn.Module
     pieces: list[Piece]
@@ -123,13 +123,13 @@ class Sharded:
             t.param.grad = t.local.grad = None
 
     def sync(self, *, last: bool) -> None:
-        """Told before every microbatch: shards are reduced each time, replicas after the last only."""
+        """Prepare a microbatch: shards are reduced after each microbatch, replicas only after the last one."""
         if isinstance(self.module, FSDPModule):
             self.module.set_requires_all_reduce(last)
             self.module.set_is_last_backward(last)
 
     def fold(self) -> None:
-        """After every microbatch: gradients of what is kept in bfloat16 are added up in float32."""
+        """Finish a microbatch: add up in float32 the gradients of parameters that are kept in bfloat16."""
         for t in self.trained:
             if t.local.dtype != torch.float32 and (grad := t.param.grad) is not None:
                 mine = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().float()
@@ -137,7 +137,7 @@ class Sharded:
                 t.param.grad = None
 
     def collect(self) -> None:
-        """Leave every gradient, summed over the mesh, in the `.grad` of this process's parts."""
+        """Sum every gradient over the mesh and leave it in the `.grad` of this process's parts."""
         waiting: dict[tuple[str, ...], list[Tensor]] = {}
         self.fold()
         for t in self.trained:
@@ -145,7 +145,8 @@ class Sharded:
             if grad is None:  # the loss does not depend on it
                 t.local.grad = torch.zeros_like(t.local, dtype=torch.float32)
                 continue
-            # Autograd lays a gradient out as its parameter; inside a DTensor nobody does, and fused rules rely on it.
+            # Autograd gives a gradient the strides of its parameter, but not inside a DTensor, and fused rules rely on
+            # them.
             t.local.grad = (grad.to_local() if isinstance(grad, DTensor) else grad).detach().contiguous()
             if t.summed_over:
                 waiting.setdefault(t.summed_over, []).append(t.local.grad)
@@ -161,7 +162,7 @@ class Sharded:
             grad.copy_(part.view_as(grad))
 
     def norm(self) -> Tensor:
-        """() the 2-norm of the gradients of all logical tensors, each element counted once."""
+        """Return () the 2-norm of the gradients of all logical tensors; each element counts once."""
         mine = [g for t in self.trained if self.world.first(t.copies_over) and (g := t.local.grad) is not None]
         square = torch.zeros((), device=self.world.device)
         if mine:
@@ -172,7 +173,7 @@ class Sharded:
 def shard_module(
     program: Program, world: World, value: Callable[[str, str, tuple[int, ...]], Tensor], compute: torch.dtype
 ) -> Sharded:
-    """The module of `program`, cut over `world`. `value(role, name, index)` is this process's part of a tensor."""
+    """Return the module of `program`, sharded over `world`. `value(role, name, index)` gives this process's parts."""
     definition = program.definition
     cuts = {name: cut_of(world.layout, info) for name, info in definition.params.items()}
 
@@ -214,8 +215,8 @@ def shard_module(
 
 
 def _on_meta(world: World, cut: Cut, dtype: torch.dtype) -> Tensor:
-    """A parameter as it computes, without memory: a DTensor over tensor where there is such an axis, and over expert
-    where it is cut over it."""
+    """Return a parameter in its form during the computation, without memory: a DTensor over tensor if the mesh has that
+    axis, and over expert if the parameter is sharded over it."""
     sizes = world.mesh.sizes
     names = tuple(a for a in ("expert", "tensor") if sizes[a] > 1 and (a == "tensor" or a in cut.axes))
     dims = [cut.dim(a) for a in names]
@@ -238,14 +239,14 @@ def _on_meta(world: World, cut: Cut, dtype: torch.dtype) -> Tensor:
 
 
 def _managed(world: World, cut: Cut) -> bool:
-    """Whether FSDP2 holds the parameter: those that the layout does not cut over fsdp, and scalars, stay whole."""
+    """Return whether FSDP2 holds the parameter. Scalars, and parameters without a shard over fsdp, stay whole."""
     return world.data_parallel is not None and cut.shape != () and (world.mesh.fsdp == 1 or "fsdp" in cut.axes)
 
 
 def _apply_fsdp(
     module: nn.Module, world: World, cuts: dict[str, Cut], names: dict[int, str], compute: torch.dtype
 ) -> None:
-    """fully_shard on every block of every Stack, innermost first, and on the root."""
+    """Apply fully_shard to every block of every Stack, innermost first, and to the root."""
     mesh = world.data_parallel
     if mesh is None:
         return
@@ -288,12 +289,12 @@ def _apply_fsdp(
 
 
 def _run_layer(block: nn.Module, run: Callable[..., Any], *args: Any) -> Any:
-    """`run(block, ...)` between FSDP2's hooks: they gather the block's parameters, and see all that comes out."""
+    """Run `run(block, ...)` between FSDP2's hooks, which gather the block's parameters and see all its results."""
     return run(block, *args)
 
 
 def _place(places: Sequence[tuple[nn.Module, str]], local: Tensor) -> None:
-    """Give a parameter of the module its memory, in all the places that hold it."""
+    """Give a parameter of the module its memory, in every object that holds it."""
     owner, attribute = places[0]
     old = getattr(owner, attribute)
     data: Any = local

@@ -1,4 +1,4 @@
-"""What a step would do, as norms: by the rule's formula, a tensor at a time, with nothing changed."""
+"""Compute the norms of a step that is not applied, by the rule's formula, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def norms(
     counts: Callable[[TensorInfo, str], bool],
     total: Callable[[Tensor], Tensor],
 ) -> Arrays:
-    """See `Backend.probe`. The gradients of the mean loss are in `.grad`; the update takes them times `clip`.
+    """Return norms, see `Backend.probe`. The gradients of the mean loss are in `.grad`; the update multiplies by
+    `clip`.
 
-    `counts(tensor, role)`: whether this process's part is the one that counts of equal copies. `total` sums over all
-    processes.
+    `counts(tensor, role)` returns whether this process's part is, of equal copies, the one that counts. `total` sums
+    over all processes.
     """
     optimizer = state.optimizer
     places: list[tuple[str, tuple[int, ...]]] = []
@@ -54,6 +55,7 @@ def norms(
 
 
 def _square(x: Tensor) -> Tensor:
-    """() the sum of squares, in float64 where the device has it: those of second moments vanish in float32."""
+    """Return () the sum of squares, in float64 if the device has it, as squares of second moments underflow in
+    float32."""
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32
     return torch.linalg.vector_norm(x if x.is_floating_point() else x.to(wide), dtype=wide).square()

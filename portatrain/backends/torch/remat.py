@@ -1,4 +1,5 @@
-"""Remat policies in torch: what a block keeps is chosen operation by operation (selective activation checkpointing)."""
+"""Apply remat policies in torch: choose operation by operation what a block keeps (selective activation
+checkpointing)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from portatrain.model.remat import Policy
 _aten: Any = torch.ops.aten
 
 DOTS = frozenset({_aten.mm.default, _aten.addmm.default})
-"""Contractions without a batch dimension; those with one are bmm and baddbmm."""
+"""Contractions without a batch dimension; contractions with one are bmm and baddbmm."""
 
 ATTENTION = frozenset(
     getattr(_aten, name).default
@@ -29,12 +30,12 @@ ATTENTION = frozenset(
     )
     if hasattr(_aten, name)
 )
-"""The kernels that `scaled_dot_product_attention` chooses from; without one it is written out in matmuls."""
+"""The kernels of `scaled_dot_product_attention`; without a kernel, attention is written out in matmuls."""
 
 
 @torch.library.custom_op("portatrain::keep", mutates_args=())
 def keep(x: Tensor) -> Tensor:
-    """A copy of x, which a policy by name keeps. Only what a policy names is copied."""
+    """Return a copy of x that a policy by name keeps. Other values are not copied."""
     return x.clone()
 
 
@@ -47,7 +48,7 @@ keep.register_autograd(lambda ctx, grad: grad)
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise UserError for what this backend cannot do."""
+    """Raise UserError if this backend cannot apply the policy."""
     if policy.offload:
         raise UserError(
             f"remat {policy.name!r} on the torch backend",
@@ -58,7 +59,7 @@ def check_policy(policy: Policy) -> None:
 
 
 def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, of which the backward pass has what `policy` keeps and computes the rest again."""
+    """Return `run` with a backward pass that reads what `policy` keeps and recomputes the rest."""
     if policy.keeps_all:
         return run
     options: dict[str, Any] = {}
@@ -66,7 +67,7 @@ def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any
         options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _choice(policy))
 
     def again(*args: Any) -> Any:
-        # Dropout is a hash, not a generator: there is no random state to keep.
+        # Dropout is a hash, not a generator, so there is no random state to keep.
         return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **options)
 
     return again

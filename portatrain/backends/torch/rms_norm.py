@@ -1,5 +1,5 @@
-"""RMSNorm on a CPU. torch has no kernel for it there: it runs six operations forward and fifteen backward, twelve of
-them over the whole array. Written out with its derivative it is seven."""
+"""Compute RMSNorm on a CPU, for which torch has no kernel: there it runs six operations forward and fifteen backward,
+twelve of them over the whole array. Written out with its derivative it takes seven."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ def rms_norm(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
 
 
 def by_sample(p: Tensor, like: Tensor) -> Tensor:
-    """`p` (E,) to be broadcast over `like` (B, ..., E). A CPU's compiler would add up its gradient row by row, off by
-    1e-6 of its scale over 1024 rows; as (B, 1, ..., E) it is summed within samples first and then over them."""
+    """Return `p` (E,) in a shape that broadcasts over `like` (B, ..., E). A CPU's compiler would add its gradient row
+    by row, off by 1e-6 of its scale over 1024 rows; as (B, 1, ..., E) it is summed within samples first, then over
+    them."""
     if like.ndim < 3 or like.device.type != "cpu" or not torch.compiler.is_compiling():
         return p
     return p.expand(like.shape[0], *(1,) * (like.ndim - 2), p.shape[-1])
 
 
 class _RMSNorm(torch.autograd.Function):
-    """y = x r w with r = 1 / sqrt(mean(x^2) + eps); with u = x r over n features:
+    """Compute y = x r w with r = 1 / sqrt(mean(x^2) + eps); with u = x r over n features:
 
     dw = sum over rows of g u,   dx = r (g w - u (g u . w) / n)
     """

@@ -1,8 +1,8 @@
-"""Optimizer rules on a mesh: on this process's parts where a rule is elementwise, else on the whole layer's tensor.
+"""Apply optimizer rules on a mesh: to this process's parts if a rule is elementwise, else to a whole layer's tensor.
 
-A rule that reduces over a tensor (Muon's Newton-Schulz, Adafactor's means) sees it whole: gradient, parameter and
-slots are gathered over the mesh axes that cut them, one tensor at a time, and every process keeps its part of what
-comes back. That moves each such tensor once a step and needs memory for one of them.
+A rule that reduces over a tensor (Muon's Newton-Schulz, Adafactor's means) needs the whole tensor. Gradient, parameter
+and slots are all-gathered over the mesh axes that shard them, one tensor at a time, and every process keeps its part of
+the result. So each such tensor moves once a step, and one of them must fit in memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from portatrain.model.module import TensorInfo
 from portatrain.optim import SGD, AdamW, Lion, Rule
 
 ELEMENTWISE = (AdamW, Lion, SGD)
-"""Rules whose update of an element depends on that element alone; others are taken to reduce."""
+"""Rules whose update of an element depends on that element alone; all others are assumed to reduce."""
 
 
 class ShardedOptimizer(RuleOptimizer):
-    """A `RuleOptimizer` over parts. The tensors of `pieces` are this process's boxes under the layout of `world`."""
+    """Run a `RuleOptimizer` over parts. The tensors of `pieces` are this process's boxes under the layout of
+    `world`."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Operations on their own, without a model: what the contract suite calls."""
+"""Run operations on their own, without a model, for the contract suite."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-state": torch.bf
 
 
 def words(seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The step and the two words of the seed, int32."""
+    """Return the step and the two words of the seed, int32."""
     return (
         torch.tensor(step, dtype=torch.int32, device=device),
         torch.tensor(dropout_hash.words(seed), dtype=torch.int32, device=device),
@@ -27,7 +27,7 @@ def words(seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class StandaloneOps:
-    """`evaluate` and `differentiate` of a backend, by its class of operations."""
+    """Implement `evaluate` and `differentiate` of a backend with its class of operations."""
 
     ops: Any = TorchOps
 

@@ -1,7 +1,7 @@
-"""What one process's step does, operation by operation: bytes that are alive, FLOPs, bytes of collectives.
+"""Count one process's step operation by operation: live bytes, FLOPs, bytes of collectives.
 
-No hooks on modules: torch's own FlopCounterMode and MemTracker put some on what a module returns, also while a block is
-computed again in the backward pass, and so keep every block's recomputed values until that pass ends.
+It puts no hooks on modules. torch's FlopCounterMode and MemTracker put some on the results of a module, even while the
+backward pass recomputes a block, and so keep every block's recomputed values until that pass ends.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ CPU_ATTENTION = "aten._scaled_dot_product_flash_attention_for_cpu"
 
 
 class Watch(TorchDispatchMode):
-    """While entered. `peak_bytes`: the most that storages made since have held at the end of an operation, those that
-    FSDP2 empties and fills again at their size of the moment. `flops`: of products of matrices and attention, all pairs
-    of positions counted. `moved`: bytes of the gathered array of every collective (of an all-reduce twice), by the size
-    of its group."""
+    """Count while entered. `peak_bytes`: the largest size, at the end of an operation, of all storages made since;
+    storages that FSDP2 empties and refills count with their size at that moment. `flops`: of matrix products and
+    attention, with all pairs of positions. `moved`: bytes of the gathered array of every collective (twice for an
+    all-reduce), by the size of its group."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,12 +57,12 @@ class Watch(TorchDispatchMode):
 
 
 def _group_size(value: Any) -> int:
-    """Of a process group, boxed as an operator's argument or by name; 0 for anything else."""
+    """Return the size of a process group, given boxed as an operator's argument or by name; 0 for anything else."""
     import torch.distributed as dist
 
     if isinstance(value, dist.ProcessGroup):
         return value.size()
-    if isinstance(value, str):  # a group's name, or that of a reduction
+    if isinstance(value, str):  # the name of a group, or of a reduction
         named: Any = dist.distributed_c10d._resolve_process_group
         try:
             return named(value).size()

@@ -1,6 +1,6 @@
-"""Cross-entropy with the vocabulary cut over the tensor axis: no process forms or receives the others' logits.
+"""Compute cross-entropy with vocab sharded over tensor: no process forms or receives the logits of the others.
 
-As in `losses`, the gradient is formed in the pass that computes the loss, one chunk of tokens at a time. Per token
+As in `losses`, the gradient is formed in the forward pass, one chunk of tokens at a time. Per token
 three numbers are exchanged: the largest logit, the sum of exponentials, the target's logit (Shoeybi et al. 2019,
 section 3). Legend: T tokens, C tokens of a chunk, E embed, W this process's part of the vocabulary.
 """
@@ -27,7 +27,7 @@ def _chunk(
     softcap: float | None,
     grads: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(loss_C, this process's share of dx_CE, dtable_WE); the last two None without `grads`."""
+    """Return (loss_C, this process's share of dx_CE, dtable_WE); the last two are None without `grads`."""
     z = (x_CE @ table_WE.mT).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
     top_C1 = world.all_reduce(capped.amax(-1, keepdim=True), ("tensor",), dist.ReduceOp.MAX)
@@ -102,7 +102,7 @@ def vocab_parallel_loss(
     z_loss: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, loss_B, weight_B) over the tokens that this process holds, the same on all of the tensor axis; see
+    """Return (sum, loss_B, weight_B) over this process's tokens, equal on all processes of the tensor axis; see
     `Ops.cross_entropy`. The gradient of x is this process's share of a sum over the tensor axis."""
     b, tokens = targets.shape[0], targets.numel()
     mask_T = None if mask is None else mask.float().flatten()

@@ -1,4 +1,4 @@
-"""Attention written out, for XLA to fuse and to cut over the mesh: all scores exist, (B, K, G, S, T) over all devices.
+"""Compute attention written out, for XLA to fuse and partition. All scores exist: (B, K, G, S, T) over all devices.
 
 Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 """
@@ -18,7 +18,7 @@ SITE = kernels.Site(backend="torch-xla")
 
 
 def attention(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, site: kernels.Site = SITE, **options: Any) -> Tensor:
-    """See `Ops.attention`. Runs the kernel that the table gives."""
+    """Run the kernel that the table chooses; see `Ops.attention`."""
     b, s, h, d = q_BSHD.shape
     shape = (b, s, k_BTKD.shape[1], h, k_BTKD.shape[2], d)
     dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), kernels.attention_traits(options)
@@ -39,7 +39,7 @@ def written_out(
     scale: float | None = None,
     kept: Callable[..., Any],
 ) -> Tensor:
-    """See `Ops.attention`. `kept(what, of, make)` is make(*of), or its result from an earlier layer."""
+    """See `Ops.attention`. `kept(what, of, make)` returns make(*of), or its result from an earlier layer."""
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
@@ -55,7 +55,7 @@ def written_out(
         mask = mask[:, None, None]
         scores = torch.where(mask, scores, torch.finfo(torch.float32).min)
     weights = torch.softmax(scores, dim=-1)
-    # Only with these may a query see nothing: in place, it sees itself at least.
+    # A query may see nothing only with these; otherwise it sees at least itself.
     if mask is not None and (positions is not None or isinstance(segment_ids, tuple)):
         weights = torch.where(mask, weights, 0.0)
     out = torch.einsum("bkgst,btkd->bskgd", weights.to(v_BTKD.dtype), v_BTKD)

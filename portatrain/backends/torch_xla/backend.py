@@ -1,6 +1,7 @@
-"""The backend's verbs on torch-xla. The module, its blocks and the loop over microbatches are the torch backend's; here
-is what is different on devices that run a step as one graph: nothing is decided by the host in the middle of a step,
-and what changes from step to step enters as a tensor.
+"""Run a program on torch-xla, with the module, the blocks and the microbatch loop of the torch backend.
+
+This file has the differences on devices that run a step as one graph: the host decides nothing in the middle of a step,
+and values that change from step to step enter as tensors.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ from portatrain.optim import clip_scale
 
 @dataclass
 class XlaState(TorchState):
-    """Changed in place by `step`. count_1: (1,) int32, the steps applied so far; it is the devices', which alone know
-    whether a step was skipped."""
+    """Hold a state, which `step` changes in place. count_1: (1,) int32, the number of applied steps. It is on the
+    devices, because only they know whether a step was skipped."""
 
     count_1: Tensor
 
 
 class Numbers(NamedTuple):
-    """What changes from step to step. Of one axis: torch-xla makes constants of the scalars 0 and 1."""
+    """Hold what changes from step to step, in arrays of one axis, as torch-xla makes constants of the scalars 0 and
+    1."""
 
     ints_3: Tensor
     """The step and the two words of the seed."""
@@ -65,7 +67,7 @@ class XlaBackend(OneDevice):
         self._check(program)
         self.devices = Devices(program.layout)
         self.device, self.compiles = self.devices.device, False
-        # On a CPU a step takes the cores that would prepare the next one.
+        # On a CPU a running step takes the cores that would prepare the next one.
         self.async_dispatch = not xla.on_cpu()
         self.site = Site.of(program, backend=self.name, device=xla.kind())
         self._after_step = needs_after_step(self.definition)
@@ -128,7 +130,7 @@ class XlaBackend(OneDevice):
         return Numbers(self.devices.put(ints), self.devices.put(np.array([scale], np.float32)))
 
     def _sync(self) -> None:
-        """Run what is pending."""
+        """Run the pending operations."""
         before = xla.compilations()
         xla.sync()
         self._graphs += xla.compilations() - before
@@ -140,7 +142,7 @@ class XlaBackend(OneDevice):
     # ---- states
 
     def _spec(self, info: TensorInfo, laid_out_as: str) -> Spec:
-        """How one layer of a logical tensor lies."""
+        """Return the sharding of one layer of a logical tensor."""
         return self.program.layout.tensor_spec(info, role=laid_out_as)[info.stack_dims :]
 
     def _piece(self, array: np.ndarray, tensor: StateTensor) -> Tensor:
@@ -165,7 +167,7 @@ class XlaBackend(OneDevice):
     # ---- the step
 
     def _norm(self, state: TorchState) -> Tensor:
-        # Rows first: XLA on a CPU adds one after another.
+        # Rows are summed first: XLA on a CPU adds one element after another.
         squares = [(g * g).sum(-1).sum() if g.ndim else g * g for g in self._grads(state)]
         return torch.stack(squares).sum().sqrt()
 
@@ -187,7 +189,7 @@ class XlaBackend(OneDevice):
 
     @torch.no_grad()
     def _update(self, state: XlaState, numbers: Numbers, norm: Tensor, good: Tensor) -> None:
-        """Parameters, slots and the count after one step of the rule, where `good`."""
+        """Update parameters, slots and the count by one step of the rule if `good`."""
         optimizer = state.optimizer
         count_1 = state.count_1 + 1
         factor = self._clip_factor(norm)
@@ -208,7 +210,7 @@ class XlaBackend(OneDevice):
         return None if clip is None else clip_scale(functions, norm, clip)
 
     def _delta(self, state: XlaState, tensor: Tensor, factor: Tensor | None, numbers: Numbers, count_1: Tensor) -> Any:
-        """(what the rule adds to `tensor` for its gradient times `factor`, its new slots)."""
+        """Return (the update of `tensor` for its gradient times `factor`, its new slots)."""
         optimizer = state.optimizer
         info, name = optimizer.infos[tensor]
         grad = tensor.grad if factor is None else tensor.grad * factor  # type: ignore[operator]
@@ -225,7 +227,7 @@ class XlaBackend(OneDevice):
 
     @torch.no_grad()
     def _follow(self, state: XlaState, numbers: Any, tallies: dict[str, Tensor], good: Tensor) -> None:
-        """Model States and averages, where `good`."""
+        """Update model States and averages if `good`."""
         if self.definition.states and (tallies or self._after_step):
             states = {n: s + tallies[n] if n in tallies else s for n, s in self._states(state).items()}
             states = run_after_step(self.definition, states, self._ops_after(numbers), lambda xs: torch.stack(list(xs)))
@@ -240,7 +242,8 @@ class XlaBackend(OneDevice):
                 self._set(average, value, good, self._spec(self.definition.params[p.name], "params"))
 
     def _set(self, tensor: Tensor, value: Tensor, good: Tensor, spec: Spec) -> None:
-        """`tensor` becomes `value` where `good`, and lies as it lay: else the next step would compile again."""
+        """Set `tensor` to `value` if `good`, and keep its sharding, because with another the next step would compile
+        again."""
         tensor.copy_(torch.where(good, value, tensor))
         self.devices.laid(tensor, spec)
 
@@ -291,7 +294,7 @@ class XlaBackend(OneDevice):
     # ---- what it holds and runs on
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
-        """The parts that devices hold, each once."""
+        """Yield the parts that devices hold, each part once."""
         assert isinstance(state, XlaState)
         for tensor, index, held in self.state_arrays(state):
             copies = _Copies(self.devices, held)
@@ -338,7 +341,7 @@ class XlaBackend(OneDevice):
 
     @classmethod
     def _given(cls, array: Any) -> Tensor:
-        """An argument on the devices."""
+        """Return an argument on the devices."""
         return torch.from_numpy(np.array(array)).to(xla.device())
 
     @classmethod
@@ -362,7 +365,7 @@ class XlaBackend(OneDevice):
 
 
 class _Copies:
-    """The host's copies of a tensor's parts. They come all at once, and each is handed out once."""
+    """Copy a tensor's parts to the host all at once, and hand out each copy once."""
 
     def __init__(self, devices: Devices, tensor: Tensor) -> None:
         self.devices, self.tensor = devices, tensor

@@ -1,7 +1,7 @@
-"""The devices that torch-xla sees, as one SPMD mesh: how a tensor is laid over them, and read from them.
+"""Present the devices of torch-xla as one SPMD mesh: shard tensors over them, and read tensors from them.
 
-One process holds all devices. A tensor has its global shape; an annotation says where its parts lie, and XLA's
-partitioner adds the collectives.
+One process holds all devices. A tensor has its global shape, an annotation gives its sharding, and XLA's partitioner
+adds the collectives.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from portatrain.model.layout import Layout, Mesh, Spec
 from portatrain.system import processes
 
 Part = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offset, shape) of what a device holds of a tensor."""
+"""(offset, shape) of a device's part of a tensor."""
 
 MOST_AXES = 5
-"""Of what is cut on the way to the devices: torch-xla 2.9 does not cut an array of six."""
+"""The largest number of axes of an array that is sharded on its way to the devices: torch-xla 2.9 cannot shard six."""
 
 
 @functools.cache
 def device() -> torch.device:
-    """The one virtual device that stands for all of them. The first call starts XLA's client."""
+    """Return the one virtual device that stands for all devices. The first call starts XLA's client."""
     runtime.use_spmd()
     return torch_xla.device()
 
 
 def kind() -> str:
-    """The kind of the devices, such as cpu or tpu."""
+    """Return the kind of the devices, such as cpu or tpu."""
     return str(runtime.device_type()).lower()
 
 
@@ -51,7 +51,7 @@ def on_cpu() -> bool:
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raise UserError unless `mesh` has all devices that there are: SPMD on torch-xla leaves none out."""
+    """Raise UserError unless `mesh` has all devices, because SPMD on torch-xla uses every device."""
     if (n := processes.world_size() or 1) > 1:
         raise UserError(
             f"{n} processes on the torch-xla backend",
@@ -71,34 +71,34 @@ def check_mesh(mesh: Mesh) -> None:
 
 
 def sync() -> None:
-    """Run all that is pending, as one graph."""
+    """Run all pending operations as one graph."""
     torch_xla.sync()
 
 
 def use_precision(precision: str) -> None:
-    """How exact the products are that are traced from here on: an accelerator would round float32 operands to bfloat16;
-    of those that are bfloat16 nothing more is asked."""
+    """Set the precision of products that are traced from now on: without it an accelerator would round float32 operands
+    to bfloat16. For bfloat16 operands it sets nothing."""
     wanted = "highest" if precision == "fp32" else "default"
     if backends.get_mat_mul_precision() != wanted:
-        # It warns when it is told more than once in a process, as precisions of graphs are then easily mixed up.
+        # torch-xla warns on a second call in a process, as the precisions of graphs are easily mixed up.
         logging.getLogger("torch_xla.backends").setLevel(logging.ERROR)
         backends.set_mat_mul_precision(wanted)
 
 
 def compilations() -> int:
-    """How many graphs this process has compiled."""
+    """Return the number of graphs that this process has compiled."""
     found = metrics.metric_data("CompileTime")
     return 0 if found is None else int(found[0])
 
 
 class Devices:
-    """The mesh of a layout on the devices: `laid` annotates a tensor, `put` makes one, `parts` reads one."""
+    """Hold the mesh of a layout: `laid` annotates a tensor, `put` makes one, `parts` reads one."""
 
     def __init__(self, layout: Layout) -> None:
         self.device = device()
         check_mesh(layout.mesh)
         self.layout = layout
-        # Axes of size 1 split nothing; those that are left keep the layout's order.
+        # Axes of size 1 shard nothing; the other axes keep the layout's order.
         self.sizes = {axis: n for axis, n in layout.mesh.sizes.items() if n > 1}
         self.mesh: Any = None
         if self.sizes:
@@ -106,7 +106,7 @@ class Devices:
             self.mesh = spmd.Mesh(ids, tuple(self.sizes.values()), tuple(self.sizes))
 
     def partition(self, spec: Spec) -> tuple[Any, ...]:
-        """A spec as torch-xla writes it: None, an axis or a tuple of axes a dimension."""
+        """Return a spec in torch-xla's form: None, an axis or a tuple of axes for each dimension."""
         found = []
         for dim in spec:
             axes = tuple(a for a in dim if a in self.sizes)
@@ -114,30 +114,30 @@ class Devices:
         return tuple(found)
 
     def laid(self, tensor: Tensor, spec: Spec) -> Tensor:
-        """`tensor`, annotated in place. Its contents go to the devices that hold them, or, where they are still to be
-        computed, will be laid out so."""
+        """Annotate `tensor` in place and return it. Contents that exist move to the devices that hold them; contents
+        that are still to be computed will have this sharding."""
         if self.mesh is not None:
             spmd.mark_sharding(tensor, self.mesh, self.partition(spec))
-        else:  # as a step leaves it, or the next one would be another graph
+        else:  # the form in which a step leaves it; any other would make the next step a new graph
             torch_xla._XLAC._xla_mark_sharding(tensor, torch_xla._XLAC.OpSharding([], [], [], 0))
         return tensor
 
     def constrained(self, x: Tensor, spec: Spec) -> Tensor:
-        """x as a value that lies so, and so does its gradient."""
+        """Constrain x, and its gradient, to the sharding of `spec`."""
         return x if self.mesh is None else _Constrained.apply(x, self, spec)
 
     def put(self, array: np.ndarray, spec: Spec | None = None) -> Tensor:
-        """A tensor with the contents of `array`, laid out by `spec`; whole on every device without one."""
+        """Return a tensor with the contents of `array`, sharded by `spec`; without it, whole on every device."""
         tensor = torch.from_numpy(np.array(array)).to(self.device)
         return self.laid(tensor, ((),) * array.ndim if spec is None else spec)
 
     def parts(self, tensor: Tensor) -> list[Part]:
-        """What each device holds of a tensor that has been computed."""
+        """Return the part of each device, for a tensor that has been computed."""
         shape = tuple(tensor.shape)
         whole = ((0,) * len(shape), shape)
         if self.mesh is None:
             return [whole]
-        xla_model.wait_device_ops()  # where they lie is known once they are there
+        xla_model.wait_device_ops()  # the sharding is known once the contents exist
         found = []
         for _, index in torch_xla._XLAC._get_local_shard_replica_and_indices([tensor])[0]:
             if index is Ellipsis or not isinstance(index, Sequence):
@@ -148,7 +148,7 @@ class Devices:
         return found
 
     def contents(self, tensor: Tensor) -> list[np.ndarray]:
-        """The host's copies of what `parts` lists."""
+        """Return the host's copies of the parts that `parts` lists."""
         if self.mesh is None:
             return [fetched(tensor)]
         shards = torch_xla._XLAC._get_local_shards([tensor])[0]
@@ -156,7 +156,7 @@ class Devices:
         return [_array(shard).reshape(shape) for (shard, _), (_, shape) in zip(shards, parts, strict=True)]
 
     def whole(self, tensor: Tensor) -> np.ndarray:
-        """The whole of a tensor that has been computed, on the host."""
+        """Return the whole of a tensor that has been computed, on the host."""
         if self.mesh is None or not tensor.ndim:
             return fetched(tensor)
         parts, arrays = self.parts(tensor), self.contents(tensor)
@@ -166,7 +166,7 @@ class Devices:
         return out
 
     def bytes_held(self, tensor: Tensor) -> int:
-        """On all devices together."""
+        """Return the bytes of a tensor on all devices together."""
         return sum(math.prod(shape) for _, shape in self.parts(tensor)) * tensor.element_size()
 
 
@@ -182,7 +182,7 @@ class _Constrained(torch.autograd.Function):
 
 
 def _computed(x: Tensor) -> Tensor:
-    """x as the result of an operation, which XLA removes: an annotation of what devices hold would move it there."""
+    """Return x as the result of an operation, which XLA removes: to annotate x itself would move its contents."""
     return x * 1
 
 
@@ -191,7 +191,7 @@ def _array(tensor: Tensor) -> np.ndarray:
 
 
 def fetched(tensor: Tensor) -> np.ndarray:
-    """A copy on the host."""
+    """Return a copy on the host."""
     return _array(tensor.detach().cpu())
 
 

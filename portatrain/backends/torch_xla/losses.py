@@ -1,7 +1,7 @@
 """Cross-entropy over a large vocabulary, one chunk of logits at a time, as on the jax backend.
 
-The gradient is formed in the pass that makes the loss and only scaled in the backward pass. Every part of the batch and
-of the sequence sums the table's gradient of its own tokens, over all chunks; the parts are added once. Legend: B batch,
+The gradient is formed in the forward pass and only scaled in the backward pass. Every part of the batch and of the
+sequence sums the table's gradient of its own tokens over all chunks, and the parts are added once. Legend: B batch,
 S positions, C chunk of positions, E embed, V vocab; over devices, R parts of the batch and P of the positions.
 """
 
@@ -17,11 +17,11 @@ from torch import Tensor
 from portatrain.backends.torch.losses import scaled
 
 CHUNK_BYTES = 64 << 20
-"""The most that a chunk of float32 logits may take on a device."""
+"""The largest size of a chunk of float32 logits on a device."""
 
 
 def chunks(rows: int, positions: int, vocab: int) -> int:
-    """How many chunks the positions are cut into: the fewest that divide them and keep within CHUNK_BYTES."""
+    """Return the number of chunks of the positions: the smallest that divides them and keeps within CHUNK_BYTES."""
     for n in range(1, positions):
         if positions % n == 0 and rows * (positions // n) * vocab * 4 <= CHUNK_BYTES:
             return n
@@ -30,8 +30,8 @@ def chunks(rows: int, positions: int, vocab: int) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """How the tokens of a loss lie: in `rows` parts of the batch and `parts` of the sequence. `table` lays the table
-    out as it computes, `sums` its gradient's sums, (R, P, V, E)."""
+    """Describe how the tokens of a loss are sharded: in `rows` parts of the batch and `parts` of the sequence. `table`
+    shards the table during the computation, `sums` the sums of its gradient, (R, P, V, E)."""
 
     rows: int = 1
     parts: int = 1
@@ -42,7 +42,7 @@ class Cut:
 def cross_entropy(
     x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor | None, *, z_loss: float, softcap: float | None, cut: Cut
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
+    """Return (sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = None if mask is None else mask[:, None]
@@ -70,7 +70,7 @@ class _Loss(torch.autograd.Function):
         n = chunks(b // r, s // p, table_VE.shape[0])
 
         def split(a: Tensor) -> tuple[Tensor, ...]:
-            """(B, S, ...) as n arrays (R, B/R, P, C, ...)."""
+            """Reshape (B, S, ...) to n arrays (R, B/R, P, C, ...)."""
             return a.reshape(r, b // r, p, n, s // p // n, *a.shape[2:]).unbind(3)
 
         dxs: list[Tensor] = []
@@ -95,7 +95,7 @@ class _Loss(torch.autograd.Function):
 def _chunk(
     x: Tensor, table_VE: Tensor, targets: Tensor, mask: Tensor, z_loss: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss by sample (R, B), dx, the table's gradient (R, P, V, E)) of the summed loss of (R, B, P, C) tokens."""
+    """Return (loss by sample (R, B), dx, the table's gradient (R, P, V, E)) for the loss of (R, B, P, C) tokens."""
     z = torch.einsum("rbpce,ve->rbpcv", x, table_VE).float()
     capped = z if softcap is None else softcap * torch.tanh(z / softcap)
     high = capped.amax(-1, keepdim=True)

@@ -1,7 +1,7 @@
-"""`Ops` on torch-xla. Tensors are global: under SPMD a sharding is an annotation, never a change of shape.
+"""Implement `Ops` on torch-xla. Tensors are global: under SPMD a sharding is an annotation, never a change of shape.
 
-What is not here is the torch backend's. Contractions stay einsums, whose axes XLA can cut; a matmul over flattened axes
-would have it gather what was cut before.
+The torch backend has all other operations. Contractions stay einsums, because XLA can shard their axes; for a matmul
+over flattened axes it would gather the shards first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from portatrain.model.ops import Loss
 
 
 class _SummedInTwoSteps(torch.autograd.Function):
-    """p broadcast to (*lead, *p.shape), lead being (B, 1, ...), its gradient summed within samples first and then over
-    them: XLA on a CPU adds rows one after another, and would merge the two sums were there no barrier."""
+    """Broadcast p to (*lead, *p.shape), where lead is (B, 1, ...). Its gradient is summed within samples first, then
+    over samples: XLA on a CPU adds rows one after another, and would merge the two sums without a barrier."""
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, lead: tuple[int, ...]) -> Tensor:
@@ -38,7 +38,8 @@ class _SummedInTwoSteps(torch.autograd.Function):
 
 
 class _Shifts(TorchFunctionMode):
-    """Within it `x >> n` of integers is a shift: torch-xla 2.9 divides, which rounds negative numbers the other way."""
+    """Make `x >> n` of integers a shift: torch-xla 2.9 divides, which rounds negative numbers in the other
+    direction."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__rshift__:
@@ -47,7 +48,7 @@ class _Shifts(TorchFunctionMode):
 
 
 def barrier(*tensors: Tensor) -> list[Tensor]:
-    """The same values, across which XLA moves and merges nothing."""
+    """Return the same values, behind a barrier across which XLA moves and merges nothing."""
     copies = [t.detach().clone() for t in tensors]
     xla_model.optimization_barrier_(copies)
     return copies
@@ -55,7 +56,7 @@ def barrier(*tensors: Tensor) -> list[Tensor]:
 
 @dataclasses.dataclass
 class XlaOps(TorchOps):
-    """See `portatrain.model.ops.Ops`. devices: None where values lie as they come."""
+    """See `portatrain.model.ops.Ops`. devices: None if values have no sharding."""
 
     devices: Devices | None = None
 
@@ -91,7 +92,7 @@ class XlaOps(TorchOps):
         return y.to(x.dtype)
 
     def _features(self, p: Tensor, like: Tensor) -> Tensor:
-        """A parameter in float32, to be broadcast over `like`, (B, ..., *p.shape)."""
+        """Return a parameter in float32, in a shape that broadcasts over `like`, (B, ..., *p.shape)."""
         p = self.weight(p).float()
         between = like.ndim - p.ndim - 1
         if between < 1 or not on_cpu():
@@ -114,9 +115,9 @@ class XlaOps(TorchOps):
             return super().noise(*shape, site=site, kind=kind, draw=draw)
 
     def write(self, cache_BT: Tensor, value: Tensor, at: Tensor) -> Tensor:
-        """As a choice between cache and value at every position: an update at a computed place would be a scatter."""
+        """Choose between cache and value at every position; an update at a computed index would be a scatter."""
         t, n = cache_BT.shape[1], value.shape[1]
-        behind = torch.arange(t, dtype=torch.int32, device=value.device) - at  # the value's position, where it has one
+        behind = torch.arange(t, dtype=torch.int32, device=value.device) - at  # index into value, if it is in range
         inside = ((behind >= 0) & (behind < n)).reshape(1, t, *(1,) * (value.ndim - 2))
         there = value.to(cache_BT.dtype).index_select(1, behind.clamp(0, n - 1))
         return torch.where(inside, there, cache_BT)
@@ -139,7 +140,7 @@ class XlaOps(TorchOps):
         return Loss(total, weight_B, loss_B)
 
     def _cut(self, table_VE: Tensor) -> Cut:
-        """How the tokens of a loss and its table lie on the devices."""
+        """Return how the tokens of a loss and its table are sharded over the devices."""
         layout, devices = self.static.layout, self.devices
         if layout is None or devices is None:
             return Cut()

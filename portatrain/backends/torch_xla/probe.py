@@ -1,4 +1,4 @@
-"""What a step would do, as norms, with nothing changed: sums on the devices, small arrays out of them."""
+"""Compute the norms of a step that is not applied: sums on the devices, small arrays out of them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from portatrain.model.module import TensorInfo
 
 @torch.no_grad()
 def norms(backend: Any, state: Any, delta: Callable[[Tensor], Tensor], sync: Callable[[], None]) -> Arrays:
-    """See `Backend.probe`. The gradients of the mean loss are in `.grad`; `delta` is what is added to a tensor."""
+    """Return norms, see `Backend.probe`. The gradients of the mean loss are in `.grad`; `delta` gives a tensor's
+    update."""
     places: list[tuple[str, TensorInfo, tuple[int, ...]]] = []
     values: list[Tensor] = []
 
@@ -38,8 +39,8 @@ def norms(backend: Any, state: Any, delta: Callable[[Tensor], Tensor], sync: Cal
 
 
 def _norm(x: Tensor) -> Tensor:
-    """() the 2-norm, of what is scaled to at most 1: squares of second moments would vanish. Rows first, as XLA on a
-    CPU adds one after another."""
+    """Return () the 2-norm. Values are scaled to at most 1, because squares of second moments would underflow. Rows are
+    summed first, because XLA on a CPU adds one element after another."""
     x = x.float()
     top = x.abs().max()
     squares = (x / torch.where(top > 0, top, 1.0)).square()

@@ -1,4 +1,4 @@
-"""Recomputation of whole blocks, behind a barrier: else XLA would merge the second forward pass with the first."""
+"""Recompute whole blocks behind a barrier; without it XLA would merge the second forward pass with the first one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from portatrain.model.remat import Policy
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise UserError for what this backend cannot do."""
+    """Raise UserError if this backend cannot apply the policy."""
     if not policy.keeps_all and policy.name != "block":
         raise UserError(
             f"remat {policy.name!r} on the torch-xla backend",
@@ -26,14 +26,14 @@ def check_policy(policy: Policy) -> None:
 
 
 def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run(block, static, context, carry, args, kept)`, of which the backward pass has the inputs alone."""
+    """Return `run(block, static, context, carry, args, kept)` with a backward pass that keeps the inputs alone."""
     if policy.keeps_all:
         return run
 
     def again(block: Any, static: Any, context: Any, carry: Any, args: Any, kept: Any) -> Any:
         leaves, shape = tree_flatten((context, carry, args))
         tensors = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        found: list[Any] = []  # what comes out, and how it is put together
+        found: list[Any] = []  # the structure of the results
 
         def call(*given: Tensor) -> tuple[Tensor, ...]:
             now = list(leaves)
@@ -44,7 +44,7 @@ def rematerialised(policy: Policy, run: Callable[..., Any]) -> Callable[..., Any
             found[:] = [outs, made]
             return tuple(out for out in outs if isinstance(out, Tensor))
 
-        # A block must train although nothing before it does.
+        # A block must train even if nothing before it does.
         trains = torch.zeros((), device=leaves[tensors[0]].device, requires_grad=True)
         results = iter(_Again.apply(call, trains, *(leaves[i] for i in tensors)))
         outs, made = found

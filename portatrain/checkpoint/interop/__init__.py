@@ -1,4 +1,4 @@
-"""Checkpoints of others: what `portatrain ckpt import` and `export` read and write, a file a format.
+"""Convert checkpoints from and to other formats, for `portatrain ckpt import` and `export`, one file a format.
 
 Every format is a pair of functions over logical tensors by their names in our checkpoints. May import NumPy,
 checkpoints_format and portatrain's core; each file imports the library of its format where it is used.

@@ -1,4 +1,4 @@
-"""From our checkpoints to other formats and back: a folder that is whole or absent, a run that begins from weights."""
+"""Export our checkpoints to other formats as complete folders, and import checkpoints as the start of a run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ Values = Callable[[Box], np.ndarray]
 
 
 def recipe_in(reader: Reader) -> Recipe:
-    """The recipe that a checkpoint carries; UserError where it has none, or one whose code is not here."""
+    """Return the recipe in a checkpoint; raise UserError if it has none, or if the recipe's code is missing here."""
     what, stored = "checkpoint", reader.meta.get("recipe")
     if not isinstance(stored, Mapping):
         raise UserError(
-            what, expected="a recipe in its meta", got="none", do="It is not of a training run: use --to orbax or dcp."
+            what,
+            expected="a recipe in its meta",
+            got="none",
+            do="The checkpoint is not from a training run: use --to orbax or dcp.",
         )
     try:
         return Recipe.from_json(stored)
@@ -44,12 +47,12 @@ def recipe_in(reader: Reader) -> Recipe:
 
 
 def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> list[str]:
-    """Write `reader`'s checkpoint in format `to` as the folder `out`, which appears when it is whole; its files."""
+    """Write the checkpoint in format `to` as the folder `out`, which appears when it is complete; return its files."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"folder {out}",
             expected="a name that is free, or an empty folder",
-            got="something that is there already",
+            got="a path that is in use",
             do="Choose another name; nothing in it was changed.",
         )
     if not any(name.startswith(f"{role}/") for name in reader.names):
@@ -65,7 +68,7 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     except OSError as error:
         raise UserError(
-            f"folder {out}", expected="a place that can be written to", got=str(error), do="Choose another place."
+            f"folder {out}", expected="a folder that can be written", got=str(error), do="Choose another folder."
         ) from error
     try:
         with explained():
@@ -94,11 +97,11 @@ def _written(reader: Reader, to: str, out: Path, role: str) -> list[str]:
 
 
 def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int], Store]) -> int:
-    """Write a checkpoint for `recipe`, made of `source`, into the store that `store_of(step)` opens; return its step.
+    """Write a checkpoint for `recipe`, made from `source`, into the store that `store_of(step)` opens; return its step.
 
-    What our own export left goes on as the same run, its optimizer's state included. Of anything else the parameters
-    are taken, at step 0: slots are zero, averages the parameters. UserError, with nothing written, for tensors that
-    are not the recipe's.
+    Our own export continues as the same run, with the state of its optimizer. From any other source only the parameters
+    are taken, at step 0: slots are zero, averages equal the parameters. Raises UserError, with nothing written, if the
+    tensors are not those of the recipe.
     """
     if not source.is_dir():
         raise UserError(
@@ -133,7 +136,7 @@ def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int
         if role == "state":
             info = program.definition.states[rest]
             return lambda box: initial_box(info, recipe.seed, box.offset, box.shape)
-        if role == "params":  # factors of LoRA, which the source need not have
+        if role == "params":  # factors of LoRA, which the source may lack
             param = program.definition.params[rest]
             return lambda box: initial_box(param, recipe.seed, box.offset, box.shape)
         return lambda box: np.zeros(box.shape, NUMPY[dtype])
@@ -147,7 +150,8 @@ def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int
 def _taken(
     found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, whole: bool, what: str
 ) -> dict[str, Values]:
-    """What there is of the tensors of `shapes`: all of them if `whole`, else the parameters. UserError otherwise."""
+    """Return the tensors of `shapes`: all of them if `whole`, else the parameters. Raises UserError if any is
+    missing."""
     if not any(n.startswith("params/") for n in found):
         found = {f"params/{n}": a for n, a in found.items()}
     wanted = {

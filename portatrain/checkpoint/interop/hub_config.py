@@ -1,7 +1,7 @@
 """Compare a config.json of transformers with what a recipe computes, field by field.
 
-Names and shapes of weights do not decide a function: the same tensors, under another rotary base, another epsilon or
-another activation, give other logits. So every field either agrees, is known not to matter, or is refused.
+Names and shapes of weights do not determine the function: the same tensors with another rotary base, epsilon or
+activation give other logits. So every field either agrees, is known to have no effect, or is refused.
 
 Sources of the defaults: transformers' LlamaConfig and MistralConfig (version 4 and 5 agree on them).
 """
@@ -20,7 +20,7 @@ from portatrain.errors import UserError, choice
 
 FILE = "config.json"
 
-# What a config.json means that leaves a field out, by model_type. A Mistral is a Llama with a sliding window.
+# The defaults of the fields that a config.json leaves out, by model_type. A Mistral is a Llama with a sliding window.
 _LLAMA: dict[str, Any] = {
     "vocab_size": 32000,
     "hidden_size": 4096,
@@ -40,7 +40,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": {**_LLAMA, "intermediate_size": 14336, "num_key_value_heads": 8, "sliding_window": 4096},
 }
-# Fields of these types that decide no logit: names, files, how weights began, how text is generated.
+# Fields of these types without effect on logits: names, files, how weights began, how text is generated.
 HARMLESS = frozenset(
     (
         *("_name_or_path", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype", "use_cache"),
@@ -53,7 +53,7 @@ HARMLESS = frozenset(
     )
 )
 _ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor")
-# The fields that each rotary type reads, with what is meant where one is left out (... : it must be there).
+# The fields that each rotary type reads, with the default of each (... : the field is required).
 _ROPE_FIELDS: dict[str, dict[str, Any]] = {
     "default": {},
     "linear": {"factor": ...},
@@ -74,13 +74,13 @@ _ROPE_FIELDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One field that decides the function, as config.json has it and as the recipe has it."""
+    """Hold a field that determines the function, with its value in config.json and its value in the recipe."""
 
     field: str
     theirs: Any
     ours: Any
     override: str = ""
-    """What makes the recipe agree; '' if nothing can."""
+    """The override with which the recipe agrees; '' if there is none."""
 
     def __str__(self) -> str:
         mend = f" ({self.override})" if self.override else " (this model has no such option)"
@@ -129,7 +129,8 @@ def check(folder: Path, hub: Hub, recipe: str) -> None:
 def differences(
     theirs: Mapping[str, Any], ours: Mapping[str, Any], overrides: Mapping[str, str]
 ) -> Iterable[Difference]:
-    """The fields of two canonical configs that differ. `overrides`: config.json's name -> the recipe's field."""
+    """Return the fields in which two canonical configs differ. `overrides`: config.json's name -> the recipe's
+    field."""
     for name in sorted({*theirs, *ours}):
         a, b = theirs.get(name), ours.get(name)
         if not _same(a, b):
@@ -161,12 +162,12 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, bool) or isinstance(b, bool):
         return a is b
     if isinstance(a, (int, float)) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-12)  # decimal text on both sides: equal, but for its last digit
+        return math.isclose(a, b, rel_tol=1e-12)  # both come from decimal text: equal, except for the last digit
     return bool(a == b)
 
 
 def _canonical(config: Mapping[str, Any], what: str) -> tuple[dict[str, Any], list[str]]:
-    """(every field that decides the function, defaults filled in; fields that are not known)."""
+    """Return (every field that determines the function, with defaults; the fields that are not known)."""
     known = dict(DEFAULTS[str(config["model_type"])])
     found = {name: config.get(name, default) for name, default in known.items()}
     unknown = [
@@ -186,7 +187,7 @@ def _canonical(config: Mapping[str, Any], what: str) -> tuple[dict[str, Any], li
 
 
 def _rope(config: Mapping[str, Any], what: str) -> tuple[float, dict[str, Any] | None]:
-    """(theta, what else the rotary type reads; None for plain rotary positions), from either way of writing them.
+    """Return (theta, the other fields of the rotary type; None for plain rotary positions), from either notation.
 
     transformers 4 writes `rope_theta` and `rope_scaling`, 5 writes `rope_parameters`; if both are there, 5 reads
     `rope_scaling` first, and the theta inside it before the one beside it.

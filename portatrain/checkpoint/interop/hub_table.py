@@ -1,4 +1,4 @@
-"""How a model of ours is called elsewhere: a table of names and axes, which its sizes give (`huggingface()`)."""
+"""Map a model of ours to another library: names and axes of its tensors, from its sizes (`huggingface()`)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One tensor there, and the one of ours that it is.
+    """Map one tensor of the other library to a tensor of ours.
 
-    ours: our name, without its role. layer: which slice of our leading `layers` axis; None where there is none.
-    rows: our first axes after that one, merged, are the input of a matrix, which frameworks with (out, in) weights
-    hold transposed; None: as it is.
+    ours: our name, without its role. layer: the index into our leading `layers` axis; None if there is no such axis.
+    rows: the number of our first axes, after `layers`, that merged are the input of a matrix, which frameworks with
+    (out, in) weights hold transposed; None: as it is.
     """
 
     theirs: str
@@ -26,18 +26,18 @@ class Row:
     rows: int | None = None
 
     def out(self, array: np.ndarray) -> np.ndarray:
-        """Our slice as theirs, C-contiguous."""
+        """Return our slice in their form, C-contiguous."""
         if self.rows is None:
             return array
         matrix = array.reshape(math.prod(array.shape[: self.rows]), -1)
         return matrix.T.copy()
 
     def back(self, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """Theirs as our slice of `shape`."""
+        """Return their tensor as our slice of `shape`."""
         return array if self.rows is None else array.T.reshape(shape)
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape there of our slice of `shape`."""
+        """Return the shape of their tensor for our slice of `shape`."""
         if self.rows is None:
             return shape
         return (math.prod(shape[self.rows :]), math.prod(shape[: self.rows]))
@@ -45,9 +45,9 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """A model as transformers has it: the contents of config.json, and a row a tensor."""
+    """Describe a model in transformers: the contents of config.json, and one row for each tensor."""
 
     config: Mapping[str, Any]
     rows: tuple[Row, ...]
     overrides: Mapping[str, str] = field(default_factory=dict)
-    """A name in config.json -> the recipe's field that decides it, for messages."""
+    """A name in config.json -> the recipe's field for it, for messages."""

@@ -1,4 +1,4 @@
-"""Export what belongs to the weights beside them: the tokenizer's files, and the ids that open and end a text."""
+"""Export the tokenizer's files beside the weights, with the ids that open and end a text."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.data.encode import encoding
+from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
@@ -17,12 +18,12 @@ BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json
 def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Copy the tokenizer of `data` into the folder `out`; return (fields for config.json, names of the files).
 
-    A document of ours ends where the next one opens, so the id that opens one is also the id at which to stop.
+    Our documents end where the next one opens, so the id that opens a document is also the id at which to stop.
     Raises UserError if the tokenizer's file is no longer there.
     """
     sources = list(_leaves(data))
     given = {(getattr(s, "tokenizer", None), getattr(s, "bos", None)) for s in sources}
-    if len(given) != 1 or not hasattr(sources[0], "bos"):
+    if len(given) != 1 or not (hasattr(sources[0], "bos") or gives_documents(sources[0])):
         separator = getattr(sources[0], "separator", None) if len(given) == 1 else None
         return ({} if separator is None else {"bos_token_id": separator, "eos_token_id": separator}), []
     ((path, bos),) = given

@@ -1,4 +1,5 @@
-"""A folder that transformers loads: config.json, model-NNNNN-of-NNNNN.safetensors, model.safetensors.index.json."""
+"""Read and write a folder of transformers: config.json, model-NNNNN-of-NNNNN.safetensors,
+model.safetensors.index.json."""
 
 from __future__ import annotations
 
@@ -22,11 +23,11 @@ FILE_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")
 BUFFERS = "rotary_emb.inv_freq"
-"""A tensor that some models hold and that is computed from config.json."""
+"""A tensor that some models hold although config.json determines it."""
 
 
 def hub_of(recipe: Recipe) -> Hub:
-    """The table of the recipe's model; UserError where it has none."""
+    """Return the table of the recipe's model; raise UserError if it has none."""
     made = getattr(recipe.model, "huggingface", None)
     if made is None:
         raise UserError(
@@ -50,7 +51,7 @@ def _inner(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -> list[str]:
-    """Write the folder `out`, which is there and empty; the names written. One file of weights in memory at a time."""
+    """Write weights into the empty folder `out`; return the names of the files. Holds one file in memory at a time."""
     hub, names = hub_of(recipe), []
     params = recipe.describe().params
     parts: list[list[Row]] = [[]]
@@ -84,14 +85,15 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
 
 
 def _longest(recipe: Recipe, hub: Hub) -> int:
-    """Return the longest text, in tokens, that the model is said to take: what it trained on, or is stretched to."""
+    """Return the longest text, in tokens, that the model takes: its training length, or the length it is stretched
+    to."""
     stretch = hub.config.get("rope_scaling") or {}
     reach = stretch.get("original_max_position_embeddings", 0) * stretch.get("factor", 0)
-    return max(int(reach), getattr(recipe.data, "seq_len", None) or 2048)
+    return max(int(reach), recipe.data.tokens_per_sample() or 2048)
 
 
 def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row) -> np.ndarray:
-    """The weight of a row; with LoRA the product of its factors is added. Of what has no average, the parameter."""
+    """Return the weight of a row, LoRA's product added to it. A tensor without an average gives its parameter."""
     shapes = {t.name: t.shape for t in reader.layout.tensors}
 
     def read(name: str) -> np.ndarray:
@@ -111,7 +113,7 @@ def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], ro
 
 
 def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[Box], np.ndarray]]:
-    """Our parameters by name, without their role, each a function from a box of it to its values (float32).
+    """Return our parameters by name, without role, each as a function from a box to its values (float32).
 
     Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
     """
@@ -165,7 +167,7 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
 
 
 def _files(source: Path) -> dict[str, Path]:
-    """Return the file of every tensor, by the tensor's name: what the index says, or what the files hold.
+    """Return the file of every tensor, by the tensor's name, from the index or else from the files themselves.
 
     A file may be a link, as in the cache of huggingface_hub. Raises UserError for a folder without weights, a file
     that the index names and that is missing, and a tensor that its file does not hold.

@@ -1,4 +1,5 @@
-"""A plain flax/optax train state, or any tree of arrays: parameters, trees of slots shaped like them, and a count."""
+"""Save and restore a plain flax/optax train state, or any tree of arrays: parameters, slots shaped like them, a
+count."""
 
 from __future__ import annotations
 
@@ -64,10 +65,10 @@ def save(
 def restore(
     where: Path | str, params: Any, opt_state: Any, table: Table, *, step: int | None = None
 ) -> tuple[int, Any, Any]:
-    """(its step, params, opt_state) of the checkpoint `step` of `where` (the newest).
+    """Return (step, params, opt_state) from the checkpoint `step` of `where` (by default the newest).
 
-    `params` and `opt_state` are a fresh state's, or trees of jax.ShapeDtypeStruct with shardings: what comes back has
-    their structure, dtypes and shardings. Raises UserError where names or shapes differ.
+    `params` and `opt_state` are those of a fresh state, or trees of jax.ShapeDtypeStruct with shardings. The results
+    have their structure, dtypes and shardings. Raises UserError if names or shapes differ.
     """
     found, reader = open_newest(where, step)
     leaves = list(_leaves(params, opt_state, table))
@@ -84,20 +85,20 @@ def restore(
         if getattr(leaf, "sharding", None) is None:
             return jax.numpy.asarray(read(reader, full, Box.whole(shape)))
         made = jax.make_array_from_callback(shape, leaf.sharding, lambda at: read(reader, full, _box(at, shape)))
-        return made.copy()  # on a CPU it may share NumPy's memory, and a shared buffer cannot be donated
+        return made.copy()  # on a CPU it may share NumPy's memory, and JAX cannot donate a shared buffer
 
     structure = jax.tree_util.tree_structure((params, opt_state))
     return (found, *jax.tree_util.tree_unflatten(structure, [filled(full, leaf) for full, _, leaf in leaves]))
 
 
 def _leaves(params: Any, opt_state: Any, table: Table) -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    """(full name, axes, leaf) of all that is saved, in the order of the trees."""
+    """Yield (full name, axes, leaf) of everything that is saved, in the order of the trees."""
     for path, leaf in jax.tree_util.tree_flatten_with_path((params, opt_state))[0]:
         yield (*_place(path, table), leaf)
 
 
 def _place(path: Any, table: Table) -> tuple[str, tuple[str, ...]]:
-    """(full name, axes) of a leaf. Every count is that of the steps: optax keeps one in several places."""
+    """Return (full name, axes) of a leaf. Every count is the number of steps, which optax keeps in several leaves."""
     parts = [_part(key) for key in path]
     if parts[0] == "0":
         entry = table.by_jax("/".join(parts[1:]))

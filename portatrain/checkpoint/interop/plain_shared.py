@@ -1,4 +1,4 @@
-"""What both sides do with boxes: write those of all processes as one checkpoint, read any box of it."""
+"""Write the boxes of all processes as one checkpoint, and read any box, for plain torch and plain JAX."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from portatrain.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a logical tensor that this process holds, and how to copy it to the host."""
+    """Hold a box of a logical tensor that this process has, and a function that copies it to the host."""
 
     box: Box
     fetch: Callable[[], np.ndarray]
@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class About:
-    """A logical tensor: what every process must say alike."""
+    """Describe a logical tensor. Every process must give the same description."""
 
     name: str
     dtype: str
@@ -45,8 +45,8 @@ def write(
     save: str,
     meta: Mapping[str, Any] | None,
 ) -> None:
-    """Save as the checkpoint `step` of the folder or URL `where`. `every`: what each process holds; the first that
-    holds a box writes it. All processes call it, with the same arguments but `mine` and `process`."""
+    """Save the checkpoint `step` in the folder or URL `where`. `every` lists the boxes of each process; the first
+    process that holds a box writes it. All processes call it, with equal arguments except `mine` and `process`."""
     made = []
     for name, about in tensors.items():
         seen: dict[Box, int] = {}
@@ -79,7 +79,7 @@ def write(
 
 
 def open_newest(where: Path | str, step: int | None) -> tuple[int, Reader]:
-    """The checkpoint of `step`, by default the newest that is committed."""
+    """Return (step, reader) of the checkpoint `step`, by default the newest that is committed."""
     place = location_of(where)
     steps = [s for s in place.steps() if place.committed(s)] if step is None else [step]
     if not steps:
@@ -103,7 +103,7 @@ def read(reader: Reader, name: str, box: Box, dtype: np.dtype | None = None) -> 
 
 
 def check_shapes(reader: Reader, tensors: Mapping[str, About]) -> None:
-    """Raise UserError for tensors that the checkpoint has not, or has in another shape or dtype; all are named."""
+    """Raise UserError, with all differences, for tensors that the checkpoint lacks or has in another shape or dtype."""
     there = {t.name: t for t in reader.layout.tensors}
     wrong = [f"no {n}" for n in tensors if n not in there]
     wrong += [

@@ -1,4 +1,4 @@
-"""Names and axes: what a tensor of a torch module or of a JAX tree is called in a checkpoint."""
+"""Map tensors of a torch module or of a JAX tree to their names and axes in a checkpoint."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from dataclasses import dataclass
 from portatrain.errors import UserError, choice
 
 TORCH_SLOTS: Mapping[str, str] = {"exp_avg": "m", "exp_avg_sq": "v", "momentum_buffer": "m", "max_exp_avg_sq": "v_max"}
-"""torch.optim's names of per-parameter state."""
+"""torch.optim's names of per-parameter state, and ours."""
 OPTAX_SLOTS: Mapping[str, str] = {"mu": "m", "nu": "v", "trace": "m"}
-"""optax's names of trees that are shaped like the parameters."""
+"""optax's names of trees with the shape of the parameters, and ours."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A logical tensor, and where it is there.
+    """Map a logical tensor to its names in torch and JAX.
 
-    name: 'dense/kernel', without role. axes: of the logical tensor, an axis a dimension. torch: the parameter's name;
-    '{i}' in it stands for the index of the leading axis, which torch holds as one tensor each. jax: the path in the
-    tree of parameters, parts joined by '/'. transposed: torch holds the last two axes the other way round (nn.Linear).
+    name: 'dense/kernel', without role. axes: the axes of the logical tensor, one for each dimension. torch: the name of
+    the parameter; '{i}' in it stands for the index of the leading axis, for which torch has one tensor each. jax: the
+    path in the tree of parameters, joined by '/'. transposed: torch has the last two axes in the other order
+    (nn.Linear).
     """
 
     name: str
@@ -39,13 +40,13 @@ class Entry:
 
     @property
     def stacked(self) -> bool:
-        """Whether torch holds one tensor for each index of the leading axis."""
+        """Return whether torch has one tensor for each index of the leading axis."""
         return self.torch is not None and "{i}" in self.torch
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """All tensors of a model; what is not listed is an error, when it is saved and when it is restored."""
+    """List all tensors of a model. To save or restore a tensor that is not listed is an error."""
 
     rows: tuple[Entry, ...]
 
@@ -56,7 +57,7 @@ class Table:
             raise UserError("table", expected="every name once", got=f"{twice!r} twice", do="Rename one of them.")
 
     def by_torch(self, name: str) -> tuple[Entry, int | None]:
-        """(the entry, which index of its leading axis) of a parameter of a module."""
+        """Return (the entry, the index of its leading axis) for a parameter of a module."""
         for row in self.rows:
             if row.torch is None:
                 continue
@@ -70,7 +71,7 @@ class Table:
         raise self._unknown("torch parameter", name, (r.torch for r in self.rows))
 
     def by_jax(self, path: str) -> Entry:
-        """The entry of a leaf of a tree of parameters."""
+        """Return the entry of a leaf of a tree of parameters."""
         for row in self.rows:
             if row.jax == path:
                 return row

@@ -1,4 +1,4 @@
-"""A plain torch module and its torch.optim optimizer: parameters whole, or DTensors as FSDP2 leaves them."""
+"""Save and restore a plain torch module and its torch.optim optimizer, with whole parameters or FSDP2's DTensors."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def save(
 ) -> None:
     """Save the module's parameters and the optimizer's state as the checkpoint `step` of `where`, a folder or a URL.
 
-    All processes of the group call it together. `name`: no two attempts at one checkpoint share it. `meta`: any JSON
-    object. Raises UserError for a parameter that the table does not name, and for what the store refuses.
+    All processes of the group call it together. `name`: a name that no other attempt at this checkpoint uses. `meta`:
+    any JSON object. Raises UserError for a parameter that the table does not name, and if the store refuses a write.
     """
     tensors, mine = _collect(module, optimizer, table)
     boxes = {n: [p.box for p in parts] for n, parts in mine.items()}
@@ -55,9 +55,10 @@ def restore(
     *,
     step: int | None = None,
 ) -> int:
-    """Fill the module and the optimizer, in place, from the checkpoint `step` of `where` (the newest); its step.
+    """Fill the module and the optimizer, in place, from the checkpoint `step` of `where` (by default the newest).
 
-    The optimizer may be a fresh one. Raises UserError, with nothing changed, where names or shapes differ.
+    Returns the step. The optimizer may be a fresh one. Raises UserError, with nothing changed, if names or shapes
+    differ.
     """
     if optimizer is not None:
         _make_state(optimizer)
@@ -80,13 +81,13 @@ def restore(
 
 
 def _nothing() -> None:
-    """One process waits for nobody."""
+    """Do nothing: one process has no others to wait for."""
 
 
 def _tensors(
     module: nn.Module, optimizer: torch.optim.Optimizer | None, table: Table
 ) -> Iterator[tuple[str, Entry, int | None, Tensor]]:
-    """(full name, entry, index, tensor) of every parameter and of its slots."""
+    """Yield (full name, entry, index, tensor) of every parameter and of its slots."""
     for name, parameter in module.named_parameters():
         entry, index = table.by_torch(name)
         yield f"params/{entry.name}", entry, index, parameter.detach()
@@ -125,7 +126,7 @@ def _collect(
             "optimizer",
             expected="one count of steps for all parameters",
             got=str(sorted(counts)),
-            do="Save parameters that began at other steps in checkpoints of their own.",
+            do="Save parameters that began at different steps in separate checkpoints.",
         )
     if counts:
         tensors[COUNT] = About(COUNT, "int32", (), ())
@@ -135,7 +136,7 @@ def _collect(
 
 
 def _box(entry: Entry, index: int | None, tensor: Tensor) -> tuple[Tensor, Box]:
-    """(this process's part, its box in the logical tensor)."""
+    """Return (this process's part, its box in the logical tensor)."""
     if isinstance(tensor, DTensor):
         shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local()
@@ -145,7 +146,7 @@ def _box(entry: Entry, index: int | None, tensor: Tensor) -> tuple[Tensor, Box]:
 
 
 def _ours(entry: Entry, index: int | None, dims: tuple[int, ...], *, at: bool = False) -> tuple[int, ...]:
-    """Sizes, or with `at` offsets, of torch's dimensions in the order of the logical tensor."""
+    """Return sizes, or with `at` offsets, of torch's dimensions in the order of the logical tensor."""
     if entry.transposed:
         dims = (*dims[:-2], dims[-1], dims[-2])
     return dims if index is None else (index if at else 1, *dims)
@@ -167,7 +168,7 @@ def _theirs(entry: Entry, index: int | None, array: np.ndarray) -> np.ndarray:
 
 
 def _make_state(optimizer: torch.optim.Optimizer) -> None:
-    """A fresh optimizer has no state: a step with zero gradients and no rate makes it, and changes no parameter."""
+    """Create the state of a fresh optimizer by a step with zero gradients and zero rate, which changes no parameter."""
     if optimizer.state:
         return
     groups = optimizer.param_groups

@@ -1,7 +1,7 @@
-"""Checkpoints of the frameworks: Orbax, torch's DCP, a plain state_dict, a plain nnx state.
+"""Convert checkpoints of the frameworks: Orbax, torch's DCP, a plain state_dict, a plain nnx state.
 
-orbax, dcp   the whole state, every tensor by its name; beside it portatrain.json, our meta, so that what is imported
-             again is the same run
+orbax, dcp   the whole state, every tensor by its name; beside it portatrain.json, our meta, so that an import continues
+             the same run
 torch        model.pt: a state_dict of the lowered nn.Module ('blocks.0.attn.wq'); torch.load(weights_only=True)
 nnx          state.msgpack: the pure dict of the lowered nnx module's state; flax.serialization.msgpack_restore
 
@@ -28,13 +28,13 @@ Tensors = dict[str, np.ndarray]
 
 
 def tensors(reader: Reader, role: str | None = None) -> Tensors:
-    """All tensors by name, or those of a role without it."""
+    """Return all tensors by name, or the tensors of one role by name without the role."""
     names = [n for n in reader.names if role is None or n.startswith(f"{role}/")]
     return {n if role is None else n.partition("/")[2]: reader.read(n) for n in names}
 
 
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """'a/b' -> {'a': {'b': ..}}."""
+    """Turn 'a/b' into {'a': {'b': ..}}."""
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         *folders, last = name.split("/")
@@ -46,7 +46,7 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The other way."""
+    """Turn {'a': {'b': ..}} into 'a/b'."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + str(key): value}
@@ -64,7 +64,7 @@ def write_meta(reader: Reader, out: Path) -> None:
 
 
 def read_meta(source: Path) -> dict[str, Any] | None:
-    """Our meta beside an export of ours; None where it comes from elsewhere."""
+    """Return our meta from an export of ours; None if the folder comes from elsewhere."""
     path = source / META
     if not path.is_file():
         return None
@@ -133,7 +133,7 @@ def _as_numpy(tensor: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Without DCP's warning that there is no process group: there is to be none."""
+    """Suppress DCP's warning that there is no process group: none is needed."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         yield
@@ -170,7 +170,7 @@ def from_dcp(source: Path) -> Tensors:
 
 
 def to_torch(reader: Reader, stacks: Mapping[str, int], out: Path) -> list[str]:
-    """`stacks`: of every parameter, how many leading axes are Stacks'."""
+    """Write model.pt. `stacks`: the number of leading Stack axes of every parameter."""
     torch, state = _torch(), {}
     for name, array in tensors(reader, "params").items():
         owner, _, rest = name.partition("/")
@@ -191,7 +191,7 @@ def to_torch(reader: Reader, stacks: Mapping[str, int], out: Path) -> list[str]:
 
 
 def to_nnx(reader: Reader, definition: Definition, out: Path) -> list[str]:
-    """Parameters by the paths of the lowered module, as `nnx.replace_by_pure_dict` takes them."""
+    """Write parameters by the paths of the lowered module, as `nnx.replace_by_pure_dict` takes them."""
     try:
         from flax import serialization
 

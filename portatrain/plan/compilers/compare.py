@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """The planner's figures for one device and step, before any compiler has run."""
+    """Hold the planner's figures for one device and step, from before any compiler has run."""
 
     peak_bytes: float
     terms: Mapping[str, float]
@@ -37,8 +37,8 @@ class Predicted:
 
 
 def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
-    """The figures of one way that a plan found, as ``compiler`` counts them: XLA's of the jax backend, and in a trace
-    of torch's neither the runtime nor fragments of the allocator."""
+    """Return the figures of one candidate as ``compiler`` counts them: XLA's figures are for the jax backend, and a
+    trace of torch has neither the runtime nor the allocator's fragments."""
     precision, tuning = PRECISIONS[chosen.precision], tuning_of(plan.cluster.chip.stack)
     if compiler == "cuda":
         tuning = TUNING["jax-cuda"]

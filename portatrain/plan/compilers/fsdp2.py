@@ -1,8 +1,8 @@
-"""The torch backend's own step with tensors that have no contents, on a process group that is not there: what one
-process of FSDP2 would hold at its fullest. Runs in a process of its own.
+"""Trace the torch backend's own step with tensors without contents, on a simulated process group. The result is the
+peak memory of one process of FSDP2. Runs in a separate process.
 
-It sees what eager execution allocates, to the byte of each tensor's storage: not the allocator's fragments, not NCCL's
-buffers, not a compiler's fusions.
+The trace sees what eager execution allocates, to the byte of each tensor's storage. It does not see the allocator's
+fragments, NCCL's buffers or a compiler's fusions.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from portatrain.recipe.overrides import override
 
 
 def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
-    """Trace one step of rank 0; peak bytes by kind, FLOPs and bytes of collectives."""
+    """Trace one step of rank 0; return peak bytes by kind, FLOPs and bytes of collectives."""
     stage("loading torch")
     import torch
     import torch.distributed as dist
@@ -60,8 +60,8 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
 
 @contextmanager
 def _real_meshes() -> Iterator[None]:
-    """While entered, device meshes that torch makes on the way (FSDP2 joins its own with tensor's) look their ranks up
-    in tensors that have contents."""
+    """Give the device meshes that torch makes inside this context rank tensors with contents (FSDP2 joins its own mesh
+    with tensor's)."""
     from torch.distributed.device_mesh import DeviceMesh
     from torch.utils._python_dispatch import _disable_current_modes
 
@@ -82,7 +82,7 @@ def _backend(program: Any) -> Any:
     from portatrain.backends.torch.mesh_backend import MeshBackend
 
     class Traced(MeshBackend):
-        """Batches of no contents, and no look at values."""
+        """Take batches without contents, and read no values."""
 
         def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
             mine = {}
@@ -96,6 +96,6 @@ def _backend(program: Any) -> Any:
 
 
 def _axes(mesh: Any, size: int) -> str:
-    """The mesh axes whose groups have that many processes, as the planner writes them; the size where several do."""
+    """Return the mesh axes whose groups have ``size`` processes, in the planner's form; the size if several do."""
     found = [axis for axis, n in mesh.sizes.items() if n == size > 1]
     return found[0] if len(found) == 1 else f"{size} processes"

@@ -1,4 +1,4 @@
-"""The description of an NVIDIA GPU that XLA's compiler asks for when no such GPU is present."""
+"""Describe an NVIDIA GPU for XLA's compiler when no such GPU is present."""
 
 from __future__ import annotations
 

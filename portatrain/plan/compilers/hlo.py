@@ -1,7 +1,7 @@
-"""What an optimised HLO module does, read off its text: FLOPs of matmuls, and bytes of collectives by mesh axis.
+"""Measure an optimised HLO module from its text: FLOPs of matmuls, and bytes of collectives by mesh axis.
 
-XLA's own cost analysis counts the body of a loop once; here it counts as often as it runs. A collective is named by
-the mesh axes along which its groups differ, not by its operation: a compiler may write one as another.
+XLA's own cost analysis counts the body of a loop once; this module counts it as often as it runs. A collective is named
+by the mesh axes along which its groups differ, not by its operation, because a compiler may replace one by another.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MESH_GROUPS = re.compile(
 
 @dataclass
 class Found:
-    """Of one device and one run of the module. ``bytes`` by mesh axes (joined by ``+``): what the collectives' gathered
-    arrays hold, an all-reduce counted twice; ``calls`` how many there are."""
+    """Hold the figures of one device and one run of the module. ``bytes``: bytes of the gathered arrays of collectives,
+    by mesh axes (joined by ``+``), an all-reduce counted twice. ``calls``: the number of collectives."""
 
     flops: float = 0.0
     bytes: dict[str, float] = field(default_factory=dict)
@@ -37,7 +37,7 @@ class Found:
 
 
 def measure(text: str, sizes: Mapping[str, int]) -> Found:
-    """Count a module whose devices are numbered row-major over the mesh of these axis sizes."""
+    """Measure a module whose devices are numbered row-major over the mesh with these axis sizes."""
     computations = read(text)
     found = Found()
     in_pieces: dict[str, tuple[float, float, str]] = {}
@@ -48,14 +48,14 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
                 found.flops += times * _flops(one, line)
             kind = line.opcode.removesuffix("-start")
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # a TPU's: an all-reduce fused with the slice that is kept of it
+                kind = "reduce-scatter"  # on a TPU: an all-reduce fused with the slice that a device keeps
             if kind in COLLECTIVES and not line.opcode.endswith("-done"):
                 axes = "+".join(_axes(line.rest, sizes)) or "none"
                 moved = _gathered(one, line, kind, _group_size(line.rest, sizes))
                 channel = _CHANNEL.search(line.rest)
                 if channel and "async_collective_fusion_config" in line.rest:
-                    # A TPU's: one collective stands in every fusion that it runs beside, inner loops among them; it
-                    # is as often started as the least frequent of them runs.
+                    # On a TPU one collective appears in every fusion that runs beside it, inner loops among them. It
+                    # starts as often as the least frequent of these fusions.
                     in_pieces[channel[1]] = min(in_pieces.get(channel[1], (times, moved, axes)), (times, moved, axes))
                     continue
                 found.add(axes, times, moved)
@@ -68,7 +68,7 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
 
 
 def _flops(one: Computation, line: Instruction) -> float:
-    """2 x multiplications of a ``dot``, or of the ``convolution`` that XLA makes of one on TPUs."""
+    """Return 2 x multiplications of a ``dot``, or of the ``convolution`` that XLA makes of one on TPUs."""
     out = elements(line.type)[0][1]
     left = elements(one.type_of(line.operands[0]))
     if not left:
@@ -94,7 +94,7 @@ def _flops(one: Computation, line: Instruction) -> float:
 
 
 def _windows(rest: str, n: int) -> list[tuple[int, int, int, int, int]]:
-    """(size, stride, low padding, dilation of the left, of the right) of every spatial dimension."""
+    """Return (size, stride, low padding, left dilation, right dilation) of every spatial dimension."""
     found = re.search(r"window=\{([^}]*)\}", rest)
     parts = dict(p.split("=") for p in found[1].split()) if found else {}
     size, stride = parts.get("size", ""), parts.get("stride", "")
@@ -107,7 +107,7 @@ def _windows(rest: str, n: int) -> list[tuple[int, int, int, int, int]]:
 
 
 def _pairs(base: int, out: int, size: int, stride: int, pad: int, left: int, right: int) -> float:
-    """Pairs of output and window position that meet an element of the left operand."""
+    """Return the number of pairs of output and window position that meet an element of the left operand."""
     last = (base - 1) * left
     count = 0
     for k in range(size):
@@ -128,7 +128,7 @@ def _pairs(base: int, out: int, size: int, stride: int, pad: int, left: int, rig
 
 
 def _gathered(one: Computation, line: Instruction, kind: str, group: int) -> float:
-    """Bytes of the gathered array; of an all-reduce, twice its array; of a permute, what one device sends."""
+    """Return the bytes of the gathered array; for an all-reduce, twice its array; for a permute, one device's data."""
     out = nbytes(line.type)
     into = sum(nbytes(one.type_of(name)) for name in line.operands)
     if line.opcode.endswith("-start"):  # its result holds the operand too
@@ -141,7 +141,7 @@ def _gathered(one: Computation, line: Instruction, kind: str, group: int) -> flo
 
 
 def _axes(rest: str, sizes: Mapping[str, int]) -> list[str]:
-    """The mesh axes along which the members of a collective's groups differ."""
+    """Return the mesh axes along which the members of a collective's groups differ."""
     axes, group = list(sizes), _group(rest, sizes)
     places = [_place(rank, list(sizes.values())) for rank in group]
     return [axis for i, axis in enumerate(axes) if len({place[i] for place in places}) > 1]
@@ -152,7 +152,7 @@ def _group_size(rest: str, sizes: Mapping[str, int]) -> int:
 
 
 def _group(rest: str, sizes: Mapping[str, int]) -> Sequence[int]:
-    """The members of the first group; of a permute, a source and its target."""
+    """Return the members of the first group; for a permute, a source and its target."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", rest)
     if pairs:
         return int(pairs[1]), int(pairs[2])
@@ -172,8 +172,8 @@ def _group(rest: str, sizes: Mapping[str, int]) -> Sequence[int]:
 
 
 def _along_named(axes: str, order: str, along: str) -> Sequence[int]:
-    """The first group along the axes ``along`` ('a', or the part 'a':(n)m of it: m long, n of them before it) of a mesh
-    of named axes whose devices count row-major, unless ``order`` says otherwise."""
+    """Return the first group along the axes ``along`` of a mesh of named axes. An axis is 'a', or 'a':(n)m, the part of
+    it with m members and n before it. Devices count row-major unless ``order`` says otherwise."""
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", axes)}
     devices: Sequence[int] = range(math.prod(sizes.values()))
     iota = re.match(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
@@ -196,7 +196,7 @@ def _along_named(axes: str, order: str, along: str) -> Sequence[int]:
 
 
 def _transposed(dims: Sequence[int], order: Sequence[int]) -> Iterable[int]:
-    """The elements of an iota of ``dims``, transposed, row-major."""
+    """Yield the elements of an iota of ``dims``, transposed, row-major."""
     strides = [math.prod(dims[i + 1 :]) for i in range(len(dims))]
     for place in itertools.product(*(range(dims[i]) for i in order)):
         yield sum(at * strides[i] for at, i in zip(place, order, strict=True))

@@ -1,4 +1,4 @@
-"""The text of an optimised HLO module: its computations, the types of its values, how often each computation runs."""
+"""Parse the text of an optimised HLO module: its computations, the types of its values, and how often each runs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _CALLED = re.compile(
 
 @dataclass
 class Instruction:
-    """One line: ``type`` its result's, ``rest`` all after the operands."""
+    """Hold one line. ``type``: the type of its result; ``rest``: the text after the operands."""
 
     name: str
     type: str
@@ -51,19 +51,19 @@ class Computation:
     named: dict[str, Instruction] = field(default_factory=dict)
 
     def line(self, name: str) -> Instruction | None:
-        """An instruction of this computation."""
+        """Return an instruction of this computation by name."""
         if len(self.named) != len(self.lines):
             self.named = {line.name: line for line in self.lines}
         return self.named.get(name)
 
     def type_of(self, name: str) -> str:
-        """The type of an instruction of this computation."""
+        """Return the type of an instruction of this computation."""
         line = self.line(name)
         return line.type if line is not None else ""
 
 
 def read(text: str) -> dict[str, Computation]:
-    """The computations of a module by name."""
+    """Return the computations of a module by name."""
     found: dict[str, Computation] = {}
     now: Computation | None = None
     for line in text.splitlines():
@@ -82,7 +82,7 @@ def read(text: str) -> dict[str, Computation]:
 
 
 def elements(type_: str) -> list[tuple[str, tuple[int, ...]]]:
-    """Every array in a type, of a tuple in order: (element type, dimensions)."""
+    """Return every array in a type, for a tuple in order: (element type, dimensions)."""
     return [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _SHAPE.findall(type_)]
 
 
@@ -109,7 +109,7 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """The index of the bracket that closes the one at ``start``."""
+    """Return the index of the bracket that closes the one at ``start``."""
     depth = 0
     for index in range(start, len(text)):
         depth += {"(": 1, ")": -1}.get(text[index], 0)
@@ -122,7 +122,7 @@ def _closing(text: str, start: int) -> int:
 
 
 def multiplicity(computations: Mapping[str, Computation]) -> dict[str, float]:
-    """How often each computation runs when the module does."""
+    """Return how often each computation runs in one run of the module."""
     times: dict[str, float] = {}
 
     def visit(name: str, count: float) -> None:
@@ -146,8 +146,8 @@ def _called(line: Instruction, computations: Mapping[str, Computation]) -> Itera
 
 
 def _trips(one: Computation, line: Instruction, computations: Mapping[str, Computation]) -> float:
-    """How often the loop `line` of `one` runs: as it says itself, else from the bound in its condition and what its
-    body adds to the counter. A TPU's compiler lets the loops of its windowed matmuls do two rounds at once."""
+    """Return how often the loop `line` of `one` runs: the trip count in the text, else the bound in its condition over
+    the amount that its body adds to the counter. A TPU's compiler may join two rounds of a windowed matmul's loop."""
     known = re.search(r'known_trip_count"?[:=]\s*\{\s*"?n"?[:=]\s*"?(\d+)', line.rest)
     if known:
         return float(known[1])
@@ -166,7 +166,7 @@ def _trips(one: Computation, line: Instruction, computations: Mapping[str, Compu
 
 
 def _added(one: Computation, name: str, at: int, computations: Mapping[str, Computation], depth: int = 0) -> int | None:
-    """What a loop's body adds to element `at` of its tuple to get the value `name`; None where that is not a number."""
+    """Return what a loop's body adds to element `at` of its tuple for the value `name`; None if that is no number."""
     line = one.line(name)
     if line is None or depth > 16:
         return None
@@ -191,7 +191,7 @@ def _added(one: Computation, name: str, at: int, computations: Mapping[str, Comp
 
 
 def _through(one: Computation, name: str) -> tuple[int, int | None]:
-    """(n, i) where the value `name` of a fusion is its operand i plus n; i None where it is anything else."""
+    """Return (n, i) if the value `name` of a fusion is its operand i plus n; i is None if it is anything else."""
     line = one.line(name)
     if line is None:
         return 0, None
@@ -208,7 +208,7 @@ def _through(one: Computation, name: str) -> tuple[int, int | None]:
 
 
 def _constant(one: Computation, name: str) -> int | None:
-    """The whole number that the value `name` is, if it is one."""
+    """Return the whole number that is the value of `name`; None if it is no whole number."""
     line = one.line(name)
     while line is not None and line.opcode in ("copy", "bitcast", "convert"):
         line = one.line(line.operands[0])
@@ -218,7 +218,7 @@ def _constant(one: Computation, name: str) -> int | None:
 
 
 def _index(line: Instruction) -> int | None:
-    """Which element a get-tuple-element takes."""
+    """Return the index of the element that a get-tuple-element takes."""
     found = re.search(r"index=(\d+)", line.rest)
     return int(found[1]) if found else None
 

@@ -1,4 +1,4 @@
-"""Compile one plan in a process of its own, show its progress, and cache the answer by all that it depends on."""
+"""Compile one plan in a separate process, show its progress, and cache the answer by everything that it depends on."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Request:
     options: Mapping[str, Any]
     places: tuple[tuple[int, tuple[int, ...]], ...] | None = None
     source: str = ""
-    """SHA-256 of a recipe file's contents; '' for a shipped one."""
+    """SHA-256 of a recipe file's contents; '' for a recipe of this package."""
 
     @property
     def key(self) -> str:
@@ -86,8 +86,8 @@ def request(plan: Plan, chosen: Candidate, target: Target, recipe: str, override
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a compiler said of one device. ``peak_bytes``: of a program that fits; of another, ``needs_bytes``.
-    ``flops``: of its matmuls; ``collectives``: bytes by mesh axes. None: it did not tell."""
+    """Hold a compiler's answer for one device; None for a figure that it does not report. ``peak_bytes``: of a program
+    that fits; otherwise ``needs_bytes``. ``flops``: of its matmuls. ``collectives``: bytes by mesh axes."""
 
     fits: bool
     peak_bytes: float | None
@@ -103,7 +103,7 @@ class Answer:
 def answer(
     asked: Request, target: Target, *, tell: Callable[[str], None], fresh: bool = False, limit_s: float = 3600
 ) -> Answer:
-    """The answer, from the cache unless ``fresh``; ``tell`` gets a line at every stage and every few seconds.
+    """Return the answer, from the cache unless ``fresh``. ``tell`` gets a line at every stage and every few seconds.
 
     Raises:
       UserError: the compiler is not installed, or it failed for another reason than memory.
@@ -121,7 +121,7 @@ def answer(
 
 
 def cache_folder() -> Path:
-    """$XDG_CACHE_HOME/portatrain/compiled, else ~/.cache/portatrain/compiled."""
+    """Return $XDG_CACHE_HOME/portatrain/compiled, else ~/.cache/portatrain/compiled."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "portatrain" / "compiled"
 
@@ -174,13 +174,13 @@ def _run(question: Path, path: Path, target: Target, tell: Callable[[str], None]
             f"--compile with {target.compiler}",
             expected="the compiler to end with an answer",
             got=f"exit code {process.returncode}: {told[:600]}",
-            do="Leave --compile out for the plan by arithmetic. If the message is of a missing library, install "
+            do="Leave --compile out for the plan by arithmetic. If the message names a missing library, install "
             f"'portatrain[{target.extra}]' anew.",
         )
 
 
 def _follow(process: subprocess.Popen[str], tell: Callable[[str], None], limit_s: float) -> None:
-    """Pass the stages on, with the seconds since the start every ten."""
+    """Pass on the stages, and every ten seconds the time since the start."""
     import threading
 
     began_s, now = time.monotonic(), "starting"

@@ -17,8 +17,9 @@ from portatrain.plan.compilers import gpus
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """``compiler``: 'tpu', 'cuda' or 'fsdp2'; ``options``: plain data for it; ``modules``: what must be importable,
-    ``extra``: the extra of this project that installs it; ``env``: what its process gets."""
+    """Describe a compiler. ``compiler``: 'tpu', 'cuda' or 'fsdp2'. ``options``: plain data for it. ``modules``: the
+    modules that it imports. ``extra``: the extra of this project that installs them. ``env``: its environment
+    variables."""
 
     compiler: str
     options: Mapping[str, Any]
@@ -99,7 +100,7 @@ def environment(wanted: Target) -> dict[str, str]:
 def _there(name: str) -> bool:
     try:
         return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it would be in
+    except ModuleNotFoundError:  # the package that contains it is missing
         return False
 
 

@@ -1,6 +1,6 @@
 """The process of one compilation: ``python -m portatrain.plan.compilers.worker REQUEST.json ANSWER.json``.
 
-Writes a line to standard output at every stage; the answer is written whole, at the end.
+It writes a line to standard output at every stage. The answer is written whole, at the end.
 """
 
 from __future__ import annotations

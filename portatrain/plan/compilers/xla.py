@@ -1,4 +1,4 @@
-"""The jax backend's own step, compiled for devices that are not there. Runs in a process of its own."""
+"""Compile the jax backend's own step for devices that are absent. Runs in a separate process."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.program import make_program
-from portatrain.data import digits, windows
-from portatrain.data.spec import DataSpec, Digits
+from portatrain.data.open import blank_batch
+from portatrain.data.spec import DataSpec
 from portatrain.plan.recorded import ordered
 from portatrain.recipe import load_recipe
 from portatrain.recipe.overrides import override
@@ -21,8 +21,8 @@ PLATFORM = {"tpu": "tpu", "cuda": "cuda"}
 
 
 def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
-    """Compile; what the compiler says of memory, FLOPs and collectives of one device. A program that does not fit is
-    an answer too: 'fits' is False and 'needs_bytes' what it would take."""
+    """Compile; return the compiler's memory, FLOPs and collectives of one device. A program that does not fit is an
+    answer too: 'fits' is False, and 'needs_bytes' is the memory that it needs."""
     recipe = override(load_recipe(asked["recipe"], cwd=None), asked["overrides"])
     stage("loading the compiler")
     import jax
@@ -46,7 +46,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     }
     stage("compiling, which may take minutes")
     with tempfile.TemporaryDirectory() as folder:
-        # jaxlib cannot always read back what a newer libtpu compiled, so the compiler writes its text out itself.
+        # jaxlib cannot always read what a newer libtpu compiled, so the compiler writes its text to a file itself.
         try:
             compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
         except jax.errors.JaxRuntimeError as error:
@@ -71,7 +71,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
 
 
 def _written(folder: Path) -> tuple[str, list[str]]:
-    """The optimised module as text, and the largest buffers that are live at its peak, one a line."""
+    """Return the optimised module as text, and the largest buffers that are live at its peak, one a line."""
 
     def largest(ending: str) -> str:
         files = sorted(folder.glob(f"*{ending}"), key=lambda path: path.stat().st_size)
@@ -83,14 +83,14 @@ def _written(folder: Path) -> tuple[str, list[str]]:
 
 
 def batch_of(data: DataSpec, batch: int, accumulation: int) -> dict[str, np.ndarray]:
-    """The shapes of a batch of ``data``, as the trainer hands it over; the contents are blank."""
-    seq_len = getattr(data, "seq_len", None) or getattr(getattr(data, "sources", [None])[0], "seq_len", None)
-    made = digits.blank(batch) if isinstance(data, Digits) else windows.blank(batch, int(seq_len or 1))
+    """Return the shapes of a batch of ``data``, in the trainer's form, with blank contents."""
+    made = blank_batch(data, batch)
     return {k: v.reshape(accumulation, batch // accumulation, *v.shape[1:]) for k, v in made.items()}
 
 
 def flops(jaxpr: Any) -> float:
-    """Of the matmuls of a traced program, all devices together: loops as often as they run, recomputation included."""
+    """Return the FLOPs of all matmuls of a traced program, over all devices. Loops count as often as they run, and
+    recomputation counts too."""
     total = 0.0
     for equation in jaxpr.eqns:
         inside = sum(flops(getattr(sub, "jaxpr", sub)) for sub in _inner(equation.params.values()))
@@ -113,7 +113,7 @@ def _inner(params: Any) -> Any:
 
 
 def _devices(asked: Mapping[str, Any], jax: Any) -> list[Any]:
-    """The devices of the target, in the order that the plan lays the mesh on them."""
+    """Return the devices of the target, in the order in which the plan lays out the mesh."""
     from jax.experimental import topologies
 
     options = dict(asked["options"])
@@ -136,7 +136,7 @@ def _version(compiler: str) -> str:
 
 
 def _too_large(error: Exception) -> dict[str, Any]:
-    """The sizes in a RESOURCE_EXHAUSTED; any other error is the compiler's own and goes up."""
+    """Return the sizes in a RESOURCE_EXHAUSTED; raise any other error of the compiler."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text and "Ran out of memory" not in text:
         raise error

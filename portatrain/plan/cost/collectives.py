@@ -1,4 +1,4 @@
-"""Seconds of a collective over one mesh axis, from the positions of its devices.
+"""Compute the seconds of a collective over one mesh axis, from the positions of its devices.
 
 V is the bytes of the gathered array everywhere. Sources: the collective formulas of the jax-ml scaling
 book; for a switched domain the ring bound; for a point-to-point mesh the direct exchange.
@@ -15,11 +15,11 @@ NETWORK_HOP_S = 20e-6  # estimate: one stage of a tree between domains
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """How the devices of a mesh axis reach one another.
+    """Describe the network between the devices of a mesh axis.
 
-    ``inner`` of them lie in one fast domain, in each of ``outer`` domains. ``rate``: bytes a second at which
-    one device receives in an all-gather inside the domain. ``exchange``: V of an all-to-all inside it over
-    its time. ``egress``: bytes a second of one device between domains. ``latency_s`` is a floor.
+    Each of ``outer`` fast domains has ``inner`` of the devices. ``rate``: bytes per second that one device receives in
+    an all-gather inside the domain. ``exchange``: V over the seconds of an all-to-all inside the domain. ``egress``:
+    bytes per second of one device between domains. ``latency_s``: the shortest duration of a collective.
     """
 
     inner: int = 1
@@ -72,7 +72,8 @@ def all_to_all(path: Path, gathered_bytes: float) -> float:
 
 
 def many_reduces(paths: list[Path], array_bytes: float) -> float:
-    """An all-reduce over several mesh axes: scattered over the fastest first, then the rest on its share."""
+    """Return the seconds of an all-reduce over several axes: reduce-scatter over the fastest, then the rest on the
+    share."""
     time_s, remaining = 0.0, array_bytes
     for path in sorted((p for p in paths if p.size > 1), key=lambda p: (p.outer > 1, -p.rate)):
         time_s += all_reduce(path, remaining)

@@ -1,4 +1,4 @@
-"""Order devices as a placement says, so that a backend can lay its mesh on them.
+"""Order devices as a placement says, so that a backend can build its mesh from them.
 
 The runtime reports the position of a device: on a TPU its slice, its coordinates and its core; elsewhere its
 number. Works on any objects with those attributes, and imports no framework.
@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 Places = Sequence[tuple[int, Sequence[int]]]
-"""For every device of the mesh, row-major: (slice or domain, place inside), as ``placement.coordinates`` gives them."""
+"""(slice or domain, position inside it) of every device of the mesh, row-major, as ``placement.coordinates`` gives
+it."""
 
 
 def ordered(devices: Sequence[Any], places: Places | None) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The one fitted number: what share of its peak a chip's matmuls reach inside a training step.
+"""Keep the one fitted number: the share of its peak that a chip's matmuls reach inside a training step.
 
 ``python -m benchmarks.plan_published`` fits it from published runs and prints this table's values; a test
 holds the two together. One factor for a chip with several published rows, one for a vendor otherwise.
@@ -17,8 +17,8 @@ from portatrain.plan.clusters.clusters_toml import config_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """``value``: matmul FLOPs reached over the peak. ``basis`` says what it was fitted from; ``estimate``
-    marks one that rests on no published run of that vendor."""
+    """Hold an efficiency factor. ``value``: matmul FLOPs reached over the peak. ``basis``: the data that it was fitted
+    from. ``estimate``: True if it rests on no published run of that vendor."""
 
     value: float
     basis: str
@@ -41,8 +41,8 @@ RELATIVE: dict[str, tuple[str, float, str]] = {
     "gaudi2": ("nvidia", 1.22 * 312 / 432, "an A100's, of which a Gaudi2 reached 1.22 (Databricks)"),
     "intel": ("nvidia", 1.22 * 312 / 432, "Gaudi2's"),
 }
-"""Chip or vendor -> (whose factor, times what, why): figures published side by side carry a factor over to a
-vendor that has no published run of its own."""
+"""Chip or vendor -> (the chip or vendor whose factor it takes, multiplier, reason): figures published side by side
+carry a factor over to a vendor without a published run."""
 
 TYPICAL_ERROR, WORST_ERROR = 0.084, 0.203
 """Median and largest error of the predictions for published runs, leave-one-out."""

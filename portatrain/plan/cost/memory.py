@@ -1,4 +1,4 @@
-"""Bytes of device memory at the peak of a step, term by term."""
+"""Compute the bytes of device memory at the peak of a step, term by term."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from portatrain.plan.cost.workload import LayerKind, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Bytes on one device. ``gathered``: weights that FSDP collected, and their gradients before they are
-    scattered. ``activations``: what the remat policy keeps. ``workspace``: what one layer or the loss needs
-    while it runs. ``runtime``: the framework's own."""
+    """Hold bytes on one device. ``gathered``: weights that FSDP gathered, and their gradients before they are
+    scattered. ``activations``: what the remat policy keeps. ``workspace``: what one layer or the loss needs while it
+    runs. ``runtime``: memory of the framework itself."""
 
     params: float
     grads: float
@@ -91,7 +91,7 @@ def memory(
 
 
 Phase = tuple[float, float, float, float]
-"""Bytes of gradients, gathered and cast weights, logits, and what is being worked on."""
+"""Bytes of gradients, gathered and cast weights, logits, and temporary values."""
 
 
 def _eager(
@@ -106,14 +106,14 @@ def _eager(
     stream = 2 * work.embed / work.mesh[4] * tokens * width  # the stream itself, and its gradient
     loss_stream = 3 * work.embed * tokens * width  # the normed result whole, its gradient, the stream's
     logits = LOGITS_COPIES * min(LOGITS_CHUNK_BYTES, tokens * work.vocab * 4) if work.vocab else 0.0
-    # Of packed documents, the numbers that attention adds to its scores: made once, alive to the end of the step.
+    # For packed documents, the numbers that attention adds to its scores: made once, live to the end of the step.
     mask = tokens * work.seq * work.mesh[3] * width if work.scores else 0.0
 
     cast = precision.param != precision.compute
     shared = work.mesh[1] > 1
     layer_gathered = whole = 0.0
     if shared or cast:
-        ahead = 2 if shared else 1  # the next layer's weights arrive while this one's work
+        ahead = 2 if shared else 1  # the weights of the next layer arrive while this one works
         layer_gathered = work.largest_layer * (ahead * width + (width if shared else 0.0))
     if cast and remat.everything and not shared:
         layer_gathered = whole = work.held * width  # autograd keeps every layer's
@@ -122,7 +122,8 @@ def _eager(
     ends = work.ends * width if tuning.keeps_ends and shared else 0.0
     grads = work.trained * precision.grad * (2 if tuning.twice_grads and accumulation > 1 else 1)
     if accumulation == 1:
-        # They come as what was kept goes, so that the larger of the two counts; but the loss leaves the output table's.
+        # Gradients arrive as kept values are freed, so the larger of the two counts. The output table's comes before
+        # them.
         early = 0.0 if shared else work.trained_head * precision.grad
         grads = early + max(0.0, grads - early - kept)
     # A chunk's part of the output table's gradient, before it is added to the sum of all chunks.
@@ -133,8 +134,8 @@ def _eager(
 
 
 def _again(kind: LayerKind, remat: Remat, width: float) -> float:
-    """Numbers a token of one layer's backward pass besides what is kept: its values, which autograd keeps while they
-    are computed again, and the gradients of the hidden widths."""
+    """Return the numbers per token of one layer's backward pass besides kept values: its values, which autograd keeps
+    while they are recomputed, and the gradients of the hidden widths."""
     values = kind.kept(REMATS["none"], width, static=False) - kind.kept(remat, width, static=False)
     return values + kind.ways * kind.mlp
 
