@@ -1,1 +1,1 @@
-"""The loop: data in, steps, evaluation, saves, records out; the continuity check; what may stop it."""
+"""The training loop: steps, evaluation, saves, hooks and records; the continuity check and stop requests."""

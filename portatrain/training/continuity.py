@@ -1,13 +1,14 @@
-"""Is the run that goes on the run that stopped? A record in every commit, computed again on arrival.
+"""The continuity check: a resumed run must be the run that was saved.
 
-The exact part must be equal: the step, the steps that the optimizer applied, the data's fingerprint, next sample and
-the hash of the next batch, the seed and the next random word, the learning rate of the next step. The probe is a
-virtual step that changes nothing: the losses of the next samples without dropout, the norm of every tensor of the
-state layer by layer, and those of the next step's gradients and updates. Where a commit has no probe, the steps that
-the lost attempt logged after it serve as one (`Replay`); where there are none, the verdict is 'unproven'.
+Every checkpoint has a record in its meta, and a resume computes the record again and compares. The exact part must be
+equal: the step, the steps that the optimizer applied, the data's fingerprint, next sample and the hash of the next
+batch, the seed and the next random word, the learning rate of the next step. The probe must be equal within rounding.
+It computes the next step without applying it: the losses of the next samples without dropout, and the norms, layer by
+layer, of every tensor of the state and of the step's gradients and updates. If a checkpoint has no probe, the steps
+that the lost attempt logged after it are compared instead (`Replay`); if there are none, the verdict is 'unproven'.
 
-The bounds come from honest moves alone: `python benchmarks/continuity.py` makes a hundred, and prints how far they
-went, the bounds, and the smallest effect that is seen (docs/run/resume.md).
+The bounds come only from correct moves: `python benchmarks/continuity.py` makes a hundred of them, and prints the
+differences, the bounds, and the smallest effect that the check detects (docs/run/resume.md).
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from portatrain.system import json_files
 
 PROBE_SAMPLES = 64
 REPLAY_STEPS = 5
-"""How many steps of a lost attempt are compared, at most: rounding grows from step to step."""
+"""The largest number of steps of a lost attempt that are compared; rounding grows from step to step."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """The largest relative differences that pass.
+    """The largest relative differences that pass the check.
 
-    loss: of a sample's loss, over the mean of all where it is smaller. mean: of those differences' mean, each sample
-    against itself (the paired test). state: of the norm of a tensor of the state, in a layer. grad, update: likewise,
-    of the next step's; a norm below a thousandth of the largest one of its kind is measured by that. replay: of the
-    loss of a step that was trained again.
+    loss: a sample's loss, relative to that loss or to the mean of all, if that is larger. mean: the mean of those
+    differences (the paired test). state: the norm of a tensor of the state, in a layer. grad, update: the norms of the
+    next step's gradients and updates; a norm below a thousandth of the largest one of its kind is compared relative to
+    that thousandth. replay: the loss of a repeated step.
     """
 
     loss: float
@@ -59,10 +60,10 @@ BOUNDS = {
 def record(
     backend: Backend, state: Any, recipe: Recipe, train: Split, step: int, *, virtual_step: bool = True
 ) -> dict[str, Any]:
-    """What the state after `step` steps looks like, as JSON for a checkpoint's meta. Changes nothing.
+    """Return the record of the state after `step` steps, as JSON for a checkpoint's meta. Changes nothing.
 
-    `virtual_step` False leaves the probe out, which costs 64 samples forward and a step. After the last step there is
-    no next one: the probe is its losses then.
+    With `virtual_step` False, the record has no probe, which costs 64 samples forward and a step. After the last step
+    of a run, the probe has only losses, because there is no next step.
     """
     start, upcoming = recipe.samples_after(step), min(step + 1, recipe.steps)
     ahead = train.batch(start, recipe.batch_at(step + 1))
@@ -97,7 +98,7 @@ def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: i
 
 
 def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.ndarray], step: int) -> dict[str, Any]:
-    """Norms by name, a list where there are layers; empty for a backend that cannot probe a step."""
+    """Return the norms by name, as a list if there are layers; {} for a backend that cannot probe a step."""
     probe = getattr(backend, "probe", None)
     if probe is None:
         return {}
@@ -106,10 +107,12 @@ def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.
 
 
 def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """'continuous', 'broken', 'unproven' where the checkpoint has no probe, or 'imported' where it comes from another
-    format and no run was there before; with the numbers.
+    """Compare two records; return the verdict with its numbers.
 
-    `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' names every figure beyond its bound.
+    The verdict is 'continuous' or 'broken', 'unproven' if the checkpoint has no probe, or 'imported' if the checkpoint
+    was converted from another format and no run preceded it.
+
+    `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' lists every figure beyond its bound.
     """
     if "imported" in before:
         return {"verdict": "imported", "differs": [], "failed": [], "from": before["imported"]}
@@ -132,7 +135,7 @@ def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -
 
 
 def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
-    """By the names of `Bounds`: the largest relative difference of two probes, and where it lies."""
+    """Return, by the names of `Bounds`, the largest relative difference of two probes and the name of its tensor."""
     a, b = _numbers(was["losses"]), _numbers(now["losses"])
     if a.shape != b.shape:
         return {"loss": (float("inf"), "their number")}
@@ -168,14 +171,14 @@ def _relative(a: Any, b: Any, least: float) -> float:
 
 
 def _numbers(value: Any) -> np.ndarray:
-    """Numbers, in lists or not, as `json_files.strict` writes them, as float64."""
+    """Convert numbers, or lists of them, from the form that `json_files.strict` writes, to float64."""
     if isinstance(value, list):
         return np.array([_numbers(item) for item in value], np.float64)
     return np.asarray(json_files.number(value) if isinstance(value, str) or value is None else value, np.float64)
 
 
 def _difference(a: np.ndarray, b: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """(b - a) / scale; 0 where both are NaN or the same infinity, infinite where only one of them is finite."""
+    """Return (b - a) / scale; 0 if both are NaN or the same infinity, infinity if only one of them is finite."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     both = np.isfinite(a) & np.isfinite(b)
     with np.errstate(invalid="ignore"):
@@ -188,24 +191,24 @@ def _finite(x: Any) -> float:
 
 @dataclass
 class Replay:
-    """The steps that a lost attempt logged after the commit, against the same steps trained again."""
+    """Compares the steps that a lost attempt logged after the checkpoint with the same steps, trained again."""
 
     rows: Mapping[int, float]
-    """Step -> loss, of the lost attempt."""
+    """Step -> loss, from the lost attempt."""
     precision: str
     worst: float = 0.0
     compared: list[int] = field(default_factory=list)
 
     @classmethod
     def of(cls, curve: Iterable[Mapping[str, Any]], step: int, precision: str) -> Replay | None:
-        """From the rows of metrics.jsonl; None where nothing was logged after `step`."""
+        """Return a replay for the rows of metrics.jsonl; None if there are no rows after `step`."""
         rows = {
             int(r["step"]): json_files.number(r.get("loss")) for r in curve if step < r["step"] <= step + REPLAY_STEPS
         }
         return cls(rows, precision) if rows else None
 
     def add(self, step: int, loss: float) -> dict[str, Any] | None:
-        """Compare a step; the verdict after the last one, or at the first that is too far off."""
+        """Compare a step; return the verdict after the last step, or at the first one beyond its bound."""
         if step in self.rows:
             was = self.rows[step]
             self.worst = max(self.worst, _relative(was, loss, 1e-3))
@@ -224,7 +227,7 @@ class Replay:
 
 
 def refusal(step: int, found: Mapping[str, Any]) -> UserError:
-    """The error for a broken verdict, with the numbers."""
+    """Return the error for a broken verdict, with the numbers."""
     got = [f"{name} different" for name in found["differs"]]
     for name in found["failed"]:
         where = found.get("worst", {}).get(name, "")
@@ -237,7 +240,7 @@ def refusal(step: int, found: Mapping[str, Any]) -> UserError:
         expected="counts, data, random words and learning rate equal, and the next step's losses, gradients and "
         "updates within rounding",
         got="; ".join(got),
-        do="This is not the run that was saved. Look for a changed model, corpus or seed; to go on all the same, give "
+        do="This is not the run that was saved. Look for a changed model, corpus or seed. To continue anyway, give "
         "--accept-drift REASON, which is recorded.",
     )
 

@@ -1,4 +1,4 @@
-"""One pass over a split without dropout or update: the loss, and what else the model reports."""
+"""Evaluate a split without dropout or update: the loss, and the other metrics of the model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def evaluate(
     batches: int | None = None,
     stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[float, int, dict[str, float]] | None:
-    """(mean loss over the targets, samples, metrics) of `split`, or of its first `batches` batches of `batch` samples.
+    """Return (mean loss over the targets, samples, metrics) of `split`, or of its first `batches` batches.
 
-    Metrics are the means over samples of every `ops.aux`, and bits per byte where a target stands for bytes. None
-    where `stopped()` became true on the way.
+    A batch has `batch` samples. Metrics are the means over samples of every `ops.aux`, and bits per byte if a target
+    represents bytes. Returns None if `stopped()` becomes true during the evaluation.
     """
     totals: dict[str, float] = {}
     loss = weight = 0.0
@@ -35,7 +35,7 @@ def evaluate(
         if stopped():
             return None
         found = backend.eval(state, rows)
-        real = rows["sample"] >= 0  # the last batch is filled up with blank rows
+        real = rows["sample"] >= 0  # the last batch is padded with blank rows
         loss += float(found.pop("loss_B")[real].sum(dtype=np.float64))
         weight += float(found.pop("weight_B")[real].sum(dtype=np.float64))
         samples += int(real.sum())

@@ -1,4 +1,4 @@
-"""What a researcher adds to the training loop, and the hooks that come with portatrain.
+"""Hooks, which add code to the training loop, and the hooks that come with portatrain.
 
 A hook is a frozen dataclass listed in `Recipe.hooks`, with any of the methods of `Hook`; it is part of the recipe, so
 it is saved with the run and has no state of its own between runs.

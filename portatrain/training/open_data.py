@@ -1,4 +1,4 @@
-"""A recipe's data, open, and of a kind that its model takes."""
+"""Open a recipe's data and check that its model can train on it."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from portatrain.recipe import Recipe
 
 
 def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
-    """The data, packed into `folder`; nothing stays there, or above it, of data that will not do.
+    """Open the data, packed into `folder`. If the data is not usable, `folder` and its parents are left unchanged.
 
-    Raises UserError where there is less than one batch, or more ids than the model's vocabulary.
+    Raises UserError if there is less than one batch, or if the data has more ids than the model's vocabulary.
     """
     made = [p for p in (folder, *folder.parents) if not p.exists()]
     data = open_data(recipe.data, seed=recipe.seed, pack_dir=folder)

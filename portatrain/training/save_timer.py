@@ -1,4 +1,4 @@
-"""When the next checkpoint by time is due: every so many seconds, and rarer if saving would cost too much."""
+"""Decide when the next checkpoint by time is due; if saves cost too much time, they become rarer."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 SAVE_SHARE = 0.02
-"""The share of the time for which saves by time may keep the loop waiting; beyond it they become rarer."""
+"""The largest share of the time that the loop may wait for saves by time; beyond it, they become rarer."""
 
 
 class SaveTimer:
-    """Times saves. `every_s`: seconds between two, None: none is ever due."""
+    """Times saves. `every_s`: the seconds between two saves; None: no save by time is ever due."""
 
     def __init__(self, every_s: float | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._every_s, self._clock = every_s, clock
@@ -19,21 +19,21 @@ class SaveTimer:
         self.start()
 
     def start(self) -> None:
-        """Count from now."""
+        """Start to count the time."""
         self._since_s = self._clock()
 
     @property
     def due(self) -> bool:
-        """Whether it is time to save."""
+        """Return True if it is time to save."""
         if self._every_s is None:
             return False
         return self._clock() - self._since_s >= max(self._every_s, self._took_s / SAVE_SHARE)
 
     @contextmanager
     def saving(self) -> Iterator[None]:
-        """Measure how long the loop waits for a save of any kind; count from its end.
+        """Measure the loop's wait for a save of any kind, and restart the count at its end.
 
-        The first save of an attempt is left out: it may compile what the others use.
+        The first save of an attempt is not measured, because it may compile code that later saves use.
         """
         began_s = self._clock()
         try:

@@ -1,9 +1,9 @@
-"""What may end an attempt from outside its loop, in one place: signals, notices, a cancel, a hang.
+"""Stop requests: signals, cloud notices, cancellation and hangs.
 
-with Leaving(attempt, ..., sinks=sinks) as leaving:
-    leaving.at("data", step)                      # for the watchdog
-    if leaving.asked is not None: ...             # 'interrupt' or 'preempt'
-    leaving.trained = True                        # from now on there is something to save
+with StopRequests(attempt, ..., sinks=sinks) as stop:
+    stop.at("data", step)                      # for the watchdog
+    if stop.asked is not None: ...             # 'interrupt' or 'preempt'
+    stop.trained = True                        # from now on, there are steps to save
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from portatrain.system.watchdog import Watchdog
 from portatrain.training.metrics.record import Sink
 
 
-class Leaving:
-    """Use in a `with` block. `signals`: entered by the caller, or None for ones of its own; `sinks` are told."""
+class StopRequests:
+    """Listens for stop requests in a `with` block, and reports them to `sinks`.
+
+    `signals`: the caller's StopSignals, already entered; None: this object creates its own.
+    """
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class Leaving:
         )
         self._stack = ExitStack()
 
-    def __enter__(self) -> Leaving:
+    def __enter__(self) -> StopRequests:
         self.signals.on_asked = self._asked
         self.signals.on_leaving = self._leave
         if self._own:
@@ -59,16 +62,16 @@ class Leaving:
 
     @property
     def asked(self) -> str | None:
-        """None, 'interrupt' or 'preempt': the strongest request that has come to this process or been agreed on."""
+        """The strongest request received here or agreed on by all processes: 'interrupt', 'preempt' or None."""
         return self.signals.asked
 
     def strengthen(self, kind: str | None) -> None:
-        """Take over what all processes have agreed on; a request that came here meanwhile is not forgotten."""
+        """Adopt the request that all processes have agreed on, unless this process has received a stronger one."""
         self.signals.strengthen(kind)
 
     @property
     def trained(self) -> bool:
-        """Whether there is anything to save that no commit has."""
+        """True if there are trained steps that no committed checkpoint has."""
         return self.signals.trained
 
     @trained.setter
@@ -76,11 +79,11 @@ class Leaving:
         self.signals.trained = value
 
     def at(self, phase: str, step: int) -> None:
-        """The main thread is now in `phase` (`watchdog.PHASES`) of `step`. Compiling counts as starting."""
+        """Record that the main thread is in `phase` (`watchdog.PHASES`) of `step`. Compiling counts as starting."""
         if self.trained or phase not in ("step", "record"):
             self._watchdog.at(phase, step)
 
-    # ---- from other threads
+    # ---- called by other threads
 
     def _asked(self, kind: str) -> None:
         self.sinks.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)

@@ -1,4 +1,4 @@
-"""The training loop: data in, steps through a backend, metrics out. It knows no framework.
+"""The training loop: it feeds data to a backend's steps and records the metrics. It uses no framework itself.
 
 trainer = Trainer(recipe, run, TrainOptions(backend="jax"))
 exit_code = trainer.run()
@@ -42,40 +42,39 @@ from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
 from portatrain.training.save_timer import SaveTimer
-from portatrain.training.stop_requests import Leaving
+from portatrain.training.stop_requests import StopRequests
 from portatrain.training.view import TrainingView
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """Where and how one attempt trains. Nothing here changes the loss curve; the recipe decides that."""
+    """The options of one attempt: backend, mesh, checkpoints. None of them changes the loss curve; the recipe does."""
 
     backend: str
     mesh: str | None = None
     """'fsdp=4,tensor=2'; None: `devices` along fsdp."""
     devices: int | None = None
     stop_at: int | None = None
-    """Save after this step and leave with exit code 85; None: train to the end."""
+    """Save after this step and end with exit code 85; None: train to the end."""
     accept_drift: str | None = None
-    """A reason to go on although the continuity check fails; it is recorded."""
+    """The reason to continue although the continuity check fails; it is recorded."""
     checkpoints: str | None = None
-    """A URL of an object store for the checkpoints, kept in the run directory; None: as that says, or inside it."""
+    """An object-store URL for the checkpoints, which the run records; None: the recorded one, or the default."""
     kernels: tuple[tuple[str, str], ...] = ()
-    """(operation, kernel) of those named explicitly (`backends/kernels.py`)."""
+    """(operation, kernel) for each kernel that the user chose (`backends/kernels.py`)."""
     sinks: Sequence[Sink] = ()
     source: Mapping[str, Any] | None = None
-    """How `portatrain train` was called, for attempt.json: what `launch resume` goes on from."""
+    """The arguments of `portatrain train`, for attempt.json; `launch resume` reads them."""
     signals: StopSignals | None = None
-    """Entered by the caller, so that a request to stop is seen from the start."""
+    """Signals that the caller has entered, so that no stop request is missed at the start."""
 
 
 def train(recipe: Recipe, run: RunDir, **options: Any) -> int:
-    """Train `recipe` in `run`, going on from its newest checkpoint. `options` are the fields of `TrainOptions`.
+    """Train `recipe` in `run`, from its newest checkpoint. `options` are the fields of `TrainOptions`.
 
     Returns the exit code: 0 done, 85 saved to be resumed, 130 interrupted and saved.
 
-    Raises UserError, before anything is written, for what does not go together, and later for a run that ends in
-    losses that are not finite.
+    Raises UserError for options that conflict, before anything is written, and later if losses stay non-finite.
     """
     return Trainer(recipe, run, TrainOptions(**options)).run()
 
@@ -94,7 +93,7 @@ class Trainer:
         check_hooks(recipe, self.definition)
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
-        if self.backend.process:  # process 0 packs, and is the only one that writes or prints
+        if self.backend.process:  # only process 0 packs the data, writes and prints
             self.sinks = Broadcast()
             self.backend.agree(0)
         self.data = data_of(recipe, self.definition, run.data())
@@ -103,14 +102,14 @@ class Trainer:
             self.backend.agree(0)
         self.state: Any = None
         self.step = 0
-        """Steps trained so far."""
+        """The number of steps trained so far."""
         self._skipped: list[int] = []
         self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
         self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
         self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
         self._status, self._told = "failed", False
-        """How the attempt ends, and whether its sinks have been started."""
+        """The status at the end of the attempt, and True if its sinks have been started."""
         self._summary: dict[str, Any] = {}
         self.view = TrainingView(
             recipe=recipe,
@@ -127,7 +126,7 @@ class Trainer:
     # ---- the loop
 
     def run(self) -> int:
-        """Train to the end, or to where it is stopped; return the exit code. The curve is drawn however it ends."""
+        """Train to the end or until a stop; return the exit code. The curve is drawn in every case."""
         try:
             return self._run()
         finally:
@@ -135,7 +134,7 @@ class Trainer:
                 draw(self.run_dir)
 
     def _run(self) -> int:
-        kernels.taken()  # forget the choices of what ran in this process before
+        kernels.taken()  # forget the choices of an earlier attempt in this process
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if self.options.source is not None:
@@ -156,7 +155,7 @@ class Trainer:
         return {"done": OK, "interrupted": INTERRUPTED}.get(self._status, RESUMABLE)
 
     def _train(self, attempt: Attempt | NullAttempt, about: Mapping[str, Any]) -> None:
-        """The attempt from its first checkpoint to its last; `_status` and `_summary` say how it ended."""
+        """Run the attempt from restore to last save; set `_status` and `_summary`."""
         self.checkpoints = Checkpoints(
             self.run_dir.checkpoints(self.options.checkpoints),
             keep=self.recipe.retention,
@@ -179,7 +178,7 @@ class Trainer:
             self._go_on(found)
         else:
             self.state = self.backend.init_state()
-            # What a save on demand would have to compile within the grace.
+            # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
                 continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
@@ -189,38 +188,38 @@ class Trainer:
         self._stop.at("save", self.step)
         self._save(last=True)
         self.checkpoints.wait()
-        self.backend.agree(0)  # together: whoever starts them may end the rest after the first one
+        self.backend.agree(0)  # end together: a launcher may kill the other processes after the first exit
         self._stop.at("eval", self.step)
         self._summary = self._finish() if self.step == self.recipe.steps else self._results()
-        # Asked in the last evaluation, a run is not done: the next attempt evaluates, and that is all.
-        asked = self._asked()
-        if asked is None and self.step == self.recipe.steps:
+        # If the request came during the final evaluation, the run is not done: the next attempt only evaluates.
+        stop_requested = self._stop_requested()
+        if stop_requested is None and self.step == self.recipe.steps:
             attempt.finish({"status": "done", **self._summary})
             self._status = "done"
         else:
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
-            self._status = str(ends.get(asked or "", Kind.STOPPED))
+            self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
             self.event(self._status, step=self.step, of=self.recipe.steps)
             attempt.write("summary.json", {"status": self._status, **self._summary})
 
     def _end(self, attempt: Attempt | NullAttempt) -> None:
-        """Tell the sinks how the attempt ended, or its record alone if they have not been started."""
+        """Report the end of the attempt to the sinks, or only to its record if they have not been started."""
         if self._told:
             self.sinks.end({"status": self._status, **self._summary})
         else:
             attempt.event(Kind.END, status=self._status, **self._summary)
 
     def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | NullAttempt:
-        """The attempt: process 0 begins one, which the others follow. `stack` ends it, and listens for what may."""
+        """Begin the attempt in process 0; the others join it. `stack` closes it and its stop requests."""
         first, signals = not self.backend.process, self.options.signals
-        # A request to stop finds an attempt that can be told and closed, or none.
+        # The order matters: a stop request must find an attempt that can record it and be closed, or none.
         with signals.staying() if first and signals is not None else nullcontext():
             attempt = self.run_dir.begin(self.recipe, info) if first else self._follow(self.backend.agree(0))
             stack.enter_context(attempt)
             if isinstance(attempt, Attempt):
                 self.sinks.record = JsonlSink(attempt)
             self._stop = stack.enter_context(
-                Leaving(
+                StopRequests(
                     attempt,
                     self.run_dir.path,
                     process=self.backend.process,
@@ -237,7 +236,7 @@ class Trainer:
         return NullAttempt(number, self.run_dir.path / "attempts" / str(number), self.backend.process)
 
     def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
-        """Return what does not change during the attempt; `about` is the backend's description of its device."""
+        """Return the constants of the attempt; `about` is the backend's description of its device."""
         return RunInfo.of(
             self.recipe,
             self.definition,
@@ -256,7 +255,7 @@ class Trainer:
         return "" if self.backend.process else str(self.run_dir.run_info().get("id", ""))
 
     def _newest(self, attempt: Attempt | NullAttempt) -> Any:
-        """The newest checkpoint that verifies, the same for all processes; None where there is none."""
+        """Return the newest checkpoint that verifies, the same for all processes; None if there is none."""
         if not self.backend.process and not self.run_dir.locks:
             self.checkpoints.remove_unfinished()
         found = self.checkpoints.newest(
@@ -264,20 +263,21 @@ class Trainer:
         )
         return found[1] if found else None
 
-    def _asked(self) -> str | None:
-        """Return how any process has been asked to stop, or None: all leave after the same step."""
+    def _stop_requested(self) -> str | None:
+        """Return the strongest stop request of all processes, or None; all processes stop after the same step."""
         agreed = self._agreed()
         return None if agreed == "save" else agreed
 
     def _agreed(self, *, save: bool = False) -> str | None:
-        """Return what all processes do now: None, "save" if one wants to `save`, or how to stop (`STRENGTHS`).
+        """Return the action that all processes take now: None, "save" if one of them passes `save`, or a stop request.
 
-        One exchange a step tells both. A stop comes before a save: the state is saved then anyway. What has come to
-        this process meanwhile is not in the answer: the others know of that the next time.
+        One exchange per step decides both. A stop request (`STRENGTHS`) outranks a save, because a stop saves as well.
+        A request that arrives during the exchange counts in the next one.
         """
         kinds = (None, "save", *STRENGTHS[1:])
-        asked = self._stop.asked
-        agreed = kinds[self.backend.agree(kinds.index("save" if save and asked is None else asked))]
+        stop_requested = self._stop.asked
+        wanted = "save" if save and stop_requested is None else stop_requested
+        agreed = kinds[self.backend.agree(kinds.index(wanted))]
         if agreed != "save":
             self._stop.strengthen(agreed)
         return agreed
@@ -285,21 +285,21 @@ class Trainer:
     def _loop(self) -> None:
         recipe, self._ended_s = self.recipe, time.perf_counter()
         self._save_timer.start()
-        # Where steps run apart from us, a step's results are read after the next one has been started, so that the
-        # device never waits.
+        # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
+        # so that the device never waits.
         pending: tuple[int, StepResult, float] | None = None
         first = self.step + 1
         counts = map(recipe.batch_at, itertools.count(first))
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
-                self.checkpoints.check()  # what failed in the background ends the run here
+                self.checkpoints.check()  # an error of a background save is raised here
                 step = self.step + 1
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
                 rows = batches.get(lambda: self._stop.asked is not None)
                 waited_s = time.perf_counter() - waited_s
                 self._stop.at("agree", step)
-                # The clock of process 0 decides.
+                # The clock of process 0 decides for all processes.
                 due = not self.backend.process and self.step > max(0, self._saved) and self._save_timer.due
                 agreed = self._agreed(save=due)
                 if agreed == "save":
@@ -328,7 +328,7 @@ class Trainer:
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
                 saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
-                if (evaluates or saves) and pending is not None:  # what they follow is on the curve first
+                if (evaluates or saves) and pending is not None:  # record the step before its evaluation or save
                     self._record(*pending)
                     pending = None
                 if evaluates:
@@ -342,10 +342,10 @@ class Trainer:
         if pending is not None:
             self._record(*pending)
 
-    # ---- stopping and going on
+    # ---- saving and resuming
 
     def _save(self, *, last: bool = False, by_time: bool = False) -> None:
-        """Begin to save the state after `self.step`, unless that has been done. One `by_time` waits for no other."""
+        """Begin to save the state after `self.step` unless it is saved; with `by_time`, never during another save."""
         if self._saved == self.step:
             return
         with self._save_timer.saving():
@@ -365,10 +365,10 @@ class Trainer:
             self.event(Kind.SAVING, step=self.step)
             self.hooks.call("on_save")
         else:
-            self.event(Kind.SAVE_SKIPPED, step=self.step, why="the one before is still being written")
+            self.event(Kind.SAVE_SKIPPED, step=self.step, why="the previous save is still being written")
 
     def _go_on(self, reader: Any) -> None:
-        """Restore, and check that the run is the same run."""
+        """Restore from `reader` and run the continuity check."""
         check_tensors(reader, self.backend.program)
         self.state = restored(self.backend, reader)
         self._saved = self.step
@@ -380,7 +380,7 @@ class Trainer:
         self._judge(self.step, found)
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
-        """Record a verdict of the continuity check; UserError where it is 'broken' and drift is not accepted."""
+        """Record a verdict of the continuity check; UserError if it is 'broken' and drift is not accepted."""
         self.event(Kind.RESUMED, step=step, **found, accepted=self.options.accept_drift)
         if found["verdict"] == "broken" and self.options.accept_drift is None:
             raise continuity.refusal(step, found)
@@ -426,8 +426,8 @@ class Trainer:
                 expected=f"at most max_skips={self.recipe.max_skips} steps whose loss or gradient is not finite",
                 got=f"loss {loss}, gradient norm {norm}, the {len(self._skipped)}th such step "
                 f"(first: step {self._skipped[0]})",
-                do="The parameters are those of the last finite step. Lower optimizer.lr, lengthen the warm-up, or "
-                "look at the data of that step.",
+                do="The parameters are from the last finite step. Lower optimizer.lr, lengthen the warm-up, or check "
+                "the data of that step.",
             )
 
     def _memory_bytes(self) -> int | None:
@@ -447,7 +447,7 @@ class Trainer:
             self.data.validation,
             batch=self.recipe.batch,
             batches=batches,
-            stopped=lambda: self._asked() is not None,
+            stopped=lambda: self._stop_requested() is not None,
         )
         if found is None:
             return
@@ -481,8 +481,8 @@ class Trainer:
         if final == "all":
             self.event(Kind.EVALUATING)
         self._evaluate(None if final == "all" else final or self.recipe.eval_batches)
-        return {**self._results(), "train_s": train_s, **self.hooks.end(lambda: self._asked() is not None)}
+        return {**self._results(), "train_s": train_s, **self.hooks.end(lambda: self._stop_requested() is not None)}
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Tell every sink."""
+        """Send an event to every sink."""
         self.sinks.event(kind, **fields)

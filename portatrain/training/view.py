@@ -1,4 +1,4 @@
-"""What a hook sees of a run: plain values and NumPy arrays, the same on every backend and mesh."""
+"""The view of a run that a hook gets: plain values and NumPy arrays, the same on every backend and mesh."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ class TrainingView:
 
     @property
     def step(self) -> int:
-        """Steps trained so far. On a backend that runs ahead it may be one more than that of the last record."""
+        """The number of steps trained so far; with asynchronous steps it may be one more than in the last record."""
         return self._step()
 
     @property
     def steps(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run."""
         return self.recipe.steps
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Tell every sink; a line of events.jsonl."""
+        """Send an event to every sink; it becomes a line of events.jsonl."""
         self._event(kind, **fields)
 
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

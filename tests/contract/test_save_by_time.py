@@ -16,6 +16,7 @@ from portatrain.data import open_data
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.stop_signals import StopSignals
 from portatrain.training import save_timer
 from portatrain.training.save_timer import SaveTimer
 from portatrain.training.trainer import Trainer, train
@@ -71,7 +72,8 @@ def test_process_0_decides_and_a_stop_comes_first() -> None:
         kinds = {None: 0, "preempt": 2, "interrupt": 3}
         largest = max(1 if save and asked is None else kinds[asked] for asked, save in processes)
         for asked, save in processes:
-            stop, mine = SimpleNamespace(asked=asked), []
+            stop, mine = StopSignals(), []
+            stop.asked = asked
             backend = SimpleNamespace(agree=lambda value, mine=mine, most=largest: mine.append(value) or most)
             found = Trainer._agreed(SimpleNamespace(_stop=stop, backend=backend), save=save)  # type: ignore[arg-type]
             assert len(mine) == 1 and mine[0] <= largest  # one exchange

@@ -35,8 +35,8 @@ def test_a_request_that_comes_while_processes_agree_is_agreed_on_the_next_time(c
 
     trainer: Any = object.__new__(Trainer)
     trainer.backend, trainer._stop = SimpleNamespace(agree=agree), signals
-    assert trainer._asked() is None and signals.asked == came
-    assert trainer._asked() == came and said == [0, 1 + STRENGTHS.index(came)]  # 1 is a save
+    assert trainer._stop_requested() is None and signals.asked == came
+    assert trainer._stop_requested() == came and said == [0, 1 + STRENGTHS.index(came)]  # 1 is a save
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
