@@ -127,17 +127,16 @@ def open_arrays(spec: ArraySource, seed: int) -> dict[str, Split]:
     fields = dataclasses.asdict(spec)  # type: ignore[call-overload]
     facts = [kind, spec.version, json.loads(json.dumps(fields, sort_keys=True, default=repr))]
     counted = _length(kind, "__len__", lambda: len(spec))
-    own: Any = getattr(spec, "validation_sample", None)
-    if own is not None:
+    if hasattr(spec, "validation_sample"):
         held = _length(kind, "validation_len", lambda: spec.validation_len())  # type: ignore[attr-defined]
-        parts = {"train": (spec.sample, np.arange(counted)), "validation": (own, np.arange(held))}
+        parts = {"train": ("sample", np.arange(counted)), "validation": ("validation_sample", np.arange(held))}
     else:
         fraction = float(getattr(spec, "validation", 0.0))
         drawn = rng.words(0, f"data/split/{kind}", 0, counted) >> np.uint64(11)
         out = drawn.astype(np.float64) * 2.0**-53 < fraction
-        parts = {"train": (spec.sample, np.flatnonzero(~out))}
+        parts = {"train": ("sample", np.flatnonzero(~out))}
         if fraction:
-            parts["validation"] = (spec.sample, np.flatnonzero(out))
+            parts["validation"] = ("sample", np.flatnonzero(out))
     for name, (_, indices) in parts.items():
         if not len(indices):
             raise UserError(
@@ -147,8 +146,8 @@ def open_arrays(spec: ArraySource, seed: int) -> dict[str, Split]:
                 do="Add samples, or change what is held out (validation).",
             )
     return {
-        name: Arrays(f"{kind}.{get.__name__}", get, indices, name=name, seed=seed, facts=facts)
-        for name, (get, indices) in parts.items()
+        name: Arrays(f"{kind}.{method}", getattr(spec, method), indices, name=name, seed=seed, facts=facts)
+        for name, (method, indices) in parts.items()
     }
 
 
