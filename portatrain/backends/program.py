@@ -11,7 +11,7 @@ from portatrain.model import remat
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.module import Definition
 from portatrain.model.precision import PRECISIONS
-from portatrain.optim import Rule
+from portatrain.optim import Rule, declared_slots
 from portatrain.recipe import Recipe
 
 
@@ -57,7 +57,10 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
     params = definition.params
     recipe.check_names(params)
     layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
-    layout.check_batch(recipe.microbatch, getattr(recipe.data, "seq_len", None))
+    for info in params.values():
+        if recipe.trains(info.name):
+            declared_slots(recipe.optimizer, info)
+    layout.check_batch(recipe.microbatch, recipe.data.tokens_per_sample())
     return Program(
         definition=definition,
         layout=layout,

@@ -18,7 +18,7 @@ from portatrain.backends.program import Program
 from portatrain.model.module import Constant, TensorInfo
 from portatrain.model.precision import averaged
 from portatrain.model.rng import truncated_normal
-from portatrain.optim import Rule
+from portatrain.optim import Rule, declared_slots
 
 COUNT = "opt/count"
 
@@ -96,7 +96,7 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
             stack_dims=info.stack_dims,
             dtype=info.dtype if what.dtype == "float32" else what.dtype,
         )
-        for slot, what in rule.rule_for(info).slots(info).items()
+        for slot, what in declared_slots(rule, info).items()
     }
 
 

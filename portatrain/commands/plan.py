@@ -233,11 +233,14 @@ def _shape(args: argparse.Namespace) -> ModelShape:
                 do="Choose a larger one.",
             )
         if name == "seq_len" and isinstance(changed, Recipe) and not hasattr(changed.data, "seq_len"):
+            tokens = changed.data.tokens_per_sample()
             raise UserError(
                 "--seq-len",
-                expected="a recipe whose samples have a length",
-                got=f"recipe {shape.name}",
-                do="Leave it out: the model says how long its samples are.",
+                expected="a recipe with data that have a field seq_len",
+                got=f"recipe {shape.name} with {type(changed.data).__name__}",
+                do="Leave it out: the model says how long its samples are."
+                if tokens is None
+                else f"Leave it out, or change the length of {tokens} tokens where the recipe makes the data.",
             )
         shape = replace(shape, **{name: value})
     return shape

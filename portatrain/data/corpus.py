@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from typing import Any
 import numpy as np
 
 from portatrain.data import pack as packs
+from portatrain.data.own import gives_documents
+from portatrain.data.own_documents import OwnDocuments
 from portatrain.data.sources import Documents, documents
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError
@@ -70,8 +73,12 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
 
 
 def _produce(spec: DataSpec, writer: packs.Writer) -> packs.Meta:
-    source = documents(spec)
-    fraction = spec.validation  # type: ignore[attr-defined]
+    with closing(OwnDocuments(spec) if gives_documents(spec) else documents(spec)) as source:
+        return _write_splits(spec, source, writer)
+
+
+def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> packs.Meta:
+    fraction = getattr(spec, "validation", 0.0)
     held = source.held_out(fraction)
     facts: packs.Meta = {"meaning": {"vocab": source.vocab, "bos": source.bos}}
     wanted_held = bool(fraction) or bool(getattr(spec, "validation_paths", ()))

@@ -77,25 +77,32 @@ class Mixed(Split):
 
 
 class Chained(Split):
-    """The windows of several splits, one after another. A mixture is evaluated on it."""
+    """The windows of several splits, interleaved. A mixture is evaluated on it.
+
+    Every prefix has windows of each source in proportion to the windows that the source has, so an evaluation on the
+    first batches reads all sources.
+    """
 
     def __init__(self, parts: list[Windows], *, name: str) -> None:
         self.name, self._parts = name, parts
-        self._ends = np.cumsum([p.windows for p in parts])
-        self.windows = int(self._ends[-1])
-        text = json.dumps(["portatrain.chained.1", [p.fingerprint for p in parts]])
+        # Window i of n of a source stands at (i + 1/2) / n of the whole; of equals, the earlier source is first.
+        place = np.concatenate([(np.arange(p.windows) + 0.5) / p.windows for p in parts])
+        order = np.argsort(place, kind="stable")
+        self.windows = len(order)
+        self._source = np.repeat(np.arange(len(parts), dtype=np.int32), [p.windows for p in parts])[order]
+        self._number = np.concatenate([np.arange(p.windows) for p in parts])[order]
+        text = json.dumps(["portatrain.chained.2", [p.fingerprint for p in parts]])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.bytes_per_target = _bytes_per_target(parts)
 
     def batch(self, start: int, count: int) -> Batch:
         sample = samples(start, count)
         window = sample % self.windows
-        source = np.searchsorted(self._ends, window, side="right")
+        source, number = self._source[window], self._number[window]
         out = {k: np.repeat(v, count, axis=0) for k, v in self._parts[0].blank(1).items()}
         for s in np.unique(source).tolist():
             here = source == s
-            first = int(self._ends[s]) - self._parts[s].windows
-            for key, value in self._parts[s].at(window[here] - first).items():
+            for key, value in self._parts[s].at(number[here]).items():
                 out[key][here] = value
         return out | {"sample": sample, "source": source.astype(np.int32)}
 

@@ -8,13 +8,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from portatrain.data.corpus import Stream, streams
+from portatrain.data.digits import blank as blank_digits
 from portatrain.data.digits import open_digits
 from portatrain.data.mixture import Chained, Mixed, check
-from portatrain.data.spec import DataSpec, Digits, Mixture
-from portatrain.data.split import Split
+from portatrain.data.own import gives_arrays, gives_documents, refusal
+from portatrain.data.own_arrays import blank as blank_arrays
+from portatrain.data.own_arrays import example, open_arrays
+from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.split import Batch, Split
 from portatrain.data.windows import Windows
-from portatrain.errors import UserError, choice
+from portatrain.data.windows import blank as blank_windows
+from portatrain.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +30,7 @@ class OpenData:
 
     Attributes:
         train, validation: the splits; validation is None if nothing is held out.
-        vocab: number of token ids, or of classes.
+        vocab: number of token ids, or of classes; 0 if a source of arrays does not say.
         bytes_per_target: that number of the validation split or, without one, of the training split; see `Split`.
         fingerprint: SHA-256, in hex, of the fingerprints of the splits.
         streams: the packed token streams by split if the data is a single token source; otherwise empty.
@@ -62,6 +69,10 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
         return OpenData(train=splits["train"], validation=splits.get("validation"), vocab=10, streams={})
     if isinstance(spec, Mixture):
         return _open_mixture(spec, seed, pack_dir)
+    if not _gives_tokens(spec) and gives_arrays(spec):
+        arrays = open_arrays(spec, seed)
+        vocab = int(getattr(spec, "vocab", 0))
+        return OpenData(train=arrays["train"], validation=arrays.get("validation"), vocab=vocab, streams={})
     found = streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
@@ -73,6 +84,13 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     check(spec)
     for source in spec.sources:
         _check(source)
+        if not _gives_tokens(source):
+            raise UserError(
+                "Mixture sources",
+                expected="token sources, or sources of documents",
+                got=f"{type(source).__name__}, which gives arrays",
+                do="Leave it out of the mixture, or mix inside a source of arrays of your own.",
+            )
     found = [streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
     vocabs = sorted({f["train"].vocab for f in found})
     if len(vocabs) > 1:
@@ -102,9 +120,15 @@ def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) ->
 
 def _check(spec: DataSpec) -> None:
     kind = type(spec).__name__
-    known = {c.__name__ for c in DataSpec.__subclasses__()}
-    if not isinstance(spec, DataSpec) or kind not in known:
-        raise choice("data spec", kind, known)
+    if not isinstance(spec, DataSpec):
+        raise UserError(
+            "data spec",
+            expected="a frozen dataclass that derives from portatrain.data.DataSpec",
+            got=f"a {kind}",
+            do="Use one of Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap, or derive one of your own.",
+        )
+    if not (_gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
+        raise refusal(spec)
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:
         raise UserError(
@@ -117,3 +141,21 @@ def _check(spec: DataSpec) -> None:
             got=str(values["validation"]),
             do="Set the fraction to hold out, such as 0.1.",
         )
+
+
+def _gives_tokens(spec: DataSpec) -> bool:
+    return isinstance(spec, (Stdlib, TextFiles, Jsonl, TokenMemmap)) or gives_documents(spec)
+
+
+def blank_batch(spec: DataSpec, count: int) -> Batch:
+    """Return ``count`` padding rows of the data of ``spec``, for their keys, shapes and dtypes.
+
+    Nothing is opened, except for the first sample of a source of arrays.
+    """
+    if isinstance(spec, Digits):
+        return blank_digits(count)
+    if isinstance(spec, Mixture):
+        return blank_batch(spec.sources[0], count) | {"source": np.zeros(count, np.int32)}
+    if not _gives_tokens(spec) and gives_arrays(spec):
+        return blank_arrays(example(spec), count)
+    return blank_windows(count, spec.tokens_per_sample() or 1)

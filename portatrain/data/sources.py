@@ -49,6 +49,9 @@ class Documents(ABC):
     def read(self, number: int) -> tuple[np.ndarray, int | None]:
         """Return the token ids of a document without ``bos``, and the number of its source bytes (None: unknown)."""
 
+    def close(self) -> None:  # noqa: B027  # most sources hold nothing open
+        """Close what the source holds open; it is not read any more."""
+
     def held_out(self, fraction: float) -> np.ndarray:
         """Return (n,) bool, True for the documents of the validation split.
 

@@ -8,6 +8,8 @@ Text sources share these fields:
 - ``tokenizer``: path of a local ``tokenizer.json``. None: each byte is a token.
 - ``bos``: name of the token that begins every document, one of the tokenizer's. None: an additional id after the
   tokenizer's last. If bytes are tokens, bos must be None, and id 0 begins every document.
+
+A source of your own derives from `DataSpec` and has the methods of one of the Protocols in `portatrain.data.own`.
 """
 
 from __future__ import annotations
@@ -18,6 +20,11 @@ from dataclasses import dataclass
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
     """Base class of all data specs."""
+
+    def tokens_per_sample(self) -> int | None:
+        """Return the number of tokens of a sample; None if a sample is not a sequence of tokens."""
+        length: int | None = getattr(self, "seq_len", None)
+        return length
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,3 +119,7 @@ class Mixture(DataSpec):
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
     """Later changes of the weights: pairs (first block, weights), with increasing first blocks of at least 1. (): the
     weights do not change."""
+
+    def tokens_per_sample(self) -> int | None:
+        """Return the number of tokens of a sample, which is the same for all sources."""
+        return self.sources[0].tokens_per_sample() if self.sources else None

@@ -12,6 +12,7 @@ from portatrain.optim.base import Slot as Slot
 from portatrain.optim.base import decays_by_default as decays_by_default
 from portatrain.optim.clip import clip_scale as clip_scale
 from portatrain.optim.clip import global_norm as global_norm
+from portatrain.optim.declared import declared_slots as declared_slots
 from portatrain.optim.rules import SGD as SGD
 from portatrain.optim.rules import Adafactor as Adafactor
 from portatrain.optim.rules import AdamW as AdamW

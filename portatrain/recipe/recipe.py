@@ -6,6 +6,7 @@ part of a recipe: they may change between the attempts of a run, and the loss cu
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -205,6 +206,20 @@ class Recipe:
 
     def _refuse(self, field: str, expected: str, do: str) -> None:
         raise UserError(f"recipe {self.name!r}: {field}", expected=expected, got=repr(getattr(self, field)), do=do)
+
+    def flops_per_sample(self) -> float | None:
+        """Return the model FLOPs of a sample, forward and backward; None if the model does not say.
+
+        A model says so by a method ``flops_per_sample(tokens)``, or ``flops_per_sample()`` if its samples have a fixed
+        size.
+        """
+        counted = getattr(self.model, "flops_per_sample", None)
+        if counted is None:
+            return None
+        if not inspect.signature(counted).parameters:
+            return float(counted())
+        tokens = self.data.tokens_per_sample()
+        return None if tokens is None else float(counted(tokens))
 
     @property
     def microbatch(self) -> int:

@@ -49,6 +49,8 @@ class Kind(StrEnum):
     """`TrigramBaseline` begins."""
     SINK_FAILED = "sink_failed"
     """A sink raised an error and gets no more metrics; with its name and the error."""
+    HOOK_FAILED = "hook_failed"
+    """A hook raised an error after the last step; with its name, the method and the error. The run is done anyway."""
     STOPPING = "stopping"
     """The attempt received a stop request; with its kind, the phase and the step."""
     STOPPED = "stopped"

@@ -116,6 +116,8 @@ class History:
     curve: Sequence[Row]
     evals: Sequence[Event]
     resume_points: Sequence[ResumePoint]
+    unit: str = "tokens"
+    """What `tokens_per_s` counts."""
 
     @property
     def over(self) -> bool:
@@ -173,7 +175,16 @@ def read_history(where: RunDir | Path | str) -> History:
         curve=curve,
         evals=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.EVAL)],
         resume_points=_resume_points(attempts, rows, events),
+        unit=_unit(recipe, events[numbers[-1]] if numbers else ()),
     )
+
+
+def _unit(recipe: Mapping[str, Any], events: Sequence[Event]) -> str:
+    """Return what the rates of a run count; a run that has not started has only its recipe."""
+    started = last(events, Kind.START)
+    if started is not None and "unit" in started:
+        return str(started["unit"])
+    return "tokens" if "seq_len" in recipe.get("data", {}) else "samples"
 
 
 def _checked(where: Path | str) -> RunDir:

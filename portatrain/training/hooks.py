@@ -10,16 +10,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from portatrain.data.own import gives_documents
+from portatrain.data.spec import DataSpec, Jsonl, Mixture, Stdlib, TextFiles
+from portatrain.errors import UserError
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
 
 if TYPE_CHECKING:
+    from portatrain.model.module import Definition
+    from portatrain.recipe import Recipe
     from portatrain.training.view import TrainingView
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
     """Base of all hooks: override what you need. ``run`` is what a hook may use of the training."""
+
+    def check(self, recipe: Recipe, definition: Definition) -> None:
+        """Raise UserError if the hook does not fit the recipe. It is called before the run writes anything."""
 
     def on_start(self, run: TrainingView) -> None:
         """Before the first step of an attempt."""
@@ -34,13 +42,18 @@ class Hook:
         """After a save has begun: the state after ``run.step`` steps is being written."""
 
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
-        """After the last step and evaluation of a run: entries of its summary."""
+        """After the last step and evaluation of a run: entries of its summary. If it raises, the run is done anyway."""
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrigramBaseline(Hook):
     """Scores an interpolated Kneser-Ney byte 3-gram model on the run's own split, for comparison."""
+
+    def check(self, recipe: Recipe, definition: Definition) -> None:
+        _require_bytes(self, recipe)
+        if isinstance(recipe.data, Mixture):
+            raise _unfit(self, recipe, "one source of text", "a Mixture, which has no single stream of bytes")
 
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
         from portatrain.data import KneserNey
@@ -61,13 +74,20 @@ class TextSample(Hook):
     length: int = 200
     temperature: float = 0.7
 
+    def check(self, recipe: Recipe, definition: Definition) -> None:
+        _require_bytes(self, recipe)
+        if not callable(getattr(definition.model, "predict", None)):
+            got = f"{type(definition.model).__name__}, which has none"
+            raise _unfit(self, recipe, "a model with a method predict(ops, batch)", got)
+
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
         import numpy as np
 
         from portatrain.model.rng import words
 
         run.event(f"sampling_{self.length}_bytes")
-        size: int = getattr(run.recipe.data, "seq_len")  # noqa: B009  # text sources all have it
+        size = run.recipe.data.tokens_per_sample()
+        assert size is not None  # by `check`
         text = [0, *self.prompt.encode()]  # byte 0 opens a document
         random = words(run.recipe.seed, "sample", 0, self.length) / 2.0**64
         for draw in random:
@@ -82,3 +102,27 @@ class TextSample(Hook):
             cumulative = np.cumsum(weights)
             text.append(int(np.searchsorted(cumulative, draw * cumulative[-1])))
         return {"sample": bytes(text[1:]).decode("utf-8", "replace")}
+
+
+def _require_bytes(hook: Hook, recipe: Recipe) -> None:
+    """Raise UserError unless each token of the data is a byte of text."""
+    for source in _sources(recipe.data):
+        kind = type(source).__name__
+        if not (isinstance(source, (Stdlib, TextFiles, Jsonl)) or gives_documents(source)):
+            raise _unfit(hook, recipe, "text of which each byte is a token", kind)
+        tokenizer = getattr(source, "tokenizer", None)
+        if tokenizer is not None:
+            raise _unfit(hook, recipe, "text of which each byte is a token", f"{kind} with tokenizer={tokenizer}")
+
+
+def _sources(data: DataSpec) -> tuple[DataSpec, ...]:
+    return data.sources if isinstance(data, Mixture) else (data,)
+
+
+def _unfit(hook: Hook, recipe: Recipe, expected: str, got: str) -> UserError:
+    return UserError(
+        f"hook {type(hook).__name__} of recipe {recipe.name}",
+        expected=expected,
+        got=got,
+        do="Leave the hook out of the recipe's hooks, or with --set hooks=() leave out all of them.",
+    )

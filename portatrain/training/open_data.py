@@ -22,7 +22,7 @@ def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
         data.train.require(recipe.batch)
         _check_vocab(recipe, definition, data.vocab)
     except UserError:
-        if folder in made:
+        if folder in made and folder.exists():  # a source of arrays is not packed
             shutil.rmtree(folder)
             for parent in made[1:]:
                 parent.rmdir()

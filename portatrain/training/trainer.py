@@ -32,8 +32,9 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS, StopSignals
-from portatrain.training import continuity
+from portatrain.training import continuity, keep_best
 from portatrain.training.evaluation import evaluate
+from portatrain.training.hook_calls import HookCalls, check_hooks
 from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.flops import Peak, mfu
@@ -90,6 +91,7 @@ class Trainer:
             mesh = f"fsdp={options.devices or 1}"
         program = dataclasses.replace(ordered(make_program(recipe, mesh=mesh), recipe), kernels=options.kernels)
         self.definition, self.mesh = program.definition, program.layout.mesh
+        check_hooks(recipe, self.definition)
         simulate_devices(backend, self.mesh.devices)
         self.backend = backend_class(backend)(program)
         if self.backend.process:  # process 0 packs, and is the only one that writes or prints
@@ -120,6 +122,7 @@ class Trainer:
             step=lambda: self.step,
             event=self.event,
         )
+        self.hooks = HookCalls(self.view)
 
     # ---- the loop
 
@@ -170,6 +173,8 @@ class Trainer:
         self.sinks.start(self._info)
         for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
             self.event(Kind.WARNING, what=str(unknown))
+        if useless := keep_best.no_evaluated_save(self.recipe):
+            self.event(Kind.WARNING, what=useless)
         if found:
             self._go_on(found)
         else:
@@ -179,8 +184,7 @@ class Trainer:
                 continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
-        for hook in self.recipe.hooks:
-            hook.on_start(self.view)
+        self.hooks.call("on_start")
         self._loop()
         self._stop.at("save", self.step)
         self._save(last=True)
@@ -359,8 +363,7 @@ class Trainer:
         if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
             self._saved = self.step
             self.event(Kind.SAVING, step=self.step)
-            for hook in recipe.hooks:
-                hook.on_save(self.view)
+            self.hooks.call("on_save")
         else:
             self.event(Kind.SAVE_SKIPPED, step=self.step, why="the one before is still being written")
 
@@ -406,8 +409,7 @@ class Trainer:
         )
         self.sinks.step(record)
         self.view.metrics |= {"loss": loss, "grad_norm": norm, "lr": record.lr, **record.aux}
-        for hook in recipe.hooks:
-            hook.on_step(self.view, record)
+        self.hooks.call("on_step", record)
         self._history.append([step, loss])
         if self._replay is not None and (found := self._replay.add(step, loss)) is not None:
             self._replay = None
@@ -451,6 +453,8 @@ class Trainer:
             return
         now_s = time.perf_counter()
         loss, samples, metrics = found
+        if self._last_eval is None and (unknown := keep_best.no_such_metric(self.recipe, ("loss", *metrics))):
+            self.event(Kind.WARNING, what=unknown)
         self._last_eval = EvalRecord(
             step=self.step,
             loss=loss,
@@ -461,8 +465,7 @@ class Trainer:
         )
         self.sinks.eval(self._last_eval)
         self.view.metrics |= {"validation_loss": loss, **{f"validation_{k}": v for k, v in metrics.items()}}
-        for hook in self.recipe.hooks:
-            hook.on_evaluation(self.view, self._last_eval)
+        self.hooks.call("on_evaluation", self._last_eval)
 
     def _results(self) -> dict[str, Any]:
         found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
@@ -478,11 +481,7 @@ class Trainer:
         if final == "all":
             self.event(Kind.EVALUATING)
         self._evaluate(None if final == "all" else final or self.recipe.eval_batches)
-        summary = {**self._results(), "train_s": train_s}
-        for hook in self.recipe.hooks:
-            if self._asked() is None:
-                summary |= hook.on_end(self.view)
-        return summary
+        return {**self._results(), "train_s": train_s, **self.hooks.end(lambda: self._asked() is not None)}
 
     def event(self, kind: str, **fields: Any) -> None:
         """Tell every sink."""

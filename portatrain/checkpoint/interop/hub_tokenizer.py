@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.data.encode import encoding
+from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
@@ -22,7 +23,7 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     """
     sources = list(_leaves(data))
     given = {(getattr(s, "tokenizer", None), getattr(s, "bos", None)) for s in sources}
-    if len(given) != 1 or not hasattr(sources[0], "bos"):
+    if len(given) != 1 or not (hasattr(sources[0], "bos") or gives_documents(sources[0])):
         separator = getattr(sources[0], "separator", None) if len(given) == 1 else None
         return ({} if separator is None else {"bos_token_id": separator, "eos_token_id": separator}), []
     ((path, bos),) = given

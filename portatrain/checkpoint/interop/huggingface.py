@@ -89,7 +89,7 @@ def _longest(recipe: Recipe, hub: Hub) -> int:
     to."""
     stretch = hub.config.get("rope_scaling") or {}
     reach = stretch.get("original_max_position_embeddings", 0) * stretch.get("factor", 0)
-    return max(int(reach), getattr(recipe.data, "seq_len", None) or 2048)
+    return max(int(reach), recipe.data.tokens_per_sample() or 2048)
 
 
 def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row) -> np.ndarray:

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.program import make_program
-from portatrain.data import digits, windows
-from portatrain.data.spec import DataSpec, Digits
+from portatrain.data.open import blank_batch
+from portatrain.data.spec import DataSpec
 from portatrain.plan.recorded import ordered
 from portatrain.recipe import load_recipe
 from portatrain.recipe.overrides import override
@@ -84,8 +84,7 @@ def _written(folder: Path) -> tuple[str, list[str]]:
 
 def batch_of(data: DataSpec, batch: int, accumulation: int) -> dict[str, np.ndarray]:
     """Return the shapes of a batch of ``data``, in the trainer's form, with blank contents."""
-    seq_len = getattr(data, "seq_len", None) or getattr(getattr(data, "sources", [None])[0], "seq_len", None)
-    made = digits.blank(batch) if isinstance(data, Digits) else windows.blank(batch, int(seq_len or 1))
+    made = blank_batch(data, batch)
     return {k: v.reshape(accumulation, batch // accumulation, *v.shape[1:]) for k, v in made.items()}
 
 

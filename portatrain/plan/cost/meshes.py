@@ -14,7 +14,7 @@ from portatrain.plan.cost.tensors import Sizes, Split
 from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR
 
 NEAR = 0.25
-"""How far from the recipe's batch another is looked for, as a share of it."""
+"""The largest relative distance from the recipe's batch at which another batch is looked for."""
 
 
 @dataclass(frozen=True)
@@ -145,8 +145,8 @@ def _part(cluster: Cluster, chips: int) -> Cluster | None:
 
 
 def near_batches(shape: ModelShape, cluster: Cluster, n: int = 6) -> tuple[int, ...]:
-    """Batches within a quarter of the recipe's for which a mesh uses all devices, the nearest first: one below
-    and one above for every way to share out what is not data parallel, the narrow ways first."""
+    """Return batches within a quarter of the recipe's for which a mesh uses all devices, the nearest first: one below
+    and one above for every product of the axes that are not data parallel, small products first."""
     devices, per_domain = cluster.devices, cluster.domain * cluster.chip.devices_per_chip
     found: list[int] = []
     for core in sorted(set(_cores(shape, devices, per_domain))):

@@ -36,7 +36,7 @@ Order = tuple[tuple[Piece, ...], ...]
 """The torus pieces of every mesh axis, fastest torus axis first."""
 
 Dim = tuple[int, bool, float]
-"""Length of a torus axis, whether it wraps, GB/s of one of its links one way (of one device's view)."""
+"""The length of a torus axis, whether it wraps, and GB/s of one of its links in one direction, per device."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +232,7 @@ def _lay(
         hops += length // 2 if ring else length - 1
     whole = [p for p in pieces if p.stride == 1 and p.length == dims[p.dim][0] and (dies == 1 or p.dim)]
     parts = sorted((p for p in pieces if p not in whole), key=lambda p: p.rate)
-    time, left = (0.0, 1.0)  # seconds a gathered byte; the share of the array that there is at the end of a stage
+    time, left = (0.0, 1.0)  # seconds per gathered byte; the share of the array at the end of a stage
     if whole:
         together = math.prod(p.length for p in whole)
         time = (together - 1) / together / sum(p.rate for p in whole)

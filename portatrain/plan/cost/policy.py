@@ -1,7 +1,7 @@
-"""The choices that a plan makes besides the mesh, and the constants of each software stack.
+"""Define the choices of a plan besides the mesh, and the constants of each software stack.
 
-Every constant here is set from what the parts are known to do, before any comparison; none is fitted.
-The one fitted thing is the efficiency factor (``portatrain.plan.cost.efficiency``).
+The constants come from the documented behaviour of each part, before any comparison; none is fitted. The only fitted
+number is the efficiency factor (``portatrain.plan.cost.efficiency``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from portatrain.model.remat import POLICIES
 
 @dataclass(frozen=True, kw_only=True)
 class Remat:
-    """What a layer keeps from forward to backward besides its input, as shares from 0 to 1; the rest is computed
-    again. ``normed``: the inputs of attention and feed-forward after their norms; ``qkv``; ``attention``: what
-    attention returned; ``projected``: its output projection; ``hidden``: gate and up; ``product``: their product.
-    ``offload``: the share of all that is kept which lies in host memory (its traffic is taken as hidden).
-    ``everything``: a layer runs as it is and keeps whatever its framework wants for the backward pass, which is more.
-    ``matmuls``: what is kept is chosen by kind of operation, what every matmul of weights returned.
+    """Say what a layer keeps from forward to backward besides its input, as shares from 0 to 1. All else is recomputed.
+
+    ``normed``: the inputs of attention and feed-forward after their norms. ``qkv``: queries, keys and values.
+    ``attention``: the result of attention. ``projected``: its output projection. ``hidden``: gate and up. ``product``:
+    their product. ``offload``: the share of all kept values that is in host memory (its traffic is assumed hidden).
+    ``everything``: nothing is recomputed, and a layer keeps whatever its framework needs for the backward pass, which
+    is more. ``matmuls``: values are chosen by kind of operation: the results of all matmuls of weights.
     """
 
     name: str
@@ -37,13 +38,14 @@ REMATS = {
     p.name: Remat(name=p.name, everything=p.keeps_all, matmuls=p.dots, **dict.fromkeys(p.names, 1.0))
     for p in POLICIES.values()
 }
-"""The policies of `portatrain.model.remat`. The last projection of a block is never computed again: nothing in the
-backward pass needs what it returned."""
+"""The policies of `portatrain.model.remat`. The last projection of a block is never recomputed, because nothing in the
+backward pass needs its result."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Bytes a number. ``peak`` is the matmul precision in the catalog; ``slots`` scales the optimizer's fp32 state."""
+    """Hold bytes per number. ``peak``: the matmul precision in the catalog. ``slots``: a factor on fp32 optimizer
+    state."""
 
     name: str
     peak: str
@@ -60,7 +62,7 @@ PRECISIONS = {
         Precision(name="bf16", peak="bf16", param=4, compute=2, grad=4),
         # Weights and moments in bf16; gradients are summed in fp32.
         Precision(name="bf16-state", peak="bf16", param=2, compute=2, grad=4, slots=0.5),
-        # As others publish it: bf16 weights with fp32 Adam, 10 bytes a parameter and bf16 gradients.
+        # As others publish it: bf16 weights with fp32 Adam, 10 bytes per parameter, and bf16 gradients.
         Precision(name="bf16-weights", peak="bf16", param=2, compute=2, grad=2),
         # Matmuls in fp8; weights, moments and everything that is kept as with bf16.
         Precision(name="fp8", peak="fp8", param=4, compute=2, grad=4),
@@ -68,22 +70,22 @@ PRECISIONS = {
 }
 
 FP32_SHARE = {"nvidia": 0.5, "google": 1 / 6, "amd": 0.125}
-"""fp32 matmul rate over the bf16 rate where the catalog has none: TF32 on NVIDIA, six bf16 passes on TPUs, fp32
-matrix cores on AMD. Estimates."""
+"""The fp32 matmul rate over the bf16 rate for chips without an entry in the catalog: TF32 on NVIDIA, six bf16 passes
+on TPUs, fp32 matrix cores on AMD. Estimates."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What a stack does with time and memory.
+    """Describe how a software stack uses time and memory.
 
-    ``hide_*``: the share of a collective that runs behind computation at best. ``runtime_bytes``: what the
-    runtime takes of a device before the first tensor. ``keeps_ends``: the gathered embedding and output
-    projection live through the whole step (FSDP2's root group). ``twice_grads``: with accumulation, a
-    microbatch's gradients exist beside their sum (XLA), instead of being added in place (torch).
-    ``static``: XLA plans memory ahead: weights are cast once for all layers, gradients of layers exist only once the
-    loss is done with, attention goes through chunks of queries, and only the output projection is gathered outside of
-    layers. ``skips_masked``: attention leaves out what a causal mask hides. Our backends do not: documents are packed,
-    and neither XLA nor torch's kernel with a mask of its own skips anything. Published runs used kernels that do.
+    ``hide_*``: the largest share of a collective that runs behind computation. ``runtime_bytes``: memory of the runtime
+    on a device before the first tensor. ``keeps_ends``: the gathered embedding and output projection live through the
+    whole step (FSDP2's root group). ``twice_grads``: with accumulation, a microbatch's gradients exist beside their sum
+    (XLA) and are not added in place (torch).
+    ``static``: XLA plans memory ahead. It casts weights once for all layers, makes gradients of layers only after the
+    loss, runs attention in chunks of queries, and gathers only the output projection outside of layers.
+    ``skips_masked``: attention skips what a causal mask hides. Our backends do not: documents are packed, and neither
+    XLA nor torch's kernel with an explicit mask skips anything. Published runs used kernels that do.
     """
 
     hide_fsdp: float = 0.9
@@ -111,7 +113,7 @@ TUNING = {
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
-    # The jax backend on NVIDIA: not what a plan chooses there, but what XLA compiles.
+    # The jax backend on NVIDIA, as XLA compiles it; a plan does not choose it there.
     "jax-cuda": Tuning(keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0),
     "torch-rocm": Tuning(),
     "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, fragmentation=0.0),
@@ -131,33 +133,33 @@ TUNING = {
 }
 
 ATTENTION_SHARE = 0.75
-"""Rate of a fused attention kernel over that of matmuls."""
+"""The rate of a fused attention kernel over the rate of matmuls."""
 
 ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward pass over its forward pass: five matmuls (scores again) against two."""
 
 MEMORY_SHARE = 0.85
-"""Share of the nominal memory bandwidth that streaming kernels reach."""
+"""The share of the nominal memory bandwidth that streaming kernels reach."""
 
 LOGITS_CHUNK_BYTES = 64 * 2**20
-"""The loss takes fp32 logits in chunks of at most this."""
+"""The largest size of a chunk of fp32 logits in the loss."""
 
 SCORES_CHUNK_BYTES = 256 * 2**20
-"""Attention in XLA takes fp32 scores in chunks of at most this."""
+"""The largest size of a chunk of fp32 scores in XLA's attention."""
 
 SCORES_COPIES = 3.5
-"""Scores, their weights (and those in bf16) and their gradient exist at once in a chunk's backward pass."""
+"""Copies of the scores that exist at once in a chunk's backward pass: scores, weights (also in bf16), gradient."""
 
 LOGITS_COPIES = 3
-"""Logits, their exponentials and their gradient exist at once."""
+"""Copies of the logits that exist at once: logits, their exponentials, their gradient."""
 
 STATIC_LOGITS_COPIES = 2
-"""What of them exists at once where XLA fuses the exponentials into what uses them."""
+"""Copies of the logits that exist at once if XLA fuses the exponentials into their uses."""
 
 LOGITS_PASSES = 6
-"""Times that an fp32 logit is read or written."""
+"""The number of times that an fp32 logit is read or written."""
 
 
 def tuning_of(stack: str) -> Tuning:
-    """Return how a software stack lays a step out; the defaults for the stack of a chip of another package."""
+    """Return how a software stack runs a step; the defaults for the stack of a chip from another package."""
     return TUNING.get(stack, Tuning())

@@ -1,4 +1,4 @@
-"""Turn a recipe into the shape that the planner needs, by the list of its logical tensors."""
+"""Turn a recipe into the shape that the planner needs, from the list of its logical tensors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from portatrain.errors import choice
 from portatrain.model.module import Definition
+from portatrain.optim import declared_slots
 from portatrain.plan.cost.policy import PRECISIONS
 from portatrain.plan.cost.shapes import PRESETS, ModelShape, from_tensors
 from portatrain.plan.cost.tensors import LogicalTensor
@@ -35,19 +36,16 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         return recipe
     definition = recipe.describe()
     tensors = logical_tensors(definition, recipe)
-    seq_len = getattr(recipe.data, "seq_len", None)
-    positions = seq_len or _positions(tensors)
+    positions = recipe.data.tokens_per_sample() or _positions(tensors)
     trained = [t for t in tensors if t.trainable]
     slots = sum(
         math.prod(slot.shape) * _SLOT_BYTES.get(slot.dtype, 4)
         for tensor in trained
-        for slot in recipe.optimizer.slots(tensor).values()
+        for slot in declared_slots(recipe.optimizer, tensor).values()
     )
-    # Averages are fp32 whatever the slots are, which the precision scales.
+    # Averages are fp32 whatever the dtype of the slots, which the precision scales.
     averaged = sum(4 * t.size for t in tensors if recipe.averages(t.name)) / PRECISIONS[recipe.precision].slots
     numel = sum(t.size for t in trained)
-    counted = getattr(recipe.model, "flops_per_sample", None)
-    flops = None if counted is None else counted(seq_len) if seq_len else counted()
     modules = definition.modules.values()
     return from_tensors(
         recipe.name,
@@ -60,7 +58,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         slot_bytes=(slots + averaged) / numel if numel else 0.0,
         precision=recipe.precision,
         train_tokens=float(recipe.samples_after(recipe.steps) * positions),
-        flops_per_sample=flops,
+        flops_per_sample=recipe.flops_per_sample(),
         compute=dict(recipe.compute or {}),
         params=dict(recipe.params or {}),
         source=f"recipe {recipe.name}",

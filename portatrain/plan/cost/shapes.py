@@ -1,7 +1,7 @@
-"""What the planner needs to know of a recipe: the sizes of its model, its batch, its optimizer.
+"""Describe a recipe for the planner: the sizes of its model, its batch, its optimizer.
 
-``ModelShape`` describes a transformer by its sizes and derives its parameters from them, or takes the
-list of parameters where there is one (``portatrain.plan.cost.recipes`` makes it from any recipe).
+``ModelShape`` describes a transformer by its sizes. It derives its parameters from them, or takes a list of parameters
+(``portatrain.plan.cost.recipes`` makes one from any recipe).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from portatrain.model.layout import Axes
 from portatrain.plan.cost.tensors import Group, LogicalTensor, group
 
 ADAM_BYTES = 8.0
-"""Two moments in fp32, a parameter."""
+"""Bytes per parameter of two moments in fp32."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MLA:
-    """Sizes of DeepSeek's multi-head latent attention."""
+    """Hold the sizes of DeepSeek's multi-head latent attention."""
 
     q_rank: int
     kv_rank: int
@@ -32,12 +32,12 @@ class MLA:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """A decoder (or encoder) and how it is trained. ``batch`` is samples a step over all devices.
+    """Describe a decoder (or encoder) and its training. ``batch``: samples per step over all devices.
 
-    ``experts`` > 0 makes the feed-forward layers, but for the first ``dense_layers``, mixtures of experts of
-    hidden size ``mlp``; the dense ones have ``dense_mlp``. ``capacity`` is what experts compute over what they
-    are sent (1: dropless). ``slot_bytes``: optimizer state a trained parameter, in bytes. ``flops_per_sample``: what
-    the model says of itself, for MFU. ``tensors`` replaces the derived parameters.
+    With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
+    ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
+    (1: dropless). ``slot_bytes``: bytes of optimizer state per trained parameter. ``flops_per_sample``: the model's own
+    figure, for MFU. ``tensors`` replaces the derived parameters.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ModelShape:
                     f"shape {self.name}: {name}",
                     expected="a positive number",
                     got=str(getattr(self, name)),
-                    do="Mend the recipe.",
+                    do="Correct the recipe.",
                 )
 
     def with_batch(self, batch: int) -> ModelShape:
@@ -88,24 +88,24 @@ class ModelShape:
 
     @property
     def q_width(self) -> int:
-        """Numbers a token in the queries."""
+        """Return the numbers per token in the queries."""
         return self.heads * (self.mla.nope_dim + self.mla.rope_dim if self.mla else self.head_dim)
 
     @property
     def kv_width(self) -> int:
-        """Numbers a token in keys and values together, as attention reads them."""
+        """Return the numbers per token in keys and values together, as attention reads them."""
         if self.mla:
             return self.heads * (self.mla.nope_dim + self.mla.rope_dim + self.mla.value_dim)
         return 2 * self.kv_heads * self.head_dim
 
     @property
     def out_width(self) -> int:
-        """Numbers a token in what attention returns."""
+        """Return the numbers per token in the result of attention."""
         return self.heads * (self.mla.value_dim if self.mla else self.head_dim)
 
     @property
     def stacks(self) -> tuple[tuple[int, float, bool], ...]:
-        """(layers, feed-forward width a token passes, whether it is routed) of every kind of layer."""
+        """Return (layers, feed-forward width per token, whether it is routed) of every kind of layer."""
         if not self.experts:
             return ((self.layers, float(self.mlp), False),)
         routed = float(self.mlp * (self.experts_per_token + self.shared_experts))
@@ -123,35 +123,37 @@ class ModelShape:
 
     @cached_property
     def memo(self) -> dict[object, Any]:
-        """What was computed of this shape for a mesh: clusters of a size ask for the same ones."""
+        """Return the cache of what was computed of this shape for a mesh, because clusters of one size ask for the
+        same."""
         return {}
 
     @cached_property
     def parameters(self) -> int:
-        """All parameters, tied ones once."""
+        """Return the number of all parameters; tied parameters count once."""
         return sum(tensor.size for tensor in self.all_tensors)
 
     @cached_property
     def active(self) -> float:
-        """Parameters that a token is multiplied with: without the lookup, with the output projection."""
+        """Return the number of parameters that a token is multiplied with: no lookup, but the output projection."""
         return sum(part.active for part in self.groups)
 
     @cached_property
     def attention_flops(self) -> float:
-        """FLOPs a token of the forward pass of attention, all layers, causal where the model is."""
+        """Return the FLOPs per token of attention's forward pass, over all layers, causal if the model is."""
         per_pair = 2 * (self.q_width + self.out_width)
         return self.layers * per_pair * self.seq_len * (0.5 if self.causal else 1.0)
 
     @property
     def model_flops(self) -> float:
-        """FLOPs a token of training, as MFU counts them here: 6 x active + 3 x causal attention; no recomputation."""
+        """Return the FLOPs per token of training, as MFU counts them: 6 x active + 3 x causal attention; no
+        recomputation."""
         if self.flops_per_sample is not None:
             return self.flops_per_sample / self.seq_len
         return 6 * self.active + 3 * self.attention_flops
 
 
 def derive(shape: ModelShape) -> tuple[LogicalTensor, ...]:
-    """The parameters of a Llama-like model of these sizes: norms, attention, feed-forward, experts, ends."""
+    """Return the parameters of a Llama-like model of these sizes: norms, attention, feed-forward, experts, ends."""
     table = _tensor("embed", 0, 0, vocab=shape.vocab, embed=shape.embed)
     found = [replace(table, matmul=shape.tied)]
     first = shape.dense_layers if shape.experts else shape.layers
@@ -280,16 +282,16 @@ PRESETS: dict[str, ModelShape] = {
         ),
     )
 }
-"""Shapes by name. Their batches are those of this project's recipes; the models' own were ramped or unpublished."""
+"""Shapes by name. Their batches are those of our recipes; the models' own batches were ramped or unpublished."""
 
 
 def from_tensors(
     name: str, tensors: tuple[LogicalTensor, ...], *, seq_len: int, batch: int, **options: object
 ) -> ModelShape:
-    """The shape of any model from its parameters alone: sizes are read off the logical axes.
+    """Return the shape of any model from its parameters alone, with sizes from their logical axes.
 
-    What the axes do not tell has to be given (``causal``, ``experts_per_token``, ``tied``): a model without
-    heads has no attention, one without ``mlp`` no feed-forward.
+    Give what the axes do not show (``causal``, ``experts_per_token``, ``tied``). A model without heads has no
+    attention, one without ``mlp`` no feed-forward.
     """
     sizes: dict[str, int] = {}
     for tensor in tensors:

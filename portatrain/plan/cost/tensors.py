@@ -1,7 +1,7 @@
-"""The parameters of a model as the planner sees them: logical tensors, and sums over those that shard alike.
+"""Describe a model's parameters for the planner: logical tensors, and sums over those that shard alike.
 
-The rules are those of ``portatrain.model.layout`` (a test compares): a mapping gives each logical axis its mesh
-axes, sizes must divide, and kv_heads of which the shards are a multiple are held whole.
+The rules are those of ``portatrain.model.layout`` (a test compares them): a mapping gives each logical axis its mesh
+axes, and sizes must divide. If the number of shards is a multiple of kv_heads, kv_heads are held whole.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from portatrain.model.layout import COMPUTE, MESH_AXES, PARAMS, Axes, Mesh
 
 Sizes = tuple[int, int, int, int, int]
-"""Sizes of the mesh axes, in the order of ``portatrain.model.layout.MESH_AXES``."""
+"""The sizes of the mesh axes, in the order of ``portatrain.model.layout.MESH_AXES``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogicalTensor:
-    """One parameter: ``axes`` names its dimensions, the first ``batch_dims`` of which count copies (layers,
-    experts); the next ``fan_in_axes`` are contracted by the forward pass (0: a lookup, a scale, a bias). ``matmul``
-    says that it is multiplied with every token although ``fan_in_axes`` is 0 (an output table, which is a lookup)."""
+    """Describe one parameter. ``axes``: its dimensions. The first ``batch_dims`` of them count copies (layers,
+    experts); the forward pass contracts the next ``fan_in_axes`` (0: a lookup, a scale, a bias). ``matmul``: it is
+    multiplied with every token although ``fan_in_axes`` is 0 (an output table, which is also a lookup)."""
 
     name: str
     shape: tuple[int, ...]
@@ -37,14 +37,14 @@ class LogicalTensor:
 
 @dataclass(frozen=True)
 class Split:
-    """A dimension of ``size`` that is cut over mesh axes, given as indices into MESH_AXES."""
+    """Hold a dimension of ``size`` that is sharded over mesh axes, given as indices into MESH_AXES."""
 
     axis: str
     size: int
     over: tuple[int, ...]
 
     def shards(self, mesh: Sizes) -> int:
-        """How many parts the dimension is cut into on ``mesh``; 1 where kv_heads are held whole."""
+        """Return the number of shards of the dimension on ``mesh``; 1 if kv_heads are held whole."""
         parts = 1
         for index in self.over:
             parts *= mesh[index]
@@ -58,11 +58,11 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """All parameters that shard alike and are used alike.
+    """Hold the sum of all parameters that shard alike and are used alike.
 
-    ``layers`` is the length of their stack (0: outside of any), ``active`` the numbers of them that a token
-    is multiplied with (a matmul's, scaled by the share of the experts that it visits). ``role`` is the part of
-    a layer: qkv, projected, hidden, down; ends for what lies outside of the layers.
+    ``layers``: the length of their stack (0: outside of any). ``active``: the numbers that a token is multiplied with
+    (of a matmul, scaled by the share of the experts that the token visits). ``role``: the part of a layer (qkv,
+    projected, hidden, down), or ends for parameters outside of layers.
     """
 
     params: tuple[Split, ...]
@@ -87,7 +87,7 @@ def group(
     params: Mapping[str, Axes] | None = None,
     experts_share: float = 1.0,
 ) -> tuple[Group, ...]:
-    """Sum ``tensors`` by how they shard under the default mappings with the given entries laid over them.
+    """Sum ``tensors`` by how they shard under the default mappings, overridden by the given entries.
 
     ``experts_share`` is experts per token / experts.
     """
@@ -110,7 +110,7 @@ def group(
 
 
 def _role(tensor: LogicalTensor, layers: int) -> str:
-    """The part of a layer that a parameter belongs to, by what it contracts and what it makes."""
+    """Return the part of a layer that a parameter belongs to, by its input and output axes."""
     if not layers:
         return "ends"
     first = tensor.batch_dims

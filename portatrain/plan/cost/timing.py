@@ -1,4 +1,4 @@
-"""Seconds of a step, term by term, and how much of each collective hides behind computation."""
+"""Compute the seconds of a step, term by term, and the part of each collective that hides behind computation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """The work that one device does in a second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
+    """Hold one device's work per second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
 
     matmul: float
     attention: float
@@ -47,8 +47,8 @@ def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """Seconds of a step on one device. A collective's field holds only the part that computation does not hide;
-    ``busy`` holds the whole duration."""
+    """Hold the seconds of a step on one device. A collective's field has only the part that computation does not hide;
+    ``busy`` has the whole duration."""
 
     matmul: float
     attention: float
@@ -82,7 +82,7 @@ class Time:
 
 
 def _left(collective: float, behind: float, share: float) -> float:
-    """What of ``collective`` seconds is not hidden behind ``behind`` seconds of work, of which ``share`` at best is."""
+    """Return the seconds of a collective that stay visible if work of ``behind`` seconds hides at most ``share``."""
     return max(collective - share * behind, collective * (1 - share))
 
 
@@ -113,29 +113,29 @@ def step_time(
     streamed = sum(kind.n * kind.streamed for kind in work.kinds) * tokens * width
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
-    # Computed again: what is not kept. The last projection of a block (down) and the ends never are.
+    # Recomputed: everything that is not kept, except the last projection of a block (down) and the ends.
     lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
     share = sum(work.matmul[role] * part for role, part in lost.items()) / per_token if per_token else 0.0
     again = matmul * share + attention * (1 - remat.attention) + elementwise * (1 - remat.normed)
     forward = matmul + attention + elementwise + logits
     backward = 2 * matmul + ATTENTION_BACKWARD * attention + 2 * elementwise + again
 
-    # Tensor parallelism: gather before and scatter after attention and feed-forward, as often backward; normed
-    # inputs that were not kept are gathered again, and the projection's sum scattered again. One pair more for
-    # the embedding and the loss, each way.
+    # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
+    # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
+    # and the loss add one more pair, each way.
     layers = sum(kind.n for kind in work.kinds)
     tensor_s = 0.0
     if mesh[TENSOR] > 1:
         stream = all_gather(paths[TENSOR], tokens * work.embed * width)
         more = 2 * (1 - remat.normed) + (1 - remat.projected)
-        # Experts get `copies` of a token; gathering and scattering around them is as many times as large.
+        # Experts get `copies` of a token, so gathering and scattering around them grows by that factor.
         tensor_s = stream * (4 + sum(kind.n * (4 + 4 * max(1.0, kind.copies) + more) for kind in work.kinds))
     # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
     context_s = 0.0
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
         context_s = 3 * layers * all_gather(paths[CONTEXT], tokens * mesh[CONTEXT] * kv * width)
-    # Experts: tokens go there and back, forward and backward, and there again where they were not kept.
+    # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     expert_s = 0.0
     if mesh[EXPERT] > 1:
         trips = 4 + (1 - remat.normed)
@@ -154,7 +154,7 @@ def step_time(
     scatter = all_gather(paths[FSDP], (work.gathered_layers + work.gathered_ends) * precision.grad)
     left_fsdp = _left(gather, forward, tuning.hide_fsdp) + _left(regather + scatter, backward, tuning.hide_fsdp)
 
-    # What is whole on several devices is reduced once a step, behind the last backward pass.
+    # Gradients of parameters that are whole on several devices are reduced once a step, behind the last backward pass.
     reduce = sum(
         many_reduces([paths[axis] for axis in axes], numel * precision.grad) for numel, axes in work.replicated
     )

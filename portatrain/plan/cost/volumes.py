@@ -1,4 +1,4 @@
-"""What one device multiplies and exchanges in a step: the amounts that times are made of, and that compilers count.
+"""Compute the work and the traffic of one device in a step, from which times follow and which compilers can confirm.
 
 A collective is counted by the bytes of its gathered array, an all-reduce twice, as `portatrain.plan.compilers.hlo`
 counts compiled ones.
@@ -16,13 +16,13 @@ from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Volumes:
-    """Of one microbatch, but for ``reduced``, which is once a step: (numel, mesh axes) of what is all-reduced.
+    """Hold the volumes of one microbatch; only ``reduced`` is for a step: (numel, mesh axes) of each all-reduce.
 
-    ``gather``, ``regather``: bytes of weights collected forward and backward; ``scatter``: of gradients spread out;
-    ``lookup``: of rows of an embedding that stays split, and of their gradients, exchanged over fsdp; ``tensor``,
-    ``context``, ``expert``: of activations over that axis, the last one exchanged all to all.
-    ``matmul``: FLOPs of the forward pass without attention, ``attention`` of its attention, ``again`` of both
-    that the backward pass repeats, besides its own 2 and 2.5 times.
+    ``gather``, ``regather``: bytes of weights gathered forward and backward. ``scatter``: bytes of gradients scattered.
+    ``lookup``: bytes of rows of an embedding that stays sharded, and of their gradients, exchanged over fsdp.
+    ``tensor``, ``context``, ``expert``: bytes of activations over that axis, for expert by all-to-all. ``matmul``:
+    FLOPs of the forward pass without attention. ``attention``: FLOPs of its attention. ``again``: FLOPs of both that
+    the backward pass recomputes, besides its own 2 and 2.5 times.
     """
 
     matmul: float
@@ -38,11 +38,11 @@ class Volumes:
     reduced: tuple[tuple[float, tuple[int, ...]], ...]
 
     def flops(self, accumulation: int) -> float:
-        """Of a step: forward, backward, and what is computed again."""
+        """Return the FLOPs of a step: forward, backward, and recomputation."""
         return accumulation * (3 * self.matmul + (1 + ATTENTION_BACKWARD) * self.attention + self.again)
 
     def bytes(self, accumulation: int, precision: Precision) -> dict[str, float]:
-        """Of a step, by mesh axes (joined by ``+``)."""
+        """Return the bytes of collectives of a step, by mesh axes (joined by ``+``)."""
         n = accumulation
         found = {
             MESH_AXES[FSDP]: n * (self.gather + self.regather + self.scatter + self.lookup),
@@ -57,30 +57,30 @@ class Volumes:
 
 
 def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, tuning: Tuning) -> Volumes:
-    """The amounts of a microbatch of ``tokens`` (T) on a device."""
+    """Return the volumes of a microbatch of ``tokens`` (T) on a device."""
     width, mesh = precision.compute, work.mesh
     per_token = sum(work.matmul.values())
-    # Computed again: what is not kept. The last projection of a block (down) and the ends never are.
+    # Recomputed: everything that is not kept, except the last projection of a block (down) and the ends.
     lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
     again = 2 * tokens * sum(work.matmul[role] * part for role, part in lost.items())
     attention = attention_flops(work, tuning) * tokens
     again += attention * (1 - remat.attention)
 
-    # Tensor parallelism: gather before and scatter after attention and feed-forward, as often backward; normed
-    # inputs that were not kept are gathered again, and the projection's sum scattered again. One pair more for
-    # the embedding and the loss, each way.
+    # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
+    # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
+    # and the loss add one more pair, each way.
     layers = sum(kind.n for kind in work.kinds)
     tensor = context = expert = 0.0
     if mesh[TENSOR] > 1:
         more = 2 * (1 - remat.normed) + (1 - remat.projected)
-        # Experts get `copies` of a token; gathering and scattering around them is as many times as large.
+        # Experts get `copies` of a token, so gathering and scattering around them grows by that factor.
         times = 4 + sum(kind.n * (4 + 4 * max(1.0, kind.copies) + more) for kind in work.kinds)
         tensor = times * tokens * work.embed * width
     # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
         context = 3 * layers * tokens * mesh[CONTEXT] * kv * width
-    # Experts: tokens go there and back, forward and backward, and there again where they were not kept.
+    # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     if mesh[EXPERT] > 1:
         trips = 4 + (1 - remat.normed)
         expert = sum(
@@ -92,7 +92,7 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     ends = work.gathered_ends if tuning.keeps_ends and mesh[FSDP] > 1 else 0.0
     lookup = 0.0
     if tuning.static and gathered:
-        # Only the output projection is gathered outside of layers, once. A lookup deals out what it found instead, and
+        # Only the output projection is gathered outside of layers, once. A lookup exchanges its rows instead, and
         # collects the gradient in fp32.
         gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
         lookup = tokens * work.embed * (width + 4) if work.vocab else 0.0

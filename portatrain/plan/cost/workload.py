@@ -1,7 +1,7 @@
-"""A model on one mesh: what a device holds, multiplies, keeps and sends, before any chip is looked at.
+"""Describe a model on one mesh: what a device holds, multiplies, keeps and sends, independent of the chip.
 
-T below is tokens a device works on in a microbatch, counted over the tensor axis once: its rows times
-seq_len / context. Widths are numbers a token.
+T below is the number of tokens of a microbatch on a device, counted once over the tensor axis: its rows times
+seq_len / context. Widths are numbers per token.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ ROLES = ("qkv", "projected", "hidden", "down", "ends")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerKind:
-    """Widths of one kind of layer on a device: ``n`` layers, ``res`` the residual stream as it is cut between
-    blocks, ``wide`` as blocks see it, ``q`` (queries, and attention's result), ``kv``, ``mlp`` the hidden
-    width that a token passes, ``copies`` of a token that experts get."""
+    """Hold the widths of one kind of layer on a device. ``n``: layers. ``res``: the residual stream as it is sharded
+    between blocks. ``wide``: the stream inside blocks. ``q``: queries, and attention's result. ``mlp``: the hidden
+    width that a token passes. ``copies``: copies of a token that experts get."""
 
     n: int
     res: float
@@ -34,15 +34,16 @@ class LayerKind:
     copies: float
 
     def kept(self, remat: Remat, width: float, *, static: bool) -> float:
-        """Numbers of ``width`` bytes a token that one layer keeps from forward to backward.
+        """Return the numbers of ``width`` bytes per token that one layer keeps from forward to backward.
 
-        Where nothing is computed again it is what the frameworks' derivatives ask for, as counted in jax's scans and in
-        torch's saved tensors: of each norm its input and its result before scaling, in fp32; of the feed-forward its
-        widths, the activation and the product, and in XLA (``static``) two more factors of the activation's derivative.
-        Chosen by kind of operation, torch also keeps what the last projection returned, which nothing needs, and of
-        projections that tensor cuts by rows what they returned before it was summed.
+        If nothing is recomputed, these are the values that the frameworks' derivatives need, as counted in jax's scans
+        and in torch's saved tensors. For each norm: its input and its result before scaling, in fp32. For the
+        feed-forward: its widths, the activation and the product, and in XLA (``static``) two more factors of the
+        activation's derivative. If values are chosen by kind of operation, torch also keeps the result of the last
+        projection, which nothing needs, and the results of projections that tensor shards by rows, before they are
+        summed.
         """
-        copies = 2 * self.copies * self.wide  # what experts get and what they return
+        copies = 2 * self.copies * self.wide  # the inputs and the results of experts
         if remat.everything:
             hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
             return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
@@ -60,22 +61,22 @@ class LayerKind:
 
     @property
     def streamed(self) -> float:
-        """Numbers a token that the forward pass's elementwise operations read or write: two norms, two
+        """Return the numbers per token that elementwise operations of the forward pass read or write: two norms, two
         additions, RoPE, the feed-forward's product, and moving tokens to experts and back."""
         return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.copies * self.wide
 
     @property
     def touched(self) -> float:
-        """Numbers a token that the forward pass's matmuls read or write."""
+        """Return the numbers per token that the forward pass's matmuls read or write."""
         return 4 * self.wide + self.q + self.kv + self.out + (self.ways + 1) * self.mlp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnMesh:
-    """The sums that memory and time are made of. Numbers are of parameters unless said otherwise; all are
-    a device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with.
-    ``scores``: of one query, over the heads here. ``attention_flops`` and ``masked_flops``: a token's, of what
-    the mask shows and of what it hides."""
+    """Hold the sums from which memory and time follow. Numbers are parameters unless stated otherwise, and all are one
+    device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with. ``scores``: of one
+    query, over this device's heads. ``attention_flops`` and ``masked_flops``: per token, for the pairs that the mask
+    shows and for the pairs that it hides."""
 
     mesh: Sizes
     rows: int
@@ -102,7 +103,7 @@ class OnMesh:
 
 
 def on_mesh(shape: ModelShape, mesh: Sizes) -> OnMesh:
-    """Sum the parameters of ``shape`` as they lie on ``mesh``, and the widths of its layers."""
+    """Sum the parameters of ``shape`` as ``mesh`` shards them, and the widths of its layers."""
     found = shape.memo.get(mesh)
     if found is None:
         found = shape.memo[mesh] = _sum(shape, mesh)
@@ -166,7 +167,7 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
 def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
     kv_parts = tensor
     if not shape.mla and shape.kv_heads < tensor:
-        kv_parts = 1  # fewer kv heads than the axis: every device computes them all
+        kv_parts = 1  # fewer kv heads than shards: every device computes them all
     found = []
     for n, mlp, routed in shape.stacks:
         found.append(
@@ -186,7 +187,8 @@ def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
 
 
 def _without_experts(part: Group, mesh: Sizes) -> int:
-    """Shards of a matmul's work: experts on other devices take their tokens with them, so that axis halves nothing."""
+    """Return the shards of a matmul's work. Experts on other devices take their tokens along, so expert divides
+    nothing."""
     shards = 1
     for split in part.compute:
         kept = tuple(axis for axis in split.over if axis != EXPERT)
@@ -196,6 +198,6 @@ def _without_experts(part: Group, mesh: Sizes) -> int:
 
 
 def _unsharded(part: Group, mesh: Sizes) -> tuple[int, ...]:
-    """The batch and sequence axes over which the group's gradients are all-reduced, not scattered."""
+    """Return the batch and sequence axes over which the group's gradients are all-reduced, not reduce-scattered."""
     cut = {axis for split in part.params for axis in split.over}
     return tuple(a for a in (REPLICA, FSDP, EXPERT, CONTEXT) if mesh[a] > 1 and a not in cut)

@@ -83,11 +83,10 @@ def _charts(run: History) -> str:
         for s in run.resume_points
     ]
     steps = max(run.steps, run.curve[-1]["step"] if run.curve else 0)
-    unit = "tokens" if "seq_len" in run.recipe.get("data", {}) else "samples"
     figures = (
         ("loss", "loss"),
         ("grad_norm", "gradient norm, before clipping"),
-        ("tokens_per_s", f"{unit} a second"),
+        ("tokens_per_s", f"{run.unit} a second"),
         ("lr", "learning rate"),
     )
     out = []

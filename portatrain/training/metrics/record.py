@@ -36,9 +36,9 @@ class RunInfo:
     trainable: int
     """Parameters, and those of them that are trained."""
     tokens_per_step: int
-    """Tokens (images, for an image model) of a global batch."""
+    """Tokens of a global batch, or samples if a sample has no tokens."""
     unit: str = "tokens"
-    """What ``tokens`` counts: tokens or images."""
+    """What ``tokens`` counts: tokens or samples."""
     flops_per_step: float | None = None
     """Model FLOPs of a step, forward and backward (see ``flops``); None where the model does not say."""
     peak_flops: float | None = None
@@ -65,9 +65,7 @@ class RunInfo:
         id: str = "",
     ) -> RunInfo:
         """Return the facts of an attempt at `recipe` on `devices` devices of the kind `device`."""
-        seq_len = getattr(recipe.data, "seq_len", None)
-        counted = getattr(recipe.model, "flops_per_sample", None)
-        per_sample = None if counted is None else counted(seq_len) if seq_len else counted()
+        length, per_sample = recipe.data.tokens_per_sample(), recipe.flops_per_sample()
         peak = measured_cpu_peak() if device.startswith("cpu") and per_sample else None
         return cls(
             run=run_dir.name,
@@ -81,8 +79,8 @@ class RunInfo:
             precision=recipe.precision,
             parameters=definition.parameters,
             trainable=sum(t.size for n, t in definition.params.items() if recipe.trains(n)),
-            tokens_per_step=recipe.batch * (seq_len or 1),
-            unit="tokens" if seq_len else "images",
+            tokens_per_step=recipe.batch * (length or 1),
+            unit="tokens" if length else "samples",
             flops_per_step=None if per_sample is None else per_sample * recipe.batch,
             peak_flops=peak.flops_per_s if peak else None,
             peak_source=peak.source if peak else "",

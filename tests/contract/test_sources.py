@@ -1,0 +1,117 @@
+"""Every data source in a run: trained, evaluated, planned, reported and seen by the shipped hooks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from portatrain.backends.base import missing
+from portatrain.data import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.open import blank_batch
+from portatrain.errors import UserError
+from portatrain.optim import AdamW, Constant
+from portatrain.plan.cost.recipes import shape_of
+from portatrain.recipe import Recipe
+from portatrain.runs.history import read_history
+from portatrain.runs.report.page import page
+from portatrain.runs.run_dir import RunDir
+from portatrain.training.hooks import TextSample, TrigramBaseline
+from portatrain.training.trainer import train
+from recipes.models.decoder import DecoderConfig
+from recipes.models.vit import ViTConfig
+
+pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the table trains on torch")
+
+ACME = Path(__file__).parents[1] / "plugins" / "acme"
+DECODER = DecoderConfig(vocab=256, embed=16, layers=1, heads=2)
+BYTES, IDS, IMAGES = "bytes", "ids", "images"
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    for n in range(12):
+        (folder / f"{n}.txt").write_text(f"{n} and {n} make {2 * n}.\n" * 8)
+        np.full(90, n, "<u2").tofile(tmp_path / f"{n}.bin")
+    (tmp_path / "lines.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * 9}) + "\n" for n in range(12)))
+    return tmp_path
+
+
+def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
+    """Return (data, a model for it, what its samples are)."""
+    from acme_lab.data import LineConfig, Lines, Sums
+
+    text = TextFiles(paths=str(at / "corpus"), seq_len=16, validation=0.3)
+    lines = Jsonl(paths=str(at / "lines.jsonl"), seq_len=16, validation=0.3)
+    made: dict[str, Callable[[], tuple[DataSpec, object, str]]] = {
+        "TextFiles": lambda: (text, DECODER, BYTES),
+        "Jsonl": lambda: (lines, DECODER, BYTES),
+        "Stdlib": lambda: (Stdlib(seq_len=16, validation=0.01), DECODER, BYTES),
+        "TokenMemmap": lambda: (
+            TokenMemmap(paths=str(at / "*.bin"), seq_len=16, vocab=256, validation=0.3),
+            DECODER,
+            IDS,
+        ),
+        "Mixture": lambda: (Mixture(sources=(text, lines, Sums(seq_len=16)), weights=(1.0, 1.0, 1.0)), DECODER, BYTES),
+        "own documents": lambda: (Sums(seq_len=16), DECODER, BYTES),
+        "own arrays": lambda: (Lines(), LineConfig(), IMAGES),
+        "Digits": lambda: (
+            Digits(),
+            ViTConfig(rows=8, columns=8, channels=1, patch=4, classes=10, embed=16, layers=1, heads=2),
+            IMAGES,
+        ),
+    }
+    return made[source]()
+
+
+SOURCES = ["TextFiles", "Jsonl", "Stdlib", "TokenMemmap", "Mixture", "own documents", "own arrays", "Digits"]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ACME))
+    data, model, kind = of(source, corpus)
+    hooks = (TextSample(prompt="1 ", length=3), *((TrigramBaseline(),) if source != "Mixture" else ()))
+    recipe = Recipe(
+        name="table",
+        model=model,  # type: ignore[arg-type]
+        data=data,
+        optimizer=AdamW(lr=1e-3),
+        schedule=Constant(),
+        steps=2,
+        batch=4,
+        eval_every=1,
+        eval_batches=1,
+    )
+    run = RunDir(corpus / "run")
+    if kind == BYTES:
+        recipe = replace(recipe, hooks=hooks)
+    else:
+        for hook in hooks:
+            with pytest.raises(UserError, match=f"hook {type(hook).__name__} of recipe table: expected text"):
+                train(replace(recipe, hooks=(hook,)), run, backend="torch")
+            assert not run.path.exists()
+    assert train(recipe, run, backend="torch") == 0
+    tokens = 1 if kind == IMAGES else 16
+    assert [row["tokens"] for row in run.curve()] == [4 * tokens, 8 * tokens]
+    assert [e["step"] for e in run.events("eval")] == [1, 2] and all(e["samples"] == 4 for e in run.events("eval"))
+    (start,) = run.events("start")
+    unit = "samples" if kind == IMAGES else "tokens"
+    assert start["unit"] == unit and (start["flops_per_step"] is None) == (source == "own arrays")
+    assert f"{unit} a second" in page(read_history(run), [])
+    shape = shape_of(recipe)
+    assert shape.batch == 4 and (kind == IMAGES or shape.seq_len == 16)
+    summary = run.summary()
+    assert not run.events("hook_failed") and (kind == BYTES) == ("sample" in summary)
+    assert ("references" in summary) == (kind == BYTES and source != "Mixture")
+    blank = {k: (v.shape, v.dtype) for k, v in blank_batch(data, 3).items()}
+    from portatrain.data import open_data
+
+    batch = open_data(data, seed=0).train.batch(0, 3)
+    assert blank == {k: (v.shape, v.dtype) for k, v in batch.items()}
