@@ -134,13 +134,8 @@ def _eager(
 
 
 def _again(kind: LayerKind, remat: Remat, width: float) -> float:
-<<<<<<< HEAD
     """Return the numbers per token of one layer's backward pass besides kept values: its values, which autograd keeps
     while they are recomputed, and the gradients of the hidden widths."""
-=======
-    """Return numbers per token for the backward pass of one layer, besides kept values: its values, which autograd
-    keeps while they are recomputed, and the gradients of the hidden widths."""
->>>>>>> h-docs2
     values = kind.kept(REMATS["none"], width, static=False) - kind.kept(remat, width, static=False)
     return values + kind.ways * kind.mlp
 
