@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.contract.running import BACKENDS
 
 from portatrain.backends import kernels
 from portatrain.backends.base import Context, backend_class
@@ -17,6 +16,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing import check_case
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.training.trainer import train
+from tests.support.running import BACKENDS
 
 ROWS = [(name, row.name) for name in BACKENDS for row in kernels.rows("attention", name)]
 

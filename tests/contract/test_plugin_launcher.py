@@ -15,8 +15,8 @@ import pytest
 from launchers.rank_entry import rank_variables
 from portatrain.cli import launch_main
 from portatrain.runs import jobs
+from portatrain.runs.history import History, read_history
 from portatrain.runs.run_dir import RunDir
-from portatrain.runs.status import Status, status
 
 ROOT = Path(__file__).parents[2]
 ACME = ROOT / "tests" / "plugins" / "acme"
@@ -58,8 +58,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     daemon.wait()
 
 
-def now(name: str = "a") -> Status:
-    return status(RunDir(Path("runs", name)))
+def now(name: str = "a") -> History:
+    return read_history(RunDir(Path("runs", name)))
 
 
 def until(condition: Callable[[], object], what: str, seconds: float = 60) -> None:

@@ -14,7 +14,7 @@ import pytest
 from portatrain.backends.base import missing
 from portatrain.model.ops_arrays import ArrayOps
 from portatrain.system.processes import run_processes
-from tests.distributed.array_table import TABLE
+from tests.support.array_table import TABLE
 
 JAX = """
 import json
@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from portatrain.backends.base import Context
 from portatrain.backends.jax import JaxBackend
 from portatrain.testing.tolerance import tolerance
-from tests.distributed.array_table import TABLE, arguments, weight
+from tests.support.array_table import TABLE, arguments, weight
 
 context = Context(seed=3, step=2, sample=np.array([5, 2**32 + 7]), training=True)
 given = arguments()
@@ -64,7 +64,7 @@ def test_every_operation_is_in_the_table() -> None:
 def test_on_torch(mesh: str, tmp_path: Path) -> None:
     out = tmp_path / "bad.json"
     args = {"meshes": [mesh], "out": str(out)}
-    assert run_processes(2, "tests.distributed.array_worker:main", args) == 0
+    assert run_processes(2, "tests.support.array_worker:main", args) == 0
     assert json.loads(out.read_text()) == []
 
 

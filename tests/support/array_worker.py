@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tests.distributed.cases import CASES
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from portatrain.backends.torch.mesh import World, join
@@ -19,7 +18,8 @@ from portatrain.backends.torch.standalone_ops import words
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.module import describe
 from portatrain.testing.tolerance import tolerance
-from tests.distributed.array_table import TABLE, arguments, weight
+from tests.support.array_table import TABLE, arguments, weight
+from tests.support.mesh_cases import CASES
 
 
 def run(fn: Any, ops: Any, x: Any, kernel: Any, index: Any) -> list[np.ndarray]:
