@@ -295,13 +295,21 @@ def subclasses(base: type, module: Any) -> list[Any]:
 
 
 def data_page() -> str:
-    from portatrain.data import DataSpec, spec
+    from portatrain.data import DataSpec, own, spec
 
     parts = [docstring(spec)]
     for cls in subclasses(DataSpec, spec):
         imports = "Mixture, Stdlib, TextFiles" if cls.__name__ == "Mixture" else cls.__name__
         parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls))]
         parts.append(code(f"from portatrain.data import {imports}\n\ndata = {examples.DATA[cls.__name__]}"))
+    parts += ["## A source of your own", docstring(own)]
+    for contract in (own.DocumentSource, own.ArraySource):
+        parts += [f"### `{contract.__name__}`", docstring(contract)]
+        for name, member in vars(contract).items():
+            if isinstance(member, property):
+                parts.append(f"- `{name}`: {docstring(member)}")
+            elif name in ("__len__", "documents", "sample"):
+                parts.append(f"- `{signature(member)}`: {docstring(member)}")
     return page("Data specs", *parts)
 
 
