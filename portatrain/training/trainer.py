@@ -9,10 +9,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import time
-from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 from portatrain.backends import kernels
@@ -22,7 +20,6 @@ from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.data import prefetch
-from portatrain.errors import UserError
 from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
@@ -31,42 +28,20 @@ from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
-from portatrain.system.stop_signals import STRENGTHS, StopSignals
+from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best
 from portatrain.training.evaluation import evaluate
 from portatrain.training.hook_calls import HookCalls, check_hooks
-from portatrain.training.metrics import EvalRecord, RunInfo, Sink, StepRecord
+from portatrain.training.metrics import EvalRecord, RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
-from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
+from portatrain.training.options import TrainOptions as TrainOptions
 from portatrain.training.save_timer import SaveTimer
+from portatrain.training.step_records import StepRecords
 from portatrain.training.stop_requests import StopRequests
 from portatrain.training.view import TrainingView
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainOptions:
-    """The options of one attempt: backend, mesh, checkpoints. None of them changes the loss curve; the recipe does."""
-
-    backend: str
-    mesh: str | None = None
-    """'fsdp=4,tensor=2'; None: `devices` along fsdp."""
-    devices: int | None = None
-    stop_at: int | None = None
-    """Save after this step and end with exit code 85; None: train to the end."""
-    accept_drift: str | None = None
-    """The reason to continue although the continuity check fails; it is recorded."""
-    checkpoints: str | None = None
-    """An object-store URL for the checkpoints, which the run records; None: the recorded one, or the default."""
-    kernels: tuple[tuple[str, str], ...] = ()
-    """(operation, kernel) for each kernel that the user chose (`backends/kernels.py`)."""
-    sinks: Sequence[Sink] = ()
-    source: Mapping[str, Any] | None = None
-    """The arguments of `portatrain train`, for attempt.json; `launch resume` reads them."""
-    signals: StopSignals | None = None
-    """Signals that the caller has entered, so that no stop request is missed at the start."""
 
 
 def train(recipe: Recipe, run: RunDir, **options: Any) -> int:
@@ -103,10 +78,8 @@ class Trainer:
         self.state: Any = None
         self.step = 0
         """The number of steps trained so far."""
-        self._skipped: list[int] = []
-        self._saved, self._saves, self._history = -1, 0, deque[list[float]](maxlen=32)
+        self._saved, self._saves = -1, 0
         self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
-        self._replay: continuity.Replay | None = None
         self._last_eval: EvalRecord | None = None
         self._status, self._told = "failed", False
         """The status at the end of the attempt, and True if its sinks have been started."""
@@ -122,6 +95,7 @@ class Trainer:
             event=self.event,
         )
         self.hooks = HookCalls(self.view)
+        self._steps = StepRecords(recipe, self.view, self.hooks, self.sinks, self._judge)
 
     # ---- the loop
 
@@ -144,7 +118,8 @@ class Trainer:
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
-            self._began_s, self._begun = time.perf_counter(), True
+            self._began_s = self._steps.began_s = time.perf_counter()
+            self._begun = True
             try:
                 self._train(attempt, about)
             except BaseException as error:
@@ -166,7 +141,7 @@ class Trainer:
         )
         found = self._newest(attempt)
         self.step = int(found.meta["step"]) if found else 0
-        self._info = self._run_info(attempt.number, about)
+        self._info = self._steps.info = self._run_info(attempt.number, about)
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
         self.sinks.start(self._info)
@@ -283,7 +258,8 @@ class Trainer:
         return agreed
 
     def _loop(self) -> None:
-        recipe, self._ended_s = self.recipe, time.perf_counter()
+        recipe = self.recipe
+        self._steps.start()
         self._save_timer.start()
         # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
         # so that the device never waits.
@@ -304,11 +280,11 @@ class Trainer:
                 agreed = self._agreed(save=due)
                 if agreed == "save":
                     if pending is not None:
-                        self._record(*pending)
+                        self._steps.add(*pending, self._memory_bytes())
                         pending = None
                     self._stop.at("save", self.step)
                     self._save(by_time=True)
-                    self._ended_s = time.perf_counter()
+                    self._steps.start()
                 elif agreed is not None:
                     break
                 if rows is None:
@@ -321,15 +297,15 @@ class Trainer:
                 if step == first:
                     self.event(Kind.KERNELS, choices=kernels.taken())
                 if pending is not None:
-                    self._record(*pending)
+                    self._steps.add(*pending, self._memory_bytes())
                 pending = (step, result, waited_s)
                 if not self.backend.async_dispatch:
-                    self._record(*pending)
+                    self._steps.add(*pending, self._memory_bytes())
                     pending = None
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
                 saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
                 if (evaluates or saves) and pending is not None:  # record the step before its evaluation or save
-                    self._record(*pending)
+                    self._steps.add(*pending, self._memory_bytes())
                     pending = None
                 if evaluates:
                     self._stop.at("eval", step)
@@ -338,9 +314,9 @@ class Trainer:
                     self._stop.at("save", step)
                     self._save()
                 if evaluates or saves:
-                    self._ended_s = time.perf_counter()
+                    self._steps.start()
         if pending is not None:
-            self._record(*pending)
+            self._steps.add(*pending, self._memory_bytes())
 
     # ---- saving and resuming
 
@@ -356,7 +332,7 @@ class Trainer:
         self._saves += 1
         probes = last or (self._saves - 1) % recipe.probe_every == 0
         found = continuity.record(self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes)
-        found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._history)}
+        found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._steps.history)}
         if self._last_eval is not None and self._last_eval.step == self.step:
             found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
         skips = by_time or (recipe.checkpoint_busy == "skip" and not last)
@@ -372,11 +348,11 @@ class Trainer:
         check_tensors(reader, self.backend.program)
         self.state = restored(self.backend, reader)
         self._saved = self.step
-        self._history.extend(reader.meta.get("history", ()))
+        self._steps.history.extend(reader.meta.get("history", ()))
         now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
         found = continuity.verdict(reader.meta, now, self.recipe.precision)
         if found["verdict"] == "unproven":
-            self._replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
         self._judge(self.step, found)
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
@@ -384,51 +360,6 @@ class Trainer:
         self.event(Kind.RESUMED, step=step, **found, accepted=self.options.accept_drift)
         if found["verdict"] == "broken" and self.options.accept_drift is None:
             raise continuity.refusal(step, found)
-
-    def _record(self, step: int, result: StepResult, waited_s: float) -> None:
-        loss, norm, skipped = float(result.loss), float(result.grad_norm), bool(int(result.skipped))
-        now_s = time.perf_counter()
-        step_s, self._ended_s = now_s - self._ended_s, now_s
-        info, recipe = self._info, self.recipe
-        peak = Peak(flops_per_s=info.peak_flops, source=info.peak_source) if info.peak_flops else None
-        share = recipe.batch_at(step) / recipe.batch
-        record = StepRecord(
-            step=step,
-            loss=loss,
-            grad_norm=norm,
-            lr=recipe.optimizer.lr * recipe.schedule(step, recipe.steps),
-            tokens=recipe.samples_after(step) * info.tokens_per_step // recipe.batch,
-            time_s=now_s - self._began_s,
-            step_s=step_s,
-            tokens_per_s=share * info.tokens_per_step / step_s,
-            mfu=mfu(flops=info.flops_per_step and share * info.flops_per_step, seconds=step_s, peak=peak),
-            memory_bytes=self._memory_bytes(),
-            data_wait_s=waited_s,
-            skipped=skipped,
-            aux={k: float(v) for k, v in result.aux.items()},
-        )
-        self.sinks.step(record)
-        self.view.metrics |= {"loss": loss, "grad_norm": norm, "lr": record.lr, **record.aux}
-        self.hooks.call("on_step", record)
-        self._history.append([step, loss])
-        if self._replay is not None and (found := self._replay.add(step, loss)) is not None:
-            self._replay = None
-            self._judge(step, found)
-        if skipped:
-            self._skip(step, loss, norm)
-
-    def _skip(self, step: int, loss: float, norm: float) -> None:
-        self._skipped.append(step)
-        self.event(Kind.SKIPPED, step=step, loss=loss, grad_norm=norm, skipped=len(self._skipped))
-        if len(self._skipped) > self.recipe.max_skips:
-            raise UserError(
-                f"step {step} of {self.recipe.name}",
-                expected=f"at most max_skips={self.recipe.max_skips} steps whose loss or gradient is not finite",
-                got=f"loss {loss}, gradient norm {norm}, the {len(self._skipped)}th such step "
-                f"(first: step {self._skipped[0]})",
-                do="The parameters are from the last finite step. Lower optimizer.lr, lengthen the warm-up, or check "
-                "the data of that step.",
-            )
 
     def _memory_bytes(self) -> int | None:
         peak = self.backend.describe_memory(self.state).get("peak")
@@ -471,8 +402,8 @@ class Trainer:
         found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
         if self._last_eval is not None:
             found |= {"validation_loss": self._last_eval.loss, **self._last_eval.metrics}
-        if self._skipped:
-            found["skipped_steps"] = self._skipped
+        if self._steps.skipped:
+            found["skipped_steps"] = self._steps.skipped
         return found
 
     def _finish(self) -> dict[str, Any]:

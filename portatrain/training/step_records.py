@@ -1,0 +1,97 @@
+"""Turn the result of every step into a record: for the sinks, the hooks, the history of losses and the skip count."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from portatrain.backends.base import StepResult
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe
+from portatrain.runs.events import Kind
+from portatrain.training import continuity
+from portatrain.training.hook_calls import HookCalls
+from portatrain.training.metrics import RunInfo, StepRecord
+from portatrain.training.metrics.broadcast import Broadcast
+from portatrain.training.metrics.flops import Peak, mfu
+from portatrain.training.view import TrainingView
+
+
+class StepRecords:
+    """The records of one attempt's steps.
+
+    history: [step, loss] of the last steps, for checkpoints. skipped: the steps that changed nothing, because the loss
+    or the gradient was not finite. replay: the continuity check that compares losses with an earlier attempt's, while
+    it lasts; `judge(step, verdict)` gets its verdict.
+    """
+
+    info: RunInfo
+    began_s: float
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        view: TrainingView,
+        hooks: HookCalls,
+        sinks: Broadcast,
+        judge: Callable[[int, Mapping[str, Any]], None],
+    ) -> None:
+        self._recipe, self._view, self._hooks, self._sinks, self._judge = recipe, view, hooks, sinks, judge
+        self.history: deque[list[float]] = deque(maxlen=32)
+        self.skipped: list[int] = []
+        self.replay: continuity.Replay | None = None
+
+    def start(self) -> None:
+        """Time the next step from now, so that a save or an evaluation is not part of a step."""
+        self._ended_s = time.perf_counter()
+
+    def add(self, step: int, result: StepResult, waited_s: float, memory_bytes: int | None) -> None:
+        """Record a step that took until now and waited `waited_s` for data. This waits for the device.
+
+        Raises UserError if more than `max_skips` steps were skipped, or if the replay finds another curve.
+        """
+        loss, norm, skipped = float(result.loss), float(result.grad_norm), bool(int(result.skipped))
+        now_s = time.perf_counter()
+        step_s, self._ended_s = now_s - self._ended_s, now_s
+        info, recipe = self.info, self._recipe
+        peak = Peak(flops_per_s=info.peak_flops, source=info.peak_source) if info.peak_flops else None
+        share = recipe.batch_at(step) / recipe.batch
+        record = StepRecord(
+            step=step,
+            loss=loss,
+            grad_norm=norm,
+            lr=recipe.optimizer.lr * recipe.schedule(step, recipe.steps),
+            tokens=recipe.samples_after(step) * info.tokens_per_step // recipe.batch,
+            time_s=now_s - self.began_s,
+            step_s=step_s,
+            tokens_per_s=share * info.tokens_per_step / step_s,
+            mfu=mfu(flops=info.flops_per_step and share * info.flops_per_step, seconds=step_s, peak=peak),
+            memory_bytes=memory_bytes,
+            data_wait_s=waited_s,
+            skipped=skipped,
+            aux={k: float(v) for k, v in result.aux.items()},
+        )
+        self._sinks.step(record)
+        self._view.metrics |= {"loss": loss, "grad_norm": norm, "lr": record.lr, **record.aux}
+        self._hooks.call("on_step", record)
+        self.history.append([step, loss])
+        if self.replay is not None and (found := self.replay.add(step, loss)) is not None:
+            self.replay = None
+            self._judge(step, found)
+        if skipped:
+            self._skip(step, loss, norm)
+
+    def _skip(self, step: int, loss: float, norm: float) -> None:
+        self.skipped.append(step)
+        self._sinks.event(Kind.SKIPPED, step=step, loss=loss, grad_norm=norm, skipped=len(self.skipped))
+        if len(self.skipped) > self._recipe.max_skips:
+            raise UserError(
+                f"step {step} of {self._recipe.name}",
+                expected=f"at most max_skips={self._recipe.max_skips} steps whose loss or gradient is not finite",
+                got=f"loss {loss}, gradient norm {norm}, the {len(self.skipped)}th such step "
+                f"(first: step {self.skipped[0]})",
+                do="The parameters are from the last finite step. Lower optimizer.lr, lengthen the warm-up, or check "
+                "the data of that step.",
+            )
