@@ -203,7 +203,7 @@ def column_read(where: Path) -> Iterator[str]:
 
 
 class Holding:
-    """Hold arrays unchanged, as a backend does, as far as a save needs one."""
+    """A backend as far as a save needs one: it holds arrays and does not change them."""
 
     def __init__(self, state: State) -> None:
         from portatrain.backends.program import Program

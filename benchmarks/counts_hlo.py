@@ -40,7 +40,7 @@ class Instruction:
 
 @dataclass(kw_only=True)
 class HloCounts:
-    """Hold counts of a program. operations: instructions that run, by opcode (a fusion is one), times the trips of
+    """Counts of a program. operations: instructions that run, by opcode (a fusion is one), times the trips of
     loops. in_loops: the instructions in one pass through every loop that is in no other loop. matmul_flops: 2 m n k of
     every dot, in any computation."""
 

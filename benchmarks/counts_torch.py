@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 @dataclass(frozen=True, kw_only=True)
 class Counts:
-    """Hold counts of a step. operations: kernels that run, by name. matmul_flops: of plain matmuls. attention_flops: of
+    """Counts of a step. operations: kernels that run, by name. matmul_flops: of plain matmuls. attention_flops: of
     fused attention, both of its matmuls over the whole square, and five matmuls in its backward pass."""
 
     operations: dict[str, int] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from statistics import median
 
 @dataclass(frozen=True, kw_only=True)
 class Ratio:
-    """Hold the median of paired ratios with its 95 % interval: order statistics, which assume no distribution."""
+    """The median of paired ratios with its 95 % interval: order statistics, which assume no distribution."""
 
     median: float
     low: float

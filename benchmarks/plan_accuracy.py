@@ -35,7 +35,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Describe one program. ``bound``: the largest error of the memory. ``remat``, ``accumulation`` and ``mesh`` are
+    """One program. ``bound``: the largest error of the memory. ``remat``, ``accumulation`` and ``mesh`` are
     fixed, so that a row stays the same program even if the planner would choose another."""
 
     recipe: str

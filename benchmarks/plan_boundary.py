@@ -25,7 +25,7 @@ from portatrain.recipe.overrides import override
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Describe a recipe on a mesh of a cluster, with the depth left open."""
+    """A recipe on a mesh of a cluster, with the depth left open."""
 
     recipe: str
     cluster: str

@@ -35,7 +35,7 @@ SAMPLES_PER_DEVICE = (1, 2, 4, 8)  # tried where the publisher's mesh cannot be 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """Hold a row with its own factor, the factor fitted without it, and the prediction by that factor."""
+    """A row with its own factor, the factor fitted without it, and the prediction by that factor."""
 
     row: Row
     own: float

@@ -15,7 +15,7 @@ from portatrain.plan.cost.tensors import Sizes
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """Describe one published figure. ``tokens``: per second and chip. ``utilisation``: as published, by its own
+    """One published figure. ``tokens``: per second and chip. ``utilisation``: as published, by its own
     convention.
 
     ``mesh``, ``rows`` (samples of a microbatch on each data-parallel device), ``accumulation`` and ``remat`` are the

@@ -23,7 +23,7 @@ CLIP_NORM = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Describe a Llama-like decoder with tied embeddings, and its batch.
+    """A Llama-like decoder with tied embeddings, and its batch.
 
     `packed`: documents share a window, so attention takes a mask from segment ids and positions start anew in each.
     """

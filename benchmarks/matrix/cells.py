@@ -49,7 +49,7 @@ MESHES = {
 
 @dataclass(frozen=True, kw_only=True)
 class How:
-    """Describe a column: a backend and how it runs. processes: None means one a device. elsewhere: the environment
+    """A column: a backend and how it runs. processes: None means one a device. elsewhere: the environment
     variable that names another Python for a backend that cannot share this environment."""
 
     backend: str

@@ -26,7 +26,7 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """Hold the results of one step. The values are 0-d arrays of the framework; `float()` waits for the device.
+    """The results of one step. The values are 0-d arrays of the framework; `float()` waits for the device.
 
     loss: mean over the weight of the global batch. grad_norm: 2-norm of the gradient of all parameters, before
     clipping. skipped: 1 if the loss or the gradient was not finite and the state is unchanged, else 0. weight: total
@@ -42,7 +42,7 @@ class StepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class LocalBox:
-    """Describe a box of a logical tensor that this process holds. Checkpoints write and read such boxes.
+    """A box of a logical tensor that this process holds. Checkpoints write and read such boxes.
 
     role: 'params', 'state', 'ema', 'opt/m', ... ; `fetch` copies the box to the host.
     """

@@ -33,7 +33,7 @@ Named = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Describe where operations run. backend: 'jax', 'torch' (DeepSpeed too) or 'torch-xla'. device: the framework's
+    """Where operations run. backend: 'jax', 'torch' (DeepSpeed too) or 'torch-xla'. device: the framework's
     name of the kind of device. mesh: the mesh as text, in the form that `Mesh` prints."""
 
     backend: str
@@ -51,7 +51,7 @@ class Site:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Hold everything that decides which kernel runs.
+    """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
     attention, those of 'causal', 'window', 'segments', 'positions' and 'softcap' that the call has, and 'uneven' if the
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """Describe a row of the table: an implementation of an operation, and the cases that it covers.
+    """A row of the table: an implementation of an operation, and the cases that it covers.
 
     refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
     'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those

@@ -17,7 +17,7 @@ from portatrain.recipe import Recipe
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """Hold everything that a backend needs to know of a run. Length, data and storage of the run are not part of it.
+    """Everything that a backend needs to know of a run. Length, data and storage of the run are not part of it.
 
     `decay`, `trainable` and `ema` contain names of parameters (`blocks/attn/wq`). `ema_decay` None: no average is kept.
     `compile` None: the backend decides for its device.

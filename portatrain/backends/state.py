@@ -25,7 +25,7 @@ COUNT = "opt/count"
 
 @dataclass(frozen=True)
 class StateTensor:
-    """Describe a logical tensor of a run's state.
+    """A logical tensor of a run's state.
 
     role: 'params', 'state', 'ema' or 'opt/<slot>'. laid_out_as: the role that `Layout.tensor_spec` uses for it. An
     average has the layout of its parameter.

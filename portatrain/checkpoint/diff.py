@@ -16,7 +16,7 @@ SLAB_BYTES = 64 << 20
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Describe how one tensor differs. elements: the number of elements with other bits; largest: the maximum of |a -
+    """How one tensor differs. elements: the number of elements with other bits; largest: the maximum of |a -
     b|; scale: the maximum of |a|. 'why' says why no comparison is possible: another shape or dtype, or one checkpoint
     lacks it.
     """

@@ -31,7 +31,7 @@ class _Copy:
 
 
 class Staging:
-    """Hold copies of boxes. The training thread makes them (`fill`), and the writing thread takes them (`sources`).
+    """Copies of boxes. The training thread makes them (`fill`), and the writing thread takes them (`sources`).
 
     Args:
         boxes: (tensor, box, copy function) for each box that this process writes, once each, in any order.

@@ -19,7 +19,7 @@ COMMIT = "COMMIT"
 
 
 class Location(Protocol):
-    """Hold the checkpoints `step-NNNNNNNN` of a run."""
+    """The checkpoints `step-NNNNNNNN` of a run."""
 
     name: str
     """The folder or URL, for messages."""
@@ -68,7 +68,7 @@ def steps_of(names: Iterable[str]) -> list[int]:
 
 
 class FolderLocation:
-    """Hold a `Location` on a local or shared file system."""
+    """A `Location` on a local or shared file system."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
@@ -99,7 +99,7 @@ class FolderLocation:
 
 
 class ObjectLocation:
-    """Hold a `Location` below a URL of an object store."""
+    """A `Location` below a URL of an object store."""
 
     def __init__(self, url: str, **options: Any) -> None:
         from portatrain.checkpoint.object_store import ObjectStore  # with NumPy: not needed to read a command line

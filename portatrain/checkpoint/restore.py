@@ -76,7 +76,7 @@ class _Held:
 
 @dataclass
 class _Shared:
-    """Hold the data that the two threads share, under one lock."""
+    """The data that the two threads share, under one lock."""
 
     waiting: deque[str]
     held: dict[str, list[_Held]] = field(default_factory=dict)

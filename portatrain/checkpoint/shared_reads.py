@@ -23,7 +23,7 @@ LEAST_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Share:
-    """Describe how the copies of a tensor's boxes are read: each box is cut along dimension `dim` into one equal part
+    """How the copies of a tensor's boxes are read: each box is cut along dimension `dim` into one equal part
     for each device along the mesh `axes` (major first), and every device reads its own part."""
 
     dim: int

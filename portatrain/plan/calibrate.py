@@ -25,7 +25,7 @@ LOW, HIGH = 0.005, 4.0
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """Hold an attempt at a run: planned and measured seconds of a step, bytes at the peak, and the factor at which the
+    """An attempt at a run: planned and measured seconds of a step, bytes at the peak, and the factor at which the
     plan would have been right; None if no factor makes it right."""
 
     where: str
@@ -39,7 +39,7 @@ class Seen:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """Hold a chip's factor before and after, and the number of attempts behind it."""
+    """A chip's factor before and after, and the number of attempts behind it."""
 
     chip: str
     before: float

@@ -20,7 +20,7 @@ CONVENTION = "6 x parameters multiplied with each token + 12 x layers x width x 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """Hold one way to run a step. ``rows``: samples of a microbatch on each device along replica, fsdp and expert."""
+    """One way to run a step. ``rows``: samples of a microbatch on each device along replica, fsdp and expert."""
 
     mesh: Sizes
     rows: int
@@ -52,7 +52,7 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Refused:
-    """Hold a reason, the number of meshes that it rules out, and the mesh that came nearest."""
+    """A reason, the number of meshes that it rules out, and the mesh that came nearest."""
 
     reason: str
     count: int
@@ -70,7 +70,7 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Hold the answer for one cluster. ``used``: the part of the cluster that works. ``shape``: the recipe as planned.
+    """The answer for one cluster. ``used``: the part of the cluster that works. ``shape``: the recipe as planned.
     ``asked``: the recipe as given, which differs from ``shape`` if only another batch divides."""
 
     asked: ModelShape

@@ -67,6 +67,7 @@ ARRAY_MODULES = tuple(
         "training.continuity",
         "training.evaluation",
         "training.open_data",
+        "training.step_records",
         "training.view",
         "testing",
         "checkpoint.saver",

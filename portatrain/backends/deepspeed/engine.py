@@ -42,7 +42,7 @@ class Part:
 
 
 class ZeroState(TorchState):
-    """Hold a state on DeepSpeed. module: the root that the engine runs. parts: by position in `pieces`. A tensor beside
+    """A state on DeepSpeed. module: the root that the engine runs. parts: by position in `pieces`. A tensor beside
     a parameter is sharded as the parameter is."""
 
     def __init__(self, module: nn.Module, pieces: list[Piece], engine: Any, client: FlatOptimizer) -> None:

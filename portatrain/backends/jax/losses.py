@@ -33,7 +33,7 @@ def chunks(batch: int, positions: int, vocab: int, most: int | None = None) -> i
 
 @dataclass(frozen=True)
 class Cut:
-    """Describe how the tokens of a loss are sharded: in `rows` parts of the batch and `parts` of the sequence. `table`,
+    """How the tokens of a loss are sharded: in `rows` parts of the batch and `parts` of the sequence. `table`,
     `sums` and `stored` are shardings of the table during the computation, of the sums of its gradient, (rows, parts,
     V, E), and of the gradient; None: no constraint.
 

@@ -16,7 +16,7 @@ from portatrain.model.module import Definition, Module, Param, State
 
 
 class StateVariable(nnx.Variable):
-    """Hold a portable `State`: part of the model, without gradient."""
+    """A portable `State`: part of the model, without gradient."""
 
 
 @functools.cache

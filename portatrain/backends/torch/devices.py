@@ -20,7 +20,7 @@ from portatrain.system import environment
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Describe one kind of device.
+    """One kind of device.
 
     type: torch's name. collectives: the library for collectives, by the name that torch.distributed uses; None: one
     process only. present: returns whether torch (its argument) sees one. plugin: the package that adds the device to

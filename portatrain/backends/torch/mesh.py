@@ -87,7 +87,7 @@ def leave() -> None:
 
 @dataclass(frozen=True)
 class _Groups:
-    """Hold the process groups of a mesh. They own threads and connections, so all programs on a mesh share them."""
+    """The process groups of a mesh. They own threads and connections, so all programs on a mesh share them."""
 
     params: DeviceMesh
     values: DeviceMesh | None
@@ -110,7 +110,7 @@ def _groups_of(mesh: Mesh, device_type: str) -> _Groups:
 
 
 class World:
-    """Hold the processes of one program. All processes must call collectives in the same order."""
+    """The processes of one program. All processes must call collectives in the same order."""
 
     def __init__(self, layout: Layout, device: torch.device) -> None:
         self.layout, self.mesh, self.device = layout, layout.mesh, device

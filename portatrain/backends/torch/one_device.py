@@ -43,7 +43,7 @@ from portatrain.model.state_updates import needs_after_step, run_after_step
 
 @dataclass
 class TorchState:
-    """Hold a state, which `step` changes in place. beside: tensors kept beside the parameters by neither module nor
+    """A state, which `step` changes in place. beside: tensors kept beside the parameters by neither module nor
     optimizer, by role and by position in `pieces`."""
 
     module: nn.Module

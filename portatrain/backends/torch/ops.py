@@ -36,7 +36,7 @@ NAMED = "names of activations"
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """Hold what does not change while a program runs: torch.compile specialises on it."""
+    """What does not change while a program runs: torch.compile specialises on it."""
 
     training: bool
     compute: torch.dtype = torch.float32

@@ -41,7 +41,7 @@ _pytree.register_pytree_node(
 
 @dataclass(frozen=True)
 class Cut:
-    """Describe how one layer of a parameter is sharded: `shape` without the axes of Stacks, and for each dimension the
+    """How one layer of a parameter is sharded: `shape` without the axes of Stacks, and for each dimension the
     mesh axes that shard it, major first."""
 
     shape: tuple[int, ...]
@@ -92,7 +92,7 @@ def check_layout(layout: Layout, params: dict[str, TensorInfo]) -> None:
 
 @dataclass
 class Trained:
-    """Hold a trained parameter of the module and this process's part, a plain tensor that shares its memory.
+    """A trained parameter of the module and this process's part, a plain tensor that shares its memory.
 
     owner, attribute: the module's object and attribute that hold it. summed_over: the mesh axes over which its gradient
     must still be summed after the backward pass. copies_over: the mesh axes along which there are equal copies.
@@ -111,7 +111,7 @@ class Trained:
 
 @dataclass
 class Sharded:
-    """Hold the result of `shard_module`. pieces: as `lower` returns them, with this process's plain tensors."""
+    """The result of `shard_module`. pieces: as `lower` returns them, with this process's plain tensors."""
 
     module: nn.Module
     pieces: list[Piece]

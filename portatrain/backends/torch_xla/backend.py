@@ -41,14 +41,14 @@ from portatrain.optim import clip_scale
 
 @dataclass
 class XlaState(TorchState):
-    """Hold a state, which `step` changes in place. count_1: (1,) int32, the number of applied steps. It is on the
+    """A state, which `step` changes in place. count_1: (1,) int32, the number of applied steps. It is on the
     devices, because only they know whether a step was skipped."""
 
     count_1: Tensor
 
 
 class Numbers(NamedTuple):
-    """Hold what changes from step to step, in arrays of one axis, as torch-xla makes constants of the scalars 0 and
+    """What changes from step to step, in arrays of one axis, as torch-xla makes constants of the scalars 0 and
     1."""
 
     ints_3: Tensor

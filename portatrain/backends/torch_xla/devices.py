@@ -92,7 +92,7 @@ def compilations() -> int:
 
 
 class Devices:
-    """Hold the mesh of a layout: `laid` annotates a tensor, `put` makes one, `parts` reads one."""
+    """The mesh of a layout: `laid` annotates a tensor, `put` makes one, `parts` reads one."""
 
     def __init__(self, layout: Layout) -> None:
         self.device = device()

@@ -30,7 +30,7 @@ def chunks(rows: int, positions: int, vocab: int) -> int:
 
 @dataclass(frozen=True)
 class Cut:
-    """Describe how the tokens of a loss are sharded: in `rows` parts of the batch and `parts` of the sequence. `table`
+    """How the tokens of a loss are sharded: in `rows` parts of the batch and `parts` of the sequence. `table`
     shards the table during the computation, `sums` the sums of its gradient, (R, P, V, E)."""
 
     rows: int = 1

@@ -74,7 +74,7 @@ _ROPE_FIELDS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Hold a field that determines the function, with its value in config.json and its value in the recipe."""
+    """A field that determines the function, with its value in config.json and its value in the recipe."""
 
     field: str
     theirs: Any

@@ -45,7 +45,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Describe a model in transformers: the contents of config.json, and one row for each tensor."""
+    """A model in transformers: the contents of config.json, and one row for each tensor."""
 
     config: Mapping[str, Any]
     rows: tuple[Row, ...]

@@ -17,7 +17,7 @@ from portatrain.errors import UserError
 
 @dataclass(frozen=True)
 class Part:
-    """Hold a box of a logical tensor that this process has, and a function that copies it to the host."""
+    """A box of a logical tensor that this process has, and a function that copies it to the host."""
 
     box: Box
     fetch: Callable[[], np.ndarray]
@@ -25,7 +25,7 @@ class Part:
 
 @dataclass(frozen=True)
 class About:
-    """Describe a logical tensor. Every process must give the same description."""
+    """A logical tensor. Every process must give the same description."""
 
     name: str
     dtype: str

@@ -13,7 +13,7 @@ from portatrain.system.plugins import Registry
 
 @dataclass(frozen=True, kw_only=True)
 class Stack:
-    """Describe the software that runs on a chip: the backend that portatrain picks, and the libraries below it."""
+    """The software that runs on a chip: the backend that portatrain picks, and the libraries below it."""
 
     backend: str
     plugin: str

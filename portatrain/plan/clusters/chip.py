@@ -32,7 +32,7 @@ _UNITS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Chip:
-    """Hold one row of the catalog.
+    """One row of the catalog.
 
     ``kind`` is the network of one scale-up domain: ``torus`` (each chip to its neighbours), ``switched`` (all to all at
     full rate), ``mesh`` (a link to each other chip, so that a group of k chips uses only k - 1 links), ``single`` (no

@@ -13,7 +13,7 @@ from portatrain.plan.clusters.figures import Figure
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """Hold a cluster of ``slices`` equal slices (TPU) or of one set of whole hosts.
+    """A cluster of ``slices`` equal slices (TPU) or of one set of whole hosts.
 
     ``dims`` is the torus of one slice, in chips; empty for chips that are joined by a switch or a mesh.
     ``wraps`` says which of its axes close to a ring. ``domain`` is the number of chips that the fast

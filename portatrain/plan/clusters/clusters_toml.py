@@ -36,7 +36,7 @@ KEYS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Hold one checked table of the file. ``size``: the text after the chip in a cluster name; ``where``: file:line."""
+    """One checked table of the file. ``size``: the text after the chip in a cluster name; ``where``: file:line."""
 
     name: str
     chip: Chip

@@ -31,7 +31,7 @@ SOURCES: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
-    """Hold one nominal value. ``estimate`` marks a value that no source read so far confirms.
+    """One nominal value. ``estimate`` marks a value that no source read so far confirms.
 
     A bandwidth is per chip and per direction unless its unit says otherwise; GB and TB are decimal,
     GiB is binary.
@@ -60,7 +60,7 @@ class Figure:
 
 @dataclass(frozen=True, kw_only=True)
 class Raw:
-    """Hold a number of a row that differs from the row in source or certainty."""
+    """A number of a row that differs from the row in source or certainty."""
 
     value: float
     source: str | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
-    """Describe one GPU model. Sizes are of the whole device unless the field says otherwise."""
+    """One GPU model. Sizes are of the whole device unless the field says otherwise."""
 
     name: str
     """The beginning of the name that the driver reports."""

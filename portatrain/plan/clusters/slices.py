@@ -20,7 +20,7 @@ Dims = tuple[int, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class SliceRule:
-    """Hold the legal shapes of one generation. ``per_name``: what the number in a name counts per chip."""
+    """The legal shapes of one generation. ``per_name``: what the number in a name counts per chip."""
 
     small: tuple[Dims, ...]
     max_cubes: int = 0

@@ -20,7 +20,7 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """Hold the planner's figures for one device and step, from before any compiler has run."""
+    """The planner's figures for one device and step, from before any compiler has run."""
 
     peak_bytes: float
     terms: Mapping[str, float]

@@ -24,7 +24,7 @@ _MESH_GROUPS = re.compile(
 
 @dataclass
 class Found:
-    """Hold the figures of one device and one run of the module. ``bytes``: bytes of the gathered arrays of collectives,
+    """The figures of one device and one run of the module. ``bytes``: bytes of the gathered arrays of collectives,
     by mesh axes (joined by ``+``), an all-reduce counted twice. ``calls``: the number of collectives."""
 
     flops: float = 0.0

@@ -34,7 +34,7 @@ _CALLED = re.compile(
 
 @dataclass
 class Instruction:
-    """Hold one line. ``type``: the type of its result; ``rest``: the text after the operands."""
+    """One line. ``type``: the type of its result; ``rest``: the text after the operands."""
 
     name: str
     type: str

@@ -39,7 +39,7 @@ _SOURCES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Describe a request to compile a recipe, named as on the command line, on a mesh, for devices in an order.
+    """A request to compile a recipe, named as on the command line, on a mesh, for devices in an order.
 
     ``places``: see `portatrain.plan.cost.device_order`; None: the devices as the compiler lists them.
     """
@@ -86,7 +86,7 @@ def request(plan: Plan, chosen: Candidate, target: Target, recipe: str, override
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """Hold a compiler's answer for one device; None for a figure that it does not report. ``peak_bytes``: of a program
+    """A compiler's answer for one device; None for a figure that it does not report. ``peak_bytes``: of a program
     that fits; otherwise ``needs_bytes``. ``flops``: of its matmuls. ``collectives``: bytes by mesh axes."""
 
     fits: bool

@@ -17,7 +17,7 @@ from portatrain.plan.compilers import gpus
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Describe a compiler. ``compiler``: 'tpu', 'cuda' or 'fsdp2'. ``options``: plain data for it. ``modules``: the
+    """A compiler. ``compiler``: 'tpu', 'cuda' or 'fsdp2'. ``options``: plain data for it. ``modules``: the
     modules that it imports. ``extra``: the extra of this project that installs them. ``env``: its environment
     variables."""
 

@@ -15,7 +15,7 @@ NETWORK_HOP_S = 20e-6  # estimate: one stage of a tree between domains
 
 @dataclass(frozen=True, slots=True)
 class Path:
-    """Describe the network between the devices of a mesh axis.
+    """The network between the devices of a mesh axis.
 
     Each of ``outer`` fast domains has ``inner`` of the devices. ``rate``: bytes per second that one device receives in
     an all-gather inside the domain. ``exchange``: V over the seconds of an all-to-all inside the domain. ``egress``:

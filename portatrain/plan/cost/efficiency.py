@@ -17,7 +17,7 @@ from portatrain.plan.clusters.clusters_toml import config_folder
 
 @dataclass(frozen=True, kw_only=True)
 class Efficiency:
-    """Hold an efficiency factor. ``value``: matmul FLOPs reached over the peak. ``basis``: the data that it was fitted
+    """An efficiency factor. ``value``: matmul FLOPs reached over the peak. ``basis``: the data that it was fitted
     from. ``estimate``: True if it rests on no published run of that vendor."""
 
     value: float

@@ -20,7 +20,7 @@ from portatrain.plan.cost.workload import LayerKind, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Memory:
-    """Hold bytes on one device. ``gathered``: weights that FSDP gathered, and their gradients before they are
+    """Bytes on one device. ``gathered``: weights that FSDP gathered, and their gradients before they are
     scattered. ``activations``: what the remat policy keeps. ``workspace``: what one layer or the loss needs while it
     runs. ``runtime``: memory of the framework itself."""
 

@@ -44,7 +44,7 @@ backward pass needs its result."""
 
 @dataclass(frozen=True, kw_only=True)
 class Precision:
-    """Hold bytes per number. ``peak``: the matmul precision in the catalog. ``slots``: a factor on fp32 optimizer
+    """Bytes per number. ``peak``: the matmul precision in the catalog. ``slots``: a factor on fp32 optimizer
     state."""
 
     name: str
@@ -76,7 +76,7 @@ on TPUs, fp32 matrix cores on AMD. Estimates."""
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Describe how a software stack uses time and memory.
+    """How a software stack uses time and memory.
 
     ``hide_*``: the largest share of a collective that runs behind computation. ``runtime_bytes``: memory of the runtime
     on a device before the first tensor. ``keeps_ends``: the gathered embedding and output projection live through the

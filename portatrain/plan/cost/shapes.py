@@ -21,7 +21,7 @@ ADAM_BYTES = 8.0
 
 @dataclass(frozen=True, kw_only=True)
 class MLA:
-    """Hold the sizes of DeepSeek's multi-head latent attention."""
+    """The sizes of DeepSeek's multi-head latent attention."""
 
     q_rank: int
     kv_rank: int
@@ -32,7 +32,7 @@ class MLA:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """Describe a decoder (or encoder) and its training. ``batch``: samples per step over all devices.
+    """A decoder (or encoder) and its training. ``batch``: samples per step over all devices.
 
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
     ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them

@@ -18,7 +18,7 @@ Sizes = tuple[int, int, int, int, int]
 
 @dataclass(frozen=True, kw_only=True)
 class LogicalTensor:
-    """Describe one parameter. ``axes``: its dimensions. The first ``batch_dims`` of them count copies (layers,
+    """One parameter. ``axes``: its dimensions. The first ``batch_dims`` of them count copies (layers,
     experts); the forward pass contracts the next ``fan_in_axes`` (0: a lookup, a scale, a bias). ``matmul``: it is
     multiplied with every token although ``fan_in_axes`` is 0 (an output table, which is also a lookup)."""
 
@@ -37,7 +37,7 @@ class LogicalTensor:
 
 @dataclass(frozen=True)
 class Split:
-    """Hold a dimension of ``size`` that is sharded over mesh axes, given as indices into MESH_AXES."""
+    """A dimension of ``size`` that is sharded over mesh axes, given as indices into MESH_AXES."""
 
     axis: str
     size: int
@@ -58,7 +58,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """Hold the sum of all parameters that shard alike and are used alike.
+    """The sum of all parameters that shard alike and are used alike.
 
     ``layers``: the length of their stack (0: outside of any). ``active``: the numbers that a token is multiplied with
     (of a matmul, scaled by the share of the experts that the token visits). ``role``: the part of a layer (qkv,

@@ -22,7 +22,7 @@ from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """Hold one device's work per second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
+    """One device's work per second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
 
     matmul: float
     attention: float
@@ -47,7 +47,7 @@ def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Time:
-    """Hold the seconds of a step on one device. A collective's field has only the part that computation does not hide;
+    """The seconds of a step on one device. A collective's field has only the part that computation does not hide;
     ``busy`` has the whole duration."""
 
     matmul: float

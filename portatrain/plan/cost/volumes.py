@@ -16,7 +16,7 @@ from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Volumes:
-    """Hold the volumes of one microbatch; only ``reduced`` is for a step: (numel, mesh axes) of each all-reduce.
+    """The volumes of one microbatch; only ``reduced`` is for a step: (numel, mesh axes) of each all-reduce.
 
     ``gather``, ``regather``: bytes of weights gathered forward and backward. ``scatter``: bytes of gradients scattered.
     ``lookup``: bytes of rows of an embedding that stays sharded, and of their gradients, exchanged over fsdp.

@@ -19,7 +19,7 @@ ROLES = ("qkv", "projected", "hidden", "down", "ends")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerKind:
-    """Hold the widths of one kind of layer on a device. ``n``: layers. ``res``: the residual stream as it is sharded
+    """The widths of one kind of layer on a device. ``n``: layers. ``res``: the residual stream as it is sharded
     between blocks. ``wide``: the stream inside blocks. ``q``: queries, and attention's result. ``mlp``: the hidden
     width that a token passes. ``copies``: copies of a token that experts get."""
 
@@ -73,7 +73,7 @@ class LayerKind:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OnMesh:
-    """Hold the sums from which memory and time follow. Numbers are parameters unless stated otherwise, and all are one
+    """The sums from which memory and time follow. Numbers are parameters unless stated otherwise, and all are one
     device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with. ``scores``: of one
     query, over this device's heads. ``attention_flops`` and ``masked_flops``: per token, for the pairs that the mask
     shows and for the pairs that it hides."""
