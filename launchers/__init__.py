@@ -1,4 +1,4 @@
-"""Launchers: each carries a job to one kind of place. One file a kind; ``base.py`` is their common shape.
+"""Launchers: each submits jobs to one kind of scheduler, in one file; ``base.py`` has their protocol.
 
 May import portatrain's run directory and commands; no framework, no NumPy.
 """

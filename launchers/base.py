@@ -1,4 +1,4 @@
-"""What a launcher is, and how one is found.
+"""The protocol of launchers, and the functions that find them.
 
 A launcher carries jobs to one kind of scheduler. A job runs `launchers.supervisor` on its first host; that reads the
 record, takes the claim, and starts `portatrain train` as the launcher's `JobRuntime` says. So schedulers differ in what
@@ -63,7 +63,7 @@ LAUNCHERS = Registry(
 
 @dataclass(frozen=True, kw_only=True)
 class JobState:
-    """What a scheduler says of a job: a hint, the run directory is the record."""
+    """The scheduler's answer about a job. It is only a hint; the run directory is the record."""
 
     state: str
     """'pending', 'held', 'running', 'gone' (it knows no such job, or one that has ended) or 'unknown' (no answer)."""
@@ -274,7 +274,7 @@ def tolerantly(verb: Callable[[Job], None], job: Job) -> None:
 
 
 def supervise_command(job: Job) -> list[str]:
-    """What a job runs on its first host, as words for `env`."""
+    """Return the command of a job's first host, as words for `env`."""
     return _with_code(job, python(job), *_supervisor(job))
 
 
@@ -287,7 +287,7 @@ def commands_in_image(job: Job) -> tuple[list[str], list[str]]:
 
 
 def train_here(job: Job) -> list[str]:
-    """`Job.train` without its first word, with the code of the run where it lies on this machine."""
+    """Return `Job.train` without its first word, with the path of the run's code on this machine."""
     words = job.train()[1:]
     if job.code is None or not is_remote(job.code):
         return words
@@ -318,29 +318,29 @@ def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
     if not any(Path(job.run_dir).is_relative_to(folder) for folder in mounted):
         raise UserError(
             f"run directory {job.run_dir}",
-            expected="a place that the machines there see too",
-            got="a folder of this one",
+            expected="a location that the cluster's machines can access",
+            got="a folder of this machine",
             do=f"Give --runs s3://bucket/runs (gs://, az://), or {how}.",
         )
 
 
 def host_processes(job: Job) -> dict[str, str]:
-    """What `launchers.rank_entry` has to be told where an engine starts one process a host and the backend has more."""
+    """Return the variables for `launchers.rank_entry` if the engine starts fewer processes per host than needed."""
     return {environment.HOST_PROCESSES.name: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
 
 
 def python(job: Job) -> str:
-    """The Python to run with: the cluster's, else this one."""
+    """Return the Python of the cluster, or this process's Python if none is configured."""
     return str(job.options.get("python", sys.executable))
 
 
 def shell(words: list[str]) -> str:
-    """Words as a line for a shell."""
+    """Join words to a line for a shell."""
     return shlex.join(words)
 
 
 def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
-    """An option of the job's cluster; UserError where it is of another kind."""
+    """Return an option of the job's cluster; UserError if it has another type."""
     value = job.options.get(name, default)
     if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
         return value

@@ -1,6 +1,6 @@
 """Cloud TPU: one queued resource for every acceptable slice, through Google's typed client.
 
-Every host runs the same start-up script, finds its place in the metadata that Google gives it, and starts one process;
+Every host runs the same start-up script, reads its rank from Google's instance metadata, and starts one process;
 the first one under the supervisor. A preempted slice is not given back by Google: the queued resource ends as
 SUSPENDED, `launch reconcile` says so, and `launch resume` asks for another. When the run is over the first host deletes
 it, so that it costs no more. None of this was run at Google: requests are built and sent by the typed client, to a
@@ -164,7 +164,7 @@ class GcpTpuLauncher(Launcher):
 
 
 def request(job: Job) -> dict[str, Any]:
-    """The CreateQueuedResourceRequest, as plain data."""
+    """Return the CreateQueuedResourceRequest as plain data."""
     chip, slices = str(job.cluster_shape.get("chip", "")), int(job.cluster_shape.get("slices", 1))
     node: dict[str, Any] = {
         "runtime_version": option(job, "runtime", str, RUNTIMES.get(chip, "RUNTIME")),
@@ -198,7 +198,7 @@ def request(job: Job) -> dict[str, Any]:
 
 
 def script(job: Job) -> str:
-    """What every host runs when it has started."""
+    """Return the start-up script of every host."""
     first, other = commands_in_image(job)
     env = {
         "MASTER_PORT": str(PORT),
@@ -235,7 +235,7 @@ def _name(job: Job) -> str:
 
 
 class SliceRuntime(RuntimeInImage):
-    """The first host of a slice. Siblings that start step aside, and are deleted then."""
+    """The first host of a slice. A sibling that starts later ends without training, and is deleted."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(job)

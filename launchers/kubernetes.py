@@ -124,7 +124,7 @@ class KubernetesLauncher(Launcher):
             _call(job, lambda api: api.delete_namespaced_custom_object(*_where(job), job.id, **kind))
 
     def hold(self, job: Job) -> None:
-        """Keep it from starting: its pods are taken away if it has any."""
+        """Suspend the job, which also removes any pods that it has."""
         self._suspend(job, True)
 
     def release(self, job: Job) -> None:
@@ -176,7 +176,7 @@ class KubernetesLauncher(Launcher):
 
 
 def manifest(job: Job) -> dict[str, Any]:
-    """The JobSet of `job`. One replicated job for each slice, one pod for each host of it."""
+    """Return the JobSet of `job`: one replicated job for each slice, with one pod for each of its hosts."""
     shape = dict(job.cluster_shape)
     slices = int(shape.get("slices", 1))
     hosts = max(1, job.hosts // slices)
@@ -262,7 +262,7 @@ def _container(job: Job, shape: Mapping[str, Any], slices: int, hosts: int, grac
 
 
 def _volume(job: Job) -> dict[str, str] | None:
-    """The volume; where none is configured (--dry-run), one that says so; None where none is needed."""
+    """Return the volume; a placeholder if none is configured (--dry-run); None if the job needs none."""
     if is_remote(job.run_dir) and option(job, "volume", dict) is None:
         return None
     return option(job, "volume", dict) or {"claim": "CLAIM", "path": str(Path(job.run_dir).parent)}
@@ -322,7 +322,7 @@ class PodRuntime(RuntimeInImage):
 
 
 def _api(job: Job) -> Any:
-    """The client; UserError where it is not installed, or no cluster is configured."""
+    """Return the client; UserError if it is not installed or no cluster is configured."""
     try:
         from kubernetes import client, config
     except ImportError:

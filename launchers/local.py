@@ -33,7 +33,7 @@ STARTS_WITHIN_S = 20.0
 class LocalLauncher(Launcher):
     """A detached job: a supervisor in a session of its own starts the training, and again after a failure.
 
-    A job in the foreground is no launcher's business: `portatrain.commands.foreground` runs it.
+    A foreground job does not use a launcher: `portatrain.commands.foreground` runs it.
     """
 
     name: ClassVar[str] = "local"
@@ -60,7 +60,7 @@ class LocalLauncher(Launcher):
                 start_new_session=True,
                 env={**os.environ, **environment_of(job)},
             )
-        # It is this machine's: whether it has taken the claim shows at once.
+        # The supervisor runs on this machine, so its success or failure shows at once.
         until_s = time.monotonic() + STARTS_WITHIN_S
         while time.monotonic() < until_s and process.poll() is None:
             owner = run.owner()
@@ -113,7 +113,7 @@ class LocalRuntime(JobRuntime):
 
 
 def _pid(job: Job) -> int | None:
-    """The supervisor's process, where it lives."""
+    """Return the PID of the supervisor if it is alive."""
     pid, _, start = (job.id or "").partition("@")
     return int(pid) if pid.isdigit() and start and process_start(int(pid)) == start else None
 

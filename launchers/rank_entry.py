@@ -54,7 +54,7 @@ def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _asked_in_order(env: Mapping[str, str]) -> list[str]:
-    """The engine that the supervisor names, then the others: hosts that an engine starts itself are not told."""
+    """Return the engine that the supervisor names, then the others, because some hosts have no supervisor."""
     engine = environment.CLUSTER.get(env).get("engine")
     return sorted(launcher_names(), key=lambda name: name != engine)
 
@@ -95,7 +95,7 @@ def main() -> int:
 
 
 def one(args: argparse.Namespace) -> int:
-    """One of a host's processes: `portatrain` with these words. Whoever started it prints its errors."""
+    """Run `portatrain` as one of a host's processes. The process that started it prints its errors."""
     from portatrain.cli import run as portatrain
 
     code = portatrain(args.words)
@@ -104,7 +104,7 @@ def one(args: argparse.Namespace) -> int:
 
 
 def _note(code: int) -> None:
-    """Leave the exit code where the supervisor looks: whoever starts processes may report another's, that it killed."""
+    """Store the exit code for the supervisor, because a process starter may report that of a process it killed."""
     folder = environment.LOGS.get()
     if folder is not None:
         with contextlib.suppress(OSError):

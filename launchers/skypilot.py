@@ -49,7 +49,7 @@ OPTIONS = {
 }
 PORT = 8476
 NAMES = {"a100-40": "A100", "a100-80": "A100-80GB", "h100-sxm": "H100", "gaudi3": "Gaudi3"}
-"""Chips whose name in SkyPilot is not theirs in capitals."""
+"""SkyPilot's names of chips, if they differ from the chip's name in capitals."""
 TPUS = {"tpu-v5e": "tpu-v5litepod", "tpu-7x": "tpu-v7x"}
 
 
@@ -122,7 +122,7 @@ class SkyPilotLauncher(Launcher):
 
 
 def task(job: Job) -> dict[str, Any]:
-    """The task file, as plain data."""
+    """Return the task file as plain data."""
     one: dict[str, Any] = {"accelerators": option(job, "accelerators", str) or _accelerators(job)}
     for name, key, kind in (("infra", "infra", str), ("image", "image_id", str), ("spot", "use_spot", bool)):
         if option(job, name, kind) is not None:

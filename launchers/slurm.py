@@ -67,7 +67,7 @@ ENDS_WITHIN_S = 15
 for it in a collective, and are killed."""
 STAY_S = 90.0
 PREFERRED_STARTS_WITHIN_S = 10.0
-"""How long a job waits for one of a preferred partition that Slurm has started too, to claim the run."""
+"""Seconds that a job waits for a job in a preferred partition, also started by Slurm, to claim the run."""
 
 
 class SlurmLauncher(Launcher):
@@ -313,14 +313,14 @@ class SlurmRuntime(JobRuntime):
 
 
 def _log(job: Job) -> Path:
-    """Of the batch script itself. Slurm writes to file systems alone."""
+    """Return the log file of the batch script. It is always on a file system, because Slurm writes to nothing else."""
     if is_remote(job.run_dir):
         return Path(job.cwd, f"{job.name}.log")
     return Path(job.run_dir, "jobs", f"{job.number}.log")
 
 
 def head_address() -> str:
-    """The address at which Slurm itself reaches this node."""
+    """Return the address at which Slurm itself reaches this node."""
     name = os.environ.get("SLURMD_NODENAME")
     said = call(["scontrol", "show", "node", name]) if name else ""
     found = re.search(r"NodeAddr=(\S+)", said)
@@ -328,7 +328,7 @@ def head_address() -> str:
 
 
 def _grace_s(partition: str) -> int | None:
-    """The partition's GraceTime; None where preemption gives none."""
+    """Return the partition's GraceTime; None if preemption has no grace period."""
     try:
         found = re.search(r"GraceTime=(\d+)", call(["scontrol", "show", "partition", partition]))
     except UserError:
@@ -337,5 +337,5 @@ def _grace_s(partition: str) -> int | None:
 
 
 def _escaped(path: Path, *, keep: bool = False) -> str:
-    """A path for --output, where % begins a pattern; `keep`: of its last part, which has one."""
+    """Escape % in a path for --output; with `keep`, keep the pattern in its last part."""
     return f"{str(path.parent).replace('%', '%%')}/{path.name if keep else path.name.replace('%', '%%')}"

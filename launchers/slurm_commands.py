@@ -19,7 +19,7 @@ def installed(cluster: str) -> None:
 
 
 def call(words: list[str], *, text: str | None = None, what: str = "Slurm", timeout_s: float = 60.0) -> str:
-    """What a command of Slurm answers; UserError with its words where it refuses."""
+    """Run a Slurm command and return its output; UserError with Slurm's message if it fails."""
     try:
         done = subprocess.run(words, input=text, capture_output=True, text=True, timeout=timeout_s)
     except (OSError, subprocess.TimeoutExpired) as error:

@@ -1,4 +1,4 @@
-"""What would break a run on a Slurm cluster, and how its administrator or its user mends it."""
+"""Check a Slurm cluster for problems that would break a run, and explain how to fix them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRIAL_S = 30
 
 
 def look(options: Mapping[str, Any], storage: Path | None) -> Iterator[Finding]:
-    """Findings as of `launchers.base.Launcher.doctor`."""
+    """Yield the findings of `launchers.base.Launcher.doctor`."""
     try:
         installed("slurm")
         config = dict(re.findall(r"^(\S+)\s*=\s*(.*?)\s*$", call(["scontrol", "show", "config"]), re.MULTILINE))
@@ -63,7 +63,7 @@ def _notice(config: Mapping[str, str]) -> Finding:
 
 
 def _partition(name: str) -> tuple[dict[str, str], list[Finding]]:
-    """What Slurm says of the partition, empty where there is none; and findings on it."""
+    """Return Slurm's data on the partition, {} if it does not exist, and the findings."""
     words = ["scontrol", "--oneliner", "show", "partition", *([name] if name else [])]
     try:
         lines = call(words).splitlines()
@@ -104,7 +104,7 @@ def _nodes(partition: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _trial(partition: Mapping[str, str], storage: Path) -> Finding:
-    """A file, written by a small job, that must be seen here."""
+    """Write a file in a small job, and check that this machine sees it."""
     name = f".doctor-{secrets.token_hex(6)}"
     path = existing_ancestor(storage).absolute() / name
     try:

@@ -1,4 +1,4 @@
-"""Handing a run's jobs over, and going on with a run: what is written before, and after, and what is undone."""
+"""Submit the jobs of a new or resumed run, and undo the submission if one of them is refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from portatrain.runs.run_dir import RunDir
 
 
 def submit(run: RunDir, recipe: Recipe, jobs: Sequence[Job], *, code: str | None = None) -> list[Job]:
-    """Write the run's record and hand every job over, in order; the jobs with their ids.
+    """Write the run's record and submit every job, in order; return the jobs with their ids.
 
-    `code`: a copy of the code that the run already has; None packs what runs here. Where one job is refused, the
-    others that were handed over are taken back, and nothing is left in any scheduler.
+    `code`: the run's existing copy of the code; None: copy the code of this process. If one job is refused, those that
+    were already submitted are cancelled, so that no scheduler keeps any of them.
     """
     run.create(recipe)
     source = jobs[0].recipe

@@ -1,4 +1,4 @@
-"""What a job runs on its first host: `python -m launchers.supervisor RUN_DIR JOB`.
+"""The supervisor of a job, on its first host: `python -m launchers.supervisor RUN_DIR JOB`.
 
 Takes the claim, so that of several acceptable jobs one runs; starts attempts, hands signals on to them, and decides by
 the record and the exit code whether to go on, to requeue or to stop:
@@ -41,18 +41,18 @@ BACKOFF_S = (0.0, 1.0, 5.0, 15.0, 60.0)
 
 
 class Supervisor:
-    """Carries one job out. `signals` has what it was sent."""
+    """Runs the attempts of one job. `signals` has the signals that it received."""
 
     def __init__(self, job: Job, runtime: JobRuntime) -> None:
         self.job, self.runtime, self.run = job, runtime, open_run(job.run_dir, work=True)
         self.signals: list[int] = []
         self.asked = ""
-        """'preempt', 'cancel' or 'unclear': what the last signal meant; '' where there was none."""
+        """The meaning of the last signal: 'preempt', 'cancel' or 'unclear'; '' if there was none."""
         self._child: subprocess.Popen[bytes] | None = None
         self._last_s: dict[int, float] = {}
 
     def main(self) -> int:
-        """Until the run is over, or this job's part in it; the exit code."""
+        """Run until the run or this job's part in it is over; return the exit code."""
         for number in stopping_signals():
             signal.signal(number, self._signal)
         if self._over():
@@ -81,7 +81,7 @@ class Supervisor:
         return code
 
     def _patiently(self, claim: ClaimHandle) -> tuple[int, str]:
-        """`_attempts`, again where the run's store is away, for some minutes."""
+        """Call `_attempts`, and retry for some minutes if the run's store is unavailable."""
         for left in reversed(range(STORE_TRIES)):
             try:
                 return self._attempts(claim)
@@ -143,14 +143,14 @@ class Supervisor:
         return RESUMABLE, "preempted" if self.asked == "preempt" else "unclear"
 
     def _pause(self, seconds: float) -> bool:
-        """Wait; False where a signal came meanwhile."""
+        """Wait; return False if a signal arrived in the meantime."""
         until_s = time.monotonic() + seconds
         while time.monotonic() < until_s and not self.asked:
             time.sleep(0.1)
         return not self.asked
 
     def _failures_without_progress(self) -> int:
-        """Attempts of this job, at the end of the record, that failed or hung and left the commit that there is now."""
+        """Return the number of this job's last attempts in a row that failed or hung without a new commit."""
         now, count = committed(self.run), 0
         for number in reversed(self.run.attempt_numbers()):
             left = last(self.run.rows(number, "events"), Kind.LEFT)
@@ -170,7 +170,10 @@ class Supervisor:
     # ---- one attempt
 
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
-        """(exit code, 'done' | 'preempted' | 'stopped' | 'cancelled' | 'failed' | 'hung', why)."""
+        """Run an attempt; return (exit code, outcome, reason).
+
+        The outcome is 'done', 'preempted', 'stopped', 'cancelled', 'failed' or 'hung'.
+        """
         where = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
         facts = launcher(self.job.engine).scheduler_facts(os.environ)
         attempt.event(Kind.LANDED, **where, id=self.job.id, scheduler=dict(facts))
@@ -247,12 +250,12 @@ class Supervisor:
 
 
 def _mistake(folder: Path) -> bool:
-    """Whether one of the processes ended with a user's mistake; the others were killed for it."""
+    """Return True if one of the processes ended with a user's mistake; the others were killed because of it."""
     return any(path.read_text().strip() == str(MISTAKE) for path in folder.glob("exit-*"))
 
 
 def _last_words(folder: Path) -> str:
-    """The last line that process 0 wrote, or the first other one that wrote an error."""
+    """Return the last line of process 0's output, or of the first other process that wrote an error."""
     for path in sorted(folder.glob("rank-*.log"), key=lambda p: int(p.stem[5:])):
         lines = path.read_text(errors="replace").strip().splitlines()
         for line in reversed(lines):
@@ -262,7 +265,7 @@ def _last_words(folder: Path) -> str:
 
 
 def main() -> int:
-    """`python -m launchers.supervisor RUN_DIR JOB`."""
+    """Run `python -m launchers.supervisor RUN_DIR JOB`."""
     job = jobs.read(sys.argv[1], int(sys.argv[2]))
     if job.cwd and os.path.isdir(job.cwd):
         os.chdir(job.cwd)

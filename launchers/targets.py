@@ -31,7 +31,7 @@ RESOURCES = {
     "hpu": "habana.ai/gaudi",
     "neuron": "aws.amazon.com/neuron",
 }
-"""What the chips of a software stack are called in Kubernetes."""
+"""The resource name in Kubernetes for the chips of each software stack."""
 GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
 """Options of a cluster that are not for its engine: they replace what the plan says."""
 
@@ -53,7 +53,7 @@ class Target:
 
     @property
     def cluster_shape(self) -> dict[str, Any]:
-        """What a job's engine may need to know of the cluster: see `Job.cluster_shape`."""
+        """The cluster's data for the job's engine; see `Job.cluster_shape`."""
         cluster = self.cluster
         if cluster is None:
             return {}
@@ -70,7 +70,7 @@ class Target:
 def targets(
     given: Sequence[str], recipe: str, *, mesh: str | None, devices: int | None, backend: str | None
 ) -> list[Target]:
-    """What the names stand for; UserError for one that stands for nothing."""
+    """Return the target of each name; UserError for an unknown name."""
     found = []
     for name in given:
         if _is_cluster(name):
@@ -260,7 +260,7 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
 
 
 def _local_plan(recipe: Recipe, job: Job) -> str:
-    """The plan of a job of this machine, in a line. Nothing here loads a framework, so accelerators are not known."""
+    """Return the plan of a local job in one line. It loads no framework, so accelerators are unknown."""
     from portatrain.model.layout import Mesh
     from portatrain.plan.recorded import of_run
     from portatrain.system.text import duration
@@ -280,7 +280,7 @@ def _local_plan(recipe: Recipe, job: Job) -> str:
 
 
 def _show_plans(recipe: Recipe, wanted: Sequence[Cluster]) -> list[Plan]:
-    """Print the plan of `recipe` for every cluster, in the order of preference; the plans."""
+    """Print the plan of `recipe` for every cluster, in the order of preference; return the plans."""
     from rich.console import Console
 
     from portatrain.plan import render

@@ -13,7 +13,7 @@ _WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
 
 
 def to_yaml(data: Any) -> str:
-    """`data` (mappings, sequences, text, numbers, booleans, None) as a YAML document."""
+    """Return `data` (mappings, sequences, text, numbers, booleans, None) as a YAML document."""
     return "\n".join(_lines(data)) + "\n"
 
 
@@ -42,7 +42,7 @@ def _entry(key: str, value: Any) -> list[str]:
 
 
 def _block(text: str) -> list[str]:
-    """A literal block: lines as they are. Text that a block cannot hold exactly is quoted instead."""
+    """Return a literal block with unchanged lines, or quoted text if a block cannot represent it exactly."""
     body = text.removesuffix("\n")
     if body[:1] in ("", " ", "\t", "\n") or not all(line.isprintable() for line in body.split("\n")):
         return [json.dumps(text)]

@@ -124,7 +124,7 @@ def test_mistakes() -> None:
         ({"project": None}, "option project"),
         ({"zone": None}, "option zone"),
         ({"sopt": 1}, "spot"),
-        ({"setup": None}, "the machines there see too"),
+        ({"setup": None}, "the cluster's machines can access"),
     )
     for options, hint in cases:
         with pytest.raises(UserError, match=hint):
