@@ -64,7 +64,7 @@ OPS = {
         "assert loss.sum.shape == () and loss.weight_B.tolist() == [S, S]"
     ),
     "loss": (
-        "square_B = ops.mean(x_BSE * x_BSE, ('batch', 'seq', 'embed'), over=('seq', 'embed'))\n"
+        'square_B = ops.mean(x_BSE * x_BSE, ("batch", "seq", "embed"), over=("seq", "embed"))\n'
         "assert ops.loss(square_B, np.ones(B)).sum.shape == ()"
     ),
     "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',

@@ -93,6 +93,8 @@ class FolderLocation:
 
     def remove(self, step: int) -> None:
         folder = self.path / step_name(step)
+        if folder.is_symlink():  # it leads to a checkpoint of another run, which is not ours to remove
+            return
         with contextlib.suppress(FileNotFoundError):
             (folder / COMMIT).unlink()
         shutil.rmtree(folder, ignore_errors=True)

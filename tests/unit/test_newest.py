@@ -204,3 +204,14 @@ def test_one_bad_read_condemns_no_checkpoint(tmp_path: Path, monkeypatch: pytest
     found = Checkpoints(tmp_path).newest(reports.append)
     assert failed and found is not None and found[0] == 2
     assert reports == []
+
+
+def test_a_link_to_another_runs_checkpoint_removes_nothing(tmp_path: Path) -> None:
+    theirs, ours = tmp_path / "theirs" / step_name(3), tmp_path / "ours"
+    theirs.mkdir(parents=True)
+    ours.mkdir()
+    for name in ("COMMIT", "pack-0"):
+        (theirs / name).write_bytes(b"x")
+    (ours / step_name(3)).symlink_to(theirs)
+    FolderLocation(ours).remove(3)
+    assert sorted(p.name for p in theirs.iterdir()) == ["COMMIT", "pack-0"]
