@@ -246,7 +246,7 @@ def backend_class(name: str) -> type[Backend]:
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"backend {name}",
-            expected=f"{point.value} to import",
+            expected=f"{point.value} to be importable",
             got=f"{type(error).__name__}: {error}",
             do="Repair or remove the package that registers it under portatrain.backends.",
         ) from error

@@ -207,7 +207,7 @@ def others() -> tuple[Kernel, ...]:
         except (ImportError, AttributeError) as error:
             raise UserError(
                 f"kernel {point.name}",
-                expected=f"{point.value} to import",
+                expected=f"{point.value} to be importable",
                 got=f"{type(error).__name__}: {error}",
                 do=f"Repair or remove the package that registers it under {GROUP}.",
             ) from error

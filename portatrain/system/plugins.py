@@ -58,7 +58,7 @@ class Registry:
                 f"{self.kind} {name}",
                 expected=f"{value} to be importable",
                 got=f"{type(error).__name__}: {error}",
-                do=f"Fix or remove the package that registers it under {self.group}.",
+                do=f"Repair or remove the package that registers it under {self.group}.",
             ) from error
 
 
