@@ -120,7 +120,7 @@ def test_killed_before_any_operation(tmp_path: Path) -> None:
         again.newest(pytest.fail)
         again.save(4, backend, backend.state(4), {"step": 4})
         again.wait()
-        assert again.place.steps() == [4]
+        assert again.location.steps() == [4]
         assert newest(folder) is not None
     assert reached == {0, 1, 2, 3}
 
