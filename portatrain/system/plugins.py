@@ -6,12 +6,17 @@ The table is in the code and not in the package's metadata, because a run's own 
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from portatrain.errors import UserError, choice
+
+
+def _metadata() -> Any:
+    """Return `importlib.metadata`. It is imported on first use, because it makes every command start later."""
+    return importlib.import_module("importlib.metadata")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +32,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return every name: portatrain's in the order of the table, then the others."""
-        theirs = {point.name for point in importlib.metadata.entry_points(group=self.group)}
+        theirs = {point.name for point in _metadata().entry_points(group=self.group)}
         return [*self.ours, *sorted(theirs - set(self.ours))]
 
     def load(self, name: str) -> Any:
@@ -37,10 +42,8 @@ class Registry:
             UserError: there is no plug-in of that name, or its import fails.
         """
         if name in self.ours:
-            return importlib.metadata.EntryPoint(name, self.ours[name], self.group).load()
-        found = {
-            point.value: point for point in importlib.metadata.entry_points(group=self.group) if point.name == name
-        }
+            return _metadata().EntryPoint(name, self.ours[name], self.group).load()
+        found = {point.value: point for point in _metadata().entry_points(group=self.group) if point.name == name}
         if not found:
             raise choice(self.kind, name, self.names())
         if len(found) > 1:
