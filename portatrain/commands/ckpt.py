@@ -77,6 +77,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state",
     )
     made.add_argument("--ema", action="store_true", help="huggingface: export the averaged weights (EMA)")
+    made.add_argument(
+        "--recipe",
+        metavar="FILE",
+        help="the recipe file that defines the model (default: the one that the run recorded)",
+    )
     step(made)
     made = command("import", "start a run from a checkpoint in another format")
     made.add_argument("source", metavar="SOURCE", type=options.folder, help="the folder to read")
@@ -249,10 +254,43 @@ def export(args: argparse.Namespace) -> int:
     from portatrain.checkpoint.interop.export_import import export_to
     from portatrain.runs.find_checkpoints import opened
 
+    _load_recipe_file(args.path, args.recipe)
     with opened(args.path, args.step) as reader:
         names = export_to(reader, args.to, args.out, role="ema" if args.ema else "params")
     print(f"{args.out}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}")
     return 0
+
+
+def _load_recipe_file(path: Path | str, given: str | None) -> None:
+    """Load the recipe file that defines the classes of a checkpoint: `given`, or the one that its run recorded."""
+    from portatrain.recipe import load_recipe
+    from portatrain.runs import jobs
+    from portatrain.runs.run_dir import RunDir
+    from portatrain.system import json_files
+    from portatrain.system.urls import is_remote
+
+    if given is not None:
+        load_recipe(given, cwd=Path.cwd())
+        return
+    if is_remote(path):
+        return
+    near = Path(path).absolute()
+    folder = next((f for f in (near, *near.parents[:2]) if (f / "run.json").is_file()), None)
+    if folder is None:
+        return
+    found: list[tuple[str, str]] = []
+    with contextlib.suppress(UserError):  # a damaged record names no file; the export says what it lacks
+        found += [(job.recipe, job.cwd) for job in jobs.of(folder)]
+    for number in RunDir(folder).attempt_numbers():
+        with contextlib.suppress(UserError):
+            source = json_files.read_object(folder / "attempts" / str(number) / "attempt.json").get("source")
+            if isinstance(source, dict):
+                found.append((str(source.get("recipe", "")), str(source.get("cwd") or ".")))
+    for recipe, cwd in reversed(found):
+        if recipe.endswith(".py"):
+            with contextlib.suppress(UserError):
+                load_recipe(recipe, cwd=Path(cwd))
+                return
 
 
 def bring(args: argparse.Namespace) -> int:

@@ -15,7 +15,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
-from portatrain.backends.batches import pad_rows
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
@@ -24,6 +23,7 @@ from portatrain.backends.jax.optimizer import RuleState, kept, transformation, x
 from portatrain.backends.jax.probe import norms
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
+from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
 from portatrain.model import dropout_hash, remat
 from portatrain.model.module import TensorInfo

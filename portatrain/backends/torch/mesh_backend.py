@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from portatrain.backends.base import Arrays, LocalBox
-from portatrain.backends.batches import pad_rows
 from portatrain.backends.program import Program
+from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
 from portatrain.backends.torch.mesh_ops import MeshOps, RowOps

@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from portatrain.backends.base import Arrays, Context, LocalBox, StepResult
-from portatrain.backends.batches import pad_rows
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
+from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block

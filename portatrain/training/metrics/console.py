@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from portatrain.runs.events import Kind
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration, si
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
@@ -104,8 +105,14 @@ class ConsoleSink:
         self._line(f"step {record.step}: validation loss {record.loss:.4f}{more}")
 
     def event(self, kind: str, **fields: object) -> None:
-        if kind == "resumed":
+        if kind == Kind.RESUMED:
             self._line(f"went on from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
+            return
+        if kind == Kind.KERNELS:  # events.jsonl has the reasons against the others
+            chosen = fields.get("choices")
+            names = {f"{c['operation']}={c['kernel']}" for c in chosen} if isinstance(chosen, list) else set()
+            if names:
+                self._line(f"kernels: {', '.join(sorted(names))}")
             return
         what = f": {fields.pop('what')}" if "what" in fields else ""
         more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())

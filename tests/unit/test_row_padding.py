@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from portatrain.backends.batches import pad_rows
+from portatrain.backends.row_padding import pad_rows
 
 
 def test_the_last_row_is_repeated_until_the_rows_divide() -> None:
