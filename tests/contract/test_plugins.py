@@ -131,3 +131,28 @@ def test_a_backend_says_that_every_device_has_a_process(monkeypatch: pytest.Monk
     monkeypatch.syspath_prepend(str(ACME))
     assert process_per_device("acme") and process_per_device("torch") and process_per_device("deepspeed-2")
     assert not process_per_device("jax") and not process_per_device(None)
+
+
+def test_a_kernel_of_the_package_runs_and_is_named_in_the_record(tmp_path: Path) -> None:
+    for name, plugins in (("acme", True), ("ours", False)):
+        done = train(tmp_path / name, "torch", plugins=plugins)
+        assert done.returncode == 0, done.stderr
+    mine, ours = RunDir(tmp_path / "acme"), RunDir(tmp_path / "ours")
+    (event,) = mine.events("kernels")
+    assert {c["kernel"] for c in event["choices"]} == {"acme-einsum"}
+    for a, b in zip(mine.curve(), ours.curve(), strict=True):
+        assert abs(a["loss"] - b["loss"]) <= 1e-6 * b["loss"]
+
+    # Packed documents have segments, which this kernel does not cover: it is refused, and not passed over in silence.
+    sizes = [
+        "steps=2",
+        "schedule.warmup=1",
+        "batch=4",
+        "model.layers=1",
+        "model.embed=32",
+        "data.seq_len=32",
+        "hooks=()",
+    ]
+    words = ["portatrain", "train", "tiny-lm", "--backend", "torch", *(w for size in sizes for w in ("--set", size))]
+    refused = python(*words, "--kernel", "attention=acme-einsum", "--run-dir", str(tmp_path / "x"))
+    assert refused.returncode == 2 and "segments" in refused.stderr and "Traceback" not in refused.stderr

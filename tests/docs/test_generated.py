@@ -104,3 +104,12 @@ def test_the_drawing_changes_with_the_imports(tmp_path: Path, monkeypatch: pytes
     rooms, arrows = draw_rooms.arrows_of(tmp_path)
     assert ("optim", "plan") in arrows and "url(#up)" in draw_rooms.draw(rooms, arrows)
     assert "url(#up)" not in before
+
+
+def test_every_field_of_the_shipped_decoder_is_on_a_page() -> None:
+    import dataclasses
+
+    from recipes.models.decoder import DecoderConfig
+
+    page = (ROOT / "docs" / "start" / "model.md").read_text()
+    assert [f.name for f in dataclasses.fields(DecoderConfig) if f"| `{f.name}` |" not in page] == []
