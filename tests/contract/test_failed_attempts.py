@@ -18,6 +18,7 @@ from portatrain.runs.events import Kind
 from portatrain.runs.history import read_history
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
+from portatrain.training import trainer
 from tests.support.sizes import SIZES
 
 BACKEND = "torch" if not missing("torch") else "jax"
@@ -125,6 +126,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     with pytest.MonkeyPatch.context() as patched:
         for name, (owner, method) in WRITERS.items():
             patched.setattr(owner, method, counting(name, getattr(owner, method)))
+        patched.setattr(trainer, "draw", lambda run: None)  # the picture is no part of the record
         assert main([*WORDS, str(tmp_path_factory.mktemp("counted") / "a")]) == 0
     assert all(found.values())
     return found
@@ -148,6 +150,7 @@ def test_a_full_disk_ends_with_75_and_leaves_no_claim(
 
     with monkeypatch.context() as patched:
         patched.setattr(owner, method, full)
+        patched.setattr(trainer, "draw", lambda run: None)
         code = main([*WORDS, "runs/a"])
     said = capsys.readouterr().err
     assert code == 75, said

@@ -21,7 +21,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.full
 @pytest.mark.timeout(2 * CELL_S)
-@pytest.mark.parametrize(("backend", "mesh", "row"), cover(), ids=" | ".join)
+@pytest.mark.parametrize(("backend", "mesh", "row"), cover(), ids=[" | ".join(cell) for cell in cover()])
 def test_a_cell(backend: str, mesh: str, row: str, folder: Path) -> None:
     if not installed(backend):
         pytest.skip(f"{backend} is not installed")
