@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from portatrain.errors import UserError, choice
+from portatrain.system.plugins import Registry
 
 GROUP = "portatrain.kernels"
 """The entry-point group in which other packages register rows: each entry is a `Kernel` or a sequence of them."""
+KERNELS_OF_OTHERS = Registry(kind="kernel", group=GROUP, ours={})
 OPERATIONS = ("attention",)
 """The operations with more than one implementation."""
 SCORES_BYTES = 256 << 20
@@ -201,21 +202,13 @@ def _loaded(where: str) -> Callable[..., Any]:
 def others() -> tuple[Kernel, ...]:
     """Return the rows that other packages register."""
     found: list[Kernel] = []
-    for point in importlib.metadata.entry_points(group=GROUP):
-        try:
-            made = point.load()
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"kernel {point.name}",
-                expected=f"{point.value} to be importable",
-                got=f"{type(error).__name__}: {error}",
-                do=f"Repair or remove the package that registers it under {GROUP}.",
-            ) from error
+    for name in KERNELS_OF_OTHERS.names():
+        made = KERNELS_OF_OTHERS.load(name)
         mine = tuple(made) if isinstance(made, Sequence) else (made,)
         for kernel in mine:
             if not isinstance(kernel, Kernel) or kernel.operation not in OPERATIONS:
                 raise UserError(
-                    f"kernel {point.name}",
+                    f"kernel {name}",
                     expected=f"a portatrain.backends.kernels.Kernel of {', '.join(OPERATIONS)}",
                     got=repr(kernel)[:80],
                     do=f"Repair or remove the package that registers it under {GROUP}.",
