@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from portatrain import Recipe
+from portatrain.recipe import Recipe
 from portatrain.backends.base import Backend, backend_class
 from portatrain.backends.program import Program, make_program
 from portatrain.data import Stdlib

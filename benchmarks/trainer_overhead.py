@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.shapes import ADAMW, SHAPES
-from portatrain import Recipe
+from portatrain.recipe import Recipe
 from portatrain.backends.base import missing
 from portatrain.data import TextFiles
 from portatrain.optim.schedules import Constant
