@@ -80,7 +80,9 @@ def differences(
     return [*_rule(one, other, check, names, rule, start), *_later(one, other, near, check, names)]
 
 
-def _gradients(one: Measured, other: Measured, near: Sensitivity, check: str, names: tuple[str, str]) -> Iterator[Finding]:
+def _gradients(
+    one: Measured, other: Measured, near: Sensitivity, check: str, names: tuple[str, str]
+) -> Iterator[Finding]:
     for point, gradients in one.gradients.items():
         a, b = one.loss[point], other.loss[point]
         bad = []

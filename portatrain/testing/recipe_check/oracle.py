@@ -5,11 +5,9 @@ Each takes a `Subject` and returns findings; none if all is well.
 
 from __future__ import annotations
 
-import inspect
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +20,10 @@ from portatrain.backends.state import initial_box
 from portatrain.errors import UserError
 from portatrain.model.layout import unknown_axes
 from portatrain.model.module import Constant, Definition, State
-from portatrain.model.ops import Loss, Ops
+from portatrain.model.ops import Loss
 from portatrain.recipe import Recipe
 from portatrain.testing.guard import check_rows_independent
+from portatrain.testing.recipe_check.blame import OPERATIONS, Call, crossing, parting, recording
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.small import Batch, Small
 from portatrain.testing.recipe_check.watch import Watch, watching
@@ -62,7 +61,9 @@ class Subject:
     def batch(self) -> Batch:
         return self.small.batches[0]
 
-    def run(self, params: Arrays, *, training: bool, method: str = "__call__", step: int = 1, **options: Any) -> Forward:
+    def run(
+        self, params: Arrays, *, training: bool, method: str = "__call__", step: int = 1, **options: Any
+    ) -> Forward:
         """Run the model on the first batch in the oracle."""
         context = Context(seed=self.recipe.seed, step=step, training=training)
         with np.errstate(all="ignore"):
@@ -90,7 +91,7 @@ def axes(recipe: Recipe, definition: Definition) -> list[Finding]:
         Finding(
             check="axes",
             what=f"axis {unknown.axis!r}",
-            said=f"expected an axis of a mapping, got one of {', '.join(unknown.tensors[:3])} that is in none, so it is "
+            said=f"expected an axis of a mapping, got one of {', '.join(unknown.tensors[:3])} that is in none: it is "
             "whole on every device",
             do=(f"Did you mean {unknown.nearest}? " if unknown.nearest else "")
             + f"If it is meant to be whole, say so in the recipe: compute={{{unknown.axis!r}: ()}}.",
@@ -106,9 +107,11 @@ def runs(subject: Subject) -> list[Finding]:
     found: list[Finding] = []
     for training, mode in MODES.items():
         with watching(subject.definition) as watch:
-            value, error = _tried(lambda training=training: subject.run(
-                subject.moved, training=training, operations=_recording(subject.used)
-            ))
+            value, error = _tried(
+                lambda training=training: subject.run(
+                    subject.moved, training=training, operations=_noting(subject.used)
+                )
+            )
         found += _random(watch, mode) + _assigned(subject.definition, watch, mode)
         if error is not None and not found:
             found.append(explained("forward pass", error, f"the model in {mode}"))
@@ -118,9 +121,9 @@ def runs(subject: Subject) -> list[Finding]:
             break
     if not found and hasattr(subject.definition.model, "predict"):
         with watching(subject.definition) as watch:
-            _, error = _tried(lambda: subject.run(
-                subject.moved, training=False, method="predict", operations=_recording(subject.used)
-            ))
+            _, error = _tried(
+                lambda: subject.run(subject.moved, training=False, method="predict", operations=_noting(subject.used))
+            )
         found += _random(watch, "predict") + _assigned(subject.definition, watch, "predict")
         if error is not None and not found:
             found.append(explained("forward pass", error, "the model's predict"))
@@ -214,7 +217,8 @@ def repeats(subject: Subject) -> list[Finding]:
         began_s = time.perf_counter()
         for n in range(1, REPEATS):
             if not np.array_equal(again := _losses(subject, subject.definition, training), first, equal_nan=True):
-                return [_unrepeated(f"the forward pass in {mode}", first, again, f"call {n + 1} with the same inputs")]
+                what = _parting(subject, training) or f"the forward pass in {mode}"
+                return [_unrepeated(what, first, again, f"call {n + 1} with the same inputs")]
             if time.perf_counter() - began_s > REPEATS_S:
                 break
         values[training] = first
@@ -224,6 +228,19 @@ def repeats(subject: Subject) -> list[Finding]:
         if not np.array_equal(again, values[training], equal_nan=True):
             return [_unrepeated(f"the model's construction ({mode})", values[training], again, "a model built anew")]
     return []
+
+
+def _parting(subject: Subject, training: bool) -> str | None:
+    """Return the first operation whose result differs between two runs of some."""
+    context = Context(seed=subject.recipe.seed, step=1, training=training)
+    runs: list[list[Call]] = []
+    for _ in range(REPEATS):
+        calls: list[Call] = []
+        with np.errstate(all="ignore"):
+            forward(subject.definition, subject.moved, subject.batch, context, operations=recording(calls))
+        runs.append(calls)
+    found = next(filter(None, (parting(runs[0], other) for other in runs[1:])), None)
+    return None if found is None else f"what op {found} is given"
 
 
 def _losses(subject: Subject, definition: Definition, training: bool) -> np.ndarray:
@@ -255,15 +272,32 @@ def samples(subject: Subject) -> list[Finding]:
                     subject.definition, subject.batch, params=subject.moved, training=training, rows=4
                 )
         except UserError as error:
-            return [explained("samples alone", error, "the model")]
+            return [_crossing(subject, training, error)]
     return []
+
+
+def _crossing(subject: Subject, training: bool, error: UserError) -> Finding:
+    """Return the finding for samples that see each other, with the operation in which they do."""
+    rows = {name: array[:4] for name, array in subject.batch.items()}
+    call, _ = _tried(lambda: crossing(subject.definition, rows, subject.moved, training))
+    found = explained("samples alone", error, "the model")
+    if call is None:
+        return found
+    return replace(
+        found,
+        what=f"op {call}",
+        said=f"expected each sample's result to be its own, got one that depends on the others; {found.what} is "
+        f"{found.said.removeprefix('expected ')}",
+        do="One letter of an einsum is the batch, and no operation reduces or moves it, but ops.sum and ops.mean with "
+        "over=('batch', ...). A loss across samples would differ with the mesh and the microbatch.",
+    )
 
 
 def reached(subject: Subject) -> list[Finding]:
     """Every parameter that is trained changes the loss."""
     rng = np.random.default_rng(2)
     found = []
-    base = subject.run(subject.moved, training=True).objective
+    base = objective(subject, subject.moved)
     for name, info in subject.definition.params.items():
         if not subject.recipe.trains(name):
             continue
@@ -271,8 +305,8 @@ def reached(subject: Subject) -> list[Finding]:
         size = max(float(np.abs(value).max()), 0.1)
         for _ in range(2):
             there = {**subject.moved, name: value + size * rng.normal(size=value.shape)}
-            now = subject.run(there, training=True).objective
-            if not abs(float(now) - float(base)) <= CLOSE * max(abs(float(base)), 1e-300):
+            now = objective(subject, there)
+            if not abs(now - base) <= CLOSE * max(abs(base), 1e-300):
                 break
         else:
             found.append(unreached(name, info.shape, "the loss does not change when all its values do"))
@@ -288,11 +322,8 @@ def unreached(name: str, shape: tuple[int, ...], why: str) -> Finding:
     )
 
 
-def _recording(used: set[str]) -> type[GuardedOps]:
+def _noting(used: set[str]) -> type[GuardedOps]:
     """Return the guarded operations; each notes its name in `used` when the model calls it."""
-
-    class Recording(GuardedOps):
-        pass
 
     def noting(name: str) -> Any:
         method = getattr(GuardedOps, name)
@@ -304,15 +335,7 @@ def _recording(used: set[str]) -> type[GuardedOps]:
 
         return call
 
-    for name in operations():
-        setattr(Recording, name, noting(name))
-    return Recording
-
-
-def operations() -> Iterator[str]:
-    for name, _ in inspect.getmembers(Ops, inspect.isfunction):
-        if not name.startswith("_"):
-            yield name
+    return type("Noting", (GuardedOps,), {name: noting(name) for name in OPERATIONS})
 
 
 # ---- what the frameworks are compared with

@@ -88,11 +88,7 @@ def main(args: argparse.Namespace) -> int:
         try:
             backend = cls(make_program(recipe, mesh=mesh))
             value = measure(
-                backend,
-                job["batches"],
-                job["points"],
-                job["states"],
-                gather=_gathering(backend, folder / mesh),
+                backend, job["batches"], job["points"], job["states"], gather=_gathering(backend, folder / mesh)
             )
         except UserError:
             raise

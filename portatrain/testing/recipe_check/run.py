@@ -16,13 +16,7 @@ from portatrain.backends.program import make_program
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check import oracle
-from portatrain.testing.recipe_check.compare import (
-    Sensitivity,
-    differences,
-    same_state,
-    sensitivity,
-    unreached,
-)
+from portatrain.testing.recipe_check.compare import Sensitivity, differences, same_state, sensitivity, unreached
 from portatrain.testing.recipe_check.measured import Measured, measure, saved_and_restored
 from portatrain.testing.recipe_check.oracle import Subject, subject_of
 from portatrain.testing.recipe_check.processes import DEVICES, on_meshes
@@ -35,7 +29,7 @@ MESHES = ("fsdp=2", "tensor=2")
 ORACLE_LOSS = 1e-5
 """Relative difference of a backend's loss, in fp32, from the oracle's."""
 ON_CPU = {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
-"""The environment in which frameworks take no accelerator: a check compares fp32 to its last bits, beside other jobs."""
+"""The environment in which frameworks take no accelerator: the check compares fp32 to its last bits."""
 
 QUICK = ("--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
 """Flags with which XLA compiles in a third of the time: the programs run a few times only."""
@@ -97,12 +91,12 @@ class _Check:
             self._frameworks(subject)
         return Report(recipe=self.given.name, sizes=self.sizes, rows=self.rows, findings=self.findings)
 
-    def _row(self, name: str, call: Callable[[], list[Finding]], about: str = "") -> bool:
-        """Run one check and add its row; return whether nothing was found."""
+    def _row(self, name: str, call: Callable[..., list[Finding]], *args: Any, about: str = "") -> bool:
+        """Run one check, `call(*args)`, and add its row; return whether nothing was found."""
         began_s = time.perf_counter()
         status: Any = "ok"
         try:
-            found = call()
+            found = call(*args)
         except _Skip as skip:
             status, about, found = "not run", str(skip), []
         except Exception as error:
@@ -157,9 +151,7 @@ class _Check:
                 if (error := too_large(recipe, definition)) is not None:
                     large = large or error
                     continue
-                small = Small(
-                    recipe=recipe, definition=definition, batches=batches_of(recipe, definition), sizes=sizes
-                )
+                small = Small(recipe=recipe, definition=definition, batches=batches_of(recipe, definition), sizes=sizes)
             except UserError as error:
                 first = first or [oracle.explained(FORWARD, error, FORWARD)]
                 continue
@@ -184,25 +176,26 @@ class _Check:
     def _on_backends(self, subject: Subject, started: Mapping[str, Any]) -> None:
         for name in self.backends:
             if gone := missing(name):
-                self._row(f"{name}, one device", lambda gone=gone: _skip(f"{', '.join(gone)} is not installed"))
+                self._row(f"{name}, one device", _skip, f"{', '.join(gone)} is not installed")
                 continue
             self._row(
                 f"operations at special points, {name}",
-                lambda name=name: special(backend_class(name), name, subject.used),
-                f"{len(subject.used)} operations",
+                lambda name: special(backend_class(name), name, subject.used),
+                name,
+                about=f"{len(subject.used)} operations",
             )
-            self._row(f"{name}, one device", lambda name=name: self._one_device(subject, name))
+            self._row(f"{name}, one device", self._one_device, subject, name)
         if not self.measured:
             return
         first, *others = self.measured
         for other in others:
-            self._row(f"{other} beside {first}", lambda other=other: self._beside(subject, first, other))
+            self._row(f"{other} beside {first}", self._beside, subject, first, other)
         for name in list(self.measured):
-            self._row(f"{name}, accumulation 2", lambda name=name: self._accumulated(subject, name))
+            self._row(f"{name}, accumulation 2", self._accumulated, subject, name)
         for one in self.measured:
             for two in self.measured:
                 word = f"{one}, save and restore" if one == two else f"saved by {one}, restored by {two}"
-                self._row(word, lambda one=one, two=two, word=word: self._restored(subject, one, two, word))
+                self._row(word, self._restored, subject, one, two, word)
         for name in self.measured:
             self._on_meshes(subject, name, started.get(name))
 
@@ -213,9 +206,7 @@ class _Check:
         return {"initial": subject.initial, "moved": subject.moved}
 
     def _measure(self, subject: Subject, backend: Any, **options: Any) -> Measured:
-        return measure(
-            backend, subject.small.batches, self._points(subject), oracle.first_states(subject), **options
-        )
+        return measure(backend, subject.small.batches, self._points(subject), oracle.first_states(subject), **options)
 
     def _one_device(self, subject: Subject, name: str) -> list[Finding]:
         backend = self.made[name] = backend_class(name)(self._program(subject))
@@ -284,9 +275,7 @@ class _Check:
         halves = self._measure(subject, self.made[name], accumulation=2)
         one = self.measured[name]
         halves.evaluated = one.evaluated
-        return self._compared(
-            subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches")
-        )
+        return self._compared(subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches"))
 
     def _restored(self, subject: Subject, one: str, two: str, check: str) -> list[Finding]:
         # What a model keeps outside its state is lost with the modules, so these are new ones, once for each backend.
@@ -327,9 +316,7 @@ class _Check:
             oracle.first_states(subject),
         )
 
-    def _on_meshes(
-        self, subject: Subject, name: str, started: Future[dict[str, Measured | UserError]] | None
-    ) -> None:
+    def _on_meshes(self, subject: Subject, name: str, started: Future[dict[str, Measured | UserError]] | None) -> None:
         for mesh in self.meshes:
             check = f"{name} on {mesh}"
 

@@ -12,14 +12,17 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
-from portatrain.model.module import Definition, Module, State
+from portatrain.model.module import Definition, Module
+from portatrain.testing.recipe_check.blame import place_of
 
+RANDOM, GENERATOR, RANDOM_STATE = random.Random, np.random.Generator, np.random.RandomState
 _HOUSE = str(Path(__file__).parents[2])
 """The folder of portatrain: its own files set no attributes and draw no numbers."""
 
@@ -54,7 +57,7 @@ def watching(definition: Definition) -> Iterator[Watch]:
 @contextmanager
 def _setting(found: Watch) -> Iterator[None]:
     def assigned(self: Module, name: str, value: Any = None) -> None:
-        found.assigned.append((type(self), name, _place(sys._getframe(1))))
+        found.assigned.append((type(self), name, place_of(sys._getframe(1))))
         object.__setattr__(self, name, value)
 
     Module.__setattr__ = assigned  # type: ignore[method-assign, assignment]
@@ -67,17 +70,16 @@ def _setting(found: Watch) -> Iterator[None]:
 @contextmanager
 def _making(found: Watch, files: set[str]) -> Iterator[None]:
     """Record generators that are made, since their states are seen nowhere once they are gone."""
-    makers = {"default_rng": np.random.default_rng, "Generator": np.random.Generator}
-    makers |= {"RandomState": np.random.RandomState, "Random": random.Random}
-    held: list[tuple[Any, str, Any]] = [(np.random, name, make) for name, make in makers.items() if name != "Random"]
-    held.append((random, "Random", random.Random))
+    makers: tuple[Any, ...] = (np.random.default_rng, GENERATOR, RANDOM_STATE)
+    held: list[tuple[Any, str, Any]] = [(np.random, make.__name__, make) for make in makers]
+    held.append((random, "Random", RANDOM))
     for module in list(sys.modules.values()):
         if getattr(module, "__file__", None) in files:
-            held += [(module, key, v) for key, v in vars(module).items() if any(v is m for m in makers.values())]
+            held += [(module, key, v) for key, v in vars(module).items() if any(v is m for m in (*makers, RANDOM))]
 
     def noting(make: Callable[..., Any]) -> Callable[..., Any]:
         def made(*args: Any, **options: Any) -> Any:
-            found.drawn.append((f"{make.__module__}.{make.__name__}", _place(sys._getframe(1))))
+            found.drawn.append((f"{make.__module__}.{make.__name__}", place_of(sys._getframe(1))))
             return make(*args, **options)
 
         return made
@@ -104,7 +106,7 @@ def _drawing(found: Watch, files: set[str]) -> Iterator[None]:
 
     def lines(frame: FrameType, event: str, _: Any) -> Any:
         if event in ("line", "return", "exception"):
-            compare(last.get(id(frame), _place(frame)))
+            compare(last.get(id(frame), place_of(frame)))
             last[id(frame)] = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
         return lines
 
@@ -127,15 +129,15 @@ def _drawing(found: Watch, files: set[str]) -> Iterator[None]:
 def _generators() -> list[tuple[str, Callable[[], Any]]]:
     """Return every generator of random numbers that is known, with a function that reads its state."""
     found: list[tuple[str, Callable[[], Any]]] = [("random", random.getstate), ("numpy.random", _numpy_state)]
-    hidden = {id(random._inst), id(np.random.mtrand._rand)}  # type: ignore[attr-defined]
+    hidden = {id(random._inst), id(np.random.mtrand._rand)}
     for held in gc.get_objects():
         kind = type(held)
         if id(held) in hidden:
             continue
-        if kind is random.Random:
-            found.append(("random.Random", held.getstate))
-        elif kind is np.random.Generator or kind is np.random.RandomState:
-            found.append((f"numpy.random.{kind.__name__}", lambda held=held: _state_of(held)))
+        if issubclass(kind, RANDOM) and not issubclass(kind, random.SystemRandom):
+            found.append((f"{kind.__module__}.{kind.__name__}", held.getstate))
+        elif kind in (GENERATOR, RANDOM_STATE):
+            found.append((f"numpy.random.{kind.__name__}", partial(_state_of, held)))
     torch: Any = sys.modules.get("torch")
     if torch is not None and hasattr(torch, "get_rng_state"):
         found.append(("torch", lambda: torch.get_rng_state().numpy().tobytes()))
@@ -148,18 +150,5 @@ def _numpy_state() -> Any:
 
 
 def _state_of(held: Any) -> str:
-    bits = held.bit_generator if isinstance(held, np.random.Generator) else held._bit_generator
+    bits = held.bit_generator if isinstance(held, GENERATOR) else held._bit_generator
     return repr(bits.state)
-
-
-def _place(frame: FrameType | None) -> str:
-    while frame is not None and str(frame.f_code.co_filename).startswith(_HOUSE):
-        frame = frame.f_back
-    return f"{frame.f_code.co_filename}, line {frame.f_lineno}" if frame is not None else "the model"
-
-
-def state_of_class(definition: Definition, cls: type, name: str) -> bool:
-    """Return whether attribute `name` of a module of class `cls` is a State."""
-    return any(
-        type(module) is cls and isinstance(vars(module).get(name), State) for module in definition.modules.values()
-    )
