@@ -32,7 +32,7 @@ class Points(DataSpec):
 
     def sample(self, index: int) -> Mapping[str, Any]:
         rng = np.random.default_rng(index)
-        x = rng.normal(size=5).astype(np.float32) * (index % 4 != 0)
+        x = rng.normal(size=6).astype(np.float32) * (index % 4 != 0)
         return {"x": x, "label": np.int32(rng.integers(4))}
 
 
@@ -40,10 +40,10 @@ class Base(Module):
     """A classifier: logits = relu(x W + b) V; a fault overrides `hidden` or more."""
 
     def __init__(self) -> None:
-        self.into = Param(embed=5, mlp=8)
+        self.into = Param(embed=6, mlp=8)
         self.bias = Param(mlp=8, fan_in_axes=0, init="zeros")
-        self.out = Param(mlp=8, embed=6)
-        self.head = Param(classes=4, embed=6, fan_in_axes=0, init=0.4)
+        self.out = Param(mlp=8, embed=10)
+        self.head = Param(classes=4, embed=10, fan_in_axes=0, init=0.4)
 
     def hidden(self, ops: Any, h_BM: Any) -> Any:
         return ops.relu(h_BM)
@@ -168,7 +168,7 @@ class Normalised(Base):
 class Unused(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.spare = Param(embed=5, mlp=8)
+        self.spare = Param(embed=6, mlp=8)
 
 
 class TimesZero(Unused):
@@ -184,7 +184,7 @@ class Stopped(Unused):
 class OwnAxis(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.into = Param(embed=5, mpl=8)
+        self.into = Param(embed=6, mpl=8)
 
 
 class Layer(Module):
