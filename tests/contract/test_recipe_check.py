@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portatrain.backends.base import backend_class
-from portatrain.testing.recipe_check.run import check_recipe
+from portatrain.recipe import load_recipe, shipped_recipes
+from portatrain.testing.recipe_check import oracle
+from portatrain.testing.recipe_check.report import Finding
+from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from tests.support import planted
 from tests.support.running import BACKENDS
 
@@ -40,15 +48,17 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
     "a parameter that is not used": ("parameters reached", "parameter spare", "frozen=('spare',)"),
     "a parameter times zero": ("parameters reached", "parameter spare", "frozen=('spare',)"),
     "a parameter of a Stack that is not used": ("parameters reached", "parameter layers_1/spare", ""),
+    "the number of samples": ("samples alone", "op ops.", "depends on the others"),
     "a misspelt axis": ("axes", "axis 'mpl'", "Did you mean mlp"),
     "a division by zero": ("forward pass", "the loss", "finite"),
     "an error": ("forward pass", "the model in training", "planted.py, line"),
 }
 ON_A_BACKEND: dict[str, tuple[str, str, str]] = {
     "a mean that is tallied": ("{0}, accumulation 2", "State level", "ops.tally"),
-    "a mean over the microbatch": ("{0}, accumulation 2", "loss", "two microbatches"),
+    "a mean over the microbatch": ("{0}, accumulation 2", "loss of the first step", "look at ops.mean in"),
     "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient is zero"),
 }
+ON_A_MESH = ("the rank of a process",)
 SOUND = ("nothing", "factors that start at zero")
 
 
@@ -78,8 +88,61 @@ def test_a_planted_fault_is_found_on_a_backend(kind: str) -> None:
     assert_named(found(kind, "torch"), ON_A_BACKEND[kind], "torch")
 
 
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_nothing_is_found_in_shipped_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "REPEATS_S", 0.1)
+    report = check_recipe(load_recipe(name), backends=())
+    assert report.findings == [] and all(row.status == "ok" for row in report.rows)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_the_whole_check_finds_nothing_in_shipped_recipes(name: str, tmp_path: Path) -> None:
+    """With the meshes of jax's simulated devices and of torch's processes: a row for each, none left out."""
+    found = checked(name, tmp_path)
+    assert found["found"] == []
+    assert [row["name"] for row in found["checks"] if row["status"] != "ok"] == []
+    assert {f"{b} on {mesh}" for b in BACKENDS for mesh in MESHES} <= {row["name"] for row in found["checks"]}
+
+
+FAULTS_IN_A_FILE = {
+    "relu as it was on jax": (
+        "import jax.numpy as jnp\n"
+        "from portatrain.backends.jax.ops import JaxOps\n"
+        "JaxOps.relu = lambda self, x: jnp.maximum(x, jnp.zeros_like(x))\n",
+        "nothing",
+        ("operations at special points, jax", "op relu", "on jax"),
+    ),
+    "a rule that draws": ("", "nothing", ("torch beside jax", "rule OwnRandomRule", "update")),
+    "the rank of a process": ("", "the rank of a process", ("torch on fsdp=2", "the loss of the first step", "fsdp=2")),
+}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
+@pytest.mark.parametrize("fault", FAULTS_IN_A_FILE)
+def test_the_whole_check_finds_a_fault_in_a_file(fault: str, tmp_path: Path) -> None:
+    before, kind, wanted = FAULTS_IN_A_FILE[fault]
+    rule = "optimizer=planted.OwnRandomRule(lr=0.1)" if "rule" in fault else ""
+    text = (
+        f"{before}from tests.support import planted\n\n\ndef recipe():\n    return planted.recipe({kind!r}, {rule})\n"
+    )
+    (tmp_path / "own.py").write_text(text)
+    found = checked("own.py", tmp_path, code=1)
+    assert_named([Finding(**finding) for finding in found["found"]], wanted)
+
+
+def checked(recipe: str, folder: Path, *, code: int = 0) -> Any:
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
+    words = [sys.executable, "-m", "portatrain", "check", recipe, "--json"]
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
 def test_every_planted_model_is_tried() -> None:
-    assert planted.MODELS.keys() == {*IN_THE_ORACLE, *ON_A_BACKEND, *SOUND}
+    assert planted.MODELS.keys() == {*IN_THE_ORACLE, *ON_A_BACKEND, *SOUND, *ON_A_MESH}
 
 
 @pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")

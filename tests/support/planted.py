@@ -252,6 +252,8 @@ MODELS: dict[str, type[Module]] = {
     "a parameter times zero": TimesZero,
     "a parameter of a Stack that is not used": UnusedInStack,
     "a parameter behind stop_gradient": Stopped,
+    "the rank of a process": hidden(lambda self, ops, h: ops.relu(h) * (1.0 + int(os.environ.get("RANK", "0")))),
+    "the number of samples": hidden(lambda self, ops, h: ops.relu(h) if h.shape[0] != 4 else ops.tanh(h)),
     "a misspelt axis": OwnAxis,
     "a division by zero": hidden(lambda self, ops, h: h / (h - h)),
     "an error": hidden(lambda self, ops, h: h + None),

@@ -5,6 +5,7 @@ Each takes a `Subject` and returns findings; none if all is well.
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,7 @@ from portatrain.model.module import Constant, Definition, State
 from portatrain.model.ops import Loss
 from portatrain.recipe import Recipe
 from portatrain.testing.guard import check_rows_independent
-from portatrain.testing.recipe_check.blame import OPERATIONS, Call, crossing, parting, recording
+from portatrain.testing.recipe_check.blame import OPERATIONS, Call, crossing, parting, place_of, recording
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.small import Batch, Small
 from portatrain.testing.recipe_check.watch import Watch, watching
@@ -48,6 +49,8 @@ class Subject:
     moved: Arrays
     used: set[str] = field(default_factory=set)
     """The operations that the model called."""
+    over_batch: list[str] = field(default_factory=list)
+    """Its calls of reductions over the batch, each with its place."""
 
     @property
     def recipe(self) -> Recipe:
@@ -108,9 +111,7 @@ def runs(subject: Subject) -> list[Finding]:
     for training, mode in MODES.items():
         with watching(subject.definition) as watch:
             value, error = _tried(
-                lambda training=training: subject.run(
-                    subject.moved, training=training, operations=_noting(subject.used)
-                )
+                lambda training=training: subject.run(subject.moved, training=training, operations=_noting(subject))
             )
         found += _random(watch, mode) + _assigned(subject.definition, watch, mode)
         if error is not None and not found:
@@ -122,7 +123,7 @@ def runs(subject: Subject) -> list[Finding]:
     if not found and hasattr(subject.definition.model, "predict"):
         with watching(subject.definition) as watch:
             _, error = _tried(
-                lambda: subject.run(subject.moved, training=False, method="predict", operations=_noting(subject.used))
+                lambda: subject.run(subject.moved, training=False, method="predict", operations=_noting(subject))
             )
         found += _random(watch, "predict") + _assigned(subject.definition, watch, "predict")
         if error is not None and not found:
@@ -322,15 +323,17 @@ def unreached(name: str, shape: tuple[int, ...], why: str) -> Finding:
     )
 
 
-def _noting(used: set[str]) -> type[GuardedOps]:
-    """Return the guarded operations; each notes its name in `used` when the model calls it."""
+def _noting(subject: Subject) -> type[GuardedOps]:
+    """Return the guarded operations; each notes in `subject` that the model calls it."""
 
     def noting(name: str) -> Any:
         method = getattr(GuardedOps, name)
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
             if not self._inside:
-                used.add(name)
+                subject.used.add(name)
+                if "batch" in options.get("over", ()):
+                    subject.over_batch.append(f"ops.{name} in {place_of(sys._getframe(1))}")
             return method(self, *args, **options)
 
         return call

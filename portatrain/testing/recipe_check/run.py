@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -275,7 +276,12 @@ class _Check:
         halves = self._measure(subject, self.made[name], accumulation=2)
         one = self.measured[name]
         halves.evaluated = one.evaluated
-        return self._compared(subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches"))
+        found = self._compared(subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches"))
+        if not subject.over_batch:
+            return found
+        calls = ", ".join(dict.fromkeys(subject.over_batch))
+        do = f"A reduction over the batch covers one microbatch, so that no loss can depend on it: look at {calls}."
+        return [finding if finding.what.startswith("State") else replace(finding, do=do) for finding in found]
 
     def _restored(self, subject: Subject, one: str, two: str, check: str) -> list[Finding]:
         # What a model keeps outside its state is lost with the modules, so these are new ones, once for each backend.
