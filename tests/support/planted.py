@@ -118,6 +118,16 @@ class Updating(Counting):
         return ops.relu(h_BM)
 
 
+class AfterStep(Counting):
+    """A State set as an attribute after a step."""
+
+    def hidden(self, ops: Any, h_BM: Any) -> Any:
+        return ops.relu(h_BM)
+
+    def after_step(self, ops: Any) -> None:
+        self.seen = self.seen + 1.0
+
+
 class Calls(Base):
     """A Python number that counts calls."""
 
@@ -244,6 +254,7 @@ MODELS: dict[str, type[Module]] = {
     "a dropout by a mask of NumPy": hidden(lambda self, ops, h: h * (np.random.rand(*h.shape) > 0.5)),
     "a State set as an attribute": Counting,
     "a State updated in the forward pass": Updating,
+    "a State set as an attribute after a step": AfterStep,
     "a counter": Calls,
     "a counter in an object": KeptInDict,
     "a mean that is tallied": MeanTallied,
@@ -253,6 +264,11 @@ MODELS: dict[str, type[Module]] = {
     "a parameter of a Stack that is not used": UnusedInStack,
     "a parameter behind stop_gradient": Stopped,
     "the rank of a process": hidden(lambda self, ops, h: ops.relu(h) * (1.0 + int(os.environ.get("RANK", "0")))),
+    "an axis of a value": hidden(lambda self, ops, h: ops.shard(ops.relu(h), "batch", "mpl")),
+    "two samples in one row": hidden(lambda self, ops, h: ops.relu(h.reshape(-1, 16)).reshape(-1, 8)),
+    "two samples that see each other": hidden(
+        lambda self, ops, h: ops.softmax(h.reshape(-1, 16)).reshape(-1, 8) if h.shape[0] > 1 else ops.softmax(h)
+    ),
     "the number of samples": hidden(lambda self, ops, h: ops.relu(h) if h.shape[0] != 4 else ops.tanh(h)),
     "a misspelt axis": OwnAxis,
     "a division by zero": hidden(lambda self, ops, h: h / (h - h)),

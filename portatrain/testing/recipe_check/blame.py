@@ -99,8 +99,8 @@ def crossing(
 ) -> Call | None:
     """Return the first call whose results for a sample depend on the other samples, or None if none is seen.
 
-    Axis 0 of a result counts as the batch if the sizes of the two runs say so. A result without it, from another
-    operation than a reduction over the whole batch, must be the same for all batches: a mean of samples is not.
+    The axis that has as many times more elements as there are samples counts as the batch. A result without it, from
+    another operation than a reduction over the whole batch, must be the same for all batches.
     """
     context = Context(training=training)
     rows = len(next(iter(batch.values())))
@@ -143,10 +143,11 @@ def _over_batch(
 def _same(together: np.ndarray, alone: np.ndarray, i: int, rows: int) -> bool:
     if together.ndim != alone.ndim:
         return False
-    if together.ndim and together.shape[0] == rows and alone.shape[0] == 1 and rows > 1:
-        together = together[[i]]
-    elif together.ndim and together.shape[0] != alone.shape[0]:
-        return True  # the batch lies elsewhere, as in an axis that was joined with it
+    for axis, (size, one) in enumerate(zip(together.shape, alone.shape, strict=True)):
+        rest = (together.shape[:axis] + together.shape[axis + 1 :], alone.shape[:axis] + alone.shape[axis + 1 :])
+        if size == rows * one and rows > 1 and rest[0] == rest[1]:  # the batch, or an axis that is joined with it
+            together = np.take(together, range(i * one, (i + 1) * one), axis)
+            break
     if together.shape != alone.shape:
         return False
     if together.dtype.kind != "f":

@@ -19,21 +19,19 @@ from portatrain.backends.reference.guard import GuardedOps
 from portatrain.backends.reference.run import Forward, after_step, forward, initial_states
 from portatrain.backends.state import initial_box
 from portatrain.errors import UserError
-from portatrain.model.layout import unknown_axes
+from portatrain.model.layout import COMPUTE, PARAMS, UNSPLIT, unknown_axes
 from portatrain.model.module import Constant, Definition, State
 from portatrain.model.ops import Loss
 from portatrain.recipe import Recipe
 from portatrain.testing.guard import check_rows_independent
 from portatrain.testing.recipe_check.blame import OPERATIONS, Call, crossing, parting, place_of, recording
-from portatrain.testing.recipe_check.report import Finding
+from portatrain.testing.recipe_check.report import FORWARD, Finding
 from portatrain.testing.recipe_check.small import Batch, Small
 from portatrain.testing.recipe_check.watch import Watch, watching
 
 REPEATS = 24
 REPEATS_S = 1.5
 """Repetitions of the forward pass, at most so many and for about so long: what acts in one call of ten is met."""
-CLOSE = 1e-12
-"""The relative change of the loss, in float64, below which a parameter counts as without effect."""
 MODES = {True: "training", False: "evaluation"}
 
 Arrays = dict[str, np.ndarray]
@@ -51,6 +49,8 @@ class Subject:
     """The operations that the model called."""
     over_batch: list[str] = field(default_factory=list)
     """Its calls of reductions over the batch, each with its place."""
+    axes: dict[str, str] = field(default_factory=dict)
+    """The axes of values that it names, each with the first place."""
 
     @property
     def recipe(self) -> Recipe:
@@ -115,7 +115,7 @@ def runs(subject: Subject) -> list[Finding]:
             )
         found += _random(watch, mode) + _assigned(subject.definition, watch, mode)
         if error is not None and not found:
-            found.append(explained("forward pass", error, f"the model in {mode}"))
+            found.append(explained(FORWARD, error, f"the model in {mode}"))
         if error is None and value is not None and not found:
             found += _not_finite(subject, value, mode)
         if found:
@@ -127,8 +127,30 @@ def runs(subject: Subject) -> list[Finding]:
             )
         found += _random(watch, "predict") + _assigned(subject.definition, watch, "predict")
         if error is not None and not found:
-            found.append(explained("forward pass", error, "the model's predict"))
-    return found
+            found.append(explained(FORWARD, error, "the model's predict"))
+    if not found and subject.definition.states:
+        with watching(subject.definition) as watch:
+            _, error = _tried(lambda: states_after_step(subject, subject.moved))
+        found += _random(watch, "after_step") + _assigned(subject.definition, watch, "after_step")
+        if error is not None and not found:
+            found.append(explained(FORWARD, error, "the model's after_step"))
+    return found or _unknown_axes(subject)
+
+
+def _unknown_axes(subject: Subject) -> list[Finding]:
+    """Axes of values, in `ops.shard` and reductions, that no mapping and no tensor has."""
+    recipe, definition = subject.recipe, subject.definition
+    known = {*COMPUTE, *PARAMS, *UNSPLIT, *(recipe.compute or ()), *(recipe.params or ()), *definition.axes}
+    return [
+        Finding(
+            check=FORWARD,
+            what=f"axis {axis!r}",
+            said=f"expected an axis of a mapping or of a parameter, got one of a value in {place} that is in none",
+            do=f"Correct its name, or say in the recipe that it is whole: compute={{{axis!r}: ()}}.",
+        )
+        for axis, place in subject.axes.items()
+        if axis not in known
+    ]
 
 
 def _tried(call: Any) -> tuple[Any, Exception | None]:
@@ -157,7 +179,7 @@ def explained(check: str, error: Exception, where: str) -> Finding:
 def _random(watch: Watch, mode: str) -> list[Finding]:
     return [
         Finding(
-            check="forward pass",
+            check=FORWARD,
             what=f"random numbers of {name}",
             said=f"expected none but those of ops in {mode}, got some drawn in {place}",
             do="Use ops.dropout(x, rate, site=self.site) or ops.noise(..., site=self.site): they are the same on every "
@@ -174,9 +196,9 @@ def _assigned(definition: Definition, watch: Watch, mode: str) -> list[Finding]:
         state = any(isinstance(value, State) for value in held)
         found.append(
             Finding(
-                check="forward pass",
+                check=FORWARD,
                 what=f"{'State' if state else 'attribute'} {cls.__name__}.{name}",
-                said=f"expected no attribute to be set in the forward pass, got one that is set in {mode} in {place}",
+                said=f"expected no attribute to be set when the model runs, got one that is set in {mode} in {place}",
                 do=f"Add to a State with ops.tally(self, {name}=...) in the forward pass, and set it with "
                 f"ops.update(self, {name}=...) in after_step(self, ops); keep other values in local variables.",
             )
@@ -188,7 +210,7 @@ def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
     if not isinstance(found.value, Loss):
         return [
             Finding(
-                check="forward pass",
+                check=FORWARD,
                 what=type(subject.definition.model).__name__,
                 said=f"expected a Loss from __call__(ops, batch), got a {type(found.value).__name__}",
                 do="Return ops.cross_entropy(...) or ops.loss(...).",
@@ -201,7 +223,7 @@ def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
         bad = ["sum of the samples' weights, which is not above 0"]
     return [
         Finding(
-            check="forward pass",
+            check=FORWARD,
             what=f"the {name}",
             said=f"expected finite numbers in {mode}, near the initial parameters and in float64, got others",
             do="Look for a logarithm, a root or a division of zero, and for sizes that grow from layer to layer.",
@@ -214,10 +236,12 @@ def repeats(subject: Subject) -> list[Finding]:
     """The same inputs give the same loss, again and in a model that is built anew."""
     values = {}
     for training, mode in MODES.items():
-        first = _losses(subject, subject.definition, training)
+        first = _losses(subject, subject.definition, training, states=True)
         began_s = time.perf_counter()
         for n in range(1, REPEATS):
-            if not np.array_equal(again := _losses(subject, subject.definition, training), first, equal_nan=True):
+            if not np.array_equal(
+                again := _losses(subject, subject.definition, training, states=True), first, equal_nan=True
+            ):
                 what = _parting(subject, training) or f"the forward pass in {mode}"
                 return [_unrepeated(what, first, again, f"call {n + 1} with the same inputs")]
             if time.perf_counter() - began_s > REPEATS_S:
@@ -225,7 +249,7 @@ def repeats(subject: Subject) -> list[Finding]:
         values[training] = first
     anew = subject.recipe.describe()
     for training, mode in MODES.items():
-        again = _losses(subject, anew, training)
+        again = _losses(subject, anew, training, states=True)
         if not np.array_equal(again, values[training], equal_nan=True):
             return [_unrepeated(f"the model's construction ({mode})", values[training], again, "a model built anew")]
     return []
@@ -244,13 +268,18 @@ def _parting(subject: Subject, training: bool) -> str | None:
     return None if found is None else f"what op {found} is given"
 
 
-def _losses(subject: Subject, definition: Definition, training: bool) -> np.ndarray:
+def _losses(
+    subject: Subject, definition: Definition, training: bool, params: Arrays | None = None, *, states: bool = False
+) -> np.ndarray:
+    """Return the losses and weights of all samples and the auxiliary losses; with `states`, everything else too."""
     context = Context(seed=subject.recipe.seed, step=1, training=training)
     with np.errstate(all="ignore"):
-        found = forward(definition, subject.moved, subject.batch, context)
-    auxes = [found.auxes[name].value_B for name in sorted(found.auxes)]
-    states = [found.states[name].astype(np.float64).ravel() for name in sorted(found.states)]
-    return np.concatenate([found.value.loss_B, found.value.weight_B, *auxes, *states])
+        found = forward(definition, subject.moved if params is None else params, subject.batch, context)
+    auxes = [found.auxes[name] for name in sorted(found.auxes)]
+    values = [found.value.loss_B, found.value.weight_B, *(aux.value_B for aux in auxes if states or aux.loss)]
+    if states:
+        values += [found.states[name].astype(np.float64).ravel() for name in sorted(found.states)]
+    return np.concatenate(values)
 
 
 def _unrepeated(what: str, first: np.ndarray, again: np.ndarray, which: str) -> Finding:
@@ -274,6 +303,15 @@ def samples(subject: Subject) -> list[Finding]:
                 )
         except UserError as error:
             return [_crossing(subject, training, error)]
+        except Exception as error:
+            found = explained("samples alone", error, "the number of samples")
+            return [
+                replace(
+                    found,
+                    said=found.said.replace("a forward pass that ends", "a forward pass of one sample as of many"),
+                    do="Never use the size of the batch: write -1 for it in a reshape.",
+                )
+            ]
     return []
 
 
@@ -295,21 +333,18 @@ def _crossing(subject: Subject, training: bool, error: UserError) -> Finding:
 
 
 def reached(subject: Subject) -> list[Finding]:
-    """Every parameter that is trained changes the loss."""
+    """Every parameter that is trained changes the loss, at least in its last bits: a bias that a softmax takes away
+    again is the model's own affair."""
     rng = np.random.default_rng(2)
     found = []
-    base = objective(subject, subject.moved)
+    base = _losses(subject, subject.definition, True, subject.moved)
     for name, info in subject.definition.params.items():
         if not subject.recipe.trains(name):
             continue
         value = subject.moved[name]
         size = max(float(np.abs(value).max()), 0.1)
-        for _ in range(2):
-            there = {**subject.moved, name: value + size * rng.normal(size=value.shape)}
-            now = objective(subject, there)
-            if not abs(now - base) <= CLOSE * max(abs(base), 1e-300):
-                break
-        else:
+        there = ({**subject.moved, name: value + size * rng.normal(size=value.shape)} for _ in range(3))
+        if all(np.array_equal(_losses(subject, subject.definition, True, params), base) for params in there):
             found.append(unreached(name, info.shape, "the loss does not change when all its values do"))
     return found
 
@@ -332,6 +367,9 @@ def _noting(subject: Subject) -> type[GuardedOps]:
         def call(self: Any, *args: Any, **options: Any) -> Any:
             if not self._inside:
                 subject.used.add(name)
+                named = args[1:] if name == "shard" else args[1] if name in ("sum", "mean") and args[1:] else ()
+                for axis in filter(None, named):
+                    subject.axes.setdefault(axis, place_of(sys._getframe(1)))
                 if "batch" in options.get("over", ()):
                     subject.over_batch.append(f"ops.{name} in {place_of(sys._getframe(1))}")
             return method(self, *args, **options)
