@@ -16,6 +16,7 @@ from portatrain.recipe import load_recipe, shipped_recipes
 from portatrain.testing.recipe_check import oracle
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.run import MESHES, check_recipe
+from portatrain.testing.recipe_check.small import candidates
 from tests.support import planted
 from tests.support.running import BACKENDS
 
@@ -92,7 +93,21 @@ def test_a_planted_fault_is_found_on_a_backend(kind: str) -> None:
     assert_named(found(kind, "torch"), ON_A_BACKEND[kind], "torch")
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [str(p) for p in sorted((ROOT / "examples").glob("*.py")) if "def recipe(" in p.read_text()]
+ALL = [*shipped_recipes(), *EXAMPLES]
+
+
+def distinct() -> list[str]:
+    """Recipes that differ once they are small; the larger ones of a family are the same model then."""
+    made = {}
+    for name in ALL:
+        small = next(candidates(load_recipe(name)))[0].to_json()
+        made.setdefault(json.dumps([small["model"], small["data"]], sort_keys=True), name)
+    return list(made.values())
+
+
+@pytest.mark.parametrize("name", distinct())
 def test_nothing_is_found_in_shipped_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(oracle, "REPEATS_S", 0.1)
     report = check_recipe(load_recipe(name), backends=())
@@ -101,7 +116,7 @@ def test_nothing_is_found_in_shipped_recipes(name: str, monkeypatch: pytest.Monk
 
 @pytest.mark.full
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", ALL)
 def test_the_whole_check_finds_nothing_in_shipped_recipes(name: str, tmp_path: Path) -> None:
     """With the meshes of jax's simulated devices and of torch's processes: a row for each, none left out."""
     found = checked(name, tmp_path)
@@ -138,7 +153,7 @@ def test_the_whole_check_finds_a_fault_in_a_file(fault: str, tmp_path: Path) -> 
 
 
 def checked(recipe: str, folder: Path, *, code: int = 0) -> Any:
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "XLA_FLAGS": ""}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     words = [sys.executable, "-m", "portatrain", "check", recipe, "--json"]
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
