@@ -1,7 +1,8 @@
 """The commands ``portatrain`` and ``launch``: their tables, their parser, and how errors are reported.
 
 Exit codes: 0 done, 1 a check found something, 2 a user's mistake (one paragraph on standard error), 75 storage failed
-during the run, 85 stopped and resumable, 130 interrupted by Ctrl-C. A traceback is always a bug of portatrain or of a recipe.
+during the run, 85 stopped and resumable, 130 interrupted by Ctrl-C. A traceback is always a bug of portatrain or of
+a recipe.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 from portatrain.backends.base import backend_class
 from portatrain.recipe import load_recipe, shipped_recipes
-from portatrain.testing.recipe_check import oracle
+from portatrain.testing.recipe_check import oracle, small
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from portatrain.testing.recipe_check.small import candidates
@@ -61,6 +61,7 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
 ON_A_BACKEND: dict[str, tuple[str, str, str]] = {
     "a mean that is tallied": ("{0}, accumulation 2", "State level", "ops.tally"),
     "a mean over the microbatch": ("{0}, accumulation 2", "loss of the first step", "look at ops.mean in"),
+    "a root of zero": ("{0}, one device", "the gradient of bias, into", "expected finite numbers"),
     "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient is zero"),
 }
 ON_A_MESH = ("the rank of a process",)
@@ -158,6 +159,13 @@ def checked(recipe: str, folder: Path, *, code: int = 0) -> Any:
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+def test_a_model_that_is_too_large_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "LARGEST", 100.0)
+    report = check_recipe(planted.recipe(), backends=())
+    assert [row.name for row in report.rows] == ["axes", "forward pass"] and not report.refusing
+    assert "a method small()" in str(report.findings[0])
 
 
 def test_every_planted_model_is_tried() -> None:

@@ -272,6 +272,7 @@ MODELS: dict[str, type[Module]] = {
     "the number of samples": hidden(lambda self, ops, h: ops.relu(h) if h.shape[0] != 4 else ops.tanh(h)),
     "a misspelt axis": OwnAxis,
     "a division by zero": hidden(lambda self, ops, h: h / (h - h)),
+    "a root of zero": hidden(lambda self, ops, h: ops.sqrt(h * h)),
     "an error": hidden(lambda self, ops, h: h + None),
 }
 

@@ -49,6 +49,8 @@ class Subject:
     """The operations that the model called."""
     over_batch: list[str] = field(default_factory=list)
     """Its calls of reductions over the batch, each with its place."""
+    predicts: bool = False
+    """True if the model has a `predict` that takes the batches of its data."""
     axes: dict[str, str] = field(default_factory=dict)
     """The axes of values that it names, each with the first place."""
 
@@ -126,8 +128,9 @@ def runs(subject: Subject) -> list[Finding]:
                 lambda: subject.run(subject.moved, training=False, method="predict", operations=_noting(subject))
             )
         found += _random(watch, "predict") + _assigned(subject.definition, watch, "predict")
-        if error is not None and not found:
+        if isinstance(error, UserError) and not found:
             found.append(explained(FORWARD, error, "the model's predict"))
+        subject.predicts = error is None  # another error may say that it takes other arguments, such as a cache
     if not found and subject.definition.states:
         with watching(subject.definition) as watch:
             _, error = _tried(lambda: states_after_step(subject, subject.moved))
