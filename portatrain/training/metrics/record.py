@@ -136,7 +136,7 @@ class EvalRecord:
 
 
 class Sink(Protocol):
-    """A receiver of metrics. The trainer calls ``start`` once, then the others, and ``end`` once, also after an error."""
+    """A receiver of metrics. The trainer calls ``start`` first and ``end`` last, even after an error."""
 
     def start(self, info: RunInfo) -> None: ...
 
