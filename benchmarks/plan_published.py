@@ -170,7 +170,8 @@ def report() -> str:
             *[_line(one) for one in checked],
             "",
             f"The median leave-one-out error of the {len(checked)} rows is "
-            f"**{100 * statistics.median(errors):.1f} %**, the largest {100 * max(errors):.0f} %. {len(checked) - len(beyond)} of {len(checked)} are within "
+            f"**{100 * statistics.median(errors):.1f} %**, "
+            f"the largest {100 * max(errors):.0f} %. {len(checked) - len(beyond)} of {len(checked)} are within "
             f"{100 * BOUND:.0f} %. For {len(counted)} rows the number of chips was published with the figure; their "
             f"median error is {100 * statistics.median(counted):.1f} %.",
             "",
