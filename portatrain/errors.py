@@ -50,9 +50,9 @@ def storage_error(error: OSError) -> StorageError | None:
     name = f" ({error.filename})" if error.filename else ""
     return StorageError(
         "the storage of the run",
-        expected="files that can be written and read",
+        expected="files that can be read and written",
         got=f"{error.strerror or error}{name}",
-        do="Free some space or mend the storage, and go on with the run; the last committed checkpoint stands.",
+        do="Free space or fix the storage, then resume the run; its last committed checkpoint is unharmed.",
     )
 
 

@@ -248,7 +248,7 @@ def backend_class(name: str) -> type[Backend]:
             f"backend {name}",
             expected=f"{point.value} to be importable",
             got=f"{type(error).__name__}: {error}",
-            do="Repair or remove the package that registers it under portatrain.backends.",
+            do="Fix or remove the package that registers it under portatrain.backends.",
         ) from error
     lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
     if lacks:

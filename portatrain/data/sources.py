@@ -121,7 +121,7 @@ def find(paths: str | tuple[str, ...], what: str) -> Files:
         if not here:
             raise UserError(
                 what,
-                expected="a file, a folder with files, or a glob that matches some",
+                expected="a file, a folder with files, or a pattern (glob) that matches files",
                 got=repr(given),
                 do="Check the path; relative paths start at the working directory.",
             )
@@ -157,8 +157,8 @@ def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
         f"{kind} paths",
         expected=what,
         got="none: this recipe comes without data",
-        do="Name yours with --set data.paths=/data/corpus/*, or choose another source with --set data=Stdlib, say, and "
-        "model.vocab to go with it.",
+        do="Give the paths of yours, as in --set data.paths=/data/corpus/*, or choose another source, as in "
+        "--set data=Stdlib, and set model.vocab to its vocabulary.",
     )
 
 
@@ -174,7 +174,7 @@ def _unreadable(path: Path, error: OSError) -> UserError:
         f"data file {path}",
         expected="a file that can be read",
         got=error.strerror or str(error),
-        do="Mend its permissions or leave it out.",
+        do="Change its permissions, or leave it out.",
     )
 
 
@@ -331,7 +331,7 @@ def _npy_ids(path: Path, dtype: np.dtype) -> np.ndarray:
             f"token file {path}",
             expected=f"a one-dimensional array of {dtype.name}, little-endian",
             got=f"{ids.dtype.name} of shape {ids.shape}",
-            do="Set dtype to what the file was written with; flatten an array of several dimensions.",
+            do="Set dtype to the dtype of the file; flatten an array of several dimensions.",
         )
     return ids.view(np.ndarray)
 

@@ -218,7 +218,7 @@ class RunDir:
         kind = UserError if storage_error(error) is None else StorageError
         return kind(
             f"run directory {self.where}",
-            expected="a folder that can be written to",
+            expected="a writable folder",
             got=str(error),
             do="Choose another folder, or free some space.",
         )
@@ -382,7 +382,7 @@ def _check_writable(what: str, folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             what,
-            expected="a folder that can be written to",
+            expected="a writable folder",
             got=f"no permission to write in {folder}" if folder.is_dir() else f"{folder}, which is a file",
             do="Choose another folder, or change the permissions.",
         )
