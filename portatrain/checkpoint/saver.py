@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
+from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors, format_layout, written_by
 from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
 from portatrain.checkpoint.locations import location_of
@@ -200,7 +201,9 @@ class Checkpoints:
     def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
             with contextlib.closing(self.location.open(step, create=True)) as store:
-                Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
+                sums = fingerprints.Sums()
+                writer = Writer(store, layout, save=self.save_name, writer=self.process)
+                writer.write(sums.counting(staging.sources()), note=sums.note)
                 staging.close()
                 if self.process:
                     return
@@ -209,7 +212,7 @@ class Checkpoints:
                     if step in self._damaged:  # this checkpoint was read and found damaged, so the new one replaces it
                         store.delete(COMMIT)
                         self._damaged.discard(step)
-                    commit(store, layout, save=self.save_name, meta=json_files.strict(meta))
+                    commit(store, layout, save=self.save_name, meta=lambda notes: _meta(meta, layout, notes))
                 self._metrics[step] = _metrics_of(meta)
                 self._sweep_others(store)
             self._sweep(step)
@@ -287,6 +290,11 @@ class Checkpoints:
     def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
         """Return the newest valid checkpoint, see `newest.newest`. The next save of a damaged step replaces it."""
         return newest(self.location, self.process, self.processes, report, agree, self._damaged)
+
+
+def _meta(meta: Mapping[str, Any], layout: SaveLayout, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the meta of a commit: `meta`, and the fingerprints of all tensors."""
+    return {**json_files.strict(meta), fingerprints.FIELD: fingerprints.joined(layout, notes)}
 
 
 def _metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:

@@ -16,6 +16,7 @@ from typing import Any
 from portatrain.backends import kernels
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
+from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest
@@ -347,13 +348,21 @@ class Trainer:
         """Restore from `reader` and run the continuity check."""
         check_tensors(reader, self.backend.program)
         self.state = restored(self.backend, reader)
+        changed = self._changed(reader.meta)
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
         now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
-        found = continuity.verdict(reader.meta, now, self.recipe.precision)
+        found = continuity.verdict(reader.meta, now, self.recipe.precision, changed)
         if found["verdict"] == "unproven":
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
         self._judge(self.step, found)
+
+    def _changed(self, meta: Mapping[str, Any]) -> list[str] | None:
+        """Return the tensors of which a bit differs from the fingerprints in `meta`; None if they cannot be compared."""
+        saved = fingerprints.saved_in(meta)
+        if saved is None or not fingerprints.can_compare(self.backend):
+            return None
+        return fingerprints.compare(self.backend, self.state, saved)
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError if it is 'broken' and drift is not accepted."""
