@@ -2,8 +2,9 @@
 
 The fingerprint of a tensor is the sum, modulo 2^64, of the bits of its elements as whole numbers, each times a hash of
 the element's logical index. The hash of an index (i, j, ...) is h(0, i) x h(1, j) x ..., where h(d, i) is output number
-i + (d + 1) 2^48 of splitmix64 from seed 0, counted from 0, with its lowest bit set. So a box of a tensor has a sum of its own, the sums of boxes add
-up, and one changed bit always changes the sum, because an odd number has an inverse modulo 2^64.
+i + (d + 1) 2^48 of splitmix64 from seed 0, counted from 0, with its lowest bit set. So a box of a tensor has a sum of
+its own, the sums of boxes add up, and one changed bit always changes the sum, because an odd number has an inverse
+modulo 2^64.
 
 A save sums what its writers write (`Sums`), while it writes. On arrival every process sums what its devices hold
 (`compare`). Elements of 8 bytes or more count as words of 4 bytes, along one more axis.
@@ -199,13 +200,13 @@ def compare(backend: Backend, state: Any, saved: Mapping[str, str]) -> list[str]
                 parts.all[number].held += box.size
                 parts.all[number].total += value
     mine = [p.total % 2**64 if p.owner == backend.process else 0 for p in parts.all]
-    totals = _added_up(backend, np.array(mine, np.uint64))
+    totals = added_up(backend, np.array(mine, np.uint64))
     now = dict.fromkeys(numbers, 0)
     for part, total in zip(parts.all, totals.tolist(), strict=True):
         now[layout.tensors[part.tensor].name] += total
         if part.held == part.box.size and part.total % 2**64 != total:
             unequal[part.tensor] += np.uint64(1)
-    bad = _added_up(backend, unequal)
+    bad = added_up(backend, unequal)
     differ = set(changed(saved, {name: _text(total) for name, total in now.items()}))
     known = [name for i, name in enumerate(numbers) if name in differ or bad[i]]
     return known + sorted(differ - numbers.keys())
@@ -262,6 +263,7 @@ def can_compare(backend: Backend) -> bool:
     return backend.processes == 1 or hasattr(backend, "add_up")
 
 
-def _added_up(backend: Backend, words: np.ndarray) -> np.ndarray:
+def added_up(backend: Backend, words: np.ndarray) -> np.ndarray:
+    """Return the sums of `words` over all processes, modulo 2^64."""
     add_up: Any = getattr(backend, "add_up", None)
     return words if backend.processes == 1 else add_up(words)

@@ -358,7 +358,7 @@ class Trainer:
         self._judge(self.step, found)
 
     def _changed(self, meta: Mapping[str, Any]) -> list[str] | None:
-        """Return the tensors of which a bit differs from the fingerprints in `meta`; None if they cannot be compared."""
+        """Return the tensors of which a bit differs from its fingerprint in `meta`; None if none can be compared."""
         saved = fingerprints.saved_in(meta)
         if saved is None or not fingerprints.can_compare(self.backend):
             return None
