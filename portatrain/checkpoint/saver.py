@@ -40,13 +40,15 @@ from portatrain.backends.base import Backend, IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
 from portatrain.checkpoint import fingerprints
-from portatrain.checkpoint.format_layout import check_tensors, format_layout, written_by
+from portatrain.checkpoint.format_layout import check_step, check_tensors, format_layout, written_by
 from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
 from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
 from portatrain.errors import StorageError, UserError
+from portatrain.recipe import Recipe
 from portatrain.recipe.retention import Retention
+from portatrain.recipe.same import deciding_changes, in_words
 from portatrain.system import json_files
 
 RECEIPTS_WITHIN_S = 600.0
@@ -82,9 +84,19 @@ def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[]
             yield name, Box(box.offset, box.shape), box.fetch
 
 
-def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
-    """Raise UserError if the newest commit is not of this run: a newer format, another model, or data with another
-    fingerprint (None: any data). Reads only the root, before an attempt begins; damage is left to `Checkpoints.newest`.
+def check_newest(
+    where: Path | str,
+    program: Program,
+    recipe: Recipe,
+    fingerprints_of_data: Mapping[str, str | None],
+    *,
+    accept_drift: bool = False,
+) -> None:
+    """Raise UserError if the newest commit is not of this run, before an attempt begins. Reads only the root; damage is
+    left to `Checkpoints.newest`.
+
+    A newer format or another model is always refused. `accept_drift`: another recipe, other names of axes and other
+    data are not. `fingerprints_of_data`: by the name in the meta's 'data'.
     """
     place = location_of(where)
     for step in reversed(place.steps()):
@@ -95,17 +107,35 @@ def check_newest(where: Path | str, program: Program, fingerprint: str | None) -
                 raise UserError.of(error) from error
             except FormatError:
                 continue
-            check_tensors(reader, program)
-            saved = reader.meta.get("data", {}).get("fingerprint")
-            if fingerprint is not None and saved is not None and saved != fingerprint:
-                raise UserError(
-                    store.describe("COMMIT"),
-                    expected=f"a run on this corpus, fingerprint {fingerprint}",
-                    got=f"a run on another corpus, {saved}",
-                    do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go on "
-                    "with other data all the same, give --accept-drift REASON, which is recorded.",
-                )
+            what = store.describe("COMMIT")
+            check_step(reader, step, what)
+            check_tensors(reader, program, axes=not accept_drift)
+            if accept_drift:
+                return
+            if changes := deciding_changes(reader.meta, recipe):
+                raise another_recipe(what, changes)
+            saved = reader.meta.get("data", {})
+            for name, now in fingerprints_of_data.items():
+                if saved.get(name) not in (None, now):
+                    raise UserError(
+                        what,
+                        expected=f"a run on this {'corpus' if name == 'fingerprint' else name}, fingerprint {now}",
+                        got=f"a run on another, {saved[name]}",
+                        do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go "
+                        "on with other data all the same, give --accept-drift REASON, which is recorded.",
+                    )
             return
+
+
+def another_recipe(what: str, changes: Mapping[str, tuple[Any, Any]]) -> UserError:
+    """Return the error for a checkpoint that was saved under another recipe, with the fields that differ."""
+    return UserError(
+        what,
+        expected="a checkpoint that was saved with this recipe",
+        got=f"one of another recipe, which differs in {in_words(changes)}",
+        do="Give the recipe and --set values that it was saved with, or a new run directory; nothing was changed. To "
+        "go on with this recipe all the same, give --accept-drift REASON, which is recorded.",
+    )
 
 
 def reads(reader: Reader) -> Read:

@@ -58,7 +58,14 @@ BOUNDS = {
 
 
 def record(
-    backend: Backend, state: Any, recipe: Recipe, train: Split, step: int, *, virtual_step: bool = True
+    backend: Backend,
+    state: Any,
+    recipe: Recipe,
+    train: Split,
+    step: int,
+    *,
+    validation: Split | None = None,
+    virtual_step: bool = True,
 ) -> dict[str, Any]:
     """Return the record of the state after `step` steps, as JSON for a checkpoint's meta. Changes nothing.
 
@@ -70,7 +77,7 @@ def record(
     found: dict[str, Any] = {
         "step": step,
         "applied": next(int(b.fetch()) for b in backend.local_boxes(state) if b.role == COUNT),
-        "data": {"next_sample": start, "next_batch": batch_hash(ahead), "fingerprint": train.fingerprint},
+        "data": {"next_sample": start, "next_batch": batch_hash(ahead), **fingerprints_of(train, validation)},
         "rng": {
             "algorithm": "philox4x64-10",
             "seed": str(recipe.seed),
@@ -85,6 +92,14 @@ def record(
         }
     return found
 
+
+def fingerprints_of(train: Split, validation: Split | None) -> dict[str, str | None]:
+    """Return the fingerprints of the data as they are in a record's 'data'."""
+    return {"fingerprint": train.fingerprint, "validation": None if validation is None else validation.fingerprint}
+
+
+NEWER = "data.validation"
+"""A field of the exact part that earlier releases did not write; a checkpoint without it is not compared in it."""
 
 EXACT = ("step", "applied", "data", "rng", "schedule")
 
@@ -107,11 +122,16 @@ def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.
 
 
 def verdict(
-    before: Mapping[str, Any], now: Mapping[str, Any], precision: str, changed: Sequence[str] | None = None
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    precision: str,
+    changed: Sequence[str] | None = None,
+    fields: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compare two records; return the verdict with its numbers.
 
     `changed`: the tensors of which a bit differs from its fingerprint; None if no fingerprints were compared.
+    `fields`: the fields of the recipe that differ, as 'recipe.NAME'.
 
     The verdict is 'continuous' or 'broken', 'unproven' if the checkpoint has no probe, or 'imported' if the checkpoint
     was converted from another format and no run preceded it.
@@ -122,10 +142,11 @@ def verdict(
     if changed:
         bits = {"tensors": list(changed)}
     if "imported" in before:
-        said = "broken" if changed else "imported"
-        return {"verdict": said, "differs": [], "failed": [], "from": before["imported"], **bits}
+        said = "broken" if changed or fields else "imported"
+        return {"verdict": said, "differs": list(fields), "failed": [], "from": before["imported"], **bits}
     a, b = _flat(json_files.strict(before)), _flat(json_files.strict(now))  # so that NaN equals NaN
-    differs = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and a.get(k) != b.get(k))
+    names = {k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and (k != NEWER or k in a)}
+    differs = sorted(k for k in names if a.get(k) != b.get(k)) + list(fields)
     was = before.get("probe")
     if was is None:
         return {"verdict": "broken" if differs or changed else "unproven", "differs": differs, "failed": [], **bits}

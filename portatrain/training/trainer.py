@@ -24,6 +24,7 @@ from portatrain.data import prefetch
 from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
+from portatrain.recipe.same import deciding_changes
 from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
@@ -115,8 +116,13 @@ class Trainer:
         if self.options.source is not None:
             info["source"] = dict(self.options.source)
         if not self.backend.process:
-            fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
-            check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
+            check_newest(
+                self.run_dir.checkpoints(),
+                self.backend.program,
+                self.recipe,
+                continuity.fingerprints_of(self.data.train, self.data.validation),
+                accept_drift=self.options.accept_drift is not None,
+            )
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = self._steps.began_s = time.perf_counter()
@@ -156,7 +162,7 @@ class Trainer:
             self.state = self.backend.init_state()
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
-                continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
+                self._record()
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
         self.hooks.call("on_start")
@@ -332,7 +338,7 @@ class Trainer:
         recipe = self.recipe
         self._saves += 1
         probes = last or (self._saves - 1) % recipe.probe_every == 0
-        found = continuity.record(self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes)
+        found = self._record(virtual_step=probes)
         found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._steps.history)}
         if self._last_eval is not None and self._last_eval.step == self.step:
             found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
@@ -346,16 +352,24 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        check_tensors(reader, self.backend.program)
+        check_tensors(reader, self.backend.program, axes=self.options.accept_drift is None)
         self.state = restored(self.backend, reader)
         changed = self._changed(reader.meta)
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
-        now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
-        found = continuity.verdict(reader.meta, now, self.recipe.precision, changed)
+        now = self._record()
+        fields = [f"recipe.{name}" for name in deciding_changes(reader.meta, self.recipe)]
+        found = continuity.verdict(reader.meta, now, self.recipe.precision, changed, fields)
         if found["verdict"] == "unproven":
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
         self._judge(self.step, found)
+
+    def _record(self, *, virtual_step: bool = True) -> dict[str, Any]:
+        """Return the record of the state now, for the continuity check."""
+        train, validation = self.data.train, self.data.validation
+        return continuity.record(
+            self.backend, self.state, self.recipe, train, self.step, validation=validation, virtual_step=virtual_step
+        )
 
     def _changed(self, meta: Mapping[str, Any]) -> list[str] | None:
         """Return the tensors of which a bit differs from its fingerprint in `meta`; None if none can be compared."""
