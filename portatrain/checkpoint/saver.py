@@ -178,6 +178,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
+        self._committed: list[int] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._plan: tuple[Program, IrregularShards, SaveLayout, dict[str, list[Box]]] | None = None
 
@@ -243,6 +244,7 @@ class Checkpoints:
                         store.delete(COMMIT)
                         self._damaged.discard(step)
                     commit(store, layout, save=self.save_name, meta=lambda notes: _meta(meta, layout, notes))
+                self._committed.append(step)
                 self._metrics[step] = _metrics_of(meta)
                 self._sweep_others(store)
             self._sweep(step)
@@ -298,6 +300,13 @@ class Checkpoints:
         for step in self.location.steps():
             if not self.location.committed(step):
                 self.location.remove(step)
+
+    def newly_committed(self) -> list[int]:
+        """Return the steps that were committed since the last call, for the record. Does not wait."""
+        found = []
+        while self._committed:
+            found.append(self._committed.pop(0))
+        return found
 
     def check(self) -> None:
         """Raise UserError if a save in the background has failed. Does not wait."""

@@ -216,8 +216,8 @@ class RunDir:
             do="Choose another folder, or free some space.",
         )
 
-    def create(self, recipe: Recipe) -> None:
-        """Write run.json unless it exists. Call `check` first."""
+    def create(self, recipe: Recipe, **more: object) -> None:
+        """Write run.json, with the fields `more`, unless it exists. Call `check` first."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -234,6 +234,7 @@ class RunDir:
             "recipe_sha256": recipe.sha256,
             "code_sha256": code_sha256(recipe),
             "recipe": recipe.to_json(),
+            **more,
         }
         self.put("run.json", run, once=True)
 

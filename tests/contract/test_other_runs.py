@@ -126,8 +126,6 @@ def with_axes(path: Path, rename: dict[str, str]) -> None:
 def test_axes_in_another_order_are_refused(left: RunDir, tmp_path: Path) -> None:
     run = other(left, tmp_path / "run", small())
     with_axes(run.path / STEP, {"heads": "head_dim", "head_dim": "heads"})
-    with pytest.raises(
-        UserError, match=r"other names: params/blocks/attn/wq \(layers embed head_dim heads for"
-    ):
+    with pytest.raises(UserError, match=r"other names: params/blocks/attn/wq \(layers embed head_dim heads for"):
         train(small(), run, backend=BACKEND)
     assert train(small(), run, backend=BACKEND, stop_at=3, accept_drift="renamed") == 85
