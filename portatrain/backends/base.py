@@ -92,6 +92,9 @@ class Backend(Protocol):
     Optional method: `restore_shared(read, shares)` returns the same state as `restore_state`. For the tensors in
     `shares` (checkpoint/shared_reads.py) each process reads only its part of a box (`Share.part`) and receives the
     other parts from the processes that hold copies.
+
+    Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
+    it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
     """
 
     name: str

@@ -20,13 +20,19 @@ Mutant = Callable[[Values, Meta, Recipe], None]
 """Changes the tensors and the meta of a checkpoint in place."""
 
 
-def rewrite(path: Path, mutate: Mutant, recipe: Recipe) -> None:
-    """Replace the checkpoint in the folder `path` by a mutant of it, committed, with valid checksums."""
+def rewrite(path: Path, mutate: Mutant, recipe: Recipe, *, fingerprints: bool = False) -> None:
+    """Replace the checkpoint in the folder `path` by a mutant of it, committed, with valid checksums.
+
+    fingerprints: keep the fingerprints of the tensors, which do not fit the mutant. Without them the mutant is like a
+    checkpoint of an older release, and only the record can tell.
+    """
     with LocalStore(path) as store:
         reader = Reader(store)
         layout, meta = reader.layout, json.loads(json.dumps(dict(reader.meta)))
         values = {t.name: reader.read(t.name) for t in layout.tensors}
     mutate(values, meta, recipe)
+    if not fingerprints:
+        meta.pop("fingerprints", None)
     shutil.rmtree(path)
     with LocalStore(path, create=True) as store:
         for writer in range(layout.writers):

@@ -367,6 +367,11 @@ class JaxBackend:
             return value
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
+    def add_up(self, words: np.ndarray) -> np.ndarray:
+        """Return the sums of `words`, uint64, over all processes, modulo 2^64. JAX carries them as 32-bit halves."""
+        every = multihost_utils.process_allgather(words.view(np.uint32))
+        return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
+
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
         name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"

@@ -210,6 +210,12 @@ class MeshBackend(OneDevice):
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         return int(mine)
 
+    def add_up(self, words: np.ndarray) -> np.ndarray:
+        """Return the sums of `words`, uint64, over all processes, modulo 2^64."""
+        mine = torch.from_numpy(words.view(np.int64).copy())
+        dist.all_reduce(mine)
+        return mine.numpy().view(np.uint64)
+
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         """Yield every box that this process holds. Several processes yield the same box if the layout does not cut
         it."""
