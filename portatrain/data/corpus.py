@@ -111,6 +111,17 @@ def require_window(split: str, tokens: int, documents: int, seq_len: int) -> Non
         )
 
 
+def _check_ids(source: Documents, number: int, tokens: np.ndarray) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= source.vocab:
+        raise UserError(
+            f"document {source.files[int(source.file[number])][0]}",
+            expected=f"ids from 0 to {source.vocab - 1}, the vocabulary being {source.vocab}",
+            got=str(low if low < 0 else high),
+            do="Correct the tokenizer or the source.",
+        )
+
+
 def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Writer) -> int | None:
     """Write the documents ``numbers`` in permuted order; return the number of source bytes, or None if unknown."""
     starts: list[int] = []
@@ -126,6 +137,7 @@ def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Wri
         for number in numbers.tolist():
             tokens, size = source.read(number)
             if len(tokens):
+                _check_ids(source, number, tokens)
                 write(np.concatenate((np.array([source.bos], dtype), tokens), dtype=dtype, casting="same_kind"))
                 starts.append(at)
                 at += 1 + len(tokens)
