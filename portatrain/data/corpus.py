@@ -37,6 +37,8 @@ class Stream:
     bos: int
     bytes: int | None
     fingerprint: str
+    passed_over: tuple[str, ...] = ()
+    """Sentences about what the source holds and was not packed; the same for its splits."""
 
     def document(self, number: int) -> np.ndarray:
         """Return the tokens of one document, without its ``bos``."""
@@ -68,6 +70,7 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
                 bos=meaning["bos"],
                 bytes=pack.facts[f"{split}_bytes"],
                 fingerprint=pack.fingerprints[split],
+                passed_over=tuple(pack.facts.get("passed_over", ())),
             )
     return out
 
@@ -96,6 +99,7 @@ def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> pa
         if split == "train":
             tokens = writer.entries["train-tokens"]["size"]
             require_window(split, tokens, writer.entries["train-starts"]["size"], seq_len)
+    facts["passed_over"] = source.passed.sentences(type(spec).__name__)
     return facts
 
 
@@ -142,6 +146,8 @@ def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Wri
                 starts.append(at)
                 at += 1 + len(tokens)
                 n_bytes = None if size is None or n_bytes is None else n_bytes + size
+            else:
+                source.passed.add("documents without content", source.files[int(source.file[number])][0])
 
     dtype = np.min_scalar_type(source.vocab - 1)
     writer.array(f"{split}-tokens", dtype, pieces)
