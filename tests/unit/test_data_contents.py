@@ -303,7 +303,7 @@ def test_raw_ids_are_not_mistaken_for_a_format(vocab: int) -> None:
     for _ in range(300):
         head = rng.integers(0, vocab, 2048).astype(dtype).tobytes()[:4096]
         check_ids(Path("x"), head, len(head), np.dtype(dtype).itemsize)
-        for mark in (b"\x1f\x8b\x08", b"BZh9", b"\xff\xd8\xff", b"\x80\x04\x95", b"\x80\x02}"):
+        for mark in (b"\x1f\x8b\x08", b"BZh9", b"\xff\xd8\xff", b"\x80\x04\x95", b"\x80\x02"):
             assert recognised(mark + head, len(head)) is None
 
 
