@@ -117,5 +117,8 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
                 if checkpoint is found[0]:
                     raise
                 continue
+            from portatrain.checkpoint.format_layout import check_tiles  # its import loads what a listing does not need
+
+            check_tiles(reader)
             yield reader
             return
