@@ -76,14 +76,16 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
-def choice(what: str, got: str, valid: Iterable[str]) -> UserError:
-    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names."""
-
+def choice(what: str, got: str, valid: Iterable[str], more: str = "") -> UserError:
+    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names, and says ``more``."""
     import difflib
 
     names = sorted(valid)
     near = difflib.get_close_matches(got, names, n=3)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     return UserError(
-        what, expected=f"one of {', '.join(names) or '(none)'}", got=repr(got), do=f"{hint}Use one of those names."
+        what,
+        expected=f"one of {', '.join(names) or '(none)'}",
+        got=repr(got),
+        do=f"{hint}Use one of those names.{more}",
     )

@@ -19,8 +19,8 @@ from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
 from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
 from portatrain.data.split import Batch, Split
-from portatrain.data.windows import Windows
-from portatrain.data.windows import blank as blank_windows
+from portatrain.data.text_batches import Windows
+from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError
 
 

@@ -26,7 +26,7 @@ class Kind(StrEnum):
     ENVIRONMENT_DIFFERS = "environment_differs"
     """Versions of installed packages differ from those at the start of the run."""
     KERNELS = "kernels"
-    """The chosen implementation of each operation, and the reasons against the others (`backends/kernels.py`)."""
+    """The chosen implementation of each operation, and the reasons against the others (`backends/choose_kernel.py`)."""
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
     """A damaged checkpoint was skipped."""
     WARNING = "warning"

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.format_layout import check_tensors
@@ -108,7 +108,7 @@ class Trainer:
                 draw(self.run_dir)
 
     def _run(self) -> int:
-        kernels.taken()  # forget the choices of an earlier attempt in this process
+        choose_kernel.taken()  # forget the choices of an earlier attempt in this process
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if self.options.source is not None:
@@ -297,7 +297,7 @@ class Trainer:
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:
-                    self.event(Kind.KERNELS, choices=kernels.taken())
+                    self.event(Kind.KERNELS, choices=choose_kernel.taken())
                 if pending is not None:
                     self._steps.add(*pending, self._memory_bytes())
                 pending = (step, result, waited_s)
