@@ -7,6 +7,7 @@ Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 sto
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
@@ -17,6 +18,7 @@ from typing import NoReturn
 
 from portatrain.errors import UserError, choice, storage_error
 from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
+from portatrain.system.terminal import cleaned
 
 # A new command is a line here: name -> (module, text in the list of commands).
 PORTATRAIN: dict[str, tuple[str, str]] = {
@@ -54,13 +56,16 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``portatrain``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: run(words), places=words[:1] != ["train"])
+    training = words[:1] == ["train"]
+    with contextlib.nullcontext() if training else cleaned():
+        return _guarded(lambda: run(words), places=not training)
 
 
 def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``launch``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: _launch(words))
+    with cleaned() if words[:1] and words[0] in LAUNCH else contextlib.nullcontext():
+        return _guarded(lambda: _launch(words))
 
 
 def run(words: list[str]) -> int:

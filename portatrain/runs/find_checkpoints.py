@@ -10,7 +10,7 @@ from pathlib import Path
 from checkpoints_format import LocalStore, NotCommittedError, Reader, Store
 from portatrain.checkpoint import locations
 from portatrain.checkpoint.errors import explained
-from portatrain.checkpoint.format_layout import check_step
+from portatrain.checkpoint.format_layout import check_step, check_tiles
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
@@ -120,5 +120,6 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
                 continue
             if checkpoint.step is not None:
                 check_step(reader, checkpoint.step, store.describe("COMMIT"))
+            check_tiles(reader)
             yield reader
             return

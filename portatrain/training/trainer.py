@@ -145,6 +145,8 @@ class Trainer:
         self.sinks.start(self._info)
         for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
             self.event(Kind.WARNING, what=str(unknown))
+        for sentence in self.data.passed_over:
+            self.event(Kind.WARNING, what=sentence)
         if useless := keep_best.no_evaluated_save(self.recipe):
             self.event(Kind.WARNING, what=useless)
         if found:

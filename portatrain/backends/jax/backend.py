@@ -25,6 +25,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import run_after_step
@@ -44,6 +45,7 @@ class JaxBackend:
 
     def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
+        self.ids = TokenIds(self.definition)
         if devices is None:
             join()
         self.devices = device_mesh(self.layout.mesh, devices, program.order)
@@ -105,6 +107,8 @@ class JaxBackend:
             layout=self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
             site=self.site,
+            given=batch,
+            ids=self.ids,
         )
 
     # ---- states
@@ -319,6 +323,7 @@ class JaxBackend:
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """Put the batch on the devices; `lead` is the axis of the samples."""
+        self.ids.begin(batch)
         placed = {}
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value

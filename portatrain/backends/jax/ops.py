@@ -20,6 +20,7 @@ from portatrain.backends.jax.low_precision import contraction, low_rows, transpo
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
@@ -80,6 +81,9 @@ class JaxOps(OnMesh, JaxArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
+    given: Any = None
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
 
     @property
     def _precision(self) -> Any:
@@ -116,6 +120,8 @@ class JaxOps(OnMesh, JaxArrays):
     def embed(self, table_VE: Any, ids: Any) -> Any:
         # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
         table, find = plain(table_VE), self._finder(table_VE, ids)
+        if self.ids is not None:
+            self.ids.note(self.given, ids, table.shape[0])
         if self._is_low(table_VE):
             return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
         return find(table.astype(self.compute), ids)
@@ -252,6 +258,8 @@ class JaxOps(OnMesh, JaxArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        if self.ids is not None:
+            self.ids.note(self.given, targets, plain(table_VE).shape[0])
         total, loss_B, weight_B = cross_entropy(
             x,
             self.weight(table_VE),

@@ -64,6 +64,13 @@ class ReferenceOps(ReferenceArrays):
         return np.einsum(spec, *operands)
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):
+            raise UserError(
+                "ops.embed",
+                expected=f"ids from 0 to {len(table_VE) - 1}, the rows of the table",
+                got=f"some from {ids.min()} to {ids.max()}",
+                do="Enlarge the table, or correct the ids.",
+            )
         return table_VE[ids]
 
     def bias(self, x: Array, p: Array) -> Array:

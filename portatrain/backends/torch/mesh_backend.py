@@ -93,9 +93,9 @@ class MeshBackend(OneDevice):
 
     # ---- the step
 
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         mine = {k: v[self.world.my_rows(v.shape[0])] for k, v in batch.items()}
-        return self._values(super()._put(mine))
+        return self._values(super()._placed(mine))
 
     def _values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world.values is None:

@@ -168,6 +168,7 @@ class MeshOps(MeshArrays, RowOps):
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
         sum."""
+        self._note(table_VE, ids)
         table, ids = self.weight(table_VE), self._value(ids)
         whole = self._keep(ids)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
@@ -350,6 +351,7 @@ class MeshOps(MeshArrays, RowOps):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
         # Tokens stay sharded over their own axes, but each process of the vocab axis needs its whole row of logits.

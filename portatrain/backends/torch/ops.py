@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
@@ -70,6 +71,9 @@ class TorchOps(TorchArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     kept: dict[Any, Any] | None = None
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
 
     @property
     def training(self) -> bool:
@@ -92,7 +96,12 @@ class TorchOps(TorchArrays):
         contracted, transposed = plan
         return _as_matmul(xs[0], xs[1], contracted, transposed)
 
+    def _note(self, table_VE: Tensor, ids: Tensor) -> None:
+        if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):
+            self.ids.note(self.given, ids, table_VE.shape[0])
+
     def embed(self, table_VE: Tensor, ids: Tensor) -> Tensor:
+        self._note(table_VE, ids)
         if self.static.compute != torch.float32:
             return low_rows(table_VE, ids, self.static.compute)
         return F.embedding(ids, self.weight(table_VE))
@@ -239,6 +248,7 @@ class TorchOps(TorchArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         whole, chunk = self.losses
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, whole=whole, chunk=chunk
