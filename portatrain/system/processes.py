@@ -280,12 +280,3 @@ def ends_at_once(call: Callable[[], int]) -> int:
 
 if __name__ == "__main__":
     main()
-
-
-def peak_rss_bytes() -> int:
-    """Return the maximum host memory that this process has used, in bytes."""
-
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -27,7 +27,7 @@ from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
-from portatrain.system.processes import peak_rss_bytes
+from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best
 from portatrain.training.evaluation import evaluate
