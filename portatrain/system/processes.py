@@ -25,7 +25,7 @@ from types import FrameType
 from typing import Any
 
 from portatrain.errors import StorageError, UserError, storage_error
-from portatrain.system import environment
+from portatrain.system import environment, proxies
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, RESUMABLE
 from portatrain.system.stop_signals import stopping_signals
 
@@ -78,6 +78,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
             environment.REPORTS.name: folder,
             environment.PARENT.name: str(os.getpid()),
         }
+        proxies.bypass(shared.get("MASTER_ADDR", ""), env=shared)
         # Simulated devices share the cores of one machine.
         shared.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "portatrain.system.processes", entry, json.dumps(dict(args))]
