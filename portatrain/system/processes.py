@@ -26,12 +26,11 @@ from typing import Any
 
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.system import environment, proxies
-from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, RESUMABLE
-from portatrain.system.stop_signals import stopping_signals
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, OK, RESUMABLE
+from portatrain.system.stop_signals import note_left, stopping_signals
 
 GRACE_S = 3.0
 """Seconds in which the other processes may end by themselves after one has failed."""
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LEAVING_S = 10.0
 """Seconds in which the other processes may end after one has exited at once."""
 
@@ -147,13 +146,15 @@ def _end(code: int) -> int:
     """The exit code of a process, where a signal to stop that came before it could listen counts as heard."""
     if code == -signal.SIGINT:
         return INTERRUPTED
-    return RESUMABLE if -code in STOPPING else code
+    return RESUMABLE if -code in stopping_signals() else code
 
 
 def _end_of_all(codes: list[int]) -> int:
     """The exit code of processes of which none failed; those that were killed for waiting in vain do not count."""
     ends = [_end(code) for code in codes if _end(code) in NOT_FAILURES]
-    return _end(codes[0]) if _end(codes[0]) in ends else max(ends, default=FAILED)
+    if _end(codes[0]) == OK:  # it has written that the run is done
+        return OK
+    return max(ends, default=FAILED)
 
 
 def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder: Path) -> int:
@@ -229,7 +230,8 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), name)
     try:
         return function(argparse.Namespace(**args))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before it listens for signals; the others wait for this process in vain
+        note_left(INTERRUPTED)
         return INTERRUPTED
     except UserError as error:
         return _report_user(error)

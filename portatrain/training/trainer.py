@@ -170,7 +170,7 @@ class Trainer:
         stop_requested = self._stop_requested()
         if stop_requested is None and self.step == self.recipe.steps:
             attempt.finish({"status": "done", **self._summary})
-            self._status = "done"
+            self._status, self._stop.signals.finished = "done", True
         else:
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
             self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
