@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from portatrain.errors import UserError, choice, storage_error
+from portatrain.system import proxies
 from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
 from portatrain.system.terminal import cleaned
 
@@ -143,6 +144,7 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
     `places`: treat errors of the file system as the user's mistakes. During training they are not, because a job
     retries.
     """
+    proxies.bypass()  # local API servers and object stores answer no proxy
     try:
         return call()
     except UserError as error:

@@ -151,7 +151,7 @@ SAVE_MEMORY_GIB = Variable[float | None](
     kind="a number of GiB, such as 2.5",
     read=_amount,
     default=None,
-    otherwise="half of the free memory",
+    otherwise="half of the free memory, over the processes on this host; the limits of its cgroups count",
     set_by=YOU,
 )
 SCRATCH = Variable[Path | None](

@@ -25,7 +25,7 @@ from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
-from portatrain.system.processes import peak_rss_bytes
+from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best
 from portatrain.training.arrival import arrive, check_before
@@ -171,7 +171,7 @@ class Trainer:
         stop_requested = self._stop_requested()
         if stop_requested is None and self.step == self.recipe.steps:
             attempt.finish({"status": "done", **self._summary})
-            self._status = "done"
+            self._status, self._stop.signals.finished = "done", True
         else:
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
             self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
