@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from portatrain.model.ops_results import Array, Loss
@@ -40,6 +40,26 @@ class StructureOps(Protocol):
 
         loss_B: (B,), differentiable; weight_B: (B,), the weight of each sample. bf16: both are cast to float32.
         Example: `return ops.loss((y_B - target_B) ** 2, weight_B)`
+        """
+        ...
+
+    def across_samples(self, fn: Callable[..., Any], *xs: Array, group: int | None = None) -> Loss:
+        """Return the `Loss` of a comparison of samples with each other, such as a contrastive loss with the other
+        samples of the batch as negatives. Everything else in a model sees one sample at a time.
+
+        xs: arrays (B, ...), one row a sample. group: the number of consecutive samples that are compared with each
+        other; None: all samples of the step's batch, over all microbatches and devices. In an evaluation the batch is
+        that of the evaluation.
+        fn: called as fn(*xs, there_GN) with arrays (G, N, ...): G groups of N samples. there_GN is False for the blank
+        rows that fill up the last batch of an evaluation: give them no weight, and leave them out as negatives. It
+        returns (loss_GN, weight_GN) or (loss_GN, weight_GN, metrics); metrics, arrays (G, N) by name, are recorded as
+        by `ops.aux`. fn may use operations and parameters, but no `ops.aux` and no `ops.tally`.
+        The result is the same on any mesh and for any microbatch. If the samples of a group are not all on one device
+        in one microbatch, backends gather the rows of xs, and with several microbatches they run the model once more,
+        without gradients; a group that divides the rows of each device in each microbatch costs neither.
+        bf16: xs keep their dtypes; losses, weights and metrics are cast to float32.
+        Raises UserError in the block of a Stack, for a group that does not divide the batch, or for other results.
+        Example: `loss = ops.across_samples(self.contrast, images_BE, texts_BE)`
         """
         ...
 
