@@ -33,6 +33,7 @@ CELLS = [
     ("fsdp=2", "nested"),
     ("fsdp=2", "lm, LoRA"),
     ("fsdp=2", "lm, growing batch, averages"),
+    ("fsdp=2", "towers"),
     ("fsdp=2", "lm, remat"),
 ]
 

@@ -12,6 +12,7 @@ from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across, check_arrays, grouped, outside_stacks, results
 from portatrain.model.bind import bind, source_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
@@ -237,6 +238,23 @@ class ReferenceOps(ReferenceArrays):
 
     def loss(self, loss_B: Array, weight_B: Array) -> Loss:
         return Loss(loss_B.sum(), weight_B, loss_B)
+
+    def across_samples(self, fn: Callable[..., Any], *xs: Array, group: int | None = None) -> Loss:
+        outside_stacks(Across() if self._index == () else None)
+        loss_B, weight_B, metrics = self._compared(fn, xs, group)
+        for name, value_B in metrics.items():
+            self.aux(name, value_B)
+        return self.loss(loss_B, weight_B)
+
+    def _compared(
+        self, fn: Callable[..., Any], xs: tuple[Array, ...], group: int | None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Return (losses, weights, metrics), each (B,)."""
+        rows = check_arrays(xs)
+        shape = grouped(rows, group)
+        there_B = self.sample[:, 1] >= 0 if len(self.sample) == rows else np.ones(rows, bool)
+        loss, weight, metrics = results(fn(*(x.reshape(*shape, *x.shape[1:]) for x in (*xs, there_B))), shape)
+        return loss.reshape(-1), weight.reshape(-1), {name: value.reshape(-1) for name, value in metrics.items()}
 
     # ---- structure
 

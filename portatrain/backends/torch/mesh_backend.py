@@ -179,9 +179,9 @@ class MeshBackend(OneDevice):
     def _total(self, x: Tensor) -> Tensor:
         return self.world.all_reduce(x)
 
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
-        rows = next(iter(batch.values())).shape[0]
-        found = super().eval(state, self._even(batch))
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        found = super().eval(state, even, None if even is batch else rows)
         self._free(state)
         return {k: v[:rows] for k, v in found.items()}
 

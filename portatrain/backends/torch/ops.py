@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
@@ -22,6 +23,7 @@ from portatrain.backends.torch.ops_arrays import TorchArrays
 from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux
@@ -52,7 +54,7 @@ class Static:
 
 
 @dataclasses.dataclass
-class TorchOps(TorchArrays):
+class TorchOps(AcrossSamples, TorchArrays):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
     `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
@@ -74,6 +76,8 @@ class TorchOps(TorchArrays):
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
+    across: Across | None = None
+    """None in the block of a Stack."""
 
     @property
     def training(self) -> bool:
