@@ -25,6 +25,7 @@ from portatrain.system.terminal import cleaned
 PORTATRAIN: dict[str, tuple[str, str]] = {
     "init": ("portatrain.commands.init", "write a recipe of your own, to start from"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "check": ("portatrain.commands.check", "check a recipe before a run: small, on every framework"),
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),

@@ -145,6 +145,15 @@ READ_ONCE = Variable[bool | None](
     otherwise="1 for an object store and for a run on several hosts, else 0",
     set_by=YOU,
 )
+CHECK = Variable[bool](
+    name="PORTATRAIN_CHECK",
+    about="0: `launch` does not run `portatrain check` for recipes that it has not seen.",
+    kind="one of 0, 1",
+    read=_flag,
+    default=True,
+    otherwise="1",
+    set_by=YOU,
+)
 SAVE_MEMORY_GIB = Variable[float | None](
     name="PORTATRAIN_SAVE_MEMORY_GIB",
     about="Host memory, in GiB, for the copies of the state that a process keeps while a save is being written.",

@@ -24,28 +24,28 @@ def check_rows_independent(
     *,
     params: Mapping[str, np.ndarray] | None = None,
     training: bool = True,
+    rows: int = 2,
 ) -> None:
-    """Raise UserError unless the first two samples of `batch` have the same losses together and alone.
+    """Raise UserError unless the first `rows` samples of `batch` have the same losses together and alone.
 
     A loss that crosses samples (an einsum of two letters for the batch, `h.sum(0)`) is one of the whole batch on one
     device, of a device's own samples on a mesh, and of a microbatch under accumulation. What goes through
     `ops.across_samples`, or `ops.sum` or `ops.mean` with `over=('batch', ...)`, is whole everywhere; alone, a sample is
-    given what both had together. Runs
-    the model three times in the oracle: for models of small size. Raises UserError, too, for methods of arrays that
-    frameworks do not have in common (reference/guard.py).
+    given what all had together. Runs the model `rows` + 1 times in the oracle: for models of small size. Raises
+    UserError, too, for methods of arrays that frameworks do not have in common (reference/guard.py).
     """
     params = initial(definition) if params is None else params
-    rows = {name: array[:2] for name, array in batch.items()}
-    if any(len(array) < 2 for array in rows.values()):
+    first = {name: array[:rows] for name, array in batch.items()}
+    if any(len(array) < 2 for array in first.values()):
         raise UserError(
             "the batch", expected="at least two samples", got="fewer", do="Give a batch of two samples or more."
         )
     context = Context(training=training)
-    both: list[Any] = []
-    together = _run(definition, params, rows, context, _recording(both))
+    kept: list[Any] = []
+    together = _run(definition, params, first, context, _recording(kept))
     alone = [
-        _run(definition, params, {k: v[[i]] for k, v in rows.items()}, context, _replaying(iter(both), i))
-        for i in range(2)
+        _run(definition, params, {k: v[[i]] for k, v in first.items()}, context, _replaying(iter(kept), i))
+        for i in range(len(next(iter(first.values()))))
     ]
     model = type(definition.model).__name__
     for what, field in (("the loss of a sample", "loss_B"), ("the weight of a sample", "weight_B")):
@@ -116,7 +116,7 @@ def _equal(model: str, what: str, together: np.ndarray, alone: Sequence[np.ndarr
     if together.shape != apart.shape or not np.abs(together - apart).max(initial=0.0) <= CLOSE * max(size, 1.0):
         raise UserError(
             f"{model}, {what}",
-            expected="the same beside another sample as alone",
+            expected="the same beside other samples as alone",
             got=f"{np.array2string(together, precision=6)} together and {np.array2string(apart, precision=6)} alone",
             do="Compare samples in ops.across_samples, reduce over them with ops.sum or ops.mean and over=('batch',), "
             "and use one letter for the batch in an einsum.",
