@@ -20,6 +20,7 @@ from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.data import prefetch
+from portatrain.errors import users_code
 from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
@@ -123,7 +124,10 @@ class Trainer:
             try:
                 self._train(attempt, about)
             except BaseException as error:
-                self._summary = {**self._summary, "why": attempt.keep_error(error)}
+                mistake = users_code.explained(error)
+                self._summary = {**self._summary, "why": attempt.keep_error(mistake or error)}
+                if mistake is not None:
+                    raise mistake from error
                 raise
             finally:
                 self._end(attempt)
@@ -291,7 +295,7 @@ class Trainer:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
-                scale = recipe.schedule(step, recipe.steps)
+                scale = recipe.lr_scale(step)
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:
