@@ -74,7 +74,7 @@ def seed_changed(values: Values, meta: Meta, recipe: Recipe) -> None:
 
 def learning_rate_off_by_a_step(values: Values, meta: Meta, recipe: Recipe) -> None:
     """Set the schedule back by a step: the learning rate of a run that counts one step less."""
-    meta["schedule"]["learning_rate"] = recipe.optimizer.lr * recipe.schedule(meta["step"], recipe.steps)
+    meta["schedule"]["learning_rate"] = recipe.optimizer.lr * recipe.lr_scale(meta["step"])
 
 
 def step_off_by_one(values: Values, meta: Meta, recipe: Recipe) -> None:

@@ -83,7 +83,7 @@ def record(
             "seed": str(recipe.seed),
             "word": str(words(recipe.seed, "step", step, 1)[0]),
         },
-        "schedule": {"learning_rate": recipe.optimizer.lr * recipe.schedule(upcoming, recipe.steps)},
+        "schedule": {"learning_rate": recipe.optimizer.lr * recipe.lr_scale(upcoming)},
     }
     if virtual_step:
         found["probe"] = {
@@ -117,7 +117,7 @@ def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.
     probe = getattr(backend, "probe", None)
     if probe is None:
         return {}
-    found = probe(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
+    found = probe(state, recipe.microbatches(ahead), step=step, scale=recipe.lr_scale(step))
     return {name: norm.tolist() for name, norm in sorted(found.items())}
 
 

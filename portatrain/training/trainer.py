@@ -18,6 +18,7 @@ from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.data import prefetch
+from portatrain.errors import users_code
 from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
@@ -121,7 +122,10 @@ class Trainer:
             try:
                 self._train(attempt, about)
             except BaseException as error:
-                self._summary = {**self._summary, "why": attempt.keep_error(error)}
+                mistake = users_code.explained(error)
+                self._summary = {**self._summary, "why": attempt.keep_error(mistake or error)}
+                if mistake is not None:
+                    raise mistake from error
                 raise
             finally:
                 self._end(attempt)
@@ -293,7 +297,7 @@ class Trainer:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
-                scale = recipe.schedule(step, recipe.steps)
+                scale = recipe.lr_scale(step)
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:

@@ -319,7 +319,7 @@ class JaxBackend:
 
     def _eval(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
         ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
-        loss = self._module(params, states)(ops, batch)
+        loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
 

@@ -26,7 +26,7 @@ from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -276,6 +276,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.astype(jnp.float32)
         return Loss(jnp.sum(loss_B), weight_B.astype(jnp.float32), jax.lax.stop_gradient(loss_B))
 
@@ -297,7 +298,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             layer = self.layer * stack.n + index
             inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named, across=None)
             args = shared if per_layer is None else (*shared, extra)
-            carry, out = nnx.merge(graph, mine)(inner, carry, *args)
+            block = nnx.merge(graph, mine)
+            carry, out = check_layer(block, block(inner, carry, *args))
             recorded.update(inner.auxes)
             return carry, (out, {k: a.value_B for k, a in inner.auxes.items()}, inner.tallies)
 

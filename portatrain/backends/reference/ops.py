@@ -16,7 +16,7 @@ from portatrain.model.across_samples import Across, check_arrays, grouped, outsi
 from portatrain.model.bind import bind, source_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.rope import RopeScaling
 
 Array = np.ndarray
@@ -237,6 +237,7 @@ class ReferenceOps(ReferenceArrays):
         return self.loss((each * weight).sum(rest), weight.sum(rest))
 
     def loss(self, loss_B: Array, weight_B: Array) -> Loss:
+        check_samples(loss_B, weight_B)
         return Loss(loss_B.sum(), weight_B, loss_B)
 
     def across_samples(self, fn: Callable[..., Any], *xs: Array, group: int | None = None) -> Loss:
@@ -274,7 +275,7 @@ class ReferenceOps(ReferenceArrays):
         return carry, tree_map(lambda *leaves: np.stack(leaves), outs[0], *outs[1:])
 
     def _layer(self, block: Module, *args: Any) -> tuple[Any, Any]:
-        return bind(block, self.value)(self, *args)
+        return check_layer(block, bind(block, self.value)(self, *args))
 
     def value(self, p: Param | State) -> Array:
         """Return the array of `p` in the present layer."""

@@ -26,7 +26,7 @@ from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -260,6 +260,7 @@ class TorchOps(AcrossSamples, TorchArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Tensor, weight_B: Tensor) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.float()
         return Loss(loss_B.sum(), weight_B.float(), loss_B.detach())
 
@@ -333,7 +334,7 @@ def run_block(
     make: Callable[..., TorchOps] = static.ops or TorchOps
     ops = make(static, *context, kept=kept)
     # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
-    carry, out = (block if static.calls else block.forward)(ops, carry, *args)
+    carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
 
 

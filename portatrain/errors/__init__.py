@@ -31,6 +31,10 @@ class UserError(Exception):
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
         super().__init__(f"{_short(what)}: expected {visible(expected)}, got {_short(got)}. {visible(do)}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
+        self.trace = ""
+        """The traceback, if the mistake is in the user's own code; '' otherwise."""
+        self.kept = ""
+        """The file that has the traceback; '' if none does."""
 
     @classmethod
     def of(cls, error: Any) -> Self:
