@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from checkpoints_format import Reader
 from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.locations import location_of
+from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
 from portatrain.data import OpenData
