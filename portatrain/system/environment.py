@@ -125,6 +125,16 @@ HANG_S = Variable[float | None](
     otherwise="an hour before the first step is done, then 20 times the slowest step and at least 10 minutes",
     set_by="you, or `hang_s` of a Slurm cluster",
 )
+TRACEBACK = Variable[bool](
+    name="PORTATRAIN_TRACEBACK",
+    about="1: before the paragraph on a mistake in your own code (a model, a hook, a recipe), print its traceback. A "
+    "run keeps the traceback in any case, in `attempts/K/error.txt`.",
+    kind="0 or 1",
+    read=lambda text: text != "0",
+    default=False,
+    otherwise="the paragraph is printed alone",
+    set_by=YOU,
+)
 NOTICES = Variable[str](
     name="PORTATRAIN_NOTICES",
     about="The cloud whose metadata server is asked for notices: `gcp` or `aws`, with `=URL` for another address of "
@@ -160,7 +170,7 @@ SAVE_MEMORY_GIB = Variable[float | None](
     kind="a number of GiB, such as 2.5",
     read=_amount,
     default=None,
-    otherwise="half of the free memory",
+    otherwise="half of the free memory, over the processes on this host; the limits of its cgroups count",
     set_by=YOU,
 )
 SCRATCH = Variable[Path | None](
