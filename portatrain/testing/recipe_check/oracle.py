@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from portatrain.backends.base import Context
 from portatrain.backends.reference.guard import GuardedOps
 from portatrain.backends.reference.run import Forward, after_step, forward, initial_states
 from portatrain.backends.state import initial_box
-from portatrain.errors import UserError
+from portatrain.errors import UserError, users_code
 from portatrain.model.layout import COMPUTE, PARAMS, UNSPLIT, unknown_axes
 from portatrain.model.module import Constant, Definition, State
 from portatrain.model.ops import Loss
@@ -167,15 +166,16 @@ def explained(check: str, error: Exception, where: str) -> Finding:
     """Return the finding for an error that running the model ended in, with the place in the user's file."""
     if isinstance(error, UserError):
         return Finding(check=check, what=error.what, said=f"expected {error.expected}, got {error.got}", do=error.do)
+    paragraph = users_code.explained(error, where)
+    if paragraph is not None:
+        return explained(check, paragraph, where)
     frames = traceback.extract_tb(error.__traceback__)
-    house = str(Path(__file__).parents[2])
-    own = [f for f in frames if not f.filename.startswith(house) and "site-packages" not in f.filename] or frames
-    place = f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return Finding(
         check=check,
         what=where,
         said=f"expected a forward pass that ends, got {type(error).__name__}: {error}{place}",
-        do="Correct the model's code at that line.",
+        do="Correct the model's code; if none of it is there, please report this.",
     )
 
 
@@ -311,7 +311,7 @@ def samples(subject: Subject) -> list[Finding]:
             return [
                 replace(
                     found,
-                    said=found.said.replace("a forward pass that ends", "a forward pass of one sample as of many"),
+                    said=f"expected a model that takes one sample as it takes many; {found.said}",
                     do="Never use the size of the batch: write -1 for it in a reshape.",
                 )
             ]
@@ -330,8 +330,8 @@ def _crossing(subject: Subject, training: bool, error: UserError) -> Finding:
         what=f"op {call}",
         said=f"expected each sample's result to be its own, got one that depends on the others; {found.what} is "
         f"{found.said.removeprefix('expected ')}",
-        do="One letter of an einsum is the batch, and no operation reduces or moves it, but ops.sum and ops.mean with "
-        "over=('batch', ...). A loss across samples would differ with the mesh and the microbatch.",
+        do="Compare samples in ops.across_samples alone: elsewhere one letter of an einsum is the batch, and nothing "
+        "reduces or moves it, but ops.sum and ops.mean with over=('batch', ...) for ops.tally.",
     )
 
 
