@@ -21,6 +21,7 @@ from portatrain.errors import UserError, users_code
 from portatrain.model.layout import COMPUTE, PARAMS, UNSPLIT, unknown_axes
 from portatrain.model.module import Constant, Definition, State
 from portatrain.model.ops import Loss
+from portatrain.optim import declared_slots
 from portatrain.recipe import Recipe
 from portatrain.testing.guard import check_rows_independent
 from portatrain.testing.recipe_check.blame import OPERATIONS, Call, crossing, parting, place_of, recording
@@ -380,6 +381,51 @@ def _noting(subject: Subject) -> type[GuardedOps]:
         return call
 
     return type("Noting", (GuardedOps,), {name: noting(name) for name in OPERATIONS})
+
+
+def rule(subject: Subject) -> list[Finding]:
+    """The optimizer's rule gives finite updates, the same twice, in NumPy."""
+    recipe, what = subject.recipe, f"rule {type(subject.recipe.optimizer).__name__}"
+    with watching(subject.definition, recipe.optimizer) as watch:
+        twice, error = _tried(lambda: [_updates(subject) for _ in range(2)])
+    check, do = "optimizer rule", "A rule computes with xp and its arguments alone."
+    if found := _random(watch, f"the update of {what}"):
+        return [replace(finding, check=check, what=what, do=do) for finding in found]
+    if error is not None:
+        finding = explained(check, error, what)
+        return [replace(finding, what=what, said=f"{finding.what}: {finding.said}")]
+    for name, one in twice[0].items():
+        again = twice[1][name]
+        if not np.isfinite(one).all():
+            said = f"expected a finite update of {name} from a finite gradient, got others"
+        elif not np.array_equal(one, again):
+            said = f"expected the same update of {name} from the same gradient, got others"
+        else:
+            continue
+        return [Finding(check=check, what=what, said=said, do=do)]
+    return []
+
+
+def _updates(subject: Subject) -> Arrays:
+    """Return the update of every trained parameter from a drawn gradient, at the first step, in float64."""
+    rng = np.random.default_rng(4)
+    recipe, made = subject.recipe, {}
+    for name, info in subject.definition.params.items():
+        if not recipe.trains(name):
+            continue
+        with np.errstate(all="ignore"):
+            update, _ = recipe.optimizer.update(
+                np,
+                info=info,
+                grad=rng.normal(size=info.shape),
+                param=subject.moved[name],
+                slots={slot: np.zeros(what.shape) for slot, what in declared_slots(recipe.optimizer, info).items()},
+                scale=np.float64(1.0),
+                count=np.int32(1),
+                decay=recipe.decays(info),
+            )
+        made[name] = np.asarray(update)
+    return made
 
 
 # ---- what the frameworks are compared with

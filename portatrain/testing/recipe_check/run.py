@@ -89,6 +89,7 @@ class _Check:
         subject = self._subject()
         if subject is not None:
             self._row("parameters reached", lambda: oracle.reached(subject))
+            self._row("optimizer rule", lambda: oracle.rule(subject))
             self._frameworks(subject)
         return Report(recipe=self.given.name, sizes=self.sizes, rows=self.rows, findings=self.findings)
 
