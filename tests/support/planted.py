@@ -284,6 +284,11 @@ MODELS: dict[str, type[Module]] = {
     "a counter in an object": KeptInDict,
     "a mean that is tallied": MeanTallied,
     "a mean over the microbatch": Normalised,
+    "a mean over the batch in evaluation": hidden(
+        lambda self, ops, h: (
+            ops.relu(h) if ops.training else ops.relu(h - ops.mean(h, ("batch", "mlp"), over=("batch",)))
+        )
+    ),
     "a parameter that is not used": Unused,
     "a parameter times zero": TimesZero,
     "a parameter of a Stack that is not used": UnusedInStack,
