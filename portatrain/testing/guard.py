@@ -1,5 +1,5 @@
-"""What a model's definition can be held to before a run, in the oracle and at small size: arrays used as `Ops` allows,
-and samples that do not see each other."""
+"""Check a model's definition before a run, in the oracle and at small size: it must use arrays only as `Ops` allows,
+and its samples must not influence each other."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def _run(
 
 def _recording(kept: list[np.ndarray]) -> type[GuardedOps]:
     class Recording(GuardedOps):
-        """Keeps what was reduced over the batch."""
+        """Keep the results of reductions over the batch."""
 
         def sum(self, x: Any, axes: Sequence[str | None], *, over: Sequence[str]) -> Any:
             return _kept(kept, super().sum(x, axes, over=over), over)
@@ -86,7 +86,7 @@ def _kept(kept: list[np.ndarray], found: Any, over: Sequence[str]) -> Any:
 
 def _replaying(kept: Iterator[np.ndarray]) -> type[GuardedOps]:
     class Replaying(GuardedOps):
-        """Gives what was kept in place of reductions over the batch."""
+        """Return the kept results in place of reductions over the batch."""
 
         def sum(self, x: Any, axes: Sequence[str | None], *, over: Sequence[str]) -> Any:
             return guarded(next(kept)) if "batch" in over else super().sum(x, axes, over=over)
@@ -103,7 +103,7 @@ def _equal(model: str, what: str, together: np.ndarray, alone: Sequence[np.ndarr
     if together.shape != apart.shape or not np.abs(together - apart).max(initial=0.0) <= CLOSE * max(size, 1.0):
         raise UserError(
             f"{model}, {what}",
-            expected="the same beside another sample as alone",
+            expected="the same values for a sample alone and together with another sample",
             got=f"{np.array2string(together, precision=6)} together and {np.array2string(apart, precision=6)} alone",
             do="Reduce over the batch with ops.sum or ops.mean and over=('batch',) alone; one letter in an einsum.",
         )

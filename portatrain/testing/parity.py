@@ -1,10 +1,10 @@
 """Check that two backends follow the same curve on the same recipe.
 
-The check has four parts, each blind where another sees: the gradients of the first step (an adaptive optimizer hides a
-wrong scale from the curve), the parameters after one update (what is between gradient and parameter: clipping, the
-rule), the losses of some steps (what accumulates), and the reported gradient norms. Rules that take a sign or an
-adaptive root amplify rounding; for those the bound of the curve is a multiple of the baseline's own floor: how far it
-drifts from itself when the rows of every batch are reordered, which changes nothing but the order of sums.
+The check has four parts, and each detects errors that the others miss: the gradients of the first step (an adaptive
+optimizer hides a wrong scale from the curve), the parameters after one update (clipping and the rule), the losses of
+some steps (errors that accumulate), and the reported gradient norms. Rules with a sign or an adaptive root amplify
+rounding. For those the bound of the curve is a multiple of the baseline's own floor: its distance from itself when the
+rows of every batch are reordered, which changes only the order of sums.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def compare(
     """Return every difference between two traces of one recipe, and which of them are too large.
 
     `update_bound`: the largest difference of a parameter after one step over the largest change of that parameter;
-    None where the rule is not continuous in the gradient, so that a rounding may turn a whole step around.
+    None if the rule is not continuous in the gradient, so that a rounding error may reverse a whole step.
     """
     gradient, worst = max(
         (_relative(other.gradients[n], g, float(np.abs(g).max())), n) for n, g in baseline.gradients.items()

@@ -21,7 +21,7 @@ class ConsoleSink:
     """
 
     def __init__(self, stream: TextIO | None = None, *, every_s: float = 5.0) -> None:
-        """``every_s``: seconds between two lines where the stream is no terminal."""
+        """``every_s``: seconds between two lines if the stream is not a terminal."""
         self._stream = stream or sys.stderr
         self._every_s = every_s
         self._printed_s = float("-inf")

@@ -1,4 +1,4 @@
-"""The records that the trainer hands to its sinks, and what a sink is."""
+"""The records that the trainer gives to its sinks, and the Protocol of a sink."""
 
 from __future__ import annotations
 
