@@ -69,7 +69,7 @@ def _rank(name: str, env: Mapping[str, str]) -> Rank | None:
 
 
 def main() -> int:
-    """Set the rank's variables, then go on as `portatrain`."""
+    """Set the rank's variables, then continue as `portatrain`."""
     from portatrain.cli import main as portatrain
     from portatrain.system.processes import ends_at_once, run_processes
 
