@@ -21,18 +21,23 @@ class RunInfo:
     run: str
     """The run's name."""
     run_dir: str
+    """The run directory on this machine."""
     attempt: int
+    """The number of the attempt, from 1."""
     steps: int
     """Steps of the whole run."""
     first_step: int
     """The first step that this attempt trains, from 1."""
     backend: str
+    """The name of the backend."""
     device: str
     """The devices in words: ``2 x H100`` or ``CPU``."""
     mesh: str
     """As on the command line: ``fsdp=4,tensor=2``; ``1`` for one device."""
     precision: str
+    """The precision of the recipe."""
     parameters: int
+    """The number of parameters of the model."""
     trainable: int
     """The number of parameters that are trained."""
     tokens_per_step: int
@@ -46,6 +51,7 @@ class RunInfo:
     peak_source: str = ""
     """The source of ``peak_flops``."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe as JSON."""
     id: str = ""
     """The id of the run, the same in all its attempts; '' for a run that began before runs had ids."""
 
@@ -100,6 +106,7 @@ class StepRecord:
     grad_norm: float
     """The norm of the whole gradient before clipping."""
     lr: float
+    """The learning rate of the step."""
     tokens: int
     """The number of tokens since the start of the run, this step included."""
     time_s: float
@@ -107,6 +114,7 @@ class StepRecord:
     step_s: float
     """Seconds from the end of the previous step to the end of this one, with the wait for data."""
     tokens_per_s: float
+    """The tokens, or samples, of the step divided by step_s."""
     mfu: float | None = None
     """flops_per_step / step_s / peak_flops; None if one of them is unknown."""
     memory_bytes: int | None = None
@@ -126,7 +134,9 @@ class EvalRecord:
     step: int
     """The number of steps trained so far."""
     loss: float
+    """The mean loss over the evaluated samples."""
     samples: int
+    """The number of evaluated samples."""
     time_s: float
     """Seconds since the attempt began."""
     eval_s: float
