@@ -11,6 +11,7 @@ A lab's launcher is a class with the members of `Launcher`, registered under the
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from abc import abstractmethod
@@ -342,6 +343,8 @@ def shell(words: list[str]) -> str:
 def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
     """Return an option of the job's cluster; UserError if it has another type."""
     value = job.options.get(name, default)
+    if name == "env" and isinstance(value, Mapping):
+        _check_env(job, value)
     if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
     if kind is bool and isinstance(value, bool):
@@ -352,6 +355,25 @@ def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
         got=repr(value),
         do="Correct it in clusters.toml.",
     )
+
+
+def _check_env(job: Job, env: Mapping[str, Any]) -> None:
+    """Raise UserError for what is no name of a variable, and for values that are not in the record."""
+    for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)) or "\0" in str(value):
+            raise UserError(
+                f"cluster {job.cluster}: option env",
+                expected="names of letters, digits and _, and values without a byte 0",
+                got=repr(name),
+                do="Mend it in clusters.toml.",
+            )
+        if value is None:
+            raise UserError(
+                f"cluster {job.cluster}: variable {name} of option env",
+                expected="a value: only the account and the machine that submitted the job have it",
+                got="none in the record",
+                do=f"Read the values from your clusters.toml: launch resume {job.run} --cluster {job.cluster}",
+            )
 
 
 def check_options(job: Job, known: Mapping[str, str]) -> None:

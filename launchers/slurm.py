@@ -108,6 +108,15 @@ class SlurmLauncher(Launcher):
         ]
         setup = option(job, "setup", str, "").strip()
         env = [f"export {shell([f'{k}={v}'])}" for k, v in option(job, "env", dict, {}).items()]
+        for line in lines:
+            if isinstance(line, str) and line.isprintable():
+                continue
+            raise UserError(
+                f"cluster {job.cluster}: an option of sbatch",
+                expected="text on one line",
+                got=repr(line),
+                do="Write it without line ends and control characters; `setup` is the option for shell lines.",
+            )
         return "\n".join(
             [
                 "#!/bin/bash",

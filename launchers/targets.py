@@ -22,6 +22,7 @@ from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
+from portatrain.system import terminal
 from portatrain.system.urls import is_remote
 
 RESOURCES = {
@@ -281,12 +282,11 @@ def _local_plan(recipe: Recipe, job: Job) -> str:
 
 def _show_plans(recipe: Recipe, wanted: Sequence[Cluster]) -> list[Plan]:
     """Print the plan of `recipe` for every cluster, in the order of preference; return the plans."""
-    from rich.console import Console
 
     from portatrain.plan import render
 
     shape = recipes.shape_of(recipe)
     plans = [plan(shape, cluster) for cluster in wanted]
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = terminal.console(180)
     render.show(plans, console, details=len(plans) == 1)
     return plans

@@ -19,6 +19,11 @@ def _metadata() -> Any:
     return importlib.import_module("importlib.metadata")
 
 
+def all_entry_points() -> list[Any]:
+    """Return the entry points of every kind of plug-in that other packages register."""
+    return [point for point in _metadata().entry_points() if point.group.startswith("portatrain.")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Registry:
     """The plug-ins of one kind, by name. Another package cannot replace a plug-in that comes with portatrain."""

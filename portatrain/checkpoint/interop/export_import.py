@@ -21,6 +21,7 @@ from portatrain.checkpoint.interop import huggingface, trees
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
 from portatrain.recipe import Recipe
+from portatrain.recipe.loading import is_trusted
 
 Values = Callable[[Box], np.ndarray]
 
@@ -36,7 +37,7 @@ def recipe_in(reader: Reader) -> Recipe:
             do="The checkpoint is not from a training run: use --to orbax or dcp.",
         )
     try:
-        return Recipe.from_json(stored)
+        return Recipe.from_json(stored, trusted=is_trusted)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             what,
