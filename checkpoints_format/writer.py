@@ -1,5 +1,5 @@
-"""Write tensors as the bytes of pack files: each process writes its own packs and a receipt (`Writer`), then one process
-commits (`commit`)."""
+"""Write tensors as the bytes of pack files: each process writes its own packs and a receipt (`Writer`), then one of
+them commits (`commit`)."""
 
 from __future__ import annotations
 

@@ -51,6 +51,7 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
     found: dict[Path, tuple[bool, str]] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
         path = Path(given).expanduser()
+        patterns: tuple[str, ...]
         if path.is_dir():
             root, patterns = path, ("**", "")
         elif path.exists() or path.is_symlink() or not glob.has_magic(str(path)):
