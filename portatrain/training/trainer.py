@@ -115,6 +115,7 @@ class Trainer:
             info["source"] = dict(self.options.source)
         if not self.backend.process:
             fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
+            self.run_dir.check_location(self.options.checkpoints)
             check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
@@ -261,6 +262,8 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe = self.recipe
+        for verification in () if self.backend.process else self.data.verifications:
+            verification.start()
         self._steps.start()
         self._save_timer.start()
         # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
@@ -271,6 +274,8 @@ class Trainer:
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
+                for verification in self.data.verifications:
+                    verification.check()
                 step = self.step + 1
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
