@@ -113,7 +113,7 @@ class Thawed(NotFrozen):
 @pytest.mark.parametrize("name", ["NotFrozen", "Thawed"])
 def test_only_frozen_dataclasses_are_called(name: str) -> None:
     for trusted in (is_trusted, lambda module: True):
-        with pytest.raises(UserError, match="frozen dataclass|the module"):
+        with pytest.raises(UserError, match=r"frozen dataclass|the module"):
             config.from_json({"class": f"{__name__}:{name}"}, trusted=trusted)
 
 
@@ -250,7 +250,7 @@ def test_no_option_of_sbatch_becomes_a_line_of_the_script(tmp_path: Path, name: 
 
 
 @pytest.mark.parametrize("name", ["A B", "1A", "A;rm", "A\nB", "", "A=B", "$(id)"])
-@pytest.mark.parametrize("engine", ["slurm", "kubernetes", "gcp-tpu", "local"])
+@pytest.mark.parametrize("engine", ["slurm", "kubernetes", "gcp_tpu", "skypilot", "local"])
 def test_no_name_of_a_variable_becomes_code(tmp_path: Path, engine: str, name: str) -> None:
     from launchers.local import environment_of
 
@@ -259,24 +259,7 @@ def test_no_name_of_a_variable_becomes_code(tmp_path: Path, engine: str, name: s
         environment_of(given) if engine == "local" else launcher(engine).materialize(given)
 
 
-TEXTS = [
-    "a\nb",
-    "a\n\n",
-    "a\n b\n",
-    "\ta",
-    "é",
-    "😀",
-    "\x7f\x1b",
-    "a: b",
-    "- a",
-    "#",
-    "'\"\\",
-    "null",
-    "~",
-    "1e3",
-    "",
-    "\u2028",
-]
+TEXTS = ["a\nb", "a\n\n", "a\n b\n", "\ta", "é", "😀", "\x7f\x1b", "a: b", "- a", "#", "'\"\\", "null", "~", "1e3", ""]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -294,14 +277,17 @@ def _transposed(tile: list[int], shape: list[int]) -> list[int] | None:
     return turned if turned != tile and all(t <= n for t, n in zip(turned, shape, strict=True)) else None
 
 
-@pytest.mark.parametrize("change", [_transposed, lambda tile, shape: [1] * len(tile) if set(tile) != {1} else None])
+def _flat(tile: list[int], shape: list[int]) -> list[int] | None:
+    return [1, tile[0] * tile[1]] if tile[0] * tile[1] <= shape[1] and tile[0] > 1 else None
+
+
+@pytest.mark.parametrize("change", [_transposed, _flat])
 def test_no_sealed_root_changes_the_shape_of_a_tile(tmp_path: Path, change: Callable[..., Any], capsys: Any) -> None:
     folder = tmp_path / "step-00000001"
-    layout = SaveLayout(tensors=(Tensor(name="params/w", dtype="float32", shape=(96, 160), axes=("a", "b")),))
+    layout = SaveLayout(tensors=(Tensor(name="params/w", dtype="float32", shape=(96, 96), axes=("a", "b")),))
+    values = np.arange(96 * 96, dtype=np.float32).reshape(96, 96)
     with LocalStore(folder, create=True) as store:
-        Writer(store, layout, save="golden-1").write(
-            {"params/w": np.arange(96 * 160, dtype=np.float32).reshape(96, 160)}
-        )
+        Writer(store, layout, save="golden-1").write({"params/w": values})
         commit(store, layout, save="golden-1", meta={"step": 1, "recipe_sha256": "x"})
     assert main(["ckpt", "verify", str(folder)]) == 0
     data = json.loads((folder / ROOT).read_text())
