@@ -69,7 +69,7 @@ class Blocks:
         low, high = first * self._item // BLOCK_BYTES, -(-stop * self._item // BLOCK_BYTES)
         for block in (low + np.flatnonzero(~self._good[low:high])).tolist():
             data = self._bytes[block * BLOCK_BYTES : (block + 1) * BLOCK_BYTES]
-            if zlib.crc32(data) != self._sums[block]:
+            if zlib.crc32(data.data) != self._sums[block]:
                 at = f"bytes {block * BLOCK_BYTES} to {block * BLOCK_BYTES + len(data)}"
                 raise _damaged(self._pack_dir, f"{self._name}.bin with the CRC-32 that was written", f"another in {at}")
             self._good[block] = True
@@ -108,7 +108,7 @@ class Verification:
                 for at in range(0, len(data), 16 << 20):
                     if self._stop.is_set():
                         return
-                    digest.update(data[at : at + (16 << 20)])
+                    digest.update(data[at : at + (16 << 20)].data)
                 if digest.hexdigest() != self._entries[name]["sha256"]:
                     raise _damaged(self._pack_dir, f"{name}.bin with SHA-256 {self._entries[name]['sha256']}", "others")
         except BaseException as error:
@@ -172,7 +172,7 @@ class _Sums:
         self._done, self._crc, self._filled = array_of("I"), 0, 0
 
     def add(self, piece: np.ndarray) -> None:
-        data = memoryview(piece).cast("B") if len(piece) else memoryview(b"")
+        data = memoryview(piece.data).cast("B") if len(piece) else memoryview(b"")
         at = 0
         while at < len(data):
             part = data[at : at + BLOCK_BYTES - self._filled]
