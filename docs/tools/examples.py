@@ -67,6 +67,15 @@ OPS = {
         'square_B = ops.mean(x_BSE * x_BSE, ("batch", "seq", "embed"), over=("seq", "embed"))\n'
         "assert ops.loss(square_B, np.ones(B)).sum.shape == ()"
     ),
+    "across_samples": (
+        "def contrast(x_GNE, y_GNE, there_GN):\n"
+        '    scores_GNM = ops.einsum("gne,gme->gnm", x_GNE, y_GNE, dtype="float32")\n'
+        "    seen_GNM = ops.where(there_GN[:, None, :], scores_GNM, -1e9)\n"
+        '    loss_GN = ops.logsumexp(seen_GNM) - ops.einsum("gnn->gn", scores_GNM)\n'
+        '    weight_GN = ops.cast(there_GN, "float32")\n'
+        "    return loss_GN * weight_GN, weight_GN\n\n"
+        "assert ops.across_samples(contrast, x_BSE[:, 0], x_BSE[:, 1]).loss_B.shape == (B,)"
+    ),
     "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',
     "stack": (
         "from portatrain import Module, Stack\n\n\n"

@@ -64,7 +64,7 @@ def recipe_page() -> str:
 
 
 def ops_page() -> str:
-    from portatrain.model import ops, ops_arrays
+    from portatrain.model import ops, ops_arrays, ops_structure
 
     docs = field_docs(ops.Ops)
     attributes = ["| attribute | shape and type |", "|---|---|"]
@@ -88,6 +88,7 @@ def ops_page() -> str:
         "Every example runs after these lines, on the backend of NumPy in float64; in a model `ops` is the argument:",
         code(examples.OPS_SETUP.strip()),
         *methods(ops.Ops, examples.OPS),
+        *methods(ops_structure.StructureOps, examples.OPS),
         "## Operations on arrays",
         docstring(ops_arrays),
         *methods(ops_arrays.ArrayOps, examples.ARRAY_OPS),

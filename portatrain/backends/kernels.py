@@ -187,7 +187,7 @@ def others() -> tuple[Kernel, ...]:
                     f"kernel {name}",
                     expected=f"a portatrain.backends.kernels.Kernel of {', '.join(OPERATIONS)}",
                     got=repr(kernel)[:80],
-                    do=f"Repair or remove the package that registers it under {GROUP}.",
+                    do=f"Fix or remove the package that registers it under {GROUP}.",
                 )
         found += mine
     return tuple(found)

@@ -59,6 +59,19 @@ def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
     return found
 
 
+def check_step(reader: Reader, step: int, what: str) -> None:
+    """Raise UserError if the checkpoint in the folder of `step` is one of another step: the folder was renamed, or is a
+    copy."""
+    saved = reader.meta.get("step")
+    if isinstance(saved, int) and saved != step:
+        raise UserError(
+            what,
+            expected=f"the checkpoint of step {step}, as its folder's name says",
+            got=f"the checkpoint of step {saved}",
+            do=f"Give the folder its name back (step-{saved:08d}), or remove it if it is a copy; nothing was changed.",
+        )
+
+
 def check_tiles(reader: Reader) -> None:
     """Raise UserError unless the tiles of a run's checkpoint follow from the shapes of its tensors.
 
@@ -81,8 +94,11 @@ def _tile(reader: Reader, name: str, right: Sequence[tuple[int, ...]], got: tupl
     )
 
 
-def check_tensors(reader: Reader, program: Program) -> None:
-    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes."""
+def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> None:
+    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes.
+
+    `axes`: False accepts other names of axes.
+    """
     there = {t.name: t for t in reader.layout.tensors}
     wanted = {t.name: t for t in format_layout(program).tensors}
     found = [
@@ -94,6 +110,14 @@ def check_tensors(reader: Reader, program: Program) -> None:
                 f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})"
                 for n, t in wanted.items()
                 if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
+            ],
+        ),
+        (
+            "axes of other names",
+            [
+                f"{n} ({' '.join(there[n].axes)} for {' '.join(t.axes)})"
+                for n, t in wanted.items()
+                if axes and n in there and there[n].axes and there[n].axes != t.axes
             ],
         ),
     ]

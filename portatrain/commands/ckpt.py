@@ -300,6 +300,7 @@ def bring(args: argparse.Namespace) -> int:
     from portatrain.checkpoint.interop.export_import import import_from
     from portatrain.checkpoint.locations import step_name
     from portatrain.commands import options
+    from portatrain.runs.commits import BEGUN_FROM
     from portatrain.runs.run_dir import RunDir
 
     recipe, folder = options.resolved_recipe(args), Path(args.run_dir)
@@ -312,6 +313,8 @@ def bring(args: argparse.Namespace) -> int:
         )
     run = RunDir(folder)
     run.check(recipe)
+    # A run whose import was killed has run.json and no checkpoint, so that `train` does not take it for a new one.
+    run.create(recipe, **{BEGUN_FROM: {"format": args.format, "path": str(args.source.absolute())}})
     try:
         step = import_from(
             args.source,
@@ -321,8 +324,8 @@ def bring(args: argparse.Namespace) -> int:
         )
     except BaseException:  # without its checkpoint, the run would start from random weights
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / "run.json").unlink(missing_ok=True)
         raise
-    run.create(recipe)
     words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
     words += [word for override in args.overrides for word in ("--set", override)]
     print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")

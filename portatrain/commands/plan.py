@@ -205,7 +205,7 @@ def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> 
     found = job.answer(request, target, tell=tell, fresh=args.fresh)
     if console is not None:
         if not found.fits:
-            console.print(f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}")
+            console.print(f"{made.cluster.name}: it does NOT fit, says the compiler: {found.raw.get('said')}")
         console.print(compare.table(made.cluster.name, predicted, found))
     return compare.as_json(predicted, found)
 

@@ -46,6 +46,16 @@ class OpenData:
     passed_over: tuple[str, ...] = ()
     verifications: tuple[Verification, ...] = ()
 
+    def verify_in_background(self) -> None:
+        """Begin to read all of the packed corpora that were not verified when they were opened."""
+        for verification in self.verifications:
+            verification.start()
+
+    def check(self) -> None:
+        """Raise UserError if damage has been found in the background. Does not wait."""
+        for verification in self.verifications:
+            verification.check()
+
     @property
     def bytes_per_target(self) -> float | None:
         return (self.validation or self.train).bytes_per_target

@@ -134,8 +134,8 @@ def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
         f"{kind} paths",
         expected=what,
         got="none: this recipe comes without data",
-        do="Name yours with --set data.paths=/data/corpus/*, or choose another source with --set data=Stdlib, say, and "
-        "model.vocab to go with it.",
+        do="Give the paths of yours, as in --set data.paths=/data/corpus/*, or choose another source, as in "
+        "--set data=Stdlib, and set model.vocab to its vocabulary.",
     )
 
 
@@ -347,7 +347,7 @@ def _npy_ids(path: Path, dtype: np.dtype, head: bytes) -> np.ndarray:
             f"token file {path}",
             expected=f"a one-dimensional array of {dtype.name}, little-endian",
             got=f"{ids.dtype.name} of shape {ids.shape}",
-            do="Set dtype to what the file was written with; flatten an array of several dimensions.",
+            do="Set dtype to the dtype of the file; flatten an array of several dimensions.",
         )
     return ids.view(np.ndarray)
 

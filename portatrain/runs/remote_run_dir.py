@@ -269,9 +269,9 @@ def scratch() -> Path:
     except OSError as error:
         raise UserError(
             f"folder {folder}",
-            expected="a place for this machine's copy of a run that is in an object store",
+            expected="a writable folder for this machine's copy of a run in an object store",
             got=str(error),
-            do=f"Set {environment.SCRATCH.name} to a folder that can be written to.",
+            do=f"Set {environment.SCRATCH.name} to a writable folder.",
         ) from error
 
 

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
@@ -22,9 +23,10 @@ from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, parti
 from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -64,7 +66,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh, JaxArrays):
+class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
     records."""
 
@@ -84,6 +86,7 @@ class JaxOps(OnMesh, JaxArrays):
     given: Any = None
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
+    across: Across | None = dataclasses.field(default_factory=Across)
 
     @property
     def _precision(self) -> Any:
@@ -273,6 +276,7 @@ class JaxOps(OnMesh, JaxArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.astype(jnp.float32)
         return Loss(jnp.sum(loss_B), weight_B.astype(jnp.float32), jax.lax.stop_gradient(loss_B))
 
@@ -292,9 +296,10 @@ class JaxOps(OnMesh, JaxArrays):
         def body(carry: Any, xs: Any) -> Any:
             mine, index, extra = xs
             layer = self.layer * stack.n + index
-            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named)
+            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named, across=None)
             args = shared if per_layer is None else (*shared, extra)
-            carry, out = nnx.merge(graph, mine)(inner, carry, *args)
+            block = nnx.merge(graph, mine)
+            carry, out = check_layer(block, block(inner, carry, *args))
             recorded.update(inner.auxes)
             return carry, (out, {k: a.value_B for k, a in inner.auxes.items()}, inner.tallies)
 

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
@@ -22,9 +23,10 @@ from portatrain.backends.torch.ops_arrays import TorchArrays
 from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -52,7 +54,7 @@ class Static:
 
 
 @dataclasses.dataclass
-class TorchOps(TorchArrays):
+class TorchOps(AcrossSamples, TorchArrays):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
     `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
@@ -74,6 +76,8 @@ class TorchOps(TorchArrays):
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
+    across: Across | None = None
+    """None in the block of a Stack."""
 
     @property
     def training(self) -> bool:
@@ -256,6 +260,7 @@ class TorchOps(TorchArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Tensor, weight_B: Tensor) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.float()
         return Loss(loss_B.sum(), weight_B.float(), loss_B.detach())
 
@@ -329,7 +334,7 @@ def run_block(
     make: Callable[..., TorchOps] = static.ops or TorchOps
     ops = make(static, *context, kept=kept)
     # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
-    carry, out = (block if static.calls else block.forward)(ops, carry, *args)
+    carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
 
 

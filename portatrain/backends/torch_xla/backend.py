@@ -34,6 +34,7 @@ from portatrain.backends.torch_xla.probe import norms
 from portatrain.backends.torch_xla.remat import check_policy, rematerialised
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash, remat
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Spec
 from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import needs_after_step, run_after_step
@@ -279,10 +280,12 @@ class XlaBackend(OneDevice):
         return found
 
     @torch.no_grad()
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
         rows = next(iter(batch.values())).shape[0]
         numbers: Any = self._numbers(0)
-        loss, ops = self._forward(state, self._put(self._even(batch)), numbers, False)
+        even = self._even(batch)
+        across = Across(rows=None if even is batch else rows)
+        loss, ops = self._forward(state, self._put(even), numbers, False, across)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         values = {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
         del loss, ops

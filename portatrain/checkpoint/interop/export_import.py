@@ -52,8 +52,8 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"folder {out}",
-            expected="a name that is free, or an empty folder",
-            got="a path that is in use",
+            expected="a new name or an empty folder",
+            got="a file, or a folder that is not empty",
             do="Choose another name; nothing in it was changed.",
         )
     if not any(name.startswith(f"{role}/") for name in reader.names):
@@ -69,7 +69,7 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     except OSError as error:
         raise UserError(
-            f"folder {out}", expected="a folder that can be written", got=str(error), do="Choose another folder."
+            f"folder {out}", expected="a writable folder", got=str(error), do="Choose another folder."
         ) from error
     try:
         with explained():

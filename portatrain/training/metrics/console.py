@@ -109,6 +109,8 @@ class ConsoleSink:
         if kind == Kind.RESUMED:
             self._line(f"went on from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
             return
+        if kind == Kind.COMMITTED:  # said when it began: saving
+            return
         if kind == Kind.KERNELS:  # events.jsonl has the reasons against the others
             chosen = fields.get("choices")
             names = {f"{c['operation']}={c['kernel']}" for c in chosen} if isinstance(chosen, list) else set()

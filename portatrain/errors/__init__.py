@@ -31,6 +31,10 @@ class UserError(Exception):
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
         super().__init__(f"{_short(what)}: expected {visible(str(expected))}, got {_short(got)}. {visible(str(do))}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
+        self.trace = ""
+        """The traceback, if the mistake is in the user's own code; '' otherwise."""
+        self.kept = ""
+        """The file that has the traceback; '' if none does."""
 
     @classmethod
     def of(cls, error: Any) -> Self:
@@ -51,9 +55,9 @@ def storage_error(error: OSError) -> StorageError | None:
     name = f" ({error.filename})" if error.filename else ""
     return StorageError(
         "the storage of the run",
-        expected="files that can be written and read",
+        expected="files that can be read and written",
         got=f"{error.strerror or error}{name}",
-        do="Free some space or mend the storage, and go on with the run; the last committed checkpoint stands.",
+        do="Free space or fix the storage, then resume the run; its last committed checkpoint is unharmed.",
     )
 
 
