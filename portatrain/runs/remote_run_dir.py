@@ -123,10 +123,10 @@ class RemoteRun(RunDir):
             return
         shutil.rmtree(self.path)
 
-    def create(self, recipe: Recipe) -> None:
+    def create(self, recipe: Recipe, **more: object) -> None:
         if not self.objects.exists("run.json"):  # whatever a copy on this machine says
             (self.path / "run.json").unlink(missing_ok=True)
-        super().create(recipe)
+        super().create(recipe, **more)
 
     def _fetch(self, name: str) -> None:
         path = self.path / name
