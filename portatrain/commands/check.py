@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
-from portatrain.system.exit_codes import FAILED, OK
+from portatrain.system.exit_codes import FOUND, OK
 
 if TYPE_CHECKING:
     from portatrain.testing.recipe_check.report import Report, Row
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_json(), indent=1))
     else:
         _print(report)
-    return FAILED if report.findings else OK
+    return FOUND if report.findings else OK
 
 
 def _progress(row: Row) -> None:

@@ -42,9 +42,9 @@ def check_rows_independent(
         )
     context = Context(training=training)
     kept: list[Any] = []
-    together = _run(definition, params, first, context, _recording(kept))
+    together = _run(definition, params, first, context, recording(kept))
     alone = [
-        _run(definition, params, {k: v[[i]] for k, v in first.items()}, context, _replaying(iter(kept), i))
+        _run(definition, params, {k: v[[i]] for k, v in first.items()}, context, replaying(iter(kept), i))
         for i in range(len(next(iter(first.values()))))
     ]
     model = type(definition.model).__name__
@@ -66,7 +66,9 @@ def _run(
     return forward(definition, params, batch, context, operations=operations)
 
 
-def _recording(kept: list[Any]) -> type[GuardedOps]:
+def recording(kept: list[Any]) -> type[GuardedOps]:
+    """Return operations that append what compares or reduces samples to `kept`."""
+
     class Recording(GuardedOps):
         """Keep the results of reductions over the batch."""
 
@@ -91,7 +93,9 @@ def _kept(kept: list[Any], found: Any, over: Sequence[str]) -> Any:
     return found
 
 
-def _replaying(kept: Iterator[Any], i: int) -> type[GuardedOps]:
+def replaying(kept: Iterator[Any], i: int) -> type[GuardedOps]:
+    """Return operations for sample `i` alone, which take from `kept` what all samples had together."""
+
     class Replaying(GuardedOps):
         """Return the kept results in place of reductions over the batch; in place of comparisons of samples, return
         the kept values of sample i."""
