@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from portatrain.backends import kernels
+from portatrain.backends import kernels, rounding
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.format_layout import check_tensors
-from portatrain.checkpoint.restore import restored
+from portatrain.checkpoint.restore import Change, restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.data import prefetch
 from portatrain.model.layout import unknown_axes
@@ -30,6 +30,7 @@ from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.processes import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best
+from portatrain.training.arrival import judge
 from portatrain.training.evaluation import evaluate
 from portatrain.training.hook_calls import HookCalls, check_hooks
 from portatrain.training.metrics import EvalRecord, RunInfo
@@ -346,13 +347,18 @@ class Trainer:
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
         check_tensors(reader, self.backend.program)
-        self.state = restored(self.backend, reader)
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
-        now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
-        found = continuity.verdict(reader.meta, now, self.recipe.precision)
+
+        def arrive(change: Change | None) -> dict[str, Any]:
+            self.state = None  # there may be memory for one state
+            self.state = restored(self.backend, reader, change)
+            return continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
+
+        positions = rounding.positions(self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
+        found, bounds = judge(reader.meta, self.recipe, self.backend.program.definition, positions, arrive)
         if found["verdict"] == "unproven":
-            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
