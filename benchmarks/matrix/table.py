@@ -36,14 +36,16 @@ def table(results: Mapping[str, Found]) -> str:
     lines = [
         "# Parity",
         "",
-        f"Written by `make matrix` from docs/measured/parity.json. A cell: the gradients of step 1 beside those of one "
-        "jax device in fp32 (the largest difference over the tensor's largest value) "
-        f"and the losses of {STEPS} steps (the largest relative difference). Both are held to the bound of the row and "
-        "sizes, which is [derived](../understand/rounding.md) from the lengths of its sums and its depth. A number in "
-        "brackets is the error that a combination ends in, below. An empty cell has not run.",
+        "`make matrix` writes this page from docs/measured/parity.json. Each cell compares a run with the baseline, "
+        "the same run on one jax device in fp32. Its first number is the largest difference of a gradient in step 1, "
+        "divided by the largest value of that gradient. Its second number is the largest relative difference of a loss "
+        f"over {STEPS} steps. Neither may exceed the bound of the row, which is [derived](../understand/rounding.md) "
+        "from the lengths of the sums and the depth of the model. A number in brackets refers to the list of errors "
+        "below: this combination ends in that error. An empty cell has not run.",
         "",
-        "Recipes are the shipped files; sizes by override, the same in a whole row (`benchmarks/matrix/cells.py`). "
-        "Measured on a 2-core x86-64 VM with no accelerator: devices are simulated ones, of XLA or gloo processes.",
+        "The recipes are the shipped ones; overrides set their sizes, the same for all cells of a table "
+        "(`benchmarks/matrix/cells.py`). The machine was a 2-core x86-64 VM with no accelerator. The devices are "
+        "simulated: XLA's simulated devices, or processes connected by gloo.",
         "",
     ]
     for row, (recipe, overrides) in ROWS.items():

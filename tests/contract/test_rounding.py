@@ -56,29 +56,29 @@ def test_bounds_follow_depth_length_and_precision() -> None:
 @pytest.mark.parametrize("seen", ["loss", "grad", "update"])
 def test_a_difference_that_rounding_makes_is_measured(seen: str) -> None:
     """Only after the derived bounds failed, only for figures that pass through the model, and the state is its own."""
-    recipe = small("model.layers=1")
-    given: list[Any] = []
+    bounds = continuity.Bounds.of(small("model.layers=1").describe(), "fp32", 128)
+    seeds: list[int] = []
 
     def probe(loss: float = 1.0, state: float = 1.0, grad: float = 1.0, update: float = 1.0) -> dict[str, Any]:
         norms = {"params/a": state, "grad/a": grad, "update/a": update}
         exact = {"step": 1, "applied": 1, "data": {}, "rng": {}, "schedule": {}}
         return {**exact, "probe": {"losses": [loss, 1.0], "norms": norms}}
 
-    def judged(moved: float, **here: float) -> str:
-        given.clear()
+    def judged(moved: float, changed: list[str] | None = None, **here: float) -> str:
+        seeds.clear()
 
-        def arrive(change: Any) -> dict[str, Any]:
-            given.append(change)
-            return probe(**{**here, **({seen: here.get(seen, 1.0) * (1 + moved)} if change else {})})
+        def again(seed: int) -> dict[str, Any]:
+            seeds.append(seed)
+            return probe(**{**here, seen: here.get(seen, 1.0) * (1 + moved)})
 
-        return arrival.judge(probe(), recipe, recipe.describe(), 128, arrive)[0]["verdict"]
+        return arrival.judge(probe(), probe(**here), bounds, again, changed)["verdict"]
 
-    off = {"loss": 1.0 + 1e-3, "grad": 1.0 + 1e-3, "update": 1.0 + 1e-3}[seen]
-    assert judged(0.0) == "continuous" and len(given) == 1
-    assert judged(1e-3, **{seen: off}) == "continuous"
-    assert given[0] is None and given[-1] is None and len(given) == 2 + continuity.MEASURED_DRAWS
-    assert judged(1e-5, **{seen: off}) == "broken"
-    assert judged(1.0, **{seen: off}, state=1.0 + 1e-5) == "broken" and len(given) == 1
+    off = {seen: 1.0 + 1e-3}
+    assert judged(0.0) == "continuous" and not seeds
+    assert judged(1e-3, **off) == "continuous" and len(set(seeds)) == continuity.MEASURED_DRAWS
+    assert judged(1e-5, **off) == "broken"
+    assert judged(1.0, **off, state=1.0 + 1e-5) == "broken" and not seeds
+    assert judged(1.0, ["params/a"], **off) == "broken" and not seeds
 
 
 @pytest.mark.skipif(bool(missing("jax")), reason="jax is not installed")

@@ -36,6 +36,7 @@ CELLS = [
     ("fsdp=2", "nested"),
     ("fsdp=2", "lm, LoRA"),
     ("fsdp=2", "lm, growing batch, averages"),
+    ("fsdp=2", "towers"),
     ("fsdp=2", "lm, remat"),
 ]
 PROBED = [("replica=2", "lm, a step that is not finite, odd sizes"), ("fsdp=2", "lm, clipping, averages, frozen")]

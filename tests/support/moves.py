@@ -61,6 +61,10 @@ class Move:
             mutate(values)
         backend = backend_class(self.arrived)(dataclasses.replace(self.program, **changes)) if changes else self.backend
 
+        definition = self.program.definition
+        positions = rounding.positions(self.data.batch(0, 1)) * self.recipe.batch
+        error = rounding.error(self.recipe.precision, rounding.longest_sum(definition, positions))
+
         def arrive(change: Any) -> dict[str, Any]:
             def read(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
                 box = values[role, name][tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
@@ -68,5 +72,9 @@ class Move:
 
             return continuity.record(backend, backend.restore_state(read), self.recipe, self.data, self.step)
 
-        positions = rounding.positions(self.data.batch(0, 1)) * self.recipe.batch
-        return judge(self.meta, self.recipe, self.program.definition, positions, arrive)[0]
+        return judge(
+            self.meta,
+            arrive(None),
+            continuity.Bounds.of(definition, self.recipe.precision, positions),
+            lambda seed: arrive(rounding.moving(definition.params, error, seed)),
+        )

@@ -44,6 +44,7 @@ from portatrain.backends.torch.mesh_ops import RowOps
 from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.errors import UserError
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Loss
@@ -83,6 +84,13 @@ class ZeroBackend(MeshBackend):
                 expected=f"one of {', '.join(r.__name__ for r in RULES)}, which act on every element alone",
                 got=type(rule).__name__,
                 do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
+            )
+        if scalars := [name for name, info in program.definition.params.items() if info.shape == ()]:
+            raise UserError(
+                f"parameters without axes on the {self.name} backend",
+                expected="at least one axis, as DeepSpeed cuts every parameter",
+                got=", ".join(scalars),
+                do="Give each an axis of size 1, as in Param(scale=1, fan_in_axes=0), or use --backend torch.",
             )
         if program.precision == "bf16-state":
             raise UserError(
@@ -219,8 +227,11 @@ class ZeroBackend(MeshBackend):
         ops.static = dataclasses.replace(ops.static, calls=True)  # DeepSpeed's hooks are around a block's own call
         return ops
 
-    def _forward(self, state: TorchState, batch: Any, step: int, training: bool) -> tuple[Loss, Any]:
+    def _forward(
+        self, state: TorchState, batch: Any, step: int, training: bool, across: Across | None = None
+    ) -> tuple[Loss, Any]:
         ops = self._ops(batch, step, training)
+        ops.across = across or Across()
         return Loss(*zero_state(state).engine("loss", ops, batch)), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:

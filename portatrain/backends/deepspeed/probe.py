@@ -32,7 +32,7 @@ def norms(backend: Any, held: ZeroState, *, clip: float, scale: float) -> Arrays
         squares.append(torch.zeros_like(square) if whole and backend.process else square)
 
     # Every process lists the same layers in the same order, also those of which it holds nothing.
-    for tensor, index, part, _ in backend._ranges(held, empty=True):
+    for tensor, index, part, _start in backend._ranges(held, empty=True):
         copied = tensor.role == "state" or (tensor.role == "params" and backend.stage < 3)
         add(f"{tensor.role}/{tensor.info.name}", tensor.info, index, part, whole=copied)
     for i, part in held.parts.items():
