@@ -2,9 +2,9 @@
 
 The check has four parts, and each detects errors that the others miss: the gradients of the first step (an adaptive
 optimizer hides a wrong scale from the curve), the parameters after one update (clipping and the rule), the losses of
-some steps (errors that accumulate), and the reported gradient norms. The bound is derived from the lengths and the depth
-of the model (`bound_of`). Two rules have a bound of their own for the curve. Lion takes a sign (`sign_bound`). Adafactor
-divides by a root that may be rounding alone; its bound is a multiple of the baseline's own floor: its distance from
+some steps (errors that accumulate), and the reported gradient norms. The bound is derived from the lengths and
+depth of the model (`bound_of`). Two rules have a bound of their own for the curve. Lion takes a sign (`sign_bound`);
+Adafactor divides by a root that may be rounding alone; its bound is a multiple of the baseline's own floor: its distance from
 itself when the rows of every batch are reordered, which changes only the order of sums.
 """
 
