@@ -4,8 +4,8 @@ The check has four parts, and each detects errors that the others miss: the grad
 optimizer hides a wrong scale from the curve), the parameters after one update (clipping and the rule), the losses of
 some steps (errors that accumulate), and the reported gradient norms. The bound is derived from the lengths and
 depth of the model (`bound_of`). Two rules have a bound of their own for the curve. Lion takes a sign (`sign_bound`);
-Adafactor divides by a root that may be rounding alone; its bound is a multiple of the baseline's own floor: its distance from
-itself when the rows of every batch are reordered, which changes only the order of sums.
+Adafactor divides by a root that may be rounding alone, so its bound is a multiple of its own floor: its distance
+from itself when the rows of every batch are reordered, which changes only the order of sums.
 """
 
 from __future__ import annotations
