@@ -63,7 +63,7 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
 ON_A_BACKEND: dict[str, tuple[str, str, str]] = {
     "a mean that is tallied": ("{0}, accumulation 2", "State level", "ops.tally"),
     "a root of zero": ("{0}, one device", "the gradient of bias, into", "expected finite numbers"),
-    "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient on torch is 0"),
+    "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient is zero"),
 }
 ON_A_MESH = ("the rank of a process",)
 SOUND = ("nothing", "factors that start at zero", "a comparison of samples", "a comparison in groups")
