@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from checkpoints_format import Reader
 from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
@@ -33,9 +32,9 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
 
 
 def arrive(
-    backend: Backend, reader: Reader, recipe: Recipe, record: Callable[[Any], Mapping[str, Any]], *, accept_drift: bool
+    backend: Backend, reader: Any, recipe: Recipe, record: Callable[[Any], Mapping[str, Any]], *, accept_drift: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Restore the state in `reader` and run the continuity check; return the state and the verdict.
+    """Restore the state of an open checkpoint and run the continuity check; return the state and the verdict.
 
     `record` returns the record of a state, with a probe.
     """
