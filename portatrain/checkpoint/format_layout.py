@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveMesh, Sharded, Tensor
+from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveMesh, Sharded, Tensor, tile_shape
 from portatrain.backends.base import IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, full_name, inventory
@@ -72,6 +72,24 @@ def check_step(reader: Reader, step: int, what: str) -> None:
         )
 
 
+def check_tiles(reader: Reader) -> None:
+    """Raise UserError unless the tiles of a run's checkpoint follow from the shapes of its tensors.
+
+    No checksum covers the shape of a tile: another one of as many elements would permute the values. Runs write the
+    tiles of the format's rule alone, so any other shape has been put there later.
+    """
+    for tensor in reader.layout.tensors if "recipe_sha256" in reader.meta else ():
+        # A root does not say how many leading axes its layout counted as batch axes.
+        by_rule = {tile_shape(tensor.shape, tensor.item_bytes, batch) for batch in range(len(tensor.shape) + 1)}
+        if tensor.tile not in by_rule:
+            raise UserError(
+                f"{reader.store.describe('COMMIT')}: tensor {tensor.name!r}",
+                expected=f"tiles of {' or '.join(str(list(t)) for t in sorted(by_rule))}, which follow from its shape",
+                got=str(list(tensor.tile or ())),
+                do="Its root was changed after the save: restore another checkpoint.",
+            )
+
+
 def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> None:
     """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes.
 
@@ -111,3 +129,4 @@ def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> Non
             got="; ".join(got),
             do="This is the checkpoint of another model: give the recipe and the sizes that it was saved with.",
         )
+    check_tiles(reader)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader, StoreError
+from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, StoreError
+from checkpoints_format import Reader as Reader
 from portatrain.checkpoint.format_layout import check_step
 from portatrain.checkpoint.locations import Location
 from portatrain.errors import StorageError, UserError

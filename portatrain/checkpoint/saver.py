@@ -1,4 +1,4 @@
-"""Save a run's logical tensors in `checkpoints_format`, to restore them on any backend and mesh.
+"""Save a run's logical tensors as files of `checkpoints_format`, to restore them on any backend and mesh.
 
     checkpoints = Checkpoints(run_dir / "checkpoints")
     checkpoints.save(10, backend, state, meta)      # copies to the host and returns; a thread writes
@@ -41,7 +41,7 @@ from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_step, check_tensors, format_layout, written_by
-from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
+from portatrain.checkpoint.host_copies import Staging, given_budget_bytes
 from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
@@ -49,7 +49,7 @@ from portatrain.errors import StorageError, UserError
 from portatrain.recipe import Recipe
 from portatrain.recipe.retention import Retention
 from portatrain.recipe.same import deciding_changes, in_words
-from portatrain.system import json_files
+from portatrain.system import json_files, memory
 
 RECEIPTS_WITHIN_S = 600.0
 """The time for which the committing process waits for the other writers."""
@@ -159,7 +159,7 @@ class Checkpoints:
         save_name: the name of this attempt's saves; no two attempts write one file.
         guard: entered around a commit and a removal; raises if another attempt has taken the run over.
         budget_bytes: host memory for the copy of the state (`host_copies`); None: the environment's value, else half
-            of the free memory.
+            of this process's share of the free memory.
     """
 
     def __init__(
@@ -216,7 +216,7 @@ class Checkpoints:
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
     def _staging(self, backend: Backend, state: Any, layout: SaveLayout, wanted: Mapping[str, list[Box]]) -> Staging:
-        budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
+        budget = self.budget_bytes if self.budget_bytes is not None else memory.free_for_process_bytes() // 2
         sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
         return Staging(boxes, sizes, budget_bytes=budget)

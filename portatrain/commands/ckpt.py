@@ -188,6 +188,7 @@ class _Told:
 def verify(args: argparse.Namespace) -> int:
     from checkpoints_format import NewerFormatError, NotCommittedError, Reader
     from portatrain.checkpoint.errors import explained
+    from portatrain.checkpoint.format_layout import check_tiles
     from portatrain.runs.find_checkpoints import places
 
     found = [p for p in places(args.path) if args.step in (None, p.step)]
@@ -207,6 +208,7 @@ def verify(args: argparse.Namespace) -> int:
                     row["bytes"] = sum(r.length for records in reader.root.packs for r in records)
                     told = _Told(str(place.path), row["bytes"])
                     row["problems"] = [str(problem) for problem in reader.problems(told.read)]
+                    check_tiles(reader)
                 except NotCommittedError:
                     if len(found) == 1:
                         raise
@@ -214,7 +216,7 @@ def verify(args: argparse.Namespace) -> int:
                 except NewerFormatError as error:
                     row |= {"problems": [str(error)], "newer": True}
         except UserError as error:
-            row["problems"] = [str(error)]
+            row["problems"] = [*row["problems"], str(error)]
     if args.json:
         print(json.dumps(rows, indent=1))
     else:

@@ -10,7 +10,6 @@ from pathlib import Path
 from checkpoints_format import LocalStore, NotCommittedError, Reader, Store
 from portatrain.checkpoint import locations
 from portatrain.checkpoint.errors import explained
-from portatrain.checkpoint.format_layout import check_step
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
@@ -118,7 +117,10 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
                 if checkpoint is found[0]:
                     raise
                 continue
+            from portatrain.checkpoint.format_layout import check_step, check_tiles  # with NumPy: a listing needs none
+
             if checkpoint.step is not None:
                 check_step(reader, checkpoint.step, store.describe("COMMIT"))
+            check_tiles(reader)
             yield reader
             return

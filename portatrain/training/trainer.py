@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, rounding
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.data import prefetch
+from portatrain.errors import users_code
 from portatrain.model.layout import unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
@@ -25,7 +26,7 @@ from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
-from portatrain.system.processes import peak_rss_bytes
+from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best
 from portatrain.training.arrival import arrive, check_before
@@ -107,12 +108,13 @@ class Trainer:
                 draw(self.run_dir)
 
     def _run(self) -> int:
-        kernels.taken()  # forget the choices of an earlier attempt in this process
+        choose_kernel.taken()  # forget the choices of an earlier attempt in this process
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if self.options.source is not None:
             info["source"] = dict(self.options.source)
         if not self.backend.process:
+            self.run_dir.check_location(self.options.checkpoints)
             check_before(self.run_dir, self.backend, self.recipe, self.data, accept_drift=self._accepts)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
@@ -121,7 +123,10 @@ class Trainer:
             try:
                 self._train(attempt, about)
             except BaseException as error:
-                self._summary = {**self._summary, "why": attempt.keep_error(error)}
+                mistake = users_code.explained(error)
+                self._summary = {**self._summary, "why": attempt.keep_error(mistake or error)}
+                if mistake is not None:
+                    raise mistake from error
                 raise
             finally:
                 self._end(attempt)
@@ -145,6 +150,8 @@ class Trainer:
         self.sinks.start(self._info)
         for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
             self.event(Kind.WARNING, what=str(unknown))
+        for sentence in self.data.passed_over:
+            self.event(Kind.WARNING, what=sentence)
         if useless := keep_best.no_evaluated_save(self.recipe):
             self.event(Kind.WARNING, what=useless)
         if found:
@@ -169,7 +176,7 @@ class Trainer:
         stop_requested = self._stop_requested()
         if stop_requested is None and self.step == self.recipe.steps:
             attempt.finish({"status": "done", **self._summary})
-            self._status = "done"
+            self._status, self._stop.signals.finished = "done", True
         else:
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
             self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
@@ -258,6 +265,8 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe = self.recipe
+        if not self.backend.process:
+            self.data.verify_in_background()
         self._steps.start()
         self._save_timer.start()
         # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
@@ -268,6 +277,7 @@ class Trainer:
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
+                self.data.check()
                 self._tell_commits()
                 step = self.step + 1
                 waited_s = time.perf_counter()
@@ -291,11 +301,11 @@ class Trainer:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
-                scale = recipe.schedule(step, recipe.steps)
+                scale = recipe.lr_scale(step)
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:
-                    self.event(Kind.KERNELS, choices=kernels.taken())
+                    self.event(Kind.KERNELS, choices=choose_kernel.taken())
                 if pending is not None:
                     self._steps.add(*pending, self._memory_bytes())
                 pending = (step, result, waited_s)
@@ -345,11 +355,14 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        self.state, found = arrive(self.backend, reader, self.recipe, self._record, accept_drift=self._accepts)
+        positions = rounding.positions(self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
+        self.state, found, bounds = arrive(
+            self.backend, reader, self.recipe, self._record, positions=positions, accept_drift=self._accepts
+        )
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
         if found["verdict"] == "unproven":
-            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
     def _record(self, state: Any, *, virtual_step: bool = True) -> dict[str, Any]:

@@ -93,9 +93,9 @@ class MeshBackend(OneDevice):
 
     # ---- the step
 
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         mine = {k: v[self.world.my_rows(v.shape[0])] for k, v in batch.items()}
-        return self._values(super()._put(mine))
+        return self._values(super()._placed(mine))
 
     def _values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world.values is None:
@@ -179,9 +179,9 @@ class MeshBackend(OneDevice):
     def _total(self, x: Tensor) -> Tensor:
         return self.world.all_reduce(x)
 
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
-        rows = next(iter(batch.values())).shape[0]
-        found = super().eval(state, self._even(batch))
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        found = super().eval(state, even, None if even is batch else rows)
         self._free(state)
         return {k: v[:rows] for k, v in found.items()}
 
