@@ -1,11 +1,11 @@
 """Check that two backends follow the same curve on the same recipe.
 
-The check has four parts, each blind where another sees: the gradients of the first step (an adaptive optimizer hides a
-wrong scale from the curve), the parameters after one update (what is between gradient and parameter: clipping, the
-rule), the losses of some steps (what accumulates), and the reported gradient norms. The bound is derived from lengths
-and depth of the model (`bound_of`). Two rules have a bound of their own for the curve: Lion, because it takes a sign
-(`sign_bound`), and Adafactor, because it divides by a root of what may be rounding alone: a multiple of the baseline's
-floor, which is how far it drifts from itself when the rows of every batch are reordered.
+The check has four parts, and each detects errors that the others miss: the gradients of the first step (an adaptive
+optimizer hides a wrong scale from the curve), the parameters after one update (clipping and the rule), the losses of
+some steps (errors that accumulate), and the reported gradient norms. The bound is derived from the lengths and
+depth of the model (`bound_of`). Two rules have a bound of their own for the curve. Lion takes a sign (`sign_bound`);
+Adafactor divides by a root that may be rounding alone, so its bound is a multiple of its own floor: its distance
+from itself when the rows of every batch are reordered, which changes only the order of sums.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ def compare(
 
     `bound`: see `bound_of`. `loss_bound`: that of the losses, if it is another one (`loss_bound`).
     `update_bound`: the largest difference of a parameter after one step over the largest change of that parameter;
-    None where the rule is not continuous in the gradient, so that a rounding may turn a whole step around.
+    None if the rule is not continuous in the gradient, so that a rounding error may reverse a whole step.
     """
     loss_bound = bound if loss_bound is None else loss_bound
     gradient, worst = max(

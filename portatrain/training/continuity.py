@@ -176,7 +176,7 @@ def verdict(
 
     `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' lists every figure beyond its bound.
     """
-    bits = {"tensors": "not compared" if changed is None else "equal"}
+    bits: dict[str, Any] = {"tensors": "not compared" if changed is None else "equal"}
     if changed:
         bits = {"tensors": list(changed)}
     if "imported" in before:

@@ -114,6 +114,7 @@ class Trainer:
         if self.options.source is not None:
             info["source"] = dict(self.options.source)
         if not self.backend.process:
+            self.run_dir.check_location(self.options.checkpoints)
             check_before(self.run_dir, self.backend, self.recipe, self.data, accept_drift=self._accepts)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
@@ -264,6 +265,8 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe = self.recipe
+        if not self.backend.process:
+            self.data.verify_in_background()
         self._steps.start()
         self._save_timer.start()
         # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
@@ -274,6 +277,7 @@ class Trainer:
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
+                self.data.check()
                 self._tell_commits()
                 step = self.step + 1
                 waited_s = time.perf_counter()
