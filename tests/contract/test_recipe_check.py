@@ -66,7 +66,13 @@ ON_A_BACKEND: dict[str, tuple[str, str, str]] = {
     "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient is zero"),
 }
 ON_A_MESH = ("the rank of a process",)
-SOUND = ("nothing", "factors that start at zero", "a comparison of samples", "a comparison in groups")
+SOUND = (
+    "nothing",
+    "a label in a reduction",
+    "factors that start at zero",
+    "a comparison of samples",
+    "a comparison in groups",
+)
 
 
 def found(kind: str, *backends: str, **fields: Any) -> list[Any]:

@@ -253,6 +253,9 @@ class Rotated(Base):
 MODELS: dict[str, type[Module]] = {
     "nothing": Base,
     "factors that start at zero": Rotated,
+    "a label in a reduction": hidden(
+        lambda self, ops, h: h - ops.mean(h, ("batch", "points"), over=("points",))[:, None]
+    ),
     "a comparison of samples": Contrast,
     "a comparison in groups": GroupContrast,
     "an einsum of two samples": BatchLoss,

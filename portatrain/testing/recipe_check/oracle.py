@@ -76,7 +76,7 @@ def runs(subject: Subject) -> list[Finding]:
 
 
 def _unknown_axes(subject: Subject) -> list[Finding]:
-    """Axes of values, in `ops.shard` and reductions, that no mapping and no tensor has."""
+    """Axes in `ops.shard` that no mapping and no tensor has; in reductions they are labels."""
     recipe, definition = subject.recipe, subject.definition
     known = {*COMPUTE, *PARAMS, *UNSPLIT, *(recipe.compute or ()), *(recipe.params or ()), *definition.axes}
     return [
@@ -156,8 +156,7 @@ def _noting(subject: Subject) -> type[GuardedOps]:
         def call(self: Any, *args: Any, **options: Any) -> Any:
             if not self._inside:
                 subject.used.add(name)
-                named = args[1:] if name == "shard" else args[1] if name in ("sum", "mean") and args[1:] else ()
-                for axis in filter(None, named):
+                for axis in filter(None, args[1:] if name == "shard" else ()):
                     subject.axes.setdefault(axis, place_of(sys._getframe(1)))
                 if "batch" in options.get("over", ()):
                     subject.over_batch.append(f"ops.{name} in {place_of(sys._getframe(1))}")

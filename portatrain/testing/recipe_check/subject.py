@@ -35,7 +35,7 @@ class Subject:
     predicts: bool = False
     """True if the model has a `predict` that takes the batches of its data."""
     axes: dict[str, str] = field(default_factory=dict)
-    """The axes of values that it names, each with the first place."""
+    """The axes that it gives `ops.shard`, each with the first place."""
 
     @property
     def recipe(self) -> Recipe:
