@@ -350,6 +350,8 @@ class _Check:
                 else:
                     there = started.result()[mesh]
                     if isinstance(there, UserError):
+                        if there.expected.startswith("a size that") and there.expected.endswith("divides"):
+                            raise _Skip(str(there))  # a value inside the model, which only its forward pass shows
                         raise there
                     value = there
                 return self._compared(subject, self.measured[name], value, check, ("one device", mesh))
