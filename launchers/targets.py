@@ -1,7 +1,7 @@
-"""From the names of --cluster to what a job needs there: engine, backend, mesh, hosts, processes.
+"""Turn the names of --cluster into the facts that a job needs: engine, backend, mesh, hosts, processes.
 
-Every cluster is planned before anything is submitted (`portatrain.plan`); one that the recipe cannot run on is refused
-with the planner's reason.
+A plan is made for every cluster before anything is submitted (`portatrain.plan`). A cluster on which the recipe cannot
+run is refused with the planner's reason.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def targets(
 
 
 def _is_cluster(name: str) -> bool:
-    """Whether `name` is that of a launcher whose jobs start at once, which needs no description of a cluster."""
+    """Return whether `name` names a launcher that starts jobs at once, which needs no description of a cluster."""
     return name in launcher_names() and not launcher(name).queues
 
 

@@ -51,9 +51,9 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
     """
     passed = PassedOver() if passed is None else passed
     found: dict[Path, tuple[bool, str]] = {}
-    patterns: tuple[str, ...]
     for given in (paths,) if isinstance(paths, str) else paths:
         path = Path(given).expanduser()
+        patterns: tuple[str, ...]
         if path.is_dir():
             root, patterns = path, FILES
         elif path.exists() or path.is_symlink() or not glob.has_magic(str(path)):

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from portatrain.backends import choose_kernel
+from portatrain.backends import choose_kernel, rounding
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints
@@ -355,11 +355,15 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        self.state, found = arrive(self.backend, reader, self.recipe, self._record, accept_drift=self._accepts)
+        definition = self.backend.program.definition
+        positions = rounding.positions(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
+        self.state, found, bounds = arrive(
+            self.backend, reader, self.recipe, self._record, positions=positions, accept_drift=self._accepts
+        )
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
         if found["verdict"] == "unproven":
-            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
     def _record(self, state: Any, *, virtual_step: bool = True) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _attempts(run: History) -> str:
             str(a.again or ""),
             _when(a.began_unix_s),
             duration(max(0.0, a.ended_unix_s - a.began_unix_s)),
-            a.ended or "goes on",
+            a.ended or "running",
         )
         for a in run.attempts
     ]
