@@ -23,6 +23,7 @@ from pathlib import Path
 from launchers import targets
 from portatrain.commands import options
 from portatrain.errors import UserError
+from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         metavar="DIR",
+        type=place,
         default="runs",
         help="the folder or object-store URL for run directories (default: runs)",
     )

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.errors import StorageError, UserError, storage_error
+from portatrain.system import json_files
 
 FORMAT = "portatrain-pack-1"
 VERIFY_BYTES = 64 << 20  # up to this size, every byte is verified at each opening
@@ -180,7 +181,7 @@ def read(pack_dir: Path, identity: Meta | None, splits: tuple[str, ...], *, whol
 def _meta(pack_dir: Path) -> Meta:
     path = pack_dir / "pack.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json_files.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(
             f"pack {pack_dir}",

@@ -7,7 +7,6 @@ depend on the location of the source, so a corpus can be moved.
 from __future__ import annotations
 
 import glob
-import json
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
@@ -21,6 +20,8 @@ from portatrain.data.encode import Encoding, encoding
 from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError, choice
 from portatrain.model import rng
+from portatrain.system import json_files
+from portatrain.system.paths import expand
 
 Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
 
@@ -107,7 +108,7 @@ def find(paths: str | tuple[str, ...], what: str) -> Files:
     """Return the files under ``paths`` (files, folders, globs), sorted by name, each file once."""
     found: dict[Path, str] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
-        path = Path(given).expanduser()
+        path = expand(given)
         if path.is_dir():
             here = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file()]
         elif path.exists():
@@ -215,7 +216,7 @@ class _JsonlDocuments(Documents):
             raise _unreadable(path, error) from error
         where = f"{path}, line {line}"
         try:
-            value = json.loads(raw)
+            value = json_files.loads(raw)
         except ValueError as error:
             raise UserError(
                 where, expected="one JSON object", got=str(error), do="Correct or delete the line."
