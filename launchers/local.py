@@ -16,6 +16,7 @@ from launchers.base import (
     JobState,
     Launcher,
     check_options,
+    option,
     python,
     shell,
     supervise_command,
@@ -119,4 +120,4 @@ def _pid(job: Job) -> int | None:
 
 
 def environment_of(job: Job) -> dict[str, str]:
-    return {str(k): str(v) for k, v in dict(job.options.get("env", {})).items()}
+    return {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}

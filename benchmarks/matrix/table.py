@@ -43,14 +43,15 @@ def table(results: Mapping[str, Found]) -> str:
     lines = [
         "# Parity",
         "",
-        f"Written by `make matrix` from docs/measured/parity.json. A cell: the gradients of step 1 beside those of one "
-        "jax device in fp32 (the largest difference over the tensor's largest value, bound "
-        f"{GRADIENT_BOUND:.0e}) and the losses of {STEPS} steps (the largest relative difference, bound "
-        f"{LOSS_BOUND:.0e}). A number in brackets is "
-        "the error that a combination ends in, below. An empty cell has not run.",
+        "`make matrix` writes this page from docs/measured/parity.json. Each cell compares a run with the baseline, "
+        "the same run on one jax device in fp32. Its first number is the largest difference of a gradient in step 1, "
+        f"divided by the largest value of that gradient (bound {GRADIENT_BOUND:.0e}). Its second number is the largest "
+        f"relative difference of a loss over {STEPS} steps (bound {LOSS_BOUND:.0e}). A number in brackets refers to "
+        "the list of errors below: this combination ends in that error. An empty cell has not run.",
         "",
-        "Recipes are the shipped files; sizes by override, the same in a whole row (`benchmarks/matrix/cells.py`). "
-        "Measured on a 2-core x86-64 VM with no accelerator: devices are simulated ones, of XLA or gloo processes.",
+        "The recipes are the shipped ones; overrides set their sizes, the same for all cells of a table "
+        "(`benchmarks/matrix/cells.py`). The machine was a 2-core x86-64 VM with no accelerator. The devices are "
+        "simulated: XLA's simulated devices, or processes connected by gloo.",
         "",
     ]
     for row, (recipe, overrides) in ROWS.items():

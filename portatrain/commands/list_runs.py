@@ -14,6 +14,7 @@ import sys
 from portatrain.errors import UserError
 from portatrain.runs.history import History, read_history
 from portatrain.runs.open import names, open_run
+from portatrain.system import terminal
 from portatrain.system.paths import place
 from portatrain.system.text import age
 
@@ -46,7 +47,6 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         print(f"no runs in {args.runs}")
         return 0
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -59,6 +59,6 @@ def run(args: argparse.Namespace) -> int:
             str(len(now.attempts)),
             f"{age(moved_s)} ago",
         )
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = terminal.console(160)
     console.print(table)
     return 0

@@ -19,8 +19,8 @@ from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
 from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
 from portatrain.data.split import Batch, Split
-from portatrain.data.windows import Windows
-from portatrain.data.windows import blank as blank_windows
+from portatrain.data.text_batches import Windows
+from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
 
@@ -35,12 +35,14 @@ class OpenData:
         bytes_per_target: that number of the validation split or, without one, of the training split; see `Split`.
         fingerprint: SHA-256, in hex, of the fingerprints of the splits.
         streams: the packed token streams by split if the data is a single token source; otherwise empty.
+        passed_over: sentences about what the sources hold and was not packed.
     """
 
     train: Split
     validation: Split | None
     vocab: int
     streams: dict[str, Stream]
+    passed_over: tuple[str, ...] = ()
 
     @property
     def bytes_per_target(self) -> float | None:
@@ -77,7 +79,11 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     found = streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
-        train=windows["train"], validation=windows.get("validation"), vocab=found["train"].vocab, streams=found
+        train=windows["train"],
+        validation=windows.get("validation"),
+        vocab=found["train"].vocab,
+        streams=found,
+        passed_over=found["train"].passed_over,
     )
 
 
@@ -108,6 +114,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
         validation=Chained(held, name="validation") if held else None,
         vocab=vocabs[0],
         streams={},
+        passed_over=tuple(sentence for f in found for sentence in f["train"].passed_over),
     )
 
 

@@ -6,7 +6,6 @@ are part of the recipe: they are saved with the run, and ``--set data.FIELD=VALU
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeGuard
 
@@ -73,16 +72,4 @@ def refusal(spec: DataSpec) -> UserError:
         expected="documents() and seq_len, or __len__(), sample(index) and version (portatrain.data.own)",
         got="a class with " + (", ".join(n for n in dir(type(spec)) if not n.startswith("_")) or "none of them"),
         do="Add the methods of one of the two kinds of sources.",
-    )
-
-
-def failure(what: str, error: Exception) -> UserError:
-    """Return the error for a method of a source that raised ``error``, with the place in the source's file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return UserError(
-        what,
-        expected="a method that returns",
-        got=f"{type(error).__name__}: {error}{place}",
-        do="Correct the source's class, or the files that it reads.",
     )

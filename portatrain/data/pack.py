@@ -133,7 +133,7 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
         kind = UserError if storage_error(error) is None else StorageError
         raise kind(
             f"pack {pack_dir}",
-            expected="a folder that can be written",
+            expected="a writable folder",
             got=str(error),
             do="Free some space, change the permissions, or name another folder.",
         ) from error

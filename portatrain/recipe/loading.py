@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import re
 import sys
-import traceback
+import types
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from types import ModuleType
 from typing import Any
 
 from portatrain.errors import UserError, choice
+from portatrain.errors.users_code import explained, line_of, shown, with_trace
 from portatrain.recipe import overrides
 from portatrain.recipe.recipe import Recipe
+from portatrain.system import plugins
 
 
 def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
@@ -32,6 +34,30 @@ def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
 _LOADED: dict[str, None] = {}
 """The modules that recipes of this process were loaded from, in order: overrides may name their classes."""
+
+
+def is_trusted(module: str) -> bool:
+    """Return whether the data of others, such as the recipe in a checkpoint, may name classes of a module.
+
+    It may name those of portatrain, of the shipped recipes, and of packages that register a plug-in; and of the recipe
+    files that this process has loaded, of the modules beside these files, and of the packages from which they have
+    taken classes and functions.
+    """
+    top = module.partition(".")[0]
+    if top in ("portatrain", "recipes"):
+        return not module.endswith("__main__")
+    if top in sys.stdlib_module_names:
+        return False
+    if any(top == point.value.partition(":")[0].partition(".")[0] for point in plugins.all_entry_points()):
+        return True
+    for name in _LOADED:
+        loaded = sys.modules.get(name)
+        taken = {str(getattr(v, "__module__", "")).partition(".")[0] for v in vars(loaded or types).values()}
+        file = getattr(sys.modules.get(module), "__file__", None)
+        folder = Path(str(getattr(loaded, "__file__", ""))).parent
+        if module == name or top in taken or (file and Path(file).resolve().is_relative_to(folder.resolve())):
+            return True
+    return False
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -102,7 +128,7 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
         raise UserError(
             what,
             expected="recipe() to return a portatrain.Recipe",
-            got=f"a {type(made).__name__}",
+            got=f"a {type(made).__name__}{line_of(function)}",
             do="End the function with: return Recipe(...).",
         )
     return made
@@ -141,16 +167,23 @@ def _run(what: str, function: Any) -> Any:
     """Call the user's code; report an exception from it as one UserError with file and line."""
     try:
         return function()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-        if isinstance(error, SyntaxError):
-            place = f" ({error.filename}, line {error.lineno})"
-        raise UserError(
-            what,
-            expected="a file that runs and whose recipe() returns a Recipe",
-            got=f"{type(error).__name__}: {error}{place}",
-            do="Correct the file and try again.",
+    except SyntaxError as error:
+        line = f", {shown(error.filename)}, line {error.lineno}" if error.filename else ""
+        raise with_trace(
+            UserError(
+                f"{what}{line}",
+                expected="valid Python",
+                got=f"{type(error).__name__}: {error.msg}",
+                do="Correct that line, or the one before it.",
+            ),
+            error,
         ) from error
+    except SystemExit as error:
+        raise UserError(
+            what, expected="a file that runs", got=f"SystemExit: {error}", do="Remove the call that ends the program."
+        ) from error
+    except Exception as error:
+        mistake = explained(error) or explained(error, what)
+        if mistake is None:
+            raise
+        raise mistake from error

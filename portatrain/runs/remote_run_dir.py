@@ -13,9 +13,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from portatrain.errors import UserError
-from portatrain.runs import remote_claim
+from portatrain.runs import code_snapshot, remote_claim
 from portatrain.runs.claim import BEAT_S, ClaimHandle, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
@@ -112,14 +112,13 @@ class RemoteRun(RunDir):
                 do="Check which other program writes there.",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
-        os.close(handle)
+        partial = path.with_name(f".fetched-{secrets.token_hex(6)}")
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
-            self.objects.fetch(name, Path(partial))
-            os.chmod(partial, 0o644)
+            self.objects.fetch(name, partial)
             os.replace(partial, path)
         finally:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def owner(self) -> Owner | None:
         return remote_claim.live_owner(self.objects)
@@ -224,8 +223,7 @@ class RemoteRun(RunDir):
         if not self.objects.exists(name):
             with tempfile.TemporaryDirectory() as scratch_dir:
                 tar = Path(scratch_dir, "code.tar")
-                with tarfile.open(tar, "w") as file:
-                    file.add(folder, ".")
+                code_snapshot.archive(folder, tar)
                 self.objects.put(name, tar)
         return f"{self.url}/code/{folder.name}"
 
@@ -242,9 +240,9 @@ def scratch() -> Path:
     except OSError as error:
         raise UserError(
             f"folder {folder}",
-            expected="a place for this machine's copy of a run that is in an object store",
+            expected="a writable folder for this machine's copy of a run in an object store",
             got=str(error),
-            do=f"Set {environment.SCRATCH.name} to a folder that can be written to.",
+            do=f"Set {environment.SCRATCH.name} to a writable folder.",
         ) from error
 
 
@@ -264,8 +262,7 @@ def local_code(url: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=".code-", dir=folder.parent) as scratch_dir:
             tar, made = Path(scratch_dir, "code.tar"), Path(scratch_dir, "code")
             run.objects.fetch(f"code/{name}.tar", tar)
-            with tarfile.open(tar) as file:
-                file.extractall(made, filter="data")
+            code_snapshot.extract(tar, made, name)
             with contextlib.suppress(OSError):  # another process of this machine has just created it
                 made.rename(folder)
     return folder

@@ -27,6 +27,7 @@ from typing import Any
 
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
+from portatrain.recipe.same import changed_fields
 from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
@@ -177,21 +178,13 @@ class RunDir:
         stored = self.run_info()
         if stored.get("recipe_sha256") == recipe.sha256:
             return
-        was = stored.get("recipe", {})
-        try:
-            # An older release may have written the same recipe with other module names, or without newer fields.
-            known = Recipe.from_json(was)
-        except UserError:
-            pass  # a class that is not installed here: compare with the stored JSON
-        else:
-            if known.sha256 == recipe.sha256:
-                return
-            was = known.to_json()
-        changed = sorted(_differences(was, recipe.to_json()))
+        changed = changed_fields(stored.get("recipe", {}), recipe)
+        if not changed:
+            return
         raise UserError(
             f"run directory {self.where}",
             expected="the recipe that the run began with",
-            got=f"another one (differs in {', '.join(changed[:6])}{' ...' if len(changed) > 6 else ''})",
+            got=f"another one (differs in {', '.join(list(changed)[:6])}{' ...' if len(changed) > 6 else ''})",
             do="Use the same recipe and --set values, or another run name for a new run.",
         )
 
@@ -218,13 +211,13 @@ class RunDir:
         kind = UserError if storage_error(error) is None else StorageError
         return kind(
             f"run directory {self.where}",
-            expected="a folder that can be written to",
+            expected="a writable folder",
             got=str(error),
             do="Choose another folder, or free some space.",
         )
 
-    def create(self, recipe: Recipe) -> None:
-        """Write run.json unless it exists. Call `check` first."""
+    def create(self, recipe: Recipe, **more: object) -> None:
+        """Write run.json, with the fields `more`, unless it exists. Call `check` first."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -241,6 +234,7 @@ class RunDir:
             "recipe_sha256": recipe.sha256,
             "code_sha256": code_sha256(recipe),
             "recipe": recipe.to_json(),
+            **more,
         }
         self.put("run.json", run, once=True)
 
@@ -363,13 +357,6 @@ def code_sha256(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def _differences(old: object, new: object, path: str = "") -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = {*old, *new}
-        return set().union(*(_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys))
-    return set() if old == new else {path}
-
-
 def existing_ancestor(path: Path) -> Path:
     """Return `path`, or the nearest folder or file above it that exists."""
     path = path.absolute()
@@ -382,7 +369,7 @@ def _check_writable(what: str, folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             what,
-            expected="a folder that can be written to",
+            expected="a writable folder",
             got=f"no permission to write in {folder}" if folder.is_dir() else f"{folder}, which is a file",
             do="Choose another folder, or change the permissions.",
         )

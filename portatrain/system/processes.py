@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from portatrain.errors import StorageError, UserError, storage_error
+from portatrain.errors import StorageError, UserError, storage_error, users_code
 from portatrain.system import environment, proxies
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, OK, RESUMABLE
 from portatrain.system.stop_signals import note_left, stopping_signals
@@ -178,7 +178,10 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
     found = reports[r]
     if found["user"] is not None:
         kind = StorageError if found["code"] == StorageError.code else UserError
-        raise kind(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
+        said = found["user"]
+        error = kind(said["what"], expected=said["expected"], got=said["got"], do=said["do"])
+        error.trace, error.kept = said["trace"], said["kept"]
+        raise error
     print(f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}", file=sys.stderr)
     return FAILED
 
@@ -238,18 +241,22 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     except UserError as error:
         return _report_user(error)
     except OSError as error:
-        storage = storage_error(error)
-        if storage is not None:
-            return _report_user(storage)
+        found = storage_error(error) or users_code.explained(error)
+        if found is not None:
+            return _report_user(found)
         _report(None)
         return FAILED
-    except BaseException:
+    except BaseException as error:
+        mistake = users_code.explained(error)
+        if mistake is not None:
+            return _report_user(mistake)
         _report(None)
         return FAILED
 
 
 def _report_user(error: UserError) -> int:
-    _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
+    said = {"what": error.what, "expected": error.expected, "got": error.got, "do": error.do + users_code.where(error)}
+    _report({**said, "trace": error.trace, "kept": error.kept}, error.code)
     return error.code
 
 

@@ -95,7 +95,7 @@ def trace(make: Make, recipe: Recipe, given: Batches, *, mesh: str = "") -> Trac
     losses, norms = [], []
     updated: dict[str, np.ndarray] = {}
     for step, batch in enumerate(given, start=1):
-        scale = recipe.schedule(step, recipe.steps)
+        scale = recipe.lr_scale(step)
         state, result = backend.step(state, batch, step=step, scale=scale)
         losses.append(float(result.loss))
         norms.append(float(result.grad_norm))

@@ -13,7 +13,7 @@ differences, the bounds, and the smallest effect that the check detects (docs/ru
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,7 +58,14 @@ BOUNDS = {
 
 
 def record(
-    backend: Backend, state: Any, recipe: Recipe, train: Split, step: int, *, virtual_step: bool = True
+    backend: Backend,
+    state: Any,
+    recipe: Recipe,
+    train: Split,
+    step: int,
+    *,
+    validation: Split | None = None,
+    virtual_step: bool = True,
 ) -> dict[str, Any]:
     """Return the record of the state after `step` steps, as JSON for a checkpoint's meta. Changes nothing.
 
@@ -70,13 +77,13 @@ def record(
     found: dict[str, Any] = {
         "step": step,
         "applied": next(int(b.fetch()) for b in backend.local_boxes(state) if b.role == COUNT),
-        "data": {"next_sample": start, "next_batch": batch_hash(ahead), "fingerprint": train.fingerprint},
+        "data": {"next_sample": start, "next_batch": batch_hash(ahead), **fingerprints_of(train, validation)},
         "rng": {
             "algorithm": "philox4x64-10",
             "seed": str(recipe.seed),
             "word": str(words(recipe.seed, "step", step, 1)[0]),
         },
-        "schedule": {"learning_rate": recipe.optimizer.lr * recipe.schedule(upcoming, recipe.steps)},
+        "schedule": {"learning_rate": recipe.optimizer.lr * recipe.lr_scale(upcoming)},
     }
     if virtual_step:
         found["probe"] = {
@@ -85,6 +92,14 @@ def record(
         }
     return found
 
+
+def fingerprints_of(train: Split, validation: Split | None) -> dict[str, str | None]:
+    """Return the fingerprints of the data as they are in a record's 'data'."""
+    return {"fingerprint": train.fingerprint, "validation": None if validation is None else validation.fingerprint}
+
+
+NEWER = "data.validation"
+"""A field of the exact part that earlier releases did not write; a checkpoint without it is not compared in it."""
 
 EXACT = ("step", "applied", "data", "rng", "schedule")
 
@@ -102,31 +117,46 @@ def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.
     probe = getattr(backend, "probe", None)
     if probe is None:
         return {}
-    found = probe(state, recipe.microbatches(ahead), step=step, scale=recipe.schedule(step, recipe.steps))
+    found = probe(state, recipe.microbatches(ahead), step=step, scale=recipe.lr_scale(step))
     return {name: norm.tolist() for name, norm in sorted(found.items())}
 
 
-def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def verdict(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    precision: str,
+    changed: Sequence[str] | None = None,
+    fields: Sequence[str] = (),
+) -> dict[str, Any]:
     """Compare two records; return the verdict with its numbers.
+
+    `changed`: the tensors of which a bit differs from its fingerprint; None if no fingerprints were compared.
+    `fields`: the fields of the recipe that differ, as 'recipe.NAME'.
 
     The verdict is 'continuous' or 'broken', 'unproven' if the checkpoint has no probe, or 'imported' if the checkpoint
     was converted from another format and no run preceded it.
 
     `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' lists every figure beyond its bound.
     """
+    bits = {"tensors": "not compared" if changed is None else "equal"}
+    if changed:
+        bits = {"tensors": list(changed)}
     if "imported" in before:
-        return {"verdict": "imported", "differs": [], "failed": [], "from": before["imported"]}
+        said = "broken" if changed or fields else "imported"
+        return {"verdict": said, "differs": list(fields), "failed": [], "from": before["imported"], **bits}
     a, b = _flat(json_files.strict(before)), _flat(json_files.strict(now))  # so that NaN equals NaN
-    differs = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and a.get(k) != b.get(k))
+    names = {k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and (k != NEWER or k in a)}
+    differs = sorted(k for k in names if a.get(k) != b.get(k)) + list(fields)
     was = before.get("probe")
     if was is None:
-        return {"verdict": "broken" if differs else "unproven", "differs": differs, "failed": []}
+        return {"verdict": "broken" if differs or changed else "unproven", "differs": differs, "failed": [], **bits}
     bounds, found = BOUNDS[precision], compare(was, now["probe"])
     failed = [k for k, (value, _) in found.items() if not value <= getattr(bounds, k)]
     return {
-        "verdict": "broken" if differs or failed else "continuous",
+        "verdict": "broken" if differs or failed or changed else "continuous",
         "differs": differs,
         "failed": failed,
+        **bits,
         "samples": len(was["losses"]),
         **{f"{k}_difference": value for k, (value, _) in found.items()},
         **{f"{k}_bound": getattr(bounds, k) for k in found},
@@ -229,6 +259,9 @@ class Replay:
 def refusal(step: int, found: Mapping[str, Any]) -> UserError:
     """Return the error for a broken verdict, with the numbers."""
     got = [f"{name} different" for name in found["differs"]]
+    if isinstance(names := found.get("tensors"), list):
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        got.append(f"bits different in {', '.join(names[:6])}{more}")
     for name in found["failed"]:
         where = found.get("worst", {}).get(name, "")
         got.append(
@@ -237,8 +270,8 @@ def refusal(step: int, found: Mapping[str, Any]) -> UserError:
         )
     return UserError(
         f"continuity check at step {step}",
-        expected="counts, data, random words and learning rate equal, and the next step's losses, gradients and "
-        "updates within rounding",
+        expected="counts, data, random words, learning rate and every bit of the state equal, and the next step's "
+        "losses, gradients and updates within rounding",
         got="; ".join(got),
         do="This is not the run that was saved. Look for a changed model, corpus or seed. To continue anyway, give "
         "--accept-drift REASON, which is recorded.",

@@ -11,6 +11,7 @@ import pytest
 from docs.tools import draw_rooms, examples, reference
 from portatrain.model.ops import Ops
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_structure import StructureOps
 from portatrain.optim import Rule, Schedule, rules, schedules
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from tests.docs.pages import ROOT
@@ -58,7 +59,12 @@ def test_the_example_of_a_field_that_is_set_in_the_file(field: str) -> None:
 
 def test_every_operation_is_in_the_reference() -> None:
     page = text("ops.md")
-    methods = [n for cls in (Ops, ArrayOps) for n, m in vars(cls).items() if callable(m) and not n.startswith("_")]
+    methods = [
+        n
+        for cls in (Ops, StructureOps, ArrayOps)
+        for n, m in vars(cls).items()
+        if callable(m) and not n.startswith("_")
+    ]
     assert len(methods) > 70 and [n for n in methods if f"### `{n}`" not in page] == []
     assert [n for n in Ops.__annotations__ if f"`ops.{n}`" not in page] == []
     assert set(methods) == set(examples.OPS) | set(examples.ARRAY_OPS)

@@ -14,16 +14,19 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -63,7 +66,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh, JaxArrays):
+class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
     records."""
 
@@ -80,6 +83,10 @@ class JaxOps(OnMesh, JaxArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
+    given: Any = None
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
+    across: Across | None = dataclasses.field(default_factory=Across)
 
     @property
     def _precision(self) -> Any:
@@ -116,6 +123,8 @@ class JaxOps(OnMesh, JaxArrays):
     def embed(self, table_VE: Any, ids: Any) -> Any:
         # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
         table, find = plain(table_VE), self._finder(table_VE, ids)
+        if self.ids is not None:
+            self.ids.note(self.given, ids, table.shape[0])
         if self._is_low(table_VE):
             return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
         return find(table.astype(self.compute), ids)
@@ -252,6 +261,8 @@ class JaxOps(OnMesh, JaxArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        if self.ids is not None:
+            self.ids.note(self.given, targets, plain(table_VE).shape[0])
         total, loss_B, weight_B = cross_entropy(
             x,
             self.weight(table_VE),
@@ -265,6 +276,7 @@ class JaxOps(OnMesh, JaxArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.astype(jnp.float32)
         return Loss(jnp.sum(loss_B), weight_B.astype(jnp.float32), jax.lax.stop_gradient(loss_B))
 
@@ -284,9 +296,10 @@ class JaxOps(OnMesh, JaxArrays):
         def body(carry: Any, xs: Any) -> Any:
             mine, index, extra = xs
             layer = self.layer * stack.n + index
-            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named)
+            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named, across=None)
             args = shared if per_layer is None else (*shared, extra)
-            carry, out = nnx.merge(graph, mine)(inner, carry, *args)
+            block = nnx.merge(graph, mine)
+            carry, out = check_layer(block, block(inner, carry, *args))
             recorded.update(inner.auxes)
             return carry, (out, {k: a.value_B for k, a in inner.auxes.items()}, inner.tallies)
 

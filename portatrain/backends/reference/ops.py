@@ -12,10 +12,11 @@ from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across, check_arrays, grouped, outside_stacks, results
 from portatrain.model.bind import bind, source_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.rope import RopeScaling
 
 Array = np.ndarray
@@ -64,6 +65,13 @@ class ReferenceOps(ReferenceArrays):
         return np.einsum(spec, *operands)
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):
+            raise UserError(
+                "ops.embed",
+                expected=f"ids from 0 to {len(table_VE) - 1}, the rows of the table",
+                got=f"some from {ids.min()} to {ids.max()}",
+                do="Enlarge the table, or correct the ids.",
+            )
         return table_VE[ids]
 
     def bias(self, x: Array, p: Array) -> Array:
@@ -229,7 +237,25 @@ class ReferenceOps(ReferenceArrays):
         return self.loss((each * weight).sum(rest), weight.sum(rest))
 
     def loss(self, loss_B: Array, weight_B: Array) -> Loss:
+        check_samples(loss_B, weight_B)
         return Loss(loss_B.sum(), weight_B, loss_B)
+
+    def across_samples(self, fn: Callable[..., Any], *xs: Array, group: int | None = None) -> Loss:
+        outside_stacks(Across() if self._index == () else None)
+        loss_B, weight_B, metrics = self._compared(fn, xs, group)
+        for name, value_B in metrics.items():
+            self.aux(name, value_B)
+        return self.loss(loss_B, weight_B)
+
+    def _compared(
+        self, fn: Callable[..., Any], xs: tuple[Array, ...], group: int | None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Return (losses, weights, metrics), each (B,)."""
+        rows = check_arrays(xs)
+        shape = grouped(rows, group)
+        there_B = self.sample[:, 1] >= 0 if len(self.sample) == rows else np.ones(rows, bool)
+        loss, weight, metrics = results(fn(*(x.reshape(*shape, *x.shape[1:]) for x in (*xs, there_B))), shape)
+        return loss.reshape(-1), weight.reshape(-1), {name: value.reshape(-1) for name, value in metrics.items()}
 
     # ---- structure
 
@@ -249,7 +275,7 @@ class ReferenceOps(ReferenceArrays):
         return carry, tree_map(lambda *leaves: np.stack(leaves), outs[0], *outs[1:])
 
     def _layer(self, block: Module, *args: Any) -> tuple[Any, Any]:
-        return bind(block, self.value)(self, *args)
+        return check_layer(block, bind(block, self.value)(self, *args))
 
     def value(self, p: Param | State) -> Array:
         """Return the array of `p` in the present layer."""

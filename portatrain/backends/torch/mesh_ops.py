@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.utils._pytree import tree_map
 
 from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
@@ -29,6 +30,7 @@ from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash
+from portatrain.model.layout import BATCH_MESH_AXES
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Loss
 from portatrain.model.rope import RopeScaling
@@ -58,6 +60,12 @@ class RowOps(TorchOps):
         count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
         rows = self.world.row_blocks if self._crosses(axes, over) else 1
         return self.sum(x, axes, over=over) / (count * rows)
+
+    def _row_parts(self) -> tuple[int, int]:
+        return self.world.row_blocks, self.world.row_block
+
+    def _all_rows(self, x: Tensor) -> Tensor:
+        return self.world.gather(x.detach(), BATCH_MESH_AXES, 0)
 
     def _crosses(self, axes: Sequence[str | None], over: Sequence[str]) -> bool:
         return "batch" in over and "batch" in axes and self.world.row_blocks > 1
@@ -168,6 +176,7 @@ class MeshOps(MeshArrays, RowOps):
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
         sum."""
+        self._note(table_VE, ids)
         table, ids = self.weight(table_VE), self._value(ids)
         whole = self._keep(ids)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
@@ -281,7 +290,9 @@ class MeshOps(MeshArrays, RowOps):
         if not self.training or rate == 0:
             return x
         x = self._value(x)
-        local = self._local(x, x.placements, x.placements)
+        # The gradient of a part of a Partial sum is the gradient of the sum, whole on every process.
+        grads = [Replicate() if isinstance(p, Partial) else p for p in x.placements]
+        local = self._local(x, x.placements, grads)
         offsets = self._kept("offsets", (tuple(x.shape[1:]), tuple(x.placements)), self._offsets)
         keys_B = dropout_hash.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
         bits = dropout_hash.random_bits(keys_B[:, None], offsets[None, :]).reshape(local.shape)
@@ -350,6 +361,7 @@ class MeshOps(MeshArrays, RowOps):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
         # Tokens stay sharded over their own axes, but each process of the vocab axis needs its whole row of logits.
@@ -387,6 +399,17 @@ class MeshOps(MeshArrays, RowOps):
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
         return super().loss(self._made(self._value(loss_B)), self._made(self._value(weight_B)))
+
+    def across_samples(self, fn: Callable[..., Any], *xs: Any, group: int | None = None) -> Loss:
+        """Compare whole arrays: every process of the context and tensor axes does the same."""
+        whole = [Replicate() for _ in self.axes]
+
+        def on_mesh(*parts: Tensor) -> Any:
+            found = fn(*(self._from(part, whole) for part in parts))
+            return tree_map(lambda y: self._local(self._value(y), whole) if isinstance(y, Tensor) else y, found)
+
+        made = super().across_samples(on_mesh, *(self._local(self._value(x), whole) for x in xs), group=group)
+        return Loss(*(self._from(v, whole) for v in (made.sum, made.weight_B, made.loss_B)))
 
     # ---- structure
 

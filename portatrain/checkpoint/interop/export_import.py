@@ -21,6 +21,7 @@ from portatrain.checkpoint.interop import huggingface, trees
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
 from portatrain.recipe import Recipe
+from portatrain.recipe.loading import is_trusted
 
 Values = Callable[[Box], np.ndarray]
 
@@ -36,7 +37,7 @@ def recipe_in(reader: Reader) -> Recipe:
             do="The checkpoint is not from a training run: use --to orbax or dcp.",
         )
     try:
-        return Recipe.from_json(stored)
+        return Recipe.from_json(stored, trusted=is_trusted)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             what,
@@ -51,8 +52,8 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"folder {out}",
-            expected="a name that is free, or an empty folder",
-            got="a path that is in use",
+            expected="a new name or an empty folder",
+            got="a file, or a folder that is not empty",
             do="Choose another name; nothing in it was changed.",
         )
     if not any(name.startswith(f"{role}/") for name in reader.names):
@@ -68,7 +69,7 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     except OSError as error:
         raise UserError(
-            f"folder {out}", expected="a folder that can be written", got=str(error), do="Choose another folder."
+            f"folder {out}", expected="a writable folder", got=str(error), do="Choose another folder."
         ) from error
     try:
         with explained():

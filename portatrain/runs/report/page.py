@@ -58,11 +58,11 @@ def _head(run: History) -> str:
         facts.append(f"{duration(run.lost_s)} lost to restarts")
     last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
     if last:
-        more = "".join(f", {escape(k.replace('_', ' '))} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
+        more = "".join(f", {k.replace('_', ' ')} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
         facts.append(f"validation loss {last['loss']:.4f} at step {last.get('step', '?')}{more}")
     if run.skipped:
         facts.append(f"{len(run.skipped)} step(s) skipped: not finite")
-    return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(facts)}</p>"
+    return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(escape(str(fact)) for fact in facts)}</p>"
 
 
 def _charts(run: History) -> str:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 
+from portatrain.errors.users_code import at_line
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRecord
 
@@ -50,8 +51,10 @@ class Broadcast:
                 if self.record is not None:
                     call(self.record)
             finally:
-                for sink, why in failed:
-                    self._tell(type(sink).__name__, f"{type(why).__name__}: {why}"[:500])
+                for sink, error in failed:
+                    line = at_line(error, called=True)
+                    why = f"{type(error).__name__}: {error}"[:500] + (f" ({line})" if line else "")
+                    self._tell(type(sink).__name__, why)
 
     def _tell(self, sink: str, why: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # it may be standard error that is gone

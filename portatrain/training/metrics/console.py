@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from portatrain.errors import visible
 from portatrain.runs.events import Kind
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration, si
@@ -108,6 +109,8 @@ class ConsoleSink:
         if kind == Kind.RESUMED:
             self._line(f"went on from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
             return
+        if kind == Kind.COMMITTED:  # said when it began: saving
+            return
         if kind == Kind.KERNELS:  # events.jsonl has the reasons against the others
             chosen = fields.get("choices")
             names = {f"{c['operation']}={c['kernel']}" for c in chosen} if isinstance(chosen, list) else set()
@@ -127,6 +130,7 @@ class ConsoleSink:
             self._plain(self._last)
 
     def _line(self, text: str) -> None:
+        text = visible(text)
         with contextlib.suppress(OSError, ValueError):  # the terminal is gone: the run goes on without it
             if self._progress is not None:
                 self._progress.console.print(text, markup=False, highlight=False)

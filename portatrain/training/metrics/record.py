@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What does not change during an attempt; known before its first step."""
+    """The facts that stay the same during an attempt. They are known before its first step."""
 
     run: str
     """The run's name."""
@@ -136,7 +136,7 @@ class EvalRecord:
 
 
 class Sink(Protocol):
-    """A place for metrics. The trainer calls ``start`` once, then the others, and ``end`` once, whatever happens."""
+    """A receiver of metrics. The trainer calls ``start`` first and ``end`` last, even after an error."""
 
     def start(self, info: RunInfo) -> None: ...
 
@@ -145,9 +145,10 @@ class Sink(Protocol):
     def eval(self, record: EvalRecord) -> None: ...
 
     def event(self, kind: str, **fields: object) -> None:
-        """Something worth telling that is no step: ``compiled``, ``interrupted``, ``skipped`` ..."""
+        """Record an event that is not a step: ``compiled``, ``interrupted``, ``skipped`` ..."""
         ...
 
     def end(self, summary: Mapping[str, object]) -> None:
-        """The results; after an interruption or an error, what there is of them, with ``status``."""
+        """Record the results of the run. After an interruption or an error, ``summary`` has those known so far, and
+        ``status``."""
         ...
