@@ -1,4 +1,5 @@
-"""`Writer` and `commit`: each process writes its own packs and a receipt, then one process commits."""
+"""Write tensors as the bytes of pack files: each process writes its own packs and a receipt (`Writer`), then one of
+them commits (`commit`)."""
 
 from __future__ import annotations
 

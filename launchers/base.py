@@ -305,7 +305,7 @@ def _with_code(job: Job, python: str, *args: str) -> list[str]:
     # Without PYTHONSAFEPATH the working directory's modules would come before the run's own.
     words = ["env", "PYTHONSAFEPATH=1"]
     if job.code is not None and is_remote(job.code):
-        # What is installed there fetches the run's own code, and goes on with that.
+        # The portatrain that is installed there fetches the run's own code, and continues with it.
         return [*words, python, "-m", "portatrain.runs.remote_run_dir", job.code, python, *args]
     path = job.code if job.code is not None else os.environ.get("PYTHONPATH")
     return [*words, *([f"PYTHONPATH={path}"] if path else []), python, *args]

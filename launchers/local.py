@@ -102,7 +102,7 @@ class LocalLauncher(Launcher):
 
 
 class LocalRuntime(JobRuntime):
-    """A detached job: there is no scheduler, so nothing is requeued; `launch resume` goes on. It has no siblings."""
+    """A detached job. It has no scheduler to requeue it (`launch resume` continues the run) and no siblings."""
 
     def __init__(self, job: Job) -> None:
         self.job = job

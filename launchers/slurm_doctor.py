@@ -47,7 +47,7 @@ def _requeue(config: Mapping[str, str]) -> Finding:
     return (
         "preemption",
         "warn",
-        f"PreemptMode={mode}: a preempted job is not requeued; `launch resume` goes on with it",
+        f"PreemptMode={mode}: a preempted job is not requeued; `launch resume` continues its run",
     )
 
 

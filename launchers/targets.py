@@ -1,7 +1,7 @@
-"""From the names of --cluster to what a job needs there: engine, backend, mesh, hosts, processes.
+"""Turn the names of --cluster into the facts that a job needs: engine, backend, mesh, hosts, processes.
 
-Every cluster is planned before anything is submitted (`portatrain.plan`); one that the recipe cannot run on is refused
-with the planner's reason.
+A plan is made for every cluster before anything is submitted (`portatrain.plan`). A cluster on which the recipe cannot
+run is refused with the planner's reason.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def targets(
 
 
 def _is_cluster(name: str) -> bool:
-    """Whether `name` is that of a launcher whose jobs start at once, which needs no description of a cluster."""
+    """Return whether `name` names a launcher that starts jobs at once, which needs no description of a cluster."""
     return name in launcher_names() and not launcher(name).queues
 
 
@@ -260,15 +260,16 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
 
 def _local_plan(recipe: Recipe, job: Job) -> str:
     """Return the plan of a local job in one line. It loads no framework, so accelerators are unknown."""
-    from portatrain.model.layout import Mesh
+    from portatrain.backends.program import make_program
     from portatrain.plan.recorded import of_run
     from portatrain.system.text import duration
 
-    mesh = Mesh.parse(job.mesh if job.mesh is not None else f"fsdp={job.devices or 1}")
     try:
+        given = job.mesh if job.mesh is not None else f"fsdp={job.devices or 1}"
+        mesh = make_program(recipe, mesh=given).layout.mesh
         made = of_run(recipe, mesh, "cpu")
     except UserError as error:
-        made = {"planned": False, "why": str(error)}
+        return f"not planned: {error}"
     if not made["planned"]:
         return f"not planned: {made['why']}"
     step_s, memory = float(made["plan"]["step_s"]), float(made["plan"]["memory_total_bytes"])

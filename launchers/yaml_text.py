@@ -1,5 +1,5 @@
-"""Plain data as YAML, for people to read and for engines to take; strings are quoted wherever YAML might read another
-thing, so that no YAML package is needed to print a job."""
+"""Write plain data as YAML, for people and schedulers, without a YAML package. A string is quoted if YAML might read it
+as another type."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The commands ``portatrain`` and ``launch``: their tables, their parser, and how errors are reported.
 
-Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 storage failed during the run,
-85 stopped and resumable, 130 interrupted by Ctrl-C. A mistake in a user's own code (a recipe, a model, a hook) is one
-paragraph too, with its file and line. A traceback is a bug of portatrain or a failure of the machine.
+Exit codes: 0 done, 1 a check found something, 2 a user's mistake (one paragraph on standard error), 75 storage failed
+during the run, 85 stopped and resumable, 130 interrupted by Ctrl-C. A mistake in a user's own code (a recipe, a model,
+a hook) is one paragraph too, with its file and line. A traceback is a bug of portatrain or a failure of the machine.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ PORTATRAIN: dict[str, tuple[str, str]] = {
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
+    "data": ("portatrain.commands.data", "verify the packed data of a run"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),
 }

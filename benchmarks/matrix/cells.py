@@ -73,18 +73,6 @@ BACKENDS: dict[str, How] = {
     "torch-xla": How(backend="torch-xla", processes=1, elsewhere="PORTATRAIN_XLA_PYTHON"),
 }
 
-REASONS: dict[tuple[str, str, str], str] = {
-    ("torch", "context=2", "tiny-vit"): (
-        "compared with float64, the gradient of blocks/mlp/up is off by 7.9e-7 on one jax device and by 3.9e-7 on one "
-        "torch device (python -m benchmarks.gradient_floor)"
-    ),
-    ("deepspeed-1", "fsdp=3, sizes by three", "tiny-lm"): (
-        "on this mesh the losses of all backends except torch-xla differ from the baseline by 9.2e-7, and those of "
-        "this cell by one unit in the last place more"
-    ),
-}
-"""The reasons why a cell may differ by more than 1e-6 (never by more than 1e-5), by backend, mesh and row."""
-
 
 def recipe_of(mesh: str, row: str) -> Recipe:
     name, overrides = ROWS[row]

@@ -23,6 +23,7 @@ from docs.tools.reference_parts import (
     exported,
     field_docs,
     fields_table,
+    listed,
     methods_of,
     page,
     signature,
@@ -162,7 +163,8 @@ def data_page() -> str:
     parts = [docstring(spec)]
     for cls in subclasses(DataSpec, spec):
         imports = "Mixture, Stdlib, TextFiles" if cls.__name__ == "Mixture" else cls.__name__
-        parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls))]
+        shared = listed(spec.__doc__ or "")
+        parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls, shared=shared))]
         parts.append(code(f"from portatrain.data import {imports}\n\ndata = {examples.DATA[cls.__name__]}"))
     parts += ["## A source of your own", docstring(own)]
     for contract in (own.DocumentSource, own.ArraySource):

@@ -6,8 +6,9 @@ import ast
 import dataclasses
 import importlib
 import inspect
+import re
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,22 @@ def default_of(field: dataclasses.Field[Any]) -> str:
     return "(required)"
 
 
-def fields_table(cls: Any, example: Callable[[str], str] | None = None) -> list[str]:
-    """Return the table of a dataclass's fields."""
+def listed(text: str) -> dict[str, str]:
+    """Return name -> meaning of the items "- `name`: meaning" in a docstring."""
+    found = re.findall(r"^- `+(\w+)`+: (.*(?:\n  .*)*)", inspect.cleandoc(text), flags=re.MULTILINE)
+    return {name: meaning[:1].upper() + meaning[1:] for name, meaning in found}
+
+
+def fields_table(
+    cls: Any, example: Callable[[str], str] | None = None, *, shared: Mapping[str, str] | None = None
+) -> list[str]:
+    """Return the table of a dataclass's fields. `shared` has the meanings of fields that the class does not explain."""
     if not dataclasses.fields(cls):
         return ["It has no fields."]
-    docs: dict[str, str] = {}
+    docs: dict[str, str] = dict(shared or {})
     for base in reversed(cls.__mro__[:-1]):
         if dataclasses.is_dataclass(base):
-            docs |= field_docs(base)
+            docs |= {name: said for name, said in field_docs(base).items() if said}
     types = annotations(cls)
     head = ["field", "type", "default", "meaning", *(["example"] if example else [])]
     rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]

@@ -82,16 +82,12 @@ def check_tiles(reader: Reader) -> None:
         # A root does not say how many leading axes its layout counted as batch axes.
         by_rule = {tile_shape(tensor.shape, tensor.item_bytes, batch) for batch in range(len(tensor.shape) + 1)}
         if tensor.tile not in by_rule:
-            raise _tile(reader, tensor.name, sorted(by_rule), tensor.tile)
-
-
-def _tile(reader: Reader, name: str, right: Sequence[tuple[int, ...]], got: tuple[int, ...] | None) -> UserError:
-    return UserError(
-        f"{reader.store.describe('COMMIT')}: tensor {name!r}",
-        expected=f"tiles of {' or '.join(str(list(tile)) for tile in right)}, which follow from its shape",
-        got=str(list(got or ())),
-        do="Its root was changed after the save: restore another checkpoint.",
-    )
+            raise UserError(
+                f"{reader.store.describe('COMMIT')}: tensor {tensor.name!r}",
+                expected=f"tiles of {' or '.join(str(list(t)) for t in sorted(by_rule))}, which follow from its shape",
+                got=str(list(tensor.tile or ())),
+                do="Its root was changed after the save: restore another checkpoint.",
+            )
 
 
 def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> None:
@@ -133,6 +129,4 @@ def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> Non
             got="; ".join(got),
             do="This is the checkpoint of another model: give the recipe and the sizes that it was saved with.",
         )
-    for name, tensor in wanted.items():
-        if (right := tensor.resolved().tile or ()) != there[name].tile:
-            raise _tile(reader, name, [right], there[name].tile)
+    check_tiles(reader)

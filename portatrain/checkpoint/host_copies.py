@@ -1,4 +1,4 @@
-"""Copy to the host what a save writes, while training waits, and free each copy when it is written.
+"""Copy the state of a save from the devices to the host, while training waits, and free each copy when it is written.
 
 If the memory budget holds all copies, training waits for the copying alone, and writing begins after it. Otherwise the
 writer begins at once. It frees copies as it writes them, the copying continues in the order in which the writer asks,

@@ -1,4 +1,4 @@
-"""Save a run's logical tensors in `checkpoints_format`, to restore them on any backend and mesh.
+"""Save a run's logical tensors as files of `checkpoints_format`, to restore them on any backend and mesh.
 
     checkpoints = Checkpoints(run_dir / "checkpoints")
     checkpoints.save(10, backend, state, meta)      # copies to the host and returns; a thread writes

@@ -1,10 +1,10 @@
-"""Check RECIPE before a run: its model at small size through the oracle, jax and torch, in less than a minute.
+"""Check RECIPE before a run: run its model at small size in the oracle, jax and torch, in less than a minute.
 
-The checks: the forward pass in training and in evaluation, the same twice, each sample alone, every parameter reached
-by the loss, the model's operations at their kinks, jax beside torch, two microbatches, save and restore, fsdp=2 and
-tensor=2. A finding names the op, parameter, State, rule or axis that steps out, and says what to do. The exit code is
-0 if nothing is found, else 1. No accelerator is used and no corpus is read. `launch` runs the check for recipes that
-it has not seen.
+The command checks the forward pass in training and in evaluation, repeated calls, each sample alone, that the loss
+depends on every parameter, the model's operations at their kinks, jax against torch, two microbatches, save and
+restore, and the meshes fsdp=2 and tensor=2. A finding names the operation, parameter, State, rule or axis at fault,
+and what to do. The exit code is 0 if nothing is found, else 1. The command uses no accelerator and reads no corpus.
+`launch` runs the check for recipes that it has not seen.
 
 examples:
   portatrain check my_recipe.py
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
-from portatrain.system.exit_codes import FAILED, OK
+from portatrain.system.exit_codes import FOUND, OK
 
 if TYPE_CHECKING:
     from portatrain.testing.recipe_check.report import Report, Row
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report.to_json(), indent=1))
     else:
         _print(report)
-    return FAILED if report.findings else OK
+    return FOUND if report.findings else OK
 
 
 def _progress(row: Row) -> None:

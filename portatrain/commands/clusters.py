@@ -1,4 +1,4 @@
-"""``portatrain clusters [NAME]``: list the known chips, or show all data of one cluster or chip."""
+"""List the known chips, or show all data of one cluster or chip."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from typing import Any
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
-from portatrain.system.exit_codes import FAILED, INTERRUPTED, OK
+from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.system.paths import expand
 
 WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
@@ -116,7 +116,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
         found["found"]  # raises
     except (ValueError, KeyError):
         found = {}
-    if done.returncode not in (OK, FAILED) or not found:
+    if done.returncode not in (OK, FOUND) or not found:
         print(f"warning: the check ended with exit code {done.returncode}; going on without it", file=sys.stderr)
         return None
     return found

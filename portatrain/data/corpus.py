@@ -39,11 +39,21 @@ class Stream:
     fingerprint: str
     passed_over: tuple[str, ...] = ()
     """Sentences about what the source holds and was not packed; the same for its splits."""
+    blocks: packs.Blocks | None = None
+    """What reads of the tokens are held to, if the pack was too large to be verified at once."""
+    verification: packs.Verification | None = None
+    """The check of the whole pack in the background; the same for its splits."""
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """Return tokens [first, stop), as many as there are. Raises UserError if they are damaged."""
+        if self.blocks is not None:
+            self.blocks.check(first, min(stop, len(self.tokens)))
+        return self.tokens[first:stop]
 
     def document(self, number: int) -> np.ndarray:
         """Return the tokens of one document, without its ``bos``."""
         end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.tokens)
-        return self.tokens[self.starts[number] + 1 : end]
+        return self.read(int(self.starts[number]) + 1, int(end))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.document(i) for i in range(len(self.starts)))
@@ -71,6 +81,8 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
                 bytes=pack.facts[f"{split}_bytes"],
                 fingerprint=pack.fingerprints[split],
                 passed_over=tuple(pack.facts.get("passed_over", ())),
+                blocks=pack.blocks.get(f"{split}-tokens"),
+                verification=pack.verification,
             )
     return out
 

@@ -19,6 +19,8 @@ from portatrain.system.paths import expand
 Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
 Key = tuple[int, int]  # device and inode of a folder
 
+FILES = ("**", "")
+"""The pattern for all files of a folder."""
 NAMED = 3
 """The names in a sentence about what was passed over."""
 
@@ -52,8 +54,9 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
     found: dict[Path, tuple[bool, str]] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
         path = expand(given)
+        patterns: tuple[str, ...]
         if path.is_dir():
-            root, patterns = path, ("**", "")
+            root, patterns = path, FILES
         elif path.exists() or path.is_symlink() or not glob.has_magic(str(path)):
             root, patterns = path.parent, ()
         else:
@@ -102,7 +105,7 @@ class _Walk:
     def files(self, patterns: tuple[str, ...]) -> Iterator[tuple[bool, Path]]:
         """Yield the files that match `patterns`, the parts of a glob; ("**", "") matches all files of a folder, also
         hidden ones."""
-        everything = patterns == ("**", "")
+        everything = patterns == FILES
         folders: list[Path] = []
         seen: set[Path] = set()
         for linked, path in self._matches(self.root, patterns, False, frozenset(), everything):

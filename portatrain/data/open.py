@@ -17,6 +17,7 @@ from portatrain.data.mixture import Chained, Mixed, check
 from portatrain.data.own import gives_arrays, gives_documents, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
+from portatrain.data.pack import Verification
 from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
 from portatrain.data.split import Batch, Split
 from portatrain.data.text_batches import Windows
@@ -36,6 +37,7 @@ class OpenData:
         fingerprint: SHA-256, in hex, of the fingerprints of the splits.
         streams: the packed token streams by split if the data is a single token source; otherwise empty.
         passed_over: sentences about what the sources hold and was not packed.
+        verifications: checks, to be started, of the packed corpora that were too large to be verified when opened.
     """
 
     train: Split
@@ -43,6 +45,17 @@ class OpenData:
     vocab: int
     streams: dict[str, Stream]
     passed_over: tuple[str, ...] = ()
+    verifications: tuple[Verification, ...] = ()
+
+    def verify_in_background(self) -> None:
+        """Begin to read all of the packed corpora that were not verified when they were opened."""
+        for verification in self.verifications:
+            verification.start()
+
+    def check(self) -> None:
+        """Raise UserError if damage has been found in the background. Does not wait."""
+        for verification in self.verifications:
+            verification.check()
 
     @property
     def bytes_per_target(self) -> float | None:
@@ -84,6 +97,7 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
         vocab=found["train"].vocab,
         streams=found,
         passed_over=found["train"].passed_over,
+        verifications=tuple(v for v in (found["train"].verification,) if v is not None),
     )
 
 
@@ -115,6 +129,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
         vocab=vocabs[0],
         streams={},
         passed_over=tuple(sentence for f in found for sentence in f["train"].passed_over),
+        verifications=tuple(v for f in found if (v := f["train"].verification) is not None),
     )
 
 

@@ -55,7 +55,7 @@ class Windows(Split):
         size, begin = self.seq_len, self._order(sample) * self.seq_len
         drawn = np.zeros((len(begin), size + 1), np.int32)
         for row, at in zip(drawn, begin.tolist(), strict=True):
-            part = self.stream.tokens[at : at + size + 1]
+            part = self.stream.read(at, at + size + 1)
             row[: len(part)] = part
         opens = self._opens(begin)
         column = np.arange(size, dtype=np.int32)

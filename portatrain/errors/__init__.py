@@ -29,7 +29,7 @@ class UserError(Exception):
     """Exit code of a command that ends with this error."""
 
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
-        super().__init__(f"{_short(what)}: expected {visible(expected)}, got {_short(got)}. {visible(do)}")
+        super().__init__(f"{_short(what)}: expected {visible(str(expected))}, got {_short(got)}. {visible(str(do))}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
         self.trace = ""
         """The traceback, if the mistake is in the user's own code; '' otherwise."""

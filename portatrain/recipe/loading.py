@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import re
 import sys
-import types
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -21,7 +20,6 @@ from portatrain.errors import UserError, choice
 from portatrain.errors.users_code import explained, line_of, shown, with_trace
 from portatrain.recipe import overrides
 from portatrain.recipe.recipe import Recipe
-from portatrain.system import plugins
 
 
 def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
@@ -36,28 +34,9 @@ _LOADED: dict[str, None] = {}
 """The modules that recipes of this process were loaded from, in order: overrides may name their classes."""
 
 
-def is_trusted(module: str) -> bool:
-    """Return whether the data of others, such as the recipe in a checkpoint, may name classes of a module.
-
-    It may name those of portatrain, of the shipped recipes, and of packages that register a plug-in; and of the recipe
-    files that this process has loaded, of the modules beside these files, and of the packages from which they have
-    taken classes and functions.
-    """
-    top = module.partition(".")[0]
-    if top in ("portatrain", "recipes"):
-        return not module.endswith("__main__")
-    if top in sys.stdlib_module_names:
-        return False
-    if any(top == point.value.partition(":")[0].partition(".")[0] for point in plugins.all_entry_points()):
-        return True
-    for name in _LOADED:
-        loaded = sys.modules.get(name)
-        taken = {str(getattr(v, "__module__", "")).partition(".")[0] for v in vars(loaded or types).values()}
-        file = getattr(sys.modules.get(module), "__file__", None)
-        folder = Path(str(getattr(loaded, "__file__", ""))).parent
-        if module == name or top in taken or (file and Path(file).resolve().is_relative_to(folder.resolve())):
-            return True
-    return False
+def loaded_modules() -> list[ModuleType]:
+    """Return the modules that recipes of this process were loaded from."""
+    return [sys.modules[name] for name in _LOADED if name in sys.modules]
 
 
 def shipped_recipes() -> dict[str, str]:

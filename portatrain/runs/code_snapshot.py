@@ -189,9 +189,9 @@ def _beside(recipe: Path) -> list[Path]:
     if total > 64 << 20:
         raise UserError(
             f"recipe {recipe}",
-            expected="at most 64 MiB of code beside it",
+            expected="at most 64 MiB of code in its folder",
             got=f"{total >> 20} MiB",
-            do="Install what it imports as a package.",
+            do="Install the modules that it imports as a package.",
         )
     return sorted(found)
 

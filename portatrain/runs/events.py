@@ -30,7 +30,7 @@ class Kind(StrEnum):
     CHECKPOINT_DAMAGED = "checkpoint_damaged"
     """A damaged checkpoint was skipped."""
     WARNING = "warning"
-    """A probable mistake of the user, such as an axis that no mapping names."""
+    """A probable mistake of the user, such as an axis that no mapping names, or what a data source passed over."""
     RESUMED = "resumed"
     """The run was resumed; with the verdict of the continuity check and its numbers."""
     SAVES_EXCEED_MEMORY = "saves_exceed_memory"

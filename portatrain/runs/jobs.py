@@ -108,7 +108,8 @@ class Job:
         return replace(self, number=number).update()
 
     def update(self) -> Job:
-        if (env := self.options.get("env")) and isinstance(env, Mapping) and not is_remote(self.run_dir):
+        env = self.options.get("env")
+        if isinstance(env, Mapping) and env and None not in env.values() and not is_remote(self.run_dir):
             _write_private(_private(Path(self.run_dir), self.number), env)
         open_run(self.run_dir).put(f"jobs/{self.number}.json", _public(self))
         return self

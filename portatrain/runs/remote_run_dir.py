@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.recipe import Recipe
 from portatrain.runs import code_snapshot, remote_claim
 from portatrain.runs.claim import BEAT_S, ClaimHandle, Owner
 from portatrain.runs.run_dir import RunDir
@@ -37,6 +38,8 @@ SHARE = 20.0
 """Seconds between uploads, or SHARE times the duration of an upload if that is longer: a store cannot append, so each
 upload sends whole files."""
 TAGS = ".tags.json"
+PACK = "pack.json"
+"""The file that makes a packed corpus whole: it is sent and fetched after all the others."""
 MARKS = ("DONE", "CANCELLED")
 
 
@@ -62,7 +65,9 @@ class RemoteRun(RunDir):
         self.objects, self._work = Objects(self.url), work
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending, self._next_s, self._attempt = threading.Lock(), 0.0, ""
-        if not work:
+        if work:
+            self._forget_another_run()
+        else:
             self.refresh()
 
     # ---- what the store has
@@ -101,6 +106,28 @@ class RemoteRun(RunDir):
                 os.utime(self.path / name, (written_s, written_s))
                 kept[name] = tag
         json_files.write_json(index, kept)
+
+    def _forget_another_run(self) -> None:
+        """Remove the copy on this machine if it is of a run that was deleted in the store.
+
+        Another one may have been begun there under its name since: `run.json` tells, by its id.
+        """
+        if not self.path.exists():
+            return
+        found, here = self.objects.get("run.json"), self.path / "run.json"
+        if found is not None and not here.exists():  # a copy of before the run was begun, or of its code alone
+            return
+        with contextlib.suppress(UserError, ValueError, AttributeError):
+            if found is not None and json.loads(found[0]).get("id") == json_files.read_object(here).get("id"):
+                return
+        if found is None and not here.exists() and not (self.path / "attempts").exists():
+            return
+        shutil.rmtree(self.path)
+
+    def create(self, recipe: Recipe, **more: object) -> None:
+        if not self.objects.exists("run.json"):  # whatever a copy on this machine says
+            (self.path / "run.json").unlink(missing_ok=True)
+        super().create(recipe, **more)
 
     def _fetch(self, name: str) -> None:
         path = self.path / name
@@ -206,17 +233,20 @@ class RemoteRun(RunDir):
         for name in ("run.json", "checkpoints.json"):
             if not (self.path / name).exists() and self.objects.exists(name):
                 self._fetch(name)
-        for name in (o.name for o in self.objects.below("data")):
-            if not (self.path / name).exists():
+        there = {o.name for o in self.objects.below("data")}
+        for name in sorted(there, key=_pack_json_last):
+            # A pack without its pack.json was cut while it was sent: it is packed again here.
+            if f"{name.rpartition('/')[0]}/{PACK}" in there and not (self.path / name).exists():
                 self._fetch(name)
         return self.path / "data"
 
     def share_data(self) -> None:
         there = {o.name for o in self.objects.below("data")}
-        for path in sorted((self.path / "data").rglob("*")):
-            name = str(path.relative_to(self.path))
-            if path.is_file() and path.name[0] != "." and name not in there:
-                self.objects.put(name, path)
+        files = [p for p in (self.path / "data").rglob("*") if p.is_file() and p.name[0] != "."]
+        for name in sorted((str(p.relative_to(self.path)) for p in files), key=_pack_json_last):
+            # What another process sent and did not finish may come from other files of the source.
+            if name not in there or f"{name.rpartition('/')[0]}/{PACK}" not in there:
+                self.objects.put(name, self.path / name)
 
     def share_code(self, folder: Path) -> str:
         name = f"code/{folder.name}.tar"
@@ -274,6 +304,10 @@ def localized(words: Iterable[str], code: str | None) -> list[str]:
         return list(words)
     folder = str(local_code(code))
     return [folder + w[len(code) :] if w.startswith(code) else w for w in words]
+
+
+def _pack_json_last(name: str) -> tuple[bool, str]:
+    return name.endswith(f"/{PACK}"), name
 
 
 def _is_record(name: str) -> bool:

@@ -276,7 +276,8 @@ class RunDir:
     def checkpoints(self, url: str | None = None) -> Path | str:
         """Return the location of the checkpoints: ``checkpoints`` in the run directory, or the URL in checkpoints.json.
 
-        The first attempt that is given a URL writes checkpoints.json. Raises UserError for a different URL later.
+        The first attempt that is given a URL binds it to this run and writes checkpoints.json. Raises UserError for a
+        different URL later, and for one that is bound to another run.
         """
         note = self.path / "checkpoints.json"
         stored = json_files.read_object(note).get("url", "") if note.exists() else None
@@ -291,8 +292,36 @@ class RunDir:
                 got=f"another one ({stored or self.default_checkpoints()})",
                 do="Leave --checkpoints out: the run has stored its location.",
             )
+        self._bind(url)
         self.put("checkpoints.json", {"url": url})
         return url
+
+    def check_location(self, url: str | None) -> None:
+        """Raise UserError if `url`, or the URL of checkpoints.json, is bound to another run: two runs at one URL would
+        replace and remove each other's checkpoints. Call it before the first write."""
+        given = url or self.checkpoints()
+        if not isinstance(given, str) or given == self.default_checkpoints():
+            return
+        from portatrain.checkpoint.locations import bound_to
+
+        known = (self.path / "checkpoints.json").exists()
+        owner = bound_to(given, fresh=not known)
+        if owner is not None and owner.get("run") != self._identity():
+            raise _taken(given, owner)
+
+    def _bind(self, url: str) -> None:
+        from portatrain.checkpoint.locations import bind
+
+        owner = bind(url, {"run": self._identity(), "name": self.path.name, "run_dir": self.where})
+        if owner.get("run") != self._identity():
+            raise _taken(url, owner)
+
+    def _identity(self) -> str | None:
+        """Return the id of the run, or of a run of an earlier release what else tells it from others."""
+        if not (self.path / "run.json").exists():
+            return None
+        info = self.run_info()
+        return str(info.get("id") or f"{info.get('name')} of {info.get('created_unix_s')}")
 
     def run_info(self) -> dict[str, Any]:
         """Return the content of run.json."""
@@ -328,6 +357,15 @@ class RunDir:
         """Return the events of all attempts in order, or the events of one kind; each has its ``attempt``."""
         found = [{**row, "attempt": n} for n in self.attempt_numbers() for row in self.rows(n, "events")]
         return [row for row in found if kind in (None, row.get("event"))]
+
+
+def _taken(url: str, owner: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"--checkpoints {url}",
+        expected="a URL for this run alone",
+        got=f"that of {owner.get('run_dir') or 'another run'}",
+        do="Give each run a URL of its own, such as that one with the name of the run added.",
+    )
 
 
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:

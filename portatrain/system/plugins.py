@@ -21,7 +21,8 @@ def _metadata() -> Any:
 
 def all_entry_points() -> list[Any]:
     """Return the entry points of every kind of plug-in that other packages register."""
-    return [point for point in _metadata().entry_points() if point.group.startswith("portatrain.")]
+    points = (point for package in _metadata().distributions() for point in package.entry_points)
+    return [point for point in points if point.group.startswith("portatrain.")]
 
 
 @dataclass(frozen=True, kw_only=True)

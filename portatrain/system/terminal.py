@@ -33,7 +33,7 @@ class Cleaned:
 def cleaned() -> Iterator[None]:
     """Clean what is printed within the block, on standard output and standard error."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Cleaned(sys.stdout), Cleaned(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Cleaned(sys.stdout), Cleaned(sys.stderr)
     try:
         yield
     finally:

@@ -103,8 +103,9 @@ def _across_samples() -> list[Case]:
 
     def compared(ops: Any, x_BE: Any, y_BE: Any, scale_E: Any, weight_B: Any, *, group: int | None) -> tuple:
         def contrast(x_GNE: Any, y_GNE: Any, weight_GN: Any, there_GN: Any) -> Any:
-            scores_GNM = ops.einsum("gne,gme->gnm", x_GNE * ops.weight(scale_E), y_GNE, dtype="float32")
-            own_GN = ops.einsum("gnn->gn", scores_GNM, dtype="float32")
+            x_GNE = x_GNE * ops.weight(scale_E)
+            scores_GNM = ops.einsum("gne,gme->gnm", x_GNE, y_GNE, dtype="float32")
+            own_GN = ops.einsum("gne,gne->gn", x_GNE, y_GNE, dtype="float32")
             return (ops.logsumexp(scores_GNM) - own_GN) * ops.cast(there_GN, "float32") * weight_GN, weight_GN
 
         return _parts(ops.across_samples(contrast, x_BE, y_BE, weight_B, group=group))

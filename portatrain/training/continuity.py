@@ -7,22 +7,28 @@ It computes the next step without applying it: the losses of the next samples wi
 layer, of every tensor of the state and of the step's gradients and updates. If a checkpoint has no probe, the steps
 that the lost attempt logged after it are compared instead (`Replay`); if there are none, the verdict is 'unproven'.
 
-The bounds come only from correct moves: `python benchmarks/continuity.py` makes a hundred of them, and prints the
-differences, the bounds, and the smallest effect that the check detects (docs/run/resume.md).
+The bounds are derived from lengths, depth and precision of the model (`backends/rounding.py`). A model that amplifies
+rounding more, such as one with norms over few elements, is measured on arrival: if only figures that pass through the
+model are beyond their bounds, its parameters are moved by as much as rounding moves results, and the probe says what
+becomes of that. `python benchmarks/continuity.py` makes hundreds of correct moves, and prints the differences, the
+bounds, and the smallest effect that the check detects (docs/run/resume.md).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.backends.state import COUNT
 from portatrain.data import Split, batch_hash
 from portatrain.errors import UserError
+from portatrain.model.module import Definition
 from portatrain.model.rng import words
 from portatrain.recipe import Recipe
 from portatrain.system import json_files
@@ -49,12 +55,38 @@ class Bounds:
     update: float
     replay: float
 
+    @classmethod
+    def of(cls, definition: Definition, precision: str, positions: int) -> Bounds:
+        """Return the bounds for a model whose steps have `positions` tokens (or samples), from `backends.rounding`.
 
-BOUNDS = {
-    "fp32": Bounds(loss=1e-5, mean=5e-7, state=2e-6, grad=5e-6, update=5e-6, replay=1e-5),
-    "bf16": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
-    "bf16-state": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
-}
+        A loss passes all operations of the forward pass, a gradient those of both passes. `mean` is the mean of
+        PROBE_SAMPLES independent errors, and `replay` gathers the errors of REPLAY_STEPS steps.
+        """
+        error = rounding.error(precision, rounding.longest_sum(definition, positions))
+        forward = error * math.sqrt(rounding.operations(definition))
+        both = math.sqrt(2) * forward
+        return cls(
+            loss=2 * forward,
+            mean=forward / math.sqrt(PROBE_SAMPLES),
+            state=STATE_BOUND,
+            grad=4 * both,
+            update=2 * both,
+            replay=2 * both * math.sqrt(REPLAY_STEPS),
+        )
+
+    def raised(self, moved: Sequence[Mapping[str, tuple[float, str]]]) -> Bounds:
+        """Return these bounds, raised to MEASURED_FACTOR times the largest of the differences (`compare`) in `moved`,
+        between the probe and probes of the same state with its parameters moved by rounding."""
+        largest = {k: max((found[k][0] for found in moved if k in found), default=0.0) for k in RAISED}
+        return replace(self, **{k: max(getattr(self, k), MEASURED_FACTOR * v) for k, v in largest.items()})
+
+
+STATE_BOUND = 2e-6
+"""32 u: norms are summed in float64 where there is one, and in float32 in short sums elsewhere (TPUs)."""
+RAISED = ("loss", "mean", "grad", "update")
+"""The figures whose bounds a measurement can raise: those that pass through the model."""
+MEASURED_FACTOR = 4.0
+MEASURED_DRAWS = 3
 
 
 def record(
@@ -104,6 +136,12 @@ NEWER = "data.validation"
 EXACT = ("step", "applied", "data", "rng", "schedule")
 
 
+def rounding_may_explain(found: Mapping[str, Any]) -> bool:
+    """Return True if a verdict is 'broken' only in figures that depend on how well the model is conditioned."""
+    changed = found["tensors"] not in ("equal", "not compared")
+    return bool(found["failed"]) and not changed and not found["differs"] and set(found["failed"]) <= set(RAISED)
+
+
 def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: int) -> list[float]:
     losses: list[float] = []
     for at in range(start, start + PROBE_SAMPLES, recipe.batch):
@@ -124,7 +162,7 @@ def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.
 def verdict(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
-    precision: str,
+    bounds: Bounds,
     changed: Sequence[str] | None = None,
     fields: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -138,7 +176,7 @@ def verdict(
 
     `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' lists every figure beyond its bound.
     """
-    bits = {"tensors": "not compared" if changed is None else "equal"}
+    bits: dict[str, Any] = {"tensors": "not compared" if changed is None else "equal"}
     if changed:
         bits = {"tensors": list(changed)}
     if "imported" in before:
@@ -150,7 +188,7 @@ def verdict(
     was = before.get("probe")
     if was is None:
         return {"verdict": "broken" if differs or changed else "unproven", "differs": differs, "failed": [], **bits}
-    bounds, found = BOUNDS[precision], compare(was, now["probe"])
+    found = compare(was, now["probe"])
     failed = [k for k, (value, _) in found.items() if not value <= getattr(bounds, k)]
     return {
         "verdict": "broken" if differs or failed or changed else "continuous",
@@ -225,17 +263,17 @@ class Replay:
 
     rows: Mapping[int, float]
     """Step -> loss, from the lost attempt."""
-    precision: str
+    bound: float
     worst: float = 0.0
     compared: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, curve: Iterable[Mapping[str, Any]], step: int, precision: str) -> Replay | None:
+    def of(cls, curve: Iterable[Mapping[str, Any]], step: int, bound: float) -> Replay | None:
         """Return a replay for the rows of metrics.jsonl; None if there are no rows after `step`."""
         rows = {
             int(r["step"]): json_files.number(r.get("loss")) for r in curve if step < r["step"] <= step + REPLAY_STEPS
         }
-        return cls(rows, precision) if rows else None
+        return cls(rows, bound) if rows else None
 
     def add(self, step: int, loss: float) -> dict[str, Any] | None:
         """Compare a step; return the verdict after the last step, or at the first one beyond its bound."""
@@ -243,16 +281,15 @@ class Replay:
             was = self.rows[step]
             self.worst = max(self.worst, _relative(was, loss, 1e-3))
             self.compared.append(step)
-        bound = BOUNDS[self.precision].replay
-        if self.worst <= bound and step < max(self.rows):
+        if self.worst <= self.bound and step < max(self.rows):
             return None
         return {
-            "verdict": "continuous" if self.worst <= bound else "broken",
+            "verdict": "continuous" if self.worst <= self.bound else "broken",
             "differs": [],
-            "failed": [] if self.worst <= bound else ["replay"],
+            "failed": [] if self.worst <= self.bound else ["replay"],
             "steps": list(self.compared),
             "replay_difference": self.worst,
-            "replay_bound": bound,
+            "replay_bound": self.bound,
         }
 
 
@@ -266,7 +303,7 @@ def refusal(step: int, found: Mapping[str, Any]) -> UserError:
         where = found.get("worst", {}).get(name, "")
         got.append(
             f"{_WORDS[name]}{f' ({where})' if where else ''} off by {found[f'{name}_difference']:.3g}, bound "
-            f"{found[f'{name}_bound']:g}"
+            f"{found[f'{name}_bound']:.2g}"
         )
     return UserError(
         f"continuity check at step {step}",

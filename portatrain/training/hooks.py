@@ -74,8 +74,11 @@ class TextSample(Hook):
     """A hook that lets a byte-level language model continue `prompt` by `length` bytes, at `temperature`."""
 
     prompt: str = "def "
+    """The text to continue."""
     length: int = 200
+    """The number of bytes to generate."""
     temperature: float = 0.7
+    """The divisor of the logits before a byte is drawn."""
 
     def check(self, recipe: Recipe, definition: Definition) -> None:
         _require_bytes(self, recipe)

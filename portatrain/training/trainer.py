@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from portatrain.backends import choose_kernel
+from portatrain.backends import choose_kernel, rounding
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints
@@ -114,6 +114,7 @@ class Trainer:
         if self.options.source is not None:
             info["source"] = dict(self.options.source)
         if not self.backend.process:
+            self.run_dir.check_location(self.options.checkpoints)
             check_before(self.run_dir, self.backend, self.recipe, self.data, accept_drift=self._accepts)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
@@ -264,6 +265,8 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe = self.recipe
+        if not self.backend.process:
+            self.data.verify_in_background()
         self._steps.start()
         self._save_timer.start()
         # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
@@ -274,6 +277,7 @@ class Trainer:
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
+                self.data.check()
                 self._tell_commits()
                 step = self.step + 1
                 waited_s = time.perf_counter()
@@ -351,11 +355,14 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        self.state, found = arrive(self.backend, reader, self.recipe, self._record, accept_drift=self._accepts)
+        positions = rounding.positions(self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
+        self.state, found, bounds = arrive(
+            self.backend, reader, self.recipe, self._record, positions=positions, accept_drift=self._accepts
+        )
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
         if found["verdict"] == "unproven":
-            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
     def _record(self, state: Any, *, virtual_step: bool = True) -> dict[str, Any]:

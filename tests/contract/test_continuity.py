@@ -42,6 +42,10 @@ SMALL = [
 SLOW = [("jax", "Adafactor"), ("jax", "Lion"), ("jax", "SGD")]
 
 
+def bounds() -> continuity.Bounds:
+    return continuity.Bounds.of(small().describe(), "fp32", 512)
+
+
 def small(*more: str) -> Recipe:
     return apply_overrides(load_recipe("tiny-lm"), [*SMALL, *more])
 
@@ -199,10 +203,10 @@ def test_a_meta_without_its_exact_part_is_broken() -> None:
         "schedule": {"learning_rate": 1.0},
         "probe": {"losses": [1.0], "norms": {}},
     }
-    assert continuity.verdict(meta, meta, "fp32")["verdict"] == "continuous"
+    assert continuity.verdict(meta, meta, bounds())["verdict"] == "continuous"
     for gone in continuity.EXACT:
         less = {k: v for k, v in meta.items() if k != gone}
-        assert continuity.verdict(less, meta, "fp32")["verdict"] == "broken", gone
+        assert continuity.verdict(less, meta, bounds())["verdict"] == "broken", gone
 
 
 def signs_flipped(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:

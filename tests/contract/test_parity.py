@@ -45,10 +45,12 @@ def small(name: str, rule: str, accumulation: int, overrides: dict[str, list[str
 def check(recipe: Recipe, *, steps: int = STEPS) -> parity.Verdict:
     given = parity.batches(recipe, steps)
     baseline = parity.trace(JaxBackend, recipe, given)
-    bound = parity.LOSS_BOUND
-    if isinstance(recipe.optimizer, parity.AMPLIFYING):
-        bound = max(bound, parity.FLOOR_FACTOR * parity.floor(JaxBackend, recipe, given, baseline))
-    verdict = parity.compare(baseline, parity.trace(TorchBackend, recipe, given), loss_bound=bound)
+    verdict = parity.compare(
+        baseline,
+        parity.trace(TorchBackend, recipe, given),
+        bound=parity.bound_of(recipe, given),
+        loss_bound=parity.loss_bound(JaxBackend, recipe, given, baseline),
+    )
     print(recipe.name, type(recipe.optimizer).__name__, recipe.accumulation, verdict)
     return verdict
 
@@ -144,7 +146,7 @@ def clipped(rule: Rule | None) -> tuple[Recipe, parity.Batches, parity.Trace]:
 @pytest.mark.parametrize("rule", [None, RULES["SGD"]], ids=["AdamW", "SGD"])
 def test_the_honest_backend_passes_what_mutants_fail(rule: Rule | None) -> None:
     recipe, given, baseline = clipped(rule)
-    verdict = parity.compare(baseline, parity.trace(TorchBackend, recipe, given))
+    verdict = parity.compare(baseline, parity.trace(TorchBackend, recipe, given), bound=parity.bound_of(recipe, given))
     assert not verdict.failures, str(verdict)
 
 
@@ -152,5 +154,5 @@ def test_the_honest_backend_passes_what_mutants_fail(rule: Rule | None) -> None:
 def test_a_mutant_turns_the_check_red(mutant: str) -> None:
     make, rule = MUTANTS[mutant]
     recipe, given, baseline = clipped(rule)
-    verdict = parity.compare(baseline, parity.trace(make, recipe, given))
+    verdict = parity.compare(baseline, parity.trace(make, recipe, given), bound=parity.bound_of(recipe, given))
     assert verdict.failures, str(verdict)

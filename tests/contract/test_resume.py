@@ -1,4 +1,4 @@
-"""A run that stops on one framework and goes on in the other: the same bits, the same curve; and what is refused."""
+"""A run that stops on one framework and resumes in the other: the same bits, the same curve; and what is refused."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 
 from portatrain.backends.base import missing
 from portatrain.data import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data import pack as packs
 from portatrain.data.open import blank_batch
 from portatrain.errors import UserError
 from portatrain.optim import AdamW, Constant
@@ -115,3 +116,39 @@ def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.Monkey
 
     batch = open_data(data, seed=0).train.batch(0, 3)
     assert blank == {k: (v.shape, v.dtype) for k, v in batch.items()}
+
+
+def small(data: DataSpec, **more: object) -> Recipe:
+    fields = {"optimizer": AdamW(lr=1e-3), "schedule": Constant(), "steps": 4, "batch": 4, **more}
+    return Recipe(name="small", model=DECODER, data=data, **fields)  # type: ignore[arg-type]
+
+
+def test_what_a_source_passes_over_is_told_in_every_attempt(corpus: Path) -> None:
+    (corpus / "corpus" / "gone.txt").symlink_to("nowhere")
+    (corpus / "corpus" / "empty.txt").touch()
+    run = RunDir(corpus / "run")
+    recipe = small(TextFiles(paths=str(corpus / "corpus"), seq_len=16, validation=0))
+    assert train(recipe, run, backend="torch", stop_at=1) == 85
+    assert train(recipe, run, backend="torch", stop_at=2) == 85
+    told = [(e["attempt"], e["what"]) for e in run.events("warning")]
+    assert [n for n, _ in told] == [1, 1, 2, 2]
+    assert "1 documents without content: empty.txt" in told[0][1] and "gone.txt" in told[1][1]
+
+
+@pytest.mark.parametrize("earlier_release", [False, True])
+def test_a_large_corpus_with_flipped_bytes_is_not_trained_on(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, earlier_release: bool
+) -> None:
+    monkeypatch.setattr(packs, "VERIFY_BYTES", 0)
+    if earlier_release:  # whose packs have no sums of blocks: the check in the background remains
+        monkeypatch.setattr(packs, "_well_formed", lambda meta: meta.pop("sums", None) is not None or True)
+        monkeypatch.setattr(packs, "_check", lambda meta: meta.get("check", ""))
+        monkeypatch.setattr(packs.Verification, "start", lambda self: (self._thread.start(), self._thread.join()))
+    run = RunDir(corpus / "run")
+    recipe = small(TextFiles(paths=str(corpus / "corpus"), seq_len=16, validation=0))
+    assert train(recipe, run, backend="torch", stop_at=1) == 85
+    tokens = run.path / "data" / "train-tokens.bin"
+    tokens.write_bytes(bytes(b ^ 1 for b in tokens.read_bytes()))
+    with pytest.raises(UserError, match="SHA-256" if earlier_release else "CRC-32"):
+        train(recipe, run, backend="torch")
+    assert [row["step"] for row in run.curve()] == [1]

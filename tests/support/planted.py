@@ -70,6 +70,29 @@ class BatchLoss(Base):
         return ops.cross_entropy(z + logits.sum(-1)[:, None], self.head, batch["label"])
 
 
+class Contrast(Base):
+    """`BatchLoss` as it ought to be."""
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        za = ops.einsum("bf,fm->bm", batch["x"], self.into)
+        z = ops.einsum("bm,me->be", ops.relu(ops.bias(za, self.bias)), self.out)
+        return ops.across_samples(lambda *args: self.compared(ops, *args), z, batch["label"])
+
+    def compared(self, ops: Any, z_GNE: Any, label_GN: Any, there_GN: Any) -> Any:
+        scores_GNM = ops.einsum("gne,gme->gnm", z_GNE, z_GNE)
+        others_GNM = ops.where(there_GN[:, None], scores_GNM, -1e9)
+        right_GN = ops.einsum("gnc,ce,gne->gn", ops.one_hot(label_GN, 4), self.head, z_GNE)
+        return ops.logsumexp(others_GNM, axis=-1) - right_GN, ops.cast(there_GN, "float32")
+
+
+class GroupContrast(Contrast):
+    """In groups of 16 samples, which a batch of 8 does not hold."""
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        z = ops.einsum("bm,me->be", ops.bias(ops.einsum("bf,fm->bm", batch["x"], self.into), self.bias), self.out)
+        return ops.across_samples(lambda *args: self.compared(ops, *args), z, batch["label"], group=16)
+
+
 class OwnDropout(Base):
     """Dropout by a generator that the model holds."""
 
@@ -116,6 +139,16 @@ class Updating(Counting):
     def hidden(self, ops: Any, h_BM: Any) -> Any:
         ops.update(self, seen=ops.weight(self.seen) + 1.0)
         return ops.relu(h_BM)
+
+
+class AfterStep(Counting):
+    """A State set as an attribute after a step."""
+
+    def hidden(self, ops: Any, h_BM: Any) -> Any:
+        return ops.relu(h_BM)
+
+    def after_step(self, ops: Any) -> None:
+        self.seen = self.seen + 1.0
 
 
 class Calls(Base):
@@ -220,6 +253,8 @@ class Rotated(Base):
 MODELS: dict[str, type[Module]] = {
     "nothing": Base,
     "factors that start at zero": Rotated,
+    "a comparison of samples": Contrast,
+    "a comparison in groups": GroupContrast,
     "an einsum of two samples": BatchLoss,
     "an einsum over samples": hidden(lambda self, ops, h: ops.relu(h) * ops.einsum("bm->m", h)),
     "the samples in another order": hidden(lambda self, ops, h: ops.relu(h) + ops.roll(h, 2, axis=0)),
@@ -244,6 +279,7 @@ MODELS: dict[str, type[Module]] = {
     "a dropout by a mask of NumPy": hidden(lambda self, ops, h: h * (np.random.rand(*h.shape) > 0.5)),
     "a State set as an attribute": Counting,
     "a State updated in the forward pass": Updating,
+    "a State set as an attribute after a step": AfterStep,
     "a counter": Calls,
     "a counter in an object": KeptInDict,
     "a mean that is tallied": MeanTallied,
@@ -253,9 +289,15 @@ MODELS: dict[str, type[Module]] = {
     "a parameter of a Stack that is not used": UnusedInStack,
     "a parameter behind stop_gradient": Stopped,
     "the rank of a process": hidden(lambda self, ops, h: ops.relu(h) * (1.0 + int(os.environ.get("RANK", "0")))),
+    "an axis of a value": hidden(lambda self, ops, h: ops.shard(ops.relu(h), "batch", "mpl")),
+    "two samples in one row": hidden(lambda self, ops, h: ops.relu(h.reshape(-1, 16)).reshape(-1, 8)),
+    "two samples that see each other": hidden(
+        lambda self, ops, h: ops.softmax(h.reshape(-1, 16)).reshape(-1, 8) if h.shape[0] > 1 else ops.softmax(h)
+    ),
     "the number of samples": hidden(lambda self, ops, h: ops.relu(h) if h.shape[0] != 4 else ops.tanh(h)),
     "a misspelt axis": OwnAxis,
     "a division by zero": hidden(lambda self, ops, h: h / (h - h)),
+    "a root of zero": hidden(lambda self, ops, h: ops.sqrt(h * h)),
     "an error": hidden(lambda self, ops, h: h + None),
 }
 
@@ -279,8 +321,19 @@ class OwnRandomRule(Rule):
         return lr * grad * (1.0 + random.random()), {}
 
 
+@dataclass(frozen=True, kw_only=True)
+class DividingRule(OwnRandomRule):
+    def step(self, xp: Any, *, grad: Any, lr: Any, slots: Any, **_: Any) -> Any:
+        return lr * grad / (grad - grad), {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SummedRule(OwnRandomRule):
+    def step(self, xp: Any, *, grad: Any, param: Any, lr: Any, slots: Any, **_: Any) -> Any:
+        return lr * (grad[None] + param), {}
+
+
 def recipe(kind: str = "nothing", **fields: Any) -> Recipe:
-    given = {"optimizer": AdamW(lr=1e-3), "name": "planted", **fields}
-    return Recipe(
-        model=Spec(kind=kind), data=Points(), schedule=Constant(), steps=4, batch=8, compute={"mlp_out": ()}, **given
-    )
+    batch = 32 if kind == "a comparison in groups" else 8
+    given = {"optimizer": AdamW(lr=1e-3), "name": "planted", "batch": batch, **fields}
+    return Recipe(model=Spec(kind=kind), data=Points(), schedule=Constant(), steps=4, compute={"mlp_out": ()}, **given)

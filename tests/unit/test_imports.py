@@ -64,6 +64,7 @@ ARRAY_MODULES = tuple(
         "data.",
         "backends",
         "training.trainer",
+        "training.arrival",
         "training.continuity",
         "training.evaluation",
         "training.open_data",

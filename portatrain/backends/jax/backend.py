@@ -311,7 +311,8 @@ class JaxBackend:
     def _probe(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
         grads, *_ = self._accumulate(state, batch, step)
         deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
-        return norms(self.definition.params, self.state_arrays(state), grads, deltas)
+        wide = self.devices.devices.flat[0].platform in ("cpu", "gpu", "cuda", "rocm")
+        return norms(self.definition.params, self.state_arrays(state), grads, deltas, wide=wide)
 
     def probe(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         found = self._probes(state, self._put(batch, 1), np.int32(step), np.float32(scale))

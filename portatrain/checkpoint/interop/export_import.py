@@ -18,10 +18,10 @@ from portatrain.backends.state import COUNT, initial_box
 from portatrain.checkpoint.errors import explained
 from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.interop import huggingface, trees
+from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
 from portatrain.recipe import Recipe
-from portatrain.recipe.loading import is_trusted
 
 Values = Callable[[Box], np.ndarray]
 

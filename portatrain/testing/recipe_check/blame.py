@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
-from portatrain.backends.reference.guard import GuardedOps, guarded, unwrapped
+from portatrain.backends.reference.guard import GuardedOps, unwrapped
 from portatrain.backends.reference.run import forward
 from portatrain.backends.reference.trees import tree_map
 from portatrain.model.module import Definition
 from portatrain.model.ops import Loss, Ops
+from portatrain.testing import guard
 
 _HOUSE = str(Path(__file__).parents[2])
 CLOSE = 1e-9
@@ -46,22 +47,20 @@ def place_of(frame: FrameType | None) -> str:
     return "the model" if frame is None else f"{frame.f_code.co_filename}, line {frame.f_lineno}"
 
 
-def recording(calls: list[Call], reductions: Sequence[Any] | None = None) -> type[GuardedOps]:
-    """Return guarded operations that append every call of the model to `calls`.
-
-    `reductions`: results of reductions over the batch, in order, in place of the model's own; see `crossing`.
-    """
-    given = iter(reductions) if reductions is not None else None
+def recording(calls: list[Call], base: type[GuardedOps] = GuardedOps) -> type[GuardedOps]:
+    """Return operations as those of `base` that append every call of the model to `calls`."""
 
     def noting(name: str) -> Callable[..., Any]:
-        method = getattr(GuardedOps, name)
+        method = getattr(base, name)
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
-            if self._inside:
+            if self._inside or self._comparing:
                 return method(self, *args, **options)
-            over = options.get("over", ())
-            replaced = given is not None and name in ("sum", "mean") and "batch" in over
-            result = guarded(next(given)) if replaced and given is not None else method(self, *args, **options)
+            self._comparing = name == "across_samples"  # what it calls sees many samples, and may
+            try:
+                result = method(self, *args, **options)
+            finally:
+                self._comparing = False
             found: list[np.ndarray] = []
             tree_map(lambda x: found.append(np.asarray(x)), _plain(result))
             spec = repr(args[0]) if args and isinstance(args[0], str) else "..."
@@ -70,7 +69,7 @@ def recording(calls: list[Call], reductions: Sequence[Any] | None = None) -> typ
 
         return call
 
-    return type("Recording", (GuardedOps,), {name: noting(name) for name in OPERATIONS})
+    return type("Recording", (base,), {"_comparing": False} | {name: noting(name) for name in OPERATIONS})
 
 
 def _plain(result: Any) -> Any:
@@ -99,17 +98,18 @@ def crossing(
 ) -> Call | None:
     """Return the first call whose results for a sample depend on the other samples, or None if none is seen.
 
-    Axis 0 of a result counts as the batch if the sizes of the two runs say so. A result without it, from another
-    operation than a reduction over the whole batch, must be the same for all batches: a mean of samples is not.
+    The axis that has as many times more elements as there are samples counts as the batch. A result without it, from
+    another operation than a reduction over the whole batch, must be the same for all batches.
     """
     context = Context(training=training)
     rows = len(next(iter(batch.values())))
     together: list[Call] = []
-    forward(definition, params, batch, context, operations=recording(together))
-    kept = _over_batch(definition, params, batch, context)
+    kept: list[Any] = []
+    forward(definition, params, batch, context, operations=recording(together, guard.recording(kept)))
     for i in range(rows):
         alone: list[Call] = []
-        forward(definition, params, {k: v[[i]] for k, v in batch.items()}, context, operations=recording(alone, kept))
+        replaying = recording(alone, guard.replaying(iter(kept), i))
+        forward(definition, params, {k: v[[i]] for k, v in batch.items()}, context, operations=replaying)
         for a, b in zip(together, alone, strict=False):
             if a.name in STRUCTURE:
                 continue
@@ -118,35 +118,14 @@ def crossing(
     return None
 
 
-def _over_batch(
-    definition: Definition, params: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], context: Context
-) -> list[Any]:
-    """Return the results of the reductions over the batch, in order."""
-    kept: list[Any] = []
-
-    def keeping(name: str) -> Callable[..., Any]:
-        method = getattr(GuardedOps, name)
-
-        def call(self: Any, *args: Any, **options: Any) -> Any:
-            result = method(self, *args, **options)
-            if "batch" in options.get("over", ()) and not self._inside:
-                kept.append(np.asarray(unwrapped(result)))
-            return result
-
-        return call
-
-    operations = type("Keeping", (GuardedOps,), {name: keeping(name) for name in ("sum", "mean")})
-    forward(definition, params, batch, context, operations=operations)
-    return kept
-
-
 def _same(together: np.ndarray, alone: np.ndarray, i: int, rows: int) -> bool:
     if together.ndim != alone.ndim:
         return False
-    if together.ndim and together.shape[0] == rows and alone.shape[0] == 1 and rows > 1:
-        together = together[[i]]
-    elif together.ndim and together.shape[0] != alone.shape[0]:
-        return True  # the batch lies elsewhere, as in an axis that was joined with it
+    for axis, (size, one) in enumerate(zip(together.shape, alone.shape, strict=True)):
+        rest = (together.shape[:axis] + together.shape[axis + 1 :], alone.shape[:axis] + alone.shape[axis + 1 :])
+        if size == rows * one and rows > 1 and rest[0] == rest[1]:  # the batch, or an axis that is joined with it
+            together = np.take(together, range(i * one, (i + 1) * one), axis)
+            break
     if together.shape != alone.shape:
         return False
     if together.dtype.kind != "f":

@@ -48,11 +48,6 @@ class Report:
     findings: Sequence[Finding] = field(default_factory=list)
 
     @property
-    def complete(self) -> bool:
-        """True if the model itself could be checked, and not only its definition."""
-        return any(row.name == FORWARD and row.status != "not run" for row in self.rows)
-
-    @property
     def refusing(self) -> list[Finding]:
         """The findings that change the numbers of a run."""
         return [finding for finding in self.findings if finding.numbers]

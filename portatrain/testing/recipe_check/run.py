@@ -89,6 +89,7 @@ class _Check:
         subject = self._subject()
         if subject is not None:
             self._row("parameters reached", lambda: oracle.reached(subject))
+            self._row("optimizer rule", lambda: oracle.rule(subject))
             self._frameworks(subject)
         return Report(recipe=self.given.name, sizes=self.sizes, rows=self.rows, findings=self.findings)
 
@@ -164,7 +165,7 @@ class _Check:
                 return subject, []
             first = first or found
         if not first and large is not None:
-            raise _Skip(str(large))
+            return None, [replace(oracle.explained(FORWARD, large, FORWARD), numbers=False)]
         return None, first
 
     # ---- on the backends
@@ -211,7 +212,7 @@ class _Check:
 
     def _one_device(self, subject: Subject, name: str) -> list[Finding]:
         backend = self.made[name] = backend_class(name)(self._program(subject))
-        found = self._measure(subject, backend, predicts=hasattr(subject.definition.model, "predict"))
+        found = self._measure(subject, backend, predicts=subject.predicts)
         check = f"{name}, one device"
         if not self.measured:
             self.near = self._sensitivity(subject, backend, found)
@@ -226,6 +227,19 @@ class _Check:
                         said=f"expected the oracle's {true:.8g}, got {found.loss[point]:.8g} on {name}",
                         do="An operation is not the same in float32, or the model computes with Python numbers that "
                         "differ from call to call.",
+                    )
+                ]
+        for point, gradients in found.gradients.items():
+            bad = [n for n, gradient in gradients.items() if not np.isfinite(gradient).all()]
+            if bad:
+                where = "of a fresh run" if point == "initial" else "moved off their start"
+                return [
+                    Finding(
+                        check=check,
+                        what=f"the gradient of {', '.join(bad[:3])}",
+                        said=f"expected finite numbers at parameters {where}, got others on {name}",
+                        do="A root, a division or a logarithm has no derivative at zero: add a small number first, or "
+                        "choose another path with ops.where before it.",
                     )
                 ]
         there = oracle.states_after_step(subject, subject.moved)

@@ -7,6 +7,7 @@ Without the method only a field `layers` is reduced, and the model is checked as
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,8 @@ from portatrain.recipe import Recipe
 
 SAMPLES = 8
 """Samples in a batch: they divide by two microbatches of two devices each."""
+MOST_SAMPLES = 128
+"""The largest batch of a recipe's own that is tried, if its model does not run with `SAMPLES`."""
 BATCHES = 3
 SEQ_LEN = 32
 """Targets in a sample of tokens; even, so that two devices of an axis can split it."""
@@ -55,19 +58,22 @@ def candidates(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:
     length = recipe.data.tokens_per_sample()
     if length is not None and length > SEQ_LEN and _is_tokens(recipe.data):
         lengths.insert(0, (_shortened(recipe.data), f"samples of {SEQ_LEN} tokens"))
-    for model, one in models:
-        for data, other in lengths:
-            said = ", ".join(filter(None, (one, other)))
-            yield _plain(recipe, model, data), said or "the recipe's own sizes"
+    for samples in dict.fromkeys((SAMPLES, math.lcm(recipe.batch, 4))):  # its own, as for a group of samples
+        if samples > MOST_SAMPLES:
+            continue
+        for model, one in models:
+            for data, other in lengths:
+                said = ", ".join(filter(None, (one, other)))
+                yield _plain(recipe, model, data, samples), said or "the recipe's own sizes"
 
 
-def _plain(recipe: Recipe, model: Any, data: DataSpec) -> Recipe:
+def _plain(recipe: Recipe, model: Any, data: DataSpec, samples: int) -> Recipe:
     """Return the recipe with a small batch and without what does not concern the model's numbers."""
     return dataclasses.replace(
         recipe,
         model=model,
         data=data,
-        batch=SAMPLES,
+        batch=samples,
         accumulation=1,
         batch_start=None,
         batch_ramp=0,
@@ -89,13 +95,13 @@ def _is_tokens(data: DataSpec) -> bool:
 
 def too_large(recipe: Recipe, definition: Definition) -> UserError | None:
     """Return the error for a recipe that would take the oracle too long, or None."""
-    positions = SAMPLES * (recipe.data.tokens_per_sample() or 1)
+    positions = recipe.batch * (recipe.data.tokens_per_sample() or 1)
     if definition.parameters * positions <= LARGEST:
         return None
     kind = type(recipe.model).__name__
     return UserError(
         f"model {kind}",
-        expected=f"at most {LARGEST:.0e} parameters times positions of a batch of {SAMPLES} samples",
+        expected=f"at most {LARGEST:.0e} parameters times positions of a batch of {recipe.batch} samples",
         got=f"{definition.parameters:,} x {positions:,}",
         do=f"Give {kind} a method small() that returns a {kind} of the same kind with small sizes.",
     )
@@ -108,20 +114,20 @@ def batches_of(recipe: Recipe, definition: Definition, count: int = BATCHES) -> 
         UserError: a source of arrays gives no samples.
     """
     rng = np.random.default_rng(0)
-    spec = recipe.data
+    spec, samples = recipe.data, recipe.batch
     made = []
     for i in range(count):
         if isinstance(spec, Digits):
-            rows = _images(rng, blank_batch(spec, SAMPLES))
+            rows = _images(rng, blank_batch(spec, samples))
         elif _is_tokens(spec):
-            rows = _documents(rng, blank_batch(spec, SAMPLES), _vocab(spec, definition))
+            rows = _documents(rng, blank_batch(spec, samples), _vocab(spec, definition))
             if isinstance(spec, Mixture):
-                rows["source"] = (np.arange(SAMPLES) % len(spec.sources)).astype(np.int32)
+                rows["source"] = (np.arange(samples) % len(spec.sources)).astype(np.int32)
         elif gives_arrays(spec):
-            rows = _samples(spec, i * SAMPLES)
+            rows = _samples(spec, i * samples, samples)
         else:
-            rows = blank_batch(spec, SAMPLES)
-        made.append(rows | {"sample": np.arange(i * SAMPLES, (i + 1) * SAMPLES, dtype=np.int64) + 5})
+            rows = blank_batch(spec, samples)
+        made.append(rows | {"sample": np.arange(i * samples, (i + 1) * samples, dtype=np.int64) + 5})
     return tuple(made)
 
 
@@ -167,9 +173,9 @@ def _documents(rng: np.random.Generator, like: Mapping[str, np.ndarray], vocab: 
     }
 
 
-def _samples(spec: Any, first: int) -> Batch:
-    """Return the samples of a source of arrays from `first` on, from the beginning again at its end."""
+def _samples(spec: Any, first: int, count: int) -> Batch:
+    """Return `count` samples of a source of arrays from `first` on, from the beginning again at its end."""
     what, length = f"{type(spec).__name__}.sample", len(spec)
-    found = [read(what, spec.sample, (first + i) % length) for i in range(SAMPLES)]
+    found = [read(what, spec.sample, (first + i) % length) for i in range(count)]
     rows = {key: np.stack([sample[key] for sample in found]) for key in found[0]}
-    return {"mask": np.ones(SAMPLES, np.float32), **rows}
+    return {"mask": np.ones(count, np.float32), **rows}

@@ -35,11 +35,11 @@ class Watch:
     assigned: list[tuple[type, str, str]] = field(default_factory=list)
 
 
-def files_of(definition: Definition) -> set[str]:
-    """Return the files that define the model's classes, without those of portatrain."""
+def files_of(definition: Definition, *others: object) -> set[str]:
+    """Return the files that define the classes of the model and of `others`, without those of portatrain."""
     found = set()
-    for module in definition.modules.values():
-        for cls in type(module).__mro__:
+    for held in (*definition.modules.values(), *others):
+        for cls in type(held).__mro__:
             file = getattr(sys.modules.get(cls.__module__), "__file__", None)
             if file and not str(file).startswith(_HOUSE) and cls is not object:
                 found.add(str(file))
@@ -47,9 +47,9 @@ def files_of(definition: Definition) -> set[str]:
 
 
 @contextmanager
-def watching(definition: Definition) -> Iterator[Watch]:
-    """Watch this thread until the end of the block."""
-    found, files = Watch(), files_of(definition)
+def watching(definition: Definition, *others: object) -> Iterator[Watch]:
+    """Watch this thread until the end of the block, in the files of the model's classes and those of `others`."""
+    found, files = Watch(), files_of(definition, *others)
     with _setting(found), _making(found, files), _drawing(found, files):
         yield found
 
@@ -77,12 +77,21 @@ def _making(found: Watch, files: set[str]) -> Iterator[None]:
         if getattr(module, "__file__", None) in files:
             held += [(module, key, v) for key, v in vars(module).items() if any(v is m for m in (*makers, RANDOM))]
 
-    def noting(make: Callable[..., Any]) -> Callable[..., Any]:
+    def note(make: Any) -> None:
+        frame = sys._getframe(2)
+        if not frame.f_code.co_filename.startswith(_HOUSE):
+            found.drawn.append((f"{make.__module__}.{make.__name__}", place_of(frame)))
+
+    def noting(make: Any) -> Any:
         def made(*args: Any, **options: Any) -> Any:
-            found.drawn.append((f"{make.__module__}.{make.__name__}", place_of(sys._getframe(1))))
+            note(make)
             return make(*args, **options)
 
-        return made
+        def init(self: Any, *args: Any, **options: Any) -> None:
+            note(make)
+            make.__init__(self, *args, **options)
+
+        return _Same(make.__name__, (make,), {"__init__": init}) if isinstance(make, type) else made
 
     for owner, name, make in held:
         setattr(owner, name, noting(make))
@@ -91,6 +100,13 @@ def _making(found: Watch, files: set[str]) -> Iterator[None]:
     finally:
         for owner, name, make in held:
             setattr(owner, name, make)
+
+
+class _Same(type):
+    """The type of a class that stands for its base for a while."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, cls.__mro__[1])
 
 
 @contextmanager

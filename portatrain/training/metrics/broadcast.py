@@ -13,10 +13,10 @@ from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRe
 
 
 class Broadcast:
-    """A ``Sink`` that hands everything on to others.
+    """A ``Sink`` that passes everything to other sinks.
 
-    A sink that raises is dropped: the others get one event `sink_failed`, and standard error gets one line. The run's
-    own record, ``record``, is not dropped: without it a run cannot go on, so what it raises is raised here.
+    A sink that raises an error is dropped: the others get one event `sink_failed`, and standard error gets one line.
+    The run's own record, ``record``, is not dropped, because a run cannot continue without it: its errors are raised.
     """
 
     def __init__(self, sinks: Iterable[Sink] = (), *, record: Sink | None = None) -> None:
@@ -51,9 +51,9 @@ class Broadcast:
                 if self.record is not None:
                     call(self.record)
             finally:
-                for sink, error in failed:
-                    line = at_line(error, called=True)
-                    why = f"{type(error).__name__}: {error}"[:500] + (f" ({line})" if line else "")
+                for sink, raised in failed:
+                    line = at_line(raised, called=True)
+                    why = f"{type(raised).__name__}: {raised}"[:500] + (f" ({line})" if line else "")
                     self._tell(type(sink).__name__, why)
 
     def _tell(self, sink: str, why: str) -> None:
