@@ -66,7 +66,9 @@ def recipe_of(name: str, precision: str) -> Recipe:
 def bounds_of(name: str, precision: str) -> continuity.Bounds:
     recipe = recipe_of(name, precision)
     sample = open_data(recipe.data, seed=recipe.seed).train.batch(0, 1)
-    return continuity.Bounds.of(recipe.describe(), precision, rounding.positions(sample) * recipe.batch)
+    definition = recipe.describe()
+    positions = rounding.positions(definition, sample) * recipe.batch
+    return continuity.Bounds.of(definition, precision, positions)
 
 
 @functools.cache

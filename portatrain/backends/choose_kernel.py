@@ -104,6 +104,8 @@ def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
         "window": options.get("window") is not None,
         "segments": options.get("segment_ids") is not None,
         "positions": options.get("positions") is not None,
+        "prefix": options.get("prefix") is not None,
+        "alibi": bool(options.get("alibi", False)),
         "softcap": options.get("softcap") is not None,
     }
     return frozenset(name for name, there in present.items() if there)

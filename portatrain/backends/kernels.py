@@ -55,8 +55,8 @@ class Case:
     """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
-    attention, those of 'causal', 'window', 'segments', 'positions' and 'softcap' that the call has, and 'uneven' if the
-    queries do not divide over the devices that hold them.
+    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi' and 'softcap' that the call has,
+    and 'uneven' if the queries do not divide over the devices that hold them.
     """
 
     site: Site
@@ -110,6 +110,14 @@ def _sdpa_refuses(case: Case) -> str | None:
     return "torch's kernels cannot soft-cap the scores" if "softcap" in case.traits else None
 
 
+def _sdpa_masked_refuses(case: Case) -> str | None:
+    if reason := _sdpa_refuses(case):
+        return reason
+    if "alibi" in case.traits and case.dtype != "float32":
+        return f"the bias of ALiBi would be rounded to {case.dtype}"
+    return None
+
+
 def _sdpa_causal_refuses(case: Case) -> str | None:
     if reason := _sdpa_refuses(case):
         return reason
@@ -144,7 +152,7 @@ TABLE: tuple[Kernel, ...] = (
         name="sdpa-masked",
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
-        refuses=_sdpa_refuses,
+        refuses=_sdpa_masked_refuses,
     ),
     Kernel(
         operation="attention",

@@ -38,10 +38,16 @@ def longest_sum(definition: Definition, positions: int) -> int:
     return longest
 
 
-def positions(batch: Mapping[str, np.ndarray], *, microbatches: bool = False) -> int:
-    """Return the number of positions in a batch: tokens if its samples are sequences, else samples. `microbatches` says
-    that the arrays have one axis more, before the samples."""
-    return max(array.size for array in batch.values() if array.ndim <= 2 + microbatches)
+def positions(definition: Definition, batch: Mapping[str, np.ndarray], *, microbatches: bool = False) -> int:
+    """Return the number of positions in a batch, over which the gradient of a weight sums: tokens if the samples are
+    sequences, patches if they are images, else samples.
+
+    An array of more axes than (samples, positions) enters through a weight, in patches of as many elements as that
+    weight has inputs; the smallest number of inputs decides. `microbatches`: the arrays have one axis more, in front.
+    """
+    inputs = [math.prod(i.shape[i.batch_dims :][: i.fan_in_axes]) for i in definition.params.values() if i.fan_in_axes]
+    least = min(inputs, default=1)
+    return max(a.size // (least if a.ndim > 2 + microbatches else 1) for a in batch.values())
 
 
 def operations(definition: Definition) -> int:
@@ -56,12 +62,14 @@ def error(precision: str, length: int) -> float:
     return math.sqrt((own**2 + length / LANES * wide**2) / 6)
 
 
-def bound(definition: Definition, positions: int, precision: str = "fp32") -> float:
-    """Return how far the gradients of two runs, or of a run and float64, may differ, over the largest value of each.
+def bound(definition: Definition, positions: int, precision: str = "fp32", *, runs: int = 2) -> float:
+    """Return the bound for the difference of a gradient, over its largest value: between two runs, or with `runs` 1
+    between a run and float64.
 
-    A gradient passes `operations` once forward and once backward. docs/understand/rounding.md has what was measured.
+    A gradient passes `operations` once forward and once backward, in each run. docs/understand/rounding.md has what was
+    measured.
     """
-    return error(precision, longest_sum(definition, positions)) * math.sqrt(2 * operations(definition))
+    return error(precision, longest_sum(definition, positions)) * math.sqrt(2 * operations(definition) * runs)
 
 
 def moving(

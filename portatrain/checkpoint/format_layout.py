@@ -82,12 +82,16 @@ def check_tiles(reader: Reader) -> None:
         # A root does not say how many leading axes its layout counted as batch axes.
         by_rule = {tile_shape(tensor.shape, tensor.item_bytes, batch) for batch in range(len(tensor.shape) + 1)}
         if tensor.tile not in by_rule:
-            raise UserError(
-                f"{reader.store.describe('COMMIT')}: tensor {tensor.name!r}",
-                expected=f"tiles of {' or '.join(str(list(t)) for t in sorted(by_rule))}, which follow from its shape",
-                got=str(list(tensor.tile or ())),
-                do="Its root was changed after the save: restore another checkpoint.",
-            )
+            raise _tile(reader, tensor, sorted(by_rule))
+
+
+def _tile(reader: Reader, tensor: Tensor, right: Sequence[tuple[int, ...]]) -> UserError:
+    return UserError(
+        f"{reader.store.describe('COMMIT')}: tensor {tensor.name!r}",
+        expected=f"tiles of {' or '.join(str(list(tile)) for tile in right)}, which follow from its shape",
+        got=str(list(tensor.tile or ())),
+        do="Its root was changed after the save: restore another checkpoint.",
+    )
 
 
 def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> None:
@@ -130,3 +134,6 @@ def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> Non
             do="This is the checkpoint of another model: give the recipe and the sizes that it was saved with.",
         )
     check_tiles(reader)
+    for name, tensor in wanted.items():
+        if axes and "recipe_sha256" in reader.meta and tensor.resolved().tile != there[name].tile:
+            raise _tile(reader, there[name], [tensor.resolved().tile or ()])

@@ -117,10 +117,11 @@ def check_newest(
             saved = reader.meta.get("data", {})
             for name, now in fingerprints_of_data.items():
                 if saved.get(name) not in (None, now):
+                    of = "corpus" if name == "fingerprint" else "validation split"
                     raise UserError(
                         what,
-                        expected=f"a run on this {'corpus' if name == 'fingerprint' else name}, fingerprint {now}",
-                        got=f"a run on another, {saved[name]}",
+                        expected=f"a run on this {of}, fingerprint {now}",
+                        got=f"a run on another {of}, {saved[name]}",
                         do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go "
                         "on with other data all the same, give --accept-drift REASON, which is recorded.",
                     )

@@ -96,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FROM,
         help="the format of SOURCE (dcp keeps its metadata as a pickle: import only what you trust)",
     )
+    made.add_argument(
+        "--accept-drift", metavar="REASON", help="import our own export although its recipe or its tensors differ"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -321,6 +324,7 @@ def bring(args: argparse.Namespace) -> int:
             args.format,
             recipe,
             lambda step: LocalStore(folder / "checkpoints" / step_name(step), create=True),
+            accept_drift=args.accept_drift is not None,
         )
     except BaseException:  # without its checkpoint, the run would start from random weights
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -328,6 +332,8 @@ def bring(args: argparse.Namespace) -> int:
         raise
     words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
     words += [word for override in args.overrides for word in ("--set", override)]
+    if args.accept_drift is not None:
+        words += ["--accept-drift", args.accept_drift]
     print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")
     return 0
 

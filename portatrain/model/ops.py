@@ -142,10 +142,12 @@ class Ops(ArrayOps, StructureOps, Protocol):
         window: int | None = None,
         segment_ids: Array | tuple[Array, Array] | None = None,
         positions: tuple[Array, Array] | None = None,
+        prefix: Array | None = None,
+        alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
         scale: float | None = None,
     ) -> Array:
-        """Return softmax(scale q k^T + mask) v, (B, S, H, D); query head h uses kv head h // (H/K)
+        """Return softmax(scale q k^T + bias + mask) v, (B, S, H, D); query head h uses kv head h // (H/K)
         (Ainslie et al. 2023).
 
         q_BSHD: (B, S, H, D); k_BTKD, v_BTKD: (B, T, K, D), with K a divisor of H.
@@ -156,6 +158,11 @@ class Ops(ArrayOps, StructureOps, Protocol):
         with its own id; padding has id 0 and attends to id 0 only.
         positions: a pair (B, S) and (B, T), or (S,) and (T,), of integers; default 0..S-1 and 0..T-1. Key-value caches
         need them.
+        prefix: (B, T) booleans or integers, true at the keys of a prefix, which every query sees, also earlier ones and
+        those outside of its window, within its segment: bidirectional over a prompt, causal after it. (B,) lengths
+        become one by `ops.arange(T)[None, :] < length_B[:, None]`.
+        alibi: a bias of -slope_h |position of the query - position of the key| for each head h, after softcap. True:
+        the slopes of Press et al. 2022; a sequence: one slope for each of the H heads, constants.
         softcap: scores become softcap * tanh(scores / softcap) before the mask. scale: default D^-0.5.
         A query that may attend to no key gets zeros.
         bf16: contractions take bfloat16 and accumulate in float32; the softmax is float32; the result is bfloat16.

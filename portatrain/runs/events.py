@@ -37,7 +37,7 @@ class Kind(StrEnum):
     """Training waits until a save has been written, because its host copies do not fit into memory."""
     SAVING = "saving"
     """A save of the state after `step` has begun."""
-    COMMITTED = "committed"
+    COMMITTED = "save_committed"
     """The save of the state after `step` is committed. A later attempt expects its checkpoint (`runs/commits.py`)."""
     SAVE_SKIPPED = "save_skipped"
     """A save was skipped because the previous one is still being written."""

@@ -117,5 +117,5 @@ def _across_samples() -> list[Case]:
             args=normal((6, 4), (6, 4), (4,), (6,), scale=0.7),
             first_only=True,
         )
-        for group in (None, 3, 1)
+        for group in (None, 3, 2)
     ]

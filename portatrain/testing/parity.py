@@ -86,7 +86,9 @@ def reordered(given: Batches, seed: int = 0) -> Batches:
 
 def bound_of(recipe: Recipe, given: Batches) -> float:
     """Return the largest difference of a gradient over its tensor's largest value, and of a loss over the loss."""
-    return rounding.bound(recipe.describe(), rounding.positions(given[0], microbatches=True), recipe.precision)
+    definition = recipe.describe()
+    positions = rounding.positions(definition, given[0], microbatches=True)
+    return rounding.bound(definition, positions, recipe.precision)
 
 
 def sign_bound(recipe: Recipe, baseline: Trace, bound: float) -> float:

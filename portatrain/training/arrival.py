@@ -10,7 +10,6 @@ from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.locations import location_of
-from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
 from portatrain.data import OpenData
@@ -36,14 +35,14 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
 
 def arrive(
     backend: Backend,
-    reader: Reader,
+    reader: Any,
     recipe: Recipe,
     record: Callable[[Any], Mapping[str, Any]],
     *,
     positions: int,
     accept_drift: bool,
 ) -> tuple[Any, dict[str, Any], Bounds]:
-    """Restore the state in `reader` and run the continuity check; return the state, the verdict and the bounds.
+    """Restore an open checkpoint and run the continuity check; return the state, the verdict and the bounds.
 
     `record` returns the record of a state, with a probe. `positions`: the tokens, or samples, of the next step.
     """

@@ -20,6 +20,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants, parity
 from portatrain.training import continuity
 from portatrain.training.trainer import train
+from tests.support.lost_commits import lose
 from tests.support.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
@@ -154,10 +155,7 @@ def lost_after(recipe: Recipe, path: Path, backend: str) -> RunDir:
     """A run of 9 steps whose last commit, of step 6, has no probe: as if killed while it saved step 9."""
     run = RunDir(path)
     assert train(recipe, run, backend=backend, stop_at=9) == 85
-    shutil.rmtree(path / "checkpoints/step-00000009")
-    events = path / "attempts/1/events.jsonl"
-    rows = [row for row in events.read_text().splitlines() if json.loads(row).get("step") != 9]
-    events.write_text("".join(row + "\n" for row in rows))
+    lose(run, 9)
     with LocalStore(path / "checkpoints/step-00000006") as store:
         assert "probe" not in Reader(store).meta
     return run

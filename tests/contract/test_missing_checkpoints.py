@@ -68,7 +68,7 @@ def test_checkpoints_that_are_away_are_no_new_run(run: RunDir) -> None:
 
 def test_an_older_record_without_events_of_commits_serves_too(run: RunDir) -> None:
     events = run.path / "attempts/1/events.jsonl"
-    events.write_text("".join(x + "\n" for x in events.read_text().splitlines() if '"committed"' not in x))
+    events.write_text("".join(x + "\n" for x in events.read_text().splitlines() if '"save_committed"' not in x))
     assert run.events(Kind.COMMITTED) == []
     shutil.rmtree(run.path / "checkpoints")
     refused(run, StorageError, "the checkpoint of step 4")

@@ -26,6 +26,7 @@ from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.record import EvalRecord, StepRecord
 from portatrain.training.trainer import train
 from tests.support import small_recipe
+from tests.support.lost_commits import lose
 from tests.support.sizes import SIZES
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
@@ -193,7 +194,7 @@ def test_a_run_saves_and_resumes_over_such_a_step(
     now[0] = 3
     assert train(recipe(), run, backend=backend, stop_at=5) == 85
     # As if that attempt had been lost after the save of step 4: its row of step 5 is beyond the last commit.
-    (run.path / "checkpoints/step-00000005/COMMIT").unlink()
+    lose(run, 5)
     now[0] = 4
     assert train(recipe(), run, backend=backend) == 0
     verdicts = [e["verdict"] for e in run.events(Kind.RESUMED)]

@@ -14,6 +14,7 @@ import pytest
 from portatrain.backends import rounding
 from portatrain.backends.base import missing
 from portatrain.optim import AdamW
+from portatrain.recipe import load_recipe
 from portatrain.training import arrival, continuity
 from tests.support.moves import Move, Values, small
 
@@ -41,6 +42,13 @@ def test_the_longest_sum_of_a_decoder() -> None:
     assert rounding.longest_sum(definition, 16) == 256  # the vocabulary, in the gradient of the last activations
     assert rounding.longest_sum(definition, 4096) == 4096
     assert rounding.operations(definition) == 4 * 9 + 2
+
+
+def test_positions_are_tokens_or_patches() -> None:
+    tokens = {"tokens": np.zeros((2, 8, 32)), "sample": np.zeros((2, 8))}
+    assert rounding.positions(small().describe(), tokens, microbatches=True) == 2 * 8 * 32
+    images = {"image": np.zeros((16, 8, 8, 1)), "label": np.zeros(16)}
+    assert rounding.positions(load_recipe("tiny-vit").describe(), images) == 16 * 4 * 4
 
 
 def test_bounds_follow_depth_length_and_precision() -> None:

@@ -62,7 +62,7 @@ class Move:
         backend = backend_class(self.arrived)(dataclasses.replace(self.program, **changes)) if changes else self.backend
 
         definition = self.program.definition
-        positions = rounding.positions(self.data.batch(0, 1)) * self.recipe.batch
+        positions = rounding.positions(definition, self.data.batch(0, 1)) * self.recipe.batch
         error = rounding.error(self.recipe.precision, rounding.longest_sum(definition, positions))
 
         def arrive(change: Any) -> dict[str, Any]:

@@ -278,7 +278,7 @@ def _transposed(tile: list[int], shape: list[int]) -> list[int] | None:
 
 
 def _flat(tile: list[int], shape: list[int]) -> list[int] | None:
-    return [1, tile[0] * tile[1]] if tile[0] * tile[1] <= shape[1] and tile[0] > 1 else None
+    return [tile[0] // 2, tile[1] * 2] if tile[0] % 2 == 0 and 2 * tile[1] <= shape[1] else None
 
 
 @pytest.mark.parametrize("change", [_transposed, _flat])

@@ -77,6 +77,7 @@ ARRAY_MODULES = tuple(
         "checkpoint.rewrite",
         "training.arrival",
         "checkpoint.errors",
+        "checkpoint.fingerprints",
         "checkpoint.interop.hub_tokenizer",
         "checkpoint.newest",
         "checkpoint.object_store",

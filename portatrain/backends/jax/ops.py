@@ -120,11 +120,15 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         )
         return self._along(product, out, split)
 
+    def _note(self, table_VE: Any, ids: Any) -> None:
+        shape = getattr(plain(table_VE), "shape", None)  # None: with LoRA factors, which the operation refuses
+        if self.ids is not None and shape:
+            self.ids.note(self.given, ids, shape[0])
+
     def embed(self, table_VE: Any, ids: Any) -> Any:
         # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
+        self._note(table_VE, ids)
         table, find = plain(table_VE), self._finder(table_VE, ids)
-        if self.ids is not None:
-            self.ids.note(self.given, ids, table.shape[0])
         if self._is_low(table_VE):
             return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
         return find(table.astype(self.compute), ids)
@@ -261,8 +265,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
-        if self.ids is not None:
-            self.ids.note(self.given, targets, plain(table_VE).shape[0])
+        self._note(table_VE, targets)
         total, loss_B, weight_B = cross_entropy(
             x,
             self.weight(table_VE),

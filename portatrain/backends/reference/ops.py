@@ -13,6 +13,7 @@ from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across, check_arrays, grouped, outside_stacks, results
+from portatrain.model.attention_rules import slopes_of
 from portatrain.model.bind import bind, source_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
@@ -114,6 +115,8 @@ class ReferenceOps(ReferenceArrays):
         window: int | None = None,
         segment_ids: Array | tuple[Array, Array] | None = None,
         positions: tuple[Array, Array] | None = None,
+        prefix: Array | None = None,
+        alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
         scale: float | None = None,
     ) -> Array:
@@ -124,15 +127,20 @@ class ReferenceOps(ReferenceArrays):
         visible = behind >= 0 if causal else np.ones_like(behind, bool)
         if window is not None:
             visible = visible & (np.abs(behind) < window)
+        if prefix is not None:
+            visible = visible | (prefix != 0)[:, None, :]
         if segment_ids is not None:
             q_seg, k_seg = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
             visible = visible & (q_seg[:, :, None] == k_seg[:, None, :])
         out = np.zeros_like(q_BSHD)
+        slopes = slopes_of(alibi, H)
         for h in range(H):
             k_BTD, v_BTD = k_BTKD[:, :, h // (H // K)], v_BTKD[:, :, h // (H // K)]
             scores_BST = (D**-0.5 if scale is None else scale) * (q_BSHD[:, :, h] @ k_BTD.swapaxes(1, 2))
             if softcap is not None:
                 scores_BST = softcap * np.tanh(scores_BST / softcap)
+            if slopes is not None:
+                scores_BST = scores_BST - slopes[h] * np.abs(behind)
             scores_BST = np.where(visible, scores_BST, -np.inf)
             top = scores_BST.max(-1, keepdims=True, initial=-np.inf)
             weights_BST = np.exp(scores_BST - np.where(np.isfinite(top), top, 0.0))

@@ -30,6 +30,7 @@ from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash
+from portatrain.model.attention_rules import slopes_of
 from portatrain.model.layout import BATCH_MESH_AXES
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Loss
@@ -261,13 +262,20 @@ class MeshOps(MeshArrays, RowOps):
         if take is not None:
             locals_[1:] = [x[:, :, take] for x in locals_[1:]]
         options |= self._attention_rule(q, at_q, k.shape[1], options)
+        if (slopes := slopes_of(options.get("alibi", False), heads)) is not None:
+            options["alibi"] = slopes
+            for axis, p in zip(self.axes, at_q, strict=True):
+                if isinstance(p, Shard) and p.dim == 2:
+                    size, here = heads // self.world.mesh.sizes[axis], self.world.at[axis]
+                    options["alibi"] = slopes[here * size : (here + 1) * size]
         return self._from(self.parts.attention(*locals_, **options), at_q)
 
     def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
         """Return local segment_ids and positions: those of this process's queries, and those of all keys."""
         cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
         segments, positions = options.get("segment_ids"), options.get("positions")
-        if positions is None and any(cut) and (options.get("causal", True) or options.get("window") is not None):
+        by_position = options.get("causal", True) or options.get("window") is not None or options.get("alibi", False)
+        if positions is None and any(cut) and by_position:
             positions = self._kept("positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t)))
 
         def local(pair: Any) -> Any:
@@ -281,7 +289,11 @@ class MeshOps(MeshArrays, RowOps):
             mine = [Shard(of_q.ndim - 1) if c else Replicate() for c in cut]
             return self._local(of_q, mine), self._local(of_k, [Replicate() for _ in cut])
 
-        return {"segment_ids": local(segments), "positions": local(positions)}
+        prefix = options.get("prefix")
+        if prefix is not None:  # which is of keys, and keys are whole
+            whole = [Replicate() for _ in cut]
+            prefix = self._kept("prefix", (prefix,), lambda x: self._local(self._value(x), whole))
+        return {"segment_ids": local(segments), "positions": local(positions), "prefix": prefix}
 
     # ---- elementwise and shape
 
