@@ -148,6 +148,9 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
     retries.
     """
     proxies.bypass()  # local API servers and object stores answer no proxy
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # the name of a file may be no text, and ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         return call()
     except UserError as error:

@@ -26,6 +26,7 @@ from launchers import targets
 from portatrain.commands import options
 from portatrain.commands.unseen import check_unseen
 from portatrain.errors import UserError
+from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         metavar="DIR",
+        type=place,
         default="runs",
         help="the folder or object-store URL for run directories (default: runs)",
     )

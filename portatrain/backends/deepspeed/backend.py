@@ -378,6 +378,18 @@ class ZeroBackend(MeshBackend):
                 own = held.beside[tensor.role][i] if tensor.slot is None else part.of(slots[tensor.slot])
                 yield tensor, p.index, own, part.start
 
+    def whole_parameter(self, state: TorchState, name: str) -> np.ndarray:
+        """Return a parameter whole, on every process; all of them call it together."""
+        found = np.zeros(self.definition.params[name].shape, np.float32)
+        for box in self.local_boxes(state):
+            if (box.role, box.name) == ("params", name):
+                at = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+                found[at] = box.fetch().reshape(box.shape)
+        if self.stage < 3:
+            return found
+        # No element is in the flat ranges of two processes.
+        return self._total(torch.from_numpy(found).to(self.device)).cpu().numpy()
+
     def irregular_shards(self, state: TorchState) -> IrregularShards:
         """Return the boxes of all tensors that are flat ranges: slots, averages, and in stage 3 parameters."""
         mine = [
