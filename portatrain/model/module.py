@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from portatrain.errors import UserError
+from portatrain.model.reserved_names import RESERVED_NAMES as RESERVED_NAMES
 
 BATCH_AXES = frozenset({"layers", "experts"})
 """Axes that count copies of a smaller tensor if they come first. Initialisation, optimizer rules and norms treat each
@@ -412,18 +413,3 @@ def _refuse_reserved(module: Module) -> None:
             got=repr(taken[0]),
             do=f"Rename it, for instance to {taken[0].strip('_').replace('.', '_') or 'weight'}_1.",
         )
-
-
-# Public attributes of torch.nn.Module (2.11 to 2.13) and flax.nnx.Module (0.12), and our own. A test checks the list.
-_RESERVED = """
-    T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches
-    eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu iter_children
-    iter_modules load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters
-    perturb register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
-    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
-    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
-    register_state_dict_pre_hook requires_grad_ set_attributes set_extra_state set_submodule share_memory sow
-    state_dict to to_empty train training type xpu zero_grad
-    path site after_step
-"""
-RESERVED_NAMES = frozenset(_RESERVED.split())

@@ -39,9 +39,9 @@ from portatrain.backends.state import COUNT, StateTensor, initial_box
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
-from portatrain.backends.torch.mesh_ops import RowOps
 from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
 from portatrain.backends.torch.optimizer import total_norm
+from portatrain.backends.torch.row_ops import RowOps
 from portatrain.errors import UserError
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh

@@ -1,5 +1,5 @@
-"""Implement `Ops` on a mesh. `RowOps` covers the batch axes: activations are plain tensors of this process's rows.
-`MeshOps` adds context and tensor: activations are DTensors over those axes, with global shapes except along the batch.
+"""Implement `Ops` on a mesh with context and tensor axes: activations are DTensors over those axes, with global shapes
+except along the batch, whose rows `RowOps` covers.
 
 Arithmetic in the models follows DTensor's own rules. Every operation here takes the local parts, computes as on one
 device, and declares the placements of the result. One rule gives the gradients: an operand that is whole while another
@@ -27,49 +27,16 @@ from portatrain.backends.torch.mesh import World
 from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
+from portatrain.backends.torch.row_ops import RowOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash
 from portatrain.model.attention_rules import slopes_of
-from portatrain.model.layout import BATCH_MESH_AXES
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Loss
 from portatrain.model.rope import RopeScaling
 
 Placements = Sequence[Placement]
-
-
-@dataclasses.dataclass
-class RowOps(TorchOps):
-    """Sum over the batch across processes, and gather parameters that are sharded over expert."""
-
-    world: Any = None
-
-    def weight(self, p: Any) -> Any:
-        value = of_all_experts(p, self.world)
-        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else not_adapted(value)
-
-    @adapts
-    def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
-        return super().einsum(spec, *(of_all_experts(x, self.world) for x in operands), dtype=dtype)
-
-    def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
-        y = super().sum(x, axes, over=over)
-        return SumRows.apply(y, self.world) if self._crosses(axes, over) else y
-
-    def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
-        count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
-        rows = self.world.row_blocks if self._crosses(axes, over) else 1
-        return self.sum(x, axes, over=over) / (count * rows)
-
-    def _row_parts(self) -> tuple[int, int]:
-        return self.world.row_blocks, self.world.row_block
-
-    def _all_rows(self, x: Tensor) -> Tensor:
-        return self.world.gather(x.detach(), BATCH_MESH_AXES, 0)
-
-    def _crosses(self, axes: Sequence[str | None], over: Sequence[str]) -> bool:
-        return "batch" in over and "batch" in axes and self.world.row_blocks > 1
 
 
 @dataclasses.dataclass
