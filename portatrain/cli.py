@@ -1,12 +1,14 @@
 """The commands ``portatrain`` and ``launch``: their tables, their parser, and how errors are reported.
 
-Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 storage failed during the run,
-85 stopped and resumable, 130 interrupted by Ctrl-C. A traceback is always a bug of portatrain or of a recipe.
+Exit codes: 0 done, 1 a check found something, 2 a user's mistake (one paragraph on standard error), 75 storage failed
+during the run, 85 stopped and resumable, 130 interrupted by Ctrl-C. A mistake in a user's own code (a recipe, a model,
+a hook) is one paragraph too, with its file and line. A traceback is a bug of portatrain or a failure of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
@@ -16,15 +18,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from portatrain.errors import UserError, choice, storage_error
-from portatrain.system.exit_codes import INTERRUPTED, MISTAKE
+from portatrain.system import proxies
+from portatrain.system.exit_codes import INTERRUPTED
+from portatrain.system.terminal import cleaned
 
 # A new command is a line here: name -> (module, text in the list of commands).
 PORTATRAIN: dict[str, tuple[str, str]] = {
     "init": ("portatrain.commands.init", "write a recipe of your own, to start from"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "check": ("portatrain.commands.check", "check a recipe before a run: small, on every framework"),
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
+    "data": ("portatrain.commands.data", "verify the packed data of a run"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),
 }
@@ -54,13 +60,16 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``portatrain``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: run(words), places=words[:1] != ["train"])
+    training = words[:1] == ["train"]
+    with contextlib.nullcontext() if training else cleaned():
+        return _guarded(lambda: run(words), places=not training)
 
 
 def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``launch``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: _launch(words))
+    with cleaned() if words[:1] and words[0] in LAUNCH else contextlib.nullcontext():
+        return _guarded(lambda: _launch(words))
 
 
 def run(words: list[str]) -> int:
@@ -138,19 +147,20 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
     `places`: treat errors of the file system as the user's mistakes. During training they are not, because a job
     retries.
     """
+    proxies.bypass()  # local API servers and object stores answer no proxy
     try:
         return call()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.code
+        return _say(error)
     except BrokenPipeError:
         # The reader closed the pipe (`portatrain plan | head`); Python's flush at exit must not fail because of it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         if not places and (storage := storage_error(error)) is not None:
-            print(f"error: {storage}", file=sys.stderr)
-            return storage.code
+            return _say(storage)
+        if (mistake := _explained(error)) is not None:
+            return _say(mistake)
         if not places or error.errno not in PLACES:
             raise
         name = f" {error.filename}" if error.filename else ""
@@ -160,13 +170,37 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
             got=f"{error.strerror}{name}",
             do="Choose another path or a shorter name, free some space, or fix the permissions.",
         )
-        print(f"error: {where}", file=sys.stderr)
-        return MISTAKE
+        return _say(where)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return INTERRUPTED
     except SystemExit as end:  # argparse, after --help
         return end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        if (mistake := _explained(error)) is None:
+            raise
+        return _say(mistake)
+
+
+def _explained(error: Exception) -> UserError | None:
+    from portatrain.errors.users_code import explained
+
+    return explained(error)
+
+
+def _say(error: UserError) -> int:
+    """Print a user's mistake as one paragraph; return its exit code."""
+    from portatrain.errors.users_code import where
+    from portatrain.system import environment
+
+    more = where(error)
+    if error.trace and environment.TRACEBACK.get():
+        print(error.trace, file=sys.stderr)
+    elif error.trace:
+        kept = f"; {error.kept} has it." if error.kept else "."
+        more = f" {environment.TRACEBACK.name}=1 shows the traceback{kept}"
+    print(f"error: {error}{more}", file=sys.stderr)
+    return error.code
 
 
 if __name__ == "__main__":

@@ -154,11 +154,13 @@ ARRAY_OPS = {
     "pool": 'assert ops.pool(x_BSE, 2, kind="max").shape == (B, S // 2, E)',
     "resize": 'assert ops.resize(x_BSE, 2 * S, method="linear").shape == (B, 2 * S, E)',
     "scan": (
-        "def cell(h_BE, x_BE):\n"
-        "    h_BE = ops.tanh(0.5 * h_BE + x_BE)\n"
-        "    return h_BE, h_BE\n\n\n"
-        "last_BE, h_BSE = ops.scan(cell, np.zeros((B, E)), x_BSE)\n"
-        "assert (h_BSE[:, -1] == last_BE).all()"
+        "def cell(h_BD, in_BD):  # the carry, and one position of in_BSD\n"
+        "    h_BD = ops.tanh(0.5 * h_BD + in_BD)\n"
+        "    return h_BD, h_BD  # the next carry, and this position of the second result\n\n\n"
+        'in_BSD = ops.einsum("bse,ed->bsd", x_BSE, rng.normal(size=(E, D)))  # as wide as the carry\n'
+        "start_BD = 0 * in_BSD[:, 0]  # zeros with the batch, the dtype and the devices of in_BSD\n"
+        "last_BD, h_BSD = ops.scan(cell, start_BD, in_BSD)\n"
+        "assert (h_BSD[:, 0] == ops.tanh(in_BSD[:, 0])).all() and (h_BSD[:, -1] == last_BD).all()"
     ),
     "associative_scan": (
         "assert np.allclose(ops.associative_scan(lambda a, b: a + b, x_BSE), ops.cumsum(x_BSE, axis=1))"

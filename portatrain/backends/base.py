@@ -18,6 +18,7 @@ import numpy as np
 
 from portatrain.backends.program import Program
 from portatrain.errors import UserError, choice
+from portatrain.errors.users_code import line_of_method
 from portatrain.model.ops import Loss
 from portatrain.system import processes
 
@@ -69,10 +70,11 @@ class Context:
 def check_loss(value: Any, model: object) -> Loss:
     """Return `value`, which `model` returned from its call, if it is a `Loss`; else raise UserError."""
     if not isinstance(value, Loss):
+        shape = getattr(value, "shape", None)
         raise UserError(
-            type(model).__name__,
-            expected="a model that returns ops.cross_entropy(...) or ops.loss()",
-            got=type(value).__name__,
+            f"{type(model).__name__}.__call__{line_of_method(model, '__call__')}",
+            expected="a model that returns ops.cross_entropy(...) or ops.loss(...)",
+            got=f"a {type(value).__name__}" if shape is None else f"an array of shape {tuple(shape)}",
             do="Return a portatrain.model.ops.Loss from __call__(ops, batch).",
         )
     return value
@@ -92,6 +94,9 @@ class Backend(Protocol):
     Optional method: `restore_shared(read, shares)` returns the same state as `restore_state`. For the tensors in
     `shares` (checkpoint/shared_reads.py) each process reads only its part of a box (`Share.part`) and receives the
     other parts from the processes that hold copies.
+
+    Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
+    it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
     """
 
     name: str
@@ -248,7 +253,7 @@ def backend_class(name: str) -> type[Backend]:
             f"backend {name}",
             expected=f"{point.value} to be importable",
             got=f"{type(error).__name__}: {error}",
-            do="Repair or remove the package that registers it under portatrain.backends.",
+            do="Fix or remove the package that registers it under portatrain.backends.",
         ) from error
     lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
     if lacks:

@@ -14,6 +14,7 @@ import sys
 from portatrain.errors import UserError
 from portatrain.runs.history import History, read_history
 from portatrain.runs.open import names, open_run
+from portatrain.system import terminal
 from portatrain.system.text import age
 
 
@@ -41,7 +42,6 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         print(f"no runs in {args.runs}")
         return 0
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -54,6 +54,6 @@ def run(args: argparse.Namespace) -> int:
             str(len(now.attempts)),
             f"{age(moved_s)} ago",
         )
-    console = Console() if Console().is_terminal else Console(width=160)
+    console = terminal.console(160)
     console.print(table)
     return 0

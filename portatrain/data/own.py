@@ -1,4 +1,4 @@
-"""What a data source of your own has to have: the methods of `DocumentSource` or those of `ArraySource`.
+"""The two contracts for a data source of your own: it has the members of `DocumentSource` or of `ArraySource`.
 
 Such a source is a frozen dataclass that derives from `DataSpec`, in a recipe file or in a package of yours. Its fields
 are part of the recipe: they are saved with the run, and ``--set data.FIELD=VALUE`` changes them.
@@ -6,7 +6,6 @@ are part of the recipe: they are saved with the run, and ``--set data.FIELD=VALU
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeGuard
 
@@ -56,7 +55,7 @@ class ArraySource(Protocol):
 
 
 def gives_documents(spec: DataSpec) -> TypeGuard[DocumentSource]:
-    """Return True if ``spec`` has what a `DocumentSource` must have."""
+    """Return True if ``spec`` has the required members of a `DocumentSource`."""
     return callable(getattr(spec, "documents", None)) and hasattr(spec, "seq_len")
 
 
@@ -73,16 +72,4 @@ def refusal(spec: DataSpec) -> UserError:
         expected="documents() and seq_len, or __len__(), sample(index) and version (portatrain.data.own)",
         got="a class with " + (", ".join(n for n in dir(type(spec)) if not n.startswith("_")) or "none of them"),
         do="Add the methods of one of the two kinds of sources.",
-    )
-
-
-def failure(what: str, error: Exception) -> UserError:
-    """Return the error for a method of a source that raised ``error``, with the place in the source's file."""
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return UserError(
-        what,
-        expected="a method that returns",
-        got=f"{type(error).__name__}: {error}{place}",
-        do="Correct the source's class, or the files that it reads.",
     )

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.data.own import ArraySource, failure
+from portatrain.data.own import ArraySource
 from portatrain.data.split import Batch, Order, Split, samples
 from portatrain.errors import UserError
+from portatrain.errors.users_code import explained
 from portatrain.model import rng
 
 _NARROW = {"float64": np.float32, "int64": np.int32, "uint64": np.int32}
@@ -84,10 +85,10 @@ def read(what: str, get: Callable[[int], Mapping[str, Any]], index: int) -> Samp
     try:
         found = get(index)
         arrays = {key: np.asarray(value) for key, value in found.items()}
-    except UserError:
-        raise
     except Exception as error:
-        raise failure(f"{what}({index})", error) from error
+        if mistake := explained(error, f"{what}({index})"):
+            raise mistake from error
+        raise
     for key, value in arrays.items():
         if not isinstance(key, str) or key == "sample" or value.dtype.kind not in "fiub":
             raise UserError(
@@ -154,7 +155,7 @@ def open_arrays(spec: ArraySource, seed: int) -> dict[str, Split]:
 def _length(kind: str, method: str, count: Callable[[], int]) -> int:
     try:
         return int(count())
-    except UserError:
-        raise
     except Exception as error:
-        raise failure(f"{kind}.{method}()", error) from error
+        if mistake := explained(error, f"{kind}.{method}()"):
+            raise mistake from error
+        raise

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from portatrain.data.encode import encoding
-from portatrain.data.own import DocumentSource, failure
+from portatrain.data.own import DocumentSource
 from portatrain.data.sources import Documents
 from portatrain.errors import UserError
+from portatrain.errors.users_code import explained
 
 
 class OwnDocuments(Documents):
@@ -23,12 +24,11 @@ class OwnDocuments(Documents):
         self._texts = tempfile.TemporaryFile()  # noqa: SIM115  # `close` closes and deletes it
         try:
             places = self._read_all(spec)
-        except UserError:
-            self.close()
-            raise
         except Exception as error:
             self.close()
-            raise failure(self._what, error) from error
+            if mistake := explained(error, self._what):
+                raise mistake from error
+            raise
         names = sorted(places)
         super().__init__([(name, Path(name)) for name in names], [])
         self._places = [places[name] for name in names]

@@ -28,6 +28,8 @@ from portatrain.model.ops_results import Array as Array
 from portatrain.model.ops_results import Aux as Aux
 from portatrain.model.ops_results import Loss as Loss
 from portatrain.model.ops_results import check_aux as check_aux
+from portatrain.model.ops_results import check_layer as check_layer
+from portatrain.model.ops_results import check_samples as check_samples
 from portatrain.model.ops_structure import StructureOps
 from portatrain.model.rope import RopeScaling
 

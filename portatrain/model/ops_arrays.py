@@ -214,8 +214,11 @@ class ArrayOps(Protocol):
     def scan(self, fn: Callable[..., Any], carry: Any, xs: Any) -> tuple[Any, Any]:
         """Run `carry, y = fn(carry, x)` over axis 1 of xs, one position after another: (last carry, ys).
 
-        carry, xs and ys are arrays or trees (tuples, lists, dicts) of arrays; x is (B, ...) where xs is (B, S, ...).
-        The carry keeps shapes and dtypes. `fn` calls neither `ops.aux` nor `ops.tally`. For recurrent networks.
+        carry, xs and ys are arrays or trees (tuples, lists, dicts) of arrays; if xs is (B, S, ...), each x is (B, ...).
+        The argument `carry` is the carry before the first position. Its shapes and dtypes must be those of the carry
+        that `fn` returns. Make it from an array that has them already: `0 * x_BSE[:, 0]` is a start of zeros, and
+        `ops.weight(self.start_E) + 0 * x_BSE[:, 0]` a learned start. `fn` must not call `ops.aux` or `ops.tally`.
+        Recurrent networks use it.
         """
         ...
 

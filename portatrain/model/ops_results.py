@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.errors.users_code import line_of_method
 
 Array = Any
 """A jax.Array, a torch.Tensor or a numpy.ndarray, depending on the backend."""
@@ -75,3 +76,30 @@ def check_aux(name: str, value_B: Array, reduce: str) -> None:
             got=f"shape {tuple(getattr(value_B, 'shape', ()))}",
             do="Reduce all axes except the batch: x.mean(-1) on unsharded axes, ops.mean(..., over=('seq',)) on rest.",
         )
+
+
+def check_samples(loss_B: Array, weight_B: Array) -> None:
+    """Raise UserError unless both arguments of an `ops.loss` call have one value per sample."""
+    shapes = [tuple(getattr(x, "shape", ())) for x in (loss_B, weight_B)]
+    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
+        raise UserError(
+            "ops.loss(loss_B, weight_B)",
+            expected="two arrays with one value per sample, shape (B,)",
+            got=" and ".join(
+                f"shape {shape}" if hasattr(x, "shape") else f"a {type(x).__name__}"
+                for x, shape in zip((loss_B, weight_B), shapes, strict=True)
+            ),
+            do="Reduce all axes but the batch, for example with x.sum((1, 2)); the usual weight is batch['mask'].",
+        )
+
+
+def check_layer(block: Any, result: Any) -> tuple[Any, Any]:
+    """Return (carry, out), the result of a layer of a `Stack`; UserError if the layer returned anything else."""
+    if not (isinstance(result, tuple) and len(result) == 2):
+        raise UserError(
+            f"{type(block).__name__}.__call__{line_of_method(block, '__call__')}",
+            expected="a layer of a Stack to return (carry, out)",
+            got="None" if result is None else f"a {type(result).__name__}",
+            do="End it with `return x, None` if the layer has no output beside the carry.",
+        )
+    return result

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from portatrain.config import check_types
 from portatrain.errors import UserError
+from portatrain.errors.users_code import line_of_method
 
 Array = Any
 """A numpy.ndarray, jax.Array, torch.Tensor or DTensor: the array type of the namespace ``xp``."""
@@ -143,10 +144,35 @@ class Rule:
         Results have the dtype of ``grad``, since Python numbers do not promote in NumPy 2, JAX or torch.
         """
         lr = self.lr * scale
-        step, new_slots = self.step(xp, info=info, grad=grad, param=param, slots=slots, lr=lr, count=count)
+        found = self.step(xp, info=info, grad=grad, param=param, slots=slots, lr=lr, count=count)
+        step, new_slots = self._checked(found, info=info, grad=grad, slots=slots)
         if decay and self.weight_decay:
             step = step + (lr * self.weight_decay) * param
         return -step, new_slots
+
+    def _checked(self, found: object, *, info: Info, grad: Array, slots: Slots) -> Step:
+        """Return what `step` returned; UserError unless it is (an update, one new value for each slot)."""
+        if isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping):
+            step, new = found
+            wanted = {"the update": grad.shape} | {f"slot {name!r}": slots[name].shape for name in slots}
+            shapes: dict[str, Any] = {"the update": getattr(step, "shape", None)}
+            shapes |= {f"slot {name!r}": getattr(value, "shape", None) for name, value in new.items()}
+            if shapes == wanted:
+                return step, dict(new)
+            wrong = next(name for name in {**wanted, **shapes} if wanted.get(name) != shapes.get(name))
+            expected = f"{wrong} of shape {tuple(wanted[wrong])}" if wrong in wanted else "the declared slots alone"
+            there = shapes.get(wrong)
+            missing = f"{wrong} that is no array" if wrong in shapes else f"no {wrong}"
+            got = missing if there is None else f"shape {tuple(there)}"
+        else:
+            expected, got = "(update, {slot name: new value})", f"a {type(found).__name__}"
+        kind = type(self)
+        raise UserError(
+            f"{kind.__qualname__}.step{line_of_method(self, 'step')} for {info.name}",
+            expected=expected,
+            got=got,
+            do="Return the update and every slot that slots(info) declares, each in its shape.",
+        )
 
 
 def require(config: object, field: str, good: bool, expected: str) -> None:

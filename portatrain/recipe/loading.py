@@ -10,7 +10,6 @@ import importlib
 import importlib.util
 import re
 import sys
-import traceback
 from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
@@ -18,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from portatrain.errors import UserError, choice
+from portatrain.errors.users_code import explained, line_of, shown, with_trace
 from portatrain.recipe import overrides
 from portatrain.recipe.recipe import Recipe
 
@@ -32,6 +32,11 @@ def apply_overrides(recipe: Recipe, assignments: Iterable[str]) -> Recipe:
 
 _LOADED: dict[str, None] = {}
 """The modules that recipes of this process were loaded from, in order: overrides may name their classes."""
+
+
+def loaded_modules() -> list[ModuleType]:
+    """Return the modules that recipes of this process were loaded from."""
+    return [sys.modules[name] for name in _LOADED if name in sys.modules]
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -102,7 +107,7 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
         raise UserError(
             what,
             expected="recipe() to return a portatrain.Recipe",
-            got=f"a {type(made).__name__}",
+            got=f"a {type(made).__name__}{line_of(function)}",
             do="End the function with: return Recipe(...).",
         )
     return made
@@ -141,16 +146,23 @@ def _run(what: str, function: Any) -> Any:
     """Call the user's code; report an exception from it as one UserError with file and line."""
     try:
         return function()
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
-        place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else ""
-        if isinstance(error, SyntaxError):
-            place = f" ({error.filename}, line {error.lineno})"
-        raise UserError(
-            what,
-            expected="a file that runs and whose recipe() returns a Recipe",
-            got=f"{type(error).__name__}: {error}{place}",
-            do="Correct the file and try again.",
+    except SyntaxError as error:
+        line = f", {shown(error.filename)}, line {error.lineno}" if error.filename else ""
+        raise with_trace(
+            UserError(
+                f"{what}{line}",
+                expected="valid Python",
+                got=f"{type(error).__name__}: {error.msg}",
+                do="Correct that line, or the one before it.",
+            ),
+            error,
         ) from error
+    except SystemExit as error:
+        raise UserError(
+            what, expected="a file that runs", got=f"SystemExit: {error}", do="Remove the call that ends the program."
+        ) from error
+    except Exception as error:
+        mistake = explained(error) or explained(error, what)
+        if mistake is None:
+            raise
+        raise mistake from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from portatrain import config
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
+from portatrain.errors.users_code import line_of, line_of_method
 from portatrain.model.lora import LoRA, adapt, is_factor
 from portatrain.model.module import Definition, Module, describe
 from portatrain.model.precision import stored
@@ -221,6 +222,23 @@ class Recipe:
         tokens = self.data.tokens_per_sample()
         return None if tokens is None else float(counted(tokens))
 
+    def lr_scale(self, step: int) -> float:
+        """Return the schedule's multiplier of the learning rate at ``step``, counted from 1.
+
+        Raises:
+            UserError: the schedule returns anything but a finite number.
+        """
+        scale = self.schedule(step, self.steps)
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+            kind = type(self.schedule)
+            raise UserError(
+                f"schedule {kind.__qualname__}{line_of(kind)}",
+                expected=f"a finite number for step {step} of {self.steps}",
+                got=repr(scale),
+                do="Return the multiplier of the learning rate as a Python number.",
+            )
+        return float(scale)
+
     @property
     def microbatch(self) -> int:
         """The number of samples in a microbatch."""
@@ -255,12 +273,20 @@ class Recipe:
 
     def describe(self) -> Definition:
         """Build the model, with its LoRA factors if any, and return its tensors in the dtypes of ``precision``."""
+        kind = type(self.model)
+        if not callable(getattr(self.model, "build", None)):
+            raise UserError(
+                f"recipe {self.name}: model {kind.__qualname__}{line_of(kind)}",
+                expected="a configuration with a method build() that returns a portatrain.Module",
+                got="a class without build()",
+                do="Add it: def build(self): return Model(self).",
+            )
         model = self.model.build()
         if not isinstance(model, Module):
             raise UserError(
                 f"recipe {self.name}: model",
-                expected=f"a portatrain.Module from {type(self.model).__name__}.build()",
-                got=repr(model),
+                expected=f"a portatrain.Module from {kind.__name__}.build()",
+                got=f"{model!r}{line_of_method(self.model, 'build')}",
                 do="Return the model at the end of build().",
             )
         return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
@@ -307,15 +333,16 @@ class Recipe:
         return config.to_json(self)
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Recipe:
+    def from_json(data: Mapping[str, Any], *, trusted: Callable[[str], bool] = lambda module: True) -> Recipe:
         """Return the recipe that ``to_json`` wrote.
 
-        If a recipe file defines classes of its own, load it with ``load_recipe`` first.
+        If a recipe file defines classes of its own, load it with ``load_recipe`` first. ``trusted``: the modules that
+        may be imported, as in `config.from_json`; all of them for the record of a run.
 
         Raises:
             UserError: a class that cannot be imported, an unknown or missing field, or the JSON of another class.
         """
-        loaded = config.from_json(dict(data))
+        loaded = config.from_json(dict(data), trusted=trusted)
         if not isinstance(loaded, Recipe):
             raise UserError(
                 "recipe", expected="the JSON of a Recipe", got=type(loaded).__name__, do="Pass the result of to_json."

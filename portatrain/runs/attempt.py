@@ -99,11 +99,19 @@ class Attempt:
 
 
 def keep_error(path: Path, error: BaseException) -> str:
-    """Write the traceback of `error` to `path` if possible; return the reason in one line."""
+    """Write `error` and its traceback to `path` if possible; return the reason in one line.
+
+    A user's mistake has a traceback only if it is in the user's own code; its paragraph is the last line of the file.
+    """
     said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
     with contextlib.suppress(OSError, ValueError):
-        text = said if isinstance(error, UserError) else "".join(traceback.format_exception(error)).rstrip()
+        if isinstance(error, UserError):
+            text = f"{error.trace}\n\n{said}" if error.trace else said
+        else:
+            text = "".join(traceback.format_exception(error)).rstrip()
         path.write_text(text + "\n", encoding="utf-8", errors="replace")
+        if isinstance(error, UserError) and error.trace:
+            error.kept = str(path)
     return " ".join(said.split())[:LONGEST]
 
 

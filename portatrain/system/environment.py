@@ -125,6 +125,16 @@ HANG_S = Variable[float | None](
     otherwise="an hour before the first step is done, then 20 times the slowest step and at least 10 minutes",
     set_by="you, or `hang_s` of a Slurm cluster",
 )
+TRACEBACK = Variable[bool](
+    name="PORTATRAIN_TRACEBACK",
+    about="1: before the paragraph on a mistake in your own code (a model, a hook, a recipe), print its traceback. A "
+    "run keeps the traceback in any case, in `attempts/K/error.txt`.",
+    kind="0 or 1",
+    read=lambda text: text != "0",
+    default=False,
+    otherwise="the paragraph is printed alone",
+    set_by=YOU,
+)
 NOTICES = Variable[str](
     name="PORTATRAIN_NOTICES",
     about="The cloud whose metadata server is asked for notices: `gcp` or `aws`, with `=URL` for another address of "
@@ -145,13 +155,22 @@ READ_ONCE = Variable[bool | None](
     otherwise="1 for an object store and for a run on several hosts, else 0",
     set_by=YOU,
 )
+CHECK = Variable[bool](
+    name="PORTATRAIN_CHECK",
+    about="0: `launch` does not run `portatrain check` for recipes that it has not seen.",
+    kind="one of 0, 1",
+    read=_flag,
+    default=True,
+    otherwise="1",
+    set_by=YOU,
+)
 SAVE_MEMORY_GIB = Variable[float | None](
     name="PORTATRAIN_SAVE_MEMORY_GIB",
     about="Host memory, in GiB, for the copies of the state that a process keeps while a save is being written.",
     kind="a number of GiB, such as 2.5",
     read=_amount,
     default=None,
-    otherwise="half of the free memory",
+    otherwise="half of the free memory, over the processes on this host; the limits of its cgroups count",
     set_by=YOU,
 )
 SCRATCH = Variable[Path | None](

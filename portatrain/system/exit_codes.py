@@ -11,6 +11,8 @@ OK = 0
 """Done."""
 FAILED = 1
 """A bug of portatrain, or of a recipe's code: a traceback was printed."""
+FOUND = 1
+"""A command that checks or compares has found something (`check`, `ckpt verify`, `ckpt diff`); it is printed."""
 MISTAKE = UserError.code
 """A user's mistake (2): one paragraph was printed, and a retry would fail in the same way."""
 STORAGE = StorageError.code

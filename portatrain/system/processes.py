@@ -24,14 +24,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from portatrain.errors import StorageError, UserError, storage_error
-from portatrain.system import environment
-from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, RESUMABLE
-from portatrain.system.stop_signals import stopping_signals
+from portatrain.errors import StorageError, UserError, storage_error, users_code
+from portatrain.system import environment, proxies
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, OK, RESUMABLE
+from portatrain.system.stop_signals import note_left, stopping_signals
 
 GRACE_S = 3.0
 """Seconds in which the other processes may end by themselves after one has failed."""
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LEAVING_S = 10.0
 """Seconds in which the other processes may end after one has exited at once."""
 
@@ -78,6 +77,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
             environment.REPORTS.name: folder,
             environment.PARENT.name: str(os.getpid()),
         }
+        proxies.bypass(shared.get("MASTER_ADDR", ""), env=shared)
         # Simulated devices share the cores of one machine.
         shared.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "portatrain.system.processes", entry, json.dumps(dict(args))]
@@ -146,13 +146,15 @@ def _end(code: int) -> int:
     """The exit code of a process, where a signal to stop that came before it could listen counts as heard."""
     if code == -signal.SIGINT:
         return INTERRUPTED
-    return RESUMABLE if -code in STOPPING else code
+    return RESUMABLE if -code in stopping_signals() else code
 
 
 def _end_of_all(codes: list[int]) -> int:
     """The exit code of processes of which none failed; those that were killed for waiting in vain do not count."""
     ends = [_end(code) for code in codes if _end(code) in NOT_FAILURES]
-    return _end(codes[0]) if _end(codes[0]) in ends else max(ends, default=FAILED)
+    if _end(codes[0]) == OK:  # it has written that the run is done
+        return OK
+    return max(ends, default=FAILED)
 
 
 def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder: Path) -> int:
@@ -174,7 +176,10 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
     found = reports[r]
     if found["user"] is not None:
         kind = StorageError if found["code"] == StorageError.code else UserError
-        raise kind(found["user"]["what"], **{k: v for k, v in found["user"].items() if k != "what"})
+        said = found["user"]
+        error = kind(said["what"], expected=said["expected"], got=said["got"], do=said["do"])
+        error.trace, error.kept = said["trace"], said["kept"]
+        raise error
     print(f"error: process {r} of {len(processes)} failed; the others were stopped.\n{found['text']}", file=sys.stderr)
     return FAILED
 
@@ -228,23 +233,28 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), name)
     try:
         return function(argparse.Namespace(**args))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before it listens for signals; the others wait for this process in vain
+        note_left(INTERRUPTED)
         return INTERRUPTED
     except UserError as error:
         return _report_user(error)
     except OSError as error:
-        storage = storage_error(error)
-        if storage is not None:
-            return _report_user(storage)
+        found = storage_error(error) or users_code.explained(error)
+        if found is not None:
+            return _report_user(found)
         _report(None)
         return FAILED
-    except BaseException:
+    except BaseException as error:
+        mistake = users_code.explained(error)
+        if mistake is not None:
+            return _report_user(mistake)
         _report(None)
         return FAILED
 
 
 def _report_user(error: UserError) -> int:
-    _report({"what": error.what, "expected": error.expected, "got": error.got, "do": error.do}, error.code)
+    said = {"what": error.what, "expected": error.expected, "got": error.got, "do": error.do + users_code.where(error)}
+    _report({**said, "trace": error.trace, "kept": error.kept}, error.code)
     return error.code
 
 
@@ -280,12 +290,3 @@ def ends_at_once(call: Callable[[], int]) -> int:
 
 if __name__ == "__main__":
     main()
-
-
-def peak_rss_bytes() -> int:
-    """Return the maximum host memory that this process has used, in bytes."""
-
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

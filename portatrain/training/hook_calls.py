@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from portatrain.errors import UserError
+from portatrain.errors import UserError, users_code
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
 from portatrain.runs.events import Kind
@@ -50,7 +49,8 @@ class HookCalls:
                     raise TypeError(f"on_end returned a {type(found).__name__}, not a mapping")
                 entries |= found
             except Exception as error:
-                why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}{_place(error)}"
+                why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+                why += users_code.where(error)
                 name = type(hook).__name__
                 self._view.event(Kind.HOOK_FAILED, hook=name, method="on_end", why=why[:500])
                 if not self._view.process:
@@ -61,17 +61,13 @@ class HookCalls:
 def _call(hook: Any, method: str, *arguments: Any) -> None:
     try:
         getattr(hook, method)(*arguments)
-    except UserError:
-        raise
     except Exception as error:
-        raise UserError(
-            f"hook {type(hook).__name__}.{method}",
-            expected="a method that returns",
-            got=f"{type(error).__name__}: {error}{_place(error)}",
-            do="Correct the hook, or leave it out with --set hooks=() in a new run.",
-        ) from error
+        mistake = _mistake(hook, method, error)
+        if mistake is None:
+            raise
+        raise mistake from error
 
 
-def _place(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    return f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+def _mistake(hook: Any, method: str, error: Exception) -> UserError | None:
+    """Return the paragraph for a hook that raised; None if it raised a paragraph itself, or the machine failed."""
+    return users_code.explained(error, f"hook {type(hook).__name__}.{method}")

@@ -62,7 +62,7 @@ class StepRecords:
             step=step,
             loss=loss,
             grad_norm=norm,
-            lr=recipe.optimizer.lr * recipe.schedule(step, recipe.steps),
+            lr=recipe.optimizer.lr * recipe.lr_scale(step),
             tokens=recipe.samples_after(step) * info.tokens_per_step // recipe.batch,
             time_s=now_s - self.began_s,
             step_s=step_s,

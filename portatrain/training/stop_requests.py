@@ -89,7 +89,7 @@ class StopRequests:
         self.sinks.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
 
     def _leave(self, why: str) -> None:
-        status = "interrupted" if self.asked == "interrupt" else "preempted"
+        status = "done" if self.signals.finished else "interrupted" if self.asked == "interrupt" else "preempted"
         self.sinks.end({"status": status, "left_at_once": why})
         self.attempt.close()
 

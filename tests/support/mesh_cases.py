@@ -147,6 +147,9 @@ CASES: dict[str, Case] = {
     "lm, remat of dots": Case(model=_lm(dropout=0.1, softcap=20.0), options={"remat": "dots"}),
     "lm, remat but attention": Case(model=_lm(dropout=0.1), options={"remat": "attention"}),
     "lm, a step that is not finite": Case(model=_lm(), accumulation=2, blank_step=2),
+    "lm, a step that is not finite, odd sizes": Case(
+        model=_lm(embed=31, head_dim=8, layers=1), accumulation=2, blank_step=2
+    ),
     "lm, Muon": Case(model=_lm(), optimizer=Muon(lr=0.02)),
     "lm, Adafactor": Case(model=_lm(), optimizer=Adafactor(lr=1e-3)),
     "lm, Lion": Case(model=_lm(), optimizer=Lion(lr=3e-5)),

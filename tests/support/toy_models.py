@@ -162,7 +162,7 @@ class Nested(Module):
 
 class TwoTowers(Module):
     """Two towers with in-batch negatives (Radford et al. 2021, arXiv:2103.00020), both directions; `scale`
-    is a parameter that the comparison itself uses. The two halves of a sample's tokens belong together."""
+    is a parameter of the comparison itself. Each sample's tokens are cut in two halves, which belong together."""
 
     def __init__(self, *, vocab: int, embed: int, rate: float = 0.0, group: int | None = None) -> None:
         self.first, self.second = (Embedding(vocab=vocab, embed=embed, init=1.0) for _ in range(2))

@@ -40,7 +40,7 @@ def hash_of(folder: Path) -> str:
         "portatrain/model/layout.py",
         "portatrain/runs/run_dir.py",
         "portatrain/backends/torch/__init__.py",
-        "portatrain/errors.py",
+        "portatrain/errors/__init__.py",
         "recipes/models/decoder.py",
     ],
 )

@@ -120,7 +120,7 @@ class Nothing(DataSpec):
         (wrong(Pages, "texts", {"a": 7}), r"Pages.documents\(\): expected a text of document 'a'.*got a int"),
         (wrong(Pages, "documents", lambda self: [("a", "b"), ("a", "c")]), "got two of the name 'a'"),
         (wrong(Pages, "documents", lambda self: ["a"]), r"expected pairs \(name, text\).*got a str"),
-        (wrong(Pages, "documents", fails), r"Pages.documents\(\).*RuntimeError: the disk is gone .*line \d+"),
+        (wrong(Pages, "documents", fails), r"Pages.documents\(\) .*line \d+, in fails.*RuntimeError: the disk is gone"),
         (wrong(Pages, "texts", {}), "at least one document with content in the train split"),
         (wrong(Pairs, "sample", fails), r"Pairs.sample\(\d+\).*the disk is gone"),
         (wrong(Pairs, "sample", lambda self, i: {"x": "text"}), "expected an array of numbers"),

@@ -34,6 +34,7 @@ from portatrain.backends.deepspeed.engine import (
     zero_state,
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
+from portatrain.backends.deepspeed.probe import norms
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, initial_box
 from portatrain.backends.torch.accumulation import aux_value
@@ -288,13 +289,18 @@ class ZeroBackend(MeshBackend):
 
     @staticmethod
     def _drop(held: ZeroState) -> None:
-        """Make DeepSpeed drop its gradients, in the same way in which it drops gradients that are not finite."""
-        for group in held.zero.averaged_gradients.values():
-            for gradient in group or ():
-                gradient.fill_(torch.nan)
+        """Make DeepSpeed drop its gradients, in the same way in which it drops gradients that are not finite.
+
+        Stage 3 keeps the buffers and never writes the elements that pad a process's part, so NaN must not stay there.
+        """
+        buffers = [g for group in held.zero.averaged_gradients.values() for g in group or ()]
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
         held.engine.step()
         if not held.zero.overflow:
             raise RuntimeError("DeepSpeed took a step with gradients that are not finite")
+        for buffer in buffers:
+            buffer.zero_()
 
     def _average(self, state: TorchState, decay: float) -> None:
         for i, average in state.ema.items():
@@ -320,7 +326,14 @@ class ZeroBackend(MeshBackend):
 
     # ---- without an update
 
-    probe: Any = None  # the continuity check takes losses and hashes alone
+    def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+        held = zero_state(state)
+        self._accumulate(state, batch, step)
+        norm, clip = float(self._norm(state)), self.program.clip_norm
+        found = norms(self, held, clip=clip / norm if clip is not None and norm > clip else 1.0, scale=scale)
+        self._drop(held)
+        return found
+
     restore_shared: Any = None  # it reads flat ranges of its own
 
     @torch.no_grad()
@@ -344,9 +357,12 @@ class ZeroBackend(MeshBackend):
         count = held.client.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
-    def _ranges(self, held: ZeroState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
+    def _ranges(
+        self, held: ZeroState, *, empty: bool = False
+    ) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
         """Yield (logical tensor, index in its Stacks, this process's elements, the index of the first element in the
-        flattened layer) of everything in `held` except the count."""
+        flattened layer) of everything in `held` except the count; with `empty`, also slots and averages of which this
+        process holds nothing."""
         tensors, beside = self._inventory
         for i, p in enumerate(held.pieces):
             part = held.parts.get(i)
@@ -356,7 +372,7 @@ class ZeroBackend(MeshBackend):
                 yield tensors[p.role, p.name], p.index, part.values, part.start
             else:  # frozen: DeepSpeed cuts it, and updates nothing
                 yield tensors[p.role, p.name], p.index, *self._frozen(p)
-            if part is None or not part.n:
+            if part is None or not (part.n or empty):
                 continue
             slots = held.client.slots_of(part.flat)
             for tensor in beside.get(p.name, ()):

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, kernels
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="jax")
@@ -52,10 +52,10 @@ def attention(
     that a query may see nothing; None: True if positions or two kinds of segments are given."""
     (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
     rows, heads, parts = shards
-    traits = kernels.attention_traits(options) | ({"uneven"} if s % parts else set())
+    traits = choose_kernel.attention_traits(options) | ({"uneven"} if s % parts else set())
     shape = (-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d)
     case = kernels.Case(site=site, dtype=q_BSHD.dtype.name, shape=shape, traits=traits)
-    return kernels.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
+    return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
 
 
 def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:

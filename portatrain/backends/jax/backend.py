@@ -25,6 +25,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.across_samples import Across
 from portatrain.model.module import TensorInfo
@@ -45,6 +46,7 @@ class JaxBackend:
 
     def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
+        self.ids = TokenIds(self.definition)
         if devices is None:
             join()
         self.devices = device_mesh(self.layout.mesh, devices, program.order)
@@ -106,6 +108,8 @@ class JaxBackend:
             layout=self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
             site=self.site,
+            given=batch,
+            ids=self.ids,
             across=across or Across(),
         )
 
@@ -307,7 +311,8 @@ class JaxBackend:
     def _probe(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
         grads, *_ = self._accumulate(state, batch, step)
         deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
-        return norms(self.definition.params, self.state_arrays(state), grads, deltas)
+        wide = self.devices.devices.flat[0].platform in ("cpu", "gpu", "cuda", "rocm")
+        return norms(self.definition.params, self.state_arrays(state), grads, deltas, wide=wide)
 
     def probe(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         found = self._probes(state, self._put(batch, 1), np.int32(step), np.float32(scale))
@@ -315,7 +320,7 @@ class JaxBackend:
 
     def _eval(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
         ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
-        loss = self._module(params, states)(ops, batch)
+        loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
 
@@ -339,6 +344,7 @@ class JaxBackend:
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """Put the batch on the devices; `lead` is the axis of the samples."""
+        self.ids.begin(batch)
         placed = {}
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value
@@ -386,6 +392,11 @@ class JaxBackend:
         if self.processes == 1:
             return value
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+    def add_up(self, words: np.ndarray) -> np.ndarray:
+        """Return the sums of `words`, uint64, over all processes, modulo 2^64. JAX carries them as 32-bit halves."""
+        every = multihost_utils.process_allgather(words.view(np.uint32))
+        return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
 
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]

@@ -21,11 +21,12 @@ from portatrain.backends.jax.low_precision import contraction, low_rows, transpo
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -82,6 +83,9 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
+    given: Any = None
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
     across: Across | None = dataclasses.field(default_factory=Across)
 
     @property
@@ -116,8 +120,14 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         )
         return self._along(product, out, split)
 
+    def _note(self, table_VE: Any, ids: Any) -> None:
+        shape = getattr(plain(table_VE), "shape", None)  # None: with LoRA factors, which the operation refuses
+        if self.ids is not None and shape:
+            self.ids.note(self.given, ids, shape[0])
+
     def embed(self, table_VE: Any, ids: Any) -> Any:
         # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
+        self._note(table_VE, ids)
         table, find = plain(table_VE), self._finder(table_VE, ids)
         if self._is_low(table_VE):
             return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
@@ -255,6 +265,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         total, loss_B, weight_B = cross_entropy(
             x,
             self.weight(table_VE),
@@ -268,6 +279,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.astype(jnp.float32)
         return Loss(jnp.sum(loss_B), weight_B.astype(jnp.float32), jax.lax.stop_gradient(loss_B))
 
@@ -289,7 +301,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             layer = self.layer * stack.n + index
             inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named, across=None)
             args = shared if per_layer is None else (*shared, extra)
-            carry, out = nnx.merge(graph, mine)(inner, carry, *args)
+            block = nnx.merge(graph, mine)
+            carry, out = check_layer(block, block(inner, carry, *args))
             recorded.update(inner.auxes)
             return carry, (out, {k: a.value_B for k, a in inner.auxes.items()}, inner.tallies)
 

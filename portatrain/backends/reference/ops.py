@@ -17,7 +17,7 @@ from portatrain.model.attention_rules import slopes_of
 from portatrain.model.bind import bind, source_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.rope import RopeScaling
 
 Array = np.ndarray
@@ -66,6 +66,13 @@ class ReferenceOps(ReferenceArrays):
         return np.einsum(spec, *operands)
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):
+            raise UserError(
+                "ops.embed",
+                expected=f"ids from 0 to {len(table_VE) - 1}, the rows of the table",
+                got=f"some from {ids.min()} to {ids.max()}",
+                do="Enlarge the table, or correct the ids.",
+            )
         return table_VE[ids]
 
     def bias(self, x: Array, p: Array) -> Array:
@@ -238,6 +245,7 @@ class ReferenceOps(ReferenceArrays):
         return self.loss((each * weight).sum(rest), weight.sum(rest))
 
     def loss(self, loss_B: Array, weight_B: Array) -> Loss:
+        check_samples(loss_B, weight_B)
         return Loss(loss_B.sum(), weight_B, loss_B)
 
     def across_samples(self, fn: Callable[..., Any], *xs: Array, group: int | None = None) -> Loss:
@@ -275,7 +283,7 @@ class ReferenceOps(ReferenceArrays):
         return carry, tree_map(lambda *leaves: np.stack(leaves), outs[0], *outs[1:])
 
     def _layer(self, block: Module, *args: Any) -> tuple[Any, Any]:
-        return bind(block, self.value)(self, *args)
+        return check_layer(block, bind(block, self.value)(self, *args))
 
     def value(self, p: Param | State) -> Array:
         """Return the array of `p` in the present layer."""

@@ -1,4 +1,5 @@
-"""Compute attention: with torch's fused kernel if it covers the case, else written out (`backends/kernels.py` decides).
+"""Compute attention: with torch's fused kernel if it covers the case, else written out (`choose_kernel.py`
+decides).
 
 Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 """
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, kernels
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="torch")
@@ -108,7 +109,7 @@ def _kernel(
         shape=shape,
         traits=frozenset(name for name, there in zip(names, present, strict=True) if there),
     )
-    kernel = kernels.choose("attention", case).kernel
+    kernel = choose_kernel.choose("attention", case).kernel
     LOADED.setdefault(kernel.where, kernel.load())
     return kernel.where
 

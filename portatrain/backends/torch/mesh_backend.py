@@ -94,9 +94,9 @@ class MeshBackend(OneDevice):
 
     # ---- the step
 
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         mine = {k: v[self.world.my_rows(v.shape[0])] for k, v in batch.items()}
-        return self._values(super()._put(mine))
+        return self._values(super()._placed(mine))
 
     def _values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world.values is None:
@@ -210,6 +210,12 @@ class MeshBackend(OneDevice):
         mine = torch.tensor(value)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         return int(mine)
+
+    def add_up(self, words: np.ndarray) -> np.ndarray:
+        """Return the sums of `words`, uint64, over all processes, modulo 2^64."""
+        mine = torch.from_numpy(words.view(np.int64).copy())
+        dist.all_reduce(mine)
+        return mine.numpy().view(np.uint64)
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         """Yield every box that this process holds. Several processes yield the same box if the layout does not cut

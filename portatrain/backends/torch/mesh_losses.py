@@ -34,6 +34,7 @@ class MeshLosses(RowOps):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
         # Tokens stay sharded over their own axes, but each process of the vocab axis needs its whole row of logits.

@@ -141,6 +141,7 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
         sum."""
+        self._note(table_VE, ids)
         table, ids = self.weight(table_VE), self._value(ids)
         whole = self._keep(ids)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]

@@ -24,6 +24,7 @@ from portatrain.backends.state import (
     inventory,
     sample_words,
 )
+from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
 from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
@@ -69,6 +70,7 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition
+        self.ids = TokenIds(self.definition)
         self.device = self._device()
         row = row_of(self.device)
         check_device(row, program.precision)
@@ -132,6 +134,8 @@ class OneDevice(Accumulates, StandaloneOps):
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
             **self._runners,
             kept={},
+            given=batch,
+            ids=self.ids,
         )
 
     # ---- states
@@ -329,6 +333,11 @@ class OneDevice(Accumulates, StandaloneOps):
         return x_B.cpu().numpy()
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """Check the ids of a global batch; return this process's rows on the device."""
+        self.ids.begin(batch)
+        return self._placed(batch)
+
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {
             k: torch.from_numpy(sample_words(v) if k == "sample" else np.ascontiguousarray(v)).to(self.device)
             for k, v in batch.items()

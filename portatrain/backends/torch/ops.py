@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
@@ -25,7 +26,7 @@ from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Aux, Loss, check_aux
+from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import RopeScaling
 
@@ -72,6 +73,9 @@ class TorchOps(AcrossSamples, TorchArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     kept: dict[Any, Any] | None = None
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
     across: Across | None = None
     """None in the block of a Stack."""
 
@@ -96,7 +100,12 @@ class TorchOps(AcrossSamples, TorchArrays):
         contracted, transposed = plan
         return _as_matmul(xs[0], xs[1], contracted, transposed)
 
+    def _note(self, table_VE: Tensor, ids: Tensor) -> None:
+        if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):
+            self.ids.note(self.given, ids, table_VE.shape[0])
+
     def embed(self, table_VE: Tensor, ids: Tensor) -> Tensor:
+        self._note(table_VE, ids)
         if self.static.compute != torch.float32:
             return low_rows(table_VE, ids, self.static.compute)
         return F.embedding(ids, self.weight(table_VE))
@@ -243,6 +252,7 @@ class TorchOps(AcrossSamples, TorchArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         whole, chunk = self.losses
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, whole=whole, chunk=chunk
@@ -250,6 +260,7 @@ class TorchOps(AcrossSamples, TorchArrays):
         return Loss(total, weight_B, loss_B)
 
     def loss(self, loss_B: Tensor, weight_B: Tensor) -> Loss:
+        check_samples(loss_B, weight_B)
         loss_B = loss_B.float()
         return Loss(loss_B.sum(), weight_B.float(), loss_B.detach())
 
@@ -323,7 +334,7 @@ def run_block(
     make: Callable[..., TorchOps] = static.ops or TorchOps
     ops = make(static, *context, kept=kept)
     # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
-    carry, out = (block if static.calls else block.forward)(ops, carry, *args)
+    carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
 
 

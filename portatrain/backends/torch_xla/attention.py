@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, kernels
 from portatrain.backends.torch.attention import alibi_bias, visible
 from portatrain.model.attention_rules import slopes_of
 
@@ -22,9 +22,9 @@ def attention(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, site: kernels.S
     """Run the kernel that the table chooses; see `Ops.attention`."""
     b, s, h, d = q_BSHD.shape
     shape = (b, s, k_BTKD.shape[1], h, k_BTKD.shape[2], d)
-    dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), kernels.attention_traits(options)
+    dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), choose_kernel.attention_traits(options)
     case = kernels.Case(site=site, dtype=dtype, shape=shape, traits=traits)
-    return kernels.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, **options)
+    return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, **options)
 
 
 def written_out(

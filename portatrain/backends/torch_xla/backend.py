@@ -21,6 +21,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
+from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
@@ -64,6 +65,7 @@ class XlaBackend(OneDevice):
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition
+        self.ids = TokenIds(self.definition)
         self.remat = remat.parse(program.remat)
         self._check(program)
         self.devices = Devices(program.layout)
@@ -124,6 +126,8 @@ class XlaBackend(OneDevice):
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
             **self._runners,
             kept={},
+            given=batch,
+            ids=self.ids,
         )
 
     def _numbers(self, step: int, scale: float = 0.0) -> Numbers:
@@ -155,6 +159,7 @@ class XlaBackend(OneDevice):
         return XlaState(made.module, made.pieces, made.optimizer, made.beside, count_1)
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        self.ids.begin(batch)
         placed = {}
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value

@@ -7,15 +7,16 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping
 
+from portatrain.errors.users_code import at_line
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRecord
 
 
 class Broadcast:
-    """A ``Sink`` that hands everything on to others.
+    """A ``Sink`` that passes everything to other sinks.
 
-    A sink that raises is dropped: the others get one event `sink_failed`, and standard error gets one line. The run's
-    own record, ``record``, is not dropped: without it a run cannot go on, so what it raises is raised here.
+    A sink that raises an error is dropped: the others get one event `sink_failed`, and standard error gets one line.
+    The run's own record, ``record``, is not dropped, because a run cannot continue without it: its errors are raised.
     """
 
     def __init__(self, sinks: Iterable[Sink] = (), *, record: Sink | None = None) -> None:
@@ -50,8 +51,10 @@ class Broadcast:
                 if self.record is not None:
                     call(self.record)
             finally:
-                for sink, why in failed:
-                    self._tell(type(sink).__name__, f"{type(why).__name__}: {why}"[:500])
+                for sink, raised in failed:
+                    line = at_line(raised, called=True)
+                    why = f"{type(raised).__name__}: {raised}"[:500] + (f" ({line})" if line else "")
+                    self._tell(type(sink).__name__, why)
 
     def _tell(self, sink: str, why: str) -> None:
         with contextlib.suppress(OSError, ValueError):  # it may be standard error that is gone

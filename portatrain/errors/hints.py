@@ -1,0 +1,181 @@
+"""What to say of a mistake in a user's code, by the error and by the kind of code."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+WHICH_OPS = "docs/reference/which-ops.md"
+"""The page that says which operation takes the place of a name of NumPy, flax or torch."""
+TRACED = re.compile(r"^(Tracer|Concretization|NonConcreteBoolean|GuardOnDataDependent)|Can't call numpy\(\)")
+KINDS = {
+    "Module": "a model that runs",
+    "Rule": "an optimizer rule that returns (update, new slots)",
+    "Schedule": "a schedule that returns a number for every step",
+    "Hook": "a hook that returns",
+    "DataSpec": "a data source that returns samples",
+    "Recipe": "a recipe that fits together",
+}
+"""The base classes of portatrain, and what their subclasses have to do."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """The place of a mistake: `text` has file, line and method.
+
+    owner: the object of the method. called: the innermost of portatrain's public methods that the line called. last:
+    the line itself raised the error. numpy: NumPy raised it. takes: the arguments of the method, if those that
+    portatrain gave it do not fit. class_itself: an attribute of `owner` is missing that portatrain asks for.
+    """
+
+    text: str
+    owner: Any
+    called: FrameType | None = None
+    last: bool = False
+    numpy: bool = False
+    takes: str = ""
+    class_itself: bool = False
+
+
+@dataclass(frozen=True)
+class Hint:
+    """The parts of the message after its subject."""
+
+    expected: str
+    got: str
+    do: str
+
+
+def hint(error: Exception, said: str, place: Place | None) -> Hint:
+    """Return what to say of `error`; `said` is its own message on one line."""
+    plain = Hint(_expected(place), said, "Correct that line, or what calls it.")
+    if place is None:
+        return Hint("a method that returns", said, "Correct it.")
+    if place.takes:
+        return _arguments(place, said)
+    if isinstance(error, AttributeError):
+        return _attribute(error, said, place) or plain
+    if "NoneType" in said:
+        return _none(said)
+    if TRACED.search(said) or place.numpy:
+        return Hint(
+            "operations of `ops` in a model, and of `xp` in an optimizer rule",
+            said,
+            f"NumPy and Python's `if`, `float()` and `bool()` cannot read an array that is being compiled or that has "
+            f"a gradient; {WHICH_OPS} says which operation takes their place.",
+        )
+    if isinstance(error, KeyError) and _kind(place.owner) == "Rule":
+        return Hint(
+            "a slot that slots(info) declares",
+            said,
+            "Declare it there, for example {'v': Slot(axes=info.axes, shape=info.shape)}.",
+        )
+    if isinstance(error, ZeroDivisionError):
+        when = "A schedule is called for the steps 1 to `steps`. " if _kind(place.owner) == "Schedule" else ""
+        return Hint("a divisor that is not 0", said, f"{when}Handle the case in which the divisor is 0.")
+    if place.called is not None and not place.last:
+        return _called(place.called, said)
+    return plain
+
+
+def _expected(place: Place | None) -> str:
+    return KINDS.get(_kind(place.owner) if place else "", "code that runs")
+
+
+def _kind(owner: object) -> str:
+    """Return the name of the base class of portatrain that an object derives from; '' if it derives from none."""
+    for one in type(owner).__mro__:
+        if one.__module__.startswith("portatrain.") and one.__name__ in KINDS:
+            return one.__name__
+    return ""
+
+
+def _none(said: str) -> Hint:
+    return Hint(
+        "an array", f"None ({said})", "A layer or function without a `return` gives None: let it return its result."
+    )
+
+
+def _attribute(error: AttributeError, said: str, place: Place) -> Hint | None:
+    owner, name = error.obj, error.name
+    if "'NoneType' object" in said:
+        return _none(said)
+    if name is None and (match := _MISSING.search(said)) and type(place.owner).__name__ == match[1]:
+        owner, name = place.owner, match[2]  # torch raises the error itself
+    if owner is None or name is None:
+        return None
+    kind = type(owner).__name__
+    if place.class_itself:
+        return Hint(f"a class with `{name}`", said, f"Define `{name}` in {kind}.")
+    if type(owner).__module__.startswith("portatrain.") and kind.endswith("Ops"):
+        near = _near(name, [n for n in dir(owner) if not n.startswith("_")], "ops.")
+        return Hint(
+            "an operation of `ops`",
+            f"ops.{name}",
+            f"{near}{WHICH_OPS} says which operation takes the place of a name of NumPy, flax or torch.",
+        )
+    if _kind(owner) == "Module":
+        near = _near(name, _held(owner), "self.")
+        return Hint(
+            f"an attribute that {kind}.__init__ sets",
+            f"no attribute `{name}`",
+            f"{near}Set it in __init__, for example self.{name} = Param(embed=64).",
+        )
+    near = _near(name, [n for n in dir(owner) if not n.startswith("_")], "")
+    return Hint(f"an attribute of {kind}", said, f"{near}Correct that line, or define `{name}`.")
+
+
+_MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")
+
+
+def _held(module: object) -> list[str]:
+    """Return the names of what a module holds, which torch keeps in dictionaries of its own."""
+    values = vars(module)
+    names = {*values, *(n for part in ("_parameters", "_modules", "_buffers") for n in values.get(part) or ())}
+    return [name for name in names if not name.startswith("_")]
+
+
+def _near(name: str, names: list[str], prefix: str) -> str:
+    plain = {one.replace("_", "").lower(): one for one in names}
+    found = [plain[n] for n in difflib.get_close_matches(name.replace("_", "").lower(), plain, n=2, cutoff=0.6)]
+    return f"Did you mean {' or '.join(f'{prefix}{one}' for one in found)}? " if found else ""
+
+
+def _arguments(place: Place, said: str) -> Hint:
+    """A method of a user does not take the arguments that portatrain gives it."""
+    name = place.text.rpartition(".")[2]
+    called = {
+        "__call__": "a model is called as model(ops, batch), and a schedule as schedule(step, steps)",
+        "predict": "it is called as predict(ops, batch)",
+        "build": "it is called as build()",
+    }.get(name, f"the page of its kind in docs/start/ has the arguments of `{name}`")
+    return Hint(f"the arguments that portatrain gives, where it has {place.takes}", said, f"Change them: {called}.")
+
+
+def _called(frame: FrameType, said: str) -> Hint:
+    """An operation of portatrain refused what it was given: name it, with the shapes of its arrays."""
+    code, values = frame.f_code, frame.f_locals
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)]
+    shapes = [text for name in names if name != "self" and (text := _shape(values.get(name)))]
+    owner = "ops" if type(values["self"]).__name__.endswith("Ops") else type(values["self"]).__name__
+    got = f" of {', '.join(shapes)}" if shapes else ""
+    return Hint(
+        f"arguments that {owner}.{code.co_name} takes",
+        f"{owner}.{code.co_name}{got}: {said}",
+        "Correct its arguments; docs/reference/ops.md has the shapes of every operation."
+        if owner == "ops"
+        else "Correct its arguments.",
+    )
+
+
+def _shape(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return ", ".join(text for one in value if (text := _shape(one)))
+    if isinstance(value, str):
+        return repr(value) if len(value) < 80 else ""
+    shape = getattr(value, "shape", None)
+    return str(tuple(shape)) if isinstance(shape, tuple) else ""
