@@ -220,7 +220,9 @@ class ArrayOps(Protocol):
         """Run `carry, y = fn(carry, x)` over axis 1 of xs, one position after another: (last carry, ys).
 
         carry, xs and ys are arrays or trees (tuples, lists, dicts) of arrays; x is (B, ...) where xs is (B, S, ...).
-        The carry keeps shapes and dtypes. `fn` calls neither `ops.aux` nor `ops.tally`. For recurrent networks.
+        The carry keeps shapes and dtypes, so the first one has the batch axis too: zeros of the width of xs are
+        `0.0 * x_BSE[:, 0]`, and zeros of n columns are `0.0 * ops.noise(n, site=self.site)`. `fn` calls neither
+        `ops.aux` nor `ops.tally`. For recurrent networks.
         """
         ...
 

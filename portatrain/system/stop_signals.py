@@ -121,9 +121,9 @@ class StopSignals:
                 if number in _KINDS:
                     self._seen(number)
             if self.asked and not self.trained:
-                self._leave("nothing had been trained since the last checkpoint")
+                self._leave("no step was trained yet, so there is nothing to save")
             if self.asked == "preempt" and time.monotonic() > self._first_s + self._patience_s:
-                self._leave(f"the grace of {self.grace_s:g} s was nearly over")
+                self._leave(f"the grace of {self.grace_s:g} s is nearly over, so the newest steps are not saved")
 
     @property
     def _patience_s(self) -> float:
@@ -141,7 +141,7 @@ class StopSignals:
         if first:  # what other processes were asked before is no signal of ours
             self.on_asked(kind)
         elif kind == "interrupt" or now_s - self._last_s.get(number, now_s) >= SAME_S:
-            self._leave("a second signal came")
+            self._leave("a second signal came, so the newest steps are not saved")
         self._last_s[number] = now_s
 
     def _leave(self, why: str) -> None:
@@ -154,7 +154,8 @@ class StopSignals:
         telling.start()
         telling.join(2.0)
         with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            print(f"\nleaving at once: {why}; the last committed checkpoint stands", file=sys.stderr, flush=True)
+            what = f"\nstopped at once: {why}; a resumed run continues from its newest checkpoint, if it has one"
+            print(what, file=sys.stderr, flush=True)
         folder = environment.REPORTS.get()
         if folder is not None:  # the others wait for this process in vain
             with contextlib.suppress(OSError):

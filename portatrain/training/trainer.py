@@ -21,7 +21,7 @@ from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.data import prefetch
 from portatrain.errors import users_code
-from portatrain.model.layout import unknown_axes
+from portatrain.model.layout import axis_warning, unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, NullAttempt
@@ -149,8 +149,9 @@ class Trainer:
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
         self.sinks.start(self._info)
-        for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
-            self.event(Kind.WARNING, what=str(unknown))
+        unknown = unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params)
+        if unknown:
+            self.event(Kind.WARNING, what=axis_warning(unknown))
         if useless := keep_best.no_evaluated_save(self.recipe):
             self.event(Kind.WARNING, what=useless)
         if found:
@@ -176,7 +177,8 @@ class Trainer:
             attempt.finish({"status": "done", **self._summary})
             self._status = "done"
         else:
-            ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
+            preempted = Kind.CANCELLED if self._stop.cancelled else Kind.PREEMPTED
+            ends = {"interrupt": Kind.INTERRUPTED, "preempt": preempted}
             self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
             self.event(self._status, step=self.step, of=self.recipe.steps)
             attempt.write("summary.json", {"status": self._status, **self._summary})

@@ -126,8 +126,8 @@ def test_console_says_a_verdict_in_words() -> None:
     sink.event("resumed", step=30, verdict="broken", differs=["rng.word"], accepted="a reason")
     sink.event("warning", what="axis 'embd' is in no mapping")
     assert out.getvalue().splitlines() == [
-        "went on from the checkpoint of step 20. Continuity: continuous, loss 3.0e-07 (bound 1e-05)",
-        "went on from the checkpoint of step 30. Continuity: broken, different: rng.word, accepted: a reason",
+        "resumed from the checkpoint of step 20. Continuity: continuous, loss 3.0e-07 (bound 1e-05)",
+        "resumed from the checkpoint of step 30. Continuity: broken, different: rng.word, accepted: a reason",
         "warning: axis 'embd' is in no mapping",
     ]
 

@@ -51,9 +51,9 @@ class Broadcast:
                 if self.record is not None:
                     call(self.record)
             finally:
-                for sink, error in failed:
-                    line = at_line(error, called=True)
-                    why = f"{type(error).__name__}: {error}"[:500] + (f" ({line})" if line else "")
+                for sink, raised in failed:
+                    line = at_line(raised, called=True)
+                    why = f"{type(raised).__name__}: {raised}"[:500] + (f" ({line})" if line else "")
                     self._tell(type(sink).__name__, why)
 
     def _tell(self, sink: str, why: str) -> None:

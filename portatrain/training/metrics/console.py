@@ -106,7 +106,7 @@ class ConsoleSink:
 
     def event(self, kind: str, **fields: object) -> None:
         if kind == Kind.RESUMED:
-            self._line(f"went on from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
+            self._line(f"resumed from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
             return
         if kind == Kind.KERNELS:  # events.jsonl has the reasons against the others
             chosen = fields.get("choices")
