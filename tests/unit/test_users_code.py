@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 import sysconfig
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -383,3 +384,22 @@ def test_a_paragraph_of_an_operation_has_the_users_line(tmp_path: Path, capfd: p
     assert main(["train", str(file), "--run-dir", str(tmp_path / "run"), "--backend", "torch"]) == 2
     said = capfd.readouterr().err
     assert re.search(r"ops\.aux.*own\.py, line 39, in Net\.__call__", said)
+
+
+def test_an_error_under_torch_compile_has_the_line_of_the_model(tmp_path: Path) -> None:
+    """As torch.compile raises it: with the lines that it traced, which the traceback lacks."""
+
+    class TorchRuntimeError(RuntimeError):
+        real_stack: traceback.StackSummary
+
+    error = TorchRuntimeError(
+        "RuntimeError when making fake tensor call\n  Explanation: Dynamo failed to run: "
+        "got RuntimeError('einsum(): the subscripts do not fit')\n\n  Developer debug context:"
+    )
+    ours = traceback.FrameSummary(inspect.getfile(make_program), 40, "einsum")
+    error.real_stack = traceback.StackSummary.from_list(
+        [traceback.FrameSummary(str(tmp_path / "own.py"), 24, "__call__"), ours]
+    )
+    found = explained(error)
+    assert found is not None and f"{tmp_path / 'own.py'}, line 24, in __call__" in str(found)
+    assert "got RuntimeError: einsum(): the subscripts do not fit" in str(found)
