@@ -40,14 +40,14 @@ test-rest: setup  ## run only the tests that `make test` leaves out
 test-full: setup lint  ## run every check that needs no scheduler
 	$(PYTEST) -m "not engines and not meshes and not soak"
 
-soak: setup  ## flip every bit of a checkpoint's headers, and fuzz a hundred thousand manifests
-	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults
+soak: setup  ## flip every bit of a checkpoint's headers, fuzz a hundred thousand manifests, send every signal in every phase
+	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults tests/distributed
 
 matrix: setup  ## compare backends x meshes x recipes, into docs/measured/parity.md; continues after a stop (MATRIX_ARGS="--minutes 10")
 	$(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m benchmarks.matrix $(MATRIX_ARGS)
 
 test-meshes: setup  ## test backends on meshes of several processes; run it alone, because it needs all cores
-	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full" tests/distributed
+	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "meshes and not full and not soak" tests/distributed
 
 test-engines: setup  ## test the launchers on a real Slurm on loopback (installed if apt-get can) and on loopback APIs
 	@.ci/slurm

@@ -4,7 +4,7 @@
 
 AdamW in fp32 (parameters and two moments), parameters cut over fsdp and tensor, from 16 to 16,384 processes: bytes of
 the root, and for a few processes of each size the time and memory that planning takes: what to write, and what to read
-to go on on half as many processes (fsdp halved, so that every box lies differently). No file is touched.
+to resume with half as many processes (with fsdp halved, so that all boxes differ). No file is touched.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ float32 runs, each of which has rounding errors of its own."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
 
@@ -15,6 +15,7 @@ from portatrain.backends.program import Program
 from portatrain.backends.torch import TorchBackend, one_device
 
 Arrays = dict[str, np.ndarray]
+Change = Callable[[str, np.ndarray], np.ndarray]
 
 
 class Exact(TorchBackend):
@@ -32,9 +33,9 @@ class Exact(TorchBackend):
         return [p.grad for p in state.optimizer.param_groups[0]["params"] if p.grad is not None]
 
 
-def exact(program: Program, batch: Arrays) -> Arrays:
+def exact(program: Program, batch: Arrays, *, change: Change | None = None) -> Arrays:
     """Return gradients of the mean loss of `batch` by name; casts to float32 become casts to float64. `program` is
-    fp32."""
+    fp32. `change` returns the values of a parameter that replace the initial ones, given name and values."""
 
     def double(x: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
         return x.double(*args, **options)
@@ -43,6 +44,9 @@ def exact(program: Program, batch: Arrays) -> Arrays:
     with mock.patch.object(torch.Tensor, "float", double), wide:
         backend = Exact(dataclasses.replace(program, compile=False))
         state = backend.init_state()
+        for p in state.pieces if change else ():
+            if p.role == "params":
+                p.tensor.data = torch.from_numpy(change(p.name, p.tensor.detach().numpy()))
         backend._accumulate(state, batch, 1)
     found = {n: np.zeros(program.definition.params[n].shape) for n in program.trainable}
     for p in state.pieces:

@@ -124,12 +124,12 @@ def report() -> str:
     lines = [
         "# Memory",
         "",
-        "Printed by `python -m benchmarks.memory` on a 2-core x86-64 VM with no accelerator: devices are simulated. "
-        f"The model is tiny-lm with {', '.join(SIZES)}; AdamW; fp32.",
+        "`python -m benchmarks.memory` printed this page on a 2-core x86-64 VM with no accelerator; the devices are "
+        f"simulated. The model is tiny-lm with {', '.join(SIZES)}, trained by AdamW in fp32.",
         "",
         "## Parameters and optimizer state on a device",
         "",
-        "Bytes that the layout predicts, and those that a backend holds after a step.",
+        "The table compares the bytes that the layout predicts with the bytes that a backend holds after a step.",
         "",
         "| mesh | what | layout | jax | torch |",
         "|---|---|---|---|---|",
@@ -146,14 +146,18 @@ def report() -> str:
         live = _run(1, "torch_remat", folder)
     lines += [
         "",
-        "torch's AdamW counts the steps of every tensor besides, four bytes each.",
+        "torch's AdamW also keeps a count of steps for every tensor, of four bytes.",
         "",
-        "## What is kept for the backward pass",
+        "## Activations kept for the backward pass",
         "",
-        "Megabytes. Predicted: what the planner says that a policy keeps of the blocks for four rows of a microbatch. "
-        "torch: bytes that live on when the forward pass has ended, loss included, on one device with four rows. jax: "
-        "the compiler's count of temporaries of the whole step on one of four devices, four rows each; on a CPU XLA "
-        "schedules for the cores that there are and not for memory, so only its differences say something.",
+        "All figures are in megabytes.",
+        "",
+        "- predicted: the activations of the blocks that a remat policy keeps for a microbatch of four rows, by the "
+        "planner.",
+        "- torch: the bytes that are alive after the forward pass and the loss, on one device with four rows.",
+        "- jax: the temporaries of the whole step by the compiler's count, on one of four devices with four rows each. "
+        "On a CPU XLA schedules for speed and not for memory, so only the differences between policies are meaningful.",
+        "- less than none: the difference from the policy `none`.",
         "",
         "| policy | predicted | torch | less than none | jax, temporaries | less than none |",
         "|---|---|---|---|---|---|",
@@ -170,8 +174,8 @@ def _zero(folder: str) -> list[str]:
     """Return DeepSpeed's shares, which differ from the layout's, because it cuts tensors that are joined end to end."""
     lines = [
         "",
-        "DeepSpeed on fsdp=4, with its padding; predicted by ZeRO's arithmetic (the float32 copy of a "
-        "process's part is counted with the optimizer's state).",
+        "DeepSpeed on fsdp=4, with its padding. The prediction is ZeRO's arithmetic; the float32 copy of a process's "
+        "part counts as optimizer state.",
         "",
         "| stage | what | predicted | held |",
         "|---|---|---|---|",

@@ -169,12 +169,13 @@ def report() -> str:
             "|---|---|---|---|---|---|---|---|---|---|",
             *[_line(one) for one in checked],
             "",
-            f"Median error of the {len(checked)} rows, leave-one-out: **{100 * statistics.median(errors):.1f} %**, "
-            f"largest {100 * max(errors):.0f} %. {len(checked) - len(beyond)} of {len(checked)} are within "
-            f"{100 * BOUND:.0f} %. Of the {len(counted)} whose number of chips was published with the figure: median "
-            f"{100 * statistics.median(counted):.1f} %.",
+            f"The median leave-one-out error of the {len(checked)} rows is "
+            f"**{100 * statistics.median(errors):.1f} %**, "
+            f"the largest {100 * max(errors):.0f} %. {len(checked) - len(beyond)} of {len(checked)} are within "
+            f"{100 * BOUND:.0f} %. For {len(counted)} rows the number of chips was published with the figure; their "
+            f"median error is {100 * statistics.median(counted):.1f} %.",
             "",
-            "Rows out of bounds:",
+            f"Rows with an error above {100 * BOUND:.0f} %:",
             "",
             *(
                 [f"- {_name(c)}: {100 * c.error:+.0f} %. {_REASONS.get(_name(c), '')}".rstrip() for c in beyond]
@@ -214,30 +215,32 @@ def _line(one: Checked) -> str:
 _HEAD = (
     "# Published speeds beside predictions",
     "",
-    "Written by `python -m benchmarks.plan_published --write`. Arithmetic only: nothing was run. Each prediction is",
-    "leave-one-out: its efficiency factor is fitted from the other rows alone. Mesh, microbatch and remat policy are",
-    "the publisher's, from its own configuration files; where it used pipeline stages, which are not planned here, the",
-    "planner's own best way is compared instead, at the best of 1, 2, 4 and 8 samples a device. Offloaded activations",
-    "are taken as free. torchtitan's rows ran on H100s of 96 GB, 2.4 TB/s and 500 W: a part of its own. A",
-    "configuration file may be of another release than the figure.",
+    "`python -m benchmarks.plan_published --write` writes this page by arithmetic; nothing was run. Each prediction",
+    "is leave-one-out: the efficiency factor of a row is fitted from the other rows. Mesh, microbatch and remat",
+    "policy come from the publisher's configuration files. The planner has no pipeline stages: if the publisher",
+    "used them, the row shows the planner's own best configuration instead, the best of 1, 2, 4 and 8 samples a",
+    "device. Offloading of activations is assumed to cost no time. torchtitan's rows ran on an H100 of 96 GB, 2.4",
+    "TB/s and 500 W, which is a chip of its own here. A configuration file may belong to another release than the",
+    "published figure.",
     "",
-    "The constants in `portatrain/plan/cost/policy.py` were set before the first comparison and not touched since.",
-    "That one searched for everything itself and was 25 % off in the middle; then the rows were given what their",
-    "publishers say of configuration and hardware, and remat policies were described by what they keep.",
+    "The constants in `portatrain/plan/cost/policy.py` were set before the first comparison and have not changed",
+    "since. In the first comparison the planner searched for every configuration itself; its median error was 25 %.",
+    "Since then the rows contain the configuration and the hardware that the publishers state, and remat policies",
+    "are described by the activations that they keep.",
     "",
 )
 _REASONS = {
-    "llama2-70b on tpu-v5p-512, bf16, 512 in the name: 256 chips": "Predicted from the Mixtral row alone.",
-    "mixtral-8x7b on tpu-v5p-128, bf16-weights": "Predicted from the Llama 2 row alone, which sorts no tokens: routing "
-    "and ragged experts are not modelled beyond their matmuls.",
+    "llama2-70b on tpu-v5p-512, bf16, 512 in the name: 256 chips": "It is predicted from the Mixtral row alone.",
+    "mixtral-8x7b on tpu-v5p-128, bf16-weights": "It is predicted from the Llama 2 row alone, which has no experts: "
+    "of routing and experts of unequal size the planner models only the matmuls.",
     "llama3-8b on h100-8, bf16, eager": "The planner plans compiled steps.",
-    "llama3-70b on gb300-64, fp8": "Predicted from six rows of which five are H100s; its bf16 and fp8 peaks are "
+    "llama3-70b on gb300-64, fp8": "It is predicted from six rows, five of them H100s; its bf16 and fp8 peaks are "
     "estimates.",
 }
 _TAIL = (
-    "A factor is the share of the nominal peak that matmuls reach inside a step. A vendor without a row here takes",
-    "another's, by a figure that was published for both where there is one; that is marked as an estimate wherever it",
-    "is used.",
+    "A factor is the share of the nominal peak that matmuls reach inside a step. For a vendor without a row, the",
+    "planner takes the factor of another vendor, scaled by a figure that was published for both if there is one.",
+    "Wherever the planner uses such a factor, it is marked as an estimate.",
     "",
 )
 

@@ -6,7 +6,7 @@ tiny-lm with AdamW, accumulation 2, dropout and averages. For every pair: 10 ste
 to step 30 on the second. Printed: the verdict at the move, the largest relative difference of the losses of steps 11 to
 30 from the run that never moved (jax, one device), and whether the state goes from the first to the second and back bit
 for bit. With a row out of bounds the exit code is 1. Rows that have ended are kept in docs/measured/resume-matrix.json,
-with the commit: an interrupted call goes on with the next row, `--again` runs all anew. A backend that cannot share
+with the commit: an interrupted call continues with the next row, `--again` runs all anew. A backend that cannot share
 environment runs in its own where PORTATRAIN_XLA_PYTHON names the Python of one (`make test-xla` makes it); one that is
 not installed stands in the table with the reason.
 """
@@ -255,7 +255,7 @@ def main() -> int:
         if not set(args.only) <= {first, second} or (name in found and not args.again):
             continue
         if time.monotonic() - began_s > args.minutes * 60:
-            print("resume matrix: the minutes are over; the next call goes on", flush=True)
+            print("resume matrix: the minutes are over; the next call continues", flush=True)
             break
         print(f"resume matrix: {number} of {len(pairs)}: {first} to {second} ...", flush=True)
         row_began_s = time.monotonic()

@@ -9,12 +9,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from portatrain import Recipe
 from portatrain.backends.base import Backend, backend_class
 from portatrain.backends.program import Program, make_program
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW
 from portatrain.optim.schedules import Constant
+from portatrain.recipe import Recipe
 from recipes.models.decoder import DecoderConfig
 
 ADAMW = AdamW(lr=1e-3, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.1)

@@ -157,9 +157,11 @@ def report() -> str:
     lines = [
         "# Traffic",
         "",
-        "Printed by `python -m benchmarks.traffic` on a 2-core x86-64 VM with no accelerator, over gloo: bytes between "
-        "processes in one step of the torch backend, the larger of what a process puts into a collective and gets out. "
-        f"tiny-lm with {', '.join(SIZES)}; AdamW; fp32. Implied: by `benchmarks.traffic.implied`, from the layout.",
+        "`python -m benchmarks.traffic` printed this page on a 2-core x86-64 VM with no accelerator; the processes are "
+        "connected by gloo. It counts the bytes that move between processes in one step of the torch backend: for each "
+        "collective the larger of its input and its output on one process. "
+        f"The model is tiny-lm with {', '.join(SIZES)}, trained by AdamW in fp32. The column `implied` is computed "
+        "from the layout (`benchmarks.traffic.implied`).",
         "",
         "| mesh | axis | collectives | bytes that move | implied | ratio |",
         "|---|---|---|---|---|---|",

@@ -9,14 +9,11 @@ they run. With --write the result goes into docs/measured/traffic-tpu.md.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-from portatrain.cli import main as portatrain
 
 PAGE = Path(__file__).parents[1] / "docs" / "measured" / "traffic-tpu.md"
 SIZES = (
@@ -54,12 +51,11 @@ PROGRAMS = (
 def compiled(cluster: str, mesh: str, more: tuple[str, ...]) -> dict[str, Any]:
     words = ["plan", "llama3-1b", "--cluster", cluster, "--mesh", mesh, "--batch", str(BATCH), "--seq-len", str(SEQ)]
     words += [w for size in (*SIZES, *more) for w in ("--set", size)]
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = portatrain([*words, "--remat", "block", "--compile", "--json"])
-    if code:
-        raise SystemExit(code)
-    (found,) = json.loads(out.getvalue())
+    command = [sys.executable, "-m", "portatrain", *words, "--remat", "block", "--compile", "--json"]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    (found,) = json.loads(done.stdout)
     return found
 
 

@@ -16,10 +16,10 @@ from statistics import median
 from typing import Any
 
 from benchmarks.shapes import ADAMW, SHAPES
-from portatrain import Recipe
 from portatrain.backends.base import missing
 from portatrain.data import TextFiles
 from portatrain.optim.schedules import Constant
+from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.metrics import StepRecord
 from portatrain.training.trainer import Trainer, TrainOptions

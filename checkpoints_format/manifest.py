@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .boxes import Box
@@ -48,12 +48,16 @@ class Root:
 
 @dataclass(frozen=True, kw_only=True)
 class Receipt:
-    """A writer's statement that its packs are on stable storage. ``layout``: SHA-256 of the layout that it used."""
+    """A writer's statement that its packs are on stable storage. ``layout``: SHA-256 of the layout that it used.
+
+    ``note``: a JSON object of the writer for the committing process, such as sums over the values that it wrote.
+    """
 
     save: str
     writer: int
     layout: str
     packs: tuple[PackRecord, ...]
+    note: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +152,15 @@ def encode_root(root: Root) -> bytes:
 
 def encode_receipt(receipt: Receipt) -> bytes:
     """Return the bytes of a receipt."""
-    return canonical(
-        {
-            "format": FORMAT,
-            "version": VERSION,
-            "save": receipt.save,
-            "writer": receipt.writer,
-            "layout": receipt.layout,
-            "packs": [_record_fields(p) for p in receipt.packs],
-        }
-    )
+    fields: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "save": receipt.save,
+        "writer": receipt.writer,
+        "layout": receipt.layout,
+        "packs": [_record_fields(p) for p in receipt.packs],
+    }
+    return canonical({**fields, "note": dict(receipt.note)} if receipt.note else fields)
 
 
 def encode_commit(save: str, root: bytes) -> bytes:
@@ -205,6 +208,7 @@ def decode_receipt(data: bytes, what: str) -> Receipt:
         writer=value.integer("writer", 0, 1 << 20),
         layout=value.match("layout", SHA256),
         packs=_records(value.list("packs"), what),
+        note=value.take("note", dict) if "note" in value.left else {},
     )
     value.done()
     same_text(value, data)

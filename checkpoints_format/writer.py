@@ -1,4 +1,5 @@
-"""`Writer` and `commit`: each process writes its own packs and a receipt, then one process commits."""
+"""Write tensors as the bytes of pack files: each process writes its own packs and a receipt (`Writer`), then one of
+them commits (`commit`)."""
 
 from __future__ import annotations
 
@@ -98,11 +99,12 @@ class Writer:
             )
         self._fetch_bytes, self._slab_bytes = half, max(largest, min(_SLAB_BYTES, half // _SLABS))
 
-    def write(self, sources: Mapping[str, Source]) -> Written:
+    def write(self, sources: Mapping[str, Source], *, note: Callable[[], Mapping[str, Any]] | None = None) -> Written:
         """Write all packs of this process, then its receipt. The packs are on stable storage when it returns.
 
         Args:
             sources: tensor name -> its values; see `Source`.
+            note: called after the packs are written; its JSON object goes into the receipt, for `commit`.
 
         Raises:
             FormatError: a tensor is missing or has another shape or dtype, or the store fails. Checkpoints that were
@@ -119,7 +121,13 @@ class Writer:
                 for job in jobs:
                     job.cancel()
                 raise
-        receipt = Receipt(save=self.save, writer=self.number, layout=layout_digest(self.layout), packs=tuple(records))
+        receipt = Receipt(
+            save=self.save,
+            writer=self.number,
+            layout=layout_digest(self.layout),
+            packs=tuple(records),
+            note=note() if note is not None else {},
+        )
         data = encode_receipt(receipt)
         # Only the committing process reads it, after the barrier; if the machine fails before, the save is void anyway.
 
@@ -192,15 +200,17 @@ class _ArrayPart:
     stop: int
 
 
-def commit(
-    store: Store, layout: SaveLayout, *, save: str, meta: Mapping[str, Any] | None = None, requests: int = 8
-) -> None:
+Meta = Mapping[str, Any] | Callable[[Sequence[Mapping[str, Any]]], Mapping[str, Any]]
+
+
+def commit(store: Store, layout: SaveLayout, *, save: str, meta: Meta | None = None, requests: int = 8) -> None:
     """Make the save of that name the checkpoint. One process calls it, after all writers have returned.
 
     It reads every receipt, writes the root, and then writes COMMIT if there is none yet.
 
     Args:
-        meta: a JSON object of your own, stored in the root.
+        meta: a JSON object of your own, stored in the root; or a function that returns it from the notes in the
+            receipts, in the order of the writers.
         requests: number of receipts that are read at the same time.
 
     Raises:
@@ -209,7 +219,7 @@ def commit(
     """
     digest = layout_digest(layout)
 
-    def receipt_of(writer: int) -> tuple[PackRecord, ...]:
+    def receipt_of(writer: int) -> Receipt:
         name = receipt_name(check_save(save), writer)
         what = store.describe(name)
         try:
@@ -228,10 +238,13 @@ def commit(
                 got=f"{receipt.save}, {receipt.writer}, {receipt.layout[:12]}",
                 do="Give every process the same layout and save name.",
             )
-        return receipt.packs
+        return receipt
 
     with ThreadPoolExecutor(max(1, requests), thread_name_prefix="ckpt-commit") as pool:
-        packs = tuple(pool.map(receipt_of, range(layout.writers)))
+        receipts = list(pool.map(receipt_of, range(layout.writers)))
+    if callable(meta):
+        meta = meta([receipt.note for receipt in receipts])
+    packs = tuple(receipt.packs for receipt in receipts)
     root = encode_root(Root(save=save, layout=layout, packs=packs, meta=meta or {}))
     store.put(root_name(save), [memoryview(root)], len(root))
     if not store.put_if_absent(COMMIT, encode_commit(save, root)):

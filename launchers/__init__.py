@@ -1,4 +1,6 @@
-"""Launchers: each submits jobs to one kind of scheduler, in one file; ``base.py`` has their protocol.
+"""Launchers: each submits jobs to one kind of scheduler, in one file; ``base.py`` has their Protocol and their table.
 
-May import portatrain's run directory and commands; no framework, no NumPy.
+A new launcher is a file here, or a package of its own; ``clusters.toml`` names it by ``engine``. ``supervisor.py`` runs
+a job on its first host, and ``rank_entry.py`` starts each process of an attempt. May import portatrain's rooms below
+it; no framework, no NumPy.
 """

@@ -11,6 +11,7 @@ A lab's launcher is a class with the members of `Launcher`, registered under the
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from abc import abstractmethod
@@ -91,7 +92,7 @@ class Launcher(Protocol):
     """
 
     name: ClassVar[str]
-    """What `engine = "..."` in clusters.toml calls it."""
+    """The name of the launcher, which `engine = "..."` in clusters.toml gives."""
     example_options: ClassVar[str] = "{ }"
     """The options that a cluster cannot do without, as a TOML table to be filled in."""
     queues: ClassVar[bool] = True
@@ -154,8 +155,8 @@ class Launcher(Protocol):
         return {}
 
     def doctor(self, options: Mapping[str, Any], storage: Path | None) -> Iterator[tuple[str, str, str]]:
-        """Yield (what was looked at, 'ok' | 'warn' | 'bad', what was found and how to mend it). `storage` is the folder
-        that runs would be in; None if they would be in an object store."""
+        """Yield (the subject of a check, 'ok' | 'warn' | 'bad', the result and what to do). `storage` is the folder of
+        the runs; None if they would be in an object store."""
         return iter(())
 
 
@@ -163,8 +164,8 @@ class JobRuntime(Protocol):
     """The life of a job on its first host: how the supervisor starts an attempt, and what its ends mean."""
 
     restarts: ClassVar[bool] = True
-    """Whether another attempt can be started after one has failed. False if the engine starts the processes of the
-    other hosts: it must start all of them again."""
+    """Whether the supervisor can start another attempt after one has failed. False if the scheduler starts the
+    processes of the other hosts, because it must then start all of them again."""
 
     def yield_to_preferred(self) -> None:
         """Before claiming, wait briefly for a sibling job on a preferred cluster that is starting now."""
@@ -181,22 +182,22 @@ class JobRuntime(Protocol):
         ...
 
     def means(self, signum: int) -> str:
-        """Return what a signal to the supervisor means: 'preempt', 'cancel' or 'unclear'."""
+        """Return the meaning of a signal to the supervisor: 'preempt', 'cancel' or 'unclear'."""
         return "unclear"
 
     def on_exit(self, outcome: str) -> None:
-        """React to the end of this job's part, after the claim has been released. `outcome` is 'over' (done, cancelled
-        or given up), 'preempted', 'unclear' (it was asked to stop, and nothing says why), 'failed' (the engine should
-        start it again) or 'superseded' (another attempt has the run)."""
+        """React to the end of this job's part in the run, after the claim has been released. `outcome` is 'over' (the
+        run is done, cancelled or given up), 'preempted', 'unclear' (the job was asked to stop for an unknown reason),
+        'failed' (the scheduler should start it again) or 'superseded' (another attempt has the run)."""
         return
 
 
 class RuntimeInImage(JobRuntime):
-    """The first host of a job whose engine starts the processes of all hosts, and all of them again."""
+    """The first host of a job, if the scheduler starts the processes of all hosts and restarts all of them together."""
 
     restarts: ClassVar[bool] = False
     logs: ClassVar[bool] = True
-    """Whether the output of process 0 goes to the attempt's folder; else the engine keeps it."""
+    """Whether the output of process 0 goes to the attempt's folder; otherwise the scheduler keeps it."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -259,7 +260,7 @@ def carriers(chip: Chip) -> list[str]:
 
 
 def each_sibling(job: Job, verb: Callable[[Job], None]) -> None:
-    """Call `verb`, as `tolerantly` does, with every other job of the run that has the same engine."""
+    """Call `verb`, as `tolerantly` does, with every other job of the run that has the same launcher."""
     others = [j for j in jobs.of(job.run_dir) if j.engine == job.engine and j.id is not None and j.number != job.number]
     for sibling in others:
         tolerantly(verb, sibling)
@@ -279,8 +280,8 @@ def supervise_command(job: Job) -> list[str]:
 
 
 def commands_in_image(job: Job) -> tuple[list[str], list[str]]:
-    """(what the first host runs, what the others run), where an engine starts the same command on every host of an
-    image or machine that is not this one."""
+    """Return (command of the first host, command of the others), for a scheduler that starts one command on every host
+    and uses an image or a machine other than this one."""
     there = str(job.options.get("python", "python3"))
     other = ("-m", "launchers.rank_entry", *job.train()[1:])
     return _with_code(job, there, *_supervisor(job)), _with_code(job, there, *other)
@@ -304,7 +305,7 @@ def _with_code(job: Job, python: str, *args: str) -> list[str]:
     # Without PYTHONSAFEPATH the working directory's modules would come before the run's own.
     words = ["env", "PYTHONSAFEPATH=1"]
     if job.code is not None and is_remote(job.code):
-        # What is installed there fetches the run's own code, and goes on with that.
+        # The portatrain that is installed there fetches the run's own code, and continues with it.
         return [*words, python, "-m", "portatrain.runs.remote_run_dir", job.code, python, *args]
     path = job.code if job.code is not None else os.environ.get("PYTHONPATH")
     return [*words, *([f"PYTHONPATH={path}"] if path else []), python, *args]
@@ -325,7 +326,7 @@ def check_shared(job: Job, mounted: Mapping[str, Any] | None, how: str) -> None:
 
 
 def host_processes(job: Job) -> dict[str, str]:
-    """Return the variables for `launchers.rank_entry` if the engine starts fewer processes per host than needed."""
+    """Return the variables for `launchers.rank_entry` if the scheduler starts fewer processes per host than needed."""
     return {environment.HOST_PROCESSES.name: str(job.processes // job.hosts)} if job.processes > job.hosts else {}
 
 
@@ -342,6 +343,8 @@ def shell(words: list[str]) -> str:
 def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
     """Return an option of the job's cluster; UserError if it has another type."""
     value = job.options.get(name, default)
+    if name == "env" and isinstance(value, Mapping):
+        _check_env(job, value)
     if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
     if kind is bool and isinstance(value, bool):
@@ -350,12 +353,31 @@ def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
         f"cluster {job.cluster}: option {name}",
         expected=f"a {kind.__name__}",
         got=repr(value),
-        do="Mend it in clusters.toml.",
+        do="Correct it in clusters.toml.",
     )
 
 
+def _check_env(job: Job, env: Mapping[str, Any]) -> None:
+    """Raise UserError for what is no name of a variable, and for values that are not in the record."""
+    for name, value in env.items():
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)) or "\0" in str(value):
+            raise UserError(
+                f"cluster {job.cluster}: option env",
+                expected="names of letters, digits and _, and values without a byte 0",
+                got=repr(name),
+                do="Mend it in clusters.toml.",
+            )
+        if value is None:
+            raise UserError(
+                f"cluster {job.cluster}: variable {name} of option env",
+                expected="a value: only the account and the machine that submitted the job have it",
+                got="none in the record",
+                do=f"Read the values from your clusters.toml: launch resume {job.run} --cluster {job.cluster}",
+            )
+
+
 def check_options(job: Job, known: Mapping[str, str]) -> None:
-    """Raise UserError for an option that the engine does not know."""
+    """Raise UserError for an option that the launcher does not know."""
     for name in job.options:
         if name not in known:
             raise choice(f"cluster {job.cluster}: option {name!r} of {job.engine}", name, known)

@@ -294,9 +294,9 @@ def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
     except GoogleAPICallError as error:
         raise UserError(
             f"cluster {job.cluster}",
-            expected="the Cloud TPU API to accept it",
+            expected="the Cloud TPU API to accept the request",
             got=f"{int(error.code) if error.code else ''} {error.message}".strip(),
-            do="Mend what it names.",
+            do="Correct the option that the message names.",
         ) from error
     except RetryError as error:
         raise UserError(

@@ -1,8 +1,9 @@
-"""Kubernetes: one JobSet for every acceptable cluster, queued by Kueue where a queue is named.
+"""Submit jobs to Kubernetes: one JobSet for each acceptable cluster. Kueue queues it if the options name a queue.
 
-Every pod runs `launchers.rank_entry`; the first one runs it under the supervisor. Each start of the JobSet is
-one attempt. Exit code 85 and disruptions (preemption, node drain, spot) restart the JobSet without counting; other
-failures count against maxRestarts. The run directory lies on a volume that every pod mounts at the same path.
+Every pod runs `launchers.rank_entry`; in the first pod the supervisor starts it. Each start of the JobSet is one
+attempt. After exit code 85 and after disruptions (preemption, node drain, spot) the JobSet restarts, and this does not
+count against maxRestarts; other failures do. The run directory is on a volume that every pod mounts at the same path,
+or in an object store.
 """
 
 from __future__ import annotations
@@ -39,21 +40,21 @@ from portatrain.system.urls import is_remote
 OPTIONS = {
     "image": "the container image, with Python and the frameworks",
     "namespace": "a namespace (default: default)",
-    "queue": "Kueue's local queue",
+    "queue": "a local queue of Kueue",
     "priority_class": "a priority class",
-    "volume": "{ claim = NAME, path = FOLDER }",
-    "node_selector": "more node labels",
-    "tolerations": "a list of tables",
-    "service_account": "of the pods",
-    "resources": "limits that replace the chip's",
+    "volume": "the volume claim to mount and its path in the pods: { claim = NAME, path = FOLDER }",
+    "node_selector": "more node labels to select by",
+    "tolerations": "tolerations of the pods, a list of tables",
+    "service_account": "the service account of the pods",
+    "resources": "resource limits of a pod, in place of the chips of a host",
     "env": "environment variables",
-    "python": "in the image (python3)",
+    "python": "the Python in the image (default: python3)",
     "grace_s": "seconds from SIGTERM to the kill (default: 60)",
-    "context": "of your kubeconfig",
+    "context": "a context of your kubeconfig",
 }
 GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
 PORT = 8476
-"""Every attempt has new pods, each with a network of its own, so one number serves."""
+"""The port of process 0. Every attempt has new pods with networks of their own, so one number serves all attempts."""
 GRACE_S = 60
 GKE_TPU = {
     "tpu-v4": "tpu-v4-podslice",
@@ -82,15 +83,15 @@ class KubernetesLauncher(Launcher):
         if option(job, "image", str) is None:
             raise _missing(job, "image", "the container image with Python and the frameworks", '"registry/image:tag"')
         volume = option(job, "volume", dict)
-        if is_remote(job.run_dir):  # which every pod sees without one
+        if is_remote(job.run_dir):  # every pod can access an object store without a volume
             _api(job)
             return
         if volume is None or {"claim", "path"} - set(volume):
-            raise _missing(job, "volume", "a claim that every pod mounts", '{ claim = "runs", path = "/runs" }')
+            raise _missing(job, "volume", "a volume claim that every pod mounts", '{ claim = "runs", path = "/runs" }')
         if not Path(job.run_dir).is_relative_to(str(volume["path"])):
             raise UserError(
                 f"run directory {job.run_dir}",
-                expected=f"a folder of the pods' volume, {volume['path']}",
+                expected=f"a folder below {volume['path']}, the path of the pods' volume",
                 got=job.run_dir,
                 do=f"Mount the volume here too, and give --runs {volume['path']}/...",
             )
@@ -132,7 +133,7 @@ class KubernetesLauncher(Launcher):
 
     def _suspend(self, job: Job, suspend: bool) -> None:
         change: dict[str, Any] = {"metadata": {"annotations": {"portatrain/held": str(suspend).lower()}}}
-        if option(job, "queue", str) is None:  # else Kueue is the one that decides
+        if option(job, "queue", str) is None:  # with a queue, Kueue decides what is suspended
             change["spec"] = {"suspend": suspend}
             _call(job, lambda api: api.patch_namespaced_custom_object(*_where(job), job.id, change))
             return
@@ -151,17 +152,17 @@ class KubernetesLauncher(Launcher):
         job = Job(run_dir=str(storage or ""), recipe="", cluster="this cluster", engine="kubernetes", options=options)
         try:
             _call(job, lambda api: api.list_namespaced_custom_object(*_where(job), limit=1))
-            yield "JobSet", "ok", "its API answers, and you may list JobSets"
+            yield "JobSet", "ok", "the API of JobSets answers, and you have permission to list JobSets"
         except UserError as error:
             yield "JobSet", "bad", str(error)
         grace = int(options.get("grace_s", GRACE_S))
-        text = f"{grace} s from SIGTERM to the kill; spot nodes give 30 at most"
+        text = f"{grace} s from SIGTERM to the kill; spot nodes give at most 30 s"
         yield "grace", "ok" if grace >= 30 else "warn", text
         if "queue" not in options:
-            yield ("Kueue", "warn", "no queue is named: the JobSet starts as soon as there is room, without quota")
+            yield "Kueue", "warn", "the options name no queue: a JobSet starts when nodes are free, without a quota"
 
     def rank(self, env: Mapping[str, str]) -> Rank | None:
-        if "JOB_COMPLETION_INDEX" not in env:  # an index a pod, over all jobs of the set
+        if "JOB_COMPLETION_INDEX" not in env:  # the index of a pod within its job
             return None
         hosts = environment.HOSTS.get(env)
         each = environment.SLICE_HOSTS.get(env) or hosts
@@ -185,7 +186,7 @@ def manifest(job: Job) -> dict[str, Any]:
     grace, volume = option(job, "grace_s", int, GRACE_S), _volume(job)
     labels = {"app.kubernetes.io/managed-by": "portatrain", **({"kueue.x-k8s.io/queue-name": queue} if queue else {})}
     annotations = {"portatrain/run": job.run}
-    if tpu:  # a slice is a node pool of its own
+    if tpu:  # each slice is a node pool
         annotations["alpha.jobset.sigs.k8s.io/exclusive-topology"] = "cloud.google.com/gke-nodepool"
     pod_spec = {
         "restartPolicy": "Never",
@@ -315,7 +316,7 @@ class PodRuntime(RuntimeInImage):
             each_sibling(self.job, self.launcher.release)
         elif outcome == "superseded":
             self.launcher.hold(self.job)
-            time.sleep(GRACE_S)  # the pod is taken away
+            time.sleep(GRACE_S)  # Kubernetes removes the pod meanwhile
 
 
 # ---- the API
@@ -348,7 +349,7 @@ def _api(job: Job) -> Any:
             raise choice(f"cluster {job.cluster}: context {context!r}", context, known) from None
         raise UserError(
             f"cluster {job.cluster}",
-            expected="a kubeconfig that names the cluster",
+            expected="a kubeconfig that can be loaded",
             got=str(error),
             do="Log in to the cluster first, so that `kubectl get nodes` answers.",
         ) from error
@@ -369,16 +370,16 @@ def _call(job: Job, verb: Callable[[Any], Any]) -> Any:
     except ApiException as error:
         raise UserError(
             f"cluster {job.cluster}",
-            expected="the Kubernetes API to accept it",
+            expected="the Kubernetes API to accept the request",
             got=f"{error.status} {error.reason}: {str(error.body)[:300]}",
-            do="`launch doctor CLUSTER` looks at what is configured.",
+            do="Run `launch doctor CLUSTER`, which checks the configuration.",
         ) from error
     except HTTPError as error:
         raise UserError(
             f"cluster {job.cluster}",
             expected="an answer from the Kubernetes API",
             got=str(error),
-            do="See whether `kubectl get nodes` answers.",
+            do="Check that `kubectl get nodes` answers.",
         ) from error
 
 

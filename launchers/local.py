@@ -16,6 +16,7 @@ from launchers.base import (
     JobState,
     Launcher,
     check_options,
+    option,
     python,
     shell,
     supervise_command,
@@ -101,7 +102,7 @@ class LocalLauncher(Launcher):
 
 
 class LocalRuntime(JobRuntime):
-    """A detached job: there is no scheduler, so nothing is requeued; `launch resume` goes on. It has no siblings."""
+    """A detached job. It has no scheduler to requeue it (`launch resume` continues the run) and no siblings."""
 
     def __init__(self, job: Job) -> None:
         self.job = job
@@ -119,4 +120,4 @@ def _pid(job: Job) -> int | None:
 
 
 def environment_of(job: Job) -> dict[str, str]:
-    return {str(k): str(v) for k, v in dict(job.options.get("env", {})).items()}
+    return {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}

@@ -1,8 +1,8 @@
-"""`python -m launchers.rank_entry train ...`: one process of a job, as the scheduler started it.
+"""Start one process of a job, as the scheduler runs it: `python -m launchers.rank_entry train ...`.
 
-Puts what the scheduler's environment says, as its launcher reads it (`Launcher.rank`), into the variables that torchrun
-would set: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE. Goes on as `portatrain`. If the scheduler starts one process
-a host and the backend needs more (`environment.HOST_PROCESSES`), it starts them.
+The launcher reads the rank from the scheduler's environment (`Launcher.rank`). This module sets the variables that
+torchrun would set, RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, and then runs `portatrain`. If the scheduler
+starts one process a host and the backend needs more (`environment.HOST_PROCESSES`), it starts the others.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def rank_variables(env: Mapping[str, str]) -> dict[str, str]:
             f"the environment of {engine}",
             expected="MASTER_ADDR and MASTER_PORT, the head of the attempt",
             got="none",
-            do="Start it by `launch`, whose supervisor sets them.",
+            do="Start it by `launch`: the supervisor of the job sets them.",
         )
     return {
         "RANK": str(at.rank),
@@ -69,7 +69,7 @@ def _rank(name: str, env: Mapping[str, str]) -> Rank | None:
 
 
 def main() -> int:
-    """Set the rank's variables, then go on as `portatrain`."""
+    """Set the rank's variables, then continue as `portatrain`."""
     from portatrain.cli import main as portatrain
     from portatrain.system.processes import ends_at_once, run_processes
 

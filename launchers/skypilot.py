@@ -165,8 +165,8 @@ def _is_tpu(job: Job) -> bool:
 
 
 class ManagedJobRuntime(RuntimeInImage):
-    """The first node of a managed job: SkyPilot restarts it by its exit code, and takes machines down when it has
-    ended. A run has one managed job; what is acceptable is in its task file."""
+    """The first node of a managed job. SkyPilot restarts the job by its exit code, and removes the machines when it has
+    ended. A run has one managed job; its task file lists the acceptable machines."""
 
 
 def _sky(job: Job) -> None:
@@ -187,13 +187,13 @@ def _call(job: Job, words: list[str], *, timeout_s: float = 120.0) -> str:
             f"cluster {job.cluster}",
             expected=f"an answer from `{' '.join(words[:3])}`",
             got=str(error),
-            do="Try it by hand.",
+            do="Run this command in a shell to see the problem.",
         ) from error
     if done.returncode:
         raise UserError(
             f"cluster {job.cluster}",
             expected=f"`{' '.join(words[:3])}` to be accepted",
             got=(done.stderr or done.stdout).strip()[-500:],
-            do="`sky check` says what is configured.",
+            do="Run `sky check`, which lists the configured clouds.",
         )
     return done.stdout

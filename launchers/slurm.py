@@ -1,11 +1,12 @@
-"""Slurm: one batch job for every acceptable partition, of which the first to start claims the run.
+"""Submit jobs to Slurm: one batch job for each acceptable partition. The first job to start claims the run.
 
-The one that starts holds its siblings; preempted, it saves, releases them and requeues itself; the one that finishes
-takes the others out. No daemon, no accounting and no job array is needed, and `squeue` is only ever a hint.
+The job that starts holds its siblings. If it is preempted, it saves, releases the siblings and requeues itself. The job
+that finishes cancels the others. It needs no daemon, no accounting and no job array, and treats the answers of `squeue`
+as hints.
 
-What a signal means: the script asks for USR1 before its time is up (`--signal=B:USR1@60`); with
-`SlurmctldParameters=preempt_send_user_signal` the same comes at a preemption. TERM is a preemption's where Slurm says
-that the job is being preempted, and a cancel where it says so.
+The meaning of signals: the script asks Slurm for USR1 before its time limit (`--signal=B:USR1@60`), and with
+`SlurmctldParameters=preempt_send_user_signal` Slurm sends USR1 at a preemption too. At a TERM the launcher asks Slurm
+whether the job is preempted or cancelled.
 """
 
 from __future__ import annotations
@@ -49,22 +50,22 @@ OPTIONS = {
     "gres": "generic resources, as in gpu:h100:8",
     "constraint": "node features",
     "time": "a time limit, as in 24:00:00",
-    "signal_s": "seconds of notice to ask for",
-    "grace_s": "seconds from a preemption's signal to the kill (default: the partition's GraceTime)",
+    "signal_s": "seconds before the time limit at which Slurm sends USR1",
+    "grace_s": "seconds from the signal of a preemption to the kill (default: the partition's GraceTime)",
     "cpus_per_task": "CPUs of a process",
     "mem": "memory of a node, as in 500G",
-    "exclusive": "whole nodes",
-    "setup": "shell lines before the start, as in module load cuda",
+    "exclusive": "true: ask for whole nodes",
+    "setup": "shell lines to run before the start, as in module load cuda",
     "python": "the Python to run with",
     "env": "environment variables",
     "sbatch": "more #SBATCH options, a list of words",
     "srun": "more options of srun",
-    "hang_s": "seconds without moving on that are taken for a hang; 0: never",
+    "hang_s": "seconds without progress after which an attempt counts as hung; 0: never",
 }
 SIGNAL_S = 60
 ENDS_WITHIN_S = 15
-"""How long srun lets the others run once one process has ended. They leave together; where one fails, the others wait
-for it in a collective, and are killed."""
+"""The seconds for which srun lets the other processes run after one has ended. Normally all end together. If one fails,
+the others wait for it in a collective until srun kills them."""
 STAY_S = 90.0
 PREFERRED_STARTS_WITHIN_S = 10.0
 """Seconds that a job waits for a job in a preferred partition, also started by Slurm, to claim the run."""
@@ -107,6 +108,15 @@ class SlurmLauncher(Launcher):
         ]
         setup = option(job, "setup", str, "").strip()
         env = [f"export {shell([f'{k}={v}'])}" for k, v in option(job, "env", dict, {}).items()]
+        for line in lines:
+            if isinstance(line, str) and line.isprintable():
+                continue
+            raise UserError(
+                f"cluster {job.cluster}: an option of sbatch",
+                expected="text on one line",
+                got=repr(line),
+                do="Write it without line ends and control characters; `setup` is the option for shell lines.",
+            )
         return "\n".join(
             [
                 "#!/bin/bash",
@@ -127,7 +137,7 @@ class SlurmLauncher(Launcher):
         if re.search(r'["\n\\]', job.run_dir + job.cwd):
             raise UserError(
                 f"run directory {job.run_dir}",
-                expected="a path that sbatch can take, without quotes and line ends",
+                expected="a path without quotes, backslashes and line ends, which sbatch cannot take",
                 got=repr(job.run_dir),
                 do="Choose another --runs.",
             )
@@ -261,8 +271,8 @@ class SlurmRuntime(JobRuntime):
             "launchers.rank_entry",
             *job.train()[1:],
         ]
-        # Slurm's default port follows from the job's number, which a requeue keeps; a socket of the attempt before may
-        # still be closing there. So: a free one each time, on this host, which has process 0.
+        # Slurm derives its default port from the number of the job, which a requeue keeps; a socket of the previous
+        # attempt may still be closing on it. So each attempt takes a free port of this host, where process 0 runs.
         env = {"MASTER_ADDR": head_address(), "MASTER_PORT": str(free_port())}
         grace = option(job, "grace_s", int) or _grace_s(os.environ.get("SLURM_JOB_PARTITION", ""))
         if grace:
@@ -278,8 +288,8 @@ class SlurmRuntime(JobRuntime):
             said = call(["scontrol", "show", "job", self.id], timeout_s=5.0)
         except UserError:
             return "unclear"
-        # A job that is requeued by others (an administrator, a preemption without grace) is COMPLETING as one that is
-        # cancelled; but Slurm has counted the restart already.
+        # If others requeue a job (an administrator, or a preemption without a grace period), its state is COMPLETING,
+        # like the state of a cancelled job; but Slurm has counted the restart already.
         restarts = re.search(r"Restarts=(\d+)", said)
         if restarts and int(restarts[1]) > int(os.environ.get("SLURM_RESTART_COUNT") or 0):
             return "preempt"
@@ -299,7 +309,7 @@ class SlurmRuntime(JobRuntime):
         elif outcome == "preempted":
             each_sibling(self.job, self.slurm.release)
             self._self(["scontrol", "requeue", self.id])
-        else:  # Slurm ends this job for a reason of its own, and decides by the same whether to requeue it
+        else:  # Slurm ends this job for a reason of its own, and decides by that reason whether to requeue it
             time.sleep(STAY_S)
 
     def _self(self, words: list[str]) -> None:
@@ -308,7 +318,7 @@ class SlurmRuntime(JobRuntime):
         except UserError as error:
             print(str(error), file=sys.stderr, flush=True)
             return
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # nothing is left to be done when Slurm ends it
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # Slurm may end this process now: its work is done
         time.sleep(STAY_S)
 
 

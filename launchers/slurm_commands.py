@@ -27,13 +27,13 @@ def call(words: list[str], *, text: str | None = None, what: str = "Slurm", time
             what,
             expected=f"an answer from `{' '.join(words[:3])}`",
             got=str(error),
-            do="See whether the controller answers: scontrol ping.",
+            do="Check that the controller answers: scontrol ping.",
         ) from error
     if done.returncode:
         raise UserError(
             what,
             expected=f"`{' '.join(words[:3])}` to be accepted",
             got="; ".join(done.stderr.split("\n")).strip("; ") or f"code {done.returncode}",
-            do="`launch doctor CLUSTER` looks at what is configured.",
+            do="Run `launch doctor CLUSTER`, which checks the configuration.",
         )
     return done.stdout

@@ -47,7 +47,7 @@ def _requeue(config: Mapping[str, str]) -> Finding:
     return (
         "preemption",
         "warn",
-        f"PreemptMode={mode}: a preempted job is not requeued; `launch resume` goes on with it",
+        f"PreemptMode={mode}: a preempted job is not requeued; `launch resume` continues its run",
     )
 
 
@@ -124,8 +124,9 @@ def _trial(partition: Mapping[str, str], storage: Path) -> Finding:
             timeout_s=TRIAL_S + 30,
         )
         if path.exists():
-            return "storage from a node", "ok", f"{path.parent} is shared and can be written"
-        return ("storage from a node", "bad", f"what a node writes in {path.parent} is not seen here: share --runs")
+            return "storage from a node", "ok", f"{path.parent} is shared and writable"
+        text = f"this machine does not see a file that a node wrote in {path.parent}: put --runs on shared storage"
+        return "storage from a node", "bad", text
     except UserError as error:
         busy = "Immediate execution" in error.got or "allocation failure" in error.got
         if busy:

@@ -1,12 +1,13 @@
-"""The supervisor of a job, on its first host: `python -m launchers.supervisor RUN_DIR JOB`.
+"""Supervise a job on its first host: `python -m launchers.supervisor RUN_DIR JOB`.
 
-Takes the claim, so that of several acceptable jobs one runs; starts attempts, hands signals on to them, and decides by
-the record and the exit code whether to go on, to requeue or to stop:
+The supervisor takes the claim, so that only one of several acceptable jobs runs. It starts attempts, forwards signals
+to them, and decides what follows by the record and the exit code of an attempt:
 
-    0 and DONE       over
-    85               saved: requeue where the engine said that it preempts; where somebody ended it, leave it so
-    2                a user's mistake: over, no second try
-    anything else    a failure, of storage (75) too: another attempt, at most --max-restarts in a row with no new commit
+    0 and DONE       the run is over
+    85               the run is saved: requeue the job if the scheduler preempted it; if a user ended it, do not
+    2                a user's mistake: the run is over, with no second try
+    anything else    a failure, also of storage (75): start another attempt, until --max-restarts attempts in a row
+                     brought no new commit
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Supervisor:
         try:
             claim = self.run.acquire()
         except UserError as error:
-            print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
+            self._step_aside(error)
             self.runtime.on_exit("superseded")
             return RESUMABLE
         code, outcome = RESUMABLE, "unclear"
@@ -71,7 +72,7 @@ class Supervisor:
         except UserError as error:
             if isinstance(error, StorageError) or claim.held:
                 raise
-            print(f"job {self.job.number} steps aside: {error}", file=sys.stderr, flush=True)
+            self._step_aside(error)
             outcome = "superseded"
         finally:
             for last in (self.run.send, claim.release):
@@ -79,6 +80,10 @@ class Supervisor:
                     last()
             self.runtime.on_exit(outcome)
         return code
+
+    def _step_aside(self, error: UserError) -> None:
+        text = f"job {self.job.number} ends here, because another job or process has the run: {error}"
+        print(text, file=sys.stderr, flush=True)
 
     def _patiently(self, claim: ClaimHandle) -> tuple[int, str]:
         """Call `_attempts`, and retry for some minutes if the run's store is unavailable."""
@@ -95,13 +100,13 @@ class Supervisor:
         return any(self.run.marked(mark) for mark in ("DONE", "CANCELLED"))
 
     def _given_up(self) -> bool:
-        """Whether a job that was submitted together with this one has given the run up: it cancels this one too, but
-        has let the claim go before."""
+        """Return whether a job that was submitted together with this one has given the run up. That job also cancels
+        this one, but it releases the claim first, so this one may start in between."""
         mine = self.job.submission
         return bool(mine) and any(e.get("submission") == mine for e in self.run.events(Kind.GAVE_UP))
 
     def _attempts(self, claim: ClaimHandle) -> tuple[int, str]:
-        if self._over():  # it ended while we waited for the claim
+        if self._over():  # the run ended while this job waited for the claim
             return OK, "over"
         if self._given_up():
             return MISTAKE, "over"
@@ -123,7 +128,9 @@ class Supervisor:
                     attempt.event(Kind.GAVE_UP, why=why, submission=self.job.submission)
                     return code, "over"
                 if self._failures_without_progress() > self.job.max_restarts:
-                    text = f"{self.job.max_restarts} restarts in a row brought no new commit; the last attempt: {why}"
+                    text = (
+                        f"{self.job.max_restarts} restarts in a row brought no new checkpoint; the last attempt: {why}"
+                    )
                     attempt.event(Kind.GAVE_UP, why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
                     return code or FAILED, "over"
@@ -132,12 +139,13 @@ class Supervisor:
                 if not self.asked:
                     return code if code > 0 else FAILED, "failed"
             elif not self.asked and outcome == "preempted":
-                # Its own processes were told, and this one was not: a notice of the cloud, or somebody's kill.
+                # The processes of the attempt received a request to stop and this process did not: it was a notice of
+                # the cloud, or a signal that somebody sent to them directly.
                 return RESUMABLE, "preempted"
             return self._asked_end()
 
     def _asked_end(self) -> tuple[int, str]:
-        if self.asked == "cancel":  # by the scheduler's own command; that holds for the other acceptable places too
+        if self.asked == "cancel":  # by the scheduler's own command, which cancels the run and so its other jobs too
             self.run.put("CANCELLED", {"unix_s": time.time(), "by": f"job {self.job.number}"})
             return RESUMABLE, "over"
         return RESUMABLE, "preempted" if self.asked == "preempt" else "unclear"
@@ -191,7 +199,7 @@ class Supervisor:
             environment.LOGS.name: str(attempt.folder),
         }
         with open(output or os.devnull, "ab") as log:
-            # A session of its own: what is sent to this process's group comes once, from here.
+            # The attempt has a session of its own, so a signal to this process's group reaches it once: from here.
             self._child = subprocess.Popen(
                 command,
                 env=env,
@@ -200,7 +208,7 @@ class Supervisor:
                 stderr=subprocess.STDOUT if output else None,
                 start_new_session=True,
             )
-            if self.signals:  # it came in between
+            if self.signals:  # a signal came before the attempt had started
                 self._child.send_signal(signal.SIGUSR1)
             code = self._child.wait()
         if code not in (OK, RESUMABLE) and _mistake(attempt.folder):
@@ -226,12 +234,12 @@ class Supervisor:
             return "cancelled", ""
         hang = next(iter(of_kind(events, Kind.HANG)), None)
         if hang is not None:
-            return "hung", f"a hang; {why_it_ended([hang])}"
+            return "hung", f"it hung; {why_it_ended([hang])}"
         if self.asked or code in (RESUMABLE, INTERRUPTED):
             ends = [e.get("status") for e in of_kind(events, Kind.END)]
             if ends or code == RESUMABLE:
                 return ("stopped" if ends and ends[-1] in ("stopped", "interrupted") else "preempted"), ""
-            return "preempted", "it was ended before it could say how"
+            return "preempted", "it was ended before it could record a reason"
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return "failed", f"{how}{_last_words(attempt.folder)}"
 
@@ -240,9 +248,10 @@ class Supervisor:
         again = now_s - self._last_s.get(number, now_s) >= SAME_S
         self._last_s[number] = now_s
         self.signals.append(number)
-        # Handed on before anything is asked of the engine, and once, however many signals it makes of one request.
+        # The signal is forwarded before the scheduler is asked for its meaning, and once for each request, because
+        # a scheduler may send several signals for one request.
         if (first or again) and self._child is not None and self._child.poll() is None:
-            # One kind for all engines, and not the one that means "end" to programs in between.
+            # All launchers forward SIGUSR1: programs between this process and the attempt would end on SIGTERM.
             self._child.send_signal(signal.SIGUSR1)
         meaning = self.runtime.means(number)
         if self.asked in ("", "unclear"):

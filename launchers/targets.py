@@ -1,7 +1,7 @@
-"""From the names of --cluster to what a job needs there: engine, backend, mesh, hosts, processes.
+"""Turn the names of --cluster into the facts that a job needs: engine, backend, mesh, hosts, processes.
 
-Every cluster is planned before anything is submitted (`portatrain.plan`); one that the recipe cannot run on is refused
-with the planner's reason.
+A plan is made for every cluster before anything is submitted (`portatrain.plan`). A cluster on which the recipe cannot
+run is refused with the planner's reason.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
+from portatrain.system import terminal
 from portatrain.system.urls import is_remote
 
 RESOURCES = {
@@ -91,7 +92,7 @@ def targets(
 
 
 def _is_cluster(name: str) -> bool:
-    """Whether `name` is that of a launcher whose jobs start at once, which needs no description of a cluster."""
+    """Return whether `name` names a launcher that starts jobs at once, which needs no description of a cluster."""
     return name in launcher_names() and not launcher(name).queues
 
 
@@ -112,7 +113,7 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
                 f"cluster {cluster.name}: option {key}",
                 expected="a whole number of at least 1",
                 got=repr(value),
-                do=f"Mend it in {cluster.where or 'clusters.toml'}.",
+                do=f"Correct it in {cluster.where or 'clusters.toml'}.",
             )
     assert devices is not None
     if processes % hosts or devices % processes:
@@ -120,7 +121,7 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
             f"cluster {cluster.name}",
             expected="devices that divide over processes, and processes over hosts",
             got=f"{devices} devices, {processes} processes, {hosts} hosts",
-            do="Mend its options in clusters.toml.",
+            do="Correct the options of this cluster in clusters.toml.",
         )
     return Target(
         name=cluster.name,
@@ -207,15 +208,15 @@ def _planned_mesh(cluster: Cluster, recipe: Recipe, devices: int | None) -> str:
 def _no_engine(cluster: Cluster) -> UserError:
     return UserError(
         f"cluster {cluster.name}",
-        expected=f"to be told how it is reached (engine: {', '.join(carriers(cluster.chip))})",
-        got="a name of the catalog, which says only what it is",
-        do=f"Put a table into clusters.toml, beside the recipe or in {clusters_toml.config_folder()}, and name that: "
-        f"{'; '.join(_table(cluster))}; a line each. --dry-run shows the job for each engine.",
+        expected=f"a table in clusters.toml with an engine: {', '.join(carriers(cluster.chip))}",
+        got="a name of the catalog, which gives the hardware and no scheduler",
+        do=f"Add a table to clusters.toml, beside the recipe or in {clusters_toml.config_folder()}, with these lines, "
+        f"and use its name: {'; '.join(_table(cluster))}. --dry-run shows the job for each engine.",
     )
 
 
 def _table(cluster: Cluster) -> list[str]:
-    """The lines of clusters.toml that would configure it, for the first engine that could carry a job there."""
+    """Return the lines of clusters.toml that would configure it, for the first launcher that could carry a job."""
     engine = carriers(cluster.chip)[0]
     return [
         f"[my-{cluster.chip.name}]",
@@ -230,8 +231,8 @@ def _table(cluster: Cluster) -> list[str]:
 
 
 def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
-    """The plan, and exactly what would be submitted, for each job; where a cluster has no engine, what each engine that
-    could carry it would be given, and how to configure one."""
+    """Print the plan of each job and exactly what would be submitted. If a cluster has no engine, print the job for
+    each launcher that could carry it, and how to configure one."""
     clusters = [t.cluster for t in found if t.cluster is not None]
     plans = _show_plans(recipe, clusters) if clusters else []
     meshes = {p.cluster.name: p.chosen.mesh_text for p in plans if p.chosen}
@@ -281,12 +282,11 @@ def _local_plan(recipe: Recipe, job: Job) -> str:
 
 def _show_plans(recipe: Recipe, wanted: Sequence[Cluster]) -> list[Plan]:
     """Print the plan of `recipe` for every cluster, in the order of preference; return the plans."""
-    from rich.console import Console
 
     from portatrain.plan import render
 
     shape = recipes.shape_of(recipe)
     plans = [plan(shape, cluster) for cluster in wanted]
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = terminal.console(180)
     render.show(plans, console, details=len(plans) == 1)
     return plans

@@ -1,5 +1,5 @@
-"""Plain data as YAML, for people to read and for engines to take; strings are quoted wherever YAML might read another
-thing, so that no YAML package is needed to print a job."""
+"""Write plain data as YAML, for people and schedulers, without a YAML package. A string is quoted if YAML might read it
+as another type."""
 
 from __future__ import annotations
 
@@ -44,8 +44,12 @@ def _entry(key: str, value: Any) -> list[str]:
 def _block(text: str) -> list[str]:
     """Return a literal block with unchanged lines, or quoted text if a block cannot represent it exactly."""
     body = text.removesuffix("\n")
-    if body[:1] in ("", " ", "\t", "\n") or not all(line.isprintable() for line in body.split("\n")):
-        return [json.dumps(text)]
+    if (
+        body[:1] in ("", " ", "\t", "\n")
+        or body.endswith("\n")
+        or not all(line.isprintable() for line in body.split("\n"))
+    ):
+        return [_quoted(text)]
     return ["|" if text.endswith("\n") else "|-", *body.split("\n")]
 
 
@@ -54,4 +58,18 @@ def _scalar(value: Any) -> str:
         return value
     if isinstance(value, Mapping):
         return "{}"
-    return json.dumps(value)
+    return _quoted(value) if isinstance(value, str) else json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """Return `text` in double quotes. JSON's pairs of surrogates, for characters beyond 16 bits, mean two characters in
+    YAML, so such characters are written with eight digits."""
+    return (
+        "".join(c if ord(c) < 0x10000 else f"\\U{ord(c):08x}" for c in json.dumps(text, ensure_ascii=False))
+        if (text.isprintable())
+        else '"' + "".join(_escape(c) for c in text) + '"'
+    )
+
+
+def _escape(c: str) -> str:
+    return json.dumps(c)[1:-1] if ord(c) < 0x10000 and c != "\x7f" else f"\\U{ord(c):08x}"

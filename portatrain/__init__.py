@@ -27,6 +27,8 @@ _PUBLIC = {
     "TextSample": "training.hooks",
     "TrigramBaseline": "training.hooks",
     "UserError": "errors",
+    "TrainedModel": "training.trained",
+    "load_trained": "training.trained",
 }
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from portatrain.training.hooks import Hook as Hook
     from portatrain.training.hooks import TextSample as TextSample
     from portatrain.training.hooks import TrigramBaseline as TrigramBaseline
+    from portatrain.training.trained import TrainedModel as TrainedModel
+    from portatrain.training.trained import load_trained as load_trained
 
 __all__ = [
     "Module",
@@ -63,6 +67,8 @@ __all__ = [
     "TextSample",
     "TrigramBaseline",
     "UserError",
+    "TrainedModel",
+    "load_trained",
 ]
 
 

@@ -1,13 +1,14 @@
 """The commands ``portatrain`` and ``launch``: their tables, their parser, and how errors are reported.
 
-Exit codes: 0 done, 2 a user's mistake (one paragraph on standard error), 75 storage failed during the run,
-85 stopped and resumable, 130 interrupted by Ctrl-C. A mistake in a user's own code (a recipe, a model, a hook) is one
-paragraph too, with its file and line. A traceback is a bug of portatrain or a failure of the machine.
+Exit codes: 0 done, 1 a check found something, 2 a user's mistake (one paragraph on standard error), 75 storage failed
+during the run, 85 stopped and resumable, 130 interrupted by Ctrl-C. A mistake in a user's own code (a recipe, a model,
+a hook) is one paragraph too, with its file and line. A traceback is a bug of portatrain or a failure of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import importlib
@@ -18,15 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
 from portatrain.errors import UserError, choice, storage_error
+from portatrain.system import proxies
 from portatrain.system.exit_codes import INTERRUPTED
+from portatrain.system.terminal import cleaned
 
 # A new command is a line here: name -> (module, text in the list of commands).
 PORTATRAIN: dict[str, tuple[str, str]] = {
     "init": ("portatrain.commands.init", "write a recipe of your own, to start from"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "check": ("portatrain.commands.check", "check a recipe before a run: small, on every framework"),
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
+    "data": ("portatrain.commands.data", "verify the packed data of a run"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),
 }
@@ -56,13 +61,16 @@ commands:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``portatrain``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: run(words), places=words[:1] != ["train"])
+    training = words[:1] == ["train"]
+    with contextlib.nullcontext() if training else cleaned():
+        return _guarded(lambda: run(words), places=not training)
 
 
 def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``launch``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return _guarded(lambda: _launch(words))
+    with cleaned() if words[:1] and words[0] in LAUNCH else contextlib.nullcontext():
+        return _guarded(lambda: _launch(words))
 
 
 def run(words: list[str]) -> int:
@@ -146,6 +154,7 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
     `places`: treat errors of the file system as the user's mistakes. During training they are not, because a job
     retries.
     """
+    proxies.bypass()  # local API servers and object stores answer no proxy
     try:
         return call()
     except UserError as error:

@@ -14,7 +14,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -173,25 +173,29 @@ def to_json(value: object) -> Any:
     )
 
 
-def from_json(data: Any) -> Any:
+def from_json(data: Any, *, trusted: Callable[[str], bool] = lambda module: True) -> Any:
     """Return the value that ``to_json`` converted, the inverse of ``to_json``.
 
-    Classes and functions are imported by name, and no class but a dataclass is called.
+    Classes and functions are imported by name, and no class but a frozen dataclass is called. ``trusted(module)``
+    decides whether a module may be imported, or used if it has been imported already: give it for data of others, such
+    as the recipe in a checkpoint.
 
     Raises:
-        UserError: a name that cannot be imported, a field that the class does not have, or a missing field.
+        UserError: a name that is not trusted or cannot be imported, a field that the class does not have, or a missing
+            field.
     """
     if isinstance(data, list):
-        return tuple(from_json(item) for item in data)
+        return tuple(from_json(item, trusted=trusted) for item in data)
     if not isinstance(data, dict):
         return data
     if _NAMED in data:
-        return _find(data[_NAMED])
-    fields = {key: from_json(item) for key, item in data.items() if key != _CLASS}
+        return _find(data[_NAMED], trusted)
+    fields = {key: from_json(item, trusted=trusted) for key, item in data.items() if key != _CLASS}
     if _CLASS not in data:
         return fields
-    cls = _find(data[_CLASS])
-    if not (isinstance(cls, type) and dataclasses.is_dataclass(cls)):
+    cls = _find(data[_CLASS], trusted)
+    parameters = getattr(cls, "__dataclass_params__", None) if isinstance(cls, type) else None
+    if parameters is None or not parameters.frozen:
         raise UserError(
             f"recipe class {data[_CLASS]}",
             expected="a frozen dataclass",
@@ -250,13 +254,29 @@ _MOVED = {
 }
 
 
-def _find(name: str) -> Any:
+def _untrusted(name: str, module: str) -> UserError:
+    return UserError(
+        f"recipe class {name}",
+        expected="a class of portatrain, of its recipes, of a registered plug-in, or of a recipe file that you name",
+        got=f"the module {module}",
+        do="If you trust it, name the recipe's file, or one that imports that module: --recipe FILE.",
+    )
+
+
+def _find(name: object, trusted: Callable[[str], bool]) -> Any:
+    if not isinstance(name, str):
+        raise UserError(
+            "recipe class", expected="'module:name'", got=f"{name!r:.60}", do="Restore the recipe from a copy."
+        )
     module_name, _, qualname = name.partition(":")
     module_name = _MOVED.get(module_name, module_name)
+    if not trusted(module_name):
+        raise _untrusted(name, module_name)
     try:
         thing: Any = sys.modules.get(module_name) or importlib.import_module(module_name)
         for part in qualname.split("."):
             thing = getattr(thing, part)
+        defined = getattr(thing, "__module__", None)
     except (ImportError, AttributeError, ValueError) as error:
         raise UserError(
             f"recipe class {name}",
@@ -264,4 +284,6 @@ def _find(name: str) -> Any:
             got=str(error),
             do="First load the recipe file that defines it, or install its package.",
         ) from error
+    if not trusted(str(defined)):  # what a trusted module has imported is reached through it
+        raise _untrusted(name, str(defined))
     return thing

@@ -17,6 +17,8 @@ for _name, _value in {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_OFFLINE": "1",
+    # Tests launch many small recipes of their own; test_unseen_recipes.py tests that `launch` checks such a recipe.
+    "PORTATRAIN_CHECK": "0",
 }.items():
     os.environ.setdefault(_name, _value)
 

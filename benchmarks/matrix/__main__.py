@@ -43,7 +43,7 @@ def main() -> int:
         if not rows or not installed(backend):
             continue
         if time.monotonic() - began_s > args.minutes * 60:
-            print("matrix: the minutes are over; the next call goes on", flush=True)
+            print("matrix: the minutes are over; the next call continues", flush=True)
             break
         print(f"matrix: {number} of {len(groups)}: {backend} on {mesh}: {', '.join(rows)} ...", flush=True)
         for row, found in run_group(backend, mesh, rows, folder).items():

@@ -33,10 +33,11 @@ def main(args: argparse.Namespace) -> int:
             found: dict[str, Any]
             try:
                 given, baseline = pickle.loads(Path(file).read_bytes())
-                mine = parity.trace(how.make(), recipe_of(args.mesh, row), given, mesh=mesh)
-                verdict = parity.compare(baseline, mine)
+                recipe = recipe_of(args.mesh, row)
+                bound = parity.bound_of(recipe, given)
+                verdict = parity.compare(baseline, parity.trace(how.make(), recipe, given, mesh=mesh), bound=bound)
                 found = {"gradient": verdict.gradient, "loss": verdict.loss, "norm": verdict.norm}
-                found["of"] = verdict.worst_gradient
+                found |= {"of": verdict.worst_gradient, "bound": bound}
             except UserError as error:
                 found = {"refused": str(error)}
             except Exception:

@@ -73,18 +73,6 @@ BACKENDS: dict[str, How] = {
     "torch-xla": How(backend="torch-xla", processes=1, elsewhere="PORTATRAIN_XLA_PYTHON"),
 }
 
-REASONS: dict[tuple[str, str, str], str] = {
-    ("torch", "context=2", "tiny-vit"): (
-        "of the gradient of blocks/mlp/up the one jax device itself is 7.9e-7 off float64, torch on one device 3.9e-7 "
-        "(python -m benchmarks.gradient_floor)"
-    ),
-    ("deepspeed-1", "fsdp=3, sizes by three", "tiny-lm"): (
-        "the losses of all backends but torch-xla are 9.2e-7 off the one device on this mesh, this one's a unit in the "
-        "last place more"
-    ),
-}
-"""The reasons why a cell may differ by more than 1e-6 (never by more than 1e-5), by backend, mesh and row."""
-
 
 def recipe_of(mesh: str, row: str) -> Recipe:
     name, overrides = ROWS[row]

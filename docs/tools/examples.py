@@ -67,6 +67,15 @@ OPS = {
         'square_B = ops.mean(x_BSE * x_BSE, ("batch", "seq", "embed"), over=("seq", "embed"))\n'
         "assert ops.loss(square_B, np.ones(B)).sum.shape == ()"
     ),
+    "across_samples": (
+        "def contrast(x_GNE, y_GNE, there_GN):\n"
+        '    scores_GNM = ops.einsum("gne,gme->gnm", x_GNE, y_GNE, dtype="float32")\n'
+        "    seen_GNM = ops.where(there_GN[:, None, :], scores_GNM, -1e9)\n"
+        '    loss_GN = ops.logsumexp(seen_GNM) - ops.einsum("gne,gne->gn", x_GNE, y_GNE, dtype="float32")\n'
+        '    weight_GN = ops.cast(there_GN, "float32")\n'
+        "    return loss_GN * weight_GN, weight_GN\n\n"
+        "assert ops.across_samples(contrast, x_BSE[:, 0], x_BSE[:, 1]).loss_B.shape == (B,)"
+    ),
     "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',
     "stack": (
         "from portatrain import Module, Stack\n\n\n"
@@ -145,11 +154,13 @@ ARRAY_OPS = {
     "pool": 'assert ops.pool(x_BSE, 2, kind="max").shape == (B, S // 2, E)',
     "resize": 'assert ops.resize(x_BSE, 2 * S, method="linear").shape == (B, 2 * S, E)',
     "scan": (
-        "def cell(h_BE, x_BE):\n"
-        "    h_BE = ops.tanh(0.5 * h_BE + x_BE)\n"
-        "    return h_BE, h_BE\n\n\n"
-        "last_BE, h_BSE = ops.scan(cell, 0.0 * x_BSE[:, 0], x_BSE)\n"
-        "assert (h_BSE[:, -1] == last_BE).all()"
+        "def cell(h_BD, in_BD):  # the carry, and one position of in_BSD\n"
+        "    h_BD = ops.tanh(0.5 * h_BD + in_BD)\n"
+        "    return h_BD, h_BD  # the next carry, and this position of the second result\n\n\n"
+        'in_BSD = ops.einsum("bse,ed->bsd", x_BSE, rng.normal(size=(E, D)))  # as wide as the carry\n'
+        "start_BD = 0 * in_BSD[:, 0]  # zeros with the batch, the dtype and the devices of in_BSD\n"
+        "last_BD, h_BSD = ops.scan(cell, start_BD, in_BSD)\n"
+        "assert (h_BSD[:, 0] == ops.tanh(in_BSD[:, 0])).all() and (h_BSD[:, -1] == last_BD).all()"
     ),
     "associative_scan": (
         "assert np.allclose(ops.associative_scan(lambda a, b: a + b, x_BSE), ops.cumsum(x_BSE, axis=1))"

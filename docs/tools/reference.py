@@ -9,21 +9,29 @@ What the code says is not written a second time by hand; the examples are in doc
 from __future__ import annotations
 
 import argparse
-import ast
-import dataclasses
 import importlib
 import inspect
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from docs.tools import examples
+from docs.tools.reference_parts import (
+    cell,
+    code,
+    docstring,
+    exported,
+    field_docs,
+    fields_table,
+    listed,
+    methods_of,
+    page,
+    signature,
+    subclasses,
+)
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "reference"
-NOTE = "Written by `python -m docs.tools.reference --write`; edit the docstrings, not this page."
 
 PUBLIC = {
     "portatrain": "What a recipe and a model are written with.",
@@ -34,136 +42,6 @@ PUBLIC = {
     "portatrain.training.metrics": "Records of a run, and the sinks that take them.",
 }
 """Modules whose exported names are the public surface."""
-
-
-def exported(module_name: str) -> list[str]:
-    """Return the public names of a module: its `__all__`, or what it re-exports as `X as X`."""
-    module = importlib.import_module(module_name)
-    if hasattr(module, "__all__"):
-        return list(module.__all__)
-    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
-    names = [a.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for a in node.names]
-    return [name for name in names if name is not None]
-
-
-# ---- pieces of a page
-
-
-def docstring(thing: Any) -> str:
-    """Return the docstring as Markdown: what a colon pair opens is an indented block there too."""
-    text = inspect.getdoc(thing) or ""
-    lines = []
-    for line in text.split("\n"):
-        bare = line.strip()
-        if bare.startswith(("bf16:", "Example:")):
-            lines.append("")
-        lines.append(line.rstrip()[:-1] if bare.endswith("::") else line.rstrip())
-    found = "\n".join(lines).replace("``", "`")
-    for title in ("Args", "Raises", "Attributes"):
-        found = found.replace(f"\n{title}:\n", f"\n**{title}**\n\n").replace(f"\n\n\n**{title}", f"\n\n**{title}")
-    return _lists(found)
-
-
-def _lists(text: str) -> str:
-    """Turn the indented entries below **Args**, **Raises** and **Attributes** into list items."""
-    out: list[str] = []
-    inside = False
-    for line in text.split("\n"):
-        if line in ("**Args**", "**Raises**", "**Attributes**"):
-            inside = True
-        elif inside and line and not line.startswith(" "):
-            inside = False
-        if inside and line.startswith("    "):
-            name, colon, rest = line.strip().partition(": ")
-            deeper = line.startswith("        ")
-            line = f"  {line.strip()}" if deeper else f"- `{name}`: {rest}" if colon else f"- {line.strip()}"
-        out.append(line)
-    return "\n".join(out)
-
-
-def cell(text: str) -> str:
-    """Return text that may stand in a cell of a table."""
-    return " ".join(text.replace("``", "`").split()).replace(" | ", " or ").replace("|", " or ")
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """Return what the source says of each annotated name: the string after it, or the comment behind it."""
-    source = inspect.getsource(cls)
-    lines = source.split("\n")
-    found: dict[str, str] = {}
-    body = ast.parse(textwrap.dedent(source)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    for node, after in zip(body.body, [*body.body[1:], None], strict=True):
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-            continue
-        said = ""
-        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
-            said = after.value.value
-        elif "  # " in lines[node.lineno - 1]:
-            said = lines[node.lineno - 1].split("  # ", 1)[1]
-        found[node.target.id] = said
-    return found
-
-
-def annotations(cls: type) -> dict[str, str]:
-    """Return the annotation of each field as it stands in the source, those of base classes first."""
-    found: dict[str, str] = {}
-    for base in reversed(cls.__mro__):
-        for name, text in vars(base).get("__annotations__", {}).items():
-            found[name] = text if isinstance(text, str) else getattr(text, "__name__", str(text))
-    return found
-
-
-def default_of(field: dataclasses.Field[Any]) -> str:
-    """Return a field's default as Python, or a dash for a field that must be given."""
-    if field.default is not dataclasses.MISSING:
-        return f"`{field.default!r}`"
-    if field.default_factory is not dataclasses.MISSING:
-        return f"`{field.default_factory()!r}`"
-    return "(required)"
-
-
-def fields_table(cls: Any, example: Callable[[str], str] | None = None) -> list[str]:
-    """Return the table of a dataclass's fields."""
-    if not dataclasses.fields(cls):
-        return ["It has no fields."]
-    docs: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        if dataclasses.is_dataclass(base):
-            docs |= field_docs(base)
-    types = annotations(cls)
-    head = ["field", "type", "default", "meaning", *(["example"] if example else [])]
-    rows = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for field in dataclasses.fields(cls):
-        cells = [
-            f"`{field.name}`",
-            f"`{cell(types[field.name])}`",
-            cell(default_of(field)),
-            cell(docs.get(field.name, "")),
-        ]
-        cells += [example(field.name)] if example else []
-        rows.append(f"| {' | '.join(cells)} |")
-    return rows
-
-
-def signature(function: Any, name: str = "") -> str:
-    """Return `name(arguments) -> result`, wrapped where it is long."""
-    text = str(inspect.signature(function)).replace("'", "")
-    text = text.replace("(self, ", "(").replace("(self)", "()")
-    whole = f"{name or function.__name__}{text}"
-    return whole if len(whole) <= 100 else whole.replace("(", "(\n    ", 1).replace(", ", ",\n    ")
-
-
-def page(title: str, *parts: str) -> str:
-    """Return a page that begins with its title and the note."""
-    return "\n\n".join([f"# {title}", NOTE, *(part.strip("\n") for part in parts if part)]) + "\n"
-
-
-def code(text: str, language: str = "python") -> str:
-    return f"```{language}\n{text}\n```"
-
-
-# ---- the pages
 
 
 def recipe_page() -> str:
@@ -182,23 +60,12 @@ def recipe_page() -> str:
         docstring(Recipe),
         "\n".join(fields_table(Recipe, example)),
         "## Methods and properties",
-        *_methods(Recipe),
+        *methods_of(Recipe),
     )
 
 
-def _methods(cls: type) -> Iterator[str]:
-    for name, member in vars(cls).items():
-        if name.startswith("_"):
-            continue
-        if isinstance(member, property):
-            yield f"### `{name}`\n\n{docstring(member)}"
-        elif callable(member) or isinstance(member, (staticmethod, classmethod)):
-            function = getattr(cls, name)
-            yield f"### `{name}`\n\n{code(signature(function), 'text')}\n\n{docstring(function)}"
-
-
 def ops_page() -> str:
-    from portatrain.model import ops, ops_arrays
+    from portatrain.model import ops, ops_arrays, ops_structure
 
     docs = field_docs(ops.Ops)
     attributes = ["| attribute | shape and type |", "|---|---|"]
@@ -222,6 +89,7 @@ def ops_page() -> str:
         "Every example runs after these lines, on the backend of NumPy in float64; in a model `ops` is the argument:",
         code(examples.OPS_SETUP.strip()),
         *methods(ops.Ops, examples.OPS),
+        *methods(ops_structure.StructureOps, examples.OPS),
         "## Operations on arrays",
         docstring(ops_arrays),
         *methods(ops_arrays.ArrayOps, examples.ARRAY_OPS),
@@ -289,18 +157,14 @@ def optimizers_page() -> str:
     return page("Optimizers and schedules", *parts)
 
 
-def subclasses(base: type, module: Any) -> list[Any]:
-    """Return the classes of a module that derive from `base`, in the order of the file."""
-    return [c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, base) and c is not base]
-
-
 def data_page() -> str:
     from portatrain.data import DataSpec, own, spec
 
     parts = [docstring(spec)]
     for cls in subclasses(DataSpec, spec):
         imports = "Mixture, Stdlib, TextFiles" if cls.__name__ == "Mixture" else cls.__name__
-        parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls))]
+        shared = listed(spec.__doc__ or "")
+        parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls, shared=shared))]
         parts.append(code(f"from portatrain.data import {imports}\n\ndata = {examples.DATA[cls.__name__]}"))
     parts += ["## A source of your own", docstring(own)]
     for contract in (own.DocumentSource, own.ArraySource):
@@ -391,9 +255,10 @@ def command_parts(parser: argparse.ArgumentParser) -> list[str]:
 
 
 def names_page() -> str:
-    """List every public name with one line; on the site each has its whole docstring, by mkdocstrings."""
+    """List every public name with its signature and its first sentence; docs/tools/site.py adds the whole docstring."""
     parts = [
-        "Every public name, by the module to import it from. Names that stand nowhere here may change at any time."
+        "This page lists every public name below the module from which it is imported. A name that is not on this page "
+        "may change at any time. On the site (`make docs`) each name also has its whole docstring and its members."
     ]
     seen: dict[int, str] = {}
     for module_name, about in PUBLIC.items():
@@ -401,17 +266,19 @@ def names_page() -> str:
         for name in exported(module_name):
             thing = getattr(importlib.import_module(module_name), name)
             where = f"{module_name}.{name}"
+            parts.append(f"### `{where}`")
             if id(thing) in seen:
-                parts.append(f"### `{where}`\n\nThe same as `{seen[id(thing)]}`.")
+                parts.append(f"The same as `{seen[id(thing)]}`.")
                 continue
             seen[id(thing)] = where
             documented = inspect.isclass(thing) or inspect.isroutine(thing)
-            own = getattr(thing, "__module__", "").startswith("portatrain")
-            said = (inspect.getdoc(thing) or "").split("\n\n")[0] if documented and own else f"`{thing}`"
-            part = f"### `{where}`\n\n{said.replace('``', '`').rstrip(':')}"
-            if documented and own:
-                part += f"\n\n::: {thing.__module__}.{thing.__qualname__}"
-            parts.append(part)
+            if not documented or not getattr(thing, "__module__", "").startswith("portatrain"):
+                parts.append(f"`{thing}`")
+                continue
+            if not inspect.isclass(thing) or not getattr(thing, "_is_protocol", False):
+                parts.append(code(signature(thing), "text"))
+            first = (inspect.getdoc(thing) or "").split("\n\n")[0]
+            parts += [first.replace("``", "`").rstrip(":"), f"<!-- whole: {thing.__module__}.{thing.__qualname__} -->"]
     return page("Public names", *parts)
 
 

@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that stand outside docs/, and links that lead outside it."""
+"""Hooks of mkdocs: pages that stand outside docs/, links that lead outside it, and whole docstrings of public names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,11 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Point links to the pages of the site; a link to another file of the repository becomes its name."""
+    """Point links to the pages of the site; a link to another file of the repository becomes its name.
+
+    A comment `<!-- whole: NAME -->` becomes the directive of mkdocstrings, which inserts the docstring of NAME.
+    """
+    markdown = re.sub(r"^<!-- whole: (\S+) -->$", r"::: \1", markdown, flags=re.MULTILINE)
     uri = page.file.src_uri
     source = ROOT / BROUGHT[uri] if uri in BROUGHT else ROOT / "docs" / uri
     outside = {path: name for name, path in BROUGHT.items()}

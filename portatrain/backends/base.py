@@ -94,6 +94,9 @@ class Backend(Protocol):
     Optional method: `restore_shared(read, shares)` returns the same state as `restore_state`. For the tensors in
     `shares` (checkpoint/shared_reads.py) each process reads only its part of a box (`Share.part`) and receives the
     other parts from the processes that hold copies.
+
+    Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
+    it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
     """
 
     name: str
@@ -250,7 +253,7 @@ def backend_class(name: str) -> type[Backend]:
             f"backend {name}",
             expected=f"{point.value} to be importable",
             got=f"{type(error).__name__}: {error}",
-            do="Repair or remove the package that registers it under portatrain.backends.",
+            do="Fix or remove the package that registers it under portatrain.backends.",
         ) from error
     lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
     if lacks:

@@ -1,11 +1,11 @@
-"""Choose the implementation of an operation from one table for all backends, read from the top.
+"""The table of kernels: the implementations of an operation, such as attention, and the cases that each covers.
 
-An operation has one meaning (`model/ops.py`) and several implementations, its kernels. Which one runs follows from the
-backend, the kind of device, the dtype, the sizes on one device, the traits of the call (its mask, mostly) and the mesh:
-the first row of `TABLE` that belongs to the backend and has no reason against the case. The last row of a backend is
-the operation written out, which always applies. A kernel that is named explicitly runs or is refused with its reason.
+An operation has one meaning (`model/ops.py`) and several implementations, its kernels. `choose_kernel.py` reads this
+table from the top. A case consists of the backend, the kind of device, the dtype, the sizes on one device, the traits
+of the call (mostly its mask) and the mesh. The last row of a backend is the operation written out, which covers every
+case.
 
-A laboratory adds rows by the entry-point group `portatrain.kernels`; they stand before ours. No framework is imported
+Another package adds rows by the entry-point group `portatrain.kernels`; they come before ours. No framework is imported
 here: `Kernel.load` imports the implementation when it runs.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,8 +55,8 @@ class Case:
     """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
-    attention, those of 'causal', 'window', 'segments', 'positions' and 'softcap' that the call has, and 'uneven' if the
-    queries do not divide over the devices that hold them.
+    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi' and 'softcap' that the call has,
+    and 'uneven' if the queries do not divide over the devices that hold them.
     """
 
     site: Site
@@ -85,30 +85,6 @@ class Kernel:
         return _loaded(self.where)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """Name the kernel that runs, and the reason against every other row of the backend."""
-
-    kernel: Kernel
-    case: Case
-    against: tuple[tuple[str, str], ...]
-
-    def as_json(self) -> dict[str, Any]:
-        case = self.case
-        return {
-            "operation": self.kernel.operation,
-            "kernel": self.kernel.name,
-            "named": self.kernel.operation in dict(case.site.named),
-            "backend": case.site.backend,
-            "device": case.site.device,
-            "mesh": case.site.mesh,
-            "dtype": case.dtype,
-            "shape": list(case.shape),
-            "traits": sorted(case.traits),
-            "against": dict(self.against),
-        }
-
-
 # ---- reasons
 
 
@@ -132,6 +108,14 @@ def _chunked_refuses(case: Case) -> str | None:
 
 def _sdpa_refuses(case: Case) -> str | None:
     return "torch's kernels cannot soft-cap the scores" if "softcap" in case.traits else None
+
+
+def _sdpa_masked_refuses(case: Case) -> str | None:
+    if reason := _sdpa_refuses(case):
+        return reason
+    if "alibi" in case.traits and case.dtype != "float32":
+        return f"the bias of ALiBi would be rounded to {case.dtype}"
+    return None
 
 
 def _sdpa_causal_refuses(case: Case) -> str | None:
@@ -168,7 +152,7 @@ TABLE: tuple[Kernel, ...] = (
         name="sdpa-masked",
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
-        refuses=_sdpa_refuses,
+        refuses=_sdpa_masked_refuses,
     ),
     Kernel(
         operation="attention",
@@ -211,7 +195,7 @@ def others() -> tuple[Kernel, ...]:
                     f"kernel {name}",
                     expected=f"a portatrain.backends.kernels.Kernel of {', '.join(OPERATIONS)}",
                     got=repr(kernel)[:80],
-                    do=f"Repair or remove the package that registers it under {GROUP}.",
+                    do=f"Fix or remove the package that registers it under {GROUP}.",
                 )
         found += mine
     return tuple(found)
@@ -229,76 +213,3 @@ def rows(operation: str, backend: str, name: str | None = None) -> tuple[Kernel,
     if not named:
         raise choice(f"kernel of {operation} on {backend}", name, [k.name for k in found])
     return named
-
-
-def parse(texts: Iterable[str]) -> Named:
-    """Read texts such as `attention=NAME`, at most one an operation; raise UserError for any other text."""
-    found: dict[str, str] = {}
-    for text in texts:
-        operation, sign, name = text.partition("=")
-        if operation not in OPERATIONS:
-            raise choice(f"--kernel {text}", operation, OPERATIONS)
-        if not sign or not name or operation in found:
-            raise UserError(
-                f"--kernel {text}",
-                expected="each operation once, with the name of a kernel, as in attention=written-out",
-                got=repr(text),
-                do="Leave it out to take the first kernel of the table that covers the case.",
-            )
-        found[operation] = name
-    return tuple(sorted(found.items()))
-
-
-# ---- the choice
-
-_taken: dict[tuple[str, Case], Choice] = {}
-
-
-def choose(operation: str, case: Case) -> Choice:
-    """Return the kernel that runs `operation` in this case, with the reasons against the others.
-
-    Raises UserError if a kernel was named that does not cover the case.
-    """
-    known = rows(operation, case.site.backend)
-    reasons = {k.name: k.refuses(case) for k in known}
-    first = next(k for k in known if reasons[k.name] is None)
-    name = dict(case.site.named).get(operation)
-    if name is None:
-        chosen = first
-    else:
-        chosen = rows(operation, case.site.backend, name)[0]
-        if (reason := reasons[name]) is not None:
-            raise UserError(
-                f"kernel {operation}={name}",
-                expected="a case that it covers",
-                got=f"{reason} (shape {case.shape}, {case.dtype}, {', '.join(sorted(case.traits)) or 'no mask'})",
-                do=f"Leave --kernel out: {first.name} runs then.",
-            )
-    against = {k.name: reasons[k.name] or _passed_over(chosen, named=name is not None) for k in known if k != chosen}
-    made = Choice(kernel=chosen, case=case, against=tuple(against.items()))
-    _taken[operation, case] = made
-    return made
-
-
-def _passed_over(chosen: Kernel, *, named: bool) -> str:
-    return f"{chosen.name} was named" if named else f"{chosen.name} comes first"
-
-
-def taken() -> list[dict[str, Any]]:
-    """Return the choices of this process since the last call, as JSON. The process keeps them, not a program: while a
-    compiled step is traced, no object of ours is at hand to hold them."""
-    found = [made.as_json() for made in _taken.values()]
-    _taken.clear()
-    return found
-
-
-def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
-    """Return the traits of a call of `Ops.attention` with these keywords."""
-    present = {
-        "causal": options.get("causal", True),
-        "window": options.get("window") is not None,
-        "segments": options.get("segment_ids") is not None,
-        "positions": options.get("positions") is not None,
-        "softcap": options.get("softcap") is not None,
-    }
-    return frozenset(name for name, there in present.items() if there)

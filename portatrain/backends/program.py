@@ -36,7 +36,7 @@ class Program:
     seed: int = 0
     compile: bool | None = None
     kernels: tuple[tuple[str, str], ...] = ()
-    """(operation, kernel) of the kernels named explicitly; the table (`backends/kernels.py`) chooses all others."""
+    """(operation, kernel) of the kernels named explicitly; `backends/choose_kernel.py` chooses all others."""
     order: Callable[[Sequence[Any]], Sequence[Any]] | None = field(default=None, compare=False, repr=False)
     """The order of a mesh's devices, if the network makes it matter; None: the order in which the framework lists
     them."""

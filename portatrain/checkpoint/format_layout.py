@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveMesh, Sharded, Tensor
+from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveMesh, Sharded, Tensor, tile_shape
 from portatrain.backends.base import IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, full_name, inventory
@@ -59,8 +59,46 @@ def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
     return found
 
 
-def check_tensors(reader: Reader, program: Program) -> None:
-    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes."""
+def check_step(reader: Reader, step: int, what: str) -> None:
+    """Raise UserError if the checkpoint in the folder of `step` is one of another step: the folder was renamed, or is a
+    copy."""
+    saved = reader.meta.get("step")
+    if isinstance(saved, int) and saved != step:
+        raise UserError(
+            what,
+            expected=f"the checkpoint of step {step}, as its folder's name says",
+            got=f"the checkpoint of step {saved}",
+            do=f"Give the folder its name back (step-{saved:08d}), or remove it if it is a copy; nothing was changed.",
+        )
+
+
+def check_tiles(reader: Reader) -> None:
+    """Raise UserError unless the tiles of a run's checkpoint follow from the shapes of its tensors.
+
+    No checksum covers the shape of a tile: another one of as many elements would permute the values. Runs write the
+    tiles of the format's rule alone, so any other shape has been put there later.
+    """
+    for tensor in reader.layout.tensors if "recipe_sha256" in reader.meta else ():
+        # A root does not say how many leading axes its layout counted as batch axes.
+        by_rule = {tile_shape(tensor.shape, tensor.item_bytes, batch) for batch in range(len(tensor.shape) + 1)}
+        if tensor.tile not in by_rule:
+            raise _tile(reader, tensor, sorted(by_rule))
+
+
+def _tile(reader: Reader, tensor: Tensor, right: Sequence[tuple[int, ...]]) -> UserError:
+    return UserError(
+        f"{reader.store.describe('COMMIT')}: tensor {tensor.name!r}",
+        expected=f"tiles of {' or '.join(str(list(tile)) for tile in right)}, which follow from its shape",
+        got=str(list(tensor.tile or ())),
+        do="Its root was changed after the save: restore another checkpoint.",
+    )
+
+
+def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> None:
+    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes.
+
+    `axes`: False accepts other names of axes.
+    """
     there = {t.name: t for t in reader.layout.tensors}
     wanted = {t.name: t for t in format_layout(program).tensors}
     found = [
@@ -72,6 +110,14 @@ def check_tensors(reader: Reader, program: Program) -> None:
                 f"{n} ({there[n].dtype} {list(there[n].shape)} for {t.dtype} {list(t.shape)})"
                 for n, t in wanted.items()
                 if n in there and (there[n].dtype, there[n].shape) != (t.dtype, t.shape)
+            ],
+        ),
+        (
+            "axes of other names",
+            [
+                f"{n} ({' '.join(there[n].axes)} for {' '.join(t.axes)})"
+                for n, t in wanted.items()
+                if axes and n in there and there[n].axes and there[n].axes != t.axes
             ],
         ),
     ]
@@ -87,3 +133,7 @@ def check_tensors(reader: Reader, program: Program) -> None:
             got="; ".join(got),
             do="This is the checkpoint of another model: give the recipe and the sizes that it was saved with.",
         )
+    check_tiles(reader)
+    for name, tensor in wanted.items():
+        if axes and "recipe_sha256" in reader.meta and tensor.resolved().tile != there[name].tile:
+            raise _tile(reader, there[name], [tensor.resolved().tile or ()])

@@ -1,4 +1,4 @@
-"""Copy to the host what a save writes, while training waits, and free each copy when it is written.
+"""Copy the state of a save from the devices to the host, while training waits, and free each copy when it is written.
 
 If the memory budget holds all copies, training waits for the copying alone, and writing begins after it. Otherwise the
 writer begins at once. It frees copies as it writes them, the copying continues in the order in which the writer asks,
@@ -8,7 +8,6 @@ and training waits for the last copy: for the copying, and for the writing of wh
 from __future__ import annotations
 
 import math
-import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -156,13 +155,3 @@ def given_budget_bytes() -> int | None:
     """Return the budget for copies that the environment sets, or None. Raises UserError if it is not a number."""
     gib = environment.SAVE_MEMORY_GIB.get()
     return None if gib is None else int(gib * 2**30)
-
-
-def free_memory_bytes() -> int:
-    """Return the bytes of memory of this host that are free or can be freed."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            found = next(line for line in lines if line.startswith("MemAvailable"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -55,6 +56,39 @@ def location_of(where: Path | str) -> Location:
     if isinstance(where, str) and where.startswith(SCHEMES):
         return ObjectLocation(where)
     return FolderLocation(Path(where))
+
+
+BOUND = "RUN.json"
+"""The object that binds a URL to the run whose checkpoints it holds."""
+
+
+def bound_to(url: str, *, fresh: bool) -> dict[str, Any] | None:
+    """Return the run to which a URL is bound, {"run": its id, ...}; None if it is free.
+
+    `fresh`: the caller has saved nothing there. Checkpoints that are there without the object are then of another run:
+    earlier releases did not write it.
+    """
+    from portatrain.system.object_store import Objects
+
+    objects = Objects(url)
+    found = objects.get(BOUND)
+    if found is None:
+        return {} if fresh and steps_of(objects.top()[1]) else None
+    try:
+        owner = json.loads(found[0])
+    except ValueError:
+        owner = None
+    return owner if isinstance(owner, dict) else {}
+
+
+def bind(url: str, run: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Bind a URL to `run`, unless it is bound; return the run to which it is bound now."""
+    from portatrain.system.object_store import Objects
+
+    owner = bound_to(url, fresh=True)
+    if owner is None and Objects(url).create(BOUND, json.dumps(run, indent=2).encode()) is not None:
+        return run
+    return owner if owner is not None else bound_to(url, fresh=True) or {}
 
 
 def step_name(step: int) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader, StoreError
+from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, StoreError
+from checkpoints_format import Reader as Reader
+from portatrain.checkpoint.format_layout import check_step
 from portatrain.checkpoint.locations import Location
 from portatrain.errors import StorageError, UserError
 
@@ -74,7 +76,9 @@ def _next_of(
     while left:
         step = left.pop()
         try:
-            return step, Reader(location.open(step))
+            reader = Reader(location.open(step))
+            check_step(reader, step, reader.store.describe("COMMIT"))
+            return step, reader
         except NotCommittedError:
             continue
         except NewerFormatError as error:  # its steps are valid, and to continue before them would replace it

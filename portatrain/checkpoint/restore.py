@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -52,9 +52,13 @@ def boxes_of(
     return {**found, COUNT: [Box((), ())] * len(mine)}
 
 
-def restored(backend: Backend, reader: Reader) -> Any:
+Change = Callable[[str, str, tuple[int, ...], np.ndarray], np.ndarray]
+"""Returns the values of a box that replace those in the checkpoint, given role, name, offset and values."""
+
+
+def restored(backend: Backend, reader: Reader, change: Change | None = None) -> Any:
     """Return the state of an open checkpoint on `backend`. Processes that hold copies share the reading if it pays and
-    if the backend can exchange parts."""
+    if the backend can exchange parts. With `change`, return the state that it makes of the checkpoint's."""
     program, processes, owners, shares = backend.program, backend.processes, owners_of(backend), {}
     exchange: Any = getattr(backend, "restore_shared", None)
     if exchange is not None and processes > 1:
@@ -63,7 +67,12 @@ def restored(backend: Backend, reader: Reader) -> Any:
         if not backend.agree(int(not pays(processes, remote=remote))):
             shares = shares_of(program, processes, owners=owners, gap_bytes=reader.store.merge_gap_bytes)
     with Restoring(reader, boxes_of(program, backend.process, processes, shares, owners)) as restoring:
-        return exchange(restoring.read, shares) if shares else backend.restore_state(restoring.read)
+        read = restoring.read if change is None else _changed(restoring.read, change)
+        return exchange(read, shares) if shares else backend.restore_state(read)
+
+
+def _changed(read: Callable[..., np.ndarray], change: Change) -> Callable[..., np.ndarray]:
+    return lambda role, name, offset, shape: change(role, name, offset, read(role, name, offset, shape))
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Save a run's logical tensors in `checkpoints_format`, to restore them on any backend and mesh.
+"""Save a run's logical tensors as files of `checkpoints_format`, to restore them on any backend and mesh.
 
     checkpoints = Checkpoints(run_dir / "checkpoints")
     checkpoints.save(10, backend, state, meta)      # copies to the host and returns; a thread writes
@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,17 @@ from checkpoints_format.writer import COMMIT
 from portatrain.backends.base import Backend, IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
-from portatrain.checkpoint.format_layout import check_tensors, format_layout, written_by
-from portatrain.checkpoint.host_copies import Staging, free_memory_bytes, given_budget_bytes
+from portatrain.checkpoint import fingerprints
+from portatrain.checkpoint.format_layout import check_step, check_tensors, format_layout, written_by
+from portatrain.checkpoint.host_copies import Staging, given_budget_bytes
 from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
 from portatrain.errors import StorageError, UserError
+from portatrain.recipe import Recipe
 from portatrain.recipe.retention import Retention
-from portatrain.system import json_files
+from portatrain.recipe.same import deciding_changes, in_words
+from portatrain.system import json_files, memory
 
 RECEIPTS_WITHIN_S = 600.0
 """The time for which the committing process waits for the other writers."""
@@ -81,9 +84,19 @@ def _boxes(backend: Backend, state: Any) -> Iterator[tuple[str, Box, Callable[[]
             yield name, Box(box.offset, box.shape), box.fetch
 
 
-def check_newest(where: Path | str, program: Program, fingerprint: str | None) -> None:
-    """Raise UserError if the newest commit is not of this run: a newer format, another model, or data with another
-    fingerprint (None: any data). Reads only the root, before an attempt begins; damage is left to `Checkpoints.newest`.
+def check_newest(
+    where: Path | str,
+    program: Program,
+    recipe: Recipe,
+    fingerprints_of_data: Mapping[str, str | None],
+    *,
+    accept_drift: bool = False,
+) -> None:
+    """Raise UserError if the newest commit is not of this run, before an attempt begins. Reads only the root; damage is
+    left to `Checkpoints.newest`.
+
+    A newer format or another model is always refused. `accept_drift`: another recipe, other names of axes and other
+    data are not. `fingerprints_of_data`: by the name in the meta's 'data'.
     """
     place = location_of(where)
     for step in reversed(place.steps()):
@@ -94,17 +107,36 @@ def check_newest(where: Path | str, program: Program, fingerprint: str | None) -
                 raise UserError.of(error) from error
             except FormatError:
                 continue
-            check_tensors(reader, program)
-            saved = reader.meta.get("data", {}).get("fingerprint")
-            if fingerprint is not None and saved is not None and saved != fingerprint:
-                raise UserError(
-                    store.describe("COMMIT"),
-                    expected=f"a run on this corpus, fingerprint {fingerprint}",
-                    got=f"a run on another corpus, {saved}",
-                    do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go on "
-                    "with other data all the same, give --accept-drift REASON, which is recorded.",
-                )
+            what = store.describe("COMMIT")
+            check_step(reader, step, what)
+            check_tensors(reader, program, axes=not accept_drift)
+            if accept_drift:
+                return
+            if changes := deciding_changes(reader.meta, recipe):
+                raise another_recipe(what, changes)
+            saved = reader.meta.get("data", {})
+            for name, now in fingerprints_of_data.items():
+                if saved.get(name) not in (None, now):
+                    of = "corpus" if name == "fingerprint" else "validation split"
+                    raise UserError(
+                        what,
+                        expected=f"a run on this {of}, fingerprint {now}",
+                        got=f"a run on another {of}, {saved[name]}",
+                        do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go "
+                        "on with other data all the same, give --accept-drift REASON, which is recorded.",
+                    )
             return
+
+
+def another_recipe(what: str, changes: Mapping[str, tuple[Any, Any]]) -> UserError:
+    """Return the error for a checkpoint that was saved under another recipe, with the fields that differ."""
+    return UserError(
+        what,
+        expected="a checkpoint that was saved with this recipe",
+        got=f"one of another recipe, which differs in {in_words(changes)}",
+        do="Give the recipe and --set values that it was saved with, or a new run directory; nothing was changed. To "
+        "go on with this recipe all the same, give --accept-drift REASON, which is recorded.",
+    )
 
 
 def reads(reader: Reader) -> Read:
@@ -127,7 +159,7 @@ class Checkpoints:
         save_name: the name of this attempt's saves; no two attempts write one file.
         guard: entered around a commit and a removal; raises if another attempt has taken the run over.
         budget_bytes: host memory for the copy of the state (`host_copies`); None: the environment's value, else half
-            of the free memory.
+            of this process's share of the free memory.
     """
 
     def __init__(
@@ -147,6 +179,7 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
+        self._committed: list[int] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._plan: tuple[Program, IrregularShards, SaveLayout, dict[str, list[Box]]] | None = None
 
@@ -183,7 +216,7 @@ class Checkpoints:
         return self._staging(backend, state, layout, wanted).beyond_bytes
 
     def _staging(self, backend: Backend, state: Any, layout: SaveLayout, wanted: Mapping[str, list[Box]]) -> Staging:
-        budget = self.budget_bytes if self.budget_bytes is not None else free_memory_bytes() // 2
+        budget = self.budget_bytes if self.budget_bytes is not None else memory.free_for_process_bytes() // 2
         sizes = {t.name: t.item_bytes for t in layout.tensors if t.name in wanted}
         boxes = (b for b in _boxes(backend, state) if _meets(b[1], wanted.get(b[0], ())))
         return Staging(boxes, sizes, budget_bytes=budget)
@@ -200,7 +233,9 @@ class Checkpoints:
     def _write(self, step: int, layout: SaveLayout, staging: Staging, meta: Mapping[str, Any]) -> None:
         try:
             with contextlib.closing(self.location.open(step, create=True)) as store:
-                Writer(store, layout, save=self.save_name, writer=self.process).write(staging.sources())
+                sums = fingerprints.Sums()
+                writer = Writer(store, layout, save=self.save_name, writer=self.process)
+                writer.write(sums.counting(staging.sources()), note=sums.note)
                 staging.close()
                 if self.process:
                     return
@@ -209,7 +244,8 @@ class Checkpoints:
                     if step in self._damaged:  # this checkpoint was read and found damaged, so the new one replaces it
                         store.delete(COMMIT)
                         self._damaged.discard(step)
-                    commit(store, layout, save=self.save_name, meta=json_files.strict(meta))
+                    commit(store, layout, save=self.save_name, meta=lambda notes: _meta(meta, layout, notes))
+                self._committed.append(step)
                 self._metrics[step] = _metrics_of(meta)
                 self._sweep_others(store)
             self._sweep(step)
@@ -266,6 +302,13 @@ class Checkpoints:
             if not self.location.committed(step):
                 self.location.remove(step)
 
+    def newly_committed(self) -> list[int]:
+        """Return the steps that were committed since the last call, for the record. Does not wait."""
+        found = []
+        while self._committed:
+            found.append(self._committed.pop(0))
+        return found
+
     def check(self) -> None:
         """Raise UserError if a save in the background has failed. Does not wait."""
         if self._thread is None or not self._thread.is_alive():
@@ -287,6 +330,11 @@ class Checkpoints:
     def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
         """Return the newest valid checkpoint, see `newest.newest`. The next save of a damaged step replaces it."""
         return newest(self.location, self.process, self.processes, report, agree, self._damaged)
+
+
+def _meta(meta: Mapping[str, Any], layout: SaveLayout, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the meta of a commit: `meta`, and the fingerprints of all tensors."""
+    return {**json_files.strict(meta), fingerprints.FIELD: fingerprints.joined(layout, notes)}
 
 
 def _metrics_of(meta: Mapping[str, Any]) -> dict[str, float]:

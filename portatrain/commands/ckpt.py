@@ -96,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=FROM,
         help="the format of SOURCE (dcp keeps its metadata as a pickle: import only what you trust)",
     )
+    made.add_argument(
+        "--accept-drift", metavar="REASON", help="import our own export although its recipe or its tensors differ"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -185,6 +188,7 @@ class _Told:
 def verify(args: argparse.Namespace) -> int:
     from checkpoints_format import NewerFormatError, NotCommittedError, Reader
     from portatrain.checkpoint.errors import explained
+    from portatrain.checkpoint.format_layout import check_tiles
     from portatrain.runs.find_checkpoints import places
 
     found = [p for p in places(args.path) if args.step in (None, p.step)]
@@ -204,6 +208,7 @@ def verify(args: argparse.Namespace) -> int:
                     row["bytes"] = sum(r.length for records in reader.root.packs for r in records)
                     told = _Told(str(place.path), row["bytes"])
                     row["problems"] = [str(problem) for problem in reader.problems(told.read)]
+                    check_tiles(reader)
                 except NotCommittedError:
                     if len(found) == 1:
                         raise
@@ -211,7 +216,7 @@ def verify(args: argparse.Namespace) -> int:
                 except NewerFormatError as error:
                     row |= {"problems": [str(error)], "newer": True}
         except UserError as error:
-            row["problems"] = [str(error)]
+            row["problems"] = [*row["problems"], str(error)]
     if args.json:
         print(json.dumps(rows, indent=1))
     else:
@@ -298,6 +303,7 @@ def bring(args: argparse.Namespace) -> int:
     from portatrain.checkpoint.interop.export_import import import_from
     from portatrain.checkpoint.locations import step_name
     from portatrain.commands import options
+    from portatrain.runs.commits import BEGUN_FROM
     from portatrain.runs.run_dir import RunDir
 
     recipe, folder = options.resolved_recipe(args), Path(args.run_dir)
@@ -310,19 +316,24 @@ def bring(args: argparse.Namespace) -> int:
         )
     run = RunDir(folder)
     run.check(recipe)
+    # A run whose import was killed has run.json and no checkpoint, so that `train` does not take it for a new one.
+    run.create(recipe, **{BEGUN_FROM: {"format": args.format, "path": str(args.source.absolute())}})
     try:
         step = import_from(
             args.source,
             args.format,
             recipe,
             lambda step: LocalStore(folder / "checkpoints" / step_name(step), create=True),
+            accept_drift=args.accept_drift is not None,
         )
     except BaseException:  # without its checkpoint, the run would start from random weights
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        (folder / "run.json").unlink(missing_ok=True)
         raise
-    run.create(recipe)
     words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
     words += [word for override in args.overrides for word in ("--set", override)]
+    if args.accept_drift is not None:
+        words += ["--accept-drift", args.accept_drift]
     print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""``portatrain clusters [NAME]``: list the known chips, or show all data of one cluster or chip."""
+"""List the known chips, or show all data of one cluster or chip."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from portatrain.plan.clusters import catalog, clusters_toml, names
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.cluster import Cluster
+from portatrain.system import terminal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -40,9 +41,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(data, indent=1))
         return 0
-    from rich.console import Console
 
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = terminal.console(180)
     for table in tables:
         console.print(table)
     console.print("~ marks an estimate: no source read so far confirms it. All figures are nominal.", style="dim")

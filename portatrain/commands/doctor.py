@@ -84,7 +84,7 @@ def in_store(url: str) -> Iterator[Finding]:
         yield "storage", "bad", str(error)
         return
     if fenced and seen:
-        yield "storage", "ok", f"{url} can be written to, and conditional puts work"
+        yield "storage", "ok", f"{url} is writable, and conditional puts work"
     else:
         yield (
             "storage",

@@ -175,7 +175,7 @@ def _write(path: Path, text: str) -> None:
     except OSError as error:
         raise UserError(
             f"file {path}",
-            expected="a file that can be written",
+            expected="a writable file",
             got=error.strerror or str(error),
             do="Choose another folder, or create it first.",
         ) from error

@@ -19,6 +19,7 @@ from typing import Any
 from portatrain.errors import UserError
 from portatrain.runs.history import History, read_history
 from portatrain.runs.open import names, open_run
+from portatrain.system import terminal
 from portatrain.system.text import age
 
 
@@ -51,7 +52,6 @@ def run(args: argparse.Namespace) -> int:
     if not found:
         print(f"no runs in {args.runs}")
         return 0
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         changes = "\n".join(f"{path}={value}" for path, value in fields.items()) or "-"
         cells = (now.run, now.state, f"{now.step}/{now.steps}", *losses, changes, where)
         table.add_row(*(Text(cell) for cell in cells), str(len(now.attempts)), f"{age(moved_s)} ago")
-    console = Console() if Console().is_terminal else Console(width=200)
+    console = terminal.console(200)
     console.print(table)
     return 0
 

@@ -113,7 +113,10 @@ def _print(run: RunDir, number: int, rank: int, *, follow: bool) -> None:
                 file.seek(at)
                 while chunk := file.read(1 << 16):
                     at += len(chunk)
-                    sys.stdout.buffer.write(chunk)
+                    if sys.stdout.isatty():  # a file or a pipe gets the bytes as they are
+                        print(chunk.decode(errors="replace"), end="")
+                    else:
+                        sys.stdout.buffer.write(chunk)
                 sys.stdout.flush()
         if not follow or over:
             return

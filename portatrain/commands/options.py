@@ -69,7 +69,8 @@ def add_track(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help=f"also send metrics to wandb or tensorboard; can be given several times{more}",
+        help="also send metrics to this tracker: wandb, tensorboard, or one that an installed package registers "
+        f"(docs/start/tracker.md); repeat it for several{more}",
     )
 
 
@@ -78,8 +79,9 @@ def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
     from portatrain.training.metrics.trackers import TRACKERS
 
     for name in names:
-        if name not in TRACKERS.names():
-            raise choice(what, name, TRACKERS.names())
+        if name not in (known := TRACKERS.names()):
+            own = f" Your own package can register another under {TRACKERS.group}: see docs/start/tracker.md."
+            raise choice(what, name, known, own)
     return tuple(dict.fromkeys(names))
 
 

@@ -36,6 +36,7 @@ from portatrain.plan.result import Plan
 from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.recipe.overrides import override
+from portatrain.system import terminal
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,14 +118,12 @@ def run(args: argparse.Namespace) -> int:
             checks = {one.cluster.name: _compiled(one, args, None) for one in plans if one.chosen}
         print(json.dumps([as_json(one) | checks.get(one.cluster.name, {}) for one in plans], indent=1))
     if args.plot or not args.json:
-        from rich.console import Console
-
         from portatrain.plan import render
 
         if args.plot:
             render.plot(plans, _plot_file(args.plot))
         if not args.json:
-            console = Console() if Console().is_terminal else Console(width=180)
+            console = terminal.console(180)
             render.show(plans, console, details=args.details or len(plans) == 1)
             tried = sum(one.counts.meshes for one in plans)
             console.print(f"{tried} meshes on {len(plans)} clusters in {took_s:.2f} s.", style="dim")
@@ -136,7 +135,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _calibrate(args: argparse.Namespace) -> int:
     """Print planned and measured figures of every attempt; fit the factors, store them and print where."""
-    from rich.console import Console
     from rich.table import Table
 
     from portatrain.plan import calibrate
@@ -158,7 +156,7 @@ def _calibrate(args: argparse.Namespace) -> int:
             )
         )
         return 0
-    console = Console() if Console().is_terminal else Console(width=140)
+    console = terminal.console(140)
     table = Table("attempt", "chip", "planned s", "measured s", "planned GiB", "measured GiB", "own factor")
     for one in attempts:
         bytes_ = "-" if one.measured_bytes is None else f"{one.measured_bytes / 2**30:.2f}"
@@ -207,7 +205,7 @@ def _compiled(made: Plan, args: argparse.Namespace, console: Console | None) -> 
     found = job.answer(request, target, tell=tell, fresh=args.fresh)
     if console is not None:
         if not found.fits:
-            console.print(f"{made.cluster.name}: the compiler says that it does NOT fit: {found.raw.get('said')}")
+            console.print(f"{made.cluster.name}: it does NOT fit, says the compiler: {found.raw.get('said')}")
         console.print(compare.table(made.cluster.name, predicted, found))
     return compare.as_json(predicted, found)
 

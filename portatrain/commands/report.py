@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
         out.write_text(page(found, kept_checkpoints(open_run(args.run_dir))), encoding="utf-8")
     except OSError as error:
         raise UserError(
-            f"file {out}", expected="a file that can be written", got=str(error), do="Choose another with --out."
+            f"file {out}", expected="a writable file", got=str(error), do="Choose another with --out."
         ) from error
     print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.resume_points)} resume points")
     return 0

@@ -23,6 +23,7 @@ from portatrain.errors import UserError
 from portatrain.model.layout import Layout, Mesh, axis_warning, unknown_axes
 from portatrain.model.module import Constant, Init, TensorInfo
 from portatrain.recipe import Recipe
+from portatrain.system import terminal
 
 BYTES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "bool": 1}
 
@@ -142,10 +143,9 @@ def _init(init: Init) -> str:
 
 
 def _print(found: Mapping[str, Any]) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = terminal.console(180)
     table = Table("tensor", "shape", "split over", "a device", "starts as", "dtype", "trains", "decays")
     for row in found["tensors"]:
         table.add_row(

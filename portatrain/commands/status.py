@@ -19,6 +19,7 @@ from portatrain.errors import UserError
 from portatrain.runs import jobs
 from portatrain.runs.history import History, errors, read_history
 from portatrain.runs.open import find
+from portatrain.system import terminal
 from portatrain.system.text import age
 from portatrain.system.urls import is_remote
 
@@ -54,11 +55,10 @@ def _asked(job: jobs.Job) -> dict[str, str]:
 
 
 def _print(now: History, there: list[dict[str, object]]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    console = Console() if Console().is_terminal else Console(width=180)
+    console = terminal.console(180)
     loss = f", loss {now.loss:.4f}" if now.loss is not None else ""
     rate = f", {now.tokens_per_s:,.0f} tokens/s" if now.tokens_per_s and now.state == "RUNNING" else ""
     console.print(f"{now.run}: {now.state}, step {now.step}/{now.steps}{loss}{rate}", highlight=False, markup=False)

@@ -5,6 +5,8 @@ recipe cannot run on, with the reason. It submits a job to every other one. The 
 is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of
 your clusters.toml, which also names the `engine` that starts jobs. The run directory runs/NAME records everything.
 
+A recipe with a model, data source or rule of your own is first checked at small size (`portatrain check`), once.
+
 examples:
   launch --cluster local tiny-lm
   launch --cluster local tiny-lm --set data=TextFiles --set data.paths=my/texts --track tensorboard
@@ -22,6 +24,7 @@ from pathlib import Path
 
 from launchers import targets
 from portatrain.commands import options
+from portatrain.commands.unseen import check_unseen
 from portatrain.errors import UserError
 from portatrain.system.urls import is_remote
 
@@ -52,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a job gives up after N restarts in a row without a new checkpoint (default: 3)",
     )
     options.add_track(parser, " (default: `track` of the cluster in clusters.toml)")
+    parser.add_argument(
+        "--no-check", action="store_true", help="skip `portatrain check` for a recipe that has not been checked here"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be submitted, without submitting it")
 
 
@@ -106,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     for job in jobs:
         launcher(job.engine).check(job)
+    check_unseen(recipe, args)
     if len(jobs) == 1 and not jobs[0].detached:
         from portatrain.commands import foreground
 

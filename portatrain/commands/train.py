@@ -70,7 +70,7 @@ def train(args: argparse.Namespace) -> int:
 
     ``args`` has the attributes of the options above.
     """
-    from portatrain.backends.kernels import parse as parse_kernels
+    from portatrain.backends.choose_kernel import parse as parse_kernels
 
     recipe = options.resolved_recipe(args)
     backend = options.resolved_backend(args.backend)

@@ -1,5 +1,8 @@
 """Data: specs of sources, and the sequence of samples that they define as a function of (spec, seed) alone.
 
+A batch is made in `text_batches.py` (text), `digits.py` (images), `own_arrays.py` (arrays of your own) or `mixture.py`
+(several sources). `open.py` puts them together from a spec, and `read_ahead.py` makes the next batches in a thread.
+
 Specs are frozen dataclasses that load nothing, so recipes import fast; names that need NumPy, such as `open_data`, are
 imported at their first use. This room imports NumPy and `portatrain.model.rng`, and no framework.
 """

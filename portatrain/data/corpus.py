@@ -37,11 +37,23 @@ class Stream:
     bos: int
     bytes: int | None
     fingerprint: str
+    passed_over: tuple[str, ...] = ()
+    """Sentences about what the source holds and was not packed; the same for its splits."""
+    blocks: packs.Blocks | None = None
+    """What reads of the tokens are held to, if the pack was too large to be verified at once."""
+    verification: packs.Verification | None = None
+    """The check of the whole pack in the background; the same for its splits."""
+
+    def read(self, first: int, stop: int) -> np.ndarray:
+        """Return tokens [first, stop), as many as there are. Raises UserError if they are damaged."""
+        if self.blocks is not None:
+            self.blocks.check(first, min(stop, len(self.tokens)))
+        return self.tokens[first:stop]
 
     def document(self, number: int) -> np.ndarray:
         """Return the tokens of one document, without its ``bos``."""
         end = self.starts[number + 1] if number + 1 < len(self.starts) else len(self.tokens)
-        return self.tokens[self.starts[number] + 1 : end]
+        return self.read(int(self.starts[number]) + 1, int(end))
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self.document(i) for i in range(len(self.starts)))
@@ -68,6 +80,9 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
                 bos=meaning["bos"],
                 bytes=pack.facts[f"{split}_bytes"],
                 fingerprint=pack.fingerprints[split],
+                passed_over=tuple(pack.facts.get("passed_over", ())),
+                blocks=pack.blocks.get(f"{split}-tokens"),
+                verification=pack.verification,
             )
     return out
 
@@ -96,6 +111,7 @@ def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> pa
         if split == "train":
             tokens = writer.entries["train-tokens"]["size"]
             require_window(split, tokens, writer.entries["train-starts"]["size"], seq_len)
+    facts["passed_over"] = source.passed.sentences(type(spec).__name__)
     return facts
 
 
@@ -108,6 +124,17 @@ def require_window(split: str, tokens: int, documents: int, seq_len: int) -> Non
             expected=f"at least {needed} tokens, one window of seq_len={seq_len} and its last target",
             got=f"{tokens} tokens in {documents} documents",
             do="Add documents, use a smaller seq_len, or change the fraction held out (validation).",
+        )
+
+
+def _check_ids(source: Documents, number: int, tokens: np.ndarray) -> None:
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= source.vocab:
+        raise UserError(
+            f"document {source.files[int(source.file[number])][0]}",
+            expected=f"ids from 0 to {source.vocab - 1}, the vocabulary being {source.vocab}",
+            got=str(low if low < 0 else high),
+            do="Correct the tokenizer or the source.",
         )
 
 
@@ -126,10 +153,13 @@ def _write(source: Documents, numbers: np.ndarray, split: str, writer: packs.Wri
         for number in numbers.tolist():
             tokens, size = source.read(number)
             if len(tokens):
+                _check_ids(source, number, tokens)
                 write(np.concatenate((np.array([source.bos], dtype), tokens), dtype=dtype, casting="same_kind"))
                 starts.append(at)
                 at += 1 + len(tokens)
                 n_bytes = None if size is None or n_bytes is None else n_bytes + size
+            else:
+                source.passed.add("documents without content", source.files[int(source.file[number])][0])
 
     dtype = np.min_scalar_type(source.vocab - 1)
     writer.array(f"{split}-tokens", dtype, pieces)

@@ -35,6 +35,9 @@ class Bytes:
 class Tokenized:
     """The encoding of a local ``tokenizer.json``, by the package `tokenizers`, without added special tokens.
 
+    Truncation, padding and BPE dropout, which such a file may ask for, are switched off: a corpus is encoded whole, and
+    the same each time. ``vocab`` is the largest id + 1, since ids may have holes.
+
     Raises:
         UserError: the package is missing, the file cannot be loaded, or ``bos`` is not one of its tokens.
     """
@@ -58,7 +61,11 @@ class Tokenized:
                 got=str(error),
                 do="Give the path of a local tokenizer.json; nothing is downloaded.",
             ) from error
-        self.vocab = self._tokenizer.get_vocab_size(with_added_tokens=True)
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        if getattr(self._tokenizer.model, "dropout", None):
+            self._tokenizer.model.dropout = None
+        self.vocab = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if bos is None:
             self.bos, self.vocab = self.vocab, self.vocab + 1
             return

@@ -17,7 +17,7 @@ import numpy as np
 
 from portatrain.data.spec import Mixture
 from portatrain.data.split import Batch, Split, samples
-from portatrain.data.windows import Windows
+from portatrain.data.text_batches import Windows
 from portatrain.errors import UserError
 from portatrain.model.rng import Permutation
 

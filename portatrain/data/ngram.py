@@ -70,7 +70,7 @@ def discounts(n: np.ndarray) -> np.ndarray:
 
 
 class KneserNey:
-    """The model of a set of documents, each an array of bytes, (n,) uint8.
+    """A byte 3-gram model with Kneser-Ney smoothing, fitted to documents, each an array of bytes, (n,) uint8.
 
     Raises:
         UserError: the documents have no bytes.

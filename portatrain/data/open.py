@@ -17,10 +17,11 @@ from portatrain.data.mixture import Chained, Mixed, check
 from portatrain.data.own import gives_arrays, gives_documents, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
+from portatrain.data.pack import Verification
 from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
 from portatrain.data.split import Batch, Split
-from portatrain.data.windows import Windows
-from portatrain.data.windows import blank as blank_windows
+from portatrain.data.text_batches import Windows
+from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError
 
 
@@ -34,12 +35,26 @@ class OpenData:
         bytes_per_target: that number of the validation split or, without one, of the training split; see `Split`.
         fingerprint: SHA-256, in hex, of the fingerprints of the splits.
         streams: the packed token streams by split if the data is a single token source; otherwise empty.
+        passed_over: sentences about what the sources hold and was not packed.
+        verifications: checks, to be started, of the packed corpora that were too large to be verified when opened.
     """
 
     train: Split
     validation: Split | None
     vocab: int
     streams: dict[str, Stream]
+    passed_over: tuple[str, ...] = ()
+    verifications: tuple[Verification, ...] = ()
+
+    def verify_in_background(self) -> None:
+        """Begin to read all of the packed corpora that were not verified when they were opened."""
+        for verification in self.verifications:
+            verification.start()
+
+    def check(self) -> None:
+        """Raise UserError if damage has been found in the background. Does not wait."""
+        for verification in self.verifications:
+            verification.check()
 
     @property
     def bytes_per_target(self) -> float | None:
@@ -76,7 +91,12 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     found = streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
-        train=windows["train"], validation=windows.get("validation"), vocab=found["train"].vocab, streams=found
+        train=windows["train"],
+        validation=windows.get("validation"),
+        vocab=found["train"].vocab,
+        streams=found,
+        passed_over=found["train"].passed_over,
+        verifications=tuple(v for v in (found["train"].verification,) if v is not None),
     )
 
 
@@ -107,6 +127,8 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
         validation=Chained(held, name="validation") if held else None,
         vocab=vocabs[0],
         streams={},
+        passed_over=tuple(sentence for f in found for sentence in f["train"].passed_over),
+        verifications=tuple(v for f in found if (v := f["train"].verification) is not None),
     )
 
 

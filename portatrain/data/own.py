@@ -1,4 +1,4 @@
-"""What a data source of your own has to have: the methods of `DocumentSource` or those of `ArraySource`.
+"""The two contracts for a data source of your own: it has the members of `DocumentSource` or of `ArraySource`.
 
 Such a source is a frozen dataclass that derives from `DataSpec`, in a recipe file or in a package of yours. Its fields
 are part of the recipe: they are saved with the run, and ``--set data.FIELD=VALUE`` changes them.
@@ -55,7 +55,7 @@ class ArraySource(Protocol):
 
 
 def gives_documents(spec: DataSpec) -> TypeGuard[DocumentSource]:
-    """Return True if ``spec`` has what a `DocumentSource` must have."""
+    """Return True if ``spec`` has the required members of a `DocumentSource`."""
     return callable(getattr(spec, "documents", None)) and hasattr(spec, "seq_len")
 
 

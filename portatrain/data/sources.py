@@ -6,8 +6,9 @@ depend on the location of the source, so a corpus can be moved.
 
 from __future__ import annotations
 
-import glob
 import json
+import os
+import struct
 import sys
 import sysconfig
 from abc import ABC, abstractmethod
@@ -17,12 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from portatrain.data.encode import Encoding, encoding
+from portatrain.data.contents import HEAD, LLM_C, LLM_C_BYTES, NPY, check_ids, check_text, is_llm_c
+from portatrain.data.encode import Bytes, Encoding, encoding
+from portatrain.data.finding import Files, PassedOver, find, unreadable
 from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError, choice
 from portatrain.model import rng
-
-Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
 
 
 class Documents(ABC):
@@ -31,6 +32,7 @@ class Documents(ABC):
     Attributes:
         vocab: number of token ids. bos: the id that begins every document in the packed stream.
         file: (n,) int64, not decreasing, the file of each document. index: (n,) int64, its index in that file.
+        passed: what the source holds and does not read.
     """
 
     vocab: int
@@ -38,7 +40,8 @@ class Documents(ABC):
     file: np.ndarray
     index: np.ndarray
 
-    def __init__(self, files: Files, held_out: Files) -> None:
+    def __init__(self, files: Files, held_out: Files, passed: PassedOver | None = None) -> None:
+        self.passed = PassedOver() if passed is None else passed
         self.files = files + held_out
         self._trained = len(files)
 
@@ -74,7 +77,7 @@ class Documents(ABC):
 def documents(spec: DataSpec) -> Documents:
     """Return the documents of a token source."""
     if isinstance(spec, Stdlib):
-        return _TextDocuments(stdlib_files(), [], encoding(spec.tokenizer, spec.bos))
+        return _TextDocuments(stdlib_files(), [], PassedOver(), encoding(spec.tokenizer, spec.bos))
     if isinstance(spec, TextFiles):
         return _TextDocuments(*_both(spec), encoding(spec.tokenizer, spec.bos))
     if isinstance(spec, Jsonl):
@@ -103,39 +106,13 @@ def stdlib_files(root: Path | None = None) -> Files:
     return sorted(files)
 
 
-def find(paths: str | tuple[str, ...], what: str) -> Files:
-    """Return the files under ``paths`` (files, folders, globs), sorted by name, each file once."""
-    found: dict[Path, str] = {}
-    for given in (paths,) if isinstance(paths, str) else paths:
-        path = Path(given).expanduser()
-        if path.is_dir():
-            here = [(p.relative_to(path).as_posix(), p) for p in path.rglob("*") if p.is_file()]
-        elif path.exists():
-            here = [(path.name, path)]
-        elif glob.has_magic(str(path)):
-            fixed = next(p for p in path.parents if not glob.has_magic(str(p)))
-            matches = (Path(p) for p in glob.glob(str(path), recursive=True))
-            here = [(p.relative_to(fixed).as_posix(), p) for p in matches if p.is_file()]
-        else:
-            here = []
-        if not here:
-            raise UserError(
-                what,
-                expected="a file, a folder with files, or a glob that matches some",
-                got=repr(given),
-                do="Check the path; relative paths start at the working directory.",
-            )
-        for name, p in here:
-            found.setdefault(p.resolve(), name)
-    return sorted((name, path) for path, name in found.items())
-
-
-def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files]:
+def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files, PassedOver]:
     kind = type(spec).__name__
     if not spec.paths:
         raise _unnamed(kind, spec)
-    files = find(spec.paths, f"{kind} paths")
-    held = find(spec.validation_paths, f"{kind} validation_paths") if spec.validation_paths else []
+    passed = PassedOver()
+    files = find(spec.paths, f"{kind} paths", passed)
+    held = find(spec.validation_paths, f"{kind} validation_paths", passed) if spec.validation_paths else []
     common = {p for _, p in files} & {p for _, p in held}
     if common:
         raise UserError(
@@ -144,7 +121,7 @@ def _both(spec: TextFiles | Jsonl | TokenMemmap) -> tuple[Files, Files]:
             got=str(min(common)),
             do="Remove it from one of the two: a training document cannot be held out.",
         )
-    return files, held
+    return files, held, passed
 
 
 def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
@@ -157,32 +134,34 @@ def _unnamed(kind: str, spec: TextFiles | Jsonl | TokenMemmap) -> UserError:
         f"{kind} paths",
         expected=what,
         got="none: this recipe comes without data",
-        do="Name yours with --set data.paths=/data/corpus/*, or choose another source with --set data=Stdlib, say, and "
-        "model.vocab to go with it.",
+        do="Give the paths of yours, as in --set data.paths=/data/corpus/*, or choose another source, as in "
+        "--set data=Stdlib, and set model.vocab to its vocabulary.",
     )
+
+
+EMPTY = "empty files"
+
+
+def _is_utf8(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"data file {path}",
-        expected="a file that can be read",
-        got=error.strerror or str(error),
-        do="Mend its permissions or leave it out.",
-    )
+        raise unreadable(path, error) from error
 
 
 class _TextDocuments(Documents):
     """Text files; each file is a document."""
 
-    def __init__(self, files: Files, held_out: Files, encode: Encoding) -> None:
-        super().__init__(files, held_out)
+    def __init__(self, files: Files, held_out: Files, passed: PassedOver, encode: Encoding) -> None:
+        super().__init__(files, held_out, passed)
         self.vocab, self.bos, self._encode = encode.vocab, encode.bos, encode
         self.file = np.arange(len(self.files))
         self.index = np.zeros(len(self.files), np.int64)
@@ -190,19 +169,25 @@ class _TextDocuments(Documents):
     def read(self, number: int) -> tuple[np.ndarray, int | None]:
         path = self.files[number][1]
         text = _bytes(path)
+        check_text(path, text)
+        if isinstance(self._encode, Bytes) and not _is_utf8(text):
+            self.passed.add("files that are not UTF-8, of which each byte is a token", self.files[number][0])
         return self._encode(text, str(path)), len(text)
 
 
 class _JsonlDocuments(Documents):
     """JSON lines; each line is a document. One pass over the files finds the beginnings of the lines."""
 
-    def __init__(self, files: Files, held_out: Files, encode: Encoding, field: str) -> None:
-        super().__init__(files, held_out)
+    def __init__(self, files: Files, held_out: Files, passed: PassedOver, encode: Encoding, field: str) -> None:
+        super().__init__(files, held_out, passed)
         self.vocab, self.bos, self._encode, self._field = encode.vocab, encode.bos, encode, field
         rows = array("q")
-        for f, (_, path) in enumerate(self.files):
+        for f, (name, path) in enumerate(self.files):
+            before = len(rows)
             for line, at in _lines(path):
                 rows.extend((f, line, at))
+            if len(rows) == before:
+                passed.add(EMPTY, name)
         self.file, self.index, self._at = np.array(rows, np.int64).reshape(-1, 3).T
 
     def read(self, number: int) -> tuple[np.ndarray, int | None]:
@@ -212,7 +197,7 @@ class _JsonlDocuments(Documents):
                 file.seek(int(self._at[number]))
                 raw = file.readline()
         except OSError as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
         where = f"{path}, line {line}"
         try:
             value = json.loads(raw)
@@ -247,20 +232,21 @@ def _lines(path: Path) -> Iterator[tuple[int, int]]:
     """Yield (line number from 0, offset in bytes) for every line that is not blank."""
     try:
         with path.open("rb") as file:
-            at = 0
+            check_text(path, file.read(HEAD), os.fstat(file.fileno()).st_size)
+            at = file.seek(0)
             for line, raw in enumerate(file):
                 if raw.strip():
                     yield line, at
                 at += len(raw)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
 
 
 class _TokenDocuments(Documents):
     """Token files; each run of tokens between two separators is a document, or each file if there is no separator."""
 
-    def __init__(self, files: Files, held_out: Files, spec: TokenMemmap) -> None:
-        super().__init__(files, held_out)
+    def __init__(self, files: Files, held_out: Files, passed: PassedOver, spec: TokenMemmap) -> None:
+        super().__init__(files, held_out, passed)
         kinds = ("uint8", "uint16", "uint32", "int32", "int64", "uint64")
         if spec.dtype not in kinds:
             raise choice("TokenMemmap dtype", spec.dtype, kinds)
@@ -279,6 +265,9 @@ class _TokenDocuments(Documents):
         self.vocab, self.bos = spec.vocab, spec.separator or 0
         self._ids = [read_ids(path, dtype) for _, path in self.files]
         tables = [_between(f, ids, spec.separator) for f, ids in enumerate(self._ids)]
+        for (name, _), ids in zip(self.files, self._ids, strict=True):
+            if not len(ids):
+                passed.add(EMPTY, name)
         self.file, self.index, self._from, self._to = np.concatenate(tables).T
 
     def read(self, number: int) -> tuple[np.ndarray, int | None]:
@@ -297,17 +286,22 @@ class _TokenDocuments(Documents):
 
 
 def read_ids(path: Path, dtype: np.dtype) -> np.ndarray:
-    """Return the ids of a token file, mapped into memory: raw, or one array as numpy.save writes it (.npy)."""
-    if path.suffix == ".npy":
-        return _npy_ids(path, dtype)
+    """Return the ids of a token file, mapped into memory: raw, one array as numpy.save writes it, or a shard of llm.c.
+
+    The first bytes decide and not the name. Raises UserError for a file of something else.
+    """
     try:
-        size = path.stat().st_size
+        with path.open("rb") as file:
+            head, size = file.read(HEAD), os.fstat(file.fileno()).st_size
+        if head.startswith(NPY) or path.suffix == ".npy":
+            return _npy_ids(path, dtype, head)
+        if is_llm_c(head, size):
+            return _llm_c_ids(path, dtype, head, size)
+        check_ids(path, head, size, dtype.itemsize)
         if size % dtype.itemsize == 0:
-            if not size:
-                return np.empty(0, dtype)
-            return np.memmap(path, dtype, mode="r").view(np.ndarray)
+            return np.memmap(path, dtype, mode="r").view(np.ndarray) if size else np.empty(0, dtype)
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     raise UserError(
         f"token file {path}",
         expected=f"a whole number of {dtype.itemsize}-byte ids ({dtype.name})",
@@ -316,10 +310,32 @@ def read_ids(path: Path, dtype: np.dtype) -> np.ndarray:
     )
 
 
-def _npy_ids(path: Path, dtype: np.dtype) -> np.ndarray:
+def _llm_c_ids(path: Path, dtype: np.dtype, head: bytes, size: int) -> np.ndarray:
+    magic, _, count = struct.unpack("<3i", head[:12])
+    kind = np.dtype(LLM_C[magic]).newbyteorder("<")
+    held = (size - LLM_C_BYTES) // kind.itemsize
+    if kind != dtype or count != held:
+        raise UserError(
+            f"token file {path}",
+            expected=f"{held} ids of {dtype.name} after the header of llm.c",
+            got=f"a header that says {count} ids of {kind.name}",
+            do=f"Set dtype to {kind.name!r}." if kind != dtype else "The file was cut or changed: write it again.",
+        )
+    return (
+        np.memmap(path, dtype, mode="r", offset=LLM_C_BYTES, shape=(count,)).view(np.ndarray)
+        if count
+        else (np.empty(0, dtype))
+    )
+
+
+def _npy_ids(path: Path, dtype: np.dtype, head: bytes) -> np.ndarray:
     try:
+        if not head.startswith(NPY):  # np.load would open an archive, too
+            raise ValueError("a file without the mark of such an array")
         ids: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise unreadable(path, error) from error
+    except Exception as error:  # a malformed header ends in errors of many kinds
         raise UserError(
             f"token file {path}",
             expected="an array that numpy.save wrote",
@@ -331,7 +347,7 @@ def _npy_ids(path: Path, dtype: np.dtype) -> np.ndarray:
             f"token file {path}",
             expected=f"a one-dimensional array of {dtype.name}, little-endian",
             got=f"{ids.dtype.name} of shape {ids.shape}",
-            do="Set dtype to what the file was written with; flatten an array of several dimensions.",
+            do="Set dtype to the dtype of the file; flatten an array of several dimensions.",
         )
     return ids.view(np.ndarray)
 

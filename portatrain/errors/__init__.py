@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable
 from typing import Any, Self
 
@@ -28,7 +29,7 @@ class UserError(Exception):
     """Exit code of a command that ends with this error."""
 
     def __init__(self, what: str, *, expected: str, got: str, do: str) -> None:
-        super().__init__(f"{_short(what)}: expected {expected}, got {_short(got)}. {do}")
+        super().__init__(f"{_short(what)}: expected {visible(str(expected))}, got {_short(got)}. {visible(str(do))}")
         self.what, self.expected, self.got, self.do = what, expected, got, do
         self.trace = ""
         """The traceback, if the mistake is in the user's own code; '' otherwise."""
@@ -54,21 +55,33 @@ def storage_error(error: OSError) -> StorageError | None:
     name = f" ({error.filename})" if error.filename else ""
     return StorageError(
         "the storage of the run",
-        expected="files that can be written and read",
+        expected="files that can be read and written",
         got=f"{error.strerror or error}{name}",
-        do="Free some space or mend the storage, and go on with the run; the last committed checkpoint stands.",
+        do="Free space or fix the storage, then resume the run; its last committed checkpoint is unharmed.",
     )
+
+
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with escapes for the characters that act on a terminal, or that no encoding has.
+
+    Line ends and tabs stay. A text of a record, a log or a file name may hold anything.
+    """
+    return _HIDDEN.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
 def _short(text: str) -> str:
     """Return ``text`` without a final period and, if it is long, without its middle."""
+    text = visible(text)
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
-def choice(what: str, got: str, valid: Iterable[str], *, listed: str = "") -> UserError:
-    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names.
+def choice(what: str, got: str, valid: Iterable[str], more: str = "", *, listed: str = "") -> UserError:
+    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names, and says ``more``.
 
     listed: a sentence that says which command lists the valid names, if they are too many for a message.
     """
@@ -82,5 +95,8 @@ def choice(what: str, got: str, valid: Iterable[str], *, listed: str = "") -> Us
         count = f"one of the {len(names)} that there are" if len(names) > 1 else repr(names[0])
         return UserError(what, expected=count, got=repr(got), do=f"{hint}{listed}")
     return UserError(
-        what, expected=f"one of {', '.join(names) or '(none)'}", got=repr(got), do=f"{hint}Use one of those names."
+        what,
+        expected=f"one of {', '.join(names) or '(none)'}",
+        got=repr(got),
+        do=f"{hint}Use one of those names.{more}",
     )

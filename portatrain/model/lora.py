@@ -24,7 +24,7 @@ FACTORS = ("lora_a", "lora_b")
 
 @dataclass(frozen=True, kw_only=True)
 class LoRA:
-    """y = x W + alpha / rank * (x A) B.
+    """Low-rank adaptation: keep every matrix W fixed and add two small factors, y = x W + alpha / rank * (x A) B.
 
     A has the default initial values of a weight and B starts at zero, so the model starts as it was. Only the factors
     are trained, unless the recipe sets `trainable`.

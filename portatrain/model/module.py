@@ -157,9 +157,9 @@ class State:
 
 
 class Module:
-    """Base class of every portable module; the top of this file shows one.
+    """Base class of every portable module. `__init__` sets its parameters, and `__call__(ops, ...)` computes with them.
 
-    Define `__call__(self, ops, ...)`. Override `after_step` to change `State`s once per optimizer step.
+    Override `after_step` to change `State`s once per optimizer step. The top of this file shows a module.
     """
 
     path: str = ""

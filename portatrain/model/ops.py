@@ -20,66 +20,21 @@ These rules hold for every operation:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
-from portatrain.errors import UserError
-from portatrain.errors.users_code import line_of_method
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_results import REDUCTIONS as REDUCTIONS
+from portatrain.model.ops_results import Array as Array
+from portatrain.model.ops_results import Aux as Aux
+from portatrain.model.ops_results import Loss as Loss
+from portatrain.model.ops_results import check_aux as check_aux
+from portatrain.model.ops_results import check_layer as check_layer
+from portatrain.model.ops_results import check_samples as check_samples
+from portatrain.model.ops_structure import StructureOps
 from portatrain.model.rope import RopeScaling
 
-Array = Any
-"""A jax.Array, a torch.Tensor or a numpy.ndarray, depending on the backend."""
 
-REDUCTIONS = ("mean", "sum", "max")
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The loss that a model returns.
-
-    sum: () float32, differentiable: the loss summed over all targets. The trainer divides it by the summed weight of
-    the global batch, so neither data parallelism nor accumulation changes the result.
-    weight_B: (B,) float32, the weight of each sample (usually its number of targets).
-    loss_B: (B,) float32, each sample's part of `sum`, without gradient.
-    """
-
-    sum: Array
-    weight_B: Array
-    loss_B: Array
-
-
-@dataclass(frozen=True)
-class Aux:
-    """A value that `ops.aux` recorded.
-
-    value_B: (B,) float32, combined over `count` calls (layers, modules) by `reduce`: 'mean' and 'sum' add, 'max' takes
-    the maximum. loss: the factor with which it enters the training loss; 0 for a metric only.
-    """
-
-    value_B: Array
-    count: int
-    reduce: str
-    loss: float
-
-    def join(self, name: str, other: Aux, maximum: Any) -> Aux:
-        """Return this value combined with `other`, recorded under the same `name`; `maximum` is elementwise.
-
-        Raises:
-            UserError: the two calls gave different `reduce` or `loss`.
-        """
-        if (self.reduce, self.loss) != (other.reduce, other.loss):
-            raise UserError(
-                f"ops.aux({name!r})",
-                expected=f"the same reduce and loss in every call: {self.reduce!r}, {self.loss}",
-                got=f"{other.reduce!r}, {other.loss}",
-                do="Use another name.",
-            )
-        both = maximum if self.reduce == "max" else (lambda a, b: a + b)
-        return Aux(both(self.value_B, other.value_B), self.count + other.count, self.reduce, self.loss)
-
-
-class Ops(ArrayOps, Protocol):
+class Ops(ArrayOps, StructureOps, Protocol):
     """The operations of a model. Each backend implements them in one class.
 
     `portatrain.backends.reference.ReferenceOps` implements them in NumPy float64; tests compare every backend with it.
@@ -187,10 +142,12 @@ class Ops(ArrayOps, Protocol):
         window: int | None = None,
         segment_ids: Array | tuple[Array, Array] | None = None,
         positions: tuple[Array, Array] | None = None,
+        prefix: Array | None = None,
+        alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
         scale: float | None = None,
     ) -> Array:
-        """Return softmax(scale q k^T + mask) v, (B, S, H, D); query head h uses kv head h // (H/K)
+        """Return softmax(scale q k^T + bias + mask) v, (B, S, H, D); query head h uses kv head h // (H/K)
         (Ainslie et al. 2023).
 
         q_BSHD: (B, S, H, D); k_BTKD, v_BTKD: (B, T, K, D), with K a divisor of H.
@@ -201,6 +158,11 @@ class Ops(ArrayOps, Protocol):
         with its own id; padding has id 0 and attends to id 0 only.
         positions: a pair (B, S) and (B, T), or (S,) and (T,), of integers; default 0..S-1 and 0..T-1. Key-value caches
         need them.
+        prefix: (B, T) booleans or integers, true at the keys of a prefix, which every query sees, also earlier ones and
+        those outside of its window, within its segment: bidirectional over a prompt, causal after it. (B,) lengths
+        become one by `ops.arange(T)[None, :] < length_B[:, None]`.
+        alibi: a bias of -slope_h |position of the query - position of the key| for each head h, after softcap. True:
+        the slopes of Press et al. 2022; a sequence: one slope for each of the H heads, constants.
         softcap: scores become softcap * tanh(scores / softcap) before the mask. scale: default D^-0.5.
         A query that may attend to no key gets zeros.
         bf16: contractions take bfloat16 and accumulate in float32; the softmax is float32; the result is bfloat16.
@@ -363,141 +325,6 @@ class Ops(ArrayOps, Protocol):
         Example: `target_B = ops.stop_gradient(value_B)`
         """
         ...
-
-    # ---- losses
-
-    def cross_entropy(
-        self,
-        x: Array,
-        table_VE: Array,
-        targets: Array,
-        *,
-        mask: Array | None = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-    ) -> Loss:
-        """Return the softmax cross-entropy of the logits z = x . table^T against integer targets.
-
-        x: (B, E) or (B, S, E); table_VE: (V, E), an embedding's own table when tied; targets: (B,) or (B, S) integers
-        in [0, V); mask: float, the shape of `targets`, the weight of each target (default 1, without gradient).
-        The loss of a target is logsumexp(z) - z[target] + z_loss * logsumexp(z)^2 (Chowdhery et al. 2022, section 5).
-        softcap: z becomes softcap * tanh(z / softcap) first.
-        Logits exist for one chunk of tokens at a time, never all at once, and the same pass forms the gradient.
-        bf16: the contraction takes bfloat16 and accumulates in float32; the rest is float32, and so is the `Loss`.
-        Example: `return ops.cross_entropy(x_BSE, self.embedding.table, batch["targets"], mask=batch["mask"])`
-        """
-        ...
-
-    def loss(self, loss_B: Array, weight_B: Array) -> Loss:
-        """Return a `Loss` of your own from per-sample losses and weights.
-
-        loss_B: (B,), differentiable; weight_B: (B,), the weight of each sample. bf16: both are cast to float32.
-        Example: `return ops.loss((y_B - target_B) ** 2, weight_B)`
-        """
-        ...
-
-    # ---- structure
-
-    def shard(self, x: Array, *axes: str | None) -> Array:
-        """Return x, sharded over the mesh as the layout maps these logical axes.
-
-        axes: one logical axis per dimension of x, None for a dimension that is not sharded. Values, shape and dtype do
-        not change, also under bf16. Raises UserError for an axis that the layout does not know.
-        Example: `x_BSE = ops.shard(x_BSE, "batch", "seq", None)`
-        """
-        ...
-
-    def stack(self, stack: Any, carry: Any, shared: Sequence[Any], per_layer: Any) -> tuple[Any, Any]:
-        """Run the blocks of a `Stack` in order and return (carry, stacked outs). Models call the Stack itself.
-
-        Arguments and shapes: see `portatrain.model.module.Stack`. bf16: carry and outs keep their dtypes.
-        Example: `x_BSE, _ = self.blocks(ops, x_BSE, table)`, which calls `ops.stack`
-        """
-        ...
-
-    def name(self, x: Array, name: str) -> Array:
-        """Return x, with a name by which a remat policy can keep or recompute it (`portatrain.model.remat`).
-
-        Values, shape and dtype do not change, also under bf16.
-        Example: `routes_BSX = ops.name(routes_BSX, "routes")`
-        """
-        ...
-
-    def aux(self, name: str, value_B: Array, *, reduce: str = "mean", loss: float = 0.0) -> None:
-        """Record a statistic of each sample for the step's metrics, and optionally add it to the training loss.
-
-        value_B: (B,). Calls under one name (layers, modules) are combined first, then the samples of the global batch:
-        reduce='mean', 'sum' or 'max'. With loss=c the training loss grows by c times the sum of value_B over the calls,
-        each sample weighted by its loss weight. Recomputed activations are counted once.
-        bf16: values are cast to float32. Raises UserError for another `reduce`, another shape, or calls under one name
-        that disagree.
-        Example: `ops.aux("router_entropy", entropy_B, loss=1e-3)`
-        """
-        ...
-
-    def tally(self, module: Any, **values: Array) -> None:
-        """Add to States of `module`, summed over all microbatches of a step. Does nothing when not training.
-
-        values: one array per State, by attribute name, in the State's shape. They must be global already (use `sum`
-        with `over=`); no gradient flows through them. bf16: values are cast to the State's dtype.
-        Example: `ops.tally(self, load=load_X)`
-        """
-        ...
-
-    def update(self, module: Any, **values: Array) -> None:
-        """Set States of `module` to new values; valid in `Module.after_step` only.
-
-        values: one array per State, by attribute name, in the State's shape. bf16: States keep their own dtypes.
-        Raises UserError for an unknown State, another shape, or a call from the forward pass.
-        Example: `ops.update(self, bias=self.bias + 0.001 * error_X)`
-        """
-        ...
-
-
-def check_aux(name: str, value_B: Array, reduce: str) -> None:
-    """Check the arguments of an `ops.aux` call.
-
-    Raises:
-        UserError: `reduce` is not in REDUCTIONS, or value_B does not have one value per sample.
-    """
-    if reduce not in REDUCTIONS:
-        raise UserError(
-            f"ops.aux({name!r})", expected=f"reduce in {REDUCTIONS}", got=repr(reduce), do="Use one of those."
-        )
-    if getattr(value_B, "ndim", 0) != 1:
-        raise UserError(
-            f"ops.aux({name!r})",
-            expected="one value per sample, shape (B,)",
-            got=f"shape {tuple(getattr(value_B, 'shape', ()))}",
-            do="Reduce all axes except the batch: x.mean(-1) on unsharded axes, ops.mean(..., over=('seq',)) on rest.",
-        )
-
-
-def check_samples(loss_B: Array, weight_B: Array) -> None:
-    """Raise UserError unless both arguments of an `ops.loss` call have one value per sample."""
-    shapes = [tuple(getattr(x, "shape", ())) for x in (loss_B, weight_B)]
-    if len(shapes[0]) != 1 or shapes[0] != shapes[1]:
-        raise UserError(
-            "ops.loss(loss_B, weight_B)",
-            expected="two arrays with one value per sample, shape (B,)",
-            got=" and ".join(
-                f"shape {shape}" if hasattr(x, "shape") else f"a {type(x).__name__}"
-                for x, shape in zip((loss_B, weight_B), shapes, strict=True)
-            ),
-            do="Reduce all axes but the batch, for example with x.sum((1, 2)); the usual weight is batch['mask'].",
-        )
-
-
-def check_layer(block: Any, result: Any) -> tuple[Any, Any]:
-    """Return (carry, out), the result of a layer of a `Stack`; UserError if the layer returned anything else."""
-    if not (isinstance(result, tuple) and len(result) == 2):
-        raise UserError(
-            f"{type(block).__name__}.__call__{line_of_method(block, '__call__')}",
-            expected="a layer of a Stack to return (carry, out)",
-            got="None" if result is None else f"a {type(result).__name__}",
-            do="End it with `return x, None` if the layer has no output beside the carry.",
-        )
-    return result
 
 
 Batch = Mapping[str, Array]

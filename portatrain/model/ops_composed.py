@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from portatrain.model import dropout_hash
-from portatrain.model.ops_arrays import Axes, Sizes, axes_of, axis_of, check_kind, taps, windows
+from portatrain.model.ops_checks import Axes, Sizes, axes_of, axis_of, check_kind, taps, windows
 
 Array = Any
 

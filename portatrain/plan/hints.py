@@ -1,4 +1,4 @@
-"""Changes that would make a recipe fit when nothing does: more chips, narrower state, other chips."""
+"""Suggest changes if a recipe does not fit: more chips, state in bf16, other chips, another optimizer."""
 
 from __future__ import annotations
 
@@ -62,19 +62,19 @@ def what_would(shape: ModelShape, cluster: Cluster, precisions: Sequence[str]) -
     if more:
         found.append(f"more chips: {more}")
     if precision == "bf16" and could_fit(shape, cluster, "bf16-state"):
-        found.append("bf16 weights and optimizer state (--precision bf16-state), which changes the numbers")
+        found.append("bf16 weights and optimizer state (--precision bf16-state), which changes the loss curve")
     others = _other_chips(shape, cluster, precision)
     if others:
-        found.append(f"other chips, as many of them: {', '.join(others)}")
+        found.append(f"the same number of other chips: {', '.join(others)}")
     for slots, rule in ((ADAM_BYTES / 2, "Lion or Muon"), (0.0, "Adafactor")):
         if shape.slot_bytes > slots and could_fit(replace(shape, slot_bytes=slots), cluster, precision):
-            found.append(f"{rule} with its smaller state, which changes the curve")
+            found.append(f"the optimizer {rule}, which has a smaller state and changes the loss curve")
             break
     if found:
         return tuple(found)
     if least_bytes(shape, cluster, precision) is None:
         return ("no mesh of this cluster divides the sizes of the recipe",)
-    return (f"nothing that was tried: {MOST_CHIPS} chips of this kind or as many of another do not hold it either",)
+    return (f"no change was found: {MOST_CHIPS} chips of this kind, or the same number of other chips, are too few",)
 
 
 def _more_chips(shape: ModelShape, cluster: Cluster, precision: str) -> str:

@@ -123,7 +123,7 @@ def chip_of(device: str) -> Chip | None:
 def _cluster(chip: Chip, devices: int) -> Cluster | str:
     chips, odd = divmod(devices, chip.devices_per_chip)
     if odd:
-        return f"{devices} devices are no whole number of {chip.name}"
+        return f"{devices} devices are not a whole number of {chip.name} chips"
     if chip.name == "cpu":
         return names.parse(f"cpu-{devices}")
     try:

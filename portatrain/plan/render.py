@@ -80,11 +80,11 @@ def _misfit(plan: Plan) -> str:
     if plan.cluster.chip.kind == "streaming":
         return f"not planned: {plan.cluster.chip.status}"
     if plan.short_bytes is None:
-        return f"no mesh divides. What would help: {'; '.join(plan.hints)}."
+        return f"no mesh divides the sizes of the recipe. Possible changes: {'; '.join(plan.hints)}."
     near = next((r.nearest for r in plan.refused if r.reason.startswith("does not fit")), "")
     return (
         f"does not fit by {plan.short_bytes / GIB:.1f} GiB a device ({near}, with one sample a microbatch and blocks "
-        f"recomputed where that helps). What would fit: {'; '.join(plan.hints)}."
+        f"recomputed if that helps). Changes with which it would fit: {'; '.join(plan.hints)}."
     )
 
 

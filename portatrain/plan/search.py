@@ -199,7 +199,7 @@ def plan(
             idle = 1 - part.chips / cluster.chips
             notes.append(
                 f"uses {part.chips} of {cluster.chips} chips ({100 * idle:.0f} % idle): batch={shape.batch} and the "
-                "sizes of the model divide over no more"
+                "sizes of the model do not divide over more"
             )
             search = _search(shape, part, names, remats, factor, tuning)
         else:
@@ -208,12 +208,12 @@ def plan(
             if tried:
                 search, planned = max(tried, key=lambda pair: _tokens_per_s(*pair))
                 notes.append(
-                    f"batch={shape.batch} divides over no mesh of {cluster.devices} devices; planned with "
-                    f"batch={planned.batch}, which changes the curve"
+                    f"batch={shape.batch} divides over no mesh of {cluster.devices} devices; this plan has "
+                    f"batch={planned.batch}, which changes the loss curve"
                 )
     best = tuple(search.found[:KEEP])
     if best and best[0].memory.total > search.roomy:
-        notes.append(f"fits with less than {100 * MARGIN:.0f} % of memory to spare: it may not in practice")
+        notes.append(f"fits with less than {100 * MARGIN:.0f} % of memory to spare; in practice it may not fit")
     short = min((need - search.capacity for need, _ in search.too_big), default=None) if not best else None
     answer = Plan(
         asked=shape,

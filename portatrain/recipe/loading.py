@@ -34,6 +34,11 @@ _LOADED: dict[str, None] = {}
 """The modules that recipes of this process were loaded from, in order: overrides may name their classes."""
 
 
+def loaded_modules() -> list[ModuleType]:
+    """Return the modules that recipes of this process were loaded from."""
+    return [sys.modules[name] for name in _LOADED if name in sys.modules]
+
+
 def shipped_recipes() -> dict[str, str]:
     """Return the recipes that come with portatrain, name -> module, without importing any of them.
 

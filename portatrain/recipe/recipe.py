@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -333,15 +333,16 @@ class Recipe:
         return config.to_json(self)
 
     @staticmethod
-    def from_json(data: Mapping[str, Any]) -> Recipe:
+    def from_json(data: Mapping[str, Any], *, trusted: Callable[[str], bool] = lambda module: True) -> Recipe:
         """Return the recipe that ``to_json`` wrote.
 
-        If a recipe file defines classes of its own, load it with ``load_recipe`` first.
+        If a recipe file defines classes of its own, load it with ``load_recipe`` first. ``trusted``: the modules that
+        may be imported, as in `config.from_json`; all of them for the record of a run.
 
         Raises:
             UserError: a class that cannot be imported, an unknown or missing field, or the JSON of another class.
         """
-        loaded = config.from_json(dict(data))
+        loaded = config.from_json(dict(data), trusted=trusted)
         if not isinstance(loaded, Recipe):
             raise UserError(
                 "recipe", expected="the JSON of a Recipe", got=type(loaded).__name__, do="Pass the result of to_json."

@@ -210,13 +210,13 @@ class Claim:
                 if not is_over(path, dead):
                     raise in_use(path.parent, dead)
                 path.unlink()
-            handle, temporary = tempfile.mkstemp(prefix=".claim.", dir=path.parent)
+            temporary = str(path.with_name(f".claim.{secrets.token_hex(6)}"))
+            handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
             try:
                 with os.fdopen(handle, "w", encoding="utf-8") as file:
                     json.dump(asdict(me), file)
                     file.flush()
                     os.fsync(file.fileno())
-                os.chmod(temporary, 0o644)
                 os.link(temporary, path)  # fails if the name exists; a reader never sees a partial claim
             except FileExistsError:
                 other = holder(path)

@@ -15,7 +15,9 @@ import os
 import platform
 import shutil
 import sys
+import tarfile
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from portatrain.errors import UserError
@@ -24,6 +26,8 @@ from portatrain.system import json_files
 
 PACKAGES = ("portatrain", "launchers", "checkpoints_format", "recipes")
 SUFFIXES = (".py", ".json", ".toml", ".yaml", ".html", ".typed", ".md")
+LARGEST = 256 << 20
+"""The bytes of the files of a copy, at most."""
 WATCHED = ("jax", "jaxlib", "flax", "optax", "torch", "numpy", "ml_dtypes", "libtpu", "deepspeed", "torch_xla")
 """Packages that can change the numbers of a run; an attempt records a difference of their versions as an event."""
 
@@ -40,11 +44,71 @@ def where(run_dir: Path, recipe: str) -> tuple[Path, str, dict[str, Path]]:
         for file in _beside(path):
             sources[f"recipe/{file.relative_to(path.parent)}"] = file
         name = f"recipe/{path.name}"
+    folder = run_dir / "code" / _name(sources)
+    return folder, str(folder / name) if name else recipe, sources
+
+
+def _name(sources: Mapping[str, Path]) -> str:
+    """Return the name of a copy of these files: a hash of their names and contents."""
     digest = hashlib.sha256()
     for target in sorted(sources):
         digest.update(target.encode() + b"\0" + hashlib.sha256(sources[target].read_bytes()).digest())
-    folder = run_dir / "code" / digest.hexdigest()[:16]
-    return folder, str(folder / name) if name else recipe, sources
+    return digest.hexdigest()[:16]
+
+
+def archive(folder: Path, tar: Path) -> None:
+    """Write a copy of the code as a tar file, without what Python has compiled."""
+
+    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        return None if "__pycache__" in Path(member.name).parts else member
+
+    with tarfile.open(tar, "w") as file:
+        file.add(folder, ".", filter=kept)
+
+
+def extract(tar: Path, folder: Path, name: str) -> None:
+    """Extract a copy of the code called `name` into a new folder, and check it against its name before it is run.
+
+    Compiled files are left out. Raises UserError for links, devices and paths out of the folder, and for files other
+    than those from which the name was made.
+    """
+
+    def refused(got: str) -> UserError:
+        return UserError(
+            f"the copy of the code {name}",
+            expected="a tar file with exactly the files from which its name was made",
+            got=got,
+            do="Do not run it. `launch resume --new-code` goes on with the code that is installed here.",
+        )
+
+    files: dict[str, Path] = {}
+    try:
+        with tarfile.open(tar) as archive:
+            members = archive.getmembers()
+            if sum(member.size for member in members) > LARGEST:
+                raise refused(f"more than {LARGEST >> 20} MiB")
+            for member in members:
+                parts = [part for part in member.name.split("/") if part not in ("", ".")]
+                if member.name.startswith("/") or ".." in parts or "\\" in member.name or "\0" in member.name:
+                    raise refused(f"the path {member.name!r}")
+                if not (member.isreg() or member.isdir()):
+                    raise refused(f"{member.name!r}, which is a link or a device")
+                target = "/".join(parts)
+                if member.isdir() or "__pycache__" in parts or target.endswith((".pyc", ".pyo")):
+                    continue
+                path = folder.joinpath(*parts)
+                if target in files:
+                    raise refused(f"{member.name!r} twice")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                path.write_bytes(content.read())
+                if target != "environment.json":
+                    files[target] = path
+    except (tarfile.TarError, EOFError, OSError, ValueError) as error:
+        raise refused(f"{type(error).__name__}: {error}") from error
+    if _name(files) != name:
+        raise refused(f"files that give {_name(files)}")
 
 
 def pack(run_dir: Path, recipe: str) -> tuple[Path, str]:
@@ -125,9 +189,9 @@ def _beside(recipe: Path) -> list[Path]:
     if total > 64 << 20:
         raise UserError(
             f"recipe {recipe}",
-            expected="at most 64 MiB of code beside it",
+            expected="at most 64 MiB of code in its folder",
             got=f"{total >> 20} MiB",
-            do="Install what it imports as a package.",
+            do="Install the modules that it imports as a package.",
         )
     return sorted(found)
 

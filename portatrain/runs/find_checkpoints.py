@@ -117,5 +117,10 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
                 if checkpoint is found[0]:
                     raise
                 continue
+            from portatrain.checkpoint.format_layout import check_step, check_tiles  # with NumPy: a listing needs none
+
+            if checkpoint.step is not None:
+                check_step(reader, checkpoint.step, store.describe("COMMIT"))
+            check_tiles(reader)
             yield reader
             return

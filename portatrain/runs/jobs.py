@@ -6,6 +6,7 @@ yet can therefore be found by its name. The files are the record; the scheduler'
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
@@ -93,26 +94,31 @@ class Job:
         number = max((job.number for job in of(self.run_dir)), default=0) + 1
         if is_remote(self.run_dir):
             run = open_run(self.run_dir)
-            while not run.put(f"jobs/{number}.json", asdict(replace(self, number=number)), once=True):
+            while not run.put(f"jobs/{number}.json", _public(replace(self, number=number)), once=True):
                 number += 1
             return replace(self, number=number)
         folder = Path(self.run_dir) / "jobs"
         folder.mkdir(parents=True, exist_ok=True)
         while True:
             try:  # creating the file reserves the number
-                os.close(os.open(folder / f"{number}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+                os.close(os.open(folder / f"{number}.json", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
                 break
             except FileExistsError:
                 number += 1
         return replace(self, number=number).update()
 
     def update(self) -> Job:
-        open_run(self.run_dir).put(f"jobs/{self.number}.json", asdict(self))
+        env = self.options.get("env")
+        if isinstance(env, Mapping) and env and None not in env.values() and not is_remote(self.run_dir):
+            _write_private(_private(Path(self.run_dir), self.number), env)
+        open_run(self.run_dir).put(f"jobs/{self.number}.json", _public(self))
         return self
 
     def forget(self) -> None:
         """Remove a job that was never submitted from the record."""
         open_run(self.run_dir).remove(f"jobs/{self.number}.json")
+        if not is_remote(self.run_dir):
+            _private(Path(self.run_dir), self.number).unlink(missing_ok=True)
 
     def submitted(self, id: str) -> Job:
         """Record the scheduler's id."""
@@ -126,7 +132,32 @@ def read(run_dir: str | Path, number: int) -> Job:
 
 def _read(folder: Path, number: int) -> Job:
     path = folder / "jobs" / f"{number}.json"
-    return of_row(path, json_files.read_object(path))
+    job = of_row(path, json_files.read_object(path))
+    private = _private(folder, number)
+    env = job.options.get("env")
+    if isinstance(env, Mapping) and None in env.values() and os.access(private, os.R_OK):
+        known = json_files.read_object(private)
+        job = replace(job, options={**job.options, "env": {k: known.get(k, v) for k, v in env.items()}})
+    return job
+
+
+def _public(job: Job) -> dict[str, Any]:
+    """Return the fields of a job for the record. Of its environment variables, which may be secret, it has the names:
+    the values are with the scheduler, and in a file beside the record that only its owner can read."""
+    row = asdict(job)
+    env = job.options.get("env")
+    if isinstance(env, Mapping):
+        row["options"] = {**row["options"], "env": dict.fromkeys(map(str, env))}
+    return row
+
+
+def _private(folder: Path, number: int) -> Path:
+    return folder / "jobs" / f"{number}.env.json"
+
+
+def _write_private(path: Path, env: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    json_files.write_text(path, json.dumps(json_files.strict(env), indent=2) + "\n", mode=0o600)
 
 
 def of_row(path: Path, found: Mapping[str, Any]) -> Job:

@@ -13,9 +13,9 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -23,7 +23,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from portatrain.errors import UserError
-from portatrain.runs import remote_claim
+from portatrain.recipe import Recipe
+from portatrain.runs import code_snapshot, remote_claim
 from portatrain.runs.claim import BEAT_S, ClaimHandle, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
@@ -36,6 +37,8 @@ SHARE = 20.0
 """Seconds between uploads, or SHARE times the duration of an upload if that is longer: a store cannot append, so each
 upload sends whole files."""
 TAGS = ".tags.json"
+PACK = "pack.json"
+"""The file that makes a packed corpus whole: it is sent and fetched after all the others."""
 MARKS = ("DONE", "CANCELLED")
 
 
@@ -61,7 +64,9 @@ class RemoteRun(RunDir):
         self.objects, self._work = Objects(self.url), work
         self._sent: dict[str, tuple[int, int]] = {}
         self._sending, self._next_s, self._attempt = threading.Lock(), 0.0, ""
-        if not work:
+        if work:
+            self._forget_another_run()
+        else:
             self.refresh()
 
     # ---- what the store has
@@ -101,6 +106,28 @@ class RemoteRun(RunDir):
                 kept[name] = tag
         json_files.write_json(index, kept)
 
+    def _forget_another_run(self) -> None:
+        """Remove the copy on this machine if it is of a run that was deleted in the store.
+
+        Another one may have been begun there under its name since: `run.json` tells, by its id.
+        """
+        if not self.path.exists():
+            return
+        found, here = self.objects.get("run.json"), self.path / "run.json"
+        if found is not None and not here.exists():  # a copy of before the run was begun, or of its code alone
+            return
+        with contextlib.suppress(UserError, ValueError, AttributeError):
+            if found is not None and json.loads(found[0]).get("id") == json_files.read_object(here).get("id"):
+                return
+        if found is None and not here.exists() and not (self.path / "attempts").exists():
+            return
+        shutil.rmtree(self.path)
+
+    def create(self, recipe: Recipe, **more: object) -> None:
+        if not self.objects.exists("run.json"):  # whatever a copy on this machine says
+            (self.path / "run.json").unlink(missing_ok=True)
+        super().create(recipe, **more)
+
     def _fetch(self, name: str) -> None:
         path = self.path / name
         if ".." in path.parts:
@@ -111,14 +138,13 @@ class RemoteRun(RunDir):
                 do="Check which other program writes there.",
             )
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, partial = tempfile.mkstemp(prefix=".fetched-", dir=path.parent)
-        os.close(handle)
+        partial = path.with_name(f".fetched-{secrets.token_hex(6)}")
+        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
-            self.objects.fetch(name, Path(partial))
-            os.chmod(partial, 0o644)
+            self.objects.fetch(name, partial)
             os.replace(partial, path)
         finally:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
 
     def owner(self) -> Owner | None:
         return remote_claim.live_owner(self.objects)
@@ -206,25 +232,27 @@ class RemoteRun(RunDir):
         for name in ("run.json", "checkpoints.json"):
             if not (self.path / name).exists() and self.objects.exists(name):
                 self._fetch(name)
-        for name in (o.name for o in self.objects.below("data")):
-            if not (self.path / name).exists():
+        there = {o.name for o in self.objects.below("data")}
+        for name in sorted(there, key=_pack_json_last):
+            # A pack without its pack.json was cut while it was sent: it is packed again here.
+            if f"{name.rpartition('/')[0]}/{PACK}" in there and not (self.path / name).exists():
                 self._fetch(name)
         return self.path / "data"
 
     def share_data(self) -> None:
         there = {o.name for o in self.objects.below("data")}
-        for path in sorted((self.path / "data").rglob("*")):
-            name = str(path.relative_to(self.path))
-            if path.is_file() and path.name[0] != "." and name not in there:
-                self.objects.put(name, path)
+        files = [p for p in (self.path / "data").rglob("*") if p.is_file() and p.name[0] != "."]
+        for name in sorted((str(p.relative_to(self.path)) for p in files), key=_pack_json_last):
+            # What another process sent and did not finish may come from other files of the source.
+            if name not in there or f"{name.rpartition('/')[0]}/{PACK}" not in there:
+                self.objects.put(name, self.path / name)
 
     def share_code(self, folder: Path) -> str:
         name = f"code/{folder.name}.tar"
         if not self.objects.exists(name):
             with tempfile.TemporaryDirectory() as scratch_dir:
                 tar = Path(scratch_dir, "code.tar")
-                with tarfile.open(tar, "w") as file:
-                    file.add(folder, ".")
+                code_snapshot.archive(folder, tar)
                 self.objects.put(name, tar)
         return f"{self.url}/code/{folder.name}"
 
@@ -241,9 +269,9 @@ def scratch() -> Path:
     except OSError as error:
         raise UserError(
             f"folder {folder}",
-            expected="a place for this machine's copy of a run that is in an object store",
+            expected="a writable folder for this machine's copy of a run in an object store",
             got=str(error),
-            do=f"Set {environment.SCRATCH.name} to a folder that can be written to.",
+            do=f"Set {environment.SCRATCH.name} to a writable folder.",
         ) from error
 
 
@@ -263,8 +291,7 @@ def local_code(url: str) -> Path:
         with tempfile.TemporaryDirectory(prefix=".code-", dir=folder.parent) as scratch_dir:
             tar, made = Path(scratch_dir, "code.tar"), Path(scratch_dir, "code")
             run.objects.fetch(f"code/{name}.tar", tar)
-            with tarfile.open(tar) as file:
-                file.extractall(made, filter="data")
+            code_snapshot.extract(tar, made, name)
             with contextlib.suppress(OSError):  # another process of this machine has just created it
                 made.rename(folder)
     return folder
@@ -276,6 +303,10 @@ def localized(words: Iterable[str], code: str | None) -> list[str]:
         return list(words)
     folder = str(local_code(code))
     return [folder + w[len(code) :] if w.startswith(code) else w for w in words]
+
+
+def _pack_json_last(name: str) -> tuple[bool, str]:
+    return name.endswith(f"/{PACK}"), name
 
 
 def _is_record(name: str) -> bool:

@@ -27,6 +27,7 @@ from typing import Any
 
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
+from portatrain.recipe.same import changed_fields
 from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
@@ -177,21 +178,13 @@ class RunDir:
         stored = self.run_info()
         if stored.get("recipe_sha256") == recipe.sha256:
             return
-        was = stored.get("recipe", {})
-        try:
-            # An older release may have written the same recipe with other module names, or without newer fields.
-            known = Recipe.from_json(was)
-        except UserError:
-            pass  # a class that is not installed here: compare with the stored JSON
-        else:
-            if known.sha256 == recipe.sha256:
-                return
-            was = known.to_json()
-        changed = sorted(_differences(was, recipe.to_json()))
+        changed = changed_fields(stored.get("recipe", {}), recipe)
+        if not changed:
+            return
         raise UserError(
             f"run directory {self.where}",
             expected="the recipe that the run began with",
-            got=f"another one (differs in {', '.join(changed[:6])}{' ...' if len(changed) > 6 else ''})",
+            got=f"another one (differs in {', '.join(list(changed)[:6])}{' ...' if len(changed) > 6 else ''})",
             do="Use the same recipe and --set values, or another run name for a new run.",
         )
 
@@ -218,13 +211,13 @@ class RunDir:
         kind = UserError if storage_error(error) is None else StorageError
         return kind(
             f"run directory {self.where}",
-            expected="a folder that can be written to",
+            expected="a writable folder",
             got=str(error),
             do="Choose another folder, or free some space.",
         )
 
-    def create(self, recipe: Recipe) -> None:
-        """Write run.json unless it exists. Call `check` first."""
+    def create(self, recipe: Recipe, **more: object) -> None:
+        """Write run.json, with the fields `more`, unless it exists. Call `check` first."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -241,6 +234,7 @@ class RunDir:
             "recipe_sha256": recipe.sha256,
             "code_sha256": code_sha256(recipe),
             "recipe": recipe.to_json(),
+            **more,
         }
         self.put("run.json", run, once=True)
 
@@ -282,7 +276,8 @@ class RunDir:
     def checkpoints(self, url: str | None = None) -> Path | str:
         """Return the location of the checkpoints: ``checkpoints`` in the run directory, or the URL in checkpoints.json.
 
-        The first attempt that is given a URL writes checkpoints.json. Raises UserError for a different URL later.
+        The first attempt that is given a URL binds it to this run and writes checkpoints.json. Raises UserError for a
+        different URL later, and for one that is bound to another run.
         """
         note = self.path / "checkpoints.json"
         stored = json_files.read_object(note).get("url", "") if note.exists() else None
@@ -297,8 +292,36 @@ class RunDir:
                 got=f"another one ({stored or self.default_checkpoints()})",
                 do="Leave --checkpoints out: the run has stored its location.",
             )
+        self._bind(url)
         self.put("checkpoints.json", {"url": url})
         return url
+
+    def check_location(self, url: str | None) -> None:
+        """Raise UserError if `url`, or the URL of checkpoints.json, is bound to another run: two runs at one URL would
+        replace and remove each other's checkpoints. Call it before the first write."""
+        given = url or self.checkpoints()
+        if not isinstance(given, str) or given == self.default_checkpoints():
+            return
+        from portatrain.checkpoint.locations import bound_to
+
+        known = (self.path / "checkpoints.json").exists()
+        owner = bound_to(given, fresh=not known)
+        if owner is not None and owner.get("run") != self._identity():
+            raise _taken(given, owner)
+
+    def _bind(self, url: str) -> None:
+        from portatrain.checkpoint.locations import bind
+
+        owner = bind(url, {"run": self._identity(), "name": self.path.name, "run_dir": self.where})
+        if owner.get("run") != self._identity():
+            raise _taken(url, owner)
+
+    def _identity(self) -> str | None:
+        """Return the id of the run, or of a run of an earlier release what else tells it from others."""
+        if not (self.path / "run.json").exists():
+            return None
+        info = self.run_info()
+        return str(info.get("id") or f"{info.get('name')} of {info.get('created_unix_s')}")
 
     def run_info(self) -> dict[str, Any]:
         """Return the content of run.json."""
@@ -336,6 +359,15 @@ class RunDir:
         return [row for row in found if kind in (None, row.get("event"))]
 
 
+def _taken(url: str, owner: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"--checkpoints {url}",
+        expected="a URL for this run alone",
+        got=f"that of {owner.get('run_dir') or 'another run'}",
+        do="Give each run a URL of its own, such as that one with the name of the run added.",
+    )
+
+
 def merge(attempts: Mapping[int, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Return the curve (see ``RunDir.curve``) of rows already read: attempt number -> its rows."""
     curve: list[dict[str, Any]] = []
@@ -363,13 +395,6 @@ def code_sha256(recipe: Recipe) -> str:
     return digest.hexdigest()
 
 
-def _differences(old: object, new: object, path: str = "") -> set[str]:
-    if isinstance(old, dict) and isinstance(new, dict):
-        keys = {*old, *new}
-        return set().union(*(_differences(old.get(k), new.get(k), f"{path}.{k}" if path else k) for k in keys))
-    return set() if old == new else {path}
-
-
 def existing_ancestor(path: Path) -> Path:
     """Return `path`, or the nearest folder or file above it that exists."""
     path = path.absolute()
@@ -382,7 +407,7 @@ def _check_writable(what: str, folder: Path) -> None:
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(
             what,
-            expected="a folder that can be written to",
+            expected="a writable folder",
             got=f"no permission to write in {folder}" if folder.is_dir() else f"{folder}, which is a file",
             do="Choose another folder, or change the permissions.",
         )

@@ -81,7 +81,8 @@ def noticed(cloud: str, url: str) -> bool:
 def _get(url: str, headers: dict[str, str], method: str = "GET") -> str:
     try:
         request = urllib.request.Request(url, headers=headers, method=method)
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+        # Without a proxy: the address is this machine's own, and another machine would get another answer.
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=TIMEOUT_S) as answer:
             return answer.read(4096).decode(errors="replace").strip()
     except (urllib.error.URLError, OSError, ValueError):
         return ""

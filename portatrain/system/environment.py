@@ -155,13 +155,22 @@ READ_ONCE = Variable[bool | None](
     otherwise="1 for an object store and for a run on several hosts, else 0",
     set_by=YOU,
 )
+CHECK = Variable[bool](
+    name="PORTATRAIN_CHECK",
+    about="0: `launch` does not run `portatrain check` for recipes that it has not seen.",
+    kind="one of 0, 1",
+    read=_flag,
+    default=True,
+    otherwise="1",
+    set_by=YOU,
+)
 SAVE_MEMORY_GIB = Variable[float | None](
     name="PORTATRAIN_SAVE_MEMORY_GIB",
     about="Host memory, in GiB, for the copies of the state that a process keeps while a save is being written.",
     kind="a number of GiB, such as 2.5",
     read=_amount,
     default=None,
-    otherwise="half of the free memory",
+    otherwise="half of the free memory, over the processes on this host; the limits of its cgroups count",
     set_by=YOU,
 )
 SCRATCH = Variable[Path | None](

@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,15 +23,15 @@ def write_json(path: Path, data: object) -> None:
     write_text(path, json.dumps(strict(data), indent=2, allow_nan=False) + "\n")
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` as `write_json` does."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def write_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write `text` as `write_json` does; the umask is taken from `mode`."""
+    temporary = str(path.with_name(f".{path.name}.{secrets.token_hex(6)}"))
+    handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode)
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide the record of a shared run
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)

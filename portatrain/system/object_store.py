@@ -33,6 +33,8 @@ RETRY = {
 """Retries for checkpoints."""
 PART_BYTES = 32 << 20
 Version = dict[str, str]
+_worked: set[tuple[str, str]] = set()
+"""What this process has done below each URL: 'read', 'write'."""
 
 
 class Listed(NamedTuple):
@@ -155,13 +157,16 @@ class Objects:
 
     @contextlib.contextmanager
     def _told(self, name: str, expected: str) -> Iterator[None]:
+        # Credentials that have worked in this process may expire or be rotated: that is no mistake of the user.
+        did = ("write" if expected in ("to write it", "to remove it") else "read", self.url)
         try:
             with explained(f"object {self.url}/{name}" if name else self.url, expected):
                 yield
         except FormatError as error:
-            mistake = isinstance(error, MissingFileError) or error.got == "no permission"
-            kind = UserError if mistake else StorageError
+            refused = error.got == "no permission" and did not in _worked
+            kind = UserError if refused or isinstance(error, MissingFileError) else StorageError
             raise kind.of(error) from error
+        _worked.add(did)
 
 
 def _version(meta: Any) -> Version:

@@ -19,12 +19,18 @@ def _metadata() -> Any:
     return importlib.import_module("importlib.metadata")
 
 
+def all_entry_points() -> list[Any]:
+    """Return the entry points of every kind of plug-in that other packages register."""
+    points = (point for package in _metadata().distributions() for point in package.entry_points)
+    return [point for point in points if point.group.startswith("portatrain.")]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Registry:
     """The plug-ins of one kind, by name. Another package cannot replace a plug-in that comes with portatrain."""
 
     kind: str
-    """The word for it in messages, such as 'backend' or 'engine'."""
+    """The word for such a plug-in in messages, such as 'backend' or '--track'."""
     group: str
     """The group of entry points, such as 'portatrain.backends'."""
     ours: Mapping[str, str]
@@ -61,7 +67,7 @@ class Registry:
                 f"{self.kind} {name}",
                 expected=f"{value} to be importable",
                 got=f"{type(error).__name__}: {error}",
-                do=f"Repair or remove the package that registers it under {self.group}.",
+                do=f"Fix or remove the package that registers it under {self.group}.",
             ) from error
 
 

@@ -25,13 +25,12 @@ from types import FrameType
 from typing import Any
 
 from portatrain.errors import StorageError, UserError, storage_error, users_code
-from portatrain.system import environment
-from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, RESUMABLE
-from portatrain.system.stop_signals import stopping_signals
+from portatrain.system import environment, proxies
+from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, OK, RESUMABLE
+from portatrain.system.stop_signals import note_left, stopping_signals
 
 GRACE_S = 3.0
 """Seconds in which the other processes may end by themselves after one has failed."""
-STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 LEAVING_S = 10.0
 """Seconds in which the other processes may end after one has exited at once."""
 
@@ -78,6 +77,7 @@ def run_processes(n: int, entry: str, args: Mapping[str, Any], *, host: int = 0,
             environment.REPORTS.name: folder,
             environment.PARENT.name: str(os.getpid()),
         }
+        proxies.bypass(shared.get("MASTER_ADDR", ""), env=shared)
         # Simulated devices share the cores of one machine.
         shared.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-m", "portatrain.system.processes", entry, json.dumps(dict(args))]
@@ -146,13 +146,15 @@ def _end(code: int) -> int:
     """The exit code of a process, where a signal to stop that came before it could listen counts as heard."""
     if code == -signal.SIGINT:
         return INTERRUPTED
-    return RESUMABLE if -code in STOPPING else code
+    return RESUMABLE if -code in stopping_signals() else code
 
 
 def _end_of_all(codes: list[int]) -> int:
     """The exit code of processes of which none failed; those that were killed for waiting in vain do not count."""
     ends = [_end(code) for code in codes if _end(code) in NOT_FAILURES]
-    return _end(codes[0]) if _end(codes[0]) in ends else max(ends, default=FAILED)
+    if _end(codes[0]) == OK:  # it has written that the run is done
+        return OK
+    return max(ends, default=FAILED)
 
 
 def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder: Path) -> int:
@@ -231,7 +233,8 @@ def _run(entry: str, args: Mapping[str, Any]) -> int:
     function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(module), name)
     try:
         return function(argparse.Namespace(**args))
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before it listens for signals; the others wait for this process in vain
+        note_left(INTERRUPTED)
         return INTERRUPTED
     except UserError as error:
         return _report_user(error)
@@ -287,12 +290,3 @@ def ends_at_once(call: Callable[[], int]) -> int:
 
 if __name__ == "__main__":
     main()
-
-
-def peak_rss_bytes() -> int:
-    """Return the maximum host memory that this process has used, in bytes."""
-
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

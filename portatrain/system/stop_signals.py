@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from portatrain.system import environment
-from portatrain.system.exit_codes import INTERRUPTED, RESUMABLE
+from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 
 SAME_S = 1.0
 MARGIN_S = 1.0
@@ -52,12 +52,21 @@ def stopping_signals() -> list[signal.Signals]:
     return [n for n in found if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
 
 
+def note_left(code: int) -> None:
+    """Tell the process that started this one that it leaves at once, so that the others do not wait for it in vain."""
+    folder = environment.REPORTS.get()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            (folder / f"left-{environment.LOCAL_RANK.get()}").write_text(str(code))
+
+
 class StopSignals:
     """The stop requests of this process; use it in a `with` block.
 
     Attributes:
         asked: None, 'interrupt' (Ctrl-C) or 'preempt' (SIGTERM, SIGUSR1, SIGHUP, `ask`).
         trained: True if there is anything to save; the trainer sets it.
+        finished: True once the run is done; the trainer sets it. A request can only make the process leave earlier.
         on_asked: called with the kind of the first request, from the watching thread.
         on_leaving: called with the reason before the process exits at once, from another thread.
 
@@ -66,7 +75,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.asked: str | None = None
-        self.trained = False
+        self.trained = self.finished = False
         self.on_asked: Callable[[str], None] = lambda kind: None
         self.on_leaving: Callable[[str], None] = lambda why: None
         self.grace_s = environment.GRACE_S.get()
@@ -123,7 +132,7 @@ class StopSignals:
             if self.asked and not self.trained:
                 self._leave("no step was trained yet, so there is nothing to save")
             if self.asked == "preempt" and time.monotonic() > self._first_s + self._patience_s:
-                self._leave(f"the grace of {self.grace_s:g} s is nearly over, so the newest steps are not saved")
+                self._leave(f"the grace of {self.grace_s:g} s was nearly over")
 
     @property
     def _patience_s(self) -> float:
@@ -141,25 +150,21 @@ class StopSignals:
         if first:  # what other processes were asked before is no signal of ours
             self.on_asked(kind)
         elif kind == "interrupt" or now_s - self._last_s.get(number, now_s) >= SAME_S:
-            self._leave("a second signal came, so the newest steps are not saved")
+            self._leave("a second signal came")
         self._last_s[number] = now_s
 
     def _leave(self, why: str) -> None:
         """End the process now. Committed checkpoints stay valid."""
         self._staying.acquire()  # never released
-        code = INTERRUPTED if self.asked == "interrupt" else RESUMABLE
+        code = OK if self.finished else INTERRUPTED if self.asked == "interrupt" else RESUMABLE
+        on = "the run is done" if self.finished else "a resumed run continues from its newest checkpoint, if it has one"
         # Use a separate thread: the main thread may hold a lock that the callback needs.
-
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)
         with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            what = f"\nstopped at once: {why}; a resumed run continues from its newest checkpoint, if it has one"
-            print(what, file=sys.stderr, flush=True)
-        folder = environment.REPORTS.get()
-        if folder is not None:  # the others wait for this process in vain
-            with contextlib.suppress(OSError):
-                (folder / f"left-{environment.LOCAL_RANK.get()}").write_text(str(code))
+            print(f"\nstopped at once: {why}; {on}", file=sys.stderr, flush=True)
+        note_left(code)
         os._exit(code)
 
     def __exit__(

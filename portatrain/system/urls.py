@@ -1,4 +1,4 @@
-"""Tell a URL of an object store from a path."""
+"""Distinguish the URL of an object store from a path."""
 
 from __future__ import annotations
 

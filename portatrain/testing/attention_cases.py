@@ -23,6 +23,17 @@ _ATTENTION: dict[str, dict[str, Any]] = {
     "full, softcap": {"causal": False, "softcap": 0.7},
     "scale": {"scale": 0.9},
     "window=2, softcap, scale": {"window": 2, "softcap": 1.5, "scale": 0.9},
+    "alibi": {"alibi": True},
+    "full, alibi of given slopes": {"causal": False, "alibi": (0.5, 0.1, 1.0, 0.0)},
+    "window=3, alibi, softcap": {"window": 3, "alibi": True, "softcap": 0.7},
+}
+
+_PREFIXES = [[1, 1, 0, 0, 0, 1, 0, 0], [1, 1, 1, 1, 1, 0, 0, 0]]
+_PREFIX: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "window=2": {"window": 2},
+    "alibi": {"alibi": True},
+    "softcap": {"softcap": 0.7},
 }
 
 
@@ -59,6 +70,26 @@ def attention_cases() -> list[Case]:
                 (q, kv, kv),
                 [at_q, at_k],
             )
+    add(
+        "positions (B, S), alibi",
+        lambda ops, q, k, v, at_q, at_k: ops.attention(q, k, v, positions=(at_q, at_k), alibi=True),
+        (q, kv, kv),
+        [[[2, 3, 4], [0, 1, 2]], [[0, 1, 2, 3, 4, 5, 6], [6, 5, 4, 3, 2, 1, 0]]],
+    )
+    for what, options in _PREFIX.items():
+        q8, kv8 = (2, 8, 4, 6), (2, 8, 2, 6)
+        add(
+            f"prefix, {what}",
+            lambda ops, q, k, v, p, o=options: ops.attention(q, k, v, prefix=p, **o),
+            (q8, kv8, kv8),
+            [_PREFIXES],
+        )
+        add(
+            f"prefix, {what}, segments",
+            lambda ops, q, k, v, p, ids, o=options: ops.attention(q, k, v, prefix=p, segment_ids=ids, **o),
+            (q8, kv8, kv8),
+            [_PREFIXES, _SEGMENTS],
+        )
     add(
         "positions and pairs of segments",
         lambda ops, q, k, v, at_q, at_k, of_q, of_k: ops.attention(

@@ -83,11 +83,12 @@ def _compare(case: Case, what: str, mine: np.ndarray, true: np.ndarray, amplific
 
 
 def _compare_gradients(backend: Any, case: Case, expected: Answers) -> Iterator[Check]:
-    """The backend's gradients along directions beside differences of the oracle.
+    """Compare the backend's gradients along directions with differences of the oracle.
 
-    An error e of a gradient shows along a direction of unit variance as about |e|, so M of the tolerance is a norm
-    there, and at single elements a largest element: both over all arguments, for what a backward pass rounds is what
-    flows through it, not what is left where it cancels (the gradient of a query that sees one key is 0).
+    An error e of a gradient is visible along a direction of unit variance as about |e|, so M of the tolerance is a norm
+    there, and a largest element for single elements. Both are taken over all arguments, because rounding errors are as
+    large as the values that pass through the backward pass, also if these cancel (the gradient of a query that sees
+    one key is 0).
     """
     given = (*expected.args, *expected.weights)
     _, gradients = backend.differentiate(scalar_of(case.fn, len(expected.args)), given, expected.context)

@@ -95,4 +95,27 @@ def loss_cases() -> list[Case]:
             first_only=True,
         )
     )
-    return cases
+    return [*cases, *_across_samples()]
+
+
+def _across_samples() -> list[Case]:
+    """Comparisons with parameters of their own, over the whole batch and in groups."""
+
+    def compared(ops: Any, x_BE: Any, y_BE: Any, scale_E: Any, weight_B: Any, *, group: int | None) -> tuple:
+        def contrast(x_GNE: Any, y_GNE: Any, weight_GN: Any, there_GN: Any) -> Any:
+            x_GNE = x_GNE * ops.weight(scale_E)
+            scores_GNM = ops.einsum("gne,gme->gnm", x_GNE, y_GNE, dtype="float32")
+            own_GN = ops.einsum("gne,gne->gn", x_GNE, y_GNE, dtype="float32")
+            return (ops.logsumexp(scores_GNM) - own_GN) * ops.cast(there_GN, "float32") * weight_GN, weight_GN
+
+        return _parts(ops.across_samples(contrast, x_BE, y_BE, weight_B, group=group))
+
+    return [
+        Case(
+            name=f"across_samples, {'all' if group is None else f'groups of {group}'}",
+            fn=lambda ops, *xs, group=group: compared(ops, *xs, group=group),
+            args=normal((6, 4), (6, 4), (4,), (6,), scale=0.7),
+            first_only=True,
+        )
+        for group in (None, 3, 2)
+    ]

@@ -3,15 +3,13 @@ of one kind, to measure from which size on the check sees them."""
 
 from __future__ import annotations
 
-import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_format import LocalStore, Reader, Writer, commit
+from portatrain.checkpoint.rewrite import rewritten
 from portatrain.recipe import Recipe
 
 Values = dict[str, np.ndarray]
@@ -20,20 +18,19 @@ Mutant = Callable[[Values, Meta, Recipe], None]
 """Changes the tensors and the meta of a checkpoint in place."""
 
 
-def rewrite(path: Path, mutate: Mutant, recipe: Recipe) -> None:
-    """Replace the checkpoint in the folder `path` by a mutant of it, committed, with valid checksums."""
-    with LocalStore(path) as store:
-        reader = Reader(store)
-        layout, meta = reader.layout, json.loads(json.dumps(dict(reader.meta)))
-        values = {t.name: reader.read(t.name) for t in layout.tensors}
-    mutate(values, meta, recipe)
-    shutil.rmtree(path)
-    with LocalStore(path, create=True) as store:
-        for writer in range(layout.writers):
-            # Each takes its boxes out of the whole tensors.
-            sources = {n: (lambda box, a=a: a[box.slices()]) for n, a in values.items()}
-            Writer(store, layout, save="mutant", writer=writer).write(sources)
-        commit(store, layout, save="mutant", meta=meta)
+def rewrite(path: Path, mutate: Mutant, recipe: Recipe, *, fingerprints: bool = False) -> None:
+    """Replace the checkpoint in the folder `path` by a mutant of it, committed, with valid checksums.
+
+    fingerprints: keep the fingerprints of the tensors, which do not fit the mutant. Without them the mutant is like a
+    checkpoint of an older release, and only the record can tell.
+    """
+
+    def change(values: Values, meta: Meta) -> None:
+        mutate(values, meta, recipe)
+        if not fingerprints:
+            meta.pop("fingerprints", None)
+
+    rewritten(path, change)
 
 
 def _slots(values: Values, slot: str) -> list[str]:

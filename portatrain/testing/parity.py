@@ -1,35 +1,32 @@
 """Check that two backends follow the same curve on the same recipe.
 
-The check has four parts, each blind where another sees: the gradients of the first step (an adaptive optimizer hides a
-wrong scale from the curve), the parameters after one update (what is between gradient and parameter: clipping, the
-rule), the losses of some steps (what accumulates), and the reported gradient norms. Rules that take a sign or an
-adaptive root amplify rounding; for those the bound of the curve is a multiple of the baseline's own floor: how far it
-drifts from itself when the rows of every batch are reordered, which changes nothing but the order of sums.
+The check has four parts, and each detects errors that the others miss: the gradients of the first step (an adaptive
+optimizer hides a wrong scale from the curve), the parameters after one update (clipping and the rule), the losses of
+some steps (errors that accumulate), and the reported gradient norms. The bound is derived from the lengths and
+depth of the model (`bound_of`). Two rules have a bound of their own for the curve. Lion takes a sign (`sign_bound`);
+Adafactor divides by a root that may be rounding alone, so its bound is a multiple of its own floor: its distance
+from itself when the rows of every batch are reordered, which changes only the order of sums.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.backends.program import Program, make_program
 from portatrain.data import open_data
 from portatrain.optim import Adafactor, Lion
 from portatrain.recipe import Recipe
 
-GRADIENT_BOUND = 1e-6
-"""Largest difference of a parameter's gradient, over the largest magnitude in it (its scale)."""
-LOSS_BOUND = 1e-6
-"""Largest relative difference of a loss, or of a gradient norm at the first step."""
 FLOOR_FACTOR = 4.0
-"""What a rule that amplifies rounding may drift, over its own floor."""
+"""The largest drift of Adafactor's losses, over its own floor."""
 FLOOR_ORDERS = 4
-"""Reorderings that a floor is the largest of. Such a rule makes a full-sized step of a gradient that is nothing but
-rounding, so the drift of one reordering is 4e-7 or, where it meets such a gradient, ten times that: one says little."""
-AMPLIFYING = (Lion, Adafactor)
+"""Reorderings that a floor is the largest of: the drift of one says little."""
 
 Batches = list[dict[str, np.ndarray]]
 Make = Callable[[Program], Backend]
@@ -87,6 +84,37 @@ def reordered(given: Batches, seed: int = 0) -> Batches:
     return out
 
 
+def bound_of(recipe: Recipe, given: Batches) -> float:
+    """Return the largest difference of a gradient over its tensor's largest value, and of a loss over the loss."""
+    definition = recipe.describe()
+    positions = rounding.positions(definition, given[0], microbatches=True)
+    return rounding.bound(definition, positions, recipe.precision)
+
+
+def sign_bound(recipe: Recipe, baseline: Trace, bound: float) -> float:
+    """Return the largest relative difference of a loss under Lion, which moves each element by lr times a sign.
+
+    The sign of a number within rounding of zero is itself rounding. If it turns, the element is 2 lr away from the
+    other run, and the loss moves by up to 2 lr times the largest gradient. The first gradients say how many elements
+    are so near zero (but at least one); each step may turn as many, and their effects add as random signs do.
+    """
+    steps = len(baseline.losses)
+    near = sum(int((np.abs(g) <= bound * np.abs(g).max(initial=0.0)).sum()) for g in baseline.gradients.values())
+    largest = max(float(np.abs(g).max(initial=0.0)) for g in baseline.gradients.values())
+    turned = 2 * recipe.optimizer.lr * largest * math.sqrt(max(1, near) * steps)
+    return bound + turned / min(abs(loss) for loss in baseline.losses)
+
+
+def loss_bound(make: Make, recipe: Recipe, given: Batches, baseline: Trace) -> float:
+    """Return the largest relative difference of a loss under the recipe's optimizer."""
+    bound = bound_of(recipe, given)
+    if isinstance(recipe.optimizer, Lion):
+        return sign_bound(recipe, baseline, bound)
+    if isinstance(recipe.optimizer, Adafactor):
+        return max(bound, FLOOR_FACTOR * floor(make, recipe, given, baseline))
+    return bound
+
+
 def trace(make: Make, recipe: Recipe, given: Batches, *, mesh: str = "") -> Trace:
     """Run `recipe` over `given` on the backend that `make` makes."""
     backend = make(make_program(recipe, mesh=mesh))
@@ -116,13 +144,15 @@ def parameters(backend: Backend, state: object) -> dict[str, np.ndarray]:
 
 
 def compare(
-    baseline: Trace, other: Trace, *, loss_bound: float = LOSS_BOUND, update_bound: float | None = None
+    baseline: Trace, other: Trace, *, bound: float, loss_bound: float | None = None, update_bound: float | None = None
 ) -> Verdict:
     """Return every difference between two traces of one recipe, and which of them are too large.
 
+    `bound`: see `bound_of`. `loss_bound`: that of the losses, if it is another one (`loss_bound`).
     `update_bound`: the largest difference of a parameter after one step over the largest change of that parameter;
-    None where the rule is not continuous in the gradient, so that a rounding may turn a whole step around.
+    None if the rule is not continuous in the gradient, so that a rounding error may reverse a whole step.
     """
+    loss_bound = bound if loss_bound is None else loss_bound
     gradient, worst = max(
         (_relative(other.gradients[n], g, float(np.abs(g).max())), n) for n, g in baseline.gradients.items()
     )
@@ -130,12 +160,12 @@ def compare(
     loss = max(abs(a - b) / abs(a) for a, b in zip(baseline.losses, other.losses, strict=True))
     norm = abs(baseline.norms[0] - other.norms[0]) / baseline.norms[0]
     checks = [
-        ("gradient", gradient, GRADIENT_BOUND),
-        ("norm", norm, GRADIENT_BOUND),
+        ("gradient", gradient, bound),
+        ("norm", norm, bound),
         ("loss", loss, loss_bound),
         *([("update", update, update_bound)] if update_bound is not None else []),
     ]
-    failures = [f"{what} differs by {d:.2e}, bound {bound:.1e}" for what, d, bound in checks if not d <= bound]
+    failures = [f"{what} differs by {d:.2e}, bound {most:.1e}" for what, d, most in checks if not d <= most]
     return Verdict(
         gradient=gradient,
         worst_gradient=worst,

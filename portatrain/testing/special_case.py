@@ -1,8 +1,8 @@
-"""What a special point of an operation is, and how a backend is compared there.
+"""Define the special points of an operation, and compare a backend with the oracle there.
 
 `cases.py` draws arguments at random, and so never meets a kink, a tie, an infinity or an axis of size 0. A `Special`
-has such arguments. At a kink differences say nothing of the derivative: it is a convention, which the operation's
-docstring states and `gradients` repeats in NumPy. Where no convention is needed the oracle's differences are used.
+has such arguments. At a kink, finite differences do not give the derivative: it is a convention, which the operation's
+docstring states and `gradients` repeats in NumPy. If no convention is needed, the oracle's differences are used.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def _oracle(case: Special, args: tuple[Array, ...]) -> tuple[Array, ...]:
 
 
 def _read_as(args: tuple[Array, ...]) -> list[tuple[Array, ...]]:
-    """The arguments as they are and, where one has numbers below `SMALLEST_NORMAL`, with zeros in their place."""
+    """Return the arguments unchanged, and, if one has numbers below `SMALLEST_NORMAL`, also with zeros in their
+    place."""
     flushed = tuple(
         np.where(np.abs(a) < SMALLEST_NORMAL, np.copysign(0.0, a), a).astype(a.dtype) if a.dtype.kind == "f" else a
         for a in args
@@ -186,12 +187,12 @@ def _read_as(args: tuple[Array, ...]) -> list[tuple[Array, ...]]:
 
 
 def _moved(array: Array, sign: float) -> Array:
-    """Every element a little larger or smaller; the same way for all, so that ties stay ties."""
+    """Return the array with every element a little larger or smaller, in the same way for all, so that ties remain."""
     return array * (1 + sign * MOVE) if array.dtype.kind == "f" else array
 
 
 def _nearest(case: Special, what: str, mine: Array, true: Sequence[Array], amplification: Array) -> Check:
-    """The comparison, element by element, with the nearest of the true values; equal infinities and NaNs agree."""
+    """Compare each element with the nearest of the true values; equal infinities and NaNs agree."""
     if mine.shape != true[0].shape or (mine.dtype.kind == "f") != (true[0].dtype.kind == "f"):
         wrong = f"{what}: {mine.dtype} {mine.shape} where {true[0].dtype} {true[0].shape} is due"
         return Check(case=case.name, what=wrong, error=np.nan, tolerance=0.0)
@@ -212,15 +213,15 @@ def _nearest(case: Special, what: str, mine: Array, true: Sequence[Array], ampli
 
 
 def _difference(mine: Array, true: Array) -> Array:
-    """|mine - true|: 0 for equal infinities or two NaNs, infinite where one alone is not finite."""
+    """Return |mine - true|: 0 for equal infinities or two NaNs, infinite if only one of them is finite."""
     same = (mine == true) | (np.isnan(mine) & np.isnan(true))
     apart = np.abs(mine.astype(np.float64) - true.astype(np.float64))
     return np.where(same, 0.0, np.where(np.isfinite(apart), apart, np.inf))
 
 
 def kink(function: Callable[[Array], Array], slope: Callable[[Array], Array], points: Array) -> Array:
-    """How far slope(x) lies outside of what the differences on the left and on the right of each point allow: 0 for a
-    subgradient. It holds the tables' conventions to the functions that they are for."""
+    """Return the distance of slope(x) from the interval between the differences on the left and on the right of each
+    point: 0 for a subgradient. This checks the conventions of the tables against their functions."""
     step = 1e-7 * np.maximum(1.0, np.abs(points))
     left = (function(points) - function(points - step)) / step
     right = (function(points + step) - function(points)) / step

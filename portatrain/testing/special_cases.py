@@ -21,6 +21,7 @@ WITHOUT = {
     "name": "It is the identity.",
     "shard": "It is the identity.",
     "stack": "It runs a block; it computes nothing.",
+    "across_samples": "It hands arrays to a function of the model; it computes nothing.",
     "aux": "It records a value and returns none.",
     "tally": "It records a value and returns none.",
     "update": "It belongs to after_step, which has no gradient.",

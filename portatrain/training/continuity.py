@@ -7,22 +7,28 @@ It computes the next step without applying it: the losses of the next samples wi
 layer, of every tensor of the state and of the step's gradients and updates. If a checkpoint has no probe, the steps
 that the lost attempt logged after it are compared instead (`Replay`); if there are none, the verdict is 'unproven'.
 
-The bounds come only from correct moves: `python benchmarks/continuity.py` makes a hundred of them, and prints the
-differences, the bounds, and the smallest effect that the check detects (docs/run/resume.md).
+The bounds are derived from lengths, depth and precision of the model (`backends/rounding.py`). A model that amplifies
+rounding more, such as one with norms over few elements, is measured on arrival: if only figures that pass through the
+model are beyond their bounds, its parameters are moved by as much as rounding moves results, and the probe says what
+becomes of that. `python benchmarks/continuity.py` makes hundreds of correct moves, and prints the differences, the
+bounds, and the smallest effect that the check detects (docs/run/resume.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.backends.state import COUNT
 from portatrain.data import Split, batch_hash
 from portatrain.errors import UserError
+from portatrain.model.module import Definition
 from portatrain.model.rng import words
 from portatrain.recipe import Recipe
 from portatrain.system import json_files
@@ -49,16 +55,49 @@ class Bounds:
     update: float
     replay: float
 
+    @classmethod
+    def of(cls, definition: Definition, precision: str, positions: int) -> Bounds:
+        """Return the bounds for a model whose steps have `positions` tokens (or samples), from `backends.rounding`.
 
-BOUNDS = {
-    "fp32": Bounds(loss=1e-5, mean=5e-7, state=2e-6, grad=5e-6, update=5e-6, replay=1e-5),
-    "bf16": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
-    "bf16-state": Bounds(loss=2e-2, mean=1e-3, state=2e-6, grad=5e-2, update=2e-2, replay=2e-2),
-}
+        A loss passes all operations of the forward pass, a gradient those of both passes. `mean` is the mean of
+        PROBE_SAMPLES independent errors, and `replay` gathers the errors of REPLAY_STEPS steps.
+        """
+        error = rounding.error(precision, rounding.longest_sum(definition, positions))
+        forward = error * math.sqrt(rounding.operations(definition))
+        both = math.sqrt(2) * forward
+        return cls(
+            loss=2 * forward,
+            mean=forward / math.sqrt(PROBE_SAMPLES),
+            state=STATE_BOUND,
+            grad=4 * both,
+            update=2 * both,
+            replay=2 * both * math.sqrt(REPLAY_STEPS),
+        )
+
+    def raised(self, moved: Sequence[Mapping[str, tuple[float, str]]]) -> Bounds:
+        """Return these bounds, raised to MEASURED_FACTOR times the largest of the differences (`compare`) in `moved`,
+        between the probe and probes of the same state with its parameters moved by rounding."""
+        largest = {k: max((found[k][0] for found in moved if k in found), default=0.0) for k in RAISED}
+        return replace(self, **{k: max(getattr(self, k), MEASURED_FACTOR * v) for k, v in largest.items()})
+
+
+STATE_BOUND = 2e-6
+"""32 u: norms are summed in float64 where there is one, and in float32 in short sums elsewhere (TPUs)."""
+RAISED = ("loss", "mean", "grad", "update")
+"""The figures whose bounds a measurement can raise: those that pass through the model."""
+MEASURED_FACTOR = 4.0
+MEASURED_DRAWS = 3
 
 
 def record(
-    backend: Backend, state: Any, recipe: Recipe, train: Split, step: int, *, virtual_step: bool = True
+    backend: Backend,
+    state: Any,
+    recipe: Recipe,
+    train: Split,
+    step: int,
+    *,
+    validation: Split | None = None,
+    virtual_step: bool = True,
 ) -> dict[str, Any]:
     """Return the record of the state after `step` steps, as JSON for a checkpoint's meta. Changes nothing.
 
@@ -70,7 +109,7 @@ def record(
     found: dict[str, Any] = {
         "step": step,
         "applied": next(int(b.fetch()) for b in backend.local_boxes(state) if b.role == COUNT),
-        "data": {"next_sample": start, "next_batch": batch_hash(ahead), "fingerprint": train.fingerprint},
+        "data": {"next_sample": start, "next_batch": batch_hash(ahead), **fingerprints_of(train, validation)},
         "rng": {
             "algorithm": "philox4x64-10",
             "seed": str(recipe.seed),
@@ -86,7 +125,21 @@ def record(
     return found
 
 
+def fingerprints_of(train: Split, validation: Split | None) -> dict[str, str | None]:
+    """Return the fingerprints of the data as they are in a record's 'data'."""
+    return {"fingerprint": train.fingerprint, "validation": None if validation is None else validation.fingerprint}
+
+
+NEWER = "data.validation"
+"""A field of the exact part that earlier releases did not write; a checkpoint without it is not compared in it."""
+
 EXACT = ("step", "applied", "data", "rng", "schedule")
+
+
+def rounding_may_explain(found: Mapping[str, Any]) -> bool:
+    """Return True if a verdict is 'broken' only in figures that depend on how well the model is conditioned."""
+    changed = found["tensors"] not in ("equal", "not compared")
+    return bool(found["failed"]) and not changed and not found["differs"] and set(found["failed"]) <= set(RAISED)
 
 
 def _losses(backend: Backend, state: Any, recipe: Recipe, train: Split, start: int) -> list[float]:
@@ -106,27 +159,42 @@ def _norms(backend: Backend, state: Any, recipe: Recipe, ahead: Mapping[str, np.
     return {name: norm.tolist() for name, norm in sorted(found.items())}
 
 
-def verdict(before: Mapping[str, Any], now: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def verdict(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    bounds: Bounds,
+    changed: Sequence[str] | None = None,
+    fields: Sequence[str] = (),
+) -> dict[str, Any]:
     """Compare two records; return the verdict with its numbers.
+
+    `changed`: the tensors of which a bit differs from its fingerprint; None if no fingerprints were compared.
+    `fields`: the fields of the recipe that differ, as 'recipe.NAME'.
 
     The verdict is 'continuous' or 'broken', 'unproven' if the checkpoint has no probe, or 'imported' if the checkpoint
     was converted from another format and no run preceded it.
 
     `before` is a checkpoint's meta, `now` a `record` with a probe. 'failed' lists every figure beyond its bound.
     """
+    bits: dict[str, Any] = {"tensors": "not compared" if changed is None else "equal"}
+    if changed:
+        bits = {"tensors": list(changed)}
     if "imported" in before:
-        return {"verdict": "imported", "differs": [], "failed": [], "from": before["imported"]}
+        said = "broken" if changed or fields else "imported"
+        return {"verdict": said, "differs": list(fields), "failed": [], "from": before["imported"], **bits}
     a, b = _flat(json_files.strict(before)), _flat(json_files.strict(now))  # so that NaN equals NaN
-    differs = sorted(k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and a.get(k) != b.get(k))
+    names = {k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and (k != NEWER or k in a)}
+    differs = sorted(k for k in names if a.get(k) != b.get(k)) + list(fields)
     was = before.get("probe")
     if was is None:
-        return {"verdict": "broken" if differs else "unproven", "differs": differs, "failed": []}
-    bounds, found = BOUNDS[precision], compare(was, now["probe"])
+        return {"verdict": "broken" if differs or changed else "unproven", "differs": differs, "failed": [], **bits}
+    found = compare(was, now["probe"])
     failed = [k for k, (value, _) in found.items() if not value <= getattr(bounds, k)]
     return {
-        "verdict": "broken" if differs or failed else "continuous",
+        "verdict": "broken" if differs or failed or changed else "continuous",
         "differs": differs,
         "failed": failed,
+        **bits,
         "samples": len(was["losses"]),
         **{f"{k}_difference": value for k, (value, _) in found.items()},
         **{f"{k}_bound": getattr(bounds, k) for k in found},
@@ -195,17 +263,17 @@ class Replay:
 
     rows: Mapping[int, float]
     """Step -> loss, from the lost attempt."""
-    precision: str
+    bound: float
     worst: float = 0.0
     compared: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, curve: Iterable[Mapping[str, Any]], step: int, precision: str) -> Replay | None:
+    def of(cls, curve: Iterable[Mapping[str, Any]], step: int, bound: float) -> Replay | None:
         """Return a replay for the rows of metrics.jsonl; None if there are no rows after `step`."""
         rows = {
             int(r["step"]): json_files.number(r.get("loss")) for r in curve if step < r["step"] <= step + REPLAY_STEPS
         }
-        return cls(rows, precision) if rows else None
+        return cls(rows, bound) if rows else None
 
     def add(self, step: int, loss: float) -> dict[str, Any] | None:
         """Compare a step; return the verdict after the last step, or at the first one beyond its bound."""
@@ -213,32 +281,34 @@ class Replay:
             was = self.rows[step]
             self.worst = max(self.worst, _relative(was, loss, 1e-3))
             self.compared.append(step)
-        bound = BOUNDS[self.precision].replay
-        if self.worst <= bound and step < max(self.rows):
+        if self.worst <= self.bound and step < max(self.rows):
             return None
         return {
-            "verdict": "continuous" if self.worst <= bound else "broken",
+            "verdict": "continuous" if self.worst <= self.bound else "broken",
             "differs": [],
-            "failed": [] if self.worst <= bound else ["replay"],
+            "failed": [] if self.worst <= self.bound else ["replay"],
             "steps": list(self.compared),
             "replay_difference": self.worst,
-            "replay_bound": bound,
+            "replay_bound": self.bound,
         }
 
 
 def refusal(step: int, found: Mapping[str, Any]) -> UserError:
     """Return the error for a broken verdict, with the numbers."""
     got = [f"{name} different" for name in found["differs"]]
+    if isinstance(names := found.get("tensors"), list):
+        more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+        got.append(f"bits different in {', '.join(names[:6])}{more}")
     for name in found["failed"]:
         where = found.get("worst", {}).get(name, "")
         got.append(
             f"{_WORDS[name]}{f' ({where})' if where else ''} off by {found[f'{name}_difference']:.3g}, bound "
-            f"{found[f'{name}_bound']:g}"
+            f"{found[f'{name}_bound']:.2g}"
         )
     return UserError(
         f"continuity check at step {step}",
-        expected="counts, data, random words and learning rate equal, and the next step's losses, gradients and "
-        "updates within rounding",
+        expected="counts, data, random words, learning rate and every bit of the state equal, and the next step's "
+        "losses, gradients and updates within rounding",
         got="; ".join(got),
         do="This is not the run that was saved. Look for a changed model, corpus or seed. To continue anyway, give "
         "--accept-drift REASON, which is recorded.",

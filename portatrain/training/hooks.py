@@ -24,31 +24,34 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Hook:
-    """Base of all hooks: override what you need. ``run`` is what a hook may use of the training."""
+    """Base class of hooks. Override the methods that you need; ``run`` gives access to the training."""
 
     def check(self, recipe: Recipe, definition: Definition) -> None:
         """Raise UserError if the hook does not fit the recipe. It is called before the run writes anything."""
 
     def on_start(self, run: TrainingView) -> None:
-        """Before the first step of an attempt."""
+        """Run before the first step of an attempt."""
 
     def on_step(self, run: TrainingView, record: StepRecord) -> None:
-        """After every step; its record has been given to the sinks."""
+        """Run after every step, when the sinks have its record."""
 
     def on_evaluation(self, run: TrainingView, record: EvalRecord) -> None:
-        """After every evaluation."""
+        """Run after every evaluation."""
 
     def on_save(self, run: TrainingView) -> None:
-        """After a save has begun: the state after ``run.step`` steps is being written."""
+        """Run after a save has begun: the state after ``run.step`` steps is being written."""
 
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
-        """After the last step and evaluation of a run: entries of its summary. If it raises, the run is done anyway."""
+        """Run after the last step and evaluation; return entries of the run's summary.
+
+        If this method raises an error, the run still ends as done.
+        """
         return {}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrigramBaseline(Hook):
-    """Scores an interpolated Kneser-Ney byte 3-gram model on the run's own split, for comparison."""
+    """A hook that scores an interpolated Kneser-Ney byte 3-gram model on the run's own split, for comparison."""
 
     def check(self, recipe: Recipe, definition: Definition) -> None:
         _require_bytes(self, recipe)
@@ -68,11 +71,14 @@ class TrigramBaseline(Hook):
 
 @dataclass(frozen=True, kw_only=True)
 class TextSample(Hook):
-    """Lets a byte-level language model go on from `prompt` for `length` bytes, at `temperature`."""
+    """A hook that lets a byte-level language model continue `prompt` by `length` bytes, at `temperature`."""
 
     prompt: str = "def "
+    """The text to continue."""
     length: int = 200
+    """The number of bytes to generate."""
     temperature: float = 0.7
+    """The divisor of the logits before a byte is drawn."""
 
     def check(self, recipe: Recipe, definition: Definition) -> None:
         _require_bytes(self, recipe)
@@ -109,10 +115,10 @@ def _require_bytes(hook: Hook, recipe: Recipe) -> None:
     for source in _sources(recipe.data):
         kind = type(source).__name__
         if not (isinstance(source, (Stdlib, TextFiles, Jsonl)) or gives_documents(source)):
-            raise _unfit(hook, recipe, "text of which each byte is a token", kind)
+            raise _unfit(hook, recipe, "text in which each byte is a token", kind)
         tokenizer = getattr(source, "tokenizer", None)
         if tokenizer is not None:
-            raise _unfit(hook, recipe, "text of which each byte is a token", f"{kind} with tokenizer={tokenizer}")
+            raise _unfit(hook, recipe, "text in which each byte is a token", f"{kind} with tokenizer={tokenizer}")
 
 
 def _sources(data: DataSpec) -> tuple[DataSpec, ...]:

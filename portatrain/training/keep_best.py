@@ -9,7 +9,7 @@ from portatrain.recipe import Recipe
 
 
 def no_evaluated_save(recipe: Recipe) -> str | None:
-    """Return what to tell the user if no checkpoint of the run can have an evaluation at its step; else None."""
+    """Return a warning if no checkpoint of the run can have an evaluation at its step; else None."""
     best, evaluates, saves = recipe.checkpoint_keep_best, recipe.eval_every, recipe.checkpoint_every
     if best is None or (evaluates and saves and math.lcm(evaluates, saves) < recipe.steps):
         return None
@@ -21,7 +21,8 @@ def no_evaluated_save(recipe: Recipe) -> str | None:
 
 
 def no_such_metric(recipe: Recipe, found: Iterable[str]) -> str | None:
-    """Return what to tell the user if an evaluation, with the metrics `found`, lacks the one to keep by; else None."""
+    """Return a warning if an evaluation with the metrics `found` lacks the metric of `checkpoint_keep_best`; else
+    None."""
     if recipe.checkpoint_keep_best is None:
         return None
     names, (_, name) = sorted(found), recipe.retention.goal

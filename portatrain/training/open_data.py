@@ -31,11 +31,14 @@ def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
 
 
 def _check_vocab(recipe: Recipe, definition: Definition, ids: int) -> None:
-    table = next((t for t in definition.params.values() if "vocab" in t.axes), None)
-    if table is not None and table.shape[table.axes.index("vocab")] < ids:
+    tables = [(t.shape[t.axes.index("vocab")], t.name) for t in definition.params.values() if "vocab" in t.axes]
+    # A source of arrays may have several kinds of ids, of which some index a small table: backends check its batches.
+    tables = tables if recipe.data.tokens_per_sample() else sorted(tables)[-1:]
+    rows, name = min(tables, default=(ids, ""))
+    if rows < ids:
         raise UserError(
             f"recipe {recipe.name}: model",
             expected=f"a vocabulary of at least the data's {ids} ids",
-            got=f"{table.name} with {table.shape[table.axes.index('vocab')]}",
+            got=f"{name} with {rows}",
             do=f"Set model.vocab={ids}.",
         )

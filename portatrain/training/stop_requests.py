@@ -97,7 +97,7 @@ class StopRequests:
     def _leave(self, why: str) -> None:
         status = Kind.INTERRUPTED if self.asked == "interrupt" else Kind.PREEMPTED
         status = Kind.CANCELLED if self.cancelled else status
-        self.sinks.end({"status": str(status), "left_at_once": why})
+        self.sinks.end({"status": "done" if self.signals.finished else str(status), "left_at_once": why})
         self.attempt.close()
 
     def _hung(self, found: dict[str, Any]) -> None:

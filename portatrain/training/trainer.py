@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, rounding
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
-from portatrain.checkpoint.format_layout import check_tensors
-from portatrain.checkpoint.restore import restored
-from portatrain.checkpoint.saver import Checkpoints, check_newest
+from portatrain.checkpoint.saver import Checkpoints
 from portatrain.data import prefetch
 from portatrain.errors import users_code
 from portatrain.model.layout import axis_warning, unknown_axes
@@ -28,9 +26,10 @@ from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
-from portatrain.system.processes import peak_rss_bytes
+from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best
+from portatrain.training.arrival import arrive, check_before
 from portatrain.training.evaluation import evaluate
 from portatrain.training.hook_calls import HookCalls, check_hooks
 from portatrain.training.metrics import EvalRecord, RunInfo
@@ -109,14 +108,14 @@ class Trainer:
                 draw(self.run_dir)
 
     def _run(self) -> int:
-        kernels.taken()  # forget the choices of an earlier attempt in this process
+        choose_kernel.taken()  # forget the choices of an earlier attempt in this process
         about = self.backend.describe_device()
         info = {"backend": self.backend.name, "mesh": str(self.mesh), **about, "data": self.data.fingerprint}
         if self.options.source is not None:
             info["source"] = dict(self.options.source)
         if not self.backend.process:
-            fingerprint = self.data.train.fingerprint if self.options.accept_drift is None else None
-            check_newest(self.run_dir.checkpoints(), self.backend.program, fingerprint)
+            self.run_dir.check_location(self.options.checkpoints)
+            check_before(self.run_dir, self.backend, self.recipe, self.data, accept_drift=self._accepts)
         with ExitStack() as stack:
             attempt = self._begin(info, stack)
             self._began_s = self._steps.began_s = time.perf_counter()
@@ -152,6 +151,8 @@ class Trainer:
         unknown = unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params)
         if unknown:
             self.event(Kind.WARNING, what=axis_warning(unknown))
+        for sentence in self.data.passed_over:
+            self.event(Kind.WARNING, what=sentence)
         if useless := keep_best.no_evaluated_save(self.recipe):
             self.event(Kind.WARNING, what=useless)
         if found:
@@ -160,7 +161,7 @@ class Trainer:
             self.state = self.backend.init_state()
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
-                continuity.record(self.backend, self.state, self.recipe, self.data.train, 0)
+                self._record(self.state)
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
         self.hooks.call("on_start")
@@ -168,6 +169,7 @@ class Trainer:
         self._stop.at("save", self.step)
         self._save(last=True)
         self.checkpoints.wait()
+        self._tell_commits()
         self.backend.agree(0)  # end together: a launcher may kill the other processes after the first exit
         self._stop.at("eval", self.step)
         self._summary = self._finish() if self.step == self.recipe.steps else self._results()
@@ -175,7 +177,7 @@ class Trainer:
         stop_requested = self._stop_requested()
         if stop_requested is None and self.step == self.recipe.steps:
             attempt.finish({"status": "done", **self._summary})
-            self._status = "done"
+            self._status, self._stop.signals.finished = "done", True
         else:
             preempted = Kind.CANCELLED if self._stop.cancelled else Kind.PREEMPTED
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": preempted}
@@ -265,6 +267,8 @@ class Trainer:
 
     def _loop(self) -> None:
         recipe = self.recipe
+        if not self.backend.process:
+            self.data.verify_in_background()
         self._steps.start()
         self._save_timer.start()
         # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
@@ -275,6 +279,8 @@ class Trainer:
         with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
+                self.data.check()
+                self._tell_commits()
                 step = self.step + 1
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
@@ -301,7 +307,7 @@ class Trainer:
                 self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:
-                    self.event(Kind.KERNELS, choices=kernels.taken())
+                    self.event(Kind.KERNELS, choices=choose_kernel.taken())
                 if pending is not None:
                     self._steps.add(*pending, self._memory_bytes())
                 pending = (step, result, waited_s)
@@ -337,7 +343,7 @@ class Trainer:
         recipe = self.recipe
         self._saves += 1
         probes = last or (self._saves - 1) % recipe.probe_every == 0
-        found = continuity.record(self.backend, self.state, recipe, self.data.train, self.step, virtual_step=probes)
+        found = self._record(self.state, virtual_step=probes)
         found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._steps.history)}
         if self._last_eval is not None and self._last_eval.step == self.step:
             found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
@@ -351,15 +357,31 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        check_tensors(reader, self.backend.program)
-        self.state = restored(self.backend, reader)
+        definition = self.backend.program.definition
+        positions = rounding.positions(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
+        self.state, found, bounds = arrive(
+            self.backend, reader, self.recipe, self._record, positions=positions, accept_drift=self._accepts
+        )
         self._saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
-        now = continuity.record(self.backend, self.state, self.recipe, self.data.train, self.step)
-        found = continuity.verdict(reader.meta, now, self.recipe.precision)
         if found["verdict"] == "unproven":
-            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, self.recipe.precision)
+            self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
+
+    def _record(self, state: Any, *, virtual_step: bool = True) -> dict[str, Any]:
+        """Return the record of `state` after `self.step` steps, for the continuity check."""
+        train, validation = self.data.train, self.data.validation
+        return continuity.record(
+            self.backend, state, self.recipe, train, self.step, validation=validation, virtual_step=virtual_step
+        )
+
+    @property
+    def _accepts(self) -> bool:
+        return self.options.accept_drift is not None
+
+    def _tell_commits(self) -> None:
+        for step in self.checkpoints.newly_committed():
+            self.event(Kind.COMMITTED, step=step)
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError if it is 'broken' and drift is not accepted."""

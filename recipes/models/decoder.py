@@ -5,7 +5,7 @@ Shape letters: B batch, S seq, E embed, V vocab.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from portatrain.checkpoint.interop import Hub, Row
 from portatrain.errors import UserError
@@ -81,6 +81,21 @@ class DecoderConfig:
     def build(self) -> Decoder:
         """Return the model."""
         return Decoder(self)
+
+    def small(self) -> DecoderConfig:
+        """Return the same kind of decoder with small sizes, for `portatrain check`."""
+        heads = min(self.heads, 4)
+        return replace(
+            self,
+            vocab=min(self.vocab, 64),
+            embed=8 * heads,
+            layers=min(self.layers, 2),
+            heads=heads,
+            kv_heads=self.kv_heads and (heads if self.kv_heads == self.heads else max(1, heads // 2)),
+            head_dim=self.head_dim and 8,
+            mlp=self.mlp and 48,
+            window=self.window and min(self.window, 8),
+        )
 
     @property
     def head_size(self) -> int:

@@ -5,7 +5,7 @@ Shape letters: B batch, S patches (the sequence), E embed, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from portatrain.model.layers import MLP, Attention, Dropout, LayerNorm, PatchEmbedding
 from portatrain.model.module import Module, Param, Stack
@@ -30,6 +30,11 @@ class ViTConfig:
 
     def build(self) -> ViT:
         return ViT(self)
+
+    def small(self) -> ViTConfig:
+        """Return the same kind of transformer with small sizes, for images of the same size (`portatrain check`)."""
+        heads = min(self.heads, 4)
+        return replace(self, embed=8 * heads, layers=min(self.layers, 2), heads=heads, mlp=self.mlp and 48)
 
     @property
     def mlp_size(self) -> int:

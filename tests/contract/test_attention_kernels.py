@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, kernels
 from portatrain.backends.base import Context, backend_class
 from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
@@ -64,10 +64,10 @@ def test_a_compiled_block_chooses_too() -> None:
 
     q, k = torch.randn(2, 8, 4, 16), torch.randn(2, 8, 2, 16)
     compiled = torch.compile(run, fullgraph=True, dynamic=False, backend="eager")
-    kernels.taken()
+    choose_kernel.taken()
     for options in ({}, {"window": 3}, {"softcap": 5.0}):
         torch.testing.assert_close(compiled(q, k, **options), run(q, k, **options))
-    assert {c["kernel"] for c in kernels.taken()} == {"sdpa-causal", "sdpa-masked", "written-out"}
+    assert {c["kernel"] for c in choose_kernel.taken()} == {"sdpa-causal", "sdpa-masked", "written-out"}
 
 
 def small() -> Any:

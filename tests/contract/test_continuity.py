@@ -20,6 +20,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants, parity
 from portatrain.training import continuity
 from portatrain.training.trainer import train
+from tests.support.lost_commits import lose
 from tests.support.running import everything
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
@@ -42,6 +43,10 @@ SMALL = [
 SLOW = [("jax", "Adafactor"), ("jax", "Lion"), ("jax", "SGD")]
 
 
+def bounds() -> continuity.Bounds:
+    return continuity.Bounds.of(small().describe(), "fp32", 512)
+
+
 def small(*more: str) -> Recipe:
     return apply_overrides(load_recipe("tiny-lm"), [*SMALL, *more])
 
@@ -61,7 +66,10 @@ def test_a_mutant_with_valid_checksums_is_refused(mutant: str, left: tuple[Recip
     run = RunDir(tmp_path / "run")
     shutil.copytree(stopped, run.path)
     mutants.rewrite(run.path / "checkpoints/step-00000004", mutants.MUTANTS[mutant], recipe)
-    with LocalStore(run.path / "checkpoints/step-00000004") as store:
+    if mutant == "step_off_by_one":  # its folder says so too: another name is refused before
+        (run.path / "checkpoints/step-00000004").rename(run.path / "checkpoints/step-00000005")
+    (folder,) = (run.path / "checkpoints").glob("step-*")
+    with LocalStore(folder) as store:
         Reader(store).verify_all()
     saved = sorted(p.name for p in (run.path / "checkpoints").rglob("*"))
     with pytest.raises(UserError, match=r"continuity check at step \d"):
@@ -147,7 +155,7 @@ def lost_after(recipe: Recipe, path: Path, backend: str) -> RunDir:
     """A run of 9 steps whose last commit, of step 6, has no probe: as if killed while it saved step 9."""
     run = RunDir(path)
     assert train(recipe, run, backend=backend, stop_at=9) == 85
-    shutil.rmtree(path / "checkpoints/step-00000009")
+    lose(run, 9)
     with LocalStore(path / "checkpoints/step-00000006") as store:
         assert "probe" not in Reader(store).meta
     return run
@@ -193,7 +201,60 @@ def test_a_meta_without_its_exact_part_is_broken() -> None:
         "schedule": {"learning_rate": 1.0},
         "probe": {"losses": [1.0], "norms": {}},
     }
-    assert continuity.verdict(meta, meta, "fp32")["verdict"] == "continuous"
+    assert continuity.verdict(meta, meta, bounds())["verdict"] == "continuous"
     for gone in continuity.EXACT:
         less = {k: v for k, v in meta.items() if k != gone}
-        assert continuity.verdict(less, meta, "fp32")["verdict"] == "broken", gone
+        assert continuity.verdict(less, meta, bounds())["verdict"] == "broken", gone
+
+
+def signs_flipped(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+    for name in [n for n in values if n.startswith("ema/")]:
+        np.negative(values[name], out=values[name])
+
+
+def elements_permuted(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+    array = values["ema/blocks/mlp/up"]
+    array[...] = np.random.default_rng(0).permuted(array, axis=1)
+
+
+def heads_exchanged(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+    array = values["ema/blocks/attn/wq"]
+    array[:, :, [0, 1]] = array[:, :, [1, 0]]
+
+
+def rare_tokens_exchanged(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+    """Exchange the rows of two bytes that no text has, in weights, slots and averages."""
+    for name in [n for n in values if n.endswith("/embed/table")]:
+        values[name][[254, 255]] = values[name][[255, 254]]
+
+
+def one_bit(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+    values["opt/v/blocks/attn/wo"].reshape(-1).view(np.uint32)[99] ^= 1
+
+
+KEPT_NORMS = {
+    f.__name__: f for f in (signs_flipped, elements_permuted, heads_exchanged, rare_tokens_exchanged, one_bit)
+}
+
+
+@pytest.mark.parametrize("mutant", KEPT_NORMS)
+def test_a_mutant_that_keeps_every_norm_is_refused_by_its_fingerprint(
+    mutant: str, left: tuple[Recipe, Path], tmp_path: Path
+) -> None:
+    recipe, stopped = left
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(stopped, run.path)
+    seen: set[str] = set()
+
+    def changed(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+        before = {n: a.tobytes() for n, a in values.items()}
+        KEPT_NORMS[mutant](values, meta, recipe)
+        seen.update(n for n, a in values.items() if a.tobytes() != before[n])
+
+    mutants.rewrite(run.path / "checkpoints/step-00000004", changed, recipe, fingerprints=True)
+    with pytest.raises(UserError, match="bits different in") as told:
+        train(recipe, run, backend=BACKENDS[-1])
+    assert min(seen) in str(told.value) or len(seen) > 6
+    (seam,) = run.events("resumed")
+    assert set(seam["tensors"]) == seen and seam["verdict"] == "broken"
+    assert not seam["failed"]  # the probe sees nothing of it

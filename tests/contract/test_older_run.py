@@ -1,4 +1,4 @@
-"""A run that an older release wrote, when every module of the package stood in one folder, is read and goes on."""
+"""A run that an older release wrote, when every module of the package stood in one folder, is read and resumes."""
 
 from __future__ import annotations
 

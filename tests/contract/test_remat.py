@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 from typing import Any
 
@@ -134,6 +135,12 @@ def test_what_is_no_policy(text: str, said: str) -> None:
         )
 
 
+@functools.cache
+def compiled_gradients(policy: str) -> dict[str, np.ndarray]:
+    running = Running("torch", DECODER.build(), remat=policy, compile=True)
+    return running.backend.gradients(running.state, batch_of("decoder"), step=1)[1]
+
+
 # torch's compiler imports what torch calls deprecated, and looks at the .grad of every tensor it is given.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -143,13 +150,9 @@ def test_what_is_no_policy(text: str, said: str) -> None:
 @pytest.mark.parametrize("policy", ["block", "dots", "attention", "keep:hidden"])
 def test_compiled_blocks(policy: str) -> None:
     """Compiled whole, with no break of the graph; the same gradients as compiled without a policy."""
-    batch = batch_of("decoder")
-    found = []
-    for remat_ in ("none", policy):
-        running = Running("torch", DECODER.build(), remat=remat_, compile=True)
-        found.append(running.backend.gradients(running.state, batch, step=1)[1])
-    for name, gradient in found[0].items():
-        assert np.abs(gradient - found[1][name]).max() <= 1e-6 * np.abs(gradient).max(), name
+    found = compiled_gradients(policy)
+    for name, gradient in compiled_gradients("none").items():
+        assert np.abs(gradient - found[name]).max() <= 1e-6 * np.abs(gradient).max(), name
 
 
 # ---- memory

@@ -1,4 +1,4 @@
-"""A run that stops on one framework and goes on in the other: the same bits, the same curve; and what is refused."""
+"""A run that stops on one framework and resumes in the other: the same bits, the same curve; and what is refused."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import parity
 from portatrain.training.trainer import train
+from tests.support.lost_commits import lose
 from tests.support.running import everything
 from tests.support.short_runs import losses, small
 
@@ -122,7 +123,7 @@ def test_no_checkpoint_that_verifies_is_refused_and_nothing_lost(tmp_path: Path)
 def test_an_uncommitted_save_is_not_taken_for_one(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
-    (run.path / "checkpoints" / "step-00000008" / "COMMIT").unlink()
+    lose(run, 8)
     assert train(small("checkpoint_every=3"), run, backend="jax") == 0
     assert [e["step"] for e in run.events("resumed")] == [6]
     assert run.events("checkpoint_damaged") == []

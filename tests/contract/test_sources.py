@@ -12,6 +12,7 @@ import pytest
 
 from portatrain.backends.base import missing
 from portatrain.data import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data import pack as packs
 from portatrain.data.open import blank_batch
 from portatrain.errors import UserError
 from portatrain.optim import AdamW, Constant
@@ -115,3 +116,37 @@ def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.Monkey
 
     batch = open_data(data, seed=0).train.batch(0, 3)
     assert blank == {k: (v.shape, v.dtype) for k, v in batch.items()}
+
+
+def small(data: DataSpec, **more: object) -> Recipe:
+    fields = {"optimizer": AdamW(lr=1e-3), "schedule": Constant(), "steps": 4, "batch": 4, **more}
+    return Recipe(name="small", model=DECODER, data=data, **fields)  # type: ignore[arg-type]
+
+
+def test_what_a_source_passes_over_is_told_in_every_attempt(corpus: Path) -> None:
+    (corpus / "corpus" / "gone.txt").symlink_to("nowhere")
+    (corpus / "corpus" / "empty.txt").touch()
+    run = RunDir(corpus / "run")
+    recipe = small(TextFiles(paths=str(corpus / "corpus"), seq_len=16, validation=0))
+    assert train(recipe, run, backend="torch", stop_at=1) == 85
+    assert train(recipe, run, backend="torch", stop_at=2) == 85
+    told = [(e["attempt"], e["what"]) for e in run.events("warning")]
+    assert [n for n, _ in told] == [1, 1, 2, 2]
+    assert "1 documents without content: empty.txt" in told[0][1] and "gone.txt" in told[1][1]
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_large_corpus_with_flipped_bytes_is_not_trained_on(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, split: str
+) -> None:
+    monkeypatch.setattr(packs, "VERIFY_BYTES", 0)
+    run = RunDir(corpus / "run")
+    recipe = small(TextFiles(paths=str(corpus / "corpus"), seq_len=16, validation=0.3), eval_every=4)
+    assert train(recipe, run, backend="torch", stop_at=1) == 85
+    tokens = run.path / "data" / f"{split}-tokens.bin"
+    tokens.write_bytes(bytes(b ^ 1 for b in tokens.read_bytes()))
+    # No window of the validation split is read before the end: the thread finds the damage.
+    monkeypatch.setattr(packs.Verification, "start", lambda self: (self._thread.start(), self._thread.join()))
+    with pytest.raises(UserError, match="CRC-32" if split == "train" else "SHA-256"):
+        train(recipe, run, backend="torch")
+    assert [row["step"] for row in run.curve()] == [1]

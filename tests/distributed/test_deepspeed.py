@@ -7,9 +7,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from portatrain.backends.base import backend_class, missing
+from portatrain.backends.state import full_name, inventory
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.processes import run_processes
@@ -29,12 +31,15 @@ CELLS = [
     ("fsdp=2", "vit, accumulation, dropout"),
     ("fsdp=2", "lm, clipping, averages, frozen"),
     ("fsdp=2", "lm, a step that is not finite"),
+    ("replica=2", "lm, a step that is not finite, odd sizes"),
     ("replica=2", "routed"),
     ("fsdp=2", "nested"),
     ("fsdp=2", "lm, LoRA"),
     ("fsdp=2", "lm, growing batch, averages"),
+    ("fsdp=2", "towers"),
     ("fsdp=2", "lm, remat"),
 ]
+PROBED = [("replica=2", "lm, a step that is not finite, odd sizes"), ("fsdp=2", "lm, clipping, averages, frozen")]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +51,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
             out = tmp_path_factory.mktemp("zero") / "found"
             cells = [(f"{mesh}: {case}", "case", (case, mesh, "")) for mesh, case in CELLS]
             cells += [(mutant, "case", (CELLS[0][1], "fsdp=2", mutant)) for mutant in ZERO if backend == STAGES[1]]
+            cells += [(f"probe: {case}", "probed", (case, mesh)) for mesh, case in PROBED]
             given = {"cells": cells, "out": str(out), "backend": backend}
             assert run_processes(2, "tests.support.torch_worker:main", given) == 0
             with out.open("rb") as stream:
@@ -66,6 +72,36 @@ def test_zero_follows_one_process(backend: str, mesh: str, case: str, found: Any
     assert isinstance(mine, Measured), mine
     failures = differences(alone(case), mine, case)
     assert not failures, "\n".join(failures)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", [case for _, case in PROBED])
+@pytest.mark.parametrize("backend", STAGES)
+def test_a_probe_is_the_step_that_comes_and_changes_nothing(backend: str, case: str, found: Any) -> None:
+    """A moment that is zeroed, say, shows in the norm of its tensor."""
+    got = found(backend)[f"probe: {case}"]
+    assert isinstance(got, dict), got
+    probe, before, after, stepped = (got[k] for k in ("probe", "before", "after", "stepped"))
+    assert all(np.array_equal(before[k], after[k]) for k in before)
+    program = CASES[case].program("")
+    total = 0.0
+    for tensor in inventory(program):
+        key, dims = full_name(*tensor.key), tensor.info.stack_dims
+        np.testing.assert_allclose(probe[key], _norms(before[tensor.key], dims), rtol=1e-6, atol=1e-30)
+        if tensor.role == "params" and tensor.info.name in program.trainable and "finite" not in case:
+            change = stepped[tensor.key].astype(np.float64) - before[tensor.key]
+            lost = np.abs(before[tensor.key]).max() * np.sqrt(change.size) * 2.0**-23  # by adding to a float32
+            np.testing.assert_allclose(probe[f"update/{tensor.info.name}"], _norms(change, dims), rtol=1e-4, atol=lost)
+            total += float(np.square(probe[f"grad/{tensor.info.name}"]).sum())
+    assert set(probe) == {full_name(*t.key) for t in inventory(program)} | {
+        f"{what}/{name}" for what in ("grad", "update") for name in program.trainable
+    }
+    if "finite" not in case:
+        assert np.sqrt(total) == pytest.approx(got["norm"], rel=1e-5)
+
+
+def _norms(array: np.ndarray, dims: int) -> np.ndarray:
+    return np.linalg.norm(array.astype(np.float64).reshape(*array.shape[:dims], -1), axis=-1)
 
 
 @pytest.mark.timeout(600)

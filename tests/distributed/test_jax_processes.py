@@ -32,6 +32,7 @@ FOUR = [
     ("context=2,tensor=2", "lm, growing batch, averages"),
     ("fsdp=2,tensor=2", "lm, bf16 state"),
     ("fsdp=2,tensor=2", "lm, Muon"),
+    ("fsdp=4", "towers"),
 ]
 """Cells of two processes with two devices each."""
 MUTANT = ("every process trains on the first rows", FOUR[0][1])

@@ -81,7 +81,7 @@ def _check(block: Block, folder: Path, names: dict[str, object]) -> None:
 
 
 def _python(block: Block, folder: Path, names: dict[str, object]) -> None:
-    code = compile(block.text, block.where, "exec")
+    code = compile(block.text, block.where, "exec", dont_inherit=True)  # the page has no __future__ import
     if block.title:
         (folder / block.title).write_text(block.text)
         if "def recipe(" in block.text:

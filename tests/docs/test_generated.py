@@ -11,11 +11,14 @@ import pytest
 from docs.tools import draw_rooms, examples, reference
 from portatrain.model.ops import Ops
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_structure import StructureOps
 from portatrain.optim import Rule, Schedule, rules, schedules
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from tests.docs.pages import ROOT
 
 PAGES = ROOT / "docs" / "reference"
+PROTOCOLS = {"Ops", "ArrayNamespace", "Info", "ModelSpec", "Sink"}
+"""Public names that are only implemented, never called, and so have no signature."""
 
 
 def text(name: str) -> str:
@@ -25,6 +28,18 @@ def text(name: str) -> str:
 @pytest.mark.parametrize("name", reference.WRITTEN)
 def test_a_reference_page_is_current(name: str) -> None:
     assert text(name) == reference.WRITTEN[name](), "run python -m docs.tools.reference --write"
+
+
+@pytest.mark.parametrize("name", [name for name in reference.WRITTEN if name != "commands.md"])
+def test_every_field_has_a_meaning(name: str) -> None:
+    assert [row for row in text(name).split("\n") if row.startswith("| `") and row.endswith("|  |")] == []
+
+
+def test_every_public_function_and_class_has_a_signature() -> None:
+    sections = re.split(r"^### ", text("names.md"), flags=re.MULTILINE)[1:]
+    whole = [section for section in sections if "<!-- whole:" in section]
+    bare = [section.split("\n")[0] for section in whole if "```text" not in section]
+    assert len(whole) > 50 and all(name.strip("`").split(".")[-1] in PROTOCOLS for name in bare), bare
 
 
 @pytest.mark.parametrize("module", reference.PUBLIC)
@@ -58,7 +73,12 @@ def test_the_example_of_a_field_that_is_set_in_the_file(field: str) -> None:
 
 def test_every_operation_is_in_the_reference() -> None:
     page = text("ops.md")
-    methods = [n for cls in (Ops, ArrayOps) for n, m in vars(cls).items() if callable(m) and not n.startswith("_")]
+    methods = [
+        n
+        for cls in (Ops, StructureOps, ArrayOps)
+        for n, m in vars(cls).items()
+        if callable(m) and not n.startswith("_")
+    ]
     assert len(methods) > 70 and [n for n in methods if f"### `{n}`" not in page] == []
     assert [n for n in Ops.__annotations__ if f"`ops.{n}`" not in page] == []
     assert set(methods) == set(examples.OPS) | set(examples.ARRAY_OPS)

@@ -66,3 +66,23 @@ def test_pages_that_code_and_text_name_exist() -> None:
             if not (ROOT / found).exists():
                 wrong.append(f"{name}: {found}")
     assert not wrong, wrong
+
+
+def test_files_of_the_maps_exist() -> None:
+    """README.md and the page of the architecture say which file does what; each file must be there."""
+    rows: list[str] = []
+    for page in (ROOT / "README.md", ROOT / "docs" / "understand" / "architecture.md"):
+        section = re.split(r"^## Where (?:things happen|is \.\.\.)$", page.read_text(encoding="utf-8"), flags=re.M)[1]
+        rows += [row for row in section.split("\n## ")[0].split("\n") if row.startswith("| ") and "`" in row]
+    assert len(rows) > 15
+    missing = []
+    for row in rows:
+        folder = ROOT
+        for path in re.findall(r"`([\w/]+(?:\.py|/))`", row.split("|")[2]):
+            if "/" in path:
+                folder = (ROOT / path).parent if path.endswith(".py") else ROOT / path
+            there = ROOT / path if "/" in path else folder / path
+            named = path in ("attention.py", "base.py") and list(folder.rglob(path))  # one for each framework, or below
+            if not there.exists() and not named:
+                missing.append(f"{path} of {row}")
+    assert not missing, missing

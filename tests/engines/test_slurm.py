@@ -152,7 +152,7 @@ def test_a_node_that_dies(light_lab: Slurm, until: Until) -> None:
     light_lab.kill_node(where)
     until(lambda: now().state == "LOST", 5, "what ran there is gone", seen)
     until(lambda: len(light_lab.jobs()) == 2, 60, "both jobs are still there", light_lab.jobs)
-    # What Slurm will do by itself takes as long as the node is away; the held sibling is free to go on.
+    # What Slurm will do by itself takes as long as the node is away; the held sibling is free to start.
     until(lambda: "released" in launch("reconcile", "a") or now().state == "SUCCEEDED", 60, "released", seen)
     until(lambda: now().state == "SUCCEEDED", 60, "the end", seen)
     assert now().attempts[0].ended == "lost" and now().attempts[1].steps[0] == 21

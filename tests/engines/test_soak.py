@@ -138,7 +138,7 @@ def disturbed(lab: Slurm, run: RunDir, until: Until) -> list[Disturbance]:
 
 
 def check(run: RunDir, steps: int, every: int) -> None:
-    """Each step is on the curve once, every attempt goes on after the last commit, and no seam trained more again than
+    """Each step is on the curve once, every attempt resumes after the last commit, and no seam trained more again than
     the steps between two saves."""
     assert [row["step"] for row in run.curve()] == list(range(1, steps + 1))
     for number in run.attempt_numbers():
@@ -220,7 +220,7 @@ def report(run: RunDir, found: list[Disturbance]) -> None:
     again = dict(lost_steps(run))
     told, killed = [d for d in found if d.kind != "kill"], [d for d in found if d.kind == "kill"]
     with_work = [d for d in told if rows[d.attempt]]
-    # By where the next attempt went on: a supervisor that is killed after the save leaves no word of it.
+    # By the step at which the next attempt resumed: a supervisor that is killed after the save records no end.
     fired = [d for d in with_work if again[d.attempt] == 0]
     lost = list(again.values())
     print(

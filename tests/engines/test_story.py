@@ -1,4 +1,4 @@
-"""One run over two partitions of a real Slurm: begins as jax on two hosts, is preempted, goes on as torch in two
+"""One run over two partitions of a real Slurm: begins as jax on two hosts, is preempted, resumes as torch in two
 processes, is preempted, ends as it began."""
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""Real processes and real signals: a run that is asked to stop, or killed, loses nothing that was saved."""
+"""Real processes and real signals: a run that is asked to stop, or killed, loses nothing that was saved.
+
+test_stop_table.py has every signal in every phase; here are a run that goes on afterwards, the grace, kills and hangs.
+"""
 
 from __future__ import annotations
 
@@ -107,9 +110,7 @@ def steps(run: Path) -> int:
     return len(RunDir(run).curve()) if (run / "run.json").exists() else 0
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGHUP, 85)]
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 85)])
 def test_a_signal_ends_the_step_saves_and_leaves(number: int, code: int, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run)
@@ -184,33 +185,6 @@ def test_while_it_begins_it_leaves_an_attempt_that_says_so(tmp_path: Path) -> No
     assert not (run / "claim").exists()
 
 
-def test_while_it_evaluates_it_saves_what_it_has(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(run, "--set=eval_every=5", "--set=eval_batches=100000", "--set=checkpoint_every=none")
-    wait_until(lambda: steps(run) == 5, process)
-    process.send_signal(signal.SIGUSR1)
-    ends(process, 85, 60)
-    assert committed(run) == steps(run) >= 5
-
-
-def test_while_it_saves_it_finishes_and_saves_the_last_step(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(run, "--set=checkpoint_every=1")
-    wait_until(lambda: committed(run) > 3, process)
-    process.send_signal(signal.SIGTERM)
-    ends(process, 85, 60)
-    assert committed(run) == steps(run)
-
-
-def test_while_data_does_not_come_it_saves_and_leaves(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(run, program=STALLED)
-    wait_until(lambda: steps(run) == 10, process)
-    process.send_signal(signal.SIGTERM)
-    ends(process, 85, 30)
-    assert committed(run) == 10
-
-
 def test_when_the_grace_is_nearly_over_the_checkpoint_before_stands(tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(run, "--set=checkpoint_every=5", program=STUCK, PORTATRAIN_GRACE_S="4")
@@ -231,73 +205,6 @@ def test_a_stall_is_a_hang_that_is_named(tmp_path: Path) -> None:
     assert "phase 'data' of step 11" in errors
     assert "read_ahead.py" in (run / "attempts" / "1" / hang["stacks"]).read_text()
     assert committed(run) == 10 and not (run / "claim").exists()
-
-
-# ---- several processes
-
-TWO = ("--backend=jax", "--mesh=fsdp=2", "--processes=2")
-
-
-def ranks(process: subprocess.Popen) -> dict[int, int]:
-    """The processes that a command has started, by rank: rank -> pid."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            fields = (folder / "stat").read_text().rpartition(")")[2].split()
-            env = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if int(fields[1]) == process.pid:
-            rank = [e for e in env if e.startswith(b"RANK=")]
-            if rank:
-                found[int(rank[0][5:])] = int(folder.name)
-    return found
-
-
-ALL = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
-SENT_TO_ALL = [pytest.param(n, marks=() if n == signal.SIGTERM else pytest.mark.full) for n in ALL]
-SENT_TO_ONE = [
-    pytest.param(rank, n, marks=() if (rank, n) == (1, signal.SIGTERM) else pytest.mark.full, id=f"{rank}-{n.name}")
-    for rank in (0, 1)
-    for n in ALL
-]
-
-
-@pytest.mark.parametrize("number", SENT_TO_ALL)
-def test_two_processes_of_jax_save_and_leave(number: signal.Signals, tmp_path: Path) -> None:
-    """jax.distributed would take SIGTERM for itself, and nothing would be saved."""
-    run = tmp_path / "run"
-    process = start(run, *TWO)
-    wait_until(lambda: steps(run) > 3, process, 180)
-    process.send_signal(number)
-    ends(process, 130 if number == signal.SIGINT else 85, 60)
-    assert committed(run) == steps(run) > 3 and not (run / "claim").exists()
-
-
-@pytest.mark.parametrize(("rank", "number"), SENT_TO_ONE)
-def test_one_rank_that_leaves_in_start_up_does_not_stall_the_other(
-    rank: int, number: signal.Signals, tmp_path: Path
-) -> None:
-    run = tmp_path / "run"
-    process = start(run, *TWO)
-    wait_until(lambda: len(ranks(process)) == 2, process)
-    time.sleep(3.0)  # imports, joining, compiling: before anything has been trained
-    if rank in (there := ranks(process)):
-        os.kill(there[rank], number)
-    began_s = time.monotonic()
-    process.communicate(timeout=60)
-    assert process.returncode in (85, 130) and time.monotonic() - began_s < 45
-    assert not (run / "claim").exists() or RunDir(run).owner() is None
-
-
-@pytest.mark.parametrize("number", SENT_TO_ALL)
-def test_one_rank_that_is_told_stops_both_after_the_same_step(number: signal.Signals, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    process = start(run, *TWO)
-    wait_until(lambda: steps(run) > 3, process, 180)
-    os.kill(ranks(process)[1], number)
-    ends(process, 130 if number == signal.SIGINT else 85, 60)
-    assert committed(run) == steps(run) > 3
 
 
 def test_a_run_that_was_started_to_outlive_its_terminal_does(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import image_batch, tokens_batch
-from tests.support.toy_models import Nested, Routed
+from tests.support.toy_models import Nested, Routed, TwoTowers
 
 Batch = dict[str, np.ndarray]
 
@@ -37,6 +37,8 @@ class Case:
     steps: int = 4
     images: bool = False
     predicts: bool = True
+    left_out: int = 1
+    """The number of rows that are not evaluated, so that the rest does not divide over a mesh."""
     blank_step: int | None = None
     """The step whose loss is not a number."""
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -145,6 +147,9 @@ CASES: dict[str, Case] = {
     "lm, remat of dots": Case(model=_lm(dropout=0.1, softcap=20.0), options={"remat": "dots"}),
     "lm, remat but attention": Case(model=_lm(dropout=0.1), options={"remat": "attention"}),
     "lm, a step that is not finite": Case(model=_lm(), accumulation=2, blank_step=2),
+    "lm, a step that is not finite, odd sizes": Case(
+        model=_lm(embed=31, head_dim=8, layers=1), accumulation=2, blank_step=2
+    ),
     "lm, Muon": Case(model=_lm(), optimizer=Muon(lr=0.02)),
     "lm, Adafactor": Case(model=_lm(), optimizer=Adafactor(lr=1e-3)),
     "lm, Lion": Case(model=_lm(), optimizer=Lion(lr=3e-5)),
@@ -157,6 +162,15 @@ CASES: dict[str, Case] = {
         model=_routed(), accumulation=2, predicts=False, options={"precision": "bf16", "remat": "block"}
     ),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
+    "towers": Case(
+        model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, predicts=False, optimizer=AdamW(lr=1e-4)
+    ),
+    "towers, groups in a microbatch": Case(
+        model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1, group=8), accumulation=2, predicts=False, left_out=0
+    ),
+    "towers, groups in a device's rows": Case(
+        model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1, group=2), accumulation=2, predicts=False, left_out=2
+    ),
     "lm, compiled": Case(model=_lm(dropout=0.1), accumulation=2, options={"compile": True}),
     "lm, bf16 state": Case(
         model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all}

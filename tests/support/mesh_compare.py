@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.exact_gradients import exact
+from portatrain.backends import rounding
 from portatrain.backends.torch import TorchBackend
-from portatrain.testing import parity
 from tests.support.mesh_cases import CASES
 from tests.support.mesh_measure import Measured, measure
 
@@ -32,14 +32,16 @@ def alone() -> Callable[[str], Measured]:
 
 
 def differences(one: Measured, many: Measured, case: str) -> list[str]:
-    """What of `many` is not what `one` has, within the bounds of `portatrain.testing.parity`.
+    """What of `many` is not what `one` has, within the derived bound of `portatrain.backends.rounding`.
 
     A gradient beyond the bound is held to the same step in float64: where gradients nearly cancel, one process is as
     far from it as a mesh (9.7e-7 of blocks/attn/wk), on the other side.
     """
     low = CASES[case].options.get("precision", "fp32") != "fp32"
     # bf16: an activation carries 8 bits, and sums of rounded parts differ by a few of its last ones.
-    gradient_bound, loss_bound = (2.0**-5, 2.0**-8) if low else (parity.GRADIENT_BOUND, parity.LOSS_BOUND)
+    definition, batch = CASES[case].program("").definition, CASES[case].batches()[-1]
+    derived = rounding.bound(definition, rounding.positions(definition, batch, microbatches=True))
+    gradient_bound, loss_bound = (2.0**-5, 2.0**-8) if low else (derived, derived)
     failures = []
 
     def within(what: str, a: Any, b: Any, bound: float, scale: float | None = None) -> None:
@@ -62,7 +64,7 @@ def differences(one: Measured, many: Measured, case: str) -> list[str]:
             within(f"gradient of {name} from float64", gradient, many.gradients[name], gradient_bound)
     for step, (a, b) in enumerate(zip(one.losses, many.losses, strict=True), start=1):
         within(f"loss of step {step}", a, b, loss_bound)
-    within("gradient norm of step 1", one.norms[0], many.norms[0], gradient_bound if low else parity.GRADIENT_BOUND)
+    within("gradient norm of step 1", one.norms[0], many.norms[0], gradient_bound)
     within("weights", one.weights, many.weights, 0.0)
     if one.skipped != many.skipped:
         failures.append(f"skipped {many.skipped} in place of {one.skipped}")

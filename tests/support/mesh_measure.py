@@ -50,7 +50,7 @@ def measure(make: Callable[[Program], Backend], case: Case, mesh: str, gather: G
         if step == 1:
             found.first = tensors(backend, state, gather)
     found.last = tensors(backend, state, gather)
-    rows = {k: v[0][:-1] for k, v in batches[0].items()}  # a number of rows that does not divide
+    rows = {k: v[0][: len(v[0]) - case.left_out] for k, v in batches[0].items()}  # which do not divide over a mesh
     found.evaluated = backend.eval(state, rows)
     if case.predicts:
         found.predicted = backend.predict(state, rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from portatrain.data.corpus import Stream
-from portatrain.data.windows import Windows
+from portatrain.data.text_batches import Windows
 
 
 def stream(documents: list[bytes], bos: int = 0) -> Stream:

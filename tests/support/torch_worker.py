@@ -46,6 +46,19 @@ def moved(case: str, start: str, end: str) -> bool:
     return before.keys() == after.keys() and all((before[k] == after[k]).all() for k in before)
 
 
+def probed(backend: Any, case: str, on: str) -> dict[str, Any]:
+    """What a probe of step 2 says, all state before it, after it, and after step 2."""
+    one = backend(CASES[case].program(on))
+    first, second, *_ = CASES[case].batches()
+    state, _ = one.step(one.init_state(), first, step=1, scale=1.0)
+    before = tensors(one, state, gather)
+    found = one.probe(state, second, step=2, scale=0.5)
+    after = tensors(one, state, gather)
+    state, result = one.step(state, second, step=2, scale=0.5)
+    stepped = tensors(one, state, gather)
+    return {"probe": found, "before": before, "after": after, "stepped": stepped, "norm": float(result.grad_norm)}
+
+
 def traffic(case: str, on: str) -> dict[str, list[int]]:
     """Bytes of every collective of the second step, by kind."""
     backend = TorchBackend(CASES[case].program(on))
@@ -69,6 +82,8 @@ def main(args: argparse.Namespace) -> int:
             try:
                 if kind == "moved":
                     found: Any = moved(*given)
+                elif kind == "probed":
+                    found = probed(backend, *given)
                 elif kind == "traffic":
                     found = traffic(*given)
                 else:

@@ -158,3 +158,40 @@ class Nested(Module):
         ops.aux("inner", outs["inner"][0][1, 0])
         x_BSE = x_BSE + outs["x"][0]
         return ops.cross_entropy(x_BSE, self.heads[0], batch["targets"], mask=batch["mask"])
+
+
+class TwoTowers(Module):
+    """Two towers with in-batch negatives (Radford et al. 2021, arXiv:2103.00020), both directions; `scale`
+    is a parameter of the comparison itself. Each sample's tokens are cut in two halves, which belong together."""
+
+    def __init__(self, *, vocab: int, embed: int, rate: float = 0.0, group: int | None = None) -> None:
+        self.first, self.second = (Embedding(vocab=vocab, embed=embed, init=1.0) for _ in range(2))
+        self.out = Param(embed=embed, embed_out=embed)
+        self.scale = Param(embed=embed, fan_in_axes=0, init="ones")
+        self.dropout = Dropout(rate)
+        self.group = group
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        tokens_BS, half = batch["tokens"], batch["tokens"].shape[1] // 2
+
+        def tower(table: Any, ids_BS: Any) -> Any:
+            x_BE = ops.mean(self.dropout(ops, table(ops, ids_BS)), ("batch", "seq", None), over=("seq",))
+            x_BE = ops.einsum("be,ef->bf", ops.cast(x_BE, "compute"), self.out)
+            return x_BE / ops.norm(x_BE + 1e-3)[:, None]
+
+        a_BE, b_BE = tower(self.first, tokens_BS[:, :half]), tower(self.second, tokens_BS[:, half:])
+        weight_B = batch["mask"].mean(1)
+
+        def contrast(a_GNE: Any, b_GNE: Any, weight_GN: Any, there_GN: Any) -> Any:
+            a_GNE = a_GNE * ops.weight(self.scale)
+            scores_GNM = ops.einsum("gne,gme->gnm", a_GNE, b_GNE, dtype="float32") * 4.0
+            own_NM = ops.arange(a_GNE.shape[1])[:, None] == ops.arange(a_GNE.shape[1])[None, :]
+            own_GN = ops.where(own_NM[None], scores_GNM, 0.0).sum(-1)
+            seen_GNM = ops.where(there_GN[:, None, :], scores_GNM, -1e9)
+            seen_GMN = ops.where(there_GN[:, :, None], scores_GNM, -1e9)
+            loss_GN = (ops.logsumexp(seen_GNM, axis=2) + ops.logsumexp(seen_GMN, axis=1)) / 2 - own_GN
+            right_GN = ops.cast(own_GN >= ops.max(seen_GNM, axis=2), "float32")
+            weight_GN = weight_GN * ops.cast(there_GN, "float32")
+            return loss_GN * weight_GN, weight_GN, {"right": right_GN}
+
+        return ops.across_samples(contrast, a_BE, b_BE, weight_B, group=self.group)

@@ -144,7 +144,7 @@ def recipe(row: str, mesh: str) -> parity.Verdict:
     chosen = recipe_of(mesh, row)
     given = parity.batches(chosen, STEPS)
     mine = parity.trace(XlaBackend, chosen, given, mesh=mesh)
-    return parity.compare(parity.trace(TorchBackend, chosen, given), mine)
+    return parity.compare(parity.trace(TorchBackend, chosen, given), mine, bound=parity.bound_of(chosen, given))
 
 
 def refused(mesh: str) -> str:

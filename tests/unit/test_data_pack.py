@@ -14,7 +14,6 @@ import pytest
 
 from portatrain.data import Digits, Jsonl, Mixture, OpenData, TextFiles, TokenMemmap, batch_hash, open_data
 from portatrain.data import pack as packs
-from portatrain.data.corpus import SPLITS
 from portatrain.errors import UserError
 from tests.support.folders import listing
 
@@ -150,17 +149,102 @@ def test_damage_is_refused_and_nothing_changed(tmp_path, damage):
     assert listing(tmp_path) == before
 
 
-def test_full_verification_of_a_large_pack(tmp_path, monkeypatch):
+def flipped(path: Path, at: int, bit: int = 4) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= bit
+    path.write_bytes(data)
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A pack that counts as too large to be verified when it is opened, of several blocks."""
     monkeypatch.setattr(packs, "VERIFY_BYTES", 0)
-    spec, pack = specs(corpus(tmp_path / "source"))["text"], tmp_path / "pack"
-    open_data(spec, seed=0, pack_dir=pack)
-    packs.read(pack, None, SPLITS, whole=True)
-    data = bytearray((pack / "train-tokens.bin").read_bytes())
-    data[77] ^= 4
-    (pack / "train-tokens.bin").write_bytes(data)
-    open_data(spec, seed=0, pack_dir=pack)  # sizes and sums of sums alone do not see it
+    monkeypatch.setattr(packs, "BLOCK_BYTES", 64)
+    spec = specs(corpus(tmp_path / "source"))["text"]
+    open_data(spec, seed=0, pack_dir=tmp_path / "pack")
+    return spec, tmp_path / "pack"
+
+
+def read_all(spec, pack: Path) -> None:
+    data = open_data(spec, seed=0, pack_dir=pack)
+    for split in (data.train, data.validation):
+        for _ in split.once(4):
+            pass
+
+
+def test_every_damaged_token_of_a_large_pack_is_seen_when_it_is_read(large):
+    spec, pack = large
+    read_all(spec, pack)
+    for name in ("train-tokens.bin", "validation-tokens.bin"):
+        for at in range(0, (pack / name).stat().st_size, 37):
+            flipped(pack / name, at)
+            with pytest.raises(UserError, match=f"{name}.*CRC-32"):
+                read_all(spec, pack)
+            flipped(pack / name, at)
+    read_all(spec, pack)
+
+
+def test_a_window_of_a_large_pack_is_held_to_its_own_blocks_alone(large):
+    spec, pack = large
+    data = open_data(spec, seed=0, pack_dir=pack)
+    flipped(pack / "train-tokens.bin", 3 * 64)
+    for window in range(data.train.windows):
+        begin = window * spec.seq_len
+        if begin // 64 <= 3 <= (begin + spec.seq_len) // 64:
+            with pytest.raises(UserError, match="CRC-32"):
+                data.streams["train"].read(begin, begin + spec.seq_len + 1)
+        else:
+            data.streams["train"].read(begin, begin + spec.seq_len + 1)
+
+
+@pytest.mark.parametrize("name", ["train-starts.bin", "validation-starts.bin", "train-tokens.sums"])
+def test_what_reads_of_a_large_pack_rest_on_is_verified_at_once(large, name):
+    spec, pack = large
+    flipped(pack / name, 0)
+    with pytest.raises(UserError, match=name.replace(".", r"\.")):
+        open_data(spec, seed=0, pack_dir=pack)
+
+
+@pytest.mark.parametrize("earlier_release", [False, True])
+def test_a_large_pack_is_verified_in_the_background(large, earlier_release):
+    spec, pack = large
+    if earlier_release:  # one without sums of blocks
+        edit(pack, lambda m: m.pop("sums"))
+        edit(pack, lambda m: m.update(check=packs._check(m)))
+        for path in pack.glob("*.sums"):
+            path.unlink()
+    (good,) = open_data(spec, seed=0, pack_dir=pack).verifications
+    good.start()
+    good.wait()
+    flipped(pack / "validation-tokens.bin", 5)
+    (bad,) = open_data(spec, seed=0, pack_dir=pack).verifications
+    bad.start()
     with pytest.raises(UserError, match="SHA-256"):
-        packs.read(pack, None, SPLITS, whole=True)
+        bad.wait()
+    with pytest.raises(UserError, match="SHA-256"):
+        bad.check()
+
+
+def test_sums_change_no_fingerprint(tmp_path, monkeypatch):
+    spec = specs(corpus(tmp_path / "source"))["text"]
+    assert open_data(spec, seed=0).fingerprint == open_data(spec, seed=0, pack_dir=tmp_path / "pack").fingerprint
+
+
+def test_data_verify(large, capsys):
+    from portatrain.cli import main
+
+    _, pack = large
+    assert main(["data", "verify", str(pack.parent)]) == 0
+    assert f"{pack}: good" in capsys.readouterr().out
+    flipped(pack / "train-tokens.bin", 9)
+    assert main(["data", "verify", str(pack)]) == 1
+    assert "DAMAGED" in capsys.readouterr().out
+    assert main(["data", "verify", str(pack), "--json"]) == 1
+    (row,) = json.loads(capsys.readouterr().out)
+    assert "SHA-256" in row["problem"]
+    assert main(["data", "verify", str(pack.parent / "source")]) == 2
+    assert main(["data", "verify", "nowhere"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_empty_folder_is_filled(tmp_path):

@@ -240,6 +240,49 @@ def test_a_tokenizer(tmp_path, tokenizer, bos):
     assert open_data(folder, seed=0).fingerprint == data.fingerprint
 
 
+def _truncates(made):
+    made.enable_truncation(max_length=2)
+
+
+def _pads(made):
+    made.enable_padding(length=64, pad_id=0)
+
+
+def _drops(made):
+    made.model.dropout = 0.9
+
+
+@pytest.mark.parametrize("changes", [(_truncates,), (_pads,), (_drops,), (_truncates, _pads, _drops)])
+def test_what_a_tokenizer_does_for_batches_is_not_done_to_a_corpus(tmp_path, tokenizer, changes):
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_file(str(tokenizer))
+    for change in changes:
+        change(made)
+    made.save(str(tmp_path / "changed.json"))
+    write(tmp_path, TEXTS)
+    spec = TextFiles(paths=str(tmp_path / "d"), seq_len=8, tokenizer=str(tokenizer))
+    changed = dataclasses.replace(spec, tokenizer=str(tmp_path / "changed.json"))
+    assert open_data(changed, seed=0).fingerprint == open_data(spec, seed=0).fingerprint
+
+
+@pytest.mark.parametrize("added", [(), ("<s>",), ("<s>", "<t>")])
+@pytest.mark.parametrize("top", [2, 3, 254, 255, 256, 295, 65_535, 65_536])
+def test_a_vocabulary_ends_after_its_largest_id(tmp_path, top, added):
+    tokenizers = pytest.importorskip("tokenizers")
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<unk>": 0, "low": 1, "high": top}, unk_token="<unk>"))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.add_special_tokens(list(added))
+    made.save(str(tmp_path / "tokenizer.json"))
+    words = ["low", "high", *added]
+    ids = [made.token_to_id(word) for word in words]
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    spec = TextFiles(paths=str(tmp_path / "a.txt"), seq_len=2, validation=0, tokenizer=str(tmp_path))
+    data = open_data(spec, seed=0, pack_dir=tmp_path / "pack")
+    assert data.streams["train"].document(0).tolist() == ids
+    assert (data.vocab, data.streams["train"].bos) == (max(ids) + 2, max(ids) + 1)
+
+
 DATA = {
     "good.jsonl": b'{"text": "good"}\n' * 9,
     "broken.jsonl": b'{"text": "good"}\n\n{"text": "bro',

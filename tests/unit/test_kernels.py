@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from portatrain.backends import kernels
-from portatrain.backends.kernels import Case, Kernel, Site, choose
+from portatrain.backends import choose_kernel, kernels
+from portatrain.backends.choose_kernel import choose
+from portatrain.backends.kernels import Case, Kernel, Site
 from portatrain.errors import UserError
 
 BACKENDS = ("jax", "torch", "torch-xla")
@@ -78,24 +79,24 @@ def test_names_are_checked_before_anything_runs() -> None:
 @pytest.mark.parametrize("text", ["attention", "attention=", "norm=fused", "=x"])
 def test_texts_that_name_no_kernel(text: str) -> None:
     with pytest.raises(UserError, match="--kernel"):
-        kernels.parse([text])
+        choose_kernel.parse([text])
 
 
 def test_texts() -> None:
-    assert kernels.parse([]) == ()
-    assert kernels.parse(["attention=written-out"]) == (("attention", "written-out"),)
+    assert choose_kernel.parse([]) == ()
+    assert choose_kernel.parse(["attention=written-out"]) == (("attention", "written-out"),)
     with pytest.raises(UserError, match="each operation once"):
-        kernels.parse(["attention=a", "attention=b"])
+        choose_kernel.parse(["attention=a", "attention=b"])
 
 
 def test_choices_are_taken_once_a_case() -> None:
-    kernels.taken()
+    choose_kernel.taken()
     for _ in range(3):
         choose("attention", case("torch", "causal"))
     choose("attention", case("torch"))
-    found = kernels.taken()
+    found = choose_kernel.taken()
     assert [(c["kernel"], c["traits"]) for c in found] == [("sdpa-causal", ["causal"]), ("sdpa-masked", [])]
-    assert kernels.taken() == []
+    assert choose_kernel.taken() == []
 
 
 LAB = Kernel(

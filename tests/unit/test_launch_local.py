@@ -160,7 +160,7 @@ def test_a_second_job_steps_aside(capsys: Capture) -> None:
     second = subprocess.run(
         [sys.executable, "-m", "launchers.supervisor", job.run_dir, "1"], capture_output=True, text=True, cwd=ROOT
     )
-    assert second.returncode == 85 and "steps aside" in second.stderr
+    assert second.returncode == 85 and "another job or process has the run" in second.stderr
     until(lambda: now().state == "SUCCEEDED", "the end")
     assert len(now().attempts) == 1
     until(ended, "the supervisor has left")
@@ -245,7 +245,7 @@ def test_a_supervisor_that_is_killed_takes_its_attempt_along_and_the_next_goes_o
         (["--cluster", "tpu-v5p-8", "tiny-lm"], "engine"),
         (["--cluster", "local", "tiny-lm", "--run", "x" * 64], "64 characters"),
         (["--cluster", "local", "tiny-lm", "--run", "../x"], "letters, digits"),
-        (["--cluster", "here", "tiny-lm", "--detach", "--runs", "/proc/x"], "can be written to"),
+        (["--cluster", "here", "tiny-lm", "--detach", "--runs", "/proc/x"], "a writable folder"),
         (["--cluster", "here", "tiny-lm", "--detach", "--runs", "x" * 5000], "name too long"),
         (["status", "x" * 5000], "name too long"),
         (["doctor", "x" * 5000], " ... "),

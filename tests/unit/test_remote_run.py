@@ -3,8 +3,10 @@ memory; tests/faults/test_s3.py has one behind HTTP."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,13 +16,16 @@ import pytest
 
 from portatrain.checkpoint import object_store
 from portatrain.cli import launch_main, main
-from portatrain.errors import UserError
+from portatrain.data import Mixture, TextFiles, open_data
+from portatrain.errors import StorageError, UserError
 from portatrain.runs import jobs, remote_claim, remote_run_dir
 from portatrain.runs.claim import Owner
+from portatrain.runs.code_snapshot import pack
 from portatrain.runs.history import read_history
 from portatrain.runs.jobs import Job
 from portatrain.runs.open import find, names, open_run
 from portatrain.runs.run_dir import RunDir
+from portatrain.system import json_files
 from portatrain.system import object_store as connection
 from portatrain.system.environment import CLAIM, SCRATCH
 from portatrain.system.object_store import Objects
@@ -258,17 +263,165 @@ def test_data_and_code_go_along(elsewhere: Any, tmp_path: Path) -> None:
     run.data().mkdir(parents=True)
     (run.path / "data" / "train").mkdir()
     (run.path / "data" / "train" / "tokens.bin").write_bytes(b"abc")
+    (run.path / "data" / "train" / "pack.json").write_bytes(b"{}")
     run.share_data()
-    code = tmp_path / "code" / "0123"
-    (code / "recipe").mkdir(parents=True)
-    (code / "recipe" / "mine.py").write_text("x = 1\n")
+    (tmp_path / "mine.py").write_text("x = 1\n")
+    code, _ = pack(tmp_path, str(tmp_path / "mine.py"))
     there = run.share_code(code)
-    assert there == f"{URL}/code/0123"
+    assert there == f"{URL}/code/{code.name}"
     elsewhere("other")
     assert (open_run(URL, work=True).data() / "train" / "tokens.bin").read_bytes() == b"abc"
     words = remote_run_dir.localized(["train", f"{there}/recipe/mine.py", "--run-dir", URL], there)
     assert Path(words[1]).read_text() == "x = 1\n" and words[3] == URL
     assert Path(words[1]).is_relative_to(tmp_path / "other")
+
+
+@pytest.mark.parametrize("sent", range(7))
+def test_a_corpus_that_was_cut_while_it_was_sent_is_packed_and_sent_anew(
+    sent: int, elsewhere: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    spec = TextFiles(paths=str(tmp_path / "*.txt"), seq_len=8, validation=0.4)
+    for n in range(6):
+        (tmp_path / f"{n}.txt").write_text(f"document {n} " * 5)
+
+    def there() -> str:
+        data = open_data(spec, seed=0, pack_dir=open_run(URL, work=True).data())
+        open_run(URL, work=True).share_data()
+        return data.fingerprint
+
+    puts: list[str] = []
+    put = Objects.put
+
+    def cut(objects: Objects, name: str, data: Any) -> None:
+        if len(puts) == sent:
+            raise KeyboardInterrupt
+        puts.append(name)
+        put(objects, name, data)
+
+    with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Objects, "put", cut)
+        there()
+    assert len(puts) == sent
+    (tmp_path / "0.txt").write_text("another document " * 5)  # the files changed meanwhile
+    elsewhere("other")
+    fingerprint = there()
+    elsewhere("third")
+    for n in range(6):
+        (tmp_path / f"{n}.txt").unlink()
+    assert there() == fingerprint
+
+
+def test_pack_json_is_sent_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_text("document " * 9)
+    text = TextFiles(paths=str(tmp_path / "a.txt"), seq_len=8, validation=0)
+    run, sent = open_run(URL, work=True), []
+    open_data(Mixture(sources=(text, text), weights=(1.0, 1.0)), seed=0, pack_dir=run.data())
+    put = Objects.put
+    monkeypatch.setattr(Objects, "put", lambda objects, name, data: (sent.append(name), put(objects, name, data)))
+    run.share_data()
+    assert len(sent) > 4 and all(name.endswith("pack.json") for name in sent[-2:])
+    assert not any(name.endswith("pack.json") for name in sent[:-2])
+
+
+@pytest.mark.parametrize("begun_here", [True, False])
+def test_a_run_begun_again_under_the_name_of_a_deleted_one(elsewhere: Any, begun_here: bool) -> None:
+    with open_run(URL, work=True).begin(RECIPE) as attempt:
+        attempt.metrics({"step": 1, "loss": 1.0, "time_s": 0.1})
+    first = open_run(URL).run_info()["id"]
+    (open_run(URL, work=True).path / "data").mkdir()
+    objects = Objects(URL)
+    for prefix in ("", "attempts", "clock"):
+        for one in objects.below(prefix):
+            objects.delete(one.name)
+    assert open_run(URL).entries() is None
+    if not begun_here:
+        elsewhere("other")
+    other = make(steps=77)
+    with open_run(URL, work=True).begin(other) as attempt:
+        assert attempt.number == 1
+        attempt.metrics({"step": 1, "loss": 2.0, "time_s": 0.1})
+    assert json.loads(objects.get("run.json")[0])["id"] not in (first, None)  # type: ignore[index]
+    elsewhere("scratch")
+    run = open_run(URL, work=True)
+    assert not (run.path / "data").exists()
+    with run.begin(other) as attempt:
+        assert attempt.number == 2 and [r["loss"] for r in attempt.run.curve()] == [2.0]
+
+
+@pytest.mark.parametrize("verb", ["put", "get", "create", "list", "delete"])
+def test_credentials_that_expire_in_mid_run_are_no_mistake(monkeypatch: pytest.MonkeyPatch, verb: str) -> None:
+    objects = Objects(f"{URL}-{verb}")
+    calls = {
+        "put": lambda: objects.put("a", b"x"),
+        "create": lambda: objects.create(f"b{time.monotonic_ns()}", b"x"),
+        "get": lambda: objects.get("a"),
+        "list": lambda: objects.below(""),
+        "delete": lambda: objects.delete("a"),
+    }
+    api = connection.obstore_module()
+    denied = [True]
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise obstore.exceptions.PermissionDeniedError("403")
+
+    class Denying:
+        exceptions = obstore.exceptions
+
+        def __getattr__(self, name: str) -> Any:
+            return refuse if denied[0] else getattr(api, name)
+
+    monkeypatch.setattr(connection, "obstore_module", Denying)
+    objects._api = Denying()
+    with pytest.raises(UserError, match="no permission") as caught:
+        calls[verb]()
+    assert caught.value.code == 2  # wrong from the start
+    denied[0] = False
+    calls[verb]()
+    denied[0] = True
+    with pytest.raises(StorageError, match="no permission") as caught:
+        calls[verb]()
+    assert caught.value.code == 75
+
+
+BESIDE = "s3://bucket/checkpoints/x"
+
+
+def test_a_url_of_checkpoints_is_one_runs_alone(tmp_path: Path) -> None:
+    first, second = RunDir(tmp_path / "first"), RunDir(tmp_path / "second")
+    first.check_location(BESIDE)
+    for run in (first, second):
+        run.create(RECIPE)
+    assert first.checkpoints(BESIDE) == BESIDE == first.checkpoints(BESIDE)
+    first.check_location(None)
+    for ask in (second.check_location, second.checkpoints):
+        with pytest.raises(UserError, match=r"that of .*first\. Give each run"):
+            ask(BESIDE)
+    assert not (second.path / "checkpoints.json").exists()
+    assert second.checkpoints(f"{BESIDE}-2") == f"{BESIDE}-2"
+    # a run that has lost its folder and is begun again is another one
+    third = RunDir(tmp_path / "first-again")
+    with pytest.raises(UserError, match="Give each run"):
+        third.check_location(BESIDE)
+
+
+def test_a_url_with_checkpoints_of_an_earlier_release(tmp_path: Path) -> None:
+    Objects(BESIDE).put("step-00000007/COMMIT", b"{}")
+    known, other = RunDir(tmp_path / "known"), RunDir(tmp_path / "other")
+    for run in (known, other):
+        run.create(RECIPE)
+    json_files.write_json(known.path / "checkpoints.json", {"url": BESIDE})
+    known.check_location(None)
+    with pytest.raises(UserError, match="another run"):
+        other.checkpoints(BESIDE)
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b'{"run": 7}', b"\xff"])
+def test_a_binding_that_is_damaged_is_not_ours(tmp_path: Path, content: bytes) -> None:
+    Objects(BESIDE).put("RUN.json", content)
+    run = RunDir(tmp_path / "run")
+    run.create(RECIPE)
+    with pytest.raises(UserError, match="Give each run"):
+        run.checkpoints(BESIDE)
 
 
 def test_what_is_large_is_fetched_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,7 +47,7 @@ def attempt(run: Path, number: int, about: dict, rows: list, events: list, plan:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Killed after step 7, gone on from step 5 on torch, stopped; refused once; gone on from 9 with a broken seam."""
+    """Killed after step 7, resumed from step 5 on torch, stopped; refused once; resumed from 9 with a broken check."""
     run = tmp_path / "a <run> & more"
     run.mkdir()
     recipe = {"name": "x", "steps": 12, "data": {"seq_len": 8}, "note": "<script>alert(1)</script>"}

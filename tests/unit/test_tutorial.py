@@ -53,5 +53,5 @@ def test_the_layers_state_does_not_depend_on_accumulation(name: str, recipe: Rec
 def test_both_backends_follow_the_same_curve(recipe: Recipe) -> None:
     given = parity.batches(recipe, 4)
     traces = [parity.trace(backend_class(name), recipe, given) for name in ("jax", "torch")]
-    verdict = parity.compare(*traces)
+    verdict = parity.compare(*traces, bound=parity.bound_of(recipe, given))
     assert not verdict.failures, str(verdict)

@@ -34,6 +34,7 @@ from portatrain.backends.deepspeed.engine import (
     zero_state,
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
+from portatrain.backends.deepspeed.probe import norms
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, initial_box
 from portatrain.backends.torch.devices import peak_bytes
@@ -43,6 +44,7 @@ from portatrain.backends.torch.mesh_ops import RowOps
 from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.errors import UserError
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Loss
@@ -82,6 +84,13 @@ class ZeroBackend(MeshBackend):
                 expected=f"one of {', '.join(r.__name__ for r in RULES)}, which act on every element alone",
                 got=type(rule).__name__,
                 do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
+            )
+        if scalars := [name for name, info in program.definition.params.items() if info.shape == ()]:
+            raise UserError(
+                f"parameters without axes on the {self.name} backend",
+                expected="at least one axis, as DeepSpeed cuts every parameter",
+                got=", ".join(scalars),
+                do="Give each an axis of size 1, as in Param(scale=1, fan_in_axes=0), or use --backend torch.",
             )
         if program.precision == "bf16-state":
             raise UserError(
@@ -218,8 +227,11 @@ class ZeroBackend(MeshBackend):
         ops.static = dataclasses.replace(ops.static, calls=True)  # DeepSpeed's hooks are around a block's own call
         return ops
 
-    def _forward(self, state: TorchState, batch: Any, step: int, training: bool) -> tuple[Loss, Any]:
+    def _forward(
+        self, state: TorchState, batch: Any, step: int, training: bool, across: Across | None = None
+    ) -> tuple[Loss, Any]:
         ops = self._ops(batch, step, training)
+        ops.across = across or Across()
         return Loss(*zero_state(state).engine("loss", ops, batch)), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
@@ -276,13 +288,18 @@ class ZeroBackend(MeshBackend):
 
     @staticmethod
     def _drop(held: ZeroState) -> None:
-        """Make DeepSpeed drop its gradients, in the same way in which it drops gradients that are not finite."""
-        for group in held.zero.averaged_gradients.values():
-            for gradient in group or ():
-                gradient.fill_(torch.nan)
+        """Make DeepSpeed drop its gradients, in the same way in which it drops gradients that are not finite.
+
+        Stage 3 keeps the buffers and never writes the elements that pad a process's part, so NaN must not stay there.
+        """
+        buffers = [g for group in held.zero.averaged_gradients.values() for g in group or ()]
+        for buffer in buffers:
+            buffer.fill_(torch.nan)
         held.engine.step()
         if not held.zero.overflow:
             raise RuntimeError("DeepSpeed took a step with gradients that are not finite")
+        for buffer in buffers:
+            buffer.zero_()
 
     def _average(self, state: TorchState, decay: float) -> None:
         for i, average in state.ema.items():
@@ -308,7 +325,14 @@ class ZeroBackend(MeshBackend):
 
     # ---- without an update
 
-    probe: Any = None  # the continuity check takes losses and hashes alone
+    def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
+        held = zero_state(state)
+        self._accumulate(state, batch, step)
+        norm, clip = float(self._norm(state)), self.program.clip_norm
+        found = norms(self, held, clip=clip / norm if clip is not None and norm > clip else 1.0, scale=scale)
+        self._drop(held)
+        return found
+
     restore_shared: Any = None  # it reads flat ranges of its own
 
     @torch.no_grad()
@@ -332,9 +356,12 @@ class ZeroBackend(MeshBackend):
         count = held.client.count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count, np.int32))
 
-    def _ranges(self, held: ZeroState) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
+    def _ranges(
+        self, held: ZeroState, *, empty: bool = False
+    ) -> Iterator[tuple[StateTensor, tuple[int, ...], Tensor, int]]:
         """Yield (logical tensor, index in its Stacks, this process's elements, the index of the first element in the
-        flattened layer) of everything in `held` except the count."""
+        flattened layer) of everything in `held` except the count; with `empty`, also slots and averages of which this
+        process holds nothing."""
         tensors, beside = self._inventory
         for i, p in enumerate(held.pieces):
             part = held.parts.get(i)
@@ -344,7 +371,7 @@ class ZeroBackend(MeshBackend):
                 yield tensors[p.role, p.name], p.index, part.values, part.start
             else:  # frozen: DeepSpeed cuts it, and updates nothing
                 yield tensors[p.role, p.name], p.index, *self._frozen(p)
-            if part is None or not part.n:
+            if part is None or not (part.n or empty):
                 continue
             slots = held.client.slots_of(part.flat)
             for tensor in beside.get(p.name, ()):

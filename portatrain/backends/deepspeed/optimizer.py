@@ -41,22 +41,29 @@ class FlatOptimizer(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         if not self.live:
             return
-        namespace: Any = xp
         for group in self.param_groups:
             for flat in group["params"]:
                 if flat.grad is None:
                     continue
                 slots = self.slots_of(flat)
-                delta, new = self.rule.update(
-                    namespace,
-                    info=self.info,
-                    grad=flat.grad,
-                    param=flat,
-                    slots=slots,
-                    decay=group["decay"],
-                    scale=torch.tensor(self.scale, dtype=torch.float32, device=flat.device),
-                    count=torch.tensor(float(self.count), device=flat.device),
-                )
+                delta, new = self.updated(flat.grad, flat, slots, group["decay"], self.count, self.scale)
                 flat.add_(delta)
                 for slot, value in new.items():
                     slots[slot].copy_(value)
+
+    def updated(
+        self, grad: Tensor, param: Tensor, slots: dict[str, Tensor], decay: bool, count: int, scale: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return (the change of `param`, the new slots) of step `count`. Changes nothing."""
+        namespace: Any = xp
+        delta, new = self.rule.update(
+            namespace,
+            info=self.info,
+            grad=grad,
+            param=param,
+            slots=slots,
+            decay=decay,
+            scale=torch.tensor(scale, dtype=torch.float32, device=param.device),
+            count=torch.tensor(float(count), device=param.device),
+        )
+        return delta, dict(new)

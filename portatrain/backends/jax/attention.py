@@ -6,20 +6,23 @@ its square.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, kernels
+from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="jax")
 
 
-def visible(at_q: Any, at_k: Any, of_q: Any, of_k: Any, *, causal: bool, window: int | None) -> Any | None:
+def visible(
+    at_q: Any, at_k: Any, of_q: Any, of_k: Any, *, causal: bool, window: int | None, prefix: Any | None = None
+) -> Any | None:
     """Return a boolean mask that broadcasts to (B, S, T), True if a query sees a key; None if it sees all keys. `at`
-    holds positions, (S,) or (B, S); `of` holds segments, (B, S), or None."""
+    holds positions, (S,) or (B, S); `of` holds segments, (B, S), or None; `prefix` is that of `Ops.attention`."""
     mask = None
     if causal or window is not None:
         behind = at_q[..., :, None] - at_k[..., None, :]
@@ -28,6 +31,7 @@ def visible(at_q: Any, at_k: Any, of_q: Any, of_k: Any, *, causal: bool, window:
         elif window is not None:
             mask = jnp.abs(behind) < window
         mask = mask if mask is None or mask.ndim == 3 else mask[None]
+        mask = mask if mask is None or prefix is None else mask | (prefix != 0)[:, None, :]
     if of_q is not None:
         same = of_q[:, :, None] == of_k[:, None, :]
         mask = same if mask is None else mask & same
@@ -48,10 +52,10 @@ def attention(
     that a query may see nothing; None: True if positions or two kinds of segments are given."""
     (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
     rows, heads, parts = shards
-    traits = kernels.attention_traits(options) | ({"uneven"} if s % parts else set())
+    traits = choose_kernel.attention_traits(options) | ({"uneven"} if s % parts else set())
     shape = (-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d)
     case = kernels.Case(site=site, dtype=q_BSHD.dtype.name, shape=shape, traits=traits)
-    return kernels.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
+    return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
 
 
 def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
@@ -78,6 +82,8 @@ def _in_chunks(
     window: int | None = None,
     segment_ids: Any | tuple[Any, Any] | None = None,
     positions: tuple[Any, Any] | None = None,
+    prefix: Any | None = None,
+    alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
     scale: float | None = None,
     precision: Any = None,
@@ -96,6 +102,8 @@ def _in_chunks(
     options = {
         "causal": causal,
         "window": window,
+        "prefix": prefix,
+        "slopes": slopes_of(alibi, h),
         "softcap": softcap,
         "precision": precision,
         "scale": d**-0.5 if scale is None else scale,
@@ -131,7 +139,11 @@ def _seen(
     )
     if (cap := options["softcap"]) is not None:
         scores = cap * jnp.tanh(scores / cap)
-    mask = visible(at_q, at_k, of_q, of_k, causal=options["causal"], window=options["window"])
+    if (slopes := options["slopes"]) is not None:
+        apart = jnp.abs(at_q[..., :, None] - at_k[..., None, :]).astype(jnp.float32)  # (S, T) or (B, S, T)
+        each = jnp.asarray(slopes, jnp.float32).reshape(scores.shape[1], scores.shape[2], 1, 1)
+        scores = scores - each * (apart if apart.ndim == 2 else apart[:, None, None])
+    mask = visible(at_q, at_k, of_q, of_k, causal=options["causal"], window=options["window"], prefix=options["prefix"])
     if mask is not None:
         mask = mask[:, None, None]
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)

@@ -25,7 +25,9 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash, remat
+from portatrain.model.across_samples import Across
 from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
@@ -44,6 +46,7 @@ class JaxBackend:
 
     def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
+        self.ids = TokenIds(self.definition)
         if devices is None:
             join()
         self.devices = device_mesh(self.layout.mesh, devices, program.order)
@@ -66,7 +69,7 @@ class JaxBackend:
         read: Any = self._replicated if self.processes > 1 else None
         jit = functools.partial(jax.jit, compiler_options=options)
         self._steps = jit(self._step, donate_argnums=0, out_shardings=(shardings, read))
-        self._evals = jit(self._eval, out_shardings=read)
+        self._evals = jit(self._eval, out_shardings=read, static_argnums=3)
         self._predicts = jit(self._predict, out_shardings=read)
         self._gradients_of = jit(self._accumulate, out_shardings=read)
         self._probes = jit(self._probe, out_shardings=self._replicated)
@@ -92,7 +95,7 @@ class JaxBackend:
             flat.append((path, kinds[role](given[role][name], axes=info.axes[info.stack_dims :])))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
-    def _ops(self, batch: Mapping[str, Any], step: Any, training: bool) -> JaxOps:
+    def _ops(self, batch: Mapping[str, Any], step: Any, training: bool, across: Across | None = None) -> JaxOps:
         sample = batch.get("sample")
         return JaxOps(
             step=jnp.asarray(step, jnp.int32),
@@ -105,6 +108,9 @@ class JaxBackend:
             layout=self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
             site=self.site,
+            given=batch,
+            ids=self.ids,
+            across=across or Across(),
         )
 
     # ---- states
@@ -177,8 +183,8 @@ class JaxBackend:
 
     # ---- the step
 
-    def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any) -> Any:
-        ops = self._ops(batch, step, training=True)
+    def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any, across: Across) -> Any:
+        ops = self._ops(batch, step, training=True, across=across)
         loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         total = loss.sum
         for aux in ops.auxes.values():
@@ -192,24 +198,40 @@ class JaxBackend:
         trained = {n: p for n, p in state["params"].items() if n in self.program.trainable}
         frozen = {n: p for n, p in state["params"].items() if n not in self.program.trainable}
 
-        def one(micro: Any) -> Any:
+        n = next(iter(batch.values())).shape[0]
+
+        def one(micro: Any, across: Across) -> Any:
             grads, (total, weight, auxes, tallies) = jax.grad(self._loss, has_aux=True)(
-                trained, frozen, state["state"], micro, step
+                trained, frozen, state["state"], micro, step, across
             )
             return grads, total, weight, auxes, tallies
 
-        n = next(iter(batch.values())).shape[0]
+        def handed_over(micro: Any) -> list[Any]:
+            collected = Across(microbatches=n, collecting=True)
+            ops = self._ops(micro, step, training=True, across=collected)
+            self._module(state["params"], state["state"])(ops, micro)
+            return collected.found
+
         first = jax.tree.map(lambda a: a[0], batch)
         if n == 1:
-            grads, total, weight, auxes, tallies = one(first)
+            grads, total, weight, auxes, tallies = one(first, Across())
         else:
+            # If the model compares samples, what it compares is first collected from every microbatch.
+            across = Across(microbatches=n)
+            shapes = jax.eval_shape(lambda micro: one(micro, across), first)
+            held = None
+            if across.wanted:
+                held = jax.lax.map(handed_over, batch)
+                whole = Across(microbatches=n, held=held)
+                shapes = jax.eval_shape(lambda micro: one(micro, whole), first)
 
-            def body(so_far: Any, micro: Any) -> Any:
-                return _join(so_far, one(micro)), None
+            def body(so_far: Any, given: Any) -> Any:
+                index, micro = given
+                return _join(so_far, one(micro, Across(microbatches=n, index=index, held=held))), None
 
-            shapes = jax.eval_shape(one, first)
             start = _start(shapes)
-            (grads, total, weight, auxes, tallies), _ = jax.lax.scan(body, start, batch)
+            numbered = jnp.arange(n, dtype=jnp.int32), batch
+            (grads, total, weight, auxes, tallies), _ = jax.lax.scan(body, start, numbered)
         inverse = 1.0 / weight
         return jax.tree.map(lambda g: g * inverse, grads), total * inverse, weight, auxes, tallies
 
@@ -289,14 +311,15 @@ class JaxBackend:
     def _probe(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
         grads, *_ = self._accumulate(state, batch, step)
         deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
-        return norms(self.definition.params, self.state_arrays(state), grads, deltas)
+        wide = self.devices.devices.flat[0].platform in ("cpu", "gpu", "cuda", "rocm")
+        return norms(self.definition.params, self.state_arrays(state), grads, deltas, wide=wide)
 
     def probe(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         found = self._probes(state, self._put(batch, 1), np.int32(step), np.float32(scale))
         return {k: np.asarray(v, np.float64) for k, v in found.items()}
 
-    def _eval(self, params: Any, states: Any, batch: Mapping[str, Any]) -> dict[str, Any]:
-        ops = self._ops(batch, 0, training=False)
+    def _eval(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
+        ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
         loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
@@ -306,7 +329,9 @@ class JaxBackend:
 
     def eval(self, state: State, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = next(iter(batch.values())).shape[0]
-        found = self._evals(state["params"], state["state"], self._put(self._even(batch), 0))
+        even = self._even(batch)
+        samples = None if even is batch else rows
+        found = self._evals(state["params"], state["state"], self._put(even, 0), samples)
         return {k: np.asarray(v)[:rows] for k, v in found.items()}
 
     def predict(self, state: State, batch: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -319,6 +344,7 @@ class JaxBackend:
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """Put the batch on the devices; `lead` is the axis of the samples."""
+        self.ids.begin(batch)
         placed = {}
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value
@@ -366,6 +392,11 @@ class JaxBackend:
         if self.processes == 1:
             return value
         return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+    def add_up(self, words: np.ndarray) -> np.ndarray:
+        """Return the sums of `words`, uint64, over all processes, modulo 2^64. JAX carries them as 32-bit halves."""
+        every = multihost_utils.process_allgather(words.view(np.uint32))
+        return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
 
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]

@@ -12,7 +12,7 @@ import numpy as np
 
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
-from portatrain.system import processes
+from portatrain.system import processes, proxies
 
 
 def join() -> None:
@@ -26,6 +26,10 @@ def join() -> None:
         return
     # JAX would install its own handler of SIGTERM, and nothing here asks it for a step at which to stop.
     jax.config.update("jax_enable_preemption_service", False)
+    # gRPC would connect to the coordinator through an HTTP proxy, and JAX would warn of the variables that name one.
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    proxies.bypass(os.environ.get("MASTER_ADDR", ""), *workers)
+    jax.config.update("jax_check_proxy_envs", False)
     n = processes.world_size()
     if n is not None and n > 1:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
@@ -42,7 +46,7 @@ def join() -> None:
             num_processes=n,
             process_id=processes.rank(),
         )
-    elif n is None and len(os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")) > 1:
+    elif n is None and len(workers) > 1:
         jax.distributed.initialize()
 
 

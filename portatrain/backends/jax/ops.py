@@ -14,13 +14,16 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -63,7 +66,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh, JaxArrays):
+class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
     records."""
 
@@ -80,6 +83,10 @@ class JaxOps(OnMesh, JaxArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
+    given: Any = None
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
+    across: Across | None = dataclasses.field(default_factory=Across)
 
     @property
     def _precision(self) -> Any:
@@ -113,8 +120,14 @@ class JaxOps(OnMesh, JaxArrays):
         )
         return self._along(product, out, split)
 
+    def _note(self, table_VE: Any, ids: Any) -> None:
+        shape = getattr(plain(table_VE), "shape", None)  # None: with LoRA factors, which the operation refuses
+        if self.ids is not None and shape:
+            self.ids.note(self.given, ids, shape[0])
+
     def embed(self, table_VE: Any, ids: Any) -> Any:
         # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
+        self._note(table_VE, ids)
         table, find = plain(table_VE), self._finder(table_VE, ids)
         if self._is_low(table_VE):
             return low_rows(self.compute, table.dtype, table.shape, find, table, ids)
@@ -252,6 +265,7 @@ class JaxOps(OnMesh, JaxArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         total, loss_B, weight_B = cross_entropy(
             x,
             self.weight(table_VE),
@@ -285,7 +299,7 @@ class JaxOps(OnMesh, JaxArrays):
         def body(carry: Any, xs: Any) -> Any:
             mine, index, extra = xs
             layer = self.layer * stack.n + index
-            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named)
+            inner = dataclasses.replace(self, layer=layer, auxes={}, tallies={}, named=named, across=None)
             args = shared if per_layer is None else (*shared, extra)
             block = nnx.merge(graph, mine)
             carry, out = check_layer(block, block(inner, carry, *args))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from portatrain.model.ops_arrays import (
+from portatrain.model.ops_checks import (
     Axes,
     Sizes,
     axes_of,

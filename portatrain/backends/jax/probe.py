@@ -17,14 +17,28 @@ def norms(
     state_arrays: Iterable[tuple[StateTensor, Any]],
     grads: Mapping[str, Any],
     deltas: Mapping[str, Any],
+    *,
+    wide: bool,
 ) -> dict[str, Any]:
     """Return 2-norms: 'ROLE/NAME' of every tensor of the state, 'grad/NAME' of `grads`, 'update/NAME' of `deltas`. Each
-    array has the axes of the tensor's Stacks."""
-    found = {full_name(*tensor.key): _norm(array, tensor.info.stack_dims) for tensor, array in state_arrays}
+    array has the axes of the tensor's Stacks. `wide` says that the devices have float64."""
+    norm = _wide_norm if wide else _norm
+    found = {full_name(*tensor.key): norm(array, tensor.info.stack_dims) for tensor, array in state_arrays}
     for role, named in (("grad", grads), ("update", deltas)):
         for name, array in named.items():
-            found[f"{role}/{name}"] = _norm(array, params[name].stack_dims)
+            found[f"{role}/{name}"] = norm(array, params[name].stack_dims)
     return found
+
+
+def _wide_norm(array: Any, keep: int) -> Any:
+    """Return the 2-norm over all axes but the first `keep`, summed in float64.
+
+    In float32 a sum of squares drifts with the number of its terms if they are alike, as the elements of a parameter
+    are after the first step of a rule that takes a sign: each addition then rounds in the same direction.
+    """
+    with jax.enable_x64(True):
+        squares = jnp.square(array.astype(jnp.float64))
+        return jnp.sqrt(jnp.sum(squares, axis=tuple(range(keep, squares.ndim)))).astype(jnp.float32)
 
 
 def _norm(array: Any, keep: int) -> Any:

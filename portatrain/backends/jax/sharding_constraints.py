@@ -151,6 +151,8 @@ class OnMesh:
         of = None if segments is None else (cut(segments), whole(segments))
         at = cut(jnp.broadcast_to(jnp.arange(s), (b, s))), jnp.arange(s)
         q_QSHD, k_QTKD, v_QTKD = lies(cut(q_BSHD), split), lies(whole(k_BTKD), kv), lies(whole(v_BTKD), kv)
+        if (prefix := options.get("prefix")) is not None:
+            options["prefix"] = whole(prefix)
         shards = rows * parts, heads, 1
         options |= {"segment_ids": of, "positions": at, "may_be_blind": False}
         out = lies(run(q_QSHD, k_QTKD, v_QTKD, shards=shards, **options), split)

@@ -12,6 +12,8 @@ from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across, check_arrays, grouped, outside_stacks, results
+from portatrain.model.attention_rules import slopes_of
 from portatrain.model.bind import bind, source_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
@@ -64,6 +66,13 @@ class ReferenceOps(ReferenceArrays):
         return np.einsum(spec, *operands)
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
+        if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):
+            raise UserError(
+                "ops.embed",
+                expected=f"ids from 0 to {len(table_VE) - 1}, the rows of the table",
+                got=f"some from {ids.min()} to {ids.max()}",
+                do="Enlarge the table, or correct the ids.",
+            )
         return table_VE[ids]
 
     def bias(self, x: Array, p: Array) -> Array:
@@ -106,6 +115,8 @@ class ReferenceOps(ReferenceArrays):
         window: int | None = None,
         segment_ids: Array | tuple[Array, Array] | None = None,
         positions: tuple[Array, Array] | None = None,
+        prefix: Array | None = None,
+        alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
         scale: float | None = None,
     ) -> Array:
@@ -116,15 +127,20 @@ class ReferenceOps(ReferenceArrays):
         visible = behind >= 0 if causal else np.ones_like(behind, bool)
         if window is not None:
             visible = visible & (np.abs(behind) < window)
+        if prefix is not None:
+            visible = visible | (prefix != 0)[:, None, :]
         if segment_ids is not None:
             q_seg, k_seg = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
             visible = visible & (q_seg[:, :, None] == k_seg[:, None, :])
         out = np.zeros_like(q_BSHD)
+        slopes = slopes_of(alibi, H)
         for h in range(H):
             k_BTD, v_BTD = k_BTKD[:, :, h // (H // K)], v_BTKD[:, :, h // (H // K)]
             scores_BST = (D**-0.5 if scale is None else scale) * (q_BSHD[:, :, h] @ k_BTD.swapaxes(1, 2))
             if softcap is not None:
                 scores_BST = softcap * np.tanh(scores_BST / softcap)
+            if slopes is not None:
+                scores_BST = scores_BST - slopes[h] * np.abs(behind)
             scores_BST = np.where(visible, scores_BST, -np.inf)
             top = scores_BST.max(-1, keepdims=True, initial=-np.inf)
             weights_BST = np.exp(scores_BST - np.where(np.isfinite(top), top, 0.0))
@@ -231,6 +247,23 @@ class ReferenceOps(ReferenceArrays):
     def loss(self, loss_B: Array, weight_B: Array) -> Loss:
         check_samples(loss_B, weight_B)
         return Loss(loss_B.sum(), weight_B, loss_B)
+
+    def across_samples(self, fn: Callable[..., Any], *xs: Array, group: int | None = None) -> Loss:
+        outside_stacks(Across() if self._index == () else None)
+        loss_B, weight_B, metrics = self._compared(fn, xs, group)
+        for name, value_B in metrics.items():
+            self.aux(name, value_B)
+        return self.loss(loss_B, weight_B)
+
+    def _compared(
+        self, fn: Callable[..., Any], xs: tuple[Array, ...], group: int | None
+    ) -> tuple[Array, Array, dict[str, Array]]:
+        """Return (losses, weights, metrics), each (B,)."""
+        rows = check_arrays(xs)
+        shape = grouped(rows, group)
+        there_B = self.sample[:, 1] >= 0 if len(self.sample) == rows else np.ones(rows, bool)
+        loss, weight, metrics = results(fn(*(x.reshape(*shape, *x.shape[1:]) for x in (*xs, there_B))), shape)
+        return loss.reshape(-1), weight.reshape(-1), {name: value.reshape(-1) for name, value in metrics.items()}
 
     # ---- structure
 

@@ -11,7 +11,7 @@ import numpy as np
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash
-from portatrain.model.ops_arrays import (
+from portatrain.model.ops_checks import (
     Axes,
     Sizes,
     axes_of,

@@ -1,18 +1,20 @@
-"""Compute attention: with torch's fused kernel if it covers the case, else written out (`backends/kernels.py` decides).
+"""Compute attention: with torch's fused kernel if it covers the case, else written out (`choose_kernel.py`
+decides).
 
 Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from portatrain.backends import kernels
+from portatrain.backends import choose_kernel, kernels
+from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="torch")
 
@@ -27,6 +29,7 @@ def visible(
     segment_k: Tensor | None,
     at_q: Tensor | None,
     at_k: Tensor | None,
+    prefix: Tensor | None = None,
 ) -> Tensor | None:
     """Return a boolean mask that broadcasts to (B, S, T), True if a query sees a key; None if it sees all keys."""
     mask = None
@@ -39,10 +42,22 @@ def visible(
         elif window is not None:
             mask = behind.abs() < window
         mask = mask if mask is None or mask.ndim == 3 else mask[None]
+        mask = mask if mask is None or prefix is None else mask | (prefix != 0)[:, None, :]
     if segment_q is not None and segment_k is not None:
         same = segment_q[:, :, None] == segment_k[:, None, :]
         mask = same if mask is None else mask & same
     return mask
+
+
+def alibi_bias(
+    s: int, t: int, device: torch.device, slopes: tuple[float, ...], at_q: Tensor | None, at_k: Tensor | None
+) -> Tensor:
+    """Return (1 or B, H, S, T) float32, -slope |position of the query - position of the key|."""
+    if at_q is None or at_k is None:
+        at_q, at_k = torch.arange(s, device=device), torch.arange(t, device=device)
+    apart = (at_q[..., :, None] - at_k[..., None, :]).abs().float()
+    apart = apart if apart.ndim == 3 else apart[None]
+    return apart[:, None] * -torch.tensor(slopes, dtype=torch.float32, device=device)[:, None, None]
 
 
 def attention(
@@ -69,6 +84,8 @@ def attention(
         options.get("segment_ids") is not None,
         options.get("positions") is not None,
         options.get("softcap") is not None,
+        options.get("prefix") is not None,
+        bool(options.get("alibi", False)),
     )
     return LOADED[where](q_BSHD, k_BTKD, v_BTKD, kept=kept or (lambda what, of, make: make(*of)), **options)
 
@@ -85,14 +102,14 @@ def _kernel(
 ) -> str:
     """Return the key in `LOADED` of the kernel that runs. Arguments and result are constants only, so torch.compile
     calls this once and does not trace it."""
-    names = ("causal", "window", "segments", "positions", "softcap")
+    names = ("causal", "window", "segments", "positions", "softcap", "prefix", "alibi")
     case = kernels.Case(
         site=kernels.Site(backend=backend, device=device, mesh=mesh, named=named),
         dtype=str(dtype).removeprefix("torch."),
         shape=shape,
         traits=frozenset(name for name, there in zip(names, present, strict=True) if there),
     )
-    kernel = kernels.choose("attention", case).kernel
+    kernel = choose_kernel.choose("attention", case).kernel
     LOADED.setdefault(kernel.where, kernel.load())
     return kernel.where
 
@@ -121,13 +138,15 @@ def sdpa_masked(
     kept: Callable[..., Any],
     scale: float | None = None,
     positions: tuple[Tensor, Tensor] | None = None,
+    alibi: bool | Sequence[float] = False,
     softcap: None = None,
     **options: Any,
 ) -> Tensor:
     """Run torch's fused kernel with an additive mask, made once; from a boolean mask torch would make it at each
     call."""
     rule = _rule(q_BSHD, k_BTKD, positions=positions, **options)
-    bias = kept("bias", (*rule, q_BSHD.dtype), _bias)
+    slopes = slopes_of(alibi, q_BSHD.shape[2])
+    bias = kept("bias", (*rule, q_BSHD.dtype, slopes), _bias)
     out = _sdpa(q_BSHD, k_BTKD, v_BTKD, bias, scale, causal=False)
     if positions is not None and bias is not None:
         # A query may see nothing only with free positions; otherwise it sees at least itself.
@@ -154,10 +173,11 @@ def _rule(
     window: int | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     positions: tuple[Tensor, Tensor] | None = None,
+    prefix: Tensor | None = None,
 ) -> tuple[Any, ...]:
     """Return the arguments of `visible`. Pairs are flattened, because their tensors are the same in every layer."""
     s, t = q_BSHD.shape[1], k_BTKD.shape[1]
-    return (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions))
+    return (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions), prefix)
 
 
 def _pair(given: Any) -> tuple[Any, Any]:
@@ -165,10 +185,14 @@ def _pair(given: Any) -> tuple[Any, Any]:
     return given if isinstance(given, tuple) else (given, given)
 
 
-def _bias(*rule_and_dtype: Any) -> Tensor | None:
-    """Return (B, 1, S, T): 0 if a query sees a key, else -inf; None if it sees all keys."""
-    *rule, dtype = rule_and_dtype
+def _bias(*given: Any) -> Tensor | None:
+    """Return (B, 1 or H, S, T): the bias of ALiBi or 0 if a query sees a key, else -inf; None for no bias at all."""
+    *rule, dtype, slopes = given
     mask = visible(*rule)
+    if slopes is not None:
+        s, t, device, *_ = rule
+        found = alibi_bias(s, t, device, slopes, *rule[7:9]).to(dtype)
+        return found if mask is None else found.masked_fill(~mask[:, None], -torch.inf)
     if mask is None:
         return None
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)[:, None]
@@ -180,18 +204,23 @@ def written_out(
     v_BTKD: Tensor,
     *,
     kept: Callable[..., Any],
+    alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
     scale: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute attention as `Ops.attention` defines it."""
-    mask = kept("visible", _rule(q_BSHD, k_BTKD, **options), visible)
+    rule = _rule(q_BSHD, k_BTKD, **options)
+    mask = kept("visible", rule, visible)
     b, s, h, d = q_BSHD.shape
     kv_heads = k_BTKD.shape[2]
     q = q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d).float()
     scores = torch.einsum("bskgd,btkd->bkgst", q, k_BTKD.float()) * (d**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if (slopes := slopes_of(alibi, h)) is not None:
+        bias = kept("alibi", (*rule[:3], slopes, *rule[7:9]), alibi_bias)
+        scores = scores + bias.unflatten(1, (kv_heads, h // kv_heads))
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
     weights = torch.softmax(scores, dim=-1)

@@ -93,9 +93,9 @@ class MeshBackend(OneDevice):
 
     # ---- the step
 
-    def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         mine = {k: v[self.world.my_rows(v.shape[0])] for k, v in batch.items()}
-        return self._values(super()._put(mine))
+        return self._values(super()._placed(mine))
 
     def _values(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.world.values is None:
@@ -179,9 +179,9 @@ class MeshBackend(OneDevice):
     def _total(self, x: Tensor) -> Tensor:
         return self.world.all_reduce(x)
 
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
-        rows = next(iter(batch.values())).shape[0]
-        found = super().eval(state, self._even(batch))
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        found = super().eval(state, even, None if even is batch else rows)
         self._free(state)
         return {k: v[:rows] for k, v in found.items()}
 
@@ -209,6 +209,12 @@ class MeshBackend(OneDevice):
         mine = torch.tensor(value)
         dist.all_reduce(mine, op=dist.ReduceOp.MAX)
         return int(mine)
+
+    def add_up(self, words: np.ndarray) -> np.ndarray:
+        """Return the sums of `words`, uint64, over all processes, modulo 2^64."""
+        mine = torch.from_numpy(words.view(np.int64).copy())
+        dist.all_reduce(mine)
+        return mine.numpy().view(np.uint64)
 
     def local_boxes(self, state: TorchState) -> Iterator[LocalBox]:
         """Yield every box that this process holds. Several processes yield the same box if the layout does not cut

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.utils._pytree import tree_map
 
 from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
@@ -29,6 +30,8 @@ from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash
+from portatrain.model.attention_rules import slopes_of
+from portatrain.model.layout import BATCH_MESH_AXES
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Loss
 from portatrain.model.rope import RopeScaling
@@ -58,6 +61,12 @@ class RowOps(TorchOps):
         count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
         rows = self.world.row_blocks if self._crosses(axes, over) else 1
         return self.sum(x, axes, over=over) / (count * rows)
+
+    def _row_parts(self) -> tuple[int, int]:
+        return self.world.row_blocks, self.world.row_block
+
+    def _all_rows(self, x: Tensor) -> Tensor:
+        return self.world.gather(x.detach(), BATCH_MESH_AXES, 0)
 
     def _crosses(self, axes: Sequence[str | None], over: Sequence[str]) -> bool:
         return "batch" in over and "batch" in axes and self.world.row_blocks > 1
@@ -168,6 +177,7 @@ class MeshOps(MeshArrays, RowOps):
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
         sum."""
+        self._note(table_VE, ids)
         table, ids = self.weight(table_VE), self._value(ids)
         whole = self._keep(ids)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
@@ -252,13 +262,20 @@ class MeshOps(MeshArrays, RowOps):
         if take is not None:
             locals_[1:] = [x[:, :, take] for x in locals_[1:]]
         options |= self._attention_rule(q, at_q, k.shape[1], options)
+        if (slopes := slopes_of(options.get("alibi", False), heads)) is not None:
+            options["alibi"] = slopes
+            for axis, p in zip(self.axes, at_q, strict=True):
+                if isinstance(p, Shard) and p.dim == 2:
+                    size, here = heads // self.world.mesh.sizes[axis], self.world.at[axis]
+                    options["alibi"] = slopes[here * size : (here + 1) * size]
         return self._from(self.parts.attention(*locals_, **options), at_q)
 
     def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
         """Return local segment_ids and positions: those of this process's queries, and those of all keys."""
         cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
         segments, positions = options.get("segment_ids"), options.get("positions")
-        if positions is None and any(cut) and (options.get("causal", True) or options.get("window") is not None):
+        by_position = options.get("causal", True) or options.get("window") is not None or options.get("alibi", False)
+        if positions is None and any(cut) and by_position:
             positions = self._kept("positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t)))
 
         def local(pair: Any) -> Any:
@@ -272,7 +289,11 @@ class MeshOps(MeshArrays, RowOps):
             mine = [Shard(of_q.ndim - 1) if c else Replicate() for c in cut]
             return self._local(of_q, mine), self._local(of_k, [Replicate() for _ in cut])
 
-        return {"segment_ids": local(segments), "positions": local(positions)}
+        prefix = options.get("prefix")
+        if prefix is not None:  # which is of keys, and keys are whole
+            whole = [Replicate() for _ in cut]
+            prefix = self._kept("prefix", (prefix,), lambda x: self._local(self._value(x), whole))
+        return {"segment_ids": local(segments), "positions": local(positions), "prefix": prefix}
 
     # ---- elementwise and shape
 
@@ -281,7 +302,9 @@ class MeshOps(MeshArrays, RowOps):
         if not self.training or rate == 0:
             return x
         x = self._value(x)
-        local = self._local(x, x.placements, x.placements)
+        # The gradient of a part of a Partial sum is the gradient of the sum, whole on every process.
+        grads = [Replicate() if isinstance(p, Partial) else p for p in x.placements]
+        local = self._local(x, x.placements, grads)
         offsets = self._kept("offsets", (tuple(x.shape[1:]), tuple(x.placements)), self._offsets)
         keys_B = dropout_hash.sample_keys(self.seed_2, self.step, site, self.layer, self.sample)
         bits = dropout_hash.random_bits(keys_B[:, None], offsets[None, :]).reshape(local.shape)
@@ -350,6 +373,7 @@ class MeshOps(MeshArrays, RowOps):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
         vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
         # Tokens stay sharded over their own axes, but each process of the vocab axis needs its whole row of logits.
@@ -387,6 +411,17 @@ class MeshOps(MeshArrays, RowOps):
 
     def loss(self, loss_B: Any, weight_B: Any) -> Loss:
         return super().loss(self._made(self._value(loss_B)), self._made(self._value(weight_B)))
+
+    def across_samples(self, fn: Callable[..., Any], *xs: Any, group: int | None = None) -> Loss:
+        """Compare whole arrays: every process of the context and tensor axes does the same."""
+        whole = [Replicate() for _ in self.axes]
+
+        def on_mesh(*parts: Tensor) -> Any:
+            found = fn(*(self._from(part, whole) for part in parts))
+            return tree_map(lambda y: self._local(self._value(y), whole) if isinstance(y, Tensor) else y, found)
+
+        made = super().across_samples(on_mesh, *(self._local(self._value(x), whole) for x in xs), group=group)
+        return Loss(*(self._from(v, whole) for v in (made.sum, made.weight_B, made.loss_B)))
 
     # ---- structure
 

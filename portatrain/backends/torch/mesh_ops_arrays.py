@@ -16,7 +16,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.utils._pytree import tree_map
 
 from portatrain.backends.torch.ops_arrays import TorchArrays
-from portatrain.model.ops_arrays import Axes, Sizes, axes_of, axis_of, order_of
+from portatrain.model.ops_checks import Axes, Sizes, axes_of, axis_of, order_of
 
 
 class MeshArrays(TorchArrays):

@@ -24,6 +24,8 @@ from portatrain.backends.state import (
     inventory,
     sample_words,
 )
+from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.torch.across_samples import joined
 from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
@@ -36,6 +38,7 @@ from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
 from portatrain.errors import UserError
 from portatrain.model import remat
+from portatrain.model.across_samples import Across
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Aux, Loss
 from portatrain.model.state_updates import needs_after_step, run_after_step
@@ -64,9 +67,12 @@ class OneDevice(StandaloneOps):
     async_dispatch = False  # a step ends in one wait for the device: is it finite?
     ops: Any = TorchOps
     process, processes = 0, 1
+    _compares = False
+    """True once a model has compared samples of different microbatches."""
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition
+        self.ids = TokenIds(self.definition)
         self.device = self._device()
         row = row_of(self.device)
         check_device(row, program.precision)
@@ -130,6 +136,8 @@ class OneDevice(StandaloneOps):
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
             **self._runners,
             kept={},
+            given=batch,
+            ids=self.ids,
         )
 
     # ---- states
@@ -209,22 +217,29 @@ class OneDevice(StandaloneOps):
     # ---- the step
 
     def _forward(
-        self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool
+        self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool, across: Across | None = None
     ) -> tuple[Loss, TorchOps]:
         ops = self._ops(batch, step, training)
+        ops.across = across or Across()
         return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
         """Leave the gradients of the mean loss in `.grad`; return (loss, weight, aux sums, tallies)."""
         state.optimizer.zero_grad(set_to_none=True)
         n = next(iter(batch.values())).shape[0]
+        held = self._handed_over(state, batch, step) if n > 1 and self._compares else None
         mean: Any = 0.0
         weight: Any = 0.0
         auxes: dict[str, dict[str, Tensor]] = {}
         tallies: dict[str, Tensor] = {}
         for i in range(n):
             self._begin(state, last=i == n - 1)
-            loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True)
+            across = Across(microbatches=n, index=i, held=held)
+            loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True, across)
+            if across.wanted:  # known once the model has run; nothing has been added up yet
+                self._compares = True
+                self._free(state)
+                return self._accumulate(state, batch, step)
             objective = loss.sum
             for aux in ops.auxes.values():
                 if aux.loss:
@@ -244,6 +259,21 @@ class OneDevice(StandaloneOps):
             self._scale(state, 1.0 / weight)
             mean = mean / weight
         return mean, weight, auxes, tallies
+
+    @torch.no_grad()
+    def _handed_over(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> list[list[Tensor]]:
+        """Return, for each call of `ops.across_samples`, its arrays for all samples of the step."""
+        n = next(iter(batch.values())).shape[0]
+        found = []
+        for i in range(n):
+            across = Across(microbatches=n, index=i, collecting=True)
+            self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True, across)
+            found.append(across.found)
+        self._free(state)
+        return joined(found)
+
+    def _free(self, state: TorchState) -> None:
+        """Free what a forward pass keeps for a backward pass, as none follows."""
 
     def _begin(self, state: TorchState, *, last: bool) -> None:
         """Prepare a microbatch; `last` says that it is the last one of its step."""
@@ -358,8 +388,11 @@ class OneDevice(StandaloneOps):
         return x
 
     @torch.no_grad()
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        loss, ops = self._forward(state, self._put(batch), 0, False)
+    def eval(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None
+    ) -> dict[str, np.ndarray]:
+        """See `Backend.eval`. rows: the number of samples, if rows that are none follow them."""
+        loss, ops = self._forward(state, self._put(batch), 0, False, Across(rows=rows))
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()}
 
@@ -374,6 +407,11 @@ class OneDevice(StandaloneOps):
         return x_B.cpu().numpy()
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        """Check the ids of a global batch; return this process's rows on the device."""
+        self.ids.begin(batch)
+        return self._placed(batch)
+
+    def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         return {
             k: torch.from_numpy(sample_words(v) if k == "sample" else np.ascontiguousarray(v)).to(self.device)
             for k, v in batch.items()

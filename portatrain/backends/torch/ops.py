@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from portatrain.backends.kernels import Site
+from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
@@ -21,6 +23,7 @@ from portatrain.backends.torch.ops_arrays import TorchArrays
 from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
 from portatrain.model import dropout_hash
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -51,7 +54,7 @@ class Static:
 
 
 @dataclasses.dataclass
-class TorchOps(TorchArrays):
+class TorchOps(AcrossSamples, TorchArrays):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
     `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
@@ -70,6 +73,11 @@ class TorchOps(TorchArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     kept: dict[Any, Any] | None = None
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The arrays of the batch, for `ids`."""
+    ids: TokenIds | None = None
+    across: Across | None = None
+    """None in the block of a Stack."""
 
     @property
     def training(self) -> bool:
@@ -92,7 +100,12 @@ class TorchOps(TorchArrays):
         contracted, transposed = plan
         return _as_matmul(xs[0], xs[1], contracted, transposed)
 
+    def _note(self, table_VE: Tensor, ids: Tensor) -> None:
+        if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):
+            self.ids.note(self.given, ids, table_VE.shape[0])
+
     def embed(self, table_VE: Tensor, ids: Tensor) -> Tensor:
+        self._note(table_VE, ids)
         if self.static.compute != torch.float32:
             return low_rows(table_VE, ids, self.static.compute)
         return F.embedding(ids, self.weight(table_VE))
@@ -239,6 +252,7 @@ class TorchOps(TorchArrays):
         z_loss: float = 0.0,
         softcap: float | None = None,
     ) -> Loss:
+        self._note(table_VE, targets)
         whole, chunk = self.losses
         total, loss_B, weight_B = cross_entropy(
             x, self.weight(table_VE), targets, mask, z_loss=z_loss, softcap=softcap, whole=whole, chunk=chunk

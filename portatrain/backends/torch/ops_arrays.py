@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from portatrain.model.ops_arrays import (
+from portatrain.model.ops_checks import (
     Axes,
     Sizes,
     axes_of,

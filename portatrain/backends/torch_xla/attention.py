@@ -5,14 +5,15 @@ Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from portatrain.backends import kernels
-from portatrain.backends.torch.attention import visible
+from portatrain.backends import choose_kernel, kernels
+from portatrain.backends.torch.attention import alibi_bias, visible
+from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="torch-xla")
 
@@ -21,9 +22,9 @@ def attention(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, site: kernels.S
     """Run the kernel that the table chooses; see `Ops.attention`."""
     b, s, h, d = q_BSHD.shape
     shape = (b, s, k_BTKD.shape[1], h, k_BTKD.shape[2], d)
-    dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), kernels.attention_traits(options)
+    dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), choose_kernel.attention_traits(options)
     case = kernels.Case(site=site, dtype=dtype, shape=shape, traits=traits)
-    return kernels.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, **options)
+    return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, **options)
 
 
 def written_out(
@@ -35,6 +36,8 @@ def written_out(
     window: int | None = None,
     segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
     positions: tuple[Tensor, Tensor] | None = None,
+    prefix: Tensor | None = None,
+    alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
     scale: float | None = None,
     kept: Callable[..., Any],
@@ -44,13 +47,16 @@ def written_out(
     t, kv_heads = k_BTKD.shape[1:3]
     of_q, of_k = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
     at_q, at_k = positions if positions is not None else (None, None)
-    rule = (s, t, q_BSHD.device, causal, window, of_q, of_k, at_q, at_k)
+    rule = (s, t, q_BSHD.device, causal, window, of_q, of_k, at_q, at_k, prefix)
     mask = kept("visible", rule, visible)
     q_BSKGD = q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d)
     scores = torch.einsum("bskgd,btkd->bkgst", q_BSKGD.float(), k_BTKD.float())
     scores = scores * (d**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
+    if (slopes := slopes_of(alibi, h)) is not None:
+        bias = kept("alibi", (s, t, q_BSHD.device, slopes, at_q, at_k), alibi_bias)
+        scores = scores + bias.reshape(bias.shape[0], kv_heads, h // kv_heads, s, t)
     if mask is not None:
         mask = mask[:, None, None]
         scores = torch.where(mask, scores, torch.finfo(torch.float32).min)

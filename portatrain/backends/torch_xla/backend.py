@@ -21,6 +21,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
+from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
@@ -33,6 +34,7 @@ from portatrain.backends.torch_xla.probe import norms
 from portatrain.backends.torch_xla.remat import check_policy, rematerialised
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash, remat
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Spec
 from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import needs_after_step, run_after_step
@@ -63,6 +65,7 @@ class XlaBackend(OneDevice):
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition
+        self.ids = TokenIds(self.definition)
         self.remat = remat.parse(program.remat)
         self._check(program)
         self.devices = Devices(program.layout)
@@ -123,6 +126,8 @@ class XlaBackend(OneDevice):
             layer=torch.zeros((), dtype=torch.int32, device=self.device),
             **self._runners,
             kept={},
+            given=batch,
+            ids=self.ids,
         )
 
     def _numbers(self, step: int, scale: float = 0.0) -> Numbers:
@@ -154,6 +159,7 @@ class XlaBackend(OneDevice):
         return XlaState(made.module, made.pieces, made.optimizer, made.beside, count_1)
 
     def _put(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+        self.ids.begin(batch)
         placed = {}
         for key, value in batch.items():
             value = sample_words(value) if key == "sample" else value
@@ -274,10 +280,12 @@ class XlaBackend(OneDevice):
         return found
 
     @torch.no_grad()
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
         rows = next(iter(batch.values())).shape[0]
         numbers: Any = self._numbers(0)
-        loss, ops = self._forward(state, self._put(self._even(batch)), numbers, False)
+        even = self._even(batch)
+        across = Across(rows=None if even is batch else rows)
+        loss, ops = self._forward(state, self._put(even), numbers, False, across)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         values = {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
         del loss, ops

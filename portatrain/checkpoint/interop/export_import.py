@@ -15,12 +15,15 @@ from checkpoints_format import Box, Reader, Store, Writer, commit
 from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import make_program
 from portatrain.backends.state import COUNT, initial_box
+from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.errors import explained
 from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.interop import huggingface, trees
+from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
 from portatrain.recipe import Recipe
+from portatrain.recipe.same import deciding_changes, in_words
 
 Values = Callable[[Box], np.ndarray]
 
@@ -36,7 +39,7 @@ def recipe_in(reader: Reader) -> Recipe:
             do="The checkpoint is not from a training run: use --to orbax or dcp.",
         )
     try:
-        return Recipe.from_json(stored)
+        return Recipe.from_json(stored, trusted=is_trusted)
     except (ImportError, AttributeError, KeyError, TypeError) as error:
         raise UserError(
             what,
@@ -51,8 +54,8 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"folder {out}",
-            expected="a name that is free, or an empty folder",
-            got="a path that is in use",
+            expected="a new name or an empty folder",
+            got="a file, or a folder that is not empty",
             do="Choose another name; nothing in it was changed.",
         )
     if not any(name.startswith(f"{role}/") for name in reader.names):
@@ -68,7 +71,7 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=parent))
     except OSError as error:
         raise UserError(
-            f"folder {out}", expected="a folder that can be written", got=str(error), do="Choose another folder."
+            f"folder {out}", expected="a writable folder", got=str(error), do="Choose another folder."
         ) from error
     try:
         with explained():
@@ -92,16 +95,20 @@ def _written(reader: Reader, to: str, out: Path, role: str) -> list[str]:
         return trees.to_dcp(reader, out)
     definition = recipe_in(reader).describe()
     if to == "torch":
-        return trees.to_torch(reader, {n: t.stack_dims for n, t in definition.params.items()}, out)
+        return trees.to_torch(reader, definition, out)
     return trees.to_nnx(reader, definition, out)
 
 
-def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int], Store]) -> int:
+def import_from(
+    source: Path, kind: str, recipe: Recipe, store_of: Callable[[int], Store], *, accept_drift: bool = False
+) -> int:
     """Write a checkpoint for `recipe`, made from `source`, into the store that `store_of(step)` opens; return its step.
 
     Our own export continues as the same run, with the state of its optimizer. From any other source only the parameters
-    are taken, at step 0: slots are zero, averages equal the parameters. Raises UserError, with nothing written, if the
-    tensors are not those of the recipe.
+    are taken, at step 0: slots are zero, averages equal the parameters.
+
+    Raises UserError, with nothing committed, if the tensors are not those of the recipe. Unless `accept_drift`, also if
+    our own export is of another recipe, or if a bit of a tensor differs from its fingerprint.
     """
     if not source.is_dir():
         raise UserError(
@@ -121,6 +128,14 @@ def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int
     else:
         found = (trees.from_orbax if kind == "orbax" else trees.from_dcp)(source)
         meta = trees.read_meta(source)
+        if meta is not None and not accept_drift and (changes := deciding_changes(meta, recipe)):
+            raise UserError(
+                f"folder {source}",
+                expected="an export of a run of this recipe",
+                got=f"one of another recipe, which differs in {in_words(changes)}",
+                do="Give the --set values of that run. To go on with this recipe all the same, give --accept-drift "
+                f"REASON; to begin a new run with the parameters alone, remove {trees.META} from the folder.",
+            )
         given = _taken(found, shapes, whole=meta is not None, what=f"folder {source}")
     if meta is None:
         about = {"format": kind, "path": str(source)}
@@ -142,8 +157,19 @@ def import_from(source: Path, kind: str, recipe: Recipe, store_of: Callable[[int
         return lambda box: np.zeros(box.shape, NUMPY[dtype])
 
     with explained(), contextlib.closing(store_of(step)) as store:
-        Writer(store, layout, save="import").write({t.name: values(t.name, t.dtype) for t in layout.tensors})
-        commit(store, layout, save="import", meta=meta)
+        sums = fingerprints.Sums()
+        sources = sums.counting({t.name: values(t.name, t.dtype) for t in layout.tensors})
+        Writer(store, layout, save="import").write(sources, note=sums.note)
+        found = fingerprints.joined(layout, [sums.note()])
+        saved = fingerprints.saved_in(meta)
+        if saved is not None and not accept_drift and (bad := fingerprints.changed(saved, found["tensors"])):
+            raise UserError(
+                f"folder {source}",
+                expected="the tensors that were exported, bit for bit",
+                got=f"other bits in {', '.join(bad[:6])}{f' and {len(bad) - 6} more' if len(bad) > 6 else ''}",
+                do="Export again. To go on with these tensors all the same, give --accept-drift REASON.",
+            )
+        commit(store, layout, save="import", meta={**meta, fingerprints.FIELD: found} if saved is None else meta)
     return step
 
 

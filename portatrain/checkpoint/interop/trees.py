@@ -2,7 +2,7 @@
 
 orbax, dcp   the whole state, every tensor by its name; beside it portatrain.json, our meta, so that an import continues
              the same run
-torch        model.pt: a state_dict of the lowered nn.Module ('blocks.0.attn.wq'); torch.load(weights_only=True)
+torch        model.pt: the state_dict of the lowered nn.Module ('blocks.0.attn.wq'); torch.load(weights_only=True)
 nnx          state.msgpack: the pure dict of the lowered nnx module's state; flax.serialization.msgpack_restore
 
 The state is held in memory while it is converted.
@@ -21,7 +21,8 @@ import numpy as np
 
 from checkpoints_format import Reader
 from portatrain.errors import UserError
-from portatrain.model.module import Definition
+from portatrain.model.lora import FACTORS
+from portatrain.model.module import Definition, Module, Param, Stack, State
 
 META = "portatrain.json"
 Tensors = dict[str, np.ndarray]
@@ -33,10 +34,15 @@ def tensors(reader: Reader, role: str | None = None) -> Tensors:
     return {n if role is None else n.partition("/")[2]: reader.read(n) for n in names}
 
 
+BASE = "base"
+"""The name of a weight in a tree in which it has parts below it, as the weight beside its factors of LoRA has."""
+
+
 def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Turn 'a/b' into {'a': {'b': ..}}."""
+    """Turn 'a/b' into {'a': {'b': ..}}. If there is 'a/b/c' too, 'a/b' becomes {'a': {'b': {'base': ..}}}."""
     tree: dict[str, Any] = {}
-    for name, value in flat.items():
+    folders_of = {"/".join(parts[:n]) for name in flat for parts in [name.split("/")] for n in range(1, len(parts))}
+    for name, value in ((f"{n}/{BASE}" if n in folders_of else n, v) for n, v in flat.items()):
         *folders, last = name.split("/")
         at = tree
         for folder in folders:
@@ -46,10 +52,13 @@ def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Turn {'a': {'b': ..}} into 'a/b'."""
+    """Turn {'a': {'b': ..}} into 'a/b', and undo what `nested` did for weights with factors of LoRA."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}/") if isinstance(value, Mapping) else {prefix + str(key): value}
+    weight = prefix.removesuffix("/")
+    if f"{prefix}{BASE}" in found and any(f"{prefix}{factor}" in found for factor in FACTORS):
+        found = {weight if name == f"{prefix}{BASE}" else name: value for name, value in found.items()}
     return found
 
 
@@ -169,25 +178,41 @@ def from_dcp(source: Path) -> Tensors:
     return {name: _as_numpy(tensor) for name, tensor in state.items()}
 
 
-def to_torch(reader: Reader, stacks: Mapping[str, int], out: Path) -> list[str]:
-    """Write model.pt. `stacks`: the number of leading Stack axes of every parameter."""
+def to_torch(reader: Reader, definition: Definition, out: Path) -> list[str]:
+    """Write model.pt: everything that the lowered module's `load_state_dict` asks for."""
     torch, state = _torch(), {}
-    for name, array in tensors(reader, "params").items():
-        owner, _, rest = name.partition("/")
-        if not stacks[name]:
-            state[name.replace("/", ".")] = _as_torch(array)
-        elif stacks[name] == 1:
-            for i, layer in enumerate(array):
-                state[f"{owner}.{i}.{rest.replace('/', '.')}"] = _as_torch(layer.copy())
-        else:
-            raise UserError(
-                f"tensor {name}",
-                expected="at most one Stack around a parameter",
-                got=f"{stacks[name]}",
-                do="Export --to orbax or dcp, which keep our names.",
-            )
+    held = {role: tensors(reader, role) for role in ("params", "state")}
+    for key, role, name, index in torch_names(definition):
+        array = held[role][name]
+        state[key] = _as_torch(np.array(array[index]) if index else array)
     torch.save(state, out / "model.pt")
     return ["model.pt"]
+
+
+def torch_names(definition: Definition) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+    """Yield (key, role, name, index) of every entry of the lowered nn.Module's state_dict: slice `index` of the Stacks'
+    axes of a tensor. A tied parameter has several keys."""
+
+    def below(value: Any, key: str, index: tuple[int, ...]) -> Iterator[tuple[str, str, str, tuple[int, ...]]]:
+        if isinstance(value, (Param, State)):
+            role = "params" if isinstance(value, Param) else "state"
+            yield key, role, definition.owners[id(value)], index
+            return
+        if isinstance(value, Stack):
+            for i in range(value.n):
+                yield from below(value.block, f"{key}.{i}", (*index, i))
+        inside: Any = ()
+        if isinstance(value, Module):
+            inside = [(n, v) for n, v in vars(value).items() if not (isinstance(value, Stack) and n == "block")]
+        elif isinstance(value, (list, tuple)):
+            inside = enumerate(value)
+        elif isinstance(value, dict):
+            inside = value.items()
+        for name, held in inside:
+            yield from below(held, f"{key}.{name}", index)
+
+    for key, *rest in below(definition.model, "", ()):
+        yield key.removeprefix("."), *rest
 
 
 def to_nnx(reader: Reader, definition: Definition, out: Path) -> list[str]:

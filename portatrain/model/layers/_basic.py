@@ -25,7 +25,7 @@ class Embedding(Module):
 
 
 class Linear(Module):
-    """y = x W + bias over named axes: `Linear({"heads": 8, "head_dim": 64}, {"embed": 512})`.
+    """A linear map over named axes, y = x W + bias: `Linear({"heads": 8, "head_dim": 64}, {"embed": 512})`.
 
     Args:
         inputs: the last axes of x, which are contracted, with their sizes.

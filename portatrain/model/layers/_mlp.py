@@ -26,7 +26,7 @@ def _check(owner: str, activation: str) -> str:
 
 
 class GatedMLP(Module):
-    """down(silu(gate x) * up x), without biases (Shazeer 2020, SwiGLU).
+    """A gated feed-forward part, without biases: down(silu(gate x) * up x) (Shazeer 2020, SwiGLU).
 
     Args:
         embed, mlp: sizes of the input and of the hidden axis.
@@ -49,7 +49,7 @@ class GatedMLP(Module):
 
 
 class MLP(Module):
-    """down(gelu(up x)).
+    """The feed-forward part of a transformer block: down(gelu(up x)).
 
     Args:
         embed, mlp: sizes of the input and of the hidden axis.

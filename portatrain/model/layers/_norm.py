@@ -21,7 +21,7 @@ def _one_axis(owner: str, axis: dict[str, int]) -> dict[str, int]:
 
 
 class RMSNorm(Module):
-    """x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4): `RMSNorm(embed=512)`."""
+    """`RMSNorm(embed=512)`: x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4)."""
 
     def __init__(self, *, eps: float = 1e-6, **axis: int) -> None:
         self.scale = Param(**_one_axis("RMSNorm", axis), fan_in_axes=0, init="ones")
@@ -33,8 +33,8 @@ class RMSNorm(Module):
 
 
 class LayerNorm(Module):
-    """(x - mean) / sqrt(var + eps) * scale + bias over the last axis (Ba, Kiros and Hinton 2016, eq. 4):
-    `LayerNorm(embed=512)`. With `bias=False` there is no bias."""
+    """`LayerNorm(embed=512)`: (x - mean) / sqrt(var + eps) * scale + bias over the last axis (Ba, Kiros and Hinton
+    2016, eq. 4). With `bias=False` there is no bias."""
 
     def __init__(self, *, eps: float = 1e-6, bias: bool = True, **axis: int) -> None:
         self.scale = Param(**_one_axis("LayerNorm", axis), fan_in_axes=0, init="ones")

@@ -74,7 +74,7 @@ def _of_others(name: str) -> Chip:
             f"chip {name}",
             expected=f"a portatrain.plan.clusters.chip.Chip named {name}",
             got=f"{found.name}" if isinstance(found, Chip) else f"a {type(found).__name__}",
-            do="Repair the package that registers it under portatrain.chips.",
+            do="Fix or remove the package that registers it under portatrain.chips.",
         )
     return found
 

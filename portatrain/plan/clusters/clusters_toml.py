@@ -7,8 +7,8 @@ engine = "slurm"                       # the launcher
 storage = "s3://bucket/runs"
 prices = { on_demand = 2.10 }          # USD per chip-hour
 scale_out_gbps = 200                   # if the network differs from the catalog's
-options = { partition = "gpu" }        # passed to the engine as it is
-track = ["wandb"]                      # further trackers of metrics, unless launch is given --track
+options = { partition = "gpu" }        # passed to the launcher unchanged
+track = ["wandb"]                      # trackers of metrics, unless `launch` has the option --track
 """
 
 from __future__ import annotations

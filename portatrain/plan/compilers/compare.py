@@ -113,4 +113,4 @@ def as_json(predicted: Predicted, found: Answer) -> dict[str, Any]:
 
 
 def _text(value: float | None, divisor: float) -> str:
-    return "not told" if value is None else f"{value / divisor:,.3f}"
+    return "unknown" if value is None else f"{value / divisor:,.3f}"

@@ -1,4 +1,4 @@
-"""Order devices as a placement says, so that a backend can build its mesh from them.
+"""Order devices as a placement lays them out, so that a backend can build its mesh from them.
 
 The runtime reports the position of a device: on a TPU its slice, its coordinates and its core; elsewhere its
 number. Works on any objects with those attributes, and imports no framework.

@@ -80,7 +80,7 @@ def legal(shape: ModelShape, devices: int, per_domain: int, refused: dict[str, i
                 if odd:
                     continue
                 if shape.batch % (rest * expert):
-                    why = f"batch={shape.batch} does not divide over what the other axes leave"
+                    why = f"batch={shape.batch} does not divide over the devices that the other axes leave"
                     refused[why] = refused.get(why, 0) + 1
                     continue
                 for fsdp in sizes[FSDP]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from portatrain.errors import visible
 from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.verdict import in_words
@@ -29,7 +30,7 @@ code { background: #f4f4f4; padding: 0 .25em } .sub { color: #666; margin-top: .
 
 def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
     """Return the whole document; `checkpoints` as `history.kept_checkpoints` gives them."""
-    return "\n".join(
+    lines = "\n".join(
         [
             "<!doctype html>",
             '<html lang="en"><head><meta charset="utf-8">',
@@ -46,6 +47,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
             "",
         ]
     )
+    return visible(lines)
 
 
 def _head(run: History) -> str:
@@ -58,11 +60,11 @@ def _head(run: History) -> str:
         facts.append(f"{duration(run.lost_s)} lost to restarts")
     last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
     if last:
-        more = "".join(f", {escape(k.replace('_', ' '))} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
+        more = "".join(f", {k.replace('_', ' ')} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
         facts.append(f"validation loss {last['loss']:.4f} at step {last.get('step', '?')}{more}")
     if run.skipped:
         facts.append(f"{len(run.skipped)} step(s) skipped: not finite")
-    return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(facts)}</p>"
+    return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(escape(str(fact)) for fact in facts)}</p>"
 
 
 def _charts(run: History) -> str:
@@ -116,7 +118,7 @@ def _attempts(run: History) -> str:
             str(a.again or ""),
             _when(a.began_unix_s),
             duration(max(0.0, a.ended_unix_s - a.began_unix_s)),
-            a.ended or "goes on",
+            a.ended or "running",
         )
         for a in run.attempts
     ]

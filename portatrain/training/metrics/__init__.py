@@ -1,6 +1,6 @@
-"""What a run measures and where it goes: records, sinks, FLOPs, plots.
+"""The metrics of a run: records, the sinks and trackers that receive them, FLOPs, plots.
 
-Nothing here imports a framework; NumPy and rich are imported where they are used.
+These files import no framework; NumPy and rich are imported when they are used.
 """
 
 from portatrain.training.metrics.record import EvalRecord as EvalRecord

@@ -13,10 +13,10 @@ from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRe
 
 
 class Broadcast:
-    """A ``Sink`` that hands everything on to others.
+    """A ``Sink`` that passes everything to other sinks.
 
-    A sink that raises is dropped: the others get one event `sink_failed`, and standard error gets one line. The run's
-    own record, ``record``, is not dropped: without it a run cannot go on, so what it raises is raised here.
+    A sink that raises an error is dropped: the others get one event `sink_failed`, and standard error gets one line.
+    The run's own record, ``record``, is not dropped, because a run cannot continue without it: its errors are raised.
     """
 
     def __init__(self, sinks: Iterable[Sink] = (), *, record: Sink | None = None) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from portatrain.errors import visible
 from portatrain.runs.events import Kind
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration, si
@@ -21,7 +22,7 @@ class ConsoleSink:
     """
 
     def __init__(self, stream: TextIO | None = None, *, every_s: float = 5.0) -> None:
-        """``every_s``: seconds between two lines where the stream is no terminal."""
+        """``every_s``: seconds between two lines if the stream is not a terminal."""
         self._stream = stream or sys.stderr
         self._every_s = every_s
         self._printed_s = float("-inf")
@@ -108,6 +109,8 @@ class ConsoleSink:
         if kind == Kind.RESUMED:
             self._line(f"resumed from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
             return
+        if kind == Kind.COMMITTED:  # said when it began: saving
+            return
         if kind == Kind.KERNELS:  # events.jsonl has the reasons against the others
             chosen = fields.get("choices")
             names = {f"{c['operation']}={c['kernel']}" for c in chosen} if isinstance(chosen, list) else set()
@@ -127,7 +130,8 @@ class ConsoleSink:
             self._plain(self._last)
 
     def _line(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone: the run goes on without it
+        text = visible(text)
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone: the run continues without it
             if self._progress is not None:
                 self._progress.console.print(text, markup=False, highlight=False)
             else:

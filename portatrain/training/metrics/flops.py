@@ -1,11 +1,11 @@
-"""MFU: the FLOPs of a model by one convention, over what the machine could do at best.
+"""MFU: the FLOPs of a model by one convention, divided by the peak of the machine.
 
 Convention (Chowdhery et al. 2022, PaLM, appendix B; Kaplan et al. 2020, section 2.1): a multiply and an
 add are two FLOPs; a parameter that is contracted with each token costs 2 forward and 4 backward; the
 scores and the weighted sum of attention cost 12 x layers x heads x head_dim x seq a token, of which
-a causal model needs half. Recomputation, norms, softmax and embedding look-ups count for nothing, so
-MFU compares implementations of one model and cannot exceed 1. A model's sizes give the figure for
-themselves (``flops_per_sample``); nothing is guessed for a model that does not.
+a causal model needs half. Recomputation, norms, softmax and embedding look-ups do not count, so
+MFU compares implementations of one model and cannot exceed 1. The config of a model gives its FLOPs
+(``flops_per_sample``); without this method there is no MFU.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """FLOPs a second that MFU is relative to, and where the figure comes from."""
+    """The FLOPs a second to which MFU is relative, and the source of the figure."""
 
     flops_per_s: float
     source: str
 
 
 def measured_cpu_peak(*, budget_s: float = 0.5, size: int = 1024) -> Peak:
-    """The fastest float32 matrix product of ``size`` that NumPy does here, over about ``budget_s``.
+    """Measure for about ``budget_s`` the fastest float32 matrix product of ``size`` by NumPy on this machine.
 
-    No data sheet says what a CPU sustains, and the cores may be shared: this is a measurement of this
-    machine at this moment, with the threads that NumPy's BLAS takes, and is named so in the record.
+    No data sheet gives the sustained rate of a CPU, and its cores may be shared. So this is a measurement of the
+    machine at this moment, with the threads of NumPy's BLAS, and the record calls it so.
     """
     import numpy as np
 

@@ -18,14 +18,14 @@ from portatrain.system.svg import COLOURS, Point, Scale, columns, document, fram
 
 LOSS_SVG = "loss.svg"
 MOST_BYTES = 32 * 2**20
-"""How much of metrics.jsonl is drawn: some 80,000 steps."""
+"""The bytes of metrics.jsonl that are drawn at most: about 80,000 steps."""
 WIDTH, HEIGHT = 960, 640
 TRAINING, VALIDATION, RATE = COLOURS[0], COLOURS[1], COLOURS[4]
 REFERENCES = (COLOURS[2], COLOURS[3], COLOURS[6])
 
 
 def plot_run(run: RunDir) -> Path:
-    """Draw loss, validation loss and learning rate of `run` into its loss.svg; return where that is.
+    """Draw loss, validation loss and learning rate of `run` into its loss.svg; return the path of the file.
 
     The losses are in bits per byte if the evaluations give them, else as they are. The `references` of its summary
     (label -> value in the same unit) are level lines to compare with.
@@ -57,8 +57,8 @@ def _files(run: RunDir) -> dict[int, Path]:
 
 
 def _curve(run: RunDir) -> list[dict[str, Any]]:
-    """Return `run.curve()`; of a run whose metrics exceed `MOST_BYTES` only every n-th step, as millions of rows fit
-    neither a picture nor the memory of a host that trains."""
+    """Return `run.curve()`. If the metrics exceed `MOST_BYTES`, return only every n-th step, because millions of rows
+    fit neither a picture nor the memory of a host that trains."""
     files = _files(run)
     every = -(-sum(path.stat().st_size for path in files.values()) // MOST_BYTES)
     if every <= 1:
@@ -80,7 +80,7 @@ def _row(line: bytes) -> dict[str, Any]:
 
 
 def _unit(evals: Sequence[Mapping[str, Any]]) -> tuple[str, float]:
-    """The unit of the loss axis, and what a loss is multiplied with to be in it."""
+    """Return the unit of the loss axis, and the factor that converts a loss to it."""
     for row in reversed(evals):
         bits = row.get("metrics", {}).get("bits_per_byte")
         if bits and row.get("loss") and math.isfinite(bits / row["loss"]):

@@ -1,4 +1,4 @@
-"""The records that the trainer hands to its sinks, and what a sink is."""
+"""The records that the trainer gives to its sinks, and the Protocol of a sink."""
 
 from __future__ import annotations
 
@@ -16,38 +16,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RunInfo:
-    """What does not change during an attempt; known before its first step."""
+    """The facts that stay the same during an attempt. They are known before its first step."""
 
     run: str
     """The run's name."""
     run_dir: str
+    """The run directory on this machine."""
     attempt: int
+    """The number of the attempt, from 1."""
     steps: int
     """Steps of the whole run."""
     first_step: int
-    """The first one that this attempt trains, from 1."""
+    """The first step that this attempt trains, from 1."""
     backend: str
+    """The name of the backend."""
     device: str
-    """What it runs on, in words: ``2 x H100`` or ``CPU``."""
+    """The devices in words: ``2 x H100`` or ``CPU``."""
     mesh: str
     """As on the command line: ``fsdp=4,tensor=2``; ``1`` for one device."""
     precision: str
+    """The precision of the recipe."""
     parameters: int
+    """The number of parameters of the model."""
     trainable: int
-    """Parameters, and those of them that are trained."""
+    """The number of parameters that are trained."""
     tokens_per_step: int
     """Tokens of a global batch, or samples if a sample has no tokens."""
     unit: str = "tokens"
-    """What ``tokens`` counts: tokens or samples."""
+    """The unit of ``tokens_per_step`` and of ``tokens`` in records: 'tokens' or 'samples'."""
     flops_per_step: float | None = None
-    """Model FLOPs of a step, forward and backward (see ``flops``); None where the model does not say."""
+    """Model FLOPs of a step, forward and backward (see ``flops``); None if the model has no ``flops_per_sample``."""
     peak_flops: float | None = None
-    """FLOPs a second that MFU is relative to, over all devices; None where none is known."""
+    """The FLOPs a second of all devices, to which MFU is relative; None if unknown."""
     peak_source: str = ""
-    """Where that figure comes from."""
+    """The source of ``peak_flops``."""
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    """The recipe as JSON."""
     id: str = ""
-    """The run's own, the same in all its attempts; '': a run of before there were any."""
+    """The id of the run, the same in all its attempts; '' for a run that began before runs had ids."""
 
     @classmethod
     def of(
@@ -98,25 +104,27 @@ class StepRecord:
     loss: float
     """Mean over the weight of the global batch, before the update."""
     grad_norm: float
-    """Of the whole gradient, before clipping."""
+    """The norm of the whole gradient before clipping."""
     lr: float
+    """The learning rate of the step."""
     tokens: int
-    """Seen since the start of the run, this step's included."""
+    """The number of tokens since the start of the run, this step included."""
     time_s: float
-    """Since the attempt began."""
+    """Seconds since the attempt began."""
     step_s: float
-    """Of this step, from the end of the one before; waiting for data included."""
+    """Seconds from the end of the previous step to the end of this one, with the wait for data."""
     tokens_per_s: float
+    """The tokens, or samples, of the step divided by step_s."""
     mfu: float | None = None
-    """flops_per_step / step_s / peak_flops; None where either is not known."""
+    """flops_per_step / step_s / peak_flops; None if one of them is unknown."""
     memory_bytes: int | None = None
-    """Peak on this process's devices, or of its host memory on a CPU."""
+    """The peak memory of this process's devices, or of the process itself on a CPU."""
     data_wait_s: float = 0.0
-    """Part of step_s spent waiting for the batch."""
+    """The part of step_s in which training waited for the batch."""
     skipped: bool = False
-    """Whether the update was left out because loss or gradient was not finite."""
+    """True if the update was skipped because loss or gradient was not finite."""
     aux: Mapping[str, float] = field(default_factory=dict)
-    """What the model reported through ``ops.aux``."""
+    """The values that the model recorded by ``ops.aux``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,19 +132,21 @@ class EvalRecord:
     """One evaluation on the validation split; an event of kind ``eval``."""
 
     step: int
-    """Steps trained so far."""
+    """The number of steps trained so far."""
     loss: float
+    """The mean loss over the evaluated samples."""
     samples: int
+    """The number of evaluated samples."""
     time_s: float
-    """Since the attempt began."""
+    """Seconds since the attempt began."""
     eval_s: float
-    """Of the evaluation."""
+    """Seconds that the evaluation took."""
     metrics: Mapping[str, float] = field(default_factory=dict)
-    """What else was computed: accuracy, bits_per_byte."""
+    """The other metrics: accuracy, bits_per_byte."""
 
 
 class Sink(Protocol):
-    """A place for metrics. The trainer calls ``start`` once, then the others, and ``end`` once, whatever happens."""
+    """A receiver of metrics. The trainer calls ``start`` first and ``end`` last, even after an error."""
 
     def start(self, info: RunInfo) -> None: ...
 
@@ -145,9 +155,10 @@ class Sink(Protocol):
     def eval(self, record: EvalRecord) -> None: ...
 
     def event(self, kind: str, **fields: object) -> None:
-        """Something worth telling that is no step: ``compiled``, ``interrupted``, ``skipped`` ..."""
+        """Record an event that is not a step: ``compiled``, ``interrupted``, ``skipped`` ..."""
         ...
 
     def end(self, summary: Mapping[str, object]) -> None:
-        """The results; after an interruption or an error, what there is of them, with ``status``."""
+        """Record the results of the run. After an interruption or an error, ``summary`` has those known so far, and
+        ``status``."""
         ...

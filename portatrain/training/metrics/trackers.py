@@ -1,4 +1,4 @@
-"""Metrics into other people's trackers: Weights & Biases, TensorBoard. Each is imported when it is asked for."""
+"""The trackers that come with portatrain: Weights & Biases and TensorBoard. Each is imported when it is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRe
 
 
 def scalars(record: StepRecord | EvalRecord, prefix: str) -> dict[str, float]:
-    """The numbers of ``record`` by ``prefix/name``, nested ones flattened; None and the step left out."""
+    """Return the numbers of ``record`` by ``prefix/name``: nested ones flattened, without None and the step."""
     found = {}
     for name, value in asdict(record).items():
         for key, number in value.items() if isinstance(value, dict) else ((name, value),):
@@ -42,7 +42,7 @@ class WandbSink:
         self._run: Any = None
 
     def start(self, info: RunInfo) -> None:
-        # All attempts go on one curve. A run that was begun without an id was known by its folder's name.
+        # All attempts are one curve. A run that began without an id is known by the name of its folder.
         self._run = self._wandb.init(
             id=info.id or info.run, name=info.run, dir=info.run_dir, config=dict(info.recipe), resume="allow"
         )
@@ -54,7 +54,7 @@ class WandbSink:
         self._run.log(scalars(record, "validation"), step=record.step)
 
     def event(self, kind: str, **fields: object) -> None:
-        pass  # events.jsonl has them; wandb has no place for them
+        pass  # events.jsonl has the events; wandb has nothing like them
 
     def end(self, summary: Mapping[str, object]) -> None:
         if self._run is not None:
@@ -96,7 +96,7 @@ TRACKERS = Registry(
         "tensorboard": "portatrain.training.metrics.trackers:TensorBoardSink",
     },
 )
-"""What ``--track`` may name. A package adds its own, a class made without arguments, under the group's entry points."""
+"""The trackers that ``--track`` can name. A package adds a class that is made without arguments, by an entry point."""
 
 
 def tracker(name: str) -> Sink:

@@ -1,4 +1,4 @@
-"""Windows over a packed token stream: the samples of a language model.
+"""Make the batches of a language model: `Windows.at` cuts windows out of a packed stream of tokens.
 
 In the stream, documents follow each other, and each begins with the token ``bos``. Window w has tokens [w S, w S + S)
 as inputs and tokens [w S + 1, w S + S + 1) as targets. Consecutive windows overlap by one token, so every token of the
@@ -55,7 +55,7 @@ class Windows(Split):
         size, begin = self.seq_len, self._order(sample) * self.seq_len
         drawn = np.zeros((len(begin), size + 1), np.int32)
         for row, at in zip(drawn, begin.tolist(), strict=True):
-            part = self.stream.tokens[at : at + size + 1]
+            part = self.stream.read(at, at + size + 1)
             row[: len(part)] = part
         opens = self._opens(begin)
         column = np.arange(size, dtype=np.int32)

@@ -1,0 +1,111 @@
+"""Choose the kernel that runs an operation, such as attention, from the table of kernels (`kernels.py`).
+
+The backend calls `choose` with the case while it runs or traces the operation. The first row of the table that belongs
+to the backend and has no reason against the case runs, unless a kernel was named explicitly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from portatrain.backends.kernels import OPERATIONS, Case, Kernel, Named, rows
+from portatrain.errors import UserError, choice
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Name the kernel that runs, and the reason against every other row of the backend."""
+
+    kernel: Kernel
+    case: Case
+    against: tuple[tuple[str, str], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "operation": self.kernel.operation,
+            "kernel": self.kernel.name,
+            "named": self.kernel.operation in dict(case.site.named),
+            "backend": case.site.backend,
+            "device": case.site.device,
+            "mesh": case.site.mesh,
+            "dtype": case.dtype,
+            "shape": list(case.shape),
+            "traits": sorted(case.traits),
+            "against": dict(self.against),
+        }
+
+
+def parse(texts: Iterable[str]) -> Named:
+    """Read texts such as `attention=NAME`, at most one an operation; raise UserError for any other text."""
+    found: dict[str, str] = {}
+    for text in texts:
+        operation, sign, name = text.partition("=")
+        if operation not in OPERATIONS:
+            raise choice(f"--kernel {text}", operation, OPERATIONS)
+        if not sign or not name or operation in found:
+            raise UserError(
+                f"--kernel {text}",
+                expected="each operation once, with the name of a kernel, as in attention=written-out",
+                got=repr(text),
+                do="Leave it out to take the first kernel of the table that covers the case.",
+            )
+        found[operation] = name
+    return tuple(sorted(found.items()))
+
+
+_taken: dict[tuple[str, Case], Choice] = {}
+
+
+def choose(operation: str, case: Case) -> Choice:
+    """Return the kernel that runs `operation` in this case, with the reasons against the others.
+
+    Raises UserError if a kernel was named that does not cover the case.
+    """
+    known = rows(operation, case.site.backend)
+    reasons = {k.name: k.refuses(case) for k in known}
+    first = next(k for k in known if reasons[k.name] is None)
+    name = dict(case.site.named).get(operation)
+    if name is None:
+        chosen = first
+    else:
+        chosen = rows(operation, case.site.backend, name)[0]
+        if (reason := reasons[name]) is not None:
+            raise UserError(
+                f"kernel {operation}={name}",
+                expected="a case that it covers",
+                got=f"{reason} (shape {case.shape}, {case.dtype}, {', '.join(sorted(case.traits)) or 'no mask'})",
+                do=f"Leave --kernel out: {first.name} runs then.",
+            )
+    against = {k.name: reasons[k.name] or _passed_over(chosen, named=name is not None) for k in known if k != chosen}
+    made = Choice(kernel=chosen, case=case, against=tuple(against.items()))
+    _taken[operation, case] = made
+    return made
+
+
+def _passed_over(chosen: Kernel, *, named: bool) -> str:
+    return f"{chosen.name} was named" if named else f"{chosen.name} comes first"
+
+
+def taken() -> list[dict[str, Any]]:
+    """Return the choices of this process since the last call, as JSON. The process keeps them, not a program: while a
+    compiled step is traced, no object of ours is at hand to hold them."""
+    found = [made.as_json() for made in _taken.values()]
+    _taken.clear()
+    return found
+
+
+def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
+    """Return the traits of a call of `Ops.attention` with these keywords."""
+    present = {
+        "causal": options.get("causal", True),
+        "window": options.get("window") is not None,
+        "segments": options.get("segment_ids") is not None,
+        "positions": options.get("positions") is not None,
+        "prefix": options.get("prefix") is not None,
+        "alibi": bool(options.get("alibi", False)),
+        "softcap": options.get("softcap") is not None,
+    }
+    return frozenset(name for name, there in present.items() if there)

@@ -1,0 +1,127 @@
+"""Check recipes that `launch` has not seen, and remember those in which nothing was found.
+
+A recipe of portatrain's own classes alone counts as seen, because the tests check these. Any other one is remembered in
+the user's cache by what the check depends on: its model, data, rule and mappings, its code, and the frameworks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from portatrain.errors import UserError
+from portatrain.recipe import Recipe
+from portatrain.system import environment, json_files
+from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
+
+WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
+"""Fields of a recipe that the check does not depend on, besides those below."""
+PREFIXES = ("eval_", "checkpoint_", "probe_", "max_skips")
+OURS = ("portatrain", "recipes")
+TIMEOUT_S = 600.0
+
+
+def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Run `portatrain check` in a process of its own, unless the recipe has been seen or the user says not to.
+
+    Raises:
+        UserError: something was found that would change the numbers of the run.
+    """
+    if args.no_check or not environment.CHECK.get() or only_ours(recipe):
+        return
+    memory = _folder() / f"{key_of(recipe, args.recipe)}.json"
+    if memory.is_file():
+        return
+    print(f"{recipe.name} is new here: `portatrain check` tries it at small size (--no-check skips this)", flush=True)
+    report = _checked(args)
+    if report is None:
+        return
+    found = report["found"]
+    for finding in found:
+        print(f"{finding['check']}: {finding['what']}: {finding['said']}. {finding['do']}", file=sys.stderr)
+    refusing = [finding for finding in found if finding["numbers"]]
+    if refusing:
+        raise UserError(
+            f"recipe {recipe.name}",
+            expected="a model that gives the same numbers on every framework and mesh",
+            got=f"{len(refusing)} that {'does' if len(refusing) == 1 else 'do'} not, first {refusing[0]['what']}",
+            do=f"Mend what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it as it "
+            "is.",
+        )
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        json_files.write_json(memory, report)
+    except OSError:
+        return  # the next launch checks it again
+
+
+def only_ours(recipe: Recipe) -> bool:
+    """Return whether the recipe has classes of portatrain alone, and no mappings of its own."""
+    packages = {name.partition(".")[0] for name in _modules(recipe.to_json())}
+    return packages <= set(OURS) and recipe.compute is None and recipe.params is None
+
+
+def _modules(data: Any) -> Iterator[str]:
+    """Yield the modules of the classes that a recipe's JSON names."""
+    if isinstance(data, Mapping):
+        for key, value in data.items():
+            if key in ("class", "named") and isinstance(value, str):
+                yield value.partition(":")[0]
+            else:
+                yield from _modules(value)
+    elif isinstance(data, list):
+        for item in data:
+            yield from _modules(item)
+
+
+def key_of(recipe: Recipe, source: str) -> str:
+    """Return a hash of all that the result of a check depends on."""
+    from portatrain.runs import code_snapshot
+
+    data = recipe.to_json()
+    kept = {k: v for k, v in data.items() if k not in WITHOUT_EFFECT and not k.startswith(PREFIXES)}
+    code = code_snapshot.where(Path(), source)[0].name
+    versions: dict[str, str] = {}
+    for name in code_snapshot.WATCHED:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = ""
+    text = json.dumps([kept, code, versions, sys.version_info[:2]], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Return the report of a check in a process of its own, or None if it does not end as it should."""
+    words = [sys.executable, "-m", "portatrain", "check", args.recipe, "--json"]
+    words += [word for given in args.overrides for word in ("--set", given)]
+    try:
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"warning: the check has not ended in {TIMEOUT_S:.0f} s; going on without it", file=sys.stderr)
+        return None
+    if done.returncode == INTERRUPTED:
+        raise KeyboardInterrupt
+    try:
+        found: dict[str, Any] = json.loads(done.stdout)
+        found["found"]  # raises
+    except (ValueError, KeyError):
+        found = {}
+    if done.returncode not in (OK, FOUND) or not found:
+        print(f"warning: the check ended with exit code {done.returncode}; going on without it", file=sys.stderr)
+        return None
+    return found
+
+
+def _folder() -> Path:
+    """Return $XDG_CACHE_HOME/portatrain/checked, else ~/.cache/portatrain/checked."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "portatrain" / "checked"

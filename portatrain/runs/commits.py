@@ -1,0 +1,66 @@
+"""Say which checkpoint a run must have according to its record, so that a missing one is not taken for a new run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from portatrain.checkpoint.locations import Location
+from portatrain.errors import StorageError, UserError
+from portatrain.runs.events import Kind
+from portatrain.runs.run_dir import RunDir
+
+AT_STEP = (Kind.COMMITTED, Kind.RESUMED, Kind.STOPPED, Kind.INTERRUPTED, Kind.PREEMPTED)
+"""The events that say that there was a commit of their step when they were written."""
+
+BEGUN_FROM = "begun_from"
+"""The field of run.json that an import writes, before its checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """The newest commit of which the record of a run knows. attempt: the one that wrote of it; 0: an import."""
+
+    step: int
+    attempt: int
+
+
+def newest_recorded(run: RunDir) -> Recorded | None:
+    """Return the last commit that the record of a run names; None if it names none.
+
+    The last one counts and not the largest step: a run that passed over a damaged checkpoint goes on before it.
+    """
+    found = None
+    if "run.json" in (run.entries() or ()) and isinstance(run.run_info().get(BEGUN_FROM), dict):
+        found = Recorded(step=0, attempt=0)
+    for event in run.events():
+        step = event.get("step") if event.get("event") in AT_STEP else None
+        if event.get("event") == Kind.LEFT:
+            step = event.get("committed")
+        if isinstance(step, int):
+            found = Recorded(step=step, attempt=int(event["attempt"]))
+    return found
+
+
+def check_not_missing(run: RunDir, location: Location) -> None:
+    """Raise an error if `location` lacks the newest checkpoint of which the record of `run` knows, and all after it."""
+    known = newest_recorded(run)
+    if known is None:
+        return
+    there = next((step for step in reversed(location.steps()) if location.committed(step)), None)
+    if there is not None and there >= known.step:
+        return
+    if not known.attempt:
+        raise UserError(
+            f"run directory {run.where}",
+            expected="the checkpoint of the import that the run begins from",
+            got="none: the import did not end",
+            do="Import again into another folder, or remove this one and import again.",
+        )
+    raise StorageError(
+        f"checkpoints in {location.name}",
+        expected=f"the checkpoint of step {known.step}, which attempt {known.attempt} had",
+        got="no checkpoint at all" if there is None else f"none after step {there}",
+        do="See that the storage is there (a mount, a bucket, a copy that is not complete); nothing was changed. To go "
+        f"on {'from step 1' if there is None else f'from step {there}'} all the same, give --accept-drift REASON, or "
+        "begin a new run.",
+    )

@@ -1,0 +1,170 @@
+"""Watch a forward pass for what a model must not do in it: draw random numbers of its own, or set its attributes.
+
+A generator's state tells whether numbers were drawn, also if they had no effect this time. The states are compared at
+every line of the model's own files, so that the line that drew is known.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+from portatrain.model.module import Definition, Module
+from portatrain.testing.recipe_check.blame import place_of
+
+RANDOM, GENERATOR, RANDOM_STATE = random.Random, np.random.Generator, np.random.RandomState
+_HOUSE = str(Path(__file__).parents[2])
+"""The folder of portatrain: its own files set no attributes and draw no numbers."""
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """What was seen, in order: (what drew, place) of random numbers; (class, attribute, place) of attributes set."""
+
+    drawn: list[tuple[str, str]] = field(default_factory=list)
+    assigned: list[tuple[type, str, str]] = field(default_factory=list)
+
+
+def files_of(definition: Definition, *others: object) -> set[str]:
+    """Return the files that define the classes of the model and of `others`, without those of portatrain."""
+    found = set()
+    for held in (*definition.modules.values(), *others):
+        for cls in type(held).__mro__:
+            file = getattr(sys.modules.get(cls.__module__), "__file__", None)
+            if file and not str(file).startswith(_HOUSE) and cls is not object:
+                found.add(str(file))
+    return found
+
+
+@contextmanager
+def watching(definition: Definition, *others: object) -> Iterator[Watch]:
+    """Watch this thread until the end of the block, in the files of the model's classes and those of `others`."""
+    found, files = Watch(), files_of(definition, *others)
+    with _setting(found), _making(found, files), _drawing(found, files):
+        yield found
+
+
+@contextmanager
+def _setting(found: Watch) -> Iterator[None]:
+    def assigned(self: Module, name: str, value: Any = None) -> None:
+        found.assigned.append((type(self), name, place_of(sys._getframe(1))))
+        object.__setattr__(self, name, value)
+
+    Module.__setattr__ = assigned  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del Module.__setattr__
+
+
+@contextmanager
+def _making(found: Watch, files: set[str]) -> Iterator[None]:
+    """Record generators that are made, since their states are seen nowhere once they are gone."""
+    makers: tuple[Any, ...] = (np.random.default_rng, GENERATOR, RANDOM_STATE)
+    held: list[tuple[Any, str, Any]] = [(np.random, make.__name__, make) for make in makers]
+    held.append((random, "Random", RANDOM))
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) in files:
+            held += [(module, key, v) for key, v in vars(module).items() if any(v is m for m in (*makers, RANDOM))]
+
+    def note(make: Any) -> None:
+        frame = sys._getframe(2)
+        if not frame.f_code.co_filename.startswith(_HOUSE):
+            found.drawn.append((f"{make.__module__}.{make.__name__}", place_of(frame)))
+
+    def noting(make: Any) -> Any:
+        def made(*args: Any, **options: Any) -> Any:
+            note(make)
+            return make(*args, **options)
+
+        def init(self: Any, *args: Any, **options: Any) -> None:
+            note(make)
+            make.__init__(self, *args, **options)
+
+        return _Same(make.__name__, (make,), {"__init__": init}) if isinstance(make, type) else made
+
+    for owner, name, make in held:
+        setattr(owner, name, noting(make))
+    try:
+        yield
+    finally:
+        for owner, name, make in held:
+            setattr(owner, name, make)
+
+
+class _Same(type):
+    """The type of a class that stands for its base for a while."""
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        return isinstance(instance, cls.__mro__[1])
+
+
+@contextmanager
+def _drawing(found: Watch, files: set[str]) -> Iterator[None]:
+    generators = _generators()
+    states = [read() for _, read in generators]
+
+    def compare(place: str) -> None:
+        for i, (name, read) in enumerate(generators):
+            if (now := read()) != states[i]:
+                states[i] = now
+                found.drawn.append((name, place))
+
+    def lines(frame: FrameType, event: str, _: Any) -> Any:
+        if event in ("line", "return", "exception"):
+            compare(last.get(id(frame), place_of(frame)))
+            last[id(frame)] = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+        return lines
+
+    def calls(frame: FrameType, event: str, _: Any) -> Any:
+        last.pop(id(frame), None)
+        return lines if frame.f_code.co_filename in files else None
+
+    last: dict[int, str] = {}
+    before = sys.gettrace()
+    if before is None:  # a debugger or a coverage tool goes first; then the place is not known
+        sys.settrace(calls)
+    try:
+        yield
+    finally:
+        if before is None:
+            sys.settrace(None)
+        compare("the model's forward pass")
+
+
+def _generators() -> list[tuple[str, Callable[[], Any]]]:
+    """Return every generator of random numbers that is known, with a function that reads its state."""
+    found: list[tuple[str, Callable[[], Any]]] = [("random", random.getstate), ("numpy.random", _numpy_state)]
+    hidden = {id(random._inst), id(np.random.mtrand._rand)}
+    for held in gc.get_objects():
+        kind = type(held)
+        if id(held) in hidden:
+            continue
+        if issubclass(kind, RANDOM) and not issubclass(kind, random.SystemRandom):
+            found.append((f"{kind.__module__}.{kind.__name__}", held.getstate))
+        elif kind in (GENERATOR, RANDOM_STATE):
+            found.append((f"numpy.random.{kind.__name__}", partial(_state_of, held)))
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and hasattr(torch, "get_rng_state"):
+        found.append(("torch", lambda: torch.get_rng_state().numpy().tobytes()))
+    return found
+
+
+def _numpy_state() -> Any:
+    _, keys, *rest = np.random.get_state(legacy=True)
+    return keys.tobytes(), *rest  # type: ignore[union-attr]
+
+
+def _state_of(held: Any) -> str:
+    bits = held.bit_generator if isinstance(held, GENERATOR) else held._bit_generator
+    return repr(bits.state)

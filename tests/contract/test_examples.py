@@ -1,0 +1,52 @@
+"""The models of examples/: one curve on jax, torch and a mesh, and over moves; losses fall."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from portatrain.backends.base import missing
+from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.runs.run_dir import RunDir
+from portatrain.testing.guard import check_rows_independent
+from portatrain.testing.parity import batches
+from portatrain.training.trainer import make_program, train
+from tests.support.short_runs import losses
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+MODELS = ("conv_net", "diffusion", "two_towers", "recurrent", "encoder_decoder")
+SMALL = ("steps=9", "schedule.warmup=2", "batch=16", "accumulation=2", "eval_every=none", "eval_final_batches=2")
+BOUND = 1e-6
+
+pytestmark = pytest.mark.skipif(bool(missing("jax") or missing("torch")), reason="jax and torch are not both installed")
+
+
+def recipe(name: str) -> Recipe:
+    return apply_overrides(load_recipe(str(EXAMPLES / f"{name}.py")), list(SMALL))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_see_each_other_only_where_they_may(name: str) -> None:
+    small = recipe(name)
+    batch = {key: array[0] for key, array in batches(small, 1)[0].items()}
+    check_rows_independent(make_program(small).definition, batch)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", MODELS)
+def test_one_curve_everywhere(name: str, tmp_path: Path) -> None:
+    small = recipe(name)
+    whole = RunDir(tmp_path / "jax")
+    assert train(small, whole, backend="jax") == 0
+    torch, moved = RunDir(tmp_path / "torch"), RunDir(tmp_path / "moved")
+    assert train(small, torch, backend="torch") == 0
+    assert train(small, moved, backend="jax", stop_at=3) == 85
+    assert train(small, moved, backend="torch", stop_at=6) == 85
+    assert train(small, moved, backend="jax") == 0
+    assert [seam["verdict"] for seam in moved.events("resumed")] == ["continuous"] * 2
+    runs = {"torch": torch, "moved": moved}
+    true = losses(whole)
+    for what, run in runs.items():
+        assert max(abs(a - b) / a for a, b in zip(true, losses(run), strict=True)) <= BOUND, what

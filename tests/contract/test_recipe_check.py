@@ -1,0 +1,195 @@
+"""`portatrain check` finds every planted fault, names what is at fault, and finds nothing in what is sound."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portatrain.backends.base import backend_class
+from portatrain.recipe import load_recipe, shipped_recipes
+from portatrain.testing.recipe_check import oracle, small
+from portatrain.testing.recipe_check.report import Finding
+from portatrain.testing.recipe_check.run import MESHES, check_recipe
+from portatrain.testing.recipe_check.small import candidates
+from tests.support import planted
+from tests.support.running import BACKENDS
+
+# fault -> (check, part of what is named, part of the sentence)
+IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
+    "an einsum of two samples": ("samples alone", "op ops.einsum('be,ce->bc')", "planted.py, line"),
+    "an einsum over samples": ("samples alone", "op ops.einsum('bm->m')", "depends on the others"),
+    "the samples in another order": ("forward pass", "ops.roll, axis=0", "over="),
+    "the first sample": ("samples alone", "op ops.relu", "depends on the others"),
+    "a sort over samples": ("forward pass", "ops.cumsum", "over="),
+    "std": ("forward pass", "x.std", "ops.std"),
+    "std of features": ("forward pass", "x.std", "ops.std"),
+    "max": ("forward pass", "x.max", "ops.max"),
+    "a sum over samples": ("forward pass", "x.sum(0)", "ops.sum"),
+    "a mean over all": ("forward pass", "x.mean()", "ops.mean"),
+    "a Python random number": ("forward pass", "random", "planted.py, line"),
+    "a Python random number of its own": ("forward pass", "random.Random", "planted.py, line"),
+    "a NumPy random number": ("forward pass", "numpy.random", "planted.py, line"),
+    "a NumPy generator made in the pass": ("forward pass", "default_rng", "ops.dropout"),
+    "a random number in one call of a hundred": ("forward pass", "random", "planted.py, line"),
+    "bytes of the system": ("the same twice", "op ops.", "in call"),
+    "the time": ("the same twice", "op ops.", "planted.py, line"),
+    "a random number when built": ("the same twice", "construction", "built anew"),
+    "a dropout of its own": ("forward pass", "numpy.random.Generator", "in training"),
+    "a dropout by a mask of NumPy": ("forward pass", "numpy.random", "ops.dropout"),
+    "a State set as an attribute": ("forward pass", "State Counting.seen", "ops.tally"),
+    "a State updated in the forward pass": ("forward pass", "ops.update(Updating", "ops.tally"),
+    "a State set as an attribute after a step": ("forward pass", "State AfterStep.seen", "ops.update"),
+    "an axis of a value": ("forward pass", "axis 'mpl'", "planted.py, line"),
+    "two samples in one row": ("samples alone", "the number of samples", "write -1"),
+    "two samples that see each other": ("samples alone", "op ops.softmax", "depends on the others"),
+    "a counter": ("forward pass", "attribute Calls.calls", "planted.py, line"),
+    "a counter in an object": ("the same twice", "op ops.", "planted.py, line"),
+    "a parameter that is not used": ("parameters reached", "parameter spare", "frozen=('spare',)"),
+    "a parameter times zero": ("parameters reached", "parameter spare", "frozen=('spare',)"),
+    "a parameter of a Stack that is not used": ("parameters reached", "parameter layers_1/spare", ""),
+    "the number of samples": ("samples alone", "op ops.", "depends on the others"),
+    "a misspelt axis": ("axes", "axis 'mpl'", "Did you mean mlp"),
+    "a division by zero": ("forward pass", "the loss", "finite"),
+    "an error": ("forward pass", "the model in training", "planted.py, line"),
+}
+ON_A_BACKEND: dict[str, tuple[str, str, str]] = {
+    "a mean that is tallied": ("{0}, accumulation 2", "State level", "ops.tally"),
+    "a mean over the microbatch": ("{0}, accumulation 2", "loss of the first step", "look at ops.mean in"),
+    "a root of zero": ("{0}, one device", "the gradient of bias, into", "expected finite numbers"),
+    "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient is zero"),
+}
+ON_A_MESH = ("the rank of a process",)
+SOUND = ("nothing", "factors that start at zero", "a comparison of samples", "a comparison in groups")
+
+
+def found(kind: str, *backends: str, **fields: Any) -> list[Any]:
+    return list(check_recipe(planted.recipe(kind, **fields), backends=backends).findings)
+
+
+def assert_named(findings: list[Any], wanted: tuple[str, str, str], *names: str) -> None:
+    check, what, said = wanted
+    named = [f for f in findings if f.check == check.format(*names)]
+    assert any(what in str(f) and said in str(f) for f in named), "\n".join(map(repr, findings)) or "nothing found"
+
+
+@pytest.mark.parametrize("kind", IN_THE_ORACLE)
+def test_a_planted_fault_is_found_without_a_framework(kind: str) -> None:
+    assert_named(found(kind), IN_THE_ORACLE[kind])
+
+
+@pytest.mark.parametrize("kind", SOUND)
+def test_nothing_is_found_in_sound_models(kind: str) -> None:
+    assert found(kind, *BACKENDS[-1:]) == []
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
+@pytest.mark.parametrize("kind", ON_A_BACKEND)
+def test_a_planted_fault_is_found_on_a_backend(kind: str) -> None:
+    assert_named(found(kind, "torch"), ON_A_BACKEND[kind], "torch")
+
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = [str(p) for p in sorted((ROOT / "examples").glob("*.py")) if "def recipe(" in p.read_text()]
+ALL = [*shipped_recipes(), *EXAMPLES]
+
+
+def distinct() -> list[str]:
+    """Recipes that differ once they are small; the larger ones of a family are the same model then."""
+    made = {}
+    for name in ALL:
+        small = next(candidates(load_recipe(name)))[0].to_json()
+        made.setdefault(json.dumps([small["model"], small["data"]], sort_keys=True), name)
+    return list(made.values())
+
+
+@pytest.mark.parametrize("name", distinct())
+def test_nothing_is_found_in_shipped_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(oracle, "REPEATS_S", 0.1)
+    report = check_recipe(load_recipe(name), backends=())
+    assert report.findings == [] and all(row.status == "ok" for row in report.rows)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
+@pytest.mark.parametrize("name", ALL)
+def test_the_whole_check_finds_nothing_in_shipped_recipes(name: str, tmp_path: Path) -> None:
+    """With the meshes of jax's simulated devices and of torch's processes: a row for each, none left out."""
+    found = checked(name, tmp_path)
+    assert found["found"] == []
+    assert [row["name"] for row in found["checks"] if row["status"] != "ok"] == []
+    assert {f"{b} on {mesh}" for b in BACKENDS for mesh in MESHES} <= {row["name"] for row in found["checks"]}
+
+
+FAULTS_IN_A_FILE = {
+    "relu as it was on jax": (
+        "import jax.numpy as jnp\n"
+        "from portatrain.backends.jax.ops import JaxOps\n"
+        "JaxOps.relu = lambda self, x: jnp.maximum(x, jnp.zeros_like(x))\n",
+        "nothing",
+        ("operations at special points, jax", "op relu", "on jax"),
+    ),
+    "a rule that draws": ("", "nothing", ("optimizer rule", "rule OwnRandomRule", "drawn in")),
+    "the rank of a process": ("", "the rank of a process", ("torch on fsdp=2", "the loss of the first step", "fsdp=2")),
+}
+
+
+@pytest.mark.full
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
+@pytest.mark.parametrize("fault", FAULTS_IN_A_FILE)
+def test_the_whole_check_finds_a_fault_in_a_file(fault: str, tmp_path: Path) -> None:
+    before, kind, wanted = FAULTS_IN_A_FILE[fault]
+    rule = "optimizer=planted.OwnRandomRule(lr=0.1)" if "rule" in fault else ""
+    text = (
+        f"{before}from tests.support import planted\n\n\ndef recipe():\n    return planted.recipe({kind!r}, {rule})\n"
+    )
+    (tmp_path / "own.py").write_text(text)
+    found = checked("own.py", tmp_path, code=1)
+    assert_named([Finding(**finding) for finding in found["found"]], wanted)
+
+
+def checked(recipe: str, folder: Path, *, code: int = 0) -> Any:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    words = [sys.executable, "-m", "portatrain", "check", recipe, "--json"]
+    done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == code, done.stdout + done.stderr
+    return json.loads(done.stdout)
+
+
+RULES = {
+    "draws": (planted.OwnRandomRule(lr=0.1), "planted.py, line"),
+    "divides by zero": (planted.DividingRule(lr=0.1), "finite update of"),
+    "has another shape": (planted.SummedRule(lr=0.1), "of shape (6, 8)"),
+}
+
+
+@pytest.mark.parametrize("fault", RULES)
+def test_a_rule_that_is_wrong_is_found(fault: str) -> None:
+    rule, said = RULES[fault]
+    assert_named(found("nothing", optimizer=rule), ("optimizer rule", f"rule {type(rule).__name__}", said))
+
+
+def test_a_model_that_is_too_large_is_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(small, "LARGEST", 100.0)
+    report = check_recipe(planted.recipe(), backends=())
+    assert [row.name for row in report.rows] == ["axes", "forward pass"] and not report.refusing
+    assert "a method small()" in str(report.findings[0])
+
+
+def test_every_planted_model_is_tried() -> None:
+    assert planted.MODELS.keys() == {*IN_THE_ORACLE, *ON_A_BACKEND, *SOUND, *ON_A_MESH}
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
+def test_another_derivative_at_a_kink_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """relu as it was on jax: the derivative at 0 is 1/2."""
+    import torch
+
+    cls: Any = backend_class("torch")
+    monkeypatch.setattr(cls.ops, "relu", lambda self, x: torch.maximum(x, torch.zeros_like(x)))
+    assert_named(found("nothing", "torch"), ("operations at special points, torch", "op relu", "relu at points"))

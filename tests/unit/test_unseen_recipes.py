@@ -1,0 +1,112 @@
+"""`launch` checks a recipe that it has not seen, refuses it if its numbers would differ, and remembers it otherwise."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from portatrain.cli import launch_main, main
+from portatrain.commands import unseen
+from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.testing.recipe_check import run as check
+from tests.support import planted
+
+ROOT = Path(__file__).parents[2]
+
+RECIPE = """
+from tests.support.planted import recipe as planted
+
+
+def recipe():
+    return planted({kind!r})
+"""
+
+
+@pytest.fixture
+def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands that `launch` runs as checks. They run in this process and in the oracle alone; nothing trains."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PORTATRAIN_CHECK", "1")
+    monkeypatch.setattr("portatrain.commands.foreground.run", lambda job: 0)
+    whole = check.check_recipe
+    monkeypatch.setattr(check, "check_recipe", lambda recipe, **_: whole(recipe, backends=()))
+    monkeypatch.setattr(check, "on_cpu", lambda: None)
+    made: list[list[str]] = []
+
+    def noted(words: list[str], **_: Any) -> Any:
+        made.append(words)
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            code = main(words[3:])
+        return subprocess.CompletedProcess(words, code, stdout=out.getvalue())
+
+    monkeypatch.setattr(unseen.subprocess, "run", noted)
+    return made
+
+
+def launch(kind: str, *more: str) -> int:
+    Path("own.py").write_text(RECIPE.format(kind=kind))
+    return launch_main(["--cluster", "local", "own.py", *more])
+
+
+def test_a_fault_is_refused_and_not_remembered(asked: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert launch("an einsum of two samples") == 2
+        said = capsys.readouterr().err
+        assert "op ops.einsum('be,ce->bc')" in said and "--no-check" in said
+    assert len(asked) == 2
+    assert launch("an einsum of two samples", "--no-check") == 0
+    assert len(asked) == 2
+
+
+def test_a_sound_recipe_is_checked_once(asked: list[list[str]]) -> None:
+    assert launch("nothing", "--set", "steps=3") == 0
+    (words,) = asked
+    assert words[1:5] == ["-m", "portatrain", "check", "own.py"] and words[-2:] == ["--set", "steps=3"]
+    assert launch("nothing", "--set", "steps=5", "--set", "seed=2", "--run", "b") == 0
+    assert len(asked) == 1
+    assert launch("nothing", "--set", "optimizer=Lion", "--run", "c") == 0
+    assert len(asked) == 2
+
+
+def test_an_axis_is_a_warning(asked: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch("a misspelt axis") == 0
+    assert "axis 'mpl'" in capsys.readouterr().err
+    assert len(asked) == 1
+
+
+def test_shipped_recipes_have_been_seen(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    for more in ((), ("--set", "optimizer=Muon"), ("--run", "named", "--set", "model.layers=8")):
+        assert launch_main(["--cluster", "local", "tiny-lm", *more]) == 0
+    assert asked == []
+    monkeypatch.setenv("PORTATRAIN_CHECK", "0")
+    assert launch("an einsum of two samples", "--run", "off") == 0
+    assert asked == []
+
+
+def test_what_a_check_depends_on(tmp_path: Path) -> None:
+    file = tmp_path / "own.py"
+    file.write_text(RECIPE.format(kind="nothing"))
+    recipe = planted.recipe()
+    key = unseen.key_of(recipe, str(file))
+    assert unseen.key_of(apply_overrides(recipe, ["steps=9", "eval_every=2"]), str(file)) == key
+    assert unseen.key_of(planted.recipe("max"), str(file)) != key
+    file.write_text(RECIPE.format(kind="nothing") + "# changed\n")
+    assert unseen.key_of(recipe, str(file)) != key
+    assert unseen.only_ours(load_recipe("tiny-lm")) and not unseen.only_ours(recipe)
+
+
+def test_a_check_that_fails_stops_no_launch(
+    asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended = subprocess.CompletedProcess([], 3, stdout=json.dumps({"found": []}))
+    monkeypatch.setattr(unseen.subprocess, "run", lambda words, **_: ended)
+    assert launch("nothing") == 0
+    assert "exit code 3" in capsys.readouterr().err
