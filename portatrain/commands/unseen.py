@@ -21,6 +21,7 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
+from portatrain.system.paths import expand
 
 WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
 """Fields of a recipe that the check does not depend on, besides those below."""
@@ -112,7 +113,7 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     try:
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = json_files.loads(done.stdout)
         found["found"]  # raises
     except (ValueError, KeyError):
         found = {}
@@ -124,5 +125,5 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _folder() -> Path:
     """Return $XDG_CACHE_HOME/portatrain/checked, else ~/.cache/portatrain/checked."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "portatrain" / "checked"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expand(base) / "portatrain" / "checked"
