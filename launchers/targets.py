@@ -171,10 +171,8 @@ def _fit(target: Target, recipe: Recipe) -> Target:
 
     if target.mesh is None:
         target = replace(target, mesh=_planned_mesh(cluster, recipe, target.devices))
-    make_program(recipe, mesh=target.mesh or "")  # what does not divide, before anything is submitted
-    from portatrain.model.layout import Mesh
-
-    there = Mesh.parse(target.mesh or "").devices
+    # It refuses what does not divide, before anything is submitted.
+    there = make_program(recipe, mesh=target.mesh or "").layout.mesh.devices
     if there != target.devices:
         raise UserError(
             f"cluster {cluster.name}: mesh {target.mesh}",
@@ -262,15 +260,16 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
 
 def _local_plan(recipe: Recipe, job: Job) -> str:
     """Return the plan of a local job in one line. It loads no framework, so accelerators are unknown."""
-    from portatrain.model.layout import Mesh
+    from portatrain.backends.program import make_program
     from portatrain.plan.recorded import of_run
     from portatrain.system.text import duration
 
-    mesh = Mesh.parse(job.mesh if job.mesh is not None else f"fsdp={job.devices or 1}")
     try:
+        given = job.mesh if job.mesh is not None else f"fsdp={job.devices or 1}"
+        mesh = make_program(recipe, mesh=given).layout.mesh
         made = of_run(recipe, mesh, "cpu")
     except UserError as error:
-        made = {"planned": False, "why": str(error)}
+        return f"not planned: {error}"
     if not made["planned"]:
         return f"not planned: {made['why']}"
     step_s, memory = float(made["plan"]["step_s"]), float(made["plan"]["memory_total_bytes"])

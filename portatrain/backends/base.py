@@ -1,12 +1,11 @@
 """Define the `Backend` protocol, through which the trainer, the checkpoint and the tests use a framework.
 
-Backends are found by the entry-point group `portatrain.backends`. `backend_class` returns the class of a backend by
-name.
+`BACKENDS` finds backends, those of other packages by the entry points `portatrain.backends`. `backend_class` returns
+the class of a backend by name.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -21,6 +20,7 @@ from portatrain.errors import UserError, choice
 from portatrain.errors.users_code import line_of_method
 from portatrain.model.ops import Loss
 from portatrain.system import processes
+from portatrain.system.plugins import Registry, lacks
 
 Arrays = dict[str, np.ndarray]
 
@@ -188,9 +188,6 @@ class Backend(Protocol):
         ...
 
 
-GROUP = "portatrain.backends"
-"""The entry-point group in which other packages register their backends."""
-
 _ZERO = "portatrain.backends.deepspeed:Zero"
 _OURS = {
     "jax": ("portatrain.backends.jax:JaxBackend", "jax", ("jax", "flax", "optax")),
@@ -198,12 +195,12 @@ _OURS = {
     **{f"deepspeed-{n}": (f"{_ZERO}{n}", "deepspeed", ("torch", "deepspeed")) for n in (1, 2, 3)},
     "torch-xla": ("portatrain.backends.torch_xla:XlaBackend", "torch-xla", ("torch", "torch_xla")),
 }
-"""The built-in backends: their entry point, the extra that installs their packages, and those packages."""
+"""The built-in backends: their object, the extra that installs their packages, and those packages."""
 
-
-def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
-    ours = {n: importlib.metadata.EntryPoint(n, where, GROUP) for n, (where, *_) in _OURS.items()}
-    return {e.name: e for e in importlib.metadata.entry_points(group=GROUP)} | ours
+BACKENDS = Registry(
+    kind="backend", group="portatrain.backends", ours={name: where for name, (where, *_) in _OURS.items()}
+)
+"""Every backend by name."""
 
 
 def missing(name: str) -> tuple[str, ...]:
@@ -215,8 +212,7 @@ def missing(name: str) -> tuple[str, ...]:
 def check_backend(name: str) -> str:
     """Return `name` if the backend exists and its frameworks are installed; else raise UserError. Imports no
     framework."""
-    known = _entry_points()
-    if name not in known:
+    if name not in (known := BACKENDS.names()):
         raise choice("backend", name, known)
     if gone := missing(name):
         raise UserError(
@@ -231,7 +227,7 @@ def check_backend(name: str) -> str:
 def default_backend() -> str:
     """Return 'jax' if it is installed, else 'torch'; raise UserError, with the install command, if neither is."""
     for name in ("jax", "torch"):
-        if name in _entry_points() and not missing(name):
+        if name in BACKENDS.names() and not missing(name):
             return name
     raise UserError(
         "backend",
@@ -245,22 +241,20 @@ def backend_class(name: str) -> type[Backend]:
     """Return the class of backend `name` and import its framework. Raises UserError if the import fails or if the
     class is no backend."""
     check_backend(name)
-    point = _entry_points()[name]
     try:
-        found = point.load()
-    except (ImportError, AttributeError) as error:
+        found = BACKENDS.load(name)
+    except (ImportError, AttributeError) as error:  # of a framework whose installation is broken
         raise UserError(
             f"backend {name}",
-            expected=f"{point.value} to be importable",
+            expected=f"{_OURS[name][0]} to be importable",
             got=f"{type(error).__name__}: {error}",
-            do="Fix or remove the package that registers it under portatrain.backends.",
+            do=f"Install its packages anew: pip install --force-reinstall 'portatrain[{_OURS[name][1]}]'",
         ) from error
-    lacks = [verb for verb in vars(Backend) if not verb.startswith("_") and not hasattr(found, verb)]
-    if lacks:
+    if absent := lacks(found, Backend):
         raise UserError(
             f"backend {name}",
             expected="a class with the verbs of portatrain.backends.base.Backend",
-            got=f"a class without {', '.join(lacks)}",
+            got=f"a class without {', '.join(absent)}",
             do="Add them; `python -m portatrain.testing` tests them.",
         )
     return found
@@ -274,7 +268,7 @@ def process_per_device(name: str | None) -> bool:
 
     A backend of another package declares this by the class attribute `process_per_device`.
     """
-    if name is None or name in _OURS or name not in _entry_points():
+    if name is None or name in _OURS or name not in BACKENDS.names():
         return name in _PROCESS_PER_DEVICE
     return bool(getattr(backend_class(name), "process_per_device", False))
 

@@ -58,6 +58,19 @@ def location_of(where: Path | str) -> Location:
     return FolderLocation(Path(where))
 
 
+def refuse_link(path: Path) -> None:
+    """Raise FormatError if `path`, the folder or a file of a checkpoint, is a symbolic link; SPEC allows none."""
+    if path.is_symlink():
+        from checkpoints_format import FormatError
+
+        raise FormatError(
+            f"checkpoint {path}",
+            expected="a folder or file of its own",
+            got="a symbolic link, which is not followed",
+            do="Copy what it leads to, or give the path of that checkpoint itself.",
+        )
+
+
 BOUND = "RUN.json"
 """The object that binds a URL to the run whose checkpoints it holds."""
 
@@ -75,7 +88,7 @@ def bound_to(url: str, *, fresh: bool) -> dict[str, Any] | None:
     if found is None:
         return {} if fresh and steps_of(objects.top()[1]) else None
     try:
-        owner = json.loads(found[0])
+        owner = json_files.loads(found[0])
     except ValueError:
         owner = None
     return owner if isinstance(owner, dict) else {}
@@ -113,17 +126,27 @@ class FolderLocation:
     def open(self, step: int, *, create: bool = False) -> LocalStore:
         from checkpoints_format import LocalStore  # with NumPy: not needed to read a command line
 
-        return LocalStore(self.path / step_name(step), create=create)
+        folder = self.path / step_name(step)
+        if create and folder.is_symlink():
+            folder.unlink()  # a save writes into a folder of its own, and leaves alone what the link leads to
+        refuse_link(folder)
+        return LocalStore(folder, create=create)
 
     def committed(self, step: int) -> bool:
-        return (self.path / step_name(step) / COMMIT).exists()
+        folder = self.path / step_name(step)
+        return (folder / COMMIT).exists() and not (folder.is_symlink() or (folder / COMMIT).is_symlink())
 
     def sizes(self, step: int) -> dict[str, int]:
         folder = self.path / step_name(step)
-        return {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file()} if folder.is_dir() else {}
+        if folder.is_symlink() or not folder.is_dir():
+            return {}
+        return {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file() and not p.is_symlink()}
 
     def commit(self, step: int) -> bytes:
-        return (self.path / step_name(step) / COMMIT).read_bytes()
+        folder = self.path / step_name(step)
+        for path in (folder, folder / COMMIT):
+            refuse_link(path)
+        return (folder / COMMIT).read_bytes()
 
     def remove(self, step: int) -> None:
         folder = self.path / step_name(step)

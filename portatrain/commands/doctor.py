@@ -19,6 +19,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import existing_ancestor
+from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 Finding = tuple[str, str, str]
@@ -27,7 +28,11 @@ Finding = tuple[str, str, str]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER", help="local, or a cluster of clusters.toml")
     parser.add_argument(
-        "--runs", metavar="DIR", default="runs", help="the folder or URL for run directories (default: runs)"
+        "--runs",
+        metavar="DIR",
+        type=place,
+        default="runs",
+        help="the folder or URL for run directories (default: runs)",
     )
 
 

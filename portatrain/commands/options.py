@@ -8,6 +8,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError, choice
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 
@@ -39,15 +40,16 @@ def folder(text: str) -> Path:
             got="a URL of an object store",
             do="This command works on local files; `portatrain train --run-dir` and `launch --runs` take URLs.",
         )
-    return Path(text)
+    return Path(place(text))
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
     """Add RUN and --runs."""
-    parser.add_argument("run", metavar="RUN", help="the name of a run, or its run directory")
+    parser.add_argument("run", metavar="RUN", type=place, help="the name of a run, or its run directory")
     parser.add_argument(
         "--runs",
         metavar="DIR",
+        type=place,
         default="runs",
         help="the folder or object-store URL with run directories (default: runs)",
     )

@@ -20,6 +20,7 @@ from portatrain.runs import jobs
 from portatrain.runs.history import read_history
 from portatrain.runs.open import find, names, open_run
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.paths import place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         metavar="DIR",
+        type=place,
         default="runs",
         help="the folder or object-store URL with run directories (default: runs)",
     )

@@ -15,11 +15,12 @@ import argparse
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", metavar="DIR", help="the run directory, or its URL in an object store")
+    parser.add_argument("run_dir", metavar="DIR", type=place, help="the run directory, or its URL in an object store")
     parser.add_argument(
         "--out", metavar="FILE", type=Path, help="the file to write (default: DIR/report.html, or ./NAME.html)"
     )

@@ -3,7 +3,7 @@
 --cluster takes a list of acceptable clusters, best first. The command plans each of them, and refuses those that the
 recipe cannot run on, with the reason. It submits a job to every other one. The first job to start claims the run; if it
 is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of
-your clusters.toml, which also names the launcher (`engine`). The run directory runs/NAME records everything.
+your clusters.toml, which also names the `engine` that starts jobs. The run directory runs/NAME records everything.
 
 A recipe with a model, data source or rule of your own is first checked at small size (`portatrain check`), once.
 
@@ -26,6 +26,7 @@ from launchers import targets
 from portatrain.commands import options
 from portatrain.commands.unseen import check_unseen
 from portatrain.errors import UserError
+from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         metavar="DIR",
+        type=place,
         default="runs",
         help="the folder or object-store URL for run directories (default: runs)",
     )

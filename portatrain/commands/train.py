@@ -19,6 +19,7 @@ from typing import Any
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
 from portatrain.system import environment
+from portatrain.system.paths import place
 from portatrain.system.urls import SCHEMES
 
 
@@ -27,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
+        type=place,
         required=True,
         help="the run directory, created if missing; or an object-store URL (s3://bucket/runs/NAME, gs://, az://)",
     )

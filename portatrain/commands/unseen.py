@@ -21,6 +21,7 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
+from portatrain.system.paths import expand
 
 WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
 """Fields of a recipe that the check does not depend on, besides those below."""
@@ -103,15 +104,16 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the report of a check in a process of its own, or None if it does not end as it should."""
     words = [sys.executable, "-m", "portatrain", "check", args.recipe, "--json"]
     words += [word for given in args.overrides for word in ("--set", given)]
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}  # as in jobs: no module of the working directory comes before others
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False, env=env)
     except subprocess.TimeoutExpired:
         print(f"warning: the check has not ended in {TIMEOUT_S:.0f} s; going on without it", file=sys.stderr)
         return None
     if done.returncode == INTERRUPTED:
         raise KeyboardInterrupt
     try:
-        found: dict[str, Any] = json.loads(done.stdout)
+        found: dict[str, Any] = json_files.loads(done.stdout)
         found["found"]  # raises
     except (ValueError, KeyError):
         found = {}
@@ -123,5 +125,5 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _folder() -> Path:
     """Return $XDG_CACHE_HOME/portatrain/checked, else ~/.cache/portatrain/checked."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "portatrain" / "checked"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expand(base) / "portatrain" / "checked"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from portatrain.errors import UserError
+from portatrain.system.paths import expand
 
 
 class Encoding(Protocol):
@@ -49,7 +49,7 @@ class Tokenized:
             raise UserError(
                 "tokenizer", expected="the package tokenizers", got="none", do="Run: pip install 'portatrain[data]'"
             ) from error
-        file = Path(path).expanduser()
+        file = expand(path)
         if file.is_dir():
             file = file / "tokenizer.json"
         try:

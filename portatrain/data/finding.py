@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.system.paths import expand
 
 Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
 Key = tuple[int, int]  # device and inode of a folder
@@ -52,7 +53,7 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
     passed = PassedOver() if passed is None else passed
     found: dict[Path, tuple[bool, str]] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
-        path = Path(given).expanduser()
+        path = expand(given)
         patterns: tuple[str, ...]
         if path.is_dir():
             root, patterns = path, FILES

@@ -23,6 +23,7 @@ from portatrain.data.split import Batch, Split
 from portatrain.data.text_batches import Windows
 from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError
+from portatrain.system.paths import expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,7 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     Raises:
         UserError: the source is missing, malformed, or too small; the packed corpus is damaged or has other data.
     """
-    pack_dir = None if pack_dir is None else Path(os.path.abspath(Path(pack_dir).expanduser()))
+    pack_dir = None if pack_dir is None else Path(os.path.abspath(expand(pack_dir)))
     _check(spec)
     if isinstance(spec, Digits):
         splits = open_digits(spec, seed, pack_dir)

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.errors import StorageError, UserError, storage_error
+from portatrain.system import json_files
 
 FORMAT = "portatrain-pack-1"
 VERIFY_BYTES = 64 << 20  # up to this size, every byte is verified at each opening
@@ -319,7 +320,7 @@ def _read_sums(pack_dir: Path, name: str, array: np.ndarray, about: Meta) -> np.
 def _meta(pack_dir: Path) -> Meta:
     path = pack_dir / "pack.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json_files.loads(path.read_bytes())
     except FileNotFoundError as error:
         raise UserError(
             f"pack {pack_dir}",

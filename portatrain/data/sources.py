@@ -6,7 +6,6 @@ depend on the location of the source, so a corpus can be moved.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 import sys
@@ -24,6 +23,7 @@ from portatrain.data.finding import Files, PassedOver, find, unreadable
 from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError, choice
 from portatrain.model import rng
+from portatrain.system import json_files
 
 
 class Documents(ABC):
@@ -200,7 +200,7 @@ class _JsonlDocuments(Documents):
             raise unreadable(path, error) from error
         where = f"{path}, line {line}"
         try:
-            value = json.loads(raw)
+            value = json_files.loads(raw)
         except ValueError as error:
             raise UserError(
                 where, expected="one JSON object", got=str(error), do="Correct or delete the line."

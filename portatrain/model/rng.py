@@ -66,7 +66,7 @@ _MAX_INDEX = 1 << 62
 
 def key_of(domain: str, seed: int, name: str) -> np.ndarray:
     """Return the Philox key, (2,) uint64, of (seed, name) in ``domain``, encoded as the top of this file says."""
-    text = b"\0".join((domain.encode(), str(operator.index(seed)).encode(), name.encode()))
+    text = b"\0".join((domain.encode(), str(operator.index(seed)).encode(), name.encode(errors="surrogateescape")))
     return np.frombuffer(hashlib.sha256(text).digest()[:16], "<u8").astype(np.uint64)
 
 

@@ -10,6 +10,7 @@ happen inside `Claim.guard()`, under the same file lock as a change of owner.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from portatrain.errors import UserError
-from portatrain.system import environment
+from portatrain.system import environment, json_files
 
 BEAT_S = 5.0
 LEASE_S = 60.0
@@ -184,7 +185,7 @@ class Claim:
         except FileNotFoundError:
             return None
         try:
-            if owner_of(json.loads(os.read(handle, 1 << 16))).token == self.owner.token:
+            if owner_of(json_files.loads(os.read(handle, 1 << 16))).token == self.owner.token:
                 return handle
         except (ValueError, TypeError, KeyError):
             pass
@@ -221,6 +222,8 @@ class Claim:
             except FileExistsError:
                 other = holder(path)
                 raise in_use(path.parent, other) from None
+            except OSError as error:
+                raise _cannot(path.parent, "link a file", error) from error
             finally:
                 Path(temporary).unlink()
             return Claim(path, me, taken_over=dead)
@@ -297,6 +300,10 @@ def silent_s(path: Path) -> float:
         return time.time() - then_s
 
 
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EPERM)
+"""What a system call says that a file system does not have."""
+
+
 def is_over(path: Path, owner: Owner) -> bool:
     """Return True if the claim at ``path`` may be taken over from ``owner``."""
     return owner.is_gone or (not owner.is_here and silent_s(path) > LEASE_S)
@@ -320,6 +327,18 @@ def in_use(run_dir: Path | str, owner: Owner | None) -> UserError:
     )
 
 
+def _cannot(folder: Path, act: str, error: OSError) -> OSError | UserError:
+    """Return the error for a file system without locks or links; `error` itself if it is another one."""
+    if error.errno not in UNSUPPORTED:
+        return error
+    return UserError(
+        f"run directory {folder}",
+        expected=f"a file system on which a process can {act}",
+        got=error.strerror or str(error),
+        do="Use another file system, or mount this one with locks (Lustre: -o flock). `launch doctor` checks it.",
+    )
+
+
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     # Network file systems lock across hosts only a writable file that is never removed.
@@ -330,7 +349,9 @@ def _locked(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    raise _cannot(folder, "lock a file", error) from error
                 if time.monotonic() > deadline_s:
                     raise UserError(
                         f"run directory {folder}",

@@ -22,9 +22,13 @@ class FoundCheckpoint:
 
     path: Path | str
     step: int | None
+    listed: bool = False
+    """True if it was found in a folder of checkpoints, in which no link is followed; a user's own path may be one."""
 
     def open(self) -> Store:
         if isinstance(self.path, Path):
+            if self.listed:
+                locations.refuse_link(self.path)
             return LocalStore(self.path)
         from portatrain.checkpoint.object_store import ObjectStore
 
@@ -73,7 +77,7 @@ def places(given: Path | str) -> list[FoundCheckpoint]:
             got="an empty folder" if not names else f"a folder with {', '.join(sorted(names)[:4])}",
             do="A run directory has run.json and checkpoints/step-NNNNNNNN; a checkpoint has a COMMIT.",
         )
-    return [FoundCheckpoint(path=p, step=step) for step, p in steps]
+    return [FoundCheckpoint(path=p, step=step, listed=True) for step, p in steps]
 
 
 def _remote(url: str) -> list[FoundCheckpoint]:

@@ -30,6 +30,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import MISTAKE
 from portatrain.system.object_store import Objects
+from portatrain.system.paths import expand
 from portatrain.system.urls import is_remote
 
 SEND_S = 10.0
@@ -261,7 +262,7 @@ def scratch() -> Path:
     """Return the folder for this machine's copies; create it if it is missing."""
     given = environment.SCRATCH.get()
     base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = given if given is not None else Path(base).expanduser() / "portatrain"
+    folder = given if given is not None else expand(base) / "portatrain"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -48,11 +48,19 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def loads(text: str | bytes) -> Any:
+    """Return the JSON in `text`. Raises ValueError if it is none, also if it is nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+
+
 def read_json(path: Path) -> Any:
     """Return the JSON in ``path``. Raises UserError if the file is missing, unreadable or damaged."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        return loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise UserError(
             str(path),
             expected="a JSON file that portatrain wrote",
@@ -125,11 +133,11 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = l
         if not line:
             continue
         try:
-            row = json.loads(line)
+            row = loads(line)
             if not isinstance(row, dict):
                 raise ValueError("not an object")
             row = check(row)
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             if number == len(lines):  # without a newline: incomplete
                 break
             raise UserError(

@@ -117,14 +117,16 @@ def _start(command: list[str], env: dict[str, str], folder: Path, r: int) -> sub
 def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
     """Wait until all have ended, or some seconds after the first failure; return the ranks that failed by themselves.
 
-    If one exits at once, as after a signal to it alone, the others would wait for it. They are asked to stop too, and
-    ended if they do not.
+    If one exits at once, as after a signal to it alone, the others would wait for it. They are asked to stop too. If
+    that does not end them, they are asked a second time, at which a process that is stuck leaves at once and records
+    it; then they are killed.
     """
     deadline: float | None = None
-    asked = False
+    asked = 0
     while True:
         codes = [p.poll() for p in processes]
-        left = any(folder.glob("left-*")) or any(code is not None and _end(code) != code for code in codes)
+        leaving = [(folder / f"left-{r}").exists() for r in range(len(codes))]
+        left = any(leaving) or any(code is not None and _end(code) != code for code in codes)
         failed = [r for r, code in enumerate(codes) if code is not None and _end(code) not in NOT_FAILURES]
         if left:  # what fails in the others is a consequence
             failed = []
@@ -132,10 +134,10 @@ def _wait(processes: list[subprocess.Popen[bytes]], folder: Path) -> list[int]:
             return failed
         if failed and deadline is None:
             deadline = time.monotonic() + GRACE_S
-        if left and not asked:
-            asked, deadline = True, time.monotonic() + LEAVING_S
-            for process in processes:
-                if process.poll() is None:
+        if left and (not asked or (asked == 1 and time.monotonic() > (deadline or 0))):
+            asked, deadline = asked + 1, time.monotonic() + (GRACE_S if asked else LEAVING_S)
+            for process, leaves in zip(processes, leaving, strict=True):
+                if process.poll() is None and not leaves:  # it ends by itself, with the exit code of its own request
                     process.send_signal(signal.SIGTERM)
         if deadline is not None and time.monotonic() > deadline:
             return failed

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from portatrain.system import environment
+from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import RESUMABLE
 
 PHASES = ("starting", "data", "agree", "step", "record", "eval", "save", "end")
@@ -153,7 +153,7 @@ def beats(folder: Path) -> dict[int, dict[str, Any]]:
     found = {}
     for path in (folder / "beats").glob("rank-*.json"):
         try:
-            row = json.loads(path.read_text())
+            row = json_files.loads(path.read_text())
             found[int(row["process"])] = row
         except (OSError, ValueError, KeyError):
             continue

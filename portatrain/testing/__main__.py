@@ -8,7 +8,6 @@ import sys
 
 from portatrain.backends.base import backend_class
 from portatrain.errors import UserError
-from portatrain.system.exit_codes import MISTAKE
 from portatrain.testing import CASES, measure
 
 
@@ -33,7 +32,7 @@ def main(arguments: list[str]) -> int:
         backend = backend_class(arguments[0])
     except UserError as error:
         print(error, file=sys.stderr)
-        return MISTAKE
+        return error.code
     checks = [c for case in cases for precision in case.precisions for c in measure(backend, case, precision)]
     for check in checks:
         print(check)

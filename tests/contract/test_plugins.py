@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.backends.base import missing, process_per_device
+from portatrain.backends.base import backend_class, missing, process_per_device
+from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
@@ -156,3 +157,14 @@ def test_a_kernel_of_the_package_runs_and_is_named_in_the_record(tmp_path: Path)
     words = ["portatrain", "train", "tiny-lm", "--backend", "torch", *(w for size in sizes for w in ("--set", size))]
     refused = python(*words, "--kernel", "attention=acme-einsum", "--run-dir", str(tmp_path / "x"))
     assert refused.returncode == 2 and "segments" in refused.stderr and "Traceback" not in refused.stderr
+
+
+@pytest.mark.parametrize("error", [ImportError("libcudart.so.13: cannot open shared object file"), AttributeError("x")])
+def test_a_framework_whose_installation_is_broken_is_named(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: object, name: str) -> None:
+        raise error
+
+    monkeypatch.setattr("portatrain.system.plugins.Registry.load", broken)
+    name = next(n for n in ("jax", "torch") if not missing(n))
+    with pytest.raises(UserError, match=rf"backend {name}: expected .*importable.*pip install"):
+        backend_class(name)

@@ -54,6 +54,23 @@ def until_told(args: argparse.Namespace) -> int:
     return 130 if told[0] == signal.SIGINT else 85
 
 
+def one_leaves(args: argparse.Namespace) -> int:
+    """Rank 1 gets Ctrl-C before it listens; the others wait until they have been told `times` times."""
+    if rank() == 1:
+        raise KeyboardInterrupt
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda n, _: told.append(n))
+    while len(told) < args.times:
+        time.sleep(0.01)
+    return 85
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_that_leaves_ends_the_others_with_its_own_exit_code(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("portatrain.system.processes.LEAVING_S", 1.5)
+    assert run_processes(3, f"{HERE}:one_leaves", {"times": times}) == 130
+
+
 @pytest.mark.parametrize("code", [0, 85, 130])
 def test_the_exit_code_of_all(code: int, tmp_path: Path) -> None:
     assert run_processes(3, f"{HERE}:ending", {"code": code, "folder": str(tmp_path)}) == code

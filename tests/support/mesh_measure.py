@@ -50,6 +50,10 @@ def measure(make: Callable[[Program], Backend], case: Case, mesh: str, gather: G
         if step == 1:
             found.first = tensors(backend, state, gather)
     found.last = tensors(backend, state, gather)
+    if backend.processes > 1:  # what a hook gets of the parameters
+        for name in backend.definition.params:  # type: ignore[attr-defined]
+            if not np.array_equal(backend.whole_parameter(state, name), found.last["params", name]):  # type: ignore[attr-defined]
+                raise AssertionError(f"{name}: the whole parameter is not what the boxes of all processes hold")
     rows = {k: v[0][: len(v[0]) - case.left_out] for k, v in batches[0].items()}  # which do not divide over a mesh
     found.evaluated = backend.eval(state, rows)
     if case.predicts:

@@ -354,6 +354,19 @@ def test_wandb_knows_a_run_by_its_id_and_not_by_its_name(tmp_path: Path, monkeyp
     assert {options["name"] for options in seen} == {"tiny"}
 
 
+@pytest.mark.parametrize("name", ["a:b", "a;b", "a,b", "a#b", "a?b", "a/b", "a\\b", "a%b", "tiny-lm"])
+def test_the_name_of_a_run_without_an_id_makes_an_id_that_wandb_takes(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module: Any = ModuleType("wandb")
+    module.__spec__ = SimpleNamespace()
+    seen: list[dict[str, Any]] = []
+    module.init = lambda **options: seen.append(options)
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    WandbSink().start(replace(INFO, run=name, id=""))
+    assert seen[0]["name"] == name and seen[0]["id"] == re.sub("[^a-z-]", "-", name)
+
+
 def test_tensorboard_gets_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
     module: Any = ModuleType("tensorboardX")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,12 @@ from checkpoints_format import (
 from portatrain.checkpoint.locations import FolderLocation, step_name
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import UserError
+from portatrain.recipe.retention import Retention
+from portatrain.runs.find_checkpoints import opened
+from portatrain.runs.history import kept_checkpoints
+from portatrain.runs.run_dir import RunDir
+from tests.support.folders import listing
+from tests.support.held_arrays import Holding
 
 PROCESSES = 3
 
@@ -215,3 +223,43 @@ def test_a_link_to_another_runs_checkpoint_removes_nothing(tmp_path: Path) -> No
     (ours / step_name(3)).symlink_to(theirs)
     FolderLocation(ours).remove(3)
     assert sorted(p.name for p in theirs.iterdir()) == ["COMMIT", "pack-0"]
+
+
+LINKED = {
+    "the folder": lambda ours, theirs: (shutil.rmtree(ours), ours.symlink_to(theirs)),
+    "COMMIT": lambda ours, theirs: ((ours / "COMMIT").unlink(), (ours / "COMMIT").symlink_to(theirs / "COMMIT")),
+    "a file": lambda ours, theirs: [
+        (path.unlink(), path.symlink_to(theirs / path.name)) for path in ours.iterdir() if path.name != "COMMIT"
+    ],
+}
+
+
+@pytest.mark.parametrize("what", LINKED)
+def test_no_link_is_followed(what: str, tmp_path: Path) -> None:
+    """Reading, listing, choosing, sweeping and saving: another run's checkpoint stays as it is, and is not ours."""
+    backend: Any = Holding()
+    for run in ("ours", "theirs"):
+        checkpoints = Checkpoints(tmp_path / run / "checkpoints")
+        for step in (1, 2):
+            checkpoints.save(step, backend, backend.state(step), {"step": step})
+            checkpoints.wait()
+    ours, theirs = (tmp_path / run / "checkpoints" / step_name(2) for run in ("ours", "theirs"))
+    before = listing(theirs)
+    LINKED[what](ours, theirs)
+    location, reports = FolderLocation(ours.parent), list[str]()
+    if what != "a file":
+        assert not location.committed(2)
+        with pytest.raises(FormatError, match="symbolic link"):
+            location.commit(2)
+    found = Checkpoints(ours.parent).newest(reports.append)
+    assert found is not None and found[0] == 1 and "symbolic link" in reports[0]
+    assert [row["committed"] for row in kept_checkpoints(RunDir(tmp_path / "ours"))] == [True, what == "a file"]
+    with pytest.raises(UserError, match="symbolic link"), opened(ours.parent, 2) as reader:
+        reader.verify_all()
+    again = Checkpoints(ours.parent, keep=Retention(last=1), save_name="a2")  # passes the step over, and saves it anew
+    again.newest(reports.append)
+    for step in (2, 3):
+        again.save(step, backend, backend.state(step), {"step": step})
+        again.wait()
+    assert location.steps() == [3] and location.committed(3)
+    assert listing(theirs) == before

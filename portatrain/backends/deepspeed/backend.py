@@ -37,12 +37,13 @@ from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.deepspeed.probe import norms
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, initial_box
+from portatrain.backends.torch.accumulation import aux_value
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
-from portatrain.backends.torch.mesh_ops import RowOps
-from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
+from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.optimizer import total_norm
+from portatrain.backends.torch.row_ops import RowOps
 from portatrain.errors import UserError
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh
@@ -283,7 +284,7 @@ class ZeroBackend(MeshBackend):
             grad_norm=norm,
             skipped=int(not good),
             weight=weight,
-            aux={k: _aux_value(v) for k, v in auxes.items()},
+            aux={k: aux_value(v) for k, v in auxes.items()},
         )
 
     @staticmethod
@@ -377,6 +378,18 @@ class ZeroBackend(MeshBackend):
             for tensor in beside.get(p.name, ()):
                 own = held.beside[tensor.role][i] if tensor.slot is None else part.of(slots[tensor.slot])
                 yield tensor, p.index, own, part.start
+
+    def whole_parameter(self, state: TorchState, name: str) -> np.ndarray:
+        """Return a parameter whole, on every process; all of them call it together."""
+        found = np.zeros(self.definition.params[name].shape, np.float32)
+        for box in self.local_boxes(state):
+            if (box.role, box.name) == ("params", name):
+                at = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
+                found[at] = box.fetch().reshape(box.shape)
+        if self.stage < 3:
+            return found
+        # No element is in the flat ranges of two processes.
+        return self._total(torch.from_numpy(found).to(self.device)).cpu().numpy()
 
     def irregular_shards(self, state: TorchState) -> IrregularShards:
         """Return the boxes of all tensors that are flat ranges: slots, averages, and in stage 3 parameters."""

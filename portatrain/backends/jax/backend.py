@@ -372,6 +372,13 @@ class JaxBackend:
         count = state["opt"].count
         yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
 
+    def whole_parameter(self, state: State, name: str) -> np.ndarray:
+        """Return a parameter whole, on every process; all of them call it together."""
+        array = state["params"][name]
+        if self.processes > 1:  # a process can read only its own shards
+            array = jax.jit(_as_it_is, out_shardings=self._replicated)(array)
+        return np.array(array)
+
     def irregular_shards(self, state: Any) -> IrregularShards:
         return {}
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from portatrain.checkpoint.interop.hub_table import Hub
 from portatrain.errors import UserError, choice
+from portatrain.system import json_files
 
 FILE = "config.json"
 
@@ -91,7 +92,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Return config.json of `folder`. Raises UserError if it is missing or is no JSON object."""
     path = folder / FILE
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json_files.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
             f"folder {folder}",

@@ -11,6 +11,7 @@ from typing import Any
 from portatrain.data.encode import encoding
 from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
+from portatrain.system.paths import expand
 
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
 
@@ -31,7 +32,7 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     fields = {"bos_token_id": opens, "eos_token_id": opens}
     if path is None:  # bytes are their own ids
         return fields, []
-    file = Path(path).expanduser()
+    file = expand(path)
     folder, file = (file, file / "tokenizer.json") if file.is_dir() else (file.parent, file)
     shutil.copyfile(file, out / "tokenizer.json")
     names = ["tokenizer.json"]

@@ -23,6 +23,7 @@ from checkpoints_format import Reader
 from portatrain.errors import UserError
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import Definition, Module, Param, Stack, State
+from portatrain.system import json_files
 
 META = "portatrain.json"
 Tensors = dict[str, np.ndarray]
@@ -78,7 +79,7 @@ def read_meta(source: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json_files.loads(path.read_text()))
     except (ValueError, OSError) as error:
         raise UserError(
             f"file {path}", expected="the JSON that an export wrote", got=str(error), do="Export again, or remove it."

@@ -73,7 +73,7 @@ def read(path: Path) -> dict[str, Entry]:
     try:
         text = path.read_text(encoding="utf-8")
         tables = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise UserError(str(path), expected="a TOML file", got=str(error), do="Correct the file.") from None
     return {name: _Table(path, text, name, table).entry() for name, table in tables.items()}
 

@@ -20,6 +20,8 @@ from portatrain.plan.compilers import targets
 from portatrain.plan.compilers.targets import Target
 from portatrain.plan.cost import placement
 from portatrain.plan.result import Candidate, Plan
+from portatrain.system import json_files
+from portatrain.system.paths import expand
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "torch")
@@ -122,8 +124,8 @@ def answer(
 
 def cache_folder() -> Path:
     """Return $XDG_CACHE_HOME/portatrain/compiled, else ~/.cache/portatrain/compiled."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "portatrain" / "compiled"
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return expand(base) / "portatrain" / "compiled"
 
 
 def versions() -> dict[str, str]:
@@ -208,7 +210,7 @@ def _follow(process: subprocess.Popen[str], tell: Callable[[str], None], limit_s
 
 
 def _read(path: Path, *, cached: bool) -> Answer:
-    raw = json.loads(path.read_text(encoding="utf-8"))
+    raw = json_files.loads(path.read_text(encoding="utf-8"))
     return Answer(
         fits=raw["fits"],
         peak_bytes=raw.get("peak_bytes"),

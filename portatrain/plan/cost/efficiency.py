@@ -70,7 +70,7 @@ def _own(path: Path) -> dict[str, float]:
         return {}
     try:
         found = {name: float(entry["factor"]) for name, entry in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         found = {"?": 0.0}
         told = f"{type(error).__name__}: {error}"
     else:

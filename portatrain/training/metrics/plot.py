@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from portatrain.errors import UserError
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir, merge
+from portatrain.system import json_files
 from portatrain.system.svg import COLOURS, Point, Scale, columns, document, frame, padded, polyline
 
 LOSS_SVG = "loss.svg"
@@ -74,7 +74,7 @@ def _curve(run: RunDir) -> list[dict[str, Any]]:
 def _row(line: bytes) -> dict[str, Any]:
     """A line of metrics.jsonl; empty for one that a crash cut short."""
     try:
-        return dict(json.loads(line))
+        return dict(json_files.loads(line))
     except ValueError:
         return {}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -42,9 +43,14 @@ class WandbSink:
         self._run: Any = None
 
     def start(self, info: RunInfo) -> None:
-        # All attempts are one curve. A run that began without an id is known by the name of its folder.
+        # All attempts are one curve. A run that began without an id is known by the name of its folder; wandb refuses
+        # some characters in an id.
         self._run = self._wandb.init(
-            id=info.id or info.run, name=info.run, dir=info.run_dir, config=dict(info.recipe), resume="allow"
+            id=info.id or re.sub("[/\\\\#?%:;,]", "-", info.run),
+            name=info.run,
+            dir=info.run_dir,
+            config=dict(info.recipe),
+            resume="allow",
         )
 
     def step(self, record: StepRecord) -> None:
