@@ -106,7 +106,8 @@ class EncoderDecoder(Module):
         # Position s predicts token s + 1: the prompt's own tokens are given, so that only the rest is trained on.
         after_BS = (tokens_BS * 0 + ops.arange(tokens_BS.shape[1])[None, :]) >= self.prompt - 1
         mask_BS = ops.cast(after_BS, "float32") * batch["mask"][:, None]
-        return ops.cross_entropy(self.norm(ops, x_BSE), self.embed.table, batch["targets"], mask=mask_BS)
+        x_BSE = self.norm(ops, x_BSE) * x_BSE.shape[-1] ** -0.5
+        return ops.cross_entropy(x_BSE, self.embed.table, batch["targets"], mask=mask_BS)
 
 
 @dataclass(frozen=True, kw_only=True)

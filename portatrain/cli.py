@@ -13,6 +13,7 @@ import difflib
 import errno
 import importlib
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
@@ -117,15 +118,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         options = [option for action in self._actions for option in action.option_strings]
-        unknown = message.removeprefix("unrecognized arguments: ")
-        near: list[str] = []
-        if unknown != message and unknown.startswith("-"):
+        what, expected, got, hint = self.prog, "arguments that it has", message, ""
+        if (unknown := message.removeprefix("unrecognized arguments: ")) != message:
+            got = unknown
             near = difflib.get_close_matches(unknown.split()[0].partition("=")[0], options, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        usage = " ".join(self.format_usage().removeprefix("usage: ").split())
-        raise UserError(
-            self.prog, expected=usage, got=message, do=f"{hint}`{self.prog} --help` explains, with examples."
-        )
+            hint = f"Did you mean {near[0]}? " if near and unknown.startswith("-") else ""
+        elif (missing := message.removeprefix("the following arguments are required: ")) != message:
+            expected, got = missing, "none"
+        elif match := re.fullmatch(r"argument ([^:]+): (?:(expected .*)|(invalid .*))", message):
+            what = f"{self.prog}: {match[1]}"
+            expected, got = (match[2].removeprefix("expected "), "none") if match[2] else ("a valid value", match[3])
+            if invalid := re.fullmatch(r"invalid (\w+) value: (.*)", got):
+                expected, got = {"int": "a whole number"}.get(invalid[1], f"a valid {invalid[1]}"), invalid[2]
+            elif chosen := re.fullmatch(r"invalid choice: (.*) \(choose from (.*)\)", got):
+                expected, got = f"one of {chosen[2]}", chosen[1]
+        raise UserError(what, expected=expected, got=got, do=f"{hint}`{self.prog} --help` explains, with examples.")
 
 
 PLACES = (

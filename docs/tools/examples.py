@@ -73,7 +73,7 @@ OPS = {
         "    seen_GNM = ops.where(there_GN[:, None, :], scores_GNM, -1e9)\n"
         '    loss_GN = ops.logsumexp(seen_GNM) - ops.einsum("gne,gne->gn", x_GNE, y_GNE, dtype="float32")\n'
         '    weight_GN = ops.cast(there_GN, "float32")\n'
-        "    return loss_GN * weight_GN, weight_GN\n\n"
+        "    return loss_GN * weight_GN, weight_GN\n\n\n"
         "assert ops.across_samples(contrast, x_BSE[:, 0], x_BSE[:, 1]).loss_B.shape == (B,)"
     ),
     "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',

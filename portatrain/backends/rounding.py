@@ -2,10 +2,10 @@
 
 u = 2^-24 is the unit roundoff of float32, 2^-8 that of bfloat16. One rounding has a relative error of u / sqrt(6) in
 the root mean square, because the last digit and the leading digits of the number are both random. A sum of n terms
-rounds n / LANES times, because frameworks add in at least LANES partial sums. Results in bfloat16 are rounded once
-more. So an operation on sums of up to n terms has the error
+rounds n / LANES times, because frameworks add in at least LANES partial sums; BESIDE more roundings are of what is
+between two sums. Results in bfloat16 are rounded once more. So an operation on sums of up to n terms has the error
 
-    e = sqrt(u_compute^2 + (n / LANES) 2^-48) / sqrt(6)
+    e = sqrt((u_compute^2 + (BESIDE + n / LANES) 2^-48) / 6)
 
 and k such operations one after another, whose errors are independent, have sqrt(k) e. docs/understand/rounding.md has
 the derivation and what was measured beside it. Imports no framework.
@@ -25,6 +25,8 @@ UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-8, "bf16-state": 2.0**-8}
 LANES = 8
 """The smallest number of partial sums in which a framework adds: the float32 lanes of AVX2, the narrowest vector unit
 that we run on."""
+BESIDE = 8
+"""Roundings in float32 beside the sum: of norms, activations, rotations and softmax between two sums."""
 
 
 def longest_sum(definition: Definition, positions: int) -> int:
@@ -59,7 +61,7 @@ def operations(definition: Definition) -> int:
 def error(precision: str, length: int) -> float:
     """Return e: the relative error, in the root mean square, of an operation on sums of up to `length` terms."""
     own, wide = UNIT_ROUNDOFF[precision], UNIT_ROUNDOFF["fp32"]
-    return math.sqrt((own**2 + length / LANES * wide**2) / 6)
+    return math.sqrt((own**2 + (BESIDE + length / LANES) * wide**2) / 6)
 
 
 def bound(definition: Definition, positions: int, precision: str = "fp32", *, runs: int = 2) -> float:

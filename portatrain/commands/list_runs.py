@@ -1,5 +1,8 @@
 """List the runs of a folder, the most recently active one first.
 
+`differs` shows the fields in which a run differs from other runs of the same recipe, as --set would change them, so the
+runs of a sweep can be compared. `validation loss` is that of the newest evaluation.
+
 examples:
   launch list
   launch list --runs /shared/runs --json
@@ -10,6 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.runs.history import History, read_history
@@ -41,8 +46,13 @@ def run(args: argparse.Namespace) -> int:
         except (UserError, OSError) as error:  # a damaged or private run must not hide the others
             print(f"{name}: {error}", file=sys.stderr)
     found.sort(key=lambda pair: -pair[0])
+    differs = _differences([now for _, now in found])
     if args.json:
-        print(json.dumps([{**now.as_json(), "moved_unix_s": moved_s} for moved_s, now in found], indent=1))
+        rows = [
+            {**now.as_json(), "differs": fields, "moved_unix_s": moved_s}
+            for (moved_s, now), fields in zip(found, differs, strict=True)
+        ]
+        print(json.dumps(rows, indent=1))
         return 0
     if not found:
         print(f"no runs in {args.runs}")
@@ -50,15 +60,53 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("run", "state", "step", "loss", "where", "attempts", "moved")
-    for moved_s, now in found:
+    table = Table("run", "state", "step", "train loss", "validation loss", "differs", "where", "attempts", "moved")
+    for (moved_s, now), fields in zip(found, differs, strict=True):
         where = now.attempts[-1].where if now.attempts else "-"
-        loss = f"{now.loss:.4f}" if now.loss is not None else "-"
-        table.add_row(
-            *(Text(cell) for cell in (now.run, now.state, f"{now.step}/{now.steps}", loss, where)),
-            str(len(now.attempts)),
-            f"{age(moved_s)} ago",
-        )
-    console = terminal.console(160)
+        losses = ("-" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.validation_loss))
+        changes = "\n".join(f"{path}={value}" for path, value in fields.items()) or "-"
+        cells = (now.run, now.state, f"{now.step}/{now.steps}", *losses, changes, where)
+        table.add_row(*(Text(cell) for cell in cells), str(len(now.attempts)), f"{age(moved_s)} ago")
+    console = terminal.console(200)
     console.print(table)
     return 0
+
+
+def _differences(runs: list[History]) -> list[dict[str, str]]:
+    """Return, for each run, the fields of its recipe that are not the same in all runs of the recipe of that name."""
+    flat = [dict(_fields(run.recipe)) for run in runs]
+    found = []
+    for run, mine in zip(runs, flat, strict=True):
+        others = [one for one, its in zip(flat, runs, strict=True) if its.recipe.get("name") == run.recipe.get("name")]
+        differing = (path for path in mine if any(_differ(path, mine, one) for one in others))
+        found.append({path: mine[path] for path in differing})
+    return found
+
+
+def _differ(path: str, mine: Mapping[str, str], other: Mapping[str, str]) -> bool:
+    """Return True if a field differs, but not because the object that has it is of another class."""
+    parts = path.split(".")
+    owners = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+    return mine[path] != other.get(path) and all(mine.get(owner) == other.get(owner) for owner in owners)
+
+
+def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Yield (path, text) of every field of a recipe's JSON, as --set takes them; a class is the value of its path."""
+    if not isinstance(value, Mapping):
+        yield path, _text(value)
+        return
+    if "class" in value and path:
+        yield path, str(value["class"]).rpartition(":")[2]
+    for name, inner in value.items():
+        if name != "class":
+            yield from _fields(inner, f"{path}.{name}" if path else name)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_text, value)) or "()"
+    if isinstance(value, Mapping):
+        return str(value.get("class", value)).rpartition(":")[2]
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands.options import add_recipe, folder
 from portatrain.errors import UserError
-from portatrain.model.layout import Mesh, unknown_axes
+from portatrain.model.layout import Mesh, axis_warning, unknown_axes
 from portatrain.plan.as_json import as_json
 from portatrain.plan.clusters import clusters_toml, names
 from portatrain.plan.cost import recipes
@@ -216,8 +216,9 @@ def _shape(args: argparse.Namespace) -> ModelShape:
     if isinstance(changed, Recipe) and args.seq_len is not None and hasattr(changed.data, "seq_len"):
         changed = override(changed, [f"data.seq_len={args.seq_len}"])
     if isinstance(changed, Recipe):
-        for unknown in unknown_axes(changed.describe(), compute=changed.compute, params=changed.params):
-            print(f"warning: {unknown}", file=sys.stderr)
+        unknown = unknown_axes(changed.describe(), compute=changed.compute, params=changed.params)
+        if unknown:
+            print(f"warning: {axis_warning(unknown)}", file=sys.stderr)
     shape = recipes.shape_of(changed)
     for name in ("batch", "seq_len"):
         value = getattr(args, name)

@@ -20,7 +20,7 @@ from typing import Any
 
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.model.layout import Layout, Mesh, unknown_axes
+from portatrain.model.layout import Layout, Mesh, axis_warning, unknown_axes
 from portatrain.model.module import Constant, Init, TensorInfo
 from portatrain.recipe import Recipe
 from portatrain.system import terminal
@@ -111,6 +111,7 @@ def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
         "unknown_axes": [
             {"axis": u.axis, "tensors": list(u.tensors), "nearest": u.nearest, "said": str(u)} for u in unknown
         ],
+        "axis_warning": axis_warning(unknown),
     }
 
 
@@ -168,8 +169,8 @@ def _print(found: Mapping[str, Any]) -> None:
         + f"; together {_size(sum(held.values()))}, without activations (`portatrain plan` has those)",
     ]
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
-    for unknown in found["unknown_axes"]:
-        print(f"warning: {unknown['said']}", file=sys.stderr)
+    if found["axis_warning"]:
+        print(f"warning: {found['axis_warning']}", file=sys.stderr)
 
 
 def _size(nbytes: int) -> str:

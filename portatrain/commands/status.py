@@ -91,14 +91,30 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
                 Text(one.ended or "-"),
             )
         console.print(table)
+        if any(one.again for one in now.attempts):
+            console.print(
+                "kept: the number of steps of the attempt that are on the run's curve; a later attempt repeated the "
+                "others.",
+                style="dim",
+            )
     if there:
         table = Table("job", "engine", "cluster", "id", *(["scheduler"] if "scheduler" in there[0] else []))
         for job in there:
             table.add_row(*(Text(str(v if v is not None else "-")) for v in job.values()))
         console.print(table)
-    if now.state in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
-        console.print(
-            f"`launch resume {now.run}` continues from there; `launch logs {now.run}` shows why.",
-            style="dim",
-            markup=False,
-        )
+    if said := _next(now):
+        console.print(said, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _next(now: History) -> str:
+    """Return what a user can do with a run that ended before its last step; '' for any other run."""
+    if now.state not in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
+        return ""
+    place = f"step {now.committed}" if now.committed is not None else "the first step, because no checkpoint was saved"
+    resumes = f"`launch resume {now.run}` continues from {place}"
+    number = now.attempts[-1].number if now.attempts else None
+    logs = [] if number is None or is_remote(now.where) else Path(now.where, "attempts", str(number)).glob("rank-*.log")
+    shows = f"`launch logs {now.run}` shows the output" if any(logs) or is_remote(now.where) else ""
+    if now.state == "FAILED":
+        resumes = f"correct what failed, then {resumes}; with --new-code it uses the code that you changed"
+    return "; ".join(part for part in (shows, resumes) if part) + "."

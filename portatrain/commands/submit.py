@@ -3,7 +3,7 @@
 --cluster takes a list of acceptable clusters, best first. The command plans each of them, and refuses those that the
 recipe cannot run on, with the reason. It submits a job to every other one. The first job to start claims the run; if it
 is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of
-your clusters.toml, which also names the launcher (`engine`). The run directory runs/NAME records everything.
+your clusters.toml, which also names the `engine` that starts jobs. The run directory runs/NAME records everything.
 
 A recipe with a model, data source or rule of your own is first checked at small size (`portatrain check`), once.
 

@@ -104,8 +104,9 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
     """Return the report of a check in a process of its own, or None if it does not end as it should."""
     words = [sys.executable, "-m", "portatrain", "check", args.recipe, "--json"]
     words += [word for given in args.overrides for word in ("--set", given)]
+    env = {**os.environ, "PYTHONSAFEPATH": "1"}  # as in jobs: no module of the working directory comes before others
     try:
-        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False)
+        done = subprocess.run(words, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_S, check=False, env=env)
     except subprocess.TimeoutExpired:
         print(f"warning: the check has not ended in {TIMEOUT_S:.0f} s; going on without it", file=sys.stderr)
         return None

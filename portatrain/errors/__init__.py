@@ -80,13 +80,20 @@ def _short(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
 
 
-def choice(what: str, got: str, valid: Iterable[str], more: str = "") -> UserError:
-    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names, and says ``more``."""
+def choice(what: str, got: str, valid: Iterable[str], more: str = "", *, listed: str = "") -> UserError:
+    """Return the error for a name that is not in ``valid``; it suggests the nearest valid names, and says ``more``.
+
+    listed: a sentence that says which command lists the valid names, if they are too many for a message.
+    """
+
     import difflib
 
     names = sorted(valid)
     near = difflib.get_close_matches(got, names, n=3)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    if listed:
+        count = f"one of the {len(names)} that there are" if len(names) > 1 else repr(names[0])
+        return UserError(what, expected=count, got=repr(got), do=f"{hint}{listed}")
     return UserError(
         what,
         expected=f"one of {', '.join(names) or '(none)'}",

@@ -129,6 +129,8 @@ def _in_words(frame: tuple[FrameType, int]) -> str:
 
 def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception) -> Place | None:
     """Return the place of a user's mistake; None if the error is not of a user's code."""
+    if (compiled := _compiled(error)) is not None:
+        return compiled
     if at is not None:
         frame, _ = frames[at]
         ours = [f for f, _ in frames[at + 1 :] if _is_ours(f.f_code.co_filename)]
@@ -139,8 +141,6 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
             last=at == len(frames) - 1,
             numpy=any(f.f_globals.get("__name__", "").partition(".")[0] == "numpy" for f, _ in frames[at + 1 :]),
         )
-    if (stack := _compiled(error)) is not None:
-        return stack
     function = _misfit(error)
     if function is not None:
         code = function.__code__
@@ -158,7 +158,7 @@ def _is_public_method(frame: FrameType) -> bool:
 
 
 def _compiled(error: Exception) -> Place | None:
-    """Return the user's line of an error that torch.compile raised: its own traceback has no line of the model."""
+    """Return the user's line of an error that torch.compile raised: the error's traceback lacks what was compiled."""
     for entry in reversed(getattr(error, "real_stack", None) or ()):
         if _is_users_file(entry.filename):
             return Place(text=f"{shown(entry.filename)}, line {entry.lineno}, in {entry.name}", owner=None)
@@ -251,6 +251,8 @@ def _libraries() -> tuple[str, ...]:
 def _said(error: Exception) -> str:
     """Return the class and the first paragraph of the message of an error, on one line."""
     first = " ".join(str(error).strip().split("\n\n")[0].split())
+    if hasattr(error, "real_stack") and (inner := re.search(r"got (\w+)\((['\"])(.*?)\2\)", first)):
+        return f"{inner[1]}: {inner[3]}"[:LONGEST_SAID]
     if isinstance(error, KeyError):
         first = f"no key {first}"
     if len(first) > LONGEST_SAID:

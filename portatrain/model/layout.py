@@ -90,6 +90,22 @@ def unknown_axes(
     ]
 
 
+def axis_warning(unknown: Sequence[UnknownAxis]) -> str:
+    """Return one warning for all axes that no mapping knows; '' if there are none."""
+    if len(unknown) < 2:
+        return "".join(map(str, unknown))
+    names = [repr(one.axis) for one in unknown]
+    tensors = list(dict.fromkeys(name for one in unknown for name in one.tensors))
+    more = f" and {len(tensors) - 1} more" if len(tensors) > 1 else ""
+    meant = [f"{one.nearest} for {one.axis}" for one in unknown if one.nearest]
+    hint = f"Did you mean {', '.join(meant)}? " if meant else ""
+    return (
+        f"axes {', '.join(names[:-1])} and {names[-1]} of {tensors[0]}{more} are in no mapping, so they are whole on "
+        f"every device. {hint}"
+        f"If that is meant, say so in the recipe: compute={{{', '.join(f'{name}: ()' for name in names)}}}."
+    )
+
+
 def _tuple(axes: Axes) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 

@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from portatrain.errors import UserError
+from portatrain.model.reserved_names import RESERVED_NAMES as RESERVED_NAMES
+from portatrain.model.reserved_names import check_names
 
 BATCH_AXES = frozenset({"layers", "experts"})
 """Axes that count copies of a smaller tensor if they come first. Initialisation, optimizer rules and norms treat each
@@ -325,7 +327,7 @@ def _walk(
         _same_stack(type(module).__name__, path, stack, seen[id(module)])
         return
     seen[id(module)] = (path, stack)
-    _refuse_reserved(module)
+    check_names(type(module).__name__, vars(module), [name for name, _ in children(module)])
     module.path, module.site = path, site_of(path)
     if isinstance(module, Stack):
         # The block has its Stack's path: in torch this is the path of the list of layers.
@@ -393,37 +395,3 @@ def _same_stack(what: str, path: str, stack: tuple, first: tuple) -> None:
             got=f"{first[0]!r} and {path!r}",
             do="Hold the shared tensor outside the Stack and pass it in as a shared argument.",
         )
-
-
-def _refuse_reserved(module: Module) -> None:
-    """Raise UserError for an attribute whose name the native classes use: one of the two would hide the other."""
-    ours = {"path": str, "site": int}  # the types that `describe` sets
-    taken = [n for n, v in vars(module).items() if n in RESERVED_NAMES and not isinstance(v, ours.get(n, ()))]
-    for name, _ in children(module):
-        # Keys of dicts become attributes of an nn.ModuleDict, which also has the methods of a dict.
-        first, *keys = name.split("/")
-        if name.startswith("_") or "." in name:
-            taken.append(first if "." not in name else name)
-        taken += [key for key in keys if key in RESERVED_NAMES or hasattr(dict, key)]
-    if taken:
-        raise UserError(
-            f"{type(module).__name__}.{taken[0]}",
-            expected="a name that torch.nn.Module and flax.nnx.Module do not use, without '.' or a leading '_'",
-            got=repr(taken[0]),
-            do=f"Rename it, for instance to {taken[0].strip('_').replace('.', '_') or 'weight'}_1.",
-        )
-
-
-# Public attributes of torch.nn.Module (2.11 to 2.13) and flax.nnx.Module (0.12), and our own. A test checks the list.
-_RESERVED = """
-    T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda double dump_patches
-    eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu iter_children
-    iter_modules load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters
-    perturb register_backward_hook register_buffer register_forward_hook register_forward_pre_hook
-    register_full_backward_hook register_full_backward_pre_hook register_load_state_dict_post_hook
-    register_load_state_dict_pre_hook register_module register_parameter register_state_dict_post_hook
-    register_state_dict_pre_hook requires_grad_ set_attributes set_extra_state set_submodule share_memory sow
-    state_dict to to_empty train training type xpu zero_grad
-    path site after_step
-"""
-RESERVED_NAMES = frozenset(_RESERVED.split())

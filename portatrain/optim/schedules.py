@@ -61,7 +61,8 @@ class Schedule:
                 f"{name}.warmup",
                 expected=f"at most the {steps} steps of the run",
                 got=str(self.warmup),
-                do="Shorten the warm-up or lengthen the run.",
+                do=f"Shorten the warm-up (--set schedule.warmup={steps // 10}) or lengthen the run (--set steps="
+                f"{10 * self.warmup}).",
             )
 
     def curve(self, step: int, steps: int) -> float:

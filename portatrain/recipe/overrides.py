@@ -318,7 +318,9 @@ def _parse_or_raise(hint: Any, current: object, text: str, assignment: str, modu
     try:
         return parse(text, hint, current, modules)
     except (ValueError, OverflowError):
-        wanted = describe(hint)
-        raise UserError(
-            f"override {assignment!r}", expected=wanted, got=repr(text), do="Write a value of that type."
-        ) from None
+        wanted, do = describe(hint), "Write a value of that type."
+        if get_origin(hint) is tuple and Any in get_args(hint):  # of objects, such as hooks
+            name = assignment.partition("=")[0]
+            wanted = f"() to leave out all {name}"
+            do = f"Write others into the recipe file, for example {name}=({text.strip(' ,()') or '...'}(),)."
+        raise UserError(f"override {assignment!r}", expected=wanted, got=repr(text), do=do) from None

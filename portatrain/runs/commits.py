@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 from portatrain.checkpoint.locations import Location
 from portatrain.errors import StorageError, UserError
@@ -27,18 +29,23 @@ class Recorded:
 def newest_recorded(run: RunDir) -> Recorded | None:
     """Return the last commit that the record of a run names; None if it names none.
 
-    The last one counts and not the largest step: a run that passed over a damaged checkpoint goes on before it.
+    The last one counts and not the largest step: a run that passed over a damaged checkpoint goes on before it. Events
+    that cannot be read are left out.
     """
-    found = None
+    found = seen = None
     if "run.json" in (run.entries() or ()) and isinstance(run.run_info().get(BEGUN_FROM), dict):
         found = Recorded(step=0, attempt=0)
-    for event in run.events():
-        step = event.get("step") if event.get("event") in AT_STEP else None
-        if event.get("event") == Kind.LEFT:
-            step = event.get("committed")
-        if isinstance(step, int):
-            found = Recorded(step=step, attempt=int(event["attempt"]))
-    return found
+    for number in run.attempt_numbers():
+        rows: list[dict[str, Any]] = []
+        with contextlib.suppress(UserError):
+            rows = run.rows(number, "events")
+        for event in rows:
+            kind, step = event.get("event"), event.get("step")
+            if kind in AT_STEP and isinstance(step, int):
+                found = Recorded(step=step, attempt=number)
+            elif kind == Kind.LEFT and isinstance(event.get("committed"), int):  # what the supervisor saw by names
+                seen = Recorded(step=event["committed"], attempt=number)
+    return found if found is not None and (found.attempt or seen is None) else seen
 
 
 def check_not_missing(run: RunDir, location: Location) -> None:

@@ -61,6 +61,8 @@ class Kind(StrEnum):
     """The attempt has saved after Ctrl-C."""
     PREEMPTED = "preempted"
     """The attempt has saved after a signal or a cloud notice."""
+    CANCELLED = "cancelled"
+    """The attempt has saved after `launch cancel`."""
     HANG = "hang"
     """A process made no progress, and its watchdog ended the attempt."""
     END = "end"

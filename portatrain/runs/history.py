@@ -120,6 +120,12 @@ class History:
     """What `tokens_per_s` counts."""
 
     @property
+    def validation_loss(self) -> float | None:
+        """The loss of the newest evaluation; None if there was none."""
+        losses = [event.get("loss") for event in self.evals]
+        return next((float(loss) for loss in reversed(losses) if isinstance(loss, (int, float))), None)
+
+    @property
     def over(self) -> bool:
         """True if no job will continue the run without a user."""
         return self.state in OVER
@@ -131,7 +137,19 @@ class History:
 
     def as_json(self) -> dict[str, Any]:
         """Return the output of `status --json`, as strict JSON data."""
-        names = ("run", "state", "step", "steps", "loss", "tokens_per_s", "committed", "lost_s", "trained_again", "why")
+        names = (
+            "run",
+            "state",
+            "step",
+            "steps",
+            "loss",
+            "validation_loss",
+            "tokens_per_s",
+            "committed",
+            "lost_s",
+            "trained_again",
+            "why",
+        )
         shown = ("number", "where", "backend", "mesh", "began_unix_s", "steps", "kept", "ended", "why", "verdict")
         return json_files.strict(
             {

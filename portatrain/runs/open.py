@@ -44,7 +44,7 @@ def find(name: str, runs: str | Path) -> RunDir:
             got="none there",
             do="Give --runs DIR if your runs are elsewhere, or the path of the run directory.",
         )
-    raise choice(f"run {name!r} in {runs}", name, known)
+    raise choice(f"run {name!r} in {runs}", name, known, listed=f"`launch list --runs {runs}` shows all of them.")
 
 
 def names(runs: str | Path) -> list[str]:

@@ -13,6 +13,11 @@ COMPARED = ("loss", "mean", "state", "grad", "update", "replay")
 def in_words(event: Mapping[str, Any]) -> str:
     """Return the verdict of a `resumed` event, and each figure with its bound; the event may be damaged."""
     parts = [str(event.get("verdict"))]
+    if (tensors := event.get("tensors")) == "equal":
+        parts.append("every bit of the state equal")
+    elif isinstance(tensors, list):
+        more = f" and {len(tensors) - 6} more" if len(tensors) > 6 else ""
+        parts.append(f"bits different in {', '.join(map(str, tensors[:6]))}{more}")
     for name in COMPARED:
         if event.get(f"{name}_difference") is not None:
             bound = event.get(f"{name}_bound")

@@ -10,11 +10,11 @@ from portatrain.errors import StorageError, UserError
 OK = 0
 """Done."""
 FAILED = 1
-"""A bug of portatrain, or of a recipe's code: a traceback was printed."""
+"""A bug of portatrain, or a failure of the machine: a traceback was printed, and a job tries again."""
 FOUND = 1
 """A command that checks or compares has found something (`check`, `ckpt verify`, `ckpt diff`); it is printed."""
 MISTAKE = UserError.code
-"""A user's mistake (2): one paragraph was printed, and a retry would fail in the same way."""
+"""A user's mistake, also one in a user's own code (2): one paragraph was printed, and a retry would fail too."""
 STORAGE = StorageError.code
 """Storage failed during the run (75): a retry may succeed."""
 RESUMABLE = 85

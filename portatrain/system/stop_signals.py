@@ -130,7 +130,7 @@ class StopSignals:
                 if number in _KINDS:
                     self._seen(number)
             if self.asked and not self.trained:
-                self._leave("nothing had been trained since the last checkpoint")
+                self._leave("no step was trained yet, so there is nothing to save")
             if self.asked == "preempt" and time.monotonic() > self._first_s + self._patience_s:
                 self._leave(f"the grace of {self.grace_s:g} s was nearly over")
 
@@ -157,13 +157,13 @@ class StopSignals:
         """End the process now. Committed checkpoints stay valid."""
         self._staying.acquire()  # never released
         code = OK if self.finished else INTERRUPTED if self.asked == "interrupt" else RESUMABLE
-        stands = "the run is done" if self.finished else "the last committed checkpoint stands"
+        on = "the run is done" if self.finished else "a resumed run continues from its newest checkpoint, if it has one"
         # Use a separate thread: the main thread may hold a lock that the callback needs.
         telling = threading.Thread(target=self.on_leaving, args=(why,), daemon=True)
         telling.start()
         telling.join(2.0)
         with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-            print(f"\nleaving at once: {why}; {stands}", file=sys.stderr, flush=True)
+            print(f"\nstopped at once: {why}; {on}", file=sys.stderr, flush=True)
         note_left(code)
         os._exit(code)
 

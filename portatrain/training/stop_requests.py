@@ -36,7 +36,7 @@ class StopRequests:
         signals: StopSignals | None,
         sinks: Sink,
     ) -> None:
-        self.attempt, self.sinks, self._own = attempt, sinks, signals is None
+        self.attempt, self.sinks, self._own, self._folder = attempt, sinks, signals is None, folder
         self.signals = StopSignals() if signals is None else signals
         self._watchdog = Watchdog(
             folder / "attempts" / str(attempt.number),
@@ -85,12 +85,19 @@ class StopRequests:
 
     # ---- called by other threads
 
+    @property
+    def cancelled(self) -> bool:
+        """True if the run has been cancelled; a cancel reaches the process as a signal or through the watchdog."""
+        return (self._folder / "CANCELLED").exists()
+
     def _asked(self, kind: str) -> None:
-        self.sinks.event(Kind.STOPPING, asked=kind, phase=self._watchdog.phase, step=self._watchdog.step)
+        asked = "cancel" if kind == "preempt" and self.cancelled else kind
+        self.sinks.event(Kind.STOPPING, asked=asked, phase=self._watchdog.phase, step=self._watchdog.step)
 
     def _leave(self, why: str) -> None:
-        status = "done" if self.signals.finished else "interrupted" if self.asked == "interrupt" else "preempted"
-        self.sinks.end({"status": status, "left_at_once": why})
+        status = Kind.INTERRUPTED if self.asked == "interrupt" else Kind.PREEMPTED
+        status = Kind.CANCELLED if self.cancelled else status
+        self.sinks.end({"status": "done" if self.signals.finished else str(status), "left_at_once": why})
         self.attempt.close()
 
     def _hung(self, found: dict[str, Any]) -> None:

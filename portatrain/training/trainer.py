@@ -19,7 +19,7 @@ from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.data import prefetch
 from portatrain.errors import users_code
-from portatrain.model.layout import unknown_axes
+from portatrain.model.layout import axis_warning, unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, NullAttempt
@@ -148,8 +148,9 @@ class Trainer:
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
         self.sinks.start(self._info)
-        for unknown in unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params):
-            self.event(Kind.WARNING, what=str(unknown))
+        unknown = unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params)
+        if unknown:
+            self.event(Kind.WARNING, what=axis_warning(unknown))
         for sentence in self.data.passed_over:
             self.event(Kind.WARNING, what=sentence)
         if useless := keep_best.no_evaluated_save(self.recipe):
@@ -178,7 +179,8 @@ class Trainer:
             attempt.finish({"status": "done", **self._summary})
             self._status, self._stop.signals.finished = "done", True
         else:
-            ends = {"interrupt": Kind.INTERRUPTED, "preempt": Kind.PREEMPTED}
+            preempted = Kind.CANCELLED if self._stop.cancelled else Kind.PREEMPTED
+            ends = {"interrupt": Kind.INTERRUPTED, "preempt": preempted}
             self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
             self.event(self._status, step=self.step, of=self.recipe.steps)
             attempt.write("summary.json", {"status": self._status, **self._summary})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,15 @@ def recipe(name: str) -> Recipe:
     return apply_overrides(load_recipe(str(EXAMPLES / f"{name}.py")), list(SMALL))
 
 
+def on_two(name: str, run: Path, *more: str, code: int) -> None:
+    """Train on two processes."""
+    words = [str(EXAMPLES / f"{name}.py"), "--run-dir", str(run), "--mesh", "fsdp=2", *more]
+    sizes = [word for size in SMALL for word in ("--set", size)]
+    command = [sys.executable, "-m", "portatrain.cli", "train", *words, *sizes]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == code, done.stderr[-2000:]
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_samples_see_each_other_only_where_they_may(name: str) -> None:
     small = recipe(name)
@@ -40,13 +51,15 @@ def test_one_curve_everywhere(name: str, tmp_path: Path) -> None:
     small = recipe(name)
     whole = RunDir(tmp_path / "jax")
     assert train(small, whole, backend="jax") == 0
-    torch, moved = RunDir(tmp_path / "torch"), RunDir(tmp_path / "moved")
+    torch, cut, moved = (RunDir(tmp_path / what) for what in ("torch", "fsdp", "moved"))
     assert train(small, torch, backend="torch") == 0
+    on_two(name, cut.path, "--backend", "torch", "--devices", "2", code=0)
     assert train(small, moved, backend="jax", stop_at=3) == 85
-    assert train(small, moved, backend="torch", stop_at=6) == 85
+    assert train(small, moved, backend="torch", stop_at=5) == 85
+    on_two(name, moved.path, "--backend", "torch", "--devices", "2", "--stop-at", "7", code=85)
     assert train(small, moved, backend="jax") == 0
-    assert [seam["verdict"] for seam in moved.events("resumed")] == ["continuous"] * 2
-    runs = {"torch": torch, "moved": moved}
+    assert [seam["verdict"] for seam in moved.events("resumed")] == ["continuous"] * 3
+    runs = {"torch": torch, "fsdp=2": cut, "moved": moved}
     true = losses(whole)
     for what, run in runs.items():
         assert max(abs(a - b) / a for a, b in zip(true, losses(run), strict=True)) <= BOUND, what

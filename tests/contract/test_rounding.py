@@ -57,7 +57,7 @@ def test_bounds_follow_depth_length_and_precision() -> None:
     of = continuity.Bounds.of
     ratio = np.sqrt(rounding.operations(four) / rounding.operations(one))
     assert of(four, "bf16", 128).grad == pytest.approx(ratio * of(one, "bf16", 128).grad)
-    assert of(one, "fp32", 1 << 20).grad == pytest.approx(32 * of(one, "fp32", 1 << 10).grad, rel=0.01)
+    assert of(one, "fp32", 1 << 20).grad == pytest.approx(32 * of(one, "fp32", 1 << 10).grad, rel=0.05)
     assert 1e3 < of(one, "bf16", 128).grad / of(one, "fp32", 128).grad < 2.0**16
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import pytest
 
 from portatrain.backends.torch import TorchBackend
 from portatrain.backends.torch.mesh import check_processes
 from portatrain.backends.torch.parallel import Cut, cut_of
+from portatrain.cli import main
 from portatrain.errors import UserError
 from portatrain.model.layout import COMPUTE, PARAMS, Layout, Mesh
 from portatrain.model.module import describe
 from tests.support.mesh_cases import CASES
+from tests.support.own_recipe import GOOD
 
 pytestmark = pytest.mark.meshes
 
@@ -30,6 +34,20 @@ def test_a_mesh_unequal_to_the_processes(world: str, mesh: str, monkeypatch: pyt
     monkeypatch.setenv("WORLD_SIZE", world)
     with pytest.raises(UserError, match=f"got {world}.*fsdp={world}"):
         TorchBackend(LM.program(mesh))
+
+
+def test_a_mistake_in_a_model_is_one_paragraph_of_all_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Every process of the mesh comes upon it; it is said once, and its traceback is in the record."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(GOOD.replace("ops.tanh(", "ops.tanhh("))
+    assert main(["train", "own.py", "--run-dir", "run", "--backend", "torch", "--devices", "2"]) == 2
+    said = capfd.readouterr().err
+    assert said.count("error: ") == 1 and "Traceback" not in said
+    assert "own.py, line 24, in Block.__call__" in said and "Did you mean ops.tanh?" in said
+    (kept,) = re.findall(r"(run/attempts/1/error\S*\.txt) has it", said)
+    assert Path(kept).read_text().startswith("Traceback")
 
 
 def test_as_many_processes_as_devices() -> None:

@@ -33,6 +33,7 @@ FOUR = [
     ("fsdp=2,tensor=2", "lm, bf16 state"),
     ("fsdp=2,tensor=2", "lm, Muon"),
     ("fsdp=4", "towers"),
+    ("context=2,tensor=2", "attention by rule"),
 ]
 """Cells of two processes with two devices each."""
 MUTANT = ("every process trains on the first rows", FOUR[0][1])

@@ -164,7 +164,7 @@ def test_while_it_compiles_it_leaves_at_once(tmp_path: Path) -> None:
     process.send_signal(signal.SIGTERM)
     errors = ends(process, 85, 60)
     if steps(run) == 0:  # else the first step was quicker than this test
-        assert "leaving at once" in errors
+        assert "stopped at once" in errors
         assert RunDir(run).rows(1, "events")[-1]["status"] == "preempted"
     assert not (run / "claim").exists()
 
@@ -180,7 +180,7 @@ def test_what_a_save_needs_is_compiled_before_the_first_step_where_a_grace_is_gi
 
 def test_while_it_begins_it_leaves_an_attempt_that_says_so(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert "leaving at once" in ends(start(run, program=BEGINNING), 85, 60)
+    assert "stopped at once" in ends(start(run, program=BEGINNING), 85, 60)
     assert RunDir(run).rows(1, "events")[-1]["status"] == "preempted"
     assert not (run / "claim").exists()
 

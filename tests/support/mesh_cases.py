@@ -18,7 +18,7 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import image_batch, tokens_batch
-from tests.support.toy_models import Nested, Routed, TwoTowers
+from tests.support.toy_models import Nested, Routed, Ruled, TwoTowers
 
 Batch = dict[str, np.ndarray]
 
@@ -171,6 +171,7 @@ CASES: dict[str, Case] = {
     "towers, groups in a device's rows": Case(
         model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1, group=2), accumulation=2, predicts=False, left_out=2
     ),
+    "attention by rule": Case(model=Ruled(vocab=VOCAB, embed=16, heads=4, kv_heads=2), accumulation=2, predicts=False),
     "lm, compiled": Case(model=_lm(dropout=0.1), accumulation=2, options={"compile": True}),
     "lm, bf16 state": Case(
         model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all}

@@ -253,6 +253,9 @@ class Rotated(Base):
 MODELS: dict[str, type[Module]] = {
     "nothing": Base,
     "factors that start at zero": Rotated,
+    "a label in a reduction": hidden(
+        lambda self, ops, h: h - ops.mean(h, ("batch", "points"), over=("points",))[:, None]
+    ),
     "a comparison of samples": Contrast,
     "a comparison in groups": GroupContrast,
     "an einsum of two samples": BatchLoss,
@@ -284,6 +287,11 @@ MODELS: dict[str, type[Module]] = {
     "a counter in an object": KeptInDict,
     "a mean that is tallied": MeanTallied,
     "a mean over the microbatch": Normalised,
+    "a mean over the batch in evaluation": hidden(
+        lambda self, ops, h: (
+            ops.relu(h) if ops.training else ops.relu(h - ops.mean(h, ("batch", "mlp"), over=("batch",)))
+        )
+    ),
     "a parameter that is not used": Unused,
     "a parameter times zero": TimesZero,
     "a parameter of a Stack that is not used": UnusedInStack,

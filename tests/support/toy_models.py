@@ -195,3 +195,29 @@ class TwoTowers(Module):
             return loss_GN * weight_GN, weight_GN, {"right": right_GN}
 
         return ops.across_samples(contrast, a_BE, b_BE, weight_B, group=self.group)
+
+
+class Ruled(Module):
+    """One layer of attention by rule: packed documents, a prefix of three positions of each sample, and ALiBi."""
+
+    def __init__(self, *, vocab: int, embed: int, heads: int, kv_heads: int) -> None:
+        self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
+        self.wq = Param(embed=embed, heads=heads, head_dim=embed // heads)
+        self.wk, self.wv = (Param(embed=embed, kv_heads=kv_heads, head_dim=embed // heads) for _ in range(2))
+        self.wo = Param(heads=heads, head_dim=embed // heads, embed=embed, fan_in_axes=2)
+        self.norm = RMSNorm(embed=embed)
+        self.table = Param(vocab=vocab, embed=embed, fan_in_axes=0, init=0.2)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        x_BSE = ops.shard(self.embed(ops, batch["tokens"]), "batch", "res_seq", None)
+        h_BSE = ops.shard(self.norm(ops, x_BSE), "batch", "seq", None)
+        q_BSHD = ops.einsum("bse,ehd->bshd", h_BSE, self.wq)
+        k_BSKD, v_BSKD = (ops.einsum("bse,ekd->bskd", h_BSE, w) for w in (self.wk, self.wv))
+        segments_BS = batch["segment_ids"]
+        prefix_BS = segments_BS * 0 + ops.arange(segments_BS.shape[1])[None, :] < 3
+        for rule in ({"prefix": prefix_BS, "alibi": True}, {"window": 5, "prefix": prefix_BS}):
+            out_BSHD = ops.attention(q_BSHD, k_BSKD, v_BSKD, segment_ids=segments_BS, **rule)
+            x_BSE = x_BSE + ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
+        return ops.cross_entropy(
+            ops.shard(x_BSE, "batch", "seq", None), self.table, batch["targets"], mask=batch["mask"]
+        )

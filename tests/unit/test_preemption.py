@@ -64,7 +64,7 @@ def test_with_nothing_to_save_it_leaves_at_once(busy: list[subprocess.Popen[str]
     process.send_signal(number)
     out, err = process.communicate(timeout=20)
     assert process.returncode == code
-    assert "leaving: nothing had been trained" in out and "the last committed checkpoint stands" in err
+    assert "leaving: no step was trained yet" in out and "continues from its newest checkpoint" in err
 
 
 def test_with_something_to_save_it_waits_for_the_trainer_until_the_grace_is_nearly_over(

@@ -37,12 +37,13 @@ from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.deepspeed.probe import norms
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, initial_box
+from portatrain.backends.torch.accumulation import aux_value
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
-from portatrain.backends.torch.mesh_ops import RowOps
-from portatrain.backends.torch.one_device import OneDevice, TorchState, _aux_value
+from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.optimizer import total_norm
+from portatrain.backends.torch.row_ops import RowOps
 from portatrain.errors import UserError
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh
@@ -283,7 +284,7 @@ class ZeroBackend(MeshBackend):
             grad_norm=norm,
             skipped=int(not good),
             weight=weight,
-            aux={k: _aux_value(v) for k, v in auxes.items()},
+            aux={k: aux_value(v) for k, v in auxes.items()},
         )
 
     @staticmethod

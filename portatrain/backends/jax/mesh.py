@@ -38,7 +38,7 @@ def join() -> None:
                 f"process {processes.rank()} of {n}",
                 expected="MASTER_ADDR and MASTER_PORT, where process 0 listens",
                 got=f"no {' and no '.join(missing)}",
-                do="Start it with --processes, or a launcher that sets them.",
+                do="Start it with --processes, or by `launch`, which sets them.",
             )
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(

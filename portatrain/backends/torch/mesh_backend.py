@@ -19,11 +19,12 @@ from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
-from portatrain.backends.torch.mesh_ops import MeshOps, RowOps
+from portatrain.backends.torch.mesh_ops import MeshOps
 from portatrain.backends.torch.mesh_values import plain
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.parallel import Sharded, check_layout, shard_module
+from portatrain.backends.torch.row_ops import RowOps
 from portatrain.backends.torch.sharded_optimizer import ShardedOptimizer
 from portatrain.backends.torch.standalone_ops import COMPUTE
 from portatrain.errors import UserError

@@ -1,5 +1,5 @@
-"""Implement `Ops` on a mesh. `RowOps` covers the batch axes: activations are plain tensors of this process's rows.
-`MeshOps` adds context and tensor: activations are DTensors over those axes, with global shapes except along the batch.
+"""Implement `Ops` on a mesh with context and tensor axes: activations are DTensors over those axes, with global shapes
+except along the batch, whose rows `RowOps` covers.
 
 Arithmetic in the models follows DTensor's own rules. Every operation here takes the local parts, computes as on one
 device, and declares the placements of the result. One rule gives the gradients: an operand that is whole while another
@@ -20,60 +20,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
-from torch.utils._pytree import tree_map
 
-from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.mesh_losses import MeshLosses
 from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
-from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
+from portatrain.backends.torch.row_ops import RowOps
 from portatrain.errors import UserError
 from portatrain.model import dropout_hash
 from portatrain.model.attention_rules import slopes_of
-from portatrain.model.layout import BATCH_MESH_AXES
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.ops import Loss
 from portatrain.model.rope import RopeScaling
 
 Placements = Sequence[Placement]
 
 
 @dataclasses.dataclass
-class RowOps(TorchOps):
-    """Sum over the batch across processes, and gather parameters that are sharded over expert."""
-
-    world: Any = None
-
-    def weight(self, p: Any) -> Any:
-        value = of_all_experts(p, self.world)
-        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else not_adapted(value)
-
-    @adapts
-    def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
-        return super().einsum(spec, *(of_all_experts(x, self.world) for x in operands), dtype=dtype)
-
-    def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
-        y = super().sum(x, axes, over=over)
-        return SumRows.apply(y, self.world) if self._crosses(axes, over) else y
-
-    def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
-        count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
-        rows = self.world.row_blocks if self._crosses(axes, over) else 1
-        return self.sum(x, axes, over=over) / (count * rows)
-
-    def _row_parts(self) -> tuple[int, int]:
-        return self.world.row_blocks, self.world.row_block
-
-    def _all_rows(self, x: Tensor) -> Tensor:
-        return self.world.gather(x.detach(), BATCH_MESH_AXES, 0)
-
-    def _crosses(self, axes: Sequence[str | None], over: Sequence[str]) -> bool:
-        return "batch" in over and "batch" in axes and self.world.row_blocks > 1
-
-
-@dataclasses.dataclass
-class MeshOps(MeshArrays, RowOps):
+class MeshOps(MeshArrays, MeshLosses, RowOps):
     """Implement `Ops` on context and tensor axes, see the top of this file."""
 
     def __post_init__(self) -> None:
@@ -360,68 +324,6 @@ class MeshOps(MeshArrays, RowOps):
         if not self._crosses(axes, over):
             return y
         return self._from(SumRows.apply(y.to_local(), self.world), y.placements)
-
-    # ---- losses
-
-    def cross_entropy(
-        self,
-        x: Any,
-        table_VE: Any,
-        targets: Any,
-        *,
-        mask: Any = None,
-        z_loss: float = 0.0,
-        softcap: float | None = None,
-    ) -> Loss:
-        self._note(table_VE, targets)
-        x, table, targets = self._value(x), self.weight(table_VE), self._value(targets)
-        vocab = [isinstance(p, Shard) and p.dim == 0 for p in table.placements]
-        # Tokens stay sharded over their own axes, but each process of the vocab axis needs its whole row of logits.
-        at = [
-            p if isinstance(p, Shard) and p.dim < x.ndim - 1 and not v else Replicate()
-            for p, v in zip(x.placements, vocab, strict=True)
-        ]
-        local_x = self._local(x, at, [Partial() if v else p for p, v in zip(at, vocab, strict=True)])
-        cut: list[Placement] = [Shard(0) if v else Replicate() for v in vocab]
-        grads = [Shard(0) if v else b for v, b in zip(vocab, self._beside(at), strict=True)]
-        local_table = self._local(table, cut, grads)
-        local_targets = self._local(targets, at)
-        local_mask = None if mask is None else self._local(self._value(mask), at)
-        if any(vocab):
-            total, loss_B, weight_B = vocab_parallel_loss(
-                self.world, local_x, local_table, local_targets, local_mask, z_loss=z_loss, softcap=softcap
-            )
-        else:
-            whole, chunk = self.losses
-            total, loss_B, weight_B = cross_entropy(
-                local_x,
-                local_table,
-                local_targets,
-                local_mask,
-                z_loss=z_loss,
-                softcap=softcap,
-                whole=whole,
-                chunk=chunk,
-            )
-        over = self._beside(at)
-        return Loss(*(self._made(self._from(v, over)) for v in (total, weight_B, loss_B)))
-
-    def _made(self, x: Any) -> Any:
-        return x.redistribute(placements=[Replicate() for _ in self.axes])
-
-    def loss(self, loss_B: Any, weight_B: Any) -> Loss:
-        return super().loss(self._made(self._value(loss_B)), self._made(self._value(weight_B)))
-
-    def across_samples(self, fn: Callable[..., Any], *xs: Any, group: int | None = None) -> Loss:
-        """Compare whole arrays: every process of the context and tensor axes does the same."""
-        whole = [Replicate() for _ in self.axes]
-
-        def on_mesh(*parts: Tensor) -> Any:
-            found = fn(*(self._from(part, whole) for part in parts))
-            return tree_map(lambda y: self._local(self._value(y), whole) if isinstance(y, Tensor) else y, found)
-
-        made = super().across_samples(on_mesh, *(self._local(self._value(x), whole) for x in xs), group=group)
-        return Loss(*(self._from(v, whole) for v in (made.sum, made.weight_B, made.loss_B)))
 
     # ---- structure
 

@@ -160,16 +160,16 @@ def import_from(
         sums = fingerprints.Sums()
         sources = sums.counting({t.name: values(t.name, t.dtype) for t in layout.tensors})
         Writer(store, layout, save="import").write(sources, note=sums.note)
-        found = fingerprints.joined(layout, [sums.note()])
+        prints = fingerprints.joined(layout, [sums.note()])
         saved = fingerprints.saved_in(meta)
-        if saved is not None and not accept_drift and (bad := fingerprints.changed(saved, found["tensors"])):
+        if saved is not None and not accept_drift and (bad := fingerprints.changed(saved, prints["tensors"])):
             raise UserError(
                 f"folder {source}",
                 expected="the tensors that were exported, bit for bit",
                 got=f"other bits in {', '.join(bad[:6])}{f' and {len(bad) - 6} more' if len(bad) > 6 else ''}",
                 do="Export again. To go on with these tensors all the same, give --accept-drift REASON.",
             )
-        commit(store, layout, save="import", meta={**meta, fingerprints.FIELD: found} if saved is None else meta)
+        commit(store, layout, save="import", meta={**meta, fingerprints.FIELD: prints} if saved is None else meta)
     return step
 
 

@@ -212,8 +212,8 @@ def torch_names(definition: Definition) -> Iterator[tuple[str, str, str, tuple[i
         for name, held in inside:
             yield from below(held, f"{key}.{name}", index)
 
-    for key, *rest in below(definition.model, "", ()):
-        yield key.removeprefix("."), *rest
+    for key, role, name, index in below(definition.model, "", ()):
+        yield key.removeprefix("."), role, name, index
 
 
 def to_nnx(reader: Reader, definition: Definition, out: Path) -> list[str]:

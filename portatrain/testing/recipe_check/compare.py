@@ -64,7 +64,7 @@ def differences(
     rule: str,
     start: Mapping[str, np.ndarray],
 ) -> list[Finding]:
-    """Return what differs between two measurements, the first cause first.
+    """Return what differs between two measurements, the first cause first. What `other` lacks is not compared.
 
     Args:
         names: of the two, in words.
@@ -74,8 +74,10 @@ def differences(
     gradients = list(_gradients(one, other, near, check, names))
     if gradients:
         return gradients
-    found = [*_evaluated(one, other, check, names), *_states(one, other, check, names)]
-    if found:
+    found = list(_evaluated(one, other, check, names)) if other.evaluated else []
+    if found or not other.losses:
+        return found
+    if found := list(_states(one, other, check, names)):
         return found
     return [*_rule(one, other, check, names, rule, start), *_later(one, other, near, check, names)]
 

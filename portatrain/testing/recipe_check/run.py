@@ -16,14 +16,15 @@ from portatrain.backends.base import backend_class, missing, process_per_device,
 from portatrain.backends.program import make_program
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
-from portatrain.testing.recipe_check import oracle
+from portatrain.testing.recipe_check import oracle, properties
+from portatrain.testing.recipe_check import subject as subjects
 from portatrain.testing.recipe_check.compare import Sensitivity, differences, same_state, sensitivity, unreached
 from portatrain.testing.recipe_check.measured import Measured, measure, saved_and_restored
-from portatrain.testing.recipe_check.oracle import Subject, subject_of
 from portatrain.testing.recipe_check.processes import DEVICES, on_meshes
 from portatrain.testing.recipe_check.report import FORWARD, Finding, Report, Row
 from portatrain.testing.recipe_check.small import Small, batches_of, candidates, too_large
 from portatrain.testing.recipe_check.special import special
+from portatrain.testing.recipe_check.subject import Subject, subject_of
 
 BACKENDS = ("jax", "torch")
 MESHES = ("fsdp=2", "tensor=2")
@@ -88,8 +89,8 @@ class _Check:
     def run(self) -> Report:
         subject = self._subject()
         if subject is not None:
-            self._row("parameters reached", lambda: oracle.reached(subject))
-            self._row("optimizer rule", lambda: oracle.rule(subject))
+            self._row("parameters reached", lambda: properties.reached(subject))
+            self._row("optimizer rule", lambda: properties.rule(subject))
             self._frameworks(subject)
         return Report(recipe=self.given.name, sizes=self.sizes, rows=self.rows, findings=self.findings)
 
@@ -102,7 +103,7 @@ class _Check:
         except _Skip as skip:
             status, about, found = "not run", str(skip), []
         except Exception as error:
-            found = [oracle.explained(name, error, name)]
+            found = [subjects.explained(name, error, name)]
         if found:
             status, about = "found", "; ".join(finding.what for finding in found)
         self.findings += found
@@ -138,8 +139,8 @@ class _Check:
         there = subject
         return (
             there
-            if self._row("the same twice", lambda: oracle.repeats(there))
-            and self._row("samples alone", lambda: oracle.samples(there))
+            if self._row("the same twice", lambda: properties.repeats(there))
+            and self._row("samples alone", lambda: properties.samples(there))
             else None
         )
 
@@ -155,7 +156,7 @@ class _Check:
                     continue
                 small = Small(recipe=recipe, definition=definition, batches=batches_of(recipe, definition), sizes=sizes)
             except UserError as error:
-                first = first or [oracle.explained(FORWARD, error, FORWARD)]
+                first = first or [subjects.explained(FORWARD, error, FORWARD)]
                 continue
             subject = subject_of(small)
             found = oracle.runs(subject)
@@ -165,7 +166,7 @@ class _Check:
                 return subject, []
             first = first or found
         if not first and large is not None:
-            return None, [replace(oracle.explained(FORWARD, large, FORWARD), numbers=False)]
+            return None, [replace(subjects.explained(FORWARD, large, FORWARD), numbers=False)]
         return None, first
 
     # ---- on the backends
@@ -208,7 +209,7 @@ class _Check:
         return {"initial": subject.initial, "moved": subject.moved}
 
     def _measure(self, subject: Subject, backend: Any, **options: Any) -> Measured:
-        return measure(backend, subject.small.batches, self._points(subject), oracle.first_states(subject), **options)
+        return measure(backend, subject.small.batches, self._points(subject), subjects.first_states(subject), **options)
 
     def _one_device(self, subject: Subject, name: str) -> list[Finding]:
         backend = self.made[name] = backend_class(name)(self._program(subject))
@@ -218,7 +219,7 @@ class _Check:
             self.near = self._sensitivity(subject, backend, found)
         self.measured[name] = found
         for point, params in self._points(subject).items():
-            true = oracle.objective(subject, params)
+            true = subjects.objective(subject, params)
             if not abs(found.loss[point] - true) <= ORACLE_LOSS * abs(true) + 8 * self.near.loss[point]:
                 return [
                     Finding(
@@ -242,7 +243,7 @@ class _Check:
                         "choose another path with ops.where before it.",
                     )
                 ]
-        there = oracle.states_after_step(subject, subject.moved)
+        there = subjects.states_after_step(subject, subject.moved)
         for state, value in there.items():
             mine = found.after[f"state/{state}"].astype(np.float64)
             if not np.abs(mine - value).max(initial=0.0) <= ORACLE_LOSS * max(np.abs(value).max(initial=0.0), 1e-30):
@@ -255,7 +256,9 @@ class _Check:
                     )
                 ]
         return [
-            oracle.unreached(n, subject.definition.params[n].shape, f"its gradient is zero in every element on {name}")
+            properties.unreached(
+                n, subject.definition.params[n].shape, f"its gradient is zero in every element on {name}"
+            )
             for n in unreached(found)
             if not any(finding.what == f"parameter {n}" for finding in self.findings)
         ]
@@ -267,7 +270,7 @@ class _Check:
             point: {n: v * (1 + 2.0**-23 * rng.choice((-1.0, 1.0), v.shape)) for n, v in params.items()}
             for point, params in self._points(subject).items()
         }
-        again = measure(backend, subject.small.batches, near, oracle.first_states(subject), steps=0)
+        again = measure(backend, subject.small.batches, near, subjects.first_states(subject), steps=0)
         return sensitivity(found, again)
 
     def _compared(self, subject: Subject, one: Measured, other: Measured, check: str, names: tuple[str, str]) -> Any:
@@ -287,21 +290,17 @@ class _Check:
         )
 
     def _accumulated(self, subject: Subject, name: str) -> list[Finding]:
-        halves = self._measure(subject, self.made[name], accumulation=2)
+        # Without States a step has nothing that the gradients do not have.
+        steps = 2 if subject.definition.states else 0
+        halves = self._measure(subject, self.made[name], accumulation=2, steps=steps)
         one = self.measured[name]
-        halves.evaluated = one.evaluated
-        found = self._compared(subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches"))
-        if not subject.over_batch:
-            return found
-        calls = ", ".join(dict.fromkeys(subject.over_batch))
-        do = f"A reduction over the batch covers one microbatch, so that no loss can depend on it: look at {calls}."
-        return [finding if finding.what.startswith("State") else replace(finding, do=do) for finding in found]
+        return self._compared(subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches"))
 
     def _restored(self, subject: Subject, one: str, two: str, check: str) -> list[Finding]:
         # What a model keeps outside its state is lost with the modules, so these are new ones, once for each backend.
         fresh = backend_class(two)(self._program(subject)) if one == two else self.made[two]
         found = saved_and_restored(
-            self.made[one], fresh, subject.small.batches, subject.moved, oracle.first_states(subject)
+            self.made[one], fresh, subject.small.batches, subject.moved, subjects.first_states(subject)
         )
         differ = list(same_state(found.saved, found.restored, (one, two), check))
         allowed = (1e-5 if one == two else 1e-4) * abs(found.loss) + 8 * max(self.near.loss.values())
@@ -333,10 +332,11 @@ class _Check:
             fit,
             subject.small.batches,
             self._points(subject),
-            oracle.first_states(subject),
+            subjects.first_states(subject),
         )
 
     def _on_meshes(self, subject: Subject, name: str, started: Future[dict[str, Measured | UserError]] | None) -> None:
+        fit = [mesh for mesh in self.meshes if self._unfit(subject, name, mesh) is None]
         for mesh in self.meshes:
             check = f"{name} on {mesh}"
 
@@ -344,16 +344,15 @@ class _Check:
                 if (reason := self._unfit(subject, name, mesh)) is not None:
                     raise _Skip(reason)
                 if started is None:
-                    value = self._measure(subject, backend_class(name)(self._program(subject, mesh)))
+                    # A compiled step costs as much as all else here. One mesh is enough for the rule.
+                    steps = 2 if mesh == fit[0] or subject.definition.states else 0
+                    value = self._measure(subject, backend_class(name)(self._program(subject, mesh)), steps=steps)
                 else:
                     there = started.result()[mesh]
                     if isinstance(there, UserError):
                         raise there
                     value = there
-                one = self.measured[name]
-                if value.predicted is None:
-                    value.predicted = one.predicted
-                return self._compared(subject, one, value, check, ("one device", mesh))
+                return self._compared(subject, self.measured[name], value, check, ("one device", mesh))
 
             self._row(check, compared)
 

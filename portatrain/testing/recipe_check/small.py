@@ -50,8 +50,8 @@ class Small:
 def candidates(recipe: Recipe) -> Iterator[tuple[Recipe, str]]:
     """Yield the recipe made small in every way that is tried, smallest first, each with what was changed, in words."""
     models = [(recipe.model, "")]
-    if hasattr(recipe.model, "small"):
-        models.insert(0, (recipe.model.small(), "model.small()"))
+    if callable(shrink := getattr(recipe.model, "small", None)):
+        models.insert(0, (shrink(), "model.small()"))
     elif isinstance(layers := getattr(recipe.model, "layers", None), int) and layers > LAYERS:
         models.insert(0, (dataclasses.replace(recipe.model, layers=LAYERS), f"{LAYERS} layers"))  # type: ignore[type-var]
     lengths = [(recipe.data, "")]
