@@ -72,13 +72,13 @@ def arrange(phase: str, folder: Path) -> None:
         return
     from portatrain.checkpoint.saver import Checkpoints
     from portatrain.data import read_ahead
-    from portatrain.training import trainer
+    from portatrain.training import arrival, trainer
     from portatrain.training.stop_requests import StopRequests
 
     if phase == "join":
         pause.before(trainer, "simulate_devices")
     elif phase == "restore":
-        pause.before(trainer, "restored")
+        pause.before(arrival, "restored")
     elif phase in ("compile", "step"):
         at, loop = 1 if phase == "compile" else AT_STEP, trainer.Trainer._loop
 
