@@ -168,7 +168,7 @@ def test_logged_steps_that_differ_refuse(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="trained again"):
         train(recipe, run, backend=BACKENDS[-1])
     assert [s["verdict"] for s in run.events("resumed")] == ["unproven", "broken"]
-    assert not (run.path / "checkpoints/step-00000009").exists()
+    assert not (run.path / "checkpoints/step-00000009/COMMIT").exists()
 
 
 def test_the_history_of_losses_travels_with_the_checkpoint(left: tuple[Recipe, Path]) -> None:
