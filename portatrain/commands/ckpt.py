@@ -241,7 +241,11 @@ def diff(args: argparse.Namespace) -> int:
 
     with opened(args.first) as a, opened(args.second) as b, explained():
         found = list(differences(a, b))
-        meta = [m for m in meta_differences(a.meta, b.meta) if not m.startswith(("probe.", "history", "recipe."))]
+        meta = [
+            m
+            for m in meta_differences(a.meta, b.meta)
+            if not m.startswith(("probe.", "history", "recipe.", "fingerprints"))
+        ]
         count = len({*a.names, *b.names})
     if args.json:
         print(json.dumps({"tensors": [vars(d) for d in found], "meta": meta}, indent=1))
@@ -307,7 +311,8 @@ def bring(args: argparse.Namespace) -> int:
     from portatrain.runs.run_dir import RunDir
 
     recipe, folder = options.resolved_recipe(args), Path(args.run_dir)
-    if folder.exists() and any(folder.iterdir()):
+    made = not folder.exists()
+    if not made and any(folder.iterdir()):
         raise UserError(
             f"run directory {folder}",
             expected="an unused name",
@@ -329,6 +334,9 @@ def bring(args: argparse.Namespace) -> int:
     except BaseException:  # without its checkpoint, the run would start from random weights
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         (folder / "run.json").unlink(missing_ok=True)
+        if made:
+            with contextlib.suppress(OSError):  # somebody put a file there
+                folder.rmdir()
         raise
     words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
     words += [word for override in args.overrides for word in ("--set", override)]

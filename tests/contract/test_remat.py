@@ -13,6 +13,7 @@ import pytest
 from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model import remat
+from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
 from portatrain.model.module import Module, Param, Stack, describe
 from portatrain.model.ops import Array, Batch, Loss, Ops
@@ -170,7 +171,9 @@ def test_jax_keeps_less() -> None:
 
         def backward(params: Any) -> Any:
             _, pull, _ = jax.vjp(
-                lambda p: backend._loss(p, {}, running.state["state"], batch, np.int32(1)), params, has_aux=True
+                lambda p: backend._loss(p, {}, running.state["state"], batch, np.int32(1), Across()),
+                params,
+                has_aux=True,
             )
             return pull
 

@@ -112,7 +112,7 @@ def test_a_recipe_named_oddly_gets_a_name_that_a_run_can_have(corpus: Path) -> N
         (["a.py", "--data", "tokens", "--paths", "text.npy"], "numpy.save"),
         (["a.py", "--paths", "nothing/here"], "nothing/here"),
         (["a.py", "--model", "vision", "--paths", "texts"], "no paths for images"),
-        (["a.py", "--model", "decoders"], "invalid choice"),
+        (["a.py", "--model", "decoders"], "expected one of"),
     ],
 )
 def test_mistakes_end_in_one_paragraph(
