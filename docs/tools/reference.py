@@ -29,6 +29,7 @@ from docs.tools.reference_parts import (
     signature,
     subclasses,
 )
+from portatrain.model.module import Module
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "docs" / "reference"
@@ -277,6 +278,13 @@ def names_page() -> str:
                 continue
             if not inspect.isclass(thing) or not getattr(thing, "_is_protocol", False):
                 parts.append(code(signature(thing), "text"))
+            if (
+                inspect.isclass(thing)
+                and issubclass(thing, Module)
+                and "__call__" in vars(thing)
+                and thing is not Module
+            ):
+                parts += ["Call it as", code(signature(thing.__call__, "layer"), "text")]
             first = (inspect.getdoc(thing) or "").split("\n\n")[0]
             parts += [first.replace("``", "`").rstrip(":"), f"<!-- whole: {thing.__module__}.{thing.__qualname__} -->"]
     return page("Public names", *parts)

@@ -66,7 +66,7 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
         console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False, markup=False)
     saved = f"step {now.committed}" if now.committed is not None else "none"
     console.print(
-        f"newest checkpoint: {saved}; lost between attempts: {now.lost_s:.0f} s; repeated steps: {now.trained_again}",
+        f"newest checkpoint: {saved}; between attempts: {now.lost_s:.0f} s; repeated steps: {now.trained_again}",
         highlight=False,
     )
     if now.why:

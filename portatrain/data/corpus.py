@@ -104,7 +104,7 @@ def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> pa
             raise UserError(
                 f"{type(spec).__name__} data",
                 expected=f"at least one document with content in the {split} split",
-                got=f"{int(mine.sum())} of {len(source)} documents there, none with content",
+                got=f"{int(mine.sum())} of {len(source)} documents, none with content" if mine.any() else "none",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",
             )
         # Check before the pack is stored: a stored pack would still be too small after documents are added.

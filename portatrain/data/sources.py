@@ -60,18 +60,21 @@ class Documents(ABC):
 
         If files are held out by name, their documents are in it. Otherwise a document is in it if the Philox word at
         its index, under a key from its file's name, is below ``fraction``. Adding documents therefore never moves
-        another document to the other split.
+        another document to the other split; but if no word of a small corpus is below it, the lowest one counts.
         """
         if self._trained < len(self.files):
             return self.file >= self._trained
-        out = np.zeros(len(self), bool)
+        drawn = np.ones(len(self))
         for f, (name, _) in enumerate(self.files):
             here = slice(*np.searchsorted(self.file, (f, f + 1)))
             index = self.index[here]
             if len(index):
-                drawn = rng.words(0, f"data/split/{name}", 0, int(index[-1]) + 1)[index]
-                out[here] = (drawn >> np.uint64(11)).astype(np.float64) * 2.0**-53 < fraction
-        return out
+                words = rng.words(0, f"data/split/{name}", 0, int(index[-1]) + 1)[index]
+                drawn[here] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        held = drawn < fraction
+        if fraction and len(self) > 1 and not held.any():
+            held[drawn.argmin()] = True
+        return held
 
 
 def documents(spec: DataSpec) -> Documents:

@@ -83,4 +83,4 @@ def _recorded(stored: Any, path: Path | str) -> Recipe:
             expected="a recipe whose classes can be imported here",
             got=str(error),
             do='Load the recipe file of the run and pass it: load_trained(path, recipe=load_recipe("my_model.py")).',
-        ) from error
+        ) from None

@@ -171,6 +171,17 @@ def test_validation_paths(tmp_path):
         open_data(dataclasses.replace(spec, validation_paths=str(tmp_path / "d" / "3.txt")), seed=0)
 
 
+@pytest.mark.parametrize("count", range(2, 10))
+def test_a_small_corpus_holds_out_one_document_at_least(tmp_path, count):
+    for number in range(count):
+        (tmp_path / f"{number}.txt").write_text(f"document {number}")
+    source = documents(TextFiles(seq_len=4, paths=str(tmp_path), validation=0.01))
+    held = source.held_out(0.01)
+    assert held.sum() == 1
+    more = documents(TextFiles(seq_len=4, paths=str(tmp_path), validation=0.9)).held_out(0.9)
+    assert more[held].all()  # the document with the lowest word is held out at any fraction
+
+
 def test_nothing_held_out(tmp_path):
     write(tmp_path, TEXTS)
     data = open_data(TextFiles(paths=str(tmp_path), seq_len=8, validation=0), seed=0)
