@@ -40,8 +40,8 @@ test-rest: setup  ## run only the tests that `make test` leaves out
 test-full: setup lint  ## run every check that needs no scheduler
 	$(PYTEST) -m "not engines and not meshes and not soak"
 
-soak: setup  ## flip every bit of a checkpoint's headers, fuzz a hundred thousand manifests, send every signal in every phase
-	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults tests/distributed
+soak: setup  ## flip every bit of a checkpoint's headers, fuzz a hundred thousand manifests, send every signal in every phase, check every recipe on all meshes
+	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m soak --timeout 14400 tests/faults tests/distributed tests/contract
 
 matrix: setup  ## compare backends x meshes x recipes, into docs/measured/parity.md; continues after a stop (MATRIX_ARGS="--minutes 10")
 	$(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m benchmarks.matrix $(MATRIX_ARGS)

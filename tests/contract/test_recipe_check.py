@@ -122,9 +122,14 @@ def test_nothing_is_found_in_shipped_recipes(name: str, monkeypatch: pytest.Monk
     assert report.findings == [] and all(row.status == "ok" for row in report.rows)
 
 
-@pytest.mark.full
+WHOLE = ("tiny-lm", str(ROOT / "examples" / "recurrent.py"))
+"""What the long tests check on all meshes; the soak checks every recipe."""
+
+
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.full if name in WHOLE else pytest.mark.soak) for name in ALL]
+)
 def test_the_whole_check_finds_nothing_in_shipped_recipes(name: str, tmp_path: Path) -> None:
     """With the meshes of jax's simulated devices and of torch's processes: a row for each, none left out."""
     found = checked(name, tmp_path)
@@ -147,9 +152,10 @@ FAULTS_IN_A_FILE = {
 }
 
 
-@pytest.mark.full
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
-@pytest.mark.parametrize("fault", FAULTS_IN_A_FILE)
+@pytest.mark.parametrize(
+    "fault", [pytest.param(f, marks=pytest.mark.full if "relu" in f else pytest.mark.soak) for f in FAULTS_IN_A_FILE]
+)
 def test_the_whole_check_finds_a_fault_in_a_file(fault: str, tmp_path: Path) -> None:
     before, kind, wanted = FAULTS_IN_A_FILE[fault]
     rule = "optimizer=planted.OwnRandomRule(lr=0.1)" if "rule" in fault else ""

@@ -120,9 +120,14 @@ def test_an_honest_move_is_accepted(case: Any, step: int) -> None:
 
 
 @needs_both
-@pytest.mark.full
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", GENERATED, ids=lambda case: " ".join(map(str, case)))
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=pytest.mark.soak if i % 4 else pytest.mark.full, id=" ".join(map(str, c)))
+        for i, c in enumerate(GENERATED)
+    ],
+)
 def test_generated_honest_moves_are_accepted(case: Any) -> None:
     for step in (1, 4):
         move = Move(small(*recipe_of(*case)), step)

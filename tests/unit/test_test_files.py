@@ -19,6 +19,12 @@ COPIED = {"pace", "acme_chip"}
 HELPERS = {path.stem for path in TESTS if not path.stem.startswith(("test_", "__"))} - COPIED
 
 
+def test_no_two_files_have_one_name() -> None:
+    """pytest imports a file by its name alone, and cannot import another file of that name."""
+    names = [path.name for path in TESTS if path.name.startswith("test_")]
+    assert sorted(names) == sorted(set(names))
+
+
 def imported(source: str) -> set[str]:
     """Return the full names of the modules that ``source`` imports, also inside functions."""
     found = set()

@@ -134,7 +134,7 @@ def _all_within(seed: int, count: int, folder: Path) -> list[Held]:
 @pytest.mark.meshes
 @pytest.mark.timeout(1800)
 def test_generated_cells(tmp_path: Path) -> None:
-    _all_within(2026, 12, tmp_path)
+    _all_within(2026, 6, tmp_path)
 
 
 @pytest.mark.soak
