@@ -143,10 +143,14 @@ class FolderLocation:
         return {p.name: p.stat().st_size for p in folder.iterdir() if p.is_file() and not p.is_symlink()}
 
     def commit(self, step: int) -> bytes:
+        self.refuse_links(step)
+        return (self.path / step_name(step) / COMMIT).read_bytes()
+
+    def refuse_links(self, step: int) -> None:
+        """Raise FormatError if the folder of `step`, or the COMMIT in it, is a symbolic link."""
         folder = self.path / step_name(step)
         for path in (folder, folder / COMMIT):
             refuse_link(path)
-        return (folder / COMMIT).read_bytes()
 
     def remove(self, step: int) -> None:
         folder = self.path / step_name(step)

@@ -100,8 +100,9 @@ def check_newest(
     """
     place = location_of(where)
     for step in reversed(place.steps()):
-        with contextlib.closing(place.open(step)) as store:
+        with contextlib.ExitStack() as opened:
             try:
+                store = opened.enter_context(contextlib.closing(place.open(step)))
                 reader = Reader(store)
             except NewerFormatError as error:
                 raise UserError.of(error) from error

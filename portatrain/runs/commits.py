@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from portatrain.checkpoint.locations import Location
+from portatrain.checkpoint.locations import FolderLocation, Location
 from portatrain.errors import StorageError, UserError
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
@@ -63,6 +63,11 @@ def check_not_missing(run: RunDir, location: Location) -> None:
             got="none: the import did not end",
             do="Import again into another folder, or remove this one and import again.",
         )
+    if isinstance(location, FolderLocation):  # a link is no storage that is away: another attempt finds it again
+        from portatrain.checkpoint.errors import explained  # with NumPy: not needed to read a record
+
+        with explained():
+            location.refuse_links(known.step)
     raise StorageError(
         f"checkpoints in {location.name}",
         expected=f"the checkpoint of step {known.step}, which attempt {known.attempt} had",

@@ -74,6 +74,16 @@ def test_an_older_record_without_events_of_commits_serves_too(run: RunDir) -> No
     refused(run, StorageError, "the checkpoint of step 4")
 
 
+@pytest.mark.parametrize("linked", ["step-00000004", "step-00000004/COMMIT"])
+def test_a_newest_checkpoint_that_is_a_link_is_no_storage_that_is_away(linked: str, run: RunDir) -> None:
+    """It would be tried again for ever."""
+    path, elsewhere = run.path / "checkpoints" / linked, run.path.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    refused(run, UserError, "got a symbolic link, which is not followed")
+    assert train(RECIPE, run, backend=BACKEND, stop_at=3, accept_drift="from step 2") == 85
+
+
 def test_a_newest_checkpoint_that_is_away_is_missed(run: RunDir) -> None:
     shutil.rmtree(run.path / "checkpoints/step-00000004")
     refused(run, StorageError, "got none after step 2")

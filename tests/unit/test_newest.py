@@ -24,7 +24,7 @@ from checkpoints_format import (
     commit,
 )
 from portatrain.checkpoint.locations import FolderLocation, step_name
-from portatrain.checkpoint.saver import Checkpoints
+from portatrain.checkpoint.saver import Checkpoints, check_newest
 from portatrain.errors import UserError
 from portatrain.recipe.retention import Retention
 from portatrain.runs.find_checkpoints import opened
@@ -32,6 +32,7 @@ from portatrain.runs.history import kept_checkpoints
 from portatrain.runs.run_dir import RunDir
 from tests.support.folders import listing
 from tests.support.held_arrays import Holding
+from tests.support.small_recipe import make
 
 PROCESSES = 3
 
@@ -253,6 +254,7 @@ def test_no_link_is_followed(what: str, tmp_path: Path) -> None:
             location.commit(2)
     found = Checkpoints(ours.parent).newest(reports.append)
     assert found is not None and found[0] == 1 and "symbolic link" in reports[0]
+    check_newest(ours.parent, backend.program, make(), {})  # passes the step over, too
     assert [row["committed"] for row in kept_checkpoints(RunDir(tmp_path / "ours"))] == [True, what == "a file"]
     with pytest.raises(UserError, match="symbolic link"), opened(ours.parent, 2) as reader:
         reader.verify_all()
