@@ -42,6 +42,7 @@ from portatrain.backends.state import full_name
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_step, check_tensors, format_layout, written_by
 from portatrain.checkpoint.host_copies import Staging, given_budget_bytes
+from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.newest import newest
 from portatrain.checkpoint.shared_reads import owners_of
@@ -113,7 +114,7 @@ def check_newest(
             check_tensors(reader, program, axes=not accept_drift)
             if accept_drift:
                 return
-            if changes := deciding_changes(reader.meta, recipe):
+            if changes := deciding_changes(reader.meta, recipe, trusted=is_trusted):
                 raise another_recipe(what, changes)
             saved = reader.meta.get("data", {})
             for name, now in fingerprints_of_data.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from portatrain.errors import UserError
@@ -30,17 +30,20 @@ FREE = (
 """
 
 
-def changed_fields(stored: object, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+def changed_fields(
+    stored: object, recipe: Recipe, *, trusted: Callable[[str], bool] = lambda module: True
+) -> dict[str, tuple[Any, Any]]:
     """Return the dotted fields in which `recipe` differs from the JSON `stored`, each with both values.
 
     An older release may have written the same recipe with other module names, or without newer fields; that is no
-    difference.
+    difference. `trusted`: the modules that `stored` may import, as in `config.from_json`; all of them for the record of
+    a run. If it names another one, its JSON is compared as it stands.
     """
     was: Any = stored
     try:
-        known = Recipe.from_json(dict(was))
+        known = Recipe.from_json(dict(was), trusted=trusted)
     except (UserError, ImportError, AttributeError, KeyError, TypeError, ValueError):
-        pass  # a class that is not installed here: compare with the stored JSON
+        pass  # a class that is not installed here, or not trusted: compare with the stored JSON
     else:
         if known.sha256 == recipe.sha256:
             return {}
@@ -48,15 +51,17 @@ def changed_fields(stored: object, recipe: Recipe) -> dict[str, tuple[Any, Any]]
     return _differences(was, recipe.to_json())
 
 
-def deciding_changes(meta: Mapping[str, Any], recipe: Recipe) -> dict[str, tuple[Any, Any]]:
+def deciding_changes(
+    meta: Mapping[str, Any], recipe: Recipe, *, trusted: Callable[[str], bool]
+) -> dict[str, tuple[Any, Any]]:
     """Return the fields that decide the curve in which `recipe` differs from the recipe in a checkpoint's meta.
 
-    A meta without a recipe, as of tensors that no run has saved, differs in nothing.
+    A meta without a recipe, as of tensors that no run has saved, differs in nothing. `trusted`: as in `changed_fields`.
     """
     stored = meta.get("recipe")
     if not isinstance(stored, Mapping) or meta.get("recipe_sha256") == recipe.sha256:
         return {}
-    return {k: v for k, v in changed_fields(stored, recipe).items() if k.split(".")[0] not in FREE}
+    return {k: v for k, v in changed_fields(stored, recipe, trusted=trusted).items() if k.split(".")[0] not in FREE}
 
 
 def in_words(changes: Mapping[str, tuple[Any, Any]], most: int = 6) -> str:

@@ -9,6 +9,7 @@ from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
+from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.checkpoint.locations import location_of
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
@@ -49,7 +50,7 @@ def arrive(
     check_tensors(reader, backend.program, axes=not accept_drift)
     definition = backend.program.definition
     state = restored(backend, reader)
-    fields = [f"recipe.{name}" for name in deciding_changes(reader.meta, recipe)]
+    fields = [f"recipe.{name}" for name in deciding_changes(reader.meta, recipe, trusted=is_trusted)]
     changed, now = _changed(backend, state, reader.meta), record(state)
     bounds = Bounds.of(definition, recipe.precision, positions)
 

@@ -11,6 +11,7 @@ from portatrain.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from checkpoints_format import Reader
     from portatrain.backends.base import Backend
     from portatrain.recipe import Recipe
 
@@ -66,21 +67,22 @@ def load_trained(
     from portatrain.runs.find_checkpoints import opened
 
     with opened(path, step) as reader:
-        chosen = recipe if recipe is not None else _recorded(reader.meta.get("recipe"), path)
+        chosen = recipe if recipe is not None else _recorded(reader)
         made = backend_class(backend or default_backend())(make_program(chosen))
         check_tensors(reader, made.program)
         return TrainedModel(chosen, int(reader.meta["step"]), made, restored(made, reader))
 
 
-def _recorded(stored: Any, path: Path | str) -> Recipe:
-    from portatrain.recipe import Recipe
+def _recorded(reader: Reader) -> Recipe:
+    """Return the recipe in a checkpoint. Like an export, this imports no code that only the checkpoint names."""
+    from portatrain.checkpoint.interop.export_import import recipe_in
 
     try:
-        return Recipe.from_json(stored)
-    except (UserError, ImportError, AttributeError, KeyError, TypeError) as error:
+        return recipe_in(reader)
+    except UserError as error:
         raise UserError(
-            f"checkpoint {path}",
-            expected="a recipe whose classes can be imported here",
-            got=str(error),
+            error.what,
+            expected=error.expected,
+            got=error.got,
             do='Load the recipe file of the run and pass it: load_trained(path, recipe=load_recipe("my_model.py")).',
-        ) from None
+        ) from error

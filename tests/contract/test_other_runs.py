@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader
 from portatrain.checkpoint.interop import trees
+from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.cli import main
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.recipe.same import FREE, changed_fields, deciding_changes
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants
+from portatrain.training.trained import load_trained
 from portatrain.training.trainer import train
 from tests.support.running import BACKENDS
 from tests.support.short_runs import SMALL, small
@@ -102,7 +105,52 @@ def test_a_recipe_of_an_older_release_is_the_same() -> None:
     assert changed_fields(stored, recipe) == {}
     stored["model"]["class"] = "gone.module:Sizes"  # not installed here: compared as JSON
     assert set(changed_fields(stored, recipe)) == {"model.class"}
-    assert deciding_changes({"step": 1}, recipe) == {}
+    assert deciding_changes({"step": 1}, recipe, trusted=is_trusted) == {}
+
+
+def naming_other_code(values: Any, meta: mutants.Meta, recipe: Recipe) -> None:
+    meta["recipe"]["model"]["class"], meta["recipe_sha256"] = "code_of_others:Sizes", "0" * 64
+
+
+@pytest.fixture
+def imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that exists once the module `code_of_others` has been imported."""
+    code, mark = tmp_path / "code", tmp_path / "imported"
+    code.mkdir()
+    (code / "code_of_others.py").write_text(f"open({str(mark)!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(str(code))
+    monkeypatch.delitem(sys.modules, "code_of_others", raising=False)
+    return mark
+
+
+def test_the_recipe_of_a_checkpoint_imports_no_code(left: RunDir, tmp_path: Path, imports: Path) -> None:
+    run = other(left, tmp_path / "run", small())
+    mutants.rewrite(run.path / STEP, naming_other_code, small())
+    with pytest.raises(UserError, match=r"another recipe, which differs in model\.class"):
+        train(small(), run, backend=BACKEND)
+    assert not imports.exists()
+    with pytest.raises(UserError, match=r"recipe=load_recipe\("):
+        load_trained(run.path, backend=BACKEND)
+    assert not imports.exists()
+    assert load_trained(run.path, backend=BACKEND, recipe=small()).step == 2
+    assert train(small(), run, backend=BACKEND, stop_at=3, accept_drift="renamed") == 85
+    assert "recipe.model.class" in run.events("resumed")[0]["differs"]
+    assert not imports.exists()
+
+
+def test_the_recipe_of_an_export_imports_no_code(
+    exported: dict[str, Path], tmp_path: Path, imports: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if "dcp" not in exported:
+        pytest.skip("torch is not installed")
+    source = tmp_path / "edited"
+    shutil.copytree(exported["dcp"], source)
+    meta = json.loads((source / trees.META).read_text())
+    naming_other_code({}, meta, small())
+    (source / trees.META).write_text(json.dumps(meta))
+    assert imported(source, "dcp", tmp_path / "run") == 2
+    assert "another recipe, which differs in model.class" in capsys.readouterr().err
+    assert not imports.exists()
 
 
 def with_axes(path: Path, rename: dict[str, str]) -> None:

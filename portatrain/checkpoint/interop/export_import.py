@@ -128,7 +128,8 @@ def import_from(
     else:
         found = (trees.from_orbax if kind == "orbax" else trees.from_dcp)(source)
         meta = trees.read_meta(source)
-        if meta is not None and not accept_drift and (changes := deciding_changes(meta, recipe)):
+        changes = {} if meta is None or accept_drift else deciding_changes(meta, recipe, trusted=is_trusted)
+        if changes:
             raise UserError(
                 f"folder {source}",
                 expected="an export of a run of this recipe",
