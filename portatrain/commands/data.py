@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,10 @@ def _packs(given: str) -> list[Path]:
     if is_remote(given):
         from portatrain.runs.open import open_run
 
-        folder = open_run(given).data()
+        run = open_run(given)
+        if (kept := run.path / "data").is_dir():  # from a call before this one: the bytes of the store are in question
+            shutil.rmtree(kept)
+        folder = run.data()
     else:
         folder = Path(given).expanduser()
     found = sorted(path.parent for path in folder.rglob("pack.json")) if folder.is_dir() else []

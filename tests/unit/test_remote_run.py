@@ -311,6 +311,22 @@ def test_a_corpus_that_was_cut_while_it_was_sent_is_packed_and_sent_anew(
     assert there() == fingerprint
 
 
+def test_data_verify_reads_the_store_each_time(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("document " * 9)
+    run = open_run(URL, work=True)
+    open_data(TextFiles(paths=str(tmp_path / "a.txt"), seq_len=8, validation=0), seed=0, pack_dir=run.data())
+    run.share_data()
+    assert main(["data", "verify", URL]) == 0
+    objects = Objects(URL)
+    (name,) = (o.name for o in objects.below("data") if o.name.endswith("train-tokens.bin"))
+    good = (run.path / name).read_bytes()
+    objects.put(name, bytes([good[0] ^ 1]) + good[1:])
+    assert main(["data", "verify", URL]) == 1
+    objects.put(name, good)
+    assert main(["data", "verify", URL]) == 0
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_pack_json_is_sent_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("document " * 9)
     text = TextFiles(paths=str(tmp_path / "a.txt"), seq_len=8, validation=0)
