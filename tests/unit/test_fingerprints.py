@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from checkpoints_format import LocalStore, Reader
 from checkpoints_format.dtypes import NUMPY
+from portatrain.backends.base import LocalBox
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.fingerprints import box_sum
 from portatrain.checkpoint.saver import Checkpoints
@@ -136,6 +138,30 @@ def test_a_change_of_a_state_is_named() -> None:
     state["opt/count"] += 1
     assert fingerprints.compare(backend, state, saved) == ["opt/m/w", "opt/count"]
     assert fingerprints.compare(backend, state, {**saved, "opt/u/w": "0" * 16})[-1] == "opt/u/w"
+
+
+class Twice(Holding):
+    """A backend with two devices, each of which has a copy of all arrays: those of both states."""
+
+    process, processes = 0, 1
+
+    def local_boxes(self, state: Any) -> Iterator[LocalBox]:
+        for copy in state:
+            yield from super().local_boxes(copy)
+
+    def irregular_shards(self, state: Any) -> dict[tuple[str, str], Any]:
+        return {}
+
+
+def test_a_copy_that_differs_is_named() -> None:
+    backend: Any = Twice()
+    first, second = backend.state(3), backend.state(3)
+    saved = {n: f"{box_sum(a, (0,) * a.ndim):016x}" for n, a in first.items()}
+    second["params/w"] = np.asfortranarray(second["params/w"])  # the same elements in another order in memory
+    assert fingerprints.compare(backend, (first, second), saved) == []
+    second["opt/v/b"].reshape(-1).view(np.uint32)[5] ^= 1
+    second["opt/count"] += 1
+    assert fingerprints.compare(backend, (first, second), saved) == ["opt/v/b", "opt/count"]
 
 
 def test_unknown_fingerprints_are_not_compared() -> None:
