@@ -30,22 +30,21 @@ def newest_recorded(run: RunDir) -> Recorded | None:
     """Return the last commit that the record of a run names; None if it names none.
 
     The last one counts and not the largest step: a run that passed over a damaged checkpoint goes on before it. Events
-    that cannot be read are left out.
+    that cannot be read are left out. What a supervisor or an import wrote counts if no attempt wrote of a commit.
     """
-    found = seen = None
-    if "run.json" in (run.entries() or ()) and isinstance(run.run_info().get(BEGUN_FROM), dict):
-        found = Recorded(step=0, attempt=0)
-    for number in run.attempt_numbers():
+    info = run.run_info() if "run.json" in (run.entries() or ()) else {}
+    seen = Recorded(step=0, attempt=0) if isinstance(info.get(BEGUN_FROM), dict) else None
+    for number in reversed(run.attempt_numbers()):
         rows: list[dict[str, Any]] = []
         with contextlib.suppress(UserError):
             rows = run.rows(number, "events")
-        for event in rows:
+        for event in reversed(rows):
             kind, step = event.get("event"), event.get("step")
             if kind in AT_STEP and isinstance(step, int):
-                found = Recorded(step=step, attempt=number)
-            elif kind == Kind.LEFT and isinstance(event.get("committed"), int):  # what the supervisor saw by names
-                seen = Recorded(step=event["committed"], attempt=number)
-    return found if found is not None and (found.attempt or seen is None) else seen
+                return Recorded(step=step, attempt=number)
+            if kind == Kind.LEFT and isinstance(event.get("committed"), int) and not (seen and seen.attempt):
+                seen = Recorded(step=event["committed"], attempt=number)  # what the supervisor saw by names
+    return seen
 
 
 def check_not_missing(run: RunDir, location: Location) -> None:

@@ -54,6 +54,23 @@ def test_every_commit_is_in_the_record(run: RunDir) -> None:
     assert newest_recorded(RunDir(run.path / "nothing")) is None
 
 
+def test_the_last_commit_of_which_an_attempt_wrote_counts(tmp_path: Path) -> None:
+    events: dict[int, list[dict[str, object]]] = {
+        1: [{"event": "save_committed", "step": 2}, {"event": "save_committed", "step": 4}, {"event": "left"}],
+        2: [{"event": "left", "committed": 5}, {"event": "left", "committed": 6}, {"event": "end"}],
+        3: [{"event": "start"}, {"event": "left", "committed": None}],
+    }
+    run = RunDir(tmp_path)
+    for number, rows in events.items():
+        (tmp_path / "attempts" / str(number)).mkdir(parents=True)
+        (tmp_path / "attempts" / str(number) / "events.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert newest_recorded(run) == Recorded(step=4, attempt=1)
+    shutil.rmtree(tmp_path / "attempts/1")
+    assert newest_recorded(run) == Recorded(step=6, attempt=2)
+    shutil.rmtree(tmp_path / "attempts/2")
+    assert newest_recorded(run) is None
+
+
 def test_checkpoints_that_are_away_are_no_new_run(run: RunDir) -> None:
     away = run.path / "checkpoints"
     away.rename(run.path.parent / "away")
