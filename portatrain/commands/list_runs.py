@@ -23,6 +23,8 @@ from portatrain.system import terminal
 from portatrain.system.paths import place
 from portatrain.system.text import age
 
+Owners = tuple[str | None, ...]
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -73,21 +75,38 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _differences(runs: list[History]) -> list[dict[str, str]]:
-    """Return, for each run, the fields of its recipe that are not the same in all runs of the recipe of that name."""
+    """Return, for each run, the fields of its recipe that are not the same in all runs of the recipe of that name.
+
+    A field differs from that of another run only if the objects that have it are of one class.
+    """
     flat = [dict(_fields(run.recipe)) for run in runs]
-    found = []
+    groups: dict[str, list[dict[str, str]]] = {}
     for run, mine in zip(runs, flat, strict=True):
-        others = [one for one, its in zip(flat, runs, strict=True) if its.recipe.get("name") == run.recipe.get("name")]
-        differing = (path for path in mine if any(_differ(path, mine, one) for one in others))
-        found.append({path: mine[path] for path in differing})
-    return found
+        groups.setdefault(_name(run), []).append(mine)
+    varying = {name: _varying(group) for name, group in groups.items()}
+    return [
+        {path: value for path, value in mine.items() if (path, _owners(path, mine)) in varying[_name(run)]}
+        for run, mine in zip(runs, flat, strict=True)
+    ]
 
 
-def _differ(path: str, mine: Mapping[str, str], other: Mapping[str, str]) -> bool:
-    """Return True if a field differs, but not because the object that has it is of another class."""
+def _name(run: History) -> str:
+    return repr(run.recipe.get("name"))
+
+
+def _varying(group: list[dict[str, str]]) -> set[tuple[str, Owners]]:
+    """Return the fields, each with its owners, that have several values in the runs of a group."""
+    found: dict[tuple[str, Owners], set[str | None]] = {}
+    for path in {path: None for mine in group for path in mine}:
+        for mine in group:
+            found.setdefault((path, _owners(path, mine)), set()).add(mine.get(path))
+    return {at for at, values in found.items() if len(values) > 1}
+
+
+def _owners(path: str, mine: Mapping[str, str]) -> Owners:
+    """Return the classes of the objects that have a field, from the outermost in; None for what is no object."""
     parts = path.split(".")
-    owners = (".".join(parts[:depth]) for depth in range(1, len(parts)))
-    return mine[path] != other.get(path) and all(mine.get(owner) == other.get(owner) for owner in owners)
+    return tuple(mine.get(".".join(parts[:depth])) for depth in range(1, len(parts)))
 
 
 def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
