@@ -188,7 +188,7 @@ class _Told:
 def verify(args: argparse.Namespace) -> int:
     from checkpoints_format import NewerFormatError, NotCommittedError, Reader
     from portatrain.checkpoint.errors import explained
-    from portatrain.checkpoint.format_layout import check_tiles
+    from portatrain.checkpoint.format_layout import check_step, check_tiles
     from portatrain.runs.find_checkpoints import places
 
     found = [p for p in places(args.path) if args.step in (None, p.step)]
@@ -208,6 +208,8 @@ def verify(args: argparse.Namespace) -> int:
                     row["bytes"] = sum(r.length for records in reader.root.packs for r in records)
                     told = _Told(str(place.path), row["bytes"])
                     row["problems"] = [str(problem) for problem in reader.problems(told.read)]
+                    if place.step is not None:
+                        check_step(reader, place.step, store.describe("COMMIT"))
                     check_tiles(reader)
                 except NotCommittedError:
                     if len(found) == 1:

@@ -85,6 +85,17 @@ def test_ls_show_and_verify(run: Path, capsys: pytest.CaptureFixture) -> None:
         assert "4" in capsys.readouterr().out
 
 
+def test_verify_names_a_renamed_folder(copy: Path, capsys: pytest.CaptureFixture) -> None:
+    renamed = copy / "checkpoints/step-00000020"
+    (copy / STEP).rename(renamed)
+    for path in (copy, renamed):
+        assert main(["ckpt", "verify", str(path), "--json"]) == 1
+        row = json.loads(capsys.readouterr().out)[-1]
+        assert row["step"] == 20 and "got the checkpoint of step 4" in " ".join(row["problems"])
+    shutil.copytree(renamed, copy / "of another name")
+    assert main(["ckpt", "verify", str(copy / "of another name")]) == 0
+
+
 def test_a_long_verify_says_how_far_it_is(
     run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
