@@ -95,9 +95,10 @@ def _tile(reader: Reader, tensor: Tensor, right: Sequence[tuple[int, ...]]) -> U
 
 
 def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> None:
-    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes.
+    """Raise UserError, with the differences, unless a checkpoint has the tensors of `program`, with the same shapes and
+    with the tiles that follow from them, see `check_tiles`.
 
-    `axes`: False accepts other names of axes.
+    `axes`: False accepts other names of axes, and tiles for any number of batch axes.
     """
     there = {t.name: t for t in reader.layout.tensors}
     wanted = {t.name: t for t in format_layout(program).tensors}
@@ -133,7 +134,9 @@ def check_tensors(reader: Reader, program: Program, *, axes: bool = True) -> Non
             got="; ".join(got),
             do="This is the checkpoint of another model: give the recipe and the sizes that it was saved with.",
         )
-    check_tiles(reader)
-    for name, tensor in wanted.items():
-        if axes and "recipe_sha256" in reader.meta and tensor.resolved().tile != there[name].tile:
-            raise _tile(reader, there[name], [tensor.resolved().tile or ()])
+    if not axes:
+        check_tiles(reader)
+        return
+    for name, tensor in wanted.items() if "recipe_sha256" in reader.meta else ():
+        if (tile := tensor.resolved().tile or ()) != there[name].tile:  # the batch axes are known here: one is right
+            raise _tile(reader, there[name], [tile])

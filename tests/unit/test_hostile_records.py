@@ -11,17 +11,19 @@ import re
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from checkpoints_format import LocalStore, SaveLayout, Tensor, Writer, commit
+from checkpoints_format import LocalStore, Reader, SaveLayout, Tensor, Writer, commit, tile_shape
 from checkpoints_format.attacks.roots import ROOT, seal
 from launchers.base import launcher
 from launchers.yaml_text import to_yaml
 from portatrain import config
+from portatrain.checkpoint.format_layout import check_tensors, format_layout
 from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.cli import launch_main, main
 from portatrain.errors import UserError, visible
@@ -31,6 +33,7 @@ from portatrain.runs.history import read_history
 from portatrain.runs.jobs import Job
 from portatrain.runs.report.page import page
 from portatrain.runs.run_dir import RunDir
+from tests.support.held_arrays import Holding
 from tests.support.small_recipe import make
 
 EVIL = "\x1b]0;owned\x07\x1b[2J\x1b[31mred\r\x9b1A\u202e<script>alert(1)</script>&\udc80"
@@ -301,3 +304,21 @@ def test_no_sealed_root_changes_the_shape_of_a_tile(tmp_path: Path, change: Call
         code = main(["ckpt", words[0], str(folder), *more])
         out = capsys.readouterr()
         assert code and "tile" in out.out + out.err and "Traceback" not in out.err
+
+
+@pytest.mark.parametrize(("tile", "refused"), [("rule", ()), ("one row", (True,)), ("turned", (True, False))])
+def test_a_run_takes_the_tiles_of_its_model_alone(tmp_path: Path, tile: str, refused: tuple[bool, ...]) -> None:
+    program = Holding().program
+    layout = format_layout(program)
+    (w,) = (t for t in layout.tensors if t.name == "params/w")
+    by_rule = tile_shape(w.shape, w.item_bytes)
+    made = {"rule": by_rule, "one row": tile_shape(w.shape, w.item_bytes, 1), "turned": by_rule[::-1]}
+    assert len(set(made.values())) == 3
+    tensors = tuple(dataclasses.replace(t, tile=made[tile]) if t is w else t for t in layout.tensors)
+    layout = dataclasses.replace(layout, tensors=tensors)
+    with LocalStore(tmp_path, create=True) as store:
+        Writer(store, layout, save="a").write({t.name: np.zeros(t.shape, t.dtype) for t in tensors})
+        commit(store, layout, save="a", meta={"step": 1, "recipe_sha256": "x"})
+        for axes in (True, False):
+            with pytest.raises(UserError, match="params/w.*tiles of") if axes in refused else nullcontext():
+                check_tensors(Reader(store), program, axes=axes)
