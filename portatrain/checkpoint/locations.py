@@ -58,6 +58,11 @@ def location_of(where: Path | str) -> Location:
     return FolderLocation(Path(where))
 
 
+def newest_committed(location: Location) -> int | None:
+    """Return the newest step that has a COMMIT, or None. Only the restore verifies its files."""
+    return next((step for step in reversed(location.steps()) if location.committed(step)), None)
+
+
 def refuse_link(path: Path) -> None:
     """Raise FormatError if `path`, the folder or a file of a checkpoint, is a symbolic link; SPEC allows none."""
     if path.is_symlink():

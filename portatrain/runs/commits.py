@@ -6,7 +6,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any
 
-from portatrain.checkpoint.locations import FolderLocation, Location
+from portatrain.checkpoint.locations import FolderLocation, Location, newest_committed
 from portatrain.errors import StorageError, UserError
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
@@ -52,7 +52,7 @@ def check_not_missing(run: RunDir, location: Location) -> None:
     known = newest_recorded(run)
     if known is None:
         return
-    there = next((step for step in reversed(location.steps()) if location.committed(step)), None)
+    there = newest_committed(location)
     if there is not None and there >= known.step:
         return
     if not known.attempt:

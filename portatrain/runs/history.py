@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import location_of
+from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.errors import LONGEST, UserError
 from portatrain.runs import rows as typed
 from portatrain.runs.claim import Owner
@@ -220,8 +220,7 @@ def _checked(where: Path | str) -> RunDir:
 
 def committed(run: RunDir) -> int | None:
     """Return the step of the newest committed checkpoint, or None. Only the restore verifies its files."""
-    location = location_of(run.checkpoints())
-    return next((step for step in reversed(location.steps()) if location.committed(step)), None)
+    return newest_committed(location_of(run.checkpoints()))
 
 
 def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:
