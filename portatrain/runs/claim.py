@@ -223,7 +223,9 @@ class Claim:
                 other = holder(path)
                 raise in_use(path.parent, other) from None
             except OSError as error:
-                raise _cannot(path.parent, "link a file", error) from error
+                if (told := _cannot(path.parent, "link a file", error)) is not None:
+                    raise told from error
+                raise
             finally:
                 Path(temporary).unlink()
             return Claim(path, me, taken_over=dead)
@@ -327,10 +329,10 @@ def in_use(run_dir: Path | str, owner: Owner | None) -> UserError:
     )
 
 
-def _cannot(folder: Path, act: str, error: OSError) -> OSError | UserError:
-    """Return the error for a file system without locks or links; `error` itself if it is another one."""
+def _cannot(folder: Path, act: str, error: OSError) -> UserError | None:
+    """Return the error for a file system without locks or links; None if `error` is about something else."""
     if error.errno not in UNSUPPORTED:
-        return error
+        return None
     return UserError(
         f"run directory {folder}",
         expected=f"a file system on which a process can {act}",
@@ -351,7 +353,9 @@ def _locked(folder: Path) -> Iterator[None]:
                 break
             except OSError as error:
                 if not isinstance(error, BlockingIOError):
-                    raise _cannot(folder, "lock a file", error) from error
+                    if (told := _cannot(folder, "lock a file", error)) is not None:
+                        raise told from error
+                    raise
                 if time.monotonic() > deadline_s:
                     raise UserError(
                         f"run directory {folder}",

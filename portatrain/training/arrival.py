@@ -11,6 +11,7 @@ from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
 from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.checkpoint.locations import location_of
+from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
 from portatrain.data import OpenData
@@ -36,7 +37,7 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
 
 def arrive(
     backend: Backend,
-    reader: Any,
+    reader: Reader,
     recipe: Recipe,
     record: Callable[[Any], Mapping[str, Any]],
     *,

@@ -11,8 +11,8 @@ from portatrain.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-    from checkpoints_format import Reader
     from portatrain.backends.base import Backend
+    from portatrain.checkpoint.newest import Reader
     from portatrain.recipe import Recipe
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -127,3 +128,17 @@ def test_the_heartbeat_ends_when_the_claim_is_lost(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(os, "utime", stale)
     assert until(lambda: not beating() - before)
     assert path.stat().st_mtime == before_s and holder(path) == theirs  # nothing of theirs was touched
+
+
+@pytest.mark.parametrize("act", ["lock", "link"])
+def test_another_error_of_a_lock_or_a_link_is_not_its_own_cause(
+    act: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(*((fcntl, "flock") if act == "lock" else (os, "link")), fails)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)) as found:
+        Claim.acquire(tmp_path / "claim")
+    assert found.value.__cause__ is None
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
