@@ -6,12 +6,14 @@ batch, the seed and the next random word, the learning rate of the next step. Th
 It computes the next step without applying it: the losses of the next samples without dropout, and the norms, layer by
 layer, of every tensor of the state and of the step's gradients and updates. If a checkpoint has no probe, the steps
 that the lost attempt logged after it are compared instead (`Replay`); if there are none, the verdict is 'unproven'.
+Every bit of the state must also be the one that was saved (`checkpoint/fingerprints.py`). Without fingerprints, as in a
+checkpoint of an older release, the other parts alone decide.
 
 The bounds are derived from lengths, depth and precision of the model (`backends/rounding.py`). A model that amplifies
 rounding more, such as one with norms over few elements, is measured on arrival: if only figures that pass through the
 model are beyond their bounds, its parameters are moved by as much as rounding moves results, and the probe says what
 becomes of that. `python benchmarks/continuity.py` makes hundreds of correct moves, and prints the differences, the
-bounds, and the smallest effect that the check detects (docs/run/resume.md).
+bounds, and the smallest effect that the check detects without fingerprints (docs/run/resume.md).
 """
 
 from __future__ import annotations

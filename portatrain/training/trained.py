@@ -54,8 +54,8 @@ def load_trained(
         path: a run directory, the folder of one checkpoint, or a URL.
         step: the step of the checkpoint; by default the newest committed one.
         backend: 'jax' or 'torch'; by default jax, if it is installed.
-        recipe: the recipe of the run. By default it comes from the checkpoint. Give it if a recipe file defines the
-            model, as `load_recipe("my_model.py")`.
+        recipe: the recipe of the run. By default it comes from the checkpoint, which may name code of portatrain and of
+            plug-ins alone. Give it if a recipe file defines the model, as `load_recipe("my_model.py")`.
 
     Raises:
         UserError: there is no committed checkpoint, the backend is not installed, or the recipe is of another model.

@@ -320,5 +320,5 @@ def test_a_run_takes_the_tiles_of_its_model_alone(tmp_path: Path, tile: str, ref
         Writer(store, layout, save="a").write({t.name: np.zeros(t.shape, t.dtype) for t in tensors})
         commit(store, layout, save="a", meta={"step": 1, "recipe_sha256": "x"})
         for axes in (True, False):
-            with pytest.raises(UserError, match="params/w.*tiles of") if axes in refused else nullcontext():
+            with pytest.raises(UserError, match=r"params/w.*tiles of") if axes in refused else nullcontext():
                 check_tensors(Reader(store), program, axes=axes)
