@@ -340,11 +340,14 @@ def shell(words: list[str]) -> str:
     return shlex.join(words)
 
 
+def exports(variables: Mapping[str, str]) -> list[str]:
+    """Return the lines of a shell script that set environment variables."""
+    return [f"export {shell([f'{name}={value}'])}" for name, value in variables.items()]
+
+
 def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
     """Return an option of the job's cluster; UserError if it has another type."""
     value = job.options.get(name, default)
-    if name == "env" and isinstance(value, Mapping):
-        _check_env(job, value)
     if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
         return value
     if kind is bool and isinstance(value, bool):
@@ -357,15 +360,20 @@ def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
     )
 
 
-def _check_env(job: Job, env: Mapping[str, Any]) -> None:
-    """Raise UserError for what is no name of a variable, and for values that are not in the record."""
-    for name, value in env.items():
+def variables(job: Job) -> dict[str, str]:
+    """Return the option `env` of the job's cluster: environment variables of its processes.
+
+    Raises:
+        UserError: a name that no variable can have, or values that are not in the record.
+    """
+    found = option(job, "env", dict, {})
+    for name, value in found.items():
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)) or "\0" in str(value):
             raise UserError(
                 f"cluster {job.cluster}: option env",
                 expected="names of letters, digits and _, and values without a byte 0",
                 got=repr(name),
-                do="Mend it in clusters.toml.",
+                do="Correct it in clusters.toml.",
             )
         if value is None:
             raise UserError(
@@ -374,6 +382,7 @@ def _check_env(job: Job, env: Mapping[str, Any]) -> None:
                 got="none in the record",
                 do=f"Read the values from your clusters.toml: launch resume {job.run} --cluster {job.cluster}",
             )
+    return {name: str(value) for name, value in found.items()}
 
 
 def check_options(job: Job, known: Mapping[str, str]) -> None:

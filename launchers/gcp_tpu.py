@@ -24,9 +24,11 @@ from launchers.base import (
     check_shared,
     commands_in_image,
     each_sibling,
+    exports,
     option,
     shell,
     tolerantly,
+    variables,
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
@@ -204,13 +206,13 @@ def script(job: Job) -> str:
         "MASTER_PORT": str(PORT),
         environment.GRACE_S.name: str(NOTICE_S - 5),
         environment.NOTICES.name: "gcp",
-        **option(job, "env", dict, {}),
+        **variables(job),
     }
     setup = option(job, "setup", str, "").strip()
     lines = [
         "#!/bin/bash",
         PLACE,
-        *(f"export {shell([f'{k}={v}'])}" for k, v in env.items()),
+        *exports(env),
         *([setup] if setup else []),
         "carry_out() {",
         f'    if [ "$TPU_WORKER_ID$MEGASCALE_SLICE_ID" = 00 ]; then {shell(first)}; else {shell(other)}; fi',

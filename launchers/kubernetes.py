@@ -28,6 +28,7 @@ from launchers.base import (
     host_processes,
     option,
     shell,
+    variables,
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError, choice
@@ -245,7 +246,7 @@ def _container(job: Job, shape: Mapping[str, Any], slices: int, hosts: int, grac
         environment.HOSTS.name: str(slices * hosts),
         environment.SLICE_HOSTS.name: str(hosts),
         **host_processes(job),
-        **{str(k): str(v) for k, v in option(job, "env", dict, {}).items()},
+        **variables(job),
     }
     each = int(shape.get("chips_per_host", 0))
     chips = {shape["resource"]: each} if shape.get("resource") and each else {}

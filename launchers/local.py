@@ -16,11 +16,11 @@ from launchers.base import (
     JobState,
     Launcher,
     check_options,
-    option,
     python,
     shell,
     supervise_command,
     train_here,
+    variables,
 )
 from portatrain.errors import UserError
 from portatrain.runs.claim import process_start
@@ -59,7 +59,7 @@ class LocalLauncher(Launcher):
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, **environment_of(job)},
+                env={**os.environ, **variables(job)},
             )
         # The supervisor runs on this machine, so its success or failure shows at once.
         until_s = time.monotonic() + STARTS_WITHIN_S
@@ -117,7 +117,3 @@ def _pid(job: Job) -> int | None:
     """Return the PID of the supervisor if it is alive."""
     pid, _, start = (job.id or "").partition("@")
     return int(pid) if pid.isdigit() and start and process_start(int(pid)) == start else None
-
-
-def environment_of(job: Job) -> dict[str, str]:
-    return {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}

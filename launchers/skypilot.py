@@ -27,6 +27,7 @@ from launchers.base import (
     host_processes,
     option,
     shell,
+    variables,
 )
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
@@ -141,7 +142,7 @@ def task(job: Job) -> dict[str, Any]:
     # A TPU slice is one node to SkyPilot, of however many hosts; it runs the command on each of them.
     nodes = int(job.cluster_shape.get("slices", 1)) if _is_tpu(job) else job.hosts
     found: dict[str, Any] = {"name": job.name, "num_nodes": nodes, "resources": resources}
-    env = {str(k): str(v) for k, v in option(job, "env", dict, {}).items()}
+    env = variables(job)
     if env:
         found["envs"] = env
     for name in ("file_mounts", "volumes"):

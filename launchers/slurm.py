@@ -28,10 +28,12 @@ from launchers.base import (
     Rank,
     check_options,
     each_sibling,
+    exports,
     option,
     python,
     shell,
     supervise_command,
+    variables,
 )
 from launchers.slurm_commands import call, installed
 from portatrain.errors import UserError
@@ -107,7 +109,7 @@ class SlurmLauncher(Launcher):
             *option(job, "sbatch", list, []),
         ]
         setup = option(job, "setup", str, "").strip()
-        env = [f"export {shell([f'{k}={v}'])}" for k, v in option(job, "env", dict, {}).items()]
+        env = exports(variables(job))
         for line in lines:
             if isinstance(line, str) and line.isprintable():
                 continue
@@ -132,7 +134,8 @@ class SlurmLauncher(Launcher):
 
     def check(self, job: Job) -> None:
         check_options(job, OPTIONS)
-        for name, kind in (("env", dict), ("sbatch", list), ("srun", list), ("signal_s", int), ("setup", str)):
+        variables(job)
+        for name, kind in (("sbatch", list), ("srun", list), ("signal_s", int), ("setup", str)):
             option(job, name, kind)
         if re.search(r'["\n\\]', job.run_dir + job.cwd):
             raise UserError(

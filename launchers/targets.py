@@ -14,7 +14,7 @@ from typing import Any
 
 from launchers.base import Job, carriers, launcher, launcher_names
 from portatrain.errors import UserError, choice
-from portatrain.plan.clusters import clusters_toml, names
+from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import stack_of
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import recipes
@@ -23,6 +23,7 @@ from portatrain.plan.search import plan
 from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
 from portatrain.system import terminal
+from portatrain.system.paths import config_folder
 from portatrain.system.urls import is_remote
 
 RESOURCES = {
@@ -208,7 +209,7 @@ def _no_engine(cluster: Cluster) -> UserError:
         f"cluster {cluster.name}",
         expected=f"a table in clusters.toml with an engine: {', '.join(carriers(cluster.chip))}",
         got="a name of the catalog, which gives the hardware and no scheduler",
-        do=f"Add a table to clusters.toml, beside the recipe or in {clusters_toml.config_folder()}, with these lines, "
+        do=f"Add a table to clusters.toml, beside the recipe or in {config_folder()}, with these lines, "
         f"and use its name: {'; '.join(_table(cluster))}. --dry-run shows the job for each engine.",
     )
 
@@ -253,7 +254,7 @@ def show(jobs: Sequence[Job], found: Sequence[Target], recipe: Recipe) -> None:
             print(launcher(engine).materialize(replace(numbered, engine=engine)))
         print(
             f"\n# To launch there: put this, with your own values, into clusters.toml beside the recipe or in "
-            f"{clusters_toml.config_folder()}, then launch --cluster my-{cluster.chip.name}"
+            f"{config_folder()}, then launch --cluster my-{cluster.chip.name}"
         )
         print("\n".join(_table(cluster)))
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands import options
 from portatrain.errors import UserError, choice
+from portatrain.system import terminal
 from portatrain.system.exit_codes import FOUND, OK
 
 if TYPE_CHECKING:
@@ -62,14 +63,12 @@ def _progress(row: Row) -> None:
 
 
 def _print(report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console() if Console().is_terminal else Console(width=140)
     table = Table("check", "result", "seconds", "")
     for row in report.rows:
         table.add_row(row.name, row.status, f"{row.seconds:.1f}", row.about)
-    console.print(table)
+    terminal.console(140).print(table)
     print(f"{report.recipe}, checked at {report.sizes or 'no size'}")
     for finding in report.findings:
         print(f"\n{finding.check}: {finding}")

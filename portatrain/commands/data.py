@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.system.paths import expand
 from portatrain.system.urls import is_remote
 
 
@@ -61,7 +62,7 @@ def _packs(given: str) -> list[Path]:
             shutil.rmtree(kept)
         folder = run.data()
     else:
-        folder = Path(given).expanduser()
+        folder = expand(given)
     found = sorted(path.parent for path in folder.rglob("pack.json")) if folder.is_dir() else []
     if not found:
         raise UserError(

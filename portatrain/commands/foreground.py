@@ -7,8 +7,7 @@ import json
 import os
 import subprocess
 
-from launchers.base import Job, python, train_here
-from launchers.local import environment_of
+from launchers.base import Job, python, train_here, variables
 from portatrain.commands import results, train
 from portatrain.system import environment
 from portatrain.system.urls import is_remote
@@ -43,7 +42,7 @@ def _with_code(job: Job) -> int:
         from portatrain.runs.remote_run_dir import local_code
 
         folder = str(local_code(str(job.code)))
-    env = {**os.environ, **environment_of(job), "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
+    env = {**os.environ, **variables(job), "PYTHONPATH": folder, "PYTHONSAFEPATH": "1"}
     words = [python(job), "-m", "portatrain.cli", *train_here(job)]
     started: list[subprocess.Popen[bytes]] = []
     with forwarding(started):

@@ -21,7 +21,7 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
-from portatrain.system.paths import expand
+from portatrain.system.paths import cache_folder
 
 WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
 """Fields of a recipe that the check does not depend on, besides those below."""
@@ -125,5 +125,4 @@ def _checked(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def _folder() -> Path:
     """Return $XDG_CACHE_HOME/portatrain/checked, else ~/.cache/portatrain/checked."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expand(base) / "portatrain" / "checked"
+    return cache_folder() / "checked"

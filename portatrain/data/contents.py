@@ -152,7 +152,7 @@ def check_text(path: Path, data: bytes, size: int | None = None) -> None:
         raise _not_text(path, found.name, found.do)
     for name, mark in BOMS:
         if head.startswith(mark):
-            raise _not_text(path, f"text in {name}", "Convert it: iconv -f UTF-16 -t UTF-8 IN > OUT.")
+            raise _not_text(path, f"text in {name}", f"Convert it: iconv -f {name} -t UTF-8 IN > OUT.")
     at = data.find(b"\0")
     if at >= 0:
         raise _not_text(path, f"a byte 0 at offset {at}", "Convert it to UTF-8, or leave it out.")

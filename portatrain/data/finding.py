@@ -63,8 +63,10 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
             root = next(p for p in path.parents if not glob.has_magic(str(p)))
             patterns = path.relative_to(root).parts
         try:
-            found_here = list(_Walk(root, passed).files(patterns)) if patterns else None
-            here = found_here if found_here is not None else [_single(path, what)] if path.exists() else []
+            if patterns:
+                here = list(_Walk(root, passed).files(patterns)) if root.is_dir() else []
+            else:
+                here = [_single(path, what)] if path.exists() else []
         except OSError as error:  # a folder whose names can be read, and nothing else
             raise unreadable(Path(error.filename or path), error, "folder") from error
         if not here:
@@ -77,7 +79,7 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
         for linked, p in here:
             name = os.fsencode(p.relative_to(root)).decode("utf-8", "backslashreplace")
             real = p.resolve()
-            found[real] = min(found.get(real, (True, name)), (linked, name)) if real in found else (linked, name)
+            found[real] = min(found.get(real, (linked, name)), (linked, name))
     return sorted((name, path) for path, (_, name) in found.items())
 
 

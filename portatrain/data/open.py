@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,8 +98,7 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
         validation=windows.get("validation"),
         vocab=found["train"].vocab,
         streams=found,
-        passed_over=found["train"].passed_over,
-        verifications=tuple(v for v in (found["train"].verification,) if v is not None),
+        **_told([found]),
     )
 
 
@@ -128,9 +129,17 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
         validation=Chained(held, name="validation") if held else None,
         vocab=vocabs[0],
         streams={},
-        passed_over=tuple(sentence for f in found for sentence in f["train"].passed_over),
-        verifications=tuple(v for f in found if (v := f["train"].verification) is not None),
+        **_told(found),
     )
+
+
+def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
+    """Return what the packs of all sources say of themselves, as fields of `OpenData`."""
+    trained = [source["train"] for source in sources]
+    return {
+        "passed_over": tuple(sentence for stream in trained for sentence in stream.passed_over),
+        "verifications": tuple(stream.verification for stream in trained if stream.verification is not None),
+    }
 
 
 def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) -> dict[str, Windows]:

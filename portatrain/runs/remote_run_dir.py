@@ -30,7 +30,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import MISTAKE
 from portatrain.system.object_store import Objects
-from portatrain.system.paths import expand
+from portatrain.system.paths import cache_folder
 from portatrain.system.urls import is_remote
 
 SEND_S = 10.0
@@ -118,11 +118,15 @@ class RemoteRun(RunDir):
         if found is not None and not here.exists():  # a copy of before the run was begun, or of its code alone
             return
         with contextlib.suppress(UserError, ValueError, AttributeError):
-            if found is not None and json.loads(found[0]).get("id") == json_files.read_object(here).get("id"):
+            if found is not None and json_files.loads(found[0]).get("id") == json_files.read_object(here).get("id"):
                 return
         if found is None and not here.exists() and not (self.path / "attempts").exists():
             return
-        shutil.rmtree(self.path)
+        # Renamed first, so that a second process of this host finds all of it or nothing.
+        forgotten = self.path.with_name(f".forgotten-{secrets.token_hex(6)}")
+        with contextlib.suppress(FileNotFoundError):
+            self.path.rename(forgotten)
+            shutil.rmtree(forgotten)
 
     def create(self, recipe: Recipe, **more: object) -> None:
         if not self.objects.exists("run.json"):  # whatever a copy on this machine says
@@ -140,7 +144,6 @@ class RemoteRun(RunDir):
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".fetched-{secrets.token_hex(6)}")
-        os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         try:
             self.objects.fetch(name, partial)
             os.replace(partial, path)
@@ -261,8 +264,7 @@ class RemoteRun(RunDir):
 def scratch() -> Path:
     """Return the folder for this machine's copies; create it if it is missing."""
     given = environment.SCRATCH.get()
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    folder = given if given is not None else expand(base) / "portatrain"
+    folder = given if given is not None else cache_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

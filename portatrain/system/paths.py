@@ -28,6 +28,16 @@ def expand(given: str | os.PathLike[str]) -> Path:
     return Path(found)
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: $XDG_CACHE_HOME/portatrain, else ~/.cache/portatrain."""
+    return expand(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "portatrain"
+
+
+def config_folder() -> Path:
+    """Return the folder of a user's own settings: $XDG_CONFIG_HOME/portatrain, else ~/.config/portatrain."""
+    return expand(os.environ.get("XDG_CONFIG_HOME") or "~/.config") / "portatrain"
+
+
 def recorded(text: str) -> str:
     """Return `text`, a path that goes into the record of a run.
 

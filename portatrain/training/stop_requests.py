@@ -71,7 +71,7 @@ class StopRequests:
 
     @property
     def trained(self) -> bool:
-        """True if there are trained steps that no committed checkpoint has."""
+        """True once a step has been trained."""
         return self.signals.trained
 
     @trained.setter

@@ -309,3 +309,10 @@ def test_raw_ids_are_not_mistaken_for_a_format(vocab: int) -> None:
 
 def test_a_character_that_is_cut_is_text() -> None:
     assert is_text("é".encode()[:1]) and not is_text(b"\xe9a")
+
+
+@pytest.mark.parametrize("name", ["UTF-16", "UTF-32"])
+def test_the_command_that_converts_text_names_its_encoding(tmp_path: Path, name: str) -> None:
+    (tmp_path / "one.txt").write_bytes(WORDS.decode().encode(name))
+    with pytest.raises(UserError, match=f"iconv -f {name} -t UTF-8"):
+        open_data(TextFiles(paths=str(tmp_path), seq_len=4), seed=0)

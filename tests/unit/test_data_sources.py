@@ -315,6 +315,8 @@ BAD = [
     # what the user asked for, and what the message must name
     ("TextFiles", {"paths": "nowhere"}, ["nowhere", "glob"]),
     ("TextFiles", {"paths": "*.none"}, ["*.none"]),
+    ("TextFiles", {"paths": "nowhere/in/*.txt"}, ["nowhere/in", "Check the path"]),
+    ("TextFiles", {"paths": "small/one.txt/*.txt"}, ["one.txt/", "Check the path"]),
     ("TextFiles", {"paths": ("small", "nowhere")}, ["nowhere"]),
     ("TextFiles", {"paths": "empty", "validation": 0}, ["at least one document", "0 tokens|none with content"]),
     ("TextFiles", {"paths": "small", "validation": 0}, ["at least 9 tokens", "seq_len=8", "got 6 tokens in 1 "]),

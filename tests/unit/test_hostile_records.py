@@ -255,11 +255,11 @@ def test_no_option_of_sbatch_becomes_a_line_of_the_script(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", ["A B", "1A", "A;rm", "A\nB", "", "A=B", "$(id)"])
 @pytest.mark.parametrize("engine", ["slurm", "kubernetes", "gcp_tpu", "skypilot", "local"])
 def test_no_name_of_a_variable_becomes_code(tmp_path: Path, engine: str, name: str) -> None:
-    from launchers.local import environment_of
+    from launchers.base import variables
 
     given = dataclasses.replace(job(tmp_path, env={name: "x"}), engine=engine)
     with pytest.raises(UserError, match="names of letters"):
-        environment_of(given) if engine == "local" else launcher(engine).materialize(given)
+        variables(given) if engine == "local" else launcher(engine).materialize(given)
 
 
 TEXTS = ["a\nb", "a\n\n", "a\n b\n", "\ta", "é", "😀", "\x7f\x1b", "a: b", "- a", "#", "'\"\\", "null", "~", "1e3", ""]

@@ -14,7 +14,6 @@ track = ["wandb"]                      # trackers of metrics, unless `launch` ha
 from __future__ import annotations
 
 import math
-import os
 import re
 import tomllib
 from collections.abc import Iterable, Mapping
@@ -27,6 +26,7 @@ from portatrain.plan.clusters import slices
 from portatrain.plan.clusters.catalog import chip_names, find_chip
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.figures import Figure, figure
+from portatrain.system.paths import config_folder
 
 KEYS = (
     *("chip", "count", "topology", "slices", "engine", "storage", "prices", "scale_out_gbps", "power_w"),
@@ -49,12 +49,6 @@ class Entry:
     track: tuple[str, ...]
     where: str
     size_where: str
-
-
-def config_folder() -> Path:
-    """Return the folder of a user's own settings: $XDG_CONFIG_HOME/portatrain, else ~/.config/portatrain."""
-    base = os.environ.get("XDG_CONFIG_HOME") or os.path.join(os.path.expanduser("~"), ".config")
-    return Path(base) / "portatrain"
 
 
 def files(recipe: str | Path | None = None) -> list[Path]:

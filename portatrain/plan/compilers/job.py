@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from portatrain.plan.compilers.targets import Target
 from portatrain.plan.cost import placement
 from portatrain.plan.result import Candidate, Plan
 from portatrain.system import json_files
-from portatrain.system.paths import expand
+from portatrain.system.paths import cache_folder
 
 FORMAT = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "torch")
@@ -110,7 +109,7 @@ def answer(
     Raises:
       UserError: the compiler is not installed, or it failed for another reason than memory.
     """
-    path = cache_folder() / f"{asked.key}.json"
+    path = cache_folder() / "compiled" / f"{asked.key}.json"
     if path.is_file() and not fresh:
         return _read(path, cached=True)
     targets.check_installed(target)
@@ -120,12 +119,6 @@ def answer(
         question.write_text(json.dumps(asdict(asked)), encoding="utf-8")
         _run(question, path, target, tell, limit_s)
     return _read(path, cached=False)
-
-
-def cache_folder() -> Path:
-    """Return $XDG_CACHE_HOME/portatrain/compiled, else ~/.cache/portatrain/compiled."""
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return expand(base) / "portatrain" / "compiled"
 
 
 def versions() -> dict[str, str]:

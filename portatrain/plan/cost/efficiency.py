@@ -12,7 +12,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.plan.clusters.chip import Chip
-from portatrain.plan.clusters.clusters_toml import config_folder
+from portatrain.system.paths import config_folder
 
 
 @dataclass(frozen=True, kw_only=True)
