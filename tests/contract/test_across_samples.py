@@ -87,6 +87,27 @@ def test_blank_rows_of_an_evaluation_are_no_negatives(backend: str) -> None:
     assert not found["weight_B"][5:].any()
 
 
+class Predicts(TwoTowers):
+    """Predicts every sample's loss among the samples of the batch."""
+
+    def predict(self, ops: Any, batch: Any) -> Any:
+        return self(ops, batch).loss_B
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions_compare_samples(backend: str) -> None:
+    run = Running(backend, Predicts(vocab=VOCAB, embed=8))
+    true = run.oracle(BATCH, method="predict").value
+    np.testing.assert_allclose(run.backend.predict(run.state, BATCH), true, rtol=1e-5, atol=1e-6)
+    loss_B, weight_B = run.backend.evaluate(_alone, (BATCH["mask"].mean(1),), Context())
+    assert (loss_B == BATCH["mask"].mean(1)).all() and (weight_B == 1).all()
+
+
+def _alone(ops: Any, x_B: Any) -> Any:
+    loss = ops.across_samples(lambda x_GN, there_GN: (x_GN, ops.cast(there_GN, "float32")), x_B)
+    return loss.loss_B, loss.weight_B
+
+
 class InStack(Module):
     def __init__(self) -> None:
         self.blocks = Stack(TwoTowers(vocab=VOCAB, embed=4), 2)

@@ -232,7 +232,8 @@ class ZeroBackend(MeshBackend):
         self, state: TorchState, batch: Any, step: int, training: bool, across: Across | None = None
     ) -> tuple[Loss, Any]:
         ops = self._ops(batch, step, training)
-        ops.across = across or Across()
+        if across is not None:
+            ops.across = across
         return Loss(*zero_state(state).engine("loss", ops, batch)), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:

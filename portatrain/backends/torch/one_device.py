@@ -218,7 +218,8 @@ class OneDevice(Accumulates, StandaloneOps):
         self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool, across: Across | None = None
     ) -> tuple[Loss, TorchOps]:
         ops = self._ops(batch, step, training)
-        ops.across = across or Across()
+        if across is not None:
+            ops.across = across
         return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _norm(self, state: TorchState) -> Tensor:
