@@ -121,6 +121,16 @@ def test_mistakes(backend: str) -> None:
     run = Running(backend, TwoTowers(vocab=VOCAB, embed=8, group=3))
     with pytest.raises(UserError, match="divides the samples"):
         run.backend.gradients(run.state, microbatches(BATCH, 2), step=1)
+    for group in (0, -4):
+        run = Running(backend, TwoTowers(vocab=VOCAB, embed=8, group=group))
+        for call in (
+            lambda r: r.backend.gradients(r.state, microbatches(BATCH), step=1),
+            lambda r: r.backend.gradients(r.state, microbatches(BATCH, 2), step=1),
+            lambda r: r.backend.eval(r.state, BATCH),
+            lambda r: r.oracle(BATCH),
+        ):
+            with pytest.raises(UserError, match=rf"group={group}\).*divides the samples"):
+                call(run)
     inside = Running(backend, InStack())
     with pytest.raises(UserError, match="after it"):
         inside.backend.gradients(inside.state, microbatches(BATCH), step=1)
