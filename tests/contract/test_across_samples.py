@@ -87,16 +87,9 @@ def test_blank_rows_of_an_evaluation_are_no_negatives(backend: str) -> None:
     assert not found["weight_B"][5:].any()
 
 
-class Predicts(TwoTowers):
-    """Predicts every sample's loss among the samples of the batch."""
-
-    def predict(self, ops: Any, batch: Any) -> Any:
-        return self(ops, batch).loss_B
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_predictions_compare_samples(backend: str) -> None:
-    run = Running(backend, Predicts(vocab=VOCAB, embed=8))
+    run = running(backend, None)
     true = run.oracle(BATCH, method="predict").value
     np.testing.assert_allclose(run.backend.predict(run.state, BATCH), true, rtol=1e-5, atol=1e-6)
     loss_B, weight_B = run.backend.evaluate(_alone, (BATCH["mask"].mean(1),), Context())

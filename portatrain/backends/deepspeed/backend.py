@@ -337,12 +337,8 @@ class ZeroBackend(MeshBackend):
 
     restore_shared: Any = None  # it reads flat ranges of its own
 
-    @torch.no_grad()
-    def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = next(iter(batch.values())).shape[0]
-        there = self._put(self._even(batch))
-        found = zero_state(state).engine("predict", self._ops(there, 0, False), there)
-        return self._fetch(found.float())[:rows]
+    def _predicted(self, state: TorchState, ops: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return zero_state(state).engine("predict", ops, batch)
 
     def _free(self, state: TorchState) -> None:
         """Let the hooks free the parameters that they gathered."""

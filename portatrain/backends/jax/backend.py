@@ -70,7 +70,7 @@ class JaxBackend:
         jit = functools.partial(jax.jit, compiler_options=options)
         self._steps = jit(self._step, donate_argnums=0, out_shardings=(shardings, read))
         self._evals = jit(self._eval, out_shardings=read, static_argnums=3)
-        self._predicts = jit(self._predict, out_shardings=read)
+        self._predicts = jit(self._predict, out_shardings=read, static_argnums=3)
         self._gradients_of = jit(self._accumulate, out_shardings=read)
         self._probes = jit(self._probe, out_shardings=self._replicated)
 
@@ -324,8 +324,9 @@ class JaxBackend:
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
 
-    def _predict(self, params: Any, states: Any, batch: Mapping[str, Any]) -> Any:
-        return self._module(params, states).predict(self._ops(batch, 0, training=False), batch)
+    def _predict(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> Any:
+        ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
+        return self._module(params, states).predict(ops, batch)
 
     def eval(self, state: State, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = next(iter(batch.values())).shape[0]
@@ -336,8 +337,10 @@ class JaxBackend:
 
     def predict(self, state: State, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         rows = next(iter(batch.values())).shape[0]
-        there = self._put(self._even(batch), 0)
-        return np.asarray(self._predicts(state["params"], state["state"], there))[:rows]
+        even = self._even(batch)
+        samples = None if even is batch else rows
+        found = self._predicts(state["params"], state["state"], self._put(even, 0), samples)
+        return np.asarray(found)[:rows]
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))

@@ -315,19 +315,33 @@ class OneDevice(Accumulates, StandaloneOps):
         return x
 
     @torch.no_grad()
-    def eval(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None
-    ) -> dict[str, np.ndarray]:
-        """See `Backend.eval`. rows: the number of samples, if rows that are none follow them."""
-        loss, ops = self._forward(state, self._put(batch), 0, False, Across(rows=rows))
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        across = Across(rows=None if even is batch else rows)
+        loss, ops = self._forward(state, self._put(even), 0, False, across)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
-        return {k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()}
+        values = {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
+        found = {k: self._fetch(v)[:rows] for k, v in values.items()}
+        self._free(state)
+        return found
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        there = self._put(batch)
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        there = self._put(even)
+        ops = self._ops(there, 0, False)
+        ops.across = Across(rows=None if even is batch else rows)
+        found = self._fetch(self._predicted(state, ops, there).float())[:rows]
+        self._free(state)
+        return found
+
+    def _predicted(self, state: TorchState, ops: TorchOps, batch: Mapping[str, Tensor]) -> Tensor:
         predict: Any = state.module.predict
-        return self._fetch(predict(self._ops(there, 0, False), there).float())
+        return predict(ops, batch)
+
+    def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return a batch of as many rows as the devices need; rows that are no samples follow the others."""
+        return batch
 
     def _fetch(self, x_B: Tensor) -> np.ndarray:
         """Return values by sample, on the host."""

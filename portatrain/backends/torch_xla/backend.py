@@ -280,7 +280,7 @@ class XlaBackend(OneDevice):
         return found
 
     @torch.no_grad()
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
         rows = next(iter(batch.values())).shape[0]
         numbers: Any = self._numbers(0)
         even = self._even(batch)
@@ -293,11 +293,11 @@ class XlaBackend(OneDevice):
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = next(iter(batch.values())).shape[0]
-        there = self._put(self._even(batch))
-        predict: Any = state.module.predict
-        found = predict(self._ops(there, 0, False), there).float()
-        return self._read({"": found})[""][:rows]
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        there = self._put(even)
+        ops = self._ops(there, 0, False)
+        ops.across = Across(rows=None if even is batch else rows)
+        return self._read({"": self._predicted(state, ops, there).float()})[""][:rows]
 
     # ---- what it holds and runs on
 
