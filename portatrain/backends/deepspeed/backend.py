@@ -234,7 +234,8 @@ class ZeroBackend(MeshBackend):
         ops = self._ops(batch, step, training)
         if across is not None:
             ops.across = across
-        return Loss(*zero_state(state).engine("loss", ops, batch)), ops
+        with self.ids.model_runs():
+            return Loss(*zero_state(state).engine("loss", ops, batch)), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
         """Accumulate gradients in DeepSpeed: the gradients of the mean loss times `factor`."""

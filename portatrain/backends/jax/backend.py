@@ -25,7 +25,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
-from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.across_samples import Across
 from portatrain.model.module import TensorInfo
@@ -185,7 +185,8 @@ class JaxBackend:
 
     def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any, across: Across) -> Any:
         ops = self._ops(batch, step, training=True, across=across)
-        loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
+        with self.ids.model_runs():
+            loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         total = loss.sum
         for aux in ops.auxes.values():
             if aux.loss:
@@ -320,13 +321,15 @@ class JaxBackend:
 
     def _eval(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
         ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
-        loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
+        with self.ids.model_runs():
+            loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
 
     def _predict(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> Any:
         ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
-        return self._module(params, states).predict(ops, batch)
+        with self.ids.model_runs(PREDICTED):
+            return self._module(params, states).predict(ops, batch)
 
     def eval(self, state: State, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = next(iter(batch.values())).shape[0]

@@ -24,7 +24,7 @@ from portatrain.backends.state import (
     inventory,
     sample_words,
 )
-from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
 from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
@@ -220,7 +220,8 @@ class OneDevice(Accumulates, StandaloneOps):
         ops = self._ops(batch, step, training)
         if across is not None:
             ops.across = across
-        return check_loss(state.module(ops, batch), self.definition.model), ops
+        with self.ids.model_runs():
+            return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _norm(self, state: TorchState) -> Tensor:
         return total_norm(self._grads(state))
@@ -331,7 +332,9 @@ class OneDevice(Accumulates, StandaloneOps):
         there = self._put(even)
         ops = self._ops(there, 0, False)
         ops.across = Across(rows=None if even is batch else rows)
-        found = self._fetch(self._predicted(state, ops, there).float())[:rows]
+        with self.ids.model_runs(PREDICTED):
+            predicted = self._predicted(state, ops, there)
+        found = self._fetch(predicted.float())[:rows]
         self._free(state)
         return found
 

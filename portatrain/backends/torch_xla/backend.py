@@ -21,7 +21,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
-from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
@@ -297,7 +297,9 @@ class XlaBackend(OneDevice):
         there = self._put(even)
         ops = self._ops(there, 0, False)
         ops.across = Across(rows=None if even is batch else rows)
-        return self._read({"": self._predicted(state, ops, there).float()})[""][:rows]
+        with self.ids.model_runs(PREDICTED):
+            predicted = self._predicted(state, ops, there)
+        return self._read({"": predicted.float()})[""][:rows]
 
     # ---- what it holds and runs on
 
