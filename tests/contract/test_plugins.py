@@ -14,7 +14,6 @@ from portatrain.backends.base import backend_class, check_backend, default_backe
 from portatrain.commands.options import check_track
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
-from portatrain.system import plugins
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
 
@@ -135,7 +134,7 @@ def test_packages_are_not_searched_for_names_that_are_ours(monkeypatch: pytest.M
     def asked() -> None:
         raise AssertionError("the metadata of packages was read")
 
-    monkeypatch.setattr(plugins, "_metadata", asked)
+    monkeypatch.setattr("portatrain.system.plugins._metadata", asked)
     installed = [name for name in ("jax", "torch") if not missing(name)]
     assert [check_backend(name) for name in installed] == installed
     assert default_backend() == installed[0]
