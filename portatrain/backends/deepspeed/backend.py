@@ -272,10 +272,9 @@ class ZeroBackend(MeshBackend):
         norm = self._norm(state)
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
         good = math.isfinite(loss_there) and math.isfinite(norm_there)
-        clip = self.program.clip_norm
         if good:
-            down = norm_there / clip if clip is not None and norm_there > clip else 1.0
-            held.zero.override_loss_scale(held.factor * down)
+            limit, length = self._clipping(norm_there)
+            held.zero.override_loss_scale(held.factor * (length / limit))
             held.client.begin(held.client.count + 1, scale)
             held.engine.step()
             self._after(state, step, tallies)
@@ -331,8 +330,8 @@ class ZeroBackend(MeshBackend):
     def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         held = zero_state(state)
         self._accumulate(state, batch, step)
-        norm, clip = float(self._norm(state)), self.program.clip_norm
-        found = norms(self, held, clip=clip / norm if clip is not None and norm > clip else 1.0, scale=scale)
+        limit, length = self._clipping(float(self._norm(state)))
+        found = norms(self, held, clip=limit / length, scale=scale)
         self._drop(held)
         return found
 

@@ -244,10 +244,10 @@ class OneDevice(Accumulates, StandaloneOps):
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
         good = math.isfinite(loss_there) and math.isfinite(norm_there)
         if good:
-            clip = self.program.clip_norm
-            if clip is not None and norm_there > clip:
+            limit, length = self._clipping(norm_there)
+            if limit < length:
                 # A quotient of float32 numbers rounded from float64 is the correctly rounded float32 one.
-                torch._foreach_mul_(grads, clip / norm_there)
+                torch._foreach_mul_(grads, limit / length)
             state.optimizer.step(scale=scale)
             self._after(state, step, tallies)
         return state, StepResult(
@@ -257,6 +257,11 @@ class OneDevice(Accumulates, StandaloneOps):
             weight=weight,
             aux={k: aux_value(v) for k, v in auxes.items()},
         )
+
+    def _clipping(self, norm: float) -> tuple[float, float]:
+        """Return the factor of the gradients, of which `norm` is the norm, as (numerator, denominator)."""
+        clip = self.program.clip_norm
+        return (clip, norm) if clip is not None and norm > clip else (1.0, 1.0)
 
     @torch.no_grad()
     def _after(self, state: TorchState, step: int, tallies: dict[str, Tensor]) -> None:
@@ -303,9 +308,8 @@ class OneDevice(Accumulates, StandaloneOps):
     def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         self._accumulate(state, batch, step)
         self._grads(state)
-        norm, clip = float(self._norm(state)), self.program.clip_norm
-        factor = clip / norm if clip is not None and norm > clip else 1.0
-        return norms(self, state, clip=factor, scale=scale, counts=self._counts, total=self._total)
+        limit, length = self._clipping(float(self._norm(state)))
+        return norms(self, state, clip=limit / length, scale=scale, counts=self._counts, total=self._total)
 
     def _counts(self, info: TensorInfo, role: str) -> bool:
         """Return whether this process's part of a tensor is, of equal copies, the one that counts."""
