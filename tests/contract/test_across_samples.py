@@ -33,7 +33,7 @@ def whole(backend: str, group: int | None) -> tuple[float, dict[str, np.ndarray]
 
 
 def bound(run: Running) -> float:
-    return rounding.bound(run.definition, rounding.positions(run.definition, BATCH))
+    return rounding.bound(run.definition, rounding.positions_in(run.definition, BATCH))
 
 
 @pytest.mark.parametrize("group", GROUPS)
