@@ -68,7 +68,7 @@ def bounds_of(name: str, precision: str) -> continuity.Bounds:
     recipe = recipe_of(name, precision)
     sample = open_data(recipe.data, seed=recipe.seed).train.batch(0, 1)
     definition = recipe.describe()
-    positions = rounding.positions(definition, sample) * recipe.batch
+    positions = rounding.positions_in(definition, sample) * recipe.batch
     return continuity.Bounds.of(definition, precision, positions)
 
 

@@ -212,8 +212,8 @@ def missing(name: str) -> tuple[str, ...]:
 def check_backend(name: str) -> str:
     """Return `name` if the backend exists and its frameworks are installed; else raise UserError. Imports no
     framework."""
-    if name not in (known := BACKENDS.names()):
-        raise choice("backend", name, known)
+    if name not in BACKENDS:
+        raise choice("backend", name, BACKENDS.names())
     if gone := missing(name):
         raise UserError(
             f"backend {name}",
@@ -227,7 +227,7 @@ def check_backend(name: str) -> str:
 def default_backend() -> str:
     """Return 'jax' if it is installed, else 'torch'; raise UserError, with the install command, if neither is."""
     for name in ("jax", "torch"):
-        if name in BACKENDS.names() and not missing(name):
+        if name in BACKENDS and not missing(name):
             return name
     raise UserError(
         "backend",
@@ -268,7 +268,7 @@ def process_per_device(name: str | None) -> bool:
 
     A backend of another package declares this by the class attribute `process_per_device`.
     """
-    if name is None or name in _OURS or name not in BACKENDS.names():
+    if name is None or name in _OURS or name not in BACKENDS:
         return name in _PROCESS_PER_DEVICE
     return bool(getattr(backend_class(name), "process_per_device", False))
 

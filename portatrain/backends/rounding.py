@@ -40,7 +40,7 @@ def longest_sum(definition: Definition, positions: int) -> int:
     return longest
 
 
-def positions(definition: Definition, batch: Mapping[str, np.ndarray], *, microbatches: bool = False) -> int:
+def positions_in(definition: Definition, batch: Mapping[str, np.ndarray], *, microbatches: bool = False) -> int:
     """Return the number of positions in a batch, over which the gradient of a weight sums: tokens if the samples are
     sequences, patches if they are images, else samples.
 
@@ -64,6 +64,11 @@ def error(precision: str, length: int) -> float:
     return math.sqrt((own**2 + (BESIDE + length / LANES) * wide**2) / 6)
 
 
+def step_error(definition: Definition, positions: int, precision: str = "fp32") -> float:
+    """Return e for the operations of a step with `positions` in its batch."""
+    return error(precision, longest_sum(definition, positions))
+
+
 def bound(definition: Definition, positions: int, precision: str = "fp32", *, runs: int = 2) -> float:
     """Return the bound for the difference of a gradient, over its largest value: between two runs, or with `runs` 1
     between a run and float64.
@@ -71,7 +76,7 @@ def bound(definition: Definition, positions: int, precision: str = "fp32", *, ru
     A gradient passes `operations` once forward and once backward, in each run. docs/understand/rounding.md has what was
     measured.
     """
-    return error(precision, longest_sum(definition, positions)) * math.sqrt(2 * operations(definition) * runs)
+    return step_error(definition, positions, precision) * math.sqrt(2 * operations(definition) * runs)
 
 
 def moving(

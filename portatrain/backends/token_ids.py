@@ -1,14 +1,16 @@
 """Check the ids of every batch against the tables in which a model looks them up, before a device sees the batch.
 
 Frameworks differ for an id beyond a table: torch raises an error or ends the process, XLA takes the last row. So the
-host looks first. It knows the tables of ``tokens`` and ``targets`` from the axis ``vocab``, and those of other arrays
-of a batch as soon as the model hands them to `ops.embed` or `ops.cross_entropy`. A model does that for the first time
-while its first step is traced or run, before anything is updated.
+host looks first. It knows the table of an array of a batch as soon as the model hands the array to `ops.embed` or
+`ops.cross_entropy`. A model does that for the first time while its first step is traced or run, before anything is
+updated. If a model never hands over ``tokens`` or ``targets`` as they are, the axis ``vocab`` says which table they
+have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,8 @@ from portatrain.model.module import Definition
 
 KEYS = ("tokens", "targets")
 """The arrays of a batch that sources of tokens give."""
+PREDICTED = ("tokens",)
+"""Those of them from which a model predicts."""
 
 
 class TokenIds:
@@ -31,7 +35,9 @@ class TokenIds:
         tables = [(t.shape[t.axes.index("vocab")], t.name) for t in definition.params.values() if "vocab" in t.axes]
         sizes = {rows for rows, _ in tables}
         # Tables of several sizes say nothing of which array indexes which table.
-        self.limits: dict[str, tuple[int, str]] = dict.fromkeys(KEYS, tables[0]) if len(sizes) == 1 else {}
+        self._guess = tables[0] if len(sizes) == 1 else None
+        self._guessed: set[str] = set()
+        self.limits: dict[str, tuple[int, str]] = {}
         self._batch: Mapping[str, np.ndarray] = {}
 
     def begin(self, batch: Mapping[str, np.ndarray]) -> None:
@@ -44,8 +50,28 @@ class TokenIds:
         """Record that a model indexes a table of `rows` rows with `ids`, and check the batch if `ids` is one of its
         arrays. `given` holds the arrays of the batch as the model received them."""
         for key, array in given.items():
-            if array is ids and rows < self.limits.get(key, (rows + 1, ""))[0]:
-                self.limits[key] = (rows, "")
+            if array is ids and (key in self._guessed or rows < self.limits.get(key, (rows + 1, ""))[0]):
+                self._guessed.discard(key)
+                guess = self._guess if key in KEYS else None
+                self.limits[key] = guess if guess and guess[0] == rows else (rows, "")
+                self._check(key)
+
+    @contextlib.contextmanager
+    def model_runs(self, keys: Sequence[str] = KEYS) -> Iterator[None]:
+        """Surround a run or a trace of the model. Those of `keys` that it has not shown to `note` are then taken to
+        index the table with the axis ``vocab``, and the batch is checked, also if the ids end the run."""
+        try:
+            yield
+        except (IndexError, RuntimeError):
+            self._take_guess(keys)
+            raise
+        self._take_guess(keys)
+
+    def _take_guess(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            if self._guess is not None and key not in self.limits:
+                self._guessed.add(key)
+                self.limits[key] = self._guess
                 self._check(key)
 
     def _check(self, key: str) -> None:

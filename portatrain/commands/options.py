@@ -81,9 +81,9 @@ def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
     from portatrain.training.metrics.trackers import TRACKERS
 
     for name in names:
-        if name not in (known := TRACKERS.names()):
+        if name not in TRACKERS:
             own = f" Your own package can register another under {TRACKERS.group}: see docs/start/tracker.md."
-            raise choice(what, name, known, own)
+            raise choice(what, name, TRACKERS.names(), own)
     return tuple(dict.fromkeys(names))
 
 

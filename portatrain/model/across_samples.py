@@ -52,8 +52,8 @@ def outside_stacks(across: Across | None) -> Across:
     return across
 
 
-def check_arrays(xs: tuple[Array, ...]) -> int:
-    """Return the number of rows that all arrays have; raise UserError if they differ."""
+def check_arrays(xs: tuple[Array, ...], group: int | None) -> int:
+    """Return the number of rows that all arrays have; raise UserError if they differ or if `group` is below 1."""
     rows = {x.shape[0] if x.ndim else 0 for x in xs}
     if len(rows) != 1:
         raise UserError(
@@ -62,6 +62,8 @@ def check_arrays(xs: tuple[Array, ...]) -> int:
             got=", ".join(str(tuple(x.shape)) for x in xs) or "no arrays",
             do="Give arrays that have the batch axis first.",
         )
+    if group is not None and group < 1:
+        raise _no_groups(group)
     return rows.pop()
 
 
@@ -74,17 +76,21 @@ def grouped(samples: int, group: int | None) -> tuple[int, int]:
     """Return (the number of groups, the samples in each) of `samples` samples.
 
     Raises:
-        UserError: `group` is below 1 or does not divide them.
+        UserError: `group` does not divide them.
     """
     size = samples if group is None else group
     if size < 1 or samples % size:
-        raise UserError(
-            f"ops.across_samples(group={group}) with {samples} samples",
-            expected="a number that divides the samples of a step, and those of a batch of evaluation",
-            got=str(group),
-            do="Choose another group or batch, or leave group out to compare all samples of the batch.",
-        )
+        raise _no_groups(group, f" with {samples} samples")
     return samples // size, size
+
+
+def _no_groups(group: int | None, samples: str = "") -> UserError:
+    return UserError(
+        f"ops.across_samples(group={group}){samples}",
+        expected="a number that divides the samples of a step, and those of a batch of evaluation",
+        got=str(group),
+        do="Choose another group or batch, or leave group out to compare all samples of the batch.",
+    )
 
 
 def results(found: Any, shape: tuple[int, int]) -> tuple[Array, Array, Mapping[str, Array]]:

@@ -41,6 +41,10 @@ class Registry:
         theirs = {point.name for point in _metadata().entry_points(group=self.group)}
         return [*self.ours, *sorted(theirs - set(self.ours))]
 
+    def __contains__(self, name: str) -> bool:
+        """Return whether there is a plug-in called `name`; packages are asked only if it is not one of portatrain's."""
+        return name in self.ours or name in self.names()
+
     def load(self, name: str) -> Any:
         """Return the object called `name`.
 

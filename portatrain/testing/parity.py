@@ -87,7 +87,7 @@ def reordered(given: Batches, seed: int = 0) -> Batches:
 def bound_of(recipe: Recipe, given: Batches) -> float:
     """Return the largest difference of a gradient over its tensor's largest value, and of a loss over the loss."""
     definition = recipe.describe()
-    positions = rounding.positions(definition, given[0], microbatches=True)
+    positions = rounding.positions_in(definition, given[0], microbatches=True)
     return rounding.bound(definition, positions, recipe.precision)
 
 

@@ -54,11 +54,11 @@ def arrive(
     fields = [f"recipe.{name}" for name in deciding_changes(reader.meta, recipe, trusted=is_trusted)]
     changed, now = _changed(backend, state, reader.meta), record(state)
     bounds = Bounds.of(definition, recipe.precision, positions)
+    error = rounding.step_error(definition, positions, recipe.precision)
 
     def again(seed: int) -> Mapping[str, Any]:
         nonlocal state
         state = None  # there may be memory for one state
-        error = rounding.error(recipe.precision, rounding.longest_sum(definition, positions))
         state = restored(backend, reader, rounding.moving(definition.params, error, seed))
         return record(state)
 

@@ -64,7 +64,7 @@ class Bounds:
         A loss passes all operations of the forward pass, a gradient those of both passes. `mean` is the mean of
         PROBE_SAMPLES independent errors, and `replay` gathers the errors of REPLAY_STEPS steps.
         """
-        error = rounding.error(precision, rounding.longest_sum(definition, positions))
+        error = rounding.step_error(definition, positions, precision)
         forward = error * math.sqrt(rounding.operations(definition))
         both = math.sqrt(2) * forward
         return cls(

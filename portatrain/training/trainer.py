@@ -358,7 +358,7 @@ class Trainer:
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
         definition = self.backend.program.definition
-        positions = rounding.positions(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
+        positions = rounding.positions_in(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
         self.state, found, bounds = arrive(
             self.backend, reader, self.recipe, self._record, positions=positions, accept_drift=self._accepts
         )

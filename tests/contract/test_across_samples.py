@@ -33,7 +33,7 @@ def whole(backend: str, group: int | None) -> tuple[float, dict[str, np.ndarray]
 
 
 def bound(run: Running) -> float:
-    return rounding.bound(run.definition, rounding.positions(run.definition, BATCH))
+    return rounding.bound(run.definition, rounding.positions_in(run.definition, BATCH))
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -87,6 +87,20 @@ def test_blank_rows_of_an_evaluation_are_no_negatives(backend: str) -> None:
     assert not found["weight_B"][5:].any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_predictions_compare_samples(backend: str) -> None:
+    run = running(backend, None)
+    true = run.oracle(BATCH, method="predict").value
+    np.testing.assert_allclose(run.backend.predict(run.state, BATCH), true, rtol=1e-5, atol=1e-6)
+    loss_B, weight_B = run.backend.evaluate(_alone, (BATCH["mask"].mean(1),), Context())
+    assert (loss_B == BATCH["mask"].mean(1)).all() and (weight_B == 1).all()
+
+
+def _alone(ops: Any, x_B: Any) -> Any:
+    loss = ops.across_samples(lambda x_GN, there_GN: (x_GN, ops.cast(there_GN, "float32")), x_B)
+    return loss.loss_B, loss.weight_B
+
+
 class InStack(Module):
     def __init__(self) -> None:
         self.blocks = Stack(TwoTowers(vocab=VOCAB, embed=4), 2)
@@ -100,6 +114,16 @@ def test_mistakes(backend: str) -> None:
     run = Running(backend, TwoTowers(vocab=VOCAB, embed=8, group=3))
     with pytest.raises(UserError, match="divides the samples"):
         run.backend.gradients(run.state, microbatches(BATCH, 2), step=1)
+    for group in (0, -4):
+        run = Running(backend, TwoTowers(vocab=VOCAB, embed=8, group=group))
+        for call in (
+            lambda r: r.backend.gradients(r.state, microbatches(BATCH), step=1),
+            lambda r: r.backend.gradients(r.state, microbatches(BATCH, 2), step=1),
+            lambda r: r.backend.eval(r.state, BATCH),
+            lambda r: r.oracle(BATCH),
+        ):
+            with pytest.raises(UserError, match=rf"group={group}\).*divides the samples"):
+                call(run)
     inside = Running(backend, InStack())
     with pytest.raises(UserError, match="after it"):
         inside.backend.gradients(inside.state, microbatches(BATCH), step=1)

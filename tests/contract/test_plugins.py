@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from portatrain.backends.base import backend_class, missing, process_per_device
+from portatrain.backends.base import backend_class, check_backend, default_backend, missing, process_per_device
+from portatrain.commands.options import check_track
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
 
@@ -127,6 +128,19 @@ def test_a_chip_is_listed_and_planned() -> None:
     assert done.returncode == 0 and "acme-one-2" in done.stdout, done.stdout + done.stderr
     done = python("portatrain.cli", "plan", "tiny-vit", "--cluster", "acme-none-2")
     assert done.returncode == 2 and "chip acme-none: expected acme_lab.nowhere:CHIP to be importable" in done.stderr
+
+
+def test_packages_are_not_searched_for_names_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked() -> None:
+        raise AssertionError("the metadata of packages was read")
+
+    monkeypatch.setattr("portatrain.system.plugins._metadata", asked)
+    installed = [name for name in ("jax", "torch") if not missing(name)]
+    assert [check_backend(name) for name in installed] == installed
+    assert default_backend() == installed[0]
+    assert check_track("--track", ["wandb", "tensorboard"]) == ("wandb", "tensorboard")
+    with pytest.raises(AssertionError, match="was read"):
+        check_backend("nowhere")
 
 
 def test_a_backend_says_that_every_device_has_a_process(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,9 +46,9 @@ def test_the_longest_sum_of_a_decoder() -> None:
 
 def test_positions_are_tokens_or_patches() -> None:
     tokens = {"tokens": np.zeros((2, 8, 32)), "sample": np.zeros((2, 8))}
-    assert rounding.positions(small().describe(), tokens, microbatches=True) == 2 * 8 * 32
+    assert rounding.positions_in(small().describe(), tokens, microbatches=True) == 2 * 8 * 32
     images = {"image": np.zeros((16, 8, 8, 1)), "label": np.zeros(16)}
-    assert rounding.positions(load_recipe("tiny-vit").describe(), images) == 16 * 4 * 4
+    assert rounding.positions_in(load_recipe("tiny-vit").describe(), images) == 16 * 4 * 4
 
 
 def test_bounds_follow_depth_length_and_precision() -> None:

@@ -22,6 +22,7 @@ from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
+from tests.support.running import Running
 
 BACKENDS = [b for b in ("jax", "torch") if not missing(b)]
 
@@ -34,6 +35,27 @@ class Pairs(Module):
 
     def __call__(self, ops: Ops, batch: Mapping[str, Any]) -> Loss:
         return ops.cross_entropy(ops.embed(self.words, batch["word"]), self.classes, batch["kind"], mask=batch["mask"])
+
+
+class Translates(Module):
+    """Tokens and targets with tables of their own. `axes`: the axis of the table of each, of size 10 if it is `vocab`,
+    else of size 40. `part`: the model looks up a part of each array, which is not the array of the batch."""
+
+    def __init__(self, axes: Mapping[str, str], *, part: bool = False) -> None:
+        self.first, self.second = (
+            Param(**{axes[key]: 10 if axes[key] == "vocab" else 40, "embed": 8}, fan_in_axes=0)
+            for key in ("tokens", "targets")
+        )
+        self.part = part
+
+    def __call__(self, ops: Ops, batch: Mapping[str, Any]) -> Loss:
+        ids, targets, mask = (batch[k] for k in ("tokens", "targets", "mask"))
+        if self.part:
+            ids, targets, mask = ids[:, 1:], targets[:, 1:], mask[:, 1:]
+        return ops.cross_entropy(ops.embed(self.first, ids), self.second, targets, mask=mask)
+
+    def predict(self, ops: Ops, batch: Mapping[str, Any]) -> Any:
+        return ops.embed(self.first, batch["tokens"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +103,48 @@ def test_a_backend_refuses_a_batch_of_tokens(backend: str) -> None:
             ):
                 with pytest.raises(UserError, match=f"'{key}' of a batch: expected ids from 0 to 39.*got {at}"):
                     call(batch | {key: bad})
+
+
+def _batch(**at: int) -> dict[str, np.ndarray]:
+    ids = {key: np.full((1, 2, 4), at.get(key, 0), np.int32) for key in ("tokens", "targets")}
+    return ids | {"mask": np.ones((1, 2, 4), np.float32), "sample": np.zeros((1, 2), int)}
+
+
+@pytest.mark.parametrize(("wide", "narrow"), [("tokens", "targets"), ("targets", "tokens")])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_each_array_is_held_to_its_own_table(backend: str, wide: str, narrow: str) -> None:
+    """The axis `vocab` of the narrow table says nothing of the wide one."""
+    largest = _batch(**{wide: 39, narrow: 9})
+    rows = {k: v[0] for k, v in largest.items()}
+
+    def run() -> Running:
+        return Running(backend, Translates({wide: "other_vocab", narrow: "vocab"}))
+
+    for first in ("step", "eval", "predict"):
+        made = run()
+        if first != "step":
+            getattr(made.backend, first)(made.state, rows)
+        made.state, _ = made.backend.step(made.state, largest, step=1, scale=1.0)
+        made.backend.eval(made.state, rows)
+        made.backend.predict(made.state, rows)
+        for key, at in ((wide, 40), (narrow, 10)):
+            for fresh in (made, run()):
+                with pytest.raises(UserError, match=f"'{key}' of a batch: expected ids from 0 to {at - 1}.*got {at}"):
+                    fresh.backend.step(fresh.state, largest | {key: _batch(**{key: at})[key]}, step=1, scale=1.0)
+
+
+@pytest.mark.parametrize("key", ["tokens", "targets"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_array_that_is_looked_up_in_part_is_held_to_the_vocabulary(backend: str, key: str) -> None:
+    for begun in (False, True):
+        made = Running(backend, Translates(dict.fromkeys(("tokens", "targets"), "vocab"), part=True))
+        if begun:
+            made.state, _ = made.backend.step(made.state, _batch(), step=1, scale=1.0)
+        for at in (10, -1):
+            with pytest.raises(UserError, match=f"'{key}' of a batch: expected ids from 0 to 9.*got {at}"):
+                made.backend.step(made.state, _batch(**{key: at}), step=1, scale=1.0)
+            with pytest.raises(UserError, match=f"'{key}' of a batch: expected ids from 0 to 9.*got {at}"):
+                made.backend.eval(made.state, {k: v[0] for k, v in _batch(**{key: at}).items()})
 
 
 @pytest.mark.parametrize(("word", "kind"), [(40, 1), (1, 10), (-1, 1), (1, -1)])

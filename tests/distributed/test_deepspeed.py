@@ -39,7 +39,12 @@ CELLS = [
     ("fsdp=2", "towers"),
     ("fsdp=2", "lm, remat"),
 ]
-PROBED = [("replica=2", "lm, a step that is not finite, odd sizes"), ("fsdp=2", "lm, clipping, averages, frozen")]
+PROBED = [
+    ("replica=2", "lm, a step that is not finite, odd sizes"),
+    ("fsdp=2", "lm, clipping, averages, frozen"),
+    ("replica=2", "routed"),
+    ("fsdp=2", "nested"),
+]
 
 
 @pytest.fixture(scope="module")

@@ -64,8 +64,8 @@ def held(cell: Cell, mine: parity.Trace, steps: int = STEPS) -> Held:
 
 def _error(cell: Cell, given: parity.Batches) -> float:
     definition = cell.recipe().describe()
-    positions = rounding.positions(definition, given[0], microbatches=True)
-    return rounding.error("fp32", rounding.longest_sum(definition, positions))
+    positions = rounding.positions_in(definition, given[0], microbatches=True)
+    return rounding.step_error(definition, positions)
 
 
 def _amplification(cell: Cell, given: parity.Batches, name: str, truth: np.ndarray) -> float:

@@ -162,9 +162,7 @@ CASES: dict[str, Case] = {
         model=_routed(), accumulation=2, predicts=False, options={"precision": "bf16", "remat": "block"}
     ),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
-    "towers": Case(
-        model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, predicts=False, optimizer=AdamW(lr=1e-4)
-    ),
+    "towers": Case(model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, optimizer=AdamW(lr=1e-4)),
     "towers, groups in a microbatch": Case(
         model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1, group=8), accumulation=2, predicts=False, left_out=0
     ),

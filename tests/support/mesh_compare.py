@@ -40,7 +40,7 @@ def differences(one: Measured, many: Measured, case: str) -> list[str]:
     low = CASES[case].options.get("precision", "fp32") != "fp32"
     # bf16: an activation carries 8 bits, and sums of rounded parts differ by a few of its last ones.
     definition, batch = CASES[case].program("").definition, CASES[case].batches()[-1]
-    derived = rounding.bound(definition, rounding.positions(definition, batch, microbatches=True))
+    derived = rounding.bound(definition, rounding.positions_in(definition, batch, microbatches=True))
     gradient_bound, loss_bound = (2.0**-5, 2.0**-8) if low else (derived, derived)
     failures = []
 

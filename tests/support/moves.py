@@ -62,8 +62,8 @@ class Move:
         backend = backend_class(self.arrived)(dataclasses.replace(self.program, **changes)) if changes else self.backend
 
         definition = self.program.definition
-        positions = rounding.positions(definition, self.data.batch(0, 1)) * self.recipe.batch
-        error = rounding.error(self.recipe.precision, rounding.longest_sum(definition, positions))
+        positions = rounding.positions_in(definition, self.data.batch(0, 1)) * self.recipe.batch
+        error = rounding.step_error(definition, positions, self.recipe.precision)
 
         def arrive(change: Any) -> dict[str, Any]:
             def read(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:

@@ -196,6 +196,10 @@ class TwoTowers(Module):
 
         return ops.across_samples(contrast, a_BE, b_BE, weight_B, group=self.group)
 
+    def predict(self, ops: Any, batch: Any) -> Any:
+        """The loss of every sample among the samples of the batch."""
+        return self(ops, batch).loss_B
+
 
 class Ruled(Module):
     """One layer of attention by rule: packed documents, a prefix of three positions of each sample, and ALiBi."""

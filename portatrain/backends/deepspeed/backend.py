@@ -232,8 +232,10 @@ class ZeroBackend(MeshBackend):
         self, state: TorchState, batch: Any, step: int, training: bool, across: Across | None = None
     ) -> tuple[Loss, Any]:
         ops = self._ops(batch, step, training)
-        ops.across = across or Across()
-        return Loss(*zero_state(state).engine("loss", ops, batch)), ops
+        if across is not None:
+            ops.across = across
+        with self.ids.model_runs():
+            return Loss(*zero_state(state).engine("loss", ops, batch)), ops
 
     def _accumulate(self, state: TorchState, batch: Mapping[str, np.ndarray], step: int) -> tuple[Any, ...]:
         """Accumulate gradients in DeepSpeed: the gradients of the mean loss times `factor`."""
@@ -270,10 +272,9 @@ class ZeroBackend(MeshBackend):
         norm = self._norm(state)
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
         good = math.isfinite(loss_there) and math.isfinite(norm_there)
-        clip = self.program.clip_norm
         if good:
-            down = norm_there / clip if clip is not None and norm_there > clip else 1.0
-            held.zero.override_loss_scale(held.factor * down)
+            limit, length = self._clipping(norm_there)
+            held.zero.override_loss_scale(held.factor * (length / limit))
             held.client.begin(held.client.count + 1, scale)
             held.engine.step()
             self._after(state, step, tallies)
@@ -329,19 +330,15 @@ class ZeroBackend(MeshBackend):
     def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         held = zero_state(state)
         self._accumulate(state, batch, step)
-        norm, clip = float(self._norm(state)), self.program.clip_norm
-        found = norms(self, held, clip=clip / norm if clip is not None and norm > clip else 1.0, scale=scale)
+        limit, length = self._clipping(float(self._norm(state)))
+        found = norms(self, held, clip=limit / length, scale=scale)
         self._drop(held)
         return found
 
     restore_shared: Any = None  # it reads flat ranges of its own
 
-    @torch.no_grad()
-    def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = next(iter(batch.values())).shape[0]
-        there = self._put(self._even(batch))
-        found = zero_state(state).engine("predict", self._ops(there, 0, False), there)
-        return self._fetch(found.float())[:rows]
+    def _predicted(self, state: TorchState, ops: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        return zero_state(state).engine("predict", ops, batch)
 
     def _free(self, state: TorchState) -> None:
         """Let the hooks free the parameters that they gathered."""

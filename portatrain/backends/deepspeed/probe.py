@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from portatrain.backends.base import Arrays
 from portatrain.backends.deepspeed.engine import ZeroState
+from portatrain.backends.torch.probe import Norms, square
 from portatrain.model.module import TensorInfo
 
 
@@ -20,16 +20,11 @@ def norms(backend: Any, held: ZeroState, *, clip: float, scale: float) -> Arrays
     multiplies them by `clip`. All processes call it together."""
     from deepspeed.utils import safe_get_full_grad
 
-    places: list[tuple[str, tuple[int, ...]]] = []
-    squares: list[Tensor] = []
-    shapes: dict[str, tuple[int, ...]] = {}
+    listed = Norms()
 
     def add(key: str, info: TensorInfo, index: tuple[int, ...], part: Tensor, *, whole: bool) -> None:
         """Add this process's part of a layer; of a layer that every process holds whole, process 0's counts."""
-        shapes[key] = info.shape[: info.stack_dims]
-        places.append((key, index))
-        square = torch.linalg.vector_norm(part, dtype=torch.float64).square().cpu()
-        squares.append(torch.zeros_like(square) if whole and backend.process else square)
+        listed.add(key, info, index, square(part).cpu(), counts=not (whole and backend.process))
 
     # Every process lists the same layers in the same order, also those of which it holds nothing.
     for tensor, index, part, _start in backend._ranges(held, empty=True):
@@ -48,8 +43,4 @@ def norms(backend: Any, held: ZeroState, *, clip: float, scale: float) -> Arrays
             mine, part.values, slots, piece.name in backend.program.decay, held.client.count + 1, scale
         )
         add(f"update/{piece.name}", info, piece.index, delta, whole=False)
-    values = backend.world.all_reduce(torch.stack(squares).to(backend.device)).sqrt().cpu().numpy()
-    found = {key: np.zeros(shape) for key, shape in shapes.items()}
-    for (key, index), value in zip(places, values, strict=True):
-        found[key][index] = value
-    return found
+    return listed.found(lambda squares: backend.world.all_reduce(squares.to(backend.device)))

@@ -32,7 +32,7 @@ class AcrossSamples:
 
     def across_samples(self, fn: Callable[..., Any], *xs: Any, group: int | None = None) -> Loss:
         across = outside_stacks(self.across)
-        rows = check_arrays(xs)
+        rows = check_arrays(xs, group)
         values = (*xs, jnp.broadcast_to(self.sample[:, 1] >= 0, (rows,)))
         if fits(rows, group, across):
             return self._compared(fn, values, group, 0, rows, 1)

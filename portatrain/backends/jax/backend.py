@@ -25,7 +25,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
-from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.across_samples import Across
 from portatrain.model.module import TensorInfo
@@ -70,7 +70,7 @@ class JaxBackend:
         jit = functools.partial(jax.jit, compiler_options=options)
         self._steps = jit(self._step, donate_argnums=0, out_shardings=(shardings, read))
         self._evals = jit(self._eval, out_shardings=read, static_argnums=3)
-        self._predicts = jit(self._predict, out_shardings=read)
+        self._predicts = jit(self._predict, out_shardings=read, static_argnums=3)
         self._gradients_of = jit(self._accumulate, out_shardings=read)
         self._probes = jit(self._probe, out_shardings=self._replicated)
 
@@ -185,7 +185,8 @@ class JaxBackend:
 
     def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any, across: Across) -> Any:
         ops = self._ops(batch, step, training=True, across=across)
-        loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
+        with self.ids.model_runs():
+            loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         total = loss.sum
         for aux in ops.auxes.values():
             if aux.loss:
@@ -320,12 +321,15 @@ class JaxBackend:
 
     def _eval(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> dict[str, Any]:
         ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
-        loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
+        with self.ids.model_runs():
+            loss = check_loss(self._module(params, states)(ops, batch), self.definition.model)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
         return {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
 
-    def _predict(self, params: Any, states: Any, batch: Mapping[str, Any]) -> Any:
-        return self._module(params, states).predict(self._ops(batch, 0, training=False), batch)
+    def _predict(self, params: Any, states: Any, batch: Mapping[str, Any], rows: int | None) -> Any:
+        ops = self._ops(batch, 0, training=False, across=Across(rows=rows))
+        with self.ids.model_runs(PREDICTED):
+            return self._module(params, states).predict(ops, batch)
 
     def eval(self, state: State, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = next(iter(batch.values())).shape[0]
@@ -336,8 +340,10 @@ class JaxBackend:
 
     def predict(self, state: State, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         rows = next(iter(batch.values())).shape[0]
-        there = self._put(self._even(batch), 0)
-        return np.asarray(self._predicts(state["params"], state["state"], there))[:rows]
+        even = self._even(batch)
+        samples = None if even is batch else rows
+        found = self._predicts(state["params"], state["state"], self._put(even, 0), samples)
+        return np.asarray(found)[:rows]
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))

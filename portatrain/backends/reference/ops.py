@@ -259,7 +259,7 @@ class ReferenceOps(ReferenceArrays):
         self, fn: Callable[..., Any], xs: tuple[Array, ...], group: int | None
     ) -> tuple[Array, Array, dict[str, Array]]:
         """Return (losses, weights, metrics), each (B,)."""
-        rows = check_arrays(xs)
+        rows = check_arrays(xs, group)
         shape = grouped(rows, group)
         there_B = self.sample[:, 1] >= 0 if len(self.sample) == rows else np.ones(rows, bool)
         loss, weight, metrics = results(fn(*(x.reshape(*shape, *x.shape[1:]) for x in (*xs, there_B))), shape)

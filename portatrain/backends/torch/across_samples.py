@@ -42,7 +42,7 @@ class AcrossSamples:
 
     def across_samples(self, fn: Callable[..., Any], *xs: Tensor, group: int | None = None) -> Loss:
         across = outside_stacks(self.across)
-        rows = check_arrays(xs)
+        rows = check_arrays(xs, group)
         there_B = (self.sample[:, 1] >= 0).expand(rows).to(torch.int32)
         values = (*xs, there_B)
         if fits(rows, group, across):

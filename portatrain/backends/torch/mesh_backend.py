@@ -180,18 +180,6 @@ class MeshBackend(OneDevice):
     def _total(self, x: Tensor) -> Tensor:
         return self.world.all_reduce(x)
 
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
-        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
-        found = super().eval(state, even, None if even is batch else rows)
-        self._free(state)
-        return {k: v[:rows] for k, v in found.items()}
-
-    def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = next(iter(batch.values())).shape[0]
-        found = super().predict(state, self._even(batch))
-        self._free(state)
-        return found[:rows]
-
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return pad_rows(batch, self.world.row_blocks)
 

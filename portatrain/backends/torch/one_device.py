@@ -24,7 +24,7 @@ from portatrain.backends.state import (
     inventory,
     sample_words,
 )
-from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
 from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
@@ -218,8 +218,10 @@ class OneDevice(Accumulates, StandaloneOps):
         self, state: TorchState, batch: Mapping[str, Tensor], step: int, training: bool, across: Across | None = None
     ) -> tuple[Loss, TorchOps]:
         ops = self._ops(batch, step, training)
-        ops.across = across or Across()
-        return check_loss(state.module(ops, batch), self.definition.model), ops
+        if across is not None:
+            ops.across = across
+        with self.ids.model_runs():
+            return check_loss(state.module(ops, batch), self.definition.model), ops
 
     def _norm(self, state: TorchState) -> Tensor:
         return total_norm(self._grads(state))
@@ -242,10 +244,10 @@ class OneDevice(Accumulates, StandaloneOps):
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
         good = math.isfinite(loss_there) and math.isfinite(norm_there)
         if good:
-            clip = self.program.clip_norm
-            if clip is not None and norm_there > clip:
+            limit, length = self._clipping(norm_there)
+            if limit < length:
                 # A quotient of float32 numbers rounded from float64 is the correctly rounded float32 one.
-                torch._foreach_mul_(grads, clip / norm_there)
+                torch._foreach_mul_(grads, limit / length)
             state.optimizer.step(scale=scale)
             self._after(state, step, tallies)
         return state, StepResult(
@@ -255,6 +257,11 @@ class OneDevice(Accumulates, StandaloneOps):
             weight=weight,
             aux={k: aux_value(v) for k, v in auxes.items()},
         )
+
+    def _clipping(self, norm: float) -> tuple[float, float]:
+        """Return the factor of the gradients, of which `norm` is the norm, as (numerator, denominator)."""
+        clip = self.program.clip_norm
+        return (clip, norm) if clip is not None and norm > clip else (1.0, 1.0)
 
     @torch.no_grad()
     def _after(self, state: TorchState, step: int, tallies: dict[str, Tensor]) -> None:
@@ -301,9 +308,8 @@ class OneDevice(Accumulates, StandaloneOps):
     def probe(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         self._accumulate(state, batch, step)
         self._grads(state)
-        norm, clip = float(self._norm(state)), self.program.clip_norm
-        factor = clip / norm if clip is not None and norm > clip else 1.0
-        return norms(self, state, clip=factor, scale=scale, counts=self._counts, total=self._total)
+        limit, length = self._clipping(float(self._norm(state)))
+        return norms(self, state, clip=limit / length, scale=scale, counts=self._counts, total=self._total)
 
     def _counts(self, info: TensorInfo, role: str) -> bool:
         """Return whether this process's part of a tensor is, of equal copies, the one that counts."""
@@ -314,19 +320,35 @@ class OneDevice(Accumulates, StandaloneOps):
         return x
 
     @torch.no_grad()
-    def eval(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None
-    ) -> dict[str, np.ndarray]:
-        """See `Backend.eval`. rows: the number of samples, if rows that are none follow them."""
-        loss, ops = self._forward(state, self._put(batch), 0, False, Across(rows=rows))
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        across = Across(rows=None if even is batch else rows)
+        loss, ops = self._forward(state, self._put(even), 0, False, across)
         means = {k: a.value_B / (a.count if a.reduce == "mean" else 1) for k, a in ops.auxes.items()}
-        return {k: self._fetch(v) for k, v in {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}.items()}
+        values = {"loss_B": loss.loss_B, "weight_B": loss.weight_B, **means}
+        found = {k: self._fetch(v)[:rows] for k, v in values.items()}
+        self._free(state)
+        return found
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        there = self._put(batch)
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        there = self._put(even)
+        ops = self._ops(there, 0, False)
+        ops.across = Across(rows=None if even is batch else rows)
+        with self.ids.model_runs(PREDICTED):
+            predicted = self._predicted(state, ops, there)
+        found = self._fetch(predicted.float())[:rows]
+        self._free(state)
+        return found
+
+    def _predicted(self, state: TorchState, ops: TorchOps, batch: Mapping[str, Tensor]) -> Tensor:
         predict: Any = state.module.predict
-        return self._fetch(predict(self._ops(there, 0, False), there).float())
+        return predict(ops, batch)
+
+    def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        """Return a batch of as many rows as the devices need; rows that are no samples follow the others."""
+        return batch
 
     def _fetch(self, x_B: Tensor) -> np.ndarray:
         """Return values by sample, on the host."""

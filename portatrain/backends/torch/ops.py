@@ -76,7 +76,7 @@ class TorchOps(AcrossSamples, TorchArrays):
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
-    across: Across | None = None
+    across: Across | None = dataclasses.field(default_factory=Across)
     """None in the block of a Stack."""
 
     @property
@@ -332,7 +332,7 @@ def run_block(
     """Run one layer; return (carry, out, auxes as plain tuples, tallies). Pure, so it can be compiled and
     recomputed."""
     make: Callable[..., TorchOps] = static.ops or TorchOps
-    ops = make(static, *context, kept=kept)
+    ops = make(static, *context, kept=kept, across=None)
     # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
     carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies

@@ -13,6 +13,29 @@ from portatrain.backends.base import Arrays
 from portatrain.model.module import TensorInfo
 
 
+class Norms:
+    """Collect sums of squares, one for each layer of a tensor, and return the roots of their totals."""
+
+    def __init__(self) -> None:
+        self.places: list[tuple[str, tuple[int, ...]]] = []
+        self.squares: list[Tensor] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def add(self, key: str, info: TensorInfo, index: tuple[int, ...], square: Tensor, *, counts: bool) -> None:
+        """Add the sum of squares of this process's part of a layer; if it does not count, 0 takes its place."""
+        self.shapes[key] = info.shape[: info.stack_dims]
+        self.places.append((key, index))
+        self.squares.append(square if counts else torch.zeros_like(square))
+
+    def found(self, total: Callable[[Tensor], Tensor]) -> Arrays:
+        """Return the norms by key; `total` sums over all processes."""
+        values = total(torch.stack(self.squares)).sqrt().cpu().numpy()
+        found = {key: np.zeros(shape) for key, shape in self.shapes.items()}
+        for (key, index), value in zip(self.places, values, strict=True):
+            found[key][index] = value
+        return found
+
+
 @torch.no_grad()
 def norms(
     backend: Any,
@@ -30,16 +53,10 @@ def norms(
     over all processes.
     """
     optimizer = state.optimizer
-    places: list[tuple[str, tuple[int, ...]]] = []
-    squares: list[Tensor] = []
-    shapes: dict[str, tuple[int, ...]] = {}
+    listed = Norms()
 
     def add(role: str, info: TensorInfo, index: tuple[int, ...], held: Tensor, lies: str) -> None:
-        key = f"{role}/{info.name}"
-        shapes[key] = info.shape[: info.stack_dims]
-        places.append((key, index))
-        square = _square(held)
-        squares.append(square if counts(info, lies) else torch.zeros_like(square))
+        listed.add(f"{role}/{info.name}", info, index, square(held), counts=counts(info, lies))
 
     for tensor, index, held in backend.state_arrays(state):
         info = tensor.info
@@ -47,14 +64,10 @@ def norms(
         if tensor.role == "params" and held in optimizer.infos:
             add("grad", info, index, held.grad, "params")
             add("update", info, index, optimizer.delta(held, held.grad * clip, scale), "params")
-    values = total(torch.stack(squares)).sqrt().cpu().numpy()
-    found = {key: np.zeros(shape) for key, shape in shapes.items()}
-    for (key, index), value in zip(places, values, strict=True):
-        found[key][index] = value
-    return found
+    return listed.found(total)
 
 
-def _square(x: Tensor) -> Tensor:
+def square(x: Tensor) -> Tensor:
     """Return () the sum of squares, in float64 if the device has it, as squares of second moments underflow in
     float32."""
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else torch.float32

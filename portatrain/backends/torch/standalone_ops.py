@@ -14,7 +14,6 @@ from portatrain.backends.base import Context
 from portatrain.backends.state import sample_words
 from portatrain.backends.torch.ops import Static, TorchOps
 from portatrain.model import dropout_hash
-from portatrain.model.across_samples import Across
 
 COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-state": torch.bfloat16}
 
@@ -41,7 +40,6 @@ class StandaloneOps:
             sample=torch.from_numpy(sample_words(sample)),
             layer=torch.zeros((), dtype=torch.int32),
             kept={},
-            across=Across(),
         )
 
     @classmethod

@@ -21,7 +21,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
-from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
@@ -280,7 +280,7 @@ class XlaBackend(OneDevice):
         return found
 
     @torch.no_grad()
-    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray], rows: int | None = None) -> Arrays:
+    def eval(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> Arrays:
         rows = next(iter(batch.values())).shape[0]
         numbers: Any = self._numbers(0)
         even = self._even(batch)
@@ -293,11 +293,13 @@ class XlaBackend(OneDevice):
 
     @torch.no_grad()
     def predict(self, state: TorchState, batch: Mapping[str, np.ndarray]) -> np.ndarray:
-        rows = next(iter(batch.values())).shape[0]
-        there = self._put(self._even(batch))
-        predict: Any = state.module.predict
-        found = predict(self._ops(there, 0, False), there).float()
-        return self._read({"": found})[""][:rows]
+        rows, even = next(iter(batch.values())).shape[0], self._even(batch)
+        there = self._put(even)
+        ops = self._ops(there, 0, False)
+        ops.across = Across(rows=None if even is batch else rows)
+        with self.ids.model_runs(PREDICTED):
+            predicted = self._predicted(state, ops, there)
+        return self._read({"": predicted.float()})[""][:rows]
 
     # ---- what it holds and runs on
 

@@ -92,6 +92,6 @@ def find_chip(name: str) -> Chip:
     """
     if name in _BY_NAME:
         return _BY_NAME[name]
-    if name in CHIPS_OF_OTHERS.names():
+    if name in CHIPS_OF_OTHERS:
         return _of_others(name)
     raise choice("chip", name, chip_names())
