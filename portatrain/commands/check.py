@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from portatrain.commands import options
@@ -47,14 +50,29 @@ def run(args: argparse.Namespace) -> int:
 
     from portatrain.testing.recipe_check.run import check_recipe, on_cpu
 
-    on_cpu()  # before the recipe's file, which may import a framework
-    recipe = options.resolved_recipe(args)
-    report = check_recipe(recipe, source=args.recipe, backends=names, progress=_progress)
+    with _prints_to_stderr() if args.json else nullcontext():
+        on_cpu()  # before the recipe's file, which may import a framework
+        recipe = options.resolved_recipe(args)
+        report = check_recipe(recipe, source=args.recipe, backends=names, progress=_progress)
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
         _print(report)
     return FOUND if report.findings else OK
+
+
+@contextmanager
+def _prints_to_stderr() -> Iterator[None]:
+    """Send to standard error what the recipe, its libraries and its processes print, so that the JSON stands alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _progress(row: Row) -> None:

@@ -28,6 +28,37 @@ def recipe():
 """
 
 
+PRINTS = """
+import os
+from dataclasses import dataclass, replace
+
+from tests.support.planted import Base, recipe as planted
+
+print("printed by the file")
+os.write(1, b"written by a library\\n")
+
+
+class Net(Base):
+    def __init__(self):
+        print("printed by __init__")
+        super().__init__()
+
+    def __call__(self, ops, batch):
+        print("printed by __call__")
+        return super().__call__(ops, batch)
+
+
+@dataclass(frozen=True)
+class Config:
+    def build(self):
+        return Net()
+
+
+def recipe():
+    return replace(planted("nothing"), model=Config())
+"""
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """The commands that `launch` runs as checks. They run in this process and in the oracle alone; nothing trains."""
@@ -74,6 +105,20 @@ def test_a_sound_recipe_is_checked_once(asked: list[list[str]]) -> None:
     assert len(asked) == 1
     assert launch("nothing", "--set", "optimizer=Lion", "--run", "c") == 0
     assert len(asked) == 2
+
+
+def test_a_recipe_that_prints_is_checked_too(asked: list[list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text(PRINTS)
+    for run in "ab":
+        assert launch_main(["--cluster", "local", "own.py", "--run", run]) == 0
+    assert len(asked) == 1
+    Path("again.py").write_text(PRINTS)  # another file, which is loaded in the check
+    capfd.readouterr()
+    assert main(["check", "again.py", "--json"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["found"] == []
+    for who in ("printed by the file", "written by a library", "printed by __init__", "printed by __call__"):
+        assert who in said.err
 
 
 def test_an_axis_is_a_warning(asked: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
