@@ -57,6 +57,8 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
             do=f"Mend what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it as it "
             "is.",
         )
+    if any(finding["failed"] for finding in found):
+        return  # a check that failed says nothing
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         json_files.write_json(memory, report)

@@ -52,7 +52,7 @@ def explained(error: BaseException, what: str = "") -> UserError | None:
         return None
     if isinstance(error, OSError) and error.errno not in FILES:
         return _of_storage(error, what, place)
-    if _is_machines(error) or (isinstance(error, BUGS) and frames and _is_ours(frames[-1][0].f_code.co_filename)):
+    if is_machines(error) or (isinstance(error, BUGS) and frames and _is_ours(frames[-1][0].f_code.co_filename)):
         return None
     found: Hint = hint(error, _said(error), place)
     title = f"{what} ({place.text})" if what and place else what or (place.text if place else "")
@@ -260,7 +260,8 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _is_machines(error: Exception) -> bool:
+def is_machines(error: Exception) -> bool:
+    """Return whether an error is a failure of a device, its memory or the network."""
     if isinstance(error, MemoryError) or any(kind.__name__ in MACHINE for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and MACHINE_SAYS.search(str(error)) is not None

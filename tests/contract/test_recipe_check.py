@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,11 +13,13 @@ from typing import Any
 import pytest
 
 from portatrain.backends.base import backend_class
+from portatrain.errors import UserError
 from portatrain.recipe import load_recipe, shipped_recipes
-from portatrain.testing.recipe_check import properties, small
+from portatrain.testing.recipe_check import processes, properties, small
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from portatrain.testing.recipe_check.small import candidates
+from portatrain.testing.recipe_check.subject import explained
 from tests.support import planted
 from tests.support.running import BACKENDS
 
@@ -173,6 +176,30 @@ def checked(recipe: str, folder: Path, *, code: int = 0) -> Any:
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == code, done.stdout + done.stderr
     return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(), ValueError("of portatrain's own")]
+)
+def test_a_failure_of_the_check_is_no_fault_of_the_recipe(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(subject: Any) -> Any:
+        raise error
+
+    as_ours = reached.__code__.replace(co_filename=str(properties.__file__))  # it counts as a function of the check
+    monkeypatch.setattr(reached, "__code__", as_ours)
+    monkeypatch.setattr(properties, "reached", reached)
+    report = check_recipe(planted.recipe(), backends=())
+    (finding,) = report.findings
+    assert finding.check == "parameters reached" and "The check itself failed" in finding.do
+    assert finding.failed and not report.refusing
+
+
+def test_an_exit_code_of_processes_is_no_fault_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "run_processes", lambda *_: 1)
+    there = processes.on_meshes("torch", planted.recipe(), "own.py", ["fsdp=2"], [], {}, {})
+    error = there["fsdp=2"]
+    assert isinstance(error, UserError) and "exit code 1" in str(error)
+    assert not explained("torch on fsdp=2", error, "torch on fsdp=2").numbers
 
 
 RULES = {

@@ -14,6 +14,7 @@ import pytest
 from portatrain.cli import launch_main, main
 from portatrain.commands import unseen
 from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.testing.recipe_check import properties
 from portatrain.testing.recipe_check import run as check
 from tests.support import planted
 
@@ -155,3 +156,16 @@ def test_a_check_that_fails_stops_no_launch(
     monkeypatch.setattr(unseen.subprocess, "run", lambda words, **_: ended)
     assert launch("nothing") == 0
     assert "exit code 3" in capsys.readouterr().err
+
+
+def test_a_check_that_fails_on_the_way_is_not_remembered(
+    asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reached(subject: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(properties, "reached", reached)
+    for run in "ab":
+        assert launch("nothing", "--run", run) == 0
+        assert "The check itself failed" in capsys.readouterr().err
+    assert len(asked) == 2

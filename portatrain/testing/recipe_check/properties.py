@@ -86,6 +86,8 @@ def samples(subject: Subject) -> list[Finding]:
             return [_crossing(subject, training, error)]
         except Exception as error:
             found = explained("samples alone", error, "the number of samples")
+            if found.failed:
+                return [found]
             return [
                 replace(
                     found,

@@ -11,10 +11,10 @@ import numpy as np
 from portatrain.backends.base import Context
 from portatrain.backends.reference.run import Forward, after_step, forward, initial_states
 from portatrain.backends.state import initial_box
-from portatrain.errors import UserError, users_code
+from portatrain.errors import StorageError, UserError, users_code
 from portatrain.model.module import Constant, Definition
 from portatrain.recipe import Recipe
-from portatrain.testing.recipe_check.report import Finding
+from portatrain.testing.recipe_check.report import CheckFailed, Finding
 from portatrain.testing.recipe_check.small import Batch, Small
 
 Arrays = dict[str, np.ndarray]
@@ -78,10 +78,16 @@ def tried(call: Any) -> tuple[Any, Exception | None]:
 
 
 def explained(check: str, error: Exception, where: str) -> Finding:
-    """Return the finding for an error that running the model ended in, with the place in the user's file."""
+    """Return the finding for an error that `where` ended in, with the place in the user's file.
+
+    An error without a line of the user's, or one of the machine, is a failure of the check itself.
+    """
     if isinstance(error, UserError):
-        return Finding(check=check, what=error.what, said=f"expected {error.expected}, got {error.got}", do=error.do)
-    paragraph = users_code.explained(error, where)
+        failed = isinstance(error, (CheckFailed, StorageError))
+        said = f"expected {error.expected}, got {error.got}"
+        return Finding(check=check, what=error.what, said=said, do=error.do, numbers=not failed, failed=failed)
+    line = users_code.at_line(error, called=True)
+    paragraph = users_code.explained(error, where if line else "")
     if paragraph is not None:
         return explained(check, paragraph, where)
     frames = traceback.extract_tb(error.__traceback__)
@@ -89,8 +95,11 @@ def explained(check: str, error: Exception, where: str) -> Finding:
     return Finding(
         check=check,
         what=where,
-        said=f"expected a forward pass that ends, got {type(error).__name__}: {error}{place}",
-        do="Correct the model's code; if none of it is there, please report this.",
+        said=f"expected a check that ends, got {type(error).__name__}: {error}{place}",
+        do="The check itself failed, which says nothing of the recipe. Run it again; please report this if it fails "
+        "again.",
+        numbers=False,
+        failed=True,
     )
 
 
