@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, FunctionType, TracebackType
 
 from portatrain.errors import STORAGE_ERRNOS, StorageError, UserError
-from portatrain.errors.hints import KINDS, Hint, Place, hint
+from portatrain.errors.hints import KINDS, Hint, Place, hint, kind_of
 
 PACKAGES = ("portatrain", "launchers", "checkpoints_format")
 MACHINE = frozenset(
@@ -139,6 +139,7 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
             owner=frame.f_locals.get("self"),
             called=next((f for f in ours if _is_public_method(f)), None),
             last=at == len(frames) - 1,
+            computes=any(kind_of(f.f_locals.get("self")) in ("Module", "Rule") for f, _ in frames[: at + 1]),
             numpy=any(f.f_globals.get("__name__", "").partition(".")[0] == "numpy" for f, _ in frames[at + 1 :]),
         )
     function = _misfit(error)
@@ -161,7 +162,8 @@ def _compiled(error: Exception) -> Place | None:
     """Return the user's line of an error that torch.compile raised: the error's traceback lacks what was compiled."""
     for entry in reversed(getattr(error, "real_stack", None) or ()):
         if _is_users_file(entry.filename):
-            return Place(text=f"{shown(entry.filename)}, line {entry.lineno}, in {entry.name}", owner=None)
+            text = f"{shown(entry.filename)}, line {entry.lineno}, in {entry.name}"
+            return Place(text=text, owner=None, computes=True)
     return None
 
 
