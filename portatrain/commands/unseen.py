@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,28 @@ def key_of(recipe: Recipe, source: str) -> str:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    text = json.dumps([kept, code, versions, sys.version_info[:2]], sort_keys=True)
+    text = json.dumps([kept, code, _packages(recipe), versions, sys.version_info[:2]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _packages(recipe: Recipe) -> dict[str, str]:
+    """Return module -> hash of its file, for the loaded modules of the packages that the recipe's classes come from.
+
+    The packages of portatrain are left out: the code of the run has them.
+    """
+    from portatrain.runs import code_snapshot
+
+    names = set(_modules(recipe.to_json()))
+    with suppress(UserError):  # the check says what is wrong
+        names |= {one.__module__ for held in recipe.describe().modules.values() for one in type(held).__mro__}
+    packages = {name.partition(".")[0] for name in names} - {*code_snapshot.PACKAGES, "builtins"}
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        file = str(getattr(module, "__file__", None) or "")
+        if name.partition(".")[0] in packages and file.endswith(".py"):
+            with suppress(OSError):
+                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
 
 
 def _checked(args: argparse.Namespace) -> dict[str, Any] | None:

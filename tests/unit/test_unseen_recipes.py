@@ -149,6 +149,26 @@ def test_what_a_check_depends_on(tmp_path: Path) -> None:
     assert unseen.only_ours(load_recipe("tiny-lm")) and not unseen.only_ours(recipe)
 
 
+def test_a_check_depends_on_the_code_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is in another folder than the recipe, whose own class only builds the package's model."""
+    package = tmp_path / "site" / "lab_nets"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text("WIDTH = 1\n")
+    (package / "nets.py").write_text(
+        "from lab_nets import parts\nfrom tests.support.planted import Base\n\n\nclass Net(Base):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    file = tmp_path / "folder" / "own.py"
+    file.parent.mkdir()
+    file.write_text(PRINTS.replace("return Net()", "from lab_nets.nets import Net\n\n        return Net()"))
+    recipe = load_recipe(str(file))
+    key = unseen.key_of(recipe, str(file))
+    assert unseen.key_of(recipe, str(file)) == key
+    (package / "parts.py").write_text("WIDTH = 2\n")
+    assert unseen.key_of(recipe, str(file)) != key
+
+
 def test_a_check_that_fails_stops_no_launch(
     asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
