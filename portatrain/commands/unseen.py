@@ -68,9 +68,15 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def only_ours(recipe: Recipe) -> bool:
-    """Return whether the recipe has classes of portatrain alone, and no mappings of its own."""
-    packages = {name.partition(".")[0] for name in _modules(recipe.to_json())}
+    """Return whether all that the check depends on is of portatrain's classes alone, without mappings of its own."""
+    packages = {name.partition(".")[0] for name in _modules(_kept(recipe))}
     return packages <= set(OURS) and recipe.compute is None and recipe.params is None
+
+
+def _kept(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe, as JSON, that the result of a check depends on."""
+    data = recipe.to_json()
+    return {k: v for k, v in data.items() if k not in WITHOUT_EFFECT and not k.startswith(PREFIXES)}
 
 
 def _modules(data: Any) -> Iterator[str]:
@@ -90,8 +96,6 @@ def key_of(recipe: Recipe, source: str) -> str:
     """Return a hash of all that the result of a check depends on."""
     from portatrain.runs import code_snapshot
 
-    data = recipe.to_json()
-    kept = {k: v for k, v in data.items() if k not in WITHOUT_EFFECT and not k.startswith(PREFIXES)}
     code = code_snapshot.where(Path(), source)[0].name
     versions: dict[str, str] = {}
     for name in code_snapshot.WATCHED:
@@ -99,7 +103,7 @@ def key_of(recipe: Recipe, source: str) -> str:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    text = json.dumps([kept, code, _packages(recipe), versions, sys.version_info[:2]], sort_keys=True)
+    text = json.dumps([_kept(recipe), code, _packages(recipe), versions, sys.version_info[:2]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
@@ -110,7 +114,7 @@ def _packages(recipe: Recipe) -> dict[str, str]:
     """
     from portatrain.runs import code_snapshot
 
-    names = set(_modules(recipe.to_json()))
+    names = set(_modules(_kept(recipe)))
     with suppress(UserError):  # the check says what is wrong
         names |= {one.__module__ for held in recipe.describe().modules.values() for one in type(held).__mro__}
     packages = {name.partition(".")[0] for name in names} - {*code_snapshot.PACKAGES, "builtins"}

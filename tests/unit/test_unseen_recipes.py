@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,30 @@ def test_shipped_recipes_have_been_seen(asked: list[list[str]], monkeypatch: pyt
     assert asked == []
     monkeypatch.setenv("PORTATRAIN_CHECK", "0")
     assert launch("an einsum of two samples", "--run", "off") == 0
+    assert asked == []
+
+
+def test_a_hook_or_schedule_of_ones_own_has_no_effect(asked: list[list[str]]) -> None:
+    text = """
+        from dataclasses import dataclass, replace
+        from portatrain import Hook
+        from portatrain.optim.schedules import Constant
+        from portatrain.recipe import load_recipe
+
+        @dataclass(frozen=True, kw_only=True)
+        class Mine(Hook):
+            pass
+
+        @dataclass(frozen=True, kw_only=True)
+        class Own(Constant):
+            pass
+
+        def recipe():
+            return replace(load_recipe("tiny-lm"), hooks=(Mine(),), schedule=Own())
+        """
+    Path("own.py").write_text(textwrap.dedent(text))
+    assert unseen.only_ours(load_recipe("own.py"))
+    assert launch_main(["--cluster", "local", "own.py"]) == 0
     assert asked == []
 
 
