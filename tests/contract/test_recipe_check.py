@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +223,18 @@ def test_a_model_that_is_too_large_is_said_to_be_so(monkeypatch: pytest.MonkeyPa
     report = check_recipe(planted.recipe(), backends=())
     assert [row.name for row in report.rows] == ["axes", "forward pass"] and not report.refusing
     assert "a method small()" in str(report.findings[0])
+
+
+def test_samples_of_several_shapes_are_a_fault() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Ragged(planted.Points):
+        def sample(self, index: int) -> Mapping[str, Any]:
+            found = super().sample(index)
+            return {**found, "x": found["x"][: 5 + index % 2]}
+
+    report = check_recipe(dataclasses.replace(planted.recipe(), data=Ragged()), backends=())
+    (finding,) = report.refusing
+    assert "Ragged.sample(" in finding.what and "key 'x'" in finding.what
 
 
 def test_every_planted_model_is_tried() -> None:
