@@ -52,7 +52,7 @@ def explained(error: BaseException, what: str = "") -> UserError | None:
         return None
     if isinstance(error, OSError) and error.errno not in FILES:
         return _of_storage(error, what, place)
-    if is_machines(error) or (isinstance(error, BUGS) and frames and _is_ours(frames[-1][0].f_code.co_filename)):
+    if is_machines(error) or (isinstance(error, BUGS) and frames and is_ours(frames[-1][0].f_code.co_filename)):
         return None
     found: Hint = hint(error, _said(error), place)
     title = f"{what} ({place.text})" if what and place else what or (place.text if place else "")
@@ -133,7 +133,7 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
         return compiled
     if at is not None:
         frame, _ = frames[at]
-        ours = [f for f, _ in frames[at + 1 :] if _is_ours(f.f_code.co_filename)]
+        ours = [f for f, _ in frames[at + 1 :] if is_ours(f.f_code.co_filename)]
         return Place(
             text=_in_words(frames[at]),
             owner=frame.f_locals.get("self"),
@@ -222,10 +222,11 @@ def _is_portatrains(kind: type) -> bool:
 
 
 def _is_users_file(file: str) -> bool:
-    return not (file.startswith("<") or _is_ours(file) or file.startswith(_libraries()))
+    return not (file.startswith("<") or is_ours(file) or file.startswith(_libraries()))
 
 
-def _is_ours(file: str) -> bool:
+def is_ours(file: str) -> bool:
+    """Return whether a file is of portatrain's own packages."""
     return file.startswith(_our_folders())
 
 

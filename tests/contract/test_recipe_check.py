@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 
 from portatrain.backends.base import backend_class
-from portatrain.errors import UserError
+from portatrain.errors import UserError, users_code
 from portatrain.recipe import load_recipe, shipped_recipes
 from portatrain.testing.recipe_check import processes, properties, small
+from portatrain.testing.recipe_check.blame import place_of
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from portatrain.testing.recipe_check.small import candidates
@@ -223,6 +224,13 @@ def test_a_model_that_is_too_large_is_said_to_be_so(monkeypatch: pytest.MonkeyPa
     report = check_recipe(planted.recipe(), backends=())
     assert [row.name for row in report.rows] == ["axes", "forward pass"] and not report.refusing
     assert "a method small()" in str(report.findings[0])
+
+
+def test_a_package_with_a_similar_name_is_the_users() -> None:
+    there: dict[str, Any] = {"place_of": place_of, "sys": sys}
+    file = ROOT / "portatrain_models" / "net.py"
+    exec(compile("def call():\n    return place_of(sys._getframe())\n", str(file), "exec"), there)
+    assert there["call"]() == f"{users_code.shown(str(file))}, line 2"
 
 
 def test_samples_of_several_shapes_are_a_fault() -> None:
