@@ -57,12 +57,16 @@ class UnknownAxis:
     nearest: str | None
     """The known axis with the most similar name, if one is similar."""
 
+    @property
+    def do(self) -> str:
+        """What to do about it."""
+        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
+        return f"{meant}If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+
     def __str__(self) -> str:
         more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
-        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
         return (
-            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {meant}"
-            f"If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {self.do}"
         )
 
 

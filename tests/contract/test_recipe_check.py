@@ -53,6 +53,7 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
     "a State updated in the forward pass": ("forward pass", "ops.update(Updating", "ops.tally"),
     "a State set as an attribute after a step": ("forward pass", "State AfterStep.seen", "ops.update"),
     "an axis of a value": ("forward pass", "axis 'mpl'", "planted.py, line"),
+    "an axis of other layers": ("forward pass", "axis 'head_dim'", "planted.py, line"),
     "two samples in one row": ("samples alone", "the number of samples", "write -1"),
     "two samples that see each other": ("samples alone", "op ops.softmax", "depends on the others"),
     "a counter": ("forward pass", "attribute Calls.calls", "planted.py, line"),
@@ -231,6 +232,13 @@ def test_a_package_with_a_similar_name_is_the_users() -> None:
     file = ROOT / "portatrain_models" / "net.py"
     exec(compile("def call():\n    return place_of(sys._getframe())\n", str(file), "exec"), there)
     assert there["call"]() == f"{users_code.shown(str(file))}, line 2"
+
+
+def test_a_model_without_a_loss_is_found_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planted.Base, "__call__", lambda self, ops, batch: batch["x"])
+    (finding,) = found("nothing")
+    assert "test_recipe_check.py, line" in finding.what
+    assert "array of shape (8, 6)" in finding.said
 
 
 def test_samples_of_several_shapes_are_a_fault() -> None:

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.base import check_loss
+from portatrain.backends.program import make_program
 from portatrain.backends.reference.guard import GuardedOps
 from portatrain.backends.reference.run import Forward
 from portatrain.errors import UserError
-from portatrain.model.layout import COMPUTE, PARAMS, UNSPLIT, unknown_axes
+from portatrain.model.layout import unknown_axes
 from portatrain.model.module import Definition, State
-from portatrain.model.ops import Loss
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.blame import OPERATIONS, place_of
 from portatrain.testing.recipe_check.report import FORWARD, Finding
@@ -33,8 +34,7 @@ def axes(recipe: Recipe, definition: Definition) -> list[Finding]:
             what=f"axis {unknown.axis!r}",
             said=f"expected an axis of a mapping, got one of {', '.join(unknown.tensors[:3])} that is in none: it is "
             "whole on every device",
-            do=(f"Did you mean {unknown.nearest}? " if unknown.nearest else "")
-            + f"If it is meant to be whole, say so in the recipe: compute={{{unknown.axis!r}: ()}}.",
+            do=unknown.do,
             numbers=False,
         )
         for unknown in unknown_axes(definition, compute=recipe.compute, params=recipe.params)
@@ -76,9 +76,8 @@ def runs(subject: Subject) -> list[Finding]:
 
 
 def _unknown_axes(subject: Subject) -> list[Finding]:
-    """Axes in `ops.shard` that no mapping and no tensor has; in reductions they are labels."""
-    recipe, definition = subject.recipe, subject.definition
-    known = {*COMPUTE, *PARAMS, *UNSPLIT, *(recipe.compute or ()), *(recipe.params or ()), *definition.axes}
+    """Axes in `ops.shard` that the layout refuses in a run; in reductions they are labels."""
+    known = make_program(subject.recipe).layout.known or ()
     return [
         Finding(
             check=FORWARD,
@@ -122,15 +121,9 @@ def _assigned(definition: Definition, watch: Watch, mode: str) -> list[Finding]:
 
 
 def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
-    if not isinstance(found.value, Loss):
-        return [
-            Finding(
-                check=FORWARD,
-                what=type(subject.definition.model).__name__,
-                said=f"expected a Loss from __call__(ops, batch), got a {type(found.value).__name__}",
-                do="Return ops.cross_entropy(...) or ops.loss(...).",
-            )
-        ]
+    _, error = tried(lambda: check_loss(found.value, subject.definition.model))
+    if error is not None:
+        return [explained(FORWARD, error, f"the model in {mode}")]
     values = {"loss": found.objective, "weight of the samples": found.value.weight_B}
     values |= {f"ops.aux({name!r})": aux.value_B for name, aux in found.auxes.items()}
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
