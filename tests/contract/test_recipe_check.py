@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -239,6 +241,19 @@ def test_a_model_without_a_loss_is_found_with_its_line(monkeypatch: pytest.Monke
     (finding,) = found("nothing")
     assert "test_recipe_check.py, line" in finding.what
     assert "array of shape (8, 6)" in finding.said
+
+
+def test_an_error_on_a_mesh_has_the_line_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise ValueError("the shapes do not fit")
+
+    monkeypatch.setattr(processes, "backend_class", lambda name: lambda program: None)
+    monkeypatch.setattr(processes, "measure", measured)
+    fields = ("batches", "points", "states")
+    job = {"backend": "torch", "recipe": planted.recipe().to_json(), "source": "tiny-lm", "meshes": ["fsdp=2"]}
+    (tmp_path / "job").write_bytes(pickle.dumps(job | dict.fromkeys(fields)))
+    with pytest.raises(UserError, match=r"torch on fsdp=2 \(.*test_recipe_check\.py, line \d+.*the shapes do not fit"):
+        processes.main(argparse.Namespace(folder=str(tmp_path), cwd=str(tmp_path)))
 
 
 def test_samples_of_several_shapes_are_a_fault() -> None:

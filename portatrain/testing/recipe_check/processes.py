@@ -94,8 +94,10 @@ def main(args: argparse.Namespace) -> int:
         except Exception as error:
             if isinstance(error, (UserError, OSError)) or users_code.is_machines(error):
                 raise
-            raise UserError(
-                f"{job['backend']} on {mesh}",
+            what = f"{job['backend']} on {mesh}"
+            line = users_code.at_line(error, called=True)
+            raise users_code.explained(error, what if line else "") or UserError(
+                what,
                 expected="a step that ends",
                 got=f"{type(error).__name__}: {error}",
                 do="It ends on one device: look for shapes or values that the model takes from a device's own part.",
