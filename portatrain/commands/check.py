@@ -29,8 +29,6 @@ from portatrain.system.exit_codes import FOUND, OK
 if TYPE_CHECKING:
     from portatrain.testing.recipe_check.report import Report, Row
 
-BACKENDS = ("jax", "torch")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
@@ -44,12 +42,12 @@ def run(args: argparse.Namespace) -> int:
     names = tuple(dict.fromkeys(name.strip() for name in args.backends.split(",") if name.strip()))
     if not names:
         raise UserError("--backends", expected="names, such as jax,torch", got=repr(args.backends), do="Give one.")
+
+    from portatrain.testing.recipe_check.run import BACKENDS, check_recipe, on_cpu
+
     for name in names:
         if name not in BACKENDS:
             raise choice("--backends", name, BACKENDS)
-
-    from portatrain.testing.recipe_check.run import check_recipe, on_cpu
-
     with _prints_to_stderr() if args.json else nullcontext():
         on_cpu()  # before the recipe's file, which may import a framework
         recipe = options.resolved_recipe(args)

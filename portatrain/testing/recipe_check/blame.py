@@ -20,7 +20,6 @@ from portatrain.model.module import Definition
 from portatrain.model.ops import Loss, Ops
 from portatrain.testing import guard
 
-CLOSE = 1e-9
 OPERATIONS = tuple(name for name, _ in inspect.getmembers(Ops, inspect.isfunction) if not name.startswith("_"))
 STRUCTURE = ("stack", "scan", "associative_scan")
 """Operations that run parts of the model, whose calls are noted one by one."""
@@ -130,4 +129,4 @@ def _same(together: np.ndarray, alone: np.ndarray, i: int, rows: int) -> bool:
     if together.dtype.kind != "f":
         return bool(np.array_equal(together, alone))
     size = max(1.0, float(np.abs(together).max(initial=0.0)))
-    return bool(np.abs(together - alone).max(initial=0.0) <= CLOSE * size)
+    return bool(np.abs(together - alone).max(initial=0.0) <= guard.CLOSE * size)

@@ -20,10 +20,8 @@ from portatrain.model.module import Definition, State
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.blame import OPERATIONS, place_of
 from portatrain.testing.recipe_check.report import FORWARD, Finding
-from portatrain.testing.recipe_check.subject import Subject, explained, states_after_step, tried
+from portatrain.testing.recipe_check.subject import MODES, Subject, explained, states_after_step, tried
 from portatrain.testing.recipe_check.watch import Watch, watching
-
-MODES = {True: "training", False: "evaluation"}
 
 
 def axes(recipe: Recipe, definition: Definition) -> list[Finding]:

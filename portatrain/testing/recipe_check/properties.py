@@ -14,17 +14,16 @@ from portatrain.backends.base import Context
 from portatrain.backends.reference.run import forward
 from portatrain.errors import UserError
 from portatrain.optim import declared_slots
-from portatrain.testing.guard import check_rows_independent
+from portatrain.testing.guard import CLOSE, check_rows_independent
 from portatrain.testing.recipe_check.blame import Call, crossing, parting, recording
 from portatrain.testing.recipe_check.oracle import random_numbers
 from portatrain.testing.recipe_check.report import Finding
-from portatrain.testing.recipe_check.subject import Arrays, Subject, explained, losses, tried
+from portatrain.testing.recipe_check.subject import MODES, Arrays, Subject, explained, losses, tried
 from portatrain.testing.recipe_check.watch import watching
 
 REPEATS = 24
 REPEATS_S = 1.5
 """Repetitions of the forward pass, at most so many and for about so long: what acts in one call of ten is met."""
-MODES = {True: "training", False: "evaluation"}
 
 
 def repeats(subject: Subject) -> list[Finding]:
@@ -112,7 +111,7 @@ def _halves(subject: Subject, training: bool, mode: str) -> list[Finding]:
         auxes = [aux.value_B for _, aux in sorted(found.auxes.items()) if aux.loss]
         losses.append(np.stack([found.value.loss_B, found.value.weight_B, *auxes]))
     together, apart = losses[0], np.concatenate(losses[1:], axis=1)
-    if np.abs(together - apart).max() <= 1e-9 * max(1.0, float(np.abs(together).max())):
+    if np.abs(together - apart).max() <= CLOSE * max(1.0, float(np.abs(together).max())):
         return []
     worst = int(np.argmax(np.abs(together - apart).max(0)))
     return [

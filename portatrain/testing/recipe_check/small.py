@@ -107,8 +107,8 @@ def too_large(recipe: Recipe, definition: Definition) -> UserError | None:
     )
 
 
-def batches_of(recipe: Recipe, definition: Definition, count: int = BATCHES) -> tuple[Batch, ...]:
-    """Return `count` batches for `recipe`: tokens and images are drawn; a source of arrays gives its first in training.
+def batches_of(recipe: Recipe, definition: Definition) -> tuple[Batch, ...]:
+    """Return batches for `recipe`: tokens and images are drawn; a source of arrays gives its first in training.
 
     Raises:
         UserError: a source of arrays gives no samples, or samples of several shapes or dtypes.
@@ -118,7 +118,7 @@ def batches_of(recipe: Recipe, definition: Definition, count: int = BATCHES) -> 
     drawn = isinstance(spec, Digits) or _is_tokens(spec)
     train = open_arrays(spec, recipe.seed)["train"] if not drawn and gives_arrays(spec) else None
     made = []
-    for i in range(count):
+    for i in range(BATCHES):
         if isinstance(spec, Digits):
             rows = _images(rng, blank_batch(spec, samples))
         elif _is_tokens(spec):

@@ -18,6 +18,7 @@ from portatrain.testing.recipe_check.report import CheckFailed, Finding
 from portatrain.testing.recipe_check.small import Batch, Small
 
 Arrays = dict[str, np.ndarray]
+MODES = {True: "training", False: "evaluation"}
 
 
 @dataclass(kw_only=True)
@@ -49,11 +50,9 @@ class Subject:
     def batch(self) -> Batch:
         return self.small.batches[0]
 
-    def run(
-        self, params: Arrays, *, training: bool, method: str = "__call__", step: int = 1, **options: Any
-    ) -> Forward:
+    def run(self, params: Arrays, *, training: bool, method: str = "__call__", **options: Any) -> Forward:
         """Run the model on the first batch in the oracle."""
-        context = Context(seed=self.recipe.seed, step=step, training=training)
+        context = Context(seed=self.recipe.seed, step=1, training=training)
         with np.errstate(all="ignore"):
             return forward(self.definition, params, self.batch, context, method=method, **options)
 
