@@ -79,12 +79,13 @@ def _progress(row: Row) -> None:
 
 def _print(report: Report) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     console = Console() if Console().is_terminal else Console(width=140)
     table = Table("check", "result", "seconds", "")
     for row in report.rows:
-        table.add_row(row.name, row.status, f"{row.seconds:.1f}", row.about)
+        table.add_row(row.name, row.status, f"{row.seconds:.1f}", escape(row.about))
     console.print(table)
     print(f"{report.recipe}, checked at {report.sizes or 'no size'}")
     for finding in report.findings:

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 
 from portatrain.cli import launch_main, main
+from portatrain.commands import check as check_command
 from portatrain.commands import unseen
 from portatrain.recipe import apply_overrides, load_recipe
 from portatrain.testing.recipe_check import properties
 from portatrain.testing.recipe_check import run as check
+from portatrain.testing.recipe_check.report import Report, Row
 from tests.support import planted
 
 ROOT = Path(__file__).parents[2]
@@ -136,6 +138,12 @@ def test_shipped_recipes_have_been_seen(asked: list[list[str]], monkeypatch: pyt
     monkeypatch.setenv("PORTATRAIN_CHECK", "0")
     assert launch("an einsum of two samples", "--run", "off") == 0
     assert asked == []
+
+
+def test_brackets_stay_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    about = "op ops.einsum('b[bold]') in [/a]"
+    check_command._print(Report(recipe="a", sizes="", rows=[Row(name="forward pass", status="found", about=about)]))
+    assert about in capsys.readouterr().out
 
 
 def test_a_hook_or_schedule_of_ones_own_has_no_effect(asked: list[list[str]]) -> None:
