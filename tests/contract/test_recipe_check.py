@@ -206,7 +206,7 @@ def test_an_exit_code_of_processes_is_no_fault_of_the_recipe(monkeypatch: pytest
     there = processes.on_meshes("torch", planted.recipe(), "own.py", ["fsdp=2"], [], {}, {})
     error = there["fsdp=2"]
     assert isinstance(error, UserError) and "exit code 1" in str(error)
-    assert not explained("torch on fsdp=2", error, "torch on fsdp=2").numbers
+    assert not explained(error, "torch on fsdp=2").numbers
 
 
 RULES = {

@@ -19,7 +19,7 @@ from portatrain.model.layout import unknown_axes
 from portatrain.model.module import Definition, State
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.blame import OPERATIONS, place_of
-from portatrain.testing.recipe_check.report import FORWARD, Finding
+from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.subject import MODES, Subject, explained, states_after_step, tried
 from portatrain.testing.recipe_check.watch import Watch, watching
 
@@ -28,7 +28,6 @@ def axes(recipe: Recipe, definition: Definition) -> list[Finding]:
     """Axes that no mapping knows."""
     return [
         Finding(
-            check="axes",
             what=f"axis {unknown.axis!r}",
             said=f"expected an axis of a mapping, got one of {', '.join(unknown.tensors[:3])} that is in none: it is "
             "whole on every device",
@@ -50,7 +49,7 @@ def runs(subject: Subject) -> list[Finding]:
             )
         found += random_numbers(watch, mode) + _assigned(subject.definition, watch, mode)
         if error is not None and not found:
-            found.append(explained(FORWARD, error, f"the model in {mode}"))
+            found.append(explained(error, f"the model in {mode}"))
         if error is None and value is not None and not found:
             found += _not_finite(subject, value, mode)
         if found:
@@ -62,14 +61,14 @@ def runs(subject: Subject) -> list[Finding]:
             )
         found += random_numbers(watch, "predict") + _assigned(subject.definition, watch, "predict")
         if isinstance(error, UserError) and not found:
-            found.append(explained(FORWARD, error, "the model's predict"))
+            found.append(explained(error, "the model's predict"))
         subject.predicts = error is None  # another error may say that it takes other arguments, such as a cache
     if not found and subject.definition.states:
         with watching(subject.definition) as watch:
             _, error = tried(lambda: states_after_step(subject, subject.moved))
         found += random_numbers(watch, "after_step") + _assigned(subject.definition, watch, "after_step")
         if error is not None and not found:
-            found.append(explained(FORWARD, error, "the model's after_step"))
+            found.append(explained(error, "the model's after_step"))
     return found or _unknown_axes(subject)
 
 
@@ -78,7 +77,6 @@ def _unknown_axes(subject: Subject) -> list[Finding]:
     known = make_program(subject.recipe).layout.known or ()
     return [
         Finding(
-            check=FORWARD,
             what=f"axis {axis!r}",
             said=f"expected an axis of a mapping or of a parameter, got one of a value in {place} that is in none",
             do=f"Correct its name, or say in the recipe that it is whole: compute={{{axis!r}: ()}}.",
@@ -91,7 +89,6 @@ def _unknown_axes(subject: Subject) -> list[Finding]:
 def random_numbers(watch: Watch, mode: str) -> list[Finding]:
     return [
         Finding(
-            check=FORWARD,
             what=f"random numbers of {name}",
             said=f"expected none but those of ops in {mode}, got some drawn in {place}",
             do="Use ops.dropout(x, rate, site=self.site) or ops.noise(..., site=self.site): they are the same on every "
@@ -108,7 +105,6 @@ def _assigned(definition: Definition, watch: Watch, mode: str) -> list[Finding]:
         state = any(isinstance(value, State) for value in held)
         found.append(
             Finding(
-                check=FORWARD,
                 what=f"{'State' if state else 'attribute'} {cls.__name__}.{name}",
                 said=f"expected no attribute to be set when the model runs, got one that is set in {mode} in {place}",
                 do=f"Add to a State with ops.tally(self, {name}=...) in the forward pass, and set it with "
@@ -121,7 +117,7 @@ def _assigned(definition: Definition, watch: Watch, mode: str) -> list[Finding]:
 def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
     _, error = tried(lambda: check_loss(found.value, subject.definition.model))
     if error is not None:
-        return [explained(FORWARD, error, f"the model in {mode}")]
+        return [explained(error, f"the model in {mode}")]
     values = {"loss": found.objective, "weight of the samples": found.value.weight_B}
     values |= {f"ops.aux({name!r})": aux.value_B for name, aux in found.auxes.items()}
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
@@ -129,7 +125,6 @@ def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
         bad = ["sum of the samples' weights, which is not above 0"]
     return [
         Finding(
-            check=FORWARD,
             what=f"the {name}",
             said=f"expected finite numbers in {mode}, near the initial parameters and in float64, got others",
             do="Look for a logarithm, a root or a division of zero, and for sizes that grow from layer to layer.",

@@ -65,7 +65,6 @@ def _parting(subject: Subject, training: bool) -> str | None:
 def _unrepeated(what: str, first: np.ndarray, again: np.ndarray, which: str) -> Finding:
     worst = int(np.argmax(np.abs(first - again))) if first.shape == again.shape else 0
     return Finding(
-        check="the same twice",
         what=what,
         said=f"expected the same numbers, got {first[worst]:.7g} first and {again[worst]:.7g} in {which}",
         do="Take random numbers from ops.dropout or ops.noise, and let nothing depend on the time, on the order of a "
@@ -84,7 +83,7 @@ def samples(subject: Subject) -> list[Finding]:
         except UserError as error:
             return [_crossing(subject, training, error)]
         except Exception as error:
-            found = explained("samples alone", error, "the number of samples")
+            found = explained(error, "the number of samples")
             if found.failed:
                 return [found]
             return [
@@ -116,7 +115,6 @@ def _halves(subject: Subject, training: bool, mode: str) -> list[Finding]:
     worst = int(np.argmax(np.abs(together - apart).max(0)))
     return [
         Finding(
-            check="samples alone",
             what=", ".join(dict.fromkeys(subject.over_batch)),
             said=f"expected reductions over the batch to enter no sample's loss, got {together[0, worst]:.7g} in a "
             f"whole batch and {apart[0, worst]:.7g} in half of it, in {mode}",
@@ -130,7 +128,7 @@ def _crossing(subject: Subject, training: bool, error: UserError) -> Finding:
     """Return the finding for samples that see each other, with the operation in which they do."""
     rows = {name: array[:4] for name, array in subject.batch.items()}
     call, _ = tried(lambda: crossing(subject.definition, rows, subject.moved, training))
-    found = explained("samples alone", error, "the model")
+    found = explained(error, "the model")
     if call is None:
         return found
     return replace(
@@ -174,11 +172,11 @@ def rule(subject: Subject) -> list[Finding]:
     recipe, what = subject.recipe, f"rule {type(subject.recipe.optimizer).__name__}"
     with watching(subject.definition, recipe.optimizer) as watch:
         twice, error = tried(lambda: [_updates(subject) for _ in range(2)])
-    check, do = "optimizer rule", "A rule computes with xp and its arguments alone."
+    do = "A rule computes with xp and its arguments alone."
     if found := random_numbers(watch, f"the update of {what}"):
-        return [replace(finding, check=check, what=what, do=do) for finding in found]
+        return [replace(finding, what=what, do=do) for finding in found]
     if error is not None:
-        finding = explained(check, error, what)
+        finding = explained(error, what)
         return [replace(finding, what=what, said=f"{finding.what}: {finding.said}")]
     for name, one in twice[0].items():
         again = twice[1][name]
@@ -188,7 +186,7 @@ def rule(subject: Subject) -> list[Finding]:
             said = f"expected the same update of {name} from the same gradient, got others"
         else:
             continue
-        return [Finding(check=check, what=what, said=said, do=do)]
+        return [Finding(what=what, said=said, do=do)]
     return []
 
 

@@ -15,13 +15,13 @@ Status = Literal["ok", "found", "not run"]
 class Finding:
     """Something of a recipe that leaves the one trajectory.
 
-    check: the name of the check. what: the op, parameter, State, rule or axis. said: what was expected and found.
-    do: what to do about it. numbers: True if a run's numbers would differ between frameworks, meshes or attempts, or
-    if a parameter would never learn; False if a run would only be slower or larger than it has to be. failed: the
-    check itself failed, which says nothing of the recipe.
+    check: the name of the check; '' is the row's. what: the op, parameter, State, rule or axis. said:
+    what was expected and found. do: what to do about it. numbers: True if a run's numbers would differ between
+    frameworks, meshes or attempts, or if a parameter would never learn; False if a run would only be slower or larger
+    than it has to be. failed: the check itself failed, which says nothing of the recipe.
     """
 
-    check: str
+    check: str = ""
     what: str
     said: str
     do: str

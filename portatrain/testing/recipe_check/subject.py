@@ -76,7 +76,7 @@ def tried(call: Any) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def explained(check: str, error: Exception, where: str) -> Finding:
+def explained(error: Exception, where: str) -> Finding:
     """Return the finding for an error that `where` ended in, with the place in the user's file.
 
     An error without a line of the user's, or one of the machine, is a failure of the check itself.
@@ -84,15 +84,14 @@ def explained(check: str, error: Exception, where: str) -> Finding:
     if isinstance(error, UserError):
         failed = isinstance(error, (CheckFailed, StorageError))
         said = f"expected {error.expected}, got {error.got}"
-        return Finding(check=check, what=error.what, said=said, do=error.do, numbers=not failed, failed=failed)
+        return Finding(what=error.what, said=said, do=error.do, numbers=not failed, failed=failed)
     line = users_code.at_line(error, called=True)
     paragraph = users_code.explained(error, where if line else "")
     if paragraph is not None:
-        return explained(check, paragraph, where)
+        return explained(paragraph, where)
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return Finding(
-        check=check,
         what=where,
         said=f"expected a check that ends, got {type(error).__name__}: {error}{place}",
         do="The check itself failed, which says nothing of the recipe. Run it again; please report this if it fails "
