@@ -99,13 +99,12 @@ class EncoderDecoder(Module):
         for layer in self.encoder:
             y_BTE = layer(ops, y_BTE)
         tokens_BS = batch["tokens"]
-        given_BS = (tokens_BS * 0 + ops.arange(tokens_BS.shape[1])[None, :]) < self.prompt
+        at_BS = tokens_BS * 0 + ops.arange(tokens_BS.shape[1])[None, :]
         x_BSE = self.embed(ops, tokens_BS) + ops.weight(self.position)
         for block in self.decoder:
-            x_BSE = block(ops, x_BSE, y_BTE, given_BS)
+            x_BSE = block(ops, x_BSE, y_BTE, at_BS < self.prompt)
         # Position s predicts token s + 1: the prompt's own tokens are given, so that only the rest is trained on.
-        after_BS = (tokens_BS * 0 + ops.arange(tokens_BS.shape[1])[None, :]) >= self.prompt - 1
-        mask_BS = ops.cast(after_BS, "float32") * batch["mask"][:, None]
+        mask_BS = ops.cast(at_BS >= self.prompt - 1, "float32") * batch["mask"][:, None]
         x_BSE = self.norm(ops, x_BSE) * x_BSE.shape[-1] ** -0.5
         return ops.cross_entropy(x_BSE, self.embed.table, batch["targets"], mask=mask_BS)
 

@@ -16,7 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from portatrain.commands import options
@@ -26,8 +29,6 @@ from portatrain.system.exit_codes import FOUND, OK
 
 if TYPE_CHECKING:
     from portatrain.testing.recipe_check.report import Report, Row
-
-BACKENDS = ("jax", "torch")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,15 +43,16 @@ def run(args: argparse.Namespace) -> int:
     names = tuple(dict.fromkeys(name.strip() for name in args.backends.split(",") if name.strip()))
     if not names:
         raise UserError("--backends", expected="names, such as jax,torch", got=repr(args.backends), do="Give one.")
+
+    from portatrain.testing.recipe_check.run import BACKENDS, check_recipe, on_cpu
+
     for name in names:
         if name not in BACKENDS:
             raise choice("--backends", name, BACKENDS)
-
-    from portatrain.testing.recipe_check.run import check_recipe, on_cpu
-
-    on_cpu()  # before the recipe's file, which may import a framework
-    recipe = options.resolved_recipe(args)
-    report = check_recipe(recipe, source=args.recipe, backends=names, progress=_progress)
+    with _prints_to_stderr() if args.json else nullcontext():
+        on_cpu()  # before the recipe's file, which may import a framework
+        recipe = options.resolved_recipe(args)
+        report = check_recipe(recipe, source=args.recipe, backends=names, progress=_progress)
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -58,16 +60,31 @@ def run(args: argparse.Namespace) -> int:
     return FOUND if report.findings else OK
 
 
+@contextmanager
+def _prints_to_stderr() -> Iterator[None]:
+    """Send to standard error what the recipe, its libraries and its processes print, so that the JSON stands alone."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _progress(row: Row) -> None:
     print(f"{row.status:>7} {row.seconds:5.1f} s  {row.name}", file=sys.stderr, flush=True)
 
 
 def _print(report: Report) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("check", "result", "seconds", "")
     for row in report.rows:
-        table.add_row(row.name, row.status, f"{row.seconds:.1f}", row.about)
+        table.add_row(row.name, row.status, f"{row.seconds:.1f}", escape(row.about))
     terminal.console(140).print(table)
     print(f"{report.recipe}, checked at {report.sizes or 'no size'}")
     for finding in report.findings:

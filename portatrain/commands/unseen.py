@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
             do=f"Mend what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it as it "
             "is.",
         )
+    if any(finding["failed"] for finding in found):
+        return  # a check that failed says nothing
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         json_files.write_json(memory, report)
@@ -65,9 +68,15 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
 
 
 def only_ours(recipe: Recipe) -> bool:
-    """Return whether the recipe has classes of portatrain alone, and no mappings of its own."""
-    packages = {name.partition(".")[0] for name in _modules(recipe.to_json())}
+    """Return whether all that the check depends on is of portatrain's classes alone, without mappings of its own."""
+    packages = {name.partition(".")[0] for name in _modules(_kept(recipe))}
     return packages <= set(OURS) and recipe.compute is None and recipe.params is None
+
+
+def _kept(recipe: Recipe) -> dict[str, Any]:
+    """Return the fields of a recipe, as JSON, that the result of a check depends on."""
+    data = recipe.to_json()
+    return {k: v for k, v in data.items() if k not in WITHOUT_EFFECT and not k.startswith(PREFIXES)}
 
 
 def _modules(data: Any) -> Iterator[str]:
@@ -87,8 +96,6 @@ def key_of(recipe: Recipe, source: str) -> str:
     """Return a hash of all that the result of a check depends on."""
     from portatrain.runs import code_snapshot
 
-    data = recipe.to_json()
-    kept = {k: v for k, v in data.items() if k not in WITHOUT_EFFECT and not k.startswith(PREFIXES)}
     code = code_snapshot.where(Path(), source)[0].name
     versions: dict[str, str] = {}
     for name in code_snapshot.WATCHED:
@@ -96,8 +103,28 @@ def key_of(recipe: Recipe, source: str) -> str:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = ""
-    text = json.dumps([kept, code, versions, sys.version_info[:2]], sort_keys=True)
+    text = json.dumps([_kept(recipe), code, _packages(recipe), versions, sys.version_info[:2]], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _packages(recipe: Recipe) -> dict[str, str]:
+    """Return module -> hash of its file, for the loaded modules of the packages that the recipe's classes come from.
+
+    The packages of portatrain are left out: the code of the run has them.
+    """
+    from portatrain.runs import code_snapshot
+
+    names = set(_modules(_kept(recipe)))
+    with suppress(UserError):  # the check says what is wrong
+        names |= {one.__module__ for held in recipe.describe().modules.values() for one in type(held).__mro__}
+    packages = {name.partition(".")[0] for name in names} - {*code_snapshot.PACKAGES, "builtins"}
+    found = {}
+    for name, module in sorted(sys.modules.items()):
+        file = str(getattr(module, "__file__", None) or "")
+        if name.partition(".")[0] in packages and file.endswith(".py"):
+            with suppress(OSError):
+                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return found
 
 
 def _checked(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -29,7 +29,8 @@ class Place:
 
     owner: the object of the method. called: the innermost of portatrain's public methods that the line called. last:
     the line itself raised the error. numpy: NumPy raised it. takes: the arguments of the method, if those that
-    portatrain gave it do not fit. class_itself: an attribute of `owner` is missing that portatrain asks for.
+    portatrain gave it do not fit. class_itself: an attribute of `owner` is missing that portatrain asks for. computes:
+    a model or a rule was running, whose values are arrays of a framework.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Place:
     numpy: bool = False
     takes: str = ""
     class_itself: bool = False
+    computes: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,23 +61,24 @@ def hint(error: Exception, said: str, place: Place | None) -> Hint:
         return _arguments(place, said)
     if isinstance(error, AttributeError):
         return _attribute(error, said, place) or plain
-    if "NoneType" in said:
+    computes = place.computes and not isinstance(error, OSError)
+    if computes and "NoneType" in said:
         return _none(said)
-    if TRACED.search(said) or place.numpy:
+    if computes and (TRACED.search(said) or place.numpy):
         return Hint(
             "operations of `ops` in a model, and of `xp` in an optimizer rule",
             said,
             f"NumPy and Python's `if`, `float()` and `bool()` cannot read an array that is being compiled or that has "
             f"a gradient; {WHICH_OPS} says which operation takes their place.",
         )
-    if isinstance(error, KeyError) and _kind(place.owner) == "Rule":
+    if isinstance(error, KeyError) and kind_of(place.owner) == "Rule":
         return Hint(
             "a slot that slots(info) declares",
             said,
             "Declare it there, for example {'v': Slot(axes=info.axes, shape=info.shape)}.",
         )
     if isinstance(error, ZeroDivisionError):
-        when = "A schedule is called for the steps 1 to `steps`. " if _kind(place.owner) == "Schedule" else ""
+        when = "A schedule is called for the steps 1 to `steps`. " if kind_of(place.owner) == "Schedule" else ""
         return Hint("a divisor that is not 0", said, f"{when}Handle the case in which the divisor is 0.")
     if place.called is not None and not place.last:
         return _called(place.called, said)
@@ -83,10 +86,10 @@ def hint(error: Exception, said: str, place: Place | None) -> Hint:
 
 
 def _expected(place: Place | None) -> str:
-    return KINDS.get(_kind(place.owner) if place else "", "code that runs")
+    return KINDS.get(kind_of(place.owner) if place else "", "code that runs")
 
 
-def _kind(owner: object) -> str:
+def kind_of(owner: object) -> str:
     """Return the name of the base class of portatrain that an object derives from; '' if it derives from none."""
     for one in type(owner).__mro__:
         if one.__module__.startswith("portatrain.") and one.__name__ in KINDS:
@@ -102,7 +105,7 @@ def _none(said: str) -> Hint:
 
 def _attribute(error: AttributeError, said: str, place: Place) -> Hint | None:
     owner, name = error.obj, error.name
-    if "'NoneType' object" in said:
+    if "'NoneType' object" in said and place.computes:
         return _none(said)
     if name is None and (match := _MISSING.search(said)) and type(place.owner).__name__ == match[1]:
         owner, name = place.owner, match[2]  # torch raises the error itself
@@ -118,7 +121,7 @@ def _attribute(error: AttributeError, said: str, place: Place) -> Hint | None:
             f"ops.{name}",
             f"{near}{WHICH_OPS} says which operation takes the place of a name of NumPy, flax or torch.",
         )
-    if _kind(owner) == "Module":
+    if kind_of(owner) == "Module":
         near = _near(name, _held(owner), "self.")
         return Hint(
             f"an attribute that {kind}.__init__ sets",

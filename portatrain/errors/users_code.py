@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, FunctionType, TracebackType
 
 from portatrain.errors import STORAGE_ERRNOS, StorageError, UserError
-from portatrain.errors.hints import KINDS, Hint, Place, hint
+from portatrain.errors.hints import KINDS, Hint, Place, hint, kind_of
 
 PACKAGES = ("portatrain", "launchers", "checkpoints_format")
 MACHINE = frozenset(
@@ -52,7 +52,7 @@ def explained(error: BaseException, what: str = "") -> UserError | None:
         return None
     if isinstance(error, OSError) and error.errno not in FILES:
         return _of_storage(error, what, place)
-    if _is_machines(error) or (isinstance(error, BUGS) and frames and _is_ours(frames[-1][0].f_code.co_filename)):
+    if is_machines(error) or (isinstance(error, BUGS) and frames and is_ours(frames[-1][0].f_code.co_filename)):
         return None
     found: Hint = hint(error, _said(error), place)
     title = f"{what} ({place.text})" if what and place else what or (place.text if place else "")
@@ -133,12 +133,13 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
         return compiled
     if at is not None:
         frame, _ = frames[at]
-        ours = [f for f, _ in frames[at + 1 :] if _is_ours(f.f_code.co_filename)]
+        ours = [f for f, _ in frames[at + 1 :] if is_ours(f.f_code.co_filename)]
         return Place(
             text=_in_words(frames[at]),
             owner=frame.f_locals.get("self"),
             called=next((f for f in ours if _is_public_method(f)), None),
             last=at == len(frames) - 1,
+            computes=any(kind_of(f.f_locals.get("self")) in ("Module", "Rule") for f, _ in frames[: at + 1]),
             numpy=any(f.f_globals.get("__name__", "").partition(".")[0] == "numpy" for f, _ in frames[at + 1 :]),
         )
     function = _misfit(error)
@@ -161,7 +162,8 @@ def _compiled(error: Exception) -> Place | None:
     """Return the user's line of an error that torch.compile raised: the error's traceback lacks what was compiled."""
     for entry in reversed(getattr(error, "real_stack", None) or ()):
         if _is_users_file(entry.filename):
-            return Place(text=f"{shown(entry.filename)}, line {entry.lineno}, in {entry.name}", owner=None)
+            text = f"{shown(entry.filename)}, line {entry.lineno}, in {entry.name}"
+            return Place(text=text, owner=None, computes=True)
     return None
 
 
@@ -220,10 +222,11 @@ def _is_portatrains(kind: type) -> bool:
 
 
 def _is_users_file(file: str) -> bool:
-    return not (file.startswith("<") or _is_ours(file) or file.startswith(_libraries()))
+    return not (file.startswith("<") or is_ours(file) or file.startswith(_libraries()))
 
 
-def _is_ours(file: str) -> bool:
+def is_ours(file: str) -> bool:
+    """Return whether a file is of portatrain's own packages."""
     return file.startswith(_our_folders())
 
 
@@ -260,7 +263,8 @@ def _said(error: Exception) -> str:
     return f"{type(error).__name__}: {first}" if first else type(error).__name__
 
 
-def _is_machines(error: Exception) -> bool:
+def is_machines(error: Exception) -> bool:
+    """Return whether an error is a failure of a device, its memory or the network."""
     if isinstance(error, MemoryError) or any(kind.__name__ in MACHINE for kind in type(error).__mro__):
         return True
     return isinstance(error, RuntimeError) and MACHINE_SAYS.search(str(error)) is not None

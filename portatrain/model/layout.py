@@ -57,12 +57,16 @@ class UnknownAxis:
     nearest: str | None
     """The known axis with the most similar name, if one is similar."""
 
+    @property
+    def do(self) -> str:
+        """What to do about it."""
+        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
+        return f"{meant}If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+
     def __str__(self) -> str:
         more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
-        meant = f"Did you mean {self.nearest}? " if self.nearest else ""
         return (
-            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {meant}"
-            f"If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+            f"axis {self.axis!r} of {self.tensors[0]}{more} is in no mapping, so it is whole on every device. {self.do}"
         )
 
 
@@ -104,6 +108,15 @@ def axis_warning(unknown: Sequence[UnknownAxis]) -> str:
         f"every device. {hint}"
         f"If that is meant, say so in the recipe: compute={{{', '.join(f'{name}: ()' for name in names)}}}."
     )
+
+
+_UNEVEN = "a size that {} divides"
+
+
+def is_uneven(error: UserError) -> bool:
+    """Return whether an error is one of `Layout.uneven`, also if it comes from another process."""
+    before, after = _UNEVEN.split("{}")
+    return error.expected.startswith(before) and error.expected.endswith(after)
 
 
 def _tuple(axes: Axes) -> tuple[str, ...]:
@@ -274,7 +287,7 @@ class Layout:
             if axis == "kv_heads" and size < shards and shards % size == 0:
                 spec[dim] = ()
             elif size % shards:
-                raise self._uneven(tensor.name, axis, size, spec[dim])
+                raise self.uneven(tensor.name, axis, size, spec[dim])
         return tuple(spec)
 
     def _mapping(self, role: str) -> Mapping[str, Axes]:
@@ -282,7 +295,8 @@ class Layout:
             return self.compute
         return self.params
 
-    def _uneven(self, what: str, axis: str, size: int, over: tuple[str, ...]) -> UserError:
+    def uneven(self, what: str, axis: str | None, size: int, over: tuple[str, ...]) -> UserError:
+        """Return the error for an axis of `what` whose size the shards over the mesh axes `over` do not divide."""
         shards = self.mesh.over(over)
         up = -(-size // shards) * shards
         near = f"{up - shards} or {up}" if up > shards else str(up)
@@ -290,7 +304,7 @@ class Layout:
         split = " x ".join(f"{a}={self.mesh.sizes[a]}" for a in used)
         return UserError(
             f"{what}, axis {axis!r} on mesh {self.mesh}",
-            expected=f"a size that {split} divides",
+            expected=_UNEVEN.format(split),
             got=str(size),
             do=f"The nearest sizes that work are {near}; or use a smaller {' or '.join(used)} axis.",
         )
@@ -332,4 +346,4 @@ class Layout:
         for axis, size in (("batch", microbatch), ("seq", seq_len), ("res_seq", seq_len)):
             over = self.spec((axis,), what="a batch")[0]
             if size is not None and size % self.mesh.over(over):
-                raise self._uneven("a microbatch", axis, size, over)
+                raise self.uneven("a microbatch", axis, size, over)

@@ -50,11 +50,11 @@ class HookCalls:
                 entries |= found
             except Exception as error:
                 why = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-                why += users_code.where(error)
+                why = why[:500] + users_code.where(error)
                 name = type(hook).__name__
-                self._view.event(Kind.HOOK_FAILED, hook=name, method="on_end", why=why[:500])
+                self._view.event(Kind.HOOK_FAILED, hook=name, method="on_end", why=why)
                 if not self._view.process:
-                    print(f"hook {name} failed in on_end: {why[:500]}", file=sys.stderr, flush=True)
+                    print(f"hook {name} failed in on_end: {why}", file=sys.stderr, flush=True)
         return entries
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from portatrain.model.module import Definition
 from portatrain.optim import AdamW, Constant
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
+from portatrain.training.hook_calls import HookCalls
 from portatrain.training.hooks import Hook, TextSample, TrigramBaseline
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
@@ -91,6 +93,18 @@ def test_a_hook_that_raises_at_the_end_leaves_the_run_done(
     assert failed["why"].startswith("ValueError: no such sensor")
     assert capsys.readouterr().err.count("hook Raises failed in on_end: ValueError: no such sensor") == 1
     assert run.summary()["status"] == "done" and run.summary()["steps_seen"] == 4
+
+
+def test_a_long_error_at_the_end_keeps_its_line() -> None:
+    class Long(Hook):
+        def on_end(self, run: Any) -> Mapping[str, Any]:
+            raise ValueError("x" * 2000)
+
+    said: list[str] = []
+    view = SimpleNamespace(recipe=SimpleNamespace(hooks=(Long(),)), process=1)
+    view.event = lambda kind, **fields: said.append(fields["why"])
+    assert HookCalls(view).end(lambda: False) == {}  # type: ignore[arg-type]
+    assert len(said[0]) < 700 and "test_hooks.py, line" in said[0]
 
 
 @dataclass(frozen=True, kw_only=True)

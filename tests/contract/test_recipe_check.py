@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import errno
 import json
 import os
+import pickle
 import subprocess
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portatrain.backends.base import backend_class
+from portatrain.errors import UserError, users_code
 from portatrain.recipe import load_recipe, shipped_recipes
-from portatrain.testing.recipe_check import properties, small
+from portatrain.testing.recipe_check import processes, properties, small
+from portatrain.testing.recipe_check.blame import place_of
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from portatrain.testing.recipe_check.small import candidates
+from portatrain.testing.recipe_check.subject import explained
 from tests.support import planted
 from tests.support.running import BACKENDS
 
@@ -46,6 +55,7 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
     "a State updated in the forward pass": ("forward pass", "ops.update(Updating", "ops.tally"),
     "a State set as an attribute after a step": ("forward pass", "State AfterStep.seen", "ops.update"),
     "an axis of a value": ("forward pass", "axis 'mpl'", "planted.py, line"),
+    "an axis of other layers": ("forward pass", "axis 'head_dim'", "planted.py, line"),
     "two samples in one row": ("samples alone", "the number of samples", "write -1"),
     "two samples that see each other": ("samples alone", "op ops.softmax", "depends on the others"),
     "a counter": ("forward pass", "attribute Calls.calls", "planted.py, line"),
@@ -175,6 +185,30 @@ def checked(recipe: str, folder: Path, *, code: int = 0) -> Any:
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), MemoryError(), ValueError("of portatrain's own")]
+)
+def test_a_failure_of_the_check_is_no_fault_of_the_recipe(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(subject: Any) -> Any:
+        raise error
+
+    as_ours = reached.__code__.replace(co_filename=str(properties.__file__))  # it counts as a function of the check
+    monkeypatch.setattr(reached, "__code__", as_ours)
+    monkeypatch.setattr(properties, "reached", reached)
+    report = check_recipe(planted.recipe(), backends=())
+    (finding,) = report.findings
+    assert finding.check == "parameters reached" and "The check itself failed" in finding.do
+    assert finding.failed and not report.refusing
+
+
+def test_an_exit_code_of_processes_is_no_fault_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "run_processes", lambda *_: 1)
+    there = processes.on_meshes("torch", planted.recipe(), "own.py", ["fsdp=2"], [], {}, {})
+    error = there["fsdp=2"]
+    assert isinstance(error, UserError) and "exit code 1" in str(error)
+    assert not explained(error, "torch on fsdp=2").numbers
+
+
 RULES = {
     "draws": (planted.OwnRandomRule(lr=0.1), "planted.py, line"),
     "divides by zero": (planted.DividingRule(lr=0.1), "finite update of"),
@@ -193,6 +227,45 @@ def test_a_model_that_is_too_large_is_said_to_be_so(monkeypatch: pytest.MonkeyPa
     report = check_recipe(planted.recipe(), backends=())
     assert [row.name for row in report.rows] == ["axes", "forward pass"] and not report.refusing
     assert "a method small()" in str(report.findings[0])
+
+
+def test_a_package_with_a_similar_name_is_the_users() -> None:
+    there: dict[str, Any] = {"place_of": place_of, "sys": sys}
+    file = ROOT / "portatrain_models" / "net.py"
+    exec(compile("def call():\n    return place_of(sys._getframe())\n", str(file), "exec"), there)
+    assert there["call"]() == f"{users_code.shown(str(file))}, line 2"
+
+
+def test_a_model_without_a_loss_is_found_with_its_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planted.Base, "__call__", lambda self, ops, batch: batch["x"])
+    (finding,) = found("nothing")
+    assert "test_recipe_check.py, line" in finding.what
+    assert "array of shape (8, 6)" in finding.said
+
+
+def test_an_error_on_a_mesh_has_the_line_of_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*_: Any, **__: Any) -> Any:
+        raise ValueError("the shapes do not fit")
+
+    monkeypatch.setattr(processes, "backend_class", lambda name: lambda program: None)
+    monkeypatch.setattr(processes, "measure", measured)
+    fields = ("batches", "points", "states")
+    job = {"backend": "torch", "recipe": planted.recipe().to_json(), "source": "tiny-lm", "meshes": ["fsdp=2"]}
+    (tmp_path / "job").write_bytes(pickle.dumps(job | dict.fromkeys(fields)))
+    with pytest.raises(UserError, match=r"torch on fsdp=2 \(.*test_recipe_check\.py, line \d+.*the shapes do not fit"):
+        processes.main(argparse.Namespace(folder=str(tmp_path), cwd=str(tmp_path)))
+
+
+def test_samples_of_several_shapes_are_a_fault() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Ragged(planted.Points):
+        def sample(self, index: int) -> Mapping[str, Any]:
+            found = super().sample(index)
+            return {**found, "x": found["x"][: 5 + index % 2]}
+
+    report = check_recipe(dataclasses.replace(planted.recipe(), data=Ragged()), backends=())
+    (finding,) = report.refusing
+    assert "Ragged.sample(" in finding.what and "key 'x'" in finding.what
 
 
 def test_every_planted_model_is_tried() -> None:

@@ -298,6 +298,7 @@ MODELS: dict[str, type[Module]] = {
     "a parameter behind stop_gradient": Stopped,
     "the rank of a process": hidden(lambda self, ops, h: ops.relu(h) * (1.0 + int(os.environ.get("RANK", "0")))),
     "an axis of a value": hidden(lambda self, ops, h: ops.shard(ops.relu(h), "batch", "mpl")),
+    "an axis of other layers": hidden(lambda self, ops, h: ops.shard(ops.relu(h), "batch", "head_dim")),
     "two samples in one row": hidden(lambda self, ops, h: ops.relu(h.reshape(-1, 16)).reshape(-1, 8)),
     "two samples that see each other": hidden(
         lambda self, ops, h: ops.softmax(h.reshape(-1, 16)).reshape(-1, 8) if h.shape[0] > 1 else ops.softmax(h)

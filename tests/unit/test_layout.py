@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.errors import UserError
-from portatrain.model.layout import COMPUTE, MESH_AXES, PARAMS, Layout, Mesh
+from portatrain.model.layout import COMPUTE, MESH_AXES, PARAMS, Layout, Mesh, is_uneven
 from portatrain.model.module import Definition, Module, Param, Stack, State, TensorInfo, describe
 
 
@@ -322,3 +322,11 @@ def test_a_layout_either_fits_or_says_why(mesh: Mesh) -> None:
     for info, rank in itertools.product(model.tensors.values(), range(mesh.devices)):
         _, shape = layout.box(info, mesh.coordinates(rank))
         assert all(n >= 1 for n in shape)
+
+
+def test_an_uneven_size_is_known_from_other_errors() -> None:
+    with pytest.raises(UserError) as uneven:
+        layout_of("fsdp=3")
+    with pytest.raises(UserError) as other:
+        Mesh.parse("fsdp=x")
+    assert is_uneven(uneven.value) and not is_uneven(other.value)

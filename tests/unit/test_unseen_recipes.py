@@ -6,15 +6,19 @@ import contextlib
 import io
 import json
 import subprocess
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from portatrain.cli import launch_main, main
+from portatrain.commands import check as check_command
 from portatrain.commands import unseen
 from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.testing.recipe_check import properties
 from portatrain.testing.recipe_check import run as check
+from portatrain.testing.recipe_check.report import Report, Row
 from tests.support import planted
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +29,37 @@ from tests.support.planted import recipe as planted
 
 def recipe():
     return planted({kind!r})
+"""
+
+
+PRINTS = """
+import os
+from dataclasses import dataclass, replace
+
+from tests.support.planted import Base, recipe as planted
+
+print("printed by the file")
+os.write(1, b"written by a library\\n")
+
+
+class Net(Base):
+    def __init__(self):
+        print("printed by __init__")
+        super().__init__()
+
+    def __call__(self, ops, batch):
+        print("printed by __call__")
+        return super().__call__(ops, batch)
+
+
+@dataclass(frozen=True)
+class Config:
+    def build(self):
+        return Net()
+
+
+def recipe():
+    return replace(planted("nothing"), model=Config())
 """
 
 
@@ -76,6 +111,20 @@ def test_a_sound_recipe_is_checked_once(asked: list[list[str]]) -> None:
     assert len(asked) == 2
 
 
+def test_a_recipe_that_prints_is_checked_too(asked: list[list[str]], capfd: pytest.CaptureFixture[str]) -> None:
+    Path("own.py").write_text(PRINTS)
+    for run in "ab":
+        assert launch_main(["--cluster", "local", "own.py", "--run", run]) == 0
+    assert len(asked) == 1
+    Path("again.py").write_text(PRINTS)  # another file, which is loaded in the check
+    capfd.readouterr()
+    assert main(["check", "again.py", "--json"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["found"] == []
+    for who in ("printed by the file", "written by a library", "printed by __init__", "printed by __call__"):
+        assert who in said.err
+
+
 def test_an_axis_is_a_warning(asked: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     assert launch("a misspelt axis") == 0
     assert "axis 'mpl'" in capsys.readouterr().err
@@ -91,6 +140,36 @@ def test_shipped_recipes_have_been_seen(asked: list[list[str]], monkeypatch: pyt
     assert asked == []
 
 
+def test_brackets_stay_in_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    about = "op ops.einsum('b[bold]') in [/a]"
+    check_command._print(Report(recipe="a", sizes="", rows=[Row(name="forward pass", status="found", about=about)]))
+    assert about in capsys.readouterr().out
+
+
+def test_a_hook_or_schedule_of_ones_own_has_no_effect(asked: list[list[str]]) -> None:
+    text = """
+        from dataclasses import dataclass, replace
+        from portatrain import Hook
+        from portatrain.optim.schedules import Constant
+        from portatrain.recipe import load_recipe
+
+        @dataclass(frozen=True, kw_only=True)
+        class Mine(Hook):
+            pass
+
+        @dataclass(frozen=True, kw_only=True)
+        class Own(Constant):
+            pass
+
+        def recipe():
+            return replace(load_recipe("tiny-lm"), hooks=(Mine(),), schedule=Own())
+        """
+    Path("own.py").write_text(textwrap.dedent(text))
+    assert unseen.only_ours(load_recipe("own.py"))
+    assert launch_main(["--cluster", "local", "own.py"]) == 0
+    assert asked == []
+
+
 def test_what_a_check_depends_on(tmp_path: Path) -> None:
     file = tmp_path / "own.py"
     file.write_text(RECIPE.format(kind="nothing"))
@@ -103,6 +182,26 @@ def test_what_a_check_depends_on(tmp_path: Path) -> None:
     assert unseen.only_ours(load_recipe("tiny-lm")) and not unseen.only_ours(recipe)
 
 
+def test_a_check_depends_on_the_code_of_an_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is in another folder than the recipe, whose own class only builds the package's model."""
+    package = tmp_path / "site" / "lab_nets"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "parts.py").write_text("WIDTH = 1\n")
+    (package / "nets.py").write_text(
+        "from lab_nets import parts\nfrom tests.support.planted import Base\n\n\nclass Net(Base):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(package.parent))
+    file = tmp_path / "folder" / "own.py"
+    file.parent.mkdir()
+    file.write_text(PRINTS.replace("return Net()", "from lab_nets.nets import Net\n\n        return Net()"))
+    recipe = load_recipe(str(file))
+    key = unseen.key_of(recipe, str(file))
+    assert unseen.key_of(recipe, str(file)) == key
+    (package / "parts.py").write_text("WIDTH = 2\n")
+    assert unseen.key_of(recipe, str(file)) != key
+
+
 def test_a_check_that_fails_stops_no_launch(
     asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,3 +209,16 @@ def test_a_check_that_fails_stops_no_launch(
     monkeypatch.setattr(unseen.subprocess, "run", lambda words, **_: ended)
     assert launch("nothing") == 0
     assert "exit code 3" in capsys.readouterr().err
+
+
+def test_a_check_that_fails_on_the_way_is_not_remembered(
+    asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reached(subject: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(properties, "reached", reached)
+    for run in "ab":
+        assert launch("nothing", "--run", run) == 0
+        assert "The check itself failed" in capsys.readouterr().err
+    assert len(asked) == 2

@@ -118,6 +118,29 @@ MISTAKES = {
     ),
     "a sample of text": Mistake("np.float32(index % 2)", '"one"', r"Points\.sample\(\d+\), key 'y'", at=""),
     "a source that raises": Mistake("return {", "return 1 / 0 or {", r"Points\.sample.*ZeroDivisionError"),
+    "a source that misses a file of NumPy": Mistake(
+        "return {", 'return np.load("gone.npy") or {', r"Points\.sample.*expected a data source that returns.*gone\.npy"
+    ),
+    "a source with NumPy": Mistake(
+        "return {",
+        "return np.linalg.inv(np.zeros((2, 2))) or {",
+        r"Points\.sample.*expected a data source that returns samples",
+    ),
+    "a source with None": Mistake(
+        "return {", "return None + 1 or {", r"Points\.sample.*expected a data source.*NoneType.*Correct that line"
+    ),
+    "a hook with None": Mistake(
+        "        pass\n",
+        "        None.x\n",
+        r"hook Watch\.on_step.*expected a hook that returns.*NoneType",
+        at="None.x",
+    ),
+    "NumPy in a function of the model": Mistake(
+        f"return x_BE + {TANH}, None",
+        "return with_numpy(self.w), None\n\ndef with_numpy(w):\n    return np.tanh(w)[0]",
+        r"with_numpy.*which-ops\.md",
+        at="return np.tanh(w)",
+    ),
     "a source that misses a file": Mistake("return {", 'return open("gone.txt") or {', r"Points\.sample.*gone\.txt"),
     "a source without length": Mistake("return 12", "return self.count", r"Points\.__len__.*count"),
     "a syntax error": Mistake("return Net(self)", "return Net(self", "recipe file.*SyntaxError", also=ANY),

@@ -27,7 +27,6 @@ from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.row_ops import RowOps
-from portatrain.errors import UserError
 from portatrain.model import dropout_hash
 from portatrain.model.attention_rules import slopes_of
 from portatrain.model.lora import adapts, not_adapted
@@ -338,12 +337,7 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
             if n % shards:
                 if axes[dim] == "kv_heads" and shards % n == 0:
                     continue  # as the layout does with parameters
-                raise UserError(
-                    f"{what}, axis {axes[dim]!r} on mesh {layout.mesh}",
-                    expected=f"a size that {' x '.join(f'{a}={sizes[a]}' for a in mine)} divides",
-                    got=str(n),
-                    do="Choose another size, or a smaller mesh axis.",
-                )
+                raise layout.uneven(what, axes[dim], n, tuple(mine))
             for a in mine:
                 lie[self.axes.index(a)] = Shard(dim)
         return x.redistribute(placements=lie)

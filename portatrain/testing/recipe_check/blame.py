@@ -6,7 +6,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -16,12 +15,11 @@ from portatrain.backends.base import Context
 from portatrain.backends.reference.guard import GuardedOps, unwrapped
 from portatrain.backends.reference.run import forward
 from portatrain.backends.reference.trees import tree_map
+from portatrain.errors.users_code import is_ours, shown
 from portatrain.model.module import Definition
 from portatrain.model.ops import Loss, Ops
 from portatrain.testing import guard
 
-_HOUSE = str(Path(__file__).parents[2])
-CLOSE = 1e-9
 OPERATIONS = tuple(name for name, _ in inspect.getmembers(Ops, inspect.isfunction) if not name.startswith("_"))
 STRUCTURE = ("stack", "scan", "associative_scan")
 """Operations that run parts of the model, whose calls are noted one by one."""
@@ -42,9 +40,9 @@ class Call:
 
 def place_of(frame: FrameType | None) -> str:
     """Return file and line of the nearest frame that is not portatrain's own."""
-    while frame is not None and frame.f_code.co_filename.startswith(_HOUSE):
+    while frame is not None and is_ours(frame.f_code.co_filename):
         frame = frame.f_back
-    return "the model" if frame is None else f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+    return "the model" if frame is None else f"{shown(frame.f_code.co_filename)}, line {frame.f_lineno}"
 
 
 def recording(calls: list[Call], base: type[GuardedOps] = GuardedOps) -> type[GuardedOps]:
@@ -131,4 +129,4 @@ def _same(together: np.ndarray, alone: np.ndarray, i: int, rows: int) -> bool:
     if together.dtype.kind != "f":
         return bool(np.array_equal(together, alone))
     size = max(1.0, float(np.abs(together).max(initial=0.0)))
-    return bool(np.abs(together - alone).max(initial=0.0) <= CLOSE * size)
+    return bool(np.abs(together - alone).max(initial=0.0) <= guard.CLOSE * size)

@@ -59,7 +59,6 @@ def differences(
     other: Measured,
     near: Sensitivity,
     *,
-    check: str,
     names: tuple[str, str],
     rule: str,
     start: Mapping[str, np.ndarray],
@@ -71,20 +70,18 @@ def differences(
         rule: the name of the optimizer rule.
         start: the parameters from which steps were taken.
     """
-    gradients = list(_gradients(one, other, near, check, names))
+    gradients = list(_gradients(one, other, near, names))
     if gradients:
         return gradients
-    found = list(_evaluated(one, other, check, names)) if other.evaluated else []
+    found = list(_evaluated(one, other, names)) if other.evaluated else []
     if found or not other.losses:
         return found
-    if found := list(_states(one, other, check, names)):
+    if found := list(_states(one, other, names)):
         return found
-    return [*_rule(one, other, check, names, rule, start), *_later(one, other, near, check, names)]
+    return [*_rule(one, other, names, rule, start), *_later(one, other, near, names)]
 
 
-def _gradients(
-    one: Measured, other: Measured, near: Sensitivity, check: str, names: tuple[str, str]
-) -> Iterator[Finding]:
+def _gradients(one: Measured, other: Measured, near: Sensitivity, names: tuple[str, str]) -> Iterator[Finding]:
     for point, gradients in one.gradients.items():
         a, b = one.loss[point], other.loss[point]
         bad = []
@@ -105,7 +102,6 @@ def _gradients(
         where = "the parameters of a fresh run" if point == "initial" else "parameters that are moved off their start"
         if not same_loss:
             yield Finding(
-                check=check,
                 what="the loss of the first step",
                 said=f"expected the same number, got {a:.8g} with {names[0]} and {b:.8g} with {names[1]}, at {where}",
                 do="An operation, or a value that the model takes from the batch or the device, is not the same there.",
@@ -115,7 +111,6 @@ def _gradients(
             _, name, mine, theirs = bad[0]
             at = np.unravel_index(int(np.argmax(np.abs(mine.astype(np.float64) - theirs))), mine.shape)
             yield Finding(
-                check=check,
                 what=f"the gradient of {', '.join(row[1] for row in bad[:MANY])}{more}",
                 said=f"expected the same gradients, got {mine[at]:.7g} with {names[0]} and {theirs[at]:.7g} with "
                 f"{names[1]} in {name}{[int(i) for i in at]}, at {where}, with equal losses",
@@ -124,12 +119,11 @@ def _gradients(
         return
 
 
-def _evaluated(one: Measured, other: Measured, check: str, names: tuple[str, str]) -> Iterator[Finding]:
+def _evaluated(one: Measured, other: Measured, names: tuple[str, str]) -> Iterator[Finding]:
     for key in sorted(one.evaluated.keys() | other.evaluated.keys()):
         a, b = one.evaluated.get(key), other.evaluated.get(key)
         if not _close(a, b, LOSS):
             yield Finding(
-                check=check,
                 what=f"evaluation, {key}",
                 said=f"expected the same values without training, got {_shown(a)} with {names[0]} and {_shown(b)} with "
                 f"{names[1]}",
@@ -138,19 +132,17 @@ def _evaluated(one: Measured, other: Measured, check: str, names: tuple[str, str
     a, b = one.predicted, other.predicted
     if a is not None and b is not None and not _close(a, b, 10 * LOSS):
         yield Finding(
-            check=check,
             what="predict",
             said=f"expected the same values, got {_shown(a)} with {names[0]} and {_shown(b)} with {names[1]}",
             do="Look at what the model's predict does that __call__ does not.",
         )
 
 
-def _states(one: Measured, other: Measured, check: str, names: tuple[str, str]) -> Iterator[Finding]:
+def _states(one: Measured, other: Measured, names: tuple[str, str]) -> Iterator[Finding]:
     for name in sorted(one.after):
         a, b = one.after[name], other.after.get(name)
         if name.startswith("state/") and not _close(a, b, LOSS):
             yield Finding(
-                check=check,
                 what=f"State {name.removeprefix('state/')}",
                 said=f"expected the same values after a step, got {_shown(a)} with {names[0]} and {_shown(b)} with "
                 f"{names[1]}",
@@ -160,7 +152,7 @@ def _states(one: Measured, other: Measured, check: str, names: tuple[str, str]) 
 
 
 def _rule(
-    one: Measured, other: Measured, check: str, names: tuple[str, str], rule: str, start: Mapping[str, np.ndarray]
+    one: Measured, other: Measured, names: tuple[str, str], rule: str, start: Mapping[str, np.ndarray]
 ) -> Iterator[Finding]:
     gradients = one.gradients[list(one.gradients)[-1]]
     floor = 10 * LEAST * max((largest(g) for g in gradients.values()), default=0.0)
@@ -176,7 +168,6 @@ def _rule(
     if bad:
         more = f" and {len(bad) - MANY} more" if len(bad) > MANY else ""
         yield Finding(
-            check=check,
             what=f"rule {rule}",
             said=f"expected the same update from the same gradients, got others with {names[0]} and {names[1]} for "
             f"{', '.join(bad[:MANY])}{more}",
@@ -184,11 +175,10 @@ def _rule(
         )
 
 
-def _later(one: Measured, other: Measured, near: Sensitivity, check: str, names: tuple[str, str]) -> Iterator[Finding]:
+def _later(one: Measured, other: Measured, near: Sensitivity, names: tuple[str, str]) -> Iterator[Finding]:
     for step, (a, b) in enumerate(zip(one.losses[1:], other.losses[1:], strict=True), start=2):
         if not abs(a - b) <= LATER * abs(a) + SENSITIVITY * max(near.loss.values()):
             yield Finding(
-                check=check,
                 what=f"the loss of step {step}",
                 said=f"expected the same number after the same first step, got {a:.8g} with {names[0]} and {b:.8g} "
                 f"with {names[1]}",
@@ -217,13 +207,12 @@ def unreached(measured: Measured) -> list[str]:
     return [name for name in points[0] if not any(largest(point[name]) for point in points)]
 
 
-def same_state(saved: Arrays, back: Arrays, names: tuple[str, str], check: str) -> Iterator[Finding]:
+def same_state(saved: Arrays, back: Arrays, names: tuple[str, str]) -> Iterator[Finding]:
     """Compare a restored state with the saved one, bit for bit."""
     for name in sorted(saved.keys() | back.keys()):
         a, b = saved.get(name), back.get(name)
         if a is None or b is None or not np.array_equal(a, b, equal_nan=True):
             yield Finding(
-                check=check,
                 what=name,
                 said=f"expected the saved values, bit for bit, got others: {_shown(a)} by {names[0]}, {_shown(b)} by "
                 f"{names[1]}",

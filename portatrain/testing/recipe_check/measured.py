@@ -38,7 +38,6 @@ class Measured:
     predicted: np.ndarray | None = None
     losses: list[float] = field(default_factory=list)
     after: Arrays = field(default_factory=dict)
-    skipped: bool = False
 
 
 def state_at(backend: Backend, params: Mapping[str, np.ndarray], states: Mapping[str, np.ndarray]) -> Any:
@@ -87,7 +86,6 @@ def measure(
     for step, batch in enumerate(cut[:steps], start=1):
         state, result = backend.step(state, batch, step=step, scale=SCALE)
         found.losses.append(float(result.loss))
-        found.skipped |= bool(int(result.skipped))
         if step == 1:
             found.after = whole(backend, state, gather)
     return found

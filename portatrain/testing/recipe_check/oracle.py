@@ -10,31 +10,28 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.base import check_loss
+from portatrain.backends.program import make_program
 from portatrain.backends.reference.guard import GuardedOps
 from portatrain.backends.reference.run import Forward
 from portatrain.errors import UserError
-from portatrain.model.layout import COMPUTE, PARAMS, UNSPLIT, unknown_axes
+from portatrain.model.layout import unknown_axes
 from portatrain.model.module import Definition, State
-from portatrain.model.ops import Loss
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.blame import OPERATIONS, place_of
-from portatrain.testing.recipe_check.report import FORWARD, Finding
-from portatrain.testing.recipe_check.subject import Subject, explained, states_after_step, tried
+from portatrain.testing.recipe_check.report import Finding
+from portatrain.testing.recipe_check.subject import MODES, Subject, explained, states_after_step, tried
 from portatrain.testing.recipe_check.watch import Watch, watching
-
-MODES = {True: "training", False: "evaluation"}
 
 
 def axes(recipe: Recipe, definition: Definition) -> list[Finding]:
     """Axes that no mapping knows."""
     return [
         Finding(
-            check="axes",
             what=f"axis {unknown.axis!r}",
             said=f"expected an axis of a mapping, got one of {', '.join(unknown.tensors[:3])} that is in none: it is "
             "whole on every device",
-            do=(f"Did you mean {unknown.nearest}? " if unknown.nearest else "")
-            + f"If it is meant to be whole, say so in the recipe: compute={{{unknown.axis!r}: ()}}.",
+            do=unknown.do,
             numbers=False,
         )
         for unknown in unknown_axes(definition, compute=recipe.compute, params=recipe.params)
@@ -52,7 +49,7 @@ def runs(subject: Subject) -> list[Finding]:
             )
         found += random_numbers(watch, mode) + _assigned(subject.definition, watch, mode)
         if error is not None and not found:
-            found.append(explained(FORWARD, error, f"the model in {mode}"))
+            found.append(explained(error, f"the model in {mode}"))
         if error is None and value is not None and not found:
             found += _not_finite(subject, value, mode)
         if found:
@@ -64,24 +61,22 @@ def runs(subject: Subject) -> list[Finding]:
             )
         found += random_numbers(watch, "predict") + _assigned(subject.definition, watch, "predict")
         if isinstance(error, UserError) and not found:
-            found.append(explained(FORWARD, error, "the model's predict"))
+            found.append(explained(error, "the model's predict"))
         subject.predicts = error is None  # another error may say that it takes other arguments, such as a cache
     if not found and subject.definition.states:
         with watching(subject.definition) as watch:
             _, error = tried(lambda: states_after_step(subject, subject.moved))
         found += random_numbers(watch, "after_step") + _assigned(subject.definition, watch, "after_step")
         if error is not None and not found:
-            found.append(explained(FORWARD, error, "the model's after_step"))
+            found.append(explained(error, "the model's after_step"))
     return found or _unknown_axes(subject)
 
 
 def _unknown_axes(subject: Subject) -> list[Finding]:
-    """Axes in `ops.shard` that no mapping and no tensor has; in reductions they are labels."""
-    recipe, definition = subject.recipe, subject.definition
-    known = {*COMPUTE, *PARAMS, *UNSPLIT, *(recipe.compute or ()), *(recipe.params or ()), *definition.axes}
+    """Axes in `ops.shard` that the layout refuses in a run; in reductions they are labels."""
+    known = make_program(subject.recipe).layout.known or ()
     return [
         Finding(
-            check=FORWARD,
             what=f"axis {axis!r}",
             said=f"expected an axis of a mapping or of a parameter, got one of a value in {place} that is in none",
             do=f"Correct its name, or say in the recipe that it is whole: compute={{{axis!r}: ()}}.",
@@ -94,7 +89,6 @@ def _unknown_axes(subject: Subject) -> list[Finding]:
 def random_numbers(watch: Watch, mode: str) -> list[Finding]:
     return [
         Finding(
-            check=FORWARD,
             what=f"random numbers of {name}",
             said=f"expected none but those of ops in {mode}, got some drawn in {place}",
             do="Use ops.dropout(x, rate, site=self.site) or ops.noise(..., site=self.site): they are the same on every "
@@ -111,7 +105,6 @@ def _assigned(definition: Definition, watch: Watch, mode: str) -> list[Finding]:
         state = any(isinstance(value, State) for value in held)
         found.append(
             Finding(
-                check=FORWARD,
                 what=f"{'State' if state else 'attribute'} {cls.__name__}.{name}",
                 said=f"expected no attribute to be set when the model runs, got one that is set in {mode} in {place}",
                 do=f"Add to a State with ops.tally(self, {name}=...) in the forward pass, and set it with "
@@ -122,15 +115,9 @@ def _assigned(definition: Definition, watch: Watch, mode: str) -> list[Finding]:
 
 
 def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
-    if not isinstance(found.value, Loss):
-        return [
-            Finding(
-                check=FORWARD,
-                what=type(subject.definition.model).__name__,
-                said=f"expected a Loss from __call__(ops, batch), got a {type(found.value).__name__}",
-                do="Return ops.cross_entropy(...) or ops.loss(...).",
-            )
-        ]
+    _, error = tried(lambda: check_loss(found.value, subject.definition.model))
+    if error is not None:
+        return [explained(error, f"the model in {mode}")]
     values = {"loss": found.objective, "weight of the samples": found.value.weight_B}
     values |= {f"ops.aux({name!r})": aux.value_B for name, aux in found.auxes.items()}
     bad = [name for name, value in values.items() if not np.isfinite(value).all()]
@@ -138,7 +125,6 @@ def _not_finite(subject: Subject, found: Forward, mode: str) -> list[Finding]:
         bad = ["sum of the samples' weights, which is not above 0"]
     return [
         Finding(
-            check=FORWARD,
             what=f"the {name}",
             said=f"expected finite numbers in {mode}, near the initial parameters and in float64, got others",
             do="Look for a logarithm, a root or a division of zero, and for sizes that grow from layer to layer.",

@@ -16,11 +16,12 @@ from typing import Any
 
 from portatrain.backends.base import Backend, backend_class
 from portatrain.backends.program import make_program
-from portatrain.errors import UserError
+from portatrain.errors import UserError, users_code
 from portatrain.recipe import Recipe, load_recipe
 from portatrain.system.exit_codes import OK
 from portatrain.system.processes import rank, run_processes
 from portatrain.testing.recipe_check.measured import Arrays, Measured, measure
+from portatrain.testing.recipe_check.report import CheckFailed
 
 DEVICES = 2
 
@@ -53,11 +54,11 @@ def on_meshes(
             Path(folder, "job").write_bytes(pickle.dumps(job | {"meshes": left}))
             try:
                 code = run_processes(DEVICES, f"{__name__}:main", {"folder": folder, "cwd": os.getcwd()})
-                error = UserError(
+                error: UserError = CheckFailed(
                     f"{backend} on {left[0]}",
                     expected=f"{DEVICES} processes that end",
                     got=f"exit code {code}",
-                    do="The lines above say more.",
+                    do="The check itself failed, which says nothing of the recipe. The lines above say more.",
                 )
             except UserError as raised:
                 error = raised
@@ -85,16 +86,18 @@ def main(args: argparse.Namespace) -> int:
     load_recipe(job["source"], cwd=Path(args.cwd))  # its classes are then found by their names
     recipe, cls = Recipe.from_json(job["recipe"]), backend_class(job["backend"])
     for mesh in job["meshes"]:
+        backend = cls(make_program(recipe, mesh=mesh))  # a failure of this, as of the network, is not the model's
         try:
-            backend = cls(make_program(recipe, mesh=mesh))
             value = measure(
                 backend, job["batches"], job["points"], job["states"], gather=_gathering(backend, folder / mesh)
             )
-        except UserError:
-            raise
         except Exception as error:
-            raise UserError(
-                f"{job['backend']} on {mesh}",
+            if isinstance(error, (UserError, OSError)) or users_code.is_machines(error):
+                raise
+            what = f"{job['backend']} on {mesh}"
+            line = users_code.at_line(error, called=True)
+            raise users_code.explained(error, what if line else "") or UserError(
+                what,
                 expected="a step that ends",
                 got=f"{type(error).__name__}: {error}",
                 do="It ends on one device: look for shapes or values that the model takes from a device's own part.",

@@ -14,17 +14,16 @@ from portatrain.backends.base import Context
 from portatrain.backends.reference.run import forward
 from portatrain.errors import UserError
 from portatrain.optim import declared_slots
-from portatrain.testing.guard import check_rows_independent
+from portatrain.testing.guard import CLOSE, check_rows_independent
 from portatrain.testing.recipe_check.blame import Call, crossing, parting, recording
 from portatrain.testing.recipe_check.oracle import random_numbers
 from portatrain.testing.recipe_check.report import Finding
-from portatrain.testing.recipe_check.subject import Arrays, Subject, explained, losses, tried
+from portatrain.testing.recipe_check.subject import MODES, Arrays, Subject, explained, losses, tried
 from portatrain.testing.recipe_check.watch import watching
 
 REPEATS = 24
 REPEATS_S = 1.5
 """Repetitions of the forward pass, at most so many and for about so long: what acts in one call of ten is met."""
-MODES = {True: "training", False: "evaluation"}
 
 
 def repeats(subject: Subject) -> list[Finding]:
@@ -66,7 +65,6 @@ def _parting(subject: Subject, training: bool) -> str | None:
 def _unrepeated(what: str, first: np.ndarray, again: np.ndarray, which: str) -> Finding:
     worst = int(np.argmax(np.abs(first - again))) if first.shape == again.shape else 0
     return Finding(
-        check="the same twice",
         what=what,
         said=f"expected the same numbers, got {first[worst]:.7g} first and {again[worst]:.7g} in {which}",
         do="Take random numbers from ops.dropout or ops.noise, and let nothing depend on the time, on the order of a "
@@ -85,7 +83,9 @@ def samples(subject: Subject) -> list[Finding]:
         except UserError as error:
             return [_crossing(subject, training, error)]
         except Exception as error:
-            found = explained("samples alone", error, "the number of samples")
+            found = explained(error, "the number of samples")
+            if found.failed:
+                return [found]
             return [
                 replace(
                     found,
@@ -110,12 +110,11 @@ def _halves(subject: Subject, training: bool, mode: str) -> list[Finding]:
         auxes = [aux.value_B for _, aux in sorted(found.auxes.items()) if aux.loss]
         losses.append(np.stack([found.value.loss_B, found.value.weight_B, *auxes]))
     together, apart = losses[0], np.concatenate(losses[1:], axis=1)
-    if np.abs(together - apart).max() <= 1e-9 * max(1.0, float(np.abs(together).max())):
+    if np.abs(together - apart).max() <= CLOSE * max(1.0, float(np.abs(together).max())):
         return []
     worst = int(np.argmax(np.abs(together - apart).max(0)))
     return [
         Finding(
-            check="samples alone",
             what=", ".join(dict.fromkeys(subject.over_batch)),
             said=f"expected reductions over the batch to enter no sample's loss, got {together[0, worst]:.7g} in a "
             f"whole batch and {apart[0, worst]:.7g} in half of it, in {mode}",
@@ -129,7 +128,7 @@ def _crossing(subject: Subject, training: bool, error: UserError) -> Finding:
     """Return the finding for samples that see each other, with the operation in which they do."""
     rows = {name: array[:4] for name, array in subject.batch.items()}
     call, _ = tried(lambda: crossing(subject.definition, rows, subject.moved, training))
-    found = explained("samples alone", error, "the model")
+    found = explained(error, "the model")
     if call is None:
         return found
     return replace(
@@ -173,11 +172,11 @@ def rule(subject: Subject) -> list[Finding]:
     recipe, what = subject.recipe, f"rule {type(subject.recipe.optimizer).__name__}"
     with watching(subject.definition, recipe.optimizer) as watch:
         twice, error = tried(lambda: [_updates(subject) for _ in range(2)])
-    check, do = "optimizer rule", "A rule computes with xp and its arguments alone."
+    do = "A rule computes with xp and its arguments alone."
     if found := random_numbers(watch, f"the update of {what}"):
-        return [replace(finding, check=check, what=what, do=do) for finding in found]
+        return [replace(finding, what=what, do=do) for finding in found]
     if error is not None:
-        finding = explained(check, error, what)
+        finding = explained(error, what)
         return [replace(finding, what=what, said=f"{finding.what}: {finding.said}")]
     for name, one in twice[0].items():
         again = twice[1][name]
@@ -187,7 +186,7 @@ def rule(subject: Subject) -> list[Finding]:
             said = f"expected the same update of {name} from the same gradient, got others"
         else:
             continue
-        return [Finding(check=check, what=what, said=said, do=do)]
+        return [Finding(what=what, said=said, do=do)]
     return []
 
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from portatrain.errors import UserError
+
 Status = Literal["ok", "found", "not run"]
 
 
@@ -13,19 +15,25 @@ Status = Literal["ok", "found", "not run"]
 class Finding:
     """Something of a recipe that leaves the one trajectory.
 
-    check: the name of the check. what: the op, parameter, State, rule or axis. said: what was expected and found.
-    do: what to do about it. numbers: True if a run's numbers would differ between frameworks, meshes or attempts, or
-    if a parameter would never learn; False if a run would only be slower or larger than it has to be.
+    check: the name of the check; '' is the row's. what: the op, parameter, State, rule or axis. said:
+    what was expected and found. do: what to do about it. numbers: True if a run's numbers would differ between
+    frameworks, meshes or attempts, or if a parameter would never learn; False if a run would only be slower or larger
+    than it has to be. failed: the check itself failed, which says nothing of the recipe.
     """
 
-    check: str
+    check: str = ""
     what: str
     said: str
     do: str
     numbers: bool = True
+    failed: bool = False
 
     def __str__(self) -> str:
         return f"{self.what}: {self.said}. {self.do}"
+
+
+class CheckFailed(UserError):
+    """A failure of the check itself, such as a process that was killed. It says nothing of the recipe."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 from portatrain.backends.base import backend_class, missing, process_per_device, simulate_devices
 from portatrain.backends.program import make_program
 from portatrain.errors import UserError
+from portatrain.model.layout import is_uneven
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check import oracle, properties
 from portatrain.testing.recipe_check import subject as subjects
@@ -103,10 +104,10 @@ class _Check:
         except _Skip as skip:
             status, about, found = "not run", str(skip), []
         except Exception as error:
-            found = [subjects.explained(name, error, name)]
+            found = [subjects.explained(error, name)]
         if found:
             status, about = "found", "; ".join(finding.what for finding in found)
-        self.findings += found
+        self.findings += [finding if finding.check else replace(finding, check=name) for finding in found]
         row = Row(name=name, status=status, about=about, seconds=round(time.perf_counter() - began_s, 2))
         self.rows.append(row)
         self.progress(row)
@@ -156,7 +157,7 @@ class _Check:
                     continue
                 small = Small(recipe=recipe, definition=definition, batches=batches_of(recipe, definition), sizes=sizes)
             except UserError as error:
-                first = first or [subjects.explained(FORWARD, error, FORWARD)]
+                first = first or [subjects.explained(error, FORWARD)]
                 continue
             subject = subject_of(small)
             found = oracle.runs(subject)
@@ -166,7 +167,7 @@ class _Check:
                 return subject, []
             first = first or found
         if not first and large is not None:
-            return None, [replace(subjects.explained(FORWARD, large, FORWARD), numbers=False)]
+            return None, [replace(subjects.explained(large, FORWARD), numbers=False)]
         return None, first
 
     # ---- on the backends
@@ -198,7 +199,7 @@ class _Check:
         for one in self.measured:
             for two in self.measured:
                 word = f"{one}, save and restore" if one == two else f"saved by {one}, restored by {two}"
-                self._row(word, self._restored, subject, one, two, word)
+                self._row(word, self._restored, subject, one, two)
         for name in self.measured:
             self._on_meshes(subject, name, started.get(name))
 
@@ -214,7 +215,6 @@ class _Check:
     def _one_device(self, subject: Subject, name: str) -> list[Finding]:
         backend = self.made[name] = backend_class(name)(self._program(subject))
         found = self._measure(subject, backend, predicts=subject.predicts)
-        check = f"{name}, one device"
         if not self.measured:
             self.near = self._sensitivity(subject, backend, found)
         self.measured[name] = found
@@ -223,7 +223,6 @@ class _Check:
             if not abs(found.loss[point] - true) <= ORACLE_LOSS * abs(true) + 8 * self.near.loss[point]:
                 return [
                     Finding(
-                        check=check,
                         what="the loss",
                         said=f"expected the oracle's {true:.8g}, got {found.loss[point]:.8g} on {name}",
                         do="An operation is not the same in float32, or the model computes with Python numbers that "
@@ -236,7 +235,6 @@ class _Check:
                 where = "of a fresh run" if point == "initial" else "moved off their start"
                 return [
                     Finding(
-                        check=check,
                         what=f"the gradient of {', '.join(bad[:3])}",
                         said=f"expected finite numbers at parameters {where}, got others on {name}",
                         do="A root, a division or a logarithm has no derivative at zero: add a small number first, or "
@@ -249,7 +247,6 @@ class _Check:
             if not np.abs(mine - value).max(initial=0.0) <= ORACLE_LOSS * max(np.abs(value).max(initial=0.0), 1e-30):
                 return [
                     Finding(
-                        check=check,
                         what=f"State {state}",
                         said=f"expected the oracle's values after a step on {name}, got others",
                         do="Change it with ops.tally in the forward pass and ops.update in after_step alone.",
@@ -273,41 +270,32 @@ class _Check:
         again = measure(backend, subject.small.batches, near, subjects.first_states(subject), steps=0)
         return sensitivity(found, again)
 
-    def _compared(self, subject: Subject, one: Measured, other: Measured, check: str, names: tuple[str, str]) -> Any:
+    def _compared(self, subject: Subject, one: Measured, other: Measured, names: tuple[str, str]) -> Any:
         return differences(
-            one,
-            other,
-            self.near,
-            check=check,
-            names=names,
-            rule=type(subject.recipe.optimizer).__name__,
-            start=subject.moved,
+            one, other, self.near, names=names, rule=type(subject.recipe.optimizer).__name__, start=subject.moved
         )
 
     def _beside(self, subject: Subject, first: str, other: str) -> list[Finding]:
-        return self._compared(
-            subject, self.measured[first], self.measured[other], f"{other} beside {first}", (first, other)
-        )
+        return self._compared(subject, self.measured[first], self.measured[other], (first, other))
 
     def _accumulated(self, subject: Subject, name: str) -> list[Finding]:
         # Without States a step has nothing that the gradients do not have.
         steps = 2 if subject.definition.states else 0
         halves = self._measure(subject, self.made[name], accumulation=2, steps=steps)
         one = self.measured[name]
-        return self._compared(subject, one, halves, f"{name}, accumulation 2", ("one microbatch", "two microbatches"))
+        return self._compared(subject, one, halves, ("one microbatch", "two microbatches"))
 
-    def _restored(self, subject: Subject, one: str, two: str, check: str) -> list[Finding]:
+    def _restored(self, subject: Subject, one: str, two: str) -> list[Finding]:
         # What a model keeps outside its state is lost with the modules, so these are new ones, once for each backend.
         fresh = backend_class(two)(self._program(subject)) if one == two else self.made[two]
         found = saved_and_restored(
             self.made[one], fresh, subject.small.batches, subject.moved, subjects.first_states(subject)
         )
-        differ = list(same_state(found.saved, found.restored, (one, two), check))
+        differ = list(same_state(found.saved, found.restored, (one, two)))
         allowed = (1e-5 if one == two else 1e-4) * abs(found.loss) + 8 * max(self.near.loss.values())
         if not differ and not abs(found.loss - found.loss_after) <= allowed:
             differ = [
                 Finding(
-                    check=check,
                     what="the loss of the step after a restore",
                     said=f"expected {found.loss:.8g}, as without the restore, got {found.loss_after:.8g}",
                     do="The model keeps something that is no Param and no State, such as a counter: declare a State.",
@@ -338,9 +326,8 @@ class _Check:
     def _on_meshes(self, subject: Subject, name: str, started: Future[dict[str, Measured | UserError]] | None) -> None:
         fit = [mesh for mesh in self.meshes if self._unfit(subject, name, mesh) is None]
         for mesh in self.meshes:
-            check = f"{name} on {mesh}"
 
-            def compared(mesh: str = mesh, check: str = check) -> list[Finding]:
+            def compared(mesh: str = mesh) -> list[Finding]:
                 if (reason := self._unfit(subject, name, mesh)) is not None:
                     raise _Skip(reason)
                 if started is None:
@@ -350,13 +337,13 @@ class _Check:
                 else:
                     there = started.result()[mesh]
                     if isinstance(there, UserError):
-                        if there.expected.startswith("a size that") and there.expected.endswith("divides"):
+                        if is_uneven(there):
                             raise _Skip(str(there))  # a value inside the model, which only its forward pass shows
                         raise there
                     value = there
-                return self._compared(subject, self.measured[name], value, check, ("one device", mesh))
+                return self._compared(subject, self.measured[name], value, ("one device", mesh))
 
-            self._row(check, compared)
+            self._row(f"{name} on {mesh}", compared)
 
     def _unfit(self, subject: Subject, name: str, mesh: str) -> str | None:
         """Return why `name` cannot run `mesh` here, or None."""

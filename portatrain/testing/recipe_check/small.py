@@ -16,7 +16,7 @@ import numpy as np
 
 from portatrain.data.open import blank_batch
 from portatrain.data.own import gives_arrays, gives_documents
-from portatrain.data.own_arrays import read
+from portatrain.data.own_arrays import open_arrays
 from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
@@ -107,24 +107,26 @@ def too_large(recipe: Recipe, definition: Definition) -> UserError | None:
     )
 
 
-def batches_of(recipe: Recipe, definition: Definition, count: int = BATCHES) -> tuple[Batch, ...]:
-    """Return `count` batches for `recipe`: tokens and images are drawn; a source of arrays gives its first samples.
+def batches_of(recipe: Recipe, definition: Definition) -> tuple[Batch, ...]:
+    """Return batches for `recipe`: tokens and images are drawn; a source of arrays gives its first in training.
 
     Raises:
-        UserError: a source of arrays gives no samples.
+        UserError: a source of arrays gives no samples, or samples of several shapes or dtypes.
     """
     rng = np.random.default_rng(0)
     spec, samples = recipe.data, recipe.batch
+    drawn = isinstance(spec, Digits) or _is_tokens(spec)
+    train = open_arrays(spec, recipe.seed)["train"] if not drawn and gives_arrays(spec) else None
     made = []
-    for i in range(count):
+    for i in range(BATCHES):
         if isinstance(spec, Digits):
             rows = _images(rng, blank_batch(spec, samples))
         elif _is_tokens(spec):
             rows = _documents(rng, blank_batch(spec, samples), _vocab(spec, definition))
             if isinstance(spec, Mixture):
                 rows["source"] = (np.arange(samples) % len(spec.sources)).astype(np.int32)
-        elif gives_arrays(spec):
-            rows = _samples(spec, i * samples, samples)
+        elif train is not None:
+            rows = train.batch(i * samples, samples)
         else:
             rows = blank_batch(spec, samples)
         made.append(rows | {"sample": np.arange(i * samples, (i + 1) * samples, dtype=np.int64) + 5})
@@ -171,11 +173,3 @@ def _documents(rng: np.random.Generator, like: Mapping[str, np.ndarray], vocab: 
         "segment_ids": segments.astype(np.int32),
         "positions": positions.astype(np.int32),
     }
-
-
-def _samples(spec: Any, first: int, count: int) -> Batch:
-    """Return `count` samples of a source of arrays from `first` on, from the beginning again at its end."""
-    what, length = f"{type(spec).__name__}.sample", len(spec)
-    found = [read(what, spec.sample, (first + i) % length) for i in range(count)]
-    rows = {key: np.stack([sample[key] for sample in found]) for key in found[0]}
-    return {"mask": np.ones(count, np.float32), **rows}

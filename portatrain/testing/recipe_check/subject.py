@@ -11,13 +11,14 @@ import numpy as np
 from portatrain.backends.base import Context
 from portatrain.backends.reference.run import Forward, after_step, forward, initial_states
 from portatrain.backends.state import initial_box
-from portatrain.errors import UserError, users_code
+from portatrain.errors import StorageError, UserError, users_code
 from portatrain.model.module import Constant, Definition
 from portatrain.recipe import Recipe
-from portatrain.testing.recipe_check.report import Finding
+from portatrain.testing.recipe_check.report import CheckFailed, Finding
 from portatrain.testing.recipe_check.small import Batch, Small
 
 Arrays = dict[str, np.ndarray]
+MODES = {True: "training", False: "evaluation"}
 
 
 @dataclass(kw_only=True)
@@ -49,11 +50,9 @@ class Subject:
     def batch(self) -> Batch:
         return self.small.batches[0]
 
-    def run(
-        self, params: Arrays, *, training: bool, method: str = "__call__", step: int = 1, **options: Any
-    ) -> Forward:
+    def run(self, params: Arrays, *, training: bool, method: str = "__call__", **options: Any) -> Forward:
         """Run the model on the first batch in the oracle."""
-        context = Context(seed=self.recipe.seed, step=step, training=training)
+        context = Context(seed=self.recipe.seed, step=1, training=training)
         with np.errstate(all="ignore"):
             return forward(self.definition, params, self.batch, context, method=method, **options)
 
@@ -77,20 +76,28 @@ def tried(call: Any) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def explained(check: str, error: Exception, where: str) -> Finding:
-    """Return the finding for an error that running the model ended in, with the place in the user's file."""
+def explained(error: Exception, where: str) -> Finding:
+    """Return the finding for an error that `where` ended in, with the place in the user's file.
+
+    An error without a line of the user's, or one of the machine, is a failure of the check itself.
+    """
     if isinstance(error, UserError):
-        return Finding(check=check, what=error.what, said=f"expected {error.expected}, got {error.got}", do=error.do)
-    paragraph = users_code.explained(error, where)
+        failed = isinstance(error, (CheckFailed, StorageError))
+        said = f"expected {error.expected}, got {error.got}"
+        return Finding(what=error.what, said=said, do=error.do, numbers=not failed, failed=failed)
+    line = users_code.at_line(error, called=True)
+    paragraph = users_code.explained(error, where if line else "")
     if paragraph is not None:
-        return explained(check, paragraph, where)
+        return explained(paragraph, where)
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
     return Finding(
-        check=check,
         what=where,
-        said=f"expected a forward pass that ends, got {type(error).__name__}: {error}{place}",
-        do="Correct the model's code; if none of it is there, please report this.",
+        said=f"expected a check that ends, got {type(error).__name__}: {error}{place}",
+        do="The check itself failed, which says nothing of the recipe. Run it again; please report this if it fails "
+        "again.",
+        numbers=False,
+        failed=True,
     )
 
 

@@ -13,18 +13,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
 
+from portatrain.errors.users_code import is_ours, shown
 from portatrain.model.module import Definition, Module
 from portatrain.testing.recipe_check.blame import place_of
 
 RANDOM, GENERATOR, RANDOM_STATE = random.Random, np.random.Generator, np.random.RandomState
-_HOUSE = str(Path(__file__).parents[2])
-"""The folder of portatrain: its own files set no attributes and draw no numbers."""
 
 
 @dataclass(kw_only=True)
@@ -41,7 +39,7 @@ def files_of(definition: Definition, *others: object) -> set[str]:
     for held in (*definition.modules.values(), *others):
         for cls in type(held).__mro__:
             file = getattr(sys.modules.get(cls.__module__), "__file__", None)
-            if file and not str(file).startswith(_HOUSE) and cls is not object:
+            if file and not is_ours(str(file)) and cls is not object:
                 found.add(str(file))
     return found
 
@@ -79,7 +77,7 @@ def _making(found: Watch, files: set[str]) -> Iterator[None]:
 
     def note(make: Any) -> None:
         frame = sys._getframe(2)
-        if not frame.f_code.co_filename.startswith(_HOUSE):
+        if not is_ours(frame.f_code.co_filename):
             found.drawn.append((f"{make.__module__}.{make.__name__}", place_of(frame)))
 
     def noting(make: Any) -> Any:
@@ -114,23 +112,24 @@ def _drawing(found: Watch, files: set[str]) -> Iterator[None]:
     generators = _generators()
     states = [read() for _, read in generators]
 
-    def compare(place: str) -> None:
+    def compare(at: tuple[str, int] | None) -> None:
         for i, (name, read) in enumerate(generators):
             if (now := read()) != states[i]:
                 states[i] = now
-                found.drawn.append((name, place))
+                found.drawn.append((name, f"{shown(at[0])}, line {at[1]}" if at else "the model's forward pass"))
 
     def lines(frame: FrameType, event: str, _: Any) -> Any:
         if event in ("line", "return", "exception"):
-            compare(last.get(id(frame), place_of(frame)))
-            last[id(frame)] = f"{frame.f_code.co_filename}, line {frame.f_lineno}"
+            here = (frame.f_code.co_filename, frame.f_lineno)
+            compare(last.get(id(frame), here))
+            last[id(frame)] = here
         return lines
 
     def calls(frame: FrameType, event: str, _: Any) -> Any:
         last.pop(id(frame), None)
         return lines if frame.f_code.co_filename in files else None
 
-    last: dict[int, str] = {}
+    last: dict[int, tuple[str, int]] = {}
     before = sys.gettrace()
     if before is None:  # a debugger or a coverage tool goes first; then the place is not known
         sys.settrace(calls)
@@ -139,7 +138,7 @@ def _drawing(found: Watch, files: set[str]) -> Iterator[None]:
     finally:
         if before is None:
             sys.settrace(None)
-        compare("the model's forward pass")
+        compare(None)
 
 
 def _generators() -> list[tuple[str, Callable[[], Any]]]:
