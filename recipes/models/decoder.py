@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from portatrain import config
 from portatrain.checkpoint.interop import Hub, Row
 from portatrain.errors import UserError
 from portatrain.model.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
 from portatrain.model.module import Module, Param, Stack
 from portatrain.model.ops import Array, Batch, Loss, Ops
 from portatrain.model.rope import RopeScaling
+from portatrain.recipe import added_later
 
 # The tensors of a layer: name in LlamaForCausalLM, our name, and the number of contracted axes.
 LLAMA = (
@@ -78,9 +78,9 @@ class DecoderConfig:
     """The eps of all norms."""
     z_loss: float = 0.0
     """Weight of the z-loss; 0 switches it off."""
-    sinks: bool = config.added_later(False)
+    sinks: bool = added_later(False)
     """Give each head of attention a learned score that takes part in its softmax and has no value (gpt-oss)."""
-    value_head_dim: int | None = config.added_later(None)
+    value_head_dim: int | None = added_later(None)
     """Features per head of the values. None: those of queries and keys."""
 
     def build(self) -> Decoder:

@@ -36,7 +36,7 @@ class ModelShape:
 
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
     ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
-    (1: dropless). ``value_dim``: the size of a value head, if it is not ``head_dim``. ``slot_bytes``: bytes of optimizer
+    (1: dropless). ``value_dim``: the size of a value head, if not ``head_dim``. ``slot_bytes``: bytes of optimizer
     state per trained parameter. ``flops_per_sample``: the model's own figure, for MFU. ``tensors`` replaces the derived
     parameters.
     """
