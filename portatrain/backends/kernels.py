@@ -55,8 +55,9 @@ class Case:
     """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
-    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi' and 'softcap' that the call has,
-    and 'uneven' if the queries do not divide over the devices that hold them.
+    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi', 'softcap' and 'sinks' that the
+    call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries do not divide over the devices
+    that hold them. A kernel that returns the log-sum-exp of the scores covers sinks by `out * sigmoid(lse - sinks)`.
     """
 
     site: Site
@@ -107,7 +108,9 @@ def _chunked_refuses(case: Case) -> str | None:
 
 
 def _sdpa_refuses(case: Case) -> str | None:
-    return "torch's kernels cannot soft-cap the scores" if "softcap" in case.traits else None
+    if "softcap" in case.traits:
+        return "torch's kernels cannot soft-cap the scores"
+    return "torch's kernels have no sinks" if "sinks" in case.traits else None
 
 
 def _sdpa_masked_refuses(case: Case) -> str | None:
@@ -123,7 +126,7 @@ def _sdpa_causal_refuses(case: Case) -> str | None:
         return reason
     if "causal" not in case.traits:
         return "the mask is not causal"
-    if more := case.traits - {"causal"}:
+    if more := case.traits - {"causal", "value-size"}:
         return f"its mask is causal and knows no {' or '.join(sorted(more))}"
     if case.shape[1] != case.shape[2]:
         return f"{case.shape[1]} queries and {case.shape[2]} keys are not the same positions"

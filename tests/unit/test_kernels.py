@@ -24,7 +24,7 @@ def case(backend: str, *traits: str, shape: tuple[int, ...] = (2, 64, 64, 4, 2, 
 def test_the_last_row_is_written_out_and_covers_every_case(backend: str) -> None:
     *_, last = kernels.rows("attention", backend)
     assert last.name == "written-out"
-    every = ("causal", "window", "segments", "positions", "softcap", "uneven")
+    every = ("causal", "window", "segments", "positions", "prefix", "alibi", "softcap", "sinks", "value-size", "uneven")
     assert last.refuses(case(backend, *every, shape=(3, 5, 7, 4, 1, 6))) is None
     names = [k.name for k in kernels.rows("attention", backend)]
     assert len(names) == len(set(names))
@@ -44,6 +44,10 @@ LONG = (1, 32768, 32768, 32, 8, 128)
         (case("torch", "causal", "segments"), "sdpa-masked", {"sdpa-causal": "knows no segments"}),
         (case("torch", "causal", shape=(2, 1, 64, 4, 2, 16)), "sdpa-masked", {"sdpa-causal": "1 queries and 64 keys"}),
         (case("torch", "causal", "softcap"), "written-out", {"sdpa-causal": "soft-cap", "sdpa-masked": "soft-cap"}),
+        (case("torch", "causal", "sinks"), "written-out", {"sdpa-causal": "no sinks", "sdpa-masked": "no sinks"}),
+        (case("torch", "causal", "value-size"), "sdpa-causal", {}),
+        (case("torch", "causal", "segments", "value-size"), "sdpa-masked", {}),
+        (case("jax", "causal", "sinks", "value-size", shape=LONG), "chunked", {}),
         (case("torch-xla", "causal"), "written-out", {}),
     ],
 )
