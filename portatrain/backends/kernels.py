@@ -23,7 +23,7 @@ from portatrain.system.plugins import Registry
 GROUP = "portatrain.kernels"
 """The entry-point group in which other packages register rows: each entry is a `Kernel` or a sequence of them."""
 KERNELS_OF_OTHERS = Registry(kind="kernel", group=GROUP, ours={})
-OPERATIONS = ("attention",)
+OPERATIONS = ("attention", "grouped_matmul")
 """The operations with more than one implementation."""
 SCORES_BYTES = 256 << 20
 """The largest size of the float32 scores of attention on a device at one time, on jax."""
@@ -54,10 +54,11 @@ class Site:
 class Case:
     """Everything that decides which kernel runs.
 
-    shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
-    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi', 'softcap' and 'sinks' that the
-    call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries do not divide over the devices
-    that hold them. A kernel that returns the log-sum-exp of the scores covers sinks by `out * sigmoid(lse - sinks)`.
+    shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them; for a grouped
+    matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for attention, those of 'causal',
+    'window', 'segments', 'positions', 'prefix', 'alibi', 'softcap' and 'sinks' that the call has, 'value-size' if value
+    heads are not of size D, and 'uneven' if the queries do not divide over the devices that hold them. A kernel that
+    returns the log-sum-exp of the scores covers sinks by `out * sigmoid(lse - sinks)`.
     """
 
     site: Site
@@ -73,6 +74,11 @@ class Kernel:
     refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
     'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those
     that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla.
+
+    grouped_matmul: function(x_NE, w_XEF, *, sizes_X) returns (N, F). The rows of x are sorted by expert: sizes_X[i] of
+    them, integers of 0 or more, are multiplied by w_XEF[i]. Rows past the sum of the sizes give zeros, and their
+    gradient is zero, no matter what they hold. A sum in float32; the result has the dtype of x. The backend adds
+    `precision` on jax, and nothing on torch. `python -m portatrain.testing.kernels NAME` tests an implementation.
     """
 
     operation: str
@@ -133,6 +139,14 @@ def _sdpa_causal_refuses(case: Case) -> str | None:
     return None
 
 
+def _grouped_mm_refuses(case: Case) -> str | None:
+    _, e, f, x = case.shape
+    each = 16 // (4 if case.dtype == "float32" else 2)
+    if e % each or f % each:
+        return f"torch's kernel needs rows of a multiple of 16 bytes: {e} and {f} are not multiples of {each}"
+    return None if case.shape[0] and x else "there are no rows"
+
+
 # ---- the table
 
 TABLE: tuple[Kernel, ...] = (
@@ -174,6 +188,31 @@ TABLE: tuple[Kernel, ...] = (
         name="written-out",
         backends=("torch-xla",),
         where="portatrain.backends.torch_xla.attention:written_out",
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="ragged_dot",
+        backends=("jax",),
+        where="portatrain.backends.jax.grouped_matmul:ragged_dot",
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="grouped_mm",
+        backends=("torch",),
+        where="portatrain.backends.torch.grouped_matmul:grouped_mm",
+        refuses=_grouped_mm_refuses,
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="written-out",
+        backends=("jax",),
+        where="portatrain.backends.jax.grouped_matmul:written_out",
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="written-out",
+        backends=("torch", "torch-xla"),
+        where="portatrain.backends.torch.grouped_matmul:written_out",
     ),
 )
 
