@@ -28,6 +28,9 @@ OPERATIONS = ("attention", "grouped_matmul")
 SCORES_BYTES = 256 << 20
 """The largest size of the float32 scores of attention on a device at one time, on jax."""
 
+FLEX_DEVICES = ("cuda", "xpu")
+"""The kinds of devices for which torch compiles FlexAttention, by torch's names. A ROCm build says 'cuda' too."""
+
 Named = tuple[tuple[str, str], ...]
 """(operation, kernel) of the kernels that were named explicitly."""
 
@@ -119,11 +122,29 @@ def _sdpa_refuses(case: Case) -> str | None:
     return "torch's kernels have no sinks" if "sinks" in case.traits else None
 
 
+def _unmasked_refuses(case: Case) -> str | None:
+    """Return why torch has no fused kernel of a call without a mask of numbers; it would compute all scores."""
+    _, _, _, h, k, d = case.shape
+    if case.site.device not in FLEX_DEVICES:
+        return None
+    if d > 256:
+        return f"torch's fused kernels take heads of at most 256, not {d}"
+    if case.dtype == "float32" and h != k:
+        return f"torch's fused kernel of float32 takes one head of keys for each head, not {k} for {h}"
+    if case.dtype == "float32" and d % 4:
+        return f"torch's fused kernel of float32 takes heads of a multiple of 4, not {d}"
+    return None
+
+
 def _sdpa_masked_refuses(case: Case) -> str | None:
     if reason := _sdpa_refuses(case):
         return reason
     if "alibi" in case.traits and case.dtype != "float32":
         return f"the bias of ALiBi would be rounded to {case.dtype}"
+    if case.site.device in FLEX_DEVICES and case.shape[1] > 1:
+        if case.traits:
+            return f"its mask of numbers has {case.shape[1]} x {case.shape[2]} elements"
+        return _unmasked_refuses(case)
     return None
 
 
@@ -136,6 +157,20 @@ def _sdpa_causal_refuses(case: Case) -> str | None:
         return f"its mask is causal and knows no {' or '.join(sorted(more))}"
     if case.shape[1] != case.shape[2]:
         return f"{case.shape[1]} queries and {case.shape[2]} keys are not the same positions"
+    return _unmasked_refuses(case)
+
+
+def _flex_refuses(case: Case) -> str | None:
+    if case.site.device == "cpu":
+        return "FlexAttention has no backward pass on a CPU"
+    if case.site.device not in FLEX_DEVICES:
+        return f"it runs on {' and '.join(FLEX_DEVICES)}, not on {case.site.device}"
+    if case.shape[1] == 1:
+        return "one query needs no mask of blocks"
+    if "sinks" in case.traits:
+        return "it has no sinks"
+    if case.shape[5] < 16:
+        return f"it takes heads of at least 16, not {case.shape[5]}"
     return None
 
 
@@ -170,6 +205,13 @@ TABLE: tuple[Kernel, ...] = (
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
         refuses=_sdpa_masked_refuses,
+    ),
+    Kernel(
+        operation="attention",
+        name="flex",
+        backends=("torch",),
+        where="portatrain.backends.torch.flex:flex",
+        refuses=_flex_refuses,
     ),
     Kernel(
         operation="attention",
