@@ -59,6 +59,11 @@ def parse(texts: Iterable[str]) -> Named:
 _taken: dict[tuple[str, Case], Choice] = {}
 
 
+def first(operation: str, case: Case) -> Kernel:
+    """Return the first kernel of the table that covers the case, which runs unless another is named."""
+    return next(k for k in rows(operation, case.site.backend) if k.refuses(case) is None)
+
+
 def choose(operation: str, case: Case) -> Choice:
     """Return the kernel that runs `operation` in this case, with the reasons against the others.
 

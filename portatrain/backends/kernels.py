@@ -71,8 +71,24 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What becomes of the scores of attention, for the planner's price of a kernel.
+
+    kept: 'on-chip' if the device's memory never holds them; 'chunk' if it holds those of some queries at a time (see
+    `chunks`), 'whole' if it holds all. mask: whether the kernel reads a mask of as many numbers as there are scores of
+    one head. skips: whether it leaves out what a causal mask hides.
+    """
+
+    kept: str = "on-chip"
+    mask: bool = False
+    skips: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """A row of the table: an implementation of an operation, and the cases that it covers.
+
+    scores: for attention, what the planner prices; by default a fused kernel that skips what is hidden.
 
     refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
     'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those
@@ -89,6 +105,7 @@ class Kernel:
     backends: tuple[str, ...]
     where: str
     refuses: Callable[[Case], str | None] = lambda case: None
+    scores: Scores = Scores()
 
     def load(self) -> Callable[..., Any]:
         """Import and return the implementation."""
@@ -191,6 +208,7 @@ TABLE: tuple[Kernel, ...] = (
         backends=("jax",),
         where="portatrain.backends.jax.attention:chunked",
         refuses=_chunked_refuses,
+        scores=Scores(kept="chunk", skips=False),
     ),
     Kernel(
         operation="attention",
@@ -205,6 +223,7 @@ TABLE: tuple[Kernel, ...] = (
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
         refuses=_sdpa_masked_refuses,
+        scores=Scores(mask=True, skips=False),
     ),
     Kernel(
         operation="attention",
@@ -218,18 +237,21 @@ TABLE: tuple[Kernel, ...] = (
         name="written-out",
         backends=("jax",),
         where="portatrain.backends.jax.attention:written_out",
+        scores=Scores(kept="whole", skips=False),
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("torch",),
         where="portatrain.backends.torch.attention:written_out",
+        scores=Scores(kept="whole", mask=True, skips=False),
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("torch-xla",),
         where="portatrain.backends.torch_xla.attention:written_out",
+        scores=Scores(kept="whole", mask=True, skips=False),
     ),
     Kernel(
         operation="grouped_matmul",
