@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from portatrain.backends import choose_kernel, kernels
-from portatrain.backends.torch.attention import alibi_bias, softmax, visible
+from portatrain.backends.torch.attention import softmax
+from portatrain.backends.torch.visible import alibi_bias, visible
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="torch-xla")
