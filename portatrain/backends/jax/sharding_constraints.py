@@ -156,7 +156,7 @@ class OnMesh:
         shards = rows * parts, heads, 1
         options |= {"segment_ids": of, "positions": at, "may_be_blind": False}
         out = lies(run(q_QSHD, k_QTKD, v_QTKD, shards=shards, **options), split)
-        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(q_BSHD.shape)
+        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(b, s, *out.shape[2:])
 
     def _shards(self, *axes: str) -> Any:
         """Return the number of shards of each logical axis of a value."""
