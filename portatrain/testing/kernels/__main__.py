@@ -110,10 +110,10 @@ def run(args: argparse.Namespace) -> int:
 def _rows(args: argparse.Namespace) -> Iterator[tuple[str, Kernel]]:
     """Yield (backend, kernel) of every row that the court has a place for."""
     for kernel in (*others(), *TABLE):
-        for backend in kernel.backends:
+        wanted = kernel.operation == (args.operation or kernel.operation)
+        for backend in kernel.backends if wanted else ():
             if backend in RUNNERS and backend == (args.backend or backend):
-                if kernel.operation == (args.operation or kernel.operation):
-                    yield backend, kernel
+                yield backend, kernel
 
 
 def _named(args: argparse.Namespace) -> list[tuple[str, Kernel]]:

@@ -47,9 +47,9 @@ def of_documents() -> list[Trial]:
     }
     single = {"ids around 2^31", "ids that are negative", "ids that fall", "two tokens each", "boundaries beside tiles"}
     found = []
-    for name, ids in rows.items():
-        dtypes = FLOAT32 if name in single else BOTH
-        found.append(trial(f"documents, {name}", DOCUMENTS, segment_ids=np.stack(ids).astype(np.int32), dtypes=dtypes))
+    for name, both in rows.items():
+        ids, dtypes = np.stack(both).astype(np.int32), FLOAT32 if name in single else BOTH
+        found.append(trial(f"documents, {name}", DOCUMENTS, segment_ids=ids, dtypes=dtypes))
     for name in ("ragged", "boundaries at 63, 64, 127, 128", "padding in front", "scattered"):
         ids = np.stack(rows[name]).astype(np.int32)
         found += [
