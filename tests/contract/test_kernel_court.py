@@ -185,6 +185,18 @@ def test_a_kernel_that_raises_is_convicted() -> None:
     assert verdict.convicted and "it raised ValueError: no such tile" in str(verdict.wrong[0])
 
 
+def test_a_kernel_of_another_package_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "plugins" / "acme"))
+    kernels.others.cache_clear()
+    try:
+        assert main(["acme-einsum", "--quick"]) == 0
+        assert "attention=acme-einsum on torch, cpu: passed" in capsys.readouterr().out
+    finally:
+        kernels.others.cache_clear()
+
+
 def broken(*_: Any, **__: Any) -> None:
     raise ValueError("no such tile")
 
