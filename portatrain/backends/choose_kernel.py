@@ -97,8 +97,8 @@ def taken() -> list[dict[str, Any]]:
     return found
 
 
-def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
-    """Return the traits of a call of `Ops.attention` with these keywords."""
+def attention_traits(options: Mapping[str, Any], sizes: tuple[int, int]) -> frozenset[str]:
+    """Return the traits of a call of `Ops.attention` with these keywords. `sizes`: of a key head and a value head."""
     present = {
         "causal": options.get("causal", True),
         "window": options.get("window") is not None,
@@ -107,5 +107,7 @@ def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
         "prefix": options.get("prefix") is not None,
         "alibi": bool(options.get("alibi", False)),
         "softcap": options.get("softcap") is not None,
+        "sinks": options.get("sinks") is not None,
+        "value-size": sizes[0] != sizes[1],
     }
     return frozenset(name for name, there in present.items() if there)

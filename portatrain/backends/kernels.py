@@ -28,6 +28,9 @@ OPERATIONS = ("attention", "grouped_matmul")
 SCORES_BYTES = 256 << 20
 """The largest size of the float32 scores of attention on a device at one time, on jax."""
 
+FLEX_DEVICES = ("cuda", "xpu")
+"""The kinds of devices for which torch compiles FlexAttention, by torch's names. A ROCm build says 'cuda' too."""
+
 Named = tuple[tuple[str, str], ...]
 """(operation, kernel) of the kernels that were named explicitly."""
 
@@ -55,9 +58,10 @@ class Case:
     """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them; for a grouped
-    matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for
-    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi' and 'softcap' that the call has,
-    and 'uneven' if the queries do not divide over the devices that hold them.
+    matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for attention, those of 'causal',
+    'window', 'segments', 'positions', 'prefix', 'alibi', 'softcap' and 'sinks' that the call has, 'value-size' if value
+    heads are not of size D, and 'uneven' if the queries do not divide over the devices that hold them. A kernel that
+    returns the log-sum-exp of the scores covers sinks by `out * sigmoid(lse - sinks)`.
     """
 
     site: Site
@@ -113,7 +117,23 @@ def _chunked_refuses(case: Case) -> str | None:
 
 
 def _sdpa_refuses(case: Case) -> str | None:
-    return "torch's kernels cannot soft-cap the scores" if "softcap" in case.traits else None
+    if "softcap" in case.traits:
+        return "torch's kernels cannot soft-cap the scores"
+    return "torch's kernels have no sinks" if "sinks" in case.traits else None
+
+
+def _unmasked_refuses(case: Case) -> str | None:
+    """Return why torch has no fused kernel of a call without a mask of numbers; it would compute all scores."""
+    _, _, _, h, k, d = case.shape
+    if case.site.device not in FLEX_DEVICES:
+        return None
+    if d > 256:
+        return f"torch's fused kernels take heads of at most 256, not {d}"
+    if case.dtype == "float32" and h != k:
+        return f"torch's fused kernel of float32 takes one head of keys for each head, not {k} for {h}"
+    if case.dtype == "float32" and d % 4:
+        return f"torch's fused kernel of float32 takes heads of a multiple of 4, not {d}"
+    return None
 
 
 def _sdpa_masked_refuses(case: Case) -> str | None:
@@ -121,6 +141,10 @@ def _sdpa_masked_refuses(case: Case) -> str | None:
         return reason
     if "alibi" in case.traits and case.dtype != "float32":
         return f"the bias of ALiBi would be rounded to {case.dtype}"
+    if case.site.device in FLEX_DEVICES and case.shape[1] > 1:
+        if case.traits:
+            return f"its mask of numbers has {case.shape[1]} x {case.shape[2]} elements"
+        return _unmasked_refuses(case)
     return None
 
 
@@ -129,10 +153,24 @@ def _sdpa_causal_refuses(case: Case) -> str | None:
         return reason
     if "causal" not in case.traits:
         return "the mask is not causal"
-    if more := case.traits - {"causal"}:
+    if more := case.traits - {"causal", "value-size"}:
         return f"its mask is causal and knows no {' or '.join(sorted(more))}"
     if case.shape[1] != case.shape[2]:
         return f"{case.shape[1]} queries and {case.shape[2]} keys are not the same positions"
+    return _unmasked_refuses(case)
+
+
+def _flex_refuses(case: Case) -> str | None:
+    if case.site.device == "cpu":
+        return "FlexAttention has no backward pass on a CPU"
+    if case.site.device not in FLEX_DEVICES:
+        return f"it runs on {' and '.join(FLEX_DEVICES)}, not on {case.site.device}"
+    if case.shape[1] == 1:
+        return "one query needs no mask of blocks"
+    if "sinks" in case.traits:
+        return "it has no sinks"
+    if case.shape[5] < 16:
+        return f"it takes heads of at least 16, not {case.shape[5]}"
     return None
 
 
@@ -167,6 +205,13 @@ TABLE: tuple[Kernel, ...] = (
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
         refuses=_sdpa_masked_refuses,
+    ),
+    Kernel(
+        operation="attention",
+        name="flex",
+        backends=("torch",),
+        where="portatrain.backends.torch.flex:flex",
+        refuses=_flex_refuses,
     ),
     Kernel(
         operation="attention",
