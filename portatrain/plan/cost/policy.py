@@ -113,8 +113,8 @@ TUNING = {
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
-    # The jax backend on NVIDIA, as XLA compiles it; a plan does not choose it there.
-    "jax-cuda": Tuning(keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0),
+    # The jax backend on NVIDIA and AMD, as XLA compiles it; a plan does not choose it there.
+    "jax-gpu": Tuning(keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0),
     "torch-rocm": Tuning(),
     "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, fragmentation=0.0),
     "hpu": Tuning(),
