@@ -147,8 +147,7 @@ def _owners(text: str) -> Iterator[tuple[str, str]]:
 
 def _named(text: str) -> Iterator[tuple[str, str]]:
     """Read nm's list: (symbol, version). Weak symbols, which may stay undefined, are left out."""
-    for symbol, version in re.findall(r"^[0-9a-f]*\s+[^wv\s] ([^\s@]+)(?:@+(\S+))?$", text, re.MULTILINE):
-        yield symbol, version
+    yield from re.findall(r"^[0-9a-f]*\s+[^wv\s] ([^\s@]+)(?:@+(\S+))?$", text, re.MULTILINE)
 
 
 def _make(path: Path, symbols: Symbols, scratch: Path) -> None:

@@ -128,5 +128,6 @@ def _unknown(cluster: Cluster, what: str, expected: str) -> UserError:
         f"--compile for {cluster.name}",
         expected=f"{expected}, which {what} compiles for",
         got=cluster.chip.name,
-        do="Leave --compile out for the plan by arithmetic, or name another compiler: --compiler tpu, cuda, rocm or fsdp2.",
+        do="Leave --compile out for the plan by arithmetic, or name another compiler: --compiler tpu, cuda, rocm or "
+        "fsdp2.",
     )
