@@ -17,7 +17,7 @@ from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.cluster import Cluster
-from portatrain.plan.clusters.gpu_devices import DEVICES
+from portatrain.plan.clusters.gpu_devices import AMD_DEVICES, DEVICES
 from portatrain.plan.clusters.slices import RULES, default_shape, text
 from portatrain.plan.cost import device_order as orders
 from portatrain.plan.cost import recipes
@@ -115,8 +115,8 @@ def chip_of(device: str) -> Chip | None:
     for chip in CHIPS.values():
         if chip.jax_kind and chip.jax_kind == device:
             return chip
-    for name, known in DEVICES.items():
-        if device.startswith(known.name):
+    for name, reported in {name: gpu.name for table in (DEVICES, AMD_DEVICES) for name, gpu in table.items()}.items():
+        if device.startswith(reported):
             return CHIPS[name]
     return None
 

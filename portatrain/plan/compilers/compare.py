@@ -41,8 +41,8 @@ def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
     """Return the figures of one candidate as ``compiler`` counts them: XLA's figures are for the jax backend, and a
     trace of torch has neither the runtime nor the allocator's fragments."""
     precision, tuning = PRECISIONS[chosen.precision], tuning_of(plan.cluster.chip.stack)
-    if compiler == "cuda":
-        tuning = TUNING["jax-cuda"]
+    if compiler in ("cuda", "rocm"):
+        tuning = TUNING["jax-gpu"]
     elif compiler == "fsdp2":
         tuning = replace(tuning, runtime_bytes=0.0, fragmentation=0.0)
     work = on_mesh(plan.shape, chosen.mesh)

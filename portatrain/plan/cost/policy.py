@@ -122,8 +122,8 @@ TUNING = {
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
-    # The jax backend on NVIDIA, as XLA compiles it; a plan does not choose it there.
-    "jax-cuda": Tuning(
+    # The jax backend on NVIDIA and AMD, as XLA compiles it; a plan does not choose it there.
+    "jax-gpu": Tuning(
         backend="jax", keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0
     ),
     "torch-rocm": Tuning(),
