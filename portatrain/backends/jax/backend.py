@@ -21,6 +21,7 @@ from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
+from portatrain.backends.jax.trace import JaxTrace
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
@@ -410,6 +411,9 @@ class JaxBackend:
         """Return the sums of `words`, uint64, over all processes, modulo 2^64. JAX carries them as 32-bit halves."""
         every = multihost_utils.process_allgather(words.view(np.uint32))
         return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
+
+    def start_trace(self) -> JaxTrace:
+        return JaxTrace()
 
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
