@@ -432,6 +432,7 @@ class JaxBackend:
             layer=jnp.int32(0),
             training=context.training,
             compute=COMPUTE[context.precision],
+            site=Site(backend="jax", device=jax.default_backend()),
         )
 
     @classmethod
