@@ -183,8 +183,10 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
-        out = self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, **options)
-        return self.name(out, "attention")
+        name = "attention"
+        self.named.add(name)
+        kept = name if self.remat.by_name else None
+        return self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, name=kept, **options)
 
     # ---- elementwise and shape
 
