@@ -108,6 +108,7 @@ def attention_traits(options: Mapping[str, Any], sizes: tuple[int, int]) -> froz
         "causal": options.get("causal", True),
         "window": options.get("window") is not None,
         "segments": options.get("segment_ids") is not None,
+        "segment-pair": isinstance(options.get("segment_ids"), tuple),
         "positions": options.get("positions") is not None,
         "prefix": options.get("prefix") is not None,
         "alibi": bool(options.get("alibi", False)),

@@ -191,8 +191,10 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         if (sinks := options.get("sinks")) is not None:
             options["sinks"] = self.weight(sinks)
-        out = self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, **options)
-        return self.name(out, "attention")
+        name = "attention"
+        self.named.add(name)
+        kept = name if self.remat.by_name else None
+        return self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, name=kept, **options)
 
     # ---- elementwise and shape
 

@@ -38,6 +38,7 @@ def trial(
     **indices: Any,
 ) -> Trial:
     options = options or {}
+    cross = {"cross"} if sizes[1] != sizes[2] else set()
     return Trial(
         operation="attention",
         name=name,
@@ -46,7 +47,7 @@ def trial(
         oracle=attention,
         indices=indices,
         options=options,
-        traits=attention_traits({**options, **indices}),
+        traits=attention_traits({**options, **indices}, (sizes[5], sizes[5])) | cross,
         dtypes=dtypes,
     )
 

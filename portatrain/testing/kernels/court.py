@@ -170,15 +170,7 @@ def judge(
 def _tried(run: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
     """Return what is wrong, the number of elements compared, and the largest error over its bound."""
     try:
-        kind, found = run(
-            trial.operation,
-            kernel.load(),
-            operands(trial, dtype),
-            trial.indices,
-            trial.options,
-            dtype=dtype,
-            device=device,
-        )
+        kind, found = run(kernel, operands(trial, dtype), trial.indices, trial.options, dtype=dtype, device=device)
     except Exception as error:  # whatever the kernel raises in a case that it says it covers
         said = f"it raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return [Wrong(case=trial.name, dtype=dtype, operand="result", said=said)], 0, np.inf
