@@ -117,7 +117,8 @@ def test_every_case_has_a_name_of_its_own() -> None:
 def test_a_sample_of_cases_convicts_no_honest_kernel(row: tuple[str, Kernel]) -> None:
     backend, kernel = row
     verdict = judge(kernel, backend, cases=sample(trials(kernel.operation)))
-    assert verdict.word == "passed", verdict.wrong[0]
+    # FlexAttention has no backward pass on a CPU, so that it can be tried on a GPU alone.
+    assert verdict.word == ("covers no case" if kernel.name == "flex" else "passed"), verdict.wrong[:1]
 
 
 @pytest.mark.parametrize("kernel", ["chunked", "ragged_dot"])
