@@ -17,7 +17,7 @@ from portatrain.backends import kernels
 from portatrain.backends.kernels import Case, Kernel, Site
 from portatrain.errors import UserError
 from portatrain.testing.kernels.attention_data import of_documents, of_numbers
-from portatrain.testing.kernels.attention_trials import of_masks, of_positions, of_sizes
+from portatrain.testing.kernels.attention_trials import of_masks, of_positions, of_sinks, of_sizes
 from portatrain.testing.kernels.bounds import Due
 from portatrain.testing.kernels.grouped_trials import grouped_trials
 from portatrain.testing.kernels.trial import Trial, operands, owed
@@ -84,7 +84,7 @@ def trials(operation: str) -> tuple[Trial, ...]:
     """Return the table of hard cases of an operation."""
     if operation == "grouped_matmul":
         return tuple(grouped_trials())
-    return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers())
+    return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers(), *of_sinks())
 
 
 def select(operation: str, pattern: str = "*", *, empty: bool = False) -> tuple[Trial, ...]:
@@ -176,6 +176,7 @@ def _tried(run: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> t
             operands(trial, dtype),
             trial.indices,
             trial.options,
+            keywords=trial.keywords,
             dtype=dtype,
             device=device,
         )
