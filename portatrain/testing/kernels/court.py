@@ -143,7 +143,7 @@ def judge(
     with _small_limits():
         for i, (trial, dtype) in enumerate(todo):
             progress(i, len(todo))
-            case = Case(site=site, dtype=dtype, shape=trial.shape, traits=trial.traits)
+            case = Case(site=site, dtype=dtype, shape=trial.shape, traits=trial.traits | _of_backend(trial, backend))
             if (reason := kernel.refuses(case)) is not None:
                 refused.append((trial.name, dtype, reason))
                 continue
@@ -167,12 +167,17 @@ def judge(
     )
 
 
+def _of_backend(trial: Trial, backend: str) -> set[str]:
+    """Return the traits that only this backend gives to the case (`kernels.Case`)."""
+    cross = trial.operation == "attention" and trial.shape[1] != trial.shape[2]
+    return {"cross"} if backend == "jax" and cross else set()
+
+
 def _tried(run: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
     """Return what is wrong, the number of elements compared, and the largest error over its bound."""
     try:
         kind, found = run(
-            trial.operation,
-            kernel.load(),
+            kernel,
             operands(trial, dtype),
             trial.indices,
             trial.options,
