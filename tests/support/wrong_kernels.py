@@ -59,6 +59,7 @@ class Attention:
         prefix: Tensor | None = None,
         alibi: Any = False,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
         q, k, v = self.operands(q, k, v)
@@ -78,7 +79,8 @@ class Attention:
         slopes = slopes_of(alibi, h)
         bias = 0.0 if slopes is None else -torch.tensor(slopes)[:, None, None] * behind.abs().float()[:, None]
         scores = self.masked(scores, bias, softcap, seen)
-        weights = self.blind(self.softmax(scores), seen)
+        weights = self.softmax(scores) if sinks is None else self.beside(scores, self.sinks(sinks, softcap, d))
+        weights = self.blind(weights, seen)
         return self.result(torch.einsum("bhst,bthd->bshd", self.weights(weights), v.float()), q)
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +125,13 @@ class Attention:
 
     def softmax(self, scores: Tensor) -> Tensor:
         return scores.softmax(-1)
+
+    def sinks(self, sinks: Tensor, softcap: float | None, d: int) -> Tensor:
+        return sinks
+
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        each = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        return self.softmax(torch.cat([scores, each], dim=-1))[..., :-1]
 
     def blind(self, weights: Tensor, seen: Tensor) -> Tensor:
         return weights * seen
@@ -306,9 +315,9 @@ class SmallValuesFlushed(Attention):
         return q, k, v - torch.where(v.abs() < 2.0**-24, v, 0.0).detach()
 
 
-@planted("gradient of v")
+@planted("gradient of k")
 class SmallWeightsFlushed(Attention):
-    """Weights below 1e-24 are taken as zero. No result shows it, but the gradient of a late key is made of them."""
+    """Weights below 1e-24 are taken as zero. No result shows it, but the gradients of a late key are made of them."""
 
     def weights(self, weights: Tensor) -> Tensor:
         return weights * (weights > 1e-24)
@@ -370,7 +379,48 @@ class ResultInFloat32(Attention):
         return out
 
 
+@planted("result")
+class SinksIgnored(Attention):
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        return self.softmax(scores + 0 * sinks[:, None, None])
+
+
+@planted("result")
+class SinksScaled(Attention):
+    def sinks(self, sinks: Tensor, softcap: float | None, d: int) -> Tensor:
+        return sinks * d**-0.5
+
+
+@planted("result")
+class SinksCapped(Attention):
+    def sinks(self, sinks: Tensor, softcap: float | None, d: int) -> Tensor:
+        return self.capped(sinks, softcap)
+
+
+@planted("result")
+class SinkWithAValue(Attention):
+    """The sink's weight goes to the last key."""
+
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        each = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = self.softmax(torch.cat([scores, each], dim=-1))
+        return torch.cat([weights[..., :-2], weights[..., -2:].sum(-1, keepdim=True)], dim=-1)
+
+
 # ---- attention: gradients
+
+
+@planted("gradient of sinks")
+class SinksOfTheFirstSample(Attention):
+    """The gradient of the sinks is summed over the queries of the first sample only."""
+
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        each = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        return super().beside(scores, sinks) if not len(each) else self._of_first(scores, each)
+
+    def _of_first(self, scores: Tensor, each: Tensor) -> Tensor:
+        each = torch.cat([each[:1], each[1:].detach()])
+        return self.softmax(torch.cat([scores, each], dim=-1))[..., :-1]
 
 
 @planted("gradient of q")
