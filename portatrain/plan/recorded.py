@@ -12,6 +12,7 @@ from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.plan.as_json import candidate
+from portatrain.plan.attending import name_of, priced
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
@@ -147,6 +148,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
     places = assign_axes(cluster, sizes, cluster.devices)
     if isinstance(places, str):
         return places
+    tuning = priced(tuning, shape, sizes, rows, precision)
     need = memory(
         work,
         tokens=rows * work.seq,
@@ -165,6 +167,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
             precision=precision.name,
             placement=where,
             memory=need,
+            kernel=name_of(shape, sizes, rows, precision, tuning),
             time=step_time(
                 work,
                 where,

@@ -68,6 +68,7 @@ ARRAY_MODULES = tuple(
         "training.continuity",
         "training.evaluation",
         "training.open_data",
+        "training.saves",
         "training.step_records",
         "training.view",
         "testing",

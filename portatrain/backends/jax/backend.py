@@ -21,6 +21,7 @@ from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
+from portatrain.backends.jax.trace import JaxTrace
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
@@ -411,6 +412,9 @@ class JaxBackend:
         every = multihost_utils.process_allgather(words.view(np.uint32))
         return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
 
+    def start_trace(self) -> JaxTrace:
+        return JaxTrace()
+
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
         name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"
@@ -428,6 +432,7 @@ class JaxBackend:
             layer=jnp.int32(0),
             training=context.training,
             compute=COMPUTE[context.precision],
+            site=Site(backend="jax", device=jax.default_backend()),
         )
 
     @classmethod

@@ -36,6 +36,7 @@ from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
+from portatrain.backends.torch.trace import TorchTrace
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.across_samples import Across
@@ -386,6 +387,9 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def agree(self, value: int) -> int:
         return value
+
+    def start_trace(self) -> TorchTrace:
+        return TorchTrace()
 
     def describe_device(self) -> dict[str, Any]:
         return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}

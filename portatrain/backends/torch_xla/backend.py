@@ -62,6 +62,7 @@ class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"
+    start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition

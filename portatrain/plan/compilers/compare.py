@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from portatrain.plan.attending import priced
 from portatrain.plan.compilers.job import Answer
 from portatrain.plan.cost.memory import memory
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, tuning_of
@@ -45,6 +46,7 @@ def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
     elif compiler == "fsdp2":
         tuning = replace(tuning, runtime_bytes=0.0, fragmentation=0.0)
     work = on_mesh(plan.shape, chosen.mesh)
+    tuning = priced(tuning, plan.shape, chosen.mesh, chosen.rows, precision)
     remat, tokens = REMATS[chosen.remat], chosen.rows * work.seq
     amounts = volumes(work, tokens=tokens, remat=remat, precision=precision, tuning=tuning)
     need = memory(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends import choose_kernel
 from portatrain.backends.program import make_program
 from portatrain.data.open import blank_batch
 from portatrain.data.spec import DataSpec
@@ -37,6 +38,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     backend = JaxBackend(program, devices)
     stage(f"tracing for {len(devices)} x {devices[0].device_kind}")
     step, args = backend.abstract_step(batch_of(recipe.data, recipe.batch, recipe.accumulation))
+    choose_kernel.taken()
     traced = step.trace(*args)
     stage("lowering")
     lowered = traced.lower(lowering_platforms=(PLATFORM[asked["compiler"]],))
@@ -44,6 +46,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "compiler": f"{asked['compiler']}, {_version(asked['compiler'])}",
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
+        "kernels": choose_kernel.taken(),
         "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
     }
     stage("compiling, which may take minutes")

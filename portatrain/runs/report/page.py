@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from portatrain.errors import visible
+from portatrain.runs import profiles
 from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.verdict import in_words
@@ -41,6 +42,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
             _attempts(run),
             _resume_points(run),
             _plans(run),
+            _profiles(run),
             _checkpoints(checkpoints),
             _recipe(run),
             "</body></html>",
@@ -179,6 +181,16 @@ def _plans(run: History) -> str:
         return ""
     head = ("attempt", "planned step", "measured step (median)", "planned memory a device", "measured peak")
     return _section("Planned beside measured", _table(head, rows))
+
+
+def _profiles(run: History) -> str:
+    out = []
+    for attempt in run.attempts:
+        for one in attempt.profiles:
+            files = ", ".join(f"<code>attempts/{attempt.number}/{escape(file)}</code>" for file in one.files)
+            out.append(f"<p>Attempt {attempt.number}, {escape(one.steps)}: {files}</p>")
+            out.append(_table(profiles.COLUMNS, one.operations))
+    return _section("Profiles", "".join(out)) if out else ""
 
 
 def _checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> str:

@@ -87,17 +87,37 @@ def trials(operation: str) -> tuple[Trial, ...]:
     return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers())
 
 
-def select(operation: str, pattern: str = "*") -> tuple[Trial, ...]:
-    """Return the trials with names that contain `pattern`, which may have the wildcards * and ?."""
+def select(operation: str, pattern: str = "*", *, empty: bool = False) -> tuple[Trial, ...]:
+    """Return the trials with names that contain `pattern`, which may have the wildcards * and ?. Raises UserError if
+    there are none, unless they may be `empty`."""
     found = tuple(t for t in trials(operation) if fnmatch.fnmatch(t.name, f"*{pattern}*"))
-    if not found:
+    if not found and not empty:
         raise UserError(
             "--cases",
             expected=f"words in the name of a case of {operation}",
             got=repr(pattern),
-            do="For example: --cases documents, or --cases 'window *'. --list lists the cases.",
+            do="For example: --cases documents. `--list --cases '?'` lists the names.",
         )
     return found
+
+
+SAMPLE = (
+    *("129 tokens", "heads 16:1, ratio 16", "window 64", "soft-cap 30", "a cache, each row elsewhere"),
+    *("documents, ragged", "documents, one token each", "documents, padding alone"),
+    *("positions of which many see nothing", "scores of 1e4, one key wins", "documents, huge keys hidden"),
+    *("ragged", "neighbours empty", "all to the last", "rows past the sum", "sizes 127 x 129"),
+    *("huge rows past the sum", "denormals"),
+)
+
+
+def sample(cases: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Return those of the cases that make a quick sample: few seconds, and few shapes to compile."""
+    return tuple(case for case in cases if case.name in SAMPLE)
+
+
+def runner(backend: str) -> Any:
+    """Return the module that runs a kernel on `backend`; this imports its framework."""
+    return importlib.import_module(RUNNERS[backend])
 
 
 def judge(
@@ -114,9 +134,9 @@ def judge(
 
     first: stop at the first case that convicts. progress: called with the number of cases done and of all.
     """
-    runner = importlib.import_module(RUNNERS[backend])
+    run = runner(backend).run
     site = Site(backend=backend, device=device, named=((kernel.operation, kernel.name),))
-    todo = [(t, d) for t in cases or trials(kernel.operation) for d in t.dtypes if d in dtypes]
+    todo = [(t, d) for t in (trials(kernel.operation) if cases is None else cases) for d in t.dtypes if d in dtypes]
     wrong: list[Wrong] = []
     refused: list[tuple[str, str, str]] = []
     passed, compared, largest, start = 0, 0, 0.0, time.monotonic()
@@ -127,7 +147,7 @@ def judge(
             if (reason := kernel.refuses(case)) is not None:
                 refused.append((trial.name, dtype, reason))
                 continue
-            found, size, worst = _tried(runner, kernel, trial, dtype, device)
+            found, size, worst = _tried(run, kernel, trial, dtype, device)
             wrong += found
             passed += not found
             compared += size
@@ -147,18 +167,10 @@ def judge(
     )
 
 
-def _tried(runner: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
+def _tried(run: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
     """Return what is wrong, the number of elements compared, and the largest error over its bound."""
     try:
-        kind, found = runner.run(
-            trial.operation,
-            kernel.load(),
-            operands(trial, dtype),
-            trial.indices,
-            trial.options,
-            dtype=dtype,
-            device=device,
-        )
+        kind, found = run(kernel, operands(trial, dtype), trial.indices, trial.options, dtype=dtype, device=device)
     except Exception as error:  # whatever the kernel raises in a case that it says it covers
         said = f"it raised {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         return [Wrong(case=trial.name, dtype=dtype, operand="result", said=said)], 0, np.inf

@@ -14,6 +14,7 @@ from portatrain.testing.kernels.bounds import Due, Operands, representable
 Rng = np.random.Generator
 Draw = Callable[[Rng], dict[str, np.ndarray]]
 BOTH = ("float32", "bfloat16")
+FLOAT32 = ("float32",)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
