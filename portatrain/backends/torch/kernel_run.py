@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-ADDED: Mapping[str, Mapping[str, Any]] = {
-    "attention": {"kept": lambda what, of, make: make(*of)},
-    "grouped_matmul": {},
-}
+ADDED: Mapping[str, Mapping[str, Any]] = {"attention": {"kept": lambda what, of, make: make(*of)}, "grouped_matmul": {}}
 """The arguments that the backend adds, by operation."""
 
 

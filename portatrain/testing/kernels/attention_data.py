@@ -61,7 +61,10 @@ def of_documents() -> list[Trial]:
     ids = np.stack(rows["ragged"]).astype(np.int32)
     found.append(trial("alibi, documents, ragged", DOCUMENTS, {"alibi": True}, segment_ids=ids, dtypes=short))
     # Segments of queries and of keys that differ, some of which no key has.
-    of_q, of_k = np.array([[1] * 5 + [2] * 7 + [9] * 5, [3] * 17], np.int32), np.stack([packed(64, 60), packed(1, 2, 3)])
+    of_q, of_k = (
+        np.array([[1] * 5 + [2] * 7 + [9] * 5, [3] * 17], np.int32),
+        np.stack([packed(64, 60), packed(1, 2, 3)]),
+    )
     for more, kinds in (({}, ("float32", "bfloat16")), ({"softcap": 1.0}, short), ({"window": 3}, short)):
         name = ", ".join(["full", *(f"{option} {value}" for option, value in more.items())])
         found.append(
@@ -162,13 +165,13 @@ def of_numbers() -> list[Trial]:
         "values of 1": (lambda x: x.update(v=np.ones_like(x["v"])), both),
     }
     found = [trial(name, NUMBERS, draw=_change(plain, c), dtypes=kinds) for name, (c, kinds) in changes.items()]
-    found.append(
-        trial("full, scores of 1e4, one key wins", NUMBERS, FULL, draw=_change(plain, _winner), dtypes=single),
-    )
+    found.append(trial("full, scores of 1e4, one key wins", NUMBERS, FULL, draw=_change(plain, _winner), dtypes=single))
     capped = {"softcap": 30.0}
     found += [
         trial("scores of 1e4, soft-cap 30", NUMBERS, capped, draw=_change(plain, _winner)),
-        trial("scores of 1e4, all equal, soft-cap 30", NUMBERS, capped, draw=_change(plain, _equal(50.0)), dtypes=single),
+        trial(
+            "scores of 1e4, all equal, soft-cap 30", NUMBERS, capped, draw=_change(plain, _equal(50.0)), dtypes=single
+        ),
         trial("all 0, soft-cap 30", NUMBERS, capped, draw=_change(plain, _times(q=0.0, k=0.0)), dtypes=single),
     ]
     ids = np.where(np.arange(33) < 20, 1, 2).astype(np.int32)

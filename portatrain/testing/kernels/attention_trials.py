@@ -59,7 +59,9 @@ def of_sizes() -> list[Trial]:
     ]
     found += [trial("257 tokens", (1, 257, 257, 2, 1, 16)), trial("no rows", (0, 8, 8, 4, 2, 16), dtypes=("float32",))]
     found += [
-        trial(f"heads {h}:{k}, ratio {h // k}", (2, 33, 33, h, k, 16), dtypes=BOTH if h // k in (4, 16) else ("float32",))
+        trial(
+            f"heads {h}:{k}, ratio {h // k}", (2, 33, 33, h, k, 16), dtypes=BOTH if h // k in (4, 16) else ("float32",)
+        )
         for h, k in ((1, 1), (3, 3), (4, 2), (6, 2), (8, 2), (12, 2), (8, 1), (16, 1))
     ]
     found += [
@@ -71,7 +73,8 @@ def of_sizes() -> list[Trial]:
         for s, t in ((33, 33), (17, 129), (129, 17), (1, 129), (129, 1))
     ]
     found += [
-        trial(f"causal, {s} queries, {t} keys", (2, s, t, 4, 2, 16), dtypes=("float32",)) for s, t in ((17, 129), (129, 17))
+        trial(f"causal, {s} queries, {t} keys", (2, s, t, 4, 2, 16), dtypes=("float32",))
+        for s, t in ((17, 129), (129, 17))
     ]
     return found
 
@@ -125,7 +128,9 @@ def of_positions() -> list[Trial]:
         trial("positions, shuffled", sizes, positions=(shuffled, shuffled)),
         trial("positions, shuffled, window 5", sizes, {"window": 5}, positions=(shuffled, shuffled)),
         trial("positions, repeated", sizes, positions=(at // 4, at // 4), dtypes=("float32",)),
-        trial("positions, shuffled, alibi", sizes, {"alibi": True}, positions=(shuffled, shuffled), dtypes=("float32",)),
+        trial(
+            "positions, shuffled, alibi", sizes, {"alibi": True}, positions=(shuffled, shuffled), dtypes=("float32",)
+        ),
         trial("a cache of 129 keys", cache, positions=(keys[-3:], keys)),
         trial("a cache, each row elsewhere", cache, positions=(late, both)),
         trial("a cache, window 64", cache, {"window": 64}, positions=(late, both), dtypes=("float32",)),
