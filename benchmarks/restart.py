@@ -3,8 +3,8 @@
     python -m benchmarks.restart --backend jax torch --repeats 3
 
 Each resume is a process of its own on a copy of one run, which was saved after two steps. A cold one has an empty
-folder for compiled programs, a warm one the folder that the cold one filled. Cold and warm alternate. On torch the blocks are
-compiled, as they are on a GPU; on a CPU this is not the default.
+folder for compiled programs, a warm one the folder that the cold one filled. Cold and warm alternate. On torch the
+blocks are compiled, as they are on a GPU; on a CPU this is not the default.
 """
 
 from __future__ import annotations
