@@ -12,7 +12,7 @@ FORM = Form("be", "em", "bm", "e")
 def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return x (2, 4), w (4, 4) and the gradient of the result (2, 4). Of every row the second half is 2^-16 or 2^-29
     of the first one, near the smallest number of the format, and alone decides a result."""
-    halves = np.array([1.0, 1.0, 1.25 * 2.0**-16, 1.75 * 2.0**-16])
+    halves = np.array([1.0, 1.0, 1.25 * 2.0**-16, 1.25 * 2.0**-16])
     x = np.stack([halves, 2 * halves])
     w = np.outer([0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 1.0, 2.0])
     w[0, 0], w[1, 1] = 1.0, 1.0
