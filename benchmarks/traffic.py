@@ -43,6 +43,7 @@ KINDS = {
     "all_reduce": "all_reduce",
     "allreduce": "all_reduce",
     "all_to_all": "all_to_all",
+    "alltoall": "all_to_all",
     "broadcast": "broadcast",
 }
 

@@ -1,7 +1,7 @@
 """Compute attention: with torch's fused kernel if it covers the case, else written out (`choose_kernel.py`
 decides).
 
-Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
+Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim (that of values may differ).
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ def attention(
         options.get("softcap") is not None,
         options.get("prefix") is not None,
         bool(options.get("alibi", False)),
+        options.get("sinks") is not None,
+        v_BTKD.shape[3] != d,
     )
     return LOADED[where](q_BSHD, k_BTKD, v_BTKD, kept=kept or (lambda what, of, make: make(*of)), **options)
 
@@ -71,7 +73,7 @@ def _kernel(
 ) -> str:
     """Return the key in `LOADED` of the kernel that runs. Arguments and result are constants only, so torch.compile
     calls this once and does not trace it."""
-    names = ("causal", "window", "segments", "positions", "softcap", "prefix", "alibi")
+    names = ("causal", "window", "segments", "positions", "softcap", "prefix", "alibi", "sinks", "value-size")
     case = kernels.Case(
         site=kernels.Site(backend=backend, device=device, mesh=mesh, named=named),
         dtype=str(dtype).removeprefix("torch."),
@@ -109,6 +111,7 @@ def sdpa_masked(
     positions: tuple[Tensor, Tensor] | None = None,
     alibi: bool | Sequence[float] = False,
     softcap: None = None,
+    sinks: None = None,
     **options: Any,
 ) -> Tensor:
     """Run torch's fused kernel with an additive mask, made once; from a boolean mask torch would make it at each
@@ -160,6 +163,7 @@ def written_out(
     kept: Callable[..., Any],
     alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     **options: Any,
 ) -> Tensor:
@@ -177,8 +181,18 @@ def written_out(
         scores = scores + bias.unflatten(1, (kv_heads, h // kv_heads))
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    weights = torch.softmax(scores, dim=-1)
+    weights = softmax(scores, sinks)
     if mask is not None:
         weights = weights * mask[:, None, None]
     out = torch.einsum("bkgst,btkd->bskgd", weights.to(v_BTKD.dtype), v_BTKD)
-    return out.reshape(b, s, h, d)
+    return out.reshape(b, s, h, v_BTKD.shape[3])
+
+
+def softmax(scores_BKGST: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax over the keys, with `sinks` (H,), if given, as one more score of each head, whose weight is
+    dropped."""
+    if sinks is None:
+        return torch.softmax(scores_BKGST, dim=-1)
+    b, kv_heads, groups, s, _ = scores_BKGST.shape
+    beside = sinks.float().reshape(1, kv_heads, groups, 1, 1).expand(b, -1, -1, s, -1)
+    return torch.softmax(torch.cat([scores_BKGST, beside], dim=-1), dim=-1)[..., :-1]

@@ -5,9 +5,8 @@ Arithmetic in the models follows DTensor's own rules. Every operation here takes
 device, and declares the placements of the result. One rule gives the gradients: an operand that is whole while another
 one is sharded gets a gradient that is a sum over the shards (Partial).
 
-Documented choices: attention gathers keys and values over context and leaves queries in place. An embedding's rows and
-the logits stay sharded over vocab, so no process sees them whole. If there are fewer kv_heads than tensor shards, every
-process of the axis computes all of them and keeps those that its queries read. Legend: see `portatrain.model.ops`.
+Documented choices: an embedding's rows and the logits stay sharded over vocab, so no process sees them whole. Those of
+attention stand in `mesh_attention.py`. Legend: see `portatrain.model.ops`.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.mesh_attention import MeshAttention
 from portatrain.backends.torch.mesh_losses import MeshLosses
 from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model import dropout_hash
-from portatrain.model.attention_rules import slopes_of
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.rope import RopeScaling
 
@@ -36,7 +35,7 @@ Placements = Sequence[Placement]
 
 
 @dataclasses.dataclass
-class MeshOps(MeshArrays, MeshLosses, RowOps):
+class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
     """Implement `Ops` on context and tensor axes, see the top of this file."""
 
     def __post_init__(self) -> None:
@@ -161,7 +160,7 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
     def bias(self, x: Any, p: Any) -> Any:
         return x + self.weight(p)
 
-    # ---- normalisation, position, attention
+    # ---- normalisation, position
 
     def rms_norm(self, x: Any, scale: Any = None, *, eps: float = 1e-6) -> Any:
         x = self._value(x)
@@ -193,70 +192,6 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
             "local-rope", (*table, beside), lambda cos, sin, lie: (self._local(cos, lie), self._local(sin, lie))
         )
         return self._from(self.parts.rope(self._local(x, at), local), at)
-
-    def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
-        """Leave queries in place over context and heads; all-gather keys and values over context."""
-        q, k, v = self._value(q_BSHD), self._value(k_BTKD), self._value(v_BTKD)
-        heads, kv_heads = q.shape[2], k.shape[2]
-        at_q: list[Placement] = []
-        at_k: list[Placement] = []
-        grads: list[Placement] = []
-        take: slice | None = None
-        for axis, p in zip(self.axes, q.placements, strict=True):
-            size, here = self.world.mesh.sizes[axis], self.world.at[axis]
-            cut = isinstance(p, Shard) and p.dim in (1, 2)
-            at_q.append(p if cut else Replicate())
-            if not cut:
-                at_k.append(Replicate())
-                grads.append(Replicate())
-            elif p.dim == 1:
-                at_k.append(Replicate())
-                grads.append(Partial())
-            elif kv_heads % size == 0:
-                at_k.append(Shard(2))
-                grads.append(Shard(2))
-            else:
-                # Every process has all kv heads and reads those of its own queries.
-                at_k.append(Replicate())
-                grads.append(Partial())
-                per, group = heads // size, heads // kv_heads
-                take = slice(here * per // group, ((here + 1) * per - 1) // group + 1)
-        locals_ = [self._local(q, at_q), self._local(k, at_k, grads), self._local(v, at_k, grads)]
-        if take is not None:
-            locals_[1:] = [x[:, :, take] for x in locals_[1:]]
-        options |= self._attention_rule(q, at_q, k.shape[1], options)
-        if (slopes := slopes_of(options.get("alibi", False), heads)) is not None:
-            options["alibi"] = slopes
-            for axis, p in zip(self.axes, at_q, strict=True):
-                if isinstance(p, Shard) and p.dim == 2:
-                    size, here = heads // self.world.mesh.sizes[axis], self.world.at[axis]
-                    options["alibi"] = slopes[here * size : (here + 1) * size]
-        return self._from(self.parts.attention(*locals_, **options), at_q)
-
-    def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Return local segment_ids and positions: those of this process's queries, and those of all keys."""
-        cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
-        segments, positions = options.get("segment_ids"), options.get("positions")
-        by_position = options.get("causal", True) or options.get("window") is not None or options.get("alibi", False)
-        if positions is None and any(cut) and by_position:
-            positions = self._kept("positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t)))
-
-        def local(pair: Any) -> Any:
-            if pair is None:
-                return None
-            of_q, of_k = pair if isinstance(pair, tuple) else (pair, pair)
-            return self._kept("pair", (of_q, of_k, tuple(cut)), part)
-
-        def part(of_q: Any, of_k: Any, cut: tuple[bool, ...]) -> Any:
-            of_q, of_k = self._value(of_q), self._value(of_k)
-            mine = [Shard(of_q.ndim - 1) if c else Replicate() for c in cut]
-            return self._local(of_q, mine), self._local(of_k, [Replicate() for _ in cut])
-
-        prefix = options.get("prefix")
-        if prefix is not None:  # which is of keys, and keys are whole
-            whole = [Replicate() for _ in cut]
-            prefix = self._kept("prefix", (prefix,), lambda x: self._local(self._value(x), whole))
-        return {"segment_ids": local(segments), "positions": local(positions), "prefix": prefix}
 
     # ---- elementwise and shape
 
