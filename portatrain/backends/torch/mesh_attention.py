@@ -29,6 +29,7 @@ class MeshAttention:
     world: Any
     axes: Any
     weight: Callable[[Any], Any]
+    arange: Callable[[int], Any]
     _value: Callable[[Any], Any]
     _local: Callable[..., Tensor]
     _from: Callable[..., Any]

@@ -84,6 +84,8 @@ class Tuning:
     (XLA) and are not added in place (torch).
     ``static``: XLA plans memory ahead. It casts weights once for all layers, makes gradients of layers only after the
     loss, runs attention in chunks of queries, and gathers only the output projection outside of layers.
+    ``balances``: over context, every device exchanges half of its queries (``model/context_chunks.py``), and attention
+    leaves out the keys that no query of a chunk sees.
     ``skips_masked``: attention skips what a causal mask hides. Our backends do not: documents are packed, and neither
     XLA nor torch's kernel with an explicit mask skips anything. Published runs used kernels that do.
     """
@@ -97,6 +99,7 @@ class Tuning:
     keeps_ends: bool = True
     twice_grads: bool = False
     skips_masked: bool = False
+    balances: bool = True
     static: bool = False
     fragmentation: float = 0.03
 
@@ -110,13 +113,18 @@ TUNING = {
         keeps_ends=False,
         twice_grads=True,
         static=True,
+        balances=False,
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
     # The jax backend on NVIDIA, as XLA compiles it; a plan does not choose it there.
-    "jax-cuda": Tuning(keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0),
+    "jax-cuda": Tuning(
+        keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, balances=False, fragmentation=0.0
+    ),
     "torch-rocm": Tuning(),
-    "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, fragmentation=0.0),
+    "neuron": Tuning(
+        runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, balances=False, fragmentation=0.0
+    ),
     "hpu": Tuning(),
     "cann": Tuning(),
     "mlx": Tuning(runtime_bytes=8.0 * 2**30),
@@ -128,6 +136,7 @@ TUNING = {
         keeps_ends=False,
         twice_grads=True,
         static=True,
+        balances=False,
         fragmentation=0.0,
     ),
 }
