@@ -59,9 +59,11 @@ class Case:
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them; for a grouped
     matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for attention, those of 'causal',
-    'window', 'segments', 'positions', 'prefix', 'alibi', 'softcap' and 'sinks' that the call has, 'value-size' if value
-    heads are not of size D, and 'uneven' if the queries do not divide over the devices that hold them. A kernel that
-    returns the log-sum-exp of the scores covers sinks by `out * sigmoid(lse - sinks)`.
+    'window', 'segments', 'segment-pair' (queries and keys have segments of their own), 'positions', 'prefix', 'alibi',
+    'softcap' and 'sinks' that the call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries
+    do not divide over the devices that hold them; on jax also 'cross' (there are not as many keys as queries),
+    'uneven-batch' and 'uneven-heads'. A kernel that returns the log-sum-exp of the scores covers sinks by
+    `out * sigmoid(lse - sinks)`.
     """
 
     site: Site
@@ -71,12 +73,30 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What becomes of the scores of attention, for the planner's price of a kernel.
+
+    kept: 'on-chip' if the device's memory never holds them; 'chunk' if it holds those of some queries at a time (see
+    `chunks`), 'whole' if it holds all. mask: whether the kernel reads a mask of as many numbers as there are scores of
+    one head. skips: whether it leaves out what a causal mask hides.
+    """
+
+    kept: str = "on-chip"
+    mask: bool = False
+    skips: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """A row of the table: an implementation of an operation, and the cases that it covers.
 
+    scores: for attention, what the planner prices; by default a fused kernel that skips what is hidden.
+
     refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
     'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those
-    that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla.
+    that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla. per_device:
+    the function, on jax, computes on the arrays of one device and runs under `jax.shard_map`. It gets `segment_ids` as
+    a pair or None, and by keyword `precision`, `device`, `part` and `kept` (see `backends/jax/splash.py`).
 
     grouped_matmul: function(x_NE, w_XEF, *, sizes_X) returns (N, F). The rows of x are sorted by expert: sizes_X[i] of
     them, integers of 0 or more, are multiplied by w_XEF[i]. Rows past the sum of the sizes give zeros, and their
@@ -89,6 +109,8 @@ class Kernel:
     backends: tuple[str, ...]
     where: str
     refuses: Callable[[Case], str | None] = lambda case: None
+    scores: Scores = Scores()
+    per_device: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Import and return the implementation."""
@@ -113,6 +135,34 @@ def _chunked_refuses(case: Case) -> str | None:
         return "the queries do not divide over the devices that hold them"
     if chunks(b, h, s, t) == 1:
         return f"the scores of all queries fit in {SCORES_BYTES / 2**20:g} MiB"
+    return None
+
+
+_SPLASH_KNOWS = frozenset({"causal", "window", "segments", "softcap", "cross"})
+_UNEVEN = {"uneven": "queries", "uneven-batch": "samples", "uneven-heads": "heads"}
+SPLASH_LEAST = 128
+"""The least number of queries, and of keys, for which splash attention runs: the smallest block that it has."""
+
+
+def _splash_refuses(case: Case) -> str | None:
+    _, s, t, _, _, d = case.shape
+    if case.site.device != "tpu" and ("attention", "splash") not in case.site.named:
+        return "it is a kernel for TPUs; elsewhere it must be named, and is interpreted, slowly"
+    if case.dtype not in ("float32", "bfloat16"):
+        return f"it computes in float32 and bfloat16, not in {case.dtype}"
+    for trait, what in _UNEVEN.items():
+        if trait in case.traits:
+            return f"the {what} do not divide over the devices that hold them"
+    if "segment-pair" in case.traits:
+        return "a query may see no key if queries and keys have segments of their own"
+    if more := case.traits - _SPLASH_KNOWS:
+        return f"its mask knows no {' or '.join(sorted(more))}"
+    if {"window", "cross"} <= case.traits:
+        return "a query may see no key if queries and keys differ in number and there is a window"
+    if min(s, t) < SPLASH_LEAST:
+        return f"{s} queries and {t} keys a device are fewer than a block of {SPLASH_LEAST}"
+    if d > (most := 256 if case.dtype == "float32" else 512):
+        return f"blocks of head size {d} do not fit in a core's memory: at most {most} in {case.dtype}"
     return None
 
 
@@ -187,10 +237,19 @@ def _grouped_mm_refuses(case: Case) -> str | None:
 TABLE: tuple[Kernel, ...] = (
     Kernel(
         operation="attention",
+        name="splash",
+        backends=("jax",),
+        where="portatrain.backends.jax.splash:splash",
+        refuses=_splash_refuses,
+        per_device=True,
+    ),
+    Kernel(
+        operation="attention",
         name="chunked",
         backends=("jax",),
         where="portatrain.backends.jax.attention:chunked",
         refuses=_chunked_refuses,
+        scores=Scores(kept="chunk", skips=False),
     ),
     Kernel(
         operation="attention",
@@ -205,6 +264,7 @@ TABLE: tuple[Kernel, ...] = (
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
         refuses=_sdpa_masked_refuses,
+        scores=Scores(mask=True, skips=False),
     ),
     Kernel(
         operation="attention",
@@ -218,18 +278,21 @@ TABLE: tuple[Kernel, ...] = (
         name="written-out",
         backends=("jax",),
         where="portatrain.backends.jax.attention:written_out",
+        scores=Scores(kept="whole", skips=False),
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("torch",),
         where="portatrain.backends.torch.attention:written_out",
+        scores=Scores(kept="whole", mask=True, skips=False),
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("torch-xla",),
         where="portatrain.backends.torch_xla.attention:written_out",
+        scores=Scores(kept="whole", mask=True, skips=False),
     ),
     Kernel(
         operation="grouped_matmul",

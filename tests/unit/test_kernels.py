@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -43,6 +44,7 @@ LONG = (1, 32768, 32768, 32, 8, 128)
         (case("jax", "causal"), "written-out", {"chunked": "fit in 256 MiB"}),
         (case("jax", "causal", shape=LONG), "chunked", {"written-out": "chunked comes first"}),
         (case("jax", "causal", "uneven", shape=LONG), "written-out", {"chunked": "do not divide"}),
+        (case("jax", "causal", shape=LONG, device="tpu"), "splash", {"chunked": "comes first"}),
         (case("torch", "causal"), "sdpa-causal", {"sdpa-masked": "comes first", "written-out": "comes first"}),
         (case("torch"), "sdpa-masked", {"sdpa-causal": "not causal"}),
         (case("torch", "causal", "segments"), "sdpa-masked", {"sdpa-causal": "knows no segments"}),
@@ -78,6 +80,48 @@ def test_what_runs_and_why_not_the_others(given: Case, name: str, against: dict[
     assert all(part in reasons[other] for other, part in against.items())
 
 
+PACKED = ("causal", "window", "segments", "softcap")
+
+
+@pytest.mark.parametrize(
+    ("traits", "changed", "reason"),
+    [
+        (PACKED, {}, None),
+        ((), {}, None),
+        (("cross",), {"shape": (1, 256, 4096, 32, 8, 128)}, None),
+        (("causal",), {"dtype": "bfloat16", "shape": (1, 1000, 1000, 3, 1, 80)}, None),
+        (PACKED, {"device": "cpu"}, "a kernel for TPUs"),
+        (PACKED, {"device": "gpu"}, "a kernel for TPUs"),
+        (("positions",), {}, "knows no positions"),
+        (("causal", "prefix", "alibi"), {}, "knows no alibi or prefix"),
+        (("segments", "segment-pair"), {}, "segments of their own"),
+        (("window", "cross"), {}, "a query may see no key"),
+        (("causal", "uneven"), {}, "the queries do not divide"),
+        (("causal", "uneven-batch"), {}, "the samples do not divide"),
+        (("causal", "uneven-heads"), {}, "the heads do not divide"),
+        (("causal",), {"shape": (1, 64, 64, 32, 8, 128)}, "fewer than a block of 128"),
+        (("causal", "cross"), {"shape": (1, 1, 4096, 32, 8, 128)}, "1 queries and 4096 keys"),
+        (("causal",), {"shape": (1, 4096, 4096, 4, 4, 1024)}, "at most 256 in float32"),
+        (("causal",), {"shape": (1, 4096, 4096, 4, 4, 512), "dtype": "bfloat16"}, None),
+        (("causal",), {"dtype": "float16"}, "not in float16"),
+    ],
+)
+def test_what_splash_covers(traits: tuple[str, ...], changed: dict[str, Any], reason: str | None) -> None:
+    device = changed.pop("device", "tpu")
+    given = dataclasses.replace(case("jax", *traits, shape=LONG, device=device), **changed)
+    (splash,) = kernels.rows("attention", "jax", "splash")
+    said = splash.refuses(given)
+    assert said is None if reason is None else said is not None and reason in said
+    assert (choose("attention", given).kernel is splash) == (reason is None)
+
+
+def test_splash_runs_on_another_device_if_it_is_named() -> None:
+    named = {"named": (("attention", "splash"),)}
+    assert choose("attention", case("jax", *PACKED, shape=LONG, device="cpu", **named)).kernel.name == "splash"
+    with pytest.raises(UserError, match=r"attention=splash.*knows no prefix.*chunked runs then"):
+        choose("attention", case("jax", "causal", "prefix", shape=LONG, device="cpu", **named))
+
+
 def test_a_kernel_that_is_named_runs_and_the_others_say_so() -> None:
     found = choose("attention", case("torch", "causal", named=(("attention", "written-out"),)))
     assert found.kernel.name == "written-out"
@@ -99,7 +143,7 @@ def test_flex_is_refused_on_a_cpu_with_its_reason() -> None:
 def test_names_are_checked_before_anything_runs() -> None:
     with pytest.raises(UserError, match=r"sdpa-casual.*sdpa-causal"):
         kernels.rows("attention", "torch", "sdpa-casual")
-    with pytest.raises(UserError, match="chunked, written-out"):
+    with pytest.raises(UserError, match="chunked, splash, written-out"):
         kernels.rows("attention", "jax", "sdpa-causal")
     with pytest.raises(UserError, match="attention"):
         kernels.rows("atention", "jax")

@@ -17,6 +17,8 @@ from portatrain.backends import choose_kernel, kernels
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="jax")
+Shards = tuple[int, int, int]
+"""The numbers of parts into which batch, heads and queries are cut over devices."""
 
 
 def visible(
@@ -39,32 +41,29 @@ def visible(
     return mask
 
 
-def attention(
-    q_BSHD: Any,
-    k_BTKD: Any,
-    v_BTKD: Any,
-    *,
-    site: kernels.Site = SITE,
-    shards: tuple[int, int, int] = (1, 1, 1),
-    **options: Any,
-) -> Any:
-    """Run the kernel that the table chooses; see `Ops.attention`. `shards`: the numbers of parts into which batch,
-    heads and queries are cut over devices. `options` may contain `precision` and `may_be_blind`. `may_be_blind` says
-    that a query may see nothing; None: True if positions or two kinds of segments are given."""
+def case_of(
+    q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, site: kernels.Site, shards: Shards, even_heads: bool, **options: Any
+) -> kernels.Case:
+    """Return the case of a call of `Ops.attention`. `even_heads`: the query heads of every device use equally many kv
+    heads."""
     (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
     rows, heads, parts = shards
-    traits = choose_kernel.attention_traits(options, (d, v_BTKD.shape[3])) | ({"uneven"} if s % parts else set())
-    shape = (-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d)
-    case = kernels.Case(site=site, dtype=q_BSHD.dtype.name, shape=shape, traits=traits)
-    return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
+    uneven = {"uneven": s % parts, "uneven-batch": b % rows, "uneven-heads": not even_heads, "cross": s != t}
+    traits = choose_kernel.attention_traits(options, (d, v_BTKD.shape[3]))
+    return kernels.Case(
+        site=site,
+        dtype=q_BSHD.dtype.name,
+        shape=(-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d),
+        traits=traits | {trait for trait, there in uneven.items() if there},
+    )
 
 
-def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
+def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: Shards, **options: Any) -> Any:
     """Compute all scores at once."""
     return _in_chunks(1, 1, q_BSHD, k_BTKD, v_BTKD, **options)
 
 
-def chunked(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
+def chunked(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: Shards, **options: Any) -> Any:
     """Compute the scores of one chunk of queries at a time."""
     rows, heads, parts = shards
     b, s, h, _ = q_BSHD.shape

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform as machine
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,12 +16,15 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.compiling import Compiled
+from portatrain.backends.jax import compile_cache
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
+from portatrain.backends.jax.trace import JaxTrace
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
@@ -60,6 +64,7 @@ class JaxBackend:
         # A state leaves a step with the sharding that it came with; otherwise the next step would compile again.
         shardings = self._assemble(self._sharding, None)
         platform = self.devices.devices.flat[0].platform
+        self._platform = platform
         self.site = Site.of(program, backend="jax", device=platform)
         # On a CPU a running step takes the cores that would prepare the next one; small steps run in the calling
         # thread.
@@ -411,6 +416,15 @@ class JaxBackend:
         every = multihost_utils.process_allgather(words.view(np.uint32))
         return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
 
+    def start_trace(self) -> JaxTrace:
+        return JaxTrace()
+
+    def use_compile_cache(self, folder: Path) -> Path:
+        return compile_cache.use(folder, self._platform)
+
+    def compiled(self) -> Compiled:
+        return compile_cache.compiled()
+
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
         name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"
@@ -428,6 +442,7 @@ class JaxBackend:
             layer=jnp.int32(0),
             training=context.training,
             compute=COMPUTE[context.precision],
+            site=Site(backend="jax", device=jax.default_backend()),
         )
 
     @classmethod

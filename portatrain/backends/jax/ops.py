@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 
 from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
+from portatrain.backends.jax.cpu_products import may_merge, product_of
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
@@ -115,10 +116,19 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             return self._along(product, out, split)
         arrays = [self.weight(x) if isinstance(x, nnx.Param) else plain(x) for x in operands]
         arrays = [self._along(x.astype(self.compute), its, split) for x, its in zip(arrays, terms, strict=True)]
-        product = jnp.einsum(
-            spec, *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
+        contract: Any = self._product(spec, operands) or functools.partial(jnp.einsum, spec)
+        product = contract(
+            *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
         )
         return self._along(product, out, split)
+
+    def _product(self, spec: str, operands: Sequence[Any]) -> Any:
+        """Return the product of matrices that an einsum is on a CPU; None: leave it to XLA."""
+        return product_of(spec) if self._merges and isinstance(operands[-1], nnx.Param) else None
+
+    @property
+    def _merges(self) -> bool:
+        return self.site.device == "cpu" and may_merge(self.layout)
 
     def _note(self, table_VE: Any, ids: Any) -> None:
         shape = getattr(plain(table_VE), "shape", None)  # None: with LoRA factors, which the operation refuses
@@ -161,13 +171,9 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         """Return a parameter in float32, in a shape that broadcasts over `like`, (B, ..., *p.shape)."""
         p = self.weight(p).astype(jnp.float32)
         between = like.ndim - p.ndim - 1
-        if self._platform != "cpu" or between < 1:
+        if self.site.device != "cpu" or between < 1:
             return p
         return summed_in_two_steps(p, (like.shape[0], *(1,) * between))
-
-    @property
-    def _platform(self) -> str:
-        return jax.default_backend() if self.devices is None else self.devices.devices.flat[0].platform
 
     def rope_table(
         self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
@@ -185,8 +191,10 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         if (sinks := options.get("sinks")) is not None:
             options["sinks"] = self.weight(sinks)
-        out = self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, **options)
-        return self.name(out, "attention")
+        name = "attention"
+        self.named.add(name)
+        kept = name if self.remat.by_name else None
+        return self._attended(q_BSHD, k_BTKD, v_BTKD, precision=self._precision, name=kept, **options)
 
     # ---- elementwise and shape
 
@@ -277,6 +285,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             softcap=softcap,
             precision=self._precision,
             cut=self._cut(table_VE),
+            merge=self._merges,
         )
         return Loss(total, weight_B, loss_B)
 

@@ -29,11 +29,11 @@ class MeshAttention:
     world: Any
     axes: Any
     weight: Callable[[Any], Any]
-    arange: Callable[[int], Any]
     _value: Callable[[Any], Any]
     _local: Callable[..., Tensor]
     _from: Callable[..., Any]
     _kept: Callable[..., Any]
+    arange: Callable[[int], Tensor]
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         """Compute the queries of this process over all keys. See the top of this file."""

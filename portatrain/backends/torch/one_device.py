@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.compiling import Compiled
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.state import (
@@ -36,6 +38,7 @@ from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
+from portatrain.backends.torch.trace import TorchTrace
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.across_samples import Across
@@ -386,6 +389,23 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def agree(self, value: int) -> int:
         return value
+
+    def start_trace(self) -> TorchTrace:
+        return TorchTrace()
+
+    def use_compile_cache(self, folder: Path) -> Path | None:
+        if not self.compiles:
+            return None
+        from portatrain.backends.torch import compile_cache  # loads the compiler, which takes seconds
+
+        return compile_cache.use(folder)
+
+    def compiled(self) -> Compiled:
+        if not self.compiles:
+            return Compiled()
+        from portatrain.backends.torch import compile_cache
+
+        return compile_cache.compiled()
 
     def describe_device(self) -> dict[str, Any]:
         return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}

@@ -62,6 +62,8 @@ class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"
+    use_compile_cache: Any = None  # torch-xla has a cache of its own (XLA_PERSISTENT_CACHE_PATH)
+    start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition

@@ -36,9 +36,10 @@ class ModelShape:
 
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
     ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
-    (1: dropless). ``value_dim``: the size of a value head, if not ``head_dim``. ``slot_bytes``: bytes of optimizer
-    state per trained parameter. ``flops_per_sample``: the model's own figure, for MFU. ``tensors`` replaces the derived
-    parameters.
+    (1: dropless). ``options``: the traits of attention besides 'causal' and 'value-size', as the table of kernels names
+    them; by default documents are packed. ``value_dim``: the size of a value head, if not ``head_dim``.
+    ``slot_bytes``: bytes of optimizer state per trained parameter. ``flops_per_sample``: the model's own figure, for
+    MFU. ``tensors`` replaces the derived parameters.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ModelShape:
     gated: bool = True
     tied: bool = False
     causal: bool = True
+    options: frozenset[str] = frozenset({"segments"})
     experts: int = 0
     experts_per_token: int = 0
     shared_experts: int = 0
@@ -99,6 +101,17 @@ class ModelShape:
         if self.mla:
             return self.heads * (self.mla.nope_dim + self.mla.rope_dim + self.mla.value_dim)
         return self.kv_heads * (self.head_dim + self.value_size)
+
+    @property
+    def key_size(self) -> int:
+        """Return the size of a key head."""
+        return self.mla.nope_dim + self.mla.rope_dim if self.mla else self.head_dim
+
+    @property
+    def attention(self) -> frozenset[str]:
+        """Return the traits of attention, as the table of kernels names them."""
+        more = {"causal": self.causal, "value-size": self.value_size != self.key_size}
+        return self.options | {name for name, there in more.items() if there}
 
     @property
     def value_size(self) -> int:

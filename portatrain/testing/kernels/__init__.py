@@ -14,6 +14,7 @@ or from a shell: ``python -m portatrain.testing.kernels NAME``. `docs/start/kern
 from portatrain.testing.kernels.court import Verdict as Verdict
 from portatrain.testing.kernels.court import Wrong as Wrong
 from portatrain.testing.kernels.court import judge as judge
+from portatrain.testing.kernels.court import sample as sample
 from portatrain.testing.kernels.court import select as select
 from portatrain.testing.kernels.court import trials as trials
 from portatrain.testing.kernels.trial import Trial as Trial

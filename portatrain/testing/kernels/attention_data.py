@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.testing.kernels.attention_trials import FULL, Sizes, normal, trial
-from portatrain.testing.kernels.trial import Draw, Rng, Trial
+from portatrain.testing.kernels.trial import BOTH, FLOAT32, Draw, Rng, Trial
 
 LENGTH = 129
 DOCUMENTS: Sizes = (2, LENGTH, LENGTH, 4, 2, 16)
@@ -47,25 +47,24 @@ def of_documents() -> list[Trial]:
     }
     single = {"ids around 2^31", "ids that are negative", "ids that fall", "two tokens each", "boundaries beside tiles"}
     found = []
-    for name, ids in rows.items():
-        dtypes = ("float32",) if name in single else ("float32", "bfloat16")
-        found.append(trial(f"documents, {name}", DOCUMENTS, segment_ids=np.stack(ids).astype(np.int32), dtypes=dtypes))
-    short = ("float32",)
+    for name, both in rows.items():
+        ids, dtypes = np.stack(both).astype(np.int32), FLOAT32 if name in single else BOTH
+        found.append(trial(f"documents, {name}", DOCUMENTS, segment_ids=ids, dtypes=dtypes))
     for name in ("ragged", "boundaries at 63, 64, 127, 128", "padding in front", "scattered"):
         ids = np.stack(rows[name]).astype(np.int32)
         found += [
-            trial(f"full, documents, {name}", DOCUMENTS, FULL, segment_ids=ids, dtypes=short),
-            trial(f"window 20, documents, {name}", DOCUMENTS, {"window": 20}, segment_ids=ids, dtypes=short),
-            trial(f"soft-cap 1, documents, {name}", DOCUMENTS, {"softcap": 1.0}, segment_ids=ids, dtypes=short),
+            trial(f"full, documents, {name}", DOCUMENTS, FULL, segment_ids=ids, dtypes=FLOAT32),
+            trial(f"window 20, documents, {name}", DOCUMENTS, {"window": 20}, segment_ids=ids, dtypes=FLOAT32),
+            trial(f"soft-cap 1, documents, {name}", DOCUMENTS, {"softcap": 1.0}, segment_ids=ids, dtypes=FLOAT32),
         ]
     ids = np.stack(rows["ragged"]).astype(np.int32)
-    found.append(trial("alibi, documents, ragged", DOCUMENTS, {"alibi": True}, segment_ids=ids, dtypes=short))
+    found.append(trial("alibi, documents, ragged", DOCUMENTS, {"alibi": True}, segment_ids=ids, dtypes=FLOAT32))
     # Segments of queries and of keys that differ, some of which no key has.
     of_q, of_k = (
         np.array([[1] * 5 + [2] * 7 + [9] * 5, [3] * 17], np.int32),
         np.stack([packed(64, 60), packed(1, 2, 3)]),
     )
-    for more, kinds in (({}, ("float32", "bfloat16")), ({"softcap": 1.0}, short), ({"window": 3}, short)):
+    for more, kinds in (({}, BOTH), ({"softcap": 1.0}, FLOAT32), ({"window": 3}, FLOAT32)):
         name = ", ".join(["full", *(f"{option} {value}" for option, value in more.items())])
         found.append(
             trial(
@@ -83,6 +82,7 @@ def of_documents() -> list[Trial]:
             (2, 3, LENGTH, 4, 2, 16),
             positions=(np.array([[20, 49, 60], [0, 1, 128]], np.int32), at),
             segment_ids=(np.array([[1, 1, 2], [1, 1, 1]], np.int32), pair),
+            dtypes=FLOAT32,
         )
     )
     return found
@@ -143,42 +143,50 @@ def _hidden(x: dict[str, np.ndarray]) -> None:
 
 def of_numbers() -> list[Trial]:
     """Return the cases of large, small, equal and zero numbers."""
-    plain, single = normal(NUMBERS), ("float32",)
-    both = ("float32", "bfloat16")
+    plain = normal(NUMBERS)
     changes: dict[str, tuple[Callable[[dict[str, np.ndarray]], Any], tuple[str, ...]]] = {
-        "scores of 1e4, one key wins": (_winner, both),
-        "scores of 1e4, all equal": (_equal(50.0), both),
-        "scores of -1e4, all equal": (lambda x: (_equal(50.0)(x), _times(k=-1.0)(x)), both),
-        "scores that rise by 30 a key": (_steep, both),
-        "scores that fall by 2 a key": (_falling, both),
-        "scores of 50": (_times(q=4.0, k=4.0), single),
-        "queries 0": (_times(q=0.0), both),
-        "keys 0": (_times(k=0.0), single),
-        "values 0": (_times(v=0.0), single),
-        "all 0": (_times(q=0.0, k=0.0, v=0.0, g=0.0), both),
-        "gradient 0": (_times(g=0.0), single),
-        "values of 1e-30": (_times(v=1e-30), both),
-        "gradients of 1e-30": (_times(g=1e-30), both),
-        "values of 1e15": (_times(v=1e15), both),
-        "queries of 1e-20, keys of 1e20": (_times(q=1e-20, k=1e20), both),
-        "denormals": (_times(q=1e-40, k=1e-40, v=1e-40), both),
-        "values of 1": (lambda x: x.update(v=np.ones_like(x["v"])), both),
+        "scores of 1e4, one key wins": (_winner, BOTH),
+        "scores of 1e4, all equal": (_equal(50.0), BOTH),
+        "scores of -1e4, all equal": (lambda x: (_equal(50.0)(x), _times(k=-1.0)(x)), BOTH),
+        "scores that rise by 30 a key": (_steep, BOTH),
+        "scores that fall by 2 a key": (_falling, BOTH),
+        "scores of 50": (_times(q=4.0, k=4.0), FLOAT32),
+        "queries 0": (_times(q=0.0), BOTH),
+        "keys 0": (_times(k=0.0), FLOAT32),
+        "values 0": (_times(v=0.0), FLOAT32),
+        "all 0": (_times(q=0.0, k=0.0, v=0.0, g=0.0), BOTH),
+        "gradient 0": (_times(g=0.0), FLOAT32),
+        "values of 1e-30": (_times(v=1e-30), BOTH),
+        "gradients of 1e-30": (_times(g=1e-30), BOTH),
+        "values of 1e15": (_times(v=1e15), BOTH),
+        "queries of 1e-20, keys of 1e20": (_times(q=1e-20, k=1e20), BOTH),
+        "denormals": (_times(q=1e-40, k=1e-40, v=1e-40), BOTH),
+        "values of 1": (lambda x: x.update(v=np.ones_like(x["v"])), BOTH),
     }
     found = [trial(name, NUMBERS, draw=_change(plain, c), dtypes=kinds) for name, (c, kinds) in changes.items()]
-    found.append(trial("full, scores of 1e4, one key wins", NUMBERS, FULL, draw=_change(plain, _winner), dtypes=single))
+    found.append(
+        trial("full, scores of 1e4, one key wins", NUMBERS, FULL, draw=_change(plain, _winner), dtypes=FLOAT32)
+    )
     capped = {"softcap": 30.0}
     found += [
         trial("scores of 1e4, soft-cap 30", NUMBERS, capped, draw=_change(plain, _winner)),
         trial(
-            "scores of 1e4, all equal, soft-cap 30", NUMBERS, capped, draw=_change(plain, _equal(50.0)), dtypes=single
+            "scores of 1e4, all equal, soft-cap 30", NUMBERS, capped, draw=_change(plain, _equal(50.0)), dtypes=FLOAT32
         ),
-        trial("all 0, soft-cap 30", NUMBERS, capped, draw=_change(plain, _times(q=0.0, k=0.0)), dtypes=single),
+        trial("all 0, soft-cap 30", NUMBERS, capped, draw=_change(plain, _times(q=0.0, k=0.0)), dtypes=FLOAT32),
     ]
     ids = np.where(np.arange(33) < 20, 1, 2).astype(np.int32)
     for options in ({}, FULL):
         said = "full, " if options else ""
         hidden = _change(plain, _hidden)
         found.append(
-            trial(f"{said}documents, huge keys hidden", NUMBERS, options, draw=hidden, segment_ids=np.stack([ids, ids]))
+            trial(
+                f"{said}documents, huge keys hidden",
+                NUMBERS,
+                options,
+                draw=hidden,
+                segment_ids=np.stack([ids, ids]),
+                dtypes=FLOAT32 if options else BOTH,
+            )
         )
     return found

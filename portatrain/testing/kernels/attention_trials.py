@@ -11,19 +11,20 @@ import numpy as np
 
 from portatrain.backends.choose_kernel import attention_traits
 from portatrain.testing.kernels.attention_oracle import attention
-from portatrain.testing.kernels.trial import BOTH, Draw, Rng, Trial
+from portatrain.testing.kernels.trial import BOTH, FLOAT32, Draw, Rng, Trial
 
 Sizes = tuple[int, int, int, int, int, int]
 """B, S, T, H, K, D."""
 FULL = {"causal": False}
 
 
-def normal(sizes: Sizes) -> Draw:
+def normal(sizes: Sizes, *, value_size: int | None = None, sinks: bool = False) -> Draw:
     b, s, t, h, k, d = sizes
+    dv = d if value_size is None else value_size
 
     def draw(rng: Rng) -> dict[str, np.ndarray]:
-        shapes = {"q": (b, s, h, d), "k": (b, t, k, d), "v": (b, t, k, d), "g": (b, s, h, d)}
-        return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        shapes = {"q": (b, s, h, d), "k": (b, t, k, d), "v": (b, t, k, dv), **({"sinks": (h,)} if sinks else {})}
+        return {name: rng.normal(size=shape) for name, shape in {**shapes, "g": (b, s, h, dv)}.items()}
 
     return draw
 
@@ -35,46 +36,53 @@ def trial(
     *,
     draw: Draw | None = None,
     dtypes: tuple[str, ...] = BOTH,
+    value_size: int | None = None,
+    sinks: bool = False,
     **indices: Any,
 ) -> Trial:
     options = options or {}
+    given = {**options, **indices, "sinks": True if sinks else None}
     return Trial(
         operation="attention",
         name=name,
         shape=sizes,
-        draw=draw or normal(sizes),
+        draw=draw or normal(sizes, value_size=value_size, sinks=sinks),
+        keywords=("sinks",) if sinks else (),
         oracle=attention,
         indices=indices,
         options=options,
-        traits=attention_traits({**options, **indices}),
+        traits=attention_traits(given, (sizes[5], sizes[5] if value_size is None else value_size)),
         dtypes=dtypes,
     )
 
 
+def _single(name: str, sizes: Sizes, options: Mapping[str, Any] | None = None, **indices: Any) -> Trial:
+    """Return a case that is tried in float32 alone: beside one of both dtypes it adds nothing in bfloat16 but time."""
+    return trial(name, sizes, options, dtypes=FLOAT32, **indices)
+
+
 def of_sizes() -> list[Trial]:
     """Return the cases of lengths, heads and head sizes, on and off every tile."""
-    found = [
-        trial(f"{n} tokens", (2, n, n, 4, 2, 16), dtypes=BOTH if n in (1, 129) else ("float32",))
-        for n in (1, 2, 7, 64, 127, 128, 129)
-    ]
-    found += [trial("257 tokens", (1, 257, 257, 2, 1, 16)), trial("no rows", (0, 8, 8, 4, 2, 16), dtypes=("float32",))]
+    found = [_single(f"{n} tokens", (2, n, n, 4, 2, 16)) for n in (1, 2, 7, 127, 128)]
     found += [
-        trial(
-            f"heads {h}:{k}, ratio {h // k}", (2, 33, 33, h, k, 16), dtypes=BOTH if h // k in (4, 16) else ("float32",)
-        )
-        for h, k in ((1, 1), (3, 3), (4, 2), (6, 2), (8, 2), (12, 2), (8, 1), (16, 1))
+        trial("129 tokens", (2, 129, 129, 4, 2, 16)),
+        _single("257 tokens", (1, 257, 257, 2, 1, 16)),
+        _single("no rows", (0, 8, 8, 4, 2, 16)),
+        trial("heads 16:1, ratio 16", (2, 33, 33, 16, 1, 16)),
     ]
     found += [
-        trial(f"head size {d}", (2, 20, 20, 2, 1, d), dtypes=BOTH if d in (64, 80, 128) else ("float32",))
-        for d in (1, 8, 64, 72, 80, 96, 128, 192, 256)
+        _single(f"heads {h}:{k}, ratio {h // k}", (2, 33, 33, h, k, 16))
+        for h, k in ((1, 1), (3, 3), (4, 2), (6, 2), (8, 2), (12, 2), (8, 1))
+    ]
+    found += [trial(f"head size {d}", (2, 20, 20, 2, 1, d)) for d in (80, 128)]
+    found += [_single(f"head size {d}", (2, 20, 20, 2, 1, d)) for d in (1, 64, 96, 192, 256)]
+    found += [
+        _single(f"full, {s} queries, {t} keys", (2, s, t, 4, 2, 16), FULL) for s, t in ((33, 33), (129, 17), (129, 1))
     ]
     found += [
-        trial(f"full, {s} queries, {t} keys", (2, s, t, 4, 2, 16), FULL)
-        for s, t in ((33, 33), (17, 129), (129, 17), (1, 129), (129, 1))
-    ]
-    found += [
-        trial(f"causal, {s} queries, {t} keys", (2, s, t, 4, 2, 16), dtypes=("float32",))
-        for s, t in ((17, 129), (129, 17))
+        trial("full, 17 queries, 129 keys", (2, 17, 129, 4, 2, 16), FULL),
+        _single("causal, 17 queries, 129 keys", (2, 17, 129, 4, 2, 16)),
+        _single("causal, 129 queries, 17 keys", (2, 129, 17, 4, 2, 16)),
     ]
     return found
 
@@ -82,22 +90,20 @@ def of_sizes() -> list[Trial]:
 def of_masks() -> list[Trial]:
     """Return the cases of windows, soft-caps, biases, scales and prefixes, at their edges."""
     long, short = (2, 129, 129, 4, 2, 16), (2, 33, 33, 4, 2, 16)
-    found = [
-        trial(f"window {w}", long, {"window": w}, dtypes=BOTH if w in (1, 64) else ("float32",))
-        for w in (1, 2, 63, 64, 65, 128, 129, 130)
-    ]
-    found += [trial(f"full, window {w}", long, {"window": w, **FULL}) for w in (1, 32)]
+    found = [_single(f"window {w}", long, {"window": w}) for w in (1, 2, 63, 65, 128, 129)]
     found += [
-        trial("soft-cap 0.5", short, {"softcap": 0.5}),
+        trial("window 64", long, {"window": 64}),
+        _single("full, window 1", long, {"window": 1, **FULL}),
+        _single("full, window 32", long, {"window": 32, **FULL}),
+        _single("soft-cap 0.5", short, {"softcap": 0.5}),
         trial("soft-cap 30", short, {"softcap": 30.0}),
-        trial("full, soft-cap 2", short, {"softcap": 2.0, **FULL}, dtypes=("float32",)),
-        trial("window 8, soft-cap 1", short, {"window": 8, "softcap": 1.0}),
-        trial("scale 1", short, {"scale": 1.0}, dtypes=("float32",)),
+        _single("full, soft-cap 2", short, {"softcap": 2.0, **FULL}),
+        _single("window 8, soft-cap 1", short, {"window": 8, "softcap": 1.0}),
         trial("scale 0.3", short, {"scale": 0.3}),
         trial("alibi", short, {"alibi": True}),
-        trial("alibi, long", long, {"alibi": True}, dtypes=("float32",)),
-        trial("full, alibi of given slopes, one of them 0", short, {"alibi": (0.5, 0.1, 1.0, 0.0), **FULL}),
-        trial("window 8, alibi, soft-cap 1", short, {"window": 8, "alibi": True, "softcap": 1.0}, dtypes=("float32",)),
+        _single("alibi, 129 tokens", long, {"alibi": True}),
+        _single("full, alibi of given slopes, one of them 0", short, {"alibi": (0.5, 0.1, 1.0, 0.0), **FULL}),
+        _single("window 8, alibi, soft-cap 1", short, {"window": 8, "alibi": True, "softcap": 1.0}),
     ]
     at = np.arange(129)
     lengths = np.stack([at < 0, at < 1, at < 64, at < 128, at < 129, at % 3 == 0]).astype(np.int32)
@@ -105,11 +111,41 @@ def of_masks() -> list[Trial]:
     parts = np.stack([1 + at // 40, 1 + at // 64, np.ones(129), 1 + (at >= 127), 1 + at // 129, at // 50])
     found += [
         trial("prefix of 0, 1, 64, 128, 129 keys and scattered ones", six, prefix=lengths),
-        trial("prefix, window 5", six, {"window": 5}, prefix=lengths, dtypes=("float32",)),
-        trial("prefix, alibi", six, {"alibi": True}, prefix=lengths, dtypes=("float32",)),
-        trial("prefix, documents", six, prefix=lengths, segment_ids=parts.astype(np.int32)),
+        _single("prefix, window 5", six, {"window": 5}, prefix=lengths),
+        _single("prefix, alibi", six, {"alibi": True}, prefix=lengths),
+        _single("prefix, documents", six, prefix=lengths, segment_ids=parts.astype(np.int32)),
     ]
     return found
+
+
+def of_sinks() -> list[Trial]:
+    """Return the cases of sinks, and of value heads of another size."""
+    long, short, cache = (2, 129, 129, 4, 2, 16), (2, 33, 33, 4, 2, 16), (2, 3, 129, 4, 2, 16)
+    at = np.arange(129, dtype=np.int32)
+    ids, blind = np.stack([1 + at // 50, at // 100]), np.stack([at[:3] - 2, at[:3] + 60])
+
+    def of_size(size: float) -> Draw:
+        def draw(rng: Rng) -> dict[str, np.ndarray]:
+            return {**normal(short, sinks=True)(rng), "sinks": np.array([size, -size, size / 2, 0.0])}
+
+        return draw
+
+    return [
+        trial("sinks", short, sinks=True),
+        _single("sinks of 20", short, draw=of_size(20.0), sinks=True),
+        _single("sinks of 1e4", short, draw=of_size(1e4), sinks=True),
+        _single("sinks, 129 tokens, window 64", long, {"window": 64}, sinks=True),
+        _single("sinks, full", short, FULL, sinks=True),
+        _single("sinks, soft-cap 0.5", short, {"softcap": 0.5}, sinks=True),
+        _single("sinks, scale 0.3", short, {"scale": 0.3}, sinks=True),
+        _single("sinks, heads 16:1, ratio 16", (2, 33, 33, 16, 1, 16), sinks=True),
+        trial("sinks, documents", long, sinks=True, segment_ids=ids),
+        _single("sinks, rows that see nothing", cache, sinks=True, positions=(blind, np.stack([at, at]))),
+        trial("value heads of 8", short, value_size=8),
+        _single("value heads of 33", short, value_size=33),
+        _single("value heads of 128 beside 192", (2, 20, 20, 2, 2, 192), value_size=128),
+        _single("value heads of 24, sinks, window 8", short, {"window": 8}, value_size=24, sinks=True),
+    ]
 
 
 def of_positions() -> list[Trial]:
@@ -121,23 +157,21 @@ def of_positions() -> list[Trial]:
     late = np.stack([[126, 127, 128], [0, 63, 64]]).astype(np.int32)
     both = np.stack([keys, keys])
     blind = np.stack([at - 16, at + 5])
-    found = [
-        trial("positions 0 to 32, given", sizes, positions=(at, at)),
-        trial("positions from 100000", sizes, positions=(at + 100_000, at + 100_000), dtypes=("float32",)),
-        trial("positions above 2^24", sizes, positions=(at + 2**24, at + 2**24), dtypes=("float32",)),
+    far = np.stack([at, at]) - 100
+    return [
+        _single("positions 0 to 32, given", sizes, positions=(at, at)),
+        _single("positions from 100000", sizes, positions=(at + 100_000, at + 100_000)),
+        _single("positions above 2^24", sizes, positions=(at + 2**24, at + 2**24)),
+        _single("positions, repeated", sizes, positions=(at // 4, at // 4)),
         trial("positions, shuffled", sizes, positions=(shuffled, shuffled)),
-        trial("positions, shuffled, window 5", sizes, {"window": 5}, positions=(shuffled, shuffled)),
-        trial("positions, repeated", sizes, positions=(at // 4, at // 4), dtypes=("float32",)),
-        trial(
-            "positions, shuffled, alibi", sizes, {"alibi": True}, positions=(shuffled, shuffled), dtypes=("float32",)
-        ),
-        trial("a cache of 129 keys", cache, positions=(keys[-3:], keys)),
-        trial("a cache, each row elsewhere", cache, positions=(late, both)),
-        trial("a cache, window 64", cache, {"window": 64}, positions=(late, both), dtypes=("float32",)),
-        trial("a cache of one query", (2, 1, 129, 4, 2, 16), positions=(keys[-1:], keys), dtypes=("float32",)),
         trial("positions of which many see nothing", sizes, positions=(blind, np.stack([at, at[::-1]]))),
-        trial("no query sees any key", sizes, positions=(at - 100, at)),
-        trial("no query sees any key, soft-cap 1", sizes, {"softcap": 1.0}, positions=(at - 100, at)),
-        trial("rows that see nothing, window 3", sizes, {"window": 3}, positions=(2 * blind, shuffled)),
+        trial("no query sees any key", sizes, positions=(far, shuffled)),
+        _single("no query sees any key, soft-cap 1", sizes, {"softcap": 1.0}, positions=(far, shuffled)),
+        _single("positions, shuffled, window 5", sizes, {"window": 5}, positions=(shuffled, shuffled)),
+        _single("rows that see nothing, window 5", sizes, {"window": 5}, positions=(2 * blind, shuffled)),
+        _single("positions, shuffled, alibi", sizes, {"alibi": True}, positions=(shuffled, shuffled)),
+        _single("a cache of 129 keys", cache, positions=(keys[-3:], keys)),
+        trial("a cache, each row elsewhere", cache, positions=(late, both)),
+        _single("a cache, window 64", cache, {"window": 64}, positions=(late, both)),
+        _single("a cache of one query", (2, 1, 129, 4, 2, 16), positions=(keys[-1:], keys)),
     ]
-    return found

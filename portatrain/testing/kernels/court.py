@@ -17,7 +17,7 @@ from portatrain.backends import kernels
 from portatrain.backends.kernels import Case, Kernel, Site
 from portatrain.errors import UserError
 from portatrain.testing.kernels.attention_data import of_documents, of_numbers
-from portatrain.testing.kernels.attention_trials import of_masks, of_positions, of_sizes
+from portatrain.testing.kernels.attention_trials import of_masks, of_positions, of_sinks, of_sizes
 from portatrain.testing.kernels.bounds import Due
 from portatrain.testing.kernels.grouped_trials import grouped_trials
 from portatrain.testing.kernels.trial import Trial, operands, owed
@@ -84,20 +84,40 @@ def trials(operation: str) -> tuple[Trial, ...]:
     """Return the table of hard cases of an operation."""
     if operation == "grouped_matmul":
         return tuple(grouped_trials())
-    return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers())
+    return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers(), *of_sinks())
 
 
-def select(operation: str, pattern: str = "*") -> tuple[Trial, ...]:
-    """Return the trials with names that contain `pattern`, which may have the wildcards * and ?."""
+def select(operation: str, pattern: str = "*", *, empty: bool = False) -> tuple[Trial, ...]:
+    """Return the trials with names that contain `pattern`, which may have the wildcards * and ?. Raises UserError if
+    there are none, unless they may be `empty`."""
     found = tuple(t for t in trials(operation) if fnmatch.fnmatch(t.name, f"*{pattern}*"))
-    if not found:
+    if not found and not empty:
         raise UserError(
             "--cases",
             expected=f"words in the name of a case of {operation}",
             got=repr(pattern),
-            do="For example: --cases documents, or --cases 'window *'. --list lists the cases.",
+            do="For example: --cases documents. `--list --cases '?'` lists the names.",
         )
     return found
+
+
+SAMPLE = (
+    *("129 tokens", "heads 16:1, ratio 16", "window 64", "soft-cap 30", "a cache, each row elsewhere"),
+    *("documents, ragged", "documents, one token each", "documents, padding alone"),
+    *("positions of which many see nothing", "scores of 1e4, one key wins", "documents, huge keys hidden"),
+    *("ragged", "neighbours empty", "all to the last", "rows past the sum", "sizes 127 x 129"),
+    *("huge rows past the sum", "denormals"),
+)
+
+
+def sample(cases: Iterable[Trial]) -> tuple[Trial, ...]:
+    """Return those of the cases that make a quick sample: few seconds, and few shapes to compile."""
+    return tuple(case for case in cases if case.name in SAMPLE)
+
+
+def runner(backend: str) -> Any:
+    """Return the module that runs a kernel on `backend`; this imports its framework."""
+    return importlib.import_module(RUNNERS[backend])
 
 
 def judge(
@@ -114,20 +134,20 @@ def judge(
 
     first: stop at the first case that convicts. progress: called with the number of cases done and of all.
     """
-    runner = importlib.import_module(RUNNERS[backend])
+    run = runner(backend).run
     site = Site(backend=backend, device=device, named=((kernel.operation, kernel.name),))
-    todo = [(t, d) for t in cases or trials(kernel.operation) for d in t.dtypes if d in dtypes]
+    todo = [(t, d) for t in (trials(kernel.operation) if cases is None else cases) for d in t.dtypes if d in dtypes]
     wrong: list[Wrong] = []
     refused: list[tuple[str, str, str]] = []
     passed, compared, largest, start = 0, 0, 0.0, time.monotonic()
     with _small_limits():
         for i, (trial, dtype) in enumerate(todo):
             progress(i, len(todo))
-            case = Case(site=site, dtype=dtype, shape=trial.shape, traits=trial.traits)
+            case = Case(site=site, dtype=dtype, shape=trial.shape, traits=trial.traits | _of_backend(trial, backend))
             if (reason := kernel.refuses(case)) is not None:
                 refused.append((trial.name, dtype, reason))
                 continue
-            found, size, worst = _tried(runner, kernel, trial, dtype, device)
+            found, size, worst = _tried(run, kernel, trial, dtype, device)
             wrong += found
             passed += not found
             compared += size
@@ -147,15 +167,21 @@ def judge(
     )
 
 
-def _tried(runner: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
+def _of_backend(trial: Trial, backend: str) -> set[str]:
+    """Return the traits that only this backend gives to the case (`kernels.Case`)."""
+    cross = trial.operation == "attention" and trial.shape[1] != trial.shape[2]
+    return {"cross"} if backend == "jax" and cross else set()
+
+
+def _tried(run: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
     """Return what is wrong, the number of elements compared, and the largest error over its bound."""
     try:
-        kind, found = runner.run(
-            trial.operation,
-            kernel.load(),
+        kind, found = run(
+            kernel,
             operands(trial, dtype),
             trial.indices,
             trial.options,
+            keywords=trial.keywords,
             dtype=dtype,
             device=device,
         )

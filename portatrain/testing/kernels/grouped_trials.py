@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.testing.kernels.grouped_oracle import grouped_matmul
-from portatrain.testing.kernels.trial import Draw, Rng, Trial
+from portatrain.testing.kernels.trial import BOTH, FLOAT32, Draw, Rng, Trial
 
 # name -> (N, E, F), sizes
 _SIZES: dict[str, tuple[tuple[int, int, int], list[int]]] = {
@@ -42,6 +42,9 @@ _SIZES: dict[str, tuple[tuple[int, int, int], list[int]]] = {
     "no rows": ((0, 16, 16), [0, 0, 0]),
 }
 
+_SHAPE = (24, 16, 16)
+_ALSO_BFLOAT16 = ("129 rows", "sizes 64 x 128", "sizes 127 x 129", "long groups")
+
 
 def _normal(n: int, e: int, f: int, x: int) -> Draw:
     def draw(rng: Rng) -> dict[str, np.ndarray]:
@@ -72,12 +75,13 @@ def grouped_trials() -> list[Trial]:
                 draw=draw,
                 oracle=grouped_matmul,
                 indices={"sizes_X": np.array(sizes, np.int32)},
+                dtypes=BOTH if shape == _SHAPE or name in _ALSO_BFLOAT16 else FLOAT32,
             )
         )
 
     for name, (shape, sizes) in _SIZES.items():
         add(name, shape, sizes, _normal(*shape, len(sizes)))
-    shape, sizes = (24, 16, 16), [5, 0, 7, 3]
+    shape, sizes = _SHAPE, [5, 0, 7, 3]
     plain, past = _normal(*shape, 4), np.where(np.arange(24) < 15, 1.0, 1e9)[:, None]
     add("zeros", shape, sizes, _scaled(plain, x=0.0))
     add("all zeros", shape, sizes, _scaled(plain, x=0.0, w=0.0, g=0.0))
