@@ -183,6 +183,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         return jnp.concatenate([x1 * cos - x2 * sin, x2 * cos + x1 * sin], axis=-1).astype(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
+        if (sinks := options.get("sinks")) is not None:
+            options["sinks"] = self.weight(sinks)
         name = "attention"
         self.named.add(name)
         kept = name if self.remat.by_name else None

@@ -130,7 +130,13 @@ class OnMesh:
         h, kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
         shards = self._shards("batch", "heads", "seq")
         case = case_of(
-            q_BSHD, k_BTKD, site=self.site, shards=shards, even_heads=head_share(h, kv_heads, shards[1]) > 0, **options
+            q_BSHD,
+            k_BTKD,
+            v_BTKD,
+            site=self.site,
+            shards=shards,
+            even_heads=head_share(h, kv_heads, shards[1]) > 0,
+            **options,
         )
         kernel = choose_kernel.choose("attention", case).kernel
         run = functools.partial(kernel.load(), precision=precision)
@@ -178,7 +184,7 @@ class OnMesh:
         shards = rows * parts, heads, 1
         options |= {"segment_ids": of, "positions": at, "may_be_blind": False}
         out = lies(run(q_QSHD, k_QTKD, v_QTKD, shards=shards, **options), split)
-        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(q_BSHD.shape)
+        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(b, s, *out.shape[2:])
 
     def _shards(self, *axes: str) -> Any:
         """Return the number of shards of each logical axis of a value."""

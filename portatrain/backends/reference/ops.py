@@ -118,6 +118,7 @@ class ReferenceOps(ReferenceArrays):
         prefix: Array | None = None,
         alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
+        sinks: Array | None = None,
         scale: float | None = None,
     ) -> Array:
         S, H, D = q_BSHD.shape[1:]
@@ -132,7 +133,7 @@ class ReferenceOps(ReferenceArrays):
         if segment_ids is not None:
             q_seg, k_seg = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
             visible = visible & (q_seg[:, :, None] == k_seg[:, None, :])
-        out = np.zeros_like(q_BSHD)
+        out = np.zeros((*q_BSHD.shape[:3], v_BTKD.shape[3]))
         slopes = slopes_of(alibi, H)
         for h in range(H):
             k_BTD, v_BTD = k_BTKD[:, :, h // (H // K)], v_BTKD[:, :, h // (H // K)]
@@ -142,9 +143,11 @@ class ReferenceOps(ReferenceArrays):
             if slopes is not None:
                 scores_BST = scores_BST - slopes[h] * np.abs(behind)
             scores_BST = np.where(visible, scores_BST, -np.inf)
-            top = scores_BST.max(-1, keepdims=True, initial=-np.inf)
-            weights_BST = np.exp(scores_BST - np.where(np.isfinite(top), top, 0.0))
-            total = weights_BST.sum(-1, keepdims=True)
+            sink = -np.inf if sinks is None else sinks[h]
+            top = scores_BST.max(-1, keepdims=True, initial=sink)
+            top = np.where(np.isfinite(top), top, 0.0)
+            weights_BST = np.exp(scores_BST - top)
+            total = weights_BST.sum(-1, keepdims=True) + np.exp(sink - top)
             out[:, :, h] = (weights_BST / np.where(total == 0, 1.0, total)) @ v_BTD
         return out
 

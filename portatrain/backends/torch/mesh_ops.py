@@ -225,6 +225,12 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
         if take is not None:
             locals_[1:] = [x[:, :, take] for x in locals_[1:]]
         options |= self._attention_rule(q, at_q, k.shape[1], options)
+        if (sinks := options.get("sinks")) is not None:
+            by_head: list[Placement] = [Shard(0) if isinstance(p, Shard) and p.dim == 2 else Replicate() for p in at_q]
+            beside = [
+                Partial() if isinstance(p, Shard) and p.dim == 1 else s for p, s in zip(at_q, by_head, strict=True)
+            ]
+            options["sinks"] = self._local(self.weight(sinks), by_head, beside)
         if (slopes := slopes_of(options.get("alibi", False), heads)) is not None:
             options["alibi"] = slopes
             for axis, p in zip(self.axes, at_q, strict=True):

@@ -155,9 +155,12 @@ class TorchOps(AcrossSamples, TorchArrays):
         return y.to(x_BSHD.dtype)
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
+        if (sinks := options.get("sinks")) is not None:
+            options["sinks"] = self.weight(sinks)
         out = attention(q_BSHD, k_BTKD, v_BTKD, site=self.static.site, kept=self._kept, **options)
         # The result of a kernel is kept with the tensors of its backward pass; attention written out is kept by name.
-        return out if options.get("softcap") is None else self.name(out, "attention")
+        by_hand = options.get("softcap") is not None or options.get("sinks") is not None
+        return self.name(out, "attention") if by_hand else out
 
     def _kept(self, what: str, of: tuple[Any, ...], make: Callable[..., Any]) -> Any:
         """Return make(*of), or the result that an earlier layer got for the same tensors and values."""

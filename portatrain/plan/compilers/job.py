@@ -23,7 +23,17 @@ from portatrain.system import json_files
 from portatrain.system.paths import cache_folder
 
 FORMAT = 1
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "torch")
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "libtpu",
+    "jax-cuda13-pjrt",
+    "jax-rocm7-pjrt",
+    "jax-rocm7-plugin",
+    "torch",
+)
 _SOURCES = (
     "backends",
     "layers",

@@ -110,6 +110,11 @@ def step_time(
     moved = work.weights * width + sum(kind.n * kind.touched for kind in work.kinds) * tokens * width
     matmul = max(2 * per_token * tokens / rate.matmul, moved / rate.memory)
     attention = attention_flops(work, tuning) * tokens / rate.attention
+    attention_back = ATTENTION_BACKWARD * attention
+    if tuning.scores != "on-chip":
+        scores = 4 * tokens * work.scores * sum(kind.n for kind in work.kinds) / rate.memory
+        attention += tuning.scores_passes[0] * scores
+        attention_back += tuning.scores_passes[1] * scores
     streamed = sum(kind.n * kind.streamed for kind in work.kinds) * tokens * width
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
@@ -118,7 +123,7 @@ def step_time(
     share = sum(work.matmul[role] * part for role, part in lost.items()) / per_token if per_token else 0.0
     again = matmul * share + attention * (1 - remat.attention) + elementwise * (1 - remat.normed)
     forward = matmul + attention + elementwise + logits
-    backward = 2 * matmul + ATTENTION_BACKWARD * attention + 2 * elementwise + again
+    backward = 2 * matmul + attention_back + 2 * elementwise + again
 
     # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
     # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
@@ -144,7 +149,7 @@ def step_time(
             expert_s += trips * kind.n * all_to_all(paths[EXPERT], sent)
     compute = forward + backward
     left_tensor = _left(tensor_s, compute, tuning.hide_tensor)
-    left_context = _left(context_s, attention * (1 + ATTENTION_BACKWARD), tuning.hide_context)
+    left_context = _left(context_s, attention + attention_back, tuning.hide_context)
     left_expert = _left(expert_s, compute, tuning.hide_expert)
 
     # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
@@ -164,7 +169,7 @@ def step_time(
     n = accumulation
     return Time(
         matmul=3 * n * matmul,
-        attention=n * (1 + ATTENTION_BACKWARD) * attention,
+        attention=n * (attention + attention_back),
         recompute=n * again,
         elementwise=n * (3 * elementwise + logits),
         optimizer=update,
