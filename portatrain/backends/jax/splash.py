@@ -41,6 +41,7 @@ def splash(
     window: int | None = None,
     segment_ids: tuple[Any, Any] | None = None,
     softcap: float | None = None,
+    sinks: Any | None = None,
     scale: float | None = None,
     precision: Any = None,
     part: tuple[Any, tuple[Chunks, ...]] | None = None,
@@ -64,8 +65,9 @@ def splash(
     if len(shares) > 1:
         leaves = tuple(_share(x, index, len(shares)) for x in leaves)
 
-    def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, ids: Any, leaves: Any) -> Any:
-        return jax.vmap(jax.tree.unflatten(tree, leaves))(q_BHSD, k_BKTD, v_BKTD, ids)
+    def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
+        kernel = jax.tree.unflatten(tree, leaves)
+        return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q_BHSD, k_BKTD, v_BKTD, ids, sinks)
 
     # The kernel does not scale: the queries do, by the true head size. Zeros behind it change no score.
     q_BSHD = (q_BSHD.astype(jnp.float32) * (d**-0.5 if scale is None else scale)).astype(q_BSHD.dtype)
@@ -77,8 +79,8 @@ def splash(
         of_q, of_k = (x.astype(jnp.int32) for x in segment_ids)
         # A padded query has the segment of the last one, and so sees the same keys.
         ids = SegmentIds(_lengthened(of_q, block_q, mode="edge"), _lengthened(of_k, block_k))
-    out_BHSD = _at_precision(run, precision)(q_BHSD, k_BKTD, v_BKTD, ids, leaves)
-    return jnp.swapaxes(out_BHSD[:, :, :s, :d], 1, 2)
+    out_BHSD = _at_precision(run, precision)(q_BHSD, k_BKTD, v_BKTD, sinks, ids, leaves)
+    return jnp.swapaxes(out_BHSD[:, :, :s, : v_BTKD.shape[3]], 1, 2)
 
 
 def block(n: int) -> int:
@@ -181,8 +183,8 @@ def _lengthened(ids_BS: Any, multiple: int, mode: str = "constant") -> Any:
 
 
 def _at_precision(run: Any, precision: Any) -> Any:
-    """Return `run(q, k, v, ids, leaves)` with all of its matmuls at `precision`, which the kernel takes from JAX's
-    default. JAX traces the backward pass later, so that it sets the default once more."""
+    """Return `run(q, k, v, sinks, ids, leaves)` with all of its matmuls at `precision`. The kernel takes it from JAX's
+    default. JAX traces the backward pass later, so the backward pass sets the default once more."""
     if precision is None:
         return run
     name = str(jax.lax.Precision(precision)).lower()
@@ -191,13 +193,13 @@ def _at_precision(run: Any, precision: Any) -> Any:
         return jax.default_matmul_precision(name)
 
     @jax.custom_vjp
-    def exact(q: Any, k: Any, v: Any, ids: Any, leaves: Any) -> Any:
+    def exact(q: Any, k: Any, v: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         with default():
-            return run(q, k, v, ids, leaves)
+            return run(q, k, v, sinks, ids, leaves)
 
-    def forward(q: Any, k: Any, v: Any, ids: Any, leaves: Any) -> Any:
+    def forward(q: Any, k: Any, v: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         with default():
-            return jax.vjp(lambda *qkv: run(*qkv, ids, leaves), q, k, v)
+            return jax.vjp(lambda *given: run(*given, ids, leaves), q, k, v, sinks)
 
     def backward(pull: Any, g: Any) -> Any:
         with default():

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as operator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import flex_attention as module
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
+from portatrain.backends.torch.handed import BLOCK_MASK
 from portatrain.backends.torch.visible import rule_of
 from portatrain.model.attention_rules import slopes_of
 
@@ -48,7 +50,7 @@ def flex(
     s, t, device, *mask = rule = rule_of(q_BSHD, k_BTKD, **options)
     blocks = None
     if (seen := seen_by(*mask)) is not None:
-        tensors = kept("block mask", rule, block_mask)
+        tensors = kept(BLOCK_MASK, rule, block_mask)
         blocks = BlockMask((s, t), *tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
     slopes = slopes_of(alibi, q_BSHD.shape[2])
     slopes_H = None if slopes is None else kept("slopes", (slopes, device), _slopes)
@@ -201,6 +203,8 @@ def _run(
         return _operator(q, k, v, score, blocks, scale)
     if torch.compiler.is_compiling():
         return flex_attention(q, k, v, score, blocks, scale, grouped)
+    if isinstance(q, FakeTensor):
+        return _operator(q, k, v, score, blocks, scale)
     # Under a mode that watches operations, such as selective checkpointing, torch would not compile the kernel and
     # would compute all scores. So the mode does not see the kernel: its values are recomputed, never kept.
     seen = is_in_torch_dispatch_mode(include_infra_modes=False)
@@ -223,4 +227,21 @@ def _operator(
     this is torch's own reference for the kernel, which computes all scores: for tests of the functions above."""
     options: Any = module._apply_kernel_options(q, k, v, False, None, None)
     blocks = module._create_empty_block_mask(q, k) if blocks is None else blocks
-    return operator(q, k, v, score or module._identity, blocks.as_tuple(), scale, options)[0]
+    score = module._identity if score is None else score
+    if not torch.compiler.is_compiling():
+        score = _unpacked(score)
+    return operator(q, k, v, score, blocks.as_tuple(), scale, options)[0]
+
+
+def _unpacked(score: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `score`, of which no tensor goes through hooks for saved tensors: the operator derives it while those of
+    activation checkpointing are set, which would take its tensors for those of the model."""
+
+    def scored(*args: Any) -> Any:
+        before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+        try:
+            return score(*args)
+        finally:
+            torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+    return scored
