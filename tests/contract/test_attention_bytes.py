@@ -55,9 +55,8 @@ def run(causal: bool, traits: frozenset[str], dtype: Any) -> tuple[str, Largest]
         k, v = (torch.empty(B, S, K, D, dtype=dtype, device=device, requires_grad=True) for _ in range(2))
         ids = torch.empty(B, S, dtype=torch.int32, device=device)
         at = torch.empty(S, dtype=torch.int32, device=device)
-        given: dict[str, Any] = {
-            "window": 1024, "segments": ids, "positions": (at, at), "prefix": ids, "alibi": True, "softcap": 30.0
-        }  # fmt: off
+        given: dict[str, Any] = {"window": 1024, "segments": ids, "positions": (at, at), "prefix": ids}
+        given |= {"alibi": True, "softcap": 30.0, "sinks": torch.empty(H, device=device, requires_grad=True)}
         options = {"segment_ids" if name == "segments" else name: given[name] for name in traits}
         out = attention(q, k, v, site=site, causal=causal, **options)
         torch.autograd.grad(out.float().sum(), (q, k, v))
@@ -71,6 +70,7 @@ def run(causal: bool, traits: frozenset[str], dtype: Any) -> tuple[str, Largest]
     [
         ("bfloat16", True, "sdpa-causal"),
         pytest.param("bfloat16", False, "sdpa-masked", marks=pytest.mark.full),
+        pytest.param("bfloat16", True, "sinks", marks=pytest.mark.full),
         pytest.param("float32", True, "flex", marks=pytest.mark.full),
         pytest.param("float32", False, "flex", marks=pytest.mark.full),
     ],
@@ -78,9 +78,10 @@ def run(causal: bool, traits: frozenset[str], dtype: Any) -> tuple[str, Largest]
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_nothing_of_s_by_s(dtype: str, causal: bool, without_a_mask: str) -> None:
     load_kernels()
+    sinks = frozenset({"sinks"}) if without_a_mask == "sinks" else frozenset()
     for traits in COMBINATIONS:
-        kernel, largest = run(causal, traits, getattr(torch, dtype))
-        assert kernel == ("flex" if traits else without_a_mask)
+        kernel, largest = run(causal, traits | sinks, getattr(torch, dtype))
+        assert kernel == ("flex" if traits or sinks else without_a_mask)
         assert 0 < largest.elements <= LINEAR, f"{sorted(traits)}: {kernel} made {largest.of}"
 
 
