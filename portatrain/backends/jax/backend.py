@@ -15,9 +15,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.compiling import Compiled
-from portatrain.backends.jax import compile_cache
+from portatrain.backends.jax import compile_cache, fp8
 from portatrain.backends.jax.accumulation import Accumulation
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
@@ -38,7 +39,7 @@ from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
 
-COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16}
+COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16, "fp8": jnp.bfloat16}
 
 State = dict[str, Any]
 """The state: {'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
@@ -68,6 +69,7 @@ class JaxBackend:
         platform = self.devices.devices.flat[0].platform
         self._platform = platform
         self.site = Site.of(program, backend="jax", device=platform)
+        self._fp8 = fp8.formats_of(self.devices.devices.flat[0]) if program.precision == "fp8" else fp8_chips.EMULATED
         # On a CPU a running step takes the cores that would prepare the next one; small steps run in the calling
         # thread.
         self.async_dispatch = platform != "cpu"
@@ -122,6 +124,7 @@ class JaxBackend:
             layout=layout or self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
             site=self.site,
+            fp8=self._fp8,
             given=batch,
             ids=self.ids,
             across=across or Across(),
