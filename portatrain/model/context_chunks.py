@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+GAIN = 0.05
+"""Queries are exchanged if the busiest share then has less to do by at least this part."""
 Chunks = tuple[tuple[int, int], ...]
 """(first position, length) of each run of positions that a share attends for, in the order in which it has them."""
 
@@ -28,14 +30,14 @@ def exchanged(shares: int, length: int) -> tuple[Chunks, ...]:
 
 
 def dealt(shares: int, length: int, *, causal: bool, window: int | None) -> tuple[Chunks, ...]:
-    """Return the chunks of every share for a mask by position: after the exchange if that gives the busiest share less
-    to do and the chunks are equal, else in order."""
+    """Return the chunks of every share for a mask by position: after the exchange if that is worth it (`GAIN`) and the
+    chunks are equal, else in order."""
     plain = in_order(shares, length)
     if shares == 1 or length % (2 * shares):
         return plain
     dealt = exchanged(shares, length)
     before, after = (max(pairs(c, length, causal=causal, window=window) for c in each) for each in (plain, dealt))
-    return dealt if after < before else plain
+    return dealt if after <= (1 - GAIN) * before else plain
 
 
 def keys_of(chunk: tuple[int, int], length: int, *, causal: bool, window: int | None) -> tuple[int, int]:

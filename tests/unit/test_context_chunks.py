@@ -51,8 +51,8 @@ def test_the_first_chunk_of_every_share_stays_and_the_second_has_one_partner() -
 
 @pytest.mark.parametrize(
     ("length", "causal", "window"),
-    [(64, False, None), (64, True, 1), (64, False, 3), (12, True, None)],
-    ids=["all see all", "each sees itself", "both sides", "chunks that are not equal"],
+    [(64, False, None), (64, True, 1), (64, False, 3), (64, True, 6), (12, True, None)],
+    ids=["all see all", "each sees itself", "both sides", "a short window", "chunks that are not equal"],
 )
 def test_queries_stay_if_nothing_is_gained(length: int, causal: bool, window: int | None) -> None:
     assert dealt(4, length, causal=causal, window=window) == in_order(4, length)

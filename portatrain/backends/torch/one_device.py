@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.compiling import Compiled
-from portatrain.backends.kernels import Site
+from portatrain.backends.kernels import FLEX_DEVICES, Site
 from portatrain.backends.program import Program
 from portatrain.backends.state import (
     COUNT,
@@ -35,7 +35,7 @@ from portatrain.backends.torch.devices import check_device, device_name, peak_by
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
-from portatrain.backends.torch.ops import Static, TorchOps, run_block
+from portatrain.backends.torch.ops import Static, TorchOps, run_block, run_block_handing
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
@@ -111,16 +111,18 @@ class OneDevice(Accumulates, StandaloneOps):
                 "losses": (token_losses, chunk_loss),
             }
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
-        block = compiled(run_block)
+        hands = self.site.device in FLEX_DEVICES
+        run = run_block_handing if hands else run_block
+        block = compiled(run)
         # A block that is recomputed whole is compiled as it is; with a policy that chooses inside it, policy and block
         # are.
         again = (
             rematerialised(self.remat, block)
             if self.remat.name == "block"
-            else compiled(rematerialised(self.remat, run_block))
+            else compiled(rematerialised(self.remat, run))
         )
         losses = (compiled(token_losses), compiled(chunk_loss))
-        return {"run_block": block, "run_again": again, "losses": losses}
+        return {"run_block": block, "run_again": again, "losses": losses, "hands": hands}
 
     def _counted(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx

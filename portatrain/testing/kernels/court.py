@@ -104,7 +104,7 @@ def select(operation: str, pattern: str = "*", *, empty: bool = False) -> tuple[
 SAMPLE = (
     *("129 tokens", "heads 16:1, ratio 16", "window 64", "soft-cap 30", "a cache, each row elsewhere"),
     *("documents, ragged", "documents, one token each", "documents, padding alone"),
-    *("positions of which many see nothing", "scores of 1e4, one key wins", "documents, huge keys hidden"),
+    *("positions of which many see nothing", "scores of 1e4, one key wins", "documents, huge keys hidden", "sinks"),
     *("ragged", "neighbours empty", "all to the last", "rows past the sum", "sizes 127 x 129"),
     *("huge rows past the sum", "denormals"),
 )
