@@ -78,6 +78,18 @@ def test_microbatches_change_nothing(name: str) -> None:
         assert np.abs(gradient - others[key]).max() <= bound * np.abs(gradient).max(), key
 
 
+@pytest.mark.full
+@pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
+def test_compiled_blocks_follow_blocks_that_are_not() -> None:
+    recipe = fp8("accumulation=1")
+    (batch,) = parity.batches(recipe, 1)
+    losses = []
+    for compiled in (False, True):
+        backend = backend_class("torch")(dataclasses.replace(make_program(recipe), compile=compiled))
+        losses.append(backend.gradients(backend.init_state(), batch, step=1)[0])
+    assert losses[1] == pytest.approx(losses[0], rel=2.0**-8)
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_model_with_low_rank_factors_is_near_the_oracle(name: str) -> None:
     """In float64 with the same 8-bit operands; and the result is not that of bf16."""
