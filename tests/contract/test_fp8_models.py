@@ -79,6 +79,7 @@ def test_microbatches_change_nothing(name: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.filterwarnings("default")  # of torch's tracer, which turns warnings into errors of its own
 @pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
 def test_compiled_blocks_follow_blocks_that_are_not() -> None:
     recipe = fp8("accumulation=1")
