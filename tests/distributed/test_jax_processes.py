@@ -31,7 +31,6 @@ FOUR = [
     ("fsdp=2,tensor=2", "lm, LoRA"),
     ("context=2,tensor=2", "lm, growing batch, averages"),
     ("fsdp=2,tensor=2", "lm, bf16 state"),
-    ("fsdp=2,tensor=2", "lm, fp8"),
     ("fsdp=2,tensor=2", "lm, Muon"),
     ("fsdp=4", "towers"),
     ("context=2,tensor=2", "attention by rule"),
