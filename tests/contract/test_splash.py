@@ -98,6 +98,22 @@ def test_float32_is_not_rounded_by_any_matmul_of_the_kernel() -> None:
     assert set(gradients(None, jnp.bfloat16)) == {None}
 
 
+def test_every_share_over_context_has_as_many_blocks() -> None:
+    """Blocks that the kernel computes, forward: 8 shares of 16,384 positions, with a causal mask."""
+    from portatrain.backends.jax.splash import _kernel
+    from portatrain.model.context_chunks import dealt, imbalance, in_order
+
+    def blocks(shares: Any) -> list[int]:
+        leaves, tree = _kernel(True, None, 2048, 16_384, shares, None, True, None)
+        import jax
+
+        forward = jax.tree.unflatten(tree, leaves).fwd_mask_info
+        return [int((part > 0).sum()) for part in np.split(np.asarray(forward.block_mask), len(shares), axis=1)]
+
+    assert imbalance(blocks(dealt(8, 16_384, causal=True, window=None))) == 1
+    assert imbalance(blocks(in_order(8, 16_384))) > 1.8
+
+
 MESHES = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np

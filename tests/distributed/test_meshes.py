@@ -16,9 +16,11 @@ import pytest
 from portatrain.model.context_chunks import computed, dealt, imbalance, in_order
 from portatrain.system.processes import run_processes
 from tests.support.mesh_cases import CASES, ROWS, SEQ
-from tests.support.mesh_compare import differences
+from tests.support.mesh_compare import alone, differences
 from tests.support.mesh_measure import Measured
 from tests.support.mesh_mutants import MUTANTS, ZERO
+
+__all__ = ["alone"]  # a fixture
 
 pytestmark = pytest.mark.meshes
 

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
@@ -28,6 +29,7 @@ from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model import dropout_hash
+from portatrain.model.fp8 import Form, unquantised
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.rope import RopeScaling
 
@@ -71,6 +73,7 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
 
     def _value(self, x: Any) -> Any:
         """Return x as a DTensor over the mesh's context and tensor axes."""
+        x = unquantised(x)
         if isinstance(x, nn.Parameter):
             return Weight.apply(of_all_experts(x, self.world), self.world)
         if isinstance(x, DTensor) or not isinstance(x, Tensor):
@@ -111,15 +114,31 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
 
     def weight(self, p: Any) -> Any:
         value = self._value(p)
-        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else value
+        return value.to(self.static.compute) if isinstance(unquantised(p), nn.Parameter) else value
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         """Contract with at most one sharded letter per mesh axis, the parameter's letter if it has one. Operands with
         the letter are sharded along it, others are whole. The result is sharded along it, or Partial if it is
         contracted."""
+        parts, result, _ = self._parts_of(spec, operands)
+        return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
+
+    def einsum_fp8(self, form: Form, x: Any, w: Any) -> Any:
+        """Contract as `einsum` does. The largest value of a row that is sharded is that of all its shards."""
+        (x, w), result, sharded = self._parts_of(form.forward, (x, w))
+
+        def most(largest: Tensor, over: str) -> Tensor:
+            axes = [axis for axis, letter in sharded.items() if letter in over]
+            return self.world.all_reduce(largest.contiguous(), axes, op=dist.ReduceOp.MAX) if axes else largest
+
+        return self._from(self.parts.einsum_fp8(form, x, w, most=most), result)
+
+    def _parts_of(self, spec: str, operands: Sequence[Any]) -> tuple[list[Tensor], list[Placement], dict[str, str]]:
+        """Return (local parts of the operands, placements of the result, the sharded letter by mesh axis)."""
         inputs, _, out = spec.replace(" ", "").partition("->")
         letters = inputs.split(",")
+        sharded: dict[str, str] = {}
         xs = [self._value(x) for x in operands]
         first = sorted(range(len(xs)), key=lambda i: not isinstance(operands[i], nn.Parameter))
         placements: list[list[Placement]] = [[] for _ in xs]
@@ -128,13 +147,14 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
         for m in range(len(self.axes)):
             cut = [letters[i][p.dim] for i in first if isinstance(p := xs[i].placements[m], Shard)]
             letter = cut[0] if cut else None
+            if letter is not None:
+                sharded[self.axes[m]] = letter
             for i, mine in enumerate(letters):
                 here = letter is not None and letter in mine
                 placements[i].append(Shard(mine.index(letter)) if letter and here else Replicate())
                 grads[i].append(placements[i][m] if here or letter is None else Partial())
             result.append(Replicate() if letter is None else Shard(out.index(letter)) if letter in out else Partial())
-        parts = [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)]
-        return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
+        return [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)], result, sharded
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial

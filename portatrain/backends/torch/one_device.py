@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.compiling import Compiled
 from portatrain.backends.kernels import FLEX_DEVICES, Site
@@ -27,6 +28,7 @@ from portatrain.backends.state import (
     sample_words,
 )
 from portatrain.backends.token_ids import PREDICTED, TokenIds
+from portatrain.backends.torch import fp8
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
 from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
@@ -86,6 +88,7 @@ class OneDevice(Accumulates, StandaloneOps):
             )
         self.compiles = program.compile if program.compile is not None else row.compiles
         self.site = Site.of(program, backend="torch", device=self.device.type)
+        self._fp8 = fp8.formats_of(self.device, row.name) if program.precision == "fp8" else fp8_chips.EMULATED
         load_kernels()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
@@ -129,7 +132,13 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
         static = Static(
-            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops, site=self.site
+            training,
+            COMPUTE[self.program.precision],
+            self.remat,
+            self.program.layout,
+            ops=self.ops,
+            site=self.site,
+            fp8=self._fp8,
         )
         sample = batch.get("sample")
         return self.ops(

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from portatrain.backends.fp8_chips import EMULATED
 from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.torch import fp8
 from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
 from portatrain.backends.torch.handed import Handed
@@ -25,6 +27,7 @@ from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
+from portatrain.model.fp8 import Form
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -50,6 +53,8 @@ class Static:
     """The class of operations, TorchOps unless a mesh needs another one."""
     site: Site = SITE
     """The facts that decide which kernels run."""
+    fp8: str = EMULATED
+    """The formats of the device's 8-bit matmuls, a word of `fp8_chips`."""
     calls: bool = False
     """True if blocks are run by their own call, with the hooks that other libraries put on it."""
 
@@ -91,7 +96,8 @@ class TorchOps(AcrossSamples, TorchArrays):
     # ---- parameters and contractions
 
     def weight(self, p: Tensor) -> Tensor:
-        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else not_adapted(p)
+        p = not_adapted(p)
+        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else p
 
     @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
@@ -104,6 +110,11 @@ class TorchOps(AcrossSamples, TorchArrays):
             return torch.einsum(spec, *xs)
         contracted, transposed = plan
         return _as_matmul(xs[0], xs[1], contracted, transposed)
+
+    def einsum_fp8(self, form: Form, x: Tensor, w: Tensor, **options: Any) -> Tensor:
+        """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
+        compute = self.static.compute
+        return fp8.contraction(form, x.to(compute), w.to(compute), self.static.fp8, **options)
 
     def _note(self, table_VE: Tensor, ids: Tensor) -> None:
         if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):
