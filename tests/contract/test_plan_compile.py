@@ -126,10 +126,13 @@ def test_the_size_in_an_error_of_memory_is_read() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed")
 @pytest.mark.parametrize("mesh", ["fsdp=8", "fsdp=4,tensor=2"])
-def test_fsdp2_traced(mesh: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_fsdp2_traced(mesh: str, own_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["llama3-8b", "--cluster", "h100-8", "--mesh", mesh, "--batch", "16", "--remat", "block", *SMALL]
     found = compiled(capsys, *words, "--seq-len", "2048", "--compiler", "fsdp2")
     assert found["compiled"]["compiler"].startswith("FSDP2 traced")
+    (kept,) = own_cache.glob("*.json")
+    # Documents on a GPU: the kernel of the target, though the trace's tensors are a CPU's.
+    assert {c["kernel"] for c in json.loads(kept.read_text())["kernels"]} == {"flex"}
     predicted, traced = found["predicted"], found["compiled"]
     assert traced["flops"] == predicted["flops"]
     # Numbers that all processes add up, such as the gradient's norm, are not planned.
@@ -171,6 +174,8 @@ def test_every_chip_has_the_compiler_that_knows_it() -> None:
 
 
 def test_what_the_compiler_is_told() -> None:
+    for name, device in (("h100-8", "cuda"), ("mi300x-8", "cuda"), ("gaudi3-8", "hpu")):
+        assert targets.target(parse(name), "fsdp2").options == {"world": 8, "device": device}
     v4 = targets.target(parse("2*tpu-v4-8"))
     assert v4.options == {"topology_name": "v4:2x2x1", "chip_config_name": "megacore", "num_slices": 2}
     assert targets.target(parse("tpu-v6e-1")).options["chips_per_host_bounds"] == (1, 1, 1)

@@ -17,6 +17,7 @@ from portatrain.backends.reference import fp8 as oracle
 from portatrain.model.context_chunks import computed, dealt, imbalance, in_order
 from portatrain.system.processes import run_processes
 from tests.support import fp8_rows
+from tests.support.as_on_a_gpu import FLEX
 from tests.support.mesh_cases import CASES, ROWS, SEQ
 from tests.support.mesh_compare import alone, differences
 from tests.support.mesh_measure import Measured
@@ -139,6 +140,11 @@ SEEN: dict[int, list[tuple[str, str, str]]] = {
         ("expert=2", "routed", "norm: copies counted"),
     ]
 }
+# Attention as on a GPU: FlexAttention, by the reference of its operator.
+ON_GPUS: dict[int, list[tuple[str, str]]] = {
+    2: [(mesh, "lm, untied, all options") for mesh in ("tensor=2", "context=2")] + [("fsdp=2", "lm, remat of dots")],
+    4: [("context=2,tensor=2", "lm, untied, all options")],
+}
 MOVED = [
     ("lm, clipping, averages, frozen", "fsdp=2,tensor=2", "replica=2,fsdp=2"),
     ("lm, Adafactor", "context=2,tensor=2", "fsdp=4"),
@@ -176,6 +182,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
         if n not in done:
             cells = _cells(CELLS[n])
             cells += [(f"{mesh}: {m}", "case", (case, mesh, m)) for mesh, case, m in SEEN.get(n, [])]
+            cells += [(f"{mesh}: {FLEX}: {case}", "case", (case, mesh, FLEX)) for mesh, case in ON_GPUS.get(n, [])]
             cells += [(f"traffic {m}", "traffic", (case, m)) for m, case in TRAFFIC.items() if n == 2]
             cells += [(f"{a} to {b}", "moved", (case, a, b)) for case, a, b in MOVED if n == 4]
             cells += [("rows in fp8", "rows in fp8", ())] if n == 2 else []
@@ -213,6 +220,14 @@ def test_a_wrong_reduction_is_seen(mesh: str, case: str, mutant: str, group: Any
         assert differences(alone(case), found, case)
     else:
         assert "disagree" in found or "different values" in found, found
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mesh", "case"), [pair for pairs in ON_GPUS.values() for pair in pairs])
+def test_attention_as_on_a_gpu_follows_one_process(mesh: str, case: str, group: Any, alone: Any) -> None:
+    n = next(n for n in ON_GPUS if (mesh, case) in ON_GPUS[n])
+    found, _ = group(n)[f"{mesh}: {FLEX}: {case}"]
+    _check(found, alone, case)
 
 
 def test_every_mutant_is_tried() -> None:

@@ -18,6 +18,7 @@ from portatrain.backends.base import backend_class
 from portatrain.backends.torch import TorchBackend, mesh
 from portatrain.backends.torch.step_counter import CPU_ATTENTION
 from tests.support import fp8_rows
+from tests.support.as_on_a_gpu import FLEX, flex_on_a_cpu
 from tests.support.mesh_cases import CASES
 from tests.support.mesh_measure import held, measure, tensors
 from tests.support.mesh_mutants import MUTANTS
@@ -116,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
                     found = pairs(*given)
                 else:
                     case, on, mutant = given
-                    with MUTANTS[mutant]():
+                    with flex_on_a_cpu() if mutant == FLEX else MUTANTS[mutant]():
                         found = measure(backend, CASES[case], on, gather)
             except Exception:
                 found = traceback.format_exc()
