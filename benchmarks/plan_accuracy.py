@@ -144,6 +144,15 @@ ROWS = (
         compiler="fsdp2",
         blind=True,
     ),
+    # AMD's four chips, on one host and on several.
+    Row(recipe="llama3-1b", cluster="mi250x-4", mesh="fsdp=8", batch=8, blind=True),
+    Row(recipe="llama3-8b", cluster="mi250x-16", mesh="fsdp=32", batch=32, remat="attention", blind=True),
+    Row(recipe="llama3-8b", cluster="mi300x-8", mesh="fsdp=8", batch=16, blind=True),
+    Row(recipe="llama3-8b", cluster="mi300x-64", mesh="fsdp=64", batch=64, remat="none", blind=True),
+    Row(recipe="llama3-8b", cluster="mi325x-8", mesh="fsdp=4,tensor=2", batch=8, remat="dots", blind=True),
+    Row(recipe="llama3-70b", cluster="mi325x-64", mesh="fsdp=64", batch=64, blind=True),
+    Row(recipe="llama3-1b", cluster="mi355x-8", mesh="fsdp=8", batch=32, accumulation=2, remat="none", blind=True),
+    Row(recipe="llama3-8b", cluster="mi355x-64", mesh="replica=2,fsdp=32", batch=128, blind=True),
 )
 
 

@@ -35,7 +35,9 @@ OPS = {
     "attention": (
         "k_BTKD, v_BTKD = rng.normal(size=(2, B, S, K, D))\n"
         "out_BSHD = ops.attention(q_BSHD, k_BTKD, v_BTKD, causal=True, window=3)\n"
-        "assert out_BSHD.shape == (B, S, H, D)"
+        "assert out_BSHD.shape == (B, S, H, D)\n"
+        "narrow_BSHV = ops.attention(q_BSHD, k_BTKD, v_BTKD[..., :2], sinks=np.zeros(H))  # value heads of size 2\n"
+        "assert narrow_BSHV.shape == (B, S, H, 2)"
     ),
     "dropout": "assert ops.dropout(x_BSE, 0.1, site=7).shape == (B, S, E)  # in a Module: site=self.site",
     "silu": "assert ops.silu(x_BSE).shape == x_BSE.shape",

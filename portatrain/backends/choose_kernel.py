@@ -59,6 +59,11 @@ def parse(texts: Iterable[str]) -> Named:
 _taken: dict[tuple[str, Case], Choice] = {}
 
 
+def first(operation: str, case: Case) -> Kernel:
+    """Return the first kernel of the table that covers the case, which runs unless another is named."""
+    return next(k for k in rows(operation, case.site.backend) if k.refuses(case) is None)
+
+
 def choose(operation: str, case: Case) -> Choice:
     """Return the kernel that runs `operation` in this case, with the reasons against the others.
 
@@ -97,15 +102,18 @@ def taken() -> list[dict[str, Any]]:
     return found
 
 
-def attention_traits(options: Mapping[str, Any]) -> frozenset[str]:
-    """Return the traits of a call of `Ops.attention` with these keywords."""
+def attention_traits(options: Mapping[str, Any], sizes: tuple[int, int]) -> frozenset[str]:
+    """Return the traits of a call of `Ops.attention` with these keywords. `sizes`: of a key head and a value head."""
     present = {
         "causal": options.get("causal", True),
         "window": options.get("window") is not None,
         "segments": options.get("segment_ids") is not None,
+        "segment-pair": isinstance(options.get("segment_ids"), tuple),
         "positions": options.get("positions") is not None,
         "prefix": options.get("prefix") is not None,
         "alibi": bool(options.get("alibi", False)),
         "softcap": options.get("softcap") is not None,
+        "sinks": options.get("sinks") is not None,
+        "value-size": sizes[0] != sizes[1],
     }
     return frozenset(name for name, there in present.items() if there)

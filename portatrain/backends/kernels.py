@@ -23,10 +23,13 @@ from portatrain.system.plugins import Registry
 GROUP = "portatrain.kernels"
 """The entry-point group in which other packages register rows: each entry is a `Kernel` or a sequence of them."""
 KERNELS_OF_OTHERS = Registry(kind="kernel", group=GROUP, ours={})
-OPERATIONS = ("attention",)
+OPERATIONS = ("attention", "grouped_matmul")
 """The operations with more than one implementation."""
 SCORES_BYTES = 256 << 20
 """The largest size of the float32 scores of attention on a device at one time, on jax."""
+
+FLEX_DEVICES = ("cuda", "xpu")
+"""The kinds of devices for which torch compiles FlexAttention, by torch's names. A ROCm build says 'cuda' too."""
 
 Named = tuple[tuple[str, str], ...]
 """(operation, kernel) of the kernels that were named explicitly."""
@@ -54,9 +57,13 @@ class Site:
 class Case:
     """Everything that decides which kernel runs.
 
-    shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them. traits: for
-    attention, those of 'causal', 'window', 'segments', 'positions', 'prefix', 'alibi' and 'softcap' that the call has,
-    and 'uneven' if the queries do not divide over the devices that hold them.
+    shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them; for a grouped
+    matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for attention, those of 'causal',
+    'window', 'segments', 'segment-pair' (queries and keys have segments of their own), 'positions', 'prefix', 'alibi',
+    'softcap' and 'sinks' that the call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries
+    do not divide over the devices that hold them; on jax also 'cross' if there are not as many keys as queries,
+    'uneven-batch' and 'uneven-heads'. A kernel that returns the log-sum-exp of the scores covers sinks by
+    `out * sigmoid(lse - sinks)`.
     """
 
     site: Site
@@ -66,12 +73,36 @@ class Case:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What becomes of the scores of attention, for the planner's price of a kernel.
+
+    kept: 'on-chip' if the device's memory never holds them; 'chunk' if it holds those of some queries at a time (see
+    `chunks`), 'whole' if it holds all. mask: whether the kernel reads a mask of as many numbers as there are scores of
+    one head. skips: whether it leaves out what a causal mask hides.
+    """
+
+    kept: str = "on-chip"
+    mask: bool = False
+    skips: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """A row of the table: an implementation of an operation, and the cases that it covers.
+
+    scores: for attention, what the planner prices; by default a fused kernel that skips what is hidden.
 
     refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
     'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those
     that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla.
+    per_device: the function, on jax, computes attention on the arrays of one device and runs under `jax.shard_map`. It
+    gets `segment_ids` as a pair or None, and by keyword `precision`, `device`, `part` and `kept` (see
+    `backends/jax/splash.py`).
+
+    grouped_matmul: function(x_NE, w_XEF, *, sizes_X) returns (N, F). The rows of x are sorted by expert: sizes_X[i] of
+    them, integers of 0 or more, are multiplied by w_XEF[i]. Rows past the sum of the sizes give zeros, and their
+    gradient is zero, no matter what they hold. A sum in float32; the result has the dtype of x. The backend adds
+    `precision` on jax, and nothing on torch. `python -m portatrain.testing.kernels NAME` tests an implementation.
     """
 
     operation: str
@@ -79,6 +110,8 @@ class Kernel:
     backends: tuple[str, ...]
     where: str
     refuses: Callable[[Case], str | None] = lambda case: None
+    scores: Scores = Scores()
+    per_device: bool = False
 
     def load(self) -> Callable[..., Any]:
         """Import and return the implementation."""
@@ -106,8 +139,54 @@ def _chunked_refuses(case: Case) -> str | None:
     return None
 
 
+_SPLASH_KNOWS = frozenset({"causal", "window", "segments", "softcap", "sinks", "value-size", "cross"})
+_UNEVEN = {"uneven": "queries", "uneven-batch": "samples", "uneven-heads": "heads"}
+SPLASH_LEAST = 128
+"""The least number of queries, and of keys, for which splash attention runs: the smallest block that it has."""
+
+
+def _splash_refuses(case: Case) -> str | None:
+    _, s, t, _, _, d = case.shape
+    if case.site.device != "tpu" and ("attention", "splash") not in case.site.named:
+        return "it is a kernel for TPUs; elsewhere it must be named, and is interpreted, slowly"
+    if case.dtype not in ("float32", "bfloat16"):
+        return f"it computes in float32 and bfloat16, not in {case.dtype}"
+    for trait, what in _UNEVEN.items():
+        if trait in case.traits:
+            return f"the {what} do not divide over the devices that hold them"
+    if "segment-pair" in case.traits:
+        return "a query may see no key if queries and keys have segments of their own"
+    if more := case.traits - _SPLASH_KNOWS:
+        return f"its mask knows no {' or '.join(sorted(more))}"
+    if {"window", "cross"} <= case.traits:
+        return "a query may see no key if queries and keys differ in number and there is a window"
+    if min(s, t) < SPLASH_LEAST:
+        return f"{s} queries and {t} keys a device are fewer than a block of {SPLASH_LEAST}"
+    if d > (most := 256 if case.dtype == "float32" else 512):
+        return f"blocks of head size {d} do not fit in a core's memory: at most {most} in {case.dtype}"
+    return None
+
+
 def _sdpa_refuses(case: Case) -> str | None:
-    return "torch's kernels cannot soft-cap the scores" if "softcap" in case.traits else None
+    if "softcap" in case.traits:
+        return "torch's kernels cannot soft-cap the scores"
+    return "torch's kernels have no sinks" if "sinks" in case.traits else None
+
+
+def _unmasked_refuses(case: Case) -> str | None:
+    """Return why torch has no fused kernel of a call without a mask of numbers; it would compute all scores."""
+    _, _, _, h, k, d = case.shape
+    if case.site.device not in FLEX_DEVICES:
+        return None
+    if "value-size" in case.traits:
+        return "torch's fused kernels take values of the size of keys"
+    if d > 256:
+        return f"torch's fused kernels take heads of at most 256, not {d}"
+    if case.dtype == "float32" and h != k:
+        return f"torch's fused kernel of float32 takes one head of keys for each head, not {k} for {h}"
+    if case.dtype == "float32" and d % 4:
+        return f"torch's fused kernel of float32 takes heads of a multiple of 4, not {d}"
+    return None
 
 
 def _sdpa_masked_refuses(case: Case) -> str | None:
@@ -115,6 +194,10 @@ def _sdpa_masked_refuses(case: Case) -> str | None:
         return reason
     if "alibi" in case.traits and case.dtype != "float32":
         return f"the bias of ALiBi would be rounded to {case.dtype}"
+    if case.site.device in FLEX_DEVICES and case.shape[1] > 1:
+        if case.traits - {"value-size"}:
+            return f"its mask of numbers has {case.shape[1]} x {case.shape[2]} elements"
+        return _unmasked_refuses(case)
     return None
 
 
@@ -123,11 +206,31 @@ def _sdpa_causal_refuses(case: Case) -> str | None:
         return reason
     if "causal" not in case.traits:
         return "the mask is not causal"
-    if more := case.traits - {"causal"}:
+    if more := case.traits - {"causal", "value-size"}:
         return f"its mask is causal and knows no {' or '.join(sorted(more))}"
     if case.shape[1] != case.shape[2]:
         return f"{case.shape[1]} queries and {case.shape[2]} keys are not the same positions"
-    return None
+    return _unmasked_refuses(case)
+
+
+def _flex_refuses(case: Case) -> str | None:
+    if case.site.device == "cpu":
+        return "FlexAttention has no backward pass on a CPU"
+    if case.site.device not in FLEX_DEVICES:
+        return f"it runs on {' and '.join(FLEX_DEVICES)}, not on {case.site.device}"
+    if case.shape[1] == 1:
+        return "one query needs no mask of blocks"
+    if case.shape[5] < 16:
+        return f"it takes heads of at least 16, not {case.shape[5]}"
+    return None if case.shape[0] else "there are no rows"
+
+
+def _grouped_mm_refuses(case: Case) -> str | None:
+    _, e, f, x = case.shape
+    each = 16 // (4 if case.dtype == "float32" else 2)
+    if e % each or f % each:
+        return f"torch's kernel needs rows of a multiple of 16 bytes: {e} and {f} are not multiples of {each}"
+    return None if case.shape[0] and x else "there are no rows"
 
 
 # ---- the table
@@ -135,10 +238,19 @@ def _sdpa_causal_refuses(case: Case) -> str | None:
 TABLE: tuple[Kernel, ...] = (
     Kernel(
         operation="attention",
+        name="splash",
+        backends=("jax",),
+        where="portatrain.backends.jax.splash:splash",
+        refuses=_splash_refuses,
+        per_device=True,
+    ),
+    Kernel(
+        operation="attention",
         name="chunked",
         backends=("jax",),
         where="portatrain.backends.jax.attention:chunked",
         refuses=_chunked_refuses,
+        scores=Scores(kept="chunk", skips=False),
     ),
     Kernel(
         operation="attention",
@@ -153,24 +265,60 @@ TABLE: tuple[Kernel, ...] = (
         backends=("torch",),
         where="portatrain.backends.torch.attention:sdpa_masked",
         refuses=_sdpa_masked_refuses,
+        scores=Scores(mask=True, skips=False),
+    ),
+    Kernel(
+        operation="attention",
+        name="flex",
+        backends=("torch",),
+        where="portatrain.backends.torch.flex:flex",
+        refuses=_flex_refuses,
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("jax",),
         where="portatrain.backends.jax.attention:written_out",
+        scores=Scores(kept="whole", skips=False),
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("torch",),
         where="portatrain.backends.torch.attention:written_out",
+        scores=Scores(kept="whole", mask=True, skips=False),
     ),
     Kernel(
         operation="attention",
         name="written-out",
         backends=("torch-xla",),
         where="portatrain.backends.torch_xla.attention:written_out",
+        scores=Scores(kept="whole", mask=True, skips=False),
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="ragged_dot",
+        backends=("jax",),
+        where="portatrain.backends.jax.grouped_matmul:ragged_dot",
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="grouped_mm",
+        backends=("torch",),
+        where="portatrain.backends.torch.grouped_matmul:grouped_mm",
+        refuses=_grouped_mm_refuses,
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="written-out",
+        backends=("jax",),
+        where="portatrain.backends.jax.grouped_matmul:written_out",
+    ),
+    Kernel(
+        operation="grouped_matmul",
+        name="written-out",
+        backends=("torch", "torch-xla"),
+        where="portatrain.backends.torch.grouped_matmul:written_out",
     ),
 )
 

@@ -41,7 +41,7 @@ from portatrain.system import terminal
 if TYPE_CHECKING:
     from rich.console import Console
 
-COMPILERS = ("auto", "tpu", "cuda", "fsdp2")
+COMPILERS = ("auto", "tpu", "cuda", "rocm", "fsdp2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,8 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="check the best mesh with the chip's own compiler, without an accelerator: libtpu, or XLA for NVIDIA; "
-        "otherwise FSDP2 traced with fake tensors. Takes minutes; the result is kept",
+        help="check the best mesh with the chip's own compiler, without an accelerator: libtpu, or XLA for NVIDIA and "
+        "AMD; otherwise FSDP2 traced with fake tensors. Takes minutes; the result is kept",
     )
     parser.add_argument(
         "--compiler", metavar="NAME", choices=COMPILERS, default="auto", help=f"for --compile: {', '.join(COMPILERS)}"

@@ -42,7 +42,7 @@ PARAMS: Mapping[str, Axes] = {"embed": "fsdp"}
 
 
 UNSPLIT = frozenset(
-    {"layers", "head_dim", "patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"}
+    {"layers", "head_dim", "value_dim", "patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"}
 )
 """The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
 device, and are meant to be."""

@@ -145,12 +145,13 @@ class Ops(ArrayOps, StructureOps, Protocol):
         prefix: Array | None = None,
         alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
+        sinks: Array | None = None,
         scale: float | None = None,
     ) -> Array:
-        """Return softmax(scale q k^T + bias + mask) v, (B, S, H, D); query head h uses kv head h // (H/K)
+        """Return softmax(scale q k^T + bias + mask) v, (B, S, H, Dv); query head h uses kv head h // (H/K)
         (Ainslie et al. 2023).
 
-        q_BSHD: (B, S, H, D); k_BTKD, v_BTKD: (B, T, K, D), with K a divisor of H.
+        q_BSHD: (B, S, H, D); k_BTKD: (B, T, K, D); v_BTKD: (B, T, K, Dv), with K a divisor of H. Dv may differ from D.
         causal: a query attends to keys at its own and earlier positions.
         window: a query attends only to the last `window` of these positions, its own included; with causal=False, to
         fewer than `window` positions on either side.
@@ -164,7 +165,10 @@ class Ops(ArrayOps, StructureOps, Protocol):
         alibi: a bias of -slope_h |position of the query - position of the key| for each head h, after softcap. True:
         the slopes of Press et al. 2022; a sequence: one slope for each of the H heads, constants.
         softcap: scores become softcap * tanh(scores / softcap) before the mask. scale: default D^-0.5.
-        A query that may attend to no key gets zeros.
+        sinks: (H,), one learned score a head, to which neither scale nor softcap applies. It is one more term of the
+        softmax's denominator, which every query sees, and it has no value: weights are exp(score) / (exp(sink) + sum of
+        exp(scores)) (OpenAI 2025, gpt-oss; Xiao et al. 2023).
+        A query that may attend to no key gets zeros, also with sinks.
         bf16: contractions take bfloat16 and accumulate in float32; the softmax is float32; the result is bfloat16.
         Example: `out_BSHD = ops.attention(q_BSHD, k_BTKD, v_BTKD, segment_ids=segment_ids_BS)`
         """

@@ -60,6 +60,7 @@ def candidate(one: Candidate) -> dict[str, Any]:
         "accumulation": one.accumulation,
         "remat": one.remat,
         "precision": one.precision,
+        "attention_kernel": one.kernel,
         "step_s": one.step_s,
         "memory_bytes": one.memory.terms(),
         "memory_total_bytes": one.memory.total,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from portatrain.errors import UserError
+from portatrain.plan.attending import priced
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.cluster import Cluster
@@ -28,14 +29,15 @@ def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | 
     for mesh in meshes.legal(shape, cluster.devices, per_domain, {}):
         work = on_mesh(shape, mesh)
         rows = shape.batch // work.rows
+        kind = PRECISIONS[precision]
         need = memory(
             work,
             tokens=work.seq,
             accumulation=rows,
             remat=REMATS["block"],
-            precision=PRECISIONS[precision],
+            precision=kind,
             slot_bytes=shape.slot_bytes,
-            tuning=tuning,
+            tuning=priced(tuning, shape, mesh, 1, kind),
         ).total
         found = need if found is None else min(found, need)
     return found

@@ -12,11 +12,12 @@ from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.plan.as_json import candidate
+from portatrain.plan.attending import name_of, priced
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.cluster import Cluster
-from portatrain.plan.clusters.gpu_devices import DEVICES
+from portatrain.plan.clusters.gpu_devices import AMD_DEVICES, DEVICES
 from portatrain.plan.clusters.slices import RULES, default_shape, text
 from portatrain.plan.cost import device_order as orders
 from portatrain.plan.cost import recipes
@@ -114,10 +115,8 @@ def chip_of(device: str) -> Chip | None:
     for chip in CHIPS.values():
         if chip.jax_kind and chip.jax_kind == device:
             return chip
-    for name, known in DEVICES.items():
-        if device.startswith(known.name):
-            return CHIPS[name]
-    return None
+    reported = {name: one.name for name, one in DEVICES.items()} | {name: one.name for name, one in AMD_DEVICES.items()}
+    return next((CHIPS[name] for name, start in reported.items() if device.startswith(start)), None)
 
 
 def _cluster(chip: Chip, devices: int) -> Cluster | str:
@@ -149,6 +148,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
     places = assign_axes(cluster, sizes, cluster.devices)
     if isinstance(places, str):
         return places
+    tuning = priced(tuning, shape, sizes, rows, precision)
     need = memory(
         work,
         tokens=rows * work.seq,
@@ -167,6 +167,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
             precision=precision.name,
             placement=where,
             memory=need,
+            kernel=name_of(shape, sizes, rows, precision, tuning),
             time=step_time(
                 work,
                 where,

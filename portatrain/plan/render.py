@@ -127,6 +127,8 @@ def _terms(plan: Plan) -> Table:
     table.add_section()
     table.add_row("in all", f"{best.memory.total / GIB:.2f}", "in all", _number(best.step_s))
     table.add_row("of", f"{plan.device_bytes / GIB:.1f}", "efficiency factor", f"{plan.efficiency.value:.3f}")
+    if best.kernel:
+        table.add_row("", "", "attention kernel", best.kernel)
     return table
 
 

@@ -20,7 +20,8 @@ CONVENTION = "6 x parameters multiplied with each token + 12 x layers x width x 
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One way to run a step. ``rows``: samples of a microbatch on each device along replica, fsdp and expert."""
+    """One way to run a step. ``rows``: samples of a microbatch on each device along replica, fsdp and expert.
+    ``kernel``: the kernel of attention; empty without attention."""
 
     mesh: Sizes
     rows: int
@@ -30,6 +31,7 @@ class Candidate:
     placement: Placement
     memory: Memory
     time: Time
+    kernel: str = ""
 
     @property
     def step_s(self) -> float:

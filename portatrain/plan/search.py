@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from portatrain.errors import UserError, choice
+from portatrain.plan.attending import name_of, priced
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import efficiency as factors
 from portatrain.plan.cost import meshes
@@ -39,7 +40,8 @@ class _Search:
     cluster: Cluster
     remats: Sequence[Remat]
     precisions: Sequence[Precision]
-    tuning: Tuning
+    stack: Tuning
+    given: Tuning | None
     rates: dict[str, Rates]
     capacity: float
     accumulation: int | None = None
@@ -68,7 +70,7 @@ class _Search:
 
     def _mesh(self, mesh: Sizes) -> None:
         work = on_mesh(self.shape, mesh)
-        lightest = min(state_bytes(work, p, self.shape.slot_bytes, self.tuning) for p in self.precisions)
+        lightest = min(state_bytes(work, p, self.shape.slot_bytes, self.stack) for p in self.precisions)
         if lightest > self.capacity:
             self._miss(lightest, mesh)
             return
@@ -93,7 +95,7 @@ class _Search:
                     precision=precision,
                     slot_bytes=self.shape.slot_bytes,
                     rate=self.rates[precision.name],
-                    tuning=self.tuning,
+                    tuning=self._tuning(work, rows, precision),
                 )
                 tight = need.total > self.roomy
                 if best is None or (tight, time.total) < (best.memory.total > self.roomy, best.step_s):
@@ -106,6 +108,7 @@ class _Search:
                         placement=placement,
                         memory=need,
                         time=time,
+                        kernel=name_of(self.shape, mesh, rows, precision, self.stack),
                     )
         if best is not None:
             self.found.append(best)
@@ -127,7 +130,7 @@ class _Search:
                         remat=remat,
                         precision=precision,
                         slot_bytes=self.shape.slot_bytes,
-                        tuning=self.tuning,
+                        tuning=self._tuning(work, rows, precision),
                     )
                     way = rows, rows_here // rows, remat, precision, need
                     if need.total <= self.roomy:
@@ -141,6 +144,10 @@ class _Search:
         if not found and smallest is not None:
             self._miss(smallest, work.mesh)
         return found
+
+    def _tuning(self, work: OnMesh, rows: int, precision: Precision) -> Tuning:
+        """Return the tuning as it was given, else the stack's, with the kernel of attention that runs."""
+        return self.given or priced(self.stack, self.shape, work.mesh, rows, precision)
 
     def _microbatches(self, rows_here: int) -> list[int]:
         """Return the possible numbers of rows of a microbatch, the largest first."""
@@ -252,7 +259,8 @@ def _search(
         cluster=cluster,
         remats=[REMATS[name] for name in remats],
         precisions=chosen,
-        tuning=tuning or tuning_of(cluster.chip.stack),
+        stack=tuning or tuning_of(cluster.chip.stack),
+        given=tuning,
         rates={p.name: rates(cluster.chip, p, factor.value) for p in chosen},
         capacity=cluster.chip.memory_bytes / cluster.chip.devices_per_chip,
         accumulation=accumulation,

@@ -107,6 +107,7 @@ def attention_cases() -> list[Case]:
         )
     add("full, more keys", lambda ops, q, k, v: ops.attention(q, k, v, causal=False), (q, kv, kv), [])
     add("causal, more keys", lambda ops, q, k, v: ops.attention(q, k, v), (q, kv, kv), [])
+    cases += _with_sinks() + _with_other_values()
     cases.append(
         Case(
             name="attention, large scores",
@@ -119,3 +120,69 @@ def attention_cases() -> list[Case]:
         )
     )
     return cases
+
+
+def _with_sinks() -> list[Case]:
+    """Return cases with a learned score of each head, also where a query sees nothing."""
+
+    def case(
+        what: str, options: dict[str, Any], *shapes: tuple[int, ...], ints: list[Any], given: tuple[str, ...]
+    ) -> Case:
+        def args(rng: Any) -> Any:
+            q, k, v, *more = with_ints(*shapes, ints=ints)(rng)
+            return (q, k, v, 2.0 * rng.normal(size=shapes[0][2]).astype("float32"), *more)
+
+        def fn(ops: Any, q: Any, k: Any, v: Any, sinks: Any, *more: Any) -> Any:
+            pairs = {"positions": more[:2], "pair": more[:2]}
+            rules = {name.replace("pair", "segment_ids"): pairs.get(name, more[0]) for name in given}
+            return ops.attention(q, k, v, sinks=sinks, **rules, **options)
+
+        return Case(name=f"attention sinks{what}", fn=fn, args=args)
+
+    q, kv = (2, 8, 4, 6), (2, 8, 2, 6)
+    short, long = (2, 3, 4, 6), (2, 7, 2, 6)
+    capped = {"causal": False, "softcap": 0.7, "scale": 0.9}
+    nothing = [[[0, 1, 2], [9, 0, 9]], [[5, 6, 7, 8, 9, 10, 2], [1, 2, 3, 4, 5, 6, 7]]]
+    windowed = {"window": 3, "alibi": True}
+    return [
+        case("", {}, q, kv, kv, ints=[], given=()),
+        case(", full, softcap, scale", capped, q, kv, kv, ints=[], given=()),
+        case(
+            ", window=3, alibi, segments, wide values",
+            windowed,
+            *(q, kv, (2, 8, 2, 10)),
+            ints=[_SEGMENTS],
+            given=("segment_ids",),
+        ),
+        case(", positions that see nothing", {}, short, long, long, ints=nothing, given=("positions",)),
+        case(
+            ", full, segments that see nothing",
+            {"causal": False},
+            *(short, long, long),
+            ints=[_QUERY_SEGMENTS, _KEY_SEGMENTS],
+            given=("pair",),
+        ),
+    ]
+
+
+def _with_other_values() -> list[Case]:
+    """Return cases with value heads that are smaller or larger than key heads."""
+    q, kv = (2, 8, 4, 6), (2, 8, 2, 6)
+    capped, wide = {"softcap": 0.7}, {"causal": False, "window": 3}
+    positions = [[[0, 1, 2], [9, 0, 9]], [[5, 6, 7, 8, 9, 10, 2]] * 2]
+    made = [
+        Case(
+            name=f"attention values of size {size}{what}",
+            fn=lambda ops, q, k, v, o=options: ops.attention(q, k, v, **o),
+            args=normal(q, kv, (2, 8, 2, size)),
+        )
+        for size, what, options in ((2, "", {}), (10, ", softcap", capped), (10, ", full, window=3", wide))
+    ]
+    made.append(
+        Case(
+            name="attention values of size 2, positions that see nothing",
+            fn=lambda ops, q, k, v, at_q, at_k: ops.attention(q, k, v, positions=(at_q, at_k)),
+            args=with_ints((2, 3, 4, 6), (2, 7, 2, 6), (2, 7, 2, 2), ints=positions),
+        )
+    )
+    return made

@@ -13,6 +13,7 @@ from portatrain.model.layers import Attention, Dropout, Embedding, GatedMLP, RMS
 from portatrain.model.module import Module, Param, Stack
 from portatrain.model.ops import Array, Batch, Loss, Ops
 from portatrain.model.rope import RopeScaling
+from portatrain.recipe import added_later
 
 # The tensors of a layer: name in LlamaForCausalLM, our name, and the number of contracted axes.
 LLAMA = (
@@ -77,6 +78,10 @@ class DecoderConfig:
     """The eps of all norms."""
     z_loss: float = 0.0
     """Weight of the z-loss; 0 switches it off."""
+    sinks: bool = added_later(False)
+    """Give each head of attention a learned score that takes part in its softmax and has no value (gpt-oss)."""
+    value_head_dim: int | None = added_later(None)
+    """Features per head of the values. None: those of queries and keys."""
 
     def build(self) -> Decoder:
         """Return the model."""
@@ -93,14 +98,20 @@ class DecoderConfig:
             heads=heads,
             kv_heads=self.kv_heads and (heads if self.kv_heads == self.heads else max(1, heads // 2)),
             head_dim=self.head_dim and 8,
+            value_head_dim=self.value_head_dim and 4,
             mlp=self.mlp and 48,
             window=self.window and min(self.window, 8),
         )
 
     @property
     def head_size(self) -> int:
-        """Features per head."""
+        """Features per head of queries and keys."""
         return self.head_dim or self.embed // self.heads
+
+    @property
+    def value_size(self) -> int:
+        """Features per head of the values."""
+        return self.value_head_dim or self.head_size
 
     @property
     def mlp_size(self) -> int:
@@ -115,7 +126,8 @@ class DecoderConfig:
         Raises:
             UserError: a field has a value that neither supports.
         """
-        for name, off in (("softcap", None), ("logit_softcap", None), ("qk_norm", False)):
+        same = {"softcap": None, "logit_softcap": None, "qk_norm": False, "sinks": False, "value_head_dim": None}
+        for name, off in same.items():
             if getattr(self, name) != off:
                 raise UserError(
                     f"model.{name}",
@@ -174,14 +186,15 @@ class DecoderConfig:
 
         They are, without recomputation: 6 per token for each weight of a matrix multiplication (including the head but
         not the embedding), and 12 * layers * heads * head_dim * seq_len per token for attention, halved for the causal
-        mask (Chowdhery et al. 2022, appendix B) and reduced further by a window.
+        mask (Chowdhery et al. 2022, appendix B) and reduced further by a window. If value heads have another size,
+        head_dim is the mean of the two.
         """
-        heads, kv_heads, d = self.heads, self.kv_heads or self.heads, self.head_size
-        layer = self.embed * d * (2 * heads + 2 * kv_heads) + 3 * self.embed * self.mlp_size
+        heads, kv_heads, both = self.heads, self.kv_heads or self.heads, self.head_size + self.value_size
+        layer = self.embed * both * (heads + kv_heads) + 3 * self.embed * self.mlp_size
         weights = self.layers * layer + self.vocab * self.embed
         window = min(self.window or seq_len, seq_len)
         seen = window * (seq_len - window / 2)  # pairs of query and key: S^2 / 2 without a window
-        return 6.0 * weights * seq_len + 12.0 * self.layers * heads * d * seen
+        return 6.0 * weights * seq_len + 6.0 * self.layers * heads * both * seen
 
 
 class Block(Module):
@@ -198,6 +211,8 @@ class Block(Module):
             softcap=c.softcap,
             qk_norm=c.qk_norm,
             norm_eps=c.norm_eps,
+            sinks=c.sinks,
+            value_head_dim=c.value_head_dim,
         )
         self.attn_dropout = Dropout(c.dropout)
         self.mlp_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)

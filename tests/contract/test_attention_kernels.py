@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from portatrain.backends import choose_kernel, kernels
@@ -16,24 +16,14 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing import check_case
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.training.trainer import train
+from tests.support.kernels import naming
 from tests.support.running import BACKENDS
 
-ROWS = [(name, row.name) for name in BACKENDS for row in kernels.rows("attention", name)]
-
-
-def naming(backend: str, kernel: str) -> Any:
-    """The class of `backend`, whose operations on their own run by `kernel`."""
-    site, plain = kernels.Site(backend=backend, named=(("attention", kernel),)), backend_class(backend)
-
-    class Named(plain):  # type: ignore[valid-type,misc]
-        @classmethod
-        def _standalone(cls, context: Context) -> Any:
-            ops = super()._standalone(context)
-            if backend == "jax":
-                return dataclasses.replace(ops, site=site)
-            return dataclasses.replace(ops, static=dataclasses.replace(ops.static, site=site))
-
-    return Named
+ON_ACCELERATORS = ("flex", "splash")
+"""Kernels that refuse every one of these cases on a CPU; they have tests of their own."""
+ROWS = [
+    (name, row.name) for name in BACKENDS for row in kernels.rows("attention", name) if row.name not in ON_ACCELERATORS
+]
 
 
 @pytest.mark.parametrize(("backend", "kernel"), ROWS)
@@ -90,5 +80,37 @@ def test_the_choice_is_an_event_of_the_attempt(backend: str, tmp_path: Path) -> 
 def test_a_kernel_that_is_not_the_backends_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     with pytest.raises(UserError, match="kernel of attention"):
-        train(small(), run, backend=BACKENDS[0], kernels=(("attention", "splash"),))
+        train(small(), run, backend=BACKENDS[0], kernels=(("attention", "flash-5"),))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sinks_of_any_size_and_queries_that_see_nothing(backend: str, precision: str) -> None:
+    """All numbers are exact: scores of 8192, 0 and -8192 beside sinks that are equal, larger or smaller."""
+    context = Context(precision=precision)
+    q = np.zeros((1, 4, 4, 2), np.float32)
+    q[..., 0] = np.array([128.0, 128.0, 0.0, -128.0], np.float32)  # of each head
+    k = np.zeros((1, 4, 2, 2), np.float32)
+    k[..., 0] = 64.0
+    v = np.ones((1, 4, 2, 3), np.float32)
+    sinks = np.array([8192.0, 0.0, 8192.0, 0.0], np.float32)
+    of_q, of_k = np.array([[1, 2, 9, 1]], np.int32), np.array([[1, 2, 3, 4]], np.int32)  # segment 9 has no key
+
+    def attend(ops: Any, q: Any, k: Any, v: Any, s: Any, of_q: Any, of_k: Any) -> Any:
+        q, k, v, s = (ops.cast(x, "compute") for x in (q, k, v, s))
+        out = ops.attention(q, k, v, sinks=s, segment_ids=(of_q, of_k), causal=False, scale=1.0)
+        return ops.cast(out, "float32")
+
+    given = (q, k, v, sinks, of_q, of_k)
+    (out,) = backend_class(backend).evaluate(lambda ops, *a: (attend(ops, *a),), given, context)
+    # A query of another segment sees one key: beside an equal sink its weight is a half, beside a larger one 0.
+    np.testing.assert_array_equal(out[0, :, :, 0], [[0.5, 1, 0, 0], [0.5, 1, 0, 0], [0, 0, 0, 0], [0.5, 1, 0, 0]])
+    _, gradients = backend_class(backend).differentiate(lambda ops, *a: attend(ops, *a).sum(), given, context)
+    of_queries, of_keys, of_values, of_sinks = (np.asarray(g, np.float64) for g in gradients if g is not None)
+    # d out / d sink = -weight of the key x weight of the sink, over 3 features of 3 queries that see something.
+    np.testing.assert_array_equal(of_sinks, [-9 * 0.25, 0, 0, 0])
+    np.testing.assert_array_equal(of_queries[0, :, 0, 0], np.array([1, 1, 0, 1]) * 3 * 0.25 * 64)
+    np.testing.assert_array_equal(of_queries[0, 2], 0)
+    assert np.isfinite(of_keys).all()
+    np.testing.assert_array_equal(of_values[0, :, 0, 0], [0.5 + 1 + 0.5 + 1, 1.5, 0, 0])

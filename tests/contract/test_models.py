@@ -40,7 +40,8 @@ MODELS: dict[str, Callable[[], Module]] = {
     "decoder": decoder(),
     "decoder, untied": decoder(tied=False),
     "decoder, all options": decoder(
-        dropout=0.3, window=4, softcap=2.0, logit_softcap=3.0, qk_norm=True, z_loss=0.01, head_dim=6
+        **{"dropout": 0.3, "window": 4, "softcap": 2.0, "logit_softcap": 3.0, "qk_norm": True, "z_loss": 0.01},
+        **{"head_dim": 6, "sinks": True, "value_head_dim": 4},
     ),
     "vit": vit,
     "routed": routed,

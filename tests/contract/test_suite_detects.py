@@ -58,6 +58,13 @@ def _attention(**forced: Any) -> type[ReferenceOps]:
     return Mutant
 
 
+class SinksScaled(ReferenceOps):
+    def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
+        if options.get("sinks") is not None:
+            options["sinks"] = options["sinks"] * q_BSHD.shape[3] ** -0.5
+        return super().attention(q_BSHD, k_BTKD, v_BTKD, **options)
+
+
 class InterleavedHeads(ReferenceOps):
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         """Head h reads kv head h mod K."""
@@ -150,6 +157,9 @@ MUTANTS: dict[str, tuple[type[ReferenceOps], str]] = {
     "window one wider": (_attention(window=lambda w: w and w + 1), "attention"),
     "scale ignored": (_attention(scale=lambda _: None), "attention"),
     "softcap ignored": (_attention(softcap=lambda _: None), "attention"),
+    "sinks ignored": (_attention(sinks=lambda _: None), "attention sinks"),
+    "sinks of the next head": (_attention(sinks=lambda s: s if s is None else np.roll(s, 1)), "attention sinks"),
+    "sinks scaled": (SinksScaled, "attention sinks"),
     "segments ignored": (_attention(segment_ids=lambda _: None), "attention"),
     "positions ignored": (_attention(positions=lambda _: None), "attention"),
     "heads interleaved": (InterleavedHeads, "attention heads"),

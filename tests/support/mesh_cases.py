@@ -113,7 +113,10 @@ CASES: dict[str, Case] = {
     "lm": Case(model=_lm()),
     "lm, accumulation, dropout": Case(model=_lm(dropout=0.1), accumulation=2),
     "lm, untied, all options": Case(
-        model=_lm(tied=False, kv_heads=1, softcap=20.0, logit_softcap=30.0, z_loss=1e-3, window=7, dropout=0.1),
+        model=_lm(
+            **{"tied": False, "kv_heads": 1, "softcap": 20.0, "logit_softcap": 30.0, "z_loss": 1e-3, "window": 7},
+            **{"dropout": 0.1, "sinks": True, "value_head_dim": 12},
+        ),
         accumulation=2,
         optimizer=AdamW(lr=1e-4),
     ),

@@ -190,22 +190,26 @@ def naive_attention(p: dict[str, np.ndarray], x: np.ndarray, heads: int, kv_head
         q = x[b, s] @ p["wq"][:, h] + p.get("q_bias", np.zeros((heads, d)))[h]
         seen = x[b, : s + 1] if causal else x[b]
         keys = seen @ p["wk"][:, k]
-        values = seen @ p["wv"][:, k] + p.get("v_bias", np.zeros((kv_heads, d)))[k]
+        values = seen @ p["wv"][:, k] + p.get("v_bias", np.zeros(kv_heads))[k]
         if "q_norm/scale" in p:
             q = q / np.sqrt((q**2).mean() + 1e-6) * p["q_norm/scale"]
             keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-6) * p["k_norm/scale"]
         weights = np.exp(keys @ q / np.sqrt(d))
-        out[b, s] += (weights / weights.sum()) @ values @ p["wo"][h]
+        beside = np.exp(p["sink_bias"][h]) if "sink_bias" in p else 0.0
+        out[b, s] += (weights / (weights.sum() + beside)) @ values @ p["wo"][h]
     return out
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"causal": False}, {"bias": True}, {"qk_norm": True}, {"bias": True, "qk_norm": True, "causal": False}],
+    [
+        *({}, {"causal": False}, {"bias": True}, {"qk_norm": True}, {"bias": True, "qk_norm": True, "causal": False}),
+        *({"sinks": True}, {"value_head_dim": 3}, {"sinks": True, "value_head_dim": 10, "bias": True}),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
-def test_attention(heads: int, kv_heads: int, options: dict[str, bool]) -> None:
+def test_attention(heads: int, kv_heads: int, options: dict[str, Any]) -> None:
     x = normal(2, 5, 8)
     y, p = run(Attention(embed=8, heads=heads, kv_heads=kv_heads, head_dim=6, **options), x)
     expected = naive_attention(p, x, heads, kv_heads, causal=options.get("causal", True))
@@ -246,12 +250,17 @@ def test_names_and_shapes_of_attention() -> None:
         "k_norm/scale": (6,),
     }
     assert described(layer).params["wo"].fan_in_axes == 2
+    layer = Attention(embed=8, heads=4, kv_heads=2, head_dim=6, sinks=True, value_head_dim=3)
+    assert shapes(layer) == {"wq": (8, 4, 6), "wk": (8, 2, 6), "wv": (8, 2, 3), "wo": (4, 3, 8), "sink_bias": (4,)}
+    params = described(layer).params
+    assert params["sink_bias"].axes == ("heads",) and params["wv"].axes == ("embed", "kv_heads", "value_dim")
+    assert params["sink_bias"].init.value == 0 and params["wo"].fan_in_axes == 2
 
 
 def test_every_bias_is_named_so() -> None:
     """Weight decay leaves alone what is named *bias* or *norm*: every vector of the shipped models but embeddings."""
     vit = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=32, layers=2, heads=4)
-    decoder = DecoderConfig(vocab=8, embed=8, layers=1, heads=2, tied=False, qk_norm=True)
+    decoder = DecoderConfig(vocab=8, embed=8, layers=1, heads=2, tied=False, qk_norm=True, sinks=True)
     for config in (vit, decoder):
         for name, info in describe(config.build()).params.items():
             matrix = info.fan_in_axes > 0 or name in ("embed/table", "head", "position")
@@ -303,7 +312,7 @@ class Counting(ReferenceOps):
         pairs: float = s * s
         if options["causal"]:
             pairs = sum(min(i + 0.5, options.get("window") or s) for i in range(s))
-        self.flops += 2 * 6 * b * h * d * pairs
+        self.flops += 6 * b * h * (d + v_BTKD.shape[3]) * pairs
         return super().attention(q_BSHD, k_BTKD, v_BTKD, **options)
 
     def cross_entropy(self, x: Any, table_VE: Any, targets: Any, **options: Any) -> Any:
@@ -322,8 +331,10 @@ def counted(config: Any, batch: dict[str, np.ndarray]) -> float:
 
 
 @pytest.mark.parametrize("window", [None, 4, 10, 99])
-def test_flops_of_the_decoder(window: int | None) -> None:
-    config = DecoderConfig(vocab=40, embed=16, layers=3, heads=4, kv_heads=2, mlp=24, window=window)
+@pytest.mark.parametrize("value_size", [None, 6])
+def test_flops_of_the_decoder(window: int | None, value_size: int | None) -> None:
+    sizes = {"vocab": 40, "embed": 16, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 24}
+    config = DecoderConfig(**sizes, window=window, value_head_dim=value_size, sinks=value_size is not None)
     ids = np.zeros((1, 10), np.int32)
     batch = {"tokens": ids, "targets": ids, "mask": ids, "segment_ids": ids, "positions": np.arange(10)[None]}
     assert config.flops_per_sample(10) == counted(config, batch)

@@ -189,7 +189,7 @@ def test_compute_by_hand() -> None:
     time = when("llama3-8b", "h100-8", (1, 8, 1, 1, 1), rows=2)
     shape, tokens, rate = PRESETS["llama3-8b"], 2 * 8192, 989.5e12 * 0.5
     assert time.matmul == pytest.approx(6 * shape.active * tokens / rate)
-    forward = 4 * 32 * 4096 * 8192 * tokens / (rate * ATTENTION_SHARE)  # what the mask hides is computed too
+    forward = 4 * 32 * 4096 * 8192 / 2 * tokens / (rate * ATTENTION_SHARE)  # a causal mask hides half
     assert time.attention == pytest.approx((1 + ATTENTION_BACKWARD) * forward)
     assert time.recompute == 0
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from portatrain.errors import UserError
+from portatrain.plan.attending import priced
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost import meshes
@@ -30,7 +31,7 @@ LLAMAS = ("llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b")
 def every_way(shape: ModelShape, cluster_name: str, factor: float) -> Iterator[tuple[float, Sizes]]:
     """(step seconds, mesh) of every mesh of up to all sizes, microbatch, remat policy and placement that fits."""
     cluster = parse(cluster_name)
-    tuning, precision = TUNING[cluster.chip.stack], PRECISIONS[shape.precision]
+    precision = PRECISIONS[shape.precision]
     rate = rates(cluster.chip, precision, factor)
     room = cluster.chip.memory_bytes / cluster.chip.devices_per_chip * (1 - MARGIN)
     checks, sizes = meshes.rules(shape), meshes.divisors(cluster.devices)
@@ -53,7 +54,7 @@ def every_way(shape: ModelShape, cluster_name: str, factor: float) -> Iterator[t
                     "remat": remat,
                     "precision": precision,
                     "slot_bytes": shape.slot_bytes,
-                    "tuning": tuning,
+                    "tuning": priced(TUNING[cluster.chip.stack], shape, mesh, rows, precision),
                 }
                 if memory(work, **common).total > room:  # type: ignore[arg-type]
                     continue

@@ -15,6 +15,7 @@ from portatrain.plan.cost.recipes import find, shape_of
 from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.tensors import LogicalTensor, Sizes
 from portatrain.plan.cost.workload import on_mesh
+from portatrain.recipe import apply_overrides, load_recipe
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,20 @@ def test_any_recipe_plans_from_its_tensors() -> None:
     )
     assert (twin.parameters, twin.active) == (shape.parameters, shape.active)
     assert twin.groups == shape.groups
+
+
+def test_value_heads_of_their_own_size_are_counted() -> None:
+    recipe = apply_overrides(load_recipe("tiny-lm"), ["model.value_head_dim=24", "model.sinks=true"])
+    shape = shape_of(recipe)
+    assert shape.model_flops == 6 * shape.active + 3 * shape.attention_flops
+    assert (shape.q_width, shape.kv_width, shape.out_width) == (4 * 32, 2 * (32 + 24), 4 * 24)
+    plain = shape_of(load_recipe("tiny-lm"))
+    assert plain.parameters - shape.parameters == 4 * 128 * (32 - 24) * (2 + 4) - 4 * 4  # wv and wo, without the sinks
+    # A sink is multiplied with nothing, and a device has those of its heads.
+    assert plain.active - shape.active == 4 * 128 * (32 - 24) * (2 + 4)
+    assert (
+        on_mesh(shape, (1, 1, 1, 1, 2)).held == on_mesh(plain, (1, 1, 1, 1, 2)).held - 4 * 128 * 8 * 6 / 2 + 4 * 4 / 2
+    )
 
 
 def test_a_vision_recipe_plans_from_its_tensors() -> None:

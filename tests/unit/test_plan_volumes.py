@@ -8,28 +8,33 @@ import pytest
 
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.placement import assign_axes
-from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Tuning
 from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.tensors import Sizes
-from portatrain.plan.cost.timing import rates, step_time
+from portatrain.plan.cost.timing import Time, attention_flops, rates, step_time
 from portatrain.plan.cost.volumes import Volumes, volumes
 from portatrain.plan.cost.workload import on_mesh
 
 BF16, TORCH, XLA = PRECISIONS["bf16"], TUNING["torch-cuda"], TUNING["jax-tpu"]
 
 
-def amounts(mesh: Sizes, *, remat: str = "block", stack: str = "jax-tpu", tokens: float = 8192) -> Volumes:
+def amounts(
+    mesh: Sizes, *, remat: str = "block", stack: str = "jax-tpu", tokens: float = 8192, skips: bool = True
+) -> Volumes:
     work = on_mesh(PRESETS["llama3-8b"], mesh)
-    return volumes(work, tokens=tokens, remat=REMATS[remat], precision=BF16, tuning=TUNING[stack])
+    return volumes(
+        work, tokens=tokens, remat=REMATS[remat], precision=BF16, tuning=replace(TUNING[stack], skips_masked=skips)
+    )
 
 
 def test_flops_of_llama3_8b_by_hand() -> None:
-    """8192 tokens. A layer has 218 million weights, the output projection 525 million; attention sees all pairs."""
+    """8192 tokens. A layer has 218 million weights, the output projection 525 million; a causal
+    mask hides half of the pairs, and some kernels compute them nevertheless."""
     layer, head, down = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14_336, 4096 * 128_256, 4096 * 14_336
-    pairs = 4 * 32 * 4096 * 8192
-    kept, again = (amounts((1, 128, 1, 1, 1), remat=remat).flops(1) for remat in ("none", "block"))
-    assert kept == pytest.approx(8192 * (6 * (32 * layer + head) + 3.5 * pairs), rel=1e-9)
-    assert again - kept == pytest.approx(8192 * (2 * 32 * (layer - down) + pairs), rel=1e-9)
+    for skips, pairs in ((True, 2 * 32 * 4096 * 8192), (False, 4 * 32 * 4096 * 8192)):
+        kept, again = (amounts((1, 128, 1, 1, 1), remat=remat, skips=skips).flops(1) for remat in ("none", "block"))
+        assert kept == pytest.approx(8192 * (6 * (32 * layer + head) + 3.5 * pairs), rel=1e-9)
+        assert again - kept == pytest.approx(8192 * (2 * 32 * (layer - down) + pairs), rel=1e-9)
 
 
 def test_fsdp_traffic_by_hand() -> None:
@@ -65,20 +70,32 @@ def test_times_are_made_of_these_amounts(mesh: Sizes) -> None:
         for path in placements[0].paths
     )
     placed = replace(placements[0], paths=paths)  # type: ignore[arg-type]
-    tokens, tuning = work.seq, replace(TORCH, skips_masked=True)
-    time = step_time(
-        work,
-        placed,
-        tokens=tokens,
-        accumulation=2,
-        remat=REMATS["block"],
-        precision=BF16,
-        slot_bytes=8.0,
-        rate=rates(cluster.chip, BF16, 0.5),
-        tuning=tuning,
-    )
-    told = volumes(work, tokens=tokens, remat=REMATS["block"], precision=BF16, tuning=tuning).bytes(2, BF16)
+    tokens, rates_ = work.seq, rates(cluster.chip, BF16, 0.5)
+    common = {"tokens": tokens, "remat": REMATS["block"], "precision": BF16}
+
+    def timed(tuning: Tuning) -> Time:
+        return step_time(work, placed, accumulation=2, slot_bytes=8.0, rate=rates_, tuning=tuning, **common)
+
+    tuning = replace(TORCH, skips_masked=True, balances=False)
+    time, told = timed(tuning), volumes(work, tuning=tuning, **common).bytes(2, BF16)
     # The gradients of what is whole on several devices are in both, over whichever axes it is whole on.
     assert sum(time.busy) * rate == pytest.approx(sum(told.values()), rel=1e-9)
     assert time.busy[1] * rate == pytest.approx(told["fsdp"], rel=1e-9)
     assert time.busy[4] * rate == pytest.approx(told.get("tensor", 0.0), rel=1e-9)
+    # Queries that are dealt out over context go to one device, so none of their bytes stays.
+    tuning = replace(TORCH, skips_masked=True)
+    more = volumes(work, tuning=tuning, **common).bytes(2, BF16).get("context", 0.0) - told.get("context", 0.0)
+    assert (timed(tuning).busy[3] - time.busy[3]) * (paths[3].rate or 1.0) == pytest.approx(more, rel=1e-9)
+    if mesh[3] > 1:
+        # Three times half of what 32 heads of 128 ask and get, of every layer and microbatch.
+        assert more == 2 * 32 * 3 * tokens * (2 * 4096) / 2 * 2
+        # In order, the last of 4 devices has 7/4 of the mean.
+        assert attention_flops(work, tuning) * 1.75 == pytest.approx(
+            attention_flops(work, replace(tuning, balances=False)), rel=1e-3
+        )
+        # Of the pairs of all chunks, what a chunk leaves out after its end: 2n+1 of 4n remain.
+        assert attention_flops(work, replace(TORCH, skips_masked=False)) == pytest.approx(
+            2 * work.attention_flops * 9 / 16, rel=1e-9
+        )
+    else:
+        assert more == 0

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from checkpoints_format.boxes import flat_range_boxes
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult
+from portatrain.backends.deepspeed.checks import check
 from portatrain.backends.deepspeed.engine import (
     Part,
     Root,
@@ -44,18 +45,13 @@ from portatrain.backends.torch.mesh_backend import MeshBackend
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.backends.torch.row_ops import RowOps
-from portatrain.errors import UserError
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Mesh
 from portatrain.model.module import TensorInfo
 from portatrain.model.ops import Loss
-from portatrain.optim import SGD, AdamW, Lion
 
 # DeepSpeed calls collectives by names that torch 2.13 has replaced.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-
-RULES = (AdamW, Lion, SGD)
-"""Rules that update each element alone, so that they can run on a flat range of a tensor."""
 
 
 class ZeroBackend(MeshBackend):
@@ -64,56 +60,9 @@ class ZeroBackend(MeshBackend):
     stage = 0
 
     def __init__(self, program: Program) -> None:
-        self._check(program)
+        check(program, backend=self.name, stage=self.stage)
         super().__init__(program)
         self.ops = functools.partial(RowOps, world=self.world)
-
-    def _check(self, program: Program) -> None:
-        """Raise UserError if ZeRO cannot run the program, before this process waits for others."""
-        mesh, rule = program.layout.mesh, program.optimizer
-        sizes = [axis for axis, n in mesh.sizes.items() if n > 1]
-        if sizes not in ([], ["fsdp"], ["replica"]):
-            raise UserError(
-                f"mesh {mesh} on the {self.name} backend",
-                expected="fsdp or replica alone, over all processes",
-                got=" and ".join(sizes),
-                do=f"Use fsdp={mesh.devices}, or --backend torch, which has the other axes.",
-            )
-        if not isinstance(rule, RULES):
-            raise UserError(
-                f"optimizer {type(rule).__name__} on the {self.name} backend",
-                expected=f"one of {', '.join(r.__name__ for r in RULES)}, which act on every element alone",
-                got=type(rule).__name__,
-                do="ZeRO cuts tensors into flat ranges: use --backend torch for the others.",
-            )
-        if scalars := [name for name, info in program.definition.params.items() if info.shape == ()]:
-            raise UserError(
-                f"parameters without axes on the {self.name} backend",
-                expected="at least one axis, as DeepSpeed cuts every parameter",
-                got=", ".join(scalars),
-                do="Give each an axis of size 1, as in Param(scale=1, fan_in_axes=0), or use --backend torch.",
-            )
-        if program.precision == "bf16-state":
-            raise UserError(
-                f"precision bf16-state on the {self.name} backend",
-                expected="fp32 or bf16",
-                got="bf16-state",
-                do="Use bf16, or --backend torch.",
-            )
-        if program.compile:
-            raise UserError(
-                f"compile on the {self.name} backend",
-                expected="blocks that run eagerly",
-                got="compile=True",
-                do="Leave compile out, or use --backend torch.",
-            )
-        if self.stage == 3 and program.remat != "none":
-            raise UserError(
-                f"remat {program.remat!r} on the {self.name} backend",
-                expected="none",
-                got=repr(program.remat),
-                do="Stage 3 gathers parameters by hooks that recomputation would disturb: use stage 2 or torch.",
-            )
 
     def _device(self) -> torch.device:
         mesh: Mesh = self.program.layout.mesh

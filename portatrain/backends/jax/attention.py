@@ -1,4 +1,5 @@
-"""Attention in plain XLA operations. Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
+"""Attention in plain XLA operations. Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim (that
+of values may differ).
 
 Scores exist for one chunk of queries at a time, forward and backward, so that memory grows with the length, not with
 its square.
@@ -16,6 +17,8 @@ from portatrain.backends import choose_kernel, kernels
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="jax")
+Shards = tuple[int, int, int]
+"""The numbers of parts into which batch, heads and queries are cut over devices."""
 
 
 def visible(
@@ -38,32 +41,29 @@ def visible(
     return mask
 
 
-def attention(
-    q_BSHD: Any,
-    k_BTKD: Any,
-    v_BTKD: Any,
-    *,
-    site: kernels.Site = SITE,
-    shards: tuple[int, int, int] = (1, 1, 1),
-    **options: Any,
-) -> Any:
-    """Run the kernel that the table chooses; see `Ops.attention`. `shards`: the numbers of parts into which batch,
-    heads and queries are cut over devices. `options` may contain `precision` and `may_be_blind`. `may_be_blind` says
-    that a query may see nothing; None: True if positions or two kinds of segments are given."""
+def case_of(
+    q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, site: kernels.Site, shards: Shards, even_heads: bool, **options: Any
+) -> kernels.Case:
+    """Return the case of a call of `Ops.attention`. `even_heads`: the query heads of every device use equally many kv
+    heads."""
     (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
     rows, heads, parts = shards
-    traits = choose_kernel.attention_traits(options) | ({"uneven"} if s % parts else set())
-    shape = (-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d)
-    case = kernels.Case(site=site, dtype=q_BSHD.dtype.name, shape=shape, traits=traits)
-    return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
+    uneven = {"uneven": s % parts, "uneven-batch": b % rows, "uneven-heads": not even_heads, "cross": s != t}
+    traits = choose_kernel.attention_traits(options, (d, v_BTKD.shape[3]))
+    return kernels.Case(
+        site=site,
+        dtype=q_BSHD.dtype.name,
+        shape=(-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d),
+        traits=traits | {trait for trait, there in uneven.items() if there},
+    )
 
 
-def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
+def written_out(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: Shards, **options: Any) -> Any:
     """Compute all scores at once."""
     return _in_chunks(1, 1, q_BSHD, k_BTKD, v_BTKD, **options)
 
 
-def chunked(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: tuple[int, int, int], **options: Any) -> Any:
+def chunked(q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: Shards, **options: Any) -> Any:
     """Compute the scores of one chunk of queries at a time."""
     rows, heads, parts = shards
     b, s, h, _ = q_BSHD.shape
@@ -85,6 +85,7 @@ def _in_chunks(
     prefix: Any | None = None,
     alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
+    sinks: Any | None = None,
     scale: float | None = None,
     precision: Any = None,
     may_be_blind: bool | None = None,
@@ -93,7 +94,7 @@ def _in_chunks(
     b, s, h, d = q_BSHD.shape
     t, kv_heads = k_BTKD.shape[1:3]
     if s == 0 or t == 0:
-        return jnp.zeros_like(q_BSHD)
+        return jnp.zeros((b, s, h, v_BTKD.shape[3]), q_BSHD.dtype)
     # Heads come first, so that no array of scores is transposed: q, k, v and the result are smaller.
     q_BKGSD = jnp.einsum("bskgd->bkgsd", q_BSHD.reshape(b, s, kv_heads, h // kv_heads, d))
     k_BKTD, v_BKTD = (jnp.swapaxes(x, 1, 2) for x in (k_BTKD, v_BTKD))
@@ -105,6 +106,7 @@ def _in_chunks(
         "prefix": prefix,
         "slopes": slopes_of(alibi, h),
         "softcap": softcap,
+        "sinks": sinks,
         "precision": precision,
         "scale": d**-0.5 if scale is None else scale,
         # Only then may a query see nothing; otherwise it sees at least itself.
@@ -127,7 +129,7 @@ def _in_chunks(
         xs = cut.into(q_BKGSD, 3), cut.into(at_q, at_q.ndim - 1), None if of_q is None else cut.into(of_q, 1)
         _, outs = jax.lax.scan(jax.checkpoint(body, prevent_cse=False), None, xs)
         out_BKGSD = cut.back(outs, 3)
-    return jnp.einsum("bkgsd->bskgd", out_BKGSD).reshape(b, s, h, d)
+    return jnp.einsum("bkgsd->bskgd", out_BKGSD).reshape(b, s, h, v_BTKD.shape[3])
 
 
 def _seen(
@@ -147,7 +149,11 @@ def _seen(
     if mask is not None:
         mask = mask[:, None, None]
         scores = jnp.where(mask, scores, jnp.finfo(jnp.float32).min)
-    weights = softmax(scores)
+    if (sinks := options["sinks"]) is None:
+        weights = softmax(scores)
+    else:
+        sinks = sinks.astype(jnp.float32).reshape(1, scores.shape[1], scores.shape[2], 1, 1)
+        weights = softmax_with_sinks(scores, jnp.broadcast_to(sinks, (*scores.shape[:-1], 1)))
     if mask is not None and options["may_be_blind"]:
         weights = jnp.where(mask, weights, 0.0)
     return jnp.einsum(
@@ -189,3 +195,22 @@ def softmax(x: Any) -> Any:
 def _softmax_jvp(primals: tuple[Any], tangents: tuple[Any]) -> tuple[Any, Any]:
     y, (dx,) = softmax(*primals), tangents
     return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True))
+
+
+@jax.custom_jvp
+def softmax_with_sinks(x: Any, sinks: Any) -> Any:
+    """Return exp(x) / (exp(sinks) + sum of exp(x)) over the last axis; `sinks` has size 1 there."""
+    return _with_sinks(x, sinks)[0]
+
+
+def _with_sinks(x: Any, sinks: Any) -> tuple[Any, Any]:
+    top = jax.lax.stop_gradient(jnp.maximum(jnp.max(x, axis=-1, keepdims=True), sinks))
+    exps, beside = jnp.exp(x - top), jnp.exp(sinks - top)
+    total = jnp.sum(exps, axis=-1, keepdims=True) + beside
+    return exps / total, beside / total
+
+
+@softmax_with_sinks.defjvp
+def _softmax_with_sinks_jvp(primals: tuple[Any, Any], tangents: tuple[Any, Any]) -> tuple[Any, Any]:
+    (y, beside), (dx, dsinks) = _with_sinks(*primals), tangents
+    return y, y * (dx - jnp.sum(y * dx, axis=-1, keepdims=True) - beside * dsinks)

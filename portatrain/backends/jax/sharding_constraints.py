@@ -13,11 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends.jax.attention import attention
+from portatrain.backends import choose_kernel
+from portatrain.backends.jax.attention import Shards, case_of
 from portatrain.backends.jax.losses import Cut
 from portatrain.backends.jax.low_precision import SMALL_TABLES, rows
+from portatrain.backends.jax.per_device import head_share, run_per_device
 from portatrain.backends.kernels import Site
 from portatrain.model.layout import BATCH_MESH_AXES, Layout, Spec
 from portatrain.model.module import Constant, TensorInfo
@@ -119,15 +122,33 @@ class OnMesh:
 
         return find
 
-    def _attended(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, precision: Any, **options: Any) -> Any:
-        """Run `attention` on values that are sharded over the mesh."""
-        run = functools.partial(attention, precision=precision, site=self.site)
-        rows, heads, parts = self._shards("batch", "heads", "seq")
+    def _attended(
+        self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, precision: Any, name: str | None, **options: Any
+    ) -> Any:
+        """Run the kernel of attention that the table chooses, on values that are sharded over the mesh, and name what
+        its backward pass needs `name` for the policies of remat."""
+        h, kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
+        shards = self._shards("batch", "heads", "seq")
+        even = head_share(h, kv_heads, shards[1]) > 0
+        case = case_of(q_BSHD, k_BTKD, v_BTKD, site=self.site, shards=shards, even_heads=even, **options)
+        kernel = choose_kernel.choose("attention", case).kernel
+        run = functools.partial(kernel.load(), precision=precision)
+        if kernel.per_device:
+            run = functools.partial(run, device=self.site.device, kept=name)
+            return run_per_device(run, q_BSHD, k_BTKD, v_BTKD, layout=self.layout, devices=self.devices, **options)
+        out = self._attended_by_partitioner(run, q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
+        return out if name is None else checkpoint_name(out, name)
+
+    def _attended_by_partitioner(
+        self, run: Callable[..., Any], q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, *, shards: Shards, **options: Any
+    ) -> Any:
+        """Run a kernel of plain operations, which XLA's partitioner distributes over the mesh."""
+        rows, heads, parts = shards
         b, s = q_BSHD.shape[:2]
         segments = options.get("segment_ids")
         in_place = k_BTKD.shape[1] == s and options.get("positions") is None and not isinstance(segments, tuple)
         if self.layout is None or self.devices is None or parts == 1 or b % rows or s % parts or not in_place:
-            return run(q_BSHD, k_BTKD, v_BTKD, shards=(rows, heads, parts), **options)
+            return run(q_BSHD, k_BTKD, v_BTKD, shards=shards, **options)
         batch, seq, kv, split = (self.layout.spec((axis,))[0] for axis in ("batch", "seq", "kv_heads", "heads"))
         kv = () if k_BTKD.shape[2] % self.layout.mesh.over(kv) else kv
         used, stored = self._named((batch, (), kv, ())), self._named((batch, seq, kv, ()))
@@ -156,7 +177,7 @@ class OnMesh:
         shards = rows * parts, heads, 1
         options |= {"segment_ids": of, "positions": at, "may_be_blind": False}
         out = lies(run(q_QSHD, k_QTKD, v_QTKD, shards=shards, **options), split)
-        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(q_BSHD.shape)
+        return jnp.moveaxis(out.reshape(parts, b, s // parts, *out.shape[2:]), 0, 1).reshape(b, s, *out.shape[2:])
 
     def _shards(self, *axes: str) -> Any:
         """Return the number of shards of each logical axis of a value."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.reference import fp8
 from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
@@ -15,6 +16,7 @@ from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across, check_arrays, grouped, outside_stacks, results
 from portatrain.model.attention_rules import slopes_of
 from portatrain.model.bind import bind, source_of
+from portatrain.model.fp8 import Form
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -64,6 +66,10 @@ class ReferenceOps(ReferenceArrays):
     @adapts
     def einsum(self, spec: str, *operands: Array, dtype: str | None = None) -> Array:
         return np.einsum(spec, *operands)
+
+    def einsum_fp8(self, form: Form, x: Array, w: Array) -> Array:
+        """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
+        return fp8.product(form, x, w)
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
         if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):
@@ -118,6 +124,7 @@ class ReferenceOps(ReferenceArrays):
         prefix: Array | None = None,
         alibi: bool | Sequence[float] = False,
         softcap: float | None = None,
+        sinks: Array | None = None,
         scale: float | None = None,
     ) -> Array:
         S, H, D = q_BSHD.shape[1:]
@@ -132,7 +139,7 @@ class ReferenceOps(ReferenceArrays):
         if segment_ids is not None:
             q_seg, k_seg = segment_ids if isinstance(segment_ids, tuple) else (segment_ids, segment_ids)
             visible = visible & (q_seg[:, :, None] == k_seg[:, None, :])
-        out = np.zeros_like(q_BSHD)
+        out = np.zeros((*q_BSHD.shape[:3], v_BTKD.shape[3]))
         slopes = slopes_of(alibi, H)
         for h in range(H):
             k_BTD, v_BTD = k_BTKD[:, :, h // (H // K)], v_BTKD[:, :, h // (H // K)]
@@ -142,9 +149,11 @@ class ReferenceOps(ReferenceArrays):
             if slopes is not None:
                 scores_BST = scores_BST - slopes[h] * np.abs(behind)
             scores_BST = np.where(visible, scores_BST, -np.inf)
-            top = scores_BST.max(-1, keepdims=True, initial=-np.inf)
-            weights_BST = np.exp(scores_BST - np.where(np.isfinite(top), top, 0.0))
-            total = weights_BST.sum(-1, keepdims=True)
+            sink = -np.inf if sinks is None else sinks[h]
+            top = scores_BST.max(-1, keepdims=True, initial=sink)
+            top = np.where(np.isfinite(top), top, 0.0)
+            weights_BST = np.exp(scores_BST - top)
+            total = weights_BST.sum(-1, keepdims=True) + np.exp(sink - top)
             out[:, :, h] = (weights_BST / np.where(total == 0, 1.0, total)) @ v_BTD
         return out
 

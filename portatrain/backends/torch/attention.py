@@ -1,63 +1,32 @@
 """Compute attention: with torch's fused kernel if it covers the case, else written out (`choose_kernel.py`
 decides).
 
-Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
+Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim (that of values may differ).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from portatrain.backends import choose_kernel, kernels
+from portatrain.backends.torch.visible import alibi_bias, rule_of, visible
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="torch")
-
-
-def visible(
-    s: int,
-    t: int,
-    device: torch.device,
-    causal: bool,
-    window: int | None,
-    segment_q: Tensor | None,
-    segment_k: Tensor | None,
-    at_q: Tensor | None,
-    at_k: Tensor | None,
-    prefix: Tensor | None = None,
-) -> Tensor | None:
-    """Return a boolean mask that broadcasts to (B, S, T), True if a query sees a key; None if it sees all keys."""
-    mask = None
-    if causal or window is not None:
-        if at_q is None or at_k is None:
-            at_q, at_k = torch.arange(s, device=device), torch.arange(t, device=device)
-        behind = at_q[..., :, None] - at_k[..., None, :]
-        if causal:
-            mask = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-        elif window is not None:
-            mask = behind.abs() < window
-        mask = mask if mask is None or mask.ndim == 3 else mask[None]
-        mask = mask if mask is None or prefix is None else mask | (prefix != 0)[:, None, :]
-    if segment_q is not None and segment_k is not None:
-        same = segment_q[:, :, None] == segment_k[:, None, :]
-        mask = same if mask is None else mask & same
-    return mask
-
-
-def alibi_bias(
-    s: int, t: int, device: torch.device, slopes: tuple[float, ...], at_q: Tensor | None, at_k: Tensor | None
-) -> Tensor:
-    """Return (1 or B, H, S, T) float32, -slope |position of the query - position of the key|."""
-    if at_q is None or at_k is None:
-        at_q, at_k = torch.arange(s, device=device), torch.arange(t, device=device)
-    apart = (at_q[..., :, None] - at_k[..., None, :]).abs().float()
-    apart = apart if apart.ndim == 3 else apart[None]
-    return apart[:, None] * -torch.tensor(slopes, dtype=torch.float32, device=device)[:, None, None]
+FUSED = [
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.OVERRIDEABLE,
+]
+"""The kernels of `scaled_dot_product_attention` that make no array of all scores."""
 
 
 def attention(
@@ -86,6 +55,8 @@ def attention(
         options.get("softcap") is not None,
         options.get("prefix") is not None,
         bool(options.get("alibi", False)),
+        options.get("sinks") is not None,
+        v_BTKD.shape[3] != d,
     )
     return LOADED[where](q_BSHD, k_BTKD, v_BTKD, kept=kept or (lambda what, of, make: make(*of)), **options)
 
@@ -102,7 +73,7 @@ def _kernel(
 ) -> str:
     """Return the key in `LOADED` of the kernel that runs. Arguments and result are constants only, so torch.compile
     calls this once and does not trace it."""
-    names = ("causal", "window", "segments", "positions", "softcap", "prefix", "alibi")
+    names = ("causal", "window", "segments", "positions", "softcap", "prefix", "alibi", "sinks", "value-size")
     case = kernels.Case(
         site=kernels.Site(backend=backend, device=device, mesh=mesh, named=named),
         dtype=str(dtype).removeprefix("torch."),
@@ -140,11 +111,12 @@ def sdpa_masked(
     positions: tuple[Tensor, Tensor] | None = None,
     alibi: bool | Sequence[float] = False,
     softcap: None = None,
+    sinks: None = None,
     **options: Any,
 ) -> Tensor:
     """Run torch's fused kernel with an additive mask, made once; from a boolean mask torch would make it at each
     call."""
-    rule = _rule(q_BSHD, k_BTKD, positions=positions, **options)
+    rule = rule_of(q_BSHD, k_BTKD, positions=positions, **options)
     slopes = slopes_of(alibi, q_BSHD.shape[2])
     bias = kept("bias", (*rule, q_BSHD.dtype, slopes), _bias)
     out = _sdpa(q_BSHD, k_BTKD, v_BTKD, bias, scale, causal=False)
@@ -161,28 +133,13 @@ def _sdpa(
     grouped = q_BSHD.shape[2] != k_BTKD.shape[2]
     scale = q_BSHD.shape[3] ** -0.5 if scale is None else scale
     q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped)
-    return out.transpose(1, 2)
-
-
-def _rule(
-    q_BSHD: Tensor,
-    k_BTKD: Tensor,
-    *,
-    causal: bool = True,
-    window: int | None = None,
-    segment_ids: Tensor | tuple[Tensor, Tensor] | None = None,
-    positions: tuple[Tensor, Tensor] | None = None,
-    prefix: Tensor | None = None,
-) -> tuple[Any, ...]:
-    """Return the arguments of `visible`. Pairs are flattened, because their tensors are the same in every layer."""
-    s, t = q_BSHD.shape[1], k_BTKD.shape[1]
-    return (s, t, q_BSHD.device, causal, window, *_pair(segment_ids), *_pair(positions), prefix)
-
-
-def _pair(given: Any) -> tuple[Any, Any]:
-    """Return (for queries, for keys)."""
-    return given if isinstance(given, tuple) else (given, given)
+    run = functools.partial(
+        F.scaled_dot_product_attention, q, k, v, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped
+    )
+    if bias is not None or q.device.type not in kernels.FLEX_DEVICES:
+        return run().transpose(1, 2)
+    with sdpa_kernel(FUSED):  # else torch would compute all scores if no fused kernel covers the case, and not say so
+        return run().transpose(1, 2)
 
 
 def _bias(*given: Any) -> Tensor | None:
@@ -206,11 +163,12 @@ def written_out(
     kept: Callable[..., Any],
     alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute attention as `Ops.attention` defines it."""
-    rule = _rule(q_BSHD, k_BTKD, **options)
+    rule = rule_of(q_BSHD, k_BTKD, **options)
     mask = kept("visible", rule, visible)
     b, s, h, d = q_BSHD.shape
     kv_heads = k_BTKD.shape[2]
@@ -223,8 +181,18 @@ def written_out(
         scores = scores + bias.unflatten(1, (kv_heads, h // kv_heads))
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None, None], torch.finfo(torch.float32).min)
-    weights = torch.softmax(scores, dim=-1)
+    weights = softmax(scores, sinks)
     if mask is not None:
         weights = weights * mask[:, None, None]
     out = torch.einsum("bkgst,btkd->bskgd", weights.to(v_BTKD.dtype), v_BTKD)
-    return out.reshape(b, s, h, d)
+    return out.reshape(b, s, h, v_BTKD.shape[3])
+
+
+def softmax(scores_BKGST: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return the softmax over the keys, with `sinks` (H,), if given, as one more score of each head, whose weight is
+    dropped."""
+    if sinks is None:
+        return torch.softmax(scores_BKGST, dim=-1)
+    b, kv_heads, groups, s, _ = scores_BKGST.shape
+    beside = sinks.float().reshape(1, kv_heads, groups, 1, 1).expand(b, -1, -1, s, -1)
+    return torch.softmax(torch.cat([scores_BKGST, beside], dim=-1), dim=-1)[..., :-1]

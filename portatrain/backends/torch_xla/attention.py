@@ -1,6 +1,6 @@
 """Compute attention written out, for XLA to fuse and partition. All scores exist: (B, K, G, S, T) over all devices.
 
-Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim.
+Legend: B batch, S queries, T keys, H heads, K kv_heads, G = H/K, D head_dim (that of values may differ).
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from portatrain.backends import choose_kernel, kernels
-from portatrain.backends.torch.attention import alibi_bias, visible
+from portatrain.backends.torch.attention import softmax
+from portatrain.backends.torch.visible import alibi_bias, visible
 from portatrain.model.attention_rules import slopes_of
 
 SITE = kernels.Site(backend="torch-xla")
@@ -22,7 +23,8 @@ def attention(q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, *, site: kernels.S
     """Run the kernel that the table chooses; see `Ops.attention`."""
     b, s, h, d = q_BSHD.shape
     shape = (b, s, k_BTKD.shape[1], h, k_BTKD.shape[2], d)
-    dtype, traits = str(q_BSHD.dtype).removeprefix("torch."), choose_kernel.attention_traits(options)
+    dtype = str(q_BSHD.dtype).removeprefix("torch.")
+    traits = choose_kernel.attention_traits(options, (d, v_BTKD.shape[3]))
     case = kernels.Case(site=site, dtype=dtype, shape=shape, traits=traits)
     return choose_kernel.choose("attention", case).kernel.load()(q_BSHD, k_BTKD, v_BTKD, **options)
 
@@ -39,6 +41,7 @@ def written_out(
     prefix: Tensor | None = None,
     alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     scale: float | None = None,
     kept: Callable[..., Any],
 ) -> Tensor:
@@ -60,9 +63,9 @@ def written_out(
     if mask is not None:
         mask = mask[:, None, None]
         scores = torch.where(mask, scores, torch.finfo(torch.float32).min)
-    weights = torch.softmax(scores, dim=-1)
+    weights = softmax(scores, sinks)
     # A query may see nothing only with these; otherwise it sees at least itself.
     if mask is not None and (positions is not None or isinstance(segment_ids, tuple)):
         weights = torch.where(mask, weights, 0.0)
     out = torch.einsum("bkgst,btkd->bskgd", weights.to(v_BTKD.dtype), v_BTKD)
-    return out.reshape(b, s, h, d)
+    return out.reshape(b, s, h, v_BTKD.shape[3])

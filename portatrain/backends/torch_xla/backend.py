@@ -82,11 +82,11 @@ class XlaBackend(OneDevice):
 
     def _check(self, program: Program) -> None:
         check_policy(self.remat)
-        if program.precision == "bf16-state":
+        if program.precision in ("bf16-state", "fp8"):
             raise UserError(
-                f"precision bf16-state on the {self.name} backend",
+                f"precision {program.precision} on the {self.name} backend",
                 expected="fp32 or bf16",
-                got="bf16-state",
+                got=program.precision,
                 do="Use bf16, or --backend jax.",
             )
         if program.compile:

@@ -100,6 +100,8 @@ class XlaOps(TorchOps):
         return _SummedInTwoSteps.apply(p, (like.shape[0], *(1,) * between))
 
     def attention(self, q_BSHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, **options: Any) -> Tensor:
+        if (sinks := options.get("sinks")) is not None:
+            options["sinks"] = self.weight(sinks)
         return self.name(
             attention(q_BSHD, k_BTKD, v_BTKD, site=self.static.site, kept=self._kept, **options), "attention"
         )

@@ -1,4 +1,4 @@
-"""Grouped-query attention. Shape letters: B batch, S seq, E embed, H heads, K kv_heads, D head_dim."""
+"""Grouped-query attention. Shape letters: B batch, S seq, E embed, H heads, K kv_heads, D head_dim, Dv value_dim."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ class Attention(Module):
             scores of a query, and softmax would cancel it.
         qk_norm: apply RMSNorm to the query and key of each head before the rotation (Henry et al. 2020).
         norm_eps: the eps of these norms.
+        sinks: give each head a learned score, 0 at first, that takes part in the softmax as in `Ops.attention`.
+        value_head_dim: the size of a value head. None: head_dim.
 
     For a key-value cache, subclass it and call `qkv`, `ops.write`, `ops.attention` and `project`.
 
@@ -40,6 +42,8 @@ class Attention(Module):
         bias: bool = False,
         qk_norm: bool = False,
         norm_eps: float = 1e-6,
+        sinks: bool = False,
+        value_head_dim: int | None = None,
     ) -> None:
         if heads % kv_heads:
             raise UserError(
@@ -57,13 +61,16 @@ class Attention(Module):
             )
         self.wq = Param(embed=embed, heads=heads, head_dim=head_dim)
         self.wk = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
-        self.wv = Param(embed=embed, kv_heads=kv_heads, head_dim=head_dim)
-        self.wo = Param(heads=heads, head_dim=head_dim, embed=embed, fan_in_axes=2)
+        # An axis of its own, so that a model in which the two sizes are one keeps the names of its axes.
+        value = {"head_dim": head_dim} if value_head_dim is None else {"value_dim": value_head_dim}
+        self.wv = Param(embed=embed, kv_heads=kv_heads, **value)
+        self.wo = Param(heads=heads, **value, embed=embed, fan_in_axes=2)
         self.q_bias: Any = Param(heads=heads, head_dim=head_dim, fan_in_axes=0, init="zeros") if bias else None
-        self.v_bias: Any = Param(kv_heads=kv_heads, head_dim=head_dim, fan_in_axes=0, init="zeros") if bias else None
+        self.v_bias: Any = Param(kv_heads=kv_heads, **value, fan_in_axes=0, init="zeros") if bias else None
         self.o_bias: Any = Param(embed=embed, fan_in_axes=0, init="zeros") if bias else None
         self.q_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
         self.k_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
+        self.sink_bias: Any = Param(heads=heads, fan_in_axes=0, init="zeros") if sinks else None
         self.causal, self.window, self.softcap = causal, window, softcap
 
     def __call__(
@@ -85,11 +92,13 @@ class Attention(Module):
             window=self.window,
             segment_ids=segment_ids,
             softcap=self.softcap,
+            sinks=self.sink_bias,
         )
         return self.project(ops, out_BSHD)
 
     def qkv(self, ops: Ops, x_BSE: Array, rope: tuple[Array, Array] | None) -> tuple[Array, Array, Array]:
-        """Return queries (B, S, H, D), keys and values (B, S, K, D); queries and keys are rotated by `rope`."""
+        """Return queries (B, S, H, D), keys (B, S, K, D) and values (B, S, K, Dv); queries and keys are rotated by
+        `rope`."""
         x_BSE = ops.name(ops.shard(x_BSE, "batch", "seq", None), "normed")
         q_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, self.wq)
         k_BSKD = ops.einsum("bse,ekd->bskd", x_BSE, self.wk)
@@ -104,6 +113,6 @@ class Attention(Module):
         return ops.name(q_BSHD, "qkv"), ops.name(k_BSKD, "qkv"), ops.name(v_BSKD, "qkv")
 
     def project(self, ops: Ops, out_BSHD: Array) -> Array:
-        """Project attention outputs (B, S, H, D) to (B, S, E), sharded as the residual stream."""
+        """Project attention outputs (B, S, H, Dv) to (B, S, E), sharded as the residual stream."""
         out_BSE = ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
         return ops.name(out_BSE if self.o_bias is None else ops.bias(out_BSE, self.o_bias), "projected")

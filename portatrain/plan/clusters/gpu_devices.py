@@ -1,7 +1,9 @@
-"""List NVIDIA's GPUs: the name under which a driver reports each, its compute capability and its units.
+"""List NVIDIA's and AMD's GPUs: the name under which a driver reports each, its instruction set and its units.
 
-Per compute capability from the CUDA programming guide (its table of technical specifications); per part from the
-vendor's whitepapers. Memory and bandwidth are in the catalog of chips.
+NVIDIA, per compute capability: the CUDA programming guide (its table of technical specifications); per part: the
+vendor's whitepapers. AMD: the ROCm documentation, "AMD GPU specifications" (compute units, LDS, L2 cache of one die,
+registers); the clock is the peak engine clock, with which 2,048 (CDNA 3) and 4,096 (CDNA 4) dense bf16 operations of a
+compute unit and cycle give the bf16 peak of the data sheet. Memory and bandwidth are in the catalog of chips.
 """
 
 from __future__ import annotations
@@ -44,4 +46,37 @@ DEVICES: dict[str, Device] = {
     "gb200": Device(name="NVIDIA GB200", capability=(10, 0), cores=152, clock_ghz=2.062, l2_mib=126, shared_kib=228),
     "b300": Device(name="NVIDIA B300", capability=(10, 3), cores=148, clock_ghz=1.92, l2_mib=126, shared_kib=228),
     "gb300": Device(name="NVIDIA GB300", capability=(10, 3), cores=152, clock_ghz=1.92, l2_mib=126, shared_kib=228),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AmdDevice:
+    """One AMD GPU model, as the driver shows it: an MI250X is two such devices, one for each die."""
+
+    name: str
+    """The beginning of the name that the driver reports."""
+    isa: str
+    """The target of the LLVM compiler."""
+    cores: int
+    """Compute units that are enabled."""
+    clock_ghz: float
+    l2_mib: int
+    """L2 cache of one die (XCD), which is what the driver reports."""
+    shared_kib: int
+    """Local data share (LDS) of one compute unit."""
+    threads: int = 2048
+    """Threads that one compute unit can hold: 32 wavefronts of 64."""
+    registers: int = 131072
+    """32-bit vector registers of one compute unit: a file of 512 KiB."""
+    fpus: int = 128
+    """fp32 operations that one compute unit starts in a cycle; XLA takes the same number for every AMD GPU."""
+
+
+# The key is the name of the chip in the catalog.
+AMD_DEVICES: dict[str, AmdDevice] = {
+    "mi250x": AmdDevice(name="AMD Instinct MI250X", isa="gfx90a", cores=110, clock_ghz=1.7, l2_mib=8, shared_kib=64),
+    "mi300x": AmdDevice(name="AMD Instinct MI300X", isa="gfx942", cores=304, clock_ghz=2.1, l2_mib=4, shared_kib=64),
+    "mi325x": AmdDevice(name="AMD Instinct MI325X", isa="gfx942", cores=304, clock_ghz=2.1, l2_mib=4, shared_kib=64),
+    "mi350x": AmdDevice(name="AMD Instinct MI350X", isa="gfx950", cores=256, clock_ghz=2.2, l2_mib=4, shared_kib=160),
+    "mi355x": AmdDevice(name="AMD Instinct MI355X", isa="gfx950", cores=256, clock_ghz=2.4, l2_mib=4, shared_kib=160),
 }

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
+from portatrain.plan.attending import priced
 from portatrain.plan.compilers.job import Answer
 from portatrain.plan.cost.memory import memory
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, tuning_of
@@ -40,11 +41,12 @@ def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
     """Return the figures of one candidate as ``compiler`` counts them: XLA's figures are for the jax backend, and a
     trace of torch has neither the runtime nor the allocator's fragments."""
     precision, tuning = PRECISIONS[chosen.precision], tuning_of(plan.cluster.chip.stack)
-    if compiler == "cuda":
-        tuning = TUNING["jax-cuda"]
+    if compiler in ("cuda", "rocm"):
+        tuning = TUNING["jax-gpu"]
     elif compiler == "fsdp2":
         tuning = replace(tuning, runtime_bytes=0.0, fragmentation=0.0)
     work = on_mesh(plan.shape, chosen.mesh)
+    tuning = priced(tuning, plan.shape, chosen.mesh, chosen.rows, precision)
     remat, tokens = REMATS[chosen.remat], chosen.rows * work.seq
     amounts = volumes(work, tokens=tokens, remat=remat, precision=precision, tuning=tuning)
     need = memory(

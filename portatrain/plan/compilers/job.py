@@ -23,19 +23,22 @@ from portatrain.system import json_files
 from portatrain.system.paths import cache_folder
 
 FORMAT = 1
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "libtpu", "jax-cuda13-pjrt", "torch")
-_SOURCES = (
-    "backends",
-    "layers",
-    "optim",
-    "plan/compilers",
-    "plan/order.py",
-    "module.py",
-    "ops.py",
-    "layout.py",
-    "rope.py",
-    "remat.py",
+PACKAGES = (
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "libtpu",
+    "jax-cuda13-pjrt",
+    "jax-rocm7-pjrt",
+    "jax-rocm7-plugin",
+    "torch",
 )
+_SOURCES = (
+    *("backends", "model", "optim", "recipe", "plan/compilers"),
+    *("data/open.py", "data/spec.py", "plan/recorded.py", "plan/cost/device_order.py"),
+)
+"""Folders and files of this package that decide what is compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +147,7 @@ def sources() -> str:
 def _files(root: Path) -> Iterator[Path]:
     for name in _SOURCES:
         path = root / name
-        yield from path.rglob("*.py") if path.is_dir() else [path] if path.exists() else []
+        yield from path.rglob("*.py") if path.is_dir() else [path]
     yield from (root.parent / "recipes").rglob("*.py")
 
 

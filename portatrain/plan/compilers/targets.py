@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.plan.clusters.cluster import Cluster
-from portatrain.plan.clusters.gpu_devices import DEVICES
+from portatrain.plan.clusters.gpu_devices import AMD_DEVICES, DEVICES
 from portatrain.plan.clusters.slices import text
-from portatrain.plan.compilers import gpus
+from portatrain.plan.compilers import gpus, rocm
+from portatrain.plan.cost.policy import tuning_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """A compiler. ``compiler``: 'tpu', 'cuda' or 'fsdp2'. ``options``: plain data for it. ``modules``: the
+    """A compiler. ``compiler``: 'tpu', 'cuda', 'rocm' or 'fsdp2'. ``options``: plain data for it. ``modules``: the
     modules that it imports. ``extra``: the extra of this project that installs them. ``env``: its environment
     variables."""
 
@@ -33,22 +34,23 @@ TPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
-CUDA_ENV = {
+GPU_ENV = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is no GPU to time kernels on
 }
 
 
 def target(cluster: Cluster, compiler: str = "auto") -> Target:
-    """Return the compiler for ``cluster``, by name or 'auto': libtpu for TPUs, XLA's GPU compiler for NVIDIA, else
-    FSDP2's trace.
+    """Return the compiler for ``cluster``, by name or 'auto': libtpu for TPUs, XLA's GPU compilers for NVIDIA and
+    AMD, else FSDP2's trace.
 
     Raises:
       UserError: that compiler does not know the chip.
     """
     chip = cluster.chip
     if compiler == "auto":
-        compiler = "tpu" if chip.aot else "cuda" if chip.name in DEVICES else "fsdp2"
+        gpu = "cuda" if chip.name in DEVICES else "rocm" if chip.name in AMD_DEVICES else ""
+        compiler = "tpu" if chip.aot else gpu or "fsdp2"
     if compiler == "tpu":
         if not chip.aot:
             raise _unknown(cluster, "libtpu", "a TPU of generation v4, v5e, v5p, v6e or 7x")
@@ -62,25 +64,34 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
         return Target(
             compiler=compiler, options=options, modules=("jax", "flax", "optax", "libtpu"), extra="tpu", env=TPU_ENV
         )
-    if compiler == "cuda":
-        if chip.name not in DEVICES:
-            raise _unknown(cluster, "XLA's GPU compiler", f"one of {', '.join(DEVICES)}")
-        each = min(chip.chips_in_host, cluster.domain)
-        hosts = cluster.domain // each
-        options = {
-            "target_config": gpus.description(chip),
-            "topology": f"{cluster.chips // cluster.domain}x{hosts}x{each}",
-        }
-        modules = ("jax", "flax", "optax", "jax_plugins.xla_cuda13")
-        return Target(compiler=compiler, options=options, modules=modules, extra="cuda", env=CUDA_ENV)
+    if compiler in ("cuda", "rocm"):
+        return _gpu(cluster, compiler)
     if chip.vendor == "google":
         raise _unknown(cluster, "FSDP2", "a chip that torch runs on")
-    options = {"world": cluster.devices}
+    options = {"world": cluster.devices, "device": tuning_of(chip.stack).device}
     return Target(compiler="fsdp2", options=options, modules=("torch",), extra="torch")
 
 
+def _gpu(cluster: Cluster, compiler: str) -> Target:
+    chip = cluster.chip
+    known: Collection[str] = DEVICES if compiler == "cuda" else AMD_DEVICES
+    if chip.name not in known:
+        raise _unknown(cluster, f"XLA's compiler for {compiler}", f"one of {', '.join(known)}")
+    each = min(chip.chips_in_host, cluster.domain)
+    options = {
+        "target_config": gpus.description(chip),
+        "topology": f"{cluster.domains}x{cluster.domain // each}x{each * chip.devices_per_chip}",
+    }
+    modules = ["jax", "flax", "optax"]
+    if compiler == "cuda":
+        modules.append("jax_plugins.xla_cuda13")
+        return Target(compiler=compiler, options=options, modules=tuple(modules), extra="cuda", env=GPU_ENV)
+    modules += ["jax_plugins.xla_rocm7", "jax_rocm7_plugin"]
+    return Target(compiler=compiler, options=options, modules=tuple(modules), extra="rocm-compile", env=GPU_ENV)
+
+
 def check_installed(wanted: Target) -> None:
-    """Raise UserError, with the install command, if the compiler is not installed."""
+    """Raise UserError, with the install command, if the compiler is not installed or its packages do not match."""
     gone = [name for name in wanted.modules if not _there(name)]
     if gone:
         raise UserError(
@@ -89,12 +100,21 @@ def check_installed(wanted: Target) -> None:
             got=f"no {', '.join(gone)}",
             do=f"Install it with: pip install 'portatrain[{wanted.extra}]'. No accelerator is needed.",
         )
+    if wanted.compiler == "rocm":
+        rocm.check_versions()
 
 
 def environment(wanted: Target) -> dict[str, str]:
-    """Return the environment of the compiler's process: the environment of this one and the variables that it needs."""
+    """Return the environment of the compiler's process: the environment of this one and the variables that it needs.
+
+    For AMD's compiler it names the stand-ins of ROCm's libraries, which are made here unless they are in the cache.
+    """
     mine = {key: value for key, value in os.environ.items() if key not in ("XLA_FLAGS", "LIBTPU_INIT_ARGS")}
-    return mine | dict(wanted.env) | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    mine |= dict(wanted.env) | {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    folder = rocm.library_folder() if wanted.compiler == "rocm" else None
+    if folder is not None:
+        mine["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (str(folder), mine.get("LD_LIBRARY_PATH"))))
+    return mine
 
 
 def _there(name: str) -> bool:
@@ -109,5 +129,6 @@ def _unknown(cluster: Cluster, what: str, expected: str) -> UserError:
         f"--compile for {cluster.name}",
         expected=f"{expected}, which {what} compiles for",
         got=cluster.chip.name,
-        do="Leave --compile out for the plan by arithmetic, or name another compiler: --compiler tpu, cuda or fsdp2.",
+        do="Leave --compile out for the plan by arithmetic, or name another compiler: --compiler tpu, cuda, rocm or "
+        "fsdp2.",
     )

@@ -15,6 +15,7 @@ from typing import Any
 RUNS = {
     "tpu": "portatrain.plan.compilers.xla",
     "cuda": "portatrain.plan.compilers.xla",
+    "rocm": "portatrain.plan.compilers.xla",
     "fsdp2": "portatrain.plan.compilers.fsdp2",
 }
 

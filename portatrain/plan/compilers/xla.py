@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends import choose_kernel
 from portatrain.backends.program import make_program
 from portatrain.data.open import blank_batch
 from portatrain.data.spec import DataSpec
@@ -17,7 +18,7 @@ from portatrain.plan.recorded import ordered
 from portatrain.recipe import load_recipe
 from portatrain.recipe.overrides import override
 
-PLATFORM = {"tpu": "tpu", "cuda": "cuda"}
+PLATFORM = {"tpu": "tpu", "cuda": "cuda", "rocm": "rocm"}
 
 
 def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any]:
@@ -28,13 +29,16 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     import jax
 
     from portatrain.backends.jax import JaxBackend
-    from portatrain.plan.compilers import hlo
+    from portatrain.plan.compilers import hlo, rocm
 
+    if asked["compiler"] == "rocm":
+        rocm.count_a_gpu()
     devices = _devices(asked, jax)
     program = ordered(make_program(recipe, mesh=asked["mesh"]), recipe)
     backend = JaxBackend(program, devices)
     stage(f"tracing for {len(devices)} x {devices[0].device_kind}")
     step, args = backend.abstract_step(batch_of(recipe.data, recipe.batch, recipe.accumulation))
+    choose_kernel.taken()
     traced = step.trace(*args)
     stage("lowering")
     lowered = traced.lower(lowering_platforms=(PLATFORM[asked["compiler"]],))
@@ -42,6 +46,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "compiler": f"{asked['compiler']}, {_version(asked['compiler'])}",
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
+        "kernels": choose_kernel.taken(),
         "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
     }
     stage("compiling, which may take minutes")
@@ -122,7 +127,7 @@ def _devices(asked: Mapping[str, Any], jax: Any) -> list[Any]:
         options = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
         made = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     else:
-        made = topologies.get_topology_desc("plan", "cuda", **options)
+        made = topologies.get_topology_desc("plan", asked["compiler"], **options)
     from portatrain.plan.cost.device_order import ordered
 
     return ordered(list(made.devices), asked.get("places"))
@@ -131,8 +136,8 @@ def _devices(asked: Mapping[str, Any], jax: Any) -> list[Any]:
 def _version(compiler: str) -> str:
     from importlib import metadata
 
-    names = ("libtpu", "jaxlib") if compiler == "tpu" else ("jax-cuda13-pjrt", "jaxlib")
-    return ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    plugin = {"tpu": "libtpu", "cuda": "jax-cuda13-pjrt", "rocm": "jax-rocm7-pjrt"}[compiler]
+    return ", ".join(f"{name} {metadata.version(name)}" for name in (plugin, "jaxlib"))
 
 
 def _too_large(error: Exception) -> dict[str, Any]:

@@ -107,7 +107,9 @@ def _eager(
     loss_stream = 3 * work.embed * tokens * width  # the normed result whole, its gradient, the stream's
     logits = LOGITS_COPIES * min(LOGITS_CHUNK_BYTES, tokens * work.vocab * 4) if work.vocab else 0.0
     # For packed documents, the numbers that attention adds to its scores: made once, live to the end of the step.
-    mask = tokens * work.seq * work.mesh[3] * width if work.scores else 0.0
+    mask = tokens * work.seq * work.mesh[3] * width if work.scores and tuning.mask else 0.0
+    if tuning.scores != "on-chip":
+        layer_work += SCORES_COPIES * 4 * tokens * work.scores
 
     cast = precision.param != precision.compute
     shared = work.mesh[1] > 1
@@ -156,13 +158,12 @@ def _static(
     layers = max(0.0, (work.trained - work.trained_ends) * grad - kept)
     table = work.head * 4 if work.trained_head else 0.0
     layer = work.largest_layer * width * 2 if shared else 0.0
-    rows = tokens / work.seq
-    chunk = (
-        min(max(SCORES_CHUNK_BYTES, 4 * rows * work.scores), 4 * rows * work.scores * work.seq) if work.scores else 0.0
-    )
+    scores = 4 * tokens * work.scores if tuning.scores != "on-chip" else 0.0
+    if tuning.scores == "chunk":
+        scores = min(max(SCORES_CHUNK_BYTES, scores / work.seq), scores)
     working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
     attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
-    busy = max(working, attending + SCORES_COPIES * chunk) + 2 * stream
+    busy = max(working, attending + SCORES_COPIES * scores) + 2 * stream
     in_layer = (sums + layers, copies + layer + table, 0.0, busy)
 
     # In the loss: the output projection and the sum of its gradient, whole, in fp32. The gradient of a chunk is added

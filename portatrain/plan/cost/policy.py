@@ -84,8 +84,12 @@ class Tuning:
     (XLA) and are not added in place (torch).
     ``static``: XLA plans memory ahead. It casts weights once for all layers, makes gradients of layers only after the
     loss, runs attention in chunks of queries, and gathers only the output projection outside of layers.
-    ``skips_masked``: attention skips what a causal mask hides. Our backends do not: documents are packed, and neither
-    XLA nor torch's kernel with an explicit mask skips anything. Published runs used kernels that do.
+    ``backend``, ``device``: where operations run, as the table of kernels names it.
+    ``scores``: where attention's scores lie ('on-chip', 'chunk' or 'whole'); ``mask``: it reads a mask of numbers;
+    ``skips_masked``: it skips what a causal mask hides. ``balances``: over context, every device exchanges half of its
+    queries (``model/context_chunks.py``), and leaves out the keys that no query of a chunk sees.
+    `portatrain.plan.attending` takes these four from the kernel that runs. ``scores_passes``: how often scores that are
+    not on the chip go through its memory, forward and backward.
     """
 
     hide_fsdp: float = 0.9
@@ -96,7 +100,13 @@ class Tuning:
     runtime_bytes: float = 1.5 * 2**30
     keeps_ends: bool = True
     twice_grads: bool = False
-    skips_masked: bool = False
+    backend: str = "torch"
+    device: str = "cuda"
+    scores: str = "on-chip"
+    mask: bool = False
+    skips_masked: bool = True
+    balances: bool = True
+    scores_passes: tuple[float, float] = (4.0, 7.0)
     static: bool = False
     fragmentation: float = 0.03
 
@@ -104,6 +114,8 @@ class Tuning:
 TUNING = {
     # XLA splits a matmul so that its collective runs beside it ("collective matmul"), and allocates statically.
     "jax-tpu": Tuning(
+        backend="jax",
+        device="tpu",
         hide_tensor=0.5,
         hide_expert=0.3,
         runtime_bytes=0.0,
@@ -113,14 +125,27 @@ TUNING = {
         fragmentation=0.0,
     ),
     "torch-cuda": Tuning(),
-    # The jax backend on NVIDIA, as XLA compiles it; a plan does not choose it there.
-    "jax-cuda": Tuning(keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0),
+    # The jax backend on NVIDIA and AMD, as XLA compiles it; a plan does not choose it there.
+    "jax-gpu": Tuning(
+        backend="jax", keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0
+    ),
     "torch-rocm": Tuning(),
-    "neuron": Tuning(runtime_bytes=1.0 * 2**30, keeps_ends=False, twice_grads=True, static=True, fragmentation=0.0),
-    "hpu": Tuning(),
-    "cann": Tuning(),
-    "mlx": Tuning(runtime_bytes=8.0 * 2**30),
+    "neuron": Tuning(
+        backend="torch-xla",
+        device="neuron",
+        runtime_bytes=1.0 * 2**30,
+        keeps_ends=False,
+        twice_grads=True,
+        static=True,
+        fragmentation=0.0,
+    ),
+    "hpu": Tuning(device="hpu"),
+    "cann": Tuning(device="npu"),
+    "mlx": Tuning(device="mps", runtime_bytes=8.0 * 2**30),
     "cpu": Tuning(
+        backend="jax",
+        device="cpu",
+        scores_passes=(0.0, 0.0),  # most stay in its caches; its efficiency factor was measured with the others
         hide_fsdp=0.0,
         hide_replica=0.0,
         hide_context=0.0,

@@ -52,6 +52,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         tensors,
         seq_len=positions,
         batch=recipe.batch,
+        options=_options(definition, packed=recipe.data.tokens_per_sample() is not None),
         causal=all(getattr(module, "causal", True) for module in modules),
         tied=not any(t.matmul for t in tensors[1:]),
         experts_per_token=max((getattr(module, "experts_per_token", 0) for module in modules), default=0),
@@ -80,6 +81,14 @@ def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTens
         )
         for info in definition.params.values()
     )
+
+
+def _options(definition: Definition, *, packed: bool) -> frozenset[str]:
+    """Return the traits of attention that the attributes of modules show, as `causal` does."""
+    shown = {"window": "window", "softcap": "softcap", "sinks": "sink_bias"}
+    modules = definition.modules.values()
+    found = {trait for trait, name in shown.items() if any(getattr(m, name, None) is not None for m in modules)}
+    return frozenset(found | ({"segments"} if packed else set()))
 
 
 def _positions(tensors: tuple[LogicalTensor, ...]) -> int:

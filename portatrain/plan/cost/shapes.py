@@ -36,8 +36,10 @@ class ModelShape:
 
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
     ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
-    (1: dropless). ``slot_bytes``: bytes of optimizer state per trained parameter. ``flops_per_sample``: the model's own
-    figure, for MFU. ``tensors`` replaces the derived parameters.
+    (1: dropless). ``options``: the traits of attention besides 'causal' and 'value-size', as the table of kernels names
+    them; by default documents are packed. ``value_dim``: the size of a value head, if not ``head_dim``.
+    ``slot_bytes``: bytes of optimizer state per trained parameter. ``flops_per_sample``: the model's own figure, for
+    MFU. ``tensors`` replaces the derived parameters.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ModelShape:
     gated: bool = True
     tied: bool = False
     causal: bool = True
+    options: frozenset[str] = frozenset({"segments"})
     experts: int = 0
     experts_per_token: int = 0
     shared_experts: int = 0
@@ -60,6 +63,7 @@ class ModelShape:
     dense_layers: int = 0
     dense_mlp: int = 0
     mla: MLA | None = None
+    value_dim: int | None = None
     slot_bytes: float = ADAM_BYTES
     precision: str = "bf16"
     train_tokens: float | None = None
@@ -96,12 +100,30 @@ class ModelShape:
         """Return the numbers per token in keys and values together, as attention reads them."""
         if self.mla:
             return self.heads * (self.mla.nope_dim + self.mla.rope_dim + self.mla.value_dim)
-        return 2 * self.kv_heads * self.head_dim
+        return self.kv_heads * (self.head_dim + self.value_size)
+
+    @property
+    def key_size(self) -> int:
+        """Return the size of a key head."""
+        return self.mla.nope_dim + self.mla.rope_dim if self.mla else self.head_dim
+
+    @property
+    def attention(self) -> frozenset[str]:
+        """Return the traits of attention, as the table of kernels names them."""
+        more = {"causal": self.causal, "value-size": self.value_size != self.key_size}
+        return self.options | {name for name, there in more.items() if there}
+
+    @property
+    def value_size(self) -> int:
+        """Return the size of a value head."""
+        if self.mla:
+            return self.mla.value_dim
+        return self.head_dim if self.value_dim is None else self.value_dim
 
     @property
     def out_width(self) -> int:
         """Return the numbers per token in the result of attention."""
-        return self.heads * (self.mla.value_dim if self.mla else self.head_dim)
+        return self.heads * self.value_size
 
     @property
     def stacks(self) -> tuple[tuple[int, float, bool], ...]:
@@ -185,8 +207,8 @@ def _block(shape: ModelShape, path: str, n: int, mlp: int, *, experts: int) -> l
         made += [
             _tensor(f"{path}/attn/wq", 1, n, embed=e, heads=h, head_dim=d),
             _tensor(f"{path}/attn/wk", 1, n, embed=e, kv_heads=k, head_dim=d),
-            _tensor(f"{path}/attn/wv", 1, n, embed=e, kv_heads=k, head_dim=d),
-            _tensor(f"{path}/attn/wo", 2, n, heads=h, head_dim=d, embed=e),
+            _tensor(f"{path}/attn/wv", 1, n, embed=e, kv_heads=k, head_dim=shape.value_size),
+            _tensor(f"{path}/attn/wo", 2, n, heads=h, head_dim=shape.value_size, embed=e),
         ]
     ways = ("gate", "up") if shape.gated else ("up",)
     if not experts:
@@ -306,6 +328,7 @@ def from_tensors(
         "heads": sizes.get("heads", 0),
         "kv_heads": sizes.get("kv_heads", sizes.get("heads", 0)),
         "head_dim": sizes.get("head_dim", 1),
+        "value_dim": sizes.get("value_dim"),
         "mlp": sizes.get("mlp", 0),
         "vocab": sizes.get("vocab", 0),
         "gated": len(made) > len(set(made)),

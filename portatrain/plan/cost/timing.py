@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from portatrain.plan.clusters.chip import Chip
-from portatrain.plan.cost.collectives import all_gather, all_to_all, many_reduces
+from portatrain.plan.cost.collectives import all_gather, all_to_all, exchange, many_reduces
 from portatrain.plan.cost.placement import Placement
 from portatrain.plan.cost.policy import (
     ATTENTION_BACKWARD,
@@ -88,7 +88,18 @@ def _left(collective: float, behind: float, share: float) -> float:
 
 def attention_flops(work: OnMesh, tuning: Tuning) -> float:
     """Return the FLOPs of attention in the forward pass of a token, as the software stack computes it."""
-    return work.attention_flops + (0.0 if tuning.skips_masked else work.masked_flops)
+    if tuning.skips_masked:
+        return work.attention_flops * (1.0 if tuning.balances and work.dealt else work.busiest)
+    return work.dealt_flops if tuning.balances else work.attention_flops + work.masked_flops
+
+
+def exchanged(work: OnMesh, tuning: Tuning, remat: Remat) -> float:
+    """Return the numbers per token that are exchanged over context, so that every device has as much attention to
+    compute: of queries and results, forward, of their gradients, and again if the backward pass recomputes."""
+    if not tuning.balances:
+        return 0.0
+    trips = 2 if remat.everything else 3
+    return trips * work.dealt * sum(kind.n * kind.exchanged for kind in work.kinds)
 
 
 def step_time(
@@ -110,6 +121,11 @@ def step_time(
     moved = work.weights * width + sum(kind.n * kind.touched for kind in work.kinds) * tokens * width
     matmul = max(2 * per_token * tokens / rate.matmul, moved / rate.memory)
     attention = attention_flops(work, tuning) * tokens / rate.attention
+    attention_back = ATTENTION_BACKWARD * attention
+    if tuning.scores != "on-chip":
+        scores = 4 * tokens * work.scores * sum(kind.n for kind in work.kinds) / rate.memory
+        attention += tuning.scores_passes[0] * scores
+        attention_back += tuning.scores_passes[1] * scores
     streamed = sum(kind.n * kind.streamed for kind in work.kinds) * tokens * width
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
@@ -118,7 +134,7 @@ def step_time(
     share = sum(work.matmul[role] * part for role, part in lost.items()) / per_token if per_token else 0.0
     again = matmul * share + attention * (1 - remat.attention) + elementwise * (1 - remat.normed)
     forward = matmul + attention + elementwise + logits
-    backward = 2 * matmul + ATTENTION_BACKWARD * attention + 2 * elementwise + again
+    backward = 2 * matmul + attention_back + 2 * elementwise + again
 
     # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
     # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
@@ -135,6 +151,7 @@ def step_time(
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
         context_s = 3 * layers * all_gather(paths[CONTEXT], tokens * mesh[CONTEXT] * kv * width)
+        context_s += exchange(paths[CONTEXT], exchanged(work, tuning, remat) * tokens * width)
     # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     expert_s = 0.0
     if mesh[EXPERT] > 1:
@@ -144,7 +161,7 @@ def step_time(
             expert_s += trips * kind.n * all_to_all(paths[EXPERT], sent)
     compute = forward + backward
     left_tensor = _left(tensor_s, compute, tuning.hide_tensor)
-    left_context = _left(context_s, attention * (1 + ATTENTION_BACKWARD), tuning.hide_context)
+    left_context = _left(context_s, attention + attention_back, tuning.hide_context)
     left_expert = _left(expert_s, compute, tuning.hide_expert)
 
     # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
@@ -164,7 +181,7 @@ def step_time(
     n = accumulation
     return Time(
         matmul=3 * n * matmul,
-        attention=n * (1 + ATTENTION_BACKWARD) * attention,
+        attention=n * (attention + attention_back),
         recompute=n * again,
         elementwise=n * (3 * elementwise + logits),
         optimizer=update,

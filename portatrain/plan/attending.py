@@ -1,0 +1,53 @@
+"""Price the kernel of attention that runs: ask the table of kernels that the backends ask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from portatrain.backends.choose_kernel import first
+from portatrain.backends.kernels import Case, Kernel, Site
+from portatrain.plan.cost.policy import Precision, Tuning
+from portatrain.plan.cost.shapes import ModelShape
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.workload import CONTEXT, TENSOR
+
+
+def kernel_of(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> Kernel | None:
+    """Return the kernel that runs attention in a microbatch of `rows` samples a device; None without attention."""
+    if not shape.heads:
+        return None
+    key = ("kernel", mesh[CONTEXT], mesh[TENSOR], rows, precision.compute, tuning.backend, tuning.device)
+    if key not in shape.memo:
+        shape.memo[key] = first("attention", _case(shape, mesh, rows, precision, tuning))
+    found: Kernel = shape.memo[key]
+    return found
+
+
+def name_of(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> str:
+    """Return the name of `kernel_of`; an empty text without attention."""
+    kernel = kernel_of(shape, mesh, rows, precision, tuning)
+    return kernel.name if kernel else ""
+
+
+def priced(tuning: Tuning, shape: ModelShape, mesh: Sizes, rows: int, precision: Precision) -> Tuning:
+    """Return `tuning` with what the kernel of attention does with its scores."""
+    kernel = kernel_of(shape, mesh, rows, precision, tuning)
+    if kernel is None:
+        return tuning
+    does = kernel.scores
+    # On jax, queries are exchanged for kernels that compute on the arrays of one device: plain operations compute all
+    # pairs on every device. torch-xla never exchanges them.
+    balances = tuning.backend == "torch" or kernel.per_device
+    return replace(tuning, scores=does.kept, mask=does.mask, skips_masked=does.skips, balances=balances)
+
+
+def _case(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> Case:
+    tensor, context = mesh[TENSOR], mesh[CONTEXT]
+    kv = shape.kv_heads if shape.mla is None else shape.heads
+    kv = kv // tensor if kv % tensor == 0 else kv
+    queries, odd = divmod(shape.seq_len, context)
+    sizes = (rows, queries + bool(odd), shape.seq_len, max(1, shape.heads // tensor), max(1, kv), shape.key_size)
+    dtype = "float32" if precision.compute == 4 else "bfloat16"
+    traits = shape.attention | ({"uneven"} if odd else frozenset())
+    site = Site(backend=tuning.backend, device=tuning.device)
+    return Case(site=site, dtype=dtype, shape=sizes, traits=traits)

@@ -1,0 +1,107 @@
+"""The planner prices the kernel of attention that runs, by the same table that the backends read."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from portatrain.backends.choose_kernel import choose
+from portatrain.plan.attending import _case, kernel_of, priced
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.efficiency import Efficiency
+from portatrain.plan.cost.memory import memory
+from portatrain.plan.cost.placement import assign_axes
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Tuning
+from portatrain.plan.cost.recipes import shape_of
+from portatrain.plan.cost.shapes import PRESETS
+from portatrain.plan.cost.tensors import Sizes
+from portatrain.plan.cost.timing import rates, step_time
+from portatrain.plan.cost.workload import on_mesh
+from portatrain.plan.render import _terms
+from portatrain.plan.search import plan
+from portatrain.recipe import apply_overrides, load_recipe
+
+BF16 = PRECISIONS["bf16"]
+SHAPE = PRESETS["llama3-8b"]
+MESHES: tuple[Sizes, ...] = ((1, 8, 1, 1, 1), (1, 4, 1, 1, 2), (1, 4, 1, 2, 1), (1, 1, 1, 1, 16))
+
+
+@pytest.mark.parametrize("stack", TUNING)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_it_is_the_kernel_that_the_backends_choose(stack: str, mesh: Sizes) -> None:
+    for precision in (BF16, PRECISIONS["fp32"]):
+        made = kernel_of(SHAPE, mesh, 2, precision, TUNING[stack])
+        assert made == choose("attention", _case(SHAPE, mesh, 2, precision, TUNING[stack])).kernel
+
+
+@pytest.mark.parametrize(
+    ("stack", "kernel", "balances"),
+    [("jax-tpu", "splash", True), ("torch-cuda", "flex", True), ("cpu", "chunked", False)],
+)
+def test_queries_are_dealt_out_over_context_where_the_backend_does(stack: str, kernel: str, balances: bool) -> None:
+    mesh: Sizes = (1, 2, 1, 4, 1)
+    made = kernel_of(SHAPE, mesh, 2, BF16, TUNING[stack])
+    assert made is not None and made.name == kernel
+    assert priced(TUNING[stack], SHAPE, mesh, 2, BF16).balances is balances
+
+
+def needed(tuning: Tuning) -> float:
+    work = on_mesh(SHAPE, (1, 8, 1, 1, 1))
+    return memory(
+        work, tokens=2 * work.seq, accumulation=1, remat=REMATS["block"], precision=BF16, slot_bytes=8, tuning=tuning
+    ).total
+
+
+def attended(tuning: Tuning, name: str) -> float:
+    cluster, mesh = parse(name), (1, 8, 1, 1, 1)
+    places = assign_axes(cluster, mesh, cluster.devices)
+    assert not isinstance(places, str)
+    work = on_mesh(SHAPE, mesh)
+    return step_time(
+        work,
+        places[0],
+        tokens=2 * work.seq,
+        accumulation=1,
+        remat=REMATS["none"],
+        precision=BF16,
+        slot_bytes=8,
+        rate=rates(cluster.chip, BF16, 0.6),
+        tuning=tuning,
+    ).attention
+
+
+@pytest.mark.parametrize(("stack", "cluster"), [("jax-tpu", "tpu-v5p-16"), ("torch-cuda", "h100-8")])
+def test_scores_in_memory_cost_memory_and_time(stack: str, cluster: str) -> None:
+    fused, whole = (replace(TUNING[stack], scores=scores) for scores in ("on-chip", "whole"))
+    scores = 4 * 2 * 32 * 8192**2  # of a layer, all heads
+    assert needed(whole) - needed(fused) >= scores
+    rate = rates(parse(cluster).chip, BF16, 0.6)
+    assert attended(whole, cluster) - attended(fused, cluster) == pytest.approx(11 * 32 * scores / rate.memory)
+    masked = replace(fused, skips_masked=False)
+    assert attended(masked, cluster) == pytest.approx(2 * attended(fused, cluster))
+
+
+def test_a_mask_of_numbers_is_memory_of_torch() -> None:
+    fused, masked = (replace(TUNING["torch-cuda"], mask=mask) for mask in (False, True))
+    fragments = 1 + fused.fragmentation
+    assert needed(masked) - needed(fused) == pytest.approx(2 * 8192**2 * 2 * fragments)
+
+
+def test_a_recipe_shows_the_options_of_its_attention() -> None:
+    recipe = load_recipe("tiny-lm")
+    assert shape_of(recipe).attention == {"causal", "segments"}
+    more = apply_overrides(recipe, ["model.softcap=30.0", "model.window=32"])
+    assert shape_of(more).attention == {"causal", "segments", "softcap", "window"}
+    assert shape_of(load_recipe("tiny-vit")).attention == frozenset()
+
+
+def test_the_kernel_stands_in_the_plan() -> None:
+    made = plan(SHAPE, parse("h100-8"), efficiency=Efficiency(value=0.6, basis="given"))
+    assert made.chosen is not None
+    tuning = TUNING["torch-cuda"]
+    kernel = kernel_of(SHAPE, made.chosen.mesh, made.chosen.rows, BF16, tuning)
+    assert kernel is not None
+    assert made.chosen.kernel == kernel.name == "flex"
+    assert priced(tuning, SHAPE, made.chosen.mesh, made.chosen.rows, BF16).scores == "on-chip"
+    assert "flex" in [str(cell) for column in _terms(made).columns for cell in column.cells]
