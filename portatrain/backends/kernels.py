@@ -61,7 +61,7 @@ class Case:
     matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for attention, those of 'causal',
     'window', 'segments', 'segment-pair' (queries and keys have segments of their own), 'positions', 'prefix', 'alibi',
     'softcap' and 'sinks' that the call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries
-    do not divide over the devices that hold them; on jax also 'cross' (there are not as many keys as queries),
+    do not divide over the devices that hold them; on jax also 'cross' if there are not as many keys as queries,
     'uneven-batch' and 'uneven-heads'. A kernel that returns the log-sum-exp of the scores covers sinks by
     `out * sigmoid(lse - sinks)`.
     """
@@ -94,9 +94,10 @@ class Kernel:
 
     refuses: returns the reason why the implementation does not cover a case, or None if it covers it. where:
     'module:function' of the implementation. The function takes the arguments of the operation and, by keyword, those
-    that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla. per_device:
-    the function, on jax, computes on the arrays of one device and runs under `jax.shard_map`. It gets `segment_ids` as
-    a pair or None, and by keyword `precision`, `device`, `part` and `kept` (see `backends/jax/splash.py`).
+    that the backend adds: `precision`, `shards` and `may_be_blind` on jax, `kept` on torch and torch-xla.
+    per_device: the function, on jax, computes attention on the arrays of one device and runs under `jax.shard_map`. It
+    gets `segment_ids` as a pair or None, and by keyword `precision`, `device`, `part` and `kept` (see
+    `backends/jax/splash.py`).
 
     grouped_matmul: function(x_NE, w_XEF, *, sizes_X) returns (N, F). The rows of x are sorted by expert: sizes_X[i] of
     them, integers of 0 or more, are multiplied by w_XEF[i]. Rows past the sum of the sizes give zeros, and their
@@ -138,7 +139,7 @@ def _chunked_refuses(case: Case) -> str | None:
     return None
 
 
-_SPLASH_KNOWS = frozenset({"causal", "window", "segments", "softcap", "cross"})
+_SPLASH_KNOWS = frozenset({"causal", "window", "segments", "softcap", "sinks", "value-size", "cross"})
 _UNEVEN = {"uneven": "queries", "uneven-batch": "samples", "uneven-heads": "heads"}
 SPLASH_LEAST = 128
 """The least number of queries, and of keys, for which splash attention runs: the smallest block that it has."""
@@ -177,6 +178,8 @@ def _unmasked_refuses(case: Case) -> str | None:
     _, _, _, h, k, d = case.shape
     if case.site.device not in FLEX_DEVICES:
         return None
+    if "value-size" in case.traits:
+        return "torch's fused kernels take values of the size of keys"
     if d > 256:
         return f"torch's fused kernels take heads of at most 256, not {d}"
     if case.dtype == "float32" and h != k:
@@ -192,7 +195,7 @@ def _sdpa_masked_refuses(case: Case) -> str | None:
     if "alibi" in case.traits and case.dtype != "float32":
         return f"the bias of ALiBi would be rounded to {case.dtype}"
     if case.site.device in FLEX_DEVICES and case.shape[1] > 1:
-        if case.traits:
+        if case.traits - {"value-size"}:
             return f"its mask of numbers has {case.shape[1]} x {case.shape[2]} elements"
         return _unmasked_refuses(case)
     return None
@@ -217,11 +220,9 @@ def _flex_refuses(case: Case) -> str | None:
         return f"it runs on {' and '.join(FLEX_DEVICES)}, not on {case.site.device}"
     if case.shape[1] == 1:
         return "one query needs no mask of blocks"
-    if "sinks" in case.traits:
-        return "it has no sinks"
     if case.shape[5] < 16:
         return f"it takes heads of at least 16, not {case.shape[5]}"
-    return None
+    return None if case.shape[0] else "there are no rows"
 
 
 def _grouped_mm_refuses(case: Case) -> str | None:

@@ -23,10 +23,11 @@ from typing import Any
 
 from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.errors import LONGEST, UserError
-from portatrain.runs import profiles
+from portatrain.runs import first_steps, profiles
 from portatrain.runs import rows as typed
 from portatrain.runs.claim import Owner
 from portatrain.runs.events import Event, Kind, has, how_it_ended, last, of_kind, why_it_ended
+from portatrain.runs.first_steps import FirstStep
 from portatrain.runs.open import open_run
 from portatrain.runs.profiles import ProfileHistory
 from portatrain.runs.run_dir import RunDir, merge
@@ -69,6 +70,7 @@ class AttemptHistory:
     plan: Mapping[str, Any] | None
     """The plan, if one was recorded."""
     profiles: Sequence[ProfileHistory] = ()
+    first_step: FirstStep | None = None
 
     @property
     def runs_on(self) -> str:
@@ -299,6 +301,7 @@ def _attempt(
         memory_bytes=max((row["memory_bytes"] for row in rows if row.get("memory_bytes")), default=None),
         plan=plan,
         profiles=profiles.of_events(events),
+        first_step=first_steps.of_events(events),
     )
 
 

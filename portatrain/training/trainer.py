@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from portatrain.backends import choose_kernel, rounding
@@ -30,18 +30,19 @@ from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, keep_best, profiling
 from portatrain.training.arrival import arrive, check_before
+from portatrain.training.begin import begin
+from portatrain.training.compile_cache import CompileCache
 from portatrain.training.evaluation import Evaluations
 from portatrain.training.hook_calls import HookCalls, check_hooks
 from portatrain.training.metrics import RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
-from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
 from portatrain.training.options import TrainOptions as TrainOptions
 from portatrain.training.profiling import Profile, StepRange
 from portatrain.training.saves import Saves
+from portatrain.training.start_times import StartTimes
 from portatrain.training.step_records import StepRecords
-from portatrain.training.stop_requests import StopRequests
 from portatrain.training.view import TrainingView
 
 
@@ -59,6 +60,7 @@ class Trainer:
     """One attempt at a run. Hooks see its `view`."""
 
     def __init__(self, recipe: Recipe, run: RunDir, options: TrainOptions) -> None:
+        self._start = StartTimes()
         self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, Broadcast(options.sinks)
         self.last_step = min(options.stop_at or recipe.steps, recipe.steps)
         self._profiled = None if options.profile is None else StepRange.parse(options.profile, self.last_step)
@@ -69,7 +71,12 @@ class Trainer:
         self.definition, self.mesh = program.definition, program.layout.mesh
         check_hooks(recipe, self.definition)
         simulate_devices(backend, self.mesh.devices)
-        self.backend = backend_class(backend)(program)
+        made = backend_class(backend)
+        self._start.mark("import")
+        self.backend = made(program)
+        self._compile_cache = CompileCache(self.backend)
+        self._start.mark("devices")
+        self._start.watch(getattr(self.backend, "compiled", None))
         if self._profiled is not None:
             profiling.check_backend(self.backend)
         if self.backend.process:  # only process 0 packs the data, writes and prints
@@ -79,6 +86,7 @@ class Trainer:
         if not self.backend.process:
             run.share_data()
             self.backend.agree(0)
+        self._start.mark("data")
         self.state: Any = None
         self.step = 0
         """The number of steps trained so far."""
@@ -124,7 +132,10 @@ class Trainer:
             self.run_dir.check_location(self.options.checkpoints)
             check_before(self.run_dir, self.backend, self.recipe, self.data, accept_drift=self._accepts)
         with ExitStack() as stack:
-            attempt = self._begin(info, stack)
+            attempt, self._stop = begin(
+                self.run_dir, self.recipe, info, self.backend, self.options.signals, self.sinks, stack
+            )
+            self._start.mark("claim")
             self._began_s = self._steps.began_s = self._evals.began_s = time.perf_counter()
             self._begun = True
             try:
@@ -156,6 +167,7 @@ class Trainer:
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
         self.sinks.start(self._info)
+        self._compile_cache.tell(self.event)
         unknown = unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params)
         if unknown:
             self.event(Kind.WARNING, what=axis_warning(unknown))
@@ -170,6 +182,7 @@ class Trainer:
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
                 self._saves.record(self.state, self.step)
+            self._start.mark("init")
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
         self.hooks.call("on_start")
@@ -199,32 +212,6 @@ class Trainer:
             self.sinks.end({"status": self._status, **self._summary})
         else:
             attempt.event(Kind.END, status=self._status, **self._summary)
-
-    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | NullAttempt:
-        """Begin the attempt in process 0; the others join it. `stack` closes it and its stop requests."""
-        first, signals = not self.backend.process, self.options.signals
-        # The order matters: a stop request must find an attempt that can record it and be closed, or none.
-        with signals.staying() if first and signals is not None else nullcontext():
-            attempt = self.run_dir.begin(self.recipe, info) if first else self._follow(self.backend.agree(0))
-            stack.enter_context(attempt)
-            if isinstance(attempt, Attempt):
-                self.sinks.record = JsonlSink(attempt)
-            self._stop = stack.enter_context(
-                StopRequests(
-                    attempt,
-                    self.run_dir.path,
-                    process=self.backend.process,
-                    processes=self.backend.processes,
-                    signals=signals,
-                    sinks=self.sinks,
-                )
-            )
-        if first:
-            self.backend.agree(attempt.number)
-        return attempt
-
-    def _follow(self, number: int) -> NullAttempt:
-        return NullAttempt(number, self.run_dir.path / "attempts" / str(number), self.backend.process)
 
     def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
         """Return the constants of the attempt; `about` is the backend's description of its device."""
@@ -295,6 +282,8 @@ class Trainer:
                 self._stop.at("data", step)
                 rows = batches.get(lambda: self._stop.asked is not None)
                 waited_s = time.perf_counter() - waited_s
+                if step == first:
+                    self._start.mark("first_batch")
                 self._stop.at("agree", step)
                 # The clock of process 0 decides for all processes.
                 agreed = self._agreed(save=not self.backend.process and self._saves.due(self.step))
@@ -322,8 +311,11 @@ class Trainer:
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
                 saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
                 profiled = profile.ends(step)
-                if not self.backend.async_dispatch or evaluates or saves or profiled:
+                if not self.backend.async_dispatch or evaluates or saves or profiled or step == first:
                     self._record_pending()
+                if step == first:
+                    self._start.mark("first_step")
+                    self.event(Kind.FIRST_STEP, **self._start.fields())
                 if profiled:
                     profile.stop()
                 if evaluates:
@@ -358,18 +350,21 @@ class Trainer:
         definition = self.backend.program.definition
         positions = rounding.positions_in(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
         self.state, found, bounds = arrive(
-            self.backend,
-            reader,
-            self.recipe,
-            lambda state: self._saves.record(state, self.step),
-            positions=positions,
-            accept_drift=self._accepts,
+            self.backend, reader, self.recipe, self._checked, positions=positions, accept_drift=self._accepts
         )
+        self._start.mark("verify")
         self._saves.saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
         if found["verdict"] == "unproven":
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
+
+    def _checked(self, state: Any) -> dict[str, Any]:
+        """Return the record of a restored `state`, for the continuity check."""
+        self._start.mark("restore")
+        found = self._saves.record(state, self.step)
+        self._start.mark("verify")
+        return found
 
     @property
     def _accepts(self) -> bool:

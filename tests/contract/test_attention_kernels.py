@@ -19,10 +19,11 @@ from portatrain.training.trainer import train
 from tests.support.kernels import naming
 from tests.support.running import BACKENDS
 
-# flex refuses every case on a CPU, and the sizes of these cases are below splash's smallest block: both have tests of
-# their own.
-ELSEWHERE = ("flex", "splash")
-ROWS = [(name, row.name) for name in BACKENDS for row in kernels.rows("attention", name) if row.name not in ELSEWHERE]
+ON_ACCELERATORS = ("flex", "splash")
+"""Kernels that refuse every one of these cases on a CPU; they have tests of their own."""
+ROWS = [
+    (name, row.name) for name in BACKENDS for row in kernels.rows("attention", name) if row.name not in ON_ACCELERATORS
+]
 
 
 @pytest.mark.parametrize(("backend", "kernel"), ROWS)

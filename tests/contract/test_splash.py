@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not instal
 
 # 200 positions and a head size of 24 are padded to 256 and 128.
 SELF = ((2, 200, 4, 24), (2, 200, 2, 24), (2, 200, 2, 24))
+MLA = ((2, 140, 4, 24), (2, 140, 2, 24), (2, 140, 2, 136), (4,))
 CROSS = ((2, 130, 4, 24), (2, 300, 1, 24), (2, 300, 1, 24))
 
 
@@ -35,8 +36,9 @@ def drawn(shapes: tuple[tuple[int, ...], ...], *, segments: bool) -> Callable[[R
 
 
 def case(name: str, shapes: Any = SELF, *, segments: bool = True, precisions: Any = ("fp32",), **options: Any) -> Case:
-    def fn(ops: Any, q: Any, k: Any, v: Any, ids: Any = None) -> Any:
-        return ops.attention(q, k, v, segment_ids=ids, **options)
+    def fn(ops: Any, q: Any, k: Any, v: Any, *more: Any) -> Any:
+        given = dict(zip((["sinks"] if len(shapes) > 3 else []) + ["segment_ids"], more, strict=False))
+        return ops.attention(q, k, v, **given, **options)
 
     return Case(name=f"splash, {name}", fn=fn, args=drawn(shapes, segments=segments), precisions=precisions)
 
@@ -45,6 +47,7 @@ CASES = [
     case("causal, window, segments, softcap, scale", window=70, softcap=3.0, scale=0.3),
     case("causal", segments=False, precisions=("fp32", "bf16")),
     case("causal, segments", precisions=("fp32", "bf16")),
+    case("sinks and wide values", MLA, precisions=("fp32", "bf16"), window=50),
     case("full, segments", causal=False, precisions=("fp32", "bf16")),
     case("full, window, softcap", causal=False, window=20, softcap=3.0),
     case("full, no padding", ((1, 256, 2, 128), (1, 256, 2, 128), (1, 256, 2, 128)), segments=False, causal=False),
@@ -95,6 +98,22 @@ def test_float32_is_not_rounded_by_any_matmul_of_the_kernel() -> None:
     assert set(gradients(None, jnp.bfloat16)) == {None}
 
 
+def test_every_share_over_context_has_as_many_blocks() -> None:
+    """Blocks that the kernel computes, forward: 8 shares of 16,384 positions, with a causal mask."""
+    from portatrain.backends.jax.splash import _kernel
+    from portatrain.model.context_chunks import dealt, imbalance, in_order
+
+    def blocks(shares: Any) -> list[int]:
+        leaves, tree = _kernel(True, None, 2048, 16_384, shares, None, True, None)
+        import jax
+
+        forward = jax.tree.unflatten(tree, leaves).fwd_mask_info
+        return [int((part > 0).sum()) for part in np.split(np.asarray(forward.block_mask), len(shares), axis=1)]
+
+    assert imbalance(blocks(dealt(8, 16_384, causal=True, window=None))) == 1
+    assert imbalance(blocks(in_order(8, 16_384))) > 1.8
+
+
 MESHES = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -105,28 +124,30 @@ from portatrain.backends.jax.mesh import device_mesh
 from portatrain.model.layout import Layout, Mesh
 
 rng = np.random.default_rng(0)
-shapes = [(4, 320, 8, 24), (4, 320, 2, 24), (4, 320, 2, 24), (4, 320, 8, 24)]
-q, k, v, g = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+shapes = [(4, 320, 8, 24), (4, 320, 2, 24), (4, 320, 2, 40), (4, 320, 8, 40), (8,)]
+q, k, v, g, sinks = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 ids = jnp.asarray(np.sort(rng.integers(0, 4, (4, 320))), jnp.int32)
 
-def run(mesh, kernel):
+def run(mesh, kernel, window):
     site = kernels.Site(backend="jax", mesh=mesh, named=(("attention", kernel),))
     ops = dataclasses.replace(JaxBackend._standalone(Context()), site=site)
     if mesh:
         layout = Layout(mesh=Mesh.parse(mesh))
         ops = dataclasses.replace(ops, layout=layout, devices=device_mesh(layout.mesh))
 
-    def total(q, k, v):
-        out = ops.attention(q, k, v, segment_ids=ids, window=90, softcap=5.0)
+    def total(q, k, v, sinks):
+        out = ops.attention(q, k, v, sinks=sinks, segment_ids=ids, window=window, softcap=5.0)
         return jnp.sum(out * g), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(q, k, v)
+    (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
     return [np.asarray(x) for x in (out, *grads)], [made["shape"] for made in choose_kernel.taken()]
 
-want, _ = run("", "written-out")
+want = {window: run("", "written-out", window)[0] for window in (90, None)}
 for mesh in json.loads(sys.argv[1]):
-    got, shapes = run(mesh, "splash")
-    print(json.dumps([mesh, shapes, max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want))]))
+    window = None if "context=2," in mesh else 90  # without one, queries are exchanged over context
+    got, shapes = run(mesh, "splash", window)
+    error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want[window]))
+    print(json.dumps([mesh, shapes, error]))
 """
 ONE_OF_EACH = {"fsdp=2,context=2,tensor=2": [2, 160, 320, 4, 1, 24]}
 ONE_BY_ONE = {

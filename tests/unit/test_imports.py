@@ -67,6 +67,7 @@ ARRAY_MODULES = tuple(
         "training.arrival",
         "training.continuity",
         "training.evaluation",
+        "training.begin",
         "training.open_data",
         "training.saves",
         "training.step_records",

@@ -80,7 +80,7 @@ def test_what_runs_and_why_not_the_others(given: Case, name: str, against: dict[
     assert all(part in reasons[other] for other, part in against.items())
 
 
-PACKED = ("causal", "window", "segments", "softcap")
+PACKED = ("causal", "window", "segments", "softcap", "sinks", "value-size")
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from portatrain.backends.fp8_chips import EMULATED
+from portatrain.backends.jax import fp8
 from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.cpu_products import may_merge, product_of
@@ -25,6 +27,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
+from portatrain.model.fp8 import Form
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -81,6 +84,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     layout: Layout | None = None
     devices: jax.sharding.Mesh | None = None
     site: Site = SITE
+    fp8: str = EMULATED
+    """The formats of the devices' 8-bit matmuls, a word of `fp8_chips`."""
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
@@ -121,6 +126,13 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
         )
         return self._along(product, out, split)
+
+    def einsum_fp8(self, form: Form, x: Any, w: Any) -> Any:
+        """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
+        split = self._split((form.x, form.w), (x, w))
+        x = self._along(plain(x), form.x, split)
+        product = fp8.contraction(form, self.compute, plain(w).dtype, self._gathering(w), self.fp8, x, plain(w))
+        return self._along(product, form.out, split)
 
     def _product(self, spec: str, operands: Sequence[Any]) -> Any:
         """Return the product of matrices that an einsum is on a CPU; None: leave it to XLA."""

@@ -23,6 +23,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
+from portatrain.model.context_chunks import Chunks
+
 LANES = 128
 """The width of a TPU's vector registers: head sizes and blocks are padded to a multiple of it."""
 BLOCK = 512
@@ -39,9 +41,10 @@ def splash(
     window: int | None = None,
     segment_ids: tuple[Any, Any] | None = None,
     softcap: float | None = None,
+    sinks: Any | None = None,
     scale: float | None = None,
     precision: Any = None,
-    part: tuple[Any, int] = (0, 1),
+    part: tuple[Any, tuple[Chunks, ...]] | None = None,
     device: str = "cpu",
     kept: str | None = None,
     **unused: Any,
@@ -49,21 +52,22 @@ def splash(
     """Return the attention of this device's queries over all keys. See `Ops.attention`; the table of kernels keeps the
     other options away.
 
-    part: (index, count): the queries are share `index` of `count` equal ones of the positions; the index may be traced.
-    device: the kind of device. kept: the name, for remat, of the two arrays that the backward pass takes from the
-    forward pass.
+    part: (index, shares): the queries are at the positions of `shares[index]`, and all shares are equally long; the
+    index may be traced. None: the queries are at all positions. device: the kind of device. kept: the name, for remat,
+    of the two arrays that the backward pass takes from the forward pass.
     """
     (s, d), t = q_BSHD.shape[1::2], k_BTKD.shape[1]
-    index, parts = part
+    index, shares = part or (0, (((0, s),),))
     block_q, block_k = block(s), block(t)
     if not causal and window is None and s % block_q == t % block_k == 0:
-        index, parts = 0, 1  # every query sees every key, so that all shares have the same mask
-    leaves, tree = _kernel(causal, window, s, t, parts, softcap, device != "tpu", kept)
-    if parts > 1:
-        leaves = tuple(_share(x, index, parts) for x in leaves)
+        index, shares = 0, (((0, s),),)  # every query sees every key, so that all shares have the same mask
+    leaves, tree = _kernel(causal, window, s, t, shares, softcap, device != "tpu", kept)
+    if len(shares) > 1:
+        leaves = tuple(_share(x, index, len(shares)) for x in leaves)
 
-    def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, ids: Any, leaves: Any) -> Any:
-        return jax.vmap(jax.tree.unflatten(tree, leaves))(q_BHSD, k_BKTD, v_BKTD, ids)
+    def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
+        kernel = jax.tree.unflatten(tree, leaves)
+        return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q_BHSD, k_BKTD, v_BKTD, ids, sinks)
 
     # The kernel does not scale: the queries do, by the true head size. Zeros behind it change no score.
     q_BSHD = (q_BSHD.astype(jnp.float32) * (d**-0.5 if scale is None else scale)).astype(q_BSHD.dtype)
@@ -75,8 +79,8 @@ def splash(
         of_q, of_k = (x.astype(jnp.int32) for x in segment_ids)
         # A padded query has the segment of the last one, and so sees the same keys.
         ids = SegmentIds(_lengthened(of_q, block_q, mode="edge"), _lengthened(of_k, block_k))
-    out_BHSD = _at_precision(run, precision)(q_BHSD, k_BKTD, v_BKTD, ids, leaves)
-    return jnp.swapaxes(out_BHSD[:, :, :s, :d], 1, 2)
+    out_BHSD = _at_precision(run, precision)(q_BHSD, k_BKTD, v_BKTD, sinks, ids, leaves)
+    return jnp.swapaxes(out_BHSD[:, :, :s, : v_BTKD.shape[3]], 1, 2)
 
 
 def block(n: int) -> int:
@@ -119,16 +123,16 @@ def _kernel(
     window: int | None,
     s: int,
     t: int,
-    parts: int,
+    shares: tuple[Chunks, ...],
     softcap: float | None,
     interpret: bool,
     kept: str | None,
 ) -> tuple[tuple[np.ndarray, ...], Any]:
-    """Return the kernel for `parts` shares of `s` queries, as arrays that describe its blocks and their tree."""
+    """Return the kernel for shares of `s` queries each, as arrays that describe its blocks and their tree."""
     block_q, block_k = block(s), block(t)
     long_q, long_k = s + -s % block_q, t + -t % block_k
     # A padded query stands at the position of the last one, and so sees the same keys.
-    at = np.concatenate([part * s + np.minimum(np.arange(long_q), s - 1) for part in range(parts)]).astype(np.int32)
+    at = np.concatenate([_positions(chunks)[np.minimum(np.arange(long_q), s - 1)] for chunks in shares])
     mask: Mask = _Visible(at, t, long_k, causal=causal, window=window)
     if not causal and window is None and long_k == t:
         mask = FullMask((len(at), long_k))
@@ -145,13 +149,17 @@ def _kernel(
             MultiHeadMask([mask]),
             block_sizes=sizes,
             head_shards=1,
-            q_seq_shards=parts,
+            q_seq_shards=len(shares),
             attn_logits_soft_cap=softcap,
             residual_checkpoint_name=kept,
             interpret=interpret,
         )
         leaves, tree = jax.tree.flatten(made)
         return tuple(np.asarray(x) for x in leaves), tree
+
+
+def _positions(chunks: Chunks) -> np.ndarray:
+    return np.concatenate([np.arange(first, first + size, dtype=np.int32) for first, size in chunks])
 
 
 def _share(x: Any, index: Any, parts: int) -> Any:
@@ -175,8 +183,8 @@ def _lengthened(ids_BS: Any, multiple: int, mode: str = "constant") -> Any:
 
 
 def _at_precision(run: Any, precision: Any) -> Any:
-    """Return `run(q, k, v, ids, leaves)` with all of its matmuls at `precision`, which the kernel takes from JAX's
-    default. JAX traces the backward pass later, so that it sets the default once more."""
+    """Return `run(q, k, v, sinks, ids, leaves)` with all of its matmuls at `precision`. The kernel takes it from JAX's
+    default. JAX traces the backward pass later, so the backward pass sets the default once more."""
     if precision is None:
         return run
     name = str(jax.lax.Precision(precision)).lower()
@@ -185,13 +193,13 @@ def _at_precision(run: Any, precision: Any) -> Any:
         return jax.default_matmul_precision(name)
 
     @jax.custom_vjp
-    def exact(q: Any, k: Any, v: Any, ids: Any, leaves: Any) -> Any:
+    def exact(q: Any, k: Any, v: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         with default():
-            return run(q, k, v, ids, leaves)
+            return run(q, k, v, sinks, ids, leaves)
 
-    def forward(q: Any, k: Any, v: Any, ids: Any, leaves: Any) -> Any:
+    def forward(q: Any, k: Any, v: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         with default():
-            return jax.vjp(lambda *qkv: run(*qkv, ids, leaves), q, k, v)
+            return jax.vjp(lambda *given: run(*given, ids, leaves), q, k, v, sinks)
 
     def backward(pull: Any, g: Any) -> Any:
         with default():

@@ -26,11 +26,12 @@ def run(
     indices: Mapping[str, Any],
     options: Mapping[str, Any],
     *,
+    keywords: tuple[str, ...] = (),
     dtype: str,
     device: str,
 ) -> tuple[str, list[np.ndarray]]:
     """Return the dtype of the result, and in float32 the result and the gradient of every operand but the last, which
-    is the gradient of the result."""
+    is the gradient of the result. `keywords`: the operands that the function takes by keyword."""
 
     def integers(given: Any) -> Any:
         if isinstance(given, tuple):
@@ -39,8 +40,10 @@ def run(
 
     *given, g = (torch.tensor(x, device=device).to(getattr(torch, dtype)) for x in operands.values())
     given = [x.requires_grad_() for x in given]
+    named = dict(zip(operands, given, strict=False))
+    by_keyword = {name: named.pop(name) for name in keywords}
     indices = {k: integers(x) for k, x in indices.items()}
-    result = kernel.load()(*given, **indices, **options, **ADDED[kernel.operation])
+    result = kernel.load()(*named.values(), **by_keyword, **indices, **options, **ADDED[kernel.operation])
     back = torch.autograd.grad(result, given, g.to(result.dtype), materialize_grads=True)
     found = [x.detach().to(device="cpu", dtype=torch.float32).numpy() for x in (result, *back)]
     return str(result.dtype).removeprefix("torch."), found

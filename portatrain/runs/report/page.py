@@ -41,6 +41,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
             _charts(run),
             _attempts(run),
             _resume_points(run),
+            _first_steps(run),
             _plans(run),
             _profiles(run),
             _checkpoints(checkpoints),
@@ -181,6 +182,24 @@ def _plans(run: History) -> str:
         return ""
     head = ("attempt", "planned step", "measured step (median)", "planned memory a device", "measured peak")
     return _section("Planned beside measured", _table(head, rows))
+
+
+def _first_steps(run: History) -> str:
+    found = [(a.number, a.first_step) for a in run.attempts if a.first_step is not None]
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for _, one in found for name in one.parts))
+    rows = [
+        (
+            str(n),
+            f"{one.total_s:.1f} s",
+            *(f"{one.parts[p]:.1f}" if p in one.parts else "" for p in names),
+            one.compiled,
+        )
+        for n, one in found
+    ]
+    head = ("attempt", "first step after", *(name.replace("_", " ") for name in names), "programs")
+    return _section("From the start of the process to the first step", _table(head, rows))
 
 
 def _profiles(run: History) -> str:
