@@ -214,6 +214,7 @@ def test_a_compiler_that_is_not_installed(
     assert main(["plan", "llama3-1b", "--cluster", cluster, "--compile"]) == 2
     told = capsys.readouterr().err
     assert f"no {module}" in told and f"pip install 'portatrain[{extra}]'" in told
+    assert ("--compiler fsdp2" in told) == (extra != "tpu")
 
 
 def test_a_compiler_that_fails_is_one_paragraph(
