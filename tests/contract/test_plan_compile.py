@@ -81,11 +81,11 @@ def test_a_tpu_program(cluster: str, mesh: str, batch: int, capsys: pytest.Captu
 @needs_rocm_plugin
 def test_an_amd_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Two hosts of MI355X, on a machine that has neither an AMD GPU nor ROCm."""
-    words = ["llama3-8b", "--cluster", "mi355x-16", "--mesh", "fsdp=16", "--batch", "16", "--remat", "block", *SMALL]
-    found = compiled(capsys, *words, "--seq-len", "4096")
+    words = ["llama3-1b", "--cluster", "mi355x-16", "--mesh", "fsdp=16", "--batch", "16", "--remat", "block"]
+    found = compiled(capsys, *words)
     assert found["compiled"]["compiler"].startswith("rocm, jax-rocm7-pjrt") and found["compiled"]["fits"]
     assert found["compiled"]["flops"] == found["predicted"]["flops"]
-    assert found["predicted"]["peak_bytes"] == pytest.approx(found["compiled"]["peak_bytes"], rel=0.25)
+    assert found["predicted"]["peak_bytes"] == pytest.approx(found["compiled"]["peak_bytes"], rel=0.1)
     moved = found["compiled"]["collective_bytes"]["fsdp"]
     assert moved == pytest.approx(found["predicted"]["collective_bytes"]["fsdp"], rel=0.05)
     kept = tmp_path / "cache" / "portatrain" / "rocm-stand-ins"
@@ -219,6 +219,7 @@ def test_a_compiler_that_is_not_installed(
     assert main(["plan", "llama3-1b", "--cluster", cluster, "--compile"]) == 2
     told = capsys.readouterr().err
     assert f"no {module}" in told and f"pip install 'portatrain[{extra}]'" in told
+    assert ("--compiler fsdp2" in told) == (extra != "tpu")
 
 
 def test_a_compiler_that_fails_is_one_paragraph(
