@@ -59,13 +59,16 @@ def splash(
     block_q, block_k = block(s), block(t)
     if not causal and window is None and s % block_q == t % block_k == 0:
         index, parts = 0, 1  # every query sees every key, so that all shares have the same mask
-    leaves, tree = _kernel(causal, window, s, t, parts, softcap, device != "tpu", kept)
+    leaves, tree, seen = _kernel(causal, window, s, t, parts, softcap, device != "tpu", kept)
+    # The name tells whoever reads the compiled program how much the kernel computes (`plan/compilers/hlo.py`).
+    name = f"attention_of_{seen}_blocks_of_{block_q}x{block_k}_and_sizes_{d}_{v_BTKD.shape[3]}"
     if parts > 1:
         leaves = tuple(_share(x, index, parts) for x in leaves)
 
     def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         kernel = jax.tree.unflatten(tree, leaves)
-        return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q_BHSD, k_BKTD, v_BKTD, ids, sinks)
+        with jax.named_scope(name):
+            return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q_BHSD, k_BKTD, v_BKTD, ids, sinks)
 
     # The kernel does not scale: the queries do, by the true head size. Zeros behind it change no score.
     q_BSHD = (q_BSHD.astype(jnp.float32) * (d**-0.5 if scale is None else scale)).astype(q_BSHD.dtype)
@@ -125,8 +128,9 @@ def _kernel(
     softcap: float | None,
     interpret: bool,
     kept: str | None,
-) -> tuple[tuple[np.ndarray, ...], Any]:
-    """Return the kernel for `parts` shares of `s` queries, as arrays that describe its blocks and their tree."""
+) -> tuple[tuple[np.ndarray, ...], Any, int]:
+    """Return the kernel for `parts` shares of `s` queries: arrays that describe its blocks, their tree, and the number
+    of blocks that a share computes on average."""
     block_q, block_k = block(s), block(t)
     long_q, long_k = s + -s % block_q, t + -t % block_k
     # A padded query stands at the position of the last one, and so sees the same keys.
@@ -153,7 +157,8 @@ def _kernel(
             interpret=interpret,
         )
         leaves, tree = jax.tree.flatten(made)
-        return tuple(np.asarray(x) for x in leaves), tree
+        blocks = np.asarray(made.fwd_mask_info.block_mask)
+        return tuple(np.asarray(x) for x in leaves), tree, np.count_nonzero(blocks) // parts
 
 
 def _share(x: Any, index: Any, parts: int) -> Any:
