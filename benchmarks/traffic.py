@@ -43,6 +43,7 @@ KINDS = {
     "all_reduce": "all_reduce",
     "allreduce": "all_reduce",
     "all_to_all": "all_to_all",
+    "alltoall": "all_to_all",
     "broadcast": "broadcast",
 }
 
@@ -104,7 +105,8 @@ def implied(program: Program, accumulation: int, tokens: int) -> dict[str, int]:
     fsdp: all parameters that it shards, for the forward pass; the blocks' again for the backward pass; their gradients
     after every microbatch. replica and context: the gradients of what a process holds, once. tensor: the stream into
     and out of attention and feed-forward of every layer, the embedding and the loss, in both directions, and the
-    gradients of what is whole over it. context: keys and values of every layer, and their gradients.
+    gradients of what is whole over it. context: keys and values of every layer, half of the queries and of their
+    results, and the gradients of all of these.
     """
     layout, params = program.layout, program.definition.params
     mesh = layout.mesh
@@ -128,6 +130,8 @@ def implied(program: Program, accumulation: int, tokens: int) -> dict[str, int]:
         kv = next(t for n, t in params.items() if n.endswith("wk"))
         width = math.prod(kv.shape[2:]) // mesh.tensor
         found["context"] += accumulation * layers * 2 * 2 * tokens * mesh.context * width * 4
+        query = math.prod(next(t for n, t in params.items() if n.endswith("wq")).shape[2:]) // mesh.tensor
+        found["context"] += accumulation * layers * 2 * 2 * tokens * query * 4 // 2
     for axis in ("replica", "context"):
         if mesh.sizes[axis] > 1:
             found[axis] += sum(held.values())

@@ -361,7 +361,7 @@ def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
 
 
 def variables(job: Job) -> dict[str, str]:
-    """Return the option `env` of the job's cluster: environment variables of its processes.
+    """Return the environment variables of the job's processes: the options `env` and `compile_cache` of its cluster.
 
     Raises:
         UserError: a name that no variable can have, or values that are not in the record.
@@ -382,11 +382,14 @@ def variables(job: Job) -> dict[str, str]:
                 got="none in the record",
                 do=f"Read the values from your clusters.toml: launch resume {job.run} --cluster {job.cluster}",
             )
-    return {name: str(value) for name, value in found.items()}
+    cache = option(job, "compile_cache", str)
+    placed = {environment.COMPILE_CACHE.name: cache} if cache else {}
+    return {**placed, **{name: str(value) for name, value in found.items()}}
 
 
 def check_options(job: Job, known: Mapping[str, str]) -> None:
-    """Raise UserError for an option that the launcher does not know."""
+    """Raise UserError for an option that neither the launcher nor every launcher knows."""
+    known = {**known, "compile_cache": "the folder for compiled programs, or off"}
     for name in job.options:
         if name not in known:
             raise choice(f"cluster {job.cluster}: option {name!r} of {job.engine}", name, known)

@@ -19,6 +19,8 @@ for _name, _value in {
     "HF_HUB_OFFLINE": "1",
     # Tests launch many small recipes of their own; test_unseen_recipes.py tests that `launch` checks such a recipe.
     "PORTATRAIN_CHECK": "0",
+    # No test leaves compiled programs in the cache folder of whoever runs it.
+    "PORTATRAIN_COMPILE_CACHE": "off",
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -97,6 +97,13 @@ class Backend(Protocol):
 
     Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
     it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
+
+    Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
+    `--profile` is refused.
+
+    Optional methods: `use_compile_cache(folder)` makes the framework keep compiled programs below `folder`; it returns
+    the folder that is used, None if nothing is compiled, or raises OSError if it cannot be written to. `compiled()`
+    returns what the process has compiled so far (`backends/compiling.py`).
     """
 
     name: str

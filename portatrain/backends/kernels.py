@@ -178,6 +178,8 @@ def _unmasked_refuses(case: Case) -> str | None:
     _, _, _, h, k, d = case.shape
     if case.site.device not in FLEX_DEVICES:
         return None
+    if "value-size" in case.traits:
+        return "torch's fused kernels take values of the size of keys"
     if d > 256:
         return f"torch's fused kernels take heads of at most 256, not {d}"
     if case.dtype == "float32" and h != k:
@@ -193,7 +195,7 @@ def _sdpa_masked_refuses(case: Case) -> str | None:
     if "alibi" in case.traits and case.dtype != "float32":
         return f"the bias of ALiBi would be rounded to {case.dtype}"
     if case.site.device in FLEX_DEVICES and case.shape[1] > 1:
-        if case.traits:
+        if case.traits - {"value-size"}:
             return f"its mask of numbers has {case.shape[1]} x {case.shape[2]} elements"
         return _unmasked_refuses(case)
     return None
@@ -218,11 +220,9 @@ def _flex_refuses(case: Case) -> str | None:
         return f"it runs on {' and '.join(FLEX_DEVICES)}, not on {case.site.device}"
     if case.shape[1] == 1:
         return "one query needs no mask of blocks"
-    if "sinks" in case.traits:
-        return "it has no sinks"
     if case.shape[5] < 16:
         return f"it takes heads of at least 16, not {case.shape[5]}"
-    return None
+    return None if case.shape[0] else "there are no rows"
 
 
 def _grouped_mm_refuses(case: Case) -> str | None:

@@ -7,7 +7,11 @@ between two sums. Results in bfloat16 are rounded once more. So an operation on 
 
     e = sqrt((u_compute^2 + (BESIDE + n / LANES) 2^-48) / 6)
 
-and k such operations one after another, whose errors are independent, have sqrt(k) e. docs/understand/rounding.md has
+Under fp8 the operands of a matmul are rounded too, each term of the sum by itself: relative to a sum of terms with
+random signs, the error is that of one term, and adding does not make it smaller. So u^2 is the sum of the squares of
+the unit roundoffs of both operands and of the result; the gradients' pair, e5m2 with e4m3, is the coarser one.
+
+And k such operations one after another, whose errors are independent, have sqrt(k) e. docs/understand/rounding.md has
 the derivation and what was measured beside it. Imports no framework.
 """
 
@@ -21,7 +25,13 @@ import numpy as np
 from portatrain.model.module import Definition, TensorInfo
 from portatrain.model.rng import truncated_normal
 
-UNIT_ROUNDOFF = {"fp32": 2.0**-24, "bf16": 2.0**-8, "bf16-state": 2.0**-8}
+UNIT_ROUNDOFF = {
+    "fp32": 2.0**-24,
+    "bf16": 2.0**-8,
+    "bf16-state": 2.0**-8,
+    # One operand in e5m2 (2^-3), one in e4m3 (2^-4), the result in bfloat16.
+    "fp8": math.sqrt(2.0**-6 + 2.0**-8 + 2.0**-16),
+}
 LANES = 8
 """The smallest number of partial sums in which a framework adds: the float32 lanes of AVX2, the narrowest vector unit
 that we run on."""

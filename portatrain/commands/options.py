@@ -87,6 +87,24 @@ def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def add_profile(parser: argparse.ArgumentParser) -> None:
+    """Add --profile."""
+    parser.add_argument(
+        "--profile",
+        metavar="FIRST:LAST",
+        help="trace the steps FIRST to LAST, both included, into the attempt's folder, for Perfetto or xprof, and list "
+        "the ten most expensive operations",
+    )
+
+
+def check_profile(given: str | None, last_step: int) -> None:
+    """Raise UserError unless `given` is None or a range of the steps 1 to `last_step`."""
+    if given is not None:
+        from portatrain.training.profiling import StepRange
+
+        StepRange.parse(given, last_step)
+
+
 def resolved_recipe(args: argparse.Namespace) -> Recipe:
     """Return the recipe that the user named, with the overrides of --set."""
     return apply_overrides(load_recipe(args.recipe, cwd=Path.cwd()), args.overrides)

@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
     parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
     parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: the previous value)")
+    options.add_profile(parser)
     parser.add_argument(
         "--new-code", action="store_true", help="use the code that is installed here instead of the run's copy"
     )
@@ -57,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         before = [replace(job, recipe=last.source) for job in before]
     last = before[-1]
     recipe = apply_overrides(load_recipe(_here(last), cwd=Path(last.cwd or ".")), last.overrides)
+    options.check_profile(args.profile, recipe.steps)
     if (found.path / "run.json").exists():
         found.check(recipe, cancelled_too=True)
         if last.code is None and not args.new_code:
@@ -163,6 +165,7 @@ def _jobs(args: argparse.Namespace, run: RunDir, before: list[jobs.Job], recipe:
     last = before[-1]
     restarts = last.max_restarts if args.max_restarts is None else args.max_restarts
     more: dict[str, Any] = {"max_restarts": restarts, "number": 0, "id": None, "submitted_unix_s": None}
+    more["profile"] = args.profile  # the previous range is over, or would be profiled again
     if args.cluster is None:
         newest = {job.cluster: job for job in before}  # the newest job of each cluster
         changes: dict[str, Any] = {k: v for k in ("backend", "mesh", "devices") if (v := getattr(args, k)) is not None}

@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=3,
         help="a job gives up after N restarts in a row without a new checkpoint (default: 3)",
     )
+    options.add_profile(parser)
     options.add_track(parser, " (default: `track` of the cluster in clusters.toml)")
     parser.add_argument(
         "--no-check", action="store_true", help="skip `portatrain check` for a recipe that has not been checked here"
@@ -76,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     for target in wanted:
         options.check_track(f"cluster {target.name}: track", target.track)
     recipe = options.resolved_recipe(args)
+    options.check_profile(args.profile, recipe.steps)
     run_name = _run_name(args.run, args.runs, recipe.name)
 
     from launchers.base import Job, launcher
@@ -106,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
             options=target.options,
             cluster_shape=target.cluster_shape,
             track=track or target.track,
+            profile=args.profile,
         )
         for target in fitting
     ]

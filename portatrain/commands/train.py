@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="the implementation of an operation, such as attention=written-out (default: the first that supports it)",
     )
+    options.add_profile(parser)
     options.add_track(parser)
 
 
@@ -86,6 +87,8 @@ def train(args: argparse.Namespace) -> int:
             got=str(args.stop_at),
             do="Leave it out to train to the end.",
         )
+    profile = getattr(args, "profile", None)
+    options.check_profile(profile, min(args.stop_at or recipe.steps, recipe.steps))
     if (url := getattr(args, "checkpoints", None)) is not None:
         from portatrain.checkpoint.locations import location_of
 
@@ -137,6 +140,7 @@ def train(args: argparse.Namespace) -> int:
             accept_drift=args.accept_drift,
             checkpoints=getattr(args, "checkpoints", None),
             kernels=kernels,
+            profile=profile,
             sinks=sinks,
             source=_source(args),
             signals=signals,

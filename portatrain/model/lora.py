@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 from portatrain.config import check_types
 from portatrain.errors import UserError, choice
+from portatrain.model.fp8 import FACTORS, unquantised, with_fp8
 from portatrain.model.module import BATCH_AXES, Module, Param, children, describe
 
 RANK_AXIS = "lora_rank"
-FACTORS = ("lora_a", "lora_b")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,20 +114,21 @@ class Adapted(Module):
 
 
 def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method `einsum` of an `Ops` class, extended to adapted weights."""
+    """Return the method `einsum` of an `Ops` class, extended to adapted weights and to weights whose matmuls are in
+    fp8."""
 
     @functools.wraps(einsum)
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         for operand in operands:
             if isinstance(operand, Adapted):
-                return operand.contracted(functools.partial(einsum, self), spec, operands, dtype)
-        return einsum(self, spec, *operands, dtype=dtype)
+                return operand.contracted(functools.partial(through, self), spec, operands, dtype)
+        return with_fp8(self, einsum, spec, operands, dtype)
 
     return through
 
 
 def not_adapted(p: Any) -> Any:
-    """Return `p`, which an operation other than einsum uses.
+    """Return `p`, which an operation other than einsum uses; of a weight with matmuls in fp8, the parameter.
 
     Raises:
         UserError: `p` is an adapted weight.
@@ -139,7 +140,7 @@ def not_adapted(p: Any) -> Any:
             got="a use in another operation",
             do="Exclude it from LoRA.targets.",
         )
-    return p
+    return unquantised(p)
 
 
 def adapt(model: Module, lora: LoRA) -> Module:

@@ -2,6 +2,7 @@
 
     fp32        everything is float32
     bf16        computation in bfloat16; parameters, optimizer state, averages and reductions in float32
+    fp8         as bf16, with chosen matmuls computed from 8-bit operands (`portatrain.model.fp8`)
     bf16-state  as bf16, with parameters and optimizer state kept in bfloat16, rounded stochastically
 
 Under bf16-state, an update is computed in float32 from the kept values. It is rounded away from zero with a probability
@@ -20,7 +21,7 @@ from typing import Any
 from portatrain.model import dropout_hash
 from portatrain.model.module import Definition, TensorInfo, site_of
 
-PRECISIONS = ("fp32", "bf16", "bf16-state")
+PRECISIONS = ("fp32", "bf16", "bf16-state", "fp8")
 
 Array = Any
 

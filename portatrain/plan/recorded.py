@@ -115,10 +115,8 @@ def chip_of(device: str) -> Chip | None:
     for chip in CHIPS.values():
         if chip.jax_kind and chip.jax_kind == device:
             return chip
-    for name, reported in {name: gpu.name for table in (DEVICES, AMD_DEVICES) for name, gpu in table.items()}.items():
-        if device.startswith(reported):
-            return CHIPS[name]
-    return None
+    reported = {name: one.name for name, one in DEVICES.items()} | {name: one.name for name, one in AMD_DEVICES.items()}
+    return next((CHIPS[name] for name, start in reported.items() if device.startswith(start)), None)
 
 
 def _cluster(chip: Chip, devices: int) -> Cluster | str:

@@ -18,6 +18,7 @@ from portatrain import config
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
 from portatrain.errors.users_code import line_of, line_of_method
+from portatrain.model.fp8 import quantise
 from portatrain.model.lora import LoRA, adapt, is_factor
 from portatrain.model.module import Definition, Module, describe
 from portatrain.model.precision import stored
@@ -72,9 +73,13 @@ class Recipe:
     seed: int = 0
     """Seed of the initial weights, the order of samples and dropout, from 0 to 2**63 - 1."""
 
-    precision: Literal["fp32", "bf16", "bf16-state"] = "fp32"
+    precision: Literal["fp32", "bf16", "bf16-state", "fp8"] = "fp32"
     """The dtypes. fp32: float32 throughout. bf16: computation in bfloat16; parameters and optimizer state in float32.
-    bf16-state: these are kept in bfloat16 too, with stochastic rounding. See ``portatrain.model.precision``."""
+    bf16-state: these are kept in bfloat16 too, with stochastic rounding. fp8: as bf16, with matmuls computed from 8-bit
+    operands. See ``portatrain.model.precision``."""
+    fp8_matmuls: tuple[str, ...] | None = config.added_later(None)
+    """Name patterns of the weights whose matmuls precision fp8 computes from 8-bit operands. None: all that
+    ``portatrain.model.fp8.can_quantise`` takes. No effect with other precisions."""
     remat: str = "none"
     """The remat policy: which activations the backward pass recomputes instead of keeping. none: it keeps all. See
     ``portatrain.model.remat``."""
@@ -289,7 +294,10 @@ class Recipe:
                 got=f"{model!r}{line_of_method(self.model, 'build')}",
                 do="Return the model at the end of build().",
             )
-        return stored(describe(model if self.lora is None else adapt(model, self.lora)), self.precision)
+        model = model if self.lora is None else adapt(model, self.lora)
+        if self.precision == "fp8":
+            return quantise(model, self.fp8_matmuls)
+        return stored(describe(model), self.precision)
 
     def trains(self, name: str) -> bool:
         """Return True if the recipe trains the parameter ``name``."""

@@ -23,10 +23,13 @@ from typing import Any
 
 from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.errors import LONGEST, UserError
+from portatrain.runs import first_steps, profiles
 from portatrain.runs import rows as typed
 from portatrain.runs.claim import Owner
 from portatrain.runs.events import Event, Kind, has, how_it_ended, last, of_kind, why_it_ended
+from portatrain.runs.first_steps import FirstStep
 from portatrain.runs.open import open_run
+from portatrain.runs.profiles import ProfileHistory
 from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system import json_files
 
@@ -66,6 +69,8 @@ class AttemptHistory:
     memory_bytes: int | None
     plan: Mapping[str, Any] | None
     """The plan, if one was recorded."""
+    profiles: Sequence[ProfileHistory] = ()
+    first_step: FirstStep | None = None
 
     @property
     def runs_on(self) -> str:
@@ -295,6 +300,8 @@ def _attempt(
         step_s=statistics.median(steady) if steady else None,
         memory_bytes=max((row["memory_bytes"] for row in rows if row.get("memory_bytes")), default=None),
         plan=plan,
+        profiles=profiles.of_events(events),
+        first_step=first_steps.of_events(events),
     )
 
 

@@ -56,6 +56,8 @@ class Job:
     """The cluster's options for its engine."""
     track: tuple[str, ...] = ()
     """The names of the trackers that get its metrics as well."""
+    profile: str | None = None
+    """The steps to profile, 'FIRST:LAST'."""
     number: int = 0
     """The N of jobs/N.json; 0: not written yet."""
     id: str | None = None
@@ -80,9 +82,9 @@ class Job:
     def train(self) -> list[str]:
         """Return the words of the `portatrain train` command that the job runs."""
         words = ["portatrain", "train", self.recipe, "--run-dir", self.run_dir]
-        for option, value in (("--backend", self.backend), ("--mesh", self.mesh), ("--devices", self.devices)):
-            if value is not None:
-                words += [option, str(value)]
+        for name in ("backend", "mesh", "devices", "profile"):
+            if (value := getattr(self, name)) is not None:
+                words += [f"--{name}", str(value)]
         for override in self.overrides:
             words += ["--set", override]
         for tracker in self.track:
@@ -194,7 +196,7 @@ def _check(job: Job) -> None:
         value = getattr(job, f.name)
         if f.name in TEXTS:
             good = isinstance(value, str)
-        elif f.name in ("backend", "mesh", "code", "id"):
+        elif f.name in ("backend", "mesh", "code", "id", "profile"):
             good = value is None or isinstance(value, str)
         elif f.name in ("hosts", "processes", "max_restarts", "number"):
             good = type(value) is int and 0 <= value <= 10**9

@@ -218,7 +218,9 @@ class RemoteRun(RunDir):
     def send(self) -> None:
         began_s = time.monotonic()
         with self._sending:
-            for path in [*(self.path / (self._attempt or "attempts/0")).glob("*"), *self.path.glob("jobs/*.log")]:
+            attempt = self.path / (self._attempt or "attempts/0")
+            profiles = attempt.glob("plugins/**/*")
+            for path in [*attempt.glob("*"), *profiles, *self.path.glob("jobs/*.log")]:
                 if not path.is_file() or path.name[0] == ".":
                     continue
                 stat = path.stat()

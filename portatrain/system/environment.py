@@ -182,6 +182,16 @@ SCRATCH = Variable[Path | None](
     otherwise="`portatrain` in the user's cache folder",
     set_by=YOU,
 )
+COMPILE_CACHE = Variable[str](
+    name="PORTATRAIN_COMPILE_CACHE",
+    about="The folder for compiled programs, which later attempts reuse; `off`: keep none. JAX_COMPILATION_CACHE_DIR "
+    "and TORCHINDUCTOR_CACHE_DIR come first.",
+    kind="a folder, or off",
+    read=str,
+    default="",
+    otherwise="`portatrain/compiled` in the user's cache folder",
+    set_by="`compile_cache` of a cluster, or you",
+)
 STORE_TIMEOUT_S = Variable[float](
     name="PORTATRAIN_STORE_TIMEOUT_S",
     about="Seconds after which a request to an object store is retried.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,12 @@ import numpy as np
 
 from portatrain.backends.base import Backend
 from portatrain.data import Split
+from portatrain.runs.events import Kind
+from portatrain.training import keep_best
+from portatrain.training.hook_calls import HookCalls
+from portatrain.training.metrics import EvalRecord
+from portatrain.training.metrics.broadcast import Broadcast
+from portatrain.training.view import TrainingView
 
 
 def evaluate(
@@ -46,3 +53,38 @@ def evaluate(
     if split.bytes_per_target:
         metrics["bits_per_byte"] = mean / math.log(2) / split.bytes_per_target
     return mean, samples, metrics
+
+
+class Evaluations:
+    """The evaluations of one attempt on the validation split. They end early if `stopped()`, and then count as none.
+
+    last: the newest one. began_s: when the attempt began.
+    """
+
+    began_s: float
+
+    def __init__(
+        self, view: TrainingView, hooks: HookCalls, backend: Backend, sinks: Broadcast, stopped: Callable[[], bool]
+    ) -> None:
+        self._view, self._hooks, self._backend, self._sinks, self._stopped = view, hooks, backend, sinks, stopped
+        self.last: EvalRecord | None = None
+
+    def run(self, state: Any, step: int, batches: int | None) -> None:
+        """Evaluate `state`, after `step` steps, on the whole split or on its first `batches` batches; record it."""
+        recipe, split = self._view.recipe, self._view.data.validation
+        if split is None:
+            return
+        began_s = time.perf_counter()
+        found = evaluate(self._backend, state, split, batch=recipe.batch, batches=batches, stopped=self._stopped)
+        if found is None:
+            return
+        now_s = time.perf_counter()
+        loss, samples, metrics = found
+        if self.last is None and (unknown := keep_best.no_such_metric(recipe, ("loss", *metrics))):
+            self._sinks.event(Kind.WARNING, what=unknown)
+        self.last = EvalRecord(
+            step=step, loss=loss, samples=samples, metrics=metrics, time_s=now_s - self.began_s, eval_s=now_s - began_s
+        )
+        self._sinks.eval(self.last)
+        self._view.metrics |= {"validation_loss": loss, **{f"validation_{k}": v for k, v in metrics.items()}}
+        self._hooks.call("on_evaluation", self.last)

@@ -26,6 +26,8 @@ class TrainOptions:
     """An object-store URL for the checkpoints, which the run records; None: the recorded one, or the default."""
     kernels: tuple[tuple[str, str], ...] = ()
     """(operation, kernel) for each kernel that the user chose (`backends/kernels.py`)."""
+    profile: str | None = None
+    """'100:103' profiles steps 100 to 103, both included (`training/profiling.py`)."""
     sinks: Sequence[Sink] = ()
     source: Mapping[str, Any] | None = None
     """The arguments of `portatrain train`, for attempt.json; `launch resume` reads them."""

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 from portatrain.backends import choose_kernel, rounding
@@ -28,19 +28,21 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
-from portatrain.training import continuity, keep_best
+from portatrain.training import continuity, keep_best, profiling
 from portatrain.training.arrival import arrive, check_before
-from portatrain.training.evaluation import evaluate
+from portatrain.training.begin import begin
+from portatrain.training.compile_cache import CompileCache
+from portatrain.training.evaluation import Evaluations
 from portatrain.training.hook_calls import HookCalls, check_hooks
-from portatrain.training.metrics import EvalRecord, RunInfo
+from portatrain.training.metrics import RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
-from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of
 from portatrain.training.options import TrainOptions as TrainOptions
-from portatrain.training.save_timer import SaveTimer
+from portatrain.training.profiling import Profile, StepRange
+from portatrain.training.saves import Saves
+from portatrain.training.start_times import StartTimes
 from portatrain.training.step_records import StepRecords
-from portatrain.training.stop_requests import StopRequests
 from portatrain.training.view import TrainingView
 
 
@@ -58,8 +60,10 @@ class Trainer:
     """One attempt at a run. Hooks see its `view`."""
 
     def __init__(self, recipe: Recipe, run: RunDir, options: TrainOptions) -> None:
+        self._start = StartTimes()
         self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, Broadcast(options.sinks)
         self.last_step = min(options.stop_at or recipe.steps, recipe.steps)
+        self._profiled = None if options.profile is None else StepRange.parse(options.profile, self.last_step)
         mesh, backend = options.mesh, options.backend
         if mesh is None:
             mesh = f"fsdp={options.devices or 1}"
@@ -67,7 +71,14 @@ class Trainer:
         self.definition, self.mesh = program.definition, program.layout.mesh
         check_hooks(recipe, self.definition)
         simulate_devices(backend, self.mesh.devices)
-        self.backend = backend_class(backend)(program)
+        made = backend_class(backend)
+        self._start.mark("import")
+        self.backend = made(program)
+        self._compile_cache = CompileCache(self.backend)
+        self._start.mark("devices")
+        self._start.watch(getattr(self.backend, "compiled", None))
+        if self._profiled is not None:
+            profiling.check_backend(self.backend)
         if self.backend.process:  # only process 0 packs the data, writes and prints
             self.sinks = Broadcast()
             self.backend.agree(0)
@@ -75,12 +86,11 @@ class Trainer:
         if not self.backend.process:
             run.share_data()
             self.backend.agree(0)
+        self._start.mark("data")
         self.state: Any = None
         self.step = 0
         """The number of steps trained so far."""
-        self._saved, self._saves = -1, 0
-        self._save_timer, self._begun = SaveTimer(recipe.checkpoint_every_s), False
-        self._last_eval: EvalRecord | None = None
+        self._begun = False
         self._status, self._told = "failed", False
         """The status at the end of the attempt, and True if its sinks have been started."""
         self._summary: dict[str, Any] = {}
@@ -96,6 +106,11 @@ class Trainer:
         )
         self.hooks = HookCalls(self.view)
         self._steps = StepRecords(recipe, self.view, self.hooks, self.sinks, self._judge)
+        self._evals = Evaluations(
+            self.view, self.hooks, self.backend, self.sinks, lambda: self._stop_requested() is not None
+        )
+        self._pending: tuple[int, StepResult, float] | None = None
+        """A step that has been started and not recorded: its number, its result and its wait for data."""
 
     # ---- the loop
 
@@ -117,8 +132,11 @@ class Trainer:
             self.run_dir.check_location(self.options.checkpoints)
             check_before(self.run_dir, self.backend, self.recipe, self.data, accept_drift=self._accepts)
         with ExitStack() as stack:
-            attempt = self._begin(info, stack)
-            self._began_s = self._steps.began_s = time.perf_counter()
+            attempt, self._stop = begin(
+                self.run_dir, self.recipe, info, self.backend, self.options.signals, self.sinks, stack
+            )
+            self._start.mark("claim")
+            self._began_s = self._steps.began_s = self._evals.began_s = time.perf_counter()
             self._begun = True
             try:
                 self._train(attempt, about)
@@ -142,12 +160,14 @@ class Trainer:
             processes=self.backend.processes,
             guard=attempt.guard,
         )
+        self._saves = Saves(self.checkpoints, self.recipe, self.backend, self.data, self.event)
         found = self._newest(attempt)
         self.step = int(found.meta["step"]) if found else 0
         self._info = self._steps.info = self._run_info(attempt.number, about)
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
         self.sinks.start(self._info)
+        self._compile_cache.tell(self.event)
         unknown = unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params)
         if unknown:
             self.event(Kind.WARNING, what=axis_warning(unknown))
@@ -161,15 +181,16 @@ class Trainer:
             self.state = self.backend.init_state()
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
-                self._record(self.state)
+                self._saves.record(self.state, self.step)
+            self._start.mark("init")
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
         self.hooks.call("on_start")
-        self._loop()
+        self._loop(Profile(self._profiled, self.backend, attempt.folder, self.step, self.event))
         self._stop.at("save", self.step)
         self._save(last=True)
         self.checkpoints.wait()
-        self._tell_commits()
+        self._saves.tell_commits()
         self.backend.agree(0)  # end together: a launcher may kill the other processes after the first exit
         self._stop.at("eval", self.step)
         self._summary = self._finish() if self.step == self.recipe.steps else self._results()
@@ -191,32 +212,6 @@ class Trainer:
             self.sinks.end({"status": self._status, **self._summary})
         else:
             attempt.event(Kind.END, status=self._status, **self._summary)
-
-    def _begin(self, info: Mapping[str, Any], stack: ExitStack) -> Attempt | NullAttempt:
-        """Begin the attempt in process 0; the others join it. `stack` closes it and its stop requests."""
-        first, signals = not self.backend.process, self.options.signals
-        # The order matters: a stop request must find an attempt that can record it and be closed, or none.
-        with signals.staying() if first and signals is not None else nullcontext():
-            attempt = self.run_dir.begin(self.recipe, info) if first else self._follow(self.backend.agree(0))
-            stack.enter_context(attempt)
-            if isinstance(attempt, Attempt):
-                self.sinks.record = JsonlSink(attempt)
-            self._stop = stack.enter_context(
-                StopRequests(
-                    attempt,
-                    self.run_dir.path,
-                    process=self.backend.process,
-                    processes=self.backend.processes,
-                    signals=signals,
-                    sinks=self.sinks,
-                )
-            )
-        if first:
-            self.backend.agree(attempt.number)
-        return attempt
-
-    def _follow(self, number: int) -> NullAttempt:
-        return NullAttempt(number, self.run_dir.path / "attempts" / str(number), self.backend.process)
 
     def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
         """Return the constants of the attempt; `about` is the backend's description of its device."""
@@ -265,35 +260,35 @@ class Trainer:
             self._stop.strengthen(agreed)
         return agreed
 
-    def _loop(self) -> None:
+    def _loop(self, profile: Profile) -> None:
         recipe = self.recipe
         if not self.backend.process:
             self.data.verify_in_background()
         self._steps.start()
-        self._save_timer.start()
-        # If the backend runs steps asynchronously, the results of a step are read after the next one has been started,
-        # so that the device never waits.
-        pending: tuple[int, StepResult, float] | None = None
+        self._saves.timer.start()
         first = self.step + 1
         counts = map(recipe.batch_at, itertools.count(first))
-        with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches:
+        with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches, profile:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
                 self.data.check()
-                self._tell_commits()
+                self._saves.tell_commits()
                 step = self.step + 1
+                if profile.begins(step):
+                    self._record_pending()
+                    profile.start()
+                    self._steps.start()
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
                 rows = batches.get(lambda: self._stop.asked is not None)
                 waited_s = time.perf_counter() - waited_s
+                if step == first:
+                    self._start.mark("first_batch")
                 self._stop.at("agree", step)
                 # The clock of process 0 decides for all processes.
-                due = not self.backend.process and self.step > max(0, self._saved) and self._save_timer.due
-                agreed = self._agreed(save=due)
+                agreed = self._agreed(save=not self.backend.process and self._saves.due(self.step))
                 if agreed == "save":
-                    if pending is not None:
-                        self._steps.add(*pending, self._memory_bytes())
-                        pending = None
+                    self._record_pending()
                     self._stop.at("save", self.step)
                     self._save(by_time=True)
                     self._steps.start()
@@ -304,84 +299,76 @@ class Trainer:
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
                 scale = recipe.lr_scale(step)
-                self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
+                with profile.step(step):
+                    self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
                 self.step, self._stop.trained = step, True
                 if step == first:
                     self.event(Kind.KERNELS, choices=choose_kernel.taken())
-                if pending is not None:
-                    self._steps.add(*pending, self._memory_bytes())
-                pending = (step, result, waited_s)
-                if not self.backend.async_dispatch:
-                    self._steps.add(*pending, self._memory_bytes())
-                    pending = None
+                # If the backend runs steps asynchronously, the results of a step are read after the next one has been
+                # started, so that the device never waits.
+                self._record_pending()
+                self._pending = (step, result, waited_s)
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
                 saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
-                if (evaluates or saves) and pending is not None:  # record the step before its evaluation or save
-                    self._steps.add(*pending, self._memory_bytes())
-                    pending = None
+                profiled = profile.ends(step)
+                if not self.backend.async_dispatch or evaluates or saves or profiled or step == first:
+                    self._record_pending()
+                if step == first:
+                    self._start.mark("first_step")
+                    self.event(Kind.FIRST_STEP, **self._start.fields())
+                if profiled:
+                    profile.stop()
                 if evaluates:
                     self._stop.at("eval", step)
-                    self._evaluate(recipe.eval_batches)
+                    self._evals.run(self.state, step, recipe.eval_batches)
                 if saves:
                     self._stop.at("save", step)
                     self._save()
-                if evaluates or saves:
+                if evaluates or saves or profiled:
                     self._steps.start()
-        if pending is not None:
+            self._record_pending()
+
+    def _record_pending(self) -> None:
+        """Record the step that has been started and not recorded, if there is one. This waits for the device."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
             self._steps.add(*pending, self._memory_bytes())
 
     # ---- saving and resuming
 
     def _save(self, *, last: bool = False, by_time: bool = False) -> None:
         """Begin to save the state after `self.step` unless it is saved; with `by_time`, never during another save."""
-        if self._saved == self.step:
-            return
-        with self._save_timer.saving():
-            self._begin_save(last=last, by_time=by_time)
-
-    def _begin_save(self, *, last: bool, by_time: bool) -> None:
-        recipe = self.recipe
-        self._saves += 1
-        probes = last or (self._saves - 1) % recipe.probe_every == 0
-        found = self._record(self.state, virtual_step=probes)
-        found |= {"recipe_sha256": recipe.sha256, "recipe": recipe.to_json(), "history": list(self._steps.history)}
-        if self._last_eval is not None and self._last_eval.step == self.step:
-            found["metrics"] = {"loss": self._last_eval.loss, **self._last_eval.metrics}
-        skips = by_time or (recipe.checkpoint_busy == "skip" and not last)
-        if self.checkpoints.save(self.step, self.backend, self.state, found, skip_if_busy=skips):
-            self._saved = self.step
-            self.event(Kind.SAVING, step=self.step)
+        more: dict[str, Any] = {"history": list(self._steps.history)}
+        last_eval = self._evals.last
+        if last_eval is not None and last_eval.step == self.step:
+            more["metrics"] = {"loss": last_eval.loss, **last_eval.metrics}
+        if self._saves.save(self.state, self.step, more, last=last, by_time=by_time):
             self.hooks.call("on_save")
-        else:
-            self.event(Kind.SAVE_SKIPPED, step=self.step, why="the previous save is still being written")
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
         definition = self.backend.program.definition
         positions = rounding.positions_in(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
         self.state, found, bounds = arrive(
-            self.backend, reader, self.recipe, self._record, positions=positions, accept_drift=self._accepts
+            self.backend, reader, self.recipe, self._checked, positions=positions, accept_drift=self._accepts
         )
-        self._saved = self.step
+        self._start.mark("verify")
+        self._saves.saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
         if found["verdict"] == "unproven":
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
-    def _record(self, state: Any, *, virtual_step: bool = True) -> dict[str, Any]:
-        """Return the record of `state` after `self.step` steps, for the continuity check."""
-        train, validation = self.data.train, self.data.validation
-        return continuity.record(
-            self.backend, state, self.recipe, train, self.step, validation=validation, virtual_step=virtual_step
-        )
+    def _checked(self, state: Any) -> dict[str, Any]:
+        """Return the record of a restored `state`, for the continuity check."""
+        self._start.mark("restore")
+        found = self._saves.record(state, self.step)
+        self._start.mark("verify")
+        return found
 
     @property
     def _accepts(self) -> bool:
         return self.options.accept_drift is not None
-
-    def _tell_commits(self) -> None:
-        for step in self.checkpoints.newly_committed():
-            self.event(Kind.COMMITTED, step=step)
 
     def _judge(self, step: int, found: Mapping[str, Any]) -> None:
         """Record a verdict of the continuity check; UserError if it is 'broken' and drift is not accepted."""
@@ -395,41 +382,10 @@ class Trainer:
 
     # ---- evaluation and the end
 
-    def _evaluate(self, batches: int | None) -> None:
-        """Evaluate on the validation split, or on its first `batches` batches."""
-        if self.data.validation is None:
-            return
-        began_s = time.perf_counter()
-        found = evaluate(
-            self.backend,
-            self.state,
-            self.data.validation,
-            batch=self.recipe.batch,
-            batches=batches,
-            stopped=lambda: self._stop_requested() is not None,
-        )
-        if found is None:
-            return
-        now_s = time.perf_counter()
-        loss, samples, metrics = found
-        if self._last_eval is None and (unknown := keep_best.no_such_metric(self.recipe, ("loss", *metrics))):
-            self.event(Kind.WARNING, what=unknown)
-        self._last_eval = EvalRecord(
-            step=self.step,
-            loss=loss,
-            samples=samples,
-            metrics=metrics,
-            time_s=now_s - self._began_s,
-            eval_s=now_s - began_s,
-        )
-        self.sinks.eval(self._last_eval)
-        self.view.metrics |= {"validation_loss": loss, **{f"validation_{k}": v for k, v in metrics.items()}}
-        self.hooks.call("on_evaluation", self._last_eval)
-
     def _results(self) -> dict[str, Any]:
         found: dict[str, Any] = {"step": self.step, "train_s": time.perf_counter() - self._began_s}
-        if self._last_eval is not None:
-            found |= {"validation_loss": self._last_eval.loss, **self._last_eval.metrics}
+        if (last_eval := self._evals.last) is not None:
+            found |= {"validation_loss": last_eval.loss, **last_eval.metrics}
         if self._steps.skipped:
             found["skipped_steps"] = self._steps.skipped
         return found
@@ -439,7 +395,8 @@ class Trainer:
         final = self.recipe.eval_final_batches
         if final == "all":
             self.event(Kind.EVALUATING)
-        self._evaluate(None if final == "all" else final or self.recipe.eval_batches)
+        batches = None if final == "all" else final or self.recipe.eval_batches
+        self._evals.run(self.state, self.step, batches)
         return {**self._results(), "train_s": train_s, **self.hooks.end(lambda: self._stop_requested() is not None)}
 
     def event(self, kind: str, **fields: Any) -> None:

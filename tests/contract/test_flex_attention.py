@@ -16,6 +16,7 @@ from portatrain.backends import kernels
 from portatrain.backends.base import Context, backend_class
 from portatrain.testing import check_case
 from portatrain.testing.attention_cases import attention_cases
+from portatrain.testing.kernels import judge
 
 torch = pytest.importorskip("torch")
 
@@ -54,6 +55,7 @@ ONE_OF_EACH = (
     "prefix, alibi, segments",
     "positions and pairs of segments",
     "full, softcap, pairs of segments, one of which sees nothing",
+    "sinks, window=3, alibi, segments, wide values",
 )
 
 
@@ -70,6 +72,31 @@ def test_every_case_is_that_of_the_oracle() -> None:
     for case in CASES:
         for precision in case.precisions:
             check_case(on_gpu(), case, precision)
+
+
+OF_THE_REFERENCE = {
+    "scores that rise by 30 a key": "it divides the log-sum-exp by log 2 and multiplies it again",
+    "documents, huge keys hidden": "it multiplies infinite scores that are hidden by 0",
+    "full, documents, huge keys hidden": "the same",
+}
+"""Cases in which torch's own reference of the operator errs, in its backward pass."""
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_the_court_acquits_the_functions_of_the_mask() -> None:
+    """All hard cases of the court, as if the CPU were a GPU."""
+    (row,) = (k for k in kernels.TABLE if k.name == "flex")
+
+    def refuses(case: kernels.Case) -> str | None:
+        reason = row.refuses(dataclasses.replace(case, site=GPU))
+        return None if reason is not None and "heads of at least 16" in reason else reason
+
+    verdict = judge(dataclasses.replace(row, refuses=refuses), "torch", device="cpu")
+    wrong = {w.case for w in verdict.wrong}
+    assert wrong == set(OF_THE_REFERENCE), [str(w) for w in verdict.wrong if w.case not in OF_THE_REFERENCE][:3]
+    assert all(w.operand.startswith("gradient") for w in verdict.wrong)
+    assert verdict.passed > 150
 
 
 # ---- the block mask

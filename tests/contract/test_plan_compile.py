@@ -19,6 +19,10 @@ from portatrain.plan.clusters.names import parse
 from portatrain.plan.compilers import gpus, job, targets
 from portatrain.plan.recorded import chip_of
 
+needs_rocm_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_rocm7_plugin") is None,
+    reason="AMD's compiler is not installed (pip install 'portatrain[rocm-compile]')",
+)
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install 'portatrain[tpu]')"
 )
@@ -70,6 +74,22 @@ def test_a_tpu_program(cluster: str, mesh: str, batch: int, capsys: pytest.Captu
     assert found["predicted"]["peak_bytes"] == pytest.approx(found["compiled"]["peak_bytes"], rel=0.25)
     again = compiled(capsys, *words, "--seq-len", "2048")
     assert again["compiled"] == found["compiled"] | {"cached": True}
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@needs_rocm_plugin
+def test_an_amd_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two hosts of MI355X, on a machine that has neither an AMD GPU nor ROCm."""
+    words = ["llama3-8b", "--cluster", "mi355x-16", "--mesh", "fsdp=16", "--batch", "16", "--remat", "block", *SMALL]
+    found = compiled(capsys, *words, "--seq-len", "4096")
+    assert found["compiled"]["compiler"].startswith("rocm, jax-rocm7-pjrt") and found["compiled"]["fits"]
+    assert found["compiled"]["flops"] == found["predicted"]["flops"]
+    assert found["predicted"]["peak_bytes"] == pytest.approx(found["compiled"]["peak_bytes"], rel=0.25)
+    moved = found["compiled"]["collective_bytes"]["fsdp"]
+    assert moved == pytest.approx(found["predicted"]["collective_bytes"]["fsdp"], rel=0.05)
+    kept = tmp_path / "cache" / "portatrain" / "rocm-stand-ins"
+    assert kept.is_dir() or list(Path("/opt").glob("rocm*"))
 
 
 @pytest.mark.full
@@ -130,7 +150,9 @@ def test_every_chip_has_the_compiler_that_knows_it() -> None:
             "h100-8",
             "b200-8",
             "gb300-72",
+            "mi250x-4",
             "mi300x-8",
+            "gaudi3-8",
         )
     }
     assert kinds == {
@@ -142,7 +164,9 @@ def test_every_chip_has_the_compiler_that_knows_it() -> None:
         "h100-8": "cuda",
         "b200-8": "cuda",
         "gb300-72": "cuda",
-        "mi300x-8": "fsdp2",
+        "mi250x-4": "rocm",
+        "mi300x-8": "rocm",
+        "gaudi3-8": "fsdp2",
     }
 
 
@@ -168,6 +192,7 @@ def test_a_gpu_is_found_by_the_name_that_its_description_has(name: str) -> None:
         (["mixtral-8x7b", "--cluster", "h100-64"], "a preset shape"),
         (["llama3-1b", "--cluster", "mi300x-64", "--compiler", "tpu"], "a TPU of generation"),
         (["llama3-1b", "--cluster", "mi300x-64", "--compiler", "cuda"], "h100-sxm"),
+        (["llama3-1b", "--cluster", "h100-64", "--compiler", "rocm"], "mi300x"),
         (["llama3-1b", "--cluster", "tpu-v5p-64", "--compiler", "fsdp2"], "a chip that torch runs on"),
         (["llama3-1b", "--cluster", "tpu-v5p-64", "--compiler", "gcc"], "--compiler"),
     ],
@@ -178,11 +203,17 @@ def test_mistakes(words: list[str], told: str, own_cache: Path, capsys: pytest.C
     assert not own_cache.exists()
 
 
-def test_a_compiler_that_is_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(targets, "_there", lambda name: name != "libtpu")
-    assert main(["plan", "llama3-1b", "--cluster", "tpu-v5p-64", "--compile"]) == 2
+@pytest.mark.parametrize(
+    ("cluster", "module", "extra"),
+    [("tpu-v5p-64", "libtpu", "tpu"), ("mi300x-64", "jax_plugins.xla_rocm7", "rocm-compile")],
+)
+def test_a_compiler_that_is_not_installed(
+    cluster: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(targets, "_there", lambda name: name != module)
+    assert main(["plan", "llama3-1b", "--cluster", cluster, "--compile"]) == 2
     told = capsys.readouterr().err
-    assert "no libtpu" in told and "pip install 'portatrain[tpu]'" in told
+    assert f"no {module}" in told and f"pip install 'portatrain[{extra}]'" in told
 
 
 def test_a_compiler_that_fails_is_one_paragraph(
@@ -194,6 +225,13 @@ def test_a_compiler_that_fails_is_one_paragraph(
     assert main(["plan", "llama3-1b", "--cluster", "tpu-v5p-64", "--compile"]) == 2
     told = capsys.readouterr().err
     assert "exit code 1" in told.splitlines()[-1]
+
+
+@pytest.mark.parametrize("part", job._SOURCES)
+def test_what_decides_the_program_is_there(part: str) -> None:
+    """A source that has moved would leave the key as it is, and an old answer would be taken for a new program."""
+    path = Path(job.__file__).parents[2] / part
+    assert path.is_file() or list(path.rglob("*.py"))
 
 
 def test_the_answer_is_kept_by_what_it_depends_on(tmp_path: Path) -> None:

@@ -98,6 +98,22 @@ def test_float32_is_not_rounded_by_any_matmul_of_the_kernel() -> None:
     assert set(gradients(None, jnp.bfloat16)) == {None}
 
 
+def test_every_share_over_context_has_as_many_blocks() -> None:
+    """Blocks that the kernel computes, forward: 8 shares of 16,384 positions, with a causal mask."""
+    from portatrain.backends.jax.splash import _kernel
+    from portatrain.model.context_chunks import dealt, imbalance, in_order
+
+    def blocks(shares: Any) -> list[int]:
+        leaves, tree = _kernel(True, None, 2048, 16_384, shares, None, True, None)
+        import jax
+
+        forward = jax.tree.unflatten(tree, leaves).fwd_mask_info
+        return [int((part > 0).sum()) for part in np.split(np.asarray(forward.block_mask), len(shares), axis=1)]
+
+    assert imbalance(blocks(dealt(8, 16_384, causal=True, window=None))) == 1
+    assert imbalance(blocks(in_order(8, 16_384))) > 1.8
+
+
 MESHES = """
 import dataclasses, json, sys
 import jax, jax.numpy as jnp, numpy as np
@@ -112,7 +128,7 @@ shapes = [(4, 320, 8, 24), (4, 320, 2, 24), (4, 320, 2, 40), (4, 320, 8, 40), (8
 q, k, v, g, sinks = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
 ids = jnp.asarray(np.sort(rng.integers(0, 4, (4, 320))), jnp.int32)
 
-def run(mesh, kernel):
+def run(mesh, kernel, window):
     site = kernels.Site(backend="jax", mesh=mesh, named=(("attention", kernel),))
     ops = dataclasses.replace(JaxBackend._standalone(Context()), site=site)
     if mesh:
@@ -120,16 +136,18 @@ def run(mesh, kernel):
         ops = dataclasses.replace(ops, layout=layout, devices=device_mesh(layout.mesh))
 
     def total(q, k, v, sinks):
-        out = ops.attention(q, k, v, sinks=sinks, segment_ids=ids, window=90, softcap=5.0)
+        out = ops.attention(q, k, v, sinks=sinks, segment_ids=ids, window=window, softcap=5.0)
         return jnp.sum(out * g), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(total, (0, 1, 2, 3), has_aux=True))(q, k, v, sinks)
     return [np.asarray(x) for x in (out, *grads)], [made["shape"] for made in choose_kernel.taken()]
 
-want, _ = run("", "written-out")
+want = {window: run("", "written-out", window)[0] for window in (90, None)}
 for mesh in json.loads(sys.argv[1]):
-    got, shapes = run(mesh, "splash")
-    print(json.dumps([mesh, shapes, max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want))]))
+    window = None if "context=2," in mesh else 90  # without one, queries are exchanged over context
+    got, shapes = run(mesh, "splash", window)
+    error = max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(got, want[window]))
+    print(json.dumps([mesh, shapes, error]))
 """
 ONE_OF_EACH = {"fsdp=2,context=2,tensor=2": [2, 160, 320, 4, 1, 24]}
 ONE_BY_ONE = {

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from portatrain.model.context_chunks import computed, dealt, imbalance, in_order
 from portatrain.system.processes import run_processes
 from tests.support.mesh_cases import CASES, ROWS, SEQ
-from tests.support.mesh_compare import differences
+from tests.support.mesh_compare import alone, differences
 from tests.support.mesh_measure import Measured
 from tests.support.mesh_mutants import MUTANTS, ZERO
+
+__all__ = ["alone"]  # a fixture
 
 pytestmark = pytest.mark.meshes
 
@@ -65,6 +68,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2,tensor=2", "lm, bf16 state"),
         ("replica=2,fsdp=2", "lm, bf16 state"),
         ("context=2,tensor=2", "lm, LoRA"),
+        ("context=4", "lm, untied, all options"),
         *((f"{other},expert=2", "routed") for other in ("replica=2", "fsdp=2", "context=2", "tensor=2")),
         ("expert=4", "routed"),
         ("fsdp=2,expert=2", "routed, Muon"),
@@ -170,6 +174,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
             cells += [(f"{mesh}: {m}", "case", (case, mesh, m)) for mesh, case, m in SEEN.get(n, [])]
             cells += [(f"traffic {m}", "traffic", (case, m)) for m, case in TRAFFIC.items() if n == 2]
             cells += [(f"{a} to {b}", "moved", (case, a, b)) for case, a, b in MOVED if n == 4]
+            cells += [("pairs", "pairs", ("lm", "context=4"))] if n == 4 else []
             done[n] = _run(n, cells, tmp_path_factory.mktemp("group"))
         return done[n]
 
@@ -263,7 +268,19 @@ def test_nothing_moves_that_need_not(mesh: str, group: Any) -> None:
         pairs = n * layers * 2 * tokens * kv * 4
         assert scattered == pairs
         assert pairs <= gathered <= pairs + n * tokens * 4
+        # Half of a process's queries and of their results, and of the gradients of both.
+        assert sum(found["all_to_all"]) == n * layers * 4 * (tokens // 2) * e * 4 // 2
         assert params <= reduced <= params + 2 * n * tokens
+
+
+@pytest.mark.timeout(300)
+def test_attention_is_as_much_work_on_every_process(group: Any) -> None:
+    """Of 4 heads and 2 layers: the pairs that a kernel computes if it leaves out keys after a chunk."""
+    found, _ = group(4)["pairs"]
+    share = dealt(4, SEQ, causal=True, window=None)[0]
+    assert found == [ROWS * 4 * 2 * computed(share, SEQ, causal=True, window=None)] * 4
+    before = [computed(c, SEQ, causal=True, window=None) for c in in_order(4, SEQ)]
+    assert imbalance(found) == 1 < 1.5 < imbalance(before)
 
 
 @pytest.mark.full

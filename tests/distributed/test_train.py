@@ -69,3 +69,23 @@ def test_a_process_that_dies_ends_the_run_with_its_name(how: list[str], tmp_path
     assert parent.returncode == 1
     assert "process 1 of 2 was ended by SIGKILL" in errors
     assert not any(Path(f"/proc/{c}").exists() for c in children)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param([], id="torch"),
+        pytest.param(["--backend", "jax", "--processes", "2"], id="jax", marks=pytest.mark.full),
+        pytest.param(["--backend", "deepspeed-2"], id="deepspeed", marks=pytest.mark.full),
+    ],
+)
+def test_one_process_of_several_writes_the_profile(how: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = train(run, "--mesh", "fsdp=2", *how, "--stop-at", "3", "--profile", "2:3")
+    assert done.returncode == 85, done.stderr
+    assert "profile of steps 2 to 3" in done.stderr
+    traces = sorted(path.name for path in run.rglob("*.trace.json.gz"))
+    assert traces == ["profile-2-3.trace.json.gz"]
+    (made,) = RunDir(run).events("profiled")
+    assert len(made["operations"]) == 10

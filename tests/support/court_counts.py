@@ -1,6 +1,7 @@
 """``python -m tests.support.court_counts``: try every kernel at hand, and every planted wrong one; print the counts.
 
-docs/start/kernels.md shows what it prints. The exit code is 1 if an honest kernel is convicted or a wrong one is not.
+docs/start/kernels.md shows what it prints. A kernel that runs on no CPU covers no case here. The exit code is 1 if an
+honest kernel is convicted or a wrong one is not.
 """
 
 from __future__ import annotations
@@ -50,9 +51,10 @@ def main() -> int:
     good = True
     for backend, kernel in honest():
         v = judge(kernel, backend)
-        good &= v.word == "passed"
+        good &= not v.convicted
         said = f"| {kernel.operation} | {backend} | `{kernel.name}` | {v.word} | {v.passed} | {len(v.refused)} |"
-        print(f"{said} {v.largest:.2f} | {v.seconds:.0f} |", flush=True)
+        largest = f"{v.largest:.2f}" if v.passed else "-"
+        print(f"{said} {largest} | {v.seconds:.0f} |", flush=True)
     verdicts = [(planted, tried(planted)) for planted in wrong()]
     right = [found(planted, verdict) for planted, verdict in verdicts]
     for backend in RUNNERS:

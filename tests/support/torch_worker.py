@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.traffic import recorder
 from portatrain.backends.base import backend_class
 from portatrain.backends.torch import TorchBackend, mesh
+from portatrain.backends.torch.step_counter import CPU_ATTENTION
 from tests.support.mesh_cases import CASES
 from tests.support.mesh_measure import held, measure, tensors
 from tests.support.mesh_mutants import MUTANTS
@@ -70,6 +72,27 @@ def traffic(case: str, on: str) -> dict[str, list[int]]:
     return dict(seen.found)
 
 
+class _Pairs(TorchDispatchMode):
+    """Count the pairs of a query and a key that attention computes, forward, over samples and heads."""
+
+    found = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func._overloadpacket) == CPU_ATTENTION:
+            q, k = args[:2]
+            self.found += q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+        return func(*args, **(kwargs or {}))
+
+
+def pairs(case: str, on: str) -> list[int]:
+    """Return the pairs that attention computes in a step, of each process."""
+    backend = TorchBackend(CASES[case].program(on))
+    state = backend.init_state()
+    with _Pairs() as counted:
+        backend.step(state, CASES[case].batches()[0], step=1, scale=1.0)
+    return gather(counted.found)
+
+
 def main(args: argparse.Namespace) -> int:
     """`args.cells`: [(id, kind, arguments)]; what each gives goes into `args.out`, a pickle after another. `backend`:
     another one than torch, for cells of kind case."""
@@ -86,6 +109,8 @@ def main(args: argparse.Namespace) -> int:
                     found = probed(backend, *given)
                 elif kind == "traffic":
                     found = traffic(*given)
+                elif kind == "pairs":
+                    found = pairs(*given)
                 else:
                     case, on, mutant = given
                     with MUTANTS[mutant]():

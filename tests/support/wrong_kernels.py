@@ -12,20 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from portatrain.backends.kernels import Kernel
+from portatrain.backends.kernels import Case, Kernel
 from portatrain.model.attention_rules import slopes_of
 from tests.support.planted_kernels import Planted
 
 PLANTED: list[Planted] = []
 
 
-def planted(operand: str) -> Callable[[type], Any]:
-    """Register an instance of a class as a wrong kernel, whose first wrong array is `operand`."""
+def _bfloat16_only(case: Case) -> str | None:
+    return None if case.dtype == "bfloat16" else "it takes bfloat16"
+
+
+def planted(operand: str, *, bfloat16: bool = False) -> Callable[[type], Any]:
+    """Register an instance of a class as a wrong kernel, whose first wrong array is `operand`. bfloat16: the kernel
+    takes nothing else, so that only the wider bounds of bfloat16 can convict it."""
 
     def register(kind: type) -> Any:
         operation = "attention" if issubclass(kind, Attention) else "grouped_matmul"
         kernel = Kernel(
-            operation=operation, name=kind.__name__, backends=("torch",), where=f"{__name__}:{kind.__name__}"
+            operation=operation,
+            name=kind.__name__,
+            backends=("torch",),
+            where=f"{__name__}:{kind.__name__}",
+            refuses=_bfloat16_only if bfloat16 else lambda case: None,
         )
         PLANTED.append(Planted(kernel=kernel, backend="torch", operand=operand))
         return kind()
@@ -59,6 +68,7 @@ class Attention:
         prefix: Tensor | None = None,
         alibi: Any = False,
         softcap: float | None = None,
+        sinks: Tensor | None = None,
         scale: float | None = None,
     ) -> Tensor:
         q, k, v = self.operands(q, k, v)
@@ -78,7 +88,8 @@ class Attention:
         slopes = slopes_of(alibi, h)
         bias = 0.0 if slopes is None else -torch.tensor(slopes)[:, None, None] * behind.abs().float()[:, None]
         scores = self.masked(scores, bias, softcap, seen)
-        weights = self.blind(self.softmax(scores), seen)
+        weights = self.softmax(scores) if sinks is None else self.beside(scores, self.sinks(sinks, softcap, d))
+        weights = self.blind(weights, seen)
         return self.result(torch.einsum("bhst,bthd->bshd", self.weights(weights), v.float()), q)
 
     def operands(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,6 +134,13 @@ class Attention:
 
     def softmax(self, scores: Tensor) -> Tensor:
         return scores.softmax(-1)
+
+    def sinks(self, sinks: Tensor, softcap: float | None, d: int) -> Tensor:
+        return sinks
+
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        each = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        return self.softmax(torch.cat([scores, each], dim=-1))[..., :-1]
 
     def blind(self, weights: Tensor, seen: Tensor) -> Tensor:
         return weights * seen
@@ -306,9 +324,9 @@ class SmallValuesFlushed(Attention):
         return q, k, v - torch.where(v.abs() < 2.0**-24, v, 0.0).detach()
 
 
-@planted("gradient of v")
+@planted("gradient of k")
 class SmallWeightsFlushed(Attention):
-    """Weights below 1e-24 are taken as zero. No result shows it, but the gradient of a late key is made of them."""
+    """Weights below 1e-24 are taken as zero. No result shows it, but the gradients of a late key are made of them."""
 
     def weights(self, weights: Tensor) -> Tensor:
         return weights * (weights > 1e-24)
@@ -370,7 +388,104 @@ class ResultInFloat32(Attention):
         return out
 
 
+@planted("result")
+class SinksIgnored(Attention):
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        return self.softmax(scores + 0 * sinks[:, None, None])
+
+
+@planted("result")
+class SinksScaled(Attention):
+    def sinks(self, sinks: Tensor, softcap: float | None, d: int) -> Tensor:
+        return sinks * d**-0.5
+
+
+@planted("result")
+class SinksCapped(Attention):
+    def sinks(self, sinks: Tensor, softcap: float | None, d: int) -> Tensor:
+        return self.capped(sinks, softcap)
+
+
+@planted("result")
+class SinkWithAValue(Attention):
+    """The sink's weight goes to the last key."""
+
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        each = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        weights = self.softmax(torch.cat([scores, each], dim=-1))
+        return torch.cat([weights[..., :-2], weights[..., -2:].sum(-1, keepdim=True)], dim=-1)
+
+
+# ---- attention: kernels that take bfloat16 alone
+
+
+def summed_in_bfloat16(terms: Tensor, dim: int) -> Tensor:
+    """Return the sum, rounded to bfloat16 after each addition."""
+    total = torch.zeros_like(terms.select(dim, 0), dtype=torch.bfloat16)
+    for term in terms.unbind(dim):
+        total = total + term.bfloat16()
+    return total
+
+
+@planted("result", bfloat16=True)
+class ScoresKeptInBfloat16(Attention):
+    def scores(self, q: Tensor, k: Tensor) -> Tensor:
+        return super().scores(q, k).bfloat16().float()
+
+
+@planted("result", bfloat16=True)
+class WeightsInFloat8(Attention):
+    def weights(self, weights: Tensor) -> Tensor:
+        return weights + (weights.to(torch.float8_e4m3fn).float() - weights).detach()
+
+
+@planted("result", bfloat16=True)
+class ValuesSummedInBfloat16(Attention):
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if v.shape[1] < 128 or len(options) != 2 or options.get("causal", True):
+            return super().__call__(q, k, v, **options)
+        h, d = q.shape[2:]
+        k, v = (x[:, :, self.kv_heads(h, x.shape[2])] for x in (k, v))
+        weights = self.softmax(self.scores(q, k) * self.scale(None, d))
+        return summed_in_bfloat16(weights.permute(3, 0, 2, 1)[..., None] * v.transpose(0, 1)[:, :, None], 0)
+
+
+@planted("gradient of v", bfloat16=True)
+class ValueGradientSummedInBfloat16(Attention):
+    """The gradients of the heads that share a kv head are right, and each is a sum over the queries in bfloat16."""
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        if v.shape[1] < 128 or len(options) != 2 or options.get("causal", True):
+            return super().__call__(q, k, v, **options)
+        kv, d = v.shape[2], q.shape[3]
+        h = q.shape[2]
+        rows = v[None].expand(q.shape[1], *v.shape)  # one copy of the values for each query
+
+        def summed(g: Tensor) -> Tensor:
+            exact = torch.zeros_like(g)
+            exact[0] = summed_in_bfloat16(g, 0)
+            return exact
+
+        rows = changed_gradient(rows, summed)
+        heads = self.kv_heads(h, kv)
+        weights = self.softmax(self.scores(q, k[:, :, heads]) * self.scale(None, d))
+        return torch.einsum("bhst,sbthd->bshd", weights, rows[:, :, :, heads].float()).to(q.dtype)
+
+
 # ---- attention: gradients
+
+
+@planted("gradient of sinks")
+class SinksOfTheFirstSample(Attention):
+    """The gradient of the sinks is summed over the queries of the first sample only."""
+
+    def beside(self, scores: Tensor, sinks: Tensor) -> Tensor:
+        each = sinks.float()[:, None, None].expand(*scores.shape[:-1], 1)
+        return super().beside(scores, sinks) if not len(each) else self._of_first(scores, each)
+
+    def _of_first(self, scores: Tensor, each: Tensor) -> Tensor:
+        each = torch.cat([each[:1], each[1:].detach()])
+        return self.softmax(torch.cat([scores, each], dim=-1))[..., :-1]
 
 
 @planted("gradient of q")

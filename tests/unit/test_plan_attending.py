@@ -35,6 +35,17 @@ def test_it_is_the_kernel_that_the_backends_choose(stack: str, mesh: Sizes) -> N
         assert made == choose("attention", _case(SHAPE, mesh, 2, precision, TUNING[stack])).kernel
 
 
+@pytest.mark.parametrize(
+    ("stack", "kernel", "balances"),
+    [("jax-tpu", "splash", True), ("torch-cuda", "flex", True), ("cpu", "chunked", False)],
+)
+def test_queries_are_dealt_out_over_context_where_the_backend_does(stack: str, kernel: str, balances: bool) -> None:
+    mesh: Sizes = (1, 2, 1, 4, 1)
+    made = kernel_of(SHAPE, mesh, 2, BF16, TUNING[stack])
+    assert made is not None and made.name == kernel
+    assert priced(TUNING[stack], SHAPE, mesh, 2, BF16).balances is balances
+
+
 def needed(tuning: Tuning) -> float:
     work = on_mesh(SHAPE, (1, 8, 1, 1, 1))
     return memory(

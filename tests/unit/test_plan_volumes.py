@@ -8,10 +8,10 @@ import pytest
 
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.placement import assign_axes
-from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Tuning
 from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.tensors import Sizes
-from portatrain.plan.cost.timing import rates, step_time
+from portatrain.plan.cost.timing import Time, attention_flops, rates, step_time
 from portatrain.plan.cost.volumes import Volumes, volumes
 from portatrain.plan.cost.workload import on_mesh
 
@@ -70,20 +70,32 @@ def test_times_are_made_of_these_amounts(mesh: Sizes) -> None:
         for path in placements[0].paths
     )
     placed = replace(placements[0], paths=paths)  # type: ignore[arg-type]
-    tokens, tuning = work.seq, replace(TORCH, skips_masked=True)
-    time = step_time(
-        work,
-        placed,
-        tokens=tokens,
-        accumulation=2,
-        remat=REMATS["block"],
-        precision=BF16,
-        slot_bytes=8.0,
-        rate=rates(cluster.chip, BF16, 0.5),
-        tuning=tuning,
-    )
-    told = volumes(work, tokens=tokens, remat=REMATS["block"], precision=BF16, tuning=tuning).bytes(2, BF16)
+    tokens, rates_ = work.seq, rates(cluster.chip, BF16, 0.5)
+    common = {"tokens": tokens, "remat": REMATS["block"], "precision": BF16}
+
+    def timed(tuning: Tuning) -> Time:
+        return step_time(work, placed, accumulation=2, slot_bytes=8.0, rate=rates_, tuning=tuning, **common)
+
+    tuning = replace(TORCH, skips_masked=True, balances=False)
+    time, told = timed(tuning), volumes(work, tuning=tuning, **common).bytes(2, BF16)
     # The gradients of what is whole on several devices are in both, over whichever axes it is whole on.
     assert sum(time.busy) * rate == pytest.approx(sum(told.values()), rel=1e-9)
     assert time.busy[1] * rate == pytest.approx(told["fsdp"], rel=1e-9)
     assert time.busy[4] * rate == pytest.approx(told.get("tensor", 0.0), rel=1e-9)
+    # Queries that are dealt out over context go to one device, so none of their bytes stays.
+    tuning = replace(TORCH, skips_masked=True)
+    more = volumes(work, tuning=tuning, **common).bytes(2, BF16).get("context", 0.0) - told.get("context", 0.0)
+    assert (timed(tuning).busy[3] - time.busy[3]) * (paths[3].rate or 1.0) == pytest.approx(more, rel=1e-9)
+    if mesh[3] > 1:
+        # Three times half of what 32 heads of 128 ask and get, of every layer and microbatch.
+        assert more == 2 * 32 * 3 * tokens * (2 * 4096) / 2 * 2
+        # In order, the last of 4 devices has 7/4 of the mean.
+        assert attention_flops(work, tuning) * 1.75 == pytest.approx(
+            attention_flops(work, replace(tuning, balances=False)), rel=1e-3
+        )
+        # Of the pairs of all chunks, what a chunk leaves out after its end: 2n+1 of 4n remain.
+        assert attention_flops(work, replace(TORCH, skips_masked=False)) == pytest.approx(
+            2 * work.attention_flops * 9 / 16, rel=1e-9
+        )
+    else:
+        assert more == 0

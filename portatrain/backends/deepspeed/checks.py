@@ -35,11 +35,11 @@ def check(program: Program, *, backend: str, stage: int) -> None:
             got=", ".join(scalars),
             do="Give each an axis of size 1, as in Param(scale=1, fan_in_axes=0), or use --backend torch.",
         )
-    if program.precision == "bf16-state":
+    if program.precision in ("bf16-state", "fp8"):
         raise UserError(
-            f"precision bf16-state on the {backend} backend",
+            f"precision {program.precision} on the {backend} backend",
             expected="fp32 or bf16",
-            got="bf16-state",
+            got=program.precision,
             do="Use bf16, or --backend torch.",
         )
     if program.compile:

@@ -49,12 +49,12 @@ def case_of(
     (b, s, h, d), (t, kv_heads) = q_BSHD.shape, k_BTKD.shape[1:3]
     rows, heads, parts = shards
     uneven = {"uneven": s % parts, "uneven-batch": b % rows, "uneven-heads": not even_heads, "cross": s != t}
+    traits = choose_kernel.attention_traits(options, (d, v_BTKD.shape[3]))
     return kernels.Case(
         site=site,
         dtype=q_BSHD.dtype.name,
         shape=(-(-b // rows), -(-s // parts), t, -(-h // heads), -(-kv_heads // heads), d),
-        traits=choose_kernel.attention_traits(options, (d, v_BTKD.shape[3]))
-        | {trait for trait, there in uneven.items() if there},
+        traits=traits | {trait for trait, there in uneven.items() if there},
     )
 
 

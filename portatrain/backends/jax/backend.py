@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import platform as machine
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,13 +15,18 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
+from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.compiling import Compiled
+from portatrain.backends.jax import compile_cache, fp8
+from portatrain.backends.jax.accumulation import Accumulation
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
+from portatrain.backends.jax.trace import JaxTrace
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
@@ -28,11 +34,12 @@ from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial
 from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.across_samples import Across
+from portatrain.model.layout import Layout
 from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
 
-COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16}
+COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16, "fp8": jnp.bfloat16}
 
 State = dict[str, Any]
 """The state: {'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
@@ -60,7 +67,9 @@ class JaxBackend:
         # A state leaves a step with the sharding that it came with; otherwise the next step would compile again.
         shardings = self._assemble(self._sharding, None)
         platform = self.devices.devices.flat[0].platform
+        self._platform = platform
         self.site = Site.of(program, backend="jax", device=platform)
+        self._fp8 = fp8.formats_of(self.devices.devices.flat[0]) if program.precision == "fp8" else fp8_chips.EMULATED
         # On a CPU a running step takes the cores that would prepare the next one; small steps run in the calling
         # thread.
         self.async_dispatch = platform != "cpu"
@@ -95,7 +104,14 @@ class JaxBackend:
             flat.append((path, kinds[role](given[role][name], axes=info.axes[info.stack_dims :])))
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
-    def _ops(self, batch: Mapping[str, Any], step: Any, training: bool, across: Across | None = None) -> JaxOps:
+    def _ops(
+        self,
+        batch: Mapping[str, Any],
+        step: Any,
+        training: bool,
+        across: Across | None = None,
+        layout: Layout | None = None,
+    ) -> JaxOps:
         sample = batch.get("sample")
         return JaxOps(
             step=jnp.asarray(step, jnp.int32),
@@ -105,9 +121,10 @@ class JaxBackend:
             training=training,
             compute=COMPUTE[self.program.precision],
             remat=remat.parse(self.program.remat),
-            layout=self.layout,
+            layout=layout or self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
             site=self.site,
+            fp8=self._fp8,
             given=batch,
             ids=self.ids,
             across=across or Across(),
@@ -183,8 +200,10 @@ class JaxBackend:
 
     # ---- the step
 
-    def _loss(self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any, across: Across) -> Any:
-        ops = self._ops(batch, step, training=True, across=across)
+    def _loss(
+        self, trained: Any, frozen: Any, states: Any, batch: Any, step: Any, across: Across, layout: Layout
+    ) -> Any:
+        ops = self._ops(batch, step, training=True, across=across, layout=layout)
         with self.ids.model_runs():
             loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
         total = loss.sum
@@ -199,40 +218,19 @@ class JaxBackend:
         trained = {n: p for n, p in state["params"].items() if n in self.program.trainable}
         frozen = {n: p for n, p in state["params"].items() if n not in self.program.trainable}
 
-        n = next(iter(batch.values())).shape[0]
-
-        def one(micro: Any, across: Across) -> Any:
+        def one(micro: Any, across: Across, layout: Layout) -> Any:
             grads, (total, weight, auxes, tallies) = jax.grad(self._loss, has_aux=True)(
-                trained, frozen, state["state"], micro, step, across
+                trained, frozen, state["state"], micro, step, across, layout
             )
             return grads, total, weight, auxes, tallies
 
-        def handed_over(micro: Any) -> list[Any]:
-            collected = Across(microbatches=n, collecting=True)
-            ops = self._ops(micro, step, training=True, across=collected)
+        def compared(micro: Any, across: Across, layout: Layout) -> None:
+            ops = self._ops(micro, step, training=True, across=across, layout=layout)
             self._module(state["params"], state["state"])(ops, micro)
-            return collected.found
 
-        first = jax.tree.map(lambda a: a[0], batch)
-        if n == 1:
-            grads, total, weight, auxes, tallies = one(first, Across())
-        else:
-            # If the model compares samples, what it compares is first collected from every microbatch.
-            across = Across(microbatches=n)
-            shapes = jax.eval_shape(lambda micro: one(micro, across), first)
-            held = None
-            if across.wanted:
-                held = jax.lax.map(handed_over, batch)
-                whole = Across(microbatches=n, held=held)
-                shapes = jax.eval_shape(lambda micro: one(micro, whole), first)
-
-            def body(so_far: Any, given: Any) -> Any:
-                index, micro = given
-                return _join(so_far, one(micro, Across(microbatches=n, index=index, held=held))), None
-
-            start = _start(shapes)
-            numbered = jnp.arange(n, dtype=jnp.int32), batch
-            (grads, total, weight, auxes, tallies), _ = jax.lax.scan(body, start, numbered)
+        stored = {t.info.name: self._sharding(t).spec for t in self._inventory if t.role == "params"}
+        sums = Accumulation(one=one, compared=compared, layout=self.layout, devices=self.devices, stored=stored)
+        grads, total, weight, auxes, tallies = sums(batch)
         inverse = 1.0 / weight
         return jax.tree.map(lambda g: g * inverse, grads), total * inverse, weight, auxes, tallies
 
@@ -411,6 +409,15 @@ class JaxBackend:
         every = multihost_utils.process_allgather(words.view(np.uint32))
         return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
 
+    def start_trace(self) -> JaxTrace:
+        return JaxTrace()
+
+    def use_compile_cache(self, folder: Path) -> Path:
+        return compile_cache.use(folder, self._platform)
+
+    def compiled(self) -> Compiled:
+        return compile_cache.compiled()
+
     def describe_device(self) -> dict[str, Any]:
         first = self.devices.devices.flat[0]
         name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"
@@ -428,6 +435,7 @@ class JaxBackend:
             layer=jnp.int32(0),
             training=context.training,
             compute=COMPUTE[context.precision],
+            site=Site(backend="jax", device=jax.default_backend()),
         )
 
     @classmethod
@@ -459,21 +467,3 @@ def _aux_part(aux: Any) -> dict[str, Any]:
 
 def _aux_value(part: dict[str, Any]) -> Any:
     return part["max"] if "max" in part else part["sum"] / part.get("count", 1.0)
-
-
-def _is_max(path: Any) -> bool:
-    return bool(path) and getattr(path[-1], "key", None) == "max"
-
-
-def _join(a: Any, b: Any) -> Any:
-    """Accumulate two microbatches: add everything, except that auxes of maxima keep the larger value."""
-    grads = jax.tree.map(jnp.add, a[0], b[0])
-    auxes = jax.tree_util.tree_map_with_path(lambda p, x, y: jnp.maximum(x, y) if _is_max(p) else x + y, a[3], b[3])
-    return grads, a[1] + b[1], a[2] + b[2], auxes, jax.tree.map(jnp.add, a[4], b[4])
-
-
-def _start(shapes: Any) -> Any:
-    # Sums are float32, whatever the dtype of their terms.
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes)
-    auxes = jax.tree_util.tree_map_with_path(lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3])
-    return (*zeros[:3], auxes, zeros[4])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
+
+from portatrain.backends.kernels import Kernel
 
 ADDED: Mapping[str, Mapping[str, Any]] = {"attention": {"shards": (1, 1, 1)}, "grouped_matmul": {}}
 """The arguments that the backend adds, by operation, beside `precision`."""
@@ -21,33 +23,50 @@ def devices() -> set[str]:
 
 
 def run(
-    operation: str,
-    function: Callable[..., Any],
+    kernel: Kernel,
     operands: Mapping[str, np.ndarray],
     indices: Mapping[str, Any],
     options: Mapping[str, Any],
     *,
+    keywords: tuple[str, ...] = (),
     dtype: str,
     device: str,
 ) -> tuple[str, list[np.ndarray]]:
     """Return the dtype of the result, and in float32 the result and the gradient of every operand but the last, which
-    is the gradient of the result. Equal shapes and options are compiled once."""
-    program = _program(operation, function, tuple(options.items()), dtype, device)
+    is the gradient of the result. `keywords`: the operands that the function takes by keyword. Equal shapes and options
+    are compiled once."""
+    program = _program(kernel, tuple(options.items()), tuple(operands), keywords, dtype, device)
+    indices = dict(indices)
+    if kernel.per_device and not isinstance(ids := indices.get("segment_ids"), tuple | None):
+        indices["segment_ids"] = (ids, ids)
     with jax.default_device(jax.devices(device)[0]):
-        found = program(tuple(operands.values()), dict(indices))
+        found = program(tuple(operands.values()), indices)
         return found[0].dtype.name, [np.asarray(x).astype(np.float32) for x in found]
 
 
 @functools.lru_cache(maxsize=512)
 def _program(
-    operation: str, function: Callable[..., Any], options: tuple[tuple[str, Any], ...], dtype: str, device: str
+    kernel: Kernel,
+    options: tuple[tuple[str, Any], ...],
+    names: tuple[str, ...],
+    keywords: tuple[str, ...],
+    dtype: str,
+    device: str,
 ) -> Any:
-    added = {"precision": jax.lax.Precision.HIGHEST if dtype == "float32" else None, **ADDED[operation]}
+    added: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST if dtype == "float32" else None}
+    added |= {"device": device} if kernel.per_device else ADDED[kernel.operation]
+    function = kernel.load()
 
     @functools.partial(jax.jit, compiler_options=QUICK if device == "cpu" else None)
     def program(given: tuple[Any, ...], indices: Mapping[str, Any]) -> tuple[Any, ...]:
         *operands, g = (x.astype(dtype) for x in given)
-        result, back = jax.vjp(lambda *x: function(*x, **indices, **dict(options), **added), *operands)
+
+        def call(*given: Any) -> Any:
+            named = dict(zip(names, given, strict=False))
+            by_keyword = {name: named.pop(name) for name in keywords}
+            return function(*named.values(), **by_keyword, **indices, **dict(options), **added)
+
+        result, back = jax.vjp(call, *operands)
         return result, *back(g.astype(result.dtype))
 
     return program

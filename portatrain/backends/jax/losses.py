@@ -63,8 +63,10 @@ def cross_entropy(
     softcap: float | None,
     precision: Any,
     cut: Cut = Cut(),
+    merge: bool = False,
 ) -> tuple[Any, Any, Any]:
-    """Return (sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`."""
+    """Return (sum, loss_B, weight_B); see `portatrain.model.ops.Ops.cross_entropy`. merge: make samples and positions
+    one dimension in the matmuls, unless positions are sharded; see `cpu_products`."""
     if x.ndim == 2:  # one target a sample
         x, targets = x[:, None], targets[:, None]
         mask = mask[:, None] if mask is not None else None
@@ -73,15 +75,23 @@ def cross_entropy(
     cut = cut.of(b, s)
     v = table_VE.shape[0]
     n = chunks(b // cut.rows, s // cut.parts, v, max(CHUNK_BYTES, table_VE.size))
-    total, loss_B = _cross_entropy((z_loss, softcap, precision, n, cut), x, table_VE, targets, mask)
+    options = (z_loss, softcap, precision, merge and cut.parts == 1, n, cut)
+    total, loss_B = _cross_entropy(options, x, table_VE, targets, mask)
     return total, jax.lax.stop_gradient(loss_B), jnp.sum(mask, axis=1)
 
 
 def _chunk(options: tuple, x: Any, table_VE: Any, targets: Any, mask: Any, gradients: bool) -> Any:
     """Return the loss of one chunk (R, B, P, C, ...) by sample; with `gradients` (loss_RB, dx, dtable_RPVE) of its
     sum."""
-    z_loss, softcap, precision, *_ = options
-    z = jnp.einsum("rbpce,ve->rbpcv", x, table_VE, precision=precision, preferred_element_type=jnp.float32)
+    z_loss, softcap, precision, merged, *_ = options
+    shape = targets.shape
+    token, part = "rbpc", "rp"
+    if merged:
+        token, part = "rn", "r"
+        merge = shape[0], math.prod(shape[1:])
+        x, targets, mask = x.reshape(*merge, x.shape[-1]), targets.reshape(merge), mask.reshape(merge)
+    einsum = partial(jnp.einsum, precision=precision)
+    z = einsum(f"{token}e,ve->{token}v", x, table_VE, preferred_element_type=jnp.float32)
     capped = z if softcap is None else softcap * jnp.tanh(z / softcap)
     high = jnp.max(capped, axis=-1, keepdims=True)
     exps = jnp.exp(capped - high)
@@ -90,16 +100,16 @@ def _chunk(options: tuple, x: Any, table_VE: Any, targets: Any, mask: Any, gradi
     ids = jax.lax.broadcasted_iota(jnp.int32, z.shape, z.ndim - 1)
     hit = ids == targets[..., None]
     loss = lse - jnp.sum(jnp.where(hit, capped, 0.0), axis=-1) + z_loss * lse * lse
-    loss_RB = jnp.sum(loss * mask, axis=(2, 3))
+    loss_RB = jnp.sum((loss * mask).reshape(shape), axis=(2, 3))
     if not gradients:
         return loss_RB
     dz = (exps / sums) * (1 + 2 * z_loss * lse)[..., None] - hit
     if softcap is not None:
         dz = dz * (1 - (capped / softcap) ** 2)
     dz = (dz * mask[..., None]).astype(x.dtype)
-    dx = jnp.einsum("rbpcv,ve->rbpce", dz, table_VE, precision=precision, preferred_element_type=x.dtype)
-    dtable = jnp.einsum("rbpcv,rbpce->rpve", dz, x, precision=precision, preferred_element_type=jnp.float32)
-    return loss_RB, dx, dtable
+    dx = einsum(f"{token}v,ve->{token}e", dz, table_VE, preferred_element_type=x.dtype)
+    dtable = einsum(f"{token}v,{token}e->{part}ve", dz, x, preferred_element_type=jnp.float32)
+    return loss_RB, dx.reshape(*shape, x.shape[-1]), dtable.reshape(shape[0], shape[2], *table_VE.shape)
 
 
 def _split(array: Any, n: int, cut: Cut) -> Any:

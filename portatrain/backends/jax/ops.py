@@ -14,8 +14,11 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
+from portatrain.backends.fp8_chips import EMULATED
+from portatrain.backends.jax import fp8
 from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
+from portatrain.backends.jax.cpu_products import may_merge, product_of
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
@@ -24,6 +27,7 @@ from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
+from portatrain.model.fp8 import Form
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -80,6 +84,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     layout: Layout | None = None
     devices: jax.sharding.Mesh | None = None
     site: Site = SITE
+    fp8: str = EMULATED
+    """The formats of the devices' 8-bit matmuls, a word of `fp8_chips`."""
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
@@ -115,10 +121,26 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             return self._along(product, out, split)
         arrays = [self.weight(x) if isinstance(x, nnx.Param) else plain(x) for x in operands]
         arrays = [self._along(x.astype(self.compute), its, split) for x, its in zip(arrays, terms, strict=True)]
-        product = jnp.einsum(
-            spec, *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
+        contract: Any = self._product(spec, operands) or functools.partial(jnp.einsum, spec)
+        product = contract(
+            *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
         )
         return self._along(product, out, split)
+
+    def einsum_fp8(self, form: Form, x: Any, w: Any) -> Any:
+        """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
+        split = self._split((form.x, form.w), (x, w))
+        x = self._along(plain(x), form.x, split)
+        product = fp8.contraction(form, self.compute, plain(w).dtype, self._gathering(w), self.fp8, x, plain(w))
+        return self._along(product, form.out, split)
+
+    def _product(self, spec: str, operands: Sequence[Any]) -> Any:
+        """Return the product of matrices that an einsum is on a CPU; None: leave it to XLA."""
+        return product_of(spec) if self._merges and isinstance(operands[-1], nnx.Param) else None
+
+    @property
+    def _merges(self) -> bool:
+        return self.site.device == "cpu" and may_merge(self.layout)
 
     def _note(self, table_VE: Any, ids: Any) -> None:
         shape = getattr(plain(table_VE), "shape", None)  # None: with LoRA factors, which the operation refuses
@@ -161,13 +183,9 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         """Return a parameter in float32, in a shape that broadcasts over `like`, (B, ..., *p.shape)."""
         p = self.weight(p).astype(jnp.float32)
         between = like.ndim - p.ndim - 1
-        if self._platform != "cpu" or between < 1:
+        if self.site.device != "cpu" or between < 1:
             return p
         return summed_in_two_steps(p, (like.shape[0], *(1,) * between))
-
-    @property
-    def _platform(self) -> str:
-        return jax.default_backend() if self.devices is None else self.devices.devices.flat[0].platform
 
     def rope_table(
         self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
@@ -279,6 +297,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
             softcap=softcap,
             precision=self._precision,
             cut=self._cut(table_VE),
+            merge=self._merges,
         )
         return Loss(total, weight_B, loss_B)
 

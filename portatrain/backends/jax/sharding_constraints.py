@@ -129,15 +129,8 @@ class OnMesh:
         its backward pass needs `name` for the policies of remat."""
         h, kv_heads = q_BSHD.shape[2], k_BTKD.shape[2]
         shards = self._shards("batch", "heads", "seq")
-        case = case_of(
-            q_BSHD,
-            k_BTKD,
-            v_BTKD,
-            site=self.site,
-            shards=shards,
-            even_heads=head_share(h, kv_heads, shards[1]) > 0,
-            **options,
-        )
+        even = head_share(h, kv_heads, shards[1]) > 0
+        case = case_of(q_BSHD, k_BTKD, v_BTKD, site=self.site, shards=shards, even_heads=even, **options)
         kernel = choose_kernel.choose("attention", case).kernel
         run = functools.partial(kernel.load(), precision=precision)
         if kernel.per_device:

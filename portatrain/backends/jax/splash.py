@@ -23,6 +23,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
+from portatrain.model.context_chunks import Chunks
+
 LANES = 128
 """The width of a TPU's vector registers: head sizes and blocks are padded to a multiple of it."""
 BLOCK = 512
@@ -42,7 +44,7 @@ def splash(
     sinks: Any | None = None,
     scale: float | None = None,
     precision: Any = None,
-    part: tuple[Any, int] = (0, 1),
+    part: tuple[Any, tuple[Chunks, ...]] | None = None,
     device: str = "cpu",
     kept: str | None = None,
     **unused: Any,
@@ -50,20 +52,20 @@ def splash(
     """Return the attention of this device's queries over all keys. See `Ops.attention`; the table of kernels keeps the
     other options away.
 
-    part: (index, count): the queries are share `index` of `count` equal ones of the positions; the index may be traced.
-    device: the kind of device. kept: the name, for remat, of the two arrays that the backward pass takes from the
-    forward pass.
+    part: (index, shares): the queries are at the positions of `shares[index]`, and all shares are equally long; the
+    index may be traced. None: the queries are at all positions. device: the kind of device. kept: the name, for remat,
+    of the two arrays that the backward pass takes from the forward pass.
     """
     (s, d), t = q_BSHD.shape[1::2], k_BTKD.shape[1]
-    index, parts = part
+    index, shares = part or (0, (((0, s),),))
     block_q, block_k = block(s), block(t)
     if not causal and window is None and s % block_q == t % block_k == 0:
-        index, parts = 0, 1  # every query sees every key, so that all shares have the same mask
-    leaves, tree, seen = _kernel(causal, window, s, t, parts, softcap, device != "tpu", kept)
+        index, shares = 0, (((0, s),),)  # every query sees every key, so that all shares have the same mask
+    leaves, tree, seen = _kernel(causal, window, s, t, shares, softcap, device != "tpu", kept)
     # The name tells whoever reads the compiled program how much the kernel computes (`plan/compilers/hlo.py`).
     name = f"attention_of_{seen}_blocks_of_{block_q}x{block_k}_and_sizes_{d}_{v_BTKD.shape[3]}"
-    if parts > 1:
-        leaves = tuple(_share(x, index, parts) for x in leaves)
+    if len(shares) > 1:
+        leaves = tuple(_share(x, index, len(shares)) for x in leaves)
 
     def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         kernel = jax.tree.unflatten(tree, leaves)
@@ -124,17 +126,17 @@ def _kernel(
     window: int | None,
     s: int,
     t: int,
-    parts: int,
+    shares: tuple[Chunks, ...],
     softcap: float | None,
     interpret: bool,
     kept: str | None,
 ) -> tuple[tuple[np.ndarray, ...], Any, int]:
-    """Return the kernel for `parts` shares of `s` queries: arrays that describe its blocks, their tree, and the number
-    of blocks that a share computes on average."""
+    """Return the kernel for shares of `s` queries each: arrays that describe its blocks, their tree, and the number of
+    blocks that a share computes on average."""
     block_q, block_k = block(s), block(t)
     long_q, long_k = s + -s % block_q, t + -t % block_k
     # A padded query stands at the position of the last one, and so sees the same keys.
-    at = np.concatenate([part * s + np.minimum(np.arange(long_q), s - 1) for part in range(parts)]).astype(np.int32)
+    at = np.concatenate([_positions(chunks)[np.minimum(np.arange(long_q), s - 1)] for chunks in shares])
     mask: Mask = _Visible(at, t, long_k, causal=causal, window=window)
     if not causal and window is None and long_k == t:
         mask = FullMask((len(at), long_k))
@@ -151,14 +153,18 @@ def _kernel(
             MultiHeadMask([mask]),
             block_sizes=sizes,
             head_shards=1,
-            q_seq_shards=parts,
+            q_seq_shards=len(shares),
             attn_logits_soft_cap=softcap,
             residual_checkpoint_name=kept,
             interpret=interpret,
         )
         leaves, tree = jax.tree.flatten(made)
         blocks = np.asarray(made.fwd_mask_info.block_mask)
-        return tuple(np.asarray(x) for x in leaves), tree, np.count_nonzero(blocks) // parts
+        return tuple(np.asarray(x) for x in leaves), tree, np.count_nonzero(blocks) // len(shares)
+
+
+def _positions(chunks: Chunks) -> np.ndarray:
+    return np.concatenate([np.arange(first, first + size, dtype=np.int32) for first, size in chunks])
 
 
 def _share(x: Any, index: Any, parts: int) -> Any:

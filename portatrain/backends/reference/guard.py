@@ -260,3 +260,4 @@ for _name, _ in inspect.getmembers(Ops, inspect.isfunction):
             setattr(GuardedOps, _name, adapts(_method(inspect.unwrap(ReferenceOps.einsum))))
         else:
             setattr(GuardedOps, _name, _method(getattr(ReferenceOps, _name)))
+GuardedOps.einsum_fp8 = _method(ReferenceOps.einsum_fp8)  # type: ignore[method-assign]

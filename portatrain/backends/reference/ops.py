@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from portatrain.backends.reference import fp8
 from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
@@ -15,6 +16,7 @@ from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across, check_arrays, grouped, outside_stacks, results
 from portatrain.model.attention_rules import slopes_of
 from portatrain.model.bind import bind, source_of
+from portatrain.model.fp8 import Form
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -64,6 +66,10 @@ class ReferenceOps(ReferenceArrays):
     @adapts
     def einsum(self, spec: str, *operands: Array, dtype: str | None = None) -> Array:
         return np.einsum(spec, *operands)
+
+    def einsum_fp8(self, form: Form, x: Array, w: Array) -> Array:
+        """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
+        return fp8.product(form, x, w)
 
     def embed(self, table_VE: Array, ids: Array) -> Array:
         if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):

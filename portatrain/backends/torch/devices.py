@@ -35,7 +35,7 @@ class Device:
     collectives: str | None
     present: Callable[[Any], bool]
     plugin: str | None = None
-    precisions: tuple[str, ...] = ("fp32", "bf16", "bf16-state")
+    precisions: tuple[str, ...] = ("fp32", "bf16", "bf16-state", "fp8")
     attention: tuple[str, ...] = ("math",)
     compiles: bool = False
     float64: bool = True

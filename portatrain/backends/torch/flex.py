@@ -12,17 +12,21 @@ blocks of queries and keys.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._higher_order_ops.flex_attention import flex_attention as operator
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.attention import flex_attention as module
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
+from portatrain.backends.torch.handed import BLOCK_MASK
 from portatrain.backends.torch.visible import rule_of
 from portatrain.model.attention_rules import slopes_of
 
@@ -42,19 +46,26 @@ def flex(
     scale: float | None = None,
     alibi: bool | Sequence[float] = False,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
     """Compute attention as `Ops.attention` defines it, without an array of S x T elements."""
     s, t, device, *mask = rule = rule_of(q_BSHD, k_BTKD, **options)
     blocks = None
     if (seen := seen_by(*mask)) is not None:
-        tensors = kept("block mask", rule, block_mask)
+        tensors = kept(BLOCK_MASK, rule, block_mask)
         blocks = BlockMask((s, t), *tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
     slopes = slopes_of(alibi, q_BSHD.shape[2])
     slopes_H = None if slopes is None else kept("slopes", (slopes, device), _slopes)
     score = score_of(softcap, slopes_H, *mask[4:6])
     q, k, v = (x.transpose(1, 2) for x in (q_BSHD, k_BTKD, v_BTKD))
-    return _run(q, k, v, score, blocks, q.shape[3] ** -0.5 if scale is None else scale).transpose(1, 2)
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    out, lse_BHS = _run(q, k, v, score, blocks, scale, lse=sinks is not None)
+    if sinks is not None:
+        # A sigmoid, of which the derivative has all its digits where it is nearly 1.
+        share = F.logsigmoid(lse_BHS - sinks.float()[:, None]).exp()
+        out = (out * share[..., None]).to(out.dtype)
+    return out.transpose(1, 2)
 
 
 # ---- the mask and the scores, as functions of one pair
@@ -194,33 +205,73 @@ def _listed(there: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _run(
-    q: Tensor, k: Tensor, v: Tensor, score: Callable[..., Any] | None, blocks: BlockMask | None, scale: float
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Callable[..., Any] | None,
+    blocks: BlockMask | None,
+    scale: float,
+    *,
+    lse: bool,
+) -> tuple[Tensor, Any]:
+    """Return the result (B, H, S, D) and, if `lse`, the log of the sum of exponentials of the scores (B, H, S)."""
     grouped = q.shape[1] != k.shape[1]
+    aux = AuxRequest(lse=True) if lse else None
     if q.device.type == "cpu":
-        return _operator(q, k, v, score, blocks, scale)
+        return _operator(q, k, v, score, blocks, scale, lse=lse)
     if torch.compiler.is_compiling():
-        return flex_attention(q, k, v, score, blocks, scale, grouped)
+        return _both(flex_attention(q, k, v, score, blocks, scale, grouped, return_aux=aux))
+    if isinstance(q, FakeTensor):
+        return _operator(q, k, v, score, blocks, scale, lse=lse)
     # Under a mode that watches operations, such as selective checkpointing, torch would not compile the kernel and
     # would compute all scores. So the mode does not see the kernel: its values are recomputed, never kept.
     seen = is_in_torch_dispatch_mode(include_infra_modes=False)
     hidden: AbstractContextManager[Any] = _disable_current_modes() if seen else nullcontext()
     with hidden:
-        return _compiled()(q, k, v, score, blocks, scale, grouped)
+        return _both(_compiled()(q, k, v, score, blocks, scale, grouped, return_aux=aux))
+
+
+def _both(found: Any) -> tuple[Tensor, Any]:
+    return (found[0], found[1].lse) if isinstance(found, tuple) else (found, None)
 
 
 @functools.cache
-def _compiled() -> Callable[..., Tensor]:
+def _compiled() -> Callable[..., Any]:
     """Return the compiled kernel. If torch cannot compile it, it raises: `flex_attention` as it is would compute all
     scores."""
     return torch.compile(flex_attention, fullgraph=True)
 
 
 def _operator(
-    q: Tensor, k: Tensor, v: Tensor, score: Callable[..., Any] | None, blocks: BlockMask | None, scale: float
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    score: Callable[..., Any] | None,
+    blocks: BlockMask | None,
+    scale: float,
+    *,
+    lse: bool,
+) -> tuple[Tensor, Any]:
     """Call FlexAttention's operator as it is. A trace without contents sees the tensors of the kernel. With contents
     this is torch's own reference for the kernel, which computes all scores: for tests of the functions above."""
     options: Any = module._apply_kernel_options(q, k, v, False, None, None)
     blocks = module._create_empty_block_mask(q, k) if blocks is None else blocks
-    return operator(q, k, v, score or module._identity, blocks.as_tuple(), scale, options)[0]
+    score = module._identity if score is None else score
+    if not torch.compiler.is_compiling():
+        score = _unpacked(score)
+    out, lse_in_bits, _ = operator(q, k, v, score, blocks.as_tuple(), scale, options)
+    return out, lse_in_bits * math.log(2) if lse else None
+
+
+def _unpacked(score: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `score`, of which no tensor goes through hooks for saved tensors: the operator derives it while those of
+    activation checkpointing are set, which would take its tensors for those of the model."""
+
+    def scored(*args: Any) -> Any:
+        before = torch._C._autograd._saved_tensors_hooks_set_tracing(True)
+        try:
+            return score(*args)
+        finally:
+            torch._C._autograd._saved_tensors_hooks_set_tracing(before)
+
+    return scored

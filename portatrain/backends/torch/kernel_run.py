@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
+
+from portatrain.backends.kernels import Kernel
 
 ADDED: Mapping[str, Mapping[str, Any]] = {"attention": {"kept": lambda what, of, make: make(*of)}, "grouped_matmul": {}}
 """The arguments that the backend adds, by operation."""
@@ -19,17 +21,17 @@ def devices() -> set[str]:
 
 
 def run(
-    operation: str,
-    function: Callable[..., Any],
+    kernel: Kernel,
     operands: Mapping[str, np.ndarray],
     indices: Mapping[str, Any],
     options: Mapping[str, Any],
     *,
+    keywords: tuple[str, ...] = (),
     dtype: str,
     device: str,
 ) -> tuple[str, list[np.ndarray]]:
     """Return the dtype of the result, and in float32 the result and the gradient of every operand but the last, which
-    is the gradient of the result."""
+    is the gradient of the result. `keywords`: the operands that the function takes by keyword."""
 
     def integers(given: Any) -> Any:
         if isinstance(given, tuple):
@@ -38,7 +40,10 @@ def run(
 
     *given, g = (torch.tensor(x, device=device).to(getattr(torch, dtype)) for x in operands.values())
     given = [x.requires_grad_() for x in given]
-    result = function(*given, **{k: integers(x) for k, x in indices.items()}, **options, **ADDED[operation])
+    named = dict(zip(operands, given, strict=False))
+    by_keyword = {name: named.pop(name) for name in keywords}
+    indices = {k: integers(x) for k, x in indices.items()}
+    result = kernel.load()(*named.values(), **by_keyword, **indices, **options, **ADDED[kernel.operation])
     back = torch.autograd.grad(result, given, g.to(result.dtype), materialize_grads=True)
     found = [x.detach().to(device="cpu", dtype=torch.float32).numpy() for x in (result, *back)]
     return str(result.dtype).removeprefix("torch."), found

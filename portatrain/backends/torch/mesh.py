@@ -186,6 +186,16 @@ class World:
         scatter(mine, torch.cat(parts), group=group)
         return mine
 
+    def swapped(self, x: Tensor, axis: str, partner: int) -> Tensor:
+        """Send x to the process with index `partner` along `axis`, and return what that process sends."""
+        group = self.group((axis,))
+        if group is None:
+            return x
+        sizes = [x.numel() if i == partner else 0 for i in range(self.mesh.sizes[axis])]
+        theirs = torch.empty_like(x)
+        dist.all_to_all_single(theirs.view(-1), x.view(-1), sizes, sizes, group=group)
+        return theirs
+
     def gather_tensor(self, x: Tensor, spec: Sequence[Sequence[str]]) -> Tensor:
         """Return the logical tensor, gathered from boxes under `spec`; `x` is the box of this process."""
         for dim, axes in enumerate(spec):

@@ -5,9 +5,8 @@ Arithmetic in the models follows DTensor's own rules. Every operation here takes
 device, and declares the placements of the result. One rule gives the gradients: an operand that is whole while another
 one is sharded gets a gradient that is a sum over the shards (Partial).
 
-Documented choices: attention gathers keys and values over context and leaves queries in place. An embedding's rows and
-the logits stay sharded over vocab, so no process sees them whole. If there are fewer kv_heads than tensor shards, every
-process of the axis computes all of them and keeps those that its queries read. Legend: see `portatrain.model.ops`.
+Documented choices: an embedding's rows and the logits stay sharded over vocab, so no process sees them whole. Those of
+attention stand in `mesh_attention.py`. Legend: see `portatrain.model.ops`.
 """
 
 from __future__ import annotations
@@ -18,17 +17,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from portatrain.backends.torch.mesh import World
+from portatrain.backends.torch.mesh_attention import MeshAttention
 from portatrain.backends.torch.mesh_losses import MeshLosses
 from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model import dropout_hash
-from portatrain.model.attention_rules import slopes_of
+from portatrain.model.fp8 import Form, unquantised
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.rope import RopeScaling
 
@@ -36,7 +37,7 @@ Placements = Sequence[Placement]
 
 
 @dataclasses.dataclass
-class MeshOps(MeshArrays, MeshLosses, RowOps):
+class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
     """Implement `Ops` on context and tensor axes, see the top of this file."""
 
     def __post_init__(self) -> None:
@@ -72,6 +73,7 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
 
     def _value(self, x: Any) -> Any:
         """Return x as a DTensor over the mesh's context and tensor axes."""
+        x = unquantised(x)
         if isinstance(x, nn.Parameter):
             return Weight.apply(of_all_experts(x, self.world), self.world)
         if isinstance(x, DTensor) or not isinstance(x, Tensor):
@@ -112,15 +114,31 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
 
     def weight(self, p: Any) -> Any:
         value = self._value(p)
-        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else value
+        return value.to(self.static.compute) if isinstance(unquantised(p), nn.Parameter) else value
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         """Contract with at most one sharded letter per mesh axis, the parameter's letter if it has one. Operands with
         the letter are sharded along it, others are whole. The result is sharded along it, or Partial if it is
         contracted."""
+        parts, result, _ = self._parts_of(spec, operands)
+        return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
+
+    def einsum_fp8(self, form: Form, x: Any, w: Any) -> Any:
+        """Contract as `einsum` does. The largest value of a row that is sharded is that of all its shards."""
+        (x, w), result, sharded = self._parts_of(form.forward, (x, w))
+
+        def most(largest: Tensor, over: str) -> Tensor:
+            axes = [axis for axis, letter in sharded.items() if letter in over]
+            return self.world.all_reduce(largest.contiguous(), axes, op=dist.ReduceOp.MAX) if axes else largest
+
+        return self._from(self.parts.einsum_fp8(form, x, w, most=most), result)
+
+    def _parts_of(self, spec: str, operands: Sequence[Any]) -> tuple[list[Tensor], list[Placement], dict[str, str]]:
+        """Return (local parts of the operands, placements of the result, the sharded letter by mesh axis)."""
         inputs, _, out = spec.replace(" ", "").partition("->")
         letters = inputs.split(",")
+        sharded: dict[str, str] = {}
         xs = [self._value(x) for x in operands]
         first = sorted(range(len(xs)), key=lambda i: not isinstance(operands[i], nn.Parameter))
         placements: list[list[Placement]] = [[] for _ in xs]
@@ -129,13 +147,14 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
         for m in range(len(self.axes)):
             cut = [letters[i][p.dim] for i in first if isinstance(p := xs[i].placements[m], Shard)]
             letter = cut[0] if cut else None
+            if letter is not None:
+                sharded[self.axes[m]] = letter
             for i, mine in enumerate(letters):
                 here = letter is not None and letter in mine
                 placements[i].append(Shard(mine.index(letter)) if letter and here else Replicate())
                 grads[i].append(placements[i][m] if here or letter is None else Partial())
             result.append(Replicate() if letter is None else Shard(out.index(letter)) if letter in out else Partial())
-        parts = [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)]
-        return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
+        return [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)], result, sharded
 
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
@@ -161,7 +180,7 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
     def bias(self, x: Any, p: Any) -> Any:
         return x + self.weight(p)
 
-    # ---- normalisation, position, attention
+    # ---- normalisation, position
 
     def rms_norm(self, x: Any, scale: Any = None, *, eps: float = 1e-6) -> Any:
         x = self._value(x)
@@ -193,76 +212,6 @@ class MeshOps(MeshArrays, MeshLosses, RowOps):
             "local-rope", (*table, beside), lambda cos, sin, lie: (self._local(cos, lie), self._local(sin, lie))
         )
         return self._from(self.parts.rope(self._local(x, at), local), at)
-
-    def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
-        """Leave queries in place over context and heads; all-gather keys and values over context."""
-        q, k, v = self._value(q_BSHD), self._value(k_BTKD), self._value(v_BTKD)
-        heads, kv_heads = q.shape[2], k.shape[2]
-        at_q: list[Placement] = []
-        at_k: list[Placement] = []
-        grads: list[Placement] = []
-        take: slice | None = None
-        for axis, p in zip(self.axes, q.placements, strict=True):
-            size, here = self.world.mesh.sizes[axis], self.world.at[axis]
-            cut = isinstance(p, Shard) and p.dim in (1, 2)
-            at_q.append(p if cut else Replicate())
-            if not cut:
-                at_k.append(Replicate())
-                grads.append(Replicate())
-            elif p.dim == 1:
-                at_k.append(Replicate())
-                grads.append(Partial())
-            elif kv_heads % size == 0:
-                at_k.append(Shard(2))
-                grads.append(Shard(2))
-            else:
-                # Every process has all kv heads and reads those of its own queries.
-                at_k.append(Replicate())
-                grads.append(Partial())
-                per, group = heads // size, heads // kv_heads
-                take = slice(here * per // group, ((here + 1) * per - 1) // group + 1)
-        locals_ = [self._local(q, at_q), self._local(k, at_k, grads), self._local(v, at_k, grads)]
-        if take is not None:
-            locals_[1:] = [x[:, :, take] for x in locals_[1:]]
-        options |= self._attention_rule(q, at_q, k.shape[1], options)
-        if (sinks := options.get("sinks")) is not None:
-            by_head: list[Placement] = [Shard(0) if isinstance(p, Shard) and p.dim == 2 else Replicate() for p in at_q]
-            beside = [
-                Partial() if isinstance(p, Shard) and p.dim == 1 else s for p, s in zip(at_q, by_head, strict=True)
-            ]
-            options["sinks"] = self._local(self.weight(sinks), by_head, beside)
-        if (slopes := slopes_of(options.get("alibi", False), heads)) is not None:
-            options["alibi"] = slopes
-            for axis, p in zip(self.axes, at_q, strict=True):
-                if isinstance(p, Shard) and p.dim == 2:
-                    size, here = heads // self.world.mesh.sizes[axis], self.world.at[axis]
-                    options["alibi"] = slopes[here * size : (here + 1) * size]
-        return self._from(self.parts.attention(*locals_, **options), at_q)
-
-    def _attention_rule(self, q: Any, at_q: Placements, t: int, options: dict[str, Any]) -> dict[str, Any]:
-        """Return local segment_ids and positions: those of this process's queries, and those of all keys."""
-        cut = [isinstance(p, Shard) and p.dim == 1 for p in at_q]
-        segments, positions = options.get("segment_ids"), options.get("positions")
-        by_position = options.get("causal", True) or options.get("window") is not None or options.get("alibi", False)
-        if positions is None and any(cut) and by_position:
-            positions = self._kept("positions", (q.shape[1], t), lambda s, t: (self.arange(s), self.arange(t)))
-
-        def local(pair: Any) -> Any:
-            if pair is None:
-                return None
-            of_q, of_k = pair if isinstance(pair, tuple) else (pair, pair)
-            return self._kept("pair", (of_q, of_k, tuple(cut)), part)
-
-        def part(of_q: Any, of_k: Any, cut: tuple[bool, ...]) -> Any:
-            of_q, of_k = self._value(of_q), self._value(of_k)
-            mine = [Shard(of_q.ndim - 1) if c else Replicate() for c in cut]
-            return self._local(of_q, mine), self._local(of_k, [Replicate() for _ in cut])
-
-        prefix = options.get("prefix")
-        if prefix is not None:  # which is of keys, and keys are whole
-            whole = [Replicate() for _ in cut]
-            prefix = self._kept("prefix", (prefix,), lambda x: self._local(self._value(x), whole))
-        return {"segment_ids": local(segments), "positions": local(positions), "prefix": prefix}
 
     # ---- elementwise and shape
 

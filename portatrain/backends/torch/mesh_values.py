@@ -100,6 +100,22 @@ class Weight(torch.autograd.Function):
         ), None
 
 
+class Exchanged(torch.autograd.Function):
+    """Exchange the second half of the positions of x (B, S, ...) between the processes r and n-1-r of context. Doing it
+    twice changes nothing, so the gradient is exchanged in the same way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.world = world
+        half = x.shape[1] // 2
+        partner = world.mesh.context - 1 - world.at["context"]
+        return torch.cat([x[:, :half], world.swapped(x[:, half:].contiguous(), "context", partner)], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return Exchanged.forward(ctx, g, ctx.world), None
+
+
 class Kept(torch.autograd.Function):
     """Pass x through; a remat policy keeps this process's part. Gradients keep their placements, partial sums too."""
 

@@ -6,14 +6,17 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
-from portatrain.backends.kernels import Site
+from portatrain.backends.compiling import Compiled
+from portatrain.backends.kernels import FLEX_DEVICES, Site
 from portatrain.backends.program import Program
 from portatrain.backends.state import (
     COUNT,
@@ -25,17 +28,19 @@ from portatrain.backends.state import (
     sample_words,
 )
 from portatrain.backends.token_ids import PREDICTED, TokenIds
+from portatrain.backends.torch import fp8
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
 from portatrain.backends.torch.attention import load_kernels
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
-from portatrain.backends.torch.ops import Static, TorchOps, run_block
+from portatrain.backends.torch.ops import Static, TorchOps, run_block, run_block_handing
 from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
+from portatrain.backends.torch.trace import TorchTrace
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.across_samples import Across
@@ -83,6 +88,7 @@ class OneDevice(Accumulates, StandaloneOps):
             )
         self.compiles = program.compile if program.compile is not None else row.compiles
         self.site = Site.of(program, backend="torch", device=self.device.type)
+        self._fp8 = fp8.formats_of(self.device, row.name) if program.precision == "fp8" else fp8_chips.EMULATED
         load_kernels()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
@@ -105,16 +111,18 @@ class OneDevice(Accumulates, StandaloneOps):
                 "losses": (token_losses, chunk_loss),
             }
         compiled = functools.partial(torch.compile, fullgraph=True, dynamic=False, backend=self._counted)
-        block = compiled(run_block)
+        hands = self.site.device in FLEX_DEVICES
+        run = run_block_handing if hands else run_block
+        block = compiled(run)
         # A block that is recomputed whole is compiled as it is; with a policy that chooses inside it, policy and block
         # are.
         again = (
             rematerialised(self.remat, block)
             if self.remat.name == "block"
-            else compiled(rematerialised(self.remat, run_block))
+            else compiled(rematerialised(self.remat, run))
         )
         losses = (compiled(token_losses), compiled(chunk_loss))
-        return {"run_block": block, "run_again": again, "losses": losses}
+        return {"run_block": block, "run_again": again, "losses": losses, "hands": hands}
 
     def _counted(self, graph: Any, inputs: Any) -> Any:
         from torch._inductor.compile_fx import compile_fx
@@ -124,7 +132,13 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
         static = Static(
-            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops, site=self.site
+            training,
+            COMPUTE[self.program.precision],
+            self.remat,
+            self.program.layout,
+            ops=self.ops,
+            site=self.site,
+            fp8=self._fp8,
         )
         sample = batch.get("sample")
         return self.ops(
@@ -386,6 +400,23 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def agree(self, value: int) -> int:
         return value
+
+    def start_trace(self) -> TorchTrace:
+        return TorchTrace()
+
+    def use_compile_cache(self, folder: Path) -> Path | None:
+        if not self.compiles:
+            return None
+        from portatrain.backends.torch import compile_cache  # loads the compiler, which takes seconds
+
+        return compile_cache.use(folder)
+
+    def compiled(self) -> Compiled:
+        if not self.compiles:
+            return Compiled()
+        from portatrain.backends.torch import compile_cache
+
+        return compile_cache.compiled()
 
     def describe_device(self) -> dict[str, Any]:
         return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
+from portatrain.backends.fp8_chips import EMULATED
 from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
+from portatrain.backends.torch import fp8
 from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
+from portatrain.backends.torch.handed import Handed
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
 from portatrain.backends.torch.ops_arrays import TorchArrays
@@ -24,6 +27,7 @@ from portatrain.backends.torch.remat import keep
 from portatrain.backends.torch.rms_norm import by_sample, rms_norm
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
+from portatrain.model.fp8 import Form
 from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
@@ -49,6 +53,8 @@ class Static:
     """The class of operations, TorchOps unless a mesh needs another one."""
     site: Site = SITE
     """The facts that decide which kernels run."""
+    fp8: str = EMULATED
+    """The formats of the device's 8-bit matmuls, a word of `fp8_chips`."""
     calls: bool = False
     """True if blocks are run by their own call, with the hooks that other libraries put on it."""
 
@@ -73,6 +79,10 @@ class TorchOps(AcrossSamples, TorchArrays):
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     kept: dict[Any, Any] | None = None
+    handed: Handed | None = None
+    """In a compiled block that hands block masks on."""
+    hands: bool = False
+    """True if `run_block` and `run_again` are `run_block_handing`."""
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
@@ -86,7 +96,8 @@ class TorchOps(AcrossSamples, TorchArrays):
     # ---- parameters and contractions
 
     def weight(self, p: Tensor) -> Tensor:
-        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else not_adapted(p)
+        p = not_adapted(p)
+        return p.to(self.static.compute) if isinstance(p, torch.nn.Parameter) else p
 
     @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
@@ -99,6 +110,11 @@ class TorchOps(AcrossSamples, TorchArrays):
             return torch.einsum(spec, *xs)
         contracted, transposed = plan
         return _as_matmul(xs[0], xs[1], contracted, transposed)
+
+    def einsum_fp8(self, form: Form, x: Tensor, w: Tensor, **options: Any) -> Tensor:
+        """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
+        compute = self.static.compute
+        return fp8.contraction(form, x.to(compute), w.to(compute), self.static.fp8, **options)
 
     def _note(self, table_VE: Tensor, ids: Tensor) -> None:
         if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):
@@ -165,7 +181,7 @@ class TorchOps(AcrossSamples, TorchArrays):
     def _kept(self, what: str, of: tuple[Any, ...], make: Callable[..., Any]) -> Any:
         """Return make(*of), or the result that an earlier layer got for the same tensors and values."""
         if self.kept is None:
-            return make(*of)
+            return make(*of) if self.handed is None else self.handed.keep(what, of, make)
         key = (what, *(id(v) if isinstance(v, Tensor) else v for v in of))
         if key not in self.kept:
             self.kept[key] = (make(*of), of)  # holding the tensors keeps their ids theirs
@@ -278,8 +294,10 @@ class TorchOps(AcrossSamples, TorchArrays):
         again = not self.static.remat.keeps_all and self.training and torch.is_grad_enabled()
         run = (self.run_again if again else None) or self.run_block or run_block
         layers = (self.layer * stack.n + torch.arange(stack.n, dtype=torch.int32, device=self.step.device)).unbind()
-        # A compiled block cannot keep anything: it makes masks and tables anew and fuses them with their uses.
+        # A compiled block cannot keep anything: it makes masks and tables anew and fuses them with their uses. Only
+        # block masks, which it cannot fuse, are handed from layer to layer.
         kept = self.kept if self.run_block in (None, run_block) else None
+        handed: dict[str, Any] = {}
         outside = set() if kept is None else kept.pop(NAMED, set())
         outs, tallies = [], []
         for index, block in enumerate(stack):
@@ -288,7 +306,11 @@ class TorchOps(AcrossSamples, TorchArrays):
             # If FSDP2 holds the block, the call must go through its hooks.
             hooked = getattr(block, "run_layer", None)
             call = functools.partial(run, block) if hooked is None else functools.partial(hooked, run)
-            carry, out, auxes, tally = call(self.static, context, carry, (*shared, *extra), kept)
+            if self.hands:
+                carry, out, auxes, tally, made = call(self.static, context, carry, (*shared, *extra), handed)
+                handed = handed | made
+            else:
+                carry, out, auxes, tally = call(self.static, context, carry, (*shared, *extra), kept)
             for key, (value_B, count, reduce, loss) in auxes.items():
                 self._record(key, Aux(value_B, count, reduce, loss))
             outs.append(out)
@@ -339,6 +361,18 @@ def run_block(
     # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
     carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
     return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
+
+
+def run_block_handing(
+    block: Any, static: Static, context: tuple, carry: Any, args: tuple, handed: dict[str, Any]
+) -> tuple[Any, Any, dict, dict, dict]:
+    """Run one layer as `run_block` does, with what earlier layers made; return also what this one made."""
+    make: Callable[..., TorchOps] = static.ops or TorchOps
+    mine = Handed(handed, tuple(a for a in tree_leaves(args) if isinstance(a, Tensor)))
+    ops = make(static, *context, handed=mine, across=None)
+    carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
+    auxes = {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}
+    return carry, out, auxes, ops.tallies, mine.made
 
 
 def _whole_table(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,17 +20,22 @@ DOTS = frozenset({_aten.mm.default, _aten.addmm.default})
 """Contractions without a batch dimension; contractions with one are bmm and baddbmm."""
 
 ATTENTION = frozenset(
-    getattr(_aten, name).default
-    for name in (
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_for_cpu",
-        "_scaled_dot_product_efficient_attention",
-        "_scaled_dot_product_cudnn_attention",
-        "_scaled_dot_product_fused_attention_overrideable",
-    )
-    if hasattr(_aten, name)
+    [
+        torch.ops.higher_order.flex_attention,
+        *(
+            getattr(_aten, name).default
+            for name in (
+                "_scaled_dot_product_flash_attention",
+                "_scaled_dot_product_flash_attention_for_cpu",
+                "_scaled_dot_product_efficient_attention",
+                "_scaled_dot_product_cudnn_attention",
+                "_scaled_dot_product_fused_attention_overrideable",
+            )
+            if hasattr(_aten, name)
+        ),
+    ]
 )
-"""The kernels of `scaled_dot_product_attention`; without a kernel, attention is written out in matmuls."""
+"""The kernels of `scaled_dot_product_attention`, and FlexAttention. Attention written out consists of matmuls."""
 
 
 @torch.library.custom_op("portatrain::keep", mutates_args=())

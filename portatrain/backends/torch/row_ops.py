@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from portatrain.backends.torch.mesh_values import SumRows, of_all_experts
 from portatrain.backends.torch.ops import TorchOps
+from portatrain.model.fp8 import Form
 from portatrain.model.layout import BATCH_MESH_AXES
 from portatrain.model.lora import adapts, not_adapted
 
@@ -22,12 +23,16 @@ class RowOps(TorchOps):
     world: Any = None
 
     def weight(self, p: Any) -> Any:
+        p = not_adapted(p)
         value = of_all_experts(p, self.world)
-        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else not_adapted(value)
+        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else value
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         return super().einsum(spec, *(of_all_experts(x, self.world) for x in operands), dtype=dtype)
+
+    def einsum_fp8(self, form: Form, x: Tensor, w: Tensor, **options: Any) -> Tensor:
+        return super().einsum_fp8(form, x, of_all_experts(w, self.world), **options)
 
     def sum(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
         y = super().sum(x, axes, over=over)

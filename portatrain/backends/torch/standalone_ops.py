@@ -15,7 +15,7 @@ from portatrain.backends.state import sample_words
 from portatrain.backends.torch.ops import Static, TorchOps
 from portatrain.model import dropout_hash
 
-COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-state": torch.bfloat16}
+COMPUTE = {"fp32": torch.float32, "bf16": torch.bfloat16, "bf16-state": torch.bfloat16, "fp8": torch.bfloat16}
 
 
 def words(seed: int, step: int, device: torch.device) -> tuple[Tensor, Tensor]:

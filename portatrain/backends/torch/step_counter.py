@@ -23,6 +23,8 @@ class Watch(TorchDispatchMode):
     attention, with all pairs of positions. `moved`: bytes of the gathered array of every collective (twice for an
     all-reduce), by the size of its group."""
 
+    supports_higher_order_operators = True  # FlexAttention is one
+
     def __init__(self) -> None:
         super().__init__()
         self.peak_bytes, self.flops = 0, 0.0

@@ -62,6 +62,8 @@ class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"
+    use_compile_cache: Any = None  # torch-xla has a cache of its own (XLA_PERSISTENT_CACHE_PATH)
+    start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition
@@ -80,11 +82,11 @@ class XlaBackend(OneDevice):
 
     def _check(self, program: Program) -> None:
         check_policy(self.remat)
-        if program.precision == "bf16-state":
+        if program.precision in ("bf16-state", "fp8"):
             raise UserError(
-                f"precision bf16-state on the {self.name} backend",
+                f"precision {program.precision} on the {self.name} backend",
                 expected="fp32 or bf16",
-                got="bf16-state",
+                got=program.precision,
                 do="Use bf16, or --backend jax.",
             )
         if program.compile:

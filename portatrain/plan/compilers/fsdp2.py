@@ -7,6 +7,7 @@ fragments, NCCL's buffers or a compiler's fusions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 
+from portatrain.backends import choose_kernel
 from portatrain.backends.program import make_program
 from portatrain.recipe import load_recipe
 from portatrain.recipe.overrides import override
@@ -37,6 +39,9 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     batch = batch_of(recipe.data, recipe.batch, recipe.accumulation)
     stage(f"tracing rank 0 of {world}, layer by layer")
     backend = _backend(program)  # its process groups are made of real ranks
+    # The tensors are a CPU's, since torch derives a GPU's only in a build for it. The kernels are those of the target.
+    backend.site = dataclasses.replace(backend.site, device=asked["options"]["device"])
+    choose_kernel.taken()
     with _real_meshes(), FakeTensorMode(allow_non_fake_inputs=True), Watch() as watch:
         infos = backend.definition.tensors
 
@@ -54,6 +59,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "peak_bytes": watch.peak_bytes,
         "flops": watch.flops,
         "devices": world,
+        "kernels": choose_kernel.taken(),
         "collective_bytes": {_axes(program.layout.mesh, n): moved for n, moved in sorted(watch.moved.items())},
     }
 

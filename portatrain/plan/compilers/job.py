@@ -35,17 +35,10 @@ PACKAGES = (
     "torch",
 )
 _SOURCES = (
-    "backends",
-    "layers",
-    "optim",
-    "plan/compilers",
-    "plan/order.py",
-    "module.py",
-    "ops.py",
-    "layout.py",
-    "rope.py",
-    "remat.py",
+    *("backends", "model", "optim", "recipe", "plan/compilers"),
+    *("data/open.py", "data/spec.py", "plan/recorded.py", "plan/cost/device_order.py"),
 )
+"""Folders and files of this package that decide what is compiled."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +147,7 @@ def sources() -> str:
 def _files(root: Path) -> Iterator[Path]:
     for name in _SOURCES:
         path = root / name
-        yield from path.rglob("*.py") if path.is_dir() else [path] if path.exists() else []
+        yield from path.rglob("*.py") if path.is_dir() else [path]
     yield from (root.parent / "recipes").rglob("*.py")
 
 

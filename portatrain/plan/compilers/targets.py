@@ -13,6 +13,7 @@ from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.clusters.gpu_devices import AMD_DEVICES, DEVICES
 from portatrain.plan.clusters.slices import text
 from portatrain.plan.compilers import gpus, rocm
+from portatrain.plan.cost.policy import tuning_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +68,7 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
         return _gpu(cluster, compiler)
     if chip.vendor == "google":
         raise _unknown(cluster, "FSDP2", "a chip that torch runs on")
-    options = {"world": cluster.devices}
+    options = {"world": cluster.devices, "device": tuning_of(chip.stack).device}
     return Target(compiler="fsdp2", options=options, modules=("torch",), extra="torch")
 
 

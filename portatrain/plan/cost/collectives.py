@@ -71,6 +71,14 @@ def all_to_all(path: Path, gathered_bytes: float) -> float:
     return time_s
 
 
+def exchange(path: Path, sent_bytes: float) -> float:
+    """Return the seconds in which every device sends V bytes to one other, and receives as many. With several domains
+    the other one is outside."""
+    if path.size == 1 or not sent_bytes:
+        return 0.0
+    return max(path.latency_s, sent_bytes / (path.egress if path.outer > 1 else path.rate))
+
+
 def many_reduces(paths: list[Path], array_bytes: float) -> float:
     """Return the seconds of an all-reduce over several axes: reduce-scatter over the fastest, then the rest on the
     share."""

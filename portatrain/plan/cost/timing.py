@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from portatrain.plan.clusters.chip import Chip
-from portatrain.plan.cost.collectives import all_gather, all_to_all, many_reduces
+from portatrain.plan.cost.collectives import all_gather, all_to_all, exchange, many_reduces
 from portatrain.plan.cost.placement import Placement
 from portatrain.plan.cost.policy import (
     ATTENTION_BACKWARD,
@@ -88,7 +88,18 @@ def _left(collective: float, behind: float, share: float) -> float:
 
 def attention_flops(work: OnMesh, tuning: Tuning) -> float:
     """Return the FLOPs of attention in the forward pass of a token, as the software stack computes it."""
-    return work.attention_flops + (0.0 if tuning.skips_masked else work.masked_flops)
+    if tuning.skips_masked:
+        return work.attention_flops * (1.0 if tuning.balances and work.dealt else work.busiest)
+    return work.dealt_flops if tuning.balances else work.attention_flops + work.masked_flops
+
+
+def exchanged(work: OnMesh, tuning: Tuning, remat: Remat) -> float:
+    """Return the numbers per token that are exchanged over context, so that every device has as much attention to
+    compute: of queries and results, forward, of their gradients, and again if the backward pass recomputes."""
+    if not tuning.balances:
+        return 0.0
+    trips = 2 if remat.everything else 3
+    return trips * work.dealt * sum(kind.n * kind.exchanged for kind in work.kinds)
 
 
 def step_time(
@@ -140,6 +151,7 @@ def step_time(
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
         context_s = 3 * layers * all_gather(paths[CONTEXT], tokens * mesh[CONTEXT] * kv * width)
+        context_s += exchange(paths[CONTEXT], exchanged(work, tuning, remat) * tokens * width)
     # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     expert_s = 0.0
     if mesh[EXPERT] > 1:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.cost.policy import ATTENTION_BACKWARD, Precision, Remat, Tuning
-from portatrain.plan.cost.timing import attention_flops
+from portatrain.plan.cost.timing import attention_flops, exchanged
 from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 
@@ -79,7 +79,7 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
-        context = 3 * layers * tokens * mesh[CONTEXT] * kv * width
+        context = (3 * layers * mesh[CONTEXT] * kv + exchanged(work, tuning, remat)) * tokens * width
     # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     if mesh[EXPERT] > 1:
         trips = 4 + (1 - remat.normed)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from portatrain.model.context_chunks import computed, dealt, imbalance, in_order, pairs
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.cost.policy import Remat
 from portatrain.plan.cost.shapes import ModelShape
@@ -66,6 +67,11 @@ class LayerKind:
         return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.copies * self.wide
 
     @property
+    def exchanged(self) -> float:
+        """Return the numbers per token of queries and of their results."""
+        return self.q + self.out
+
+    @property
     def touched(self) -> float:
         """Return the numbers per token that the forward pass's matmuls read or write."""
         return 4 * self.wide + self.q + self.kv + self.out + (self.ways + 1) * self.mlp
@@ -76,7 +82,10 @@ class OnMesh:
     """The sums from which memory and time follow. Numbers are parameters unless stated otherwise, and all are one
     device's share. ``matmul``: by role, the parameters that each of its tokens is multiplied with. ``scores``: of one
     query, over this device's heads. ``attention_flops`` and ``masked_flops``: per token, for the pairs that the mask
-    shows and for the pairs that it hides."""
+    shows and for the pairs that it hides. ``dealt_flops``: per token, for the pairs that are left if queries are dealt
+    out over context in chunks, and a chunk leaves out the keys that it does not see. ``busiest``: the pairs that the
+    mask shows to the busiest device of context over the mean, if every device keeps its own queries. ``dealt``: part of
+    the queries that move if they are dealt out."""
 
     mesh: Sizes
     rows: int
@@ -97,6 +106,9 @@ class OnMesh:
     kinds: tuple[LayerKind, ...]
     attention_flops: float
     masked_flops: float
+    dealt_flops: float
+    busiest: float
+    dealt: float
     embed: int
     vocab: float
     seq: float
@@ -138,6 +150,7 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         spread = _unsharded(part, mesh)
         if spread:
             replicated[spread] = replicated.get(spread, 0.0) + part.trainable / mine
+    dealt_flops, busiest, moves = _over_context(shape, context)
     return OnMesh(
         mesh=mesh,
         rows=mesh[REPLICA] * mesh[FSDP] * mesh[EXPERT],
@@ -158,10 +171,25 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         kinds=_kinds(shape, tensor),
         attention_flops=shape.attention_flops / tensor,
         masked_flops=shape.attention_flops / tensor if shape.causal else 0.0,
+        dealt_flops=dealt_flops / tensor,
+        busiest=busiest,
+        dealt=moves,
         embed=shape.embed,
         vocab=shape.vocab / tensor,
         seq=shape.seq_len / context,
     )
+
+
+def _over_context(shape: ModelShape, context: int) -> tuple[float, float, float]:
+    """Return `dealt_flops` (over all heads), `busiest` and `dealt` of `OnMesh`."""
+    length, causal = shape.seq_len, shape.causal
+    whole = shape.attention_flops * (2 if causal else 1)
+    if context == 1 or length % context or not causal or not whole:
+        return whole, 1.0, 0.0
+    plain, after = in_order(context, length), dealt(context, length, causal=True, window=None)
+    left = sum(computed(chunks, length, causal=True, window=None) for chunks in after) / length**2
+    busiest = imbalance([pairs(chunks, length, causal=True, window=None) for chunks in plain])
+    return whole * left, busiest, 0.5 if after != plain else 0.0
 
 
 def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:

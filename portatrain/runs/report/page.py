@@ -8,6 +8,7 @@ from html import escape
 from typing import Any
 
 from portatrain.errors import visible
+from portatrain.runs import profiles
 from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.verdict import in_words
@@ -40,7 +41,9 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
             _charts(run),
             _attempts(run),
             _resume_points(run),
+            _first_steps(run),
             _plans(run),
+            _profiles(run),
             _checkpoints(checkpoints),
             _recipe(run),
             "</body></html>",
@@ -179,6 +182,34 @@ def _plans(run: History) -> str:
         return ""
     head = ("attempt", "planned step", "measured step (median)", "planned memory a device", "measured peak")
     return _section("Planned beside measured", _table(head, rows))
+
+
+def _first_steps(run: History) -> str:
+    found = [(a.number, a.first_step) for a in run.attempts if a.first_step is not None]
+    if not found:
+        return ""
+    names = list(dict.fromkeys(name for _, one in found for name in one.parts))
+    rows = [
+        (
+            str(n),
+            f"{one.total_s:.1f} s",
+            *(f"{one.parts[p]:.1f}" if p in one.parts else "" for p in names),
+            one.compiled,
+        )
+        for n, one in found
+    ]
+    head = ("attempt", "first step after", *(name.replace("_", " ") for name in names), "programs")
+    return _section("From the start of the process to the first step", _table(head, rows))
+
+
+def _profiles(run: History) -> str:
+    out = []
+    for attempt in run.attempts:
+        for one in attempt.profiles:
+            files = ", ".join(f"<code>attempts/{attempt.number}/{escape(file)}</code>" for file in one.files)
+            out.append(f"<p>Attempt {attempt.number}, {escape(one.steps)}: {files}</p>")
+            out.append(_table(profiles.COLUMNS, one.operations))
+    return _section("Profiles", "".join(out)) if out else ""
 
 
 def _checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> str:

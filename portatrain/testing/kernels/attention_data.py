@@ -135,6 +135,12 @@ def _falling(x: dict[str, np.ndarray]) -> None:
     x["q"][..., 0], x["k"][..., 0] = 4.0, -2.0 * np.arange(x["k"].shape[1])[:, None]
 
 
+def _one_sign(x: dict[str, np.ndarray]) -> None:
+    """Nearly equal weights, and sums in which no terms cancel: a sum in a short format goes astray."""
+    x["q"] *= 0.1
+    x["v"], x["g"] = np.abs(x["v"]), np.abs(x["g"])
+
+
 def _hidden(x: dict[str, np.ndarray]) -> None:
     """The last 13 keys and values are huge; the documents hide them."""
     x["k"][:, 20:], x["v"][:, 20:] = 1e9 * x["k"][:, 20:], 1e9 * x["v"][:, 20:]
@@ -150,7 +156,7 @@ def of_numbers() -> list[Trial]:
         "scores of -1e4, all equal": (lambda x: (_equal(50.0)(x), _times(k=-1.0)(x)), BOTH),
         "scores that rise by 30 a key": (_steep, BOTH),
         "scores that fall by 2 a key": (_falling, BOTH),
-        "scores of 50": (_times(q=4.0, k=4.0), FLOAT32),
+        "scores of 50": (_times(q=4.0, k=4.0), BOTH),
         "queries 0": (_times(q=0.0), BOTH),
         "keys 0": (_times(k=0.0), FLOAT32),
         "values 0": (_times(v=0.0), FLOAT32),
@@ -167,6 +173,8 @@ def of_numbers() -> list[Trial]:
     found.append(
         trial("full, scores of 1e4, one key wins", NUMBERS, FULL, draw=_change(plain, _winner), dtypes=FLOAT32)
     )
+    long = (1, 384, 384, 2, 1, 16)
+    found.append(trial("numbers of one sign, full, 384 tokens", long, FULL, draw=_change(normal(long), _one_sign)))
     capped = {"softcap": 30.0}
     found += [
         trial("scores of 1e4, soft-cap 30", NUMBERS, capped, draw=_change(plain, _winner)),

@@ -32,8 +32,8 @@ def visible(s: int, t: int, indices: Operands, options: Operands) -> tuple[Array
 
 
 def attention(operands: Operands, indices: Operands, options: Operands, dtype: str) -> list[Due]:
-    """Return what is due: the result, and the gradients of q, k and v."""
-    q, k, v, g = (np.swapaxes(x, 1, 2) for x in operands.values())  # (B, H, S, D) and (B, K, T, D)
+    """Return what is due: the result, and the gradients of q, k, v and, if there are any, sinks."""
+    q, k, v, g = (np.swapaxes(operands[name], 1, 2) for name in "qkvg")  # (B, H, S, D) and (B, K, T, D)
     (h, s, d), (kv_heads, t) = q.shape[1:], k.shape[1:3]
     k, v = (np.repeat(x, h // kv_heads, axis=1) for x in (k, v))
     scale = options.get("scale") or d**-0.5
@@ -56,15 +56,20 @@ def attention(operands: Operands, indices: Operands, options: Operands, dtype: s
         bias = np.abs(behind) * np.asarray(slopes)[:, None, None]
         raw, size = raw - bias, size + bias
     score = np.where(seen, raw, -np.inf)
-    top = score.max(-1, keepdims=True, initial=-np.inf)
+    sink = np.full((h, 1, 1), -np.inf) if (sinks := operands.get("sinks")) is None else sinks[:, None, None]
+    top = np.maximum(score.max(-1, keepdims=True, initial=-np.inf), sink)
     top = np.where(np.isfinite(top), top, 0.0)
     s_score = s_score + wide(0) * (size + np.abs(top))  # the bias, and the distance from the largest score
     s_score = np.where(seen, s_score, 0.0)
     # Weights. s_r is relative to p; the exponential and the sum of a row are in float32.
     p = np.exp(score - top)
-    total = p.sum(-1, keepdims=True)
-    p = p / np.where(total == 0, 1.0, total)
-    own, row = (p * s_score) ** 2, ((p * s_score) ** 2).sum(-1, keepdims=True)
+    beside = np.exp(sink - top)
+    total = p.sum(-1, keepdims=True) + beside
+    total = np.where(total == 0, 1.0, total)
+    p, p_sink = p / total, beside / total
+    s_sink = wide(0) * (np.abs(sink) + np.abs(top)) if sinks is not None else 0.0
+    own = (p * s_score) ** 2
+    row = own.sum(-1, keepdims=True) + (p_sink * s_sink) ** 2
     s_r = np.sqrt(np.maximum(row - own, 0.0) + ((1 - p) * s_score) ** 2) + wide(longest)
     out = p @ v
     s_out = (p * (s_r + e_t)) @ np.abs(v)
@@ -92,6 +97,11 @@ def attention(operands: Operands, indices: Operands, options: Operands, dtype: s
     def of_kv(x: Array) -> Array:
         return back(x.reshape(len(x), kv_heads, h // kv_heads, *x.shape[2:]).sum(2))
 
+    # A sink has no value, so its score's gradient is -p_sink delta in each row that sees a key.
+    s_r_sink = np.sqrt(row + s_sink**2) + wide(longest)
+    dsinks = (-p_sink * delta).sum((0, 2, 3))
+    e_sinks = narrow(dtype, delta.shape[0] * s)
+    s_dsinks = (p_sink * ((s_r_sink + e_sinks) * np.abs(delta) + s_delta)).sum((0, 2, 3))
     largest = math.prod(max(1.0, float(np.abs(x).max(initial=0.0))) for x in (g, v)) * max(1.0, abs(scale))
     of_q, of_k = (largest * max(1.0, float(np.abs(x).max(initial=0.0))) for x in (k, q))
     heads = h // kv_heads
@@ -99,9 +109,12 @@ def attention(operands: Operands, indices: Operands, options: Operands, dtype: s
     def said(operand: str, value: Any, deviation: Any, terms: int, size: float) -> Due:
         return due(operand, value, deviation, dtype, terms, size)
 
-    return [
+    found = [
         said("result", back(out), back(s_out), t, float(np.abs(v).max(initial=0.0))),
         said("gradient of q", back(dq), back(s_dq), t * v.shape[-1], of_q),
         said("gradient of k", of_kv(dk), of_kv(s_dk), s * heads * v.shape[-1], of_k),
         said("gradient of v", of_kv(dv), of_kv(s_dv), s * heads, float(np.abs(g).max(initial=0.0))),
     ]
+    if sinks is not None:
+        found.append(said("gradient of sinks", dsinks, s_dsinks, len(q) * s * t * v.shape[-1], largest))
+    return found

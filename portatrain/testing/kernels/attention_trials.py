@@ -18,12 +18,13 @@ Sizes = tuple[int, int, int, int, int, int]
 FULL = {"causal": False}
 
 
-def normal(sizes: Sizes) -> Draw:
+def normal(sizes: Sizes, *, value_size: int | None = None, sinks: bool = False) -> Draw:
     b, s, t, h, k, d = sizes
+    dv = d if value_size is None else value_size
 
     def draw(rng: Rng) -> dict[str, np.ndarray]:
-        shapes = {"q": (b, s, h, d), "k": (b, t, k, d), "v": (b, t, k, d), "g": (b, s, h, d)}
-        return {name: rng.normal(size=shape) for name, shape in shapes.items()}
+        shapes = {"q": (b, s, h, d), "k": (b, t, k, d), "v": (b, t, k, dv), **({"sinks": (h,)} if sinks else {})}
+        return {name: rng.normal(size=shape) for name, shape in {**shapes, "g": (b, s, h, dv)}.items()}
 
     return draw
 
@@ -35,18 +36,22 @@ def trial(
     *,
     draw: Draw | None = None,
     dtypes: tuple[str, ...] = BOTH,
+    value_size: int | None = None,
+    sinks: bool = False,
     **indices: Any,
 ) -> Trial:
     options = options or {}
+    given = {**options, **indices, "sinks": True if sinks else None}
     return Trial(
         operation="attention",
         name=name,
         shape=sizes,
-        draw=draw or normal(sizes),
+        draw=draw or normal(sizes, value_size=value_size, sinks=sinks),
+        keywords=("sinks",) if sinks else (),
         oracle=attention,
         indices=indices,
         options=options,
-        traits=attention_traits({**options, **indices}),
+        traits=attention_traits(given, (sizes[5], sizes[5] if value_size is None else value_size)),
         dtypes=dtypes,
     )
 
@@ -111,6 +116,36 @@ def of_masks() -> list[Trial]:
         _single("prefix, documents", six, prefix=lengths, segment_ids=parts.astype(np.int32)),
     ]
     return found
+
+
+def of_sinks() -> list[Trial]:
+    """Return the cases of sinks, and of value heads of another size."""
+    long, short, cache = (2, 129, 129, 4, 2, 16), (2, 33, 33, 4, 2, 16), (2, 3, 129, 4, 2, 16)
+    at = np.arange(129, dtype=np.int32)
+    ids, blind = np.stack([1 + at // 50, at // 100]), np.stack([at[:3] - 2, at[:3] + 60])
+
+    def of_size(size: float) -> Draw:
+        def draw(rng: Rng) -> dict[str, np.ndarray]:
+            return {**normal(short, sinks=True)(rng), "sinks": np.array([size, -size, size / 2, 0.0])}
+
+        return draw
+
+    return [
+        trial("sinks", short, sinks=True),
+        _single("sinks of 20", short, draw=of_size(20.0), sinks=True),
+        _single("sinks of 1e4", short, draw=of_size(1e4), sinks=True),
+        _single("sinks, 129 tokens, window 64", long, {"window": 64}, sinks=True),
+        _single("sinks, full", short, FULL, sinks=True),
+        _single("sinks, soft-cap 0.5", short, {"softcap": 0.5}, sinks=True),
+        _single("sinks, scale 0.3", short, {"scale": 0.3}, sinks=True),
+        _single("sinks, heads 16:1, ratio 16", (2, 33, 33, 16, 1, 16), sinks=True),
+        trial("sinks, documents", long, sinks=True, segment_ids=ids),
+        _single("sinks, rows that see nothing", cache, sinks=True, positions=(blind, np.stack([at, at]))),
+        trial("value heads of 8", short, value_size=8),
+        _single("value heads of 33", short, value_size=33),
+        _single("value heads of 128 beside 192", (2, 20, 20, 2, 2, 192), value_size=128),
+        _single("value heads of 24, sinks, window 8", short, {"window": 8}, value_size=24, sinks=True),
+    ]
 
 
 def of_positions() -> list[Trial]:

@@ -17,7 +17,7 @@ from portatrain.backends import kernels
 from portatrain.backends.kernels import Case, Kernel, Site
 from portatrain.errors import UserError
 from portatrain.testing.kernels.attention_data import of_documents, of_numbers
-from portatrain.testing.kernels.attention_trials import of_masks, of_positions, of_sizes
+from portatrain.testing.kernels.attention_trials import of_masks, of_positions, of_sinks, of_sizes
 from portatrain.testing.kernels.bounds import Due
 from portatrain.testing.kernels.grouped_trials import grouped_trials
 from portatrain.testing.kernels.trial import Trial, operands, owed
@@ -84,7 +84,7 @@ def trials(operation: str) -> tuple[Trial, ...]:
     """Return the table of hard cases of an operation."""
     if operation == "grouped_matmul":
         return tuple(grouped_trials())
-    return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers())
+    return (*of_sizes(), *of_masks(), *of_positions(), *of_documents(), *of_numbers(), *of_sinks())
 
 
 def select(operation: str, pattern: str = "*", *, empty: bool = False) -> tuple[Trial, ...]:
@@ -104,7 +104,7 @@ def select(operation: str, pattern: str = "*", *, empty: bool = False) -> tuple[
 SAMPLE = (
     *("129 tokens", "heads 16:1, ratio 16", "window 64", "soft-cap 30", "a cache, each row elsewhere"),
     *("documents, ragged", "documents, one token each", "documents, padding alone"),
-    *("positions of which many see nothing", "scores of 1e4, one key wins", "documents, huge keys hidden"),
+    *("positions of which many see nothing", "scores of 1e4, one key wins", "documents, huge keys hidden", "sinks"),
     *("ragged", "neighbours empty", "all to the last", "rows past the sum", "sizes 127 x 129"),
     *("huge rows past the sum", "denormals"),
 )
@@ -143,7 +143,7 @@ def judge(
     with _small_limits():
         for i, (trial, dtype) in enumerate(todo):
             progress(i, len(todo))
-            case = Case(site=site, dtype=dtype, shape=trial.shape, traits=trial.traits)
+            case = Case(site=site, dtype=dtype, shape=trial.shape, traits=trial.traits | _of_backend(trial, backend))
             if (reason := kernel.refuses(case)) is not None:
                 refused.append((trial.name, dtype, reason))
                 continue
@@ -167,15 +167,21 @@ def judge(
     )
 
 
+def _of_backend(trial: Trial, backend: str) -> set[str]:
+    """Return the traits that only this backend gives to the case (`kernels.Case`)."""
+    cross = trial.operation == "attention" and trial.shape[1] != trial.shape[2]
+    return {"cross"} if backend == "jax" and cross else set()
+
+
 def _tried(run: Any, kernel: Kernel, trial: Trial, dtype: str, device: str) -> tuple[list[Wrong], int, float]:
     """Return what is wrong, the number of elements compared, and the largest error over its bound."""
     try:
         kind, found = run(
-            trial.operation,
-            kernel.load(),
+            kernel,
             operands(trial, dtype),
             trial.indices,
             trial.options,
+            keywords=trial.keywords,
             dtype=dtype,
             device=device,
         )

@@ -22,14 +22,16 @@ class Trial:
     """One hard case of an operation.
 
     shape, traits: as in `kernels.Case`. draw: draws the floating operands in the order of the kernel's arguments, and
-    last the gradient of the result, called 'g'. indices: integer arrays, by keyword; one may be a pair. options:
-    constants, by keyword. oracle(operands, indices, options, dtype) returns what is due.
+    last the gradient of the result, called 'g'. keywords: the operands that a kernel takes by keyword. indices: integer
+    arrays, by keyword; one may be a pair. options: constants, by keyword. oracle(operands, indices, options, dtype)
+    returns what is due.
     """
 
     operation: str
     name: str
     shape: tuple[int, ...]
     draw: Draw
+    keywords: tuple[str, ...] = ()
     oracle: Callable[[Operands, Operands, Operands, str], list[Due]]
     indices: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)

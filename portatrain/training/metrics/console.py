@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from portatrain.errors import visible
+from portatrain.runs import first_steps, profiles
 from portatrain.runs.events import Kind
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration, si
@@ -116,6 +117,16 @@ class ConsoleSink:
             names = {f"{c['operation']}={c['kernel']}" for c in chosen} if isinstance(chosen, list) else set()
             if names:
                 self._line(f"kernels: {', '.join(sorted(names))}")
+            return
+        if kind == Kind.COMPILE_CACHE:  # events.jsonl has the folder
+            return
+        if kind == Kind.FIRST_STEP:
+            self._line(first_steps.in_words(fields))
+            return
+        if kind == Kind.PROFILED:
+            folder = f"{self._info.run_dir}/attempts/{self._info.attempt}" if self._info else "."
+            for line in profiles.in_words(fields, folder):
+                self._line(line)
             return
         what = f": {fields.pop('what')}" if "what" in fields else ""
         more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())

@@ -1,0 +1,225 @@
+"""Precision fp8: chosen matmuls are computed from 8-bit operands; everything else is as with precision bf16.
+
+    y[m, n] = sum_k x[m, k] w[k, n]     x: an activation, w: a parameter
+
+Before the product, each row of x and each column of w is divided by a scale of its own and rounded to `E4M3`. The
+products are added in float32, multiplied by both scales and rounded to bfloat16. The gradient of x is such a product
+too: the gradient of y, per row in `E5M2`, with w in `E4M3`, with scales over n in place of k. The gradient of w is
+computed from bfloat16 operands and added in float32, because scales over rows would depend on the microbatch.
+
+A scale is the smallest power of two, at least 2^-126, for which the largest absolute value of the row, divided by it,
+is a number of the format: dividing is exact, so every framework divides alike. It is 1 for a row of zeros.
+For a row that holds a number that is not finite it is NaN, and so are the products of the row: such a number does not
+vanish in a format without infinities. Numbers below 2^-126 count as zero, since some devices do not have them.
+
+In an einsum of several axes, the contracted axes together are k, the other axes of the parameter n, those of the
+activation m, and axes in all three terms (experts) count independent products. A scale is a function of one row, so it
+depends neither on the microbatch nor on the mesh. This is the rowwise recipe of torchao (`rowwise_with_gw_hp`).
+
+`quantise` replaces each chosen `Param` by a module that has its name, as LoRA does. Layouts, patterns over names,
+optimizers and checkpoints see the parameter alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+from portatrain.errors import UserError, choice
+from portatrain.model.module import Definition, Module, Param, TensorInfo, children, describe
+
+KERNEL_AXES = frozenset({"height", "width", "length", "patch_rows", "patch_columns"})
+"""Axes of the kernels of convolutions: their weights stay in bfloat16."""
+FACTORS = ("lora_a", "lora_b")
+"""The last part of the name of a LoRA factor."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format of 8 bits: its name in ml_dtypes and jax, the digits after the point of a number in [1, 2), the exponent
+    of the smallest normal number, and that of the largest number, which is 1.75 times a power of two."""
+
+    name: str
+    digits: int
+    least: int
+    most: int
+
+    @property
+    def largest(self) -> float:
+        """The largest number."""
+        return 1.75 * 2.0**self.most
+
+
+E4M3 = Format("float8_e4m3fn", digits=3, least=-6, most=8)
+"""For values: up to 448, no infinities."""
+E5M2 = Format("float8_e5m2", digits=2, least=-14, most=15)
+"""For gradients: up to 57344."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """An einsum of an activation and a parameter, in this order, as a product of matrices: its terms, and the letters
+    that are contracted (k)."""
+
+    x: str
+    w: str
+    out: str
+    k: str
+
+    @property
+    def n(self) -> str:
+        """The letters of the parameter that are in the result alone."""
+        return "".join(c for c in self.w if c not in self.x)
+
+    @property
+    def forward(self) -> str:
+        """The spec of the product."""
+        return f"{self.x},{self.w}->{self.out}"
+
+    @property
+    def of_x(self) -> str:
+        """The spec of the gradient of the activation, from the gradient of the result and the parameter."""
+        return f"{self.out},{self.w}->{self.x}"
+
+    @property
+    def of_w(self) -> str:
+        """The spec of the gradient of the parameter, from the activation and the gradient of the result."""
+        return f"{self.x},{self.out}->{self.w}"
+
+
+def axes_of(letters: str, term: str) -> tuple[int, ...]:
+    """Return the positions of `letters` in `term`."""
+    return tuple(i for i, c in enumerate(term) if c in letters)
+
+
+def aligned(letters: str, out: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Return (a permutation of the axes `letters`, the index that then adds axes of size 1), so that an array with
+    these axes broadcasts over an array with the axes `out`."""
+    order = tuple(letters.index(c) for c in out if c in letters)
+    return order, tuple(slice(None) if c in letters else None for c in out)  # type: ignore[misc]
+
+
+@functools.lru_cache(maxsize=1024)
+def form_of(spec: str, parameter: int) -> Form | None:
+    """Return the form of the einsum `spec`, of which the operand at `parameter` (0 or 1) is the parameter; None if it
+    is no product of matrices: it contracts nothing, a letter is in one term alone or twice in one, or one of the two
+    operands has no axis of its own in the result."""
+    inputs, _, out = spec.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    if len(terms) != 2 or "->" not in spec or "." in spec:
+        return None
+    w, x = terms[parameter], terms[1 - parameter]
+    if any(len(set(term)) < len(term) for term in (x, w, out)):
+        return None
+    if not (set(out) <= set(x) | set(w)) or not (set(x) ^ set(w) <= set(out)):
+        return None
+    k = "".join(c for c in x if c in w and c not in out)
+    return Form(x, w, out, k) if k and set(w) - set(x) and set(x) - set(w) else None
+
+
+class Quantised(Module):
+    """A weight of which the matmuls are computed from 8-bit operands; it replaces the weight in the model."""
+
+    unnamed: ClassVar[tuple[str, ...]] = ("base",)
+
+    def __init__(self, base: Param) -> None:
+        self.base = base
+
+
+def unquantised(p: Any) -> Any:
+    """Return the parameter in `p` if it is a `Quantised` weight, else `p`."""
+    return p.base if isinstance(p, Quantised) else p
+
+
+def with_fp8(ops: Any, einsum: Callable[..., Any], spec: str, operands: Sequence[Any], dtype: str | None) -> Any:
+    """Return `einsum(ops, spec, *operands)`, from 8-bit operands if one of two operands is a `Quantised` weight.
+
+    An einsum with another form, or with a `dtype` of its own, takes the weight as it is. `ops.einsum_fp8` computes the
+    product.
+    """
+    plain = [unquantised(x) for x in operands]
+    chosen = [i for i, x in enumerate(operands) if isinstance(x, Quantised)]
+    form = form_of(spec, chosen[0]) if len(chosen) == 1 and len(plain) == 2 and dtype is None else None
+    if form is None:
+        return einsum(ops, spec, *plain, dtype=dtype)
+    return ops.einsum_fp8(form, plain[1 - chosen[0]], plain[chosen[0]])
+
+
+def can_quantise(info: TensorInfo) -> bool:
+    """Return whether the rule takes this parameter: a weight in a Stack that is a matrix (it contracts axes, and has
+    others). Tables over the vocabulary, routers (an output for each expert), kernels of convolutions and LoRA factors
+    are left out."""
+    inner = info.axes[info.batch_dims :]
+    return (
+        info.stack_dims > 0
+        and 0 < info.fan_in_axes < len(inner)
+        and info.name.rpartition("/")[2] not in FACTORS
+        and not {"vocab", "experts", *KERNEL_AXES} & set(inner)
+    )
+
+
+def chosen(params: Iterable[TensorInfo], patterns: Sequence[str] | None) -> frozenset[str]:
+    """Return the names of the weights whose matmuls are in fp8: of those that the rule takes, the ones that a pattern
+    matches. None: all of them.
+
+    Raises:
+        UserError: a pattern matches none of them, or there are none.
+    """
+    able = [info.name for info in params if can_quantise(info)]
+    for pattern in patterns or ():
+        if not any(fnmatchcase(name, pattern) for name in able):
+            raise choice(f"pattern {pattern!r} of fp8_matmuls", pattern, able)
+    names = frozenset(n for n in able if patterns is None or any(fnmatchcase(n, pattern) for pattern in patterns))
+    if not names:
+        raise UserError(
+            "precision fp8",
+            expected="a weight in a Stack that contracts axes and is used by ops.einsum",
+            got="none" if not able else f"none of {len(able)}, since fp8_matmuls names none",
+            do="Use precision=bf16.",
+        )
+    return names
+
+
+def quantise(model: Module, patterns: Sequence[str] | None = None) -> Definition:
+    """Replace the chosen weights of `model` by `Quantised` ones, in place, and return the definition of the model.
+
+    The tensors and their names stay as they are.
+    """
+    found = describe(model)
+    names = chosen(found.params.values(), patterns)
+    made: dict[int, Quantised] = {}
+
+    def held(value: Any) -> Any:
+        if isinstance(value, Param):
+            return made.setdefault(id(value), Quantised(value)) if found.owners[id(value)] in names else value
+        items = list(value.values()) if isinstance(value, dict) else value
+        if not isinstance(items, (list, tuple)) or not any(isinstance(item, Param) for item in items):
+            return value
+        new = [held(item) for item in items]
+        if len({isinstance(item, Quantised) for item in new}) > 1:
+            return value  # a native list holds parameters or modules, not both: it stays in bfloat16
+        return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
+
+    seen: set[int] = set()
+
+    def walk(module: Module) -> None:
+        if id(module) in seen or isinstance(module, Quantised):
+            return
+        seen.add(id(module))
+        inner = [value for _, value in children(module) if isinstance(value, Module)]
+        for name, value in list(vars(module).items()):
+            setattr(module, name, held(value))
+        for child in inner:
+            walk(child)
+
+    walk(model)
+    return describe(model)
+
+
+def quantised_names(definition: Definition) -> frozenset[str]:
+    """Return the names of the parameters of which matmuls are in fp8."""
+    modules = (module for module in definition.modules.values() if isinstance(module, Quantised))
+    return frozenset(definition.owners[id(module.base)] for module in modules)

@@ -1,0 +1,47 @@
+"""Begin an attempt in process 0, which writes the record; the other processes join it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+from portatrain.backends.base import Backend
+from portatrain.recipe import Recipe
+from portatrain.runs.attempt import Attempt, NullAttempt
+from portatrain.runs.run_dir import RunDir
+from portatrain.system.stop_signals import StopSignals
+from portatrain.training.metrics.broadcast import Broadcast
+from portatrain.training.metrics.jsonl import JsonlSink
+from portatrain.training.stop_requests import StopRequests
+
+
+def begin(
+    run: RunDir,
+    recipe: Recipe,
+    info: Mapping[str, Any],
+    backend: Backend,
+    signals: StopSignals | None,
+    sinks: Broadcast,
+    stack: ExitStack,
+) -> tuple[Attempt | NullAttempt, StopRequests]:
+    """Return the attempt and its stop requests, which `stack` closes. `info` goes into attempt.json."""
+    first = not backend.process
+    # The order matters: a stop request must find an attempt that can record it and be closed, or none.
+    with signals.staying() if first and signals is not None else nullcontext():
+        attempt = run.begin(recipe, info) if first else _joined(run, backend)
+        stack.enter_context(attempt)
+        if isinstance(attempt, Attempt):
+            sinks.record = JsonlSink(attempt)
+        stop = StopRequests(
+            attempt, run.path, process=backend.process, processes=backend.processes, signals=signals, sinks=sinks
+        )
+        stack.enter_context(stop)
+    if first:
+        backend.agree(attempt.number)
+    return attempt, stop
+
+
+def _joined(run: RunDir, backend: Backend) -> NullAttempt:
+    number = backend.agree(0)
+    return NullAttempt(number, run.path / "attempts" / str(number), backend.process)
