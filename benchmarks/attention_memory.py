@@ -170,18 +170,17 @@ def cost(program: Any) -> tuple[float, float | None]:
 
 
 def kernel_bytes(row: Row, queries: int, heads: int) -> tuple[float, float, float]:
-    """Return (bytes, bytes if everything moved once, FLOPs) of the three kernels, by their blocks, on the busiest
-    device: the last share of the queries. What no query of a block sees is neither read nor computed."""
-    from portatrain.backends.jax.splash import LANES, block
+    """Return (bytes, bytes if everything moved once, FLOPs) of the three kernels, by their blocks. What no query of
+    a block sees is neither read nor computed."""
+    from portatrain.backends.jax import splash
+    from portatrain.model.context_chunks import dealt
 
-    kv, t = max(1, KV_HEADS * heads // HEADS), row.tokens
-    block_q, block_k = block(queries), block(t)
-    window = KINDS[row.kind].get("window") or t
-    seen = 0
-    for first in range(t - queries, t, block_q):
-        low, high = max(0, first - window + 1) // block_k, (first + block_q - 1) // block_k
-        seen += high - low + 1
-    pair, row_bytes, lanes = block_k * SIZE * WIDTH, queries * SIZE * WIDTH, 4 * LANES
+    kv, t, options = max(1, KV_HEADS * heads // HEADS), row.tokens, KINDS[row.kind]
+    window = options.get("window")
+    shares = dealt(t // queries, t, causal=True, window=window)
+    *_, seen = splash._kernel(True, window, queries, t, shares, options.get("softcap"), False, None)
+    block_q, block_k = splash.block(queries), splash.block(t)
+    pair, row_bytes, lanes = block_k * SIZE * WIDTH, queries * SIZE * WIDTH, 4 * splash.LANES
     ids = 4 * 8 * block_k  # of the keys of a block; those of queries are LANES wide
     each_q = queries * (lanes + lanes)  # positions and segments of queries
     forward = seen * (2 * pair + ids) + 2 * row_bytes + each_q + queries * lanes
@@ -212,13 +211,13 @@ def main() -> int:
     lines = list(HEAD)
     print("\n".join(lines), flush=True)
     for row in programs():
-        if args.only not in row.head:
-            continue
         known = next((text for text in have if text.startswith(row.head)), None)
+        if known is None and args.only not in row.head:
+            continue
         lines.append(known or line(row, measure(row)))
         print(lines[-1], flush=True)
-        if args.write:
-            write(lines)
+    if args.write:
+        write(lines)
     return 0
 
 
