@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.backends import choose_kernel
-from portatrain.backends.kernels import SCORES_BYTES, Site, chunks
+from portatrain.backends.kernels import LANES, SCORES_BYTES, Site, chunks, splash_block
 from portatrain.model.layout import COMPUTE, Layout, Mesh
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.compilers import targets
@@ -179,8 +179,8 @@ def kernel_bytes(row: Row, queries: int, heads: int) -> tuple[float, float, floa
     window = options.get("window")
     shares = dealt(t // queries, t, causal=True, window=window)
     *_, seen = splash._kernel(True, window, queries, t, shares, options.get("softcap"), False, None)
-    block_q, block_k = splash.block(queries), splash.block(t)
-    pair, row_bytes, lanes = block_k * SIZE * WIDTH, queries * SIZE * WIDTH, 4 * splash.LANES
+    block_q, block_k = splash_block(queries), splash_block(t)
+    pair, row_bytes, lanes = block_k * SIZE * WIDTH, queries * SIZE * WIDTH, 4 * LANES
     ids = 4 * 8 * block_k  # of the keys of a block; those of queries are LANES wide
     each_q = queries * (lanes + lanes)  # positions and segments of queries
     forward = seen * (2 * pair + ids) + 2 * row_bytes + each_q + queries * lanes

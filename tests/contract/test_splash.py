@@ -105,7 +105,7 @@ def test_every_share_over_context_has_as_many_blocks() -> None:
     from portatrain.model.context_chunks import dealt, imbalance, in_order
 
     def blocks(shares: Any) -> list[int]:
-        leaves, tree = _kernel(True, None, 2048, 16_384, shares, None, True, None)
+        leaves, tree, _ = _kernel(True, None, 2048, 16_384, shares, None, True, None)
         import jax
 
         forward = jax.tree.unflatten(tree, leaves).fwd_mask_info
