@@ -78,8 +78,8 @@ class Scores:
 
     kept: 'on-chip' if the device's memory never holds them; 'chunk' if it holds those of some queries at a time (see
     `chunks`), 'whole' if it holds all. mask: whether the kernel reads a mask of as many numbers as there are scores of
-    one head. skips: whether it leaves out what a causal mask hides. block: returns, for so many queries on a device, those of
-    a block, if the kernel leaves out whole blocks only.
+    one head. skips: whether it leaves out what a causal mask hides. block: returns, for so many queries on a device,
+    those of a block, if the kernel leaves out whole blocks only.
     """
 
     kept: str = "on-chip"

@@ -87,9 +87,9 @@ class Tuning:
     ``backend``, ``device``: where operations run, as the table of kernels names it.
     ``scores``: where attention's scores lie ('on-chip', 'chunk' or 'whole'); ``mask``: it reads a mask of numbers;
     ``skips_masked``: it skips what a causal mask hides, in whole blocks of ``block`` queries. ``balances``: over
-    context, every device exchanges half of its queries (``model/context_chunks.py``), and leaves out the keys that no query of a chunk sees.
-    `portatrain.plan.attending` takes these five from the kernel that runs. ``scores_passes``: how often scores that are
-    not on the chip go through its memory, forward and backward.
+    context, every device exchanges half of its queries (``model/context_chunks.py``), and leaves out the keys that
+    no query of a chunk sees. `portatrain.plan.attending` takes these five from the kernel that runs.
+    ``scores_passes``: how often scores that are not on the chip go through its memory, forward and backward.
     """
 
     hide_fsdp: float = 0.9
