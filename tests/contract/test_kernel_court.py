@@ -243,7 +243,7 @@ def test_the_command_passes_convicts_and_explains(capsys: pytest.CaptureFixture[
     assert main(["sdpa-causal", "--cases", "alibi"]) == 1
     assert "covers no case" in capsys.readouterr().out
     assert main(["grouped_mm", "--cases", "sizes 64 x 128", "--json"]) == 0
-    (found,) = json.loads(capsys.readouterr().out)["kernels"]
+    (found,) = json.loads(capsys.readouterr().out)["verdicts"]
     assert (found["verdict"], found["passed"], found["refused"]) == ("passed", 2, [])
     assert main(["--list"]) == 0
     out = capsys.readouterr().out
@@ -257,7 +257,7 @@ def test_the_command_convicts(capsys: pytest.CaptureFixture[str], monkeypatch: p
     out = capsys.readouterr().out
     assert ": convicted\n" in out and "wrong: 1 tokens, float32: result[0, 0, 0, 0]: expected" in out
     assert main(["StrictlyCausal", "--cases", "1 tokens", "--json"]) == 1
-    (found,) = json.loads(capsys.readouterr().out)["kernels"]
+    (found,) = json.loads(capsys.readouterr().out)["verdicts"]
     assert found["verdict"] == "convicted" and found["wrong"][0]["operand"] == "result"
 
 

@@ -132,7 +132,7 @@ def test_fsdp2_traced(mesh: str, own_cache: Path, capsys: pytest.CaptureFixture[
     assert found["compiled"]["compiler"].startswith("FSDP2 traced")
     (kept,) = own_cache.glob("*.json")
     # Documents on a GPU: the kernel of the target, though the trace's tensors are a CPU's.
-    assert {c["kernel"] for c in json.loads(kept.read_text())["kernels"]} == {"flex"}
+    assert {c["kernel"] for c in json.loads(kept.read_text())["kernel_choices"]} == {"flex"}
     predicted, traced = found["predicted"], found["compiled"]
     assert traced["flops"] == predicted["flops"]
     # Numbers that all processes add up, such as the gradient's norm, are not planned.

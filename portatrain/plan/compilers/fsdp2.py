@@ -59,7 +59,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "peak_bytes": watch.peak_bytes,
         "flops": watch.flops,
         "devices": world,
-        "kernels": choose_kernel.taken(),
+        "kernel_choices": choose_kernel.taken(),
         "collective_bytes": {_axes(program.layout.mesh, n): moved for n, moved in sorted(watch.moved.items())},
     }
 

@@ -46,7 +46,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "compiler": f"{asked['compiler']}, {_version(asked['compiler'])}",
         "device_kind": devices[0].device_kind,
         "devices": len(devices),
-        "kernels": choose_kernel.taken(),
+        "kernel_choices": choose_kernel.taken(),
         "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
     }
     stage("compiling, which may take minutes")

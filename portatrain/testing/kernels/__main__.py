@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.json:
             _print(verdicts[-1])
     if args.json:
-        print(json.dumps({"kernels": [as_json(v) for v in verdicts]}, indent=1))
+        print(json.dumps({"verdicts": [as_json(v) for v in verdicts]}, indent=1))
     return OK if verdicts and all(v.word == "passed" for v in verdicts) else FOUND
 
 
