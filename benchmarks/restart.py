@@ -30,17 +30,25 @@ from portatrain.training.start_times import PARTS
 
 SHAPES = {
     "tiny-lm": (),
-    "22m": ("model.layers=8", "model.embed=384", "model.heads=6", "model.kv_heads=6", "model.mlp=1536"),
+    # As in benchmarks/shapes.py.
+    "22m": (
+        *("model.vocab=4096", "model.embed=512", "model.layers=7", "model.heads=8", "model.kv_heads=4"),
+        "model.mlp=1408",
+    ),
 }
 OTHERS = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "TORCHINDUCTOR_CACHE_DIR")
 
 
-def recipe(shape: str, batch: int) -> Recipe:
-    changes = (f"batch={batch}", "accumulation=1", "steps=100", "schedule.warmup=0", "eval_every=none", "hooks=()")
+def recipe(shape: str, seq_len: int, batch: int) -> Recipe:
+    """Return the recipe of the runs. These three are the `sizes` of the other functions."""
+    changes = (
+        *(f"data.seq_len={seq_len}", f"batch={batch}", "accumulation=1", "steps=100", "schedule.warmup=0"),
+        *("eval_every=none", "hooks=()"),
+    )
     return apply_overrides(load_recipe("tiny-lm"), [*SHAPES[shape], *changes])
 
 
-def attempt(backend: str, shape: str, batch: int, run: Path, stop_at: int) -> None:
+def attempt(backend: str, sizes: tuple[str, int, int], run: Path, stop_at: int) -> None:
     """Train `run` to `stop_at` in this process."""
     from portatrain.training.trainer import train
 
@@ -51,30 +59,30 @@ def attempt(backend: str, shape: str, batch: int, run: Path, stop_at: int) -> No
 
         row = dataclasses.replace(one_device.row_of(torch.device("cpu")), compiles=True)
         one_device.row_of = lambda device: row
-    train(recipe(shape, batch), RunDir(run), backend=backend, stop_at=stop_at)
+    train(recipe(*sizes), RunDir(run), backend=backend, stop_at=stop_at)
 
 
-def in_a_process(backend: str, shape: str, batch: int, run: Path, stop_at: int, cache: Path) -> dict[str, Any]:
-    """Train `run` to `stop_at` in a process of its own; return its event `first_step`."""
+def in_a_process(backend: str, sizes: tuple[str, int, int], run: Path, stop_at: int, cache: Path) -> dict[str, Any]:
+    """Train `run` to `stop_at` in a process of its own; return its event `first_step_done`."""
     env = {name: value for name, value in os.environ.items() if name not in OTHERS}
     env |= {environment.COMPILE_CACHE.name: str(cache), "JAX_PLATFORMS": "cpu"}
-    call = f"attempt({backend!r}, {shape!r}, {batch}, Path({str(run)!r}), {stop_at})"
+    call = f"attempt({backend!r}, {sizes!r}, Path({str(run)!r}), {stop_at})"
     code = f"from pathlib import Path\nfrom benchmarks.restart import attempt\n{call}"
     subprocess.run([sys.executable, "-c", code], env=env, check=True, stdout=sys.stderr)
     return RunDir(run).events(Kind.FIRST_STEP)[-1]
 
 
-def measure(backend: str, shape: str, batch: int, repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
+def measure(backend: str, sizes: tuple[str, int, int], repeats: int, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """Return the events of the cold and of the warm resumes."""
     saved = folder / "saved"
-    in_a_process(backend, shape, batch, saved, 2, folder / "first-cache")
+    in_a_process(backend, sizes, saved, 2, folder / "first-cache")
     found: dict[str, list[dict[str, Any]]] = {"cold": [], "warm": []}
     for number in range(repeats):
         cache = folder / f"cache-{number}"
         for kind in found:
             run = folder / "resumed"
             shutil.copytree(saved, run)
-            found[kind].append(in_a_process(backend, shape, batch, run, 3, cache))
+            found[kind].append(in_a_process(backend, sizes, run, 3, cache))
             shutil.rmtree(run)
     return found
 
@@ -109,15 +117,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", nargs="+", default=["jax", "torch"], choices=["jax", "torch"])
     parser.add_argument("--shape", default="22m", choices=list(SHAPES))
-    parser.add_argument("--batch", type=int, default=1, help="samples a step (default: 1, so that compiling matters)")
+    parser.add_argument(
+        "--seq-len",
+        type=int,
+        default=32,
+        help="tokens a sample (default: 32, because the continuity check evaluates 64 samples, which takes a CPU long)",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="samples a step (default: 8)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write all events to this file")
     args = parser.parse_args()
+    sizes = (args.shape, args.seq_len, args.batch)
     found = {}
     for backend in args.backend:
         with tempfile.TemporaryDirectory(prefix="restart-") as folder:
-            found[backend] = measure(backend, args.shape, args.batch, args.repeats, Path(folder))
-    print(f"{args.shape}, batch {args.batch}, {os.cpu_count()} x {platform.machine()}, medians of {args.repeats}\n")
+            found[backend] = measure(backend, sizes, args.repeats, Path(folder))
+    where = f"{os.cpu_count()} x {platform.machine()}"
+    print(f"{args.shape}, {args.batch} x {args.seq_len} tokens a step, {where}, medians of {args.repeats}\n")
     print(table(found))
     if args.json is not None:
         args.json.write_text(json.dumps(found, indent=1))

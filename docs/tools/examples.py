@@ -183,6 +183,7 @@ RECIPE = {
     "batch_ramp": "batch_start=2 batch_ramp=100 accumulation=4",
     "seed": "seed=1",
     "precision": "precision=bf16",
+    "fp8_matmuls": "fp8_matmuls=*/mlp/* precision=fp8",
     "remat": "remat=dots",
     "clip_norm": "clip_norm=none",
     "max_skips": "max_skips=0",

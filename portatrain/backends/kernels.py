@@ -78,12 +78,14 @@ class Scores:
 
     kept: 'on-chip' if the device's memory never holds them; 'chunk' if it holds those of some queries at a time (see
     `chunks`), 'whole' if it holds all. mask: whether the kernel reads a mask of as many numbers as there are scores of
-    one head. skips: whether it leaves out what a causal mask hides.
+    one head. skips: whether it leaves out what a causal mask hides. block: returns, for so many queries on a device,
+    those of a block, if the kernel leaves out whole blocks only.
     """
 
     kept: str = "on-chip"
     mask: bool = False
     skips: bool = True
+    block: Callable[[int], int] = lambda queries: 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,10 +141,21 @@ def _chunked_refuses(case: Case) -> str | None:
     return None
 
 
+LANES = 128
+"""The width of a TPU's vector registers: splash attention pads head sizes and blocks to a multiple of it."""
+SPLASH_BLOCK = 512
+"""The largest number of queries, and of keys, in a block of splash attention. It is the size that MaxText takes by
+default; no other was measured on a chip."""
+
+
+def splash_block(n: int) -> int:
+    """Return the number of positions in a block of `n`: the largest for which padding adds at most an eighth."""
+    sizes = [size for size in range(SPLASH_BLOCK, 0, -LANES) if -n % size <= n // 8]
+    return sizes[0] if sizes else LANES
+
+
 _SPLASH_KNOWS = frozenset({"causal", "window", "segments", "softcap", "sinks", "value-size", "cross"})
 _UNEVEN = {"uneven": "queries", "uneven-batch": "samples", "uneven-heads": "heads"}
-SPLASH_LEAST = 128
-"""The least number of queries, and of keys, for which splash attention runs: the smallest block that it has."""
 
 
 def _splash_refuses(case: Case) -> str | None:
@@ -160,8 +173,8 @@ def _splash_refuses(case: Case) -> str | None:
         return f"its mask knows no {' or '.join(sorted(more))}"
     if {"window", "cross"} <= case.traits:
         return "a query may see no key if queries and keys differ in number and there is a window"
-    if min(s, t) < SPLASH_LEAST:
-        return f"{s} queries and {t} keys a device are fewer than a block of {SPLASH_LEAST}"
+    if min(s, t) < LANES:
+        return f"{s} queries and {t} keys a device are fewer than a block of {LANES}"
     if d > (most := 256 if case.dtype == "float32" else 512):
         return f"blocks of head size {d} do not fit in a core's memory: at most {most} in {case.dtype}"
     return None
@@ -242,6 +255,7 @@ TABLE: tuple[Kernel, ...] = (
         backends=("jax",),
         where="portatrain.backends.jax.splash:splash",
         refuses=_splash_refuses,
+        scores=Scores(block=splash_block),
         per_device=True,
     ),
     Kernel(

@@ -62,6 +62,7 @@ def _chip_json(chip: Chip) -> dict[str, object]:
         "sizes": names.legal_sizes(chip),
         "machine_types": chip.skus,
         "status": chip.status,
+        "unpublished": chip.unpublished,
     }
 
 
@@ -150,6 +151,8 @@ def _figures_table(chip: Chip) -> Table:
     table = Table("figure", "value", "source", "read", "note", title=title)
     for name, value in chip.figures().items():
         table.add_row(name, str(value), value.source, value.date, value.note)
+    if chip.unpublished:
+        table.add_row("not published", ", ".join(chip.unpublished), "", "", "so it is not planned")
     table.add_row("sizes", ", ".join(names.legal_sizes(chip)), "", "", "")
     if chip.skus:
         table.add_row("machine types", ", ".join(chip.skus), "", "", "")

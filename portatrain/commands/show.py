@@ -1,5 +1,7 @@
 """Show every parameter of RECIPE: shape, axes, sharding, bytes per device, initialiser, trained or not, decay.
 
+With precision fp8 it also shows the weights whose matmuls are computed from 8-bit operands.
+
 The mesh is that of --mesh, or the planned mesh of --cluster, or one device. A warning names each axis that no mapping
 has, such as a misspelt one, because it is not sharded. The command trains nothing and needs no framework.
 
@@ -20,6 +22,7 @@ from typing import Any
 
 from portatrain.commands import options
 from portatrain.errors import UserError
+from portatrain.model.fp8 import quantised_names
 from portatrain.model.layout import Layout, Mesh, axis_warning, unknown_axes
 from portatrain.model.module import Constant, Init, TensorInfo
 from portatrain.recipe import Recipe
@@ -67,6 +70,7 @@ def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
         shards = mesh.over(axis for over in layout.tensor_spec(tensor) for axis in over)
         return tensor.size * BYTES[tensor.dtype] // shards
 
+    low = quantised_names(definition)
     rows, optimizer, gradients, averages = [], 0, 0, 0
     gradient_bytes = PRECISIONS[recipe.precision].grad
     for tensor in definition.tensors.values():
@@ -88,6 +92,7 @@ def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
                 "dtype": tensor.dtype,
                 "trains": trains,
                 "decays": trains and recipe.decays(tensor),
+                "fp8": tensor.name in low,
             }
         )
     trained = [t for t in definition.params.values() if recipe.trains(t.name)]
@@ -146,7 +151,10 @@ def _print(found: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     console = terminal.console(180)
-    table = Table("tensor", "shape", "split over", "a device", "starts as", "dtype", "trains", "decays")
+    in_fp8 = any(row["fp8"] for row in found["tensors"])
+    table = Table(
+        "tensor", "shape", "split over", "a device", "starts as", "dtype", "trains", "decays", *["matmuls"] * in_fp8
+    )
     for row in found["tensors"]:
         table.add_row(
             row["name"] if row["role"] == "params" else f"{row['name']} (state)",
@@ -157,6 +165,7 @@ def _print(found: Mapping[str, Any]) -> None:
             row["dtype"],
             "yes" if row["trains"] else "no",
             "yes" if row["decays"] else "no",
+            *["fp8" if row["fp8"] else ""] * in_fp8,
         )
     console.print(table)
     held = found["bytes_per_device"]

@@ -22,7 +22,6 @@ optimizers and checkpoints see the parameter alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -102,7 +101,6 @@ def aligned(letters: str, out: str) -> tuple[tuple[int, ...], tuple[int | None, 
     return order, tuple(slice(None) if c in letters else None for c in out)  # type: ignore[misc]
 
 
-@functools.lru_cache(maxsize=1024)
 def form_of(spec: str, parameter: int) -> Form | None:
     """Return the form of the einsum `spec`, of which the operand at `parameter` (0 or 1) is the parameter; None if it
     is no product of matrices: it contracts nothing, a letter is in one term alone or twice in one, or one of the two

@@ -38,7 +38,8 @@ def priced(tuning: Tuning, shape: ModelShape, mesh: Sizes, rows: int, precision:
     # On jax, queries are exchanged for kernels that compute on the arrays of one device: plain operations compute all
     # pairs on every device. torch-xla never exchanges them.
     balances = tuning.backend == "torch" or kernel.per_device
-    return replace(tuning, scores=does.kept, mask=does.mask, skips_masked=does.skips, balances=balances)
+    block = does.block(-(-shape.seq_len // mesh[CONTEXT]))
+    return replace(tuning, scores=does.kept, mask=does.mask, skips_masked=does.skips, block=block, balances=balances)
 
 
 def _case(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> Case:

@@ -44,7 +44,7 @@ def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | 
 
 
 def could_fit(shape: ModelShape, cluster: Cluster, precision: str) -> bool:
-    if cluster.chip.kind == "streaming":
+    if cluster.chip.unplanned:
         return False
     kind, room = PRECISIONS[precision], cluster.chip.memory_bytes / cluster.chip.devices_per_chip
     # Evenly divided, weights, gradients and optimizer state need this much. Most questions end here.
@@ -93,7 +93,7 @@ def _more_chips(shape: ModelShape, cluster: Cluster, precision: str) -> str:
 def _other_chips(shape: ModelShape, cluster: Cluster, precision: str) -> list[str]:
     """Return the other chips that would hold the recipe in the same number, smallest memory first."""
     found: list[str] = []
-    rows = (row for row in CHIPS.values() if row.kind not in ("single", "streaming") and row.offered)
+    rows = (row for row in CHIPS.values() if row.kind != "single" and not row.unplanned and row.offered)
     for row in sorted(rows, key=lambda row: row.memory_bytes):
         if row.memory_bytes <= cluster.chip.memory_bytes or len(found) == SHOWN:
             continue

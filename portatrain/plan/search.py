@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from portatrain.errors import UserError, choice
 from portatrain.plan.attending import name_of, priced
+from portatrain.plan.clusters import catalog
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import efficiency as factors
 from portatrain.plan.cost import meshes
@@ -186,19 +187,21 @@ def plan(
             if name not in valid:
                 raise choice(what, name, valid)
     factor = efficiency or factors.of(cluster.chip)
-    if cluster.chip.kind == "streaming":
+    reached = catalog.reached_by(cluster.chip)
+    if cluster.chip.unplanned:
         return Plan(
             asked=shape,
             shape=shape,
             cluster=cluster,
             used=cluster,
             efficiency=factor,
-            hints=(f"{cluster.chip.name}: {cluster.chip.status}",),
+            notes=(reached,) if reached else (),
+            hints=(f"{cluster.chip.name}: {cluster.chip.unplanned}",),
         )
     if mesh is not None:
         _check_mesh(shape, cluster, mesh)
     search = _search(shape, cluster, names, remats, factor, tuning, mesh, accumulation)
-    used, planned, notes = cluster, shape, []
+    used, planned, notes = cluster, shape, [reached] if reached else []
     if not search.meshes and mesh is None:
         part = meshes.most_usable(shape, cluster)
         if part is not None and 2 * part.chips > cluster.chips:

@@ -29,7 +29,7 @@ def of_events(events: Sequence[Event]) -> FirstStep | None:
 
 
 def of_event(event: Mapping[str, Any]) -> FirstStep | None:
-    """Return the times of an event `first_step`; None if they are damaged."""
+    """Return the times of an event `first_step_done`; None if they are damaged."""
     total_s, parts = event.get("total_s"), event.get("parts")
     if not _is_time(total_s) or not isinstance(parts, Mapping):
         return None
@@ -41,7 +41,7 @@ def of_event(event: Mapping[str, Any]) -> FirstStep | None:
 
 
 def in_words(event: Mapping[str, Any]) -> str:
-    """Return an event `first_step` as one line."""
+    """Return an event `first_step_done` as one line."""
     found = of_event(event)
     if found is None:
         return "first step done"

@@ -1,16 +1,20 @@
-"""Begin an attempt in process 0, which writes the record; the other processes join it."""
+"""Begin an attempt in process 0, which writes the record; the other processes join it. List probable mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from portatrain.backends.base import Backend
+from portatrain.data import OpenData
+from portatrain.model.layout import axis_warning, unknown_axes
+from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.stop_signals import StopSignals
+from portatrain.training import keep_best
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.stop_requests import StopRequests
@@ -40,6 +44,15 @@ def begin(
     if first:
         backend.agree(attempt.number)
     return attempt, stop
+
+
+def probable_mistakes(recipe: Recipe, definition: Definition, data: OpenData) -> Iterator[str]:
+    """Yield a sentence for each probable mistake of the user, and for what a data source passed over."""
+    if unknown := unknown_axes(definition, compute=recipe.compute, params=recipe.params):
+        yield axis_warning(unknown)
+    yield from data.passed_over
+    if useless := keep_best.no_evaluated_save(recipe):
+        yield useless
 
 
 def _joined(run: RunDir, backend: Backend) -> NullAttempt:

@@ -1,4 +1,4 @@
-"""Choose the folder of compiled programs: PORTATRAIN_COMPILE_CACHE, else `portatrain/compiled` in the user's cache.
+"""Choose the folder of compiled programs: `environment.COMPILE_CACHE`, else `portatrain/compiled` in the user's cache.
 
 Each framework adds a folder for its version and machine, so a program is never reused where it does not fit. A folder
 that cannot be written to never ends a run.

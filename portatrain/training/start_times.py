@@ -62,7 +62,7 @@ class StartTimes:
         self._parts[part] = self._parts.get(part, 0.0) + took_s
 
     def fields(self) -> dict[str, Any]:
-        """Return the fields of the event `first_step`: the total, the parts in their order, and what was compiled."""
+        """Return the fields of the event `first_step_done`: the total, its parts in order, and what was compiled."""
         found: dict[str, Any] = {
             "total_s": self._last_s - self._began_s,
             "parts": {part: self._parts[part] for part in PARTS if part in self._parts},

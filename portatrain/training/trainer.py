@@ -19,7 +19,6 @@ from portatrain.backends.program import make_program
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.data import prefetch
 from portatrain.errors import users_code
-from portatrain.model.layout import axis_warning, unknown_axes
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, NullAttempt
@@ -28,9 +27,9 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
-from portatrain.training import continuity, keep_best, profiling
+from portatrain.training import continuity, profiling
 from portatrain.training.arrival import arrive, check_before
-from portatrain.training.begin import begin
+from portatrain.training.begin import begin, probable_mistakes
 from portatrain.training.compile_cache import CompileCache
 from portatrain.training.evaluation import Evaluations
 from portatrain.training.hook_calls import HookCalls, check_hooks
@@ -168,13 +167,8 @@ class Trainer:
         self._told = True
         self.sinks.start(self._info)
         self._compile_cache.tell(self.event)
-        unknown = unknown_axes(self.definition, compute=self.recipe.compute, params=self.recipe.params)
-        if unknown:
-            self.event(Kind.WARNING, what=axis_warning(unknown))
-        for sentence in self.data.passed_over:
+        for sentence in probable_mistakes(self.recipe, self.definition, self.data):
             self.event(Kind.WARNING, what=sentence)
-        if useless := keep_best.no_evaluated_save(self.recipe):
-            self.event(Kind.WARNING, what=useless)
         if found:
             self._go_on(found)
         else:

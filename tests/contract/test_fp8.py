@@ -62,7 +62,9 @@ def operands(name: str, x: np.ndarray, term: str, over: str, kind: Format) -> tu
     return torch_fp8.emulated(values, kind).numpy(), scale.numpy()
 
 
-def contracted(name: str, form: Form, x: np.ndarray, w: np.ndarray, g: np.ndarray) -> list[np.ndarray]:
+def contracted(
+    name: str, form: Form, x: np.ndarray, w: np.ndarray, g: np.ndarray, device: str = "emulated"
+) -> list[np.ndarray]:
     """Return the product and both gradients in a framework, all float32."""
     if name == "jax":
         import jax
@@ -71,7 +73,7 @@ def contracted(name: str, form: Form, x: np.ndarray, w: np.ndarray, g: np.ndarra
         from portatrain.backends.jax import fp8
 
         def of(x: Any, w: Any) -> Any:
-            return fp8.contraction(form, jnp.bfloat16, w.dtype, (None, None), "emulated", x, w)
+            return fp8.contraction(form, jnp.bfloat16, w.dtype, (None, None), device, x, w)
 
         @jax.jit
         def both(x: Any, w: Any, g: Any) -> Any:
@@ -84,7 +86,7 @@ def contracted(name: str, form: Form, x: np.ndarray, w: np.ndarray, g: np.ndarra
     from portatrain.backends.torch import fp8 as torch_fp8
 
     a, b = (torch.from_numpy(v).requires_grad_() for v in (x, w))
-    y = torch_fp8.contraction(form, a.bfloat16(), b.bfloat16(), "emulated")
+    y = torch_fp8.contraction(form, a.bfloat16(), b.bfloat16(), device)
     return [v.float().detach().numpy() for v in (y, *torch.autograd.grad(y, (a, b), torch.from_numpy(g).bfloat16()))]
 
 
@@ -132,6 +134,35 @@ def test_numbers_that_are_not_finite_do_not_vanish(name: str, value: float) -> N
     assert (np.isfinite(y) == [[True], [False], [True]]).all()
     assert (np.isfinite(dx) == [[False], [True], [True]]).all()
     assert not np.isfinite(dw[2]).any() and not np.isfinite(dw[:, 3]).any()
+
+
+def _matmul(a: Any, b: Any, *, scale_a: Any, scale_b: Any, out_dtype: Any, use_fast_accum: bool) -> Any:
+    """Do what `torch._scaled_mm` does on a GPU."""
+    assert not use_fast_accum and a.is_contiguous() and b.mT.is_contiguous()
+    assert not any(n % 16 for n in (*a.shape, *b.shape))
+    return ((a.float() @ b.float()) * scale_a * scale_b).to(out_dtype)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("device", ["ocp", "fnuz"])
+@pytest.mark.parametrize("spec", ["bse,ehd->bshd", "bshd,hde->bse", "bxse,xem->bxsm"])
+def test_products_of_8_bit_arrays_are_those_of_the_emulation(
+    name: str, device: str, spec: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The arrays that a GPU or TPU multiplies, in its own formats, give the same result: here a CPU multiplies them."""
+    if name == "torch":
+        monkeypatch.setattr("torch._scaled_mm", _matmul)
+    form = form_of(spec, 1)
+    assert form is not None
+    sizes = {c: n for t, s in zip((form.x, form.w), SPECS[spec], strict=True) for c, n in zip(t, s, strict=True)}
+    rng = np.random.default_rng(7)
+    # Powers of two times small integers: all sums are exact, in any order.
+    x, w, g = (
+        (rng.integers(-8, 8, s) * np.exp2(rng.integers(-6, 1, s))).astype(np.float32)
+        for s in ([sizes[c] for c in t] for t in (form.x, form.w, form.out))
+    )
+    for a, b in zip(contracted(name, form, x, w, g, device), contracted(name, form, x, w, g), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_form() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -104,7 +105,7 @@ def test_every_share_over_context_has_as_many_blocks() -> None:
     from portatrain.model.context_chunks import dealt, imbalance, in_order
 
     def blocks(shares: Any) -> list[int]:
-        leaves, tree = _kernel(True, None, 2048, 16_384, shares, None, True, None)
+        leaves, tree, _ = _kernel(True, None, 2048, 16_384, shares, None, True, None)
         import jax
 
         forward = jax.tree.unflatten(tree, leaves).fwd_mask_info
@@ -169,3 +170,90 @@ def test_values_and_gradients_on_a_mesh_are_those_of_one_device(meshes: dict[str
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert {mesh: shape for mesh, (shape,), _ in rows} == meshes
     assert all(error < 1e-6 for *_, error in rows), rows
+
+
+STEP = """
+import json, re, sys
+import jax, numpy as np
+from portatrain.backends import choose_kernel
+from portatrain.backends.jax import JaxBackend
+from portatrain.backends.program import make_program
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.compilers import targets, xla
+from portatrain.recipe import load_recipe
+from portatrain.recipe.overrides import override
+
+sizes = ["vocab=512", "embed=256", "layers=2", "heads=4", "kv_heads=2", "mlp=512"]
+recipe = override(load_recipe("tiny-lm"), [f"model.{s}" for s in sizes] + ["data.seq_len=2560", "batch=4"])
+recipe = override(recipe, ["precision=bf16", f"remat={sys.argv[2]}"])
+target = targets.target(parse("tpu-v5p-8"))
+devices = xla.devices_of({"compiler": target.compiler, "options": target.options}, jax)
+backend = JaxBackend(make_program(recipe, mesh=sys.argv[1]), devices)
+step, args = backend.abstract_step(xla.batch_of(recipe.data, recipe.batch, recipe.accumulation))
+text = step.trace(*args).lower(lowering_platforms=("tpu",)).compile().as_text()
+(choice,) = choose_kernel.taken()
+arrays = [[int(n) for n in dims.split(",")] for dims in re.findall(r"[a-z]+[0-9]+\\[([0-9,]+)\\]", text)]
+print(json.dumps({
+    "kernel": choice["kernel"],
+    "calls": {phase: len(re.findall(f"%splash_mha_{phase}[^ ]* = [^=]*custom-call", text)) for phase in ("fwd", "dq", "dkv")},
+    "square": [dims for dims in arrays if sum(n in (2560, 1280) for n in dims) > 1],
+}))
+"""  # noqa: E501
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+@pytest.mark.parametrize(("mesh", "remat", "forward"), [("fsdp=2,context=2", "block", 2), ("fsdp=4", "attention", 1)])
+def test_a_tpus_program_has_the_kernel_and_no_square_array(mesh: str, remat: str, forward: int) -> None:
+    """The step of a whole model. With attention kept the forward kernel runs once, else once more in the backward pass:
+    so the kernel's own results are what the policy keeps."""
+    from portatrain.plan.compilers.targets import TPU_ENV
+
+    env = {**os.environ, **TPU_ENV}
+    done = subprocess.run(
+        [sys.executable, "-c", STEP, mesh, remat], capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found == {"kernel": "splash", "calls": {"fwd": forward, "dq": 1, "dkv": 1}, "square": []}
+
+
+KEEPING = """
+import dataclasses, json
+import jax, jax.numpy as jnp, numpy as np
+from portatrain.backends import kernels
+from portatrain.backends.jax import JaxBackend
+from portatrain.backends.program import make_program
+from portatrain.recipe import load_recipe
+from portatrain.recipe.overrides import override
+
+sizes = ["vocab=64", "embed=32", "layers=1", "heads=2", "kv_heads=1", "mlp=32"]
+recipe = override(load_recipe("tiny-lm"), [f"model.{s}" for s in sizes] + ["data.seq_len=256", "batch=2"])
+rng = np.random.default_rng(0)
+shape = (1, 2, 256)
+batch = {
+    "tokens": rng.integers(0, 64, shape).astype(np.int32), "targets": rng.integers(0, 64, shape).astype(np.int32),
+    "mask": np.ones(shape, np.float32), "positions": np.tile(np.arange(256, dtype=np.int32), (1, 2, 1)),
+    "segment_ids": np.sort(rng.integers(0, 3, shape)).astype(np.int32), "sample": np.arange(2)[None],
+}
+def gradients(mesh, remat, kernel):
+    made = make_program(override(recipe, [f"remat={remat}"]), mesh=mesh)
+    backend = JaxBackend(dataclasses.replace(made, kernels=(("attention", kernel),)))
+    grads, loss, *_ = backend._gradients_of(backend.init_state(), backend._put(batch, 1), np.int32(1))
+    return {"loss": np.asarray(loss), **{n: np.asarray(g) for n, g in grads.items()}}
+
+want = gradients("", "none", "written-out")
+for mesh, remat in (("context=2", "attention"), ("tensor=2", "keep:qkv+attention"), ("fsdp=2", "block")):
+    got = gradients(mesh, remat, "splash")
+    print(json.dumps([mesh, max(float(np.abs(got[n] - w).max() / np.abs(w).max()) for n, w in want.items())]))
+"""
+
+
+@pytest.mark.full
+def test_a_steps_gradients_under_remat_are_those_of_one_device() -> None:
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(rows) == 3 and all(error < 2e-6 for _, error in rows), rows

@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from portatrain.backends.reference import fp8 as oracle
 from portatrain.model.context_chunks import computed, dealt, imbalance, in_order
 from portatrain.system.processes import run_processes
+from tests.support import fp8_rows
+from tests.support.as_on_a_gpu import FLEX
 from tests.support.mesh_cases import CASES, ROWS, SEQ
 from tests.support.mesh_compare import alone, differences
 from tests.support.mesh_measure import Measured
@@ -52,6 +55,8 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("context=2", "towers"),
         ("fsdp=2", "lm, bf16"),
         ("fsdp=2", "lm, bf16 state"),
+        ("fsdp=2", "lm, fp8"),
+        ("tensor=2", "lm, fp8"),
     ],
     4: [
         *((mesh, PLAIN[0]) for mesh in ("replica=2,fsdp=2", "fsdp=2,tensor=2", "context=2,tensor=2")),
@@ -135,6 +140,11 @@ SEEN: dict[int, list[tuple[str, str, str]]] = {
         ("expert=2", "routed", "norm: copies counted"),
     ]
 }
+# Attention as on a GPU: FlexAttention, by the reference of its operator.
+ON_GPUS: dict[int, list[tuple[str, str]]] = {
+    2: [(mesh, "lm, untied, all options") for mesh in ("tensor=2", "context=2")] + [("fsdp=2", "lm, remat of dots")],
+    4: [("context=2,tensor=2", "lm, untied, all options")],
+}
 MOVED = [
     ("lm, clipping, averages, frozen", "fsdp=2,tensor=2", "replica=2,fsdp=2"),
     ("lm, Adafactor", "context=2,tensor=2", "fsdp=4"),
@@ -172,8 +182,10 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Found]:
         if n not in done:
             cells = _cells(CELLS[n])
             cells += [(f"{mesh}: {m}", "case", (case, mesh, m)) for mesh, case, m in SEEN.get(n, [])]
+            cells += [(f"{mesh}: {FLEX}: {case}", "case", (case, mesh, FLEX)) for mesh, case in ON_GPUS.get(n, [])]
             cells += [(f"traffic {m}", "traffic", (case, m)) for m, case in TRAFFIC.items() if n == 2]
             cells += [(f"{a} to {b}", "moved", (case, a, b)) for case, a, b in MOVED if n == 4]
+            cells += [("rows in fp8", "rows in fp8", ())] if n == 2 else []
             cells += [("pairs", "pairs", ("lm", "context=4"))] if n == 4 else []
             done[n] = _run(n, cells, tmp_path_factory.mktemp("group"))
         return done[n]
@@ -210,8 +222,28 @@ def test_a_wrong_reduction_is_seen(mesh: str, case: str, mutant: str, group: Any
         assert "disagree" in found or "different values" in found, found
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("mesh", "case"), [pair for pairs in ON_GPUS.values() for pair in pairs])
+def test_attention_as_on_a_gpu_follows_one_process(mesh: str, case: str, group: Any, alone: Any) -> None:
+    n = next(n for n in ON_GPUS if (mesh, case) in ON_GPUS[n])
+    found, _ = group(n)[f"{mesh}: {FLEX}: {case}"]
+    _check(found, alone, case)
+
+
 def test_every_mutant_is_tried() -> None:
     assert {m for n in SEEN for *_, m in SEEN[n]} == set(MUTANTS) - {"", *ZERO}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("cut", ["contracted", "kept"])
+def test_a_row_in_fp8_that_is_sharded_has_one_scale(cut: str, group: Any) -> None:
+    """Numbers of one shard are so small beside those of the other that a scale of their own would show."""
+    found, _ = group(2)["rows in fp8"]
+    assert isinstance(found, dict), found
+    form, (x, w, g) = fp8_rows.FORM, fp8_rows.arrays()
+    y, dx = found[cut]
+    np.testing.assert_allclose(y, oracle.product(form, x, w), rtol=2.0**-7, atol=0)
+    np.testing.assert_allclose(dx, oracle.gradients(form, x, w, g)[0], rtol=2.0**-7, atol=0)
 
 
 @pytest.mark.timeout(300)

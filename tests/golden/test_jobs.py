@@ -11,8 +11,10 @@ import pytest
 import yaml
 
 from launchers import gcp_tpu, kubernetes, skypilot
-from launchers.base import launcher
+from launchers.base import check_options, launcher, variables
 from launchers.yaml_text import to_yaml
+from portatrain.errors import UserError
+from portatrain.system import environment
 from tests.support.jobs import CASES, POD, job
 
 HERE = Path(__file__).parent
@@ -29,6 +31,21 @@ def golden(name: str, text: str) -> None:
 def test_job(name: str) -> None:
     made = job(*CASES[name])
     golden(name, launcher(made.engine).materialize(made))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_cache_of_compiled_programs_and_the_profile_reach_every_engine(name: str) -> None:
+    engine, cluster, mesh, options = CASES[name]
+    made = replace(job(engine, cluster, mesh, {**options, "compile_cache": "/shared/compiled"}), profile="5:7")
+    text = launcher(engine).materialize(made)
+    assert environment.COMPILE_CACHE.name in text and "/shared/compiled" in text
+    assert made.train()[-4:-2] == ["--profile", "5:7"] and variables(made)[environment.COMPILE_CACHE.name]
+    own = replace(made, options={**made.options, "env": {environment.COMPILE_CACHE.name: "off"}})
+    assert variables(own)[environment.COMPILE_CACHE.name] == "off"
+    with pytest.raises(UserError, match="Did you mean compile_cache"):
+        check_options(replace(made, options={"compile_cach": "x"}), {})
+    with pytest.raises(UserError, match="option compile_cache: expected a str"):
+        variables(replace(made, options={"compile_cache": 3}))
 
 
 def test_a_list_of_both() -> None:

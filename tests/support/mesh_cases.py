@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.program import Program
+from portatrain.model.fp8 import quantise
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.model.module import Module, Normal, describe
@@ -47,7 +48,8 @@ class Case:
 
     def program(self, mesh: str) -> Program:
         model = self.model if isinstance(self.model, Module) else self.model.build()
-        definition = stored(describe(model), self.options.get("precision", "fp32"))
+        precision = self.options.get("precision", "fp32")
+        definition = quantise(model) if precision == "fp8" else stored(describe(model), precision)
         names = frozenset(definition.params)
         given: dict[str, Any] = {
             "trainable": names,
@@ -177,5 +179,6 @@ CASES: dict[str, Case] = {
     "lm, bf16 state": Case(
         model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all}
     ),
+    "lm, fp8": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "fp8"}),
     "lm, bf16": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16"}),
 }

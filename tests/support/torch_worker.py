@@ -17,6 +17,8 @@ from benchmarks.traffic import recorder
 from portatrain.backends.base import backend_class
 from portatrain.backends.torch import TorchBackend, mesh
 from portatrain.backends.torch.step_counter import CPU_ATTENTION
+from tests.support import fp8_rows
+from tests.support.as_on_a_gpu import FLEX, flex_on_a_cpu
 from tests.support.mesh_cases import CASES
 from tests.support.mesh_measure import held, measure, tensors
 from tests.support.mesh_mutants import MUTANTS
@@ -109,11 +111,13 @@ def main(args: argparse.Namespace) -> int:
                     found = probed(backend, *given)
                 elif kind == "traffic":
                     found = traffic(*given)
+                elif kind == "rows in fp8":
+                    found = fp8_rows.on_two()
                 elif kind == "pairs":
                     found = pairs(*given)
                 else:
                     case, on, mutant = given
-                    with MUTANTS[mutant]():
+                    with flex_on_a_cpu() if mutant == FLEX else MUTANTS[mutant]():
                         found = measure(backend, CASES[case], on, gather)
             except Exception:
                 found = traceback.format_exc()

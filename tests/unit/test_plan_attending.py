@@ -16,7 +16,7 @@ from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Tuning
 from portatrain.plan.cost.recipes import shape_of
 from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.tensors import Sizes
-from portatrain.plan.cost.timing import rates, step_time
+from portatrain.plan.cost.timing import attention_flops, rates, step_time
 from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.render import _terms
 from portatrain.plan.search import plan
@@ -105,3 +105,12 @@ def test_the_kernel_stands_in_the_plan() -> None:
     assert made.chosen.kernel == kernel.name == "flex"
     assert priced(tuning, SHAPE, made.chosen.mesh, made.chosen.rows, BF16).scores == "on-chip"
     assert "flex" in [str(cell) for column in _terms(made).columns for cell in column.cells]
+
+
+def test_a_kernel_of_blocks_computes_those_on_the_diagonal_whole() -> None:
+    for mesh, blocks in (((1, 8, 1, 1, 1), 16), ((1, 4, 1, 2, 1), 16), ((1, 1, 1, 16, 1), 16)):
+        work = on_mesh(SHAPE, mesh)
+        made = priced(TUNING["jax-tpu"], SHAPE, mesh, 1, BF16)
+        assert made.block == 512 and made.skips_masked
+        # Of 16 x 16 blocks 136 are computed, where the mask shows the pairs of 128.
+        assert attention_flops(work, made) == pytest.approx(work.attention_flops * (blocks + 1) / blocks, rel=2e-4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
 import pytest
 
+from portatrain.cli import main
 from portatrain.errors import UserError
 from portatrain.plan.clusters.catalog import CHIPS, STACKS, find_chip
 from portatrain.plan.clusters.figures import est, figure
@@ -42,6 +44,15 @@ ALL = [
     "ascend910b",
     "ascend910c",
     "cs3",
+    "maia100",
+    "maia200",
+    "mtia2",
+    "mtt-s4000",
+    "mtt-s5000",
+    "metax-c500",
+    "metax-c600",
+    "hygon-k100",
+    "hygon-bw1000",
     "apple-m2-ultra",
     "apple-m4-max",
     "cpu",
@@ -64,7 +75,8 @@ def test_every_figure_has_unit_source_and_date(name: str) -> None:
 def test_rows_are_consistent(name: str) -> None:
     chip = CHIPS[name]
     assert chip.stack in STACKS
-    assert "bf16" in chip.peaks
+    assert "bf16" in chip.peaks or "its bf16 peak" in chip.unpublished
+    assert (chip.memory_bw is None) == ("its memory bandwidth" in chip.unpublished) or chip.kind == "streaming"
     if chip.kind == "mesh" and name != "mi250x":  # mi250x is a partial mesh, its whole rate is an estimate
         assert chip.link is not None and chip.scale_up is not None and chip.domain is not None
         assert chip.link.value * (chip.domain.value - 1) == pytest.approx(chip.scale_up.value)
@@ -107,6 +119,38 @@ def test_unconfirmed_values_are_marked() -> None:
         assert pair in marked
     for pair in (("h100-sxm", "bf16 peak"), ("tpu-v5p", "memory"), ("mi300x", "link"), ("mi250x", "link")):
         assert pair not in marked
+
+
+@pytest.mark.parametrize(
+    ("name", "missing", "framework"),
+    [
+        ("maia200-8", "its bf16 peak is not published", "nothing outside Microsoft"),
+        ("mtia2-8", "the network between chips is not published", "torch's own device mtia"),
+        ("mtt-s5000-8", "its bf16 peak and the network between hosts are not published", "the device musa"),
+        ("metax-c500-8", "its memory bandwidth and the network between chips are not published", "called cuda"),
+        ("metax-c600-8", "its memory bandwidth, its bf16 peak and the network", "the backend torch never ran there"),
+        ("hygon-k100-8", "its memory bandwidth, its bf16 peak and", "called cuda"),
+        ("hygon-bw1000-8", "its bf16 peak and", "DTK"),
+    ],
+)
+def test_a_plan_says_what_is_not_published_and_what_reaches_the_chip(
+    name: str, missing: str, framework: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "llama3-1b", "--cluster", name]) == 0
+    told = capsys.readouterr().out
+    assert f"not planned: {missing}" in told and framework in told
+    assert main(["plan", "llama3-1b", "--cluster", name, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["status"] == "not-planned" and framework in found["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("name", "framework"), [("maia100-64", "nothing outside Microsoft"), ("mtt-s4000-8", "the device musa")]
+)
+def test_a_plan_without_a_backend_says_so(name: str, framework: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama3-1b", "--cluster", name, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["status"] == "fits" and any(framework in note for note in found["notes"])
 
 
 def test_estimate_survives_into_the_figure() -> None:

@@ -156,6 +156,29 @@ ENTRY %main (p: f32[8,16]) -> {kind} {{
     assert hlo.measure(text, MESH).flops == (flops if flops is not None else 4 * 2 * 8 * 16 * 32)
 
 
+KERNEL = """
+%entry (q: bf16[2,8,2048,128], k: bf16[2,2,2048,128]) -> bf16[2,2,2048,128] {
+  %next = s8[1,4,4]{2,1,0} constant({...})
+  %mask = s8[1,4,4]{2,1,0} constant({...})
+  %q = bf16[2,8,2048,128]{3,2,1,0} parameter(0)
+  %k = bf16[2,2,2048,128]{3,2,1,0} parameter(1)
+  %kernel.1 = (bf16[2,2,2048,128]{3,2,1,0}) custom-call(%next, %mask, %q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/transpose(jvp(attention_of_10_blocks_of_512x512_and_sizes_64_96))/splash_mha_dkv_segmented_no_residuals/pallas_call"}
+  ROOT %w = bf16[2048,2048]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %x = bf16[2048,128]{1,0} bitcast(%q)
+  %y = bf16[128,2048]{1,0} bitcast(%k)
+}
+"""  # noqa: E501
+
+
+def test_a_kernel_says_its_flops_and_does_not_end_its_computation() -> None:
+    text = KERNEL.replace("%entry", "ENTRY %entry")
+    kernel = 2 * 2 * 8 * 10 * 512 * 512 * (2 * 64 + 2 * 96)  # keys again and their gradient, values' and weights'
+    assert hlo.measure(text, MESH).flops == kernel + 2 * 2048 * 2048 * 128
+    assert hlo.measure(text.replace("attention_of_10", "attention"), MESH).flops == 2 * 2048 * 2048 * 128
+
+
 def test_a_program_that_was_really_compiled() -> None:
     pytest.importorskip("jax")
     code = """

@@ -23,13 +23,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     make_splash_mha,
 )
 
+from portatrain.backends.kernels import LANES, splash_block
 from portatrain.model.context_chunks import Chunks
-
-LANES = 128
-"""The width of a TPU's vector registers: head sizes and blocks are padded to a multiple of it."""
-BLOCK = 512
-"""The largest number of queries, and of keys, in a block. It is the size that MaxText takes by default; no other was
-measured on a chip."""
 
 
 def splash(
@@ -58,16 +53,19 @@ def splash(
     """
     (s, d), t = q_BSHD.shape[1::2], k_BTKD.shape[1]
     index, shares = part or (0, (((0, s),),))
-    block_q, block_k = block(s), block(t)
+    block_q, block_k = splash_block(s), splash_block(t)
     if not causal and window is None and s % block_q == t % block_k == 0:
         index, shares = 0, (((0, s),),)  # every query sees every key, so that all shares have the same mask
-    leaves, tree = _kernel(causal, window, s, t, shares, softcap, device != "tpu", kept)
+    leaves, tree, seen = _kernel(causal, window, s, t, shares, softcap, device != "tpu", kept)
+    # The name tells whoever reads the compiled program how much the kernel computes (`plan/compilers/hlo.py`).
+    name = f"attention_of_{seen}_blocks_of_{block_q}x{block_k}_and_sizes_{d}_{v_BTKD.shape[3]}"
     if len(shares) > 1:
         leaves = tuple(_share(x, index, len(shares)) for x in leaves)
 
     def run(q_BHSD: Any, k_BKTD: Any, v_BKTD: Any, sinks: Any, ids: Any, leaves: Any) -> Any:
         kernel = jax.tree.unflatten(tree, leaves)
-        return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q_BHSD, k_BKTD, v_BKTD, ids, sinks)
+        with jax.named_scope(name):
+            return jax.vmap(kernel, in_axes=(0, 0, 0, 0, None))(q_BHSD, k_BKTD, v_BKTD, ids, sinks)
 
     # The kernel does not scale: the queries do, by the true head size. Zeros behind it change no score.
     q_BSHD = (q_BSHD.astype(jnp.float32) * (d**-0.5 if scale is None else scale)).astype(q_BSHD.dtype)
@@ -81,12 +79,6 @@ def splash(
         ids = SegmentIds(_lengthened(of_q, block_q, mode="edge"), _lengthened(of_k, block_k))
     out_BHSD = _at_precision(run, precision)(q_BHSD, k_BKTD, v_BKTD, sinks, ids, leaves)
     return jnp.swapaxes(out_BHSD[:, :, :s, : v_BTKD.shape[3]], 1, 2)
-
-
-def block(n: int) -> int:
-    """Return the number of positions in a block of `n`: the largest for which padding adds at most an eighth."""
-    sizes = [size for size in range(BLOCK, 0, -LANES) if -n % size <= n // 8]
-    return sizes[0] if sizes else LANES
 
 
 # ---- the mask
@@ -127,9 +119,10 @@ def _kernel(
     softcap: float | None,
     interpret: bool,
     kept: str | None,
-) -> tuple[tuple[np.ndarray, ...], Any]:
-    """Return the kernel for shares of `s` queries each, as arrays that describe its blocks and their tree."""
-    block_q, block_k = block(s), block(t)
+) -> tuple[tuple[np.ndarray, ...], Any, int]:
+    """Return the kernel for shares of `s` queries each: arrays that describe its blocks, their tree, and the number of
+    blocks that a share computes on average."""
+    block_q, block_k = splash_block(s), splash_block(t)
     long_q, long_k = s + -s % block_q, t + -t % block_k
     # A padded query stands at the position of the last one, and so sees the same keys.
     at = np.concatenate([_positions(chunks)[np.minimum(np.arange(long_q), s - 1)] for chunks in shares])
@@ -155,7 +148,8 @@ def _kernel(
             interpret=interpret,
         )
         leaves, tree = jax.tree.flatten(made)
-        return tuple(np.asarray(x) for x in leaves), tree
+        blocks = np.asarray(made.fwd_mask_info.block_mask)
+        return tuple(np.asarray(x) for x in leaves), tree, int(np.count_nonzero(blocks)) // len(shares)
 
 
 def _positions(chunks: Chunks) -> np.ndarray:

@@ -53,8 +53,8 @@ def flex(
     s, t, device, *mask = rule = rule_of(q_BSHD, k_BTKD, **options)
     blocks = None
     if (seen := seen_by(*mask)) is not None:
-        tensors = kept(BLOCK_MASK, rule, block_mask)
-        blocks = BlockMask((s, t), *tensors, BLOCK_SIZE=(BLOCK, BLOCK), mask_mod=seen)
+        sizes: dict[str, Any] = {"BLOCK_SIZE": (BLOCK, BLOCK), "mask_mod": seen}
+        blocks = BlockMask((s, t), *kept(BLOCK_MASK, rule, block_mask), **sizes)
     slopes = slopes_of(alibi, q_BSHD.shape[2])
     slopes_H = None if slopes is None else kept("slopes", (slopes, device), _slopes)
     score = score_of(softcap, slopes_H, *mask[4:6])

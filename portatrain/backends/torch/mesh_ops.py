@@ -124,7 +124,7 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
         parts, result, _ = self._parts_of(spec, operands)
         return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
 
-    def einsum_fp8(self, form: Form, x: Any, w: Any) -> Any:
+    def einsum_fp8(self, form: Form, x: Any, w: Any, **options: Any) -> Any:
         """Contract as `einsum` does. The largest value of a row that is sharded is that of all its shards."""
         (x, w), result, sharded = self._parts_of(form.forward, (x, w))
 
@@ -132,7 +132,7 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
             axes = [axis for axis, letter in sharded.items() if letter in over]
             return self.world.all_reduce(largest.contiguous(), axes, op=dist.ReduceOp.MAX) if axes else largest
 
-        return self._from(self.parts.einsum_fp8(form, x, w, most=most), result)
+        return self._from(self.parts.einsum_fp8(form, x, w, most=most, **options), result)
 
     def _parts_of(self, spec: str, operands: Sequence[Any]) -> tuple[list[Tensor], list[Placement], dict[str, str]]:
         """Return (local parts of the operands, placements of the result, the sharded letter by mesh axis)."""

@@ -306,11 +306,10 @@ class TorchOps(AcrossSamples, TorchArrays):
             # If FSDP2 holds the block, the call must go through its hooks.
             hooked = getattr(block, "run_layer", None)
             call = functools.partial(run, block) if hooked is None else functools.partial(hooked, run)
-            if self.hands:
-                carry, out, auxes, tally, made = call(self.static, context, carry, (*shared, *extra), handed)
-                handed = handed | made
-            else:
-                carry, out, auxes, tally = call(self.static, context, carry, (*shared, *extra), kept)
+            carry, out, auxes, tally, *made = call(
+                self.static, context, carry, (*shared, *extra), handed if self.hands else kept
+            )
+            handed = handed | made[0] if made else handed
             for key, (value_B, count, reduce, loss) in auxes.items():
                 self._record(key, Aux(value_B, count, reduce, loss))
             outs.append(out)

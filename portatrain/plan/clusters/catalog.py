@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from portatrain.errors import UserError, choice
 from portatrain.plan.clusters.chip import Chip
-from portatrain.plan.clusters.chips import amd, google, nvidia, others
+from portatrain.plan.clusters.chips import amd, google, nvidia, others, rare
 from portatrain.system.plugins import Registry
 
 
@@ -41,6 +41,33 @@ STACKS: dict[str, Stack] = {
     "hpu": Stack(backend="torch", plugin="habana_frameworks", collectives="HCCL", reference="optimum-habana"),
     "cann": Stack(backend="torch", plugin="torch_npu", collectives="HCCL", reference="MindSpeed-LLM"),
     "cerebras": Stack(backend="", plugin="cerebras_pytorch", collectives="none (SwarmX)", reference="modelzoo"),
+    "maia": Stack(
+        backend="",
+        plugin="nothing outside Microsoft (torch reserves the device maia; its SDK is a preview)",
+        collectives="Ethernet, with Microsoft's own transport",
+        reference="none",
+    ),
+    "mtia": Stack(
+        backend="",
+        plugin="torch's own device mtia, of which Meta keeps the implementation",
+        collectives="Meta's own",
+        reference="none",
+    ),
+    "musa": Stack(
+        backend="", plugin="torch, by the device musa of torch_musa", collectives="MCCL", reference="torch_musa"
+    ),
+    "maca": Stack(
+        backend="torch",
+        plugin="MetaX's own build of torch, in which its devices are called cuda",
+        collectives="MCCL",
+        reference="ms-swift",
+    ),
+    "dtk": Stack(
+        backend="torch",
+        plugin="Hygon's own build of torch (DTK, a form of HIP), in which its devices are called cuda",
+        collectives="RCCL",
+        reference="DCU-Megatron",
+    ),
     "mlx": Stack(backend="torch", plugin="torch mps, or mlx", collectives="mlx.distributed", reference="mlx-lm"),
     "cpu": Stack(backend="jax", plugin="none", collectives="gloo", reference="this project"),
 }
@@ -48,7 +75,7 @@ STACKS: dict[str, Stack] = {
 CHIPS_OF_OTHERS = Registry(kind="chip", group="portatrain.chips", ours={})
 """The entry-point group of chips from other packages: an entry's name is the chip's name, its object a `Chip`."""
 
-CHIPS: dict[str, Chip] = {row.name: row for row in (*google.CHIPS, *nvidia.CHIPS, *amd.CHIPS, *others.CHIPS)}
+CHIPS: dict[str, Chip] = {row.name: row for maker in (google, nvidia, amd, others, rare) for row in maker.CHIPS}
 _BY_NAME: dict[str, Chip] = {name: row for row in CHIPS.values() for name in (row.name, *row.aliases)}
 
 
@@ -65,6 +92,16 @@ def stack_of(chip: Chip) -> Stack:
     """Return the software stack of a chip; a chip of another package with its own stack names its backend."""
     own = Stack(backend=chip.backend, plugin=chip.stack, collectives="its own", reference=f"the package of {chip.name}")
     return STACKS.get(chip.stack, own)
+
+
+def reached_by(chip: Chip) -> str:
+    """Return a sentence on the framework that reaches a chip without a backend here or with figures missing; ''
+    for all others."""
+    stack = stack_of(chip)
+    if stack.backend and not chip.unpublished:
+        return ""
+    here = f"the backend {stack.backend} never ran there" if stack.backend else "portatrain has no backend for it"
+    return f"{chip.name} is reached by {stack.plugin}; {here}"
 
 
 def _of_others(name: str) -> Chip:

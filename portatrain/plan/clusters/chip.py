@@ -68,6 +68,8 @@ class Chip:
     aot: str = ""
     status: str = ""
     offered: bool = True
+    unpublished: tuple[str, ...] = ()
+    """Figures that a plan needs and that nobody has published."""
     backend: str = ""
     """The backend for a chip of another package whose ``stack`` is not in the catalog."""
 
@@ -75,6 +77,15 @@ class Chip:
     def memory_bytes(self) -> float:
         """Return the bytes of device memory on one chip, as the vendor states it."""
         return self.memory.value * (GIB if self.memory.unit == "GiB" else 1e9)
+
+    @property
+    def unplanned(self) -> str:
+        """Return the reason why a plan is impossible; '' for a chip that can be planned."""
+        if self.unpublished:
+            *most, last = self.unpublished
+            what = f"{', '.join(most)} and {last}" if most else last
+            return f"{what} {'are' if most else 'is'} not published"
+        return self.status if self.kind == "streaming" else ""
 
     @property
     def chips_in_host(self) -> int:

@@ -47,6 +47,8 @@ def predict(plan: Plan, chosen: Candidate, compiler: str) -> Predicted:
         tuning = replace(tuning, runtime_bytes=0.0, fragmentation=0.0)
     work = on_mesh(plan.shape, chosen.mesh)
     tuning = priced(tuning, plan.shape, chosen.mesh, chosen.rows, precision)
+    if compiler == "fsdp2":
+        tuning = replace(tuning, skips_masked=False)  # the trace counts all pairs of positions
     remat, tokens = REMATS[chosen.remat], chosen.rows * work.seq
     amounts = volumes(work, tokens=tokens, remat=remat, precision=precision, tuning=tuning)
     need = memory(

@@ -62,11 +62,15 @@ class Computation:
         return line.type if line is not None else ""
 
 
+_METADATA = re.compile(r"kernel_metadata=\{\n.*\n\}")
+"""What a Pallas kernel says of itself: the only attribute that is written over several lines."""
+
+
 def read(text: str) -> dict[str, Computation]:
     """Return the computations of a module by name."""
     found: dict[str, Computation] = {}
     now: Computation | None = None
-    for line in text.splitlines():
+    for line in _METADATA.sub("kernel_metadata={}", text).splitlines():
         if now is None:
             head = _HEAD.match(line)
             if head:

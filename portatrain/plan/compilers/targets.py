@@ -34,6 +34,7 @@ TPU_ENV = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
+GPU_COMPILERS = ("cuda", "rocm")
 GPU_ENV = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_gpu_autotune_level=0",  # there is no GPU to time kernels on
@@ -64,7 +65,7 @@ def target(cluster: Cluster, compiler: str = "auto") -> Target:
         return Target(
             compiler=compiler, options=options, modules=("jax", "flax", "optax", "libtpu"), extra="tpu", env=TPU_ENV
         )
-    if compiler in ("cuda", "rocm"):
+    if compiler in GPU_COMPILERS:
         return _gpu(cluster, compiler)
     if chip.vendor == "google":
         raise _unknown(cluster, "FSDP2", "a chip that torch runs on")
@@ -98,7 +99,8 @@ def check_installed(wanted: Target) -> None:
             f"--compile with {wanted.compiler}",
             expected=f"{', '.join(wanted.modules)} to be installed",
             got=f"no {', '.join(gone)}",
-            do=f"Install it with: pip install 'portatrain[{wanted.extra}]'. No accelerator is needed.",
+            do=f"Install it with: pip install 'portatrain[{wanted.extra}]'. No accelerator is needed."
+            + (" Or use --compiler fsdp2, which traces the torch backend." if wanted.compiler in GPU_COMPILERS else ""),
         )
     if wanted.compiler == "rocm":
         rocm.check_versions()

@@ -33,7 +33,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
 
     if asked["compiler"] == "rocm":
         rocm.count_a_gpu()
-    devices = _devices(asked, jax)
+    devices = devices_of(asked, jax)
     program = ordered(make_program(recipe, mesh=asked["mesh"]), recipe)
     backend = JaxBackend(program, devices)
     stage(f"tracing for {len(devices)} x {devices[0].device_kind}")
@@ -117,7 +117,7 @@ def _inner(params: Any) -> Any:
             yield from _inner(value)
 
 
-def _devices(asked: Mapping[str, Any], jax: Any) -> list[Any]:
+def devices_of(asked: Mapping[str, Any], jax: Any) -> list[Any]:
     """Return the devices of the target, in the order in which the plan lays out the mesh."""
     from jax.experimental import topologies
 

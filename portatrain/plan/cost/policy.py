@@ -86,10 +86,10 @@ class Tuning:
     loss, runs attention in chunks of queries, and gathers only the output projection outside of layers.
     ``backend``, ``device``: where operations run, as the table of kernels names it.
     ``scores``: where attention's scores lie ('on-chip', 'chunk' or 'whole'); ``mask``: it reads a mask of numbers;
-    ``skips_masked``: it skips what a causal mask hides. ``balances``: over context, every device exchanges half of its
-    queries (``model/context_chunks.py``), and leaves out the keys that no query of a chunk sees.
-    `portatrain.plan.attending` takes these four from the kernel that runs. ``scores_passes``: how often scores that are
-    not on the chip go through its memory, forward and backward.
+    ``skips_masked``: it skips what a causal mask hides, in whole blocks of ``block`` queries. ``balances``: over
+    context, every device exchanges half of its queries (``model/context_chunks.py``), and leaves out the keys that
+    no query of a chunk sees. `portatrain.plan.attending` takes these five from the kernel that runs.
+    ``scores_passes``: how often scores that are not on the chip go through its memory, forward and backward.
     """
 
     hide_fsdp: float = 0.9
@@ -105,6 +105,7 @@ class Tuning:
     scores: str = "on-chip"
     mask: bool = False
     skips_masked: bool = True
+    block: int = 1
     balances: bool = True
     scores_passes: tuple[float, float] = (4.0, 7.0)
     static: bool = False

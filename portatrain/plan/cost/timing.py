@@ -89,7 +89,9 @@ def _left(collective: float, behind: float, share: float) -> float:
 def attention_flops(work: OnMesh, tuning: Tuning) -> float:
     """Return the FLOPs of attention in the forward pass of a token, as the software stack computes it."""
     if tuning.skips_masked:
-        return work.attention_flops * (1.0 if tuning.balances and work.dealt else work.busiest)
+        # Of the blocks on the diagonal the mask hides half, which is computed too.
+        diagonal = 1 + (tuning.block - 1) / (work.seq * work.mesh[CONTEXT]) if work.masked_flops else 1.0
+        return work.attention_flops * diagonal * (1.0 if tuning.balances and work.dealt else work.busiest)
     return work.dealt_flops if tuning.balances else work.attention_flops + work.masked_flops
 
 
