@@ -21,7 +21,7 @@ from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import parity
 from portatrain.training.trainer import train
-from tests.contract.test_continuity import small
+from tests.support.short_runs import small
 from tests.support.running import BACKENDS
 from tests.support.toy_models import Routed
 

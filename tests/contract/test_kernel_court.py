@@ -24,7 +24,7 @@ from tests.support.planted_kernels import Planted
 torch = pytest.importorskip("torch")
 pytest.importorskip("jax")
 
-from tests.support import court_counts, wrong_kernels  # noqa: E402
+from tests.support import court_counts, scaled_kernels, wrong_kernels  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 ROWS = [(b, k) for k in kernels.TABLE for b in k.backends if b in RUNNERS]
@@ -173,6 +173,17 @@ def test_a_wrong_kernel_is_convicted(planted: Planted) -> None:
 @pytest.mark.parametrize("planted", [p for p in WRONG if p.kernel.name not in QUICK], ids=lambda p: p.kernel.name)
 def test_every_wrong_kernel_is_convicted(planted: Planted) -> None:
     convict(planted)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", scaled_kernels.SEEN)
+@pytest.mark.parametrize(
+    ("operation", "array"), [(op, a) for op, arrays in scaled_kernels.ARRAYS.items() for a in arrays]
+)
+def test_a_small_error_in_any_array_is_convicted(operation: str, array: str, dtype: str) -> None:
+    """Of float32 by 1 + 2^-17, of bfloat16, which has eight digits and three roundings on the way, by 1 + 2^-3."""
+    verdict = scaled_kernels.scaled(operation, array, dtype)
+    assert verdict.convicted and verdict.wrong[0].operand == (array if array == "result" else f"gradient of {array}")
 
 
 def test_enough_is_planted() -> None:
