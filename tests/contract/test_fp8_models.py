@@ -21,8 +21,8 @@ from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import parity
 from portatrain.training.trainer import train
-from tests.support.short_runs import small
 from tests.support.running import BACKENDS
+from tests.support.short_runs import small
 from tests.support.toy_models import Routed
 
 WEIGHTS = {f"blocks/attn/{w}" for w in ("wq", "wk", "wv", "wo")} | {f"blocks/mlp/{w}" for w in ("gate", "up", "down")}
