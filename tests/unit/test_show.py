@@ -70,6 +70,7 @@ def test_every_number_of_a_small_recipe(capsys: Capture) -> None:
         "dtype": "float32",
         "trains": True,
         "decays": True,
+        "fp8": False,
     }
     table = rows["embed/table"]
     assert (table["trains"], table["decays"], table["split"]) == (False, False, [["tensor"], ["fsdp"]])
