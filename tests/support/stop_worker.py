@@ -72,7 +72,7 @@ def arrange(phase: str, folder: Path) -> None:
         return
     from portatrain.checkpoint.saver import Checkpoints
     from portatrain.data import read_ahead
-    from portatrain.training import arrival, trainer
+    from portatrain.training import arrival, evaluation, trainer
     from portatrain.training.stop_requests import StopRequests
 
     if phase == "join":
@@ -82,9 +82,9 @@ def arrange(phase: str, folder: Path) -> None:
     elif phase in ("compile", "step"):
         at, loop = 1 if phase == "compile" else AT_STEP, trainer.Trainer._loop
 
-        def waiting_loop(self: Any) -> None:
+        def waiting_loop(self: Any, profile: Any) -> None:
             pause.before(self.backend, "step", lambda *_, step, **__: step == at)
-            loop(self)
+            loop(self, profile)
 
         trainer.Trainer._loop = waiting_loop  # type: ignore[method-assign]
     elif phase == "data":
@@ -109,7 +109,7 @@ def arrange(phase: str, folder: Path) -> None:
 
         StopRequests.at = at_phase  # type: ignore[method-assign]
     elif phase == "evaluation":
-        pause.before(trainer, "evaluate")
+        pause.before(evaluation, "evaluate")
     elif phase == "save":
         pause.before(Checkpoints, "save")
     elif phase == "final":

@@ -31,7 +31,7 @@ from typing import NoReturn
 
 from portatrain.backends.kernels import OPERATIONS, TABLE, Kernel, others
 from portatrain.errors import UserError, choice
-from portatrain.system.exit_codes import FOUND, OK
+from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.testing.kernels.court import RUNNERS, Verdict, judge, runner, sample, select, trials
 
 PROGRAM = "python -m portatrain.testing.kernels"
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
         return error.code
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 def run(args: argparse.Namespace) -> int:
