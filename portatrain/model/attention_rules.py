@@ -1,4 +1,4 @@
-"""Rules by which attention adds to its scores: ALiBi."""
+"""Rules of attention that every backend shares: the slopes of ALiBi, and the kv heads of a device."""
 
 from __future__ import annotations
 
@@ -37,3 +37,14 @@ def slopes_of(alibi: bool | Sequence[float] | None, heads: int) -> tuple[float, 
             do="Use alibi=True for the slopes of the paper.",
         )
     return slopes
+
+
+def head_share(heads: int, kv_heads: int, shards: int) -> int:
+    """Return how many kv heads the query heads of one device use, if `shards` devices share `heads`; 0 if that is not
+    the same number on all devices."""
+    if heads % shards:
+        return 0
+    mine, group = heads // shards, heads // kv_heads
+    if mine % group == 0:
+        return mine // group
+    return 1 if group % mine == 0 else 0

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from portatrain.backends.choose_kernel import first
 from portatrain.backends.kernels import Case, Kernel, Site
+from portatrain.model.attention_rules import head_share
 from portatrain.plan.cost.policy import Precision, Tuning
 from portatrain.plan.cost.shapes import ModelShape
 from portatrain.plan.cost.tensors import Sizes
@@ -45,10 +46,11 @@ def priced(tuning: Tuning, shape: ModelShape, mesh: Sizes, rows: int, precision:
 def _case(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> Case:
     tensor, context = mesh[TENSOR], mesh[CONTEXT]
     kv = shape.kv_heads if shape.mla is None else shape.heads
-    kv = kv // tensor if kv % tensor == 0 else kv
+    share = head_share(shape.heads, kv, tensor)
     queries, odd = divmod(shape.seq_len, context)
-    sizes = (rows, queries + bool(odd), shape.seq_len, max(1, shape.heads // tensor), max(1, kv), shape.key_size)
+    sizes = (rows, queries + bool(odd), shape.seq_len, max(1, shape.heads // tensor), share or kv, shape.key_size)
     dtype = "float32" if precision.compute == 4 else "bfloat16"
-    traits = shape.attention | ({"uneven"} if odd else frozenset())
+    uneven = {"uneven": odd, "uneven-heads": tuning.backend == "jax" and not share}
+    traits = shape.attention | {trait for trait, there in uneven.items() if there}
     site = Site(backend=tuning.backend, device=tuning.device)
     return Case(site=site, dtype=dtype, shape=sizes, traits=traits)

@@ -46,6 +46,14 @@ def test_queries_are_dealt_out_over_context_where_the_backend_does(stack: str, k
     assert priced(TUNING[stack], SHAPE, mesh, 2, BF16).balances is balances
 
 
+def test_heads_that_no_device_shares_evenly_are_priced_as_they_run() -> None:
+    """Of 24 heads and 6 kv heads on 8 devices, three heads of a device read one or two kv heads."""
+    shape = replace(SHAPE, heads=24, kv_heads=6, embed=24 * 128)
+    even, uneven = (kernel_of(shape, (1, 1, 1, 1, n), 1, BF16, TUNING["jax-tpu"]) for n in (6, 8))
+    assert even is not None and even.name == "splash"
+    assert uneven is not None and uneven.name == "chunked"
+
+
 def needed(tuning: Tuning) -> float:
     work = on_mesh(SHAPE, (1, 8, 1, 1, 1))
     return memory(

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from portatrain.model.attention_rules import head_share
 from portatrain.model.context_chunks import dealt, in_order
 from portatrain.model.layout import Layout
 
@@ -79,14 +80,3 @@ def run_per_device(
 
 def _spec(*dims: tuple[str, ...]) -> PartitionSpec:
     return PartitionSpec(*(dim or None for dim in dims))
-
-
-def head_share(heads: int, kv_heads: int, shards: int) -> int:
-    """Return how many kv heads the query heads of one device use, if `shards` devices share `heads`; 0 if that is not
-    the same number on all devices."""
-    if heads % shards:
-        return 0
-    mine, group = heads // shards, heads // kv_heads
-    if mine % group == 0:
-        return mine // group
-    return 1 if group % mine == 0 else 0

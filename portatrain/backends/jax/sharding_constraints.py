@@ -20,8 +20,9 @@ from portatrain.backends import choose_kernel
 from portatrain.backends.jax.attention import Shards, case_of
 from portatrain.backends.jax.losses import Cut
 from portatrain.backends.jax.low_precision import SMALL_TABLES, rows
-from portatrain.backends.jax.per_device import head_share, run_per_device
+from portatrain.backends.jax.per_device import run_per_device
 from portatrain.backends.kernels import Site
+from portatrain.model.attention_rules import head_share
 from portatrain.model.layout import BATCH_MESH_AXES, Layout, Spec
 from portatrain.model.module import Constant, TensorInfo
 
