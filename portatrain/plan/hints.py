@@ -24,12 +24,11 @@ def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | 
     """Return the least memory per device over all meshes, with blocks recomputed and one row per microbatch;
     None if no mesh divides."""
     found = None
-    tuning = tuning_of(cluster.chip.stack)
+    tuning, kind = tuning_of(cluster.chip.stack), PRECISIONS[precision]
     per_domain = cluster.domain * cluster.chip.devices_per_chip
     for mesh in meshes.legal(shape, cluster.devices, per_domain, {}):
         work = on_mesh(shape, mesh)
         rows = shape.batch // work.rows
-        kind = PRECISIONS[precision]
         need = memory(
             work,
             tokens=work.seq,

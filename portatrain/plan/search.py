@@ -84,7 +84,7 @@ class _Search:
             return
         best: Candidate | None = None
         for rows, accumulation, remat, precision, need in fitting:
-            tokens = rows * work.seq
+            tokens, tuning = rows * work.seq, self._tuning(work, rows, precision)
             for placement in placements:
                 self.times += 1
                 time = step_time(
@@ -96,7 +96,7 @@ class _Search:
                     precision=precision,
                     slot_bytes=self.shape.slot_bytes,
                     rate=self.rates[precision.name],
-                    tuning=self._tuning(work, rows, precision),
+                    tuning=tuning,
                 )
                 tight = need.total > self.roomy
                 if best is None or (tight, time.total) < (best.memory.total > self.roomy, best.step_s):
