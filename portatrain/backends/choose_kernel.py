@@ -71,10 +71,10 @@ def choose(operation: str, case: Case) -> Choice:
     """
     known = rows(operation, case.site.backend)
     reasons = {k.name: k.refuses(case) for k in known}
-    first = next(k for k in known if reasons[k.name] is None)
+    by_default = first(operation, case)
     name = dict(case.site.named).get(operation)
     if name is None:
-        chosen = first
+        chosen = by_default
     else:
         chosen = rows(operation, case.site.backend, name)[0]
         if (reason := reasons[name]) is not None:
@@ -82,7 +82,7 @@ def choose(operation: str, case: Case) -> Choice:
                 f"kernel {operation}={name}",
                 expected="a case that it covers",
                 got=f"{reason} (shape {case.shape}, {case.dtype}, {', '.join(sorted(case.traits)) or 'no mask'})",
-                do=f"Leave --kernel out: {first.name} runs then.",
+                do=f"Leave --kernel out: {by_default.name} runs then.",
             )
     against = {k.name: reasons[k.name] or _passed_over(chosen, named=name is not None) for k in known if k != chosen}
     made = Choice(kernel=chosen, case=case, against=tuple(against.items()))

@@ -94,9 +94,10 @@ def axes_of(letters: str, term: str) -> tuple[int, ...]:
     return tuple(i for i, c in enumerate(term) if c in letters)
 
 
-def aligned(letters: str, out: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-    """Return (a permutation of the axes `letters`, the index that then adds axes of size 1), so that an array with
-    these axes broadcasts over an array with the axes `out`."""
+def aligned(term: str, over: str, out: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Return (a permutation, the index that then adds axes of size 1), with which the scales of an operand, which have
+    the axes of `term` without those of `over`, broadcast over a result with the axes `out`."""
+    letters = "".join(c for c in term if c not in over)
     order = tuple(letters.index(c) for c in out if c in letters)
     return order, tuple(slice(None) if c in letters else None for c in out)  # type: ignore[misc]
 

@@ -15,29 +15,16 @@ from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import backend_class, missing
 from portatrain.backends.program import make_program
 from portatrain.errors import UserError
-from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants, parity
 from portatrain.training import continuity
 from portatrain.training.trainer import train
 from tests.support.lost_commits import lose
 from tests.support.running import everything
+from tests.support.short_runs import small
 
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
-SMALL = [
-    "model.layers=2",
-    "model.embed=32",
-    "model.mlp=64",
-    "model.dropout=0.1",
-    "data.seq_len=64",
-    "batch=8",
-    "accumulation=2",
-    "steps=12",
-    "schedule.warmup=2",
-    "eval_every=none",
-    "hooks=()",
-    "ema_decay=0.9",
-]
 
 # Compiling takes most of their time.
 SLOW = [("jax", "Adafactor"), ("jax", "Lion"), ("jax", "SGD")]
@@ -45,10 +32,6 @@ SLOW = [("jax", "Adafactor"), ("jax", "Lion"), ("jax", "SGD")]
 
 def bounds() -> continuity.Bounds:
     return continuity.Bounds.of(small().describe(), "fp32", 512)
-
-
-def small(*more: str) -> Recipe:
-    return apply_overrides(load_recipe("tiny-lm"), [*SMALL, *more])
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16"])

@@ -59,7 +59,7 @@ class Accumulation:
     def __call__(self, batch: Mapping[str, Any]) -> Sums:
         """Return the sums over `batch`, whose arrays are (microbatches, samples, ...)."""
         n = next(iter(batch.values())).shape[0]
-        first = jax.tree.map(lambda a: a[0], batch)
+        first = _first(batch)
         if n == 1:
             return self._whole(first, Across())
         if (mine := of_one_replica(self.layout)) is not None:

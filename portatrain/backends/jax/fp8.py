@@ -81,7 +81,7 @@ def _product(spec: str, a: tuple[Any, Format], b: tuple[Any, Format], over: str,
     operands, scales = [], []
     for (array, kind), term in zip((a, b), inputs.split(","), strict=True):
         values, scale = _operand(array, axes_of(over, term), kind, device)
-        order, index = aligned("".join(c for c in term if c not in over), out)
+        order, index = aligned(term, over, out)
         operands.append(values)
         scales.append(scale.transpose(order)[index])
     precision = jax.lax.Precision.HIGHEST if device == EMULATED else None

@@ -55,7 +55,7 @@ def _scaled(spec: str, a: tuple[Array, Format], b: tuple[Array, Format], over: s
     found, scales = [], []
     for (array, kind), term in zip((a, b), inputs.split(","), strict=True):
         values, scale = rounded(array, axes_of(over, term), kind)
-        order, index = aligned("".join(c for c in term if c not in over), out)
+        order, index = aligned(term, over, out)
         found.append(values)
         scales.append(scale.transpose(order)[index])
     with np.errstate(invalid="ignore"):

@@ -86,7 +86,7 @@ def product(
         return _multiplied(spec, found, (a[1], b[1]), over, device)
     total = torch.einsum(spec, *(emulated(values, kind) for (values, _), (_, kind) in zip(found, (a, b), strict=True)))
     for (_, scale), term in zip(found, terms, strict=True):
-        order, index = aligned("".join(c for c in term if c not in over), out)
+        order, index = aligned(term, over, out)
         total = total * scale.permute(order)[index]
     return total.to(b[0].dtype)
 

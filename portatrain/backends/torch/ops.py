@@ -356,10 +356,7 @@ def run_block(
     """Run one layer; return (carry, out, auxes as plain tuples, tallies). Pure, so it can be compiled and
     recomputed."""
     make: Callable[..., TorchOps] = static.ops or TorchOps
-    ops = make(static, *context, kept=kept, across=None)
-    # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
-    carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
-    return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
+    return _layer(block, make(static, *context, kept=kept, across=None), carry, args)
 
 
 def run_block_handing(
@@ -368,10 +365,13 @@ def run_block_handing(
     """Run one layer as `run_block` does, with what earlier layers made; return also what this one made."""
     make: Callable[..., TorchOps] = static.ops or TorchOps
     mine = Handed(handed, tuple(a for a in tree_leaves(args) if isinstance(a, Tensor)))
-    ops = make(static, *context, handed=mine, across=None)
-    carry, out = check_layer(block, (block if static.calls else block.forward)(ops, carry, *args))
-    auxes = {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}
-    return carry, out, auxes, ops.tallies, mine.made
+    return *_layer(block, make(static, *context, handed=mine, across=None), carry, args), mine.made
+
+
+def _layer(block: Any, ops: TorchOps, carry: Any, args: tuple) -> tuple[Any, Any, dict, dict]:
+    # The module's own call is not used: hooks (FSDP2's) are around all of this, not inside the compiled part.
+    carry, out = check_layer(block, (block if ops.static.calls else block.forward)(ops, carry, *args))
+    return carry, out, {k: (a.value_B, a.count, a.reduce, a.loss) for k, a in ops.auxes.items()}, ops.tallies
 
 
 def _whole_table(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

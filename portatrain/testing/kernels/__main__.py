@@ -151,9 +151,8 @@ class _Progress:
 def _list(args: argparse.Namespace) -> None:
     if args.cases != "*":
         for operation in [args.operation] if args.operation else OPERATIONS:
-            for trial in trials(operation):
-                if trial in select(operation, args.cases, empty=True):
-                    print(f"{operation:15} {' '.join(trial.dtypes):17} {trial.name}")
+            for trial in select(operation, args.cases, empty=True):
+                print(f"{operation:15} {' '.join(trial.dtypes):17} {trial.name}")
         return
     ours = set(map(id, TABLE))
     for backend, kernel in _rows(args):
