@@ -1,5 +1,5 @@
-"""Multi-head latent attention. Shape letters: B batch, S seq, E embed, L latent, H heads, D features per head of queries
-and keys, N of them without positions, R of them rotary, V features per head of a value."""
+"""Multi-head latent attention. Shape letters: B batch, S seq, E embed, L latent, H heads, D features per head of a
+query or key, N of them without positions, R of them rotary, V features per head of a value."""
 
 from __future__ import annotations
 
