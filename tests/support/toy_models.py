@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from portatrain.model.layers import Dropout, Embedding, GatedMLP, Linear, RMSNorm
+from portatrain.model.layers import Dropout, Embedding, GatedMLP, LatentAttention, Linear, RMSNorm
 from portatrain.model.module import Module, Param, Stack, State
 from recipes.models.decoder import Block, Decoder, DecoderConfig
 
@@ -225,3 +225,36 @@ class Ruled(Module):
         return ops.cross_entropy(
             ops.shard(x_BSE, "batch", "seq", None), self.table, batch["targets"], mask=batch["mask"]
         )
+
+
+class LatentBlock(Module):
+    def __init__(self, *, embed: int, mlp: int, **sizes: Any) -> None:
+        self.norm = RMSNorm(embed=embed)
+        self.attn = LatentAttention(embed=embed, **sizes)
+        self.mlp_norm = RMSNorm(embed=embed)
+        self.mlp = GatedMLP(embed=embed, mlp=mlp)
+
+    def __call__(self, ops: Any, x_BSE: Any, rope: Any, segment_ids: Any) -> Any:
+        x_BSE = x_BSE + self.attn(ops, self.norm(ops, x_BSE), rope, segment_ids)
+        return x_BSE + self.mlp(ops, self.mlp_norm(ops, x_BSE)), None
+
+
+class Latent(Module):
+    """Embedding, a Stack of blocks with latent attention, a tied output."""
+
+    def __init__(self, *, vocab: int, embed: int, layers: int, rope_dim: int, **sizes: Any) -> None:
+        self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
+        self.blocks = Stack(LatentBlock(embed=embed, rope_dim=rope_dim, **sizes), layers)
+        self.rope_dim = rope_dim
+
+    def hidden(self, ops: Any, batch: Any) -> Any:
+        rope = ops.rope_table(batch["positions"], self.rope_dim)
+        x_BSE = ops.shard(self.embed(ops, batch["tokens"]), "batch", "res_seq", None)
+        x_BSE, _ = self.blocks(ops, x_BSE, rope, batch["segment_ids"])
+        return ops.shard(x_BSE, "batch", "seq", None)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        return ops.cross_entropy(self.hidden(ops, batch), self.embed.table, batch["targets"], mask=batch["mask"])
+
+    def predict(self, ops: Any, batch: Any) -> Any:
+        return ops.einsum("bse,ve->bsv", self.hidden(ops, batch), self.embed.table, dtype="float32")
