@@ -43,8 +43,9 @@ class TorchExperts:
         self._not_inside()
         params = tuple(not_adapted(p) for p in params)
         n = check_experts(x_BSE, experts_BSC, weights_BSC, [tuple(p.shape) for p in params])
-        run = self._body(body, [self._expert_param(p) for p in params])
-        return self._of_tokens(run, x_BSE.to(self.static.compute), experts_BSC, weights_BSC, n)
+        held = [self._expert_param(p) for p in params]
+        mine, run = same_number(held), self._body(body, held)
+        return self._of_tokens(run, x_BSE.to(self.static.compute), experts_BSC, weights_BSC, n, mine)
 
     def _not_inside(self) -> None:
         if self.rows is not None:
@@ -70,22 +71,23 @@ class TorchExperts:
         return dataclasses.replace(self, rows=rows, auxes={}, tallies={}, across=None)  # type: ignore[type-var]
 
     def _of_tokens(
-        self, run: Callable[..., Any], x_BSE: Tensor, experts_BSC: Tensor, weights_BSC: Tensor, n: int
+        self, run: Callable[..., Any], x_BSE: Tensor, experts_BSC: Tensor, weights_BSC: Tensor, n: int, mine: int
     ) -> Any:
+        """`mine`: the number of experts of this process, of n."""
         b, s, chosen = experts_BSC.shape
         flat_N = experts_BSC.reshape(-1)
-        order_N, back_N = _order(flat_N)
+        order_N, back_N = order_of(flat_N)
         sizes_X = _counts(flat_N[order_N], n)
         rows_NE = _Spread.apply(x_BSE.reshape(b * s, -1), order_N, back_N)
-        found_NF = self._on_their_devices(run, rows_NE, sizes_X)
-        each = _Permuted.apply(found_NF, back_N, order_N).reshape(b, s, chosen, -1)
+        found_NF = self._on_their_devices(run, rows_NE, sizes_X, mine)
+        each = permuted(found_NF, back_N, order_N).reshape(b, s, chosen, -1)
         weights = weights_BSC.float()
         out = each[:, :, 0].float() * weights[:, :, 0, None]
         for c in range(1, chosen):
             out = out + each[:, :, c].float() * weights[:, :, c, None]
         return out.to(found_NF.dtype)
 
-    def _on_their_devices(self, run: Callable[..., Any], rows_NE: Tensor, sizes_X: Tensor) -> Tensor:
+    def _on_their_devices(self, run: Callable[..., Any], rows_NE: Tensor, sizes_X: Tensor, mine: int) -> Tensor:
         return run(rows_NE, sizes_X, rows_NE.shape[0])
 
     def grouped_matmul(self, x_NE: Any, w_XEF: Any) -> Any:
@@ -134,11 +136,29 @@ def load_kernels() -> None:
         LOADED.setdefault(kernel.where, kernel.load())
 
 
-def _order(keys_N: Tensor) -> tuple[Tensor, Tensor]:
+def order_of(keys_N: Tensor) -> tuple[Tensor, Tensor]:
     """Return the stable order of keys, and its inverse."""
     order = torch.argsort(keys_N, stable=True)
     at = torch.arange(order.shape[0], device=order.device)
     return order, torch.empty_like(order).scatter_(0, order, at)
+
+
+def same_number(held: Sequence[Any]) -> int:
+    """Return the number of experts of this process, which all params have."""
+    counts = {p.shape[0] for p in held}
+    if len(counts) != 1:
+        raise UserError(
+            "ops.experts",
+            expected="params that all have their experts over the same mesh axes",
+            got=f"{', '.join(map(str, sorted(counts)))} experts on this process",
+            do="Give every param the axis experts first.",
+        )
+    return counts.pop()
+
+
+def permuted(x_NE: Tensor, order_N: Tensor, back_N: Tensor) -> Tensor:
+    """Return x[order]; `back` is the inverse of the order."""
+    return _Permuted.apply(x_NE, order_N, back_N)
 
 
 def _counts(sorted_N: Tensor, n: int) -> Tensor:
