@@ -15,7 +15,7 @@ from portatrain.testing.tolerance import amplification, moved, tolerance
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import BACKENDS, Running, image_batch, microbatches, tokens_batch
-from tests.support.toy_models import Latent, Nested, Routed
+from tests.support.toy_models import Latent, Mixture, Nested, Routed
 
 
 def decoder(**options: Any) -> Callable[[], Module]:
@@ -30,6 +30,10 @@ def vit() -> Module:
 
 def routed() -> Module:
     return Routed(vocab=23, embed=12, layers=2, experts=4, chosen=2, rate=0.01)
+
+
+def mixture(*, clamped: bool) -> Callable[[], Module]:
+    return lambda: Mixture(vocab=23, embed=8, layers=2, experts=4, chosen=2, clamped=clamped)
 
 
 def nested() -> Module:
@@ -52,6 +56,8 @@ MODELS: dict[str, Callable[[], Module]] = {
     "latent, queries from the input": latent(softcap=3.0),
     "vit": vit,
     "routed": routed,
+    "mixture": mixture(clamped=False),
+    "mixture, clamped with biases": mixture(clamped=True),
     "nested": nested,
 }
 
