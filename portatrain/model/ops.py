@@ -32,7 +32,7 @@ from portatrain.model.ops_results import check_aux as check_aux
 from portatrain.model.ops_results import check_layer as check_layer
 from portatrain.model.ops_results import check_samples as check_samples
 from portatrain.model.ops_structure import StructureOps
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling
 
 
 class Ops(ArrayOps, ExpertOps, StructureOps, Protocol):
@@ -112,12 +112,13 @@ class Ops(ArrayOps, ExpertOps, StructureOps, Protocol):
         ...
 
     def rope_table(
-        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Array, Array]:
         """Return (cos, sin) of the rotary angles positions * theta^(-2i/head_dim), for i below head_dim/2.
 
         positions: (S,) or (B, S) integers. Returns two arrays of positions.shape + (head_dim/2,), float32.
-        The frequencies are computed in float64, stretched by `scaling` if given, and rounded once to float32.
+        The frequencies are computed in float64, stretched by `scaling` if given, and rounded once to float32. A scaling
+        that depends on the length of the text takes S; with a key-value cache, give `scaling.at(length)`.
         bf16: the table stays float32. Build it once, outside the Stack, and pass it in as a shared argument.
         Example: `table = ops.rope_table(ops.arange(tokens_BS.shape[1]), 64)`
         """

@@ -33,7 +33,7 @@ from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling, rotary
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
 
@@ -191,12 +191,12 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         return summed_in_two_steps(p, (like.shape[0], *(1,) * between))
 
     def rope_table(
-        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Any, Any]:
-        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
-        angles = positions.astype(jnp.float32)[..., None] * np.float32(frequencies)
-        return jnp.cos(angles), jnp.sin(angles)
+        frequencies, factor = rotary(head_dim, theta, scaling, positions.shape[-1])
+        angles = positions.astype(jnp.float32)[..., None] * np.array(frequencies, np.float32)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
     def rope(self, x_BSHD: Any, table: tuple[Any, Any]) -> Any:
         cos, sin = (t[..., None, :] for t in table)  # (S, 1, D/2) or (B, S, 1, D/2): broadcast over heads

@@ -21,7 +21,7 @@ from portatrain.model.fp8 import Form
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling, rotary
 
 Array = np.ndarray
 
@@ -99,13 +99,12 @@ class ReferenceOps(ReferenceArrays, ReferenceExperts):
         return y if bias is None else y + bias
 
     def rope_table(
-        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Array, Array]:
-        frequencies = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
-        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
-        angles = positions[..., None].astype(np.float32) * frequencies.astype(np.float32)
+        frequencies, factor = rotary(head_dim, theta, scaling, positions.shape[-1])
+        angles = positions[..., None].astype(np.float32) * np.array(frequencies, np.float32)
         angles = angles.astype(np.float64)
-        return np.cos(angles), np.sin(angles)
+        return factor * np.cos(angles), factor * np.sin(angles)
 
     def rope(self, x_BSHD: Array, table: tuple[Array, Array]) -> Array:
         cos, sin = (t[..., None, :] for t in table)

@@ -32,7 +32,7 @@ from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model import dropout_hash
 from portatrain.model.fp8 import Form, unquantised
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling
 
 Placements = Sequence[Placement]
 
@@ -196,10 +196,11 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
         return self._from(self.parts.layer_norm(self._local(x, at), scale, bias, eps=eps), at)
 
     def rope_table(
-        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> Any:
         positions = self._value(positions)
         at = self._keep(positions)
+        scaling = None if scaling is None else scaling.at(positions.shape[-1])  # the whole length, not a process's
         cos, sin = self.parts.rope_table(self._local(positions, at), head_dim, theta=theta, scaling=scaling)
         return self._from(cos, at), self._from(sin, at)
 

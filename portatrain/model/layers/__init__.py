@@ -3,6 +3,8 @@
 Your own model may use them, subclass them or do without them.
 """
 
+from portatrain.model.layers._alternating import layers_of as layers_of
+from portatrain.model.layers._alternating import places_of as places_of
 from portatrain.model.layers._attention import Attention as Attention
 from portatrain.model.layers._basic import Dropout as Dropout
 from portatrain.model.layers._basic import Embedding as Embedding
