@@ -22,7 +22,8 @@ class Row:
     ``mesh``, ``rows`` (samples of a microbatch on each data-parallel device), ``accumulation`` and ``remat`` are the
     publisher's. ``mesh`` is None if the publisher used pipeline stages, which the planner does not plan; then the
     planner's own best mesh replaces it. ``counted``: the number of chips was published with the figure; else it is the
-    number of the publisher's configuration. ``seq_len``: the length of a sample, if not the preset's. ``part`` names
+    number of the publisher's configuration. ``seq_len``: the length of a sample, if not the preset's. ``sizes``:
+    those of a model without a preset. ``part`` names
     a chip that differs from the catalog's, ``changes`` how.
     """
 
@@ -38,6 +39,7 @@ class Row:
     remat: Remat | None = None
     capacity: float = 1.0
     seq_len: int | None = None
+    sizes: ModelShape | None = None
     counted: bool = True
     part: str = ""
     changes: Mapping[str, tuple[float, str]] = field(default_factory=dict)
@@ -49,7 +51,7 @@ class Row:
     @property
     def shape(self) -> ModelShape:
         """Return the sizes of the model, with the publisher's length of a sample."""
-        preset = PRESETS[self.model]
+        preset = self.sizes or PRESETS[self.model]
         return replace(preset, seq_len=self.seq_len or preset.seq_len)
 
     @property
