@@ -28,7 +28,6 @@ from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
 
-
 Streams = Mapping[str, Stream | PackedStream]
 
 
@@ -165,7 +164,7 @@ def _check(spec: DataSpec) -> None:
             "data spec",
             expected="a frozen dataclass that derives from portatrain.data.DataSpec",
             got=f"a {kind}",
-            do="Use one of Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap, or derive one of your own.",
+            do="Use one of Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap, or derive your own.",
         )
     if not (_gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
         raise refusal(spec)
@@ -185,6 +184,12 @@ def _check(spec: DataSpec) -> None:
 
 def _gives_tokens(spec: DataSpec) -> bool:
     return isinstance(spec, (Stdlib, TextFiles, Jsonl, TokenMemmap, PackedTokens)) or gives_documents(spec)
+
+
+def is_packable(spec: DataSpec) -> bool:
+    """Return True for a source of documents that is not packed yet."""
+    _check(spec)
+    return _gives_tokens(spec) and not isinstance(spec, PackedTokens)
 
 
 def blank_batch(spec: DataSpec, count: int) -> Batch:

@@ -2,10 +2,10 @@
 
 A store has a manifest, ``store.json``, and for each split the shards ``SPLIT-00000.tokens``, ``SPLIT-00001.tokens``,
 and so on. The shards of a split are its stream of tokens, cut after every ``shard_blocks`` blocks; documents go on from
-one shard to the next. So token t is in block t div TOKENS of the stream, and that is in shard block div ``shard_blocks``.
+one shard to the next. So token t is in block t div TOKENS of the stream, and block b in shard b div ``shard_blocks``.
 
-A block is TOKENS ids, little-endian; a bit for each, 1 where a document begins (bit i is bit i mod 8, from the lowest, of
-byte i div 8); and the CRC-32 of all this. The last block of a stream is filled up with zeros. `block_dtype` says the
+A block is TOKENS ids, little-endian; a bit for each, 1 where a document begins (bit i is bit i mod 8, from the lowest,
+of byte i div 8); and the CRC-32 of all this. The last block of a stream is filled up with zeros. `block_dtype` says the
 same to NumPy.
 
 The manifest is written last and in one step: a folder without it is no store. It has the SHA-256 of every shard, and of
@@ -45,7 +45,7 @@ def block_dtype(ids: str) -> np.dtype:
 
 
 def seal(ids: np.ndarray, starts: np.ndarray, kind: np.dtype) -> np.ndarray:
-    """Return the blocks, (n,) of `kind`, of n * TOKENS ids, of which `starts`, bool, marks those that begin documents."""
+    """Return the blocks, (n,) of `kind`, of n * TOKENS ids; `starts`, bool, marks those that begin documents."""
     blocks = np.zeros(len(ids) // TOKENS, kind)
     blocks["tokens"] = ids.reshape(-1, TOKENS)
     blocks["starts"] = np.packbits(starts.reshape(-1, TOKENS), axis=1, bitorder="little")
@@ -191,7 +191,8 @@ def parse(where: str, data: bytes) -> Manifest:
             splits={split: SplitFacts.of(row) for split, row in meta["splits"].items()},
         )
         for split, facts in made.splits.items():
-            shards = -(-(-(-facts.tokens // TOKENS)) // made.shard_blocks)
+            blocks = -(-facts.tokens // TOKENS)
+            shards = -(-blocks // made.shard_blocks)
             if shards != len(facts.sha256) or not split.isalpha():
                 raise ValueError(f"{len(facts.sha256)} shards of {split} instead of {shards}")
         if made.fingerprint != meta["fingerprint"]:

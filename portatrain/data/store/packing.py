@@ -13,7 +13,7 @@ tokens up to there are on disk (`state.json`). Whatever is written later is writ
 from __future__ import annotations
 
 import hashlib
-import sys
+import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -30,13 +30,24 @@ from portatrain.data.finding import PassedOver
 from portatrain.data.sources import Documents
 from portatrain.data.spec import DataSpec
 from portatrain.data.store.encoders import Encoders, Processes
-from portatrain.data.store.layout import FORMAT, MANIFEST, Manifest, Meta, SplitFacts, block_dtype, checked, sound
+from portatrain.data.store.layout import (
+    FORMAT,
+    MANIFEST,
+    Manifest,
+    Meta,
+    SplitFacts,
+    block_dtype,
+    checked,
+    shard_name,
+    sound,
+)
+from portatrain.data.store.origin import other, require_begun, require_same, source_sum, tokenizer_sum, versions
 from portatrain.data.store.places import UNFINISHED, Bucket, Folder, manifest
 from portatrain.data.store.progress import Progress
 from portatrain.data.store.stream_writer import StreamWriter
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.model.rng import Permutation
-from portatrain.system.paths import cache_folder, expand
+from portatrain.system.paths import cache_folder
 
 GROUP_DOCUMENTS = 8192
 GROUP_BYTES = 32 << 20
@@ -81,9 +92,10 @@ def pack(
         UserError: the source is malformed, or has changed since an unfinished store was begun; the store is of
             something else. StorageError: storage failed; the same call goes on.
     """
-    made_from = {**identity(spec), "tokenizer_sha256": _tokenizer_sum(spec)}
+    made_from = {**identity(spec), "tokenizer_sha256": tokenizer_sum(spec)}
     if (whole := manifest(at)) is not None:
-        _require_same(at.where, whole.made_from, made_from)
+        require_same(at.where, whole.made_from, made_from)
+        _clean_up(at)
         return whole
     try:
         source = open_source(spec)
@@ -121,10 +133,10 @@ class _Packing:
         self._spec, self._source, self._at, self._fence = spec, source, at, fence
         self._held = source.held_out(getattr(spec, "validation", 0.0))
         self._ids = np.min_scalar_type(source.vocab - 1).name
-        self._same = {
+        self._same: Meta = {
             "made_from": made_from,
-            "made_with": _versions(spec),
-            "source": _source_sum(source, self._held),
+            "made_with": versions(spec),
+            "source": source_sum(source, self._held),
             "shard_blocks": max(1, shard_bytes // block_dtype(self._ids).itemsize),
         }
         self._listed, self._read = source.passed, PassedOver()
@@ -160,12 +172,10 @@ class _Packing:
         made = self._manifest()
         with guard():
             self._at.commit(MANIFEST, made.as_bytes())
-        self._clean_up()
+        _clean_up(self._at)
         return made
 
-    def _pack_split(
-        self, mine: np.ndarray, encoders: Encoders | None, later: Any, progress: Progress
-    ) -> SplitFacts:
+    def _pack_split(self, mine: np.ndarray, encoders: Encoders | None, later: Any, progress: Progress) -> SplitFacts:
         writer = StreamWriter(
             self._folder,
             self._split,
@@ -298,42 +308,40 @@ class _Packing:
         self._saved_s = time.monotonic()
 
     def _resume(self) -> None:
-        """Go on from the state that was written down, if there is one."""
-        local = Folder(self._folder)
-        data = local.get(STATE)
-        if data is None and self._uploads:  # begun on another machine
-            data = self._at.get(STATE)
-        if data is None:
-            return
+        """Go on from the state that was written down, if there is one: here, or else in the object store."""
+        for place in (Folder(self._folder), self._at) if self._uploads else (self._at,):
+            data = place.get(STATE)
+            if data is not None and self._take(data):
+                return
+
+    def _take(self, data: bytes) -> bool:
+        """Go on from a state. Return False if the store does not have the shards of which it tells any more."""
         try:
             meta = sound(data)
-            theirs = {k: meta.get(k) for k in self._same}
             if meta["format"] != FORMAT:
                 raise ValueError(f"format {meta['format']!r}")
         except ValueError as error:
-            raise _other(self._at.where, "a state that this release wrote", str(error)) from error
-        for key, words in (
-            ("made_from", "the same source, fields and tokenizer"),
-            ("source", "the same documents as when it was begun"),
-            ("made_with", "the same releases as when it was begun"),
-            ("shard_blocks", "the same size of shards"),
-        ):
-            if theirs[key] != self._same[key]:
-                names = sorted(k for k in self._same[key] if theirs[key].get(k) != self._same[key][k]) if isinstance(
-                    theirs[key], dict
-                ) and isinstance(self._same[key], dict) else []
-                raise _other(self._at.where, words, f"others ({', '.join(names)})" if names else "others")
-        self._split, self._next, self._group = meta["split"], meta["next"], meta["group"]
-        self._read = PassedOver(meta["passed"])
-        self._done = {split: SplitFacts.of(row) for split, row in meta["done"].items()}
-        self._state_writer = meta["writer"]
-        if self._uploads and self._state_writer is not None and self._state_writer["blocks"]:
-            from portatrain.data.store.layout import shard_name
-
-            name = shard_name(self._split, len(self._state_writer["sha256"]))
+            raise other(self._at.where, "a state that this release wrote", str(error)) from error
+        require_begun(self._at.where, meta, self._same)
+        done = {split: SplitFacts.of(row) for split, row in meta["done"].items()}
+        writer = meta["writer"]
+        told = [(split, len(facts.sha256)) for split, facts in done.items()]
+        told += [(meta["split"], len(writer["sha256"]))] if writer is not None else []
+        missing = {shard_name(split, n) for split, count in told for n in range(count)} - self._at.names()
+        if missing and not self._uploads:
+            raise other(self._at.where, f"{min(missing)}, which was packed", "no such file")
+        if missing:
+            return False
+        if self._uploads and writer is not None and writer["blocks"]:
+            name = shard_name(meta["split"], len(writer["sha256"]))
             assert isinstance(self._at, Bucket)
-            if not (self._folder / name).exists() and self._at.objects.exists(name):
+            if not (self._folder / name).exists():
+                if not self._at.objects.exists(name):
+                    return False
                 self._at.objects.fetch(name, self._folder / name)
+        self._split, self._next, self._group = meta["split"], meta["next"], meta["group"]
+        self._read, self._done, self._state_writer = PassedOver(meta["passed"]), done, writer
+        return True
 
     def _upload(self, name: str) -> None:
         """Send a shard, and the state that was written down last, from which another machine could go on."""
@@ -349,67 +357,9 @@ class _Packing:
             (self._folder / before).unlink(missing_ok=True)
         kept.write_text(name)
 
-    def _clean_up(self) -> None:
-        """Remove what is not part of the whole store; the claim is left to its owner."""
-        import shutil
 
-        self._at.remove(STATE)
-        if self._uploads:
-            shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _require_same(where: str, theirs: Meta, ours: Meta) -> None:
-    keys = [k for k in {**theirs, **ours} if theirs.get(k) != ours.get(k)]
-    if keys:
-        raise UserError(
-            f"packed store {where}",
-            expected=", ".join(f"{k}={ours.get(k)!r}" for k in keys),
-            got=f"one made with {', '.join(f'{k}={theirs.get(k)!r}' for k in keys)}",
-            do="Name another place, or delete this store.",
-        )
-
-
-def _other(where: str, expected: str, got: str) -> UserError:
-    return UserError(
-        f"unfinished store {where}",
-        expected=expected,
-        got=got,
-        do="Restore what has changed, or delete the unfinished store and pack it again.",
-    )
-
-
-def _versions(spec: DataSpec) -> Meta:
-    out = {}
-    if getattr(spec, "tokenizer", None) is not None:
-        import tokenizers
-
-        out["tokenizers"] = tokenizers.__version__
-    if type(spec).__name__ == "Stdlib":
-        out["python"] = sys.version.split()[0]
-    return out
-
-
-def _tokenizer_sum(spec: DataSpec) -> str | None:
-    tokenizer = getattr(spec, "tokenizer", None)
-    if tokenizer is None:
-        return None
-    path = expand(tokenizer)
-    path = path / "tokenizer.json" if path.is_dir() else path
-    try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError:  # opening the source says what is wrong
-        return None
-
-
-def _source_sum(source: Documents, held: np.ndarray) -> str:
-    """Return a sum of the documents' names and of the sizes of their files."""
-    digest = hashlib.sha256()
-    for name, path in source.files:
-        try:
-            size = path.stat().st_size if isinstance(path, Path) else -1
-        except OSError:
-            size = -1
-        digest.update(f"{name}\0{size}\0".encode("utf-8", "backslashreplace"))
-    for array in (source.file, source.index, held):
-        digest.update(np.ascontiguousarray(array).data)
-    return digest.hexdigest()
+def _clean_up(at: Folder | Bucket) -> None:
+    """Remove what is not part of a whole store; the claim is left to its owner."""
+    at.remove(STATE)
+    if isinstance(at, Bucket):
+        shutil.rmtree(work_folder(at), ignore_errors=True)

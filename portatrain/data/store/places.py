@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 from pathlib import Path
 from typing import Protocol
@@ -39,6 +38,10 @@ class Place(Protocol):
 
     def forget(self, name: str) -> None:
         """Close what is held open of a file, so that the next read opens it anew."""
+        ...
+
+    def names(self) -> set[str]:
+        """Return the names of the files, without those in folders."""
         ...
 
     def remove(self, name: str) -> None:
@@ -99,12 +102,11 @@ class Folder:
         with self._lock:
             self._open.pop(name, None)
 
+    def names(self) -> set[str]:
+        return {entry.name for entry in os.scandir(self.path) if entry.is_file()}
+
     def remove(self, name: str) -> None:
-        target = self.path / name
-        if target.is_dir():
-            shutil.rmtree(target, ignore_errors=True)
-        else:
-            target.unlink(missing_ok=True)
+        (self.path / name).unlink(missing_ok=True)
 
 
 class Bucket:
@@ -126,6 +128,9 @@ class Bucket:
 
     def forget(self, name: str) -> None:
         pass
+
+    def names(self) -> set[str]:
+        return {one.name for one in self.objects.top()[0]}
 
     def remove(self, name: str) -> None:
         self.objects.delete(name)

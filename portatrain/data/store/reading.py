@@ -66,7 +66,7 @@ class PackedStream:
             pieces.append(mine)
             for piece in mine:
                 if piece not in wanted:
-                    wanted[piece] = self._pool.submit(lambda piece=piece: self._piece(*piece))
+                    wanted[piece] = self._pool.submit(functools.partial(self._piece, *piece))
         found = {piece: self._wait(piece, future) for piece, future in wanted.items()}
         for row, (b, mine) in enumerate(zip(begin.tolist(), pieces, strict=True)):
             for shard, first, count in mine:
@@ -118,8 +118,9 @@ class PackedStream:
         name = shard_name(self._split, shard)
         size = self._kind.itemsize
         key = f"{self._mark}/{name}/{first}"
+        problem = ""
         for wait_s in (0.0, *AGAIN_AFTER_S):
-            if wait_s:
+            if problem:
                 say(f"portatrain: packed store {self._at.where}: {problem}; it is tried again in {wait_s:g} s")
                 time.sleep(wait_s)
             data = None if self._cache is None else self._cache.get(key)
@@ -248,6 +249,12 @@ def streams_of(spec: PackedTokens) -> dict[str, PackedStream]:
 @functools.cache
 def _cache(folder: Path, budget_bytes: int) -> Cache:
     return Cache(folder, budget_bytes)
+
+
+def gives_bytes(spec: PackedTokens) -> bool:
+    """Return whether every token of a store is a byte of text. Raises UserError if there is no store."""
+    found = required(place(spec.path))
+    return found.made_from.get("tokenizer") is None and all(s.bytes is not None for s in found.splits.values())
 
 
 def say(line: str) -> None:

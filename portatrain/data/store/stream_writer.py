@@ -174,5 +174,3 @@ class StreamWriter:
             got=got,
             do="Delete the unfinished store and pack it again.",
         )
-
-
