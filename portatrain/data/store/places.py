@@ -28,6 +28,10 @@ class Place(Protocol):
         """Return bytes [start, start + length) of a file, fewer if it ends before. May be called by several threads."""
         ...
 
+    def size(self, name: str) -> int:
+        """Return the bytes of a file."""
+        ...
+
     def get(self, name: str) -> bytes | None:
         """Return a file, or None if there is none."""
         ...
@@ -89,6 +93,9 @@ class Folder:
             at += len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    def size(self, name: str) -> int:
+        return (self.path / name).stat().st_size
+
     def get(self, name: str) -> bytes | None:
         try:
             return (self.path / name).read_bytes()
@@ -118,6 +125,9 @@ class Bucket:
 
     def read(self, name: str, start: int, length: int) -> bytes:
         return self.objects.range(name, start, length)
+
+    def size(self, name: str) -> int:
+        return self.objects.size(name)
 
     def get(self, name: str) -> bytes | None:
         found = self.objects.get(name)

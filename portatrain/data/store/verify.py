@@ -43,11 +43,13 @@ def _problem(at: Place, manifest: Manifest, split: str, number: int) -> str:
     digest, size = hashlib.sha256(), manifest.blocks_in(split, number) * kind.itemsize
     step = max(1, READ_BYTES // kind.itemsize) * kind.itemsize
     try:
+        if (there := at.size(name)) != size:
+            return f"shard {name}: {there:,} bytes instead of {size:,}"
         for start in range(0, size, step):
             length = min(step, size - start)
             data = at.read(name, start, length)
             if len(data) != length:
-                return f"shard {name}: it ends after {start + len(data):,} bytes instead of {size:,}"
+                return f"shard {name}: it became shorter while it was read"
             blocks = np.frombuffer(data, kind)
             bad = np.flatnonzero(sums(blocks) != blocks["crc"])
             if len(bad):
@@ -55,8 +57,6 @@ def _problem(at: Place, manifest: Manifest, split: str, number: int) -> str:
                 first = block * kind.itemsize
                 return f"shard {name}: another CRC-32 than was written, in bytes {first:,} to {first + kind.itemsize:,}"
             digest.update(data)
-        if at.read(name, size, 1):
-            return f"shard {name}: more than its {size:,} bytes"
     except (OSError, UserError) as error:
         return f"shard {name}: it cannot be read: {error}"
     if digest.hexdigest() != manifest.splits[split].sha256[number]:
