@@ -113,8 +113,8 @@ def check(folder: Path, hub: Hub, recipe: str) -> None:
     kind = found.get("model_type")
     if kind not in DEFAULTS:
         raise choice(f"{what}: model_type {kind!r}", str(kind), DEFAULTS)
-    theirs, unknown = _canonical(found, what)
-    ours, more = _canonical(hub.config, "the recipe's table")
+    theirs, unknown = canonical(found, what)
+    ours, more = canonical(hub.config, "the recipe's table")
     assert not more, more
     listed = [f"{name} {_text(found[name])} (not a field that is known to change nothing)" for name in unknown]
     listed += [str(each) for each in differences(theirs, ours, hub.overrides)]
@@ -167,7 +167,7 @@ def _same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def _canonical(config: Mapping[str, Any], what: str) -> tuple[dict[str, Any], list[str]]:
+def canonical(config: Mapping[str, Any], what: str) -> tuple[dict[str, Any], list[str]]:
     """Return (every field that determines the function, with defaults; the fields that are not known)."""
     known = dict(DEFAULTS[str(config["model_type"])])
     found = {name: config.get(name, default) for name, default in known.items()}
