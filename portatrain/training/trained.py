@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from portatrain.backends.base import Backend
     from portatrain.backends.program import Program
     from portatrain.checkpoint.newest import Reader
+    from portatrain.data import Split
     from portatrain.data.texts import Texts
     from portatrain.recipe import Recipe
     from portatrain.training.generation import Generator, Progress
@@ -63,6 +64,18 @@ class TrainedModel:
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return 'loss_B', 'weight_B' and each `ops.aux` by name, one value a sample, without dropout."""
         return self._backend.eval(self._state, batch)
+
+    def evaluate_split(
+        self, split: Split, *, batch: int, batches: int | None = None, stopped: Callable[[], bool] = lambda: False
+    ) -> tuple[float, int, dict[str, float]]:
+        """Return (mean loss over the targets, samples, metrics) of a split, or of its first `batches` batches of
+        `batch` samples, as an evaluation of the run does. `stopped` is called before every batch."""
+        from portatrain.training.evaluation import evaluate
+
+        found = evaluate(self._backend, self._state, split, batch=batch, batches=batches, stopped=stopped)
+        if found is None:
+            raise InterruptedError("the evaluation was stopped")
+        return found
 
     def generate(
         self,
@@ -209,9 +222,7 @@ def _restored(reader: Reader, recipe: Recipe, backend: str | None, *, ema: bool)
         return made, made.restore_state(read)
 
 
-def _from_hub(
-    folder: Path, backend: str | None, recipe: Recipe | None, *, step: int | None, ema: bool
-) -> TrainedModel:
+def _from_hub(folder: Path, backend: str | None, recipe: Recipe | None, *, step: int | None, ema: bool) -> TrainedModel:
     from portatrain.backends.program import make_program
     from portatrain.checkpoint.interop.hub_folder import recipe_of, texts_of_folder, weights_of
 
