@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Generator as Stream, Sequence
+from collections.abc import Callable, Collection, Sequence
+from collections.abc import Generator as Stream
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 from portatrain.backends.base import Backend
 from portatrain.errors import UserError
 from portatrain.training.drawing import Drawing
-from portatrain.training.left_to_right import batch_of, check_causal, why_no_cache
+from portatrain.training.left_to_right import BATCH, batch_of, check_causal, why_no_cache
 
 ROUND = 32
 """Lengths of prompts and caches are rounded up to a multiple of this, so that few programs are compiled."""
@@ -44,7 +45,6 @@ class Progress:
 
     tokens: int = 0
     texts: int = 0
-    started_s: float = 0.0
     steady_tokens: int = 0
     steady_s: float = 0.0
 
@@ -109,8 +109,30 @@ class Generator:
             UserError: no prompt, an empty one, or one with an id outside the vocabulary; logits that are not finite; a
                 model whose predictions depend on later tokens.
         """
-        drawing, told = drawing or Drawing(), Progress(started_s=time.perf_counter())
         _check(prompts, max_tokens, rows)
+        try:
+            return self._continued(prompts, max_tokens, drawing or Drawing(), frozenset(stop), rows, progress)
+        except KeyError as error:
+            key = error.args[0] if error.args else None
+            if not isinstance(key, str) or key in BATCH:
+                raise
+            raise UserError(
+                f"{type(self._backend.program.definition.model).__name__}.predict",
+                expected=f"a model that predicts from {', '.join(BATCH)}",
+                got=f"one that reads {key!r} of the batch",
+                do="Only a model of tokens continues texts; predict(batch) takes any batch.",
+            ) from error
+
+    def _continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        drawing: Drawing,
+        stop: frozenset[int],
+        rows: int,
+        progress: Callable[[Progress], None],
+    ) -> list[Continued]:
+        told = Progress()
         longest = max(map(len, prompts))
         rows = min(rows, len(prompts))
         found: list[Continued] = []
@@ -118,7 +140,7 @@ class Generator:
             numbers = [min(n, len(prompts) - 1) for n in range(first, first + rows)]  # the last batch is filled up
             batch = [np.asarray(prompts[n], np.int32) for n in numbers]
             logits = (self._again if self.recomputes else self._with_cache)(batch, longest, max_tokens)
-            texts = self._batch(logits, batch, numbers, max_tokens, drawing, frozenset(stop), told, progress)
+            texts = self._batch(logits, batch, numbers, max_tokens, drawing, stop, told, progress)
             found += texts[: len(prompts) - first]
             told.texts = len(found)
             progress(told)

@@ -20,6 +20,8 @@ from portatrain.errors import UserError
 from portatrain.model.module import Definition
 
 Batch = dict[str, np.ndarray]
+BATCH = ("tokens", "segment_ids", "positions")
+"""The arrays of a batch, (B, S), from which a model continues texts."""
 ROWS = 2
 SHORTEST = 11
 """Positions of the probe, or the next number that is no size of the model, so that sizes tell positions apart."""
@@ -63,7 +65,7 @@ def why_no_cache(cached: CachedModel, definition: Definition, precision: str) ->
         same = batch_of(np.full_like(tokens_BS, tokens_BS[0, 0]))
         same["positions"][:] = 3
         alike, _ = cached.probe(same, none_BS)
-    except UserError:
+    except (UserError, KeyError):  # a KeyError names what the batch has not
         raise
     except Exception as error:  # a framework's, for a model of one length: it can be run on that length alone
         return f"the model cannot be run on {size} tokens ({type(error).__name__})"

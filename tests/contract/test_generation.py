@@ -203,6 +203,22 @@ class Pairwise(Toy):
         return ops.einsum("bst,bte->bse", ops.softmax(scores), x_BSE)
 
 
+class Pixels(Toy):
+    def between(self, ops: Any, x_BSE: Any, batch: Any) -> Any:
+        return x_BSE + batch["image"]
+
+
+class One(Toy):
+    """Predicts one class a sample."""
+
+    def predict(self, ops: Any, batch: Any) -> Any:
+        return super().predict(ops, batch)[:, 0]
+
+
+class Mute(Toy):
+    predict = None  # type: ignore[assignment]
+
+
 MIXES = "something in the model but attention mixes positions"
 FOUND = {
     Toy: "",
@@ -315,5 +331,14 @@ def test_mistakes_are_paragraphs() -> None:
     ):
         with pytest.raises(UserError, match=match):
             generator(prompts, max_tokens=tokens)
+    pixels = Running(BACKENDS[-1], Pixels())
+    with pytest.raises(UserError, match="one that reads 'image' of the batch"):
+        Generator(pixels.backend, lambda: pixels.state)([[1]], max_tokens=1)
+    mute = Running(BACKENDS[-1], Mute())
+    with pytest.raises(UserError, match=r"a method predict\(ops, batch\)"):
+        Generator(mute.backend, lambda: mute.state)
+    with pytest.raises(UserError, match=r"of shape .*vocabulary"):
+        one = Running(BACKENDS[-1], One())
+        Generator(one.backend, lambda: one.state)([[1]], max_tokens=1)
     with pytest.raises(UserError, match="finite numbers"):
         Drawing().token(np.array([0.0, np.nan]), text=0, position=1)
