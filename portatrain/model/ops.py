@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_experts import ExpertOps
 from portatrain.model.ops_results import REDUCTIONS as REDUCTIONS
 from portatrain.model.ops_results import Array as Array
 from portatrain.model.ops_results import Aux as Aux
@@ -34,7 +35,7 @@ from portatrain.model.ops_structure import StructureOps
 from portatrain.model.rope import Scaling
 
 
-class Ops(ArrayOps, StructureOps, Protocol):
+class Ops(ArrayOps, ExpertOps, StructureOps, Protocol):
     """The operations of a model. Each backend implements them in one class.
 
     `portatrain.backends.reference.ReferenceOps` implements them in NumPy float64; tests compare every backend with it.

@@ -19,6 +19,7 @@ from portatrain.backends.jax import fp8
 from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.cpu_products import may_merge, product_of
+from portatrain.backends.jax.experts import JaxExperts, Rows
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
@@ -70,7 +71,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh, AcrossSamples, JaxArrays):
+class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
     """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
     records."""
 
@@ -93,6 +94,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
     across: Across | None = dataclasses.field(default_factory=Across)
+    rows: Rows | None = None
+    """In the body of `experts`."""
 
     @property
     def _precision(self) -> Any:

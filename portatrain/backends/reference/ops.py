@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.reference import fp8
+from portatrain.backends.reference.experts import ReferenceExperts
 from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
@@ -25,7 +26,7 @@ from portatrain.model.rope import Scaling, rotary
 Array = np.ndarray
 
 
-class ReferenceOps(ReferenceArrays):
+class ReferenceOps(ReferenceArrays, ReferenceExperts):
     """The oracle. All floating arrays are float64: 'float32', 'bfloat16' and 'compute' mean float64.
 
     Args:

@@ -19,6 +19,7 @@ from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch import fp8
 from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
+from portatrain.backends.torch.experts import Rows, TorchExperts
 from portatrain.backends.torch.handed import Handed
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
@@ -60,7 +61,7 @@ class Static:
 
 
 @dataclasses.dataclass
-class TorchOps(AcrossSamples, TorchArrays):
+class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
     `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
@@ -88,6 +89,8 @@ class TorchOps(AcrossSamples, TorchArrays):
     ids: TokenIds | None = None
     across: Across | None = dataclasses.field(default_factory=Across)
     """None in the block of a Stack."""
+    rows: Rows | None = None
+    """In the body of `experts`."""
 
     @property
     def training(self) -> bool:
