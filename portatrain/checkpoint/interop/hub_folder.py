@@ -12,7 +12,7 @@ import numpy as np
 from checkpoints_format import Box
 from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import Program
-from portatrain.backends.state import initial_box
+from portatrain.backends.state import full_name, initial_box
 from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.checkpoint.interop.hub_config import read_config
 from portatrain.checkpoint.interop.huggingface import read
@@ -58,14 +58,14 @@ def weights_of(folder: Path, recipe: Recipe, program: Program) -> Callable[[str,
     Raises UserError for tensors that are not the model's, all listed.
     """
     tensors = program.definition.tensors
-    given = read(folder, recipe, {n: t.shape for n, t in program.definition.params.items()})
+    given = read(folder, recipe, {full_name(role, name): t.shape for (role, name), t in tensors.items()})
 
     def values(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
         if (role, name) not in tensors:  # the count of steps
             return np.zeros(shape, np.int32)
         info = tensors[role, name]
-        if role == "params" and name in given:
-            return given[name](Box(offset, shape)).astype(NUMPY[info.dtype], copy=False)
+        if (full := full_name(role, name)) in given:
+            return given[full](Box(offset, shape)).astype(NUMPY[info.dtype], copy=False)
         return initial_box(info, recipe.seed, offset, shape)
 
     return values
