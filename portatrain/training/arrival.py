@@ -9,8 +9,9 @@ from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
+from portatrain.checkpoint.interop.hub_start import reader_of
 from portatrain.checkpoint.interop.trusted_code import is_trusted
-from portatrain.checkpoint.locations import location_of
+from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
@@ -33,6 +34,8 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
         check_not_missing(run.looked_at(), location_of(where))
     data_now = continuity.fingerprints_of(data.train, data.validation)
     check_newest(where, backend.program, recipe, data_now, accept_drift=accept_drift)
+    if recipe.init is not None and newest_committed(location_of(where)) is None:
+        reader_of(recipe, backend.program)  # reports a folder of another model before anything is written
 
 
 def arrive(

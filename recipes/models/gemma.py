@@ -59,7 +59,7 @@ class GemmaConfig(CausalConfig):
     """Whether each layer has the window. Empty: five in six have it in a 3, every other one in a 2."""
     local_theta: float = 10_000.0
     """Base of the rotary frequencies in the layers with a window, in a 3."""
-    query_scale: float = 256.0
+    query_scale: int = 256
     """Scores are multiplied by query_scale^-0.5."""
     attention_bias: bool = False
     """Add biases to queries, keys, values and the output of attention."""
@@ -189,7 +189,7 @@ def from_hub(fields: Fields) -> GemmaConfig:
         generation=3 if three else 2,
         window=window,
         sliding=tuple(sliding),
-        query_scale=fields.number("query_pre_attn_scalar", 256.0),
+        query_scale=fields.size("query_pre_attn_scalar", 256),
         attention_bias=fields.flag("attention_bias", False),
         # transformers holds the cap of scores for a 3, but does not apply it.
         softcap=_cap(fields, "attn_logit_softcapping", 50.0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_format import Box, Reader
+from checkpoints_format.dtypes import NUMPY
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_table import Hub, Row
@@ -54,14 +55,16 @@ def _sharing(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -> list[str]:
-    """Write weights into the empty folder `out`; return the names of the files. Holds one file in memory at a time."""
+def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", dtype: str = "float32") -> list[str]:
+    """Write weights into the empty folder `out`, rounded to `dtype` (to nearest, ties to even); return the names of the
+    files. Holds one file in memory at a time. Weights that came as `dtype` and were not trained keep their bits."""
+    width = NUMPY[dtype]
     hub, names = hub_of(recipe), []
     params, shapes = recipe.describe().params, {t.name: t.shape for t in reader.layout.tensors}
     parts: list[dict[str, list[Row]]] = [{}]
     used = 0
     for theirs, rows in _sharing(hub.rows).items():
-        nbytes = 4 * sum(math.prod(row.inner(shapes[row.full])) for row in rows)
+        nbytes = width.itemsize * sum(math.prod(row.inner(shapes[row.full])) for row in rows)
         if parts[-1] and used + nbytes > FILE_BYTES:
             parts.append({})
             used = 0
@@ -75,7 +78,8 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
         held = {}
         for theirs, rows in tensors.items():
             pieces = [row.out(_weight(reader, recipe, params, role, row)) for row in rows]
-            held[theirs] = _joined(rows, pieces)
+            # The state of a router stays as it is: small steps move it.
+            held[theirs] = _joined(rows, pieces).astype(np.float32 if rows[0].state else width, copy=False)
             total += held[theirs].nbytes
             weights[theirs] = file
         save_file(held, out / file, metadata={"format": "pt"})
@@ -83,7 +87,7 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     fields, more = written(recipe.data, out)
-    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": "float32"}
+    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": dtype}
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return [*names, INDEX, CONFIG, *more]
 
