@@ -33,7 +33,8 @@ def first_state(backend: Backend, recipe: Recipe) -> Any:
 
 def reader_of(folder: Path, recipe: Recipe, program: Program) -> Read:
     """Return what `Backend.restore_state` reads from: parameters, their averages and the States that the folder has are
-    the folder's, all else is as in a new run. Reads only the headers of the files; a box then reads little more than its own range.
+    the folder's, all else is as in a new run. Reads only the headers of the files; a box then reads little more than
+    its own range.
 
     Raises:
         UserError: as `first_state`.
