@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap
 
 if TYPE_CHECKING:
     from portatrain.data.ngram import KneserNey
@@ -36,6 +36,7 @@ __all__ = [
     "KneserNey",
     "Mixture",
     "OpenData",
+    "PackedTokens",
     "Split",
     "Stdlib",
     "TextFiles",

@@ -43,6 +43,33 @@ class Stream:
     """What reads of the tokens are held to, if the pack was too large to be verified at once."""
     verification: packs.Verification | None = None
     """The check of the whole pack in the background; the same for its splits."""
+    scattered = False
+    """Its documents are permuted all over, so its windows need not be."""
+
+    @property
+    def size(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+        return len(self.starts)
+
+    def rows(self, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens [b, b + size) for each of ``begin``, (B,), as (B, size) int32, zeros after the end; and (B,
+        size) bool, True where a document begins. Raises UserError if the tokens are damaged."""
+        tokens = np.zeros((len(begin), size), np.int32)
+        for row, at in zip(tokens, begin.tolist(), strict=True):
+            part = self.read(at, at + size)
+            row[: len(part)] = part
+        low = np.searchsorted(self.starts, begin)
+        count = np.searchsorted(self.starts, begin + size) - low
+        row = np.repeat(np.arange(len(begin)), count)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        opens = np.zeros((len(begin), size), bool)
+        opens[row, self.starts[low[row] + nth] - begin[row]] = True
+        return tokens, opens
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """Return tokens [first, stop), as many as there are. Raises UserError if they are damaged."""
@@ -87,8 +114,13 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
     return out
 
 
+def open_source(spec: DataSpec) -> Documents:
+    """Return the documents of a token source; close it when it is not read any more."""
+    return OwnDocuments(spec) if gives_documents(spec) else documents(spec)
+
+
 def _produce(spec: DataSpec, writer: packs.Writer) -> packs.Meta:
-    with closing(OwnDocuments(spec) if gives_documents(spec) else documents(spec)) as source:
+    with closing(open_source(spec)) as source:
         return _write_splits(spec, source, writer)
 
 

@@ -86,20 +86,40 @@ class Tokenized:
         self.bos = found
 
     def __call__(self, data: bytes, where: str) -> np.ndarray:
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                where,
-                expected="UTF-8 text, since a tokenizer is used",
-                got=str(error),
-                do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
-            ) from error
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self._tokenizer.encode(_text(data, where), add_special_tokens=False).ids, np.uint32)
+
+    def many(self, documents: Sequence[tuple[bytes, str]]) -> list[np.ndarray]:
+        """Return what calls for each (data, where) would return; the library encodes them in one call."""
+        texts = [_text(data, where) for data, where in documents]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, np.uint32) for one in found]
 
     def text(self, ids: Sequence[int]) -> str:
         text: str = self._tokenizer.decode([int(n) for n in ids if n < self.vocab], skip_special_tokens=True)
         return text
+
+
+class Deferred:
+    """The encoding `real`, put off: a call returns the bytes themselves, (n,) uint8, and keeps `where`."""
+
+    def __init__(self, real: Tokenized) -> None:
+        self.real, self.vocab, self.bos, self.where = real, real.vocab, real.bos, ""
+
+    def __call__(self, data: bytes, where: str) -> np.ndarray:
+        self.where = where
+        return np.frombuffer(data, np.uint8)
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            where,
+            expected="UTF-8 text, since a tokenizer is used",
+            got=str(error),
+            do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
+        ) from error
 
 
 def encoding(tokenizer: str | None, bos: str | None) -> Encoding:

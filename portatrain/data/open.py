@@ -20,12 +20,15 @@ from portatrain.data.own import gives_arrays, gives_documents, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
 from portatrain.data.pack import Verification
-from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap
 from portatrain.data.split import Batch, Split
+from portatrain.data.store.reading import PackedStream, streams_of
 from portatrain.data.text_batches import Windows
 from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
+
+Streams = Mapping[str, Stream | PackedStream]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class OpenData:
     train: Split
     validation: Split | None
     vocab: int
-    streams: dict[str, Stream]
+    streams: Streams
     passed_over: tuple[str, ...] = ()
     verifications: tuple[Verification, ...] = ()
 
@@ -91,7 +94,7 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
         arrays = open_arrays(spec, seed)
         vocab = int(getattr(spec, "vocab", 0))
         return OpenData(train=arrays["train"], validation=arrays.get("validation"), vocab=vocab, streams={})
-    found = streams(spec, pack_dir)
+    found = _streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
         train=windows["train"],
@@ -113,7 +116,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
                 got=f"{type(source).__name__}, which gives arrays",
                 do="Leave it out of the mixture, or mix inside a source of arrays of your own.",
             )
-    found = [streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
+    found = [_streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
     vocabs = sorted({f["train"].vocab for f in found})
     if len(vocabs) > 1:
         raise UserError(
@@ -133,7 +136,11 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     )
 
 
-def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
+def _streams(spec: DataSpec, pack_dir: Path | None) -> Streams:
+    return streams_of(spec) if isinstance(spec, PackedTokens) else streams(spec, pack_dir)
+
+
+def _told(sources: Sequence[Streams]) -> dict[str, Any]:
     """Return what the packs of all sources say of themselves, as fields of `OpenData`."""
     trained = [source["train"] for source in sources]
     return {
@@ -142,7 +149,7 @@ def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
     }
 
 
-def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) -> dict[str, Windows]:
+def _windows(spec: DataSpec, found: Streams, seed: int, where: str) -> dict[str, Windows]:
     seq_len: int = spec.seq_len  # type: ignore[attr-defined]
     return {
         name: Windows(stream, name=name, seq_len=seq_len, seed=seed, permuted=name == "train", order=f"{where}/{name}")
@@ -157,7 +164,7 @@ def _check(spec: DataSpec) -> None:
             "data spec",
             expected="a frozen dataclass that derives from portatrain.data.DataSpec",
             got=f"a {kind}",
-            do="Use one of Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap, or derive one of your own.",
+            do="Use one of Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap, or derive your own.",
         )
     if not (_gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
         raise refusal(spec)
@@ -176,7 +183,13 @@ def _check(spec: DataSpec) -> None:
 
 
 def _gives_tokens(spec: DataSpec) -> bool:
-    return isinstance(spec, (Stdlib, TextFiles, Jsonl, TokenMemmap)) or gives_documents(spec)
+    return isinstance(spec, (Stdlib, TextFiles, Jsonl, TokenMemmap, PackedTokens)) or gives_documents(spec)
+
+
+def is_packable(spec: DataSpec) -> bool:
+    """Return True for a source of documents that is not packed yet."""
+    _check(spec)
+    return _gives_tokens(spec) and not isinstance(spec, PackedTokens)
 
 
 def blank_batch(spec: DataSpec, count: int) -> Batch:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from portatrain.data.contents import HEAD, LLM_C, LLM_C_BYTES, NPY, check_ids, check_text, is_llm_c
-from portatrain.data.encode import Bytes, Encoding, encoding
+from portatrain.data.encode import Bytes, Deferred, Encoding, Tokenized, encoding
 from portatrain.data.finding import Files, PassedOver, find, unreadable
 from portatrain.data.spec import DataSpec, Jsonl, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError, choice
@@ -39,6 +39,8 @@ class Documents(ABC):
     bos: int
     file: np.ndarray
     index: np.ndarray
+    _encode: Encoding
+    """The encoding of a source of text; a source of ids has none."""
 
     def __init__(self, files: Files, held_out: Files, passed: PassedOver | None = None) -> None:
         self.passed = PassedOver() if passed is None else passed
@@ -51,6 +53,17 @@ class Documents(ABC):
     @abstractmethod
     def read(self, number: int) -> tuple[np.ndarray, int | None]:
         """Return the token ids of a document without ``bos``, and the number of its source bytes (None: unknown)."""
+
+    def defer(self) -> Deferred | None:
+        """Let `read` return the bytes of a document instead of its ids, and return the encoding that was put off.
+
+        Return None, and change nothing, if the documents are not encoded by a tokenizer.
+        """
+        real = getattr(self, "_encode", None)
+        if not isinstance(real, Tokenized):
+            return None
+        later = self._encode = Deferred(real)
+        return later
 
     def close(self) -> None:  # noqa: B027  # most sources hold nothing open
         """Close what the source holds open; it is not read any more."""

@@ -95,6 +95,17 @@ class TokenMemmap(DataSpec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PackedTokens(DataSpec):
+    """A packed store, as ``portatrain data pack`` writes it. It is read where it is, and not copied into the run."""
+
+    path: str
+    """The folder of the store, or its URL."""
+    seq_len: int
+    fingerprint: str = ""
+    """The fingerprint that the store must have, as ``portatrain data show`` prints it. '': any."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Digits(DataSpec):
     """The 1,797 handwritten digits of scikit-learn: images of 8 x 8 pixels in ten classes."""
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from portatrain.data.corpus import Stream, require_window
 from portatrain.data.split import Batch, Order, Split, samples
+from portatrain.data.store.reading import PackedStream
 
 
 def blank(count: int, seq_len: int) -> Batch:
@@ -36,16 +37,20 @@ class Windows(Split):
     - ``sample``: (B,) int64, the sample number.
     """
 
-    def __init__(self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str) -> None:
+    def __init__(
+        self, stream: Stream | PackedStream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str
+    ) -> None:
         self.stream, self.name, self.seq_len = stream, name, seq_len
-        found = len(stream.tokens)
-        require_window(name, found, len(stream.starts), seq_len)
+        found = stream.size
+        require_window(name, found, stream.documents, seq_len)
         self.windows = -(-(found - 1) // seq_len)
         text = f"portatrain.windows.1\0{stream.fingerprint}\0{seq_len}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        targets = found - len(stream.starts)
+        targets = found - stream.documents
         self.bytes_per_target = None if stream.bytes is None else stream.bytes / targets
-        self._order = Order(self.windows, seed, order, permuted=permuted)
+        # An evaluation that ends early then has windows of the whole split; it is the same for every seed.
+        scattered = stream.scattered and not permuted
+        self._order = Order(self.windows, 0 if scattered else seed, order, permuted=permuted or scattered)
 
     def batch(self, start: int, count: int) -> Batch:
         return self.at(samples(start, count))
@@ -53,16 +58,13 @@ class Windows(Split):
     def at(self, sample: np.ndarray) -> Batch:
         """Return the samples with the numbers ``sample``, (B,) int64."""
         size, begin = self.seq_len, self._order(sample) * self.seq_len
-        drawn = np.zeros((len(begin), size + 1), np.int32)
-        for row, at in zip(drawn, begin.tolist(), strict=True):
-            part = self.stream.read(at, at + size + 1)
-            row[: len(part)] = part
-        opens = self._opens(begin)
+        drawn, opens = self.stream.rows(begin, size + 1)
+        opens[:, 0] = False  # a window always begins a segment
         column = np.arange(size, dtype=np.int32)
-        inside = (begin[:, None] + column) < len(self.stream.tokens)
+        inside = (begin[:, None] + column) < self.stream.size
         segment = 1 + np.cumsum(opens[:, :size], axis=1, dtype=np.int32)
         position = column - np.maximum.accumulate(column * opens[:, :size], axis=1)
-        has_target = (begin[:, None] + column + 1) < len(self.stream.tokens)
+        has_target = (begin[:, None] + column + 1) < self.stream.size
         return {
             "tokens": drawn[:, :size].copy(),
             "targets": drawn[:, 1:].copy(),
@@ -74,17 +76,3 @@ class Windows(Split):
 
     def blank(self, count: int) -> Batch:
         return blank(count, self.seq_len)
-
-    def _opens(self, begin: np.ndarray) -> np.ndarray:
-        """Return (B, S + 1) bool, True for a token that begins a document, except in column 0: a window always begins
-        a segment."""
-
-        starts = self.stream.starts
-        low = np.searchsorted(starts, begin, side="right")
-        high = np.searchsorted(starts, begin + self.seq_len, side="right")
-        count = high - low
-        row = np.repeat(np.arange(len(begin)), count)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-        opens = np.zeros((len(begin), self.seq_len + 1), bool)
-        opens[row, starts[low[row] + nth] - begin[row]] = True
-        return opens

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,14 @@ from checkpoints_format import Box
 from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import Program
 from portatrain.backends.state import initial_box
-from portatrain.checkpoint.interop.hub_config import DEFAULTS, canonical, read_config
+from portatrain.checkpoint.interop.families import sizes_from
+from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
+from portatrain.checkpoint.interop.hub_config import read_config
 from portatrain.checkpoint.interop.huggingface import read
 from portatrain.data.encode import Bytes, Encoding, Tokenized
 from portatrain.data.spec import TextFiles
 from portatrain.data.texts import Texts
-from portatrain.errors import UserError, choice
-from portatrain.model.rope import RopeScaling
+from portatrain.errors import UserError
 from portatrain.recipe import Recipe, load_recipe
 from portatrain.system import json_files
 
@@ -31,7 +31,7 @@ LONGEST = 4096
 
 def is_hub_folder(path: Path) -> bool:
     """Return whether `path` is a folder with a config.json, and no run and no checkpoint of ours."""
-    return (path / "config.json").is_file() and not any(
+    return (path / CONFIG).is_file() and not any(
         (path / name).exists() for name in ("run.json", "COMMIT", "checkpoints", "checkpoints.json")
     )
 
@@ -44,29 +44,12 @@ def recipe_of(folder: Path) -> Recipe:
         UserError: no config.json, or a model that no family computes.
     """
     config = read_config(folder)
-    sizes = _sizes(config, f"file {folder / 'config.json'}")
+    sizes = sizes_from(config, f"file {folder / CONFIG}")
     longest = config.get("max_position_embeddings")
     length = min(longest, LONGEST) if isinstance(longest, int) and longest > 0 else LONGEST
     tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
     data = TextFiles(paths=(), seq_len=length, validation=0.0, tokenizer=tokenizer)
     return replace(load_recipe("tiny-lm"), name="folder", model=sizes, data=data, hooks=())
-
-
-def _sizes(config: Mapping[str, Any], what: str) -> Any:
-    kind = str(config.get("model_type"))
-    if kind not in DEFAULTS:
-        raise choice(f"{what}: model_type {kind!r}", kind, DEFAULTS)
-    fields, _ = canonical(config, what)
-    family = importlib.import_module("recipes.models.decoder")
-    given = {ours.removeprefix("model."): fields[theirs] for theirs, ours in family.HUB_FIELDS.items()}
-    if (scaling := given["rope_scaling"]) is not None and scaling["rope_type"] == "llama3":
-        given["rope_scaling"] = RopeScaling(
-            factor=scaling["factor"],
-            low=scaling["low_freq_factor"],
-            high=scaling["high_freq_factor"],
-            original=scaling["original_max_position_embeddings"],
-        )
-    return family.DecoderConfig(**given)
 
 
 def weights_of(folder: Path, recipe: Recipe, program: Program) -> Callable[[str, str, tuple, tuple], np.ndarray]:

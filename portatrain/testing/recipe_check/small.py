@@ -17,7 +17,7 @@ import numpy as np
 from portatrain.data.open import blank_batch
 from portatrain.data.own import gives_arrays, gives_documents
 from portatrain.data.own_arrays import open_arrays
-from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
@@ -32,7 +32,7 @@ SEQ_LEN = 32
 LAYERS = 2
 LARGEST = 2.0e9
 """The largest product of parameters and positions in a batch for which the oracle still takes seconds."""
-TOKENS = (Stdlib, TextFiles, Jsonl, TokenMemmap)
+TOKENS = (Stdlib, TextFiles, Jsonl, TokenMemmap, PackedTokens)
 
 Batch = dict[str, np.ndarray]
 
