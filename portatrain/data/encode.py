@@ -94,6 +94,10 @@ class Tokenized:
         found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(one.ids, np.uint32) for one in found]
 
+    def text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode([int(n) for n in ids if n < self.vocab], skip_special_tokens=True)
+        return text
+
 
 class Deferred:
     """The encoding `real`, put off: a call returns the bytes themselves, (n,) uint8, and keeps `where`."""
@@ -116,10 +120,6 @@ def _text(data: bytes, where: str) -> str:
             got=str(error),
             do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
         ) from error
-
-    def text(self, ids: Sequence[int]) -> str:
-        text: str = self._tokenizer.decode([int(n) for n in ids if n < self.vocab], skip_special_tokens=True)
-        return text
 
 
 def encoding(tokenizer: str | None, bos: str | None) -> Encoding:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.checkpoint.interop.families import sizes_from
+from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import read_config
 from portatrain.data.encode import Bytes, Encoding, Tokenized
 from portatrain.data.spec import TextFiles
@@ -38,7 +39,7 @@ def recipe_of(folder: Path) -> Recipe:
         UserError: no config.json, or a model that no family computes.
     """
     config = read_config(folder)
-    sizes = sizes_from(config, f"file {folder / 'config.json'}")
+    sizes = sizes_from(config, f"file {folder / CONFIG}")
     longest = config.get("max_position_embeddings")
     length = min(longest, LONGEST) if isinstance(longest, int) and longest > 0 else LONGEST
     tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
