@@ -17,6 +17,7 @@ from portatrain.checkpoint.saver import check_newest
 from portatrain.data import OpenData
 from portatrain.recipe import Recipe
 from portatrain.recipe.same import deciding_changes
+from portatrain.runs import changes
 from portatrain.runs.commits import check_not_missing
 from portatrain.runs.run_dir import RunDir
 from portatrain.training import continuity
@@ -28,11 +29,18 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
 
     `accept_drift`: only a newer format, another step and another model are refused.
     """
-    where = run.checkpoints()
+    where, there = run.checkpoints(), run.looked_at()
     if not accept_drift:
-        check_not_missing(run.looked_at(), location_of(where))
+        check_not_missing(there, location_of(where))
     data_now = continuity.fingerprints_of(data.train, data.validation)
-    check_newest(where, backend.program, recipe, data_now, accept_drift=accept_drift)
+    check_newest(
+        where,
+        backend.program,
+        recipe,
+        data_now,
+        accept_drift=accept_drift,
+        changed=lambda meta: changes.pending(there.path, meta, recipe),
+    )
 
 
 def arrive(
