@@ -28,7 +28,12 @@ def first_state(backend: Backend, recipe: Recipe) -> Any:
     """
     if recipe.init is None:
         return backend.init_state()
-    return backend.restore_state(reader_of(Path(expand(recipe.init)), recipe, backend.program))
+    return backend.restore_state(first_weights(recipe, backend.program))
+
+
+def first_weights(recipe: Recipe, program: Program) -> Read:
+    """Return `reader_of` the folder that the recipe names as its start."""
+    return reader_of(Path(expand(str(recipe.init))), recipe, program)
 
 
 def reader_of(folder: Path, recipe: Recipe, program: Program) -> Read:
