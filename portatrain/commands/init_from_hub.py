@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.config import is_config
 from portatrain.errors import UserError
 
 LONGEST = 1024
@@ -47,7 +46,7 @@ def recipe_text(template: str, folder: Path, paths: Sequence[str]) -> str:
 def source_of(value: Any, classes: dict[str, set[str]], indent: int = 0) -> str:
     """Return Python source that makes `value`, a config or plain data; its classes are added to `classes` by module.
     Fields with their defaults are left out."""
-    if not is_config(value):
+    if not dataclasses.is_dataclass(value):
         if isinstance(value, tuple):
             return _sequence([source_of(each, classes, indent + 4) for each in value])
         return _quoted(value) if isinstance(value, str) else repr(value)

@@ -274,6 +274,7 @@ def hub(c: Any, model_type: str, architecture: str, names: Names, **more: Any) -
         "tie_word_embeddings": c.tied,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
+        "pad_token_id": None,  # the default of some types is an id beyond a smaller table
         **more,
     }
     return Hub(config=config, rows=rows(names, places_of(c.kinds, "blocks"), tied=c.tied), overrides=HUB_FIELDS)
