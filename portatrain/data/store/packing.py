@@ -50,7 +50,7 @@ from portatrain.model.rng import Permutation
 from portatrain.system.paths import cache_folder
 
 GROUP_DOCUMENTS = 8192
-GROUP_BYTES = 32 << 20
+GROUP_BYTES = 16 << 20
 CHUNK_DOCUMENTS = 256
 CHUNK_BYTES = 512 << 10
 SAVE_S = 2.0
@@ -234,6 +234,7 @@ class _Packing:
         """Add the tokens of a chunk to its group, and write the group when it is complete."""
         group.ids += found if isinstance(found, list) else found.result()
         if not last:
+            progress.at(group.first + len(group.ids), writer.tokens, group.read)
             return
         size = len(group.ids)
         # As in corpus.py, the run's seed is not part of the key: one store serves all seeds.
@@ -250,7 +251,7 @@ class _Packing:
         self._read.merge(group.passed)
         self._next, self._group = group.first + size, group.number + 1
         group.ids = []
-        progress.at(self._next, writer.tokens, group.read)
+        progress.at(self._next, writer.tokens, group.read, whole=True)
         if time.monotonic() >= self._saved_s + SAVE_S:
             self._state_writer = writer.state()
             self._save()
