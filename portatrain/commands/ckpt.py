@@ -265,14 +265,14 @@ def export(args: argparse.Namespace) -> int:
     from portatrain.checkpoint.interop.export_import import export_to
     from portatrain.runs.find_checkpoints import opened
 
-    _load_recipe_file(args.path, args.recipe)
+    load_recipe_file(args.path, args.recipe)
     with opened(args.path, args.step) as reader:
         names = export_to(reader, args.to, args.out, role="ema" if args.ema else "params")
     print(f"{args.out}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}")
     return 0
 
 
-def _load_recipe_file(path: Path | str, given: str | None) -> None:
+def load_recipe_file(path: Path | str, given: str | None) -> None:
     """Load the recipe file that defines the classes of a checkpoint: `given`, or the one that its run recorded."""
     from portatrain.recipe import load_recipe
     from portatrain.runs import jobs

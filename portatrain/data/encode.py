@@ -14,13 +14,15 @@ from portatrain.system.paths import expand
 class Encoding(Protocol):
     """A function from bytes to token ids, (n,) integers in [0, vocab). Id ``bos`` begins a document.
 
-    ``where`` names the document, for messages.
+    ``where`` names the document, for messages. ``text`` is the way back; ids that are no text are left out of it.
     """
 
     vocab: int
     bos: int
 
     def __call__(self, data: bytes, where: str) -> np.ndarray: ...
+
+    def text(self, ids: Sequence[int]) -> str: ...
 
 
 class Bytes:
@@ -31,6 +33,9 @@ class Bytes:
 
     def __call__(self, data: bytes, where: str) -> np.ndarray:
         return np.frombuffer(data, np.uint8)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return bytes(n for n in ids if 0 < n < 256).decode("utf-8", "replace")
 
 
 class Tokenized:
@@ -111,6 +116,10 @@ def _text(data: bytes, where: str) -> str:
             got=str(error),
             do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
         ) from error
+
+    def text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode([int(n) for n in ids if n < self.vocab], skip_special_tokens=True)
+        return text
 
 
 def encoding(tokenizer: str | None, bos: str | None) -> Encoding:

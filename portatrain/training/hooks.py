@@ -87,27 +87,12 @@ class TextSample(Hook):
             raise _unfit(self, recipe, "a model with a method predict(ops, batch)", got)
 
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
-        import numpy as np
-
-        from portatrain.model.rng import words
+        from portatrain.data.texts import texts_of
 
         run.event(f"sampling_{self.length}_bytes")
-        size = run.recipe.data.tokens_per_sample()
-        assert size is not None  # by `check`
-        text = [0, *self.prompt.encode()]  # byte 0 opens a document
-        random = words(run.recipe.seed, "sample", 0, self.length) / 2.0**64
-        for draw in random:
-            seen = text[-size:]
-            row = np.zeros((1, size), np.int32)
-            row[0, : len(seen)] = seen
-            ids = (np.arange(size) < len(seen)).astype(np.int32)[None]
-            logits = run.predict(
-                {"tokens": row, "segment_ids": ids, "positions": np.arange(size, dtype=np.int32)[None]}
-            )[0, len(seen) - 1].astype(np.float64)
-            weights = np.exp((logits - logits.max()) / self.temperature)
-            cumulative = np.cumsum(weights)
-            text.append(int(np.searchsorted(cumulative, draw * cumulative[-1])))
-        return {"sample": bytes(text[1:]).decode("utf-8", "replace")}
+        texts = texts_of(run.recipe.data)
+        (found,) = run.generate([texts.ids(self.prompt)], max_tokens=self.length, temperature=self.temperature)
+        return {"sample": f"{self.prompt}{texts.after(found.prompt, found.tokens)}"}
 
 
 def _require_bytes(hook: Hook, recipe: Recipe) -> None:
