@@ -115,6 +115,16 @@ class Objects:
                 file.seek(0)
                 file.truncate()
 
+    def size(self, name: str) -> int:
+        """Return the bytes of an object. Raises UserError if it does not exist."""
+        with self._told(name, "to look at it"):
+            return int(self._api.head(self._store, name)["size"])
+
+    def range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes [start, start + length) of an object."""
+        with self._told(name, "to read it"):
+            return bytes(self._api.get_range(self._store, name, start=start, length=length)) if length else b""
+
     def delete(self, name: str) -> None:
         """Remove an object; do nothing if it does not exist."""
         with self._told(name, "to remove it"), contextlib.suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Jsonl, Mixture, Stdlib, TextFiles
+from portatrain.data.spec import DataSpec, Mixture, has_text
 from portatrain.errors import UserError
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
@@ -114,7 +114,7 @@ def _require_bytes(hook: Hook, recipe: Recipe) -> None:
     """Raise UserError unless each token of the data is a byte of text."""
     for source in _sources(recipe.data):
         kind = type(source).__name__
-        if not (isinstance(source, (Stdlib, TextFiles, Jsonl)) or gives_documents(source)):
+        if not (has_text(source) or gives_documents(source)):
             raise _unfit(hook, recipe, "text in which each byte is a token", kind)
         tokenizer = getattr(source, "tokenizer", None)
         if tokenizer is not None:
