@@ -161,8 +161,8 @@ def _check(spec: DataSpec) -> None:
             "data spec",
             expected="a frozen dataclass that derives from portatrain.data.DataSpec",
             got=f"a {kind}",
-            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, Parquet, Stdlib, TextFiles, TokenMemmap, "
-            "or derive one of your own.",
+            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, Parquet, Stdlib, TextFiles, "
+            "TokenMemmap, or derive one of your own.",
         )
     if not (gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
         raise refusal(spec)
