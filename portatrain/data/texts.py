@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from portatrain.data.encode import Encoding, encoding
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Mixture, PackedTokens, TokenMemmap, has_text
+from portatrain.data.store.reading import encoded_by
 from portatrain.errors import UserError
 
 
@@ -51,8 +52,9 @@ def texts_of(data: DataSpec) -> Texts:
     if all(isinstance(s, TokenMemmap) for s in sources):
         separators = {s.separator for s in sources if isinstance(s, TokenMemmap)} - {None}
         return Texts(encoding=None, opens=(), stops=frozenset(n for n in separators if n is not None))
-    given = {(getattr(s, "tokenizer", None), getattr(s, "bos", None)) for s in sources}
-    if not all(isinstance(s, (Stdlib, TextFiles, Jsonl)) or gives_documents(s) for s in sources):
+    found = [_encoded(source) for source in sources]
+    given = {pair for pair in found if pair is not None}
+    if None in found:
         return Texts(encoding=None, opens=(), stops=frozenset())
     if len(given) > 1:
         names = ", ".join(sorted(str(tokenizer or "bytes") for tokenizer, _ in given))
@@ -60,6 +62,15 @@ def texts_of(data: DataSpec) -> Texts:
     ((tokenizer, bos),) = given
     made = encoding(tokenizer, bos)
     return Texts(encoding=made, opens=(int(made.bos),), stops=frozenset({int(made.bos)}))
+
+
+def _encoded(source: DataSpec) -> tuple[str | None, str | None] | None:
+    """Return the tokenizer of a source and its bos; None if the source gives ids."""
+    if isinstance(source, PackedTokens):
+        return encoded_by(source)
+    if has_text(source) or gives_documents(source):
+        return getattr(source, "tokenizer", None), getattr(source, "bos", None)
+    return None
 
 
 def _sources(data: DataSpec) -> Iterator[DataSpec]:
