@@ -231,6 +231,7 @@ RECIPE_PYTHON = {
     "compute": 'compute={"batch": ("replica", "fsdp")}',
     "params": 'params={"embed": "fsdp"}',
     "hooks": 'hooks=(TextSample(prompt="def "),)',
+    "origin": "origin=Origin(step=800, samples=6400, tokens=1638400)",
 }
 """Fields that are set in the file: field -> a keyword of `dataclasses.replace`."""
 

@@ -100,9 +100,9 @@ def _require_bytes(hook: Hook, recipe: Recipe) -> None:
     for source in _sources(recipe.data):
         kind = type(source).__name__
         if isinstance(source, PackedTokens):
-            from portatrain.data.store.reading import encoded_by
+            from portatrain.data.store.reading import gives_bytes
 
-            if encoded_by(source) != (None, None):
+            if not gives_bytes(source):
                 raise _unfit(hook, recipe, "text in which each byte is a token", "a packed store of other tokens")
         elif not (has_text(source) or gives_documents(source)):
             raise _unfit(hook, recipe, "text in which each byte is a token", kind)

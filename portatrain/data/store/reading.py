@@ -254,11 +254,16 @@ def _cache(folder: Path, budget_bytes: int) -> Cache:
     return Cache(folder, budget_bytes)
 
 
-def encoded_by(spec: PackedTokens) -> tuple[str | None, str | None] | None:
-    """Return (tokenizer, bos) of the text in a store, (None, None) if its tokens are bytes; None if it was packed from
-    ids. Raises UserError if there is no store."""
+def gives_bytes(spec: PackedTokens) -> bool:
+    """Return whether every token of a store is a byte of text. Raises UserError if there is no store."""
+    return made_from_text(spec) == (None, None)
+
+
+def made_from_text(spec: PackedTokens) -> tuple[str | None, str | None] | None:
+    """Return (tokenizer, bos) of the text that a store was packed from, of which bytes have (None, None); None if it
+    was packed from ids. Raises UserError if there is no store."""
     found = required(place(spec.path))
-    if "tokenizer" not in found.made_from and any(split.bytes is None for split in found.splits.values()):
+    if "tokenizer" not in found.made_from and any(s.bytes is None for s in found.splits.values()):
         return None
     return found.made_from.get("tokenizer"), found.made_from.get("bos")
 
