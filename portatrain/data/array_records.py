@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -79,7 +79,8 @@ def _opened(place: Place) -> Iterator[Any]:
                 raise _damaged(place, "a file of another kind, or one that was cut")
             yield file
         finally:
-            file.close()
+            with suppress(RuntimeError):  # a file that could not be opened cannot be closed
+                file.close()
 
 
 def _damaged(place: Place, got: str) -> UserError:

@@ -17,7 +17,7 @@ BLOCK = 1 << 16
 class Samples:
     """The pieces of every sample. lengths: (documents,) the pairs of each document, at least 1.
 
-    It keeps 8 bytes a piece and 8 a sample.
+    It keeps 8 bytes a document, 8 a piece and 8 a sample.
     """
 
     def __init__(self, lengths: np.ndarray, size: int, *, single: bool) -> None:

@@ -106,8 +106,8 @@ class Whole(TokenSplit):
     ) -> None:
         require_window(name, len(stream.tokens), len(stream.starts), 1)
         self._about(stream, name, seq_len, f"portatrain.{'single' if single else 'best-fit'}.1")
-        self._ends = np.append(stream.starts[1:], len(stream.tokens))
-        self._samples = Samples(self._ends - stream.starts - 1, seq_len, single=single)
+        pairs = np.diff(stream.starts, append=len(stream.tokens)) - 1
+        self._samples = Samples(pairs, seq_len, single=single)
         self.windows = len(self._samples)
         self._order = Order(self.windows, seed, order, permuted=permuted)
 
