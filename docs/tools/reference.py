@@ -163,7 +163,7 @@ def data_page() -> str:
     from portatrain.data import DataSpec, own, spec
 
     parts = [docstring(spec)]
-    for cls in subclasses(DataSpec, spec):
+    for cls in (c for c in subclasses(DataSpec, spec) if not c.__name__.startswith("_")):
         imports = "Mixture, Stdlib, TextFiles" if cls.__name__ == "Mixture" else cls.__name__
         shared = listed(spec.__doc__ or "")
         parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls, shared=shared))]
