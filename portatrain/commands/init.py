@@ -23,6 +23,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -149,7 +150,7 @@ def _tuple(paths: Sequence[str]) -> str:
 
 def _documents(paths: Sequence[str], what: str) -> int:
     """Return the number of files; UserError if a path has none."""
-    from portatrain.data.sources import find
+    from portatrain.data.finding import find
 
     return len(find(tuple(paths), f"--paths: {what}"))
 
@@ -158,16 +159,19 @@ def _look(paths: Sequence[str]) -> tuple[str, int]:
     """Return the dtype of the ids in token files, and the size of the vocabulary: the largest id plus one."""
     import numpy as np
 
-    from portatrain.data.sources import find, read_ids
+    from portatrain.data.finding import find
+    from portatrain.data.token_files import on_disk, read_ids
 
-    kinds: dict[str, Path] = {}
+    kinds: dict[str, str] = {}
     most = 0
-    for _, path in find(tuple(paths), "--paths"):
-        dtype = _npy_dtype(path) if path.suffix == ".npy" else _guessed(np.fromfile(path, "<u2", 1 << 20))
-        kinds.setdefault(dtype, path)
-        ids = read_ids(path, np.dtype(dtype).newbyteorder("<"))
-        step = 1 << 26  # read in parts, because a corpus may be larger than memory
-        most = max([most, *(int(ids[at : at + step].max()) for at in range(0, len(ids), step))])
+    for _, place in find(tuple(paths), "--paths"):
+        with ExitStack() as copies:
+            path = on_disk(place, copies)
+            dtype = _npy_dtype(path) if place.suffix == ".npy" else _guessed(np.fromfile(path, "<u2", 1 << 20))
+            kinds.setdefault(dtype, str(place))
+            ids = read_ids(path, np.dtype(dtype).newbyteorder("<"), place)
+            step = 1 << 26  # read in parts, because a corpus may be larger than memory
+            most = max([most, *(int(ids[at : at + step].max()) for at in range(0, len(ids), step))])
     if len(kinds) > 1:
         raise UserError(
             "--paths",

@@ -45,6 +45,18 @@ def add_init(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Add --set for a run that has a recipe."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a field of the run's recipe: --set optimizer.lr=1e-4 (docs/reference/changes.md has all fields)",
+    )
+
+
 def folder(text: str) -> Path:
     """Return a folder, for `type=`. Raises UserError for a URL, because its path would be a folder named 's3:'."""
     if is_remote(text):

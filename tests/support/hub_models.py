@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from checkpoints_format import Box
+from portatrain.backends.state import full_name
 from portatrain.checkpoint.interop import huggingface
 from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.checkpoint.interop.hub_table import Hub
@@ -18,6 +19,7 @@ from portatrain.model.module import describe
 from portatrain.recipe import Recipe, load_recipe
 
 FAMILIES = (*("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "gpt2"),)
+ROUTED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 SEQ = 24
 LONGEST = 64
 
@@ -44,6 +46,8 @@ def random_config(kind: str, rng: np.random.Generator) -> dict[str, Any]:
             "activation_function": pick("gelu_new", "gelu", "relu", "gelu_pytorch_tanh"),
             "layer_norm_epsilon": pick(1e-5, 1e-3),
         }
+    if kind in ROUTED:
+        return {**common, **_routed_config(kind, heads, layers, pick, rng)}
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     head_dim, free = pick(4, 6, 8, 12), kind in ("mistral", "qwen2", "qwen3")
     hidden = heads * head_dim if kind == "phi3" else pick(12, 20, 28) if free else heads * pick(4, 6)
@@ -90,6 +94,51 @@ def random_config(kind: str, rng: np.random.Generator) -> dict[str, Any]:
     return {**common, "rope_parameters": {"rope_theta": pick(50.0, 1e4), **rope}}
 
 
+def _routed_config(kind: str, heads: int, layers: int, pick: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """The fields of a mixture of experts: one or all experts chosen, groups, dense layers, latents."""
+    experts, head_dim = pick(2, 4, 6), pick(4, 6, 8)
+    found: dict[str, Any] = {
+        "hidden_size": pick(12, 20, 28),
+        "intermediate_size": pick(20, 36),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": pick(*(n for n in range(1, heads + 1) if heads % n == 0)),
+        "head_dim": head_dim,
+        "rms_norm_eps": pick(1e-6, 1e-4),
+        "max_position_embeddings": LONGEST,
+        "num_experts_per_tok": int(rng.integers(1, experts + 1)),
+    }
+    rope = random_rope(head_dim, rng)
+    if kind == "mixtral":
+        found |= {"num_local_experts": experts, "sliding_window": pick(None, 7)}
+    if kind == "gpt_oss":
+        found |= {"num_local_experts": experts, "sliding_window": pick(3, 7), "swiglu_limit": pick(0.5, 7.0)}
+        found |= {"layer_types": [pick("full_attention", "sliding_attention") for _ in range(layers)]}
+    if kind == "qwen3_moe":
+        found |= {"num_experts": experts, "moe_intermediate_size": pick(12, 20), "norm_topk_prob": pick(True, False)}
+        found |= {
+            "decoder_sparse_step": pick(1, 2),
+            "mlp_only_layers": pick([], [0]),
+            "attention_bias": pick(True, False),
+        }
+        found |= {"use_sliding_window": pick(True, False), "sliding_window": 5}
+    if kind == "deepseek_v3":
+        groups, size = pick(1, 2, 3), pick(2, 4)
+        chosen, rotary = int(rng.integers(1, groups + 1)), pick(4, 6)
+        found |= {"n_routed_experts": groups * size, "n_group": groups, "topk_group": chosen}
+        found |= {"num_experts_per_tok": int(rng.integers(1, chosen * size + 1)), "norm_topk_prob": pick(True, False)}
+        found |= {"moe_intermediate_size": pick(12, 20), "n_shared_experts": pick(1, 2)}
+        found |= {"first_k_dense_replace": int(rng.integers(layers)), "routed_scaling_factor": pick(1.0, 2.5)}
+        found |= {"q_lora_rank": pick(None, 10), "kv_lora_rank": pick(8, 12), "rope_interleave": pick(True, False)}
+        found |= {"qk_rope_head_dim": rotary, "qk_nope_head_dim": pick(4, 7), "v_head_dim": pick(4, 5)}
+        found |= {"num_key_value_heads": heads, "head_dim": rotary}
+        yarn = {"rope_type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": pick(0.7, 1.0)}
+        rope = pick({"rope_type": "default"}, {**yarn, "original_max_position_embeddings": 16})
+    if rope["rope_type"] == "dynamic":
+        found["max_position_embeddings"] = pick(8, SEQ, LONGEST)
+    return {**found, "rope_parameters": {"rope_theta": pick(50.0, 1e4), **rope}}
+
+
 def random_rope(head_dim: int, rng: np.random.Generator, of: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Rotary parameters of a random type; `of`: longrope, for a part of a head, or neither."""
     types = ("default", "linear", "dynamic", "llama3", "yarn", "longrope") if of is None else ("default", "longrope")
@@ -119,9 +168,11 @@ def made(config: Mapping[str, Any], seed: int) -> Any:
 
     torch.manual_seed(seed)
     known = transformers.AutoConfig.for_model(**config)
-    model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation="eager").eval()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(known, **eager).eval()
+    balances = [buffer for name, buffer in model.named_buffers() if name.endswith("correction_bias")]
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in (*model.parameters(), *balances):
             parameter.add_(torch.randn_like(parameter) * (0.1 if parameter.ndim == 1 else 0.2))
     return model
 
@@ -134,19 +185,42 @@ def recipe_for(sizes: Any) -> Recipe:
     return replace(load_recipe("tiny-lm"), model=sizes, data=data, hooks=())
 
 
-def ours(folder: Path) -> tuple[Recipe, dict[str, np.ndarray]]:
-    """The recipe that the folder's config.json implies, and its parameters as our names have them (float32)."""
+def ours(folder: Path) -> tuple[Recipe, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """The recipe that the folder's config.json implies, its parameters and the States that the folder has, by our names
+    (float32)."""
     sizes = sizes_from(json.loads((folder / "config.json").read_text()))
     recipe = recipe_for(sizes)
-    shapes = {n: t.shape for n, t in describe(sizes.build()).params.items()}
-    found = huggingface.read(folder, recipe, shapes)
-    return recipe, {name: found[name](Box.whole(shapes[name])) for name in shapes}
+    definition = describe(sizes.build())
+    shapes = {full_name(role, name): t.shape for (role, name), t in definition.tensors.items()}
+    found = {name: read(Box.whole(shapes[name])) for name, read in huggingface.read(folder, recipe, shapes).items()}
+    states = {name: found[full_name("state", name)] for name in definition.states if full_name("state", name) in found}
+    return recipe, {name: found[full_name("params", name)] for name in definition.params}, states
+
+
+def by_file_names(kind: str, held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Arrays by the names of a model's parameters in transformers 5, in which the experts of a layer are one tensor, by
+    the names of its files."""
+    found: dict[str, np.ndarray] = {}
+    parts = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
+    for name, array in held.items():
+        name = name.replace(".mlp.", ".block_sparse_moe.") if kind == "mixtral" else name
+        if kind == "gpt_oss" or ".experts." not in name:
+            found[name] = array
+            continue
+        path, _, last = name.rpartition(".")
+        for x, each in enumerate(array):
+            cut = np.split(each, 2) if last == "gate_up_proj" else [each]
+            for part, piece in zip(parts[:2] if len(cut) == 2 else parts[2:], cut, strict=True):
+                found[f"{path}.{x}.{part}.weight"] = piece
+    return found
 
 
 def as_ours(hub: Hub, shapes: Mapping[str, tuple[int, ...]], theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays under the names of transformers (weights, gradients) under our names."""
     found = {name: np.zeros(shape) for name, shape in shapes.items()}
     for row in hub.rows:
+        if row.state:
+            continue
         inner = row.inner(shapes[row.ours])
         found[row.ours][row.leading] = row.taken(theirs[row.theirs], Box.whole(inner), inner)
     return found

@@ -124,8 +124,7 @@ def import_from(
     meta: dict[str, Any] | None = None
     given: dict[str, Values]
     if kind == "huggingface":
-        params = {n.partition("/")[2]: s for n, s in shapes.items() if n.startswith("params/")}
-        given = {f"params/{n}": v for n, v in huggingface.read(source, recipe, params).items()}
+        given = huggingface.read(source, recipe, shapes)
     else:
         found = (trees.from_orbax if kind == "orbax" else trees.from_dcp)(source)
         meta = trees.read_meta(source)

@@ -41,6 +41,10 @@ FAMILIES = Registry(
         "smollm3": "recipes.models.smollm3:from_hub",
         "phi3": "recipes.models.phi3:from_hub",
         "gpt2": "recipes.models.gpt2:from_hub",
+        "mixtral": "recipes.models.mixtral:from_hub",
+        "qwen3_moe": "recipes.models.qwen3_moe:from_hub",
+        "deepseek_v3": "recipes.models.deepseek_v3:from_hub",
+        "gpt_oss": "recipes.models.gpt_oss:from_hub",
     },
 )
 
