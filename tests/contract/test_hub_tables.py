@@ -69,7 +69,7 @@ def test_a_box_reads_its_own_part_of_a_file(rows: int, transposed: bool, part: A
         stop = start + step * piece.shape[axis]
         plain = Row(theirs="x", ours="x", rows=rows, transposed=transposed, part=(start, stop, step))
     whole = np.full(plain.whole_shape(piece.shape), np.nan, np.float32)
-    whole[plain.cut()] = piece
+    whole[plain.cut(piece.shape)] = piece
     file = Counting(whole)
     for _ in range(20):
         ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in shape]
