@@ -89,6 +89,7 @@ ROWS = (
         kind=Kind.TRAJECTORY,
         why="decides every later step",
     ),
+    Row(owner="Recipe", fields="init", kind=Kind.FREE, why="read before the first step, and never again"),
     Row(owner="Recipe", fields="data", kind=Kind.CORPUS, why="another class of source"),
     Row(owner="Recipe", fields="origin", kind=Kind.RECORD, why="where a changed run counts samples from"),
     Row(owner="Origin", fields="step samples tokens", kind=Kind.RECORD, why="see origin of Recipe"),
