@@ -350,6 +350,15 @@ class JaxBackend:
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))
 
+    def rows_here(self, samples: int) -> np.ndarray | None:
+        if self.processes == 1:
+            return None
+        mine = np.zeros(samples, bool)
+        sharding = NamedSharding(self.devices, partition_spec(self.layout.spec(("batch",))))
+        for index in sharding.addressable_devices_indices_map((samples,)).values():
+            mine[index] = True
+        return mine
+
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """Put the batch on the devices; `lead` is the axis of the samples."""
         self.ids.begin(batch)
