@@ -51,8 +51,8 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         about |= {} if bos is None else {"bos_token": bos, "eos_token": bos}
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         names.append("tokenizer_config.json")
-    if chat := {getattr(s, "chat_template", None) for s in sources} - {None}:  # with which the model was trained
-        shutil.copyfile(expand(min(chat)), out / "chat_template.jinja")
+    if chats := [str(s.chat_template) for s in sources if getattr(s, "chat_template", None)]:  # what it was trained with
+        shutil.copyfile(expand(chats[0]), out / "chat_template.jinja")
         names = [*dict.fromkeys([*names, "chat_template.jinja"])]
     return fields, names
 
