@@ -4,11 +4,15 @@
 --data text reads the files under --paths, or the source code of Python's standard library; tokens reads files of token
 ids (.bin, raw and little-endian, or .npy); images are scikit-learn's handwritten digits.
 
+--from FOLDER fine-tunes a model of transformers: its config.json gives the sizes, and its files the weights that the
+run begins with.
+
 examples:
   portatrain init my_recipe.py
   portatrain init my_recipe.py --paths my/texts
   portatrain init my_recipe.py --model own --data tokens --paths train.bin
   portatrain init my_recipe.py --model vision
+  portatrain init my_recipe.py --from models/SmolLM3-3B --paths my/texts
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,10 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paths", metavar="PATH", nargs="+", default=[], help="files, folders or globs with the text or the token ids"
     )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        type=options.folder,
+        help="fine-tune the model in this folder of transformers (config.json, .safetensors, tokenizer.json)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.file)
+    if args.source is not None:
+        return _fine_tune(args, path)
     data = args.data or MODELS[args.model][0]
     if data not in MODELS[args.model]:
         takes = [model for model, kinds in MODELS.items() if data in kinds]
@@ -62,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
     """Return the recipe for `path`: the template of `model`, reading `data` from `paths`."""
-    if path.suffix != ".py":
-        raise UserError(f"file {path}", expected="a name that ends in .py", got=repr(path.name), do=f"Use {path}.py.")
-    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:63] or "my-recipe"
-    text = _template("own_images.py" if (model, data) == ("own", "images") else FILES[model])
-    text = text.replace("my-recipe", name).replace("my_recipe.py", path.name)
+    text = _named("own_images.py" if (model, data) == ("own", "images") else FILES[model], path)
     if data == "images" and paths:
         raise UserError(
             "--paths",
@@ -90,6 +100,29 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
         block = _template("data_tokens.py").replace('"uint16"', f'"{dtype}"').replace("50_257", str(vocab))
         return _with_data(text, block, paths, held_out)
     return text
+
+
+def _fine_tune(args: argparse.Namespace, path: Path) -> int:
+    from portatrain.commands.init_from_hub import recipe_text as text_of
+
+    if args.data is not None or args.model != "decoder":
+        raise UserError(
+            "--from",
+            expected="no --model and no --data: the folder decides them",
+            got=" ".join(f"--{name} {getattr(args, name)}" for name in ("model", "data") if getattr(args, name)),
+            do="Leave them out; --paths names your texts.",
+        )
+    _write(path, text_of(_named("finetune.py", path), args.source, args.paths))
+    print(f"{path}: fine-tune {args.source}\n\n  launch --cluster local {path}\n  portatrain show {path}")
+    return 0
+
+
+def _named(template: str, path: Path) -> str:
+    """Return a template with the name of the recipe in the file `path`."""
+    if path.suffix != ".py":
+        raise UserError(f"file {path}", expected="a name that ends in .py", got=repr(path.name), do=f"Use {path}.py.")
+    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:63] or "my-recipe"
+    return _template(template).replace("my-recipe", name).replace("my_recipe.py", path.name)
 
 
 def _template(name: str) -> str:

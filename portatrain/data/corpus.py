@@ -49,6 +49,37 @@ class Stream:
     """What reads of the tokens are held to, if the pack was too large to be verified at once."""
     verification: packs.Verification | None = None
     """The check of the whole pack in the background; the same for its splits."""
+    scattered = False
+    """Its documents are permuted all over, so its windows need not be."""
+
+    @property
+    def size(self) -> int:
+        """The number of tokens."""
+        return len(self.tokens)
+
+    @property
+    def documents(self) -> int:
+        """The number of documents."""
+        return len(self.starts)
+
+    def rows(self, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return tokens [b, b + size) for each of ``begin``, (B,), as (B, size) int32, zeros after the end; and (B,
+        size) bool twice: True where a document begins, and False where a token is no target. Raises UserError if the
+        tokens are damaged."""
+        tokens = np.zeros((len(begin), size), np.int32)
+        counted = np.ones((len(begin), size), bool)
+        for i, at in enumerate(begin.tolist()):
+            part = self.read(at, at + size)
+            tokens[i, : len(part)] = part
+            if (targets := self.are_targets(at, at + size)) is not None:
+                counted[i, : len(targets)] = targets
+        low = np.searchsorted(self.starts, begin)
+        count = np.searchsorted(self.starts, begin + size) - low
+        row = np.repeat(np.arange(len(begin)), count)
+        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
+        opens = np.zeros((len(begin), size), bool)
+        opens[row, self.starts[low[row] + nth] - begin[row]] = True
+        return tokens, opens, counted
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """Return tokens [first, stop), as many as there are. Raises UserError if they are damaged."""
@@ -108,8 +139,13 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
     return out
 
 
+def open_source(spec: DataSpec) -> Documents:
+    """Return the documents of a token source; close it when it is not read any more."""
+    return OwnDocuments(spec) if gives_documents(spec) else documents(spec)
+
+
 def _produce(spec: DataSpec, writer: packs.Writer) -> packs.Meta:
-    source: Documents = OwnDocuments(spec) if gives_documents(spec) else documents(spec)
+    source = open_source(spec)
     with closing(Spooled(source) if source.in_order else source) as ready:
         return _write_splits(spec, ready, writer)
 

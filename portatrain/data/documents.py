@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 
+from portatrain.data.encode import Deferred, Encoding, Tokenized
 from portatrain.data.finding import Files, PassedOver
 from portatrain.errors import UserError
 from portatrain.model import rng
@@ -36,6 +37,8 @@ class Documents(ABC):
     in_order = False
     masked = False
     nothing = "documents without content"
+    _encode: Encoding
+    """The encoding of a source of text; a source of ids has none."""
 
     def __init__(self, files: Files, held_out: Files, passed: PassedOver | None = None) -> None:
         self.passed = PassedOver() if passed is None else passed
@@ -53,6 +56,17 @@ class Documents(ABC):
         """Return what `read` does, and between them which tokens are targets: (n,) bool, or None if all are."""
         tokens, size = self.read(number)
         return tokens, None, size
+
+    def defer(self) -> Deferred | None:
+        """Let `read` return the bytes of a document instead of its ids, and return the encoding that was put off.
+
+        Return None, and change nothing, if a tokenizer does not encode each document as it is.
+        """
+        real = getattr(self, "_encode", None)
+        if self.masked or not isinstance(real, Tokenized):
+            return None
+        self._encode = later = Deferred(real)
+        return later
 
     def close(self) -> None:  # noqa: B027  # most sources hold nothing open
         """Close what the source holds open; it is not read any more."""

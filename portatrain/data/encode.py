@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,7 +14,8 @@ from portatrain.system.paths import expand
 class Encoding(Protocol):
     """A function from bytes to token ids, (n,) integers in [0, vocab). Id ``bos`` begins a document.
 
-    ``where`` names the document, for messages. named: True if ``bos`` is a token that a text can have.
+    ``where`` names the document, for messages. ``text`` is the way back; ids that are no text are left out of it.
+    named: True if ``bos`` is a token that a text can have.
     """
 
     vocab: int
@@ -22,6 +23,8 @@ class Encoding(Protocol):
     named: bool
 
     def __call__(self, data: bytes, where: str) -> np.ndarray: ...
+
+    def text(self, ids: Sequence[int]) -> str: ...
 
     def masked(self, text: str, spans: Iterable[tuple[int, int]], where: str) -> tuple[np.ndarray, np.ndarray]:
         """Return the ids of a text, and (n,) bool: which of them lie, at least in part, in spans of its characters."""
@@ -35,6 +38,9 @@ class Bytes:
 
     def __call__(self, data: bytes, where: str) -> np.ndarray:
         return np.frombuffer(data, np.uint8)
+
+    def text(self, ids: Sequence[int]) -> str:
+        return bytes(n for n in ids if 0 < n < 256).decode("utf-8", "replace")
 
     def masked(self, text: str, spans: Iterable[tuple[int, int]], where: str) -> tuple[np.ndarray, np.ndarray]:
         ids = self(text.encode(), where)
@@ -94,16 +100,17 @@ class Tokenized:
         self.bos = found
 
     def __call__(self, data: bytes, where: str) -> np.ndarray:
-        try:
-            text = data.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                where,
-                expected="UTF-8 text, since a tokenizer is used",
-                got=str(error),
-                do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
-            ) from error
-        return np.array(self._tokenizer.encode(text, add_special_tokens=False).ids, np.uint32)
+        return np.array(self._tokenizer.encode(_text(data, where), add_special_tokens=False).ids, np.uint32)
+
+    def many(self, documents: Sequence[tuple[bytes, str]]) -> list[np.ndarray]:
+        """Return what calls for each (data, where) would return; the library encodes them in one call."""
+        texts = [_text(data, where) for data, where in documents]
+        found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, np.uint32) for one in found]
+
+    def text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode([int(n) for n in ids if n < self.vocab], skip_special_tokens=True)
+        return text
 
     def masked(self, text: str, spans: Iterable[tuple[int, int]], where: str) -> tuple[np.ndarray, np.ndarray]:
         made = self._tokenizer.encode(text, add_special_tokens=False)
@@ -112,6 +119,30 @@ class Tokenized:
         for begin, end in spans:
             mask |= (low < end) & (high > begin)
         return np.array(made.ids, np.uint32), mask
+
+
+class Deferred:
+    """The encoding `real`, put off: a call returns the bytes themselves, (n,) uint8, and keeps `where`."""
+
+    def __init__(self, real: Tokenized) -> None:
+        self.real, self.vocab, self.bos, self.named, self.where = real, real.vocab, real.bos, real.named, ""
+        self.text, self.masked = real.text, real.masked
+
+    def __call__(self, data: bytes, where: str) -> np.ndarray:
+        self.where = where
+        return np.frombuffer(data, np.uint8)
+
+
+def _text(data: bytes, where: str) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            where,
+            expected="UTF-8 text, since a tokenizer is used",
+            got=str(error),
+            do="Convert or remove the document, or use bytes as tokens (tokenizer=None).",
+        ) from error
 
 
 def encoding(tokenizer: str | None, bos: str | None) -> Encoding:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -32,21 +32,32 @@ NAMED = 3
 
 
 class PassedOver:
-    """What a source holds and does not read, by reason."""
+    """What a source holds and does not read, by reason: how many things, and the first names in their order."""
 
-    def __init__(self) -> None:
-        self._names: dict[str, list[str]] = {}
+    def __init__(self, found: Mapping[str, tuple[int, Sequence[str]]] | None = None) -> None:
+        self._found = {reason: (int(count), list(names)) for reason, (count, names) in (found or {}).items()}
 
     def add(self, reason: str, name: object) -> None:
         """Count the thing `name`; `reason` names it in the plural, such as 'empty files'."""
-        self._names.setdefault(reason, []).append(str(name))
+        count, names = self._found.get(reason, (0, []))
+        self._found[reason] = count + 1, sorted([*names, str(name)])[:NAMED]
+
+    def merge(self, other: PassedOver) -> None:
+        """Count what `other` has counted, too."""
+        for reason, (more, others) in other._found.items():
+            count, names = self._found.get(reason, (0, []))
+            self._found[reason] = count + more, sorted([*names, *others])[:NAMED]
+
+    def counted(self) -> dict[str, tuple[int, list[str]]]:
+        """Return reason -> (count, first names), from which an equal object can be made."""
+        return dict(self._found)
 
     def sentences(self, source: str) -> list[str]:
         """Return a sentence for each reason, with the count and some names."""
         out = []
-        for reason, names in sorted(self._names.items()):
-            rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            out.append(f"{source}: {len(names)} {reason}: {', '.join(sorted(names)[:NAMED])}{rest}")
+        for reason, (count, names) in sorted(self._found.items()):
+            rest = f" and {count - NAMED} more" if count > NAMED else ""
+            out.append(f"{source}: {count} {reason}: {', '.join(names)}{rest}")
         return out
 
 

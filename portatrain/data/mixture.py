@@ -157,7 +157,7 @@ def check(spec: Mixture) -> None:
 
 
 def _bytes_per_target(parts: list[TokenSplit]) -> float | None:
-    known = [(p.stream.bytes, len(p.stream.tokens) - len(p.stream.starts)) for p in parts]
+    known = [(p.stream.bytes, p.stream.size - p.stream.documents) for p in parts]
     if any(b is None for b, _ in known):
         return None
     return sum(b for b, _ in known if b is not None) / sum(t for _, t in known)

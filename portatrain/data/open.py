@@ -20,12 +20,15 @@ from portatrain.data.own import gives_arrays, gives_tokens, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
 from portatrain.data.pack import Verification
-from portatrain.data.spec import PACKINGS, DataSpec, Digits, Mixture
+from portatrain.data.spec import PACKINGS, DataSpec, Digits, Mixture, PackedTokens
 from portatrain.data.split import Batch, Split
+from portatrain.data.store.reading import PackedStream, streams_of
 from portatrain.data.text_batches import TokenSplit, Whole, Windows
 from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError, choice
 from portatrain.system.paths import expand
+
+Streams = Mapping[str, Stream | PackedStream]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class OpenData:
     train: Split
     validation: Split | None
     vocab: int
-    streams: dict[str, Stream]
+    streams: Streams
     passed_over: tuple[str, ...] = ()
     verifications: tuple[Verification, ...] = ()
 
@@ -91,7 +94,7 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
         arrays = open_arrays(spec, seed)
         vocab = int(getattr(spec, "vocab", 0))
         return OpenData(train=arrays["train"], validation=arrays.get("validation"), vocab=vocab, streams={})
-    found = streams(spec, pack_dir)
+    found = _streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
         train=windows["train"],
@@ -113,7 +116,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
                 got=f"{type(source).__name__}, which gives arrays",
                 do="Leave it out of the mixture, or mix inside a source of arrays of your own.",
             )
-    found = [streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
+    found = [_streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
     vocabs = sorted({f["train"].vocab for f in found})
     if len(vocabs) > 1:
         raise UserError(
@@ -133,7 +136,11 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     )
 
 
-def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
+def _streams(spec: DataSpec, pack_dir: Path | None) -> Streams:
+    return streams_of(spec) if isinstance(spec, PackedTokens) else streams(spec, pack_dir)
+
+
+def _told(sources: Sequence[Streams]) -> dict[str, Any]:
     """Return what the packs of all sources say of themselves, as fields of `OpenData`."""
     trained = [source["train"] for source in sources]
     return {
@@ -142,15 +149,17 @@ def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
     }
 
 
-def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) -> dict[str, TokenSplit]:
+def _windows(spec: DataSpec, found: Streams, seed: int, where: str) -> dict[str, TokenSplit]:
     seq_len: int = spec.seq_len  # type: ignore[attr-defined]
     packing = getattr(spec, "packing", PACKINGS[0])
     out: dict[str, TokenSplit] = {}
     for name, stream in found.items():
         about: Any = {"name": name, "seq_len": seq_len, "seed": seed, "permuted": name == "train"}
         about["order"] = f"{where}/{name}"
-        whole = packing != PACKINGS[0]
-        out[name] = Whole(stream, **about, single=packing == "single") if whole else Windows(stream, **about)
+        if packing == PACKINGS[0] or not isinstance(stream, Stream):  # a store is read by windows
+            out[name] = Windows(stream, **about)
+        else:
+            out[name] = Whole(stream, **about, single=packing == "single")
     return out
 
 
@@ -161,8 +170,8 @@ def _check(spec: DataSpec) -> None:
             "data spec",
             expected="a frozen dataclass that derives from portatrain.data.DataSpec",
             got=f"a {kind}",
-            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, Parquet, Stdlib, TextFiles, "
-            "TokenMemmap, or derive one of your own.",
+            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, PackedTokens, Parquet, Stdlib, "
+            "TextFiles, TokenMemmap, or derive one of your own.",
         )
     if not (gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
         raise refusal(spec)
@@ -180,6 +189,12 @@ def _check(spec: DataSpec) -> None:
         )
     if (packing := values.get("packing", PACKINGS[0])) not in PACKINGS:
         raise choice(f"{kind} packing", str(packing), PACKINGS)
+
+
+def is_packable(spec: DataSpec) -> bool:
+    """Return True for a source of documents that is not packed yet."""
+    _check(spec)
+    return gives_tokens(spec) and not isinstance(spec, PackedTokens)
 
 
 def blank_batch(spec: DataSpec, count: int) -> Batch:

@@ -88,7 +88,7 @@ class _Records(_Files, _Text):
 
 def has_tokens(spec: DataSpec) -> bool:
     """Return True for a source of tokens of this module."""
-    return isinstance(spec, _Tokens)
+    return isinstance(spec, (_Tokens, PackedTokens))
 
 
 def has_text(spec: DataSpec) -> bool:
@@ -176,6 +176,17 @@ class Megatron(_Files):
     separator: int | None = None
     """The id that ends each document in the files (``--append-eod``); here it begins every document. None: id 0 begins
     it, and every id of the files is a target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens(DataSpec):
+    """A packed store, as ``portatrain data pack`` writes it. It is read where it is, and not copied into the run."""
+
+    path: str
+    """The folder of the store, or its URL."""
+    seq_len: int
+    fingerprint: str = ""
+    """The fingerprint that the store must have, as ``portatrain data show`` prints it. '': any."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,6 +20,7 @@ import numpy as np
 from portatrain.data.corpus import Stream, require_window
 from portatrain.data.fill import Samples
 from portatrain.data.split import Batch, Order, Split, samples
+from portatrain.data.store.reading import PackedStream
 
 
 def blank(count: int, seq_len: int) -> Batch:
@@ -42,14 +43,14 @@ class TokenSplit(Split):
     - ``sample``: (B,) int64, the sample number.
     """
 
-    stream: Stream
+    stream: Stream | PackedStream
     seq_len: int
     _order: Order
 
-    def _about(self, stream: Stream, name: str, seq_len: int, kind: str) -> None:
+    def _about(self, stream: Stream | PackedStream, name: str, seq_len: int, kind: str) -> None:
         self.stream, self.name, self.seq_len = stream, name, seq_len
         self.fingerprint = hashlib.sha256(f"{kind}\0{stream.fingerprint}\0{seq_len}".encode()).hexdigest()
-        targets = len(stream.tokens) - len(stream.starts)
+        targets = stream.size - stream.documents
         self.bytes_per_target = None if stream.bytes is None else stream.bytes / targets
 
     def batch(self, start: int, count: int) -> Batch:
@@ -66,28 +67,25 @@ class TokenSplit(Split):
 class Windows(TokenSplit):
     """The windows of one packed stream, across documents."""
 
-    def __init__(self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str) -> None:
-        found = len(stream.tokens)
-        require_window(name, found, len(stream.starts), seq_len)
+    def __init__(
+        self, stream: Stream | PackedStream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str
+    ) -> None:
+        require_window(name, stream.size, stream.documents, seq_len)
         self._about(stream, name, seq_len, "portatrain.windows.1")
-        self.windows = -(-(found - 1) // seq_len)
-        self._order = Order(self.windows, seed, order, permuted=permuted)
+        self.windows = -(-(stream.size - 1) // seq_len)
+        # An evaluation that ends early then has windows of the whole split; it is the same for every seed.
+        scattered = stream.scattered and not permuted
+        self._order = Order(self.windows, 0 if scattered else seed, order, permuted=permuted or scattered)
 
     def at(self, sample: np.ndarray) -> Batch:
         size, begin = self.seq_len, self._order(sample) * self.seq_len
-        drawn = np.zeros((len(begin), size + 1), np.int32)
-        counted = np.ones((len(begin), size + 1), bool)
-        for i, at in enumerate(begin.tolist()):
-            part = self.stream.read(at, at + size + 1)
-            drawn[i, : len(part)] = part
-            if (targets := self.stream.are_targets(at, at + size + 1)) is not None:
-                counted[i, : len(targets)] = targets
-        opens = self._opens(begin)
+        drawn, opens, counted = self.stream.rows(begin, size + 1)
+        opens[:, 0] = False  # a window always begins a segment
         column = np.arange(size, dtype=np.int32)
-        inside = (begin[:, None] + column) < len(self.stream.tokens)
+        inside = (begin[:, None] + column) < self.stream.size
         segment = 1 + np.cumsum(opens[:, :size], axis=1, dtype=np.int32)
         position = column - np.maximum.accumulate(column * opens[:, :size], axis=1)
-        has_target = (begin[:, None] + column + 1) < len(self.stream.tokens)
+        has_target = (begin[:, None] + column + 1) < self.stream.size
         return {
             "tokens": drawn[:, :size].copy(),
             "targets": drawn[:, 1:].copy(),
@@ -97,23 +95,11 @@ class Windows(TokenSplit):
             "sample": sample.astype(np.int64),
         }
 
-    def _opens(self, begin: np.ndarray) -> np.ndarray:
-        """Return (B, S + 1) bool, True for a token that begins a document, except in column 0: a window always begins
-        a segment."""
-
-        starts = self.stream.starts
-        low = np.searchsorted(starts, begin, side="right")
-        high = np.searchsorted(starts, begin + self.seq_len, side="right")
-        count = high - low
-        row = np.repeat(np.arange(len(begin)), count)
-        nth = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-        opens = np.zeros((len(begin), self.seq_len + 1), bool)
-        opens[row, starts[low[row] + nth] - begin[row]] = True
-        return opens
-
 
 class Whole(TokenSplit):
     """Samples of whole documents: several that fit together, or one each (``single``). Padding follows them."""
+
+    stream: Stream
 
     def __init__(
         self, stream: Stream, *, name: str, seq_len: int, seed: int, permuted: bool, order: str, single: bool

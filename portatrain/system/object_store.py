@@ -47,9 +47,9 @@ class Listed(NamedTuple):
 class Objects:
     """The objects below `url`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, retry: Mapping[str, Any] = SHORT_RETRY) -> None:
         self.url = url.rstrip("/")
-        self._store = connect(self.url, {"retry_config": SHORT_RETRY})
+        self._store = connect(self.url, {"retry_config": retry})
         self._api = obstore_module()
 
     def get(self, name: str) -> tuple[bytes, Version] | None:

@@ -21,6 +21,7 @@ from portatrain.data import (
     Jsonl,
     Megatron,
     Mixture,
+    PackedTokens,
     Parquet,
     Stdlib,
     TextFiles,
@@ -28,7 +29,7 @@ from portatrain.data import (
 )
 from portatrain.data import pack as packs
 from portatrain.data.open import blank_batch
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
 from portatrain.optim import AdamW, Constant
 from portatrain.plan.cost.recipes import shape_of
 from portatrain.recipe import Recipe
@@ -39,6 +40,7 @@ from portatrain.training.hooks import TextSample, TrigramBaseline
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
+from tests.support.packed import packed
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the table trains on torch")
 
@@ -64,6 +66,11 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
 
     text = TextFiles(paths=str(at / "corpus"), seq_len=16, validation=0.3)
     lines = Jsonl(paths=str(at / "lines.jsonl"), seq_len=16, validation=0.3)
+
+    def store(of: DataSpec, name: str) -> DataSpec:
+        packed(of, at / name)
+        return PackedTokens(path=str(at / name), seq_len=16)
+
     made: dict[str, Callable[[], tuple[DataSpec, object, str]]] = {
         "TextFiles": lambda: (text, DECODER, BYTES),
         "Jsonl": lambda: (lines, DECODER, BYTES),
@@ -79,6 +86,12 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
             IDS,
         ),
         "Mixture": lambda: (Mixture(sources=(text, lines, Sums(seq_len=16)), weights=(1.0, 1.0, 1.0)), DECODER, BYTES),
+        "PackedTokens": lambda: (store(text, "text"), DECODER, BYTES),
+        "Mixture of stores": lambda: (
+            Mixture(sources=(store(text, "text"), store(lines, "lines")), weights=(2.0, 1.0)),
+            DECODER,
+            BYTES,
+        ),
         "own documents": lambda: (Sums(seq_len=16), DECODER, BYTES),
         "own arrays": lambda: (Lines(), LineConfig(), IMAGES),
         "Digits": lambda: (
@@ -92,7 +105,7 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
 
 RECORDS = ("Jsonl.gz", "Jsonl.zst", "Parquet", "Arrow", "ArrayRecords")
 SOURCES = ["TextFiles", "Jsonl", "Stdlib", "TokenMemmap", "Mixture", "own documents", "own arrays", "Digits"]
-SOURCES += [*RECORDS, "Megatron", "best-fit", "single", "chat"]
+SOURCES += [*RECORDS, "Megatron", "best-fit", "single", "chat", "PackedTokens", "Mixture of stores"]
 
 
 def _records(name: str, at: Path) -> DataSpec:
@@ -142,7 +155,7 @@ def _chat(at: Path) -> DataSpec:
 def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ACME))
     data, model, kind = of(source, corpus)
-    hooks = (TextSample(prompt="1 ", length=3), *((TrigramBaseline(),) if source != "Mixture" else ()))
+    hooks = (TextSample(prompt="1 ", length=3), *((TrigramBaseline(),) if "Mixture" not in source else ()))
     recipe = Recipe(
         name="table",
         model=model,  # type: ignore[arg-type]
@@ -174,7 +187,7 @@ def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.Monkey
     assert shape.batch == 4 and (kind == IMAGES or shape.seq_len == 16)
     summary = run.summary()
     assert not run.events("hook_failed") and (kind == BYTES) == ("sample" in summary)
-    assert ("references" in summary) == (kind == BYTES and source != "Mixture")
+    assert ("references" in summary) == (kind == BYTES and "Mixture" not in source)
     blank = {k: (v.shape, v.dtype) for k, v in blank_batch(data, 3).items()}
     from portatrain.data import open_data
 
@@ -214,3 +227,29 @@ def test_a_large_corpus_with_flipped_bytes_is_not_trained_on(
     with pytest.raises(UserError, match="CRC-32" if split == "train" else "SHA-256"):
         train(recipe, run, backend="torch")
     assert [row["step"] for row in run.curve()] == [1]
+
+
+def test_a_run_on_a_store_leaves_it_where_it_is_and_ends_as_storage_when_it_is_damaged(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("portatrain.data.store.reading.AGAIN_AFTER_S", (0.01,))
+    text = TextFiles(paths=str(corpus / "corpus"), seq_len=16, validation=0.3)
+    packed(text, corpus / "store")
+    run, same = RunDir(corpus / "run"), RunDir(corpus / "same")
+    recipe = small(PackedTokens(path=str(corpus / "store"), seq_len=16))
+    assert train(recipe, run, backend="torch", stop_at=2) == 85
+    assert not (run.path / "data").exists()
+    (corpus / "store").rename(corpus / "away")
+    with pytest.raises(UserError, match="none there"):
+        train(recipe, run, backend="torch")
+    (corpus / "away").rename(corpus / "store")
+    shard = corpus / "store" / "train-00000.tokens"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:100] + bytes([good[100] ^ 1]) + good[101:])
+    with pytest.raises(StorageError, match=r"train-00000\.tokens"):
+        train(recipe, run, backend="torch")
+    shard.write_bytes(good)
+    assert train(recipe, run, backend="torch") == 0
+    assert train(small(text), same, backend="torch") == 0
+    # The store gives the samples of a run that packs its source itself.
+    assert [row["loss"] for row in run.curve()] == [row["loss"] for row in same.curve()]
