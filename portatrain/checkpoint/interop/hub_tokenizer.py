@@ -51,7 +51,8 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         about |= {} if bos is None else {"bos_token": bos, "eos_token": bos}
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         names.append("tokenizer_config.json")
-    if chats := [str(s.chat_template) for s in sources if getattr(s, "chat_template", None)]:  # what it was trained with
+    # The template with which the model was trained, if it is not the tokenizer's own.
+    if chats := [str(s.chat_template) for s in sources if getattr(s, "chat_template", None)]:
         shutil.copyfile(expand(chats[0]), out / "chat_template.jinja")
         names = [*dict.fromkeys([*names, "chat_template.jinja"])]
     return fields, names
