@@ -52,7 +52,7 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         names.append("tokenizer_config.json")
     # The template with which the model was trained, if it is not the tokenizer's own.
-    if chats := [str(s.chat_template) for s in sources if getattr(s, "chat_template", None)]:
+    if chats := [own for s in sources if isinstance(own := getattr(s, "chat_template", None), str)]:
         shutil.copyfile(expand(chats[0]), out / "chat_template.jinja")
         names = [*dict.fromkeys([*names, "chat_template.jinja"])]
     return fields, names
