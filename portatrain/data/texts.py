@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from portatrain.data.encode import Encoding, encoding
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Mixture, PackedTokens, TokenMemmap, has_text
 from portatrain.errors import UserError
 
 
@@ -67,7 +67,7 @@ def _tokenizer(source: DataSpec) -> tuple[str | None, str | None] | None:
         from portatrain.data.store.reading import made_from_text
 
         return made_from_text(source)
-    if not (isinstance(source, (Stdlib, TextFiles, Jsonl)) or gives_documents(source)):
+    if not (has_text(source) or gives_documents(source)):
         return None
     return getattr(source, "tokenizer", None), getattr(source, "bos", None)
 
