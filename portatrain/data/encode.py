@@ -132,9 +132,6 @@ class Deferred:
         self.where = where
         return np.frombuffer(data, np.uint8)
 
-    def text(self, ids: Sequence[int]) -> str:
-        return self.real.text(ids)
-
 
 def _text(data: bytes, where: str) -> str:
     try:
