@@ -78,8 +78,8 @@ def run(args: argparse.Namespace) -> int:
         load_recipe(recipe_file(job), cwd=Path(job.cwd or "."))
     old = Recipe.from_json(changes.from_step(parent.path, args.at))
     recipe = changed(old, args.overrides, args.at)
-    _check_left(recipe, args.at)
     found = difference(old, recipe, args.at, since=changes.last_decided(parent.path))
+    _check_left(recipe, args.at)
     state = goes_on(source, args.at, recipe, old)
     about: dict[str, Any] = {
         "run": parent.path.name,
@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
             changes.GIVEN: info.get(changes.GIVEN) or info["recipe"],
         }
         if job is not None:
-            words = {name: getattr(job, name) for name in SOURCE}
+            # What a cluster's job was given says nothing of this machine; --cluster plans it anew.
+            words = {name: getattr(job, name) for name in SOURCE if job.engine == "local" or name == "track"}
             words |= {"recipe": job.source or job.recipe, "overrides": list(job.overrides), "cwd": job.cwd}
             more[changes.SOURCE] = words
         keeps_corpus = not found.named(Kind.CORPUS)
@@ -122,6 +123,8 @@ def _print(about: dict[str, Any], args: argparse.Namespace, new: RunDir, *, same
     if not about["fields"]:
         print("  with the same recipe")
     print(f"  slots of the optimizer: {about['state']['optimizer']}")
+    if about["fields"] and not about["state"]["probe"]:
+        print("  the checkpoint has no probe (probe_every), so there will be no figures from before the change")
     if not same_code:
         print(f"  the code here is not the code that {about['run']} began with; the fork takes the code here")
     if not args.dry_run:
