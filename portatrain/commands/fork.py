@@ -23,8 +23,10 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -206,16 +208,49 @@ def copy_checkpoint(source: Location, target: Location, step: int) -> None:
             if not (isinstance(old, LocalStore) and isinstance(new, LocalStore)) or not _link(
                 old.path / name, new.path / name
             ):
-                new.put(name, _chunks(old, name, size, say), size)
+                with _Chunks(old, name, size, say) as chunks:
+                    new.put(name, chunks, size)
         new.put_if_absent("COMMIT", read_small(old, "COMMIT", CHUNK))
 
 
-def _chunks(store: Store, name: str, size: int, say: Callable[[int], None]) -> Iterator[memoryview]:
-    for at in range(0, size, CHUNK):
-        part = memoryview(bytearray(min(CHUNK, size - at)))
-        store.read_into(name, at, [part])
-        say(len(part))
-        yield part
+class _Chunks:
+    """The chunks of a file, read by a thread: a store that writes to the network cannot read from it in between."""
+
+    def __init__(self, store: Store, name: str, size: int, say: Callable[[int], None]) -> None:
+        self._ready: queue.Queue[memoryview | BaseException] = queue.Queue(maxsize=2)
+        self._left, self._over = size, threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(store, name, size, say), name="portatrain-fork")
+        self._thread.start()
+
+    def _read(self, store: Store, name: str, size: int, say: Callable[[int], None]) -> None:
+        for at in range(0, size, CHUNK):
+            part: memoryview | BaseException = memoryview(bytearray(min(CHUNK, size - at)))
+            try:
+                store.read_into(name, at, [part])  # type: ignore[list-item]
+                say(min(CHUNK, size - at))
+            except BaseException as error:
+                part = error
+            while not self._over.is_set():
+                with contextlib.suppress(queue.Full):
+                    self._ready.put(part, timeout=0.1)
+                    break
+            if self._over.is_set() or isinstance(part, BaseException):
+                return
+
+    def __iter__(self) -> Iterator[memoryview]:
+        while self._left > 0:
+            part = self._ready.get()
+            if isinstance(part, BaseException):
+                raise part
+            self._left -= len(part)
+            yield part
+
+    def __enter__(self) -> _Chunks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def _link(source: Path, target: Path) -> bool:

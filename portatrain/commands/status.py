@@ -65,10 +65,10 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
     if now.parent is not None:
         text = f"forked from {now.parent.get('run')} at step {now.parent.get('step')}"
         console.print(text, highlight=False, markup=False)
-    for one in now.changes[now.parent is not None :]:
-        fields = ", ".join(f"{name} {was!r} to {new!r}" for name, (was, new) in sorted(one.fields.items()))
-        why = f": {one.reason}" if one.reason else ""
-        console.print(f"changed after step {one.step}{why}; {fields}", highlight=False, markup=False)
+    for change in now.changes[now.parent is not None :]:
+        fields = ", ".join(f"{name} {was!r} to {new!r}" for name, (was, new) in sorted(change.fields.items()))
+        why = f": {change.reason}" if change.reason else ""
+        console.print(f"changed after step {change.step}{why}; {fields}", highlight=False, markup=False)
     if now.owner is not None:
         console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False, markup=False)
     saved = f"step {now.committed}" if now.committed is not None else "none"
