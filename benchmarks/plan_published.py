@@ -23,7 +23,6 @@ from portatrain.plan.cost.efficiency import Efficiency
 from portatrain.plan.cost.memory import memory
 from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import PRECISIONS, TUNING
-from portatrain.plan.cost.shapes import PRESETS
 from portatrain.plan.cost.timing import rates, step_time
 from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.result import Candidate
@@ -53,11 +52,11 @@ class Checked:
 def predict(row: Row, factor: float) -> tuple[float, Candidate]:
     """Return tokens a second and chip at an efficiency factor, and the configuration."""
     if row.mesh is None:
-        return _searched(row, factor)
+        return searched(row, factor)
     cluster, precision = row.on, PRECISIONS[row.precision]
     tuning = replace(TUNING[cluster.chip.stack], skips_masked=True)  # publishers use kernels of their own
     places = row.mesh[0] * row.mesh[1] * row.mesh[2]
-    shape = replace(PRESETS[row.model], batch=places * row.rows * row.accumulation, capacity=row.capacity)
+    shape = replace(row.shape, batch=places * row.rows * row.accumulation, capacity=row.capacity)
     work = on_mesh(shape, row.mesh)
     assert row.remat is not None
     tokens = row.rows * work.seq
@@ -100,12 +99,12 @@ def predict(row: Row, factor: float) -> tuple[float, Candidate]:
     return shape.tokens_per_step / best.step_s / cluster.chips, best
 
 
-def _searched(row: Row, factor: float) -> tuple[float, Candidate]:
+def searched(row: Row, factor: float) -> tuple[float, Candidate]:
     """Return the planner's own best configuration, at the best of several batches."""
     best: tuple[float, Candidate] | None = None
     for samples in SAMPLES_PER_DEVICE:
         cluster = row.on
-        shape = replace(PRESETS[row.model], batch=samples * cluster.devices)
+        shape = replace(row.shape, batch=samples * cluster.devices)
         made = plan(
             shape,
             cluster,

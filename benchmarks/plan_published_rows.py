@@ -10,6 +10,7 @@ from portatrain.plan.clusters import names
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.clusters.figures import figure
 from portatrain.plan.cost.policy import REMATS, Remat
+from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.tensors import Sizes
 
 
@@ -21,7 +22,9 @@ class Row:
     ``mesh``, ``rows`` (samples of a microbatch on each data-parallel device), ``accumulation`` and ``remat`` are the
     publisher's. ``mesh`` is None if the publisher used pipeline stages, which the planner does not plan; then the
     planner's own best mesh replaces it. ``counted``: the number of chips was published with the figure; else it is the
-    number of the publisher's configuration. ``part`` names a chip that differs from the catalog's, ``changes`` how.
+    number of the publisher's configuration. ``seq_len``: the length of a sample, if not the preset's. ``sizes``:
+    those of a model without a preset. ``part`` names
+    a chip that differs from the catalog's, ``changes`` how.
     """
 
     model: str
@@ -35,6 +38,8 @@ class Row:
     accumulation: int = 1
     remat: Remat | None = None
     capacity: float = 1.0
+    seq_len: int | None = None
+    sizes: ModelShape | None = None
     counted: bool = True
     part: str = ""
     changes: Mapping[str, tuple[float, str]] = field(default_factory=dict)
@@ -42,6 +47,12 @@ class Row:
 
     def __hash__(self) -> int:
         return hash((self.model, self.cluster, self.tokens))
+
+    @property
+    def shape(self) -> ModelShape:
+        """Return the sizes of the model, with the publisher's length of a sample."""
+        preset = self.sizes or PRESETS[self.model]
+        return replace(preset, seq_len=self.seq_len or preset.seq_len)
 
     @property
     def on(self) -> Cluster:

@@ -32,8 +32,10 @@ PORTATRAIN: dict[str, tuple[str, str]] = {
     "check": ("portatrain.commands.check", "check a recipe before a run: small, on every framework"),
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
+    "sample": ("portatrain.commands.sample", "continue texts with a trained model"),
+    "eval": ("portatrain.commands.eval", "evaluate a trained model: loss and metrics"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
-    "data": ("portatrain.commands.data", "verify the packed data of a run"),
+    "data": ("portatrain.commands.data", "pack data once for many runs; show and verify what is packed"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),
 }

@@ -66,7 +66,7 @@ def recipe_page() -> str:
 
 
 def ops_page() -> str:
-    from portatrain.model import ops, ops_arrays, ops_structure
+    from portatrain.model import ops, ops_arrays, ops_experts, ops_structure
 
     docs = field_docs(ops.Ops)
     attributes = ["| attribute | shape and type |", "|---|---|"]
@@ -90,6 +90,7 @@ def ops_page() -> str:
         "Every example runs after these lines, on the backend of NumPy in float64; in a model `ops` is the argument:",
         code(examples.OPS_SETUP.strip()),
         *methods(ops.Ops, examples.OPS),
+        *methods(ops_experts.ExpertOps, examples.OPS),
         *methods(ops_structure.StructureOps, examples.OPS),
         "## Operations on arrays",
         docstring(ops_arrays),
@@ -162,7 +163,7 @@ def data_page() -> str:
     from portatrain.data import DataSpec, own, spec
 
     parts = [docstring(spec)]
-    for cls in subclasses(DataSpec, spec):
+    for cls in (c for c in subclasses(DataSpec, spec) if not c.__name__.startswith("_")):
         imports = "Mixture, Stdlib, TextFiles" if cls.__name__ == "Mixture" else cls.__name__
         shared = listed(spec.__doc__ or "")
         parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls, shared=shared))]

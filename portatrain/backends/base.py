@@ -101,6 +101,9 @@ class Backend(Protocol):
     Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
     `--profile` is refused.
 
+    Optional method: `cached(state)` returns the model with a cache of keys and values (`backends/decoding.py`), or None
+    if this mesh has none. Without it a text is continued by running the model on all of it for every token.
+
     Optional methods: `use_compile_cache(folder)` makes the framework keep compiled programs below `folder`; it returns
     the folder that is used, None if nothing is compiled, or raises OSError if it cannot be written to. `compiled()`
     returns what the process has compiled so far (`backends/compiling.py`).

@@ -31,6 +31,20 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
 
 
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add --init, which sets the recipe's field of that name."""
+    parser.add_argument(
+        "--init",
+        dest="overrides",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        type=lambda text: f"init={folder(text).absolute()}",
+        help="begin with the weights of a folder of transformers (config.json and .safetensors): fine-tune. The same "
+        "as --set init=FOLDER; `portatrain init my_recipe.py --from FOLDER` writes a recipe for the folder's model",
+    )
+
+
 def add_changes(parser: argparse.ArgumentParser) -> None:
     """Add --set for a run that has a recipe."""
     parser.add_argument(

@@ -32,6 +32,7 @@ from portatrain.system.urls import is_remote
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
+    options.add_init(parser)
     parser.add_argument(
         "--cluster", metavar="NAME[,NAME...]", required=True, help="the acceptable clusters, best first"
     )

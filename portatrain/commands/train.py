@@ -25,6 +25,7 @@ from portatrain.system.urls import SCHEMES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
+    options.add_init(parser)
     parser.add_argument(
         "--run-dir",
         metavar="DIR",

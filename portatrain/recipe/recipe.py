@@ -73,6 +73,9 @@ class Recipe:
     it does not grow."""
     seed: int = 0
     """Seed of the initial weights, the order of samples and dropout, from 0 to 2**63 - 1."""
+    init: str | None = config.added_later(None)
+    """A folder of transformers (config.json and .safetensors) with the weights that the run begins with, instead of
+    random ones: fine-tuning. ``model`` must be the model of its config.json."""
 
     precision: Literal["fp32", "bf16", "bf16-state", "fp8"] = "fp32"
     """The dtypes. fp32: float32 throughout. bf16: computation in bfloat16; parameters and optimizer state in float32.

@@ -246,7 +246,10 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Cha
     stored, step = meta.get("recipe"), int(meta.get("step", 0))
     if not isinstance(stored, Mapping) or not (folder / "run.json").exists():
         return None
-    if not (fields := changed_fields(stored, recipe, trusted=is_trusted)):
+    fields = {
+        k: v for k, v in changed_fields(stored, recipe, trusted=is_trusted).items() if k.split(".")[0] != "origin"
+    }
+    if not fields:
         return None
     changes = [*of(folder), *([] if asked is None else [asked])]
     at = next((i for i in reversed(range(len(changes))) if not _differ(stored, changes[i].before)), None)

@@ -15,6 +15,7 @@ from portatrain.model.rope import RopeScaling
 from portatrain.testing.array_cases import array_cases
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.testing.case import FP32, Args, Case, Rng, normal, with_ints
+from portatrain.testing.expert_cases import expert_cases
 from portatrain.testing.loss_cases import loss_cases
 
 # ---- contractions
@@ -337,6 +338,7 @@ CASES: tuple[Case, ...] = (
     *_norm_cases(),
     *_rope_cases(),
     *attention_cases(),
+    *expert_cases(),
     *_dropout_cases(),
     *_elementwise_cases(),
     *_integer_cases(),

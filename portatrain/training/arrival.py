@@ -9,8 +9,9 @@ from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
+from portatrain.checkpoint.interop.hub_start import first_weights
 from portatrain.checkpoint.interop.trusted_code import is_trusted
-from portatrain.checkpoint.locations import location_of
+from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
@@ -43,6 +44,8 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
         accept_drift=accept_drift,
         changed=lambda meta: changes.pending(there.path, meta, recipe, asked=asked),
     )
+    if recipe.init is not None and newest_committed(location_of(where)) is None:
+        first_weights(recipe, backend.program)  # reports a folder of another model before anything is written
 
 
 def arrive(

@@ -16,6 +16,7 @@ from typing import Any
 from portatrain.backends import choose_kernel
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.interop.hub_start import first_state
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.data import OpenData, prefetch
 from portatrain.errors import users_code
@@ -173,7 +174,7 @@ class Trainer:
         if found:
             self._go_on(found)
         else:
-            self.state = self.backend.init_state()
+            self.state = first_state(self.backend, self.recipe)
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
                 self._saves.record(self.state, self.step)

@@ -36,6 +36,8 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
         ("expert=2", "routed"),
+        ("expert=2", "mixture"),
+        ("tensor=2", "mixture, clamped with biases"),
         ("fsdp=2", "lm, LoRA"),
         ("tensor=2", "lm, growing batch, averages"),
         ("fsdp=2", "lm, remat"),
@@ -48,6 +50,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("context=2", "lm, norms of queries and keys"),
         ("context=2", "nested"),
         ("tensor=2", "attention by rule"),
+        ("tensor=2", "latent"),
         ("context=2", "attention by rule"),
         ("fsdp=2", "towers"),
         ("fsdp=2", "towers, groups in a microbatch"),
@@ -65,6 +68,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2,tensor=2", "lm, clipping, averages, frozen"),
         ("fsdp=2,tensor=2", "lm, tensor and fsdp on one axis"),
         ("fsdp=2,tensor=2", "towers"),
+        ("fsdp=2,context=2", "latent"),
         ("replica=2,fsdp=2", "towers, groups in a device's rows"),
         ("fsdp=2,tensor=2", "lm, Muon"),
         ("fsdp=2,tensor=2", "lm, Adafactor"),
@@ -76,6 +80,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("context=4", "lm, untied, all options"),
         *((f"{other},expert=2", "routed") for other in ("replica=2", "fsdp=2", "context=2", "tensor=2")),
         ("expert=4", "routed"),
+        ("fsdp=2,expert=2", "mixture"),
         ("fsdp=2,expert=2", "routed, Muon"),
         ("fsdp=2,expert=2", "routed, bf16"),
     ],
@@ -102,6 +107,8 @@ MESHES = {
 
 
 def _applies(mesh: str, case: str) -> bool:
+    if "mixture" in case:  # one kind on each mesh
+        return ("clamped" in case) == ("tensor" in mesh) and "one layer" not in case and mesh != "tensor=4"
     if "expert" in mesh:
         return "routed" in case
     if "one axis" in case:  # which two by two divide

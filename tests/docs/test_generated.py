@@ -11,6 +11,7 @@ import pytest
 from docs.tools import draw_rooms, examples, reference
 from portatrain.model.ops import Ops
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_experts import ExpertOps
 from portatrain.model.ops_structure import StructureOps
 from portatrain.optim import Rule, Schedule, rules, schedules
 from portatrain.recipe import Origin, Recipe, apply_overrides, load_recipe
@@ -75,7 +76,7 @@ def test_every_operation_is_in_the_reference() -> None:
     page = text("ops.md")
     methods = [
         n
-        for cls in (Ops, StructureOps, ArrayOps)
+        for cls in (Ops, ExpertOps, StructureOps, ArrayOps)
         for n, m in vars(cls).items()
         if callable(m) and not n.startswith("_")
     ]

@@ -20,6 +20,7 @@ from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox,
 from portatrain.backends.compiling import Compiled
 from portatrain.backends.jax import compile_cache, fp8
 from portatrain.backends.jax.accumulation import Accumulation
+from portatrain.backends.jax.decoding import JaxCached
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
@@ -342,6 +343,9 @@ class JaxBackend:
         samples = None if even is batch else rows
         found = self._predicts(state["params"], state["state"], self._put(even, 0), samples)
         return np.asarray(found)[:rows]
+
+    def cached(self, state: State) -> JaxCached | None:
+        return JaxCached(self, state) if self.layout.mesh.devices == 1 else None
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))

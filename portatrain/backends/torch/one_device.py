@@ -28,9 +28,9 @@ from portatrain.backends.state import (
     sample_words,
 )
 from portatrain.backends.token_ids import PREDICTED, TokenIds
-from portatrain.backends.torch import fp8
+from portatrain.backends.torch import attention, experts, fp8
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
-from portatrain.backends.torch.attention import load_kernels
+from portatrain.backends.torch.decoding import TorchCached
 from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
@@ -89,7 +89,8 @@ class OneDevice(Accumulates, StandaloneOps):
         self.compiles = program.compile if program.compile is not None else row.compiles
         self.site = Site.of(program, backend="torch", device=self.device.type)
         self._fp8 = fp8.formats_of(self.device, row.name) if program.precision == "fp8" else fp8_chips.EMULATED
-        load_kernels()
+        attention.load_kernels()
+        experts.load_kernels()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self.remat = remat.parse(program.remat)
@@ -359,6 +360,9 @@ class OneDevice(Accumulates, StandaloneOps):
     def _predicted(self, state: TorchState, ops: TorchOps, batch: Mapping[str, Tensor]) -> Tensor:
         predict: Any = state.module.predict
         return predict(ops, batch)
+
+    def cached(self, state: TorchState) -> TorchCached | None:
+        return TorchCached(self, state) if self.ops is TorchOps else None
 
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Return a batch of as many rows as the devices need; rows that are no samples follow the others."""
