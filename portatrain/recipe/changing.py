@@ -314,18 +314,23 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in (*definition.params.items(), *definition.states.items())}
 
 
-def merged(given: Any, asked: Any, current: Any) -> Any:
-    """Return the JSON `current` with what distinguishes `asked` from `given`: the recipe of a changed run, if its words
-    gave `given` when it began and give `asked` now."""
-    if asked == given:
+def merged(before: Sequence[Any], asked: Any, current: Any) -> Any:
+    """Return the JSON `current` with what `asked` has otherwise than all recipes in `before`.
+
+    This is the recipe of a changed run whose command words give `asked`: `before` has the recipe that the words gave
+    when the run began, and those that the run has had since. A value that the run had once is an old word, and no new
+    wish.
+    """
+    if any(asked == one for one in before):
         return current
-    parts = (given, asked, current)
-    if not all(isinstance(p, Mapping) and p.get("class") == given.get("class") for p in parts):
+    same = [one for one in before if isinstance(one, Mapping) and isinstance(asked, Mapping)]
+    same = [one for one in same if one.get("class") == asked.get("class")]
+    if not same or not isinstance(current, Mapping) or current.get("class") != asked.get("class"):
         return asked
     found = {}
     for name in (*current, *(n for n in asked if n not in current)):
-        if name in asked or name not in given:  # otherwise `asked` has its default again
-            value = merged(*(part.get(name, _NONE) for part in parts))
+        if name in asked or any(name not in one for one in same):  # otherwise `asked` has its default again
+            value = merged([one.get(name, _NONE) for one in same], asked.get(name, _NONE), current.get(name, _NONE))
             if value is not _NONE:
                 found[name] = value
     return found

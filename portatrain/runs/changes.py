@@ -127,7 +127,8 @@ def settled(folder: Path, asked: Recipe) -> Recipe:
         return asked
     if not changed_fields(given, asked):
         return Recipe.from_json(now)
-    return Recipe.from_json(merged(_plain(given), _plain(asked.to_json()), _plain(now)))
+    before = [given, *(one.before for one in of(folder))]
+    return Recipe.from_json(merged([_plain(one) for one in before], _plain(asked.to_json()), _plain(now)))
 
 
 def _plain(recipe: Mapping[str, Any]) -> Any:
