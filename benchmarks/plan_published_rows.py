@@ -23,7 +23,8 @@ class Row:
     publisher's. ``mesh`` is None if the publisher used pipeline stages, which the planner does not plan; then the
     planner's own best mesh replaces it. ``counted``: the number of chips was published with the figure; else it is the
     number of the publisher's configuration. ``seq_len``: the length of a sample, if not the preset's. ``sizes``:
-    those of a model without a preset. ``part`` names
+    those of a model without a preset. ``block``: queries or keys, whichever are more, in a block of its
+    attention kernel. ``gathers``: the entry of SORTING for experts that sort their tokens. ``part`` names
     a chip that differs from the catalog's, ``changes`` how.
     """
 
@@ -38,6 +39,8 @@ class Row:
     accumulation: int = 1
     remat: Remat | None = None
     capacity: float = 1.0
+    block: int = 1
+    gathers: str = "core"
     seq_len: int | None = None
     sizes: ModelShape | None = None
     counted: bool = True
@@ -85,6 +88,7 @@ ROWS = (
         who="MaxText",
         mesh=(1, 256, 1, 1, 1),
         rows=4,
+        block=2048,
         remat=Remat(name="keeps q, k, v, projection", qkv=1, projected=1, offload=1),
     ),
     Row(
@@ -96,6 +100,7 @@ ROWS = (
         who="MaxText",
         mesh=(1, 256, 1, 1, 1),
         rows=5,
+        block=2048,
         remat=Remat(name="keeps q, k, v", qkv=1, offload=1),
     ),
     Row(
@@ -108,6 +113,7 @@ ROWS = (
         mesh=(1, 256, 1, 1, 1),
         rows=12,
         capacity=1.25,
+        block=2048,
         remat=Remat(name="keeps q, k, v, projection", qkv=1, projected=1, offload=1),
         note="capacity factor 1.25",
         counted=False,
@@ -145,6 +151,7 @@ ROWS = (
         who="tpu-recipes",
         mesh=(1, 128, 1, 1, 1),
         rows=2,
+        block=2048,
         remat=Remat(name="keeps q, k, v, attention", qkv=1, attention=1),
     ),
     Row(
@@ -157,6 +164,7 @@ ROWS = (
         mesh=(1, 512, 1, 1, 1),
         rows=3,
         counted=False,
+        block=2048,
         remat=Remat(name="block, offloaded", offload=1),
     ),
     Row(
