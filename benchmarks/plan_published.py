@@ -131,7 +131,9 @@ def searched(row: Row, factor: float) -> tuple[float, Candidate]:
             cluster,
             precisions=(row.precision,),
             efficiency=Efficiency(value=factor, basis="given"),
-            tuning=replace(TUNING[cluster.chip.stack], skips_masked=True, block=row.block),
+            tuning=replace(
+                TUNING[cluster.chip.stack], skips_masked=True, block=row.block, sorting=SORTING[row.gathers]
+            ),
             hints=False,
         )
         if made.best and (best is None or made.tokens_per_s / cluster.chips > best[0]):

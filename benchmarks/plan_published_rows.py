@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from portatrain.plan.clusters import names
@@ -12,6 +13,11 @@ from portatrain.plan.clusters.figures import figure
 from portatrain.plan.cost.policy import REMATS, Remat
 from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.tensors import Sizes
+
+
+@cache
+def _cluster(name: str) -> Cluster:
+    return names.parse(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +66,17 @@ class Row:
     @property
     def on(self) -> Cluster:
         """Return the cluster, with the publisher's part in place of the catalog's if they differ."""
-        made = names.parse(self.cluster)
+        made = _cluster(self.cluster)
         other: dict[str, Any] = {name: figure(value, unit, "pages") for name, (value, unit) in self.changes.items()}
         return replace(made, chip=replace(made.chip, **other)) if other else made
 
     @property
     def chip(self) -> str:
-        return self.part or names.parse(self.cluster).chip.name
+        return self.part or _cluster(self.cluster).chip.name
 
     @property
     def vendor(self) -> str:
-        return names.parse(self.cluster).chip.vendor
+        return _cluster(self.cluster).chip.vendor
 
 
 _H100_500W: dict[str, Any] = {

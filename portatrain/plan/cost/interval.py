@@ -70,22 +70,28 @@ class Interval:
 def interval(chip: Chip, shape: ModelShape, precision: str) -> Interval:
     """Return the interval for a plan of ``shape`` on ``chip``.
 
-    The group is that of the nearest published runs; a precision, a size or experts that were not among these make it
-    one farther each, up to the last.
+    A precision, a size or experts that no published run on the chip has make the group one farther each, and so do
+    those that none on a chip of the vendor has; of the two, the nearer group counts.
     """
-    far = 0 if chip.name in SEEN else 1 if chip.vendor in SEEN else 2
-    unlike = []
-    if far < 2:
-        seen = SEEN[chip.name if far == 0 else chip.vendor]
-        if PRECISIONS[precision].peak not in seen.peaks:
-            unlike.append(f"none in {precision}")
-        if not seen.smallest / FARTHER <= shape.active <= seen.largest * FARTHER:
-            unlike.append("none of nearly this size")
-        if shape.experts and shape.capacity == 1.0 and not seen.experts:
-            unlike.append("none with such experts")
-    why = "; ".join([NEAR[far], *unlike])
-    far = min(2, far + len(unlike))
+    found = [(2, NEAR[2])]
+    for group, name in enumerate((chip.name, chip.vendor)):
+        if name in SEEN:
+            unlike = _unlike(SEEN[name], shape, precision)
+            found.append((min(2, group + len(unlike)), "; ".join([NEAR[group], *unlike])))
+    far, why = min(found)
     return Interval(factor=math.exp(SPREADS[far]), far=far, why=why)
+
+
+def _unlike(seen: Seen, shape: ModelShape, precision: str) -> list[str]:
+    """Return what of a plan is like none of the runs."""
+    found = []
+    if PRECISIONS[precision].peak not in seen.peaks:
+        found.append(f"none in {precision}")
+    if not seen.smallest / FARTHER <= shape.active <= seen.largest * FARTHER:
+        found.append("none of nearly this size")
+    if shape.experts and shape.capacity == 1.0 and not seen.experts:
+        found.append("none with such experts")
+    return found
 
 
 def quantile(errors: list[float]) -> float:

@@ -90,8 +90,8 @@ class Tuning:
     context, every device exchanges half of its queries (``model/context_chunks.py``), and leaves out the keys that
     no query of a chunk sees. `portatrain.plan.attending` takes these five from the kernel that runs.
     ``boundary``: rows that a grouped matmul multiplies in vain for each expert: where one expert's rows end inside of a
-    tile, the tile is computed for both of its experts. ``sorting``: how often the copies of tokens that experts get would
-    go through memory, forward, in the time that it takes to sort them and to bring them back (see `SORTING`).
+    tile, the tile is computed for both of its experts. ``sorting``: how often the copies of tokens that experts get
+    would go through memory, forward, in the time that it takes to sort them and to bring them back (see `SORTING`).
     ``scores_passes``: how often scores that are not on the chip go through its memory, forward and backward.
     """
 
@@ -118,9 +118,8 @@ class Tuning:
 
 
 SORTING = {"core": 45.4, "sparsecore": 15.3}
-"""`Tuning.sorting` on a TPU, by where XLA runs gathers of rows. libtpu 0.0.52 runs them on the SparseCores, and 0.0.19 on
-the TensorCore. `benchmarks.plan_published` fits both. Its programs alone would be 7 to 8, if they moved bytes as fast as
-other operations do: 2.3 to gather the copies, 5.1 (v5p) or 6.0 (7x) to gather the results and to add them."""
+"""`Tuning.sorting` on a TPU, by the cores that gather rows, both fitted by `benchmarks.plan_published`. libtpu 0.0.52
+gathers on SparseCores; its programs alone would be 7 to 8, if they moved bytes as fast as other operations do."""
 
 TUNING = {
     # XLA splits a matmul so that its collective runs beside it ("collective matmul"), and allocates statically.
