@@ -73,12 +73,12 @@ def interval(chip: Chip, shape: ModelShape, precision: str) -> Interval:
     A precision, a size or experts that no published run on the chip has make the group one farther each, and so do
     those that none on a chip of the vendor has; of the two, the nearer group counts.
     """
-    found = [(2, NEAR[2])]
+    found = []
     for group, name in enumerate((chip.name, chip.vendor)):
         if name in SEEN:
             unlike = _unlike(SEEN[name], shape, precision)
             found.append((min(2, group + len(unlike)), "; ".join([NEAR[group], *unlike])))
-    far, why = min(found)
+    far, why = min([*found, (2, NEAR[2])], key=lambda group: group[0])
     return Interval(factor=math.exp(SPREADS[far]), far=far, why=why)
 
 
