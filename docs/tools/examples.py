@@ -231,6 +231,7 @@ RECIPE_PYTHON = {
     "compute": 'compute={"batch": ("replica", "fsdp")}',
     "params": 'params={"embed": "fsdp"}',
     "hooks": 'hooks=(TextSample(prompt="def "),)',
+    "origin": "origin=Origin(step=800, samples=6400, tokens=1638400)",
 }
 """Fields that are set in the file: field -> a keyword of `dataclasses.replace`."""
 
@@ -250,7 +251,12 @@ DATA = {
     "Stdlib": "Stdlib(seq_len=256)",
     "TextFiles": 'TextFiles(paths="corpus/**/*.txt", seq_len=256)',
     "Jsonl": 'Jsonl(paths="pages.jsonl", field="text", seq_len=256)',
+    "Parquet": 'Parquet(paths="s3://bucket/corpus/**/*.parquet", field="text", seq_len=256)',
+    "Arrow": 'Arrow(paths="corpus/train", template="{{ title }}\\n{{ text }}", seq_len=256)',
+    "ArrayRecords": 'ArrayRecords(paths="corpus/*.array_record", field="text", seq_len=256)',
+    "Megatron": 'Megatron(paths="corpus_text_document.idx", seq_len=256, vocab=50_257, separator=50_256)',
     "TokenMemmap": 'TokenMemmap(paths="tokens.bin", seq_len=256, vocab=50_257, separator=50_256)',
+    "PackedTokens": 'PackedTokens(path="stores/text", seq_len=256)',
     "Digits": "Digits(validation=0.2)",
     "Mixture": ('Mixture(sources=(Stdlib(seq_len=256), TextFiles(paths="corpus", seq_len=256)), weights=(0.7, 0.3))'),
 }

@@ -31,6 +31,32 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
 
 
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add --init, which sets the recipe's field of that name."""
+    parser.add_argument(
+        "--init",
+        dest="overrides",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        type=lambda text: f"init={folder(text).absolute()}",
+        help="begin with the weights of a folder of transformers (config.json and .safetensors): fine-tune. The same "
+        "as --set init=FOLDER; `portatrain init my_recipe.py --from FOLDER` writes a recipe for the folder's model",
+    )
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Add --set for a run that has a recipe."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a field of the run's recipe: --set optimizer.lr=1e-4 (docs/reference/changes.md has all fields)",
+    )
+
+
 def folder(text: str) -> Path:
     """Return a folder, for `type=`. Raises UserError for a URL, because its path would be a folder named 's3:'."""
     if is_remote(text):

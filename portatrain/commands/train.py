@@ -26,6 +26,7 @@ from portatrain.system.urls import SCHEMES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
+    options.add_init(parser)
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
@@ -76,9 +77,11 @@ def train(args: argparse.Namespace) -> int:
     """
     from portatrain.backends.choose_kernel import parse as parse_kernels
     from portatrain.commands.unseen import suggest
+    from portatrain.runs import changes
+    from portatrain.runs.open import open_run
     from portatrain.system.processes import world_size
 
-    recipe = options.resolved_recipe(args)
+    recipe = changes.settled(open_run(args.run_dir).path, options.resolved_recipe(args))
     backend = options.resolved_backend(args.backend)
     options.positive("--devices", args.devices)
     options.positive("--stop-at", args.stop_at)
@@ -105,7 +108,6 @@ def train(args: argparse.Namespace) -> int:
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
         from portatrain.backends.program import make_program
-        from portatrain.runs.open import open_run
         from portatrain.system.processes import run_processes
 
         # Reports options that conflict before any process starts.
@@ -113,7 +115,6 @@ def train(args: argparse.Namespace) -> int:
         open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
-    from portatrain.runs.open import open_run
     from portatrain.system.processes import rank
     from portatrain.training.metrics import Sink
     from portatrain.training.metrics.console import ConsoleSink

@@ -12,11 +12,17 @@ import glob
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
+from portatrain.system.urls import is_remote
 
-Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
+if TYPE_CHECKING:
+    from portatrain.data.store_files import StoreFile
+
+Place: TypeAlias = "Path | StoreFile"
+Files = list[tuple[str, Place]]  # (name within the source, place), sorted by name
 Key = tuple[int, int]  # device and inode of a folder
 
 FILES = ("**", "")
@@ -56,14 +62,20 @@ class PassedOver:
 
 
 def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = None) -> Files:
-    """Return the files under ``paths`` (files, folders, globs), sorted by name, each file once.
+    """Return the files under ``paths`` (files, folders, globs, on disk or in a store), sorted by name, each file once.
 
     Raises:
         UserError: a path leads to no file, or a folder or a link cannot be read.
     """
     passed = PassedOver() if passed is None else passed
-    found: dict[Path, tuple[bool, str]] = {}
+    found: dict[Place, tuple[bool, str]] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
+        if is_remote(given):
+            from portatrain.data.store_files import find_remote
+
+            for name, object_ in find_remote(given, what):
+                found[object_] = min(found.get(object_, (False, name)), (False, name))
+            continue
         path = expand(given)
         patterns: tuple[str, ...]
         if path.is_dir():
@@ -91,7 +103,7 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
             name = os.fsencode(p.relative_to(root)).decode("utf-8", "backslashreplace")
             real = p.resolve()
             found[real] = min(found.get(real, (linked, name)), (linked, name))
-    return sorted((name, path) for path, (_, name) in found.items())
+    return sorted(((name, path) for path, (_, name) in found.items()), key=lambda one: (one[0], str(one[1]).split("/")))
 
 
 def _single(path: Path, what: str) -> tuple[bool, Path]:
@@ -192,7 +204,7 @@ def _key(path: Path) -> Key:
     return found.st_dev, found.st_ino
 
 
-def unreadable(path: Path, error: OSError, kind: str = "file") -> UserError:
+def unreadable(path: Place, error: OSError, kind: str = "file") -> UserError:
     """Return the error for a file or folder of a source that cannot be read."""
     return UserError(
         f"data {kind} {path}",

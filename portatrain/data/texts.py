@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from portatrain.data.encode import Encoding, encoding
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Mixture, PackedTokens, TokenMemmap, has_text
 from portatrain.errors import UserError
 
 
@@ -49,17 +49,27 @@ def texts_of(data: DataSpec) -> Texts:
     """
     sources = list(_sources(data))
     if all(isinstance(s, TokenMemmap) for s in sources):
-        separators = {s.separator for s in sources if isinstance(s, TokenMemmap)} - {None}
+        separators = {s.separator for s in sources if isinstance(s, TokenMemmap)}
         return Texts(encoding=None, opens=(), stops=frozenset(n for n in separators if n is not None))
-    given = {(getattr(s, "tokenizer", None), getattr(s, "bos", None)) for s in sources}
-    if not all(isinstance(s, (Stdlib, TextFiles, Jsonl)) or gives_documents(s) for s in sources):
+    given = {_tokenizer(s) for s in sources}
+    if None in given:
         return Texts(encoding=None, opens=(), stops=frozenset())
     if len(given) > 1:
-        names = ", ".join(sorted(str(tokenizer or "bytes") for tokenizer, _ in given))
+        names = ", ".join(sorted(str((each and each[0]) or "bytes") for each in given))
         raise UserError("the data", expected="one tokenizer", got=names, do="Give the prompts as token ids.")
-    ((tokenizer, bos),) = given
-    made = encoding(tokenizer, bos)
+    made = encoding(*(given.pop() or (None, None)))
     return Texts(encoding=made, opens=(int(made.bos),), stops=frozenset({int(made.bos)}))
+
+
+def _tokenizer(source: DataSpec) -> tuple[str | None, str | None] | None:
+    """Return (tokenizer, bos) of a source of text, of which bytes have (None, None); None for other sources."""
+    if isinstance(source, PackedTokens):
+        from portatrain.data.store.reading import made_from_text
+
+        return made_from_text(source)
+    if not (has_text(source) or gives_documents(source)):
+        return None
+    return getattr(source, "tokenizer", None), getattr(source, "bos", None)
 
 
 def _sources(data: DataSpec) -> Iterator[DataSpec]:

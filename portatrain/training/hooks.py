@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles
+from portatrain.data.spec import DataSpec, Mixture, PackedTokens, has_text
 from portatrain.errors import UserError
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
@@ -104,7 +104,7 @@ def _require_bytes(hook: Hook, recipe: Recipe) -> None:
 
             if not gives_bytes(source):
                 raise _unfit(hook, recipe, "text in which each byte is a token", "a packed store of other tokens")
-        elif not (isinstance(source, (Stdlib, TextFiles, Jsonl)) or gives_documents(source)):
+        elif not (has_text(source) or gives_documents(source)):
             raise _unfit(hook, recipe, "text in which each byte is a token", kind)
         tokenizer = getattr(source, "tokenizer", None)
         if tokenizer is not None:

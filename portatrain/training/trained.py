@@ -224,14 +224,15 @@ def _restored(reader: Reader, recipe: Recipe, backend: str | None, *, ema: bool)
 
 def _from_hub(folder: Path, backend: str | None, recipe: Recipe | None, *, step: int | None, ema: bool) -> TrainedModel:
     from portatrain.backends.program import make_program
-    from portatrain.checkpoint.interop.hub_folder import recipe_of, texts_of_folder, weights_of
+    from portatrain.checkpoint.interop.hub_folder import recipe_of, texts_of_folder
+    from portatrain.checkpoint.interop.hub_start import reader_of
 
     if step is not None or ema:
         what = "a step" if step is not None else "averages"
         raise UserError(f"folder {folder}", expected=f"a run, which has {what}", got="one model", do="Leave it out.")
     chosen = recipe if recipe is not None else recipe_of(folder)
     made = _backend(make_program(chosen), backend)
-    state = made.restore_state(weights_of(folder, chosen, made.program))
+    state = made.restore_state(reader_of(folder, chosen, made.program))
     return TrainedModel(chosen, 0, made, state, lambda: texts_of_folder(folder))
 
 

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from portatrain.backends import choose_kernel, rounding
+from portatrain.backends import choose_kernel
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.interop.hub_start import first_state
 from portatrain.checkpoint.saver import Checkpoints
-from portatrain.data import prefetch
+from portatrain.data import OpenData, prefetch
 from portatrain.errors import users_code
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
@@ -28,8 +29,9 @@ from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, profiling
-from portatrain.training.arrival import arrive, check_before
+from portatrain.training.arrival import check_before
 from portatrain.training.begin import begin, probable_mistakes
+from portatrain.training.changed import arrive_at
 from portatrain.training.compile_cache import CompileCache
 from portatrain.training.evaluation import Evaluations
 from portatrain.training.hook_calls import HookCalls, check_hooks
@@ -172,7 +174,7 @@ class Trainer:
         if found:
             self._go_on(found)
         else:
-            self.state = self.backend.init_state()
+            self.state = first_state(self.backend, self.recipe)
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
                 self._saves.record(self.state, self.step)
@@ -341,22 +343,23 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        definition = self.backend.program.definition
-        positions = rounding.positions_in(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
-        self.state, found, bounds = arrive(
-            self.backend, reader, self.recipe, self._checked, positions=positions, accept_drift=self._accepts
+        self.state, found, bounds, effect = arrive_at(
+            self.backend, reader, self.recipe, self.data, self.run_dir, self._checked, accept_drift=self._accepts
         )
         self._start.mark("verify")
+        if effect is not None:
+            self.event(Kind.CHANGE_MEASURED, step=self.step, **effect)
         self._saves.saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
-        if found["verdict"] == "unproven":
+        if found["verdict"] == "unproven" and bounds is not None:
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
-    def _checked(self, state: Any) -> dict[str, Any]:
-        """Return the record of a restored `state`, for the continuity check."""
+    def _checked(self, state: Any, recipe: Recipe, data: OpenData) -> dict[str, Any]:
+        """Return the record of a restored `state` under `recipe`, for the continuity check."""
         self._start.mark("restore")
-        found = self._saves.record(state, self.step)
+        held = data.validation
+        found = continuity.record(self.backend, state, recipe, data.train, self.step, validation=held)
         self._start.mark("verify")
         return found
 

@@ -257,7 +257,7 @@ def rows(
     return tuple(found)
 
 
-def hub(c: CausalConfig, model_type: str, architecture: str, names: Names, **more: Any) -> Hub:
+def hub(c: Any, model_type: str, architecture: str, names: Names, **more: Any) -> Hub:
     """Return the table of a decoder in transformers. `more`: fields of config.json that its family adds or changes."""
     config: Mapping[str, Any] = {
         "architectures": [architecture],
@@ -274,23 +274,39 @@ def hub(c: CausalConfig, model_type: str, architecture: str, names: Names, **mor
         "tie_word_embeddings": c.tied,
         "hidden_act": "silu",
         "attention_dropout": 0.0,
+        "pad_token_id": None,  # the default of some types is an id beyond a smaller table
         **more,
     }
     return Hub(config=config, rows=rows(names, places_of(c.kinds, "blocks"), tied=c.tied), overrides=HUB_FIELDS)
 
 
-def read_sizes(fields: Fields, *, theta: float = 10_000.0, eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
-    """Return the sizes that every family has, from a config.json; theta, eps and tied are the type's defaults."""
+def read_sizes(
+    fields: Fields,
+    *,
+    theta: float = 10_000.0,
+    eps: float = 1e-6,
+    tied: bool = False,
+    head_dim: int | None = None,
+    kv_heads: int | None = None,
+    partial: bool = False,
+    given: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the sizes that every family has, from a config.json.
+
+    given: the rotary parameters, if they are not those of the whole config. partial: a part of a head may be rotated,
+    which the family reads itself. The others are the type's defaults; None
+    for embed / heads and for the number of heads.
+    """
     heads = fields.size("num_attention_heads")
     embed = fields.size("hidden_size")
-    base, scaling, _ = fields.rope(theta=theta)
+    base, scaling, _ = fields.rope(theta=theta, given=given, partial=partial)
     return {
         "vocab": fields.size("vocab_size"),
         "embed": embed,
         "layers": fields.size("num_hidden_layers"),
         "heads": heads,
-        "kv_heads": fields.kv_heads(heads),
-        "head_dim": fields.size("head_dim", max(1, embed // heads)),
+        "kv_heads": fields.kv_heads(heads, kv_heads),
+        "head_dim": fields.size("head_dim", head_dim or max(1, embed // heads)),
         "mlp": fields.size("intermediate_size"),
         "rope_theta": base,
         "rope_scaling": scaling,

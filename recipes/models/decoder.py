@@ -135,12 +135,14 @@ class DecoderConfig:
                     do="Export --to orbax, dcp, torch or nnx.",
                 )
         names = [*PRE_NORMS, *ATTENTION, *MLP]
-        if self.window is None:
+        biased = self.attention_bias or self.mlp_bias
+        # A LlamaConfig refuses a width that is no multiple of the heads.
+        if self.window is None and (biased or self.embed % self.heads == 0):
             names += ATTENTION_BIASES if self.attention_bias else ()
             names += MLP_BIASES if self.mlp_bias else ()
             biases = {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
             return hub(self, "llama", "LlamaForCausalLM", names, **biases)
-        if self.attention_bias or self.mlp_bias:
+        if biased:
             raise UserError(
                 "model.window with biases",
                 expected="a window (Mistral) or biases (Llama)",

@@ -176,9 +176,9 @@ def test_the_overrides_that_are_named_mend_it(change: dict[str, Any], tmp_path: 
 
 def read(folder: Path, model: DecoderConfig) -> dict[str, np.ndarray]:
     made = recipe(model)
-    shapes = {n: t.shape for n, t in made.describe().params.items()}
+    shapes = {f"params/{n}": t.shape for n, t in made.describe().params.items()}
     found = huggingface.read(folder, made, shapes)
-    return {name: values(Box.whole(shapes[name])) for name, values in found.items()}
+    return {name.removeprefix("params/"): values(Box.whole(shapes[name])) for name, values in found.items()}
 
 
 def test_the_cache_of_huggingface_hub_is_read(tmp_path: Path) -> None:

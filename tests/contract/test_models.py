@@ -32,8 +32,8 @@ def routed() -> Module:
     return Routed(vocab=23, embed=12, layers=2, experts=4, chosen=2, rate=0.01)
 
 
-def mixture(*, clamped: bool) -> Callable[[], Module]:
-    return lambda: Mixture(vocab=23, embed=8, layers=2, experts=4, chosen=2, clamped=clamped)
+def mixture() -> Module:
+    return Mixture(vocab=23, embed=8, layers=2, experts=4, chosen=2, clamped=False)
 
 
 def nested() -> Module:
@@ -56,8 +56,7 @@ MODELS: dict[str, Callable[[], Module]] = {
     "latent, queries from the input": latent(softcap=3.0),
     "vit": vit,
     "routed": routed,
-    "mixture": mixture(clamped=False),
-    "mixture, clamped with biases": mixture(clamped=True),
+    "mixture": mixture,
     "nested": nested,
 }
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,20 @@ import numpy as np
 import pytest
 
 from portatrain.backends.base import missing
-from portatrain.data import DataSpec, Digits, Jsonl, Mixture, PackedTokens, Stdlib, TextFiles, TokenMemmap
+from portatrain.data import (
+    ArrayRecords,
+    Arrow,
+    DataSpec,
+    Digits,
+    Jsonl,
+    Megatron,
+    Mixture,
+    PackedTokens,
+    Parquet,
+    Stdlib,
+    TextFiles,
+    TokenMemmap,
+)
 from portatrain.data import pack as packs
 from portatrain.data.open import blank_batch
 from portatrain.errors import StorageError, UserError
@@ -59,6 +74,11 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
     made: dict[str, Callable[[], tuple[DataSpec, object, str]]] = {
         "TextFiles": lambda: (text, DECODER, BYTES),
         "Jsonl": lambda: (lines, DECODER, BYTES),
+        **{name: lambda name=name: (_records(name, at), DECODER, BYTES) for name in RECORDS},
+        "Megatron": lambda: (_megatron(at), DECODER, IDS),
+        "best-fit": lambda: (replace(text, packing="best-fit"), DECODER, BYTES),
+        "single": lambda: (replace(lines, packing="single"), DECODER, BYTES),
+        "chat": lambda: (_chat(at), DECODER, BYTES),
         "Stdlib": lambda: (Stdlib(seq_len=16, validation=0.01), DECODER, BYTES),
         "TokenMemmap": lambda: (
             TokenMemmap(paths=str(at / "*.bin"), seq_len=16, vocab=256, validation=0.3),
@@ -83,10 +103,52 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
     return made[source]()
 
 
-SOURCES = [
-    *("TextFiles", "Jsonl", "Stdlib", "TokenMemmap", "Mixture", "PackedTokens", "Mixture of stores"),
-    *("own documents", "own arrays", "Digits"),
-]
+RECORDS = ("Jsonl.gz", "Jsonl.zst", "Parquet", "Arrow", "ArrayRecords")
+SOURCES = ["TextFiles", "Jsonl", "Stdlib", "TokenMemmap", "Mixture", "own documents", "own arrays", "Digits"]
+SOURCES += [*RECORDS, "Megatron", "best-fit", "single", "chat", "PackedTokens", "Mixture of stores"]
+
+
+def _records(name: str, at: Path) -> DataSpec:
+    """Write the records of lines.jsonl as another kind of file; return its spec."""
+    raw = (at / "lines.jsonl").read_bytes()
+    path, fields = at / name, {"paths": str(at / name), "seq_len": 16, "validation": 0.3}
+    if name == "Jsonl.gz":
+        path.write_bytes(gzip.compress(raw))
+        return Jsonl(**fields)
+    if name == "Jsonl.zst":
+        path.write_bytes(pytest.importorskip("zstandard").ZstdCompressor().compress(raw))
+        return Jsonl(**fields)
+    if name == "ArrayRecords":
+        writer = pytest.importorskip("array_record.python.array_record_module").ArrayRecordWriter(str(path), "")
+        for line in raw.splitlines():
+            writer.write(line)
+        writer.close()
+        return ArrayRecords(field="text", **fields)
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"text": [json.loads(line)["text"] for line in raw.splitlines()]})
+    if name == "Parquet":
+        pytest.importorskip("pyarrow.parquet").write_table(table, path, row_group_size=5)
+        return Parquet(**fields)
+    with pa.ipc.new_stream(str(path), table.schema) as out:
+        out.write_table(table, max_chunksize=5)
+    return Arrow(**fields)
+
+
+def _megatron(at: Path) -> DataSpec:
+    ids = np.repeat(np.arange(12), 90).astype("<u2")
+    ids.tofile(at / "ids.bin")
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 12, 13) + np.full(12, 90, "<i4").tobytes()
+    bounds = np.arange(13, dtype="<i8")
+    (at / "ids.idx").write_bytes(head + (bounds[:-1] * 180).tobytes() + bounds.tobytes())
+    return Megatron(paths=str(at / "ids.idx"), seq_len=16, vocab=256, validation=0.3)
+
+
+def _chat(at: Path) -> DataSpec:
+    (at / "chat.jinja").write_text("{% for m in messages %}{{ m.role[0] + m.content }}\n{% endfor %}")
+    rows = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}! " * 9}] for n in range(12)]
+    (at / "chat.jsonl").write_text("".join(json.dumps({"chat": row}) + "\n" for row in rows))
+    paths, template = str(at / "chat.jsonl"), str(at / "chat.jinja")
+    return Jsonl(paths=paths, seq_len=16, validation=0.3, messages="chat", chat_template=template)
 
 
 @pytest.mark.parametrize("source", SOURCES)

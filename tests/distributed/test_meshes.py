@@ -36,6 +36,8 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
         ("expert=2", "routed"),
+        ("expert=2", "mixture"),
+        ("tensor=2", "mixture, clamped with biases"),
         ("fsdp=2", "lm, LoRA"),
         ("tensor=2", "lm, growing batch, averages"),
         ("fsdp=2", "lm, remat"),
@@ -78,6 +80,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("context=4", "lm, untied, all options"),
         *((f"{other},expert=2", "routed") for other in ("replica=2", "fsdp=2", "context=2", "tensor=2")),
         ("expert=4", "routed"),
+        ("fsdp=2,expert=2", "mixture"),
         ("fsdp=2,expert=2", "routed, Muon"),
         ("fsdp=2,expert=2", "routed, bf16"),
     ],
@@ -104,6 +107,8 @@ MESHES = {
 
 
 def _applies(mesh: str, case: str) -> bool:
+    if "mixture" in case:  # one kind on each mesh
+        return ("clamped" in case) == ("tensor" in mesh) and "one layer" not in case and mesh != "tensor=4"
     if "expert" in mesh:
         return "routed" in case
     if "one axis" in case:  # which two by two divide

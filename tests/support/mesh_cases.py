@@ -107,8 +107,8 @@ def _routed() -> Routed:
     return Routed(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, rate=0.01)
 
 
-def _mixture(*, clamped: bool = False) -> Mixture:
-    return Mixture(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, clamped=clamped)
+def _mixture(*, layers: int = 1, clamped: bool = False) -> Mixture:
+    return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped)
 
 
 def _all(name: str) -> bool:
@@ -177,11 +177,9 @@ CASES: dict[str, Case] = {
         ),
         accumulation=2,
     ),
-    "mixture": Case(model=_mixture(), accumulation=2, predicts=False),
-    "mixture, clamped with biases": Case(model=_mixture(clamped=True), accumulation=2, predicts=False),
-    "mixture, bf16": Case(
-        model=_mixture(clamped=True), accumulation=2, predicts=False, options={"precision": "bf16", "remat": "block"}
-    ),
+    "mixture": Case(model=_mixture(layers=2), accumulation=2, predicts=False),
+    "mixture, one layer": Case(model=_mixture(), predicts=False),
+    "mixture, clamped with biases": Case(model=_mixture(clamped=True), accumulation=2, steps=2, predicts=False),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
     "towers": Case(model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, optimizer=AdamW(lr=1e-4)),
     "towers, groups in a microbatch": Case(

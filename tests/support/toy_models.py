@@ -159,7 +159,7 @@ class Mixture(Module):
 
     def __init__(self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, clamped: bool) -> None:
         self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
-        block = MixtureBlock(embed=embed, mlp=embed, experts=experts, chosen=chosen, clamped=clamped)
+        block = MixtureBlock(embed=embed, mlp=embed + 8, experts=experts, chosen=chosen, clamped=clamped)
         self.blocks = Stack(block, layers)
 
     def __call__(self, ops: Any, batch: Any) -> Any:

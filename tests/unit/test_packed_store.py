@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import zlib
 from pathlib import Path
@@ -26,6 +27,10 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("packed")
     corpus(root / "corpus")
     (root / "lines.jsonl").write_text("".join(json.dumps({"text": f"line {n} " * (n % 9)}) + "\n" for n in range(400)))
+    (root / "lines.jsonl.gz").write_bytes(gzip.compress((root / "lines.jsonl").read_bytes()))
+    (root / "chat.jinja").write_text("{% for m in messages %}{{ m.role[0] + m.content }}\n{% endfor %}")
+    chats = [[{"role": "user", "content": f"{n}?"}, {"role": "assistant", "content": f"{n}! " * 99}] for n in range(99)]
+    (root / "chats.jsonl").write_text("".join(json.dumps({"chat": one}) + "\n" for one in chats))
     (np.arange(30_000) % 97).astype("<u2").tofile(root / "ids.bin")
     tokenizer(root / "tokenizer.json")
     return root
@@ -37,6 +42,14 @@ def specs(at: Path) -> dict[str, DataSpec]:
         "bytes": text,
         "tokenizer": dataclasses.replace(text, tokenizer=str(at / "tokenizer.json")),
         "lines": Jsonl(paths=str(at / "lines.jsonl"), seq_len=16, validation=0.1),
+        "in order": Jsonl(paths=str(at / "lines.jsonl.gz"), seq_len=16, validation=0.3),
+        "chats": Jsonl(
+            paths=str(at / "chats.jsonl"),
+            seq_len=16,
+            validation=0.3,
+            messages="chat",
+            chat_template=str(at / "chat.jinja"),
+        ),
         "ids": TokenMemmap(paths=str(at / "ids.bin"), seq_len=16, vocab=70_000 - 5000, separator=7, validation=0.1),
         "nothing held out": dataclasses.replace(text, validation=0),
     }
@@ -47,7 +60,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "AGAIN_AFTER_S", (0.01, 0.01))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "tokenizer", "lines", "ids", "nothing held out"])
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer", "lines", "in order", "chats", "ids", "nothing held out"])
 def test_a_store_holds_the_stream_that_a_run_packs(kind: str, at: Path, tmp_path: Path) -> None:
     spec = specs(at)[kind]
     want = open_data(spec, seed=3)
@@ -70,7 +83,7 @@ def test_a_store_holds_the_stream_that_a_run_packs(kind: str, at: Path, tmp_path
     assert not list((tmp_path / "store").glob("unfinished/state*"))
     # The shards, read by NumPy alone.
     shards = sorted((tmp_path / "store").glob("train-*.tokens"))
-    blocks = np.concatenate([np.memmap(p, block_dtype(made.dtype), mode="r") for p in shards])
+    blocks = np.concatenate([np.memmap(p, made.block(), mode="r") for p in shards])
     assert np.array_equal(blocks["tokens"].reshape(-1)[: made.splits["train"].tokens], want.streams["train"].tokens)
     assert all(zlib.crc32(b.tobytes()[:-4]) == b["crc"] for b in blocks)
 
@@ -404,7 +417,7 @@ class Counting:
         self.asked.add((name, start, length))
         first = int(name.split("-")[1].split(".")[0]) * self._manifest.shard_blocks + start // kind.itemsize
         ids = (np.arange(length // kind.itemsize * TOKENS) + first * TOKENS) % 100_003
-        return seal(ids.astype(np.uint32), ids % 500 == 0, kind).tobytes()
+        return seal(ids.astype(np.uint32), ids % 500 == 0, ids % 500 != 0, kind).tobytes()
 
     def get(self, name: str) -> bytes | None:
         return self._manifest.as_bytes()

@@ -34,6 +34,17 @@ FAMILIES = Registry(
         "llama": "recipes.models.decoder:from_hub",
         "mistral": "recipes.models.decoder:from_hub",
         "qwen2": "recipes.models.qwen2:from_hub",
+        "qwen3": "recipes.models.qwen3:from_hub",
+        "gemma2": "recipes.models.gemma:from_hub",
+        "gemma3_text": "recipes.models.gemma:from_hub",
+        "olmo2": "recipes.models.olmo2:from_hub",
+        "smollm3": "recipes.models.smollm3:from_hub",
+        "phi3": "recipes.models.phi3:from_hub",
+        "gpt2": "recipes.models.gpt2:from_hub",
+        "mixtral": "recipes.models.mixtral:from_hub",
+        "qwen3_moe": "recipes.models.qwen3_moe:from_hub",
+        "deepseek_v3": "recipes.models.deepseek_v3:from_hub",
+        "gpt_oss": "recipes.models.gpt_oss:from_hub",
     },
 )
 

@@ -93,6 +93,8 @@ def differences(
     """Return the fields in which two configs differ. `overrides`: config.json's name -> the recipe's field."""
     for name in sorted({*theirs, *ours}):
         a, b = theirs.get(name), ours.get(name)
+        if isinstance(a, bool) or isinstance(b, bool):
+            a, b = bool(a), bool(b)  # a switch that is not there is off
         if not _same(a, b):
             field = overrides.get(name)
             how = "" if field is None else _override(name, field, a)

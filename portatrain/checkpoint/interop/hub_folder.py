@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from checkpoints_format import Box
-from checkpoints_format.dtypes import NUMPY
-from portatrain.backends.program import Program
-from portatrain.backends.state import initial_box
 from portatrain.checkpoint.interop.families import sizes_from
+from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import read_config
-from portatrain.checkpoint.interop.huggingface import read
 from portatrain.data.encode import Bytes, Encoding, Tokenized
 from portatrain.data.spec import TextFiles
 from portatrain.data.texts import Texts
@@ -43,32 +39,12 @@ def recipe_of(folder: Path) -> Recipe:
         UserError: no config.json, or a model that no family computes.
     """
     config = read_config(folder)
-    sizes = sizes_from(config, f"file {folder / 'config.json'}")
+    sizes = sizes_from(config, f"file {folder / CONFIG}")
     longest = config.get("max_position_embeddings")
     length = min(longest, LONGEST) if isinstance(longest, int) and longest > 0 else LONGEST
     tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else None
     data = TextFiles(paths=(), seq_len=length, validation=0.0, tokenizer=tokenizer)
     return replace(load_recipe("tiny-lm"), name="folder", model=sizes, data=data, hooks=())
-
-
-def weights_of(folder: Path, recipe: Recipe, program: Program) -> Callable[[str, str, tuple, tuple], np.ndarray]:
-    """Return the function from a box to its values that `Backend.restore_state` asks for. What the folder has not, as a
-    model's States and factors of LoRA, has its initial values.
-
-    Raises UserError for tensors that are not the model's, all listed.
-    """
-    tensors = program.definition.tensors
-    given = read(folder, recipe, {n: t.shape for n, t in program.definition.params.items()})
-
-    def values(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-        if (role, name) not in tensors:  # the count of steps
-            return np.zeros(shape, np.int32)
-        info = tensors[role, name]
-        if role == "params" and name in given:
-            return given[name](Box(offset, shape)).astype(NUMPY[info.dtype], copy=False)
-        return initial_box(info, recipe.seed, offset, shape)
-
-    return values
 
 
 def texts_of_folder(folder: Path) -> Texts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ class Row:
         None: as it is. 0: a vector of all elements, such as a bias over (heads, head_dim).
     transposed: their matrices are (output, input), as in torch.nn.Linear; False: (input, output), as GPT-2's Conv1D.
     part: (start, stop) or (start, stop, step) in their output axis, if several rows share their tensor.
+    grouped: (size, order), if their output axis is a row of groups of `size`, such as heads, and the outputs of one of
+        our groups lie at the places `order` of one of theirs.
+    stacked: the number of first axes of our slice that their tensor has, too, such as experts.
+    state: ours is a State, and not a parameter.
     """
 
     theirs: str
@@ -32,6 +36,19 @@ class Row:
     rows: int | None = None
     transposed: bool = True
     part: tuple[int, int] | tuple[int, int, int] | None = None
+    grouped: tuple[int, tuple[int, ...]] | None = None
+    stacked: int = 0
+    state: bool = False
+
+    @property
+    def full(self) -> str:
+        """Our name, with its role."""
+        return f"{'state' if self.state else 'params'}/{self.ours}"
+
+    @property
+    def shares(self) -> bool:
+        """True if the row is not the whole of their tensor, or in another order."""
+        return self.part is not None or self.grouped is not None
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -47,8 +64,17 @@ class Row:
         """Return the shape of our slice, for our whole tensor of `shape`."""
         return shape[len(self.leading) :]
 
+    @property
+    def _each(self) -> Row:
+        """The row of one element of the first axis that both tensors have."""
+        return replace(self, stacked=self.stacked - 1)
+
     def out(self, array: np.ndarray) -> np.ndarray:
         """Return our slice in their form, C-contiguous: the part alone, if the row is a part of their tensor."""
+        import numpy as np
+
+        if self.stacked:
+            return np.stack([self._each.out(each) for each in array])
         if self.rows is None:
             return array
         if not self.rows:
@@ -58,6 +84,8 @@ class Row:
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of `out` for our slice of `shape`."""
+        if self.stacked:
+            return (shape[0], *self._each.their_shape(shape[1:]))
         if self.rows is None:
             return shape
         if not self.rows:
@@ -67,13 +95,32 @@ class Row:
 
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the smallest shape of their whole tensor that holds this row, given that of `out`."""
-        if self.part is None:
+        at = self.stacked + self.axis
+        if self.part is not None:
+            size = self.part[1]
+        elif self.grouped is not None:
+            size = shape[at] // len(self.grouped[1]) * self.grouped[0]
+        else:
             return shape
-        return (*shape[: self.axis], self.part[1], *shape[self.axis + 1 :])
+        return (*shape[:at], size, *shape[at + 1 :])
 
-    def cut(self) -> tuple[slice, ...]:
-        """Return the index of this row in their whole tensor."""
-        return () if self.part is None else (slice(None),) * self.axis + (slice(*self.part),)
+    def cut(self, shape: tuple[int, ...]) -> tuple[Any, ...]:
+        """Return the index of this row in their whole tensor, given the shape of `out`."""
+        import numpy as np
+
+        at = self.stacked + self.axis
+        return (slice(None),) * at + (self._places(np.arange(shape[at])),) if self.shares else ()
+
+    def _places(self, outputs: np.ndarray) -> np.ndarray:
+        """Return where our outputs lie in their output axis."""
+        import numpy as np
+
+        if self.part is not None:
+            return self.part[0] + (*self.part, 1)[2] * outputs
+        if self.grouped is not None:
+            size, order = self.grouped
+            return outputs // len(order) * size + np.array(order)[outputs % len(order)]
+        return outputs
 
     def taken(self, their: Any, box: Box, shape: tuple[int, ...]) -> np.ndarray:
         """Return the elements of `box`, a box of our slice of `shape`, and read little more than these.
@@ -81,6 +128,12 @@ class Row:
         their: their whole tensor, or anything that gives arrays for indexes of slices.
         """
         import numpy as np
+
+        if self.stacked:
+            inner = type(box)(box.offset[1:], box.shape[1:])
+            first, n = box.offset[0], box.shape[0]
+            found = [self._each.taken(_At(their, i), inner, shape[1:]) for i in range(first, first + n)]
+            return np.stack(found) if found else np.zeros(box.shape, np.float32)
 
         def merged(first: int, last: int) -> np.ndarray:  # the merged indexes of our axes first .. last-1
             sizes = shape[first:last]
@@ -91,24 +144,32 @@ class Row:
             return found
 
         if self.rows is None:
-            slices = list(box.slices())
-            if self.part is not None:
-                start, step = self.part[0], (*self.part, 1)[2]
-                slices[0] = slice(start + step * slices[0].start, start + step * (slices[0].stop - 1) + 1, step)
-            return np.asarray(their[tuple(slices)])
-        groups = [merged(self.rows, len(shape))]
-        if self.part is not None:
-            groups[0] = self.part[0] + (*self.part, 1)[2] * groups[0]
+            axes = [merged(i, i + 1) for i in range(len(shape))]
+            if axes:
+                axes[0] = self._places(axes[0])
+        else:
+            axes = [self._places(merged(self.rows, len(shape)))]
         if self.rows:
             inputs = merged(0, self.rows)
-            groups = [*groups, inputs] if self.transposed else [inputs, *groups]
-        if not all(len(g) for g in groups):
+            axes = [*axes, inputs] if self.transposed else [inputs, *axes]
+        if not all(len(a) for a in axes):
             return np.zeros(box.shape, np.float32)
-        held = np.asarray(their[tuple(slice(int(g[0]), int(g[-1]) + 1) for g in groups)])
-        for axis, group in enumerate(groups):
-            if len(group) != held.shape[axis]:
-                held = held.take(group - group[0], axis=axis)
+        held = np.asarray(their[tuple(slice(int(a.min()), int(a.max()) + 1) for a in axes)])
+        for axis, places in enumerate(axes):
+            if not np.array_equal(places - places.min(), np.arange(held.shape[axis])):
+                held = held.take(places - places.min(), axis=axis)
         return (held.T if self.rows and self.transposed else held).reshape(box.shape)
+
+
+@dataclass(frozen=True)
+class _At:
+    """One element of the first axis of a tensor that is read by slices."""
+
+    their: Any
+    index: int
+
+    def __getitem__(self, at: tuple[slice, ...]) -> Any:
+        return self.their[(slice(self.index, self.index + 1), *at)][0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,3 +180,5 @@ class Hub:
     rows: tuple[Row, ...]
     overrides: Mapping[str, str] = field(default_factory=dict)
     """A name in config.json -> the recipe's field for it, for messages."""
+    passed_over: tuple[str, ...] = ()
+    """How the names of tensors begin that a folder may hold and that transformers does not read either."""

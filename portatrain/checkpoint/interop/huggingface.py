@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from checkpoints_format import Box, Reader
+from checkpoints_format.dtypes import NUMPY
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_table import Hub, Row
@@ -54,14 +55,16 @@ def _sharing(rows: Iterable[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -> list[str]:
-    """Write weights into the empty folder `out`; return the names of the files. Holds one file in memory at a time."""
+def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", dtype: str = "float32") -> list[str]:
+    """Write weights into the empty folder `out`, rounded to `dtype` (to nearest, ties to even); return the names of the
+    files. Holds one file in memory at a time. Weights that came as `dtype` and were not trained keep their bits."""
+    width = NUMPY[dtype]
     hub, names = hub_of(recipe), []
-    params = recipe.describe().params
+    params, shapes = recipe.describe().params, {t.name: t.shape for t in reader.layout.tensors}
     parts: list[dict[str, list[Row]]] = [{}]
     used = 0
     for theirs, rows in _sharing(hub.rows).items():
-        nbytes = 4 * sum(math.prod(row.inner(params[row.ours].shape)) for row in rows)
+        nbytes = width.itemsize * sum(math.prod(row.inner(shapes[row.full])) for row in rows)
         if parts[-1] and used + nbytes > FILE_BYTES:
             parts.append({})
             used = 0
@@ -75,7 +78,8 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
         held = {}
         for theirs, rows in tensors.items():
             pieces = [row.out(_weight(reader, recipe, params, role, row)) for row in rows]
-            held[theirs] = _joined(rows, pieces)
+            # The state of a router stays as it is: small steps move it.
+            held[theirs] = _joined(rows, pieces).astype(np.float32 if rows[0].state else width, copy=False)
             total += held[theirs].nbytes
             weights[theirs] = file
         save_file(held, out / file, metadata={"format": "pt"})
@@ -83,19 +87,19 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     fields, more = written(recipe.data, out)
-    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": "float32"}
+    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": dtype}
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return [*names, INDEX, CONFIG, *more]
 
 
 def _joined(rows: Sequence[Row], pieces: Sequence[np.ndarray]) -> np.ndarray:
     """Return one tensor of theirs from its rows, C-contiguous."""
-    if rows[0].part is None:
+    if not rows[0].shares:
         return np.ascontiguousarray(pieces[0])
     shapes = [row.whole_shape(piece.shape) for row, piece in zip(rows, pieces, strict=True)]
     whole = np.empty(tuple(max(sizes) for sizes in zip(*shapes, strict=True)), np.float32)
     for row, piece in zip(rows, pieces, strict=True):
-        whole[row.cut()] = piece
+        whole[row.cut(piece.shape)] = piece
     return whole
 
 
@@ -113,6 +117,7 @@ def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], ro
 
     def read(name: str) -> np.ndarray:
         full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
+        full = row.full if row.state else full
         shape = shapes[full]
         return reader.read(full, _slice(row, shape)).reshape(row.inner(shape)).astype(np.float32, copy=False)
 
@@ -128,8 +133,9 @@ def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], ro
 
 
 def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[Box], np.ndarray]]:
-    """Return our parameters by name, without role, each as a function from a box to its values (float32).
+    """Return our tensors by their full names, each as a function from a box to its values (float32).
 
+    shapes: of our parameters and States, by their full names ('params/...', 'state/...').
     Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
     """
     from safetensors import safe_open
@@ -139,12 +145,12 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
     there = _files(source)
     wanted = _sharing(hub.rows)
     missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
-    more = [n for n in more if not n.endswith(BUFFERS)]
+    more = [n for n in more if not (n.endswith(BUFFERS) or n.startswith(hub.passed_over))]
     wrong = []
     for name in sorted(wanted.keys() & there.keys()):
         with safe_open(there[name], framework="numpy") as opened:
             found = tuple(opened.get_slice(name).get_shape())
-        each = [row.whole_shape(row.their_shape(row.inner(shapes[row.ours]))) for row in wanted[name]]
+        each = [row.whole_shape(row.their_shape(row.inner(shapes[row.full]))) for row in wanted[name]]
         shape = tuple(max(sizes) for sizes in zip(*each, strict=True))
         if found != shape:
             wrong.append(f"{name} of {list(found)} for {list(shape)}")
@@ -162,7 +168,7 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
         )
     rows: dict[str, list[Row]] = {}
     for row in hub.rows:
-        rows.setdefault(row.ours, []).append(row)
+        rows.setdefault(row.full, []).append(row)
 
     def values(ours: str) -> Callable[[Box], np.ndarray]:
         def of(box: Box) -> np.ndarray:

@@ -5,7 +5,8 @@ and so on. The shards of a split are its stream of tokens, cut after every ``sha
 one shard to the next. So token t is in block t div TOKENS of the stream, and block b in shard b div ``shard_blocks``.
 
 A block is TOKENS ids, little-endian; a bit for each, 1 where a document begins (bit i is bit i mod 8, from the lowest,
-of byte i div 8); and the CRC-32 of all this. The last block of a stream is filled up with zeros. `block_dtype` says the
+of byte i div 8); if the store is ``masked``, as one of chats, another bit for each, 1 if it is a target; and the CRC-32
+of all this. The last block of a stream is filled up with zeros. `block_dtype` says the
 same to NumPy.
 
 The manifest is written last and in one step: a folder without it is no store. It has the SHA-256 of every shard, and of
@@ -38,17 +39,21 @@ LENGTHS = 40
 Meta = dict[str, Any]
 
 
-def block_dtype(ids: str) -> np.dtype:
+def block_dtype(ids: str, masked: bool = False) -> np.dtype:
     """Return the dtype of a block of tokens of the type `ids`, such as 'uint16'."""
-    tokens = np.dtype(ids).newbyteorder("<")
-    return np.dtype([("tokens", tokens, (TOKENS,)), ("starts", np.uint8, (TOKENS // 8,)), ("crc", "<u4")])
+    tokens, bits = np.dtype(ids).newbyteorder("<"), (TOKENS // 8,)
+    masks = [("targets", np.uint8, bits)] if masked else []
+    return np.dtype([("tokens", tokens, (TOKENS,)), ("starts", np.uint8, bits), *masks, ("crc", "<u4")])
 
 
-def seal(ids: np.ndarray, starts: np.ndarray, kind: np.dtype) -> np.ndarray:
-    """Return the blocks, (n,) of `kind`, of n * TOKENS ids; `starts`, bool, marks those that begin documents."""
+def seal(ids: np.ndarray, starts: np.ndarray, targets: np.ndarray, kind: np.dtype) -> np.ndarray:
+    """Return the blocks, (n,) of `kind`, of n * TOKENS ids; `starts`, bool, marks those that begin documents, and
+    `targets` those that are targets."""
     blocks = np.zeros(len(ids) // TOKENS, kind)
     blocks["tokens"] = ids.reshape(-1, TOKENS)
     blocks["starts"] = np.packbits(starts.reshape(-1, TOKENS), axis=1, bitorder="little")
+    if "targets" in (kind.names or ()):
+        blocks["targets"] = np.packbits(targets.reshape(-1, TOKENS), axis=1, bitorder="little")
     blocks["crc"] = sums(blocks)
     return blocks
 
@@ -64,6 +69,13 @@ def sums(blocks: np.ndarray) -> np.ndarray:
 def opened(blocks: np.ndarray) -> np.ndarray:
     """Return (n * TOKENS,) bool, True for the tokens of (n,) blocks that begin a document."""
     return np.unpackbits(blocks["starts"].reshape(-1), bitorder="little").view(bool)
+
+
+def are_targets(blocks: np.ndarray) -> np.ndarray | None:
+    """Return (n * TOKENS,) bool, which tokens of (n,) blocks are targets, or None if the store does not say."""
+    if "targets" not in (blocks.dtype.names or ()):
+        return None
+    return np.unpackbits(blocks["targets"].reshape(-1), bitorder="little").view(bool)
 
 
 def shard_name(split: str, number: int) -> str:
@@ -100,7 +112,8 @@ class SplitFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a store says of itself. made_from: the facts that determine it; made_with: the versions that made it."""
+    """What a store says of itself. made_from: the facts that determine it; made_with: the versions that made it.
+    masked: whether it says which tokens are targets."""
 
     dtype: str
     vocab: int
@@ -110,9 +123,10 @@ class Manifest:
     splits: Mapping[str, SplitFacts]
     made_with: Meta = field(default_factory=dict)
     passed_over: tuple[str, ...] = ()
+    masked: bool = False
 
     def block(self) -> np.dtype:
-        return block_dtype(self.dtype)
+        return block_dtype(self.dtype, self.masked)
 
     def blocks_in(self, split: str, shard: int) -> int:
         """Return the number of blocks in a shard."""
@@ -126,6 +140,7 @@ class Manifest:
     def split_fingerprint(self, split: str) -> str:
         facts = self.splits[split]
         meaning = {"dtype": self.dtype, "vocab": self.vocab, "bos": self.bos, "tokens": facts.tokens}
+        meaning |= {"masked": True} if self.masked else {}
         text = json.dumps([FORMAT, split, meaning, facts.documents, self.shard_blocks, facts.sha256], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -142,6 +157,7 @@ class Manifest:
             "dtype": self.dtype,
             "vocab": self.vocab,
             "bos": self.bos,
+            "masked": self.masked,
             "shard_blocks": self.shard_blocks,
             "made_from": self.made_from,
             "made_with": self.made_with,
@@ -186,7 +202,7 @@ def parse(where: str, data: bytes) -> Manifest:
         if meta["block_tokens"] != TOKENS or meta["dtype"] not in DTYPES or type(meta["shard_blocks"]) is not int:
             raise ValueError("blocks of another size or kind")
         made = Manifest(
-            **{k: meta[k] for k in ("dtype", "vocab", "bos", "shard_blocks", "made_from", "made_with")},
+            **{k: meta[k] for k in ("dtype", "vocab", "bos", "masked", "shard_blocks", "made_from", "made_with")},
             passed_over=tuple(meta["passed_over"]),
             splits={split: SplitFacts.of(row) for split, row in meta["splits"].items()},
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from portatrain.data.sources import Documents
+from portatrain.data.documents import Documents
 from portatrain.data.spec import DataSpec
 from portatrain.data.store.layout import Meta
 from portatrain.errors import UserError
@@ -78,8 +78,8 @@ def source_sum(source: Documents, held: np.ndarray) -> str:
     """Return a sum of the documents' names and of the sizes of their files."""
     digest = hashlib.sha256()
     for name, path in source.files:
-        try:
-            size = path.stat().st_size if isinstance(path, Path) else -1
+        try:  # an own source's documents have no files
+            size = path.stat().st_size if isinstance(path, Path) else path.size
         except OSError:
             size = -1
         digest.update(f"{name}\0{size}\0".encode("utf-8", "backslashreplace"))

@@ -26,9 +26,9 @@ from typing import Any
 import numpy as np
 
 from portatrain.data.corpus import SPLITS, identity, open_source, require_window
+from portatrain.data.documents import Documents, check_ids_of
 from portatrain.data.finding import PassedOver
-from portatrain.data.sources import Documents
-from portatrain.data.spec import DataSpec
+from portatrain.data.spec import PACKINGS, DataSpec
 from portatrain.data.store.encoders import Encoders, Processes
 from portatrain.data.store.layout import (
     FORMAT,
@@ -50,7 +50,7 @@ from portatrain.model.rng import Permutation
 from portatrain.system.paths import cache_folder
 
 GROUP_DOCUMENTS = 8192
-GROUP_BYTES = 32 << 20
+GROUP_BYTES = 16 << 20
 CHUNK_DOCUMENTS = 256
 CHUNK_BYTES = 512 << 10
 SAVE_S = 2.0
@@ -59,13 +59,14 @@ STATE = f"{UNFINISHED}/state.json"
 
 @dataclass
 class _Group:
-    """Documents that are permuted together. passed: what the source passed over while they were read."""
+    """Documents that are permuted together, from the number `first` of the split on. read: bytes. sizes: of the source,
+    for each document. passed: what the source passed over while they were read."""
 
     number: int
     first: int
-    names: list[str] = field(default_factory=list)
-    bytes: int | None = 0
     read: int = 0
+    sizes: list[int | None] = field(default_factory=list)
+    masks: list[np.ndarray | None] = field(default_factory=list)
     ids: list[np.ndarray] = field(default_factory=list)
     passed: PassedOver = field(default_factory=PassedOver)
 
@@ -92,6 +93,13 @@ def pack(
         UserError: the source is malformed, or has changed since an unfinished store was begun; the store is of
             something else. StorageError: storage failed; the same call goes on.
     """
+    if (packing := getattr(spec, "packing", PACKINGS[0])) != PACKINGS[0]:
+        raise UserError(
+            f"{type(spec).__name__} packing",
+            expected=f"{PACKINGS[0]!r}, since runs read a packed store by windows",
+            got=repr(packing),
+            do="Set packing='windows', or let the run pack its own data.",
+        )
     made_from = {**identity(spec), "tokenizer_sha256": tokenizer_sum(spec)}
     if (whole := manifest(at)) is not None:
         require_same(at.where, whole.made_from, made_from)
@@ -137,7 +145,7 @@ class _Packing:
             "made_from": made_from,
             "made_with": versions(spec),
             "source": source_sum(source, self._held),
-            "shard_blocks": max(1, shard_bytes // block_dtype(self._ids).itemsize),
+            "shard_blocks": max(1, shard_bytes // block_dtype(self._ids, source.masked).itemsize),
         }
         self._listed, self._read = source.passed, PassedOver()
         self._done: dict[str, SplitFacts] = {}
@@ -179,7 +187,7 @@ class _Packing:
         writer = StreamWriter(
             self._folder,
             self._split,
-            self._ids,
+            block_dtype(self._ids, self._source.masked),
             self._same["shard_blocks"],
             self._upload if self._uploads else lambda name: None,
             self._state_writer,
@@ -190,9 +198,9 @@ class _Packing:
                 found = documents if encoders is None else encoders.encode(documents)
                 waiting.append((group, found, last))
                 while len(waiting) > (encoders.depth if encoders else 0):
-                    self._settle(writer, progress, len(mine), *waiting.popleft())
+                    self._settle(writer, progress, mine, *waiting.popleft())
             while waiting:
-                self._settle(writer, progress, len(mine), *waiting.popleft())
+                self._settle(writer, progress, mine, *waiting.popleft())
             facts = writer.close(self._group)
         finally:
             writer.abandon()
@@ -205,17 +213,22 @@ class _Packing:
         number, group = self._next, _Group(self._group, self._next)
         chunk: list[Any] = []
         chunk_bytes = 0
-        while number < len(mine):
+        before = int(mine[number]) if number < len(mine) else 0
+        for document in mine[number:].tolist():
+            if self._source.in_order:  # documents between are of the other split
+                self._source.passed = PassedOver()
+                for other_split in range(before, document):
+                    self._source.read_masked(other_split)
+            before = document + 1
             self._source.passed = group.passed
-            data, size = self._source.read(int(mine[number]))
-            document = int(mine[number])
-            group.names.append(self._source.files[int(self._source.file[document])][0])
-            group.bytes = None if size is None or group.bytes is None else group.bytes + size
+            data, mask, size = self._source.read_masked(document)
+            group.sizes.append(size)
+            group.masks.append(mask)
             group.read += data.nbytes
             chunk.append((data.tobytes(), later.where) if later is not None else data)
             chunk_bytes += data.nbytes
             number += 1
-            last = number == len(mine) or len(group.names) >= GROUP_DOCUMENTS or group.read >= GROUP_BYTES
+            last = number == len(mine) or len(group.sizes) >= GROUP_DOCUMENTS or group.read >= GROUP_BYTES
             if last or len(chunk) >= CHUNK_DOCUMENTS or chunk_bytes >= CHUNK_BYTES:
                 yield group, chunk, last
                 chunk, chunk_bytes = [], 0
@@ -226,7 +239,7 @@ class _Packing:
         self,
         writer: StreamWriter,
         progress: Progress,
-        count: int,
+        mine: np.ndarray,
         group: _Group,
         found: Future[list[np.ndarray]] | list[np.ndarray],
         last: bool,
@@ -234,36 +247,32 @@ class _Packing:
         """Add the tokens of a chunk to its group, and write the group when it is complete."""
         group.ids += found if isinstance(found, list) else found.result()
         if not last:
+            progress.at(group.first + len(group.ids), writer.tokens, group.read)
             return
         size = len(group.ids)
         # As in corpus.py, the run's seed is not part of the key: one store serves all seeds.
         key = f"data/documents/{self._split}" + (f"/{group.number}" if group.number else "")
         order = Permutation(size, 0, key)(np.arange(size))
+        full = []
         for at in order.tolist():
+            document = int(mine[group.first + at])
             if len(group.ids[at]):
-                self._check_ids(group.names[at], group.ids[at])
+                check_ids_of(self._source, document, group.ids[at])
+                full.append(at)
             else:
-                group.passed.add("documents without content", group.names[at])
-        writer.add([group.ids[at] for at in order.tolist() if len(group.ids[at])], self._source.bos)
-        writer.bytes_known = writer.bytes_known and group.bytes is not None
-        writer.bytes += group.bytes or 0
+                name = self._source.files[int(self._source.file[document])][0]
+                group.passed.add(self._source.nothing, name)
+        writer.add([group.ids[at] for at in full], [group.masks[at] for at in full], self._source.bos)
+        known = [one for one in (group.sizes[at] for at in full) if one is not None]
+        writer.bytes_known = writer.bytes_known and len(known) == len(full)
+        writer.bytes += sum(known)
         self._read.merge(group.passed)
         self._next, self._group = group.first + size, group.number + 1
-        group.ids = []
-        progress.at(self._next, writer.tokens, group.read)
+        group.ids, group.masks = [], []
+        progress.at(self._next, writer.tokens, group.read, whole=True)
         if time.monotonic() >= self._saved_s + SAVE_S:
             self._state_writer = writer.state()
             self._save()
-
-    def _check_ids(self, name: str, ids: np.ndarray) -> None:
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self._source.vocab:
-            raise UserError(
-                f"document {name}",
-                expected=f"ids from 0 to {self._source.vocab - 1}, the vocabulary being {self._source.vocab}",
-                got=str(low if low < 0 else high),
-                do="Correct the tokenizer or the source.",
-            )
 
     def _check_split(self, facts: SplitFacts, documents: int) -> None:
         wanted = bool(getattr(self._spec, "validation", 0)) or bool(getattr(self._spec, "validation_paths", ()))
@@ -284,6 +293,7 @@ class _Packing:
             dtype=self._ids,
             vocab=self._source.vocab,
             bos=self._source.bos,
+            masked=self._source.masked,
             shard_blocks=self._same["shard_blocks"],
             made_from=self._same["made_from"],
             made_with=self._same["made_with"],

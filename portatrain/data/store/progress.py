@@ -18,9 +18,14 @@ class Progress:
         if first:
             tell(f"{split}: going on at document {first:,} of {total:,}")
 
-    def at(self, number: int, tokens: int, more_bytes: int) -> None:
-        """Note that documents below `number` are done, `tokens` tokens in all, and `more_bytes` more were read."""
-        self._bytes += more_bytes
+    def at(self, number: int, tokens: int, group_bytes: int, *, whole: bool = False) -> None:
+        """Note that documents below `number` are tokenised, and `tokens` tokens written.
+
+        group_bytes: the bytes of the group that is at work; `whole`: it is done.
+        """
+        so_far = self._bytes + group_bytes
+        if whole:
+            self._bytes = so_far
         now_s = time.monotonic()
         if now_s < self._told_s + EVERY_S:
             return
@@ -29,7 +34,7 @@ class Progress:
         left_s = past_s * (self._total - number) / max(1, number - self._first)
         self._tell(
             f"{self._split}: {number:,} of {self._total:,} documents ({100 * number / self._total:.1f} %), "
-            f"{tokens:,} tokens, {self._bytes / past_s / 1e6:.1f} MB/s, {duration(left_s)} left"
+            f"{tokens:,} tokens, {so_far / past_s / 1e6:.1f} MB/s, {duration(left_s)} left"
         )
 
     def end(self, tokens: int) -> None:

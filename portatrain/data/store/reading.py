@@ -21,7 +21,7 @@ import numpy as np
 
 from portatrain.data.spec import PackedTokens
 from portatrain.data.store.cache import Cache
-from portatrain.data.store.layout import TOKENS, Manifest, opened, shard_name, sums
+from portatrain.data.store.layout import TOKENS, Manifest, are_targets, opened, shard_name, sums
 from portatrain.data.store.places import Bucket, Place, place, required
 from portatrain.errors import StorageError, UserError
 from portatrain.system import environment
@@ -54,11 +54,12 @@ class PackedStream:
         self._per_piece = PIECE_BLOCKS if isinstance(at, Bucket) else 0
         self._mark = manifest.fingerprint[:16]
 
-    def rows(self, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    def rows(self, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [b, b + size) for each of ``begin``, (B,), as (B, size) int32, zeros after the end; and (B,
-        size) bool, True where a document begins."""
+        size) bool twice: True where a document begins, and False where a token is no target."""
         tokens = np.zeros((len(begin), size), np.int32)
         opens = np.zeros((len(begin), size), bool)
+        counted = np.ones((len(begin), size), bool)
         wanted: dict[tuple[int, int, int], Future[np.ndarray]] = {}
         pieces = []
         for b in begin.tolist():
@@ -75,12 +76,14 @@ class PackedStream:
                 low, high = max(b, at), min(b + size, self.size, at + count * TOKENS)
                 tokens[row, low - b : high - b] = blocks["tokens"].reshape(-1)[low - at : high - at]
                 opens[row, low - b : high - b] = opened(blocks)[low - at : high - at]
-        return tokens, opens
+                if (targets := are_targets(blocks)) is not None:
+                    counted[row, low - b : high - b] = targets[low - at : high - at]
+        return tokens, opens, counted
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """Return tokens [first, stop), as many as there are."""
         stop = min(stop, self.size)
-        tokens, _ = self.rows(np.array([first]), max(0, stop - first))
+        tokens, _, _ = self.rows(np.array([first]), max(0, stop - first))
         return tokens[0].astype(self._manifest.dtype)
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -88,7 +91,7 @@ class PackedStream:
         kept: list[np.ndarray] = []
         step = 1 << 20
         for at in range(0, self.size, step):
-            tokens, opens = self.rows(np.array([at]), min(step, self.size - at))
+            tokens, opens, _ = self.rows(np.array([at]), min(step, self.size - at))
             rest, *begun = np.split(tokens[0].astype(self._manifest.dtype), np.flatnonzero(opens[0]))
             kept.append(rest)
             for part in begun:
@@ -174,7 +177,7 @@ class PackedStream:
                 got=f"{self.size:,}",
                 do="Read windows of it instead.",
             )
-        tokens, opens = self.rows(np.array([0]), self.size)
+        tokens, opens, _ = self.rows(np.array([0]), self.size)
         return tokens[0].astype(self._manifest.dtype), np.flatnonzero(opens[0])
 
     @property
@@ -253,8 +256,16 @@ def _cache(folder: Path, budget_bytes: int) -> Cache:
 
 def gives_bytes(spec: PackedTokens) -> bool:
     """Return whether every token of a store is a byte of text. Raises UserError if there is no store."""
+    return made_from_text(spec) == (None, None)
+
+
+def made_from_text(spec: PackedTokens) -> tuple[str | None, str | None] | None:
+    """Return (tokenizer, bos) of the text that a store was packed from, of which bytes have (None, None); None if it
+    was packed from ids. Raises UserError if there is no store."""
     found = required(place(spec.path))
-    return found.made_from.get("tokenizer") is None and all(s.bytes is not None for s in found.splits.values())
+    if "tokenizer" not in found.made_from and any(s.bytes is None for s in found.splits.values()):
+        return None
+    return found.made_from.get("tokenizer"), found.made_from.get("bos")
 
 
 def say(line: str) -> None:

@@ -11,8 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.data.store.layout import LENGTHS, TOKENS, Meta, SplitFacts, block_dtype, seal, shard_name, sums
+from portatrain.data.store.layout import LENGTHS, TOKENS, Meta, SplitFacts, seal, shard_name, sums
 from portatrain.errors import UserError
+
+Part = tuple[np.ndarray, np.ndarray, np.ndarray]
+"""Ids, which of them begin documents, and which are targets."""
 
 
 class StreamWriter:
@@ -23,10 +26,16 @@ class StreamWriter:
     """
 
     def __init__(
-        self, folder: Path, split: str, ids: str, shard_blocks: int, finished: Callable[[str], None], state: Meta | None
+        self,
+        folder: Path,
+        split: str,
+        kind: np.dtype,
+        shard_blocks: int,
+        finished: Callable[[str], None],
+        state: Meta | None,
     ) -> None:
         self._folder, self.split, self._finished = folder, split, finished
-        self._ids, self._kind, self._shard_blocks = np.dtype(ids), block_dtype(ids), shard_blocks
+        self._ids, self._kind, self._shard_blocks = kind["tokens"].base.newbyteorder("="), kind, shard_blocks
         self.documents, self.bytes, self.longest = 0, 0, 0
         self.bytes_known = True
         self.lengths = np.zeros(LENGTHS, np.int64)
@@ -34,7 +43,7 @@ class StreamWriter:
         self._blocks = 0  # whole blocks in the current shard
         self._file: Any = None
         self._digest = hashlib.sha256()
-        self._parts: list[tuple[np.ndarray, np.ndarray]] = []
+        self._parts: list[Part] = []
         self._pending = 0
         if state is not None:
             self._restore(state)
@@ -44,8 +53,9 @@ class StreamWriter:
         """The tokens so far."""
         return (len(self._sha256) * self._shard_blocks + self._blocks) * TOKENS + self._pending
 
-    def add(self, documents: list[np.ndarray], bos: int) -> None:
-        """Append documents, each of at least one id, and before each of them `bos`."""
+    def add(self, documents: list[np.ndarray], masks: list[np.ndarray | None], bos: int) -> None:
+        """Append documents, each of at least one id, and before each of them `bos`. masks: which ids are targets; None:
+        all of a document."""
         if not documents:
             return
         size = np.array([len(d) for d in documents], np.int64)
@@ -57,19 +67,26 @@ class StreamWriter:
         self.documents += len(documents)
         self.longest = max(self.longest, int(size.max()))
         self.lengths += np.bincount(np.frexp(size.astype(np.float64))[1] - 1, minlength=LENGTHS)
-        self._parts.append((ids, starts))
+        targets = ~starts
+        for at, mask in zip(first.tolist(), masks, strict=True):
+            if mask is not None:
+                targets[at + 1 : at + 1 + len(mask)] = mask
+        self._parts.append((ids, starts, targets))
         self._pending += len(ids)
         if self._pending >= TOKENS:
-            ids, starts = self._joined()
+            ids, starts, targets = self._joined()
             whole = len(ids) // TOKENS * TOKENS
-            self._write(seal(ids[:whole], starts[:whole], self._kind))
-            self._parts, self._pending = [(ids[whole:].copy(), starts[whole:].copy())], len(ids) - whole
+            self._write(seal(ids[:whole], starts[:whole], targets[:whole], self._kind))
+            self._parts = [(ids[whole:].copy(), starts[whole:].copy(), targets[whole:].copy())]
+            self._pending = len(ids) - whole
 
-    def _joined(self) -> tuple[np.ndarray, np.ndarray]:
-        ids, starts = zip(*self._parts, strict=True) if self._parts else ((), ())
+    def _joined(self) -> Part:
+        ids, starts, targets = zip(*self._parts, strict=True) if self._parts else ((), (), ())
+        none = np.empty(0, bool)
         return (
             np.concatenate([np.empty(0, self._ids), *ids], dtype=self._ids),
-            np.concatenate([np.empty(0, bool), *starts]),
+            np.concatenate([none, *starts]),
+            np.concatenate([none, *targets]),
         )
 
     def _write(self, blocks: np.ndarray) -> None:
@@ -101,11 +118,11 @@ class StreamWriter:
 
     def close(self, groups: int) -> SplitFacts:
         """Write the rest, and return the facts about the split."""
-        ids, starts = self._joined()
+        ids, starts, targets = self._joined()
         total = self.tokens
         if len(ids):
-            fill = TOKENS - len(ids)
-            self._write(seal(np.pad(ids, (0, fill)), np.pad(starts, (0, fill)), self._kind))
+            fill = (0, TOKENS - len(ids))
+            self._write(seal(np.pad(ids, fill), np.pad(starts, fill), np.pad(targets, fill), self._kind))
             self._parts, self._pending = [], 0
         if self._file is not None:
             self._close_shard()
@@ -128,12 +145,13 @@ class StreamWriter:
     def state(self) -> Meta:
         """Return where the writer is, as JSON, after everything up to here is on disk."""
         self._sync()
-        ids, starts = self._joined()
+        ids, starts, targets = self._joined()
         return {
             "sha256": list(self._sha256),
             "blocks": self._blocks,
             "rest": base64.b64encode(ids.astype(ids.dtype.newbyteorder("<")).tobytes()).decode(),
             "rest_starts": np.flatnonzero(starts).tolist(),
+            "rest_others": np.flatnonzero(~targets).tolist(),
             "documents": self.documents,
             "bytes": self.bytes,
             "bytes_known": self.bytes_known,
@@ -148,7 +166,9 @@ class StreamWriter:
         ids = np.frombuffer(base64.b64decode(state["rest"]), self._ids.newbyteorder("<")).astype(self._ids)
         starts = np.zeros(len(ids), bool)
         starts[state["rest_starts"]] = True
-        self._parts, self._pending = [(ids, starts)], len(ids)
+        targets = np.ones(len(ids), bool)
+        targets[state["rest_others"]] = False
+        self._parts, self._pending = [(ids, starts, targets)], len(ids)
         if not self._blocks:
             return
         path, size = self._path(), self._kind.itemsize

@@ -16,5 +16,7 @@ from portatrain.model.layers._experts import Router as Router
 from portatrain.model.layers._latent import LatentAttention as LatentAttention
 from portatrain.model.layers._mlp import MLP as MLP
 from portatrain.model.layers._mlp import GatedMLP as GatedMLP
+from portatrain.model.layers._norm import HeadsRMSNorm as HeadsRMSNorm
 from portatrain.model.layers._norm import LayerNorm as LayerNorm
+from portatrain.model.layers._norm import OneRMSNorm as OneRMSNorm
 from portatrain.model.layers._norm import RMSNorm as RMSNorm

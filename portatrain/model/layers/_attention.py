@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from portatrain.errors import UserError
-from portatrain.model.layers._norm import RMSNorm
+from portatrain.errors import UserError, choice
+from portatrain.model.layers._norm import HeadsRMSNorm, OneRMSNorm, RMSNorm
 from portatrain.model.module import Module, Param
 from portatrain.model.ops import Array, Ops
 
@@ -19,7 +19,8 @@ class Attention(Module):
         bias: the letters of what has a bias: q queries, k keys, v values, o the output. True is 'qvo' (ViT): without
             rotary positions a bias of keys adds the same number to all scores of a query, and softmax cancels it.
         rotary_dim: the number of features of a head that are rotated, the first ones. None: all.
-        qk_norm: apply RMSNorm to the query and key of each head before the rotation (Henry et al. 2020).
+        qk_norm: norm of queries and keys before the rotation: 'head' or True, RMSNorm of each head (Henry et al. 2020);
+            'one', the same times 1 + scale (Gemma 3); 'heads', over the features of all heads together (OLMo 2).
         norm_eps: the eps of these norms.
         sinks: give each head a learned score, 0 at first, that takes part in the softmax as in `Ops.attention`.
         value_head_dim: the size of a value head. None: head_dim.
@@ -41,7 +42,7 @@ class Attention(Module):
         window: int | None = None,
         softcap: float | None = None,
         bias: bool | str = False,
-        qk_norm: bool = False,
+        qk_norm: bool | str = False,
         norm_eps: float = 1e-6,
         sinks: bool = False,
         value_head_dim: int | None = None,
@@ -77,8 +78,8 @@ class Attention(Module):
         self.k_bias = zeros("k", kv_heads=kv_heads, head_dim=head_dim)
         self.v_bias = zeros("v", kv_heads=kv_heads, **value)
         self.o_bias = zeros("o", embed=embed)
-        self.q_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
-        self.k_norm = RMSNorm(head_dim=head_dim, eps=norm_eps) if qk_norm else None
+        self.q_norm = _qk_norm(qk_norm, "heads", heads, head_dim, norm_eps)
+        self.k_norm = _qk_norm(qk_norm, "kv_heads", kv_heads, head_dim, norm_eps)
         self.sink_bias: Any = Param(heads=heads, fan_in_axes=0, init="zeros") if sinks else None
         self.causal, self.window, self.softcap, self.scale = causal, window, softcap, scale
         self.rotary_dim = rotary_dim
@@ -134,3 +135,13 @@ class Attention(Module):
         """Project attention outputs (B, S, H, Dv) to (B, S, E), sharded as the residual stream."""
         out_BSE = ops.shard(ops.einsum("bshd,hde->bse", out_BSHD, self.wo), "batch", "res_seq", None)
         return ops.name(out_BSE if self.o_bias is None else ops.bias(out_BSE, self.o_bias), "projected")
+
+
+def _qk_norm(kind: bool | str, axis: str, heads: int, head_dim: int, eps: float) -> Any:
+    if not kind:
+        return None
+    if kind == "heads":
+        return HeadsRMSNorm(**{axis: heads, "head_dim": head_dim}, eps=eps)
+    if kind is not True and kind not in ("head", "one"):
+        raise choice("Attention, qk_norm", str(kind), ("head", "one", "heads"))
+    return (OneRMSNorm if kind == "one" else RMSNorm)(head_dim=head_dim, eps=eps)

@@ -88,7 +88,10 @@ class Router(Module):
         _, experts_BSC = ops.top_k(ranks_BSX, self.experts_per_token)
         chosen_BSCX = ops.one_hot(experts_BSC, self.experts)
         weights_BSC = (chosen_BSCX * scores_BSX[:, :, None]).sum(-1)
-        if self.normalise:
+        if self.normalise and self.experts_per_token == 1:
+            # The weight is 1 whatever the score; a quotient would leave rounding as its gradient.
+            weights_BSC = ops.stop_gradient(weights_BSC) * 0.0 + 1.0
+        elif self.normalise:
             weights_BSC = weights_BSC / weights_BSC.sum(-1)[..., None]
         self._record(ops, logits_BSX, scores_BSX, chosen_BSCX.sum(2))
         return experts_BSC, weights_BSC * self.scale if self.scale != 1.0 else weights_BSC
