@@ -7,6 +7,8 @@ Export it: portatrain ckpt export runs/my-recipe exported --to huggingface
 
 from __future__ import annotations
 
+from typing import Any
+
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW, Cosine
 from portatrain.recipe import Recipe
@@ -14,7 +16,7 @@ from portatrain.recipe import Recipe
 # A folder of transformers; each process reads its own ranges of the .safetensors files.
 INIT = "FOLDER"
 
-MODEL = None
+MODEL: Any = None
 
 # Data: the source code of Python's standard library, which needs no download.
 # Yours: TextFiles(paths="folder of text files", ...), Jsonl(...) or TokenMemmap(...), all in portatrain.data.
