@@ -58,7 +58,8 @@ class Case:
     """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them; for a grouped
-    matmul (N, E, F, X), for N rows and X experts. traits: none for a grouped matmul; for attention, those of 'causal',
+    matmul (N, E, F, X), for N rows and X experts. traits: for a grouped matmul 'compiled', in a block that torch
+    compiles; for attention, those of 'causal',
     'window', 'segments', 'segment-pair' (queries and keys have segments of their own), 'positions', 'prefix', 'alibi',
     'softcap' and 'sinks' that the call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries
     do not divide over the devices that hold them; on jax also 'cross' if there are not as many keys as queries,
@@ -240,6 +241,8 @@ def _flex_refuses(case: Case) -> str | None:
 
 def _grouped_mm_refuses(case: Case) -> str | None:
     _, e, f, x = case.shape
+    if "compiled" in case.traits and case.dtype != "bfloat16":
+        return "torch.compile traces torch's kernel in bfloat16 only"
     each = 16 // (4 if case.dtype == "float32" else 2)
     if e % each or f % each:
         return f"torch's kernel needs rows of a multiple of 16 bytes: {e} and {f} are not multiples of {each}"

@@ -155,3 +155,10 @@ def test_static_buffers_have_room_for_the_rows_of_all_devices() -> None:
         hidden = 2 * 2 + (2 if tuning.static else 0)
         rows = (room - 1) * 4096 * (2 * 2 * 4096 + hidden * 2 * 14336)  # two rows a token: in, out and hidden
         assert more - less == pytest.approx(32 * rows * 2)
+
+
+def test_a_compiled_block_takes_torchs_grouped_matmul_in_bfloat16_only() -> None:
+    """torch.compile traces it in no other dtype."""
+    for dtype, name in (("bfloat16", "grouped_mm"), ("float32", "written-out")):
+        case = Case(site=Site(backend="torch"), dtype=dtype, shape=(64, 16, 32, 4), traits=frozenset({"compiled"}))
+        assert choose("grouped_matmul", case).kernel.name == name

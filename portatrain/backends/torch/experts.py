@@ -99,7 +99,8 @@ class TorchExperts:
     def _grouped(self, x_NE: Tensor, w_XEF: Tensor, rows: Rows) -> Tensor:
         shape = (rows.expected if x_NE.shape[0] else 0, x_NE.shape[1], w_XEF.shape[2], w_XEF.shape[0])
         site = self.static.site
-        where = _kernel(site.backend, site.device, site.mesh, site.named, x_NE.dtype, shape)
+        compiled = torch.compiler.is_compiling()
+        where = _kernel(site.backend, site.device, site.mesh, site.named, x_NE.dtype, shape, compiled)
         return LOADED[where](x_NE, w_XEF, sizes_X=rows.sizes_X)
 
     def grouped_bias(self, x_NF: Any, p_XF: Any) -> Any:
@@ -118,12 +119,19 @@ class TorchExperts:
 
 @torch.compiler.assume_constant_result
 def _kernel(
-    backend: str, device: str, mesh: str, named: kernels.Named, dtype: torch.dtype, shape: tuple[int, ...]
+    backend: str,
+    device: str,
+    mesh: str,
+    named: kernels.Named,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    compiled: bool,
 ) -> str:
     """Return the key in `LOADED` of the kernel that runs. Arguments and result are constants only, so torch.compile
     calls this once and does not trace it."""
     site = kernels.Site(backend=backend, device=device, mesh=mesh, named=named)
-    case = kernels.Case(site=site, dtype=str(dtype).removeprefix("torch."), shape=shape)
+    traits = frozenset({"compiled"} if compiled else ())
+    case = kernels.Case(site=site, dtype=str(dtype).removeprefix("torch."), shape=shape, traits=traits)
     kernel = choose_kernel.choose("grouped_matmul", case).kernel
     LOADED.setdefault(kernel.where, kernel.load())
     return kernel.where

@@ -253,7 +253,9 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
         return x.sum(dims, dtype=torch.float32) if dims else x.float()
 
     def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
-        count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
+        count = math.prod(
+            [n for n, a in zip(x.shape, axes, strict=True) if a in over]
+        )  # a list: dynamo has no generators
         return self.sum(x, axes, over=over) / count
 
     def stop_gradient(self, x: Tensor) -> Tensor:

@@ -40,7 +40,9 @@ class RowOps(RowExperts, TorchOps):
         return SumRows.apply(y, self.world) if self._crosses(axes, over) else y
 
     def mean(self, x: Tensor, axes: Sequence[str | None], *, over: Sequence[str]) -> Tensor:
-        count = math.prod(n for n, a in zip(x.shape, axes, strict=True) if a in over)
+        count = math.prod(
+            [n for n, a in zip(x.shape, axes, strict=True) if a in over]
+        )  # a list: dynamo has no generators
         rows = self.world.row_blocks if self._crosses(axes, over) else 1
         return self.sum(x, axes, over=over) / (count * rows)
 
