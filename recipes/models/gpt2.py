@@ -62,7 +62,12 @@ class GPT2Config:
     def small(self) -> GPT2Config:
         """Return the same kind of model with small sizes, for `portatrain check`."""
         heads, mlp = min(self.heads, 4), self.mlp and 48
-        sizes = {"vocab": min(self.vocab, 64), "embed": 8 * heads, "heads": heads, "layers": min(self.layers, 2)}
+        sizes: dict[str, Any] = {
+            "vocab": min(self.vocab, 64),
+            "embed": 8 * heads,
+            "heads": heads,
+            "layers": min(self.layers, 2),
+        }
         return replace(self, **sizes, mlp=mlp)
 
     @property

@@ -10,11 +10,12 @@ from __future__ import annotations
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW, Cosine
 from portatrain.recipe import Recipe
+from recipes.models.decoder import DecoderConfig
 
 # A folder of transformers; each process reads its own ranges of the .safetensors files.
 INIT = "FOLDER"
 
-MODEL = None
+MODEL = DecoderConfig(vocab=256, embed=64, layers=2, heads=4)
 
 # Data: the source code of Python's standard library, which needs no download.
 # Yours: TextFiles(paths="folder of text files", ...), Jsonl(...) or TokenMemmap(...), all in portatrain.data.
