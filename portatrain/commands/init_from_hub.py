@@ -32,14 +32,14 @@ def recipe_text(template: str, folder: Path, paths: Sequence[str]) -> str:
     kind, about, data = _data(folder, paths, seq_len, sizes.vocab)
     classes.setdefault("portatrain.data", set()).add(kind)
     before = "from portatrain.data import Stdlib\nfrom portatrain.optim import AdamW, Cosine\n"
-    before += "from portatrain.recipe import Recipe\n"
+    before += "from portatrain.recipe import Recipe\nfrom recipes.models.decoder import DecoderConfig\n"
     classes |= {"portatrain.optim": {"AdamW", "Cosine"}, "portatrain.recipe": {"Recipe"}}
     # The order of ruff: modules by name, which puts `recipes` last.
     imports = "".join(f"from {name} import {', '.join(sorted(classes[name]))}\n" for name in sorted(classes))
     old_data = template[template.index("# Data:") : template.index("\n\n\ndef recipe")]
     text = template.replace(before, imports).replace(old_data, f"{about}\nDATA = {data}")
     return text.replace('INIT = "FOLDER"', f"INIT = {_quoted(str(folder.absolute()))}").replace(
-        "MODEL = None", f"MODEL = {model}"
+        "MODEL = DecoderConfig(vocab=256, embed=64, layers=2, heads=4)", f"MODEL = {model}"
     )
 
 

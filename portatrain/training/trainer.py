@@ -65,9 +65,7 @@ class Trainer:
         self.recipe, self.run_dir, self.options, self.sinks = recipe, run, options, Broadcast(options.sinks)
         self.last_step = min(options.stop_at or recipe.steps, recipe.steps)
         self._profiled = None if options.profile is None else StepRange.parse(options.profile, self.last_step)
-        mesh, backend = options.mesh, options.backend
-        if mesh is None:
-            mesh = f"fsdp={options.devices or 1}"
+        mesh, backend = options.mesh or f"fsdp={options.devices or 1}", options.backend
         program = dataclasses.replace(ordered(make_program(recipe, mesh=mesh), recipe), kernels=options.kernels)
         self.definition, self.mesh = program.definition, program.layout.mesh
         check_hooks(recipe, self.definition)
@@ -359,8 +357,7 @@ class Trainer:
     def _checked(self, state: Any, recipe: Recipe, data: OpenData) -> dict[str, Any]:
         """Return the record of a restored `state` under `recipe`, for the continuity check."""
         self._start.mark("restore")
-        held = data.validation
-        found = continuity.record(self.backend, state, recipe, data.train, self.step, validation=held)
+        found = continuity.record(self.backend, state, recipe, data.train, self.step, validation=data.validation)
         self._start.mark("verify")
         return found
 

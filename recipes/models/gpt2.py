@@ -62,8 +62,13 @@ class GPT2Config:
     def small(self) -> GPT2Config:
         """Return the same kind of model with small sizes, for `portatrain check`."""
         heads, mlp = min(self.heads, 4), self.mlp and 48
-        vocab, layers = min(self.vocab, 64), min(self.layers, 2)
-        return replace(self, vocab=vocab, embed=8 * heads, heads=heads, layers=layers, mlp=mlp)
+        sizes: dict[str, Any] = {
+            "vocab": min(self.vocab, 64),
+            "embed": 8 * heads,
+            "heads": heads,
+            "layers": min(self.layers, 2),
+        }
+        return replace(self, **sizes, mlp=mlp)
 
     @property
     def head_size(self) -> int:

@@ -7,16 +7,15 @@ Export it: portatrain ckpt export runs/my-recipe exported --to huggingface
 
 from __future__ import annotations
 
-from typing import Any
-
 from portatrain.data import Stdlib
 from portatrain.optim import AdamW, Cosine
 from portatrain.recipe import Recipe
+from recipes.models.decoder import DecoderConfig
 
 # A folder of transformers; each process reads its own ranges of the .safetensors files.
 INIT = "FOLDER"
 
-MODEL: Any = None
+MODEL = DecoderConfig(vocab=256, embed=64, layers=2, heads=4)
 
 # Data: the source code of Python's standard library, which needs no download.
 # Yours: TextFiles(paths="folder of text files", ...), Jsonl(...) or TokenMemmap(...), all in portatrain.data.
