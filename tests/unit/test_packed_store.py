@@ -46,6 +46,19 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pages(DataSpec):
+    """Texts that code makes."""
+
+    seq_len: int
+    tokenizer: str
+    validation: float = 0.2
+    words: str = "w5 w6é "
+
+    def documents(self) -> list[tuple[str, str]]:
+        return [(f"page {n}", self.words * (n % 13)) for n in range(90)]
+
+
 def specs(at: Path) -> dict[str, DataSpec]:
     text = TextFiles(paths=str(at / "corpus"), seq_len=16, validation=0.2)
     return {
@@ -60,6 +73,7 @@ def specs(at: Path) -> dict[str, DataSpec]:
             messages="chat",
             chat_template=str(at / "chat.jinja"),
         ),
+        "own": Pages(seq_len=16, tokenizer=str(at / "tokenizer.json")),
         "ids": TokenMemmap(paths=str(at / "ids.bin"), seq_len=16, vocab=70_000 - 5000, separator=7, validation=0.1),
         "nothing held out": dataclasses.replace(text, validation=0),
     }
@@ -70,7 +84,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "AGAIN_AFTER_S", (0.01, 0.01))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "tokenizer", "lines", "in order", "chats", "ids", "nothing held out"])
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer", "lines", "in order", "chats", "own", "ids", "nothing held out"])
 def test_a_store_holds_the_stream_that_a_run_packs(kind: str, at: Path, tmp_path: Path) -> None:
     spec = specs(at)[kind]
     want = open_data(spec, seed=3)
