@@ -24,7 +24,8 @@ from portatrain.data import (
     prefetch,
 )
 from portatrain.data.corpus import streams
-from portatrain.data.store import packing, reading
+from portatrain.data.encode import Tokenized
+from portatrain.data.store import encoders, packing, reading
 from portatrain.data.store.layout import TOKENS, Manifest, SplitFacts, block_dtype, parse
 from portatrain.data.text_batches import Windows
 from portatrain.errors import StorageError, UserError
@@ -508,3 +509,22 @@ def test_every_window_of_an_epoch_comes_once() -> None:
     got = np.concatenate([b["targets"][b["mask"] > 0] for b in windows.once(64)])
     whole = np.arange(made.splits["train"].tokens)[1:]
     assert np.array_equal(np.sort(got), np.sort(whole[whole % 500 != 0]))
+
+
+def test_a_process_that_tokenises_and_dies_is_started_again(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer_path = str(at / "tokenizer.json")
+    documents = [(b"w5 w6", "a"), (b"", "b"), ("w7é".encode(), "c")]
+    want = [Tokenized(tokenizer_path, None)(*one).tolist() for one in documents]
+    made = encoders.Processes(tokenizer_path, None, 1)
+    try:
+        assert [one.tolist() for one in made.encode(documents).result()] == want
+        made._all[0]._child.kill()
+        assert [one.tolist() for one in made.encode(documents).result()] == want
+        with pytest.raises(UserError, match=r"^d: expected UTF-8"):
+            made.encode([(b"\xff", "d")]).result()
+        monkeypatch.setattr("sys.executable", "/bin/false")
+        made._all[0]._child.kill()
+        with pytest.raises(StorageError, match=r"one that ended twice \(exit code 1\) on 3 documents.*fewer --workers"):
+            made.encode(documents).result()
+    finally:
+        made.close()
