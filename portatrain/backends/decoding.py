@@ -96,15 +96,15 @@ class CachedAttention:
 
     decoding: Decoding | None
 
-    def attention(self: Any, q_BSHD: Any, k_BSKD: Any, v_BSKD: Any, **options: Any) -> Any:
+    def attention(self: Any, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         decoding, run = self.decoding, super().attention  # type: ignore[misc]
         placed, held = decoding.placed, decoding.take()
         options.pop("positions", None)  # those of the batch: the probe has seen to it
         if placed.at is None:
-            more = placed.length - k_BSKD.shape[1]
-            decoding.made.append(tuple(self.pad(x, axis=1, after=more) for x in (k_BSKD, v_BSKD)))
-            return run(q_BSHD, k_BSKD, v_BSKD, **options | {"segment_ids": placed.segments_BS})
-        k_BTKD, v_BTKD = (self.into_cache(old, x, placed.at) for old, x in zip(held, (k_BSKD, v_BSKD), strict=True))
+            more = placed.length - k_BTKD.shape[1]
+            decoding.made.append(tuple(self.pad(x, axis=1, after=more) for x in (k_BTKD, v_BTKD)))
+            return run(q_BSHD, k_BTKD, v_BTKD, **options | {"segment_ids": placed.segments_BS})
+        k_BTKD, v_BTKD = (self.into_cache(old, x, placed.at) for old, x in zip(held, (k_BTKD, v_BTKD), strict=True))
         decoding.made.append((k_BTKD, v_BTKD))
         seen = {
             "segment_ids": (placed.segments_BS, placed.segments_BT),

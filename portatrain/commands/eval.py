@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from portatrain.commands import options, trained_model
 from portatrain.errors import UserError
+from portatrain.system import json_files
 
 if TYPE_CHECKING:
     from portatrain.data import OpenData, Split
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
         "seconds": round(time.perf_counter() - began_s, 3),
     }
     if args.json:
-        print(json.dumps(result))
+        print(json.dumps(json_files.strict(result)))
         return 0
     for name, value in result.items():
         print(f"{name.replace('_', ' '):<16} {f'{value:.6g}' if isinstance(value, float) else value}")

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add MODEL and the options that choose weights and backend."""
+    """Add RUN and the options that choose weights and backend."""
     parser.add_argument(
         "model",
-        metavar="RUN|FOLDER",
+        metavar="RUN",
         type=place,
         help="the name of a run, its run directory or URL, a checkpoint's folder, or a folder of transformers",
     )

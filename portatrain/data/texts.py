@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from portatrain.data.encode import Encoding, encoding
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Mixture, PackedTokens, TokenMemmap, has_text
+from portatrain.data.spec import DataSpec, Megatron, Mixture, PackedTokens, TokenMemmap, has_text
 from portatrain.errors import UserError
 
 
@@ -48,8 +48,8 @@ def texts_of(data: DataSpec) -> Texts:
     Raises UserError if its tokenizer cannot be read, or if its sources have several.
     """
     sources = list(_sources(data))
-    if all(isinstance(s, TokenMemmap) for s in sources):
-        separators = {s.separator for s in sources if isinstance(s, TokenMemmap)}
+    if all(isinstance(s, (TokenMemmap, Megatron)) for s in sources):
+        separators = {getattr(s, "separator", None) for s in sources}
         return Texts(encoding=None, opens=(), stops=frozenset(n for n in separators if n is not None))
     given = {_tokenizer(s) for s in sources}
     if None in given:

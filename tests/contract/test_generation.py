@@ -14,9 +14,9 @@ import pytest
 
 from portatrain.backends import reference
 from portatrain.errors import UserError
-from portatrain.model.layers import Embedding
+from portatrain.model.layers import Embedding, Experts, LatentAttention, MixtureMLP, Router
 from portatrain.model.lora import LoRA, adapt
-from portatrain.model.module import Definition, Module, Param, describe
+from portatrain.model.module import Definition, Module, Param, Stack, describe
 from portatrain.testing.tolerance import amplification, tolerance
 from portatrain.training.drawing import Drawing
 from portatrain.training.generation import Generator
@@ -117,6 +117,37 @@ def test_generated_decoders(seed: int) -> None:
 def test_many_generated_decoders() -> None:
     for seed in range(4, 204):
         check(lambda seed=seed: generated(seed), BACKENDS, seed)  # type: ignore[misc]
+
+
+class LatentBlock(Module):
+    """Latent attention and routed experts, which sort the tokens of all rows together."""
+
+    def __init__(self) -> None:
+        self.attn = LatentAttention(embed=8, heads=2, nope_dim=3, rope_dim=2, value_dim=5, kv_rank=6)
+        self.mlp = MixtureMLP(router=Router(embed=8, experts=5, chosen=2), experts=Experts(embed=8, mlp=12, experts=5))
+
+    def __call__(self, ops: Any, x_BSE: Any, rope: Any, segment_ids: Any) -> Any:
+        x_BSE = x_BSE + self.attn(ops, ops.rms_norm(x_BSE), rope, segment_ids)
+        return x_BSE + self.mlp(ops, ops.rms_norm(x_BSE)), None
+
+
+class Routed(Module):
+    def __init__(self) -> None:
+        self.embed = Embedding(vocab=VOCAB, embed=8, init=1.0)
+        self.blocks = Stack(LatentBlock(), 2)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        raise AssertionError("it only predicts")
+
+    def predict(self, ops: Any, batch: Any) -> Any:
+        rope = ops.rope_table(batch["positions"], 2, theta=100.0)
+        x_BSE, _ = self.blocks(ops, self.embed(ops, batch["tokens"]), rope, batch["segment_ids"])
+        return ops.einsum("bse,ve->bsv", ops.rms_norm(x_BSE), self.embed.table, dtype="float32")
+
+
+@pytest.mark.full
+def test_a_mixture_with_latent_attention_has_a_cache() -> None:
+    check(Routed, BACKENDS)
 
 
 class Toy(Module):
