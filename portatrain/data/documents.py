@@ -68,6 +68,10 @@ class Documents(ABC):
         self._encode = later = Deferred(real)
         return later
 
+    def sizes(self) -> np.ndarray:
+        """Return what is known of the documents' sizes without reading them, beside those of their files."""
+        return np.empty(0, np.int64)
+
     def close(self) -> None:  # noqa: B027  # most sources hold nothing open
         """Close what the source holds open; it is not read any more."""
 

@@ -56,6 +56,9 @@ class OwnDocuments(Documents):
     def _wrong(self, expected: str, got: str) -> UserError:
         return UserError(self._what, expected=expected, got=got, do="Correct what the method yields.")
 
+    def sizes(self) -> np.ndarray:
+        return np.array([size for _, size in self._places], np.int64)
+
     def close(self) -> None:
         self._texts.close()
 

@@ -24,7 +24,8 @@ from portatrain.data import (
     prefetch,
 )
 from portatrain.data.corpus import streams
-from portatrain.data.store import packing, reading
+from portatrain.data.encode import Tokenized
+from portatrain.data.store import encoders, packing, reading
 from portatrain.data.store.layout import TOKENS, Manifest, SplitFacts, block_dtype, parse
 from portatrain.data.text_batches import Windows
 from portatrain.errors import StorageError, UserError
@@ -46,6 +47,19 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pages(DataSpec):
+    """Texts that code makes."""
+
+    seq_len: int
+    tokenizer: str
+    validation: float = 0.2
+    words: str = "w5 w6é "
+
+    def documents(self) -> list[tuple[str, str]]:
+        return [(f"page {n}", self.words * (n % 13)) for n in range(90)]
+
+
 def specs(at: Path) -> dict[str, DataSpec]:
     text = TextFiles(paths=str(at / "corpus"), seq_len=16, validation=0.2)
     return {
@@ -60,6 +74,7 @@ def specs(at: Path) -> dict[str, DataSpec]:
             messages="chat",
             chat_template=str(at / "chat.jinja"),
         ),
+        "own": Pages(seq_len=16, tokenizer=str(at / "tokenizer.json")),
         "ids": TokenMemmap(paths=str(at / "ids.bin"), seq_len=16, vocab=70_000 - 5000, separator=7, validation=0.1),
         "nothing held out": dataclasses.replace(text, validation=0),
     }
@@ -70,7 +85,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reading, "AGAIN_AFTER_S", (0.01, 0.01))
 
 
-@pytest.mark.parametrize("kind", ["bytes", "tokenizer", "lines", "in order", "chats", "ids", "nothing held out"])
+@pytest.mark.parametrize("kind", ["bytes", "tokenizer", "lines", "in order", "chats", "own", "ids", "nothing held out"])
 def test_a_store_holds_the_stream_that_a_run_packs(kind: str, at: Path, tmp_path: Path) -> None:
     spec = specs(at)[kind]
     want = open_data(spec, seed=3)
@@ -494,3 +509,22 @@ def test_every_window_of_an_epoch_comes_once() -> None:
     got = np.concatenate([b["targets"][b["mask"] > 0] for b in windows.once(64)])
     whole = np.arange(made.splits["train"].tokens)[1:]
     assert np.array_equal(np.sort(got), np.sort(whole[whole % 500 != 0]))
+
+
+def test_a_process_that_tokenises_and_dies_is_started_again(at: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer_path = str(at / "tokenizer.json")
+    documents = [(b"w5 w6", "a"), (b"", "b"), ("w7é".encode(), "c")]
+    want = [Tokenized(tokenizer_path, None)(*one).tolist() for one in documents]
+    made = encoders.Processes(tokenizer_path, None, 1)
+    try:
+        assert [one.tolist() for one in made.encode(documents).result()] == want
+        made._all[0]._child.kill()
+        assert [one.tolist() for one in made.encode(documents).result()] == want
+        with pytest.raises(UserError, match=r"^d: expected UTF-8"):
+            made.encode([(b"\xff", "d")]).result()
+        monkeypatch.setattr("sys.executable", "/bin/false")
+        made._all[0]._child.kill()
+        with pytest.raises(StorageError, match=r"one that ended twice \(exit code 1\) on 3 documents.*fewer --workers"):
+            made.encode(documents).result()
+    finally:
+        made.close()

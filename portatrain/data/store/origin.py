@@ -83,6 +83,6 @@ def source_sum(source: Documents, held: np.ndarray) -> str:
         except OSError:
             size = -1
         digest.update(f"{name}\0{size}\0".encode("utf-8", "backslashreplace"))
-    for array in (source.file, source.index, held):
+    for array in (source.file, source.index, source.sizes(), held):
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()

@@ -269,5 +269,6 @@ def made_from_text(spec: PackedTokens) -> tuple[str | None, str | None] | None:
 
 
 def say(line: str) -> None:
-    """Print a line on standard error, at once."""
-    print(line, file=sys.stderr, flush=True)
+    """Write a line to standard error, at once and in one piece: several threads may."""
+    sys.stderr.write(f"{line}\n")
+    sys.stderr.flush()
