@@ -2,39 +2,44 @@
 
     python -m benchmarks.plan_published [--write]      # --write also writes docs/measured/plan-published.md
 
-Each row of ``published_rows`` is predicted with its publisher's mesh, microbatch and remat policy. A row's own
+Each row of ``plan_published_rows`` is predicted with its publisher's mesh, microbatch and remat policy. A row's own
 factor is the efficiency at which the prediction equals what was published. A chip with several rows gets their
-geometric mean, any other chip that of its vendor. Every error is leave-one-out: the row is predicted with a
-factor fitted without it.
+geometric mean, any other chip that of its vendor. Experts that sort their tokens have one more number: how long that
+takes. A row's own is that at which its prediction, by the factor of its chip's other rows, equals what was published.
+Every error is leave-one-out: the row is predicted with numbers fitted without it.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from math import log
 from pathlib import Path
 
-from benchmarks.plan_published_rows import ROWS, Row
-from portatrain.plan.cost import efficiency
+from benchmarks.plan_held_out import ENTERED
+from benchmarks.plan_published_rows import ROWS as FIRST
+from benchmarks.plan_published_rows import Row
+from portatrain.plan.cost import efficiency, interval
 from portatrain.plan.cost.efficiency import Efficiency
 from portatrain.plan.cost.memory import memory
 from portatrain.plan.cost.placement import assign_axes
-from portatrain.plan.cost.policy import PRECISIONS, TUNING
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, SORTING, TUNING
 from portatrain.plan.cost.timing import rates, step_time
 from portatrain.plan.cost.workload import on_mesh
 from portatrain.plan.result import Candidate
 from portatrain.plan.search import plan
 
-BOUND = 0.15
+ROWS = (*FIRST, *ENTERED)
 SAMPLES_PER_DEVICE = (1, 2, 4, 8)  # tried where the publisher's mesh cannot be planned
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A row with its own factor, the factor fitted without it, and the prediction by that factor."""
+    """A row with its own factor, the factor fitted without it, and the prediction by that factor. ``far``: the group of
+    ``portatrain.plan.cost.interval`` that the rows of the fit are for it."""
 
     row: Row
     own: float
@@ -42,19 +47,26 @@ class Checked:
     basis: str
     predicted: float
     chosen: Candidate
+    far: int
 
     @property
     def error(self) -> float:
         return self.predicted / self.row.tokens - 1
 
+    @property
+    def log(self) -> float:
+        return log(self.predicted / self.row.tokens)
+
 
 @cache
-def predict(row: Row, factor: float) -> tuple[float, Candidate]:
-    """Return tokens a second and chip at an efficiency factor, and the configuration."""
-    if row.mesh is None:
-        return searched(row, factor)
+def predict(row: Row, factor: float, sorting: float | None = None) -> tuple[float, Candidate]:
+    """Return tokens a second and chip at an efficiency factor and a time of sorting, and the configuration."""
+    row = planned(row) if row.mesh is None else row
+    assert row.mesh is not None
     cluster, precision = row.on, PRECISIONS[row.precision]
-    tuning = replace(TUNING[cluster.chip.stack], skips_masked=True)  # publishers use kernels of their own
+    # Publishers use kernels of their own.
+    takes = SORTING[row.gathers] if sorting is None else sorting
+    tuning = replace(TUNING[cluster.chip.stack], skips_masked=True, block=row.block, sorting=takes)
     places = row.mesh[0] * row.mesh[1] * row.mesh[2]
     shape = replace(row.shape, batch=places * row.rows * row.accumulation, capacity=row.capacity)
     work = on_mesh(shape, row.mesh)
@@ -99,6 +111,15 @@ def predict(row: Row, factor: float) -> tuple[float, Candidate]:
     return shape.tokens_per_step / best.step_s / cluster.chips, best
 
 
+@cache
+def planned(row: Row) -> Row:
+    """Return ``row`` with the planner's own configuration at the factor that the planner takes, in place of one that it
+    cannot plan."""
+    _, best = searched(row, efficiency.published(row.on.chip).value)
+    return replace(row, mesh=best.mesh, rows=best.rows, accumulation=best.accumulation, remat=REMATS[best.remat])
+
+
+@cache
 def searched(row: Row, factor: float) -> tuple[float, Candidate]:
     """Return the planner's own best configuration, at the best of several batches."""
     best: tuple[float, Candidate] | None = None
@@ -110,7 +131,9 @@ def searched(row: Row, factor: float) -> tuple[float, Candidate]:
             cluster,
             precisions=(row.precision,),
             efficiency=Efficiency(value=factor, basis="given"),
-            tuning=replace(TUNING[cluster.chip.stack], skips_masked=True),
+            tuning=replace(
+                TUNING[cluster.chip.stack], skips_masked=True, block=row.block, sorting=SORTING[row.gathers]
+            ),
             hints=False,
         )
         if made.best and (best is None or made.tokens_per_s / cluster.chips > best[0]):
@@ -121,149 +144,145 @@ def searched(row: Row, factor: float) -> tuple[float, Candidate]:
 
 
 @cache
-def own_factor(row: Row) -> float:
+def own_factor(row: Row, sorting: float | None = None) -> float:
     """Return the efficiency at which the prediction equals the published figure, to three digits."""
-    low, high = 0.05, 2.0
-    while high - low > 5e-4:
+    factor = 0.6
+    for _ in range(20):
+        off = row.tokens / predict(row, factor, sorting)[0]
+        factor *= off
+        if abs(off - 1) < 2e-4:
+            break
+    return round(factor, 3)
+
+
+def sorts(row: Row) -> bool:
+    """Return whether the row has experts that sort their tokens."""
+    return row.shape.experts > 0 and row.capacity == 1.0
+
+
+@cache
+def own_sorting(row: Row, factor: float) -> float:
+    """Return the time of sorting at which the prediction at ``factor`` equals the published figure, to one digit."""
+    low, high = 0.0, 200.0
+    while high - low > 0.05:
         middle = (low + high) / 2
-        low, high = (middle, high) if predict(row, middle)[0] < row.tokens else (low, middle)
-    return round((low + high) / 2, 3)
+        low, high = (low, middle) if predict(row, factor, middle)[0] < row.tokens else (middle, high)
+    return max(0.1, round((low + high) / 2, 1))
 
 
-def fit(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], float]:
-    """Return (by chip, by vendor, over all) factors of ``rows``: geometric means of their own."""
-    known = list(rows)
+@cache
+def sorting_of(rows: tuple[Row, ...]) -> dict[str, float]:
+    """Return the times of sorting by where gathers run: geometric means of the rows' own; over all rows where no row
+    tells."""
+    plain = [row for row in rows if not sorts(row)]
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        if sorts(row):
+            same = [r for r in plain if r.chip == row.chip] or [r for r in plain if r.vendor == row.vendor] or plain
+            factor = statistics.geometric_mean([own_factor(r) for r in same])
+            found.setdefault(row.gathers, []).append(own_sorting(row, round(factor, 3)))
+    everything = [value for values in found.values() for value in values] or [8.0]
+    return {where: round(statistics.geometric_mean(found.get(where, everything)), 1) for where in SORTING}
+
+
+def _own(row: Row, sorting: dict[str, float]) -> float:
+    return own_factor(row, sorting[row.gathers]) if sorts(row) else own_factor(row)
+
+
+def fit(rows: Iterable[Row]) -> tuple[dict[str, float], dict[str, float], float, dict[str, float]]:
+    """Return (by chip, by vendor, over all) factors of ``rows``, geometric means of their own, and the times of
+    sorting."""
+    known = tuple(rows)
+    sorting = sorting_of(known)
     chips, vendors = sorted({r.chip for r in known}), sorted({r.vendor for r in known})
-    by_chip = {c: _mean(r for r in known if r.chip == c) for c in chips if sum(r.chip == c for r in known) > 1}
-    return by_chip, {v: _mean(r for r in known if r.vendor == v) for v in vendors}, _mean(known)
+    several = [c for c in chips if sum(r.chip == c for r in known) > 1]
+    by_chip = {c: _mean((r for r in known if r.chip == c), sorting) for c in several}
+    by_vendor = {v: _mean((r for r in known if r.vendor == v), sorting) for v in vendors}
+    return by_chip, by_vendor, _mean(known, sorting), sorting
 
 
-def _mean(rows: Iterable[Row]) -> float:
-    return round(statistics.geometric_mean([own_factor(row) for row in rows]), 3)
+def _mean(rows: Iterable[Row], sorting: dict[str, float]) -> float:
+    return round(statistics.geometric_mean([_own(row, sorting) for row in rows]), 3)
 
 
-def check(row: Row) -> Checked:
-    """Return ``row`` predicted from all other rows: those of its chip if there are any, else those of its vendor."""
-    others = [r for r in ROWS if r is not row]
+@cache
+def check(row: Row, far: int = 0) -> Checked:
+    """Return ``row`` predicted from other rows: of its chip if there are any, else of its vendor, else all. ``far``: 1
+    leaves out all rows of its chip, 2 all of its vendor."""
+    left_out = (lambda r: r is row, lambda r: r.chip == row.chip, lambda r: r.vendor == row.vendor)[far]
+    others = tuple(r for r in ROWS if not left_out(r))
     same = [r for r in others if r.chip == row.chip]
-    basis = same or [r for r in others if r.vendor == row.vendor] or others
-    factor = _mean(basis)
-    tokens, chosen = predict(row, factor)
-    label = f"{row.chip if same else row.vendor} ({len(basis)})"
-    return Checked(row=row, own=own_factor(row), factor=factor, basis=label, predicted=tokens, chosen=chosen)
-
-
-def report() -> str:
-    """Return the page docs/measured/plan-published.md."""
-    checked = [check(row) for row in ROWS]
-    errors = [abs(c.error) for c in checked]
-    counted = [abs(c.error) for c in checked if c.row.counted]
-    by_chip, by_vendor, over_all = fit(ROWS)
-    beyond = [c for c in checked if abs(c.error) > BOUND]
-    return "\n".join(
-        [
-            *_HEAD,
-            "| model | chips | precision | published tok/s/chip | predicted | error | own factor | factor used, from "
-            "(rows) | mesh; remat; samples | who |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *[_line(one) for one in checked],
-            "",
-            f"The median leave-one-out error of the {len(checked)} rows is "
-            f"**{100 * statistics.median(errors):.1f} %**, "
-            f"the largest {100 * max(errors):.0f} %. {len(checked) - len(beyond)} of {len(checked)} are within "
-            f"{100 * BOUND:.0f} %. For {len(counted)} rows the number of chips was published with the figure; their "
-            f"median error is {100 * statistics.median(counted):.1f} %.",
-            "",
-            f"Rows with an error above {100 * BOUND:.0f} %:",
-            "",
-            *(
-                [f"- {_name(c)}: {100 * c.error:+.0f} %. {_REASONS.get(_name(c), '')}".rstrip() for c in beyond]
-                or ["- none"]
-            ),
-            "",
-            "## Factors, fitted from all rows",
-            "",
-            "| for | factor |",
-            "|---|---|",
-            *[f"| {name} | {value:.3f} |" for name, value in by_chip.items()],
-            *[f"| any other {name} chip | {value:.3f} |" for name, value in by_vendor.items()],
-            f"| a vendor without a row | {over_all:.3f} |",
-            "",
-            *_TAIL,
-        ]
+    related = [r for r in others if r.vendor == row.vendor]
+    basis = same or related or others
+    sorting = sorting_of(others)
+    factor = _mean(basis, sorting)
+    tokens, chosen = predict(row, factor, sorting[row.gathers] if sorts(row) else None)
+    alone = sorts(row) and not any(sorts(r) and r.gathers == row.gathers for r in others)
+    label = f"{row.chip if same else row.vendor if related else 'others'} ({len(basis)})"
+    return Checked(
+        row=row,
+        own=_own(row, sorting),
+        factor=factor,
+        basis=label,
+        predicted=tokens,
+        chosen=chosen,
+        far=min(2, alone + (0 if same else 1 if related else 2)),
     )
 
 
-def _name(one: Checked) -> str:
-    note = f", {one.row.note}" if one.row.note else ""
-    return f"{one.row.model} on {one.row.cluster}, {one.row.precision}{note}"
+def errors(far: int) -> dict[Row, float]:
+    """Return the logarithms of the errors of the rows that others predict from so far away."""
+    made = [check(row, at) for row in ROWS for at in range(far + 1)]
+    return {one.row: one.log for one in made if one.far == far}
 
 
-def _line(one: Checked) -> str:
-    row, best = one.row, one.chosen
-    chips = f"{row.on.chips} x {row.chip}" + ("" if row.counted else " (of its configuration)")
-    who = row.who + (f", {row.note}" if row.note else "") + (f"; {row.utilisation}" if row.utilisation else "")
-    own = "" if row.mesh else " (the planner's)"
-    how = f"{best.mesh_text}; {best.remat}; {best.rows} x {best.accumulation}{own}"
-    return (
-        f"| {row.model} | {chips} | {row.precision} | {row.tokens:.0f} | {one.predicted:.0f} "
-        f"| {100 * one.error:+.1f} % | {one.own:.3f} | {one.factor:.3f}, {one.basis} | {how} | {who} |"
-    )
-
-
-_HEAD = (
-    "# Published speeds beside predictions",
-    "",
-    "`python -m benchmarks.plan_published --write` writes this page by arithmetic; nothing was run. Each prediction",
-    "is leave-one-out: the efficiency factor of a row is fitted from the other rows. Mesh, microbatch and remat",
-    "policy come from the publisher's configuration files. The planner has no pipeline stages: if the publisher",
-    "used them, the row shows the planner's own best configuration instead, the best of 1, 2, 4 and 8 samples a",
-    "device. Offloading of activations is assumed to cost no time. torchtitan's rows ran on an H100 of 96 GB, 2.4",
-    "TB/s and 500 W, which is a chip of its own here. A configuration file may belong to another release than the",
-    "published figure.",
-    "",
-    "The constants in `portatrain/plan/cost/policy.py` were set before the first comparison and have not changed",
-    "since. In the first comparison the planner searched for every configuration itself; its median error was 25 %.",
-    "Since then the rows contain the configuration and the hardware that the publishers state, and remat policies",
-    "are described by the activations that they keep.",
-    "",
-)
-_REASONS = {
-    "llama2-70b on tpu-v5p-512, bf16, 512 in the name: 256 chips": "It is predicted from the Mixtral row alone.",
-    "mixtral-8x7b on tpu-v5p-128, bf16-weights": "It is predicted from the Llama 2 row alone, which has no experts: "
-    "of routing and experts of unequal size the planner models only the matmuls.",
-    "llama3-8b on h100-8, bf16, eager": "The planner plans compiled steps.",
-    "llama3-70b on gb300-64, fp8": "It is predicted from six rows, five of them H100s; its bf16 and fp8 peaks are "
-    "estimates.",
-}
-_TAIL = (
-    "A factor is the share of the nominal peak that matmuls reach inside a step. For a vendor without a row, the",
-    "planner takes the factor of another vendor, scaled by a figure that was published for both if there is one.",
-    "Wherever the planner uses such a factor, it is marked as an estimate.",
-    "",
-)
-
-
-def stale() -> list[str]:
-    """Return how ``portatrain.plan.cost.efficiency`` differs from the rows; empty if it does not."""
-    by_chip, by_vendor, over_all = fit(ROWS)
-    have = (efficiency.BY_CHIP, efficiency.BY_VENDOR, efficiency.ALL)
+def held(rows: Sequence[Row]) -> list[tuple[Row, float, bool]]:
+    """Return every row with the width of its interval, made of the errors of other rows, and whether it lies in it."""
     found = []
-    for name, there, fitted in zip(("BY_CHIP", "BY_VENDOR", "ALL"), have, (by_chip, by_vendor, over_all), strict=True):
-        if there != fitted:
-            found.append(f"{name} is {there}, the rows say {fitted}")
-    errors = [abs(check(row).error) for row in ROWS]
-    said = (efficiency.TYPICAL_ERROR, efficiency.WORST_ERROR)
-    if said != (round(statistics.median(errors), 3), round(max(errors), 3)):
-        found.append(f"errors are {said}, the rows say {statistics.median(errors):.3f}, {max(errors):.3f}")
+    for row in rows:
+        one = check(row)
+        width = interval.quantile([error for other, error in errors(one.far).items() if other is not row])
+        found.append((row, width, abs(one.log) <= width))
     return found
 
 
+def seen() -> dict[str, interval.Seen]:
+    """Return what was published of each chip and vendor."""
+    found = {}
+    for key in (*sorted({r.chip for r in ROWS}), *sorted({r.vendor for r in ROWS})):
+        rows = [r for r in ROWS if key in (r.chip, r.vendor)]
+        numbers = [float(f"{r.shape.active / 1e9:.1f}e9") for r in rows]
+        peaks = frozenset(PRECISIONS[r.precision].peak for r in rows)
+        found[key] = interval.Seen(
+            peaks=peaks, smallest=min(numbers), largest=max(numbers), experts=any(sorts(r) for r in rows)
+        )
+    return found
+
+
+def stale() -> list[str]:
+    """Return how the constants of ``efficiency`` and ``interval`` differ from the rows; empty if they do not."""
+    by_chip, by_vendor, over_all, sorting = fit(ROWS)
+    sizes = [abs(check(row).error) for row in ROWS]
+    says: dict[str, tuple[object, object]] = {
+        "BY_CHIP": (efficiency.BY_CHIP, by_chip),
+        "BY_VENDOR": (efficiency.BY_VENDOR, by_vendor),
+        "ALL": (efficiency.ALL, over_all),
+        "SORTING": (SORTING, sorting),
+        "TYPICAL_ERROR": (efficiency.TYPICAL_ERROR, round(statistics.median(sizes), 3)),
+        "WORST_ERROR": (efficiency.WORST_ERROR, round(max(sizes), 3)),
+        "SPREADS": (interval.SPREADS, tuple(round(interval.quantile(list(errors(n).values())), 3) for n in range(3))),
+        "SEEN": (interval.SEEN, seen()),
+    }
+    return [f"{name} is {there}, the rows say {said}" for name, (there, said) in says.items() if there != said]
+
+
 def main() -> int:
+    from benchmarks.plan_published_page import report
+
     text = report()
     print(text)
     for line in stale():
-        print(f"efficiency.py: {line}", file=sys.stderr)
+        print(f"portatrain/plan/cost: {line}", file=sys.stderr)
     if "--write" in sys.argv[1:]:
         page = Path(__file__).parents[1] / "docs" / "measured" / "plan-published.md"
         page.parent.mkdir(exist_ok=True)

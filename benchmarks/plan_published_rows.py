@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any
 
 from portatrain.plan.clusters import names
@@ -12,6 +13,11 @@ from portatrain.plan.clusters.figures import figure
 from portatrain.plan.cost.policy import REMATS, Remat
 from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.tensors import Sizes
+
+
+@cache
+def _cluster(name: str) -> Cluster:
+    return names.parse(name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,8 @@ class Row:
     publisher's. ``mesh`` is None if the publisher used pipeline stages, which the planner does not plan; then the
     planner's own best mesh replaces it. ``counted``: the number of chips was published with the figure; else it is the
     number of the publisher's configuration. ``seq_len``: the length of a sample, if not the preset's. ``sizes``:
-    those of a model without a preset. ``part`` names
+    those of a model without a preset. ``block``: queries or keys, whichever are more, in a block of its
+    attention kernel. ``gathers``: the entry of SORTING for experts that sort their tokens. ``part`` names
     a chip that differs from the catalog's, ``changes`` how.
     """
 
@@ -38,6 +45,8 @@ class Row:
     accumulation: int = 1
     remat: Remat | None = None
     capacity: float = 1.0
+    block: int = 1
+    gathers: str = "core"
     seq_len: int | None = None
     sizes: ModelShape | None = None
     counted: bool = True
@@ -57,17 +66,17 @@ class Row:
     @property
     def on(self) -> Cluster:
         """Return the cluster, with the publisher's part in place of the catalog's if they differ."""
-        made = names.parse(self.cluster)
+        made = _cluster(self.cluster)
         other: dict[str, Any] = {name: figure(value, unit, "pages") for name, (value, unit) in self.changes.items()}
         return replace(made, chip=replace(made.chip, **other)) if other else made
 
     @property
     def chip(self) -> str:
-        return self.part or names.parse(self.cluster).chip.name
+        return self.part or _cluster(self.cluster).chip.name
 
     @property
     def vendor(self) -> str:
-        return names.parse(self.cluster).chip.vendor
+        return _cluster(self.cluster).chip.vendor
 
 
 _H100_500W: dict[str, Any] = {
@@ -85,6 +94,7 @@ ROWS = (
         who="MaxText",
         mesh=(1, 256, 1, 1, 1),
         rows=4,
+        block=2048,
         remat=Remat(name="keeps q, k, v, projection", qkv=1, projected=1, offload=1),
     ),
     Row(
@@ -96,6 +106,7 @@ ROWS = (
         who="MaxText",
         mesh=(1, 256, 1, 1, 1),
         rows=5,
+        block=2048,
         remat=Remat(name="keeps q, k, v", qkv=1, offload=1),
     ),
     Row(
@@ -108,6 +119,7 @@ ROWS = (
         mesh=(1, 256, 1, 1, 1),
         rows=12,
         capacity=1.25,
+        block=2048,
         remat=Remat(name="keeps q, k, v, projection", qkv=1, projected=1, offload=1),
         note="capacity factor 1.25",
         counted=False,
@@ -145,6 +157,7 @@ ROWS = (
         who="tpu-recipes",
         mesh=(1, 128, 1, 1, 1),
         rows=2,
+        block=2048,
         remat=Remat(name="keeps q, k, v, attention", qkv=1, attention=1),
     ),
     Row(
@@ -157,6 +170,7 @@ ROWS = (
         mesh=(1, 512, 1, 1, 1),
         rows=3,
         counted=False,
+        block=2048,
         remat=Remat(name="block, offloaded", offload=1),
     ),
     Row(

@@ -98,6 +98,9 @@ class Backend(Protocol):
     Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
     it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
 
+    Optional method: `rows_here(samples)` returns which rows of a microbatch of that many samples this process uses,
+    (samples,) bool, or None for all. Without it each process reads every sample from a packed store.
+
     Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
     `--profile` is refused.
 

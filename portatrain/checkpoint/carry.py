@@ -65,7 +65,7 @@ class Carry:
                     found = np.asarray(found, np.float32) * np.float32(factor)
                 return found.astype(dtype, copy=False)
             if role == "ema":
-                return read("params", name, offset, shape).astype(dtype, copy=False)
+                return carried("params", name, offset, shape).astype(dtype, copy=False)
             return initial_box(tensor.info, self.seed, offset, shape)
 
         return carried

@@ -23,8 +23,10 @@ import argparse
 import contextlib
 import json
 import os
+import queue
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,8 +80,8 @@ def run(args: argparse.Namespace) -> int:
         load_recipe(recipe_file(job), cwd=Path(job.cwd or "."))
     old = Recipe.from_json(changes.from_step(parent.path, args.at))
     recipe = changed(old, args.overrides, args.at)
-    _check_left(recipe, args.at)
     found = difference(old, recipe, args.at, since=changes.last_decided(parent.path))
+    _check_left(recipe, args.at)
     state = goes_on(source, args.at, recipe, old)
     about: dict[str, Any] = {
         "run": parent.path.name,
@@ -102,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
             changes.GIVEN: info.get(changes.GIVEN) or info["recipe"],
         }
         if job is not None:
-            words = {name: getattr(job, name) for name in SOURCE}
+            # What a cluster's job was given says nothing of this machine; --cluster plans it anew.
+            words = {name: getattr(job, name) for name in SOURCE if job.engine == "local" or name == "track"}
             words |= {"recipe": job.source or job.recipe, "overrides": list(job.overrides), "cwd": job.cwd}
             more[changes.SOURCE] = words
         keeps_corpus = not found.named(Kind.CORPUS)
@@ -122,6 +125,8 @@ def _print(about: dict[str, Any], args: argparse.Namespace, new: RunDir, *, same
     if not about["fields"]:
         print("  with the same recipe")
     print(f"  slots of the optimizer: {about['state']['optimizer']}")
+    if about["fields"] and not about["state"]["probe"]:
+        print("  the checkpoint has no probe (probe_every), so there will be no figures from before the change")
     if not same_code:
         print(f"  the code here is not the code that {about['run']} began with; the fork takes the code here")
     if not args.dry_run:
@@ -203,16 +208,49 @@ def copy_checkpoint(source: Location, target: Location, step: int) -> None:
             if not (isinstance(old, LocalStore) and isinstance(new, LocalStore)) or not _link(
                 old.path / name, new.path / name
             ):
-                new.put(name, _chunks(old, name, size, say), size)
+                with _Chunks(old, name, size, say) as chunks:
+                    new.put(name, chunks, size)
         new.put_if_absent("COMMIT", read_small(old, "COMMIT", CHUNK))
 
 
-def _chunks(store: Store, name: str, size: int, say: Callable[[int], None]) -> Iterator[memoryview]:
-    for at in range(0, size, CHUNK):
-        part = memoryview(bytearray(min(CHUNK, size - at)))
-        store.read_into(name, at, [part])
-        say(len(part))
-        yield part
+class _Chunks:
+    """The chunks of a file, read by a thread: a store that writes to the network cannot read from it in between."""
+
+    def __init__(self, store: Store, name: str, size: int, say: Callable[[int], None]) -> None:
+        self._ready: queue.Queue[memoryview | BaseException] = queue.Queue(maxsize=2)
+        self._left, self._over = size, threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(store, name, size, say), name="portatrain-fork")
+        self._thread.start()
+
+    def _read(self, store: Store, name: str, size: int, say: Callable[[int], None]) -> None:
+        for at in range(0, size, CHUNK):
+            part: memoryview | BaseException = memoryview(bytearray(min(CHUNK, size - at)))
+            try:
+                store.read_into(name, at, [part])  # type: ignore[list-item]
+                say(min(CHUNK, size - at))
+            except BaseException as error:
+                part = error
+            while not self._over.is_set():
+                with contextlib.suppress(queue.Full):
+                    self._ready.put(part, timeout=0.1)
+                    break
+            if self._over.is_set() or isinstance(part, BaseException):
+                return
+
+    def __iter__(self) -> Iterator[memoryview]:
+        while self._left > 0:
+            part = self._ready.get()
+            if isinstance(part, BaseException):
+                raise part
+            self._left -= len(part)
+            yield part
+
+    def __enter__(self) -> _Chunks:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
 
 
 def _link(source: Path, target: Path) -> bool:

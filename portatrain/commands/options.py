@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
@@ -97,20 +97,16 @@ def add_track(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="also send metrics to this tracker: wandb, tensorboard, or one that an installed package registers "
-        f"(docs/start/tracker.md); repeat it for several{more}",
+        help="also send metrics to this tracker: wandb, tensorboard, FILE.py:CLASS, or one that an installed package "
+        f"registers (docs/start/tracker.md); repeat it for several{more}",
     )
 
 
 def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return `names` without repetitions; UserError for an unknown tracker."""
-    from portatrain.training.metrics.trackers import TRACKERS
+    """Return `names` without repetitions, with absolute paths of files; UserError for an unknown tracker."""
+    from portatrain.training.metrics.trackers import resolved
 
-    for name in names:
-        if name not in TRACKERS:
-            own = f" Your own package can register another under {TRACKERS.group}: see docs/start/tracker.md."
-            raise choice(what, name, TRACKERS.names(), own)
-    return tuple(dict.fromkeys(names))
+    return resolved(what, names)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

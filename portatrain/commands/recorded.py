@@ -54,7 +54,7 @@ def goes_on(source: Location, step: int, recipe: Recipe, old: Recipe) -> dict[st
     with explained(), contextlib.closing(source.open(step)) as store:
         reader = Reader(store)
         check_step(reader, step, store.describe("COMMIT"))
-        return carry(reader, program, old).as_json()
+        return {**carry(reader, program, old).as_json(), "probe": reader.meta.get("probe") is not None}
 
 
 def check_data(recipe: Recipe, folder: Path) -> None:

@@ -37,12 +37,10 @@ def run(args: argparse.Namespace) -> int:
     out = args.out or (Path(f"{found.run}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html"))
     try:
         run = open_run(args.run_dir)
-        beside = (
-            str(Path(args.run_dir).absolute().parent)
-            if not is_remote(args.run_dir)
-            else args.run_dir.rpartition("/")[0]
-        )
-        forks = family(run.path, {name: open_run(f"{beside}/{name}").path for name in names(beside)})
+        # In a store, every run beside this one would have to be fetched: `launch list` draws the whole tree.
+        beside = None if is_remote(args.run_dir) else Path(args.run_dir).absolute().parent
+        siblings = {} if beside is None else {name: beside / name for name in names(beside)}
+        forks = family(run.path, siblings)
         out.write_text(page(found, kept_checkpoints(run), forks), encoding="utf-8")
     except OSError as error:
         raise UserError(

@@ -90,10 +90,13 @@ def run(args: argparse.Namespace) -> int:
         _check_code(found, recipe)
     new = _jobs(args, found, before, recipe)
     from launchers.base import launcher
+    from portatrain.backends.program import make_program
 
     for job in new:
         launcher(job.engine).check(job)
     if change is not None:
+        for job in new:
+            make_program(recipe, mesh=job.mesh or "")  # reports what does not fit before anything is recorded
         print(in_words(change))
     if args.dry_run:
         for job in new:

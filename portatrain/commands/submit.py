@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     wanted = targets.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
     track = options.check_track("--track", args.track)
-    for target in wanted:
-        options.check_track(f"cluster {target.name}: track", target.track)
+    track_of = {t.name: track or options.check_track(f"cluster {t.name}: track", t.track) for t in wanted}
     recipe = options.resolved_recipe(args)
     options.check_profile(args.profile, recipe.steps)
     run_name = _run_name(args.run, args.runs, recipe.name)
@@ -110,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             cwd=os.getcwd(),
             options=target.options,
             cluster_shape=target.cluster_shape,
-            track=track or target.track,
+            track=track_of[target.name],
             profile=args.profile,
         )
         for target in fitting

@@ -147,7 +147,7 @@ def explained(place: Place, kind: str) -> Iterator[None]:
             f"data file {place}",
             expected=f"a whole {kind} file",
             got=" ".join(str(error).split())[:300] or type(error).__name__,
-            do="The file was cut or changed, or is of another kind: copy or write it again.",
+            do="It was cut or changed, or is of another kind: copy it again, or leave it out by a glob.",
         ) from error
 
 

@@ -34,28 +34,26 @@ class JsonLines:
         return files
 
     def in_order(self, place: Place) -> bool:
-        return not isinstance(place, Path) or compression(place) is not None
+        return place not in self._starts
 
     def indices(self, place: Place) -> np.ndarray:
         rows = array("q")
-        with opened(place) as file:
-            head = file.read(HEAD)
-            more = len(file.read(1))
-        check_text(place, head, len(head) + more)
-        with opened(place) as file:
+        with opened(place) as (file, kind):
+            head = file.peek(HEAD)[:HEAD]  # type: ignore[attr-defined]
+            check_text(place, head, len(head) + (len(head) == HEAD))
             at = 0
             for line, raw in enumerate(file):
                 if raw.strip():
                     rows.extend((line, at))
                 at += len(raw)
         found, offsets = np.array(rows, np.int64).reshape(-1, 2).T
-        if not self.in_order(place):
+        if kind is None and isinstance(place, Path):
             self._starts[place] = found, offsets
         return found
 
     def records(self, place: Place, start: int) -> Iterator[tuple[int, Any]]:
         line = 0
-        with opened(place) as file:
+        with opened(place, known=place in self._starts) as (file, _):
             if place in self._starts:
                 found, offsets = self._starts[place]
                 file.seek(int(offsets[np.searchsorted(found, start)]))
@@ -83,32 +81,32 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def compression(place: Place) -> str | None:
+def _compression(file: IO[bytes]) -> str | None:
     """Return 'gzip' or 'zstd' for a file that begins as one of them, or None."""
-    try:
-        with place.open("rb") as file:
-            head = file.read(HEAD)
-            size = len(head) + len(file.read(1))
-    except OSError as error:
-        raise unreadable(place, error) from error
-    found = recognised(head, size)
+    head = file.read(HEAD + 1)
+    file.seek(0)
+    found = recognised(head[:HEAD], len(head))
     return found.name if found is not None and found.name in ("gzip", "zstd") else None
 
 
 @contextmanager
-def opened(place: Place) -> Iterator[IO[bytes]]:
-    """Open a file, unpacked if it is compressed; errors while it is read become UserErrors."""
-    kind = compression(place)
+def opened(place: Place, *, known: bool = False) -> Iterator[tuple[IO[bytes], str | None]]:
+    """Open a file; give it unpacked, and how it is compressed (None: it is not, which may be ``known``).
+
+    Errors while it is read become UserErrors.
+    """
+    kind = None
     try:
         with place.open("rb") as file:
+            kind = None if known else _compression(file)
             if kind == "gzip":
                 with gzip.GzipFile(fileobj=file, mode="rb") as unpacked:
-                    yield unpacked  # type: ignore[misc]
+                    yield unpacked, kind  # type: ignore[misc]
             elif kind == "zstd":
                 with io.BufferedReader(_Zstd(file), 1 << 20) as unpacked:
-                    yield unpacked
+                    yield unpacked, kind
             else:
-                yield file
+                yield file, kind
     except (EOFError, gzip.BadGzipFile, zlib.error, _Damaged) as error:
         raise UserError(
             f"data file {place}",

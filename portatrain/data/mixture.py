@@ -48,11 +48,14 @@ class Mixed(Split):
         self.bytes_per_target = _bytes_per_target(parts)
 
     def batch(self, start: int, count: int) -> Batch:
+        return self.part(start, count, np.ones(count, bool))
+
+    def part(self, start: int, count: int, rows: np.ndarray) -> Batch:
         sample = samples(start, count)
         source, number = self.locate(sample)
         out = {k: np.repeat(v, count, axis=0) for k, v in self._parts[0].blank(1).items()}
-        for s in np.unique(source).tolist():
-            here = source == s
+        for s in np.unique(source[rows]).tolist():
+            here = rows & (source == s)
             for key, value in self._parts[s].at(number[here]).items():
                 out[key][here] = value
         return out | {"sample": sample, "source": source.astype(np.int32)}

@@ -14,6 +14,8 @@ from portatrain.data.finding import Files, PassedOver, Place
 
 ROWS = 256
 """The rows that are converted at once: it limits the memory, as a row may be a long document."""
+PART_BYTES = 64 << 10
+"""The least bytes of a request to a store: the footer and the pages lie apart."""
 
 
 class ParquetRows:
@@ -64,7 +66,7 @@ def _opened(place: Place) -> Iterator[Any]:
 
     with explained(place, "Parquet"):
         on_disk = isinstance(place, Path)
-        source = open(place, "rb") if isinstance(place, Path) else place.open()  # noqa: SIM115
+        source = open(place, "rb") if isinstance(place, Path) else place.open(buffering=PART_BYTES)  # noqa: SIM115
     with source:
         with explained(place, "Parquet"):
             file = parquet.ParquetFile(source, pre_buffer=not on_disk, page_checksum_verification=True)

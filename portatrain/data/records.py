@@ -36,7 +36,7 @@ class Reader(Protocol):
         """Yield (index, record) from the record with the index ``start`` on."""
 
     def in_order(self, place: Place) -> bool:
-        """Return True if a record in the middle of a file cannot be read fast."""
+        """Return True if a record in the middle of a file cannot be read fast; it is asked after `indices`."""
 
 
 class RecordDocuments(Documents):
@@ -51,12 +51,12 @@ class RecordDocuments(Documents):
         self.vocab, self.bos, self.masked = self._encode.vocab, self._encode.bos, self._make.masked
         if self.masked:
             self.nothing = "chats without an answer"
-        self.in_order = any(self._reader.in_order(place) for _, place in self.files)
         found = []
         for name, place in self.files:
             found.append(self._reader.indices(place))
             if not len(found[-1]):
                 passed.add(EMPTY, name)
+        self.in_order = any(self._reader.in_order(place) for _, place in self.files)
         self.file = np.repeat(np.arange(len(found)), [len(one) for one in found])
         self.index = np.concatenate(found) if found else np.empty(0, np.int64)
         self._open: Iterator[tuple[int, Any]] | None = None

@@ -55,9 +55,9 @@ class StoreFile:
     def exists(self) -> bool:
         return self._objects.exists(self._key)
 
-    def open(self, mode: str = "rb") -> io.BufferedReader:
-        """Return the object as a file that is read by ranges."""
-        return io.BufferedReader(_Ranges(self._objects, self._key, self.size), BUFFER_BYTES)
+    def open(self, mode: str = "rb", buffering: int = BUFFER_BYTES) -> io.BufferedReader:
+        """Return the object as a file that is read by ranges, of ``buffering`` bytes at least."""
+        return io.BufferedReader(_Ranges(self._objects, self._key, self.size), buffering)
 
     def read_bytes(self) -> bytes:
         return self._objects.range(self._key, 0, self.size)

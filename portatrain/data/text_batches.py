@@ -77,6 +77,15 @@ class Windows(TokenSplit):
         scattered = stream.scattered and not permuted
         self._order = Order(self.windows, 0 if scattered else seed, order, permuted=permuted or scattered)
 
+    def part(self, start: int, count: int, rows: np.ndarray) -> Batch:
+        if isinstance(self.stream, Stream):  # it is here
+            return self.batch(start, count)
+        sample = samples(start, count)
+        out = self.blank(count)
+        for key, value in self.at(sample[rows]).items():
+            out[key][rows] = value
+        return out | {"sample": sample}
+
     def at(self, sample: np.ndarray) -> Batch:
         size, begin = self.seq_len, self._order(sample) * self.seq_len
         drawn, opens, counted = self.stream.rows(begin, size + 1)

@@ -38,6 +38,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return found | {
         "plan": candidate(best),
         "others": [candidate(one) | {"why_not": one.why(best)} for one in plan.best[1:]],
+        **between(plan),
         "tokens_per_s": plan.tokens_per_s,
         "tokens_per_s_per_chip": plan.tokens_per_s / plan.cluster.chips,
         "mfu": plan.mfu,
@@ -50,6 +51,22 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "kwh_per_billion_tokens": plan.kwh_per_billion,
         "kwh_per_run": plan.kwh_per_run,
         "confidence": confidence(plan),
+    }
+
+
+def between(plan: Plan) -> dict[str, Any]:
+    """Return the interval of the best candidate's step time, and of tokens a second and chip."""
+    said = plan.interval
+    if said is None:
+        return {}
+    low, high = said.around(plan.best[0].step_s)
+    each = plan.shape.tokens_per_step / plan.cluster.chips
+    return {
+        "step_s_low": low,
+        "step_s_high": high,
+        "tokens_per_s_per_chip_low": each / high,
+        "tokens_per_s_per_chip_high": each / low,
+        "interval": {"holds": said.level, "factor": said.factor, "from": said.why},
     }
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from portatrain.plan.cost import efficiency
+from portatrain.plan.cost.interval import LEVEL
 from portatrain.plan.result import CONVENTION, Plan
 from portatrain.system.svg import COLOURS, Scale, document, frame
 
@@ -40,6 +41,7 @@ def _overview(plans: Sequence[Plan]) -> Table:
         *left[1:],
         "GiB",
         "step s",
+        f"{100 * LEVEL:.0f} %",
         "tok/s/chip",
         "MFU",
         "days",
@@ -55,7 +57,7 @@ def _overview(plans: Sequence[Plan]) -> Table:
         one = plan.chosen
         if one is None:
             short = f"{plan.short_bytes / GIB:.1f} GiB short" if plan.short_bytes else "no"
-            table.add_row(plan.cluster.name, short, *["-"] * 11)
+            table.add_row(plan.cluster.name, short, *["-"] * 12)
             continue
         marks = plan.estimates()
         table.add_row(
@@ -66,6 +68,7 @@ def _overview(plans: Sequence[Plan]) -> Table:
             one.remat + (f", {one.precision}" if one.precision != "bf16" else ""),
             _mark(f"{one.memory.total / GIB:.1f}/{plan.device_bytes / GIB:.0f}", marks["memory"]),
             _mark(_number(one.step_s), marks["time"]),
+            _between(plan),
             _number(plan.tokens_per_s / plan.cluster.chips),
             f"{100 * plan.mfu:.0f} %",
             _number(plan.days),
@@ -126,6 +129,8 @@ def _terms(plan: Plan) -> Table:
         table.add_row(*(memory[row] if row < len(memory) else ("", "")), *(time[row] if row < len(time) else ("", "")))
     table.add_section()
     table.add_row("in all", f"{best.memory.total / GIB:.2f}", "in all", _number(best.step_s))
+    if (said := plan.interval) is not None:
+        table.add_row("", "", f"{100 * said.level:.0f} % of such runs: {said.why}", _between(plan))
     table.add_row("of", f"{plan.device_bytes / GIB:.1f}", "efficiency factor", f"{plan.efficiency.value:.3f}")
     if best.kernel:
         table.add_row("", "", "attention kernel", best.kernel)
@@ -139,12 +144,19 @@ def _legend(plans: Iterable[Plan]) -> str:
     typical, worst = 100 * efficiency.TYPICAL_ERROR, 100 * efficiency.WORST_ERROR
     lines = [
         f"MFU: {CONVENTION}; over the nominal peak of the chips that work. kWh: chips at rated power alone.",
-        f"Times: {typical:.0f} % off in the middle and {worst:.0f} % at most on published runs, leave-one-out "
-        "(docs/measured/plan-published.md). ~ rests on an estimate.",
+        f"Times: {typical:.0f} % off in the middle and {worst:.0f} % at most on published runs, leave-one-out; "
+        f"{100 * LEVEL:.0f} %: the step times that hold so many of them (docs/measured/plan-published.md). "
+        "~ rests on an estimate.",
     ]
     if bases:
         lines.append(f"Efficiency factors that are estimates: {'; '.join(bases)}.")
     return "\n".join(lines)
+
+
+def _between(plan: Plan) -> str:
+    """Return the interval of the best candidate's step time."""
+    said = plan.interval
+    return "-".join(_number(end) for end in said.around(plan.best[0].step_s)) if said else "-"
 
 
 def plot(plans: Sequence[Plan], path: Path) -> None:

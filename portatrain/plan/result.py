@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost.efficiency import Efficiency
+from portatrain.plan.cost.interval import Interval, interval
 from portatrain.plan.cost.memory import Memory
 from portatrain.plan.cost.placement import Placement
 from portatrain.plan.cost.policy import PRECISIONS
@@ -105,6 +106,11 @@ class Plan:
     @property
     def tokens_per_s(self) -> float:
         return self.shape.tokens_per_step / self.best[0].step_s if self.best else 0.0
+
+    @property
+    def interval(self) -> Interval | None:
+        """Return how far the predicted time may be off; None without a plan."""
+        return interval(self.cluster.chip, self.shape, self.best[0].precision) if self.best else None
 
     @property
     def peak(self) -> float:

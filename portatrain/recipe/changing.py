@@ -48,8 +48,22 @@ class Row:
     why: str
 
 
-_WINDOW = "the next sample keeps its number n; sample n is then a window of the new length"
+_WINDOW = "the next sample keeps its number n; sample n is then one that is cut in the new way"
 _PACKED = "decides the packed corpus"
+_FILES = "paths validation validation_paths"
+_RECORDS = f"{_FILES} tokenizer bos field template messages chat_template"
+_SOURCES = {
+    "Stdlib": "validation tokenizer bos",
+    "TextFiles": f"{_FILES} tokenizer bos",
+    "Jsonl": _RECORDS,
+    "Parquet": _RECORDS,
+    "Arrow": _RECORDS,
+    "ArrayRecords": _RECORDS,
+    "TokenMemmap": f"{_FILES} vocab dtype separator",
+    "Megatron": f"{_FILES} vocab separator",
+    "PackedTokens": "path fingerprint",
+}
+"""The token sources, each with the fields that decide its packed corpus."""
 
 ROWS = (
     Row(owner="Recipe", fields="name", kind=Kind.FREE, why="a name"),
@@ -89,21 +103,17 @@ ROWS = (
         kind=Kind.TRAJECTORY,
         why="decides every later step",
     ),
+    Row(owner="Recipe", fields="init", kind=Kind.TRAJECTORY, why="the weights at step 0; a later step has its own"),
     Row(owner="Recipe", fields="data", kind=Kind.CORPUS, why="another class of source"),
     Row(owner="Recipe", fields="origin", kind=Kind.RECORD, why="where a changed run counts samples from"),
     Row(owner="Origin", fields="step samples tokens", kind=Kind.RECORD, why="see origin of Recipe"),
     *(
-        Row(owner=owner, fields="seq_len", kind=Kind.TRAJECTORY, why=_WINDOW)
-        for owner in ("Stdlib", "TextFiles", "Jsonl", "TokenMemmap")
-    ),
-    Row(owner="Stdlib", fields="validation tokenizer bos", kind=Kind.CORPUS, why=_PACKED),
-    Row(owner="TextFiles", fields="paths validation validation_paths tokenizer bos", kind=Kind.CORPUS, why=_PACKED),
-    Row(owner="Jsonl", fields="paths field validation validation_paths tokenizer bos", kind=Kind.CORPUS, why=_PACKED),
-    Row(
-        owner="TokenMemmap",
-        fields="paths vocab dtype separator validation validation_paths",
-        kind=Kind.CORPUS,
-        why=_PACKED,
+        Row(owner=owner, fields=fields, kind=kind, why=why)
+        for owner, packed in _SOURCES.items()
+        for fields, kind, why in (
+            ("seq_len" if owner == "PackedTokens" else "seq_len packing", Kind.TRAJECTORY, _WINDOW),
+            (packed, Kind.CORPUS, _PACKED),
+        )
     ),
     Row(owner="Digits", fields="validation", kind=Kind.CORPUS, why=_PACKED),
     Row(owner="Mixture", fields="sources", kind=Kind.CORPUS, why=_PACKED),
@@ -304,18 +314,23 @@ def _shapes(recipe: Recipe) -> dict[str, tuple[int, ...]]:
     return {name: info.shape for name, info in (*definition.params.items(), *definition.states.items())}
 
 
-def merged(given: Any, asked: Any, current: Any) -> Any:
-    """Return the JSON `current` with what distinguishes `asked` from `given`: the recipe of a changed run, if its words
-    gave `given` when it began and give `asked` now."""
-    if asked == given:
+def merged(before: Sequence[Any], asked: Any, current: Any) -> Any:
+    """Return the JSON `current` with what `asked` has otherwise than all recipes in `before`.
+
+    This is the recipe of a changed run whose command words give `asked`: `before` has the recipe that the words gave
+    when the run began, and those that the run has had since. A value that the run had once is an old word, and no new
+    wish.
+    """
+    if any(asked == one for one in before):
         return current
-    parts = (given, asked, current)
-    if not all(isinstance(p, Mapping) and p.get("class") == given.get("class") for p in parts):
+    same = [one for one in before if isinstance(one, Mapping) and isinstance(asked, Mapping)]
+    same = [one for one in same if one.get("class") == asked.get("class")]
+    if not same or not isinstance(current, Mapping) or current.get("class") != asked.get("class"):
         return asked
     found = {}
     for name in (*current, *(n for n in asked if n not in current)):
-        if name in asked or name not in given:  # otherwise `asked` has its default again
-            value = merged(*(part.get(name, _NONE) for part in parts))
+        if name in asked or any(name not in one for one in same):  # otherwise `asked` has its default again
+            value = merged([one.get(name, _NONE) for one in same], asked.get(name, _NONE), current.get(name, _NONE))
             if value is not _NONE:
                 found[name] = value
     return found

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,8 @@ def settled(folder: Path, asked: Recipe) -> Recipe:
         return asked
     if not changed_fields(given, asked):
         return Recipe.from_json(now)
-    return Recipe.from_json(merged(_plain(given), _plain(asked.to_json()), _plain(now)))
+    before = [given, *(one.before for one in of(folder))]
+    return Recipe.from_json(merged([_plain(one) for one in before], _plain(asked.to_json()), _plain(now)))
 
 
 def _plain(recipe: Mapping[str, Any]) -> Any:
@@ -165,7 +166,7 @@ def wanted(folder: Path, where: str, recipe: Recipe, committed: Callable[[], int
             f"newest checkpoint on: portatrain resume {name} --set FIELD=VALUE --reason TEXT; to leave it as it is "
             f"and go on beside it: portatrain fork {name} --at STEP --set FIELD=VALUE --run NEW.",
         )
-    return change(found, recipe, step, reason="")
+    return replace(change(found, recipe, step, reason=""), before=now)
 
 
 def change(found: Difference, recipe: Recipe, step: int, *, reason: str, overrides: Sequence[str] = ()) -> Change:
@@ -236,8 +237,9 @@ class Pending:
     reason: str
 
 
-def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe) -> Pending | None:
+def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Change | None = None) -> Pending | None:
     """Return the recorded changes that lie between a checkpoint with this `meta` and `recipe`; None if there are none.
+    `asked`: a change that is about to be recorded (`wanted`).
 
     Raises:
         UserError: a change of the trajectory belongs to a later checkpoint, which is gone or damaged.
@@ -245,9 +247,12 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe) -> Pending | 
     stored, step = meta.get("recipe"), int(meta.get("step", 0))
     if not isinstance(stored, Mapping) or not (folder / "run.json").exists():
         return None
-    if not (fields := changed_fields(stored, recipe, trusted=is_trusted)):
+    fields = {
+        k: v for k, v in changed_fields(stored, recipe, trusted=is_trusted).items() if k.split(".")[0] != "origin"
+    }
+    if not fields:
         return None
-    changes = of(folder)
+    changes = [*of(folder), *([] if asked is None else [asked])]
     at = next((i for i in reversed(range(len(changes))) if not _differ(stored, changes[i].before)), None)
     if at is None:
         return None

@@ -33,6 +33,8 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
     where, there = run.checkpoints(), run.looked_at()
     if not accept_drift:
         check_not_missing(there, location_of(where))
+    begun = (there.path / "run.json").exists()
+    asked = changes.wanted(there.path, run.where, recipe, there.committed) if begun else None
     data_now = continuity.fingerprints_of(data.train, data.validation)
     check_newest(
         where,
@@ -40,7 +42,7 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
         recipe,
         data_now,
         accept_drift=accept_drift,
-        changed=lambda meta: changes.pending(there.path, meta, recipe),
+        changed=lambda meta: changes.pending(there.path, meta, recipe, asked=asked),
     )
     if recipe.init is not None and newest_committed(location_of(where)) is None:
         first_weights(recipe, backend.program)  # reports a folder of another model before anything is written

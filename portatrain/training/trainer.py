@@ -38,7 +38,7 @@ from portatrain.training.hook_calls import HookCalls, check_hooks
 from portatrain.training.metrics import RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.plot import draw
-from portatrain.training.open_data import data_of
+from portatrain.training.open_data import data_of, rows_here
 from portatrain.training.options import TrainOptions as TrainOptions
 from portatrain.training.profiling import Profile, StepRange
 from portatrain.training.saves import Saves
@@ -264,7 +264,8 @@ class Trainer:
         self._saves.timer.start()
         first = self.step + 1
         counts = map(recipe.batch_at, itertools.count(first))
-        with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches, profile:
+        begin, rows_of = recipe.samples_after(self.step), rows_here(self.backend, recipe)
+        with prefetch(self.data.train, begin, counts, rows=rows_of) as batches, profile:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
                 self.data.check()

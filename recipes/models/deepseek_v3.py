@@ -14,6 +14,7 @@ from portatrain.checkpoint.interop import Fields, Hub, Row
 from portatrain.model.layers import LatentAttention, layers_of, places_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
+from portatrain.model.rope import YarnScaling
 from recipes.models.causal import PRE_NORMS, CausalLM, read_sizes, rms_norm
 from recipes.models.routed import (
     OVERRIDES,
@@ -70,8 +71,9 @@ class DeepseekV3Config(MixtureConfig):
     """A factor of the weights of a token's experts."""
     balance_rate: float = 0.001
     """How much the balance of an expert moves after a step."""
-    attention_factor: float = 1.0
-    """A factor of the scale of attention scores, for positions that yarn stretches: the square of its mscale."""
+    mscale: float = 0.0
+    """If yarn stretches the positions, the scale of attention scores grows by (0.1 mscale log(factor) + 1)^2
+    (`mscale_all_dim` of config.json)."""
     interleaved: bool = True
     """The files of transformers hold rotary features in pairs; ours are in halves. It changes no model of ours."""
 
@@ -84,7 +86,11 @@ class DeepseekV3Config(MixtureConfig):
         made: DeepseekV3Config = super().small()
         return replace(
             made,
-            **{"q_rank": self.q_rank and 12, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8},
+            q_rank=self.q_rank and 12,
+            kv_rank=8,
+            nope_dim=8,
+            rope_dim=4,
+            value_dim=8,
             dense_layers=min(self.dense_layers, 1),
             groups=2 if self.groups > 1 and made.experts == 4 else 1,
             chosen_groups=min(self.chosen_groups, 2) if self.groups > 1 and made.experts == 4 else 1,
@@ -94,6 +100,13 @@ class DeepseekV3Config(MixtureConfig):
     def head_size(self) -> int:
         """Features per head of queries and keys."""
         return self.nope_dim + self.rope_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """The scale of attention scores (Peng et al. 2023, arXiv:2309.00071, eq. 22, for the stretched ones)."""
+        yarn = self.rope_scaling if isinstance(self.rope_scaling, YarnScaling) else None
+        factor = 1.0 if yarn is None or yarn.factor <= 1 else 0.1 * self.mscale * math.log(yarn.factor) + 1.0
+        return float(factor**2 * self.head_size**-0.5)
 
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
@@ -144,11 +157,9 @@ class DeepseekV3Config(MixtureConfig):
             num_nextn_predict_layers=0,
         )
         config = dict(made.config)
-        if self.attention_factor != 1:  # transformers squares it; attention_factor of the table stands beside it
-            factor = self.rope_scaling.factor if self.rope_scaling is not None else 1.0
-            weight = (math.sqrt(self.attention_factor) - 1.0) / (0.1 * math.log(factor))
+        if isinstance(self.rope_scaling, YarnScaling) and self.mscale:
             for name in ("rope_scaling", "rope_parameters"):
-                config[name] = {**config[name], "mscale_all_dim": weight}
+                config[name] = {**config[name], "mscale_all_dim": self.mscale}
         rows = [row for i, place in enumerate(places_of(self.kinds, "blocks")) for row in self._rows(i, *place)]
         return Hub(
             config=config,
@@ -207,7 +218,7 @@ class Block(Module):
             value_dim=c.value_dim,
             kv_rank=c.kv_rank,
             q_rank=c.q_rank,
-            scale=c.attention_factor * c.head_size**-0.5,
+            scale=c.attention_scale,
         )
         self.mlp_norm = rms_norm(c)
         self.mlp = feed_forward(
@@ -255,10 +266,9 @@ def from_hub(fields: Fields) -> DeepseekV3Config:
         fields.problem("num_key_value_heads", str(sizes["heads"]))
     sizes.pop("head_dim")
     held = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    factor = _mscale(float(held.get("factor") or 1.0), float(held.get("mscale_all_dim") or 0.0)) ** 2
     return DeepseekV3Config(
         **sizes,
-        attention_factor=factor,
+        mscale=float(held.get("mscale_all_dim") or 0.0),
         experts=experts_of(fields, "n_routed_experts", 256),
         chosen=fields.size("num_experts_per_tok", 8),
         expert_mlp=fields.size("moe_intermediate_size", 2048),
@@ -275,8 +285,3 @@ def from_hub(fields: Fields) -> DeepseekV3Config:
         value_dim=fields.size("v_head_dim", 128),
         interleaved=fields.flag("rope_interleave", True),
     )
-
-
-def _mscale(factor: float, weight: float) -> float:
-    """Return yarn's factor of queries and keys (Peng et al. 2023, arXiv:2309.00071, eq. 22)."""
-    return 1.0 if factor <= 1 or not weight else 0.1 * weight * math.log(factor) + 1.0

@@ -194,7 +194,7 @@ def from_hub(fields: Fields) -> GPT2Config:
         layers=fields.size("n_layer"),
         heads=fields.size("n_head"),
         positions=fields.size("n_positions", 1024),
-        mlp=fields.optional("n_inner"),
+        mlp=fields.optional("n_inner") or 4 * fields.size("n_embd"),
         activation=ACTIVATIONS[activation],
         tied=fields.flag("tie_word_embeddings", True),
         norm_eps=fields.number("layer_norm_epsilon", 1e-5),

@@ -44,14 +44,17 @@ for case, mesh, ragged in json.loads(sys.argv[1]):
     gathered = [line for line in compiled.as_text().splitlines() if re.search(r"= \\S+ all-gather(-start)?\\(", line)]
     one_loss, one = found.setdefault((case), (float(loss), grads))
     worst = max(float(np.abs(g - one[n]).max() / np.abs(one[n]).max()) for n, g in grads.items())
-    # The weights of all four experts of a layer, whole, which no device may have.
-    whole = [line for line in gathered if re.search(r"f32\\[4,(16,(24|12)|(24|12),16)\\]", line.split(" all-gather")[0])]
+    # The weights of all four experts of a layer, which no device may have.
+    of_all = re.compile(r"f32\\[4,(16,(24|12)|(24|12),16)\\]")
+    whole = [line for line in gathered if of_all.search(line.split(" all-gather")[0])]
     print(json.dumps([case, mesh, abs(float(loss) / one_loss - 1), worst, len(whole)]))
 """
 
 
 def _run(cells: list[tuple[str, str, bool]]) -> None:
-    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags += " --xla_llvm_disable_expensive_passes=true"  # the operation is on trial, not the compiler
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps(cells)], capture_output=True, text=True, env=env, check=False
     )
@@ -66,12 +69,13 @@ def _run(cells: list[tuple[str, str, bool]]) -> None:
 
 @pytest.mark.timeout(300)
 def test_gradients_are_those_of_one_device() -> None:
-    _run([("mixture, one layer", mesh, False) for mesh in ("", "expert=2,tensor=2", "fsdp=2,expert=2")])
+    _run([("mixture, one layer", mesh, False) for mesh in ("", "expert=2,tensor=2")])
 
 
 @pytest.mark.full
 @pytest.mark.timeout(600)
 def test_other_meshes_and_the_exchange_of_accelerators() -> None:
     cells = [("mixture, one layer", mesh, True) for mesh in ("", "expert=4", "expert=2,context=2")]
+    cells += [("mixture, one layer", "fsdp=2,expert=2", False)]
     cells += [("mixture, clamped with biases", mesh, False) for mesh in ("", "expert=2,tensor=2")]
     _run(cells)

@@ -39,7 +39,8 @@ def fork(runs: Path, parent: str, new: str, at: int, *words: str) -> RunDir:
 
 
 def train(runs: Path, name: str, *words: str, file: str = "one.py", backend: str = BACKEND) -> int:
-    return main(["train", str(runs.parent / file), "--run-dir", str(runs / name), "--backend", backend, *words])
+    recipe = next(folder / file for folder in runs.parents if (folder / file).exists())
+    return main(["train", str(recipe), "--run-dir", str(runs / name), "--backend", backend, *words])
 
 
 def resume(runs: Path, name: str, *words: str) -> int:
@@ -207,9 +208,8 @@ def test_a_changed_fork_is_the_oracle_that_makes_the_same_change(what: str, runs
 
 @pytest.fixture
 def copied(runs: Path, tmp_path: Path) -> Path:
-    """A folder of runs with a copy of the finished run, as `a`; and the recipe files."""
-    tiny_fork.write(tmp_path)
-    made = tmp_path / "runs"
+    """A folder of runs with a copy of the finished run, as `a`."""
+    made = runs.parent / tmp_path.name / "runs"
     shutil.copytree(runs / f"run-{BACKEND}", made / "a")
     return made
 
@@ -285,7 +285,7 @@ def test_an_attempt_that_dies_before_its_first_save_meets_the_change_again(copie
     shutil.rmtree(run.path / "checkpoints/step-00000040")
     (run.path / "DONE").unlink()
     for path in run.path.glob("attempts/2/events.jsonl"):  # the commit that was lost is not in the record either
-        path.write_text("".join(line for line in path.open() if '"step":40' not in line))
+        path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step":40' not in line))
     assert train(copied, "a") == 0
     assert losses(run) == whole
     assert [e["verdict"] for e in run.events("resumed")] == ["changed", "changed"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import struct
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,6 +27,7 @@ from portatrain.data import (
     Stdlib,
     TextFiles,
     TokenMemmap,
+    open_data,
 )
 from portatrain.data import pack as packs
 from portatrain.data.open import blank_batch
@@ -36,6 +38,7 @@ from portatrain.recipe import Recipe
 from portatrain.runs.history import read_history
 from portatrain.runs.report.page import page
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.json_files import number
 from portatrain.training.hooks import TextSample, TrigramBaseline
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
@@ -189,8 +192,6 @@ def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.Monkey
     assert not run.events("hook_failed") and (kind == BYTES) == ("sample" in summary)
     assert ("references" in summary) == (kind == BYTES and "Mixture" not in source)
     blank = {k: (v.shape, v.dtype) for k, v in blank_batch(data, 3).items()}
-    from portatrain.data import open_data
-
     batch = open_data(data, seed=0).train.batch(0, 3)
     assert blank == {k: (v.shape, v.dtype) for k, v in batch.items()}
 
@@ -210,6 +211,20 @@ def test_what_a_source_passes_over_is_told_in_every_attempt(corpus: Path) -> Non
     told = [(e["attempt"], e["what"]) for e in run.events("warning")]
     assert [n for n, _ in told] == [1, 1, 2, 2]
     assert "1 documents without content: empty.txt" in told[0][1] and "gone.txt" in told[1][1]
+
+
+def test_a_batch_without_a_target_is_skipped_and_an_evaluation_of_none_has_no_loss(corpus: Path) -> None:
+    data = replace(_chat(corpus), chat_template=str(corpus / "chat.jinja"))  # type: ignore[call-arg]
+    rows = [[{"role": "user", "content": "q" * 70}, {"role": "assistant", "content": "a" * 30}]] * 12
+    (corpus / "chat.jsonl").write_text("".join(json.dumps({"chat": row}) + "\n" for row in rows))
+    run = RunDir(corpus / "run")
+    assert train(small(data, batch=1, steps=12, eval_every=12, eval_batches=1), run, backend="torch") == 0
+    targets = [float(open_data(data, seed=0).train.batch(n, 1)["mask"].sum()) for n in range(12)]
+    lost = [math.isnan(row["loss"]) for row in run.curve()]
+    assert lost == [count == 0 for count in targets] and True in lost and False in lost
+    assert [row["skipped"] for row in run.curve()] == lost
+    (found,) = run.events("eval")[:1]
+    assert math.isnan(number(found["loss"]))  # the first window of the validation split is a question
 
 
 @pytest.mark.parametrize("split", ["train", "validation"])

@@ -214,8 +214,18 @@ MERGES = [
 def test_the_words_of_a_command_are_compared_with_those_that_began_the_run(
     given: list[str], asked: list[str], now: list[str], then: list[str]
 ) -> None:
-    found = Recipe.from_json(merged(*(tiny(*words).to_json() for words in (given, asked, now))))
+    first, words, current = (tiny(*words).to_json() for words in (given, asked, now))
+    found = Recipe.from_json(merged([first], words, current))
     assert found.to_json() == tiny(*then).to_json()
+
+
+def test_a_value_that_the_run_had_once_is_no_new_wish() -> None:
+    """Begun with 600 steps, trained on with the words steps=700, then changed to 800: the old words follow."""
+    before = [tiny().to_json(), tiny("steps=700").to_json()]
+    now = tiny("steps=800", "eval_every=9").to_json()
+    for words in ([], ["steps=700"], ["steps=800"]):
+        assert merged(before, tiny(*words).to_json(), now) == now
+    assert merged(before, tiny("steps=900").to_json(), now) == tiny("steps=900", "eval_every=9").to_json()
 
 
 def test_the_slots_that_mean_something_are_slots_of_the_rules() -> None:

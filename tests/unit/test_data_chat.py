@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from portatrain.checkpoint.interop.hub_tokenizer import written
 from portatrain.data import Jsonl, Parquet, open_data
 from portatrain.data.chat import ChatTemplate, chat_template
 from portatrain.data.corpus import streams
@@ -203,6 +204,20 @@ def test_bytes_need_a_template_of_their_own(tmp_path: Path) -> None:
     assert text == b"\0" + "u:é?\na:ü!\nu:x\na:y\n".encode() and stream.targets is not None
     # Nothing but the role tells where an answer begins, so the name of the role is one of its targets.
     assert bytes(stream.tokens[np.flatnonzero(stream.targets)].tolist()) == "a:ü!\na:y\n".encode()
+
+
+def test_an_export_has_the_template_of_the_training(tmp_path: Path, folders: dict[str, Path]) -> None:
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "mine.jinja").write_text("{% for m in messages %}{{ m.content }};{% endfor %}")
+    given = {"paths": "x", "seq_len": 2, "messages": "c", "tokenizer": str(folders["plain"]), "bos": "<s>"}
+    for more, text in (({}, None), ({"chat_template": str(tmp_path / "mine.jinja")}, "a question;an answer;")):
+        out = tmp_path / f"out-{len(more)}"
+        out.mkdir()
+        _, names = written(Jsonl(**given, **more), out)
+        assert set(names) == {path.name for path in out.iterdir()} and len(names) == len(set(names))
+        made = transformers.AutoTokenizer.from_pretrained(str(out))
+        want = text or chat_template(str(folders["plain"]), None)(CHATS[0], "")[0]
+        assert made.apply_chat_template(CHATS[0], tokenize=False) == want
 
 
 THINKING = """\

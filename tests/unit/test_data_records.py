@@ -451,6 +451,21 @@ def test_sources_in_a_store(tmp_path: Path, bucket: Path, kind: str) -> None:
     assert held.fingerprint == open_data(here, seed=0).fingerprint
 
 
+def test_of_a_table_in_a_store_only_the_column_is_read(bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rest = np.random.default_rng(0).bytes(24 << 20)
+    pieces = [rest[n << 20 : (n + 1) << 20] for n in range(24)]
+    rows = pa.table({"rest": pieces, "text": [f"text {n}" for n in range(24)]})
+    pq.write_table(rows, bucket / "a.parquet", row_group_size=12, compression="none")
+    read: list[int] = []
+    real = object_store.Objects.range
+    monkeypatch.setattr(
+        object_store.Objects, "range", lambda self, name, at, size: read.append(size) or real(self, name, at, size)
+    )
+    spec = Parquet(paths="s3://bucket/a.parquet", seq_len=2, validation=0)
+    assert found(spec) == sorted(f"text {n}".encode() for n in range(24))
+    assert sum(read) < 1 << 20, read
+
+
 def test_other_sources_in_a_store(bucket: Path) -> None:
     (bucket / "a.txt").write_bytes(b"a text")
     assert found(TextFiles(paths="s3://bucket/a.txt", seq_len=2, validation=0)) == [b"a text"]

@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 from portatrain.cli import main
-from portatrain.data import DataSpec, Jsonl, Mixture, PackedTokens, TextFiles, TokenMemmap, batch_hash, open_data
+from portatrain.data import (
+    DataSpec,
+    Jsonl,
+    Mixture,
+    PackedTokens,
+    TextFiles,
+    TokenMemmap,
+    batch_hash,
+    open_data,
+    prefetch,
+)
 from portatrain.data.corpus import streams
 from portatrain.data.store import packing, reading
 from portatrain.data.store.layout import TOKENS, Manifest, SplitFacts, block_dtype, parse
@@ -441,6 +451,37 @@ def test_position_in_a_store_of_ten_thousand_shards_is_closed_form() -> None:
     for hosts in (1, 4, 8):
         parts = [windows.batch(10**7 * 256 + host * (8 // hosts), 8 // hosts) for host in range(hosts)]
         assert all(np.array_equal(np.concatenate([p[k] for p in parts]), v) for k, v in batch.items())
+
+
+def test_a_process_reads_the_windows_of_its_rows_and_no_others(at: Path, tmp_path: Path) -> None:
+    made = many_shards(1000, 20)
+    place = Counting(made)
+    stream = reading.PackedStream(place, made, "train", reading.Pool(4), None)  # type: ignore[arg-type]
+    windows = Windows(stream, name="train", seq_len=512, seed=1, permuted=True, order="data/train")
+    want, rows = windows.batch(40, 16), np.tile([True, True, False, False], 4)
+    with prefetch(windows, 40, 16, rows=lambda count: rows) as batches:
+        got = batches.get(lambda: False)
+    assert got is not None and {k: (v.shape, v.dtype) for k, v in got.items()} == {
+        k: (v.shape, v.dtype) for k, v in want.items()
+    }
+    for key, value in want.items():
+        assert np.array_equal(got[key][rows], value[rows])
+    assert np.array_equal(got["sample"], want["sample"]) and not got["mask"][~rows].any()
+    place.asked.clear()
+    windows.part(40, 16, rows)
+    mine = windows._order(want["sample"][rows]) * 512
+    touched = {int(b) // TOKENS for one in mine for b in (one, one + 512)}
+    size = made.block().itemsize
+    blocks = {(name, start // size + i) for name, start, length in place.asked for i in range(length // size)}
+    assert blocks == {(f"train-{b // 20:05d}.tokens", b % 20) for b in touched}
+    text, lines = specs(at)["bytes"], specs(at)["lines"]
+    packed(text, tmp_path / "a")
+    packed(lines, tmp_path / "b")
+    stores = tuple(PackedTokens(path=str(tmp_path / name), seq_len=16) for name in "ab")
+    mixed = open_data(Mixture(sources=stores, weights=(1.0, 1.0)), seed=0).train
+    whole, part = mixed.batch(8, 16), mixed.part(8, 16, rows)
+    assert all(np.array_equal(part[key][rows], value[rows]) for key, value in whole.items())
+    assert not part["mask"][~rows].any() and np.array_equal(part["source"], whole["source"])
 
 
 def test_every_window_of_an_epoch_comes_once() -> None:

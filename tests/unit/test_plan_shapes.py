@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from portatrain.errors import UserError
-from portatrain.model.layout import Layout, Mesh
+from portatrain.model.layout import COMPUTE, PARAMS, Layout, Mesh
 from portatrain.model.module import Normal, TensorInfo
 from portatrain.plan.cost.recipes import find, shape_of
 from portatrain.plan.cost.shapes import PRESETS, ModelShape
@@ -65,7 +65,7 @@ meshes = st.tuples(*[st.sampled_from([1, 2, 3, 4, 8, 16]) for _ in range(5)])
 def test_shards_are_those_of_the_layout(name: str, sizes: Sizes) -> None:
     """The planner sums over groups of tensors; the layout is the judge of each tensor."""
     shape = PRESETS[name]
-    layout = Layout(mesh=Mesh(*sizes))
+    layout = Layout(mesh=Mesh(*sizes), params={**COMPUTE, **PARAMS, **shape.params})
     for role in ("params", "compute"):
         try:
             total = sum(

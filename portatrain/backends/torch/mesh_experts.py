@@ -52,7 +52,7 @@ class RowExperts(TorchExperts):
 class MeshExperts(RowExperts):
     """Implement the operations of `MeshOps` for mixtures of experts; `MeshOps` has the helpers."""
 
-    axes: tuple[str, ...]
+    axes: Any
     parts: Any
     _value: Callable[[Any], Any]
     _local: Callable[..., Tensor]

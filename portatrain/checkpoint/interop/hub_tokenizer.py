@@ -51,8 +51,9 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         about |= {} if bos is None else {"bos_token": bos, "eos_token": bos}
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         names.append("tokenizer_config.json")
-    if chat := {getattr(s, "chat_template", None) for s in sources} - {None}:  # with which the model was trained
-        shutil.copyfile(expand(min(chat)), out / "chat_template.jinja")
+    # The template with which the model was trained, if it is not the tokenizer's own.
+    if chats := [own for s in sources if isinstance(own := getattr(s, "chat_template", None), str)]:
+        shutil.copyfile(expand(chats[0]), out / "chat_template.jinja")
         names = [*dict.fromkeys([*names, "chat_template.jinja"])]
     return fields, names
 

@@ -27,6 +27,7 @@ _UNITS = {
     "chips_per_host": "chips",
     "power": "W",
     "links": "links",
+    "matrix_unit": "rows",
 }
 
 
@@ -38,7 +39,9 @@ class Chip:
     full rate), ``mesh`` (a link to each other chip, so that a group of k chips uses only k - 1 links), ``single`` (no
     scale-up network), ``streaming`` (weights live outside the chip). ``devices_per_chip``: the number of devices that
     the framework shows for a chip; a mesh consists of devices. ``offered``: the chip is in use for training today, so
-    it is proposed. ``peaks``: dense TFLOP/s by precision. ``prices``: list prices in USD per chip-hour.
+    it is proposed. ``peaks``: dense TFLOP/s by precision.
+    ``matrix_unit``: rows and columns of a systolic array; a smaller matmul leaves part of it idle. ``prices``: list
+    prices in USD per chip-hour.
     """
 
     name: str
@@ -59,6 +62,7 @@ class Chip:
     scale_out: Figure | None = None
     chips_per_host: Figure | None = None
     power: Figure | None = None
+    matrix_unit: Figure | None = None
     prices: Mapping[str, Figure] = field(default_factory=dict)
     devices_per_chip: int = 1
     aliases: tuple[str, ...] = ()

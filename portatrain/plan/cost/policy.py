@@ -93,6 +93,9 @@ class Tuning:
     what tensor sums is a row for each token, not for each pair of a token and an expert; what travelled is not kept by
     any policy but ``none``. ``room``: shapes are static, so buffers of experts have room for the rows of all devices of
     the expert axis. `portatrain.plan.attending` sets both, as the backends of portatrain do it.
+    ``boundary``: rows that a grouped matmul multiplies in vain for each expert: where one expert's rows end inside of a
+    tile, the tile is computed for both of its experts. ``sorting``: how often the copies of tokens that experts get
+    would go through memory, forward, in the time that it takes to sort them and to bring them back (see `SORTING`).
     ``scores_passes``: how often scores that are not on the chip go through its memory, forward and backward.
     """
 
@@ -116,7 +119,13 @@ class Tuning:
     scores_passes: tuple[float, float] = (4.0, 7.0)
     static: bool = False
     fragmentation: float = 0.03
+    boundary: int = 64
+    sorting: float = 4.0
 
+
+SORTING = {"core": 45.4, "sparsecore": 15.3}
+"""`Tuning.sorting` on a TPU, by the cores that gather rows, both fitted by `benchmarks.plan_published`. libtpu 0.0.52
+gathers on SparseCores; its programs alone would be 7 to 8, if they moved bytes as fast as other operations do."""
 
 TUNING = {
     # XLA splits a matmul so that its collective runs beside it ("collective matmul"), and allocates statically.
@@ -130,6 +139,8 @@ TUNING = {
         twice_grads=True,
         static=True,
         fragmentation=0.0,
+        boundary=512,
+        sorting=SORTING["sparsecore"],
     ),
     "torch-cuda": Tuning(),
     # The jax backend on NVIDIA and AMD, as XLA compiles it; a plan does not choose it there.

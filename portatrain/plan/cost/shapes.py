@@ -197,10 +197,10 @@ def _block(shape: ModelShape, path: str, n: int, mlp: int, *, experts: int) -> l
         made += [
             _tensor(f"{path}/attn/q_down", 1, n, embed=e, q_rank=mla.q_rank),
             _tensor(f"{path}/attn/q_norm", 0, n, q_rank=mla.q_rank),
-            _tensor(f"{path}/attn/q_up", 1, n, q_rank=mla.q_rank, heads=h, head_dim=mla.nope_dim + mla.rope_dim),
+            _tensor(f"{path}/attn/q_up", 1, n, q_latent=mla.q_rank, heads=h, head_dim=mla.nope_dim + mla.rope_dim),
             _tensor(f"{path}/attn/kv_down", 1, n, embed=e, kv_rank=mla.kv_rank + mla.rope_dim),
             _tensor(f"{path}/attn/kv_norm", 0, n, kv_rank=mla.kv_rank),
-            _tensor(f"{path}/attn/kv_up", 1, n, kv_rank=mla.kv_rank, heads=h, head_dim=mla.nope_dim + mla.value_dim),
+            _tensor(f"{path}/attn/kv_up", 1, n, kv_latent=mla.kv_rank, heads=h, head_dim=mla.nope_dim + mla.value_dim),
             _tensor(f"{path}/attn/wo", 2, n, heads=h, head_dim=mla.value_dim, embed=e),
         ]
     else:
@@ -301,6 +301,7 @@ PRESETS: dict[str, ModelShape] = {
             train_tokens=14.8e12,
             source="DeepSeek-V3 report; without its multi-token prediction module",
             mla=MLA(q_rank=1536, kv_rank=512, rope_dim=64, nope_dim=128, value_dim=128),
+            params={"q_latent": "fsdp", "kv_latent": "fsdp"},
         ),
     )
 }

@@ -73,6 +73,11 @@ class Group:
     trainable: int
     active: float
 
+    @property
+    def routed(self) -> bool:
+        """Return whether they are parameters of experts that a router chooses."""
+        return {"experts", "mlp"} <= {split.axis for split in self.compute}
+
     def param_shards(self, mesh: Sizes) -> int:
         return math.prod(split.shards(mesh) for split in self.params)
 

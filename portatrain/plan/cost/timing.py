@@ -22,11 +22,13 @@ from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, LayerKi
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rates:
-    """One device's work per second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes."""
+    """One device's work per second: matmul FLOPs (at the efficiency factor), attention FLOPs, bytes. ``unit``: the size
+    of its matrix unit, 1 if no size leaves part of it idle."""
 
     matmul: float
     attention: float
     memory: float
+    unit: int = 1
 
 
 def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
@@ -42,6 +44,7 @@ def rates(chip: Chip, precision: Precision, efficiency: float) -> Rates:
         matmul=peak * 1e12 * efficiency / dies,
         attention=wide * 1e12 * efficiency * ATTENTION_SHARE / dies,
         memory=bandwidth * 1e9 * MEMORY_SHARE / dies,
+        unit=int(chip.matrix_unit.value) if chip.matrix_unit else 1,
     )
 
 
@@ -115,6 +118,46 @@ def travelled(work: OnMesh, kind: LayerKind, tuning: Tuning, remat: Remat) -> fl
     return _trips(tuning, remat) * work.mesh[EXPERT] * each
 
 
+def idle(work: OnMesh, rate: Rates) -> tuple[float, float]:
+    """Return attention's time over its time on a matrix unit that its head sizes fill, forward and backward.
+
+    Forward, a head's size is the depth of one matmul and the width of another; backward it is either in all five.
+    Attention's other work, which `ATTENTION_SHARE` adds, is the same.
+    """
+    if not work.scores:
+        return 1.0, 1.0
+    key, value = work.heads
+    more_key, more_value = -key % rate.unit, -value % rate.unit
+    forward = (more_key + more_value) / (key + value)
+    backward = (3 * more_key + 2 * more_value) / (3 * key + 2 * value)
+    return 1 + ATTENTION_SHARE * forward, 1 + ATTENTION_SHARE * backward
+
+
+def longer(work: OnMesh, tokens: float, tuning: Tuning) -> float:
+    """Return the rows that grouped matmuls compute over the rows that experts have: 1 for experts with a capacity."""
+    chosen = max((kind.copies for kind in work.kinds), default=0.0)
+    if not chosen or work.one_hot:
+        return 1.0
+    return 1 + tuning.boundary * work.experts / (tokens * chosen)
+
+
+def multiplied(work: OnMesh, remat: Remat, grouped: float = 1.0) -> tuple[float, float, float]:
+    """Return the numbers that a token is multiplied with: forward, backward, and again in the backward pass. Those of
+    experts count ``grouped`` times.
+
+    Recomputed is everything that is not kept, except the last projection of a block (down) and the ends. A router needs
+    the results of its experts for the gradients of their weights, so it needs their last projection too.
+    """
+    lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
+    numbers = {role: n + (grouped - 1) * work.routed[role] for role, n in work.matmul.items()}
+    forward = sum(numbers.values())
+    again = sum(numbers[role] * part for role, part in lost.items())
+    if not (remat.everything or remat.matmuls):
+        again += grouped * work.routed["down"]
+    # One matmul takes tokens to their places and one takes results back; the places have no gradient, the weights do.
+    return forward + 2 * work.one_hot, 2 * forward + 3 * work.one_hot, again + (1 - remat.normed) * work.one_hot
+
+
 def exchanged(work: OnMesh, tuning: Tuning, remat: Remat) -> float:
     """Return the numbers per token that are exchanged over context, so that every device has as much attention to
     compute: of queries and results, forward, of their gradients, and again if the backward pass recomputes."""
@@ -139,24 +182,30 @@ def step_time(
     """Return the time of a step of ``accumulation`` microbatches of ``tokens`` (T) on a device."""
     width, mesh, paths = precision.compute, work.mesh, placement.paths
     # Forward computation. A matmul is bound by its FLOPs or by its operands' bytes.
-    per_token = sum(work.matmul.values())
+    ahead, back, once_more = multiplied(work, remat, longer(work, tokens, tuning))
     moved = work.weights * width + sum(kind.n * kind.touched for kind in work.kinds) * tokens * width
-    matmul = max(2 * per_token * tokens / rate.matmul, moved / rate.memory)
-    attention = attention_flops(work, tuning) * tokens / rate.attention
-    attention_back = ATTENTION_BACKWARD * attention
+    matmul = max(2 * ahead * tokens / rate.matmul, moved / rate.memory)
+    matmul_back = matmul * back / ahead if ahead else 0.0
+    slower, slower_back = idle(work, rate)
+    attention = slower * attention_flops(work, tuning) * tokens / rate.attention
+    attention_back = ATTENTION_BACKWARD * attention * slower_back / slower
     if tuning.scores != "on-chip":
         scores = 4 * tokens * work.scores * sum(kind.n for kind in work.kinds) / rate.memory
         attention += tuning.scores_passes[0] * scores
         attention_back += tuning.scores_passes[1] * scores
-    streamed = sum(kind.n * kind.streamed for kind in work.kinds) * tokens * width
+    sorting = 0.0 if work.one_hot else tuning.sorting
+    each = (kind.n * (kind.streamed + sorting * kind.sorted) for kind in work.kinds)
+    # Both one-hot tables, of places and of weights, are written and read.
+    streamed = (sum(each) + 4 * work.one_hot / work.embed) * tokens * width
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
-    # Recomputed: everything that is not kept, except the last projection of a block (down) and the ends.
-    lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
-    share = sum(work.matmul[role] * part for role, part in lost.items()) / per_token if per_token else 0.0
-    again = matmul * share + attention * (1 - remat.attention) + elementwise * (1 - remat.normed)
+    again = (
+        matmul * (once_more / ahead if ahead else 0.0)
+        + attention * (1 - remat.attention)
+        + elementwise * (1 - remat.normed)
+    )
     forward = matmul + attention + elementwise + logits
-    backward = 2 * matmul + attention_back + 2 * elementwise + again
+    backward = matmul_back + attention_back + 2 * elementwise + again
 
     # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
     # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
@@ -200,7 +249,7 @@ def step_time(
     update = work.trained * (2 * (precision.param + slots) + precision.grad) / rate.memory
     n = accumulation
     return Time(
-        matmul=3 * n * matmul,
+        matmul=n * (matmul + matmul_back),
         attention=n * (attention + attention_back),
         recompute=n * again,
         elementwise=n * (3 * elementwise + logits),

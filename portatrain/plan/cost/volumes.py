@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.cost.policy import ATTENTION_BACKWARD, Precision, Remat, Tuning
-from portatrain.plan.cost.timing import attention_flops, exchanged, summed, travelled
+from portatrain.plan.cost.timing import attention_flops, exchanged, multiplied, summed, travelled
 from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 
@@ -60,9 +60,7 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     """Return the volumes of a microbatch of ``tokens`` (T) on a device."""
     width, mesh = precision.compute, work.mesh
     per_token = sum(work.matmul.values())
-    # Recomputed: everything that is not kept, except the last projection of a block (down) and the ends.
-    lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
-    again = 2 * tokens * sum(work.matmul[role] * part for role, part in lost.items())
+    again = 2 * tokens * multiplied(work, remat)[2]
     attention = attention_flops(work, tuning) * tokens
     again += attention * (1 - remat.attention)
 

@@ -70,8 +70,13 @@ class LayerKind:
     @property
     def streamed(self) -> float:
         """Return the numbers per token that elementwise operations of the forward pass read or write: two norms, two
-        additions, RoPE, the feed-forward's product, and moving tokens to experts and back."""
-        return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.copies * self.wide
+        additions, RoPE, the feed-forward's product."""
+        return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp
+
+    @property
+    def sorted(self) -> float:
+        """Return the numbers per token of one array of the tokens sorted by expert, each as often as it has experts."""
+        return self.copies * self.wide
 
     @property
     def exchanged(self) -> float:
@@ -92,7 +97,9 @@ class OnMesh:
     shows and for the pairs that it hides. ``dealt_flops``: per token, for the pairs that are left if queries are dealt
     out over context in chunks, and a chunk leaves out the keys that it does not see. ``busiest``: the pairs that the
     mask shows to the busiest device of context over the mean, if every device keeps its own queries. ``dealt``: part of
-    the queries that move if they are dealt out."""
+    the queries that move if they are dealt out. ``heads``: the sizes of a key head and of a value head. ``routed``: the
+    part of ``matmul`` that belongs to experts which a router chooses. ``experts``: those on a device, of one layer.
+    ``one_hot``: the numbers per token of a matmul that sorts tokens by expert, if experts have a capacity."""
 
     mesh: Sizes
     rows: int
@@ -116,6 +123,10 @@ class OnMesh:
     dealt_flops: float
     busiest: float
     dealt: float
+    heads: tuple[int, int]
+    routed: dict[str, float]
+    experts: float
+    one_hot: float
     embed: int
     vocab: float
     seq: float
@@ -133,7 +144,7 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
     tensor, context = mesh[TENSOR], mesh[CONTEXT]
     held = trained = gathered_layers = gathered_ends = weights = ends = head = 0.0
     head_gathered = trained_ends = trained_head = 0.0
-    matmul = dict.fromkeys(ROLES, 0.0)
+    matmul, routed = dict.fromkeys(ROLES, 0.0), dict.fromkeys(ROLES, 0.0)
     layers: dict[int, float] = {}
     replicated: dict[tuple[int, ...], float] = {}
     for part in shape.groups:
@@ -141,8 +152,10 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         held += part.numel / mine
         trained += part.trainable / mine
         weights += part.numel / cut
-        padded = shape.capacity if any(split.axis == "experts" for split in part.compute) else 1.0
-        matmul[part.role] += padded * part.active / _without_experts(part, mesh)
+        chosen = part.routed
+        numbers = (shape.capacity if chosen else 1.0) * part.active / _without_experts(part, mesh)
+        matmul[part.role] += numbers
+        routed[part.role] += numbers if chosen else 0.0
         gathered = part.numel / cut if mine > cut else 0.0
         if part.layers:
             layers[part.layers] = layers.get(part.layers, 0.0) + part.numel / cut / part.layers
@@ -181,6 +194,10 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         dealt_flops=dealt_flops / tensor,
         busiest=busiest,
         dealt=moves,
+        heads=(shape.key_size, shape.value_size),
+        routed=routed,
+        experts=shape.experts / mesh[EXPERT],
+        one_hot=_one_hot(shape) / tensor,
         embed=shape.embed,
         vocab=shape.vocab / tensor,
         seq=shape.seq_len / context,
@@ -197,6 +214,16 @@ def _over_context(shape: ModelShape, context: int) -> tuple[float, float, float]
     left = sum(computed(chunks, length, causal=True, window=None) for chunks in after) / length**2
     busiest = imbalance([pairs(chunks, length, causal=True, window=None) for chunks in plain])
     return whole * left, busiest, 0.5 if after != plain else 0.0
+
+
+def _one_hot(shape: ModelShape) -> float:
+    """Return the numbers per token of a matmul with the one-hot table of (tokens, places of all experts) of a sample,
+    over all layers. Experts of limited capacity get their tokens and return them by such matmuls (MaxText's
+    `generate_masks`); dropless ones sort."""
+    if not shape.experts or shape.capacity == 1.0:
+        return 0.0
+    places = shape.seq_len * shape.experts_per_token * shape.capacity
+    return (shape.layers - shape.dense_layers) * places * shape.embed
 
 
 def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:

@@ -1,0 +1,90 @@
+"""The planner's time of experts and of heads that do not fill a matrix unit, against counts made here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from portatrain.plan.clusters.names import parse
+from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
+from portatrain.plan.cost.shapes import PRESETS, ModelShape
+from portatrain.plan.cost.timing import idle, longer, multiplied, rates
+from portatrain.plan.cost.workload import OnMesh, on_mesh
+
+ONE = (1, 1, 1, 1, 1)
+MIXTRAL = PRESETS["mixtral-8x7b"]
+EXPERTS = 32 * 2 * 3 * 4096 * 14_336
+"""Numbers of Mixtral's experts that a token is multiplied with: layers, experts of a token, matrices."""
+
+
+def _work(shape: ModelShape, mesh: tuple[int, int, int, int, int] = ONE) -> OnMesh:
+    return on_mesh(replace(shape), mesh)
+
+
+def test_the_last_projection_of_experts_is_recomputed_and_that_of_a_dense_layer_is_not() -> None:
+    dense, mixed = _work(PRESETS["llama3-8b"]), _work(MIXTRAL)
+    for name, everything in (("block", False), ("none", True), ("dots", True)):
+        _, _, again = multiplied(mixed, REMATS[name])
+        without = multiplied(mixed, replace(REMATS["none"], everything=True, **_kept(name)))[2]
+        assert again - without == pytest.approx(0.0 if everything else EXPERTS / 3)
+    assert multiplied(dense, REMATS["block"])[2] == pytest.approx(sum(dense.matmul[r] for r in _LOST))
+
+
+_LOST = ("qkv", "projected", "hidden")
+
+
+def _kept(name: str) -> dict[str, float]:
+    remat = REMATS[name]
+    return {role: getattr(remat, role) for role in _LOST}
+
+
+def test_a_grouped_matmul_computes_a_tile_for_both_of_its_experts() -> None:
+    """Counted: rows of equal experts laid one after the other, and the tiles that each expert touches."""
+    tuning, tokens = TUNING["jax-tpu"], 2048
+    tile = tuning.boundary
+    for mesh, experts in ((ONE, 8), ((1, 1, 4, 1, 1), 2)):
+        work = _work(MIXTRAL, mesh)
+        rows = tokens * MIXTRAL.experts_per_token
+        each = rows / experts - 1  # one row less, so that no expert ends where a tile does
+        touched = sum(int(((k + 1) * each - 1) // tile - (k * each) // tile + 1) for k in range(experts))
+        assert longer(work, tokens, tuning) == pytest.approx(touched * tile / rows, abs=1.01 * tile / rows)
+    assert longer(_work(PRESETS["llama3-8b"]), tokens, tuning) == 1.0
+
+
+def test_only_what_experts_multiply_takes_longer() -> None:
+    work = _work(MIXTRAL)
+    one, two = multiplied(work, REMATS["none"])[0], multiplied(work, REMATS["none"], 2.0)[0]
+    assert two - one == pytest.approx(EXPERTS)
+
+
+def test_experts_of_a_capacity_get_their_tokens_by_matmuls() -> None:
+    limited = replace(MIXTRAL, capacity=1.25)
+    work, free = _work(limited), _work(MIXTRAL)
+    table = 32 * (4096 * 2 * 1.25) * 4096  # layers x places of all experts x width
+    assert work.one_hot == pytest.approx(table) and free.one_hot == 0.0
+    more = multiplied(work, REMATS["block"]), multiplied(replace_one_hot(work), REMATS["block"])
+    assert [a - b for a, b in zip(*more, strict=True)] == pytest.approx([2 * table, 3 * table, table])
+    assert longer(work, 4096, TUNING["jax-tpu"]) == 1.0
+
+
+def replace_one_hot(work: OnMesh) -> OnMesh:
+    return replace(work, one_hot=0.0)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "shape", "forward", "backward"),
+    [
+        ("tpu-v5p-128", "llama3-8b", 256 / 256, 5 * 128 / (5 * 128)),
+        ("tpu-v6e-64", "llama3-8b", 512 / 256, 5 * 256 / (5 * 128)),
+        ("tpu-v5p-128", "llama3-1b", 256 / 128, 5 * 128 / (5 * 64)),
+        ("tpu-7x-128", "deepseek-v3", 512 / 320, (3 * 256 + 2 * 256) / (3 * 192 + 2 * 128)),
+        ("h100-64", "llama3-1b", 1.0, 1.0),
+    ],
+)
+def test_heads_are_as_wide_as_the_matrix_unit(cluster: str, shape: str, forward: float, backward: float) -> None:
+    """``forward`` and ``backward``: numbers that a unit multiplies over numbers of the heads; three quarters of
+    attention's time are theirs (`ATTENTION_SHARE`)."""
+    rate = rates(parse(cluster).chip, PRECISIONS["bf16"], 0.5)
+    found = idle(_work(PRESETS[shape]), rate)
+    assert found == pytest.approx((1 + 0.75 * (forward - 1), 1 + 0.75 * (backward - 1)))
