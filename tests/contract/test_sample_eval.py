@@ -155,6 +155,34 @@ def test_a_text_needs_one_tokenizer(run: Path) -> None:
         portatrain.load(run, backend=BACKEND).generate("a")
 
 
+def test_a_tokenizer_of_a_run_and_of_a_folder(tmp_path: Path) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    from portatrain.checkpoint.interop.hub_folder import texts_of_folder
+    from portatrain.data.texts import texts_of
+
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({"<s>": 0} | {c: n + 1 for n, c in enumerate(alphabet)}, []))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<s>"])
+    made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 257, "eos_token_id": [0, 3]}))
+    plain = made.encode("née", add_special_tokens=False).ids
+    assert len(plain) == 4
+
+    words = TextFiles(paths="x", seq_len=4, tokenizer=str(tmp_path / "tokenizer.json"))
+    added, named, folder = texts_of(words), texts_of(replace(words, bos="<s>")), texts_of_folder(tmp_path)
+    assert (added.opens, added.stops) == ((257,), {257}) and (named.opens, named.stops) == ((0,), {0})
+    assert (folder.opens, folder.stops) == ((), {0, 3})
+    for one, opened in ((added, 257), (named, 0), (folder, 0)):
+        prompt = one.ids("née")
+        assert prompt == [opened, *plain]
+        assert one.after(prompt, plain) == "née"
+        assert one.after(prompt[:2], plain[1:]) == "ée"
+        assert one.after(prompt[:3], plain[2:]) == "\ufffde"  # the prompt ended within a letter
+
+
 LLAMAS: dict[str, dict[str, Any]] = {
     "grouped": {"num_key_value_heads": 2, "tie_word_embeddings": False},
     "tied, wide heads": {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": True},
