@@ -28,6 +28,7 @@ _PUBLIC = {
     "TrigramBaseline": "training.hooks",
     "UserError": "errors",
     "TrainedModel": "training.trained",
+    "load": "training.trained",
     "load_trained": "training.trained",
 }
 
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from portatrain.training.hooks import TextSample as TextSample
     from portatrain.training.hooks import TrigramBaseline as TrigramBaseline
     from portatrain.training.trained import TrainedModel as TrainedModel
+    from portatrain.training.trained import load as load
     from portatrain.training.trained import load_trained as load_trained
 
 __all__ = [
@@ -68,6 +70,7 @@ __all__ = [
     "TrigramBaseline",
     "UserError",
     "TrainedModel",
+    "load",
     "load_trained",
 ]
 

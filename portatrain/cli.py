@@ -27,11 +27,15 @@ from portatrain.system.terminal import cleaned
 PORTATRAIN: dict[str, tuple[str, str]] = {
     "init": ("portatrain.commands.init", "write a recipe of your own, to start from"),
     "train": ("portatrain.commands.train", "train a recipe in this process"),
+    "resume": ("portatrain.commands.resume", "resume a run, with another recipe from there on if you say so"),
+    "fork": ("portatrain.commands.fork", "go on from a checkpoint of a run in a new run, with another recipe"),
     "check": ("portatrain.commands.check", "check a recipe before a run: small, on every framework"),
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
+    "sample": ("portatrain.commands.sample", "continue texts with a trained model"),
+    "eval": ("portatrain.commands.eval", "evaluate a trained model: loss and metrics"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
-    "data": ("portatrain.commands.data", "verify the packed data of a run"),
+    "data": ("portatrain.commands.data", "pack data once for many runs; show and verify what is packed"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),
 }

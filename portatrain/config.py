@@ -39,7 +39,8 @@ def added_later(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={_ADDED: True})
 
 
-def _left_out(config: Any, name: str) -> bool:
+def left_out(config: Any, name: str) -> bool:
+    """Return True for a field of `added_later` that has its default."""
     field = config.__dataclass_fields__[name]
     return _ADDED in field.metadata and getattr(config, name) == field.default
 
@@ -152,7 +153,7 @@ def to_json(value: object) -> Any:
         UserError: ``value`` contains something else: an open file, a lambda, an array, a list, a set.
     """
     if is_config(value):
-        known = {name: hint for name, hint in hints(type(value)).items() if not _left_out(value, name)}
+        known = {name: hint for name, hint in hints(type(value)).items() if not left_out(value, name)}
         fields = {name: to_json(_as_float(getattr(value, name), hint)) for name, hint in known.items()}
         return {_CLASS: _name_of(type(value)), **fields}
     if value is None or isinstance(value, (bool, int, str)):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +28,7 @@ for _name, _value in {
 
 from hypothesis import HealthCheck, settings  # noqa: E402
 
+from tests.support import schedule  # noqa: E402
 from tests.support.folders import listing  # noqa: E402
 
 # The same examples in every run: a failure is a change of ours. `--hypothesis-profile=explore` looks for new ones.
@@ -47,3 +50,31 @@ def unchanged() -> Iterator[Callable[[Path], None]]:
     yield watch
     for folder, files in before.items():
         assert listing(folder) == files
+
+
+@pytest.fixture
+def compiled_quickly() -> Iterator[None]:
+    """The test's programs in jax are compiled without the costly passes of LLVM, in about half of the time.
+
+    XLA's own passes are those of every program. For tests that compile much and compute little.
+    """
+    if importlib.util.find_spec("jax") is None:
+        yield
+        return
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.hookimpl(trylast=True)  # when only the tests are left that run
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what takes longest, so that no worker is left alone with it at the end."""
+    schedule.sort(items)
+
+
+@pytest.hookimpl(optionalhook=True)  # known only if xdist is installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    return schedule.scheduler(config, log)

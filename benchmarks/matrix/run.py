@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from benchmarks.matrix.cells import ROWS, baseline_of, interpreter, processes, r
 CELL_S = 240
 """The time limit of a cell in seconds, with the start of its processes."""
 
+CALL = (
+    "import sys, json; from portatrain.system.processes import run_processes;"
+    "sys.exit(run_processes({n}, {entry!r}, json.loads(sys.argv[1])))"
+)
+"""A program that runs `run_processes` with the arguments in its first word."""
+
 Found = dict[str, Any]
+Start = Callable[..., tuple[bool, str]]
+"""A function such as `start`."""
 
 
 def start(n: int, entry: str, args: dict[str, Any], timeout_s: float, python: str = sys.executable) -> tuple[bool, str]:
     """Run `run_processes` in a new process of `python`; return (whether it ended in time, its last output)."""
-    call = (
-        "import sys, json; from portatrain.system.processes import run_processes;"
-        f"sys.exit(run_processes({n}, {entry!r}, json.loads(sys.argv[1])))"
-    )
     child = subprocess.Popen(
-        [python, "-c", call, json.dumps(args)],
+        [python, "-c", CALL.format(n=n, entry=entry), json.dumps(args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,7 +45,7 @@ def start(n: int, entry: str, args: dict[str, Any], timeout_s: float, python: st
         return False, said
 
 
-def make_baselines(wanted: list[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Path]:
+def make_baselines(wanted: list[tuple[str, str]], folder: Path, start: Start = start) -> dict[tuple[str, str], Path]:
     """Return the file of the baseline of every (mesh, row); make those that are missing."""
     folder.mkdir(parents=True, exist_ok=True)
     files = {cell: folder / f"{baseline_of(*cell).replace(' ', '-').replace(',', '')}.pickle" for cell in wanted}
@@ -53,13 +58,16 @@ def make_baselines(wanted: list[tuple[str, str]], folder: Path) -> dict[tuple[st
     return files
 
 
-def run_group(backend: str, mesh: str, rows: list[str], folder: Path) -> dict[str, Found]:
-    """Return the result of every row on this backend and mesh. Rows after a failed one run in another group."""
+def run_group(backend: str, mesh: str, rows: list[str], folder: Path, start: Start = start) -> dict[str, Found]:
+    """Return the result of every row on this backend and mesh. Rows after a failed one run in another group.
+
+    `start` starts the processes of a group.
+    """
     assert set(rows) <= set(ROWS)
     refused = {row: refusal(backend, mesh, row) for row in rows}
     found: dict[str, Found] = {row: {"refused": why} for row, why in refused.items() if why}
     left = [row for row in rows if row not in found]
-    files = make_baselines([(mesh, row) for row in left], folder)
+    files = make_baselines([(mesh, row) for row in left], folder, start)
     while left:
         out = folder / f"out-{os.getpid()}"
         out.unlink(missing_ok=True)

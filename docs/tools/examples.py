@@ -78,6 +78,26 @@ OPS = {
         "    return loss_GN * weight_GN, weight_GN\n\n\n"
         "assert ops.across_samples(contrast, x_BSE[:, 0], x_BSE[:, 1]).loss_B.shape == (B,)"
     ),
+    "experts": (
+        "# Two of four experts for each token, each a matrix of its own.\n"
+        "w_XEF, b_XF = np.ones((4, E, E)), np.zeros((4, E))\n"
+        "weights_BSC, experts_BSC = ops.top_k(ops.softmax(x_BSE[..., :4]), 2)\n\n\n"
+        "def expert(ops, x_NE, w_XEF, b_XF):\n"
+        "    return ops.grouped_bias(ops.grouped_matmul(x_NE, w_XEF), b_XF)\n\n\n"
+        "assert ops.experts(expert, x_BSE, experts_BSC, weights_BSC, w_XEF, b_XF).shape == (B, S, E)"
+    ),
+    "grouped_matmul": (
+        "def expert(ops, x_NE, w_XEF):\n"
+        "    return ops.grouped_matmul(x_NE, w_XEF)  # each row by the matrix of its expert\n\n\n"
+        "one_BSC = ops.cast(x_BSE[..., :1] > 0, 'int32')  # expert 0 or 1\n"
+        "assert ops.experts(expert, x_BSE, one_BSC, np.ones((B, S, 1)), np.ones((2, E, 3))).shape == (B, S, 3)"
+    ),
+    "grouped_bias": (
+        "def expert(ops, x_NE, b_XE):\n"
+        "    return ops.grouped_bias(x_NE, b_XE)  # each row with the bias of its expert\n\n\n"
+        "one_BSC = ops.cast(x_BSE[..., :1] > 0, 'int32')  # expert 0 or 1\n"
+        "assert ops.experts(expert, x_BSE, one_BSC, np.ones((B, S, 1)), np.ones((2, E))).shape == (B, S, E)"
+    ),
     "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',
     "stack": (
         "from portatrain import Module, Stack\n\n\n"
@@ -182,6 +202,7 @@ RECIPE = {
     "batch_start": "batch_start=2 batch_ramp=100 accumulation=4",
     "batch_ramp": "batch_start=2 batch_ramp=100 accumulation=4",
     "seed": "seed=1",
+    "init": "init=models/my-llama",
     "precision": "precision=bf16",
     "fp8_matmuls": "fp8_matmuls=*/mlp/* precision=fp8",
     "remat": "remat=dots",
@@ -211,6 +232,7 @@ RECIPE_PYTHON = {
     "compute": 'compute={"batch": ("replica", "fsdp")}',
     "params": 'params={"embed": "fsdp"}',
     "hooks": 'hooks=(TextSample(prompt="def "),)',
+    "origin": "origin=Origin(step=800, samples=6400, tokens=1638400)",
 }
 """Fields that are set in the file: field -> a keyword of `dataclasses.replace`."""
 
@@ -230,7 +252,12 @@ DATA = {
     "Stdlib": "Stdlib(seq_len=256)",
     "TextFiles": 'TextFiles(paths="corpus/**/*.txt", seq_len=256)',
     "Jsonl": 'Jsonl(paths="pages.jsonl", field="text", seq_len=256)',
+    "Parquet": 'Parquet(paths="s3://bucket/corpus/**/*.parquet", field="text", seq_len=256)',
+    "Arrow": 'Arrow(paths="corpus/train", template="{{ title }}\\n{{ text }}", seq_len=256)',
+    "ArrayRecords": 'ArrayRecords(paths="corpus/*.array_record", field="text", seq_len=256)',
+    "Megatron": 'Megatron(paths="corpus_text_document.idx", seq_len=256, vocab=50_257, separator=50_256)',
     "TokenMemmap": 'TokenMemmap(paths="tokens.bin", seq_len=256, vocab=50_257, separator=50_256)',
+    "PackedTokens": 'PackedTokens(path="stores/text", seq_len=256)',
     "Digits": "Digits(validation=0.2)",
     "Mixture": ('Mixture(sources=(Stdlib(seq_len=256), TextFiles(paths="corpus", seq_len=256)), weights=(0.7, 0.3))'),
 }

@@ -66,7 +66,7 @@ def recipe_page() -> str:
 
 
 def ops_page() -> str:
-    from portatrain.model import ops, ops_arrays, ops_structure
+    from portatrain.model import ops, ops_arrays, ops_experts, ops_structure
 
     docs = field_docs(ops.Ops)
     attributes = ["| attribute | shape and type |", "|---|---|"]
@@ -90,6 +90,7 @@ def ops_page() -> str:
         "Every example runs after these lines, on the backend of NumPy in float64; in a model `ops` is the argument:",
         code(examples.OPS_SETUP.strip()),
         *methods(ops.Ops, examples.OPS),
+        *methods(ops_experts.ExpertOps, examples.OPS),
         *methods(ops_structure.StructureOps, examples.OPS),
         "## Operations on arrays",
         docstring(ops_arrays),
@@ -126,7 +127,7 @@ def optimizers_page() -> str:
         code(signature(Rule.slots), "text"),
         docstring(Rule.slots),
     ]
-    for method in (Rule.step, Rule.update, Rule.rule_for):
+    for method in (Rule.step, Rule.update, Rule.rule_for, Rule.meaning):
         parts += [f"### `Rule.{method.__name__}`", code(signature(method), "text"), docstring(method)]
     for cls in subclasses(Rule, rules):
         rule = eval(examples.RULES[cls.__name__], vars(rules))
@@ -162,7 +163,7 @@ def data_page() -> str:
     from portatrain.data import DataSpec, own, spec
 
     parts = [docstring(spec)]
-    for cls in subclasses(DataSpec, spec):
+    for cls in (c for c in subclasses(DataSpec, spec) if not c.__name__.startswith("_")):
         imports = "Mixture, Stdlib, TextFiles" if cls.__name__ == "Mixture" else cls.__name__
         shared = listed(spec.__doc__ or "")
         parts += [f"## `{cls.__name__}`", docstring(cls), "\n".join(fields_table(cls, shared=shared))]
@@ -255,6 +256,29 @@ def command_parts(parser: argparse.ArgumentParser) -> list[str]:
     return parts
 
 
+def changes_page() -> str:
+    from portatrain.recipe import changing
+
+    rows = ["| class | fields | kind | why |", "|---|---|---|---|"]
+    for row in changing.ROWS:
+        fields = ", ".join(f"`{name}`" for name in row.fields.split())
+        rows.append(f"| `{row.owner}` | {fields} | {row.kind} | {cell(row.why)} |")
+    docs = field_docs(changing.Kind)
+    kinds = ["| kind | a change of such a field |", "|---|---|"]
+    kinds += [f"| {kind} | {cell(docs[kind.name])} |" for kind in changing.Kind]
+    return page(
+        "What may change in a run",
+        "Every field of a recipe and of its parts has a kind, which says how a run may get another value of it: by an "
+        "attempt (`portatrain train`, `launch resume`), by a change with a reason (`portatrain resume --set ... "
+        "--reason ...`), or by a fork. [Fork a run, or change it](../run/fork.md) shows how.",
+        "\n".join(kinds),
+        "A field of a class of your own has the kind of the field of `Recipe` that holds it; one of a data spec of your "
+        "own is of the kind corpus.",
+        "## Fields",
+        "\n".join(rows),
+    )
+
+
 def names_page() -> str:
     """List every public name with its signature and its first sentence; docs/tools/site.py adds the whole docstring."""
     parts = [
@@ -297,6 +321,7 @@ WRITTEN: dict[str, Callable[[], str]] = {
     "optimizers.md": optimizers_page,
     "data.md": data_page,
     "hooks.md": hooks_page,
+    "changes.md": changes_page,
     "commands.md": commands_page,
 }
 

@@ -70,14 +70,16 @@ def field_docs(cls: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(source)).body[0]
     assert isinstance(body, ast.ClassDef)
     for node, after in zip(body.body, [*body.body[1:], None], strict=True):
-        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+        # A member of an enumeration is assigned without an annotation.
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        if not isinstance(target, ast.Name):
             continue
         said = ""
         if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
             said = after.value.value
         elif "  # " in lines[node.lineno - 1]:
             said = lines[node.lineno - 1].split("  # ", 1)[1]
-        found[node.target.id] = said
+        found[target.id] = said
     return found
 
 

@@ -98,8 +98,14 @@ class Backend(Protocol):
     Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
     it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
 
+    Optional method: `rows_here(samples)` returns which rows of a microbatch of that many samples this process uses,
+    (samples,) bool, or None for all. Without it each process reads every sample from a packed store.
+
     Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
     `--profile` is refused.
+
+    Optional method: `cached(state)` returns the model with a cache of keys and values (`backends/decoding.py`), or None
+    if this mesh has none. Without it a text is continued by running the model on all of it for every token.
 
     Optional methods: `use_compile_cache(folder)` makes the framework keep compiled programs below `folder`; it returns
     the folder that is used, None if nothing is compiled, or raises OSError if it cannot be written to. `compiled()`

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from portatrain.errors import choice
@@ -11,7 +11,7 @@ from portatrain.model import remat
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.module import Definition
 from portatrain.model.precision import PRECISIONS
-from portatrain.optim import Rule, declared_slots
+from portatrain.optim import SGD, Rule, declared_slots
 from portatrain.recipe import Recipe
 
 
@@ -74,3 +74,8 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
         remat=recipe.remat,
         seed=recipe.seed,
     )
+
+
+def weights_alone(program: Program) -> Program:
+    """Return the program of the same model without optimizer slots and averages, for use without training."""
+    return replace(program, optimizer=SGD(lr=1e-30), ema=frozenset(), ema_decay=None, clip_norm=None)

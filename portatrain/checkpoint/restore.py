@@ -21,6 +21,7 @@ from checkpoints_format import Box, FormatError, LocalStore, Reader, Want
 from portatrain.backends.base import Backend
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, full_name, inventory
+from portatrain.checkpoint.carry import Carry
 from portatrain.checkpoint.shared_reads import Shares, consecutive, owners_of, pays, shares_of
 from portatrain.errors import StorageError, UserError
 
@@ -56,9 +57,10 @@ Change = Callable[[str, str, tuple[int, ...], np.ndarray], np.ndarray]
 """Returns the values of a box that replace those in the checkpoint, given role, name, offset and values."""
 
 
-def restored(backend: Backend, reader: Reader, change: Change | None = None) -> Any:
+def restored(backend: Backend, reader: Reader, change: Change | None = None, *, carried: Carry | None = None) -> Any:
     """Return the state of an open checkpoint on `backend`. Processes that hold copies share the reading if it pays and
-    if the backend can exchange parts. With `change`, return the state that it makes of the checkpoint's."""
+    if the backend can exchange parts. With `change`, return the state that it makes of the checkpoint's. `carried`:
+    what becomes of a checkpoint of another recipe."""
     program, processes, owners, shares = backend.program, backend.processes, owners_of(backend), {}
     exchange: Any = getattr(backend, "restore_shared", None)
     if exchange is not None and processes > 1:
@@ -67,7 +69,8 @@ def restored(backend: Backend, reader: Reader, change: Change | None = None) -> 
         if not backend.agree(int(not pays(processes, remote=remote))):
             shares = shares_of(program, processes, owners=owners, gap_bytes=reader.store.merge_gap_bytes)
     with Restoring(reader, boxes_of(program, backend.process, processes, shares, owners)) as restoring:
-        read = restoring.read if change is None else _changed(restoring.read, change)
+        read = restoring.read if carried is None else carried.reading(restoring.read)
+        read = read if change is None else _changed(read, change)
         return exchange(read, shares) if shares else backend.restore_state(read)
 
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -40,6 +40,7 @@ from portatrain.backends.base import Backend, IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import full_name
 from portatrain.checkpoint import fingerprints
+from portatrain.checkpoint.carry import carry
 from portatrain.checkpoint.format_layout import check_step, check_tensors, format_layout, written_by
 from portatrain.checkpoint.host_copies import Staging, given_budget_bytes
 from portatrain.checkpoint.interop.trusted_code import is_trusted
@@ -92,9 +93,12 @@ def check_newest(
     fingerprints_of_data: Mapping[str, str | None],
     *,
     accept_drift: bool = False,
+    changed: Callable[[Mapping[str, Any]], Recorded | None] = lambda meta: None,
 ) -> None:
     """Raise UserError if the newest commit is not of this run, before an attempt begins. Reads only the root; damage is
     left to `Checkpoints.newest`.
+
+    `changed` returns what the run's record says of the difference between a checkpoint's recipe and `recipe`.
 
     A newer format or another model is always refused. `accept_drift`: another recipe, other names of axes and other
     data are not. `fingerprints_of_data`: by the name in the meta's 'data'.
@@ -111,23 +115,43 @@ def check_newest(
                 continue
             what = store.describe("COMMIT")
             check_step(reader, step, what)
+            if (on_purpose := changed(reader.meta)) is not None:
+                carry(reader, program, on_purpose.before)
+                if not any(name.split(".")[0] == "data" for name in on_purpose.fields):
+                    check_corpus(what, reader.meta, fingerprints_of_data)
+                return
             check_tensors(reader, program, axes=not accept_drift)
             if accept_drift:
                 return
             if changes := deciding_changes(reader.meta, recipe, trusted=is_trusted):
                 raise another_recipe(what, changes)
-            saved = reader.meta.get("data", {})
-            for name, now in fingerprints_of_data.items():
-                if saved.get(name) not in (None, now):
-                    of = "corpus" if name == "fingerprint" else "validation split"
-                    raise UserError(
-                        what,
-                        expected=f"a run on this {of}, fingerprint {now}",
-                        got=f"a run on another {of}, {saved[name]}",
-                        do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go "
-                        "on with other data all the same, give --accept-drift REASON, which is recorded.",
-                    )
+            check_corpus(what, reader.meta, fingerprints_of_data)
             return
+
+
+class Recorded(Protocol):
+    """A change of a recipe that the record of a run has: the recipe before it, and the fields that differ."""
+
+    @property
+    def before(self) -> Recipe: ...
+
+    @property
+    def fields(self) -> Mapping[str, Any]: ...
+
+
+def check_corpus(what: str, meta: Mapping[str, Any], fingerprints_of_data: Mapping[str, str | None]) -> None:
+    """Raise UserError if a checkpoint with this `meta` was trained on other data."""
+    saved = meta.get("data", {})
+    for name, now in fingerprints_of_data.items():
+        if saved.get(name) not in (None, now):
+            of = "corpus" if name == "fingerprint" else "validation split"
+            raise UserError(
+                what,
+                expected=f"a run on this {of}, fingerprint {now}",
+                got=f"a run on another {of}, {saved[name]}",
+                do="Give the corpus that it was trained on, or a new run directory; nothing was changed. To go "
+                "on with other data all the same, give --accept-drift REASON, which is recorded.",
+            )
 
 
 def another_recipe(what: str, changes: Mapping[str, tuple[Any, Any]]) -> UserError:

@@ -4,7 +4,7 @@ The command checks the forward pass in training and in evaluation, repeated call
 depends on every parameter, the model's operations at their kinks, jax against torch, two microbatches, save and
 restore, and the meshes fsdp=2 and tensor=2. A finding names the operation, parameter, State, rule or axis at fault,
 and what to do. The exit code is 0 if nothing is found, else 1. The command uses no accelerator and reads no corpus.
-`launch` runs the check for recipes that it has not seen.
+`launch` runs the check for recipes that it has not seen; after a check that finds nothing, a recipe counts as seen.
 
 examples:
   portatrain check my_recipe.py
@@ -22,9 +22,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
-from portatrain.commands import options
+from portatrain.commands import options, unseen
 from portatrain.errors import UserError, choice
-from portatrain.system import terminal
+from portatrain.system import environment, terminal
 from portatrain.system.exit_codes import FOUND, OK
 
 if TYPE_CHECKING:
@@ -52,7 +52,10 @@ def run(args: argparse.Namespace) -> int:
     with _prints_to_stderr() if args.json else nullcontext():
         on_cpu()  # before the recipe's file, which may import a framework
         recipe = options.resolved_recipe(args)
+        memory = unseen.memory_of(recipe, args)  # before the check, which may import more of the recipe's package
         report = check_recipe(recipe, source=args.recipe, backends=names, progress=_progress)
+    if environment.CHECK.get() and set(names) == set(BACKENDS):
+        unseen.remember(memory, report.to_json())
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:

@@ -29,6 +29,7 @@ from portatrain.errors import UserError
 
 TO = ("huggingface", "orbax", "dcp", "torch", "nnx")
 FROM = ("huggingface", "orbax", "dcp")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,6 +78,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "dcp: the whole state; torch: a state_dict; nnx: a pure dict of the module's state",
     )
     made.add_argument("--ema", action="store_true", help="huggingface: export the averaged weights (EMA)")
+    made.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="huggingface: the dtype of the weights, rounded to nearest (default: float32, which loses nothing)",
+    )
     made.add_argument(
         "--recipe",
         metavar="FILE",
@@ -265,14 +272,14 @@ def export(args: argparse.Namespace) -> int:
     from portatrain.checkpoint.interop.export_import import export_to
     from portatrain.runs.find_checkpoints import opened
 
-    _load_recipe_file(args.path, args.recipe)
+    load_recipe_file(args.path, args.recipe)
     with opened(args.path, args.step) as reader:
-        names = export_to(reader, args.to, args.out, role="ema" if args.ema else "params")
+        names = export_to(reader, args.to, args.out, role="ema" if args.ema else "params", dtype=args.dtype)
     print(f"{args.out}: {', '.join(names[:6])}{f' and {len(names) - 6} more' if len(names) > 6 else ''}")
     return 0
 
 
-def _load_recipe_file(path: Path | str, given: str | None) -> None:
+def load_recipe_file(path: Path | str, given: str | None) -> None:
     """Load the recipe file that defines the classes of a checkpoint: `given`, or the one that its run recorded."""
     from portatrain.recipe import load_recipe
     from portatrain.runs import jobs

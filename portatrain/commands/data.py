@@ -1,9 +1,13 @@
-"""Verify the packed data of a run: every byte, whatever the size.
+"""Pack data into a store that runs read where it is; show, count and verify what is packed.
 
-PATH is a run directory (a folder or a URL) or the folder of one packed corpus. Exit codes: 0 good, 1 damaged, 2 a
-user's mistake.
+`pack` tokenises the data of a recipe once, in parallel. `show` and `stats` read what a store says of itself. `verify`
+reads every byte of a store, or of the packed data of a run, and names what is damaged. Exit codes: 0 good, 1 damaged,
+2 a user's mistake, 75 storage failed (give the same command again).
 
 examples:
+  portatrain data pack my_text.py stores/text --workers 8
+  portatrain data stats stores/text
+  portatrain data verify stores/text
   portatrain data verify runs/first
   portatrain data verify runs/first/data --json
 """
@@ -16,6 +20,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from portatrain.commands import packed
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
 from portatrain.system.urls import is_remote
@@ -23,17 +28,21 @@ from portatrain.system.urls import is_remote
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", metavar="COMMAND", required=True)
-    about = "read every byte of the packed data, and name what is damaged"
+    packed.add_pack(commands)
+    packed.add_show(commands)
+    about = "read every byte of packed data, and name what is damaged"
     made = commands.add_parser("verify", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
-    made.add_argument("path", metavar="PATH", help="a run directory, a URL of one, or the folder of a packed corpus")
+    made.add_argument("path", metavar="PATH", help="a packed store, a run directory (folders or URLs), or a run's data")
     made.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.what != "verify":
+        return {"pack": packed.pack, "show": packed.show, "stats": packed.stats}[args.what](args)
     from portatrain.data import pack
 
-    rows: list[dict[str, Any]] = []
-    for folder in _packs(args.path):
+    rows: list[dict[str, Any]] = packed.verify_rows(args.path) if packed.is_store(args.path) else []
+    for folder in () if rows else _packs(args.path):
         row: dict[str, Any] = {"path": str(folder)}
         rows.append(row)
         try:
@@ -69,6 +78,7 @@ def _packs(given: str) -> list[Path]:
             f"data {given}",
             expected="a run directory with packed data, or a packed corpus",
             got="no pack.json there" if folder.exists() else "no such folder",
-            do="Check the path. A run on images or on arrays of your own has no packed data.",
+            do="Check the path. A run on images, on arrays of your own or on a packed store has no packed data: "
+            "give the path of the store.",
         )
     return found

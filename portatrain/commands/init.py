@@ -4,11 +4,15 @@
 --data text reads the files under --paths, or the source code of Python's standard library; tokens reads files of token
 ids (.bin, raw and little-endian, or .npy); images are scikit-learn's handwritten digits.
 
+--from FOLDER fine-tunes a model of transformers: its config.json gives the sizes, and its files the weights that the
+run begins with.
+
 examples:
   portatrain init my_recipe.py
   portatrain init my_recipe.py --paths my/texts
   portatrain init my_recipe.py --model own --data tokens --paths train.bin
   portatrain init my_recipe.py --model vision
+  portatrain init my_recipe.py --from models/SmolLM3-3B --paths my/texts
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,10 +46,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--paths", metavar="PATH", nargs="+", default=[], help="files, folders or globs with the text or the token ids"
     )
+    parser.add_argument(
+        "--from",
+        dest="source",
+        metavar="FOLDER",
+        type=options.folder,
+        help="fine-tune the model in this folder of transformers (config.json, .safetensors, tokenizer.json)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     path = Path(args.file)
+    if args.source is not None:
+        return _fine_tune(args, path)
     data = args.data or MODELS[args.model][0]
     if data not in MODELS[args.model]:
         takes = [model for model, kinds in MODELS.items() if data in kinds]
@@ -61,11 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
     """Return the recipe for `path`: the template of `model`, reading `data` from `paths`."""
-    if path.suffix != ".py":
-        raise UserError(f"file {path}", expected="a name that ends in .py", got=repr(path.name), do=f"Use {path}.py.")
-    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:63] or "my-recipe"
-    text = _template("own_images.py" if (model, data) == ("own", "images") else FILES[model])
-    text = text.replace("my-recipe", name).replace("my_recipe.py", path.name)
+    text = _named("own_images.py" if (model, data) == ("own", "images") else FILES[model], path)
     if data == "images" and paths:
         raise UserError(
             "--paths",
@@ -89,6 +100,29 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
         block = _template("data_tokens.py").replace('"uint16"', f'"{dtype}"').replace("50_257", str(vocab))
         return _with_data(text, block, paths, held_out)
     return text
+
+
+def _fine_tune(args: argparse.Namespace, path: Path) -> int:
+    from portatrain.commands.init_from_hub import recipe_text as text_of
+
+    if args.data is not None or args.model != "decoder":
+        raise UserError(
+            "--from",
+            expected="no --model and no --data: the folder decides them",
+            got=" ".join(f"--{name} {getattr(args, name)}" for name in ("model", "data") if getattr(args, name)),
+            do="Leave them out; --paths names your texts.",
+        )
+    _write(path, text_of(_named("finetune.py", path), args.source, args.paths))
+    print(f"{path}: fine-tune {args.source}\n\n  launch --cluster local {path}\n  portatrain show {path}")
+    return 0
+
+
+def _named(template: str, path: Path) -> str:
+    """Return a template with the name of the recipe in the file `path`."""
+    if path.suffix != ".py":
+        raise UserError(f"file {path}", expected="a name that ends in .py", got=repr(path.name), do=f"Use {path}.py.")
+    name = re.sub(r"[^a-z0-9]+", "-", path.stem.lower()).strip("-")[:63] or "my-recipe"
+    return _template(template).replace("my-recipe", name).replace("my_recipe.py", path.name)
 
 
 def _template(name: str) -> str:
@@ -116,7 +150,7 @@ def _tuple(paths: Sequence[str]) -> str:
 
 def _documents(paths: Sequence[str], what: str) -> int:
     """Return the number of files; UserError if a path has none."""
-    from portatrain.data.sources import find
+    from portatrain.data.finding import find
 
     return len(find(tuple(paths), f"--paths: {what}"))
 
@@ -125,16 +159,19 @@ def _look(paths: Sequence[str]) -> tuple[str, int]:
     """Return the dtype of the ids in token files, and the size of the vocabulary: the largest id plus one."""
     import numpy as np
 
-    from portatrain.data.sources import find, read_ids
+    from portatrain.data.finding import find
+    from portatrain.data.token_files import on_disk, read_ids
 
-    kinds: dict[str, Path] = {}
+    kinds: dict[str, str] = {}
     most = 0
-    for _, path in find(tuple(paths), "--paths"):
-        dtype = _npy_dtype(path) if path.suffix == ".npy" else _guessed(np.fromfile(path, "<u2", 1 << 20))
-        kinds.setdefault(dtype, path)
-        ids = read_ids(path, np.dtype(dtype).newbyteorder("<"))
-        step = 1 << 26  # read in parts, because a corpus may be larger than memory
-        most = max([most, *(int(ids[at : at + step].max()) for at in range(0, len(ids), step))])
+    for _, place in find(tuple(paths), "--paths"):
+        with ExitStack() as copies:
+            path = on_disk(place, copies)
+            dtype = _npy_dtype(path) if place.suffix == ".npy" else _guessed(np.fromfile(path, "<u2", 1 << 20))
+            kinds.setdefault(dtype, str(place))
+            ids = read_ids(path, np.dtype(dtype).newbyteorder("<"), place)
+            step = 1 << 26  # read in parts, because a corpus may be larger than memory
+            most = max([most, *(int(ids[at : at + step].max()) for at in range(0, len(ids), step))])
     if len(kinds) > 1:
         raise UserError(
             "--paths",

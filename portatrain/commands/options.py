@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable
 from pathlib import Path
 
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
@@ -28,6 +28,32 @@ def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         default=[],
         help="change a field of the recipe: --set steps=100 --set model.layers=8; or replace it by another class: "
         "--set optimizer=Lion --set data=TextFiles --set data.paths=FOLDER",
+    )
+
+
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add --init, which sets the recipe's field of that name."""
+    parser.add_argument(
+        "--init",
+        dest="overrides",
+        metavar="FOLDER",
+        action="append",
+        default=[],
+        type=lambda text: f"init={folder(text).absolute()}",
+        help="begin with the weights of a folder of transformers (config.json and .safetensors): fine-tune. The same "
+        "as --set init=FOLDER; `portatrain init my_recipe.py --from FOLDER` writes a recipe for the folder's model",
+    )
+
+
+def add_changes(parser: argparse.ArgumentParser) -> None:
+    """Add --set for a run that has a recipe."""
+    parser.add_argument(
+        "--set",
+        dest="overrides",
+        metavar="FIELD=VALUE",
+        action="append",
+        default=[],
+        help="change a field of the run's recipe: --set optimizer.lr=1e-4 (docs/reference/changes.md has all fields)",
     )
 
 
@@ -71,20 +97,16 @@ def add_track(parser: argparse.ArgumentParser, more: str = "") -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="also send metrics to this tracker: wandb, tensorboard, or one that an installed package registers "
-        f"(docs/start/tracker.md); repeat it for several{more}",
+        help="also send metrics to this tracker: wandb, tensorboard, FILE.py:CLASS, or one that an installed package "
+        f"registers (docs/start/tracker.md); repeat it for several{more}",
     )
 
 
 def check_track(what: str, names: Iterable[str]) -> tuple[str, ...]:
-    """Return `names` without repetitions; UserError for an unknown tracker."""
-    from portatrain.training.metrics.trackers import TRACKERS
+    """Return `names` without repetitions, with absolute paths of files; UserError for an unknown tracker."""
+    from portatrain.training.metrics.trackers import resolved
 
-    for name in names:
-        if name not in TRACKERS:
-            own = f" Your own package can register another under {TRACKERS.group}: see docs/start/tracker.md."
-            raise choice(what, name, TRACKERS.names(), own)
-    return tuple(dict.fromkeys(names))
+    return resolved(what, names)
 
 
 def add_profile(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,8 @@
 
 The page shows loss, gradient norm, throughput and learning rate over the steps; a coloured band for every attempt,
 with its backend, devices and mesh; each resume point, with the verdict of the continuity check; time lost to restarts;
-checkpoints; the resolved recipe; and planned against measured figures if a plan was recorded.
+the tree of forks; what changes of the recipe did; checkpoints; the resolved recipe; and planned against measured
+figures if a plan was recorded.
 
 examples:
   portatrain report runs/first
@@ -27,14 +28,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from portatrain.runs.changes import family
     from portatrain.runs.history import kept_checkpoints, read_history
-    from portatrain.runs.open import open_run
+    from portatrain.runs.open import names, open_run
     from portatrain.runs.report.page import page
 
     found = read_history(args.run_dir)
     out = args.out or (Path(f"{found.run}.html") if is_remote(args.run_dir) else Path(args.run_dir, "report.html"))
     try:
-        out.write_text(page(found, kept_checkpoints(open_run(args.run_dir))), encoding="utf-8")
+        run = open_run(args.run_dir)
+        # In a store, every run beside this one would have to be fetched: `launch list` draws the whole tree.
+        beside = None if is_remote(args.run_dir) else Path(args.run_dir).absolute().parent
+        siblings = {} if beside is None else {name: beside / name for name in names(beside)}
+        forks = family(run.path, siblings)
+        out.write_text(page(found, kept_checkpoints(run), forks), encoding="utf-8")
     except OSError as error:
         raise UserError(
             f"file {out}", expected="a writable file", got=str(error), do="Choose another with --out."

@@ -62,6 +62,13 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
     loss = f", loss {now.loss:.4f}" if now.loss is not None else ""
     rate = f", {now.tokens_per_s:,.0f} tokens/s" if now.tokens_per_s and now.state == "RUNNING" else ""
     console.print(f"{now.run}: {now.state}, step {now.step}/{now.steps}{loss}{rate}", highlight=False, markup=False)
+    if now.parent is not None:
+        text = f"forked from {now.parent.get('run')} at step {now.parent.get('step')}"
+        console.print(text, highlight=False, markup=False)
+    for change in now.changes[now.parent is not None :]:
+        fields = ", ".join(f"{name} {was!r} to {new!r}" for name, (was, new) in sorted(change.fields.items()))
+        why = f": {change.reason}" if change.reason else ""
+        console.print(f"changed after step {change.step}{why}; {fields}", highlight=False, markup=False)
     if now.owner is not None:
         console.print(f"held by process {now.owner.pid} on {now.owner.host}", highlight=False, markup=False)
     saved = f"step {now.committed}" if now.committed is not None else "none"

@@ -32,6 +32,7 @@ from portatrain.system.urls import is_remote
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
+    options.add_init(parser)
     parser.add_argument(
         "--cluster", metavar="NAME[,NAME...]", required=True, help="the acceptable clusters, best first"
     )
@@ -74,18 +75,19 @@ def run(args: argparse.Namespace) -> int:
     backend = options.resolved_backend(args.backend) if args.backend and names == ["local"] else args.backend
     wanted = targets.targets(names, args.recipe, mesh=args.mesh, devices=args.devices, backend=backend)
     track = options.check_track("--track", args.track)
-    for target in wanted:
-        options.check_track(f"cluster {target.name}: track", target.track)
+    track_of = {t.name: track or options.check_track(f"cluster {t.name}: track", t.track) for t in wanted}
     recipe = options.resolved_recipe(args)
     options.check_profile(args.profile, recipe.steps)
     run_name = _run_name(args.run, args.runs, recipe.name)
 
     from launchers.base import Job, launcher
+    from portatrain.runs import changes
     from portatrain.runs.open import open_run
 
-    given = f"{args.runs.rstrip('/')}/{run_name}" if is_remote(args.runs) else str(Path(args.runs) / run_name)
+    given = run_path(run_name, args.runs)
     run_dir = given if is_remote(given) else str(Path(given).absolute())
     run = open_run(run_dir)
+    recipe = changes.settled(run.path, recipe)
     run.check(recipe)
     _check_not_submitted(run_dir)
     fitting = wanted if args.dry_run else targets.fitting(wanted, recipe)
@@ -107,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
             cwd=os.getcwd(),
             options=target.options,
             cluster_shape=target.cluster_shape,
-            track=track or target.track,
+            track=track_of[target.name],
             profile=args.profile,
         )
         for target in fitting
@@ -147,13 +149,7 @@ def _check_not_submitted(run_dir: str) -> None:
 def _run_name(given: str | None, runs: str, recipe_name: str) -> str:
     """Return `given` if it is a valid folder name; by default the recipe's name, with the first unused number."""
     if given is not None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", given):
-            raise UserError(
-                f"--run {given!r}",
-                expected="1 to 63 letters, digits, '.', '-' or '_', a letter or digit first",
-                got=f"{len(given)} characters" if len(given) > 63 else repr(given),
-                do="Choose a name such as tiny-lm-wide.",
-            )
+        _check_name(given)
         return given
     names = [recipe_name, *(f"{recipe_name}-{number}" for number in range(2, 10_000))]
     if is_remote(runs):
@@ -162,3 +158,19 @@ def _run_name(given: str | None, runs: str, recipe_name: str) -> str:
         taken = set(run_names(runs))
         return next(name for name in names if name not in taken)
     return next(name for name in names if not Path(runs, name).exists())
+
+
+def _check_name(given: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", given):
+        raise UserError(
+            f"--run {given!r}",
+            expected="1 to 63 letters, digits, '.', '-' or '_', a letter or digit first",
+            got=f"{len(given)} characters" if len(given) > 63 else repr(given),
+            do="Choose a name such as tiny-lm-wide.",
+        )
+
+
+def run_path(name: str, runs: str) -> str:
+    """Return the path or URL of the run `name` in `runs`; UserError for a name that no run may have."""
+    _check_name(name)
+    return f"{runs.rstrip('/')}/{name}" if is_remote(runs) else str(Path(runs) / name)

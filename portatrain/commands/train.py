@@ -1,5 +1,6 @@
 """Train RECIPE in this process, from the newest checkpoint in DIR if there is one. Jobs run this command.
 
+For a recipe that has not been checked here, one line says which `portatrain check` command does so; training begins.
 The run directory DIR gets all records of the run: run.json, attempts/K/metrics.jsonl, the results.
 The loss curve depends only on the recipe, not on backend, mesh or devices.
 
@@ -25,6 +26,7 @@ from portatrain.system.urls import SCHEMES
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
+    options.add_init(parser)
     parser.add_argument(
         "--run-dir",
         metavar="DIR",
@@ -74,8 +76,12 @@ def train(args: argparse.Namespace) -> int:
     ``args`` has the attributes of the options above.
     """
     from portatrain.backends.choose_kernel import parse as parse_kernels
+    from portatrain.commands.unseen import suggest
+    from portatrain.runs import changes
+    from portatrain.runs.open import open_run
+    from portatrain.system.processes import world_size
 
-    recipe = options.resolved_recipe(args)
+    recipe = changes.settled(open_run(args.run_dir).path, options.resolved_recipe(args))
     backend = options.resolved_backend(args.backend)
     options.positive("--devices", args.devices)
     options.positive("--stop-at", args.stop_at)
@@ -96,11 +102,12 @@ def train(args: argparse.Namespace) -> int:
             raise choice("--checkpoints", url.partition("://")[0] + "://", SCHEMES)
         location_of(url)  # reports problems of the URL or the environment before anything starts
     _check_mesh(args.mesh, args.devices)
+    if world_size() is None:  # else it is one of the processes that this command started
+        suggest(recipe, args)
     kernels = parse_kernels(getattr(args, "kernel", None) or ())
     args.backend, args.devices = backend, args.devices or _processes_there(backend, args.mesh)
     if (n := _processes_wanted(backend, args)) is not None:
         from portatrain.backends.program import make_program
-        from portatrain.runs.open import open_run
         from portatrain.system.processes import run_processes
 
         # Reports options that conflict before any process starts.
@@ -108,7 +115,6 @@ def train(args: argparse.Namespace) -> int:
         open_run(args.run_dir).check(recipe)
         return run_processes(n, "portatrain.commands.train:train", vars(args))
 
-    from portatrain.runs.open import open_run
     from portatrain.system.processes import rank
     from portatrain.training.metrics import Sink
     from portatrain.training.metrics.console import ConsoleSink

@@ -1,4 +1,4 @@
-"""Check recipes that `launch` has not seen, and remember those in which nothing was found.
+"""Check recipes that `launch` has not seen, name them to `portatrain train`, and remember those that passed.
 
 A recipe of portatrain's own classes alone counts as seen, because the tests check these. Any other one is remembered in
 the user's cache by what the check depends on: its model, data, rule and mappings, its code, and the frameworks.
@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -37,11 +38,9 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
     Raises:
         UserError: something was found that would change the numbers of the run.
     """
-    if args.no_check or not environment.CHECK.get() or only_ours(recipe):
+    if args.no_check or seen(recipe, args):
         return
-    memory = _folder() / f"{key_of(recipe, args.recipe)}.json"
-    if memory.is_file():
-        return
+    memory = memory_of(recipe, args)
     print(f"{recipe.name} is new here: `portatrain check` tries it at small size (--no-check skips this)", flush=True)
     report = _checked(args)
     if report is None:
@@ -58,13 +57,36 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
             do=f"Mend what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it as it "
             "is.",
         )
-    if any(finding["failed"] for finding in found):
-        return  # a check that failed says nothing
+    remember(memory, report)
+
+
+def seen(recipe: Recipe, args: argparse.Namespace) -> bool:
+    """Return whether the recipe needs no check: it has been checked, or is portatrain's own, or checks are off."""
+    return not environment.CHECK.get() or only_ours(recipe) or memory_of(recipe, args).is_file()
+
+
+def remember(memory: Path, report: Mapping[str, Any]) -> None:
+    """Write the report of a check into `memory` (`memory_of`), unless it found what changes the numbers of a run, or
+    failed on the way, which says nothing."""
+    if any(finding["numbers"] or finding["failed"] for finding in report["found"]):
+        return
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)
         json_files.write_json(memory, report)
     except OSError:
         return  # the next launch checks it again
+
+
+def suggest(recipe: Recipe, args: argparse.Namespace) -> None:
+    """Say in one line that `portatrain check` exists, if the recipe has not been seen. `launch` checks by itself."""
+    if not environment.CLUSTER.get() and not seen(recipe, args):
+        words = ["portatrain", "check", args.recipe, *(w for given in args.overrides for w in ("--set", given))]
+        print(f"{recipe.name} is new here; this tries it at small size first: {shlex.join(words)}", file=sys.stderr)
+
+
+def memory_of(recipe: Recipe, args: argparse.Namespace) -> Path:
+    """Return the file of a check that found nothing."""
+    return _folder() / f"{key_of(recipe, args.recipe)}.json"
 
 
 def only_ours(recipe: Recipe) -> bool:

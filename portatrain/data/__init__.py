@@ -12,7 +12,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import (
+    ArrayRecords,
+    Arrow,
+    DataSpec,
+    Digits,
+    Jsonl,
+    Megatron,
+    Mixture,
+    PackedTokens,
+    Parquet,
+    Stdlib,
+    TextFiles,
+    TokenMemmap,
+)
 
 if TYPE_CHECKING:
     from portatrain.data.ngram import KneserNey
@@ -30,12 +43,17 @@ _LAZY = {
 }
 
 __all__ = [
+    "ArrayRecords",
+    "Arrow",
     "DataSpec",
     "Digits",
     "Jsonl",
     "KneserNey",
+    "Megatron",
     "Mixture",
     "OpenData",
+    "PackedTokens",
+    "Parquet",
     "Split",
     "Stdlib",
     "TextFiles",

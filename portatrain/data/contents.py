@@ -14,7 +14,6 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
@@ -98,14 +97,14 @@ FORMATS = (
     Format("a zip archive, or an .npz or .pt file", b"PK\x03\x04", UNPACK),
     Format("an empty zip archive", b"PK\x05\x06", UNPACK),
     Format("a tar archive", b"ustar", UNPACK, at=257),
-    Format("Parquet", b"PAR1"),
-    Format("Arrow", b"ARROW1\0\0"),
+    Format("Parquet", b"PAR1", "Read it with Parquet."),
+    Format("Arrow", b"ARROW1\0\0", "Read it with Arrow."),
     Format("Avro", b"Obj\x01"),
     Format("HDF5", b"\x89HDF\r\n\x1a\n"),
     Format("SQLite", b"SQLite format 3\0"),
     Format("safetensors", b"", test=_safetensors),
     Format("a pickle", b"\x80", test=_pickle),
-    Format("an index of Megatron", b"MMIDIDX\0\0", "Name the .bin files beside it, with its dtype and separator."),
+    Format("an index of Megatron", b"MMIDIDX\0\0", "Read it with Megatron."),
     Format("a PNG image", b"\x89PNG\r\n\x1a\n"),
     Format(
         "a JPEG image",
@@ -141,7 +140,7 @@ def is_text(head: bytes) -> bool:
     return not _CONTROL.search(head)
 
 
-def check_text(path: Path, data: bytes, size: int | None = None) -> None:
+def check_text(path: object, data: bytes, size: int | None = None) -> None:
     """Raise UserError if a file is not text: of another format, UTF-16, or with a byte 0.
 
     `data`: the whole file, or its beginning if `size`, its length, is given.
@@ -158,11 +157,11 @@ def check_text(path: Path, data: bytes, size: int | None = None) -> None:
         raise _not_text(path, f"a byte 0 at offset {at}", "Convert it to UTF-8, or leave it out.")
 
 
-def _not_text(path: Path, got: str, do: str) -> UserError:
+def _not_text(path: object, got: str, do: str) -> UserError:
     return UserError(f"data file {path}", expected="text, best in UTF-8", got=got, do=do)
 
 
-def check_ids(path: Path, head: bytes, size: int, width: int) -> None:
+def check_ids(path: object, head: bytes, size: int, width: int) -> None:
     """Raise UserError if a file of raw ids of `width` bytes is of another format, or text."""
     found = recognised(head, size)
     # A byte may be the id of a character; two bytes of text are an id that nobody meant.

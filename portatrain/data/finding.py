@@ -10,13 +10,19 @@ from __future__ import annotations
 import fnmatch
 import glob
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
+from portatrain.system.urls import is_remote
 
-Files = list[tuple[str, Path]]  # (name within the source, path), sorted by name
+if TYPE_CHECKING:
+    from portatrain.data.store_files import StoreFile
+
+Place: TypeAlias = "Path | StoreFile"
+Files = list[tuple[str, Place]]  # (name within the source, place), sorted by name
 Key = tuple[int, int]  # device and inode of a folder
 
 FILES = ("**", "")
@@ -26,33 +32,50 @@ NAMED = 3
 
 
 class PassedOver:
-    """What a source holds and does not read, by reason."""
+    """What a source holds and does not read, by reason: how many things, and the first names in their order."""
 
-    def __init__(self) -> None:
-        self._names: dict[str, list[str]] = {}
+    def __init__(self, found: Mapping[str, tuple[int, Sequence[str]]] | None = None) -> None:
+        self._found = {reason: (int(count), list(names)) for reason, (count, names) in (found or {}).items()}
 
     def add(self, reason: str, name: object) -> None:
         """Count the thing `name`; `reason` names it in the plural, such as 'empty files'."""
-        self._names.setdefault(reason, []).append(str(name))
+        count, names = self._found.get(reason, (0, []))
+        self._found[reason] = count + 1, sorted([*names, str(name)])[:NAMED]
+
+    def merge(self, other: PassedOver) -> None:
+        """Count what `other` has counted, too."""
+        for reason, (more, others) in other._found.items():
+            count, names = self._found.get(reason, (0, []))
+            self._found[reason] = count + more, sorted([*names, *others])[:NAMED]
+
+    def counted(self) -> dict[str, tuple[int, list[str]]]:
+        """Return reason -> (count, first names), from which an equal object can be made."""
+        return dict(self._found)
 
     def sentences(self, source: str) -> list[str]:
         """Return a sentence for each reason, with the count and some names."""
         out = []
-        for reason, names in sorted(self._names.items()):
-            rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-            out.append(f"{source}: {len(names)} {reason}: {', '.join(sorted(names)[:NAMED])}{rest}")
+        for reason, (count, names) in sorted(self._found.items()):
+            rest = f" and {count - NAMED} more" if count > NAMED else ""
+            out.append(f"{source}: {count} {reason}: {', '.join(names)}{rest}")
         return out
 
 
 def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = None) -> Files:
-    """Return the files under ``paths`` (files, folders, globs), sorted by name, each file once.
+    """Return the files under ``paths`` (files, folders, globs, on disk or in a store), sorted by name, each file once.
 
     Raises:
         UserError: a path leads to no file, or a folder or a link cannot be read.
     """
     passed = PassedOver() if passed is None else passed
-    found: dict[Path, tuple[bool, str]] = {}
+    found: dict[Place, tuple[bool, str]] = {}
     for given in (paths,) if isinstance(paths, str) else paths:
+        if is_remote(given):
+            from portatrain.data.store_files import find_remote
+
+            for name, object_ in find_remote(given, what):
+                found[object_] = min(found.get(object_, (False, name)), (False, name))
+            continue
         path = expand(given)
         patterns: tuple[str, ...]
         if path.is_dir():
@@ -80,7 +103,7 @@ def find(paths: str | tuple[str, ...], what: str, passed: PassedOver | None = No
             name = os.fsencode(p.relative_to(root)).decode("utf-8", "backslashreplace")
             real = p.resolve()
             found[real] = min(found.get(real, (linked, name)), (linked, name))
-    return sorted((name, path) for path, (_, name) in found.items())
+    return sorted(((name, path) for path, (_, name) in found.items()), key=lambda one: (one[0], str(one[1]).split("/")))
 
 
 def _single(path: Path, what: str) -> tuple[bool, Path]:
@@ -181,7 +204,7 @@ def _key(path: Path) -> Key:
     return found.st_dev, found.st_ino
 
 
-def unreadable(path: Path, error: OSError, kind: str = "file") -> UserError:
+def unreadable(path: Place, error: OSError, kind: str = "file") -> UserError:
     """Return the error for a file or folder of a source that cannot be read."""
     return UserError(
         f"data {kind} {path}",

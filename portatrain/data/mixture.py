@@ -17,7 +17,7 @@ import numpy as np
 
 from portatrain.data.spec import Mixture
 from portatrain.data.split import Batch, Split, samples
-from portatrain.data.text_batches import Windows
+from portatrain.data.text_batches import TokenSplit
 from portatrain.errors import UserError
 from portatrain.model.rng import Permutation
 
@@ -32,9 +32,9 @@ def counts(weights: tuple[float, ...], block: int) -> np.ndarray:
 
 
 class Mixed(Split):
-    """A mixture of `Windows` in the proportions of ``spec``. A batch has their arrays and ``source`` (B,) int32."""
+    """A mixture of token splits in the proportions of ``spec``. A batch has their arrays and ``source`` (B,) int32."""
 
-    def __init__(self, spec: Mixture, parts: list[Windows], *, name: str, seed: int) -> None:
+    def __init__(self, spec: Mixture, parts: list[TokenSplit], *, name: str, seed: int) -> None:
         self.name, self._parts, self._seed, self._block = name, parts, seed, spec.block
         pieces = [(0, spec.weights), *spec.schedule]
         self._first = np.array([first for first, _ in pieces], np.int64)
@@ -48,11 +48,14 @@ class Mixed(Split):
         self.bytes_per_target = _bytes_per_target(parts)
 
     def batch(self, start: int, count: int) -> Batch:
+        return self.part(start, count, np.ones(count, bool))
+
+    def part(self, start: int, count: int, rows: np.ndarray) -> Batch:
         sample = samples(start, count)
         source, number = self.locate(sample)
         out = {k: np.repeat(v, count, axis=0) for k, v in self._parts[0].blank(1).items()}
-        for s in np.unique(source).tolist():
-            here = source == s
+        for s in np.unique(source[rows]).tolist():
+            here = rows & (source == s)
             for key, value in self._parts[s].at(number[here]).items():
                 out[key][here] = value
         return out | {"sample": sample, "source": source.astype(np.int32)}
@@ -83,7 +86,7 @@ class Chained(Split):
     first batches reads all sources.
     """
 
-    def __init__(self, parts: list[Windows], *, name: str) -> None:
+    def __init__(self, parts: list[TokenSplit], *, name: str) -> None:
         self.name, self._parts = name, parts
         # Window i of n of a source stands at (i + 1/2) / n of the whole; of equals, the earlier source is first.
         place = np.concatenate([(np.arange(p.windows) + 0.5) / p.windows for p in parts])
@@ -156,8 +159,8 @@ def check(spec: Mixture) -> None:
             )
 
 
-def _bytes_per_target(parts: list[Windows]) -> float | None:
-    known = [(p.stream.bytes, len(p.stream.tokens) - len(p.stream.starts)) for p in parts]
+def _bytes_per_target(parts: list[TokenSplit]) -> float | None:
+    known = [(p.stream.bytes, p.stream.size - p.stream.documents) for p in parts]
     if any(b is None for b, _ in known):
         return None
     return sum(b for b, _ in known if b is not None) / sum(t for _, t in known)

@@ -16,16 +16,19 @@ from portatrain.data.corpus import Stream, streams
 from portatrain.data.digits import blank as blank_digits
 from portatrain.data.digits import open_digits
 from portatrain.data.mixture import Chained, Mixed, check
-from portatrain.data.own import gives_arrays, gives_documents, refusal
+from portatrain.data.own import gives_arrays, gives_tokens, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
 from portatrain.data.pack import Verification
-from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import PACKINGS, DataSpec, Digits, Mixture, PackedTokens
 from portatrain.data.split import Batch, Split
-from portatrain.data.text_batches import Windows
+from portatrain.data.store.reading import PackedStream, streams_of
+from portatrain.data.text_batches import TokenSplit, Whole, Windows
 from portatrain.data.text_batches import blank as blank_windows
-from portatrain.errors import UserError
+from portatrain.errors import UserError, choice
 from portatrain.system.paths import expand
+
+Streams = Mapping[str, Stream | PackedStream]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class OpenData:
     train: Split
     validation: Split | None
     vocab: int
-    streams: dict[str, Stream]
+    streams: Streams
     passed_over: tuple[str, ...] = ()
     verifications: tuple[Verification, ...] = ()
 
@@ -87,11 +90,11 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
         return OpenData(train=splits["train"], validation=splits.get("validation"), vocab=10, streams={})
     if isinstance(spec, Mixture):
         return _open_mixture(spec, seed, pack_dir)
-    if not _gives_tokens(spec) and gives_arrays(spec):
+    if not gives_tokens(spec) and gives_arrays(spec):
         arrays = open_arrays(spec, seed)
         vocab = int(getattr(spec, "vocab", 0))
         return OpenData(train=arrays["train"], validation=arrays.get("validation"), vocab=vocab, streams={})
-    found = streams(spec, pack_dir)
+    found = _streams(spec, pack_dir)
     windows = _windows(spec, found, seed, "data")
     return OpenData(
         train=windows["train"],
@@ -106,14 +109,14 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     check(spec)
     for source in spec.sources:
         _check(source)
-        if not _gives_tokens(source):
+        if not gives_tokens(source):
             raise UserError(
                 "Mixture sources",
                 expected="token sources, or sources of documents",
                 got=f"{type(source).__name__}, which gives arrays",
                 do="Leave it out of the mixture, or mix inside a source of arrays of your own.",
             )
-    found = [streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
+    found = [_streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
     vocabs = sorted({f["train"].vocab for f in found})
     if len(vocabs) > 1:
         raise UserError(
@@ -133,7 +136,11 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     )
 
 
-def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
+def _streams(spec: DataSpec, pack_dir: Path | None) -> Streams:
+    return streams_of(spec) if isinstance(spec, PackedTokens) else streams(spec, pack_dir)
+
+
+def _told(sources: Sequence[Streams]) -> dict[str, Any]:
     """Return what the packs of all sources say of themselves, as fields of `OpenData`."""
     trained = [source["train"] for source in sources]
     return {
@@ -142,12 +149,18 @@ def _told(sources: Sequence[Mapping[str, Stream]]) -> dict[str, Any]:
     }
 
 
-def _windows(spec: DataSpec, found: dict[str, Stream], seed: int, where: str) -> dict[str, Windows]:
+def _windows(spec: DataSpec, found: Streams, seed: int, where: str) -> dict[str, TokenSplit]:
     seq_len: int = spec.seq_len  # type: ignore[attr-defined]
-    return {
-        name: Windows(stream, name=name, seq_len=seq_len, seed=seed, permuted=name == "train", order=f"{where}/{name}")
-        for name, stream in found.items()
-    }
+    packing = getattr(spec, "packing", PACKINGS[0])
+    out: dict[str, TokenSplit] = {}
+    for name, stream in found.items():
+        about: Any = {"name": name, "seq_len": seq_len, "seed": seed, "permuted": name == "train"}
+        about["order"] = f"{where}/{name}"
+        if packing == PACKINGS[0] or not isinstance(stream, Stream):  # a store is read by windows
+            out[name] = Windows(stream, **about)
+        else:
+            out[name] = Whole(stream, **about, single=packing == "single")
+    return out
 
 
 def _check(spec: DataSpec) -> None:
@@ -157,9 +170,10 @@ def _check(spec: DataSpec) -> None:
             "data spec",
             expected="a frozen dataclass that derives from portatrain.data.DataSpec",
             got=f"a {kind}",
-            do="Use one of Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap, or derive one of your own.",
+            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, PackedTokens, Parquet, Stdlib, "
+            "TextFiles, TokenMemmap, or derive one of your own.",
         )
-    if not (_gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
+    if not (gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
         raise refusal(spec)
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:
@@ -173,10 +187,14 @@ def _check(spec: DataSpec) -> None:
             got=str(values["validation"]),
             do="Set the fraction to hold out, such as 0.1.",
         )
+    if (packing := values.get("packing", PACKINGS[0])) not in PACKINGS:
+        raise choice(f"{kind} packing", str(packing), PACKINGS)
 
 
-def _gives_tokens(spec: DataSpec) -> bool:
-    return isinstance(spec, (Stdlib, TextFiles, Jsonl, TokenMemmap)) or gives_documents(spec)
+def is_packable(spec: DataSpec) -> bool:
+    """Return True for a source of documents that is not packed yet."""
+    _check(spec)
+    return gives_tokens(spec) and not isinstance(spec, PackedTokens)
 
 
 def blank_batch(spec: DataSpec, count: int) -> Batch:
@@ -188,6 +206,6 @@ def blank_batch(spec: DataSpec, count: int) -> Batch:
         return blank_digits(count)
     if isinstance(spec, Mixture):
         return blank_batch(spec.sources[0], count) | {"source": np.zeros(count, np.int32)}
-    if not _gives_tokens(spec) and gives_arrays(spec):
+    if not gives_tokens(spec) and gives_arrays(spec):
         return blank_arrays(example(spec), count)
     return blank_windows(count, spec.tokens_per_sample() or 1)

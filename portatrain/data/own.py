@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, TypeGuard
 
-from portatrain.data.spec import DataSpec
+from portatrain.data.spec import DataSpec, has_tokens
 from portatrain.errors import UserError
 
 
@@ -62,6 +62,11 @@ def gives_documents(spec: DataSpec) -> TypeGuard[DocumentSource]:
 def gives_arrays(spec: DataSpec) -> TypeGuard[ArraySource]:
     """Return True if ``spec`` has what an `ArraySource` must have."""
     return callable(getattr(spec, "sample", None)) and hasattr(type(spec), "__len__") and hasattr(spec, "version")
+
+
+def gives_tokens(spec: DataSpec) -> bool:
+    """Return True for a source of tokens, of text or of documents: what a mixture is made of."""
+    return has_tokens(spec) or gives_documents(spec)
 
 
 def refusal(spec: DataSpec) -> UserError:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from portatrain.data.documents import Documents
 from portatrain.data.encode import encoding
 from portatrain.data.own import DocumentSource
-from portatrain.data.sources import Documents
 from portatrain.errors import UserError
 from portatrain.errors.users_code import explained
 

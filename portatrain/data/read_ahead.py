@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
 
+import numpy as np
+
 from portatrain.data.split import Batch, Split
 
 CLOSE_WITHIN_S = 2.0
+Rows = Callable[[int], np.ndarray | None]
 
 
 class Prefetch(Iterator[Batch]):
@@ -24,12 +27,16 @@ class Prefetch(Iterator[Batch]):
     Args:
         start: number of the first sample.
         count: samples per batch, or an iterator of the samples of each batch.
+        rows: a function of the samples in a batch that returns which of them this process uses, (B,) bool, or None if
+            all; see `Split.part`.
 
     If reading a batch fails, the ``next`` for that batch raises the error, and so does every later one. ``close``, the
     end of the ``with`` block, or garbage collection of the iterator ends the thread.
     """
 
-    def __init__(self, split: Split, start: int, count: int | Iterator[int], depth: int = 2) -> None:
+    def __init__(
+        self, split: Split, start: int, count: int | Iterator[int], depth: int = 2, rows: Rows = lambda count: None
+    ) -> None:
         self._stop = threading.Event()
         counts = itertools.repeat(count) if isinstance(count, int) else count
         if (isinstance(count, int) and count < 1) or depth < 1:
@@ -38,7 +45,10 @@ class Prefetch(Iterator[Batch]):
         self._error: BaseException | None = None
         # The thread has no reference to self, so an iterator that is no longer used is collected and ends the thread.
         self._thread = threading.Thread(
-            target=_read, args=(split, start, counts, self._ready, self._stop), name="portatrain-prefetch", daemon=True
+            target=_read,
+            args=(split, start, counts, rows, self._ready, self._stop),
+            name="portatrain-prefetch",
+            daemon=True,
         )
         self._thread.start()
 
@@ -90,21 +100,29 @@ class Prefetch(Iterator[Batch]):
         self._stop.set()
 
 
-def prefetch(split: Split, start: int, count: int | Iterator[int], depth: int = 2) -> Prefetch:
+def prefetch(
+    split: Split, start: int, count: int | Iterator[int], depth: int = 2, rows: Rows = lambda count: None
+) -> Prefetch:
     """Return an iterator over the batches from sample ``start`` on, read ahead; use it in a ``with`` block."""
 
-    return Prefetch(split, start, count, depth)
+    return Prefetch(split, start, count, depth, rows)
 
 
 def _read(
-    split: Split, start: int, counts: Iterator[int], ready: queue.Queue[Batch | BaseException], stop: threading.Event
+    split: Split,
+    start: int,
+    counts: Iterator[int],
+    rows: Rows,
+    ready: queue.Queue[Batch | BaseException],
+    stop: threading.Event,
 ) -> None:
     for count in counts:
         if stop.is_set():
             return
         item: Batch | BaseException
         try:
-            item = split.batch(start, count)
+            mine = rows(count)
+            item = split.batch(start, count) if mine is None else split.part(start, count, mine)
         except BaseException as error:
             item = error
         while not stop.is_set():

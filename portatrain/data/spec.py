@@ -1,13 +1,32 @@
 """Data specs: frozen dataclasses that say which data a run trains on.
 
+Sources of tokens share these fields:
+
+- ``seq_len``: number of targets in a sample.
+- ``validation``: fraction of the documents to hold out for validation, selected by a hash of the document's name.
+- ``packing``: how documents fill samples. ``"windows"``: documents follow each other and are cut where a sample ends.
+  ``"best-fit"``: each document stays whole, and samples are filled by best fit. ``"single"``: one document a sample.
+  The last two pad, and cut only a document that is longer than a sample.
+
+Sources of files also share these:
+
+- ``paths``: files, folders (all files below them) or globs (``**`` matches folders at any depth), on disk or below
+  s3://, gs:// or az://.
+- ``validation_paths``: files to hold out for validation, in place of a fraction. (): the fraction applies.
+
 Text sources share these fields:
 
-- ``seq_len``: number of targets in a window.
-- ``validation``: fraction of the documents to hold out for validation, selected by a hash of the document's name.
-- ``validation_paths``: files to hold out for validation, in place of a fraction. (): the fraction applies.
 - ``tokenizer``: path of a local ``tokenizer.json``. None: each byte is a token.
 - ``bos``: name of the token that begins every document, one of the tokenizer's. None: an additional id after the
   tokenizer's last. If bytes are tokens, bos must be None, and id 0 begins every document.
+
+Sources of records (objects with fields) also share these, which say what a document is:
+
+- ``field``: the field that holds a document's text; not used if one of the next two is given.
+- ``template``: a document's text as a Jinja template over the fields, such as ``"{{ title }}: {{ text }}"``.
+- ``messages``: the field that holds a chat, a list of messages with ``role`` and ``content``. It is rendered by the
+  tokenizer's chat template, and only the answers are targets.
+- ``chat_template``: path of a chat template. None: the tokenizer's own.
 
 A source of your own derives from `DataSpec` and has the methods of one of the Protocols in `portatrain.data.own`.
 """
@@ -15,6 +34,11 @@ A source of your own derives from `DataSpec` and has the methods of one of the P
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
+
+from portatrain.config import added_later
+
+PACKINGS = ("windows", "best-fit", "single")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,61 +52,109 @@ class DataSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stdlib(DataSpec):
+class _Tokens(DataSpec):
+    """The fields of every source of tokens here."""
+
+    seq_len: int
+    validation: float = 0.1
+    packing: Literal["windows", "best-fit", "single"] = added_later("windows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Text(_Tokens):
+    """The fields of every source of text here."""
+
+    tokenizer: str | None = None
+    bos: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Files(_Tokens):
+    """The fields of every source of files."""
+
+    paths: str | tuple[str, ...]
+    validation_paths: str | tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Records(_Files, _Text):
+    """The fields of every source of records."""
+
+    field: str = "text"
+    template: str | None = added_later(None)
+    messages: str | None = added_later(None)
+    chat_template: str | None = added_later(None)
+
+
+def has_tokens(spec: DataSpec) -> bool:
+    """Return True for a source of tokens of this module."""
+    return isinstance(spec, (_Tokens, PackedTokens))
+
+
+def has_text(spec: DataSpec) -> bool:
+    """Return True for a source of text of this module; without a tokenizer each of its tokens is a byte."""
+    return isinstance(spec, _Text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stdlib(_Text):
     """The source code of the running Python's standard library; each .py file is a document.
 
     It excludes site-packages, tests (folders ``test``, ``tests``, ``idle_test``) and ``_sysconfigdata*.py``, which
     contains paths of the machine that built the interpreter. Equal Python releases therefore give equal corpora.
     """
 
-    seq_len: int
-    validation: float = 0.1
-    tokenizer: str | None = None
-    bos: str | None = None
-
 
 @dataclass(frozen=True, kw_only=True)
-class TextFiles(DataSpec):
+class TextFiles(_Files, _Text):
     """Text files; each file is a document.
 
     The name of a document is its path relative to the folder, or to the fixed part of the glob. The corpus can
     therefore be moved without changing the samples.
     """
 
-    paths: str | tuple[str, ...]
-    """Files, folders (all files below them) or globs (``**`` matches folders at any depth)."""
-    seq_len: int
-    validation: float = 0.1
-    validation_paths: str | tuple[str, ...] = ()
-    tokenizer: str | None = None
-    bos: str | None = None
-
 
 @dataclass(frozen=True, kw_only=True)
-class Jsonl(DataSpec):
+class Jsonl(_Records):
     """JSON lines; each line is an object with one document. Blank lines are skipped.
 
-    The name of a document is the name of its file, as in `TextFiles`, and its line number.
+    The files are plain, or compressed by gzip or zstd; their first bytes decide, and not their names. The name of a
+    document is the name of its file, as in `TextFiles`, and its line number.
     """
-
-    paths: str | tuple[str, ...]
-    """As in `TextFiles`."""
-    seq_len: int
-    field: str = "text"
-    """The key of the document's text in each object."""
-    validation: float = 0.1
-    validation_paths: str | tuple[str, ...] = ()
-    tokenizer: str | None = None
-    bos: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenMemmap(DataSpec):
-    """Files of token ids, raw and little-endian, as other tools write them."""
+class Parquet(_Records):
+    """Parquet files; each row has one document. Row groups are read by range, and of a row only the columns it takes.
 
-    paths: str | tuple[str, ...]
-    """As in `TextFiles`."""
-    seq_len: int
+    The name of a document is the name of its file, as in `TextFiles`, and its row number.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arrow(_Records):
+    """Arrow files, as a stream or a file of record batches, such as Hugging Face's `datasets` writes.
+
+    Each row has one document. In the folder of a dataset (``save_to_disk``) the files of its ``state.json`` are read; a
+    folder of several splits is named by its split, such as ``paths="corpus/train"``.
+    """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayRecords(_Records):
+    """ArrayRecord files; each record has one document.
+
+    A record is a JSON object with ``field``, or with what ``template`` or ``messages`` takes. If ``field`` is "", the
+    record itself is the text.
+    """
+
+    field: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenMemmap(_Files):
+    """Files of token ids, raw and little-endian, as other tools write them (nanoGPT, llm.c, `numpy.save`)."""
+
     vocab: int
     """Number of token ids, including the separator."""
     dtype: str = "uint16"
@@ -90,8 +162,31 @@ class TokenMemmap(DataSpec):
     separator: int | None = None
     """The id before or after each document in the files; here it begins every document. None: each file is one
     document, and id 0 begins it."""
-    validation: float = 0.1
-    validation_paths: str | tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Megatron(_Files):
+    """Token files of Megatron-LM: each .bin file has an .idx file beside it, which says where documents begin.
+
+    Name either of the two files, or a folder or a glob; a .bin file without an .idx file is refused.
+    """
+
+    vocab: int
+    """Number of token ids, including the separator."""
+    separator: int | None = None
+    """The id that ends each document in the files (``--append-eod``); here it begins every document. None: id 0 begins
+    it, and every id of the files is a target."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedTokens(DataSpec):
+    """A packed store, as ``portatrain data pack`` writes it. It is read where it is, and not copied into the run."""
+
+    path: str
+    """The folder of the store, or its URL."""
+    seq_len: int
+    fingerprint: str = ""
+    """The fingerprint that the store must have, as ``portatrain data show`` prints it. '': any."""
 
 
 @dataclass(frozen=True, kw_only=True)

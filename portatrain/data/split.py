@@ -39,6 +39,13 @@ class Split(ABC):
     def batch(self, start: int, count: int) -> Batch:
         """Return samples [start, start + count) as arrays (B, ...) with B = count; ``sample`` is (B,) int64."""
 
+    def part(self, start: int, count: int, rows: np.ndarray) -> Batch:
+        """Return `batch(start, count)` for a process that uses only the rows (B,) bool of it.
+
+        Other rows may be blank, except for their sample number, if reading them costs time.
+        """
+        return self.batch(start, count)
+
     @abstractmethod
     def blank(self, count: int) -> Batch:
         """Return ``count`` padding rows, with the keys, shapes and dtypes of `batch`, mask 0 and sample -1."""

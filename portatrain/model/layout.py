@@ -37,12 +37,16 @@ COMPUTE: Mapping[str, Axes] = {
 }
 """The default mapping for activations. `res_seq` is the sequence axis of the residual stream."""
 
-PARAMS: Mapping[str, Axes] = {"embed": "fsdp"}
-"""The entries that the default mapping for parameters adds to `COMPUTE`. This line is FSDP."""
+PARAMS: Mapping[str, Axes] = {"embed": "fsdp", "latent": "fsdp"}
+"""The entries that the default mapping for parameters adds to `COMPUTE`. This line is FSDP. `latent` is the input of
+the matrices of `LatentAttention` that make heads from a latent, which have no axis `embed`."""
 
 
 UNSPLIT = frozenset(
-    {"layers", "head_dim", "value_dim", "patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"}
+    {
+        *("layers", "head_dim", "value_dim", "nope_dim", "rope_dim", "q_rank", "kv_rank"),
+        *("patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank"),
+    }
 )
 """The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
 device, and are meant to be."""

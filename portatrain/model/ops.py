@@ -23,6 +23,7 @@ from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_experts import ExpertOps
 from portatrain.model.ops_results import REDUCTIONS as REDUCTIONS
 from portatrain.model.ops_results import Array as Array
 from portatrain.model.ops_results import Aux as Aux
@@ -31,10 +32,10 @@ from portatrain.model.ops_results import check_aux as check_aux
 from portatrain.model.ops_results import check_layer as check_layer
 from portatrain.model.ops_results import check_samples as check_samples
 from portatrain.model.ops_structure import StructureOps
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling
 
 
-class Ops(ArrayOps, StructureOps, Protocol):
+class Ops(ArrayOps, ExpertOps, StructureOps, Protocol):
     """The operations of a model. Each backend implements them in one class.
 
     `portatrain.backends.reference.ReferenceOps` implements them in NumPy float64; tests compare every backend with it.
@@ -111,12 +112,13 @@ class Ops(ArrayOps, StructureOps, Protocol):
         ...
 
     def rope_table(
-        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Array, Array]:
         """Return (cos, sin) of the rotary angles positions * theta^(-2i/head_dim), for i below head_dim/2.
 
         positions: (S,) or (B, S) integers. Returns two arrays of positions.shape + (head_dim/2,), float32.
-        The frequencies are computed in float64, stretched by `scaling` if given, and rounded once to float32.
+        The frequencies are computed in float64, stretched by `scaling` if given, and rounded once to float32. A scaling
+        that depends on the length of the text takes S; with a key-value cache, give `scaling.at(length)`.
         bf16: the table stays float32. Build it once, outside the Stack, and pass it in as a shared argument.
         Example: `table = ops.rope_table(ops.arange(tokens_BS.shape[1]), 64)`
         """

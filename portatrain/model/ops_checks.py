@@ -147,15 +147,15 @@ def recorded(ops: Any) -> list[Any]:
     return [*ops.auxes.values(), *ops.tallies.values()]
 
 
-def check_quiet(ops: Any, before: list[Any]) -> None:
-    """Raise UserError if something was recorded since: what a scan's function records cannot leave the scan."""
+def check_quiet(ops: Any, before: list[Any], what: str = "ops.scan") -> None:
+    """Raise UserError if something was recorded since: what a function that `what` runs records cannot leave it."""
     after = recorded(ops)
     if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
         raise UserError(
-            "ops.scan",
+            what,
             expected="a function that records nothing",
             got="a call of ops.aux or ops.tally inside",
-            do="Return the value as part of y and record it after the scan.",
+            do=f"Return the value, and record it after {what}.",
         )
 
 

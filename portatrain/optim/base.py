@@ -109,6 +109,14 @@ class Rule:
         """Return the optimizer state of this tensor, by slot name."""
         raise TypeError(f"{type(self).__name__} does not define slots(self, info)")
 
+    def meaning(self, slot: str) -> tuple[str, float] | None:
+        """Return what a slot holds, in words, and the factor that makes it that; None if no other rule has its like.
+
+        If a run changes to another rule, its slots are mapped by this: a slot of the new rule gets the values of the
+        slot of the same name, if both mean the same.
+        """
+        return None
+
     def step(
         self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
     ) -> Step:

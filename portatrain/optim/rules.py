@@ -24,6 +24,9 @@ from portatrain.optim.base import (
     require,
 )
 
+MEAN, SQUARE = "a moving mean of the gradient", "a moving mean of the squared gradient"
+"""What slots mean (`Rule.meaning`)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdamW(Rule):
@@ -54,6 +57,9 @@ class AdamW(Rule):
 
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info), "v": full_slot(info)}
+
+    def meaning(self, slot: str) -> tuple[str, float] | None:
+        return {"m": (MEAN, 1.0), "v": (SQUARE, 1.0)}.get(slot)
 
     def step(
         self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
@@ -92,6 +98,9 @@ class Lion(Rule):
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info)}
 
+    def meaning(self, slot: str) -> tuple[str, float] | None:
+        return {"m": (MEAN, 1.0)}.get(slot)
+
     def step(
         self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
     ) -> Step:
@@ -125,6 +134,9 @@ class SGD(Rule):
 
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info)} if self.momentum else {}
+
+    def meaning(self, slot: str) -> tuple[str, float] | None:
+        return {"m": (MEAN, 1.0 - self.momentum)}.get(slot)  # it adds gradients up
 
     def step(
         self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
@@ -186,6 +198,9 @@ class Adafactor(Rule):
             "v_row": Slot(axes=info.axes[:split], shape=info.shape[:split]),
             "v_col": Slot(axes=info.axes[:batch] + out_axes, shape=info.shape[:batch] + out_shape),
         }
+
+    def meaning(self, slot: str) -> tuple[str, float] | None:
+        return {"v": (SQUARE, 1.0)}.get(slot)
 
     def step(
         self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array
@@ -291,6 +306,9 @@ class Muon(Rule):
         rule = self.rule_for(info)
         update = super().update if rule is self else rule.update
         return update(xp, info=info, **arguments)
+
+    def meaning(self, slot: str) -> tuple[str, float] | None:
+        return {"m": (MEAN, 1.0)}.get(slot)
 
     def step(
         self, xp: ArrayNamespace, *, info: Info, grad: Array, param: Array, slots: Slots, lr: Array, count: Array

@@ -78,6 +78,7 @@ def candidate(one: Candidate) -> dict[str, Any]:
         "remat": one.remat,
         "precision": one.precision,
         "attention_kernel": one.kernel,
+        "grouped_matmul_kernel": one.grouped,
         "step_s": one.step_s,
         "memory_bytes": one.memory.terms(),
         "memory_total_bytes": one.memory.total,

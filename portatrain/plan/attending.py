@@ -1,4 +1,4 @@
-"""Price the kernel of attention that runs: ask the table of kernels that the backends ask."""
+"""Name the kernels that run, and price that of attention: ask the table of kernels that the backends ask."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from portatrain.model.attention_rules import head_share
 from portatrain.plan.cost.policy import Precision, Tuning
 from portatrain.plan.cost.shapes import ModelShape
 from portatrain.plan.cost.tensors import Sizes
-from portatrain.plan.cost.workload import CONTEXT, TENSOR
+from portatrain.plan.cost.workload import CONTEXT, EXPERT, TENSOR
 
 
 def kernel_of(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> Kernel | None:
@@ -30,8 +30,30 @@ def name_of(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tun
     return kernel.name if kernel else ""
 
 
+def grouped_name_of(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tuning: Tuning) -> str:
+    """Return the name of the kernel that runs the grouped matmuls of experts, in a microbatch of `rows` samples a
+    device, as many rows as there are on average; an empty text without experts."""
+    if not shape.experts:
+        return ""
+    key = ("grouped", mesh, rows, precision.compute, tuning.backend, tuning.device)
+    if key not in shape.memo:
+        tokens = rows * -(-shape.seq_len // mesh[CONTEXT])
+        experts, hidden = max(1, shape.experts // mesh[EXPERT]), max(1, shape.mlp // mesh[TENSOR])
+        site = Site(backend=tuning.backend, device=tuning.device)
+        sizes = (tokens * shape.experts_per_token, shape.embed, hidden, experts)
+        shape.memo[key] = first("grouped_matmul", Case(site=site, dtype=_dtype(precision), shape=sizes)).name
+    found: str = shape.memo[key]
+    return found
+
+
+def _dtype(precision: Precision) -> str:
+    return "float32" if precision.compute == 4 else "bfloat16"
+
+
 def priced(tuning: Tuning, shape: ModelShape, mesh: Sizes, rows: int, precision: Precision) -> Tuning:
-    """Return `tuning` with what the kernel of attention does with its scores."""
+    """Return `tuning` with what the kernel of attention does with its scores, and with how rows travel to experts."""
+    if shape.experts:
+        tuning = replace(tuning, whole_rows=True, room=tuning.backend == "jax")
     kernel = kernel_of(shape, mesh, rows, precision, tuning)
     if kernel is None:
         return tuning
@@ -49,8 +71,7 @@ def _case(shape: ModelShape, mesh: Sizes, rows: int, precision: Precision, tunin
     share = head_share(shape.heads, kv, tensor)
     queries, odd = divmod(shape.seq_len, context)
     sizes = (rows, queries + bool(odd), shape.seq_len, max(1, shape.heads // tensor), share or kv, shape.key_size)
-    dtype = "float32" if precision.compute == 4 else "bfloat16"
     uneven = {"uneven": odd, "uneven-heads": tuning.backend == "jax" and not share}
     traits = shape.attention | {trait for trait, there in uneven.items() if there}
     site = Site(backend=tuning.backend, device=tuning.device)
-    return Case(site=site, dtype=dtype, shape=sizes, traits=traits)
+    return Case(site=site, dtype=_dtype(precision), shape=sizes, traits=traits)

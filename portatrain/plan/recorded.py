@@ -12,7 +12,7 @@ from portatrain.backends.program import Program
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.plan.as_json import candidate
-from portatrain.plan.attending import name_of, priced
+from portatrain.plan.attending import grouped_name_of, name_of, priced
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
@@ -168,6 +168,7 @@ def _way(recipe: Recipe, mesh: Mesh, cluster: Cluster, factor: Efficiency) -> Ca
             placement=where,
             memory=need,
             kernel=name_of(shape, sizes, rows, precision, tuning),
+            grouped=grouped_name_of(shape, sizes, rows, precision, tuning),
             time=step_time(
                 work,
                 where,

@@ -134,6 +134,8 @@ def _terms(plan: Plan) -> Table:
     table.add_row("of", f"{plan.device_bytes / GIB:.1f}", "efficiency factor", f"{plan.efficiency.value:.3f}")
     if best.kernel:
         table.add_row("", "", "attention kernel", best.kernel)
+    if best.grouped:
+        table.add_row("", "", "grouped matmul kernel", best.grouped)
     return table
 
 

@@ -22,7 +22,8 @@ CONVENTION = "6 x parameters multiplied with each token + 12 x layers x width x 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
     """One way to run a step. ``rows``: samples of a microbatch on each device along replica, fsdp and expert.
-    ``kernel``: the kernel of attention; empty without attention."""
+    ``kernel``: the kernel of attention; empty without attention. ``grouped``: that of the grouped matmuls of experts;
+    empty without experts."""
 
     mesh: Sizes
     rows: int
@@ -33,6 +34,7 @@ class Candidate:
     memory: Memory
     time: Time
     kernel: str = ""
+    grouped: str = ""
 
     @property
     def step_s(self) -> float:

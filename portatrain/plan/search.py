@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from portatrain.errors import UserError, choice
-from portatrain.plan.attending import name_of, priced
+from portatrain.plan.attending import grouped_name_of, name_of, priced
 from portatrain.plan.clusters import catalog
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import efficiency as factors
@@ -110,6 +110,7 @@ class _Search:
                         memory=need,
                         time=time,
                         kernel=name_of(self.shape, mesh, rows, precision, self.stack),
+                        grouped=grouped_name_of(self.shape, mesh, rows, precision, self.stack),
                     )
         if best is not None:
             self.found.append(best)

@@ -5,5 +5,6 @@ from portatrain.config import added_later as added_later
 from portatrain.recipe.loading import apply_overrides as apply_overrides
 from portatrain.recipe.loading import load_recipe as load_recipe
 from portatrain.recipe.loading import shipped_recipes as shipped_recipes
+from portatrain.recipe.origin import Origin as Origin
 from portatrain.recipe.recipe import ModelSpec as ModelSpec
 from portatrain.recipe.recipe import Recipe as Recipe

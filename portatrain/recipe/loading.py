@@ -113,8 +113,19 @@ def load_recipe(name_or_path: str, *, cwd: Path | None = None) -> Recipe:
     return made
 
 
+def import_file(path: Path, *, what: str) -> ModuleType:
+    """Import a Python file as a module, once. Like a script, it can import the files beside it.
+
+    Raises:
+        UserError: there is no such file, or its code raises. `what` is the file in the message.
+    """
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "no such file"
+        raise UserError(what, expected=f"a Python file at {path}", got=got, do="Correct the path.")
+    return _import_file(path, {}, what=what)
+
+
 def _import_file(path: Path, shipped: Mapping[str, str], *, what: str) -> ModuleType:
-    """Import ``path`` as a module. Like a script, it can import the files beside it."""
     for module_name in shipped.values():
         spec = importlib.util.find_spec(module_name)
         if spec and spec.origin and Path(spec.origin).resolve() == path:

@@ -24,6 +24,7 @@ from portatrain.model.module import Definition, Module, describe
 from portatrain.model.precision import stored
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
+from portatrain.recipe.origin import Origin
 from portatrain.recipe.retention import Retention
 
 MeshAxes = Mapping[str, str | tuple[str, ...]]
@@ -72,6 +73,9 @@ class Recipe:
     it does not grow."""
     seed: int = 0
     """Seed of the initial weights, the order of samples and dropout, from 0 to 2**63 - 1."""
+    init: str | None = config.added_later(None)
+    """A folder of transformers (config.json and .safetensors) with the weights that the run begins with, instead of
+    random ones: fine-tuning. ``model`` must be the model of its config.json."""
 
     precision: Literal["fp32", "bf16", "bf16-state", "fp8"] = "fp32"
     """The dtypes. fp32: float32 throughout. bf16: computation in bfloat16; parameters and optimizer state in float32.
@@ -142,6 +146,9 @@ class Recipe:
 
     hooks: tuple[Any, ...] = ()
     """Hooks to call from the training loop (``portatrain.training.hooks``). (): none."""
+
+    origin: Origin | None = config.added_later(None)  # noqa: RUF009
+    """Where a run that was changed or forked counts samples from. portatrain sets it. None: from its first step."""
 
     def __post_init__(self) -> None:
         config.check_types(self)
@@ -262,11 +269,21 @@ class Recipe:
 
     def samples_after(self, step: int) -> int:
         """Return the number of samples in steps 1 to ``step``: the index of the first sample of the next step."""
+        begun = self.origin
+        return self._samples(step) if begun is None else begun.samples + self._samples(step) - self._samples(begun.step)
+
+    def tokens_after(self, step: int, per_sample: int) -> int:
+        """Return the number of tokens in steps 1 to ``step``, with ``per_sample`` in each sample since the origin."""
+        begun = self.origin
+        samples = self.samples_after(step)
+        return samples * per_sample if begun is None else begun.tokens + (samples - begun.samples) * per_sample
+
+    def _samples(self, step: int) -> int:
+        """Return the samples of steps 1 to ``step`` if all of them were of this recipe."""
         if self.batch_start is None:
             return step * self.batch
         stages = (self.batch - self.batch_start) // self.microbatch
         # Stage j begins after ceil(j * ramp / stages) steps, and each step before it has one microbatch less.
-
         begins = [-(-j * self.batch_ramp // stages) for j in range(stages + 1)] if stages else [0]
         lacking = sum(min(step, end) for end in begins[1:]) * self.microbatch
         return step * self.batch - lacking

@@ -15,12 +15,12 @@ AT_STEP = (Kind.COMMITTED, Kind.RESUMED, Kind.STOPPED, Kind.INTERRUPTED, Kind.PR
 """The events that say that there was a commit of their step when they were written."""
 
 BEGUN_FROM = "begun_from"
-"""The field of run.json that an import writes, before its checkpoint."""
+"""The field of run.json that an import or a fork writes, before its checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recorded:
-    """The newest commit of which the record of a run knows. attempt: the one that wrote of it; 0: an import."""
+    """The newest commit of which the record of a run knows. attempt: the one that wrote of it; 0: import or fork."""
 
     step: int
     attempt: int
@@ -58,9 +58,9 @@ def check_not_missing(run: RunDir, location: Location) -> None:
     if not known.attempt:
         raise UserError(
             f"run directory {run.where}",
-            expected="the checkpoint of the import that the run begins from",
+            expected="the checkpoint of the import or fork that the run begins from",
             got="none: the import did not end",
-            do="Import again into another folder, or remove this one and import again.",
+            do="Import or fork again into another folder, or remove this one and do it again.",
         )
     if isinstance(location, FolderLocation):  # a link is no storage that is away: another attempt finds it again
         from portatrain.checkpoint.errors import explained  # with NumPy: not needed to read a record

@@ -21,10 +21,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from portatrain.checkpoint.locations import location_of, newest_committed
+from portatrain.checkpoint.locations import location_of
 from portatrain.errors import LONGEST, UserError
-from portatrain.runs import first_steps, profiles
+from portatrain.runs import changes, first_steps, profiles
 from portatrain.runs import rows as typed
+from portatrain.runs.changes import Change
 from portatrain.runs.claim import Owner
 from portatrain.runs.events import Event, Kind, has, how_it_ended, last, of_kind, why_it_ended
 from portatrain.runs.first_steps import FirstStep
@@ -123,6 +124,12 @@ class History:
     resume_points: Sequence[ResumePoint]
     unit: str = "tokens"
     """What `tokens_per_s` counts."""
+    parent: Mapping[str, Any] | None = None
+    """The run that it was forked from, as in run.json: run, where, step, fields; None if it is no fork."""
+    changes: Sequence[Change] = ()
+    """The changes of the recipe, in order; of a fork the first one is the fork."""
+    measured: Sequence[Event] = ()
+    """What changes of the trajectory did by themselves: the events `change_measured`."""
 
     @property
     def validation_loss(self) -> float | None:
@@ -159,6 +166,8 @@ class History:
         return json_files.strict(
             {
                 **{name: getattr(self, name) for name in names},
+                "parent": None if self.parent is None else {k: self.parent.get(k) for k in ("run", "where", "step")},
+                "changes": [{"step": c.step, "fields": c.fields, "reason": c.reason} for c in self.changes],
                 "owner": None if self.owner is None else asdict(self.owner),
                 "attempts": [{name: getattr(one, name) for name in shown} for one in self.attempts],
             }
@@ -178,7 +187,8 @@ def read_history(where: RunDir | Path | str) -> History:
         _attempt(run, n, events[n], rows[n], curve, alive=owner is not None and n == numbers[-1]) for n in numbers
     ]
     info = run.run_info() if (run.path / "run.json").exists() else {}
-    recipe = info.get("recipe", {})
+    changed = changes.of(run.path) if info else []
+    recipe = changed[-1].recipe if changed else info.get("recipe", {})
     return History(
         run=run.path.name,
         where=run.where,
@@ -194,11 +204,14 @@ def read_history(where: RunDir | Path | str) -> History:
         attempts=attempts,
         why=attempts[-1].why if attempts else "",
         recipe=recipe,
-        recipe_sha256=info.get("recipe_sha256", ""),
+        recipe_sha256=changed[-1].recipe_sha256 if changed else info.get("recipe_sha256", ""),
         curve=curve,
         evals=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.EVAL)],
         resume_points=_resume_points(attempts, rows, events),
         unit=_unit(recipe, events[numbers[-1]] if numbers else ()),
+        parent=changes.parent_of(info),
+        changes=changed,
+        measured=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.CHANGE_MEASURED)],
     )
 
 
@@ -225,7 +238,7 @@ def _checked(where: Path | str) -> RunDir:
 
 def committed(run: RunDir) -> int | None:
     """Return the step of the newest committed checkpoint, or None. Only the restore verifies its files."""
-    return newest_committed(location_of(run.checkpoints()))
+    return run.committed()
 
 
 def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The run directory: the record of a run, over all its attempts.
 
 run.json            the resolved recipe and its hash; written once
+changes.json        the recipes that the run was changed to on purpose (`portatrain.runs.changes`)
 claim               the process that writes now; its modification time is the heartbeat
 attempts/1/         attempt.json, metrics.jsonl, events.jsonl, rank-0.log ...; then 2/, 3/ ...
 jobs/1.json         a job that was submitted to a scheduler; then 2.json ... (`portatrain.runs.jobs`)
@@ -25,9 +26,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
-from portatrain.recipe.same import changed_fields
+from portatrain.runs import changes
 from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
@@ -155,38 +157,43 @@ class RunDir:
                     do="Choose another name; nothing in it was changed.",
                 )
         else:
-            run._check_same(recipe)
+            changes.wanted(run.path, self.where, recipe, run.committed)
         if not cancelled_too:
-            self.check_open()
+            self.check_open(run.goes_on(recipe))
         owner = self.owner()
         if owner is not None and not owner.is_ours:
             raise in_use(self.where, owner)
 
-    def check_open(self) -> None:
-        """Raise UserError if the run is finished or cancelled."""
+    def check_open(self, goes_on: bool = False) -> None:
+        """Raise UserError if the run is finished or cancelled. `goes_on`: it may be finished, and be trained longer."""
         for mark, state in (("DONE", "finished"), ("CANCELLED", "cancelled")):
-            if self.marked(mark):
+            if self.marked(mark) and not (goes_on and mark == "DONE"):
                 raise UserError(
                     f"run directory {self.where}",
                     expected="a run that is not over",
                     got=f"one that is {state}",
                     do="Choose another name (launch --run NAME, train --run-dir DIR) to train again."
-                    + (" `launch resume` continues a cancelled run." if mark == "CANCELLED" else ""),
+                    + (
+                        " `launch resume` continues a cancelled run."
+                        if mark == "CANCELLED"
+                        else " More steps (--set steps=N) continue a finished run."
+                    ),
                 )
 
-    def _check_same(self, recipe: Recipe) -> None:
-        stored = self.run_info()
-        if stored.get("recipe_sha256") == recipe.sha256:
-            return
-        changed = changed_fields(stored.get("recipe", {}), recipe)
-        if not changed:
-            return
-        raise UserError(
-            f"run directory {self.where}",
-            expected="the recipe that the run began with",
-            got=f"another one (differs in {', '.join(list(changed)[:6])}{' ...' if len(changed) > 6 else ''})",
-            do="Use the same recipe and --set values, or another run name for a new run.",
-        )
+    def goes_on(self, recipe: Recipe) -> bool:
+        """Return True if `recipe` has more steps than the run, which may be finished."""
+        return (self.path / "run.json").exists() and recipe.steps > (changes.current(self.path).get("steps") or 0)
+
+    def committed(self) -> int | None:
+        """Return the step of the newest committed checkpoint, or None. Only the restore verifies its files."""
+        return newest_committed(location_of(self.checkpoints()))
+
+    def change(self, change: changes.Change) -> None:
+        """Record a change of the recipe. If it has more steps than a finished run, that run is no longer finished. The
+        caller holds the claim."""
+        if change.recipe["steps"] > (changes.current(self.path).get("steps") or 0):
+            self.remove("DONE")
+        self.put(changes.NAME, changes.rows_with(self.path, change))
 
     def begin(self, recipe: Recipe, info: Mapping[str, Any] | None = None) -> Attempt:
         """Create the directory if it is missing, claim it, and begin the next attempt at ``recipe``.
@@ -199,7 +206,7 @@ class RunDir:
             self.path.mkdir(parents=True, exist_ok=True)
             claim = self.acquire()
             try:
-                self.check_open()  # the run may have ended while this process waited for the claim
+                self.check_open(self.goes_on(recipe))  # it may have ended while this process waited for the claim
                 return self._begin(recipe, info or {}, claim)
             except BaseException:
                 claim.release()
@@ -248,6 +255,8 @@ class RunDir:
 
     def _begin(self, recipe: Recipe, info: Mapping[str, Any], claim: ClaimHandle) -> Attempt:
         self.create(recipe)
+        if (change := changes.wanted(self.path, self.where, recipe, self.committed)) is not None:
+            self.change(change)
         if claim.adopted:  # the supervisor has created the folder, for its logs
             number = environment.ATTEMPT.get() or max(self.attempt_numbers(), default=1)
             attempt = Attempt(self, number, self.path / "attempts" / str(number), claim)
@@ -270,6 +279,9 @@ class RunDir:
         if claim.taken_over is not None:
             dead = claim.taken_over
             attempt.event(Kind.CLAIM_TAKEN_OVER, host=dead.host, pid=dead.pid, claimed_unix_s=dead.claimed_unix_s)
+        told = len(self.events(Kind.RECIPE_CHANGED))
+        for change in changes.of(self.path)[told:]:
+            attempt.event(Kind.RECIPE_CHANGED, step=change.step, fields=change.fields, why=change.reason)
         self.send()
         return attempt
 
@@ -328,8 +340,8 @@ class RunDir:
         return typed.run_info(self.path / "run.json")
 
     def recipe(self) -> Recipe:
-        """Return the resolved recipe of the run."""
-        return Recipe.from_json(self.run_info()["recipe"])
+        """Return the resolved recipe that the run has now."""
+        return Recipe.from_json(changes.current(self.path))
 
     def summary(self) -> dict[str, Any]:
         """Return the content of summary.json; empty before the end of the run."""

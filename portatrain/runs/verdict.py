@@ -1,4 +1,4 @@
-"""Describe the continuity check's verdict at a resume in words."""
+"""Describe the continuity check's verdict at a resume in words, and what a change of the recipe did."""
 
 from __future__ import annotations
 
@@ -28,3 +28,23 @@ def in_words(event: Mapping[str, Any]) -> str:
     if event.get("accepted"):
         parts.append(f"accepted: {event['accepted']}")
     return ", ".join(parts)
+
+
+def effect_in_words(event: Mapping[str, Any]) -> str:
+    """Return what a change did by itself to loss, gradient and update, from a `change_measured` event, which may be
+    damaged."""
+    before, after = (found if isinstance(found := event.get(k), Mapping) else {} for k in ("before", "after"))
+    names = {"loss": "loss", "grad_norm": "norm of the gradient", "update_norm": "norm of the update"}
+    parts = [f"{text} {shown(before.get(name))} to {shown(after.get(name))}" for name, text in names.items()]
+    state = event.get("state")
+    if isinstance(state, Mapping) and state.get("optimizer"):
+        parts.append(f"slots of the optimizer {state['optimizer']}")
+    return ", ".join(parts)
+
+
+def shown(value: object) -> str:
+    """Return a number of an event with six digits; '?' if it is none."""
+    try:
+        return "?" if value is None else f"{number(value):.6g}"
+    except ValueError:
+        return "?"

@@ -182,6 +182,24 @@ SCRATCH = Variable[Path | None](
     otherwise="`portatrain` in the user's cache folder",
     set_by=YOU,
 )
+DATA_CACHE = Variable[Path | None](
+    name="PORTATRAIN_DATA_CACHE",
+    about="The folder, on a disk of this machine, for the pieces of packed stores that are read from an object store.",
+    kind="a folder",
+    read=Path,
+    default=None,
+    otherwise="`portatrain/data` in the user's cache folder",
+    set_by=YOU,
+)
+DATA_CACHE_GIB = Variable[float](
+    name="PORTATRAIN_DATA_CACHE_GIB",
+    about="The most that `PORTATRAIN_DATA_CACHE` holds, in GiB, for all processes of this machine; 0: keep nothing.",
+    kind="a number of GiB, such as 2.5",
+    read=_amount,
+    default=20.0,
+    otherwise="20",
+    set_by=YOU,
+)
 COMPILE_CACHE = Variable[str](
     name="PORTATRAIN_COMPILE_CACHE",
     about="The folder for compiled programs, which later attempts reuse; `off`: keep none. JAX_COMPILATION_CACHE_DIR "

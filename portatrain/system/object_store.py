@@ -47,9 +47,9 @@ class Listed(NamedTuple):
 class Objects:
     """The objects below `url`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, retry: Mapping[str, Any] = SHORT_RETRY) -> None:
         self.url = url.rstrip("/")
-        self._store = connect(self.url, {"retry_config": SHORT_RETRY})
+        self._store = connect(self.url, {"retry_config": retry})
         self._api = obstore_module()
 
     def get(self, name: str) -> tuple[bytes, Version] | None:
@@ -114,6 +114,16 @@ class Objects:
                     return
                 file.seek(0)
                 file.truncate()
+
+    def size(self, name: str) -> int:
+        """Return the bytes of an object. Raises UserError if it does not exist."""
+        with self._told(name, "to look at it"):
+            return int(self._api.head(self._store, name)["size"])
+
+    def range(self, name: str, start: int, length: int) -> bytes:
+        """Return bytes [start, start + length) of an object."""
+        with self._told(name, "to read it"):
+            return bytes(self._api.get_range(self._store, name, start=start, length=length)) if length else b""
 
     def delete(self, name: str) -> None:
         """Remove an object; do nothing if it does not exist."""

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Context
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import DynamicScaling, LinearScaling, LongScaling, RopeScaling, Scaling, YarnScaling
 from portatrain.testing.array_cases import array_cases
 from portatrain.testing.attention_cases import attention_cases
 from portatrain.testing.case import FP32, Args, Case, Rng, normal, with_ints
+from portatrain.testing.expert_cases import expert_cases
 from portatrain.testing.loss_cases import loss_cases
 
 # ---- contractions
@@ -115,6 +116,16 @@ _POSITIONS = {
 }
 
 
+# A scaling that depends on the length of the text takes that of the array: 5 positions, more than `original`.
+_SCALINGS: dict[str, Scaling] = {
+    "stretched": RopeScaling(factor=8.0),
+    "linear": LinearScaling(factor=4.0),
+    "dynamic": DynamicScaling(factor=4.0, original=3),
+    "yarn": YarnScaling(factor=4.0, original=4096),
+    "longrope": LongScaling(short=(1.0,) * 8, long=tuple(1.0 + i for i in range(8)), original=4, attention_factor=1.2),
+}
+
+
 def _rope_cases() -> list[Case]:
     cases = []
     for what, positions in _POSITIONS.items():
@@ -127,14 +138,15 @@ def _rope_cases() -> list[Case]:
                     gradient=False,
                 )
             )
-        cases.append(
-            Case(
-                name=f"rope_table positions {what}, stretched",
-                fn=lambda ops, p: ops.rope_table(p, 16, scaling=RopeScaling(factor=8.0)),
-                args=with_ints(ints=[positions]),
-                gradient=False,
+        for how, scaling in _SCALINGS.items():
+            cases.append(
+                Case(
+                    name=f"rope_table positions {what}, {how}",
+                    fn=lambda ops, p, scaling=scaling: ops.rope_table(p, 16, scaling=scaling),
+                    args=with_ints(ints=[positions]),
+                    gradient=False,
+                )
             )
-        )
         cases.append(
             Case(
                 name=f"rope positions {what}",
@@ -337,6 +349,7 @@ CASES: tuple[Case, ...] = (
     *_norm_cases(),
     *_rope_cases(),
     *attention_cases(),
+    *expert_cases(),
     *_dropout_cases(),
     *_elementwise_cases(),
     *_integer_cases(),

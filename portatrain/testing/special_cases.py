@@ -14,6 +14,7 @@ import numpy as np
 from portatrain.backends.base import Context
 from portatrain.testing.special_arrays import ARRAY_SLOPES, array_specials
 from portatrain.testing.special_case import EMPTY, INF, NAN, Special, elementwise, f32, i32, one_or_more, points
+from portatrain.testing.special_losses import loss_specials
 
 Array = np.ndarray
 
@@ -22,6 +23,9 @@ WITHOUT = {
     "shard": "It is the identity.",
     "stack": "It runs a block; it computes nothing.",
     "across_samples": "It hands arrays to a function of the model; it computes nothing.",
+    "experts": "It hands rows to a function of the model; sums of finite numbers have no kink.",
+    "grouped_matmul": "It is a matmul; the kernel court tries its kernels on hard cases.",
+    "grouped_bias": "It is an addition.",
     "aux": "It records a value and returns none.",
     "tally": "It records a value and returns none.",
     "update": "It belongs to after_step, which has no gradient.",
@@ -357,51 +361,6 @@ def _reductions() -> list[Special]:
     ]
 
 
-def _losses() -> list[Special]:
-    def loss(ops: Any, x: Array, table: Array, targets: Array, mask: Array, **options: Any) -> tuple:
-        found = ops.cross_entropy(x, table, targets, mask=ops.stop_gradient(mask), **options)
-        return found.sum, found.weight_B, found.loss_B
-
-    zeros, table, targets = f32(np.zeros((2, 3, 4))), f32(np.ones((5, 4))), i32([[0, 4, 2], [1, 1, 0]])
-    given = {
-        "equal logits": (zeros + 1, table, targets, f32(np.ones((2, 3)))),
-        "nothing counts": (zeros + 1, table, targets, f32(np.zeros((2, 3)))),
-        "large logits": (zeros + 100, f32(np.arange(20).reshape(5, 4)), targets, f32(np.ones((2, 3)))),
-    }
-    return [
-        *(
-            Special(
-                method="cross_entropy",
-                what=what,
-                fn=lambda ops, x, t, y, m: loss(ops, x, t, y, m),
-                args=args,
-                gradients=lambda x, t, y, m, g: _loss_gradients(x, t, y, m, g),
-            )
-            for what, args in given.items()
-        ),
-        Special(
-            method="cross_entropy",
-            what="no positions",
-            fn=lambda ops, x, t, y, m: loss(ops, x, t, y, m),
-            args=(f32(np.zeros((2, 0, 4))), table, i32(np.zeros((2, 0))), f32(np.zeros((2, 0)))),
-        ),
-        Special(
-            method="loss",
-            what="infinities",
-            fn=lambda ops, each, w: (lambda x: (x.sum, x.weight_B, x.loss_B))(ops.loss(each, ops.stop_gradient(w))),
-            args=(f32([INF, 1.0, 0.0]), f32([0.0, 1.0, 2.0])),
-            gradients=lambda each, w, g: (g * np.ones(3), np.zeros(3)),
-        ),
-    ]
-
-
-def _loss_gradients(x: Array, table: Array, targets: Array, mask: Array, g: Array) -> tuple[Array, ...]:
-    logits = x @ table.T
-    e = np.exp(logits - logits.max(-1, keepdims=True))
-    slope = (e / e.sum(-1, keepdims=True) - (targets[..., None] == np.arange(len(table)))) * mask[..., None] * g
-    return slope @ table, np.einsum("bsv,bse->ve", slope, x), np.zeros_like(mask)
-
-
 SPECIALS: tuple[Special, ...] = (
     *_elementwise(),
     *_with_parameters(),
@@ -411,6 +370,6 @@ SPECIALS: tuple[Special, ...] = (
     *_choices(),
     *_integers(),
     *_reductions(),
-    *_losses(),
+    *loss_specials(),
     *array_specials(),
 )

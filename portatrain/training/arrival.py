@@ -9,14 +9,16 @@ from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.format_layout import check_tensors
+from portatrain.checkpoint.interop.hub_start import first_weights
 from portatrain.checkpoint.interop.trusted_code import is_trusted
-from portatrain.checkpoint.locations import location_of
+from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import check_newest
 from portatrain.data import OpenData
 from portatrain.recipe import Recipe
 from portatrain.recipe.same import deciding_changes
+from portatrain.runs import changes
 from portatrain.runs.commits import check_not_missing
 from portatrain.runs.run_dir import RunDir
 from portatrain.training import continuity
@@ -28,11 +30,22 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
 
     `accept_drift`: only a newer format, another step and another model are refused.
     """
-    where = run.checkpoints()
+    where, there = run.checkpoints(), run.looked_at()
     if not accept_drift:
-        check_not_missing(run.looked_at(), location_of(where))
+        check_not_missing(there, location_of(where))
+    begun = (there.path / "run.json").exists()
+    asked = changes.wanted(there.path, run.where, recipe, there.committed) if begun else None
     data_now = continuity.fingerprints_of(data.train, data.validation)
-    check_newest(where, backend.program, recipe, data_now, accept_drift=accept_drift)
+    check_newest(
+        where,
+        backend.program,
+        recipe,
+        data_now,
+        accept_drift=accept_drift,
+        changed=lambda meta: changes.pending(there.path, meta, recipe, asked=asked),
+    )
+    if recipe.init is not None and newest_committed(location_of(where)) is None:
+        first_weights(recipe, backend.program)  # reports a folder of another model before anything is written
 
 
 def arrive(

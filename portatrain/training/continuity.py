@@ -184,9 +184,7 @@ def verdict(
     if "imported" in before:
         said = "broken" if changed or fields else "imported"
         return {"verdict": said, "differs": list(fields), "failed": [], "from": before["imported"], **bits}
-    a, b = _flat(json_files.strict(before)), _flat(json_files.strict(now))  # so that NaN equals NaN
-    names = {k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and (k != NEWER or k in a)}
-    differs = sorted(k for k in names if a.get(k) != b.get(k)) + list(fields)
+    differs = [*exact_differences(before, now), *fields]
     was = before.get("probe")
     if was is None:
         return {"verdict": "broken" if differs or changed else "unproven", "differs": differs, "failed": [], **bits}
@@ -204,9 +202,16 @@ def verdict(
     }
 
 
+def exact_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the fields of the exact part, dotted, in which two records differ."""
+    a, b = _flat(json_files.strict(before)), _flat(json_files.strict(now))  # so that NaN equals NaN
+    names = {k for k in a.keys() | b.keys() if k.split(".")[0] in EXACT and (k != NEWER or k in a)}
+    return sorted(k for k in names if a.get(k) != b.get(k))
+
+
 def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[float, str]]:
     """Return, by the names of `Bounds`, the largest relative difference of two probes and the name of its tensor."""
-    a, b = _numbers(was["losses"]), _numbers(now["losses"])
+    a, b = as_numbers(was["losses"]), as_numbers(now["losses"])
     if a.shape != b.shape:
         return {"loss": (float("inf"), "their number")}
     sizes = np.abs(a[np.isfinite(a)])
@@ -222,7 +227,7 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[f
         names = [k for k in kinds if kinds[k] == kind]
         least = 0.0
         if kind != "state":
-            norms = [np.abs(_numbers(was["norms"][k])) for k in names]
+            norms = [np.abs(as_numbers(was["norms"][k])) for k in names]
             least = 1e-3 * max((float(np.max(n[np.isfinite(n)], initial=0.0)) for n in norms), default=0.0)
         worst = (0.0, "")
         for name in names:
@@ -234,16 +239,16 @@ def compare(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[f
 
 
 def _relative(a: Any, b: Any, least: float) -> float:
-    x, y = _numbers(a), _numbers([] if b is None else b)
+    x, y = as_numbers(a), as_numbers([] if b is None else b)
     if x.shape != y.shape:
         return float("inf")
     return _finite(np.max(np.abs(_difference(x, y, np.maximum(np.abs(x), max(least, 1e-30)))), initial=0.0))
 
 
-def _numbers(value: Any) -> np.ndarray:
+def as_numbers(value: Any) -> np.ndarray:
     """Convert numbers, or lists of them, from the form that `json_files.strict` writes, to float64."""
     if isinstance(value, list):
-        return np.array([_numbers(item) for item in value], np.float64)
+        return np.array([as_numbers(item) for item in value], np.float64)
     return np.asarray(json_files.number(value) if isinstance(value, str) or value is None else value, np.float64)
 
 

@@ -48,7 +48,7 @@ def evaluate(
         samples += int(real.sum())
         for name, value_B in found.items():
             totals[name] = totals.get(name, 0.0) + float(value_B[real].sum(dtype=np.float64))
-    mean = loss / weight
+    mean = loss / weight if weight else math.nan  # of windows without a target, as of long questions in chats
     metrics = {name: value / samples for name, value in totals.items()}
     if split.bytes_per_target:
         metrics["bits_per_byte"] = mean / math.log(2) / split.bytes_per_target

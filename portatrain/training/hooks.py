@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Jsonl, Mixture, Stdlib, TextFiles
+from portatrain.data.spec import DataSpec, Mixture, PackedTokens, has_text
 from portatrain.errors import UserError
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
@@ -87,34 +87,24 @@ class TextSample(Hook):
             raise _unfit(self, recipe, "a model with a method predict(ops, batch)", got)
 
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
-        import numpy as np
-
-        from portatrain.model.rng import words
+        from portatrain.data.texts import texts_of
 
         run.event(f"sampling_{self.length}_bytes")
-        size = run.recipe.data.tokens_per_sample()
-        assert size is not None  # by `check`
-        text = [0, *self.prompt.encode()]  # byte 0 opens a document
-        random = words(run.recipe.seed, "sample", 0, self.length) / 2.0**64
-        for draw in random:
-            seen = text[-size:]
-            row = np.zeros((1, size), np.int32)
-            row[0, : len(seen)] = seen
-            ids = (np.arange(size) < len(seen)).astype(np.int32)[None]
-            logits = run.predict(
-                {"tokens": row, "segment_ids": ids, "positions": np.arange(size, dtype=np.int32)[None]}
-            )[0, len(seen) - 1].astype(np.float64)
-            weights = np.exp((logits - logits.max()) / self.temperature)
-            cumulative = np.cumsum(weights)
-            text.append(int(np.searchsorted(cumulative, draw * cumulative[-1])))
-        return {"sample": bytes(text[1:]).decode("utf-8", "replace")}
+        texts = texts_of(run.recipe.data)
+        (found,) = run.generate([texts.ids(self.prompt)], max_tokens=self.length, temperature=self.temperature)
+        return {"sample": f"{self.prompt}{texts.after(found.prompt, found.tokens)}"}
 
 
 def _require_bytes(hook: Hook, recipe: Recipe) -> None:
     """Raise UserError unless each token of the data is a byte of text."""
     for source in _sources(recipe.data):
         kind = type(source).__name__
-        if not (isinstance(source, (Stdlib, TextFiles, Jsonl)) or gives_documents(source)):
+        if isinstance(source, PackedTokens):
+            from portatrain.data.store.reading import gives_bytes
+
+            if not gives_bytes(source):
+                raise _unfit(hook, recipe, "text in which each byte is a token", "a packed store of other tokens")
+        elif not (has_text(source) or gives_documents(source)):
             raise _unfit(hook, recipe, "text in which each byte is a token", kind)
         tokenizer = getattr(source, "tokenizer", None)
         if tokenizer is not None:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from portatrain.data import OpenData, open_data
+from portatrain.data.read_ahead import Rows
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
@@ -28,6 +32,13 @@ def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
                 parent.rmdir()
         raise
     return data
+
+
+def rows_here(backend: Any, recipe: Recipe) -> Rows:
+    """Return the function that says which samples of a batch this process uses, (samples,) bool; None if all."""
+    here = getattr(backend, "rows_here", None)
+    mine = None if here is None else here(recipe.microbatch)
+    return lambda samples: None if mine is None else np.tile(mine, samples // recipe.microbatch)
 
 
 def _check_vocab(recipe: Recipe, definition: Definition, ids: int) -> None:

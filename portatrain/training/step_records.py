@@ -63,7 +63,7 @@ class StepRecords:
             loss=loss,
             grad_norm=norm,
             lr=recipe.optimizer.lr * recipe.lr_scale(step),
-            tokens=recipe.samples_after(step) * info.tokens_per_step // recipe.batch,
+            tokens=recipe.tokens_after(step, info.tokens_per_step // recipe.batch),
             time_s=now_s - self.began_s,
             step_s=step_s,
             tokens_per_s=share * info.tokens_per_step / step_s,

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
-from portatrain.backends import choose_kernel, rounding
+from portatrain.backends import choose_kernel
 from portatrain.backends.base import StepResult, backend_class, simulate_devices
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.interop.hub_start import first_state
 from portatrain.checkpoint.saver import Checkpoints
-from portatrain.data import prefetch
+from portatrain.data import OpenData, prefetch
 from portatrain.errors import users_code
 from portatrain.plan.recorded import of_run, ordered
 from portatrain.recipe import Recipe
@@ -28,15 +29,16 @@ from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, profiling
-from portatrain.training.arrival import arrive, check_before
+from portatrain.training.arrival import check_before
 from portatrain.training.begin import begin, probable_mistakes
+from portatrain.training.changed import arrive_at
 from portatrain.training.compile_cache import CompileCache
 from portatrain.training.evaluation import Evaluations
 from portatrain.training.hook_calls import HookCalls, check_hooks
 from portatrain.training.metrics import RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.plot import draw
-from portatrain.training.open_data import data_of
+from portatrain.training.open_data import data_of, rows_here
 from portatrain.training.options import TrainOptions as TrainOptions
 from portatrain.training.profiling import Profile, StepRange
 from portatrain.training.saves import Saves
@@ -172,7 +174,7 @@ class Trainer:
         if found:
             self._go_on(found)
         else:
-            self.state = self.backend.init_state()
+            self.state = first_state(self.backend, self.recipe)
             # Compile now the code of a save, which would otherwise compile within the grace period.
             if self._stop.signals.grace_s is not None:
                 self._saves.record(self.state, self.step)
@@ -262,7 +264,8 @@ class Trainer:
         self._saves.timer.start()
         first = self.step + 1
         counts = map(recipe.batch_at, itertools.count(first))
-        with prefetch(self.data.train, recipe.samples_after(self.step), counts) as batches, profile:
+        begin, rows_of = recipe.samples_after(self.step), rows_here(self.backend, recipe)
+        with prefetch(self.data.train, begin, counts, rows=rows_of) as batches, profile:
             while self.step < self.last_step:
                 self.checkpoints.check()  # an error of a background save is raised here
                 self.data.check()
@@ -341,22 +344,23 @@ class Trainer:
 
     def _go_on(self, reader: Any) -> None:
         """Restore from `reader` and run the continuity check."""
-        definition = self.backend.program.definition
-        positions = rounding.positions_in(definition, self.data.train.batch(0, 1)) * self.recipe.batch_at(self.step + 1)
-        self.state, found, bounds = arrive(
-            self.backend, reader, self.recipe, self._checked, positions=positions, accept_drift=self._accepts
+        self.state, found, bounds, effect = arrive_at(
+            self.backend, reader, self.recipe, self.data, self.run_dir, self._checked, accept_drift=self._accepts
         )
         self._start.mark("verify")
+        if effect is not None:
+            self.event(Kind.CHANGE_MEASURED, step=self.step, **effect)
         self._saves.saved = self.step
         self._steps.history.extend(reader.meta.get("history", ()))
-        if found["verdict"] == "unproven":
+        if found["verdict"] == "unproven" and bounds is not None:
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)
 
-    def _checked(self, state: Any) -> dict[str, Any]:
-        """Return the record of a restored `state`, for the continuity check."""
+    def _checked(self, state: Any, recipe: Recipe, data: OpenData) -> dict[str, Any]:
+        """Return the record of a restored `state` under `recipe`, for the continuity check."""
         self._start.mark("restore")
-        found = self._saves.record(state, self.step)
+        held = data.validation
+        found = continuity.record(self.backend, state, recipe, data.train, self.step, validation=held)
         self._start.mark("verify")
         return found
 

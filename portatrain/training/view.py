@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from portatrain.data import OpenData
 from portatrain.errors import UserError, choice
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
+
+if TYPE_CHECKING:
+    from portatrain.training.generation import Continued
 
 
 class TrainingView:
@@ -65,6 +68,24 @@ class TrainingView:
     def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the model's `predict` on a batch of samples."""
         return self._backend.predict(self._state(), batch)
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.7, top_p: float = 1.0
+    ) -> list[Continued]:
+        """Continue prompts, lists of token ids, by `max_tokens` tokens each. A draw depends on the recipe's seed, the
+        number of the prompt and the position. It works on every backend and mesh, and so without a cache: every token
+        runs the model on the length of a training sample. `portatrain.load(run).generate` has a cache.
+
+        Raises:
+            UserError: the model has no `predict` that returns logits, or it does not read from left to right.
+        """
+        from portatrain.training.drawing import Drawing
+        from portatrain.training.generation import Generator
+
+        context = self.recipe.data.tokens_per_sample()
+        generator = Generator(self._backend, self._state, context=context, cache=False)
+        drawing = Drawing(temperature=temperature, top_p=top_p, seed=self.recipe.seed)
+        return generator(prompts, max_tokens=max_tokens, drawing=drawing)
 
     def parameter(self, name: str) -> np.ndarray:
         """Return the parameter `name` whole, whatever the mesh. It takes the parameter's size of memory.

@@ -1,47 +1,32 @@
-"""A Llama-like decoder (Touvron et al. 2023): RMSNorm, rotary positions, grouped-query attention, gated MLP.
+"""Llama 2 and 3 and Mistral (Touvron et al. 2023; Jiang et al. 2023): RMSNorm, rotary positions, grouped-query
+attention, gated MLP, and for Mistral a sliding window. It has options that neither has, which cannot be exported.
 
-Shape letters: B batch, S seq, E embed, V vocab.
+Shape letters: B batch, S seq, E embed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-from portatrain.checkpoint.interop import Hub, Row
+from portatrain.checkpoint.interop import Fields, Hub
 from portatrain.errors import UserError
-from portatrain.model.layers import Attention, Dropout, Embedding, GatedMLP, RMSNorm
-from portatrain.model.module import Module, Param, Stack
-from portatrain.model.ops import Array, Batch, Loss, Ops
-from portatrain.model.rope import RopeScaling
+from portatrain.model.layers import Attention, Dropout, GatedMLP, RMSNorm
+from portatrain.model.module import Module, Stack
+from portatrain.model.ops import Array, Ops
+from portatrain.model.rope import Scaling
 from portatrain.recipe import added_later
-
-# The tensors of a layer: name in LlamaForCausalLM, our name, and the number of contracted axes.
-LLAMA = (
-    ("input_layernorm", "attn_norm/scale", None),
-    ("self_attn.q_proj", "attn/wq", 1),
-    ("self_attn.k_proj", "attn/wk", 1),
-    ("self_attn.v_proj", "attn/wv", 1),
-    ("self_attn.o_proj", "attn/wo", 2),
-    ("post_attention_layernorm", "mlp_norm/scale", None),
-    ("mlp.gate_proj", "mlp/gate", 1),
-    ("mlp.up_proj", "mlp/up", 1),
-    ("mlp.down_proj", "mlp/down", 1),
+from recipes.models.causal import (
+    ATTENTION,
+    ATTENTION_BIASES,
+    MLP,
+    MLP_BIASES,
+    PRE_NORMS,
+    CausalLM,
+    Kind,
+    hub,
+    read_sizes,
 )
-# A field of config.json -> the recipe's field that decides it.
-HUB_FIELDS = {
-    "vocab_size": "model.vocab",
-    "hidden_size": "model.embed",
-    "intermediate_size": "model.mlp",
-    "num_hidden_layers": "model.layers",
-    "num_attention_heads": "model.heads",
-    "num_key_value_heads": "model.kv_heads",
-    "head_dim": "model.head_dim",
-    "rms_norm_eps": "model.norm_eps",
-    "rope_theta": "model.rope_theta",
-    "rope_scaling": "model.rope_scaling",
-    "sliding_window": "model.window",
-    "tie_word_embeddings": "model.tied",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +45,7 @@ class DecoderConfig:
     """Hidden features of the feed-forward block. None: 8/3 embed, rounded up to a multiple of 32."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    rope_scaling: RopeScaling | None = None
+    rope_scaling: Scaling | None = None
     """Scaling of the rotary frequencies. None: no scaling."""
     tied: bool = True
     """Use the embedding table as the output table."""
@@ -82,6 +67,10 @@ class DecoderConfig:
     """Give each head of attention a learned score that takes part in its softmax and has no value (gpt-oss)."""
     value_head_dim: int | None = added_later(None)
     """Features per head of the values. None: those of queries and keys."""
+    attention_bias: bool = added_later(False)
+    """Add biases to queries, keys, values and the output of attention."""
+    mlp_bias: bool = added_later(False)
+    """Add biases to the three maps of the feed-forward block."""
 
     def build(self) -> Decoder:
         """Return the model."""
@@ -102,6 +91,16 @@ class DecoderConfig:
             mlp=self.mlp and 48,
             window=self.window and min(self.window, 8),
         )
+
+    @property
+    def kv(self) -> int:
+        """Number of key-value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kind of each layer."""
+        return (Kind(window=self.window),) * self.layers
 
     @property
     def head_size(self) -> int:
@@ -135,51 +134,22 @@ class DecoderConfig:
                     got=repr(getattr(self, name)),
                     do="Export --to orbax, dcp, torch or nnx.",
                 )
-        kv_heads, scaling = self.kv_heads or self.heads, self.rope_scaling
-        stretch: dict[str, object] | None = None
-        if scaling is not None:
-            stretch = {
-                "rope_type": "llama3",
-                "factor": scaling.factor,
-                "low_freq_factor": scaling.low,
-                "high_freq_factor": scaling.high,
-                "original_max_position_embeddings": scaling.original,
-            }
-        config = {
-            "architectures": ["LlamaForCausalLM" if self.window is None else "MistralForCausalLM"],
-            "model_type": "llama" if self.window is None else "mistral",
-            "vocab_size": self.vocab,
-            "hidden_size": self.embed,
-            "intermediate_size": self.mlp_size,
-            "num_hidden_layers": self.layers,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": self.head_size,
-            "rms_norm_eps": self.norm_eps,
-            # transformers 4 reads these two, and takes 10,000 where they are missing; 5 reads the third.
-            "rope_theta": self.rope_theta,
-            "rope_scaling": stretch,
-            "rope_parameters": {"rope_theta": self.rope_theta, **(stretch or {"rope_type": "default"})},
-            "tie_word_embeddings": self.tied,
-            "hidden_act": "silu",
-            "attention_dropout": 0.0,
-        }
-        if self.window is None:
-            config |= {"attention_bias": False, "mlp_bias": False}
-        else:
-            config |= {"sliding_window": self.window}
-        rows = [
-            Row(theirs="model.embed_tokens.weight", ours="embed/table"),
-            Row(theirs="model.norm.weight", ours="final_norm/scale"),
-        ]
-        if not self.tied:
-            rows.append(Row(theirs="lm_head.weight", ours="head"))
-        for i in range(self.layers):
-            rows += [
-                Row(theirs=f"model.layers.{i}.{theirs}.weight", ours=f"blocks/{ours}", layer=i, rows=inputs)
-                for theirs, ours, inputs in LLAMA
-            ]
-        return Hub(config=config, rows=tuple(rows), overrides=HUB_FIELDS)
+        names = [*PRE_NORMS, *ATTENTION, *MLP]
+        biased = self.attention_bias or self.mlp_bias
+        # A LlamaConfig refuses a width that is no multiple of the heads.
+        if self.window is None and (biased or self.embed % self.heads == 0):
+            names += ATTENTION_BIASES if self.attention_bias else ()
+            names += MLP_BIASES if self.mlp_bias else ()
+            biases = {"attention_bias": self.attention_bias, "mlp_bias": self.mlp_bias}
+            return hub(self, "llama", "LlamaForCausalLM", names, **biases)
+        if biased:
+            raise UserError(
+                "model.window with biases",
+                expected="a window (Mistral) or biases (Llama)",
+                got="both",
+                do="Export --to orbax, dcp, torch or nnx.",
+            )
+        return hub(self, "mistral", "MistralForCausalLM", names, sliding_window=self.window)
 
     def flops_per_sample(self, seq_len: int) -> float:
         """Return the floating-point operations of forward and backward for one sample of `seq_len` tokens.
@@ -213,10 +183,11 @@ class Block(Module):
             norm_eps=c.norm_eps,
             sinks=c.sinks,
             value_head_dim=c.value_head_dim,
+            bias="qkvo" if c.attention_bias else False,
         )
         self.attn_dropout = Dropout(c.dropout)
         self.mlp_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
-        self.mlp = GatedMLP(embed=c.embed, mlp=c.mlp_size)
+        self.mlp = GatedMLP(embed=c.embed, mlp=c.mlp_size, bias=c.mlp_bias)
         self.mlp_dropout = Dropout(c.dropout)
 
     def __call__(
@@ -227,51 +198,31 @@ class Block(Module):
         return x_BSE, None
 
 
-class Decoder(Module):
-    """A language model that predicts the next token.
-
-    A batch has tokens and targets, (B, S) integers. For packed documents it also has segment_ids and positions, (B, S)
-    integers, and mask, (B, S) float, the weight of each target.
-    """
+class Decoder(CausalLM):
+    """A language model that predicts the next token; `CausalLM` says what a batch has."""
 
     def __init__(self, c: DecoderConfig) -> None:
-        self.embed = Embedding(vocab=c.vocab, embed=c.embed)
-        self.embed_dropout = Dropout(c.dropout)
-        self.blocks = Stack(Block(c), c.layers)
-        self.final_norm = RMSNorm(embed=c.embed, eps=c.norm_eps)
-        self.head = None if c.tied else Param(vocab=c.vocab, embed=c.embed, fan_in_axes=0, init=c.embed**-0.5)
-        self.config = c
-
-    def __call__(self, ops: Ops, batch: Batch) -> Loss:
-        """Return the summed cross-entropy, in nats."""
-        return ops.cross_entropy(
-            self.hidden(ops, batch),
-            self.output_table,
-            batch["targets"],
-            mask=batch.get("mask"),
-            z_loss=self.config.z_loss,
-            softcap=self.config.logit_softcap,
+        super().__init__(
+            c,
+            Stack(Block(c), c.layers),
+            RMSNorm(embed=c.embed, eps=c.norm_eps),
+            dropout=c.dropout,
+            logit_softcap=c.logit_softcap,
         )
 
-    def predict(self, ops: Ops, batch: Batch) -> Array:
-        """Return the logits, (B, S, V) float32. The batch needs no targets."""
-        cap = self.config.logit_softcap
-        logits = ops.einsum("bse,ve->bsv", self.hidden(ops, batch), self.output_table, dtype="float32")
-        return logits if cap is None else cap * ops.tanh(logits / cap)
+    def shared(self, ops: Ops, positions: Array, segment_ids: Array | None) -> tuple[Any, ...]:
+        """Return the rotary table and the segment ids, which every layer takes."""
+        (table,), segments = super().shared(ops, positions, segment_ids)
+        return table, segments
 
-    @property
-    def output_table(self) -> Array:
-        """The output table, (V, E): the embedding's table if tied."""
-        return self.embed.table if self.head is None else self.head
 
-    def hidden(self, ops: Ops, batch: Batch) -> Array:
-        """Return the normalised features before the output table, (B, S, E)."""
-
-        tokens, positions = batch["tokens"], batch.get("positions")
-        if positions is None:
-            positions = ops.arange(tokens.shape[1])
-        c = self.config
-        rope = ops.rope_table(positions, c.head_size, theta=c.rope_theta, scaling=c.rope_scaling)
-        x_BSE = ops.shard(self.embed(ops, tokens), "batch", "res_seq", None)
-        x_BSE, _ = self.blocks(ops, self.embed_dropout(ops, x_BSE), rope, batch.get("segment_ids"))
-        return ops.shard(self.final_norm(ops, x_BSE), "batch", "seq", None)
+def from_hub(fields: Fields) -> DecoderConfig:
+    """Return the sizes of a Llama or a Mistral. Defaults are those of LlamaConfig and MistralConfig."""
+    llama = fields.kind == "llama"
+    fields.only("hidden_act", "silu")
+    return DecoderConfig(
+        **read_sizes(fields),
+        window=fields.optional("sliding_window", None if llama else 4096),
+        attention_bias=fields.flag("attention_bias", False) if llama else False,
+        mlp_bias=fields.flag("mlp_bias", False) if llama else False,
+    )

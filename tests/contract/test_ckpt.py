@@ -22,7 +22,7 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants
-from portatrain.training.trained import load_trained
+from portatrain.training.trained import load
 from portatrain.training.trainer import train
 
 BACKEND = [n for n in ("jax", "torch") if not missing(n)][-1]
@@ -223,23 +223,23 @@ def test_a_plain_state_dict_and_a_plain_nnx_state(run: Path, tmp_path: Path) -> 
 
 def test_a_trained_model_predicts_from_the_checkpoint_of_any_step(run: Path, copy: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 256, (2, 8)).astype(np.int32)
-    newest, second = load_trained(run, backend=BACKEND), load_trained(run, step=2, backend=BACKEND)
+    newest, second = load(run, backend=BACKEND), load(run, step=2, backend=BACKEND)
     assert (newest.step, second.step) == (4, 2)
     np.testing.assert_array_equal(newest.predict({"tokens": tokens}), predicted(small(), run / STEP, tokens))
     assert np.abs(newest.predict({"tokens": tokens}) - second.predict({"tokens": tokens})).max() > 1e-4
 
     with pytest.raises(UserError, match="tensors of this model"):
-        load_trained(run, backend=BACKEND, recipe=small("model.layers=3"))
+        load(run, backend=BACKEND, recipe=small("model.layers=3"))
     with pytest.raises(UserError, match="a run directory or a checkpoint"):
-        load_trained(_empty(copy / "none"))
+        load(_empty(copy / "none"))
 
     def forget(given: dict[str, np.ndarray], meta: dict[str, Any], recipe: Recipe) -> None:
         meta["recipe"] = {"class": "recipe_file_gone:Gone"}
 
     mutants.rewrite(copy / STEP, forget, small())
     with pytest.raises(UserError, match=r"recipe=load_recipe\("):
-        load_trained(copy, backend=BACKEND)
-    assert load_trained(copy, backend=BACKEND, recipe=small()).step == 4
+        load(copy, backend=BACKEND)
+    assert load(copy, backend=BACKEND, recipe=small()).step == 4
 
 
 def _empty(path: Path) -> Path:

@@ -17,7 +17,7 @@ from portatrain.training.trainer import make_program, train
 from tests.support.short_runs import losses
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODELS = ("conv_net", "diffusion", "two_towers", "recurrent", "encoder_decoder")
+MODELS = ("conv_net", "diffusion", "two_towers", "recurrent", "encoder_decoder", "mixture")
 SMALL = ("steps=9", "schedule.warmup=2", "batch=16", "accumulation=2", "eval_every=none", "eval_final_batches=2")
 BOUND = 1e-6
 

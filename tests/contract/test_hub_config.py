@@ -19,12 +19,15 @@ import pytest
 
 from checkpoints_format import Box
 from portatrain.checkpoint.interop import hub_config, huggingface
+from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.cli import main
 from portatrain.data import Stdlib
 from portatrain.errors import UserError
 from portatrain.model.rope import RopeScaling
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
+from tests.support.hub_models import FAMILIES, random_config
+from tests.support.hub_models import made as random_model
 
 transformers = pytest.importorskip("transformers")
 torch = pytest.importorskip("torch")
@@ -33,7 +36,7 @@ SIZES = DecoderConfig(
     vocab=64, embed=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp=48, tied=False, rope_theta=500.0, norm_eps=1e-5
 )
 SCALED = replace(SIZES, rope_scaling=RopeScaling(factor=4.0, low=1.0, high=4.0, original=16))
-TOKENS = np.random.default_rng(0).integers(0, 64, (2, 40))
+TOKENS = np.random.default_rng(0).integers(0, 20, (2, 24))
 
 
 def recipe(model: DecoderConfig) -> Recipe:
@@ -66,7 +69,7 @@ def logits(folder: Path) -> np.ndarray | None:
         return None
 
 
-def refused(folder: Path, model: DecoderConfig) -> str:
+def refused(folder: Path, model: Any) -> str:
     try:
         hub_config.check(folder, model.huggingface(), "mine")
     except UserError as error:
@@ -108,6 +111,8 @@ def cases(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         for field in fields
         for value in other_values(config.get(field, own.get(field)))
     ]
+    if "rope_theta" not in config.get("rope_parameters", {}):  # none, or a set for each kind of layers
+        return made + [(f"without {f}", {k: v for k, v in config.items() if k != f}) for f in sorted(config)]
     plain = {k: v for k, v in config.items() if k not in ("rope_parameters", "rope_scaling", "rope_theta")}
     theta = config["rope_parameters"]["rope_theta"]
     for rope in ROPES:
@@ -130,7 +135,19 @@ def cases(config: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 @pytest.mark.parametrize("kind", ["llama", "llama3 rope", "mistral"])
 def test_whatever_changes_the_logits_is_refused(kind: str, tmp_path: Path) -> None:
     model = {"llama": SIZES, "llama3 rope": SCALED, "mistral": replace(SIZES, window=8)}[kind]
-    config = saved(tmp_path / "hub", model)
+    check_changes(tmp_path, model, saved(tmp_path / "hub", model))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", FAMILIES[2:])
+def test_whatever_changes_the_logits_of_a_family_is_refused(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    random_model(random_config(kind, rng), 0).save_pretrained(tmp_path / "hub")
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    check_changes(tmp_path, sizes_from(config), config)
+
+
+def check_changes(tmp_path: Path, model: Any, config: dict[str, Any]) -> None:
     right = logits(tmp_path / "hub")
     assert right is not None and refused(tmp_path / "hub", model) == ""
     wrong, same = [], 0
@@ -176,9 +193,9 @@ def test_the_overrides_that_are_named_mend_it(change: dict[str, Any], tmp_path: 
 
 def read(folder: Path, model: DecoderConfig) -> dict[str, np.ndarray]:
     made = recipe(model)
-    shapes = {n: t.shape for n, t in made.describe().params.items()}
+    shapes = {f"params/{n}": t.shape for n, t in made.describe().params.items()}
     found = huggingface.read(folder, made, shapes)
-    return {name: values(Box.whole(shapes[name])) for name, values in found.items()}
+    return {name.removeprefix("params/"): values(Box.whole(shapes[name])) for name, values in found.items()}
 
 
 def test_the_cache_of_huggingface_hub_is_read(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_an_import_that_fails_or_is_killed_leaves_no_run_that_begins_at_random(
         assert main(["ckpt", "import", str(out), *words(into)]) == 130
     left = RunDir(tmp_path / "as it was left")
     assert newest_recorded(left) == Recorded(step=0, attempt=0)
-    refused(left, UserError, "the checkpoint of the import that the run begins from")
+    refused(left, UserError, "the checkpoint of the import or fork that the run begins from")
     assert main(["ckpt", "import", str(out), *words(into)]) == 0, capsys.readouterr().err
     assert json.loads((into / "run.json").read_text())["begun_from"]["format"] == "dcp"
     assert train(RECIPE, RunDir(into), backend=BACKEND, stop_at=5) == 85

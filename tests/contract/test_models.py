@@ -15,7 +15,7 @@ from portatrain.testing.tolerance import amplification, moved, tolerance
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import BACKENDS, Running, image_batch, microbatches, tokens_batch
-from tests.support.toy_models import Nested, Routed
+from tests.support.toy_models import Latent, Mixture, Nested, Routed
 
 
 def decoder(**options: Any) -> Callable[[], Module]:
@@ -32,8 +32,17 @@ def routed() -> Module:
     return Routed(vocab=23, embed=12, layers=2, experts=4, chosen=2, rate=0.01)
 
 
+def mixture() -> Module:
+    return Mixture(vocab=23, embed=8, layers=2, experts=4, chosen=2, clamped=False)
+
+
 def nested() -> Module:
     return Nested(vocab=23, embed=8, layers=2, inner=3, rate=0.3)
+
+
+def latent(**options: Any) -> Callable[[], Module]:
+    sizes = {"heads": 3, "nope_dim": 4, "rope_dim": 6, "value_dim": 5, "kv_rank": 7, "mlp": 24, **options}
+    return lambda: Latent(vocab=23, embed=16, layers=2, **sizes)
 
 
 MODELS: dict[str, Callable[[], Module]] = {
@@ -43,8 +52,11 @@ MODELS: dict[str, Callable[[], Module]] = {
         **{"dropout": 0.3, "window": 4, "softcap": 2.0, "logit_softcap": 3.0, "qk_norm": True, "z_loss": 0.01},
         **{"head_dim": 6, "sinks": True, "value_head_dim": 4},
     ),
+    "latent": latent(q_rank=9, scale=0.4, window=4),
+    "latent, queries from the input": latent(softcap=3.0),
     "vit": vit,
     "routed": routed,
+    "mixture": mixture,
     "nested": nested,
 }
 

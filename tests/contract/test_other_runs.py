@@ -21,7 +21,7 @@ from portatrain.recipe import Recipe
 from portatrain.recipe.same import FREE, changed_fields, deciding_changes
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants
-from portatrain.training.trained import load_trained
+from portatrain.training.trained import load
 from portatrain.training.trainer import train
 from tests.support.running import BACKENDS
 from tests.support.short_runs import SMALL, small
@@ -130,9 +130,9 @@ def test_the_recipe_of_a_checkpoint_imports_no_code(left: RunDir, tmp_path: Path
         train(small(), run, backend=BACKEND)
     assert not imports.exists()
     with pytest.raises(UserError, match=r"recipe=load_recipe\("):
-        load_trained(run.path, backend=BACKEND)
+        load(run.path, backend=BACKEND)
     assert not imports.exists()
-    assert load_trained(run.path, backend=BACKEND, recipe=small()).step == 2
+    assert load(run.path, backend=BACKEND, recipe=small()).step == 2
     assert train(small(), run, backend=BACKEND, stop_at=3, accept_drift="renamed") == 85
     assert "recipe.model.class" in run.events("resumed")[0]["differs"]
     assert not imports.exists()

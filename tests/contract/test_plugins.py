@@ -183,3 +183,16 @@ def test_a_framework_whose_installation_is_broken_is_named(error: Exception, mon
     name = next(n for n in ("jax", "torch") if not missing(n))
     with pytest.raises(UserError, match=rf"backend {name}: expected .*importable.*pip install"):
         backend_class(name)
+
+
+def test_a_family_is_found_by_its_model_type(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 256, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "acme_lm", **sizes, "intermediate_size": 24}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    words = ("portatrain.cli", "init", str(tmp_path / "mine.py"), "--from", str(tmp_path))
+    done = python(*words)
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "mine.py").read_text()
+    assert "DecoderConfig(" in text and "rope_theta=700.0" in text
+    done = python(*words, plugins=False)
+    assert done.returncode == 2 and "the nearest is llama" in done.stderr, done.stderr

@@ -33,6 +33,7 @@ FOUR = [
     ("fsdp=2,tensor=2", "lm, bf16 state"),
     ("fsdp=2,tensor=2", "lm, Muon"),
     ("fsdp=4", "towers"),
+    ("fsdp=2,tensor=2", "latent"),
     ("context=2,tensor=2", "attention by rule"),
 ]
 """Cells of two processes with two devices each."""

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from benchmarks.matrix.cells import BACKENDS, MESHES, ROWS, cover, installed, refusal
-from benchmarks.matrix.run import CELL_S, run_group
+from benchmarks.matrix.run import CELL_S, make_baselines, run_group
 from benchmarks.matrix.table import problem, table
-
-FOLDER: list[Path] = []
+from tests.support import forks
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("matrix")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder of the baselines, which all workers share, while cells run in forks."""
+    mine = tmp_path_factory.mktemp("matrix")
+    with forks.serving():
+        yield mine.parents[1] / "matrix-baselines" if "PYTEST_XDIST_WORKER" in os.environ else mine
 
 
 @pytest.mark.full
@@ -25,7 +30,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_cell(backend: str, mesh: str, row: str, folder: Path) -> None:
     if not installed(backend):
         pytest.skip(f"{backend} is not installed")
-    found = run_group(backend, mesh, [row], folder)[row]
+    if refusal(backend, mesh, row) is None:
+        folder.mkdir(exist_ok=True)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            make_baselines([(mesh, row)], folder, forks.start_group)
+    found = run_group(backend, mesh, [row], folder, forks.start_group)[row]
     print(found)
     assert problem(found) is None, found
 

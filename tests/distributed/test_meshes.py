@@ -36,6 +36,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, clipping, averages, frozen"),
         ("fsdp=2", "routed"),
         ("expert=2", "routed"),
+        ("expert=2", "mixture"),
         ("fsdp=2", "lm, LoRA"),
         ("tensor=2", "lm, growing batch, averages"),
         ("fsdp=2", "lm, remat"),
@@ -48,6 +49,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("context=2", "lm, norms of queries and keys"),
         ("context=2", "nested"),
         ("tensor=2", "attention by rule"),
+        ("tensor=2", "latent"),
         ("context=2", "attention by rule"),
         ("fsdp=2", "towers"),
         ("fsdp=2", "towers, groups in a microbatch"),
@@ -65,6 +67,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2,tensor=2", "lm, clipping, averages, frozen"),
         ("fsdp=2,tensor=2", "lm, tensor and fsdp on one axis"),
         ("fsdp=2,tensor=2", "towers"),
+        ("fsdp=2,context=2", "latent"),
         ("replica=2,fsdp=2", "towers, groups in a device's rows"),
         ("fsdp=2,tensor=2", "lm, Muon"),
         ("fsdp=2,tensor=2", "lm, Adafactor"),
@@ -76,6 +79,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("context=4", "lm, untied, all options"),
         *((f"{other},expert=2", "routed") for other in ("replica=2", "fsdp=2", "context=2", "tensor=2")),
         ("expert=4", "routed"),
+        ("fsdp=2,expert=2", "mixture"),
         ("fsdp=2,expert=2", "routed, Muon"),
         ("fsdp=2,expert=2", "routed, bf16"),
     ],
@@ -100,8 +104,16 @@ MESHES = {
     ],
 }
 
+MIXTURES = {
+    "mixture": ("context=2", "expert=4", "expert=2,context=2"),
+    "mixture, clamped with biases": ("tensor=2", "expert=2,tensor=2"),
+}
+"""The meshes on which the long tests try mixtures of experts."""
+
 
 def _applies(mesh: str, case: str) -> bool:
+    if "mixture" in case:
+        return mesh in MIXTURES.get(case, ())
     if "expert" in mesh:
         return "routed" in case
     if "one axis" in case:  # which two by two divide

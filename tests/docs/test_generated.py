@@ -11,9 +11,10 @@ import pytest
 from docs.tools import draw_rooms, examples, reference
 from portatrain.model.ops import Ops
 from portatrain.model.ops_arrays import ArrayOps
+from portatrain.model.ops_experts import ExpertOps
 from portatrain.model.ops_structure import StructureOps
 from portatrain.optim import Rule, Schedule, rules, schedules
-from portatrain.recipe import Recipe, apply_overrides, load_recipe
+from portatrain.recipe import Origin, Recipe, apply_overrides, load_recipe
 from tests.docs.pages import ROOT
 
 PAGES = ROOT / "docs" / "reference"
@@ -66,7 +67,7 @@ def test_the_example_of_a_field_changes_it(field: str) -> None:
 def test_the_example_of_a_field_that_is_set_in_the_file(field: str) -> None:
     from portatrain import TextSample
 
-    changes = eval(f"dict({examples.RECIPE_PYTHON[field]})", {"TextSample": TextSample})
+    changes = eval(f"dict({examples.RECIPE_PYTHON[field]})", {"TextSample": TextSample, "Origin": Origin})
     recipe = load_recipe("tiny-lm")
     assert getattr(dataclasses.replace(recipe, **changes), field) != getattr(recipe, field)
 
@@ -75,7 +76,7 @@ def test_every_operation_is_in_the_reference() -> None:
     page = text("ops.md")
     methods = [
         n
-        for cls in (Ops, StructureOps, ArrayOps)
+        for cls in (Ops, ExpertOps, StructureOps, ArrayOps)
         for n, m in vars(cls).items()
         if callable(m) and not n.startswith("_")
     ]

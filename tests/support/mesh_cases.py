@@ -19,7 +19,7 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import image_batch, tokens_batch
-from tests.support.toy_models import Nested, Routed, Ruled, TwoTowers
+from tests.support.toy_models import Latent, Mixture, Nested, Routed, Ruled, TwoTowers
 
 Batch = dict[str, np.ndarray]
 
@@ -107,6 +107,10 @@ def _routed() -> Routed:
     return Routed(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, rate=0.01)
 
 
+def _mixture(*, layers: int = 1, clamped: bool = False) -> Mixture:
+    return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped)
+
+
 def _all(name: str) -> bool:
     return True
 
@@ -166,6 +170,16 @@ CASES: dict[str, Case] = {
     "routed, bf16": Case(
         model=_routed(), accumulation=2, predicts=False, options={"precision": "bf16", "remat": "block"}
     ),
+    "latent": Case(
+        model=Latent(
+            **{"vocab": VOCAB, "embed": 16, "layers": 2, "heads": 4, "nope_dim": 8, "rope_dim": 4, "value_dim": 12},
+            **{"kv_rank": 8, "q_rank": 12, "mlp": 32},
+        ),
+        accumulation=2,
+    ),
+    "mixture": Case(model=_mixture(layers=2), accumulation=2, predicts=False),
+    "mixture, one layer": Case(model=_mixture(), predicts=False),
+    "mixture, clamped with biases": Case(model=_mixture(clamped=True), accumulation=2, steps=2, predicts=False),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
     "towers": Case(model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, optimizer=AdamW(lr=1e-4)),
     "towers, groups in a microbatch": Case(

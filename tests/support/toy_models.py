@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from portatrain.model.layers import Dropout, Embedding, GatedMLP, Linear, RMSNorm
+from portatrain.model.layers import Dropout, Embedding, GatedMLP, LatentAttention, Linear, MixtureMLP, RMSNorm, Router
+from portatrain.model.layers import Experts as GatedExperts
 from portatrain.model.module import Module, Param, Stack, State
 from recipes.models.decoder import Block, Decoder, DecoderConfig
 
@@ -108,6 +109,61 @@ class Routed(Module):
 
     def __call__(self, ops: Any, batch: Any) -> Any:
         x_BSE, _ = self.blocks(ops, self.embed(ops, batch["tokens"]))
+        return ops.cross_entropy(x_BSE, self.embed.table, batch["targets"], mask=batch["mask"])
+
+
+class ClampedExperts(GatedExperts):
+    """The experts of gpt-oss (OpenAI 2025): with biases, clamped, and one more than the linear part."""
+
+    def __init__(self, *, embed: int, mlp: int, experts: int) -> None:
+        super().__init__(embed=embed, mlp=mlp, experts=experts)
+        self.gate_bias = Param(experts=experts, mlp=mlp, fan_in_axes=0)
+        self.up_bias = Param(experts=experts, mlp=mlp, fan_in_axes=0)
+        self.down_bias = Param(experts=experts, embed=embed, fan_in_axes=0)
+
+    def params(self) -> tuple[Any, ...]:
+        return self.gate, self.gate_bias, self.up, self.up_bias, self.down, self.down_bias
+
+    def expert(self, ops: Any, x_NE: Any, *p: Any) -> Any:
+        gate, gate_bias, up, up_bias, down, down_bias = p
+        gate_NM = ops.clip(ops.grouped_bias(ops.grouped_matmul(x_NE, gate), gate_bias), -1e4, 2.0)
+        up_NM = ops.clip(ops.grouped_bias(ops.grouped_matmul(x_NE, up), up_bias), -2.0, 2.0)
+        hidden_NM = (up_NM + 1.0) * (gate_NM * ops.sigmoid(1.702 * gate_NM))
+        return ops.grouped_bias(ops.grouped_matmul(hidden_NM, down), down_bias)
+
+
+class MixtureBlock(Module):
+    """A mixture as DeepSeek-V3 has it (sigmoid, groups, a balance without a loss, a shared expert), or as gpt-oss."""
+
+    def __init__(self, *, embed: int, mlp: int, experts: int, chosen: int, clamped: bool) -> None:
+        self.norm = RMSNorm(embed=embed)
+        sizes = {"embed": embed, "experts": experts, "chosen": chosen}
+        if clamped:
+            router = Router(**sizes, bias=True, balance_loss=0.1, z_loss=0.01)
+            self.mixture = MixtureMLP(router=router, experts=ClampedExperts(embed=embed, mlp=mlp, experts=experts))
+        else:
+            router = Router(**sizes, scores="sigmoid", groups=2, chosen_groups=1, scale=2.5, balance_rate=0.01)
+            self.mixture = MixtureMLP(
+                router=router,
+                experts=GatedExperts(embed=embed, mlp=mlp, experts=experts),
+                shared=GatedMLP(embed=embed, mlp=mlp),
+                shared_gate=True,
+            )
+
+    def __call__(self, ops: Any, x_BSE: Any) -> Any:
+        return x_BSE + self.mixture(ops, self.norm(ops, x_BSE)), None
+
+
+class Mixture(Module):
+    """Embedding, a Stack of mixtures, a tied output."""
+
+    def __init__(self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, clamped: bool) -> None:
+        self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
+        block = MixtureBlock(embed=embed, mlp=embed + 8, experts=experts, chosen=chosen, clamped=clamped)
+        self.blocks = Stack(block, layers)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        x_BSE, _ = self.blocks(ops, ops.shard(self.embed(ops, batch["tokens"]), "batch", "res_seq", None))
         return ops.cross_entropy(x_BSE, self.embed.table, batch["targets"], mask=batch["mask"])
 
 
@@ -225,3 +281,36 @@ class Ruled(Module):
         return ops.cross_entropy(
             ops.shard(x_BSE, "batch", "seq", None), self.table, batch["targets"], mask=batch["mask"]
         )
+
+
+class LatentBlock(Module):
+    def __init__(self, *, embed: int, mlp: int, **sizes: Any) -> None:
+        self.norm = RMSNorm(embed=embed)
+        self.attn = LatentAttention(embed=embed, **sizes)
+        self.mlp_norm = RMSNorm(embed=embed)
+        self.mlp = GatedMLP(embed=embed, mlp=mlp)
+
+    def __call__(self, ops: Any, x_BSE: Any, rope: Any, segment_ids: Any) -> Any:
+        x_BSE = x_BSE + self.attn(ops, self.norm(ops, x_BSE), rope, segment_ids)
+        return x_BSE + self.mlp(ops, self.mlp_norm(ops, x_BSE)), None
+
+
+class Latent(Module):
+    """Embedding, a Stack of blocks with latent attention, a tied output."""
+
+    def __init__(self, *, vocab: int, embed: int, layers: int, rope_dim: int, **sizes: Any) -> None:
+        self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
+        self.blocks = Stack(LatentBlock(embed=embed, rope_dim=rope_dim, **sizes), layers)
+        self.rope_dim = rope_dim
+
+    def hidden(self, ops: Any, batch: Any) -> Any:
+        rope = ops.rope_table(batch["positions"], self.rope_dim)
+        x_BSE = ops.shard(self.embed(ops, batch["tokens"]), "batch", "res_seq", None)
+        x_BSE, _ = self.blocks(ops, x_BSE, rope, batch["segment_ids"])
+        return ops.shard(x_BSE, "batch", "seq", None)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        return ops.cross_entropy(self.hidden(ops, batch), self.embed.table, batch["targets"], mask=batch["mask"])
+
+    def predict(self, ops: Any, batch: Any) -> Any:
+        return ops.einsum("bse,ve->bsv", self.hidden(ops, batch), self.embed.table, dtype="float32")

@@ -251,7 +251,7 @@ def test_train_goes_on_in_the_same_directory_but_not_after_the_end(trainer: Trai
     trainer.ends = [KeyboardInterrupt()]
     assert main(TRAIN) == 130
     assert capsys.readouterr().err.strip() == "interrupted"
-    assert "differs in steps" in refused(main, [*TRAIN, "--set", "steps=6"], capsys)
+    assert "differs in seed" in refused(main, [*TRAIN, "--set", "seed=6"], capsys)
     assert main(TRAIN) == 0
     assert "finished" in refused(main, TRAIN, capsys)
 

@@ -13,7 +13,8 @@ import pytest
 
 from portatrain.data import Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap, open_data
 from portatrain.data.corpus import streams
-from portatrain.data.sources import documents, find, stdlib_files
+from portatrain.data.finding import find
+from portatrain.data.sources import documents, stdlib_files
 from portatrain.errors import UserError
 from tests.support.folders import listing
 
@@ -402,7 +403,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch, module, spec):
 
 
 def test_what_is_no_spec():
-    with pytest.raises(UserError, match="one of Digits, Jsonl, Mixture"):
+    with pytest.raises(UserError, match="one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture"):
         open_data("stdlib", seed=0)  # type: ignore[arg-type]
 
 

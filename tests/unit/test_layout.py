@@ -127,7 +127,7 @@ def test_default_specs() -> None:
 def test_fsdp_is_one_line_of_difference() -> None:
     layout = Layout.of(definition())
     assert dict(layout.params) == {**COMPUTE, **PARAMS}
-    assert PARAMS == {"embed": "fsdp"}
+    assert PARAMS == {"embed": "fsdp", "latent": "fsdp"}
     assert layout.spec(("embed",)) == ((),)
     assert layout.spec(("embed",), role="params") == layout.spec(("embed",), role="opt") == (("fsdp",),)
 

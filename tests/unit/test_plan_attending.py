@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from portatrain.backends.choose_kernel import choose
-from portatrain.plan.attending import _case, kernel_of, priced
+from portatrain.backends.kernels import Case, Site
+from portatrain.plan.attending import _case, grouped_name_of, kernel_of, priced
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.efficiency import Efficiency
 from portatrain.plan.cost.memory import memory
@@ -122,3 +123,35 @@ def test_a_kernel_of_blocks_computes_those_on_the_diagonal_whole() -> None:
         assert made.block == 512 and made.skips_masked
         # Of 16 x 16 blocks 136 are computed, where the mask shows the pairs of 128.
         assert attention_flops(work, made) == pytest.approx(work.attention_flops * (blocks + 1) / blocks, rel=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("stack", "mesh", "embed", "kernel"),
+    [
+        ("torch-cuda", (1, 1, 4, 1, 2), 4096, "grouped_mm"),
+        ("torch-cuda", (1, 1, 4, 1, 2), 4100, "written-out"),  # rows that are no multiple of 16 bytes
+        ("jax-tpu", (1, 1, 4, 1, 2), 4096, "ragged_dot"),
+    ],
+)
+def test_the_kernel_of_experts_is_the_backends(stack: str, mesh: Sizes, embed: int, kernel: str) -> None:
+    shape, tuning = replace(PRESETS["mixtral-8x7b"], embed=embed), TUNING[stack]
+    assert grouped_name_of(shape, mesh, 1, BF16, tuning) == kernel
+    rows = 4096 * 2
+    case = Case(
+        site=Site(backend=tuning.backend, device=tuning.device), dtype="bfloat16", shape=(rows, embed, 14336 // 2, 2)
+    )
+    assert choose("grouped_matmul", case).kernel.name == kernel
+    assert grouped_name_of(PRESETS["llama3-8b"], mesh, 1, BF16, tuning) == ""
+
+
+def test_static_buffers_have_room_for_the_rows_of_all_devices() -> None:
+    """Kept and working values of experts grow by the expert axis on jax; on torch they are what routing sends."""
+    shape = PRESETS["mixtral-8x7b"]
+    for stack, room in (("jax-tpu", 4), ("torch-cuda", 1)):
+        tuning = priced(TUNING[stack], shape, (1, 4, 4, 1, 1), 1, BF16)
+        plain, mine = replace(tuning, room=False), on_mesh(shape, (1, 4, 4, 1, 1))
+        options = {"tokens": 4096.0, "accumulation": 1, "remat": REMATS["none"], "precision": BF16, "slot_bytes": 8.0}
+        more, less = (memory(mine, tuning=t, **options).activations for t in (tuning, plain))
+        hidden = 2 * 2 + (2 if tuning.static else 0)
+        rows = (room - 1) * 4096 * (2 * 2 * 4096 + hidden * 2 * 14336)  # two rows a token: in, out and hidden
+        assert more - less == pytest.approx(32 * rows * 2)

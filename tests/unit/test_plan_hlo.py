@@ -202,3 +202,23 @@ print(found.flops, found.bytes)
     # XLA on CPUs may write a gather as an all-reduce, in which each adds its own part to zeros.
     moved, weights = json.loads(found.replace("'", '"')), 5 * 32 * 32 * 4
     assert all("fsdp" in axes for axes in moved) and sum(moved.values()) in (weights, 2 * weights)
+
+
+RAGGED = """
+HloModule jit_f, is_scheduled=true
+
+ENTRY %main (x: f32[8,1,16], out: f32[32,1,16], n: s32[4]) -> f32[8,1,16] {
+  %x = f32[8,1,16]{2,1,0} parameter(0)
+  %out = f32[32,1,16]{2,1,0} parameter(1)
+  %n = s32[4]{0} parameter(2)
+  %there = f32[32,1,16]{2,1,0} ragged-all-to-all(%x, %out, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+  ROOT %back = f32[8,1,16]{2,1,0} ragged-all-to-all(%there, %x, %n, %n, %n, %n), replica_groups={{0,1,2,3}}
+}
+"""
+
+
+def test_a_ragged_exchange_counts_the_rows_of_all_devices_once() -> None:
+    """Eight rows of 16 numbers on each of four devices, there and back, whichever side has the buffer."""
+    mesh = {"replica": 1, "fsdp": 1, "expert": 4, "context": 1, "tensor": 1}
+    found = hlo.measure(RAGGED, mesh)
+    assert (found.bytes, found.calls) == ({"expert": 2 * 4 * 8 * 16 * 4}, {"expert": 2})

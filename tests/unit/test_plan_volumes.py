@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from portatrain.plan.attending import priced
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.placement import assign_axes
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING, Tuning
@@ -99,3 +100,20 @@ def test_times_are_made_of_these_amounts(mesh: Sizes) -> None:
         )
     else:
         assert more == 0
+
+
+def test_the_exchange_of_experts_by_hand() -> None:
+    """Mixtral, 4096 tokens of a microbatch on each of 4 x 2 devices: two rows of 4096 numbers for each token, there and
+    back, forward and backward, and both again if they were not kept. Every device of tensor sends whole rows; it sums
+    tokens, not rows: twice around attention and twice around experts, in both directions, and at both ends."""
+    shape, mesh, tokens = PRESETS["mixtral-8x7b"], (1, 1, 4, 1, 2), 4096.0
+    work, tuning = on_mesh(shape, mesh), priced(TORCH, shape, mesh, 1, BF16)
+    for remat, trips in (("none", 4), ("block", 6)):
+        moved = volumes(work, tokens=tokens, remat=REMATS[remat], precision=BF16, tuning=tuning)
+        assert moved.expert == 32 * trips * 4 * tokens * 2 * 4096 * 2
+    kept = volumes(work, tokens=tokens, remat=REMATS["none"], precision=BF16, tuning=tuning)
+    again = 2 * (1 - REMATS["none"].normed) + (1 - REMATS["none"].projected)
+    assert kept.tensor == (4 + 32 * (8 + again)) * tokens * 4096 * 2
+    # As others do it, whose runs are published: tensor divides the rows, and sums them.
+    others = volumes(work, tokens=tokens, remat=REMATS["none"], precision=BF16, tuning=TORCH)
+    assert others.expert < kept.expert and others.tensor > kept.tensor

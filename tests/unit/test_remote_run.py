@@ -29,6 +29,8 @@ from portatrain.system import json_files
 from portatrain.system import object_store as connection
 from portatrain.system.environment import CLAIM, SCRATCH
 from portatrain.system.object_store import Objects
+from tests.support import tiny_fork
+from tests.support.running import BACKENDS
 from tests.support.small_recipe import make
 
 obstore = pytest.importorskip("obstore")
@@ -507,3 +509,21 @@ def test_listed_cancelled_and_told(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_on_a_file_system_is_as_before(tmp_path: Path) -> None:
     assert type(open_run(tmp_path)) is RunDir and open_run(tmp_path).where == str(tmp_path)
+
+
+def test_a_fork_of_a_run_in_a_store_is_made_and_trained_on_other_machines(tmp_path: Path, elsewhere: Any) -> None:
+    backend = BACKENDS[-1]
+    file = tiny_fork.write(tmp_path) / "one.py"
+    words = ["--set", "steps=8", "--backend", backend]
+    assert main(["train", str(file), "--run-dir", "s3://bucket/runs/a", *words]) == 0
+    elsewhere("second")
+    fork = ["fork", "s3://bucket/runs/a", "--runs", "s3://bucket/runs", "--at", "4", "--run", "b"]
+    assert main([*fork, "--set", "optimizer.lr=0.01"]) == 0
+    elsewhere("third")
+    assert main(["resume", "b", "--runs", "s3://bucket/runs"]) == 0
+    elsewhere("fourth")
+    made, parent = open_run("s3://bucket/runs/b"), open_run("s3://bucket/runs/a")
+    assert [row["step"] for row in made.curve()] == [5, 6, 7, 8] and made.is_done and len(parent.curve()) == 8
+    assert [e["verdict"] for e in made.events("resumed")] == ["changed"]
+    assert main(["resume", "b", "--runs", "s3://bucket/runs", "--set", "steps=10"]) == 0
+    assert len(open_run("s3://bucket/runs/b").curve()) == 6 and read_history(open_run("s3://bucket/runs/b")).steps == 10

@@ -222,3 +222,36 @@ def test_a_check_that_fails_on_the_way_is_not_remembered(
         assert launch("nothing", "--run", run) == 0
         assert "The check itself failed" in capsys.readouterr().err
     assert len(asked) == 2
+
+
+def test_train_names_the_check_of_an_unseen_recipe(
+    asked: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("portatrain.training.trainer.train", lambda *_, **__: 0)
+    Path("own.py").write_text(RECIPE.format(kind="nothing"))
+
+    def said(*words: str) -> str:
+        assert main(["train", "own.py", "--run-dir", "run", "--backend", "torch", *words]) == 0
+        return capsys.readouterr().err
+
+    (line,) = said("--set", "steps=3").splitlines()
+    assert line.endswith(": portatrain check own.py --set steps=3")
+    assert asked == []  # it does not wait for a check
+    monkeypatch.setenv("PORTATRAIN_CHECK", "0")
+    assert said() == ""
+    monkeypatch.setenv("PORTATRAIN_CHECK", "1")
+    monkeypatch.setenv("PORTATRAIN_CLUSTER", '{"engine": "slurm"}')
+    assert said() == ""  # a job: `launch` has checked it
+    monkeypatch.delenv("PORTATRAIN_CLUSTER")
+    assert main(["check", "own.py"]) == 0
+    capsys.readouterr()
+    assert said() == ""
+
+
+def test_a_check_that_finds_a_fault_or_tries_one_framework_is_not_remembered(
+    asked: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kind, words in (("an einsum of two samples", ()), ("nothing", ("--backends", "torch"))):
+        Path("own.py").write_text(RECIPE.format(kind=kind))
+        main(["check", "own.py", *words])
+        assert not list(Path("cache").rglob("*.json")), kind

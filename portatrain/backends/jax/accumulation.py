@@ -149,3 +149,15 @@ def _start(shapes: Any) -> Any:
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes)
     auxes = jax.tree_util.tree_map_with_path(lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3])
     return (*zeros[:3], auxes, zeros[4])
+
+
+def aux_part(aux: Any) -> dict[str, Any]:
+    """Return the part of an aux that is accumulated. The kind of reduction is in the key, because it must be static."""
+    count = jnp.float32(aux.count * aux.value_B.shape[0])
+    if aux.reduce == "max":
+        return {"max": jnp.max(aux.value_B)}
+    return {"sum": jnp.sum(aux.value_B)} | ({"count": count} if aux.reduce == "mean" else {})
+
+
+def aux_value(part: dict[str, Any]) -> Any:
+    return part["max"] if "max" in part else part["sum"] / part.get("count", 1.0)

@@ -3,34 +3,32 @@
 from __future__ import annotations
 
 import functools
-import platform as machine
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portatrain.backends import fp8_chips
-from portatrain.backends.base import Arrays, Context, IrregularShards, LocalBox, StepResult, check_loss
-from portatrain.backends.compiling import Compiled
-from portatrain.backends.jax import compile_cache, fp8
-from portatrain.backends.jax.accumulation import Accumulation
+from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.jax import fp8
+from portatrain.backends.jax.about import About
+from portatrain.backends.jax.accumulation import Accumulation, aux_part, aux_value
+from portatrain.backends.jax.decoding import JaxCached
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
-from portatrain.backends.jax.trace import JaxTrace
+from portatrain.backends.jax.standalone_ops import COMPUTE, StandaloneOps
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
-from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, initial_box, inventory, sample_words
+from portatrain.backends.state import COUNT, StateTensor, initial_box, inventory, sample_words
 from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.model import dropout_hash, remat
 from portatrain.model.across_samples import Across
@@ -39,13 +37,11 @@ from portatrain.model.module import TensorInfo
 from portatrain.model.state_updates import run_after_step
 from portatrain.optim import clip_scale, global_norm
 
-COMPUTE = {"fp32": jnp.float32, "bf16": jnp.bfloat16, "bf16-state": jnp.bfloat16, "fp8": jnp.bfloat16}
-
 State = dict[str, Any]
 """The state: {'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
-class JaxBackend:
+class JaxBackend(About, StandaloneOps):
     """See `portatrain.backends.base.Backend`. `devices`: the devices of the mesh, row-major, if their order matters.
     They may be descriptions of absent devices, to compile for them (`abstract_step`)."""
 
@@ -210,7 +206,7 @@ class JaxBackend:
         for aux in ops.auxes.values():
             if aux.loss:
                 total = total + aux.loss * jnp.sum(aux.value_B * jax.lax.stop_gradient(loss.weight_B))
-        auxes = {k: _aux_part(a) for k, a in ops.auxes.items()}
+        auxes = {k: aux_part(a) for k, a in ops.auxes.items()}
         return total, (total, jnp.sum(loss.weight_B), auxes, ops.tallies)
 
     def _accumulate(self, state: State, batch: Mapping[str, Any], step: Any) -> Any:
@@ -272,7 +268,7 @@ class JaxBackend:
             new = jax.lax.cond(good, update, lambda: state)
         else:  # where a branch may have to wait for the host
             new = jax.tree.map(lambda a, b: jnp.where(good, a, b), update(), state)
-        aux = {k: _aux_value(v) for k, v in auxes.items()}
+        aux = {k: aux_value(v) for k, v in auxes.items()}
         skipped = 1 - good.astype(jnp.int32)
         return new, {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
 
@@ -343,8 +339,20 @@ class JaxBackend:
         found = self._predicts(state["params"], state["state"], self._put(even, 0), samples)
         return np.asarray(found)[:rows]
 
+    def cached(self, state: State) -> JaxCached | None:
+        return JaxCached(self, state) if self.layout.mesh.devices == 1 else None
+
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         return pad_rows(batch, self.layout.mesh.over(self.layout.spec(("batch",))[0]))
+
+    def rows_here(self, samples: int) -> np.ndarray | None:
+        if self.processes == 1:
+            return None
+        mine = np.zeros(samples, bool)
+        sharding = NamedSharding(self.devices, partition_spec(self.layout.spec(("batch",))))
+        for index in sharding.addressable_devices_indices_map((samples,)).values():
+            mine[index] = True
+        return mine
 
     def _put(self, batch: Mapping[str, np.ndarray], lead: int) -> dict[str, Any]:
         """Put the batch on the devices; `lead` is the axis of the samples."""
@@ -386,84 +394,7 @@ class JaxBackend:
     def irregular_shards(self, state: Any) -> IrregularShards:
         return {}
 
-    def describe_memory(self, state: State) -> dict[str, int]:
-        def held(array: Any) -> int:
-            return sum(shard.data.nbytes for shard in array.addressable_shards)
-
-        found = bytes_by_kind(self.state_arrays(state), held)
-        stats = [d.memory_stats() or {} for d in self.devices.local_devices]
-        peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-        return {**found, **({"peak": max(peaks)} if peaks else {})}
-
-    def graphs(self) -> int:
-        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of, self._probes]
-        return sum(f._cache_size() for f in jitted)
-
-    def agree(self, value: int) -> int:
-        if self.processes == 1:
-            return value
-        return int(np.max(multihost_utils.process_allgather(np.int32(value))))
-
-    def add_up(self, words: np.ndarray) -> np.ndarray:
-        """Return the sums of `words`, uint64, over all processes, modulo 2^64. JAX carries them as 32-bit halves."""
-        every = multihost_utils.process_allgather(words.view(np.uint32))
-        return np.asarray(every).view(np.uint64).sum(0, dtype=np.uint64)
-
-    def start_trace(self) -> JaxTrace:
-        return JaxTrace()
-
-    def use_compile_cache(self, folder: Path) -> Path:
-        return compile_cache.use(folder, self._platform)
-
-    def compiled(self) -> Compiled:
-        return compile_cache.compiled()
-
-    def describe_device(self) -> dict[str, Any]:
-        first = self.devices.devices.flat[0]
-        name = first.device_kind if first.platform != "cpu" else f"cpu ({machine.machine()})"
-        return {"device": name, "devices": self.layout.mesh.devices, "framework": f"jax {jax.__version__}"}
-
-    # ---- operations on their own
-
-    @classmethod
-    def _standalone(cls, context: Context) -> JaxOps:
-        sample = np.zeros(1, np.int64) if context.sample is None else context.sample
-        return JaxOps(
-            step=jnp.int32(context.step),
-            seed_2=jnp.asarray(dropout_hash.words(context.seed), jnp.int32),
-            sample=jnp.asarray(sample_words(sample)),
-            layer=jnp.int32(0),
-            training=context.training,
-            compute=COMPUTE[context.precision],
-            site=Site(backend="jax", device=jax.default_backend()),
-        )
-
-    @classmethod
-    def evaluate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> Any:
-        args = jax.tree.map(jnp.asarray, args)
-        return jax.tree.map(np.asarray, jax.jit(lambda a: fn(cls._standalone(context), *a))(args))
-
-    @classmethod
-    def differentiate(cls, fn: Callable[..., Any], args: tuple[Any, ...], context: Context) -> tuple[Any, tuple]:
-        args = jax.tree.map(jnp.asarray, args)
-        floating = tuple(i for i, a in enumerate(args) if jnp.issubdtype(a.dtype, jnp.floating))
-        run = jax.jit(jax.value_and_grad(lambda *a: fn(cls._standalone(context), *a), argnums=floating))
-        value, grads = run(*args)
-        return np.asarray(value), tuple(np.asarray(g) for g in grads)
-
 
 def _as_it_is(x: Any) -> Any:
     """Return a jitted function that changes a sharding. Tensors of one shape share a program through it."""
     return x
-
-
-def _aux_part(aux: Any) -> dict[str, Any]:
-    """Return the part of an aux that is accumulated. The kind of reduction is in the key, because it must be static."""
-    count = jnp.float32(aux.count * aux.value_B.shape[0])
-    if aux.reduce == "max":
-        return {"max": jnp.max(aux.value_B)}
-    return {"sum": jnp.sum(aux.value_B)} | ({"count": count} if aux.reduce == "mean" else {})
-
-
-def _aux_value(part: dict[str, Any]) -> Any:
-    return part["max"] if "max" in part else part["sum"] / part.get("count", 1.0)

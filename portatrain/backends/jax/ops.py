@@ -19,6 +19,7 @@ from portatrain.backends.jax import fp8
 from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
 from portatrain.backends.jax.cpu_products import may_merge, product_of
+from portatrain.backends.jax.experts import JaxExperts, Rows
 from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
@@ -32,7 +33,7 @@ from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling, rotary
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
 
@@ -70,7 +71,7 @@ summed_in_two_steps.defvjp(
 
 
 @dataclasses.dataclass
-class JaxOps(OnMesh, AcrossSamples, JaxArrays):
+class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
     """See `model.ops.Ops`. Every trace makes a new instance; `auxes` and `tallies` collect the values that it
     records."""
 
@@ -93,6 +94,8 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
     """The arrays of the batch, for `ids`."""
     ids: TokenIds | None = None
     across: Across | None = dataclasses.field(default_factory=Across)
+    rows: Rows | None = None
+    """In the body of `experts`."""
 
     @property
     def _precision(self) -> Any:
@@ -188,12 +191,12 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays):
         return summed_in_two_steps(p, (like.shape[0], *(1,) * between))
 
     def rope_table(
-        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Any, Any]:
-        frequencies = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
-        angles = positions.astype(jnp.float32)[..., None] * np.float32(frequencies)
-        return jnp.cos(angles), jnp.sin(angles)
+        frequencies, factor = rotary(head_dim, theta, scaling, positions.shape[-1])
+        angles = positions.astype(jnp.float32)[..., None] * np.array(frequencies, np.float32)
+        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
     def rope(self, x_BSHD: Any, table: tuple[Any, Any]) -> Any:
         cos, sin = (t[..., None, :] for t in table)  # (S, 1, D/2) or (B, S, 1, D/2): broadcast over heads

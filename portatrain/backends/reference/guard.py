@@ -235,7 +235,7 @@ class GuardedOps(ReferenceOps):
 
 
 def _method(method: Callable[..., Any]) -> Callable[..., Any]:
-    runs = method.__name__ in ("scan", "associative_scan", "across_samples")
+    runs = method.__name__ in ("scan", "associative_scan", "across_samples", "experts")
 
     @functools.wraps(method)
     def call(self: Any, *args: Any, **options: Any) -> Any:

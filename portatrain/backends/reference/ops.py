@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.reference import fp8
+from portatrain.backends.reference.experts import ReferenceExperts
 from portatrain.backends.reference.ops_arrays import ReferenceArrays
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError, choice
@@ -20,12 +21,12 @@ from portatrain.model.fp8 import Form
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling, rotary
 
 Array = np.ndarray
 
 
-class ReferenceOps(ReferenceArrays):
+class ReferenceOps(ReferenceArrays, ReferenceExperts):
     """The oracle. All floating arrays are float64: 'float32', 'bfloat16' and 'compute' mean float64.
 
     Args:
@@ -98,13 +99,12 @@ class ReferenceOps(ReferenceArrays):
         return y if bias is None else y + bias
 
     def rope_table(
-        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Array, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Array, Array]:
-        frequencies = float(theta) ** (-np.arange(0, head_dim, 2) / head_dim)
-        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
-        angles = positions[..., None].astype(np.float32) * frequencies.astype(np.float32)
+        frequencies, factor = rotary(head_dim, theta, scaling, positions.shape[-1])
+        angles = positions[..., None].astype(np.float32) * np.array(frequencies, np.float32)
         angles = angles.astype(np.float64)
-        return np.cos(angles), np.sin(angles)
+        return factor * np.cos(angles), factor * np.sin(angles)
 
     def rope(self, x_BSHD: Array, table: tuple[Array, Array]) -> Array:
         cos, sin = (t[..., None, :] for t in table)

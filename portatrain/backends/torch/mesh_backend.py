@@ -94,6 +94,11 @@ class MeshBackend(OneDevice):
 
     # ---- the step
 
+    def rows_here(self, samples: int) -> np.ndarray:
+        mine = np.zeros(samples, bool)
+        mine[self.world.my_rows(samples)] = True
+        return mine
+
     def _placed(self, batch: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
         mine = {k: v[self.world.my_rows(v.shape[0])] for k, v in batch.items()}
         return self._values(super()._placed(mine))

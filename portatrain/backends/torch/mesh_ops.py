@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from portatrain.backends.torch.mesh import World
 from portatrain.backends.torch.mesh_attention import MeshAttention
+from portatrain.backends.torch.mesh_experts import MeshExperts
 from portatrain.backends.torch.mesh_losses import MeshLosses
 from portatrain.backends.torch.mesh_ops_arrays import MeshArrays
 from portatrain.backends.torch.mesh_values import Kept, SumRows, Weight, of_all_experts, plain
@@ -31,13 +32,13 @@ from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model import dropout_hash
 from portatrain.model.fp8 import Form, unquantised
 from portatrain.model.lora import adapts, not_adapted
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling
 
 Placements = Sequence[Placement]
 
 
 @dataclasses.dataclass
-class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
+class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
     """Implement `Ops` on context and tensor axes, see the top of this file."""
 
     def __post_init__(self) -> None:
@@ -195,10 +196,11 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, RowOps):
         return self._from(self.parts.layer_norm(self._local(x, at), scale, bias, eps=eps), at)
 
     def rope_table(
-        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Any, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> Any:
         positions = self._value(positions)
         at = self._keep(positions)
+        scaling = None if scaling is None else scaling.at(positions.shape[-1])  # the whole length, not a process's
         cos, sin = self.parts.rope_table(self._local(positions, at), head_dim, theta=theta, scaling=scaling)
         return self._from(cos, at), self._from(sin, at)
 

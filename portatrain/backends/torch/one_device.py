@@ -6,7 +6,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,23 +14,15 @@ from torch import Tensor, nn
 
 from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
-from portatrain.backends.compiling import Compiled
 from portatrain.backends.kernels import FLEX_DEVICES, Site
 from portatrain.backends.program import Program
-from portatrain.backends.state import (
-    COUNT,
-    StateTensor,
-    beside_params,
-    bytes_by_kind,
-    initial_box,
-    inventory,
-    sample_words,
-)
+from portatrain.backends.state import COUNT, StateTensor, beside_params, initial_box, inventory, sample_words
 from portatrain.backends.token_ids import PREDICTED, TokenIds
-from portatrain.backends.torch import fp8
+from portatrain.backends.torch import attention, experts, fp8
+from portatrain.backends.torch.about import About
 from portatrain.backends.torch.accumulation import Accumulates, aux_value
-from portatrain.backends.torch.attention import load_kernels
-from portatrain.backends.torch.devices import check_device, device_name, peak_bytes, pick_device, row_of
+from portatrain.backends.torch.decoding import TorchCached
+from portatrain.backends.torch.devices import check_device, pick_device, row_of
 from portatrain.backends.torch.host import box, to_torch
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.lower import Piece, lower
@@ -40,7 +31,6 @@ from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
-from portatrain.backends.torch.trace import TorchTrace
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.across_samples import Across
@@ -65,7 +55,7 @@ class TorchState:
         return self.beside.setdefault("ema", {})
 
 
-class OneDevice(Accumulates, StandaloneOps):
+class OneDevice(About, Accumulates, StandaloneOps):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch"
@@ -89,7 +79,8 @@ class OneDevice(Accumulates, StandaloneOps):
         self.compiles = program.compile if program.compile is not None else row.compiles
         self.site = Site.of(program, backend="torch", device=self.device.type)
         self._fp8 = fp8.formats_of(self.device, row.name) if program.precision == "fp8" else fp8_chips.EMULATED
-        load_kernels()
+        attention.load_kernels()
+        experts.load_kernels()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self.remat = remat.parse(program.remat)
@@ -360,6 +351,9 @@ class OneDevice(Accumulates, StandaloneOps):
         predict: Any = state.module.predict
         return predict(ops, batch)
 
+    def cached(self, state: TorchState) -> TorchCached | None:
+        return TorchCached(self, state) if self.ops is TorchOps else None
+
     def _even(self, batch: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
         """Return a batch of as many rows as the devices need; rows that are no samples follow the others."""
         return batch
@@ -389,34 +383,3 @@ class OneDevice(Accumulates, StandaloneOps):
 
     def irregular_shards(self, state: Any) -> IrregularShards:
         return {}
-
-    def describe_memory(self, state: TorchState) -> dict[str, int]:
-        found = bytes_by_kind(((tensor, held) for tensor, _, held in self.state_arrays(state)), lambda t: t.nbytes)
-        peak = peak_bytes(self.device)
-        return found if peak is None else {**found, "peak": peak}
-
-    def graphs(self) -> int:
-        return self._graphs
-
-    def agree(self, value: int) -> int:
-        return value
-
-    def start_trace(self) -> TorchTrace:
-        return TorchTrace()
-
-    def use_compile_cache(self, folder: Path) -> Path | None:
-        if not self.compiles:
-            return None
-        from portatrain.backends.torch import compile_cache  # loads the compiler, which takes seconds
-
-        return compile_cache.use(folder)
-
-    def compiled(self) -> Compiled:
-        if not self.compiles:
-            return Compiled()
-        from portatrain.backends.torch import compile_cache
-
-        return compile_cache.compiled()
-
-    def describe_device(self) -> dict[str, Any]:
-        return {"device": device_name(self.device), "devices": 1, "framework": f"torch {torch.__version__}"}

@@ -19,6 +19,7 @@ from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch import fp8
 from portatrain.backends.torch.across_samples import AcrossSamples
 from portatrain.backends.torch.attention import SITE, attention
+from portatrain.backends.torch.experts import Rows, TorchExperts
 from portatrain.backends.torch.handed import Handed
 from portatrain.backends.torch.losses import chunk_loss, cross_entropy, token_losses
 from portatrain.backends.torch.low_precision import low_rows
@@ -32,7 +33,7 @@ from portatrain.model.layout import Layout
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
-from portatrain.model.rope import RopeScaling
+from portatrain.model.rope import Scaling, rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "bool": torch.bool}
 
@@ -60,7 +61,7 @@ class Static:
 
 
 @dataclasses.dataclass
-class TorchOps(AcrossSamples, TorchArrays):
+class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
     """See `portatrain.model.ops.Ops`. `auxes` and `tallies` collect the values that the model records.
 
     `run_block` runs one layer of a Stack (compiled, if the backend compiles), `run_again` one layer under the remat
@@ -88,6 +89,8 @@ class TorchOps(AcrossSamples, TorchArrays):
     ids: TokenIds | None = None
     across: Across | None = dataclasses.field(default_factory=Across)
     """None in the block of a Stack."""
+    rows: Rows | None = None
+    """In the body of `experts`."""
 
     @property
     def training(self) -> bool:
@@ -149,15 +152,12 @@ class TorchOps(AcrossSamples, TorchArrays):
         return (y if bias is None else y + by_sample(bias, y)).to(x.dtype)
 
     def rope_table(
-        self, positions: Tensor, head_dim: int, *, theta: float = 10000.0, scaling: RopeScaling | None = None
+        self, positions: Tensor, head_dim: int, *, theta: float = 10000.0, scaling: Scaling | None = None
     ) -> tuple[Tensor, Tensor]:
-        # The table is made on the host, because the device may not have float64.
-        there = positions.device if positions.device.type in ("cpu", "cuda") else torch.device("cpu")
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float64, device=there) / head_dim
-        frequencies = theta**-exponents
-        frequencies = frequencies if scaling is None else scaling.applied(frequencies)
-        angles = positions.float()[..., None] * frequencies.float().to(positions.device)
-        return angles.cos(), angles.sin()
+        frequencies, factor = rotary(head_dim, theta, scaling, positions.shape[-1])
+        angles = positions.float()[..., None] * torch.tensor(frequencies, dtype=torch.float32, device=positions.device)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if factor == 1 else (factor * cos, factor * sin)
 
     def rope(self, x_BSHD: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
         x = x_BSHD.float()

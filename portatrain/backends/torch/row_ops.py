@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from portatrain.backends.torch.mesh_experts import RowExperts
 from portatrain.backends.torch.mesh_values import SumRows, of_all_experts
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.model.fp8 import Form
@@ -17,7 +18,7 @@ from portatrain.model.lora import adapts, not_adapted
 
 
 @dataclasses.dataclass
-class RowOps(TorchOps):
+class RowOps(RowExperts, TorchOps):
     """Sum over the batch across processes, and gather parameters that are sharded over expert."""
 
     world: Any = None

@@ -49,8 +49,9 @@ def recipe_in(reader: Reader) -> Recipe:
         ) from error
 
 
-def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> list[str]:
-    """Write the checkpoint in format `to` as the folder `out`, which appears when it is complete; return its files."""
+def export_to(reader: Reader, to: str, out: Path, *, role: str = "params", dtype: str = "float32") -> list[str]:
+    """Write the checkpoint in format `to` as the folder `out`, which appears when it is complete; return its files.
+    `dtype` is that of weights for transformers; other formats keep the dtypes of the checkpoint."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(
             f"folder {out}",
@@ -75,7 +76,7 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
         ) from error
     try:
         with explained():
-            names = _written(reader, to, partial, role)
+            names = _written(reader, to, partial, role, dtype)
         partial.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -86,9 +87,9 @@ def export_to(reader: Reader, to: str, out: Path, *, role: str = "params") -> li
     return names
 
 
-def _written(reader: Reader, to: str, out: Path, role: str) -> list[str]:
+def _written(reader: Reader, to: str, out: Path, role: str, dtype: str) -> list[str]:
     if to == "huggingface":
-        return huggingface.export(reader, recipe_in(reader), out, role=role)
+        return huggingface.export(reader, recipe_in(reader), out, role=role, dtype=dtype)
     if to == "orbax":
         return trees.to_orbax(reader, out)
     if to == "dcp":
@@ -123,8 +124,7 @@ def import_from(
     meta: dict[str, Any] | None = None
     given: dict[str, Values]
     if kind == "huggingface":
-        params = {n.partition("/")[2]: s for n, s in shapes.items() if n.startswith("params/")}
-        given = {f"params/{n}": v for n, v in huggingface.read(source, recipe, params).items()}
+        given = huggingface.read(source, recipe, shapes)
     else:
         found = (trees.from_orbax if kind == "orbax" else trees.from_dcp)(source)
         meta = trees.read_meta(source)

@@ -13,7 +13,13 @@ from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
 from portatrain.system.paths import expand
 
-BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "generation_config.json")
+BESIDE = (
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "generation_config.json",
+)
 
 
 def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
@@ -45,6 +51,10 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         about |= {} if bos is None else {"bos_token": bos, "eos_token": bos}
         (out / "tokenizer_config.json").write_text(json.dumps(about, indent=2) + "\n")
         names.append("tokenizer_config.json")
+    # The template with which the model was trained, if it is not the tokenizer's own.
+    if chats := [own for s in sources if isinstance(own := getattr(s, "chat_template", None), str)]:
+        shutil.copyfile(expand(chats[0]), out / "chat_template.jinja")
+        names = [*dict.fromkeys([*names, "chat_template.jinja"])]
     return fields, names
 
 

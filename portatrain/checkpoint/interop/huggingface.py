@@ -4,12 +4,14 @@ model.safetensors.index.json."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from checkpoints_format import Box, Reader
+from checkpoints_format.dtypes import NUMPY
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_table import Hub, Row
@@ -41,47 +43,64 @@ def hub_of(recipe: Recipe) -> Hub:
 
 
 def _slice(row: Row, shape: tuple[int, ...]) -> Box:
-    if row.layer is None:
-        return Box.whole(shape)
-    return Box((row.layer, *(0,) * (len(shape) - 1)), (1, *shape[1:]))
+    at, inner = row.leading, row.inner(shape)
+    return Box((*at, *(0,) * len(inner)), (*(1,) * len(at), *inner))
 
 
-def _inner(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape if row.layer is None else shape[1:]
+def _sharing(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each tensor of theirs, in the order of the table."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        found.setdefault(row.theirs, []).append(row)
+    return found
 
 
-def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params") -> list[str]:
-    """Write weights into the empty folder `out`; return the names of the files. Holds one file in memory at a time."""
+def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", dtype: str = "float32") -> list[str]:
+    """Write weights into the empty folder `out`, rounded to `dtype` (to nearest, ties to even); return the names of the
+    files. Holds one file in memory at a time. Weights that came as `dtype` and were not trained keep their bits."""
+    width = NUMPY[dtype]
     hub, names = hub_of(recipe), []
-    params = recipe.describe().params
-    parts: list[list[Row]] = [[]]
+    params, shapes = recipe.describe().params, {t.name: t.shape for t in reader.layout.tensors}
+    parts: list[dict[str, list[Row]]] = [{}]
     used = 0
-    for row in hub.rows:
-        nbytes = 4 * int(np.prod(_inner(row, params[row.ours].shape)))
+    for theirs, rows in _sharing(hub.rows).items():
+        nbytes = width.itemsize * sum(math.prod(row.inner(shapes[row.full])) for row in rows)
         if parts[-1] and used + nbytes > FILE_BYTES:
-            parts.append([])
+            parts.append({})
             used = 0
-        parts[-1].append(row)
+        parts[-1][theirs] = rows
         used += nbytes
     from safetensors.numpy import save_file
 
     weights, total = {}, 0
-    for number, rows in enumerate(parts, start=1):
+    for number, tensors in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         held = {}
-        for row in rows:
-            array = _weight(reader, recipe, params, role, row)
-            held[row.theirs] = np.ascontiguousarray(row.out(array))
-            total += held[row.theirs].nbytes
-            weights[row.theirs] = file
+        for theirs, rows in tensors.items():
+            pieces = [row.out(_weight(reader, recipe, params, role, row)) for row in rows]
+            # The state of a router stays as it is: small steps move it.
+            held[theirs] = _joined(rows, pieces).astype(np.float32 if rows[0].state else width, copy=False)
+            total += held[theirs].nbytes
+            weights[theirs] = file
         save_file(held, out / file, metadata={"format": "pt"})
         names.append(file)
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     fields, more = written(recipe.data, out)
-    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": "float32"}
+    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": dtype}
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return [*names, INDEX, CONFIG, *more]
+
+
+def _joined(rows: Sequence[Row], pieces: Sequence[np.ndarray]) -> np.ndarray:
+    """Return one tensor of theirs from its rows, C-contiguous."""
+    if not rows[0].shares:
+        return np.ascontiguousarray(pieces[0])
+    shapes = [row.whole_shape(piece.shape) for row, piece in zip(rows, pieces, strict=True)]
+    whole = np.empty(tuple(max(sizes) for sizes in zip(*shapes, strict=True)), np.float32)
+    for row, piece in zip(rows, pieces, strict=True):
+        whole[row.cut(piece.shape)] = piece
+    return whole
 
 
 def _longest(recipe: Recipe, hub: Hub) -> int:
@@ -98,14 +117,15 @@ def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], ro
 
     def read(name: str) -> np.ndarray:
         full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
+        full = row.full if row.state else full
         shape = shapes[full]
-        return reader.read(full, _slice(row, shape)).reshape(_inner(row, shape)).astype(np.float32, copy=False)
+        return reader.read(full, _slice(row, shape)).reshape(row.inner(shape)).astype(np.float32, copy=False)
 
     weight, factors = read(row.ours), [f"{row.ours}/{factor}" for factor in FACTORS]
     if recipe.lora is None or factors[0] not in params:
         return weight
     info = params[row.ours]
-    lead = weight.shape[: info.batch_dims - (row.layer is not None)]
+    lead = weight.shape[: info.batch_dims - len(row.leading)]
     a, b = (read(factor) for factor in factors)
     rank = recipe.lora.rank
     product = a.reshape(*lead, -1, rank) @ b.reshape(*lead, rank, -1)
@@ -113,8 +133,9 @@ def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], ro
 
 
 def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Callable[[Box], np.ndarray]]:
-    """Return our parameters by name, without role, each as a function from a box to its values (float32).
+    """Return our tensors by their full names, each as a function from a box to its values (float32).
 
+    shapes: of our parameters and States, by their full names ('params/...', 'state/...').
     Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
     """
     from safetensors import safe_open
@@ -122,14 +143,15 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
     hub, what = hub_of(recipe), f"folder {source}"
     check(source, hub, recipe.name)
     there = _files(source)
-    wanted = {row.theirs: row for row in hub.rows}
+    wanted = _sharing(hub.rows)
     missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
-    more = [n for n in more if not n.endswith(BUFFERS)]
+    more = [n for n in more if not (n.endswith(BUFFERS) or n.startswith(hub.passed_over))]
     wrong = []
     for name in sorted(wanted.keys() & there.keys()):
         with safe_open(there[name], framework="numpy") as opened:
             found = tuple(opened.get_slice(name).get_shape())
-        shape = wanted[name].their_shape(_inner(wanted[name], shapes[wanted[name].ours]))
+        each = [row.whole_shape(row.their_shape(row.inner(shapes[row.full]))) for row in wanted[name]]
+        shape = tuple(max(sizes) for sizes in zip(*each, strict=True))
         if found != shape:
             wrong.append(f"{name} of {list(found)} for {list(shape)}")
     if missing or more or wrong:
@@ -146,19 +168,19 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
         )
     rows: dict[str, list[Row]] = {}
     for row in hub.rows:
-        rows.setdefault(row.ours, []).append(row)
+        rows.setdefault(row.full, []).append(row)
 
     def values(ours: str) -> Callable[[Box], np.ndarray]:
         def of(box: Box) -> np.ndarray:
             out = np.empty(box.shape, np.float32)
             for row in rows[ours]:
-                at = () if row.layer is None else (row.layer - box.offset[0],)
-                if at and not 0 <= at[0] < box.shape[0]:
+                n = len(row.leading)
+                at = tuple(index - start for index, start in zip(row.leading, box.offset[:n], strict=True))
+                if not all(0 <= index < size for index, size in zip(at, box.shape[:n], strict=True)):
                     continue
-                inner = box.slices()[len(at) :]
                 with safe_open(there[row.theirs], framework="numpy") as opened:
-                    array = np.asarray(opened.get_tensor(row.theirs)).astype(np.float32)
-                out[at] = row.back(array, _inner(row, shapes[ours]))[inner]
+                    inner = Box(box.offset[n:], box.shape[n:])
+                    out[at] = row.taken(opened.get_slice(row.theirs), inner, row.inner(shapes[ours]))
             return out
 
         return of

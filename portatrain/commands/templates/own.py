@@ -51,10 +51,17 @@ class Model(Module):
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:
         """Return the loss: here a cross-entropy, summed over the targets that `mask` counts."""
+        return ops.cross_entropy(self.hidden(ops, batch), self.head, batch["targets"], mask=batch["mask"])
+
+    def predict(self, ops: Ops, batch: Batch) -> Array:
+        """Return the logits, (B, S, V), from which `portatrain sample` draws. Training does not need it."""
+        return ops.einsum("bse,ve->bsv", self.hidden(ops, batch), self.head, dtype="float32")
+
+    def hidden(self, ops: Ops, batch: Batch) -> Array:
+        """Return the features before the output table, (B, S, E)."""
         x_BSE = ops.shard(self.embed(ops, batch["tokens"]), "batch", "res_seq", None)
         x_BSE, _ = self.blocks(ops, x_BSE)
-        x_BSE = ops.shard(self.norm(ops, x_BSE), "batch", "seq", None)
-        return ops.cross_entropy(x_BSE, self.head, batch["targets"], mask=batch["mask"])
+        return ops.shard(self.norm(ops, x_BSE), "batch", "seq", None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,3 +44,33 @@ class LayerNorm(Module):
     def __call__(self, ops: Ops, x: Array) -> Array:
         """Return x, (..., N), normalised, in the shape and dtype of x; computed in float32."""
         return ops.layer_norm(x, self.scale, self.bias, eps=self.eps)
+
+
+class OneRMSNorm(Module):
+    """`OneRMSNorm(embed=512)`: RMSNorm times 1 + scale, where scale starts at 0 and decays towards 0 (Gemma Team 2024,
+    arXiv:2403.08295). Its weights are those of the files: 1 + scale would not come back to the same bits."""
+
+    def __init__(self, *, eps: float = 1e-6, **axis: int) -> None:
+        self.scale = Param(**_one_axis("OneRMSNorm", axis), fan_in_axes=0, init="zeros")
+        self.eps = eps
+
+    def __call__(self, ops: Ops, x: Array) -> Array:
+        """Return x, (..., N), normalised, in the shape of x and the compute dtype; computed in float32."""
+        y = ops.rms_norm(ops.cast(x, "float32"), eps=self.eps)
+        return ops.cast(y * (ops.cast(ops.weight(self.scale), "float32") + 1.0), "compute")
+
+
+class HeadsRMSNorm(Module):
+    """`HeadsRMSNorm(heads=8, head_dim=64)`: RMSNorm of queries or keys over all features of all heads together, with a
+    scale for each (OLMo Team 2025, arXiv:2501.00656, section 2)."""
+
+    def __init__(self, *, eps: float = 1e-6, **axes: int) -> None:
+        self.scale = Param(**axes, fan_in_axes=0, init="ones")
+        self.axes, self.eps = tuple(axes), eps
+
+    def __call__(self, ops: Ops, x_BSHD: Array) -> Array:
+        """Return x, (B, S, H, D), normalised, in its shape and the compute dtype; computed in float32."""
+        x = ops.cast(x_BSHD, "float32")
+        mean_BS = ops.mean(x * x, ("batch", "seq", *self.axes), over=self.axes)
+        y = x * ((mean_BS + self.eps) ** -0.5)[..., None, None]
+        return ops.cast(y * ops.cast(ops.weight(self.scale), "float32"), "compute")

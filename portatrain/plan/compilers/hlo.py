@@ -147,7 +147,10 @@ def _pairs(base: int, out: int, size: int, stride: int, pad: int, left: int, rig
 
 
 def _gathered(one: Computation, line: Instruction, kind: str, group: int) -> float:
-    """Return the bytes of the gathered array; for an all-reduce, twice its array; for a permute, one device's data."""
+    """Return the bytes of the gathered array; for an all-reduce, twice its array; for a permute, one device's data. The
+    arrays of a ragged all-to-all are a device's own rows, and a buffer with room for those of the whole group."""
+    if kind == "ragged-all-to-all":
+        return group * min(nbytes(one.type_of(name)) for name in line.operands[:2])
     out = nbytes(line.type)
     into = sum(nbytes(one.type_of(name)) for name in line.operands)
     if line.opcode.endswith("-start"):  # its result holds the operand too

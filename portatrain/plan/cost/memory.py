@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from portatrain.plan.cost.policy import (
     LOGITS_CHUNK_BYTES,
@@ -15,7 +15,7 @@ from portatrain.plan.cost.policy import (
     Remat,
     Tuning,
 )
-from portatrain.plan.cost.workload import LayerKind, OnMesh
+from portatrain.plan.cost.workload import EXPERT, LayerKind, OnMesh
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +72,8 @@ def memory(
     the gradients of the output projection are summed in fp32, whole, on every device.
     """
     width = precision.compute
+    if tuning.room and work.mesh[EXPERT] > 1:
+        work = replace(work, kinds=tuple(kind.with_room(work.mesh[EXPERT]) for kind in work.kinds))
     a_token = sum(kind.n * kind.kept(remat, width, static=tuning.static) for kind in work.kinds)
     kept = a_token * tokens * width * (1 - remat.offload)
     state = work.held * precision.param, work.trained * slot_bytes * precision.slots

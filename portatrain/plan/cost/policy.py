@@ -89,6 +89,10 @@ class Tuning:
     ``skips_masked``: it skips what a causal mask hides, in whole blocks of ``block`` queries. ``balances``: over
     context, every device exchanges half of its queries (``model/context_chunks.py``), and leaves out the keys that
     no query of a chunk sees. `portatrain.plan.attending` takes these five from the kernel that runs.
+    ``whole_rows``: rows travel to experts with all their features, between devices of equal index along tensor, and
+    what tensor sums is a row for each token, not for each pair of a token and an expert; what travelled is not kept by
+    any policy but ``none``. ``room``: shapes are static, so buffers of experts have room for the rows of all devices of
+    the expert axis. `portatrain.plan.attending` sets both, as the backends of portatrain do it.
     ``boundary``: rows that a grouped matmul multiplies in vain for each expert: where one expert's rows end inside of a
     tile, the tile is computed for both of its experts. ``sorting``: how often the copies of tokens that experts get
     would go through memory, forward, in the time that it takes to sort them and to bring them back (see `SORTING`).
@@ -110,6 +114,8 @@ class Tuning:
     skips_masked: bool = True
     block: int = 1
     balances: bool = True
+    whole_rows: bool = False
+    room: bool = False
     scores_passes: tuple[float, float] = (4.0, 7.0)
     static: bool = False
     fragmentation: float = 0.03

@@ -17,7 +17,7 @@ from portatrain.plan.cost.policy import (
     Remat,
     Tuning,
 )
-from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
+from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, LayerKind, OnMesh
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,6 +96,26 @@ def attention_flops(work: OnMesh, tuning: Tuning) -> float:
         diagonal = 1 + (tuning.block - 1) / (work.seq * work.mesh[CONTEXT]) if work.masked_flops else 1.0
         return work.attention_flops * diagonal * (1.0 if tuning.balances and work.dealt else work.busiest)
     return work.dealt_flops if tuning.balances else work.attention_flops + work.masked_flops
+
+
+def summed(kind: LayerKind, tuning: Tuning) -> float:
+    """Return how often the feed-forward part of a layer gathers or scatters the residual stream over tensor, forward
+    and backward. Experts get `copies` of a token; if their sums are of pairs of a token and an expert, it grows by that
+    factor."""
+    return 4.0 if tuning.whole_rows else 4 * max(1.0, kind.copies)
+
+
+def _trips(tuning: Tuning, remat: Remat) -> float:
+    """Return how often rows travel: there and back, forward and backward, and again if they were not kept."""
+    if tuning.whole_rows:
+        return 4.0 if remat.everything else 6.0
+    return 4 + (1 - remat.normed)
+
+
+def travelled(work: OnMesh, kind: LayerKind, tuning: Tuning, remat: Remat) -> float:
+    """Return the numbers per token that a layer exchanges with experts on all devices of the expert axis."""
+    each = kind.copies * work.embed / (1 if tuning.whole_rows else work.mesh[TENSOR])
+    return _trips(tuning, remat) * work.mesh[EXPERT] * each
 
 
 def idle(work: OnMesh, rate: Rates) -> tuple[float, float]:
@@ -195,20 +215,18 @@ def step_time(
     if mesh[TENSOR] > 1:
         stream = all_gather(paths[TENSOR], tokens * work.embed * width)
         more = 2 * (1 - remat.normed) + (1 - remat.projected)
-        # Experts get `copies` of a token, so gathering and scattering around them grows by that factor.
-        tensor_s = stream * (4 + sum(kind.n * (4 + 4 * max(1.0, kind.copies) + more) for kind in work.kinds))
+        tensor_s = stream * (4 + sum(kind.n * (4 + summed(kind, tuning) + more) for kind in work.kinds))
     # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
     context_s = 0.0
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
         context_s = 3 * layers * all_gather(paths[CONTEXT], tokens * mesh[CONTEXT] * kv * width)
         context_s += exchange(paths[CONTEXT], exchanged(work, tuning, remat) * tokens * width)
-    # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     expert_s = 0.0
     if mesh[EXPERT] > 1:
-        trips = 4 + (1 - remat.normed)
         for kind in work.kinds:
-            sent = mesh[EXPERT] * tokens * kind.copies * work.embed * width / mesh[TENSOR]
+            trips = _trips(tuning, remat)
+            sent = travelled(work, kind, tuning, remat) / trips * tokens * width
             expert_s += trips * kind.n * all_to_all(paths[EXPERT], sent)
     compute = forward + backward
     left_tensor = _left(tensor_s, compute, tuning.hide_tensor)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.cost.policy import ATTENTION_BACKWARD, Precision, Remat, Tuning
-from portatrain.plan.cost.timing import attention_flops, exchanged, multiplied
+from portatrain.plan.cost.timing import attention_flops, exchanged, multiplied, summed, travelled
 from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 
@@ -71,20 +71,14 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     tensor = context = expert = 0.0
     if mesh[TENSOR] > 1:
         more = 2 * (1 - remat.normed) + (1 - remat.projected)
-        # Experts get `copies` of a token, so gathering and scattering around them grows by that factor.
-        times = 4 + sum(kind.n * (4 + 4 * max(1.0, kind.copies) + more) for kind in work.kinds)
-        tensor = times * tokens * work.embed * width
+        tensor = (4 + sum(kind.n * (4 + summed(kind, tuning) + more) for kind in work.kinds)) * tokens * work.embed
+        tensor *= width
     # Context parallelism gathers keys and values forward and backward, and scatters their gradients.
     if mesh[CONTEXT] > 1:
         kv = max((kind.kv for kind in work.kinds), default=0.0)
         context = (3 * layers * mesh[CONTEXT] * kv + exchanged(work, tuning, remat)) * tokens * width
-    # Experts: tokens go there and back, forward and backward, and there again if they were not kept.
     if mesh[EXPERT] > 1:
-        trips = 4 + (1 - remat.normed)
-        expert = sum(
-            trips * kind.n * mesh[EXPERT] * tokens * kind.copies * work.embed * width / mesh[TENSOR]
-            for kind in work.kinds
-        )
+        expert = sum(kind.n * travelled(work, kind, tuning, remat) for kind in work.kinds) * tokens * width
     # FSDP: weights are gathered forward and backward, gradients scattered in the accumulation's precision.
     gathered = (work.gathered_layers + work.gathered_ends) if mesh[FSDP] > 1 else 0.0
     ends = work.gathered_ends if tuning.keeps_ends and mesh[FSDP] > 1 else 0.0

@@ -6,7 +6,7 @@ seq_len / context. Widths are numbers per token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from portatrain.model.context_chunks import computed, dealt, imbalance, in_order, pairs
 from portatrain.model.layout import MESH_AXES
@@ -22,7 +22,7 @@ ROLES = ("qkv", "projected", "hidden", "down", "ends")
 class LayerKind:
     """The widths of one kind of layer on a device. ``n``: layers. ``res``: the residual stream as it is sharded
     between blocks. ``wide``: the stream inside blocks. ``q``: queries, and attention's result. ``mlp``: the hidden
-    width that a token passes. ``copies``: copies of a token that experts get."""
+    width that a token passes, ``routed`` of it in experts. ``copies``: copies of a token that experts get."""
 
     n: int
     res: float
@@ -33,6 +33,13 @@ class LayerKind:
     mlp: float
     ways: int
     copies: float
+    routed: float = 0.0
+
+    def with_room(self, room: float) -> LayerKind:
+        """Return the widths of buffers that have room for ``room`` times the rows that experts get on average."""
+        if room == 1.0 or not self.copies:
+            return self
+        return replace(self, copies=room * self.copies, mlp=self.mlp + (room - 1) * self.routed)
 
     def kept(self, remat: Remat, width: float, *, static: bool) -> float:
         """Return the numbers of ``width`` bytes per token that one layer keeps from forward to backward.
@@ -236,6 +243,7 @@ def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
                 mlp=mlp / tensor,
                 ways=2 if shape.gated else 1,
                 copies=float(shape.experts_per_token) if routed else 0.0,
+                routed=shape.mlp * shape.experts_per_token / tensor if routed else 0.0,
             )
         )
     return tuple(found)

@@ -10,7 +10,13 @@ from html import escape
 from portatrain.system.svg import COLOURS, Point, Scale, columns, padded, short, ticks
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 1000, 210, 70, 14, 26, 22
-VERDICTS = {"continuous": "#2a7d2a", "broken": "#c22", "unproven": "#b58900", "imported": "#268bd2"}
+VERDICTS = {
+    "continuous": "#2a7d2a",
+    "broken": "#c22",
+    "unproven": "#b58900",
+    "imported": "#268bd2",
+    "changed": "#6c4ab6",
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,11 @@ from typing import Any
 from portatrain.errors import visible
 from portatrain.runs import profiles
 from portatrain.runs.history import AttemptHistory, History
+from portatrain.runs.report import changed
+from portatrain.runs.report.changed import Fork
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
+from portatrain.runs.report.tables import section as _section
+from portatrain.runs.report.tables import table as _table
 from portatrain.runs.verdict import in_words
 from portatrain.system.text import duration
 
@@ -29,8 +33,8 @@ code { background: #f4f4f4; padding: 0 .25em } .sub { color: #666; margin-top: .
 """
 
 
-def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
-    """Return the whole document; `checkpoints` as `history.kept_checkpoints` gives them."""
+def page(run: History, checkpoints: Sequence[Mapping[str, Any]], forks: Sequence[Fork] = ()) -> str:
+    """Return the whole document, with the results of `history.kept_checkpoints` and `changes.family`."""
     lines = "\n".join(
         [
             "<!doctype html>",
@@ -41,6 +45,8 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]]) -> str:
             _charts(run),
             _attempts(run),
             _resume_points(run),
+            changed.forks(run, forks),
+            changed.changes(run),
             _first_steps(run),
             _plans(run),
             _profiles(run),
@@ -237,19 +243,6 @@ def _flat(value: Any, path: str = "") -> Iterable[tuple[str, str]]:
             yield from _flat(inner, f"{path}[{i}]")
     else:
         yield path, str(value)
-
-
-def _section(title: str, body: str) -> str:
-    return f"<h2>{escape(title)}</h2>{body}"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], raw: Sequence[int] = ()) -> str:
-    """Cells are text, but for the columns `raw`, which are HTML."""
-    lines = ["<table><tr>", *(f"<th>{escape(h)}</th>" for h in head), "</tr>"]
-    for row in rows:
-        cells = "".join(f"<td>{cell if i in raw else escape(cell)}</td>" for i, cell in enumerate(row))
-        lines.append(f"<tr>{cells}</tr>")
-    return "".join([*lines, "</table>"])
 
 
 def _when(unix_s: float) -> str:

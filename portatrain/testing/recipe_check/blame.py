@@ -54,7 +54,8 @@ def recording(calls: list[Call], base: type[GuardedOps] = GuardedOps) -> type[Gu
         def call(self: Any, *args: Any, **options: Any) -> Any:
             if self._inside or self._comparing:
                 return method(self, *args, **options)
-            self._comparing = name == "across_samples"  # what it calls sees many samples, and may
+            # What these call sees rows of many samples, and may.
+            self._comparing = name in ("across_samples", "experts")
             try:
                 result = method(self, *args, **options)
             finally:

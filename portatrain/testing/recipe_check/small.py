@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from portatrain.data.open import blank_batch
-from portatrain.data.own import gives_arrays, gives_documents
+from portatrain.data.own import gives_arrays, gives_tokens
 from portatrain.data.own_arrays import open_arrays
-from portatrain.data.spec import DataSpec, Digits, Jsonl, Mixture, Stdlib, TextFiles, TokenMemmap
+from portatrain.data.spec import DataSpec, Digits, Mixture
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
@@ -32,7 +32,6 @@ SEQ_LEN = 32
 LAYERS = 2
 LARGEST = 2.0e9
 """The largest product of parameters and positions in a batch for which the oracle still takes seconds."""
-TOKENS = (Stdlib, TextFiles, Jsonl, TokenMemmap)
 
 Batch = dict[str, np.ndarray]
 
@@ -90,7 +89,7 @@ def _shortened(data: DataSpec) -> DataSpec:
 
 
 def _is_tokens(data: DataSpec) -> bool:
-    return isinstance(data, (*TOKENS, Mixture)) or gives_documents(data)
+    return isinstance(data, Mixture) or gives_tokens(data)
 
 
 def too_large(recipe: Recipe, definition: Definition) -> UserError | None:

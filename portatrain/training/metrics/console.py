@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from portatrain.errors import visible
 from portatrain.runs import first_steps, profiles
 from portatrain.runs.events import Kind
-from portatrain.runs.verdict import in_words
+from portatrain.runs.verdict import effect_in_words, in_words
 from portatrain.system.text import duration, si
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
 
@@ -109,6 +109,9 @@ class ConsoleSink:
     def event(self, kind: str, **fields: object) -> None:
         if kind == Kind.RESUMED:
             self._line(f"resumed from the checkpoint of step {fields.get('step')}. Continuity: {in_words(fields)}")
+            return
+        if kind == Kind.CHANGE_MEASURED:
+            self._line(f"the change after step {fields.get('step')} alone: {effect_in_words(fields)}")
             return
         if kind == Kind.COMMITTED:  # said when it began: saving
             return

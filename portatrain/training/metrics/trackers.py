@@ -1,15 +1,20 @@
-"""The trackers that come with portatrain: Weights & Biases and TensorBoard. Each is imported when it is named."""
+"""The trackers that `--track` can name: Weights & Biases, TensorBoard, those of other packages, and classes in files.
+
+Each is imported when it is named.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from portatrain.errors import UserError
+from portatrain.errors import UserError, choice
+from portatrain.recipe.loading import import_file
 from portatrain.system.plugins import Registry, lacks
 from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRecord
 
@@ -105,19 +110,68 @@ TRACKERS = Registry(
 """The trackers that ``--track`` can name. A package adds a class that is made without arguments, by an entry point."""
 
 
-def tracker(name: str) -> Sink:
-    """Return a new sink of the tracker `name`.
+def resolved(what: str, names: Iterable[str]) -> tuple[str, ...]:
+    """Return `names` without repetitions, and the file of FILE.py:CLASS as an absolute path.
+
+    `what` is the option that names them.
 
     Raises:
-        UserError: there is no such tracker, its package is missing or broken, or it is no sink.
+        UserError: there is no such tracker, file or class.
     """
-    found = TRACKERS.load(name)
+    found = []
+    for name in names:
+        if _in_file(name):
+            file, _, of = name.rpartition(":")
+            _class_in_file(what, name)
+            name = f"{Path(file).resolve()}:{of}"
+        elif name not in TRACKERS:
+            own = f" One of your own is FILE.py:CLASS, or a name under {TRACKERS.group}: see docs/start/tracker.md."
+            raise choice(what, name, TRACKERS.names(), own)
+        found.append(name)
+    return tuple(dict.fromkeys(found))
+
+
+def tracker(name: str) -> Sink:
+    """Return a new sink of the tracker `name`, which may be FILE.py:CLASS.
+
+    Raises:
+        UserError: there is no such tracker, its package is missing or broken, it is no sink, or it cannot be made.
+    """
+    found = _class_in_file("--track", name) if _in_file(name) else TRACKERS.load(name)
     if missing := lacks(found, Sink):
         raise UserError(
             f"--track {name}",
             expected="a class with the methods of portatrain.training.metrics.Sink",
             got=f"{getattr(found, '__qualname__', found)}, without {', '.join(missing)}",
-            do="Add them to the package that registers it.",
+            do="Add them to " + ("that file." if _in_file(name) else "the package that registers it."),
         )
-    sink: Sink = found()
+    try:
+        sink: Sink = found()
+    except UserError:
+        raise
+    except Exception as error:  # the user's code
+        raise UserError(
+            f"--track {name}",
+            expected="a class that can be made without arguments",
+            got=f"{type(error).__name__}: {error}",
+            do="Mend its __init__.",
+        ) from error
     return sink
+
+
+def _in_file(name: str) -> bool:
+    return ".py:" in name
+
+
+def _class_in_file(what: str, name: str) -> Any:
+    """Return the class of FILE.py:CLASS."""
+    file, _, of = name.rpartition(":")
+    found = getattr(import_file(Path(file).resolve(), what=f"{what} {name}"), of, None)
+    if not isinstance(found, type):
+        raise UserError(
+            f"{what} {name}",
+            expected=f"a class {of} in {file}",
+            got="none of that name" if found is None else f"{of}, which is no class",
+            do="Name the class of the tracker, as in my_tracker.py:LabTracker.",
+        )
+    return found

@@ -1,0 +1,225 @@
+"""Every family is transformers' class of its model_type: random small models give the same logits, loss, gradients and
+step, and weights that go in and out keep their bits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from checkpoints_format import LocalStore, Reader
+from portatrain.backends import reference
+from portatrain.checkpoint.interop import export_import
+from portatrain.checkpoint.interop.families import FAMILIES as REGISTERED
+from portatrain.checkpoint.interop.families import sizes_from
+from portatrain.errors import UserError
+from portatrain.model.module import describe
+from portatrain.optim import AdamW
+from portatrain.recipe import Recipe
+from portatrain.testing.tolerance import MOVE, UNIT_ROUNDOFF, amplification, tolerance
+from tests.support.hub_models import FAMILIES, ROUTED, SEQ, as_ours, by_file_names, made, ours, random_config
+from tests.support.running import BACKENDS, Running, microbatches
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+LR, EPS, DECAY = 1e-2, 1e-2, 0.1
+DRAWS = 3
+EVERY = (*FAMILIES, *ROUTED)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random model of a family, in transformers, in a folder and as ours."""
+
+    kind: str
+    theirs: Any
+    folder: Path
+    recipe: Recipe
+    params: dict[str, np.ndarray]
+    states: dict[str, np.ndarray]
+    batch: dict[str, np.ndarray]
+
+    def forward(self, *values: np.ndarray) -> np.ndarray:
+        """The oracle's logits."""
+        definition = describe(self.recipe.model.build())
+        named = dict(zip(self.params, values, strict=True))
+        states = {**reference.initial_states(definition), **self.states}
+        return reference.forward(definition, named, self.batch, states=states, method="predict").value
+
+
+def case(kind: str, seed: int, folder: Path) -> Case:
+    rng = np.random.default_rng([seed, EVERY.index(kind)])
+    theirs = made(random_config(kind, rng), seed)
+    theirs.save_pretrained(folder)
+    recipe, params, states = ours(folder)
+    tokens = rng.integers(0, recipe.model.vocab, (2, SEQ + 1)).astype(np.int32)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": np.ones((2, SEQ), np.float32)}
+    batch |= {"sample": np.arange(2, dtype=np.int64)}
+    return Case(kind, theirs, folder, recipe, {n: a.astype(np.float64) for n, a in params.items()}, states, batch)
+
+
+def logits_of(model: Any, batch: dict[str, np.ndarray]) -> Any:
+    return model(torch.tensor(batch["tokens"], dtype=torch.long)).logits
+
+
+def gradients_of(model: Any, c: Case) -> tuple[float, dict[str, np.ndarray]]:
+    """The mean loss and its gradients, by our names."""
+    model.zero_grad()
+    targets = torch.tensor(c.batch["targets"], dtype=torch.long)
+    loss = torch.nn.functional.cross_entropy(logits_of(model, c.batch).flatten(0, 1), targets.flatten())
+    loss.backward()
+    held = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    shapes = {name: a.shape for name, a in c.params.items()}
+    return float(loss.detach()), as_ours(c.recipe.model.huggingface(), shapes, by_file_names(c.kind, held))
+
+
+def check_logits(c: Case) -> None:
+    values = list(c.params.values())
+    exact = c.forward(*values)
+    most = tolerance(float(np.abs(exact).max()), amplification(c.forward, values, exact, np.random.default_rng(0)))
+    with torch.no_grad():
+        theirs = logits_of(c.theirs, c.batch).numpy()
+    assert np.abs(theirs - exact).max() <= most, (np.abs(theirs - exact).max(), most)
+
+
+def check_step(c: Case) -> None:
+    """Loss, gradients and the parameters after a step of AdamW. With eps e, a gradient that is off by d moves the
+    update by at most lr d / e."""
+    double = type(c.theirs)(c.theirs.config).double()
+    double.load_state_dict(c.theirs.state_dict())
+    double.set_attn_implementation("eager")
+    double.eval()
+    loss, exact = gradients_of(double, c)
+    rng, change = np.random.default_rng(1), dict.fromkeys(exact, 0.0)
+    start = {name: p.detach().clone() for name, p in double.named_parameters()}
+    for _ in range(DRAWS):
+        with torch.no_grad():
+            for name, p in double.named_parameters():
+                p.copy_(start[name] * (1 + MOVE * torch.tensor(rng.choice((-1.0, 1.0), tuple(p.shape)))))
+        for name, near in gradients_of(double, c)[1].items():
+            change[name] = max(change[name], float(np.abs(near - exact[name]).max()) / MOVE)
+    most = {}
+    for name in exact:
+        # Without rotary positions the gradient of a key's bias is a sum that cancels: its terms are those of wk.
+        alike = [name, name.replace("/k_bias", "/wk")]
+        largest = max(float(np.abs(exact[n]).max()) for n in alike)
+        most[name] = 2 * tolerance(largest, max(change[n] for n in alike))  # of ours, and of its own float32 parts
+    running = running_on("torch", c, optimizer=AdamW(lr=LR, eps=EPS, weight_decay=DECAY), decay=frozenset(exact))
+    batch = microbatches(c.batch)
+    our_loss, found = running.backend.gradients(running.state, batch, step=1)
+    assert abs(our_loss - loss) <= 2 * tolerance(abs(loss), 10 * abs(loss))
+    wrong = {n: (float(np.abs(found[n] - exact[n]).max()), most[n]) for n in exact}
+    assert not {n: w for n, w in wrong.items() if w[0] > w[1]}
+    running.state, _ = running.backend.step(running.state, batch, step=1, scale=1.0)
+    after = running.tensors("params")
+    with torch.no_grad():
+        for name, p in double.named_parameters():
+            p.copy_(start[name])
+    gradients_of(double, c)
+    torch.optim.AdamW(double.parameters(), lr=LR, betas=(0.9, 0.999), eps=EPS, weight_decay=DECAY).step()
+    held = {name: p.detach().numpy() for name, p in double.named_parameters()}
+    shapes = {name: a.shape for name, a in c.params.items()}
+    for name, expected in as_ours(c.recipe.model.huggingface(), shapes, by_file_names(c.kind, held)).items():
+        bound = LR * most[name] / EPS + 16 * UNIT_ROUNDOFF["fp32"] * (float(np.abs(expected).max()) + LR)
+        assert np.abs(after[name] - expected).max() <= bound, name
+        assert np.abs(after[name] - c.params[name]).max() > 0  # the step moved it
+
+
+def running_on(backend: str, c: Case, **options: Any) -> Running:
+    made = Running(backend, c.recipe.model.build(), **options)
+    made.params, made.states = c.params, {**made.states, **c.states}
+    made.state = made.backend.restore_state(made.read)
+    return made
+
+
+def held_in(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def check_round_trip(c: Case, tmp_path: Path, dtype: str) -> None:
+    """The folder into a checkpoint and out: the same tensors, bit for bit, which transformers loads with the same
+    logits; and the same sizes from the new config.json."""
+    source, out, kind = c.folder, tmp_path / "out", getattr(torch, dtype)
+    if dtype != "float32":
+        source = tmp_path / dtype
+        c.theirs.to(kind).save_pretrained(source)  # the last use of it: its rotary table is rounded as well
+    store = tmp_path / "checkpoint"
+    export_import.import_from(source, "huggingface", c.recipe, lambda _: LocalStore(store, create=True))
+    with LocalStore(store) as opened:
+        export_import.export_to(Reader(opened), "huggingface", out, dtype=dtype)
+    before, after = held_in(source), held_in(out)
+    assert after.keys() >= before.keys()  # transformers leaves out a second name of a tied table
+    for name, tensor in before.items():
+        if name.endswith("correction_bias"):  # a state of the router, which stays float32
+            assert torch.equal(after[name], tensor.float())
+            continue
+        assert after[name].dtype == kind and torch.equal(after[name].view(torch.uint8), tensor.view(torch.uint8)), name
+    assert sizes_from(json.loads((out / "config.json").read_text())) == c.recipe.model
+    found = []
+    for folder in (source, out):
+        model, told = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="eager", experts_implementation="eager", output_loading_info=True
+        )
+        assert not told["missing_keys"] and not told["unexpected_keys"]
+        with torch.no_grad():
+            found.append(logits_of(model, c.batch))
+    assert torch.equal(*found)
+
+
+def check(kind: str, seed: int, tmp_path: Path) -> None:
+    c = case(kind, seed, tmp_path / "hub")
+    check_logits(c)
+    check_step(c)
+    check_round_trip(c, tmp_path, "bfloat16" if seed % 2 else "float32")
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_random_model_is_transformers(kind: str, seed: int, tmp_path: Path) -> None:
+    check(kind, seed, tmp_path)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("kind", EVERY)
+def test_two_hundred_random_models_are_transformers(kind: str, tmp_path: Path) -> None:
+    for seed in range(100, 300):
+        check(kind, seed, tmp_path / str(seed))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", ["gemma3_text", "olmo2", "deepseek_v3", "gpt_oss"])  # Stacks of several kinds; norms
+def test_backends_compute_what_the_oracle_does(kind: str, backend: str, tmp_path: Path) -> None:
+    c = case(kind, 5, tmp_path / "hub")
+    values = list(c.params.values())
+    exact = c.forward(*values)
+    most = tolerance(float(np.abs(exact).max()), amplification(c.forward, values, exact, np.random.default_rng(0)))
+    running = running_on(backend, c)
+    assert np.abs(running.backend.predict(running.state, c.batch) - exact).max() <= most
+
+
+def test_the_table_of_cases_has_every_family() -> None:
+    assert set(EVERY) == set(REGISTERED.ours)
+
+
+def test_a_model_that_no_family_covers_is_told_the_nearest() -> None:
+    config = random_config("llama", np.random.default_rng(0))
+    with pytest.raises(UserError) as told:
+        sizes_from({**config, "model_type": "granite", "embedding_multiplier": 12.0, "residual_multiplier": 0.22})
+    assert "nearest is llama" in str(told.value) and "embedding_multiplier 12.0" in str(told.value)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_field_that_a_family_cannot_compute_is_named(kind: str) -> None:
+    config = transformers.AutoConfig.for_model(**random_config(kind, np.random.default_rng(2))).to_dict()
+    sizes_from(config)
+    activation = {"gpt2": "activation_function", "gemma2": "hidden_activation", "gemma3_text": "hidden_activation"}
+    for name, value in ((activation.get(kind, "hidden_act"), "quick_gelu"), ("a_new_option", 3)):
+        with pytest.raises(UserError, match=name):
+            sizes_from({**config, name: value})

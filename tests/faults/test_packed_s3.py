@@ -1,0 +1,185 @@
+"""Packed stores in a simulated S3: packed by two machines, read with a cache, through errors, stalls and damage."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from portatrain.cli import main
+from portatrain.data import PackedTokens, TextFiles, batch_hash, open_data
+from portatrain.data.store import packing, reading, stream_writer
+from portatrain.data.store.cache import Cache
+from portatrain.errors import StorageError, UserError
+from portatrain.system import environment
+from portatrain.system.object_store import Objects
+from tests.support.packed import RECIPE, contents, corpus, packed, tokenizer
+from tests.support.s3 import Proxy, s3
+
+pytest.importorskip("obstore")
+
+
+@pytest.fixture
+def there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[str, Proxy]]:
+    monkeypatch.setattr(reading, "AGAIN_AFTER_S", (0.01, 0.01))
+    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", 15)
+    monkeypatch.setattr(packing, "SAVE_S", 0.0)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    reading._cache.cache_clear()
+    with s3(monkeypatch) as found:
+        yield found
+    reading._cache.cache_clear()
+
+
+def text(at: Path) -> TextFiles:
+    return TextFiles(paths=str(corpus(at / "corpus")), seq_len=16, validation=0.2)
+
+
+def objects(url: str) -> dict[str, bytes]:
+    store = Objects(url)
+    return {one.name: store.get(one.name)[0] for one in store.below("")}  # type: ignore[index]
+
+
+def test_a_store_in_s3_is_the_store_of_a_folder(
+    there: tuple[str, Proxy], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, _ = there
+    corpus(tmp_path / "corpus")
+    made = tokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "r.py").write_text(RECIPE.format(paths=str(tmp_path / "corpus"), tokenizer=str(made)))
+    for out in (url, str(tmp_path / "store")):
+        assert main(["data", "pack", str(tmp_path / "r.py"), out, "--workers", "1", "--shard-mib", "1"]) == 0
+    found = objects(url)
+    assert found == {p.name: p.read_bytes() for p in (tmp_path / "store").iterdir()}
+    assert main(["data", "verify", url]) == 0 and main(["data", "stats", url]) == 0 and main(["data", "show", url]) == 0
+    assert main(["data", "pack", str(tmp_path / "r.py"), url]) == 0  # it is there
+    capsys.readouterr()
+    name = "train-00000.tokens"
+    Objects(url).put(name, found[name][:70] + bytes([found[name][70] ^ 2]) + found[name][71:])
+    assert main(["data", "verify", url]) == 1
+    assert f"shard {name}" in capsys.readouterr().out
+
+
+def test_packing_goes_on_on_another_machine(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, _ = there
+    spec = text(tmp_path)
+    monkeypatch.setattr(packing, "GROUP_DOCUMENTS", 4)
+    packed(spec, tmp_path / "whole")
+    write, machines = stream_writer.StreamWriter._write, 2
+    for machine in range(machines):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / f"machine-{machine}"))
+        left = 8
+
+        def dying(self, blocks):
+            nonlocal left
+            left -= 1
+            if not left:
+                raise KeyboardInterrupt
+            write(self, blocks)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stream_writer.StreamWriter, "_write", dying)
+            packed(spec, url)
+    # The first machine again, with an old state of its own.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine-0"))
+    packed(spec, url)
+    assert objects(url) == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.is_file()}
+    assert not contents(tmp_path / "machine-0")
+    # A store that was deleted is packed anew, whatever this machine remembers.
+    for name in objects(url):
+        Objects(url).delete(name)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "machine-1"))
+    packed(spec, url)
+    assert objects(url) == {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir() if p.is_file()}
+
+
+def test_windows_from_s3_with_a_cache_errors_and_damage(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, proxy = there
+    spec = text(tmp_path)
+    made = packed(spec, url)
+    want = open_data(spec, seed=2)
+    packed(spec, tmp_path / "folder")
+    same = open_data(PackedTokens(path=str(tmp_path / "folder"), seq_len=16), seed=2)
+    proxy.seen.clear()
+    data = open_data(PackedTokens(path=url, seq_len=16, fingerprint=made.fingerprint), seed=2)
+    assert [p for _, p in proxy.seen] == ["/runs/one/store.json"]  # the manifest, and nothing else
+    assert data.fingerprint == same.fingerprint and data.bytes_per_target == want.bytes_per_target
+    assert batch_hash(data.train.batch(3, 64)) == batch_hash(same.train.batch(3, 64))
+    proxy.seen.clear()
+    assert batch_hash(data.train.batch(3, 64)) == batch_hash(same.train.batch(3, 64))
+    assert proxy.seen == []  # the pieces are on the local disk
+    # A piece that the local disk spoiled is fetched again.
+    for piece in (tmp_path / "cache").rglob("*.tokens/*"):
+        piece.write_bytes(piece.read_bytes()[::-1])
+    assert batch_hash(data.train.batch(3, 64)) == batch_hash(same.train.batch(3, 64))
+    assert proxy.seen and "CRC-32" in capsys.readouterr().err
+    # Several reads are in flight, and a store that fails now and then is asked again.
+    monkeypatch.setenv(environment.DATA_CACHE_GIB.name, "0")
+    flying, most, lock = 0, 0, threading.Lock()
+
+    def fault(method: str, path: str, number: int) -> int | None:
+        nonlocal flying, most
+        with lock:
+            flying += 1
+            most = max(most, flying)
+        time.sleep(0.05)
+        with lock:
+            flying -= 1
+        return 503 if number % 5 == 0 else None
+
+    bare = open_data(PackedTokens(path=url, seq_len=16), seed=2)
+    proxy.fault = fault
+    assert batch_hash(bare.train.batch(0, 64)) == batch_hash(same.train.batch(0, 64)) and most > 1
+    proxy.fault = lambda method, path, number: None
+    Objects(url).delete("train-00000.tokens")
+    with pytest.raises(StorageError, match=r"train-00000\.tokens cannot be read"):
+        bare.train.once(200).__next__()
+    with pytest.raises(UserError, match="none there"):
+        open_data(PackedTokens(path=f"{url}/elsewhere", seq_len=16), seed=2)
+
+
+def test_a_stall_is_told(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url, proxy = there
+    packed(text(tmp_path), url)
+    data = open_data(PackedTokens(path=url, seq_len=16), seed=2)
+    monkeypatch.setattr(reading, "SAY_AFTER_S", 0.2)
+    proxy.fault = lambda method, path, number: 1.0
+    assert data.train.batch(0, 1)["tokens"].shape == (1, 16)
+    assert "waiting for shard train-" in capsys.readouterr().err
+
+
+def test_the_cache_keeps_within_its_budget(tmp_path: Path) -> None:
+    budget = 1 << 20
+    caches = [Cache(tmp_path, budget) for _ in range(3)]  # as many processes
+    for n in range(600):
+        caches[n % 3].put(f"shard/{n}", bytes([n % 256]) * 8000)
+        if n % 50 == 49:
+            assert sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file()) <= budget
+    assert caches[0].get("shard/599") == bytes([599 % 256]) * 8000 and caches[0].get("shard/0") is None
+    caches[1].drop("shard/599")
+    assert caches[0].get("shard/599") is None
+    caches[0].put("shard/large", bytes(budget // 32))
+    assert caches[0].get("shard/large") is None
+
+
+def test_two_packers_on_one_url(there: tuple[str, Proxy], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from portatrain.runs.remote_claim import RemoteClaim
+
+    url, _ = there
+    corpus(tmp_path / "corpus", documents=20)
+    (tmp_path / "r.py").write_text(RECIPE.format(paths=str(tmp_path / "corpus"), tokenizer=None))
+    claim = RemoteClaim.acquire(Objects(f"{url}/unfinished"), lambda: None)
+    assert main(["data", "pack", str(tmp_path / "r.py"), url]) == 2
+    assert "a claim of process" in capsys.readouterr().err
+    claim.release()
+    assert main(["data", "pack", str(tmp_path / "r.py"), url]) == 0
+    assert "unfinished" not in " ".join(objects(url))
