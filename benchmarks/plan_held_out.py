@@ -181,7 +181,7 @@ ENTERED = (
         seq_len=8192,
         tokens=477.1,
         utilisation="29 %",
-        who="a customer's repetition of MaxText's recipe",
+        who="another operator, MaxText's recipe",
         mesh=(1, 256, 1, 1, 1),
         rows=4,
         block=2048,
@@ -192,4 +192,6 @@ ENTERED = (
 
 HELD_OUT = (*EIGHT, *ENTERED)
 """Sources, all in the repository AI-Hypercomputer/tpu-recipes: training/ironwood/README.md and the k8s manifests beside
-it, and the READMEs and run scripts under training/v5p and training/trillium. v5p-1024 is 512 chips there as here."""
+it, and the READMEs and run scripts under training/v5p and training/trillium. v5p-1024 is 512 chips there as here.
+The last of ENTERED is from the README of a copy of that repository (DeepSeek3-671B, 256 chips, 2026-07-27), which also
+says that 6 samples a device needed 112.37 GiB to compile, and that 5 did not run."""

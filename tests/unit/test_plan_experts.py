@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ def test_the_last_projection_of_experts_is_recomputed_and_that_of_a_dense_layer_
 _LOST = ("qkv", "projected", "hidden")
 
 
-def _kept(name: str) -> dict[str, float]:
+def _kept(name: str) -> dict[str, Any]:
     remat = REMATS[name]
     return {role: getattr(remat, role) for role in _LOST}
 

@@ -82,7 +82,7 @@ def test_calibrate_says_what_it_changed_and_plans_use_it(
     run = finished(tmp_path / "run", step_s=0.3)
     assert main(["plan", "--calibrate", str(run)]) == 0
     told = capsys.readouterr().out
-    assert "0.585" in told and "your own runs: 1" in told and str(own_config) in told.replace("\n", "")
+    assert f"{efficiency.ALL:.3f}" in told and "your own runs: 1" in told and str(own_config) in told.replace("\n", "")
     kept = json.loads(own_config.read_text())["cpu"]["factor"]
     assert efficiency.of(CHIPS["cpu"]).value == kept
     assert efficiency.of(CHIPS["cpu"]).basis == "your own runs"
