@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing.guard import check_rows_independent
 from portatrain.testing.parity import batches
 from portatrain.training.trainer import make_program, train
+from tests.support import forks
 from tests.support.short_runs import losses
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -28,12 +29,18 @@ def recipe(name: str) -> Recipe:
     return apply_overrides(load_recipe(str(EXAMPLES / f"{name}.py")), list(SMALL))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    with forks.serving():
+        yield
+
+
 def on_two(name: str, run: Path, *more: str, code: int) -> None:
     """Train on two processes."""
     words = [str(EXAMPLES / f"{name}.py"), "--run-dir", str(run), "--mesh", "fsdp=2", *more]
     sizes = [word for size in SMALL for word in ("--set", size)]
     command = [sys.executable, "-m", "portatrain.cli", "train", *words, *sizes]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = forks.run(command)
     assert done.returncode == code, done.stderr[-2000:]
 
 

@@ -43,6 +43,7 @@ def batch_of(model: str) -> dict[str, np.ndarray]:
     return microbatches(batch, 2)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @every_backend
 @pytest.mark.parametrize(
     ("model", "policies"), [("decoder", FEW), *(pytest.param(model, ALL, marks=pytest.mark.full) for model in MODELS)]
@@ -93,6 +94,7 @@ def test_a_models_own_name(backend: str) -> None:
 
 
 @pytest.mark.full
+@pytest.mark.usefixtures("compiled_quickly")
 @every_backend
 def test_stacks_in_stacks(backend: str) -> None:
     batch = microbatches(tokens_batch(vocab=64, batch=4, seq=8), 2)

@@ -111,6 +111,17 @@ def test_a_sound_recipe_is_checked_once(asked: list[list[str]]) -> None:
     assert len(asked) == 2
 
 
+def test_the_check_comes_before_the_data_is_opened(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A corpus may take minutes to read; the check reads none."""
+
+    def opened(*_: Any, **__: Any) -> Any:
+        raise AssertionError("the data was opened")
+
+    monkeypatch.setattr("portatrain.training.open_data.open_data", opened)
+    monkeypatch.setattr("portatrain.commands.foreground.run", lambda job: 40 + len(asked))
+    assert launch("nothing") == 41
+
+
 def test_a_recipe_that_prints_is_checked_too(asked: list[list[str]], capfd: pytest.CaptureFixture[str]) -> None:
     Path("own.py").write_text(PRINTS)
     for run in "ab":
