@@ -89,13 +89,13 @@ OPS = {
     "grouped_matmul": (
         "def expert(ops, x_NE, w_XEF):\n"
         "    return ops.grouped_matmul(x_NE, w_XEF)  # each row by the matrix of its expert\n\n\n"
-        "one_BSC = ops.cast(x_BSE[..., :1] > 0, 'int32')  # expert 0 or 1\n"
+        'one_BSC = ops.cast(x_BSE[..., :1] > 0, "int32")  # expert 0 or 1\n'
         "assert ops.experts(expert, x_BSE, one_BSC, np.ones((B, S, 1)), np.ones((2, E, 3))).shape == (B, S, 3)"
     ),
     "grouped_bias": (
         "def expert(ops, x_NE, b_XE):\n"
         "    return ops.grouped_bias(x_NE, b_XE)  # each row with the bias of its expert\n\n\n"
-        "one_BSC = ops.cast(x_BSE[..., :1] > 0, 'int32')  # expert 0 or 1\n"
+        'one_BSC = ops.cast(x_BSE[..., :1] > 0, "int32")  # expert 0 or 1\n'
         "assert ops.experts(expert, x_BSE, one_BSC, np.ones((B, S, 1)), np.ones((2, E))).shape == (B, S, E)"
     ),
     "shard": 'assert ops.shard(x_BSE, "batch", "seq", None).shape == x_BSE.shape',

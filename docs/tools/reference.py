@@ -272,8 +272,8 @@ def changes_page() -> str:
         "attempt (`portatrain train`, `launch resume`), by a change with a reason (`portatrain resume --set ... "
         "--reason ...`), or by a fork. [Fork a run, or change it](../run/fork.md) shows how.",
         "\n".join(kinds),
-        "A field of a class of your own has the kind of the field of `Recipe` that holds it; one of a data spec of your "
-        "own is of the kind corpus.",
+        "A field of a class of your own has the kind of the field of `Recipe` that holds it; one of a data spec of "
+        "your own is of the kind corpus.",
         "## Fields",
         "\n".join(rows),
     )
