@@ -12,7 +12,7 @@ import pytest
 
 from portatrain.backends.base import backend_class
 from portatrain.backends.program import make_program
-from portatrain.checkpoint.interop.hub_start import first_state, reader_of
+from portatrain.checkpoint.interop.hub_start import first_state, first_weights
 from portatrain.cli import main
 from portatrain.errors import UserError
 from portatrain.model.lora import LoRA
@@ -57,7 +57,7 @@ def test_a_run_begins_with_the_weights(folder: Path, tmp_path: Path, backend: st
     made_by = backend_class(backend)(make_program(recipe))
     state = everything(made_by, first_state(made_by, recipe))
     fresh = everything(made_by, made_by.init_state())
-    _, params = ours(folder)
+    _, params, _ = ours(folder)
     for name, array in params.items():
         assert (state[f"params/{name}"] == array).all()
     for name in state.keys() - {f"params/{n}" for n in params}:  # factors, averages of factors, slots, count
@@ -68,7 +68,7 @@ def test_each_process_reads_its_own_ranges(folder: Path, tmp_path: Path) -> None
     """Every box of every device of a mesh, put together, is the folder."""
     recipe = written(folder, tmp_path)
     program = make_program(recipe, mesh="fsdp=2,tensor=2")
-    read, (_, params) = reader_of(recipe, program), ours(folder)
+    read, (_, params, _) = first_weights(recipe, program), ours(folder)
     for name, whole in params.items():
         found = np.full(whole.shape, np.nan, np.float32)
         for device in range(4):

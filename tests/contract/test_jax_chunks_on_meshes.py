@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not instal
 CODE = """
 import dataclasses, json, sys
 import numpy as np
-from portatrain.backends import kernels
+from portatrain.backends import kernels, rounding
 from portatrain.backends.jax import JaxBackend, losses, low_precision, ops, sharding_constraints
 from portatrain.recipe.overrides import override
 from portatrain.plan.cost import recipes
@@ -78,7 +78,8 @@ for (mesh, n, _), got in found.items():
         for n, g in got["grads"].items()
     )
     loss = abs(got["loss"] / one["loss"] - 1)
-    print(json.dumps([mesh, n, loss, worst, got["table"], got["moved"], got["calls"], got["implied"]]))
+    bound = rounding.bound(backend.program.definition, rounding.positions_in(backend.program.definition, batch))
+    print(json.dumps([mesh, n, loss, worst, bound, got["table"], got["moved"], got["calls"], got["implied"]]))
 """
 
 
@@ -92,8 +93,8 @@ def test_gradients_are_those_of_one_device() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row[:2] for row in rows] == meshes
-    for mesh, n, loss, gradient, table, moved, calls, implied in rows:
-        assert loss < 1e-6 and gradient < 1e-6, (mesh, loss, gradient)
+    for mesh, n, loss, gradient, bound, table, moved, calls, implied in rows:
+        assert loss < 1e-6 and gradient < bound < 4e-6, (mesh, loss, gradient, bound)  # the bound of fp32's rounding
         # Gathered for the loss, its gradient added up: not once a chunk, of which there are 16 and more.
         assert table <= 8 * n, (mesh, table)
         # What the layout implies and no weight, score or table more. XLA on a CPU writes some scatters as all-reduces,

@@ -17,7 +17,7 @@ import importlib
 import json
 import os
 import runpy
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -31,11 +31,20 @@ from pathlib import Path
 from typing import Any
 
 PRELOADED = ("backends.jax", "backends.torch", "checkpoint.saver", "training.trainer")
-SOCKET = "PORTATRAIN_TEST_FORKS"
+ROOT = Path(__file__).parents[2]
+SOCKET = "FORKS_OF_TESTS"
 FRAMEWORKS = ("JAX_", "TORCH", "OMP_", "MKL_")
 """Variables that a framework reads when it is imported, so a fork must not change them, except QUICK."""
 QUICK = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 """Set to 1, it makes XLA leave out the costly passes of LLVM: half of the time to compile a small model."""
+
+
+def _readable(files: list[Any], timeout: float | None = None) -> list[Any]:
+    """Return the files that can be read, also if a number of one is beyond what select() takes."""
+    with selectors.DefaultSelector() as selector:
+        for file in files:
+            selector.register(file, selectors.EVENT_READ)
+        return [key.fileobj for key, _ in selector.select(timeout)]
 
 
 class Forked:
@@ -55,13 +64,13 @@ class Forked:
         self.pid = int(self._answers.readline())
 
     def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._socket], [], [], 0)[0]:
+        if self.returncode is None and _readable([self._socket], 0):
             self._end()
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
-            if not select.select([self._socket], [], [], timeout)[0]:
+            if not _readable([self._socket], timeout):
                 raise subprocess.TimeoutExpired(self.args, timeout or 0.0)
             self._end()
         assert self.returncode is not None
@@ -97,7 +106,7 @@ class _Owned:
         self.path = f"{folder}/socket"
         command = [sys.executable, "-m", "tests.support.forks", self.path]
         # The server ends when its input does, which is when this process ends, however it does.
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
         assert self.process.stdout is not None
         ready = self.process.stdout.readline()
         assert ready == b"ready\n", "the server of forks did not start"
@@ -198,7 +207,7 @@ def serve(path: str) -> Callable[[], Any] | None:
     running: dict[int, socket.socket] = {}
     try:
         while True:
-            ready = select.select([0, woken, listener, *running.values()], [], [])[0]
+            ready = _readable([0, woken, listener, *running.values()])
             if 0 in ready and not os.read(0, 1):
                 return None
             if woken in ready:

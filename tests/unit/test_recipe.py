@@ -126,7 +126,7 @@ def test_a_class_that_needs_more_says_how_it_is_given() -> None:
         apply_overrides(make(), ["data=TextFiles"])
     with pytest.raises(UserError, match=r"TextFiles.*TokenMemmap|Did you mean TextFiles"):
         apply_overrides(make(), ["data=TextFile"])
-    with pytest.raises(UserError, match="none for paths, seq_len"):
+    with pytest.raises(UserError, match="none for seq_len, paths"):
         apply_overrides(make(), ["data=Mixture", "data.weights=1", "data.sources=TextFiles"])
 
 
