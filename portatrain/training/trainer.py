@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from typing import Any
 
 from portatrain.backends import choose_kernel
@@ -170,7 +170,8 @@ class Trainer:
         for sentence in probable_mistakes(self.recipe, self.definition, self.data):
             self.event(Kind.WARNING, what=sentence)
         if found:
-            self._go_on(found)
+            with closing(found.store):
+                self._go_on(found)
         else:
             self.state = first_state(self.backend, self.recipe)
             # Compile now the code of a save, which would otherwise compile within the grace period.
