@@ -4,6 +4,7 @@ RUNS ?= runs
 JOBS ?= 2
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
+MATRIX = tests/distributed/test_matrix.py
 
 # One thread per process, because the test processes share the cores. The other variables keep an installed libtpu from
 # looking for TPUs, and let two processes load it. XLA's compiled programs are kept between processes, since many tests
@@ -14,7 +15,7 @@ TEST_ENV = $(CACHE_ENV) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
 PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup test test-full test-rest test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
+.PHONY: help demo demo-move setup test test-full test-rest test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,8 +35,11 @@ setup:  ## make an environment with both frameworks and the packages of the test
 test: setup lint  ## run ruff, mypy and the tests, in under 15 minutes on two cores
 	$(PYTEST) -m "not full and not engines and not meshes and not soak"
 
-test-rest: setup  ## run only the tests that `make test` leaves out
-	$(PYTEST) -m "full and not engines and not meshes and not soak"
+test-rest: setup  ## run only the tests that `make test` leaves out, but for the parity matrix
+	$(PYTEST) -m "full and not engines and not meshes and not soak" --ignore $(MATRIX)
+
+test-matrix: setup  ## test all cells of the parity matrix; run it by hand, since .ci/run has no time for it
+	$(PYTEST) -m "full and not soak" $(MATRIX)
 
 test-full: setup lint  ## run every check that needs no scheduler
 	$(PYTEST) -m "not engines and not meshes and not soak"
