@@ -77,7 +77,7 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", d
         file = f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         held = {}
         for theirs, rows in tensors.items():
-            pieces = [row.out(_weight(reader, recipe, params, role, row)) for row in rows]
+            pieces = [row.out(_weight(reader, recipe, params, shapes, role, row)) for row in rows]
             # The state of a router stays as it is: small steps move it.
             held[theirs] = _joined(rows, pieces).astype(np.float32 if rows[0].state else width, copy=False)
             total += held[theirs].nbytes
@@ -111,9 +111,15 @@ def _longest(recipe: Recipe, hub: Hub) -> int:
     return max(int(reach), recipe.data.tokens_per_sample() or 2048)
 
 
-def _weight(reader: Reader, recipe: Recipe, params: Mapping[str, TensorInfo], role: str, row: Row) -> np.ndarray:
+def _weight(
+    reader: Reader,
+    recipe: Recipe,
+    params: Mapping[str, TensorInfo],
+    shapes: Mapping[str, tuple[int, ...]],
+    role: str,
+    row: Row,
+) -> np.ndarray:
     """Return the weight of a row, LoRA's product added to it. A tensor without an average gives its parameter."""
-    shapes = {t.name: t.shape for t in reader.layout.tensors}
 
     def read(name: str) -> np.ndarray:
         full = f"{role}/{name}" if f"{role}/{name}" in shapes else f"params/{name}"
