@@ -62,7 +62,7 @@ def test_a_preempted_run_goes_on_elsewhere_and_comes_back(light_lab: Slurm, unti
     first = now().attempts[0].where.split()[0]
     partition = {"lab-tpu": ("tpu", 2), "lab-gpu": ("gpu", 1)}[first]
     light_lab.preempt(*partition)
-    until(lambda: len(now().attempts) == 2 and now().step > 10, 40, "a second attempt", seen)
+    until(lambda: len(events("landed")) == 2 and now().step > 10, 40, "a second attempt", seen)
     (left,) = [e for e in events("left") if e["attempt"] == 1]
     assert (left["outcome"], left["asked"], left["code"]) == ("preempted", "preempt", 85)
     (landed,) = [e for e in events("landed") if e["attempt"] == 2]
