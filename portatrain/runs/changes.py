@@ -264,8 +264,10 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Cha
     fields = {
         k: v for k, v in changed_fields(stored, recipe, trusted=is_trusted).items() if k.split(".")[0] != "origin"
     }
-    if isinstance(operated := meta.get(SURGERY), Mapping) and isinstance(operated.get("fields"), Mapping):
-        fields |= operated["fields"]  # its tensors are those after the surgery, its probe is the one before it
+    if isinstance(operated := meta.get(SURGERY), Mapping):
+        # Its tensors are those after the surgery, its probe is the one before it.
+        there = operated.get("fields")
+        fields |= {**(there if isinstance(there, Mapping) else {}), SURGERY: (None, operated.get("name"))}
     if not fields:
         return None
     changes = [*of(folder), *([] if asked is None else [asked])]
@@ -287,7 +289,7 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Cha
         step=step,
         before=Recipe.from_json(changes[at].before),
         fields={name: list(pair) for name, pair in fields.items()},
-        decides=any(one.decides for one in since),
+        decides=SURGERY in fields or any(one.decides for one in since),
         reason="; ".join(one.reason for one in since if one.reason),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,18 +28,26 @@ class Oracle:
         self.slots = {n: oracle.init(recipe.optimizer, t) for n, t in self.infos.items()}
         self.count, self.next = 0, 0
 
+    def loss(self, recipe: Recipe, split: Any, step: int) -> float:
+        """Return the loss on the next samples, without a step."""
+        rows = split.batch(self.next, recipe.batch)
+        return self._loss(recipe, rows, step)(*self.params.values())
+
+    def _loss(self, recipe: Recipe, rows: Any, step: int) -> Callable[..., float]:
+        context = Context(seed=recipe.seed, step=step, training=True)
+
+        def loss(*arrays: np.ndarray) -> float:
+            given = dict(zip(self.params, arrays, strict=True))
+            found = reference.forward(self.program.definition, given, rows, context, operations=reference.ReferenceOps)
+            return float(found.objective) / float(np.sum(rows["mask"]))
+
+        return loss
+
     def step(self, recipe: Recipe, split: Any, step: int) -> float:
         """Train one step under `recipe` on the next samples; return the loss."""
         rows = split.batch(self.next, recipe.batch)
         self.next += recipe.batch
-        names = list(self.params)
-        context = Context(seed=recipe.seed, step=step, training=True)
-
-        def loss(*arrays: np.ndarray) -> float:
-            given = dict(zip(names, arrays, strict=True))
-            found = reference.forward(self.program.definition, given, rows, context)
-            return float(found.objective) / float(np.sum(rows["mask"]))
-
+        names, loss = list(self.params), self._loss(recipe, rows, step)
         arrays = [self.params[n] for n in names]
         grads = {}
         for at, name in enumerate(names):
