@@ -106,7 +106,8 @@ def _proof_lines(proof: Proof | None) -> list[str]:
     if proof is None:
         return ["  its proof was left out: what it does to the function was not measured"]
     on = f"on {proof.samples} samples of the run"
-    size = f"largest difference of {proof.outputs} {proof.difference:.3g} (they go up to {proof.scale:.3g}), {on}"
+    outputs = proof.outputs if proof.ids is None else f"{proof.outputs} of the first {proof.ids} ids"
+    size = f"largest difference of {outputs} {proof.difference:.3g} (they go up to {proof.scale:.3g}), {on}"
     found = f"  the function is kept: {size}, in float64" if proof.claims else f"  the function changes: {proof.why}"
     more = [] if proof.claims else [f"  {size}, mean difference {proof.mean:.3g}"]
     if proof.claims and proof.stored > proof.difference:

@@ -34,6 +34,7 @@ class Proof:
         scale: the largest output before, in absolute value.
         loss: the mean loss before and after, in nats.
         samples, positions: the size of the batch: its samples, and all its positions.
+        ids: how many logits of a position were compared, if the new model has more of them; else None.
     """
 
     claims: bool
@@ -46,6 +47,7 @@ class Proof:
     loss: tuple[float, float]
     samples: int
     positions: int
+    ids: int | None = None
 
     @property
     def holds(self) -> bool:
@@ -66,6 +68,7 @@ class Proof:
             "loss": list(self.loss),
             "samples": self.samples,
             "positions": self.positions,
+            **({} if self.ids is None else {"ids": self.ids}),
         }
 
     def check(self, name: str, fields: Mapping[str, Any]) -> None:
@@ -88,6 +91,7 @@ def prove(operated: Operated, before: Definition, after: Definition, rows: Mappi
     now, loss_now = _outputs(after, operated.new(), operated.new("state"), rows)
     kept, _ = _outputs(after, operated.new(rounded=True), operated.new("state", rounded=True), rows)
     both = min(was.shape[-1], now.shape[-1])
+    other = was.shape != now.shape
     was, now, kept = (array[..., :both] for array in (was, now, kept))
     apart = np.abs(now - was)
     return Proof(
@@ -101,6 +105,7 @@ def prove(operated: Operated, before: Definition, after: Definition, rows: Mappi
         loss=(loss_was, loss_now),
         samples=len(next(iter(rows.values()))),
         positions=int(np.prod(was.shape[:-1])) if _predicts(before) else was.size,
+        ids=both if other else None,
     )
 
 

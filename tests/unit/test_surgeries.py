@@ -83,6 +83,7 @@ def test_the_function_stays(what: str) -> None:
     proved = proof(found)
     assert proved.claims and proved.holds and proved.difference <= BOUND * proved.scale
     assert proved.outputs == "logits" and proved.scale > 0.1 and proved.positions == 24
+    assert proved.ids == (20 if name == "vocabulary" else None)
 
 
 @pytest.mark.parametrize("what", UPCYCLED)
