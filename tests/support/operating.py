@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import Program, make_program
 from portatrain.backends.state import COUNT, full_name, inventory
 from portatrain.checkpoint.surgery import Operated, Proof, Surgery, chosen, prove
@@ -17,7 +18,7 @@ from portatrain.recipe import Recipe
 SEQ = 8
 
 
-def recipe_of(model: Any, *, lora: LoRA | None = None, optimizer: Rule | None = None) -> Recipe:
+def recipe_of(model: Any, *, lora: LoRA | None = None, optimizer: Rule | None = None, **more: Any) -> Recipe:
     return Recipe(
         name="small",
         model=model,
@@ -29,6 +30,7 @@ def recipe_of(model: Any, *, lora: LoRA | None = None, optimizer: Rule | None = 
         lora=lora,
         trainable=("*",) if lora else None,
         ema_decay=0.9,
+        **more,
     )
 
 
@@ -39,7 +41,7 @@ def random_state(program: Program) -> dict[str, np.ndarray]:
         std = max(0.3, 0.5 * getattr(held.info.init, "std", 0.0))
         values = rng.normal(0, std, held.info.shape)
         values = np.abs(values) if held.slot == "v" else values
-        found[full_name(*held.key)] = values.astype(held.info.dtype)
+        found[full_name(*held.key)] = values.astype(NUMPY[held.info.dtype])
     return {**found, COUNT: np.int32(7)}
 
 

@@ -108,6 +108,18 @@ def test_a_router_whose_weights_do_not_add_up_to_one_is_no_claim(other: dict[str
     assert not proved.claims and "do not add up to 1" in proved.why and proved.difference > 1e-3 * proved.scale
 
 
+def test_tensors_in_bfloat16() -> None:
+    """Kept ones keep their bits, and sums of two are rounded to the nearest."""
+    half, lora = {"precision": "bf16-state"}, LoRA(rank=2)
+    found, state = operated(recipe_of(PLAIN, lora=lora, **half), recipe_of(PLAIN, **half), "merge-lora")
+    proved = proof(found)
+    assert proved.difference <= BOUND * proved.scale and 1e-4 * proved.scale < proved.stored < 0.1 * proved.scale
+    wo, table = found.stored("params/blocks/attn/wo"), found.stored("params/embed/table")
+    assert wo.dtype == table.dtype == state["params/embed/table"].dtype != np.float32
+    assert table.tobytes() == state["params/embed/table"].tobytes()
+    assert np.array_equal(wo, found.exact("params/blocks/attn/wo").astype(wo.dtype))
+
+
 # ---- what the proof finds
 
 
@@ -340,6 +352,9 @@ def test_mistakes_of_a_surgery_of_your_own() -> None:
     def edit(make: Any, of: Sequence[str] = (INITIAL,)) -> Edit:
         return Edit(of=tuple(of), make=make)
 
+    refused("something else for head", {"head": np.array})  # type: ignore[dict-item]
+    with pytest.raises(UserError, match="make=a function, and slots=a function or None"):
+        Edit(of="embed/table", make=np.array)  # type: ignore[arg-type]
     refused("expected edits of tensors that the new model has, got head", {"head": edit(np.array)})
     refused("got table .for embed/table", {"embed/table": edit(np.array, ["table"])})
     refused("expected an array of shape .20, 8., as the new", {"embed/table": edit(lambda start: start[:, :4])})

@@ -33,6 +33,16 @@ class Edit:
     make: Callable[..., np.ndarray]
     slots: Slots | None = None
 
+    def __post_init__(self) -> None:
+        good = isinstance(self.of, tuple) and all(isinstance(name, str) for name in self.of)
+        if not good or not callable(self.make) or not (self.slots is None or callable(self.slots)):
+            raise UserError(
+                "Edit",
+                expected="of=(names of tensors,), make=a function, and slots=a function or None",
+                got=f"of={self.of!r}, make={self.make!r}, slots={self.slots!r}",
+                do='Write it as in Edit(of=("embed/table",), make=lambda table: table).',
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Surgery:
@@ -46,6 +56,16 @@ class Surgery:
 
     edits: Mapping[str, Edit]
     changes: str = ""
+
+    def __post_init__(self) -> None:
+        other = [name for name, edit in self.edits.items() if not isinstance(edit, Edit)]
+        if other or not isinstance(self.changes, str):
+            raise UserError(
+                "Surgery",
+                expected="edits={name: Edit(...)}, and changes=a sentence or ''",
+                got=f"something else for {named(other)}" if other else f"changes={self.changes!r}",
+                do="docs/run/surgery.md has an example.",
+            )
 
 
 Transform = Callable[[Definition, Definition], Surgery]
