@@ -30,6 +30,7 @@ _PUBLIC = {
     "TrainedModel": "training.trained",
     "load": "training.trained",
     "load_trained": "training.trained",
+    "audit": "testing",
 }
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from portatrain.model.rope import RopeScaling as RopeScaling
     from portatrain.recipe import Recipe as Recipe
     from portatrain.recipe.retention import Retention as Retention
+    from portatrain.testing import audit as audit
     from portatrain.training.hooks import Hook as Hook
     from portatrain.training.hooks import TextSample as TextSample
     from portatrain.training.hooks import TrigramBaseline as TrigramBaseline
@@ -72,6 +74,7 @@ __all__ = [
     "TrainedModel",
     "load",
     "load_trained",
+    "audit",
 ]
 
 
