@@ -34,7 +34,10 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     __version__: str
+    audit: ModuleType  # `portatrain.testing.audit`: an import here would let the lowest room know a high one
     from portatrain.errors import UserError as UserError
     from portatrain.model.layout import Layout as Layout
     from portatrain.model.layout import Mesh as Mesh
@@ -47,7 +50,6 @@ if TYPE_CHECKING:
     from portatrain.model.rope import RopeScaling as RopeScaling
     from portatrain.recipe import Recipe as Recipe
     from portatrain.recipe.retention import Retention as Retention
-    from portatrain.testing import audit as audit
     from portatrain.training.hooks import Hook as Hook
     from portatrain.training.hooks import TextSample as TextSample
     from portatrain.training.hooks import TrigramBaseline as TrigramBaseline
