@@ -94,7 +94,9 @@ def _torch_leaf(tensor: Any) -> Leaf:
 def torch_numpy(tensor: Any) -> np.ndarray:
     """Return a torch tensor's elements on the host; dtypes that NumPy lacks as float32, which holds them exactly."""
     torch = loaded("torch")
-    here = tensor.detach().cpu()
+    here = tensor.detach().to(
+        "cpu", copy=True
+    )  # an array that shares a storage would forbid to resize it, as FSDP does
     if here.is_complex():
         here = torch.view_as_real(here).reshape(*here.shape[:-1], -1)
     if here.is_floating_point() and here.dtype not in (torch.float16, torch.float32, torch.float64):

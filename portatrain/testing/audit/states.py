@@ -108,6 +108,9 @@ def _unwrapped(model: Any) -> Any:
 
 def _torch_model(state: State, model: Any) -> None:
     model = _unwrapped(model)
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):  # FSDP2 keeps the root whole after a forward pass
+            module.reshard()
     seen: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         name = plain_name(name)
