@@ -255,6 +255,48 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
     assert json.dumps(recorded(one).data)
 
 
+def test_the_command_compares_two_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from portatrain import cli
+
+    one = Torch()
+    one.take(1)
+    recorded(one).save(tmp_path / "before")
+    one.model[2].weight.data.neg_()
+    recorded(one, loss=None).save(tmp_path / "after")
+    words = ["audit", str(tmp_path / "before"), str(tmp_path / "after")]
+    assert cli.main(words) == 1 and "sign: 2.weight" in capsys.readouterr().out
+    assert cli.main([*words, "--allow", "sign", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["notes"][0]["layer"] == "2"
+    assert cli.main(words[:2]) == 0 and "no fault" in capsys.readouterr().out
+    (tmp_path / "names").write_text(json.dumps({"2.weight": "0.weight"}))
+    assert cli.main([*words, "--names", str(tmp_path / "names")]) == 1
+    assert "missing: 2.weight" in capsys.readouterr().out
+    for wrong in (
+        ["--allow", "x"],
+        ["--precision", "int8"],
+        ["--names", str(tmp_path / "before")],
+        ["--names", "none"],
+    ):
+        assert cli.main([*words, *wrong]) == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
+    data = recorded(Torch()).data
+    damaged = [{k: v for k, v in data.items() if k != name} for name in data]
+    damaged += [{**data, name: "x"} for name in data if name != "framework"]
+    sums = data["tensors"]["params/0.weight"]
+    for name in sums:
+        damaged += [{**data, "tensors": {"params/w": {**sums, name: other}}} for other in (None, [], {})]
+    refused = 0
+    for one in damaged:
+        (tmp_path / "x").write_text(json.dumps(one))
+        try:
+            audit.compare(audit.load(tmp_path / "x"), audit.Record(data))
+        except UserError as error:
+            refused += "record" in str(error)
+    assert refused >= len(damaged) - 2  # an empty shape is that of a scalar
+
+
 def test_every_kind_is_on_the_page_and_the_other_way_round() -> None:
     page = (Path(__file__).parents[2] / "docs" / "run" / "audit.md").read_text(encoding="utf-8")
     assert [kind for kind, text in audit.KINDS.items() if f"| {kind} | {text} |" not in page] == []

@@ -18,7 +18,7 @@ from portatrain.errors import UserError
 from portatrain.testing.audit import batches
 from portatrain.testing.audit.leaves import is_array, is_torch, leaf_of, loaded, torch_numpy
 from portatrain.testing.audit.states import State, plain_name, state_of
-from portatrain.testing.audit.sums import Sums, sums_of
+from portatrain.testing.audit.sums import BLOCKS, SIGNS, WORDS, Sums, sums_of
 
 FORMAT = 1
 NEAR = (-2, -1, 0, 1, 2)
@@ -47,9 +47,39 @@ class Record:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _no_record(path, str(error)) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("tensors"), dict):
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise _no_record(path, "other content")
+        if (lacks := _damage(data)) is not None:
+            raise _no_record(path, f"a damaged record: {lacks}")
         return cls(data)
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "framework": str, "versions": dict, "ranks": int, "step": (int, type(None)), "optimizer": bool, "tensors": dict,
+    "gradients": dict, "disagree": list, "settings": dict, "counters": dict, "trained": dict, "ties": list,
+    "schedule": (dict, type(None)), "loss": (int, float, type(None)), "batch": (dict, type(None)), "around": dict,
+    "rng": (list, type(None)),
+}  # fmt: skip
+_SUMS: dict[str, type | tuple[type, ...]] = {
+    "shape": list, "dtype": str, "words": dict, "blocks": list, "signs": list, "count": int, "zeros": int, "bad": int,
+    "norm": (int, float), "low": (int, float), "high": (int, float),
+}  # fmt: skip
+
+
+def _damage(data: Mapping[str, Any]) -> str | None:
+    """Return the first field of a record that is missing or of another kind; None if there is none."""
+    for name, kind in _KINDS.items():
+        if name not in data or not isinstance(data[name], kind):
+            return name
+    for part in ("tensors", "gradients"):
+        for key, tensor in data[part].items():
+            for name, kind in _SUMS.items():
+                if not isinstance(tensor, dict) or not isinstance(tensor.get(name), kind):
+                    return f"{name} of {key}"
+            sizes = len(tensor["blocks"]), len(tensor["signs"])
+            if sizes != (BLOCKS, SIGNS) or not set(WORDS) <= tensor["words"].keys():
+                return f"the sums of {key}"
+    return None
 
 
 def load(path: Path | str) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from portatrain.errors import UserError, choice
@@ -100,10 +100,19 @@ class Verdict:
         return {fault.kind for fault in self.faults}
 
     def __str__(self) -> str:
-        head = f"audit: {len(self.faults)} faults" if self.faults else "audit: no fault"
+        number = len(self.faults)
+        head = f"audit: {number or 'no'} fault{'s' if number > 1 else ''}"
         lines = [f"{head}, {self.compared} tensors compared"]
         lines += [f"  {line}" for line in _grouped(self.faults)]
         return "\n".join([*lines, *(f"  note: {line}" for line in _grouped(self.notes))])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON: `faults` and `notes`, each with kind, role, name, layer and text."""
+
+        def plain(found: Iterable[Fault]) -> list[dict[str, str]]:
+            return [{**asdict(fault), "layer": fault.layer} for fault in found]
+
+        return {"faults": plain(self.faults), "notes": plain(self.notes), "compared": self.compared}
 
     def require(self) -> None:
         """Raise UserError unless there is no fault."""
