@@ -238,6 +238,48 @@ def test_data_and_gradients() -> None:
     assert [(f.kind, f.name) for f in again().faults] == [("gradients", "2.weight")]
 
 
+ODD = {
+    "half": lambda: torch.ones(4, 4).bfloat16(),
+    "eight": lambda: torch.arange(4.0).to(torch.float8_e4m3fn),
+    "complex": lambda: torch.tensor([[1 + 2j, 3 - 1j]]),
+    "complex scalar": lambda: torch.tensor(1 + 2j),
+    "whole numbers": lambda: torch.arange(5),
+    "truth": lambda: torch.tensor([True, False]),
+    "empty": lambda: torch.empty(0, 3),
+    "scalar": lambda: torch.tensor(2.0),
+    "mask": lambda: torch.tensor([0.0, -np.inf]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile's own imports
+def test_tensors_of_every_dtype_and_optimizers_of_every_shape() -> None:
+    odd = {name: make() for name, make in ODD.items()}
+    before = audit.record({"w": rows(0), **odd})
+    assert audit.check(before, {"w": rows(0), **odd})
+    odd["complex"] = odd["complex"].conj()
+    assert [f.name for f in audit.check(before, {"w": rows(0), **odd}).faults] == ["complex"]
+    net = torch.nn.Linear(4, 4)
+
+    def closure() -> Any:
+        net.zero_grad()
+        loss = net(torch.ones(2, 4)).square().mean()
+        loss.backward()
+        return loss
+
+    optim = torch.optim
+    makers = [optim.LBFGS, optim.Rprop, optim.ASGD, optim.Adadelta, optim.Adamax, optim.RAdam]
+    for make in makers:
+        optimizer = make(net.parameters())
+        optimizer.step(closure)
+        state = audit.record(net, optimizer)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert audit.check(state, net, optimizer) and len(state.data["tensors"]) > 4, make
+    both = [optim.SGD([net.weight], lr=1.0), optim.AdamW([net.bias])]
+    assert audit.record(net, both).data["settings"].keys() == {"weight", "bias"}
+    compiled = torch.compile(net)
+    assert audit.check(audit.record(net), compiled)
+
+
 def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
     for model in (None, 3, {}, object()):
         with pytest.raises(UserError, match="without a parameter"):
@@ -247,6 +289,12 @@ def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"a file that audit\.record"):
             audit.load(path)
     one = Torch()
+    mistakes = {"optimizer": [5, one.model.parameters()], "loss": ["x"], "schedule": ["x"], "rng": [0.5]}
+    for wrong in ({name: value} for name, values in mistakes.items() for value in values):
+        with pytest.raises(UserError, match="expected"):
+            recorded(one, **wrong)
+    with pytest.raises(UserError, match=r"what audit.record or audit.load"):
+        audit.check("before", one.model)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="one of"):
         audit.check(recorded(one), one.model, one.optimizer, allow=["round"])
     verdict = audit.check(recorded(one), one.model, one.optimizer, step=5)

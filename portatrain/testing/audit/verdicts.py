@@ -163,6 +163,7 @@ def check(
 
     Raises UserError as `record` does.
     """
+    _require_record(before)
     return compare(before, record(model, optimizer, brief=True, **now), names=names, allow=allow, precision=precision)
 
 
@@ -175,6 +176,8 @@ def compare(
     precision: str = "float32",
 ) -> Verdict:
     """Compare two records; the arguments are those of `check`."""
+    for one in (before, after):
+        _require_record(one)
     for kind in allow:
         if kind not in KINDS:
             raise choice("allow", kind, KINDS)
@@ -196,18 +199,31 @@ def compare(
     )
 
 
+def _require_record(given: Any) -> None:
+    if not isinstance(given, Record):
+        raise UserError(
+            "a record for the audit",
+            expected="what audit.record or audit.load returned",
+            got=type(given).__name__,
+            do="Record the trainer before the save, and pass that record first.",
+        )
+
+
 def look(before: Record) -> Verdict:
     """Return what is wrong within one record alone: ranks that disagree, parts that repeat, a schedule not applied."""
-    return Verdict(list(alone(before.data)), [], len(before.data["tensors"]))
+    bad = {key: tensor for key, tensor in before.data["tensors"].items() if tensor["bad"]}
+    found = [
+        Fault("non-finite", *split(key), f"{tensor['bad']} of {tensor['count']} elements are not finite")
+        for key, tensor in bad.items()
+        if split(key)[0] != "buffers"  # a mask may hold infinities
+    ]
+    return Verdict([*found, *alone(before.data)], [], len(before.data["tensors"]))
 
 
 def alone(data: Mapping[str, Any]) -> Iterable[Fault]:
-    """Yield what is wrong within one record."""
+    """Yield what is wrong within one record, whatever its numbers are."""
     for kind, key, text in data["disagree"]:
         yield Fault(kind, *split(key), text)
-    for key, tensor in data["tensors"].items():
-        if tensor["bad"]:
-            yield Fault("non-finite", *split(key), f"{tensor['bad']} of {tensor['count']} elements are not finite")
     plan = data["schedule"] or {}
     used, rates = plan.get("used") or [], plan.get("rates") or []
     if len(used) == len(rates):
