@@ -52,8 +52,9 @@ NOTES = {"reshaped", "data-order", "versions"}
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """The unit roundoff of each dtype that a model computes in."""
 ROOM = 64
-"""A loss may differ by so many roundoffs of itself, a gradient by so many of the norm of all gradients: two orders of
-the same sums. Sums in blocks of at most 64 terms, added pairwise, stay within it."""
+"""A loss may differ by so many roundoffs of itself, a gradient by so many of the norm of all gradients. It is the bound
+of one sum in blocks of 64 terms, relative to its magnitudes (Higham 2002, 4.2). A step has many such sums, of which the
+errors mostly cancel; that they do is an assumption, which a test tries over orders of the sums of a deep model."""
 
 
 @dataclass(frozen=True)
