@@ -21,6 +21,8 @@ Pair = tuple[Any, Any]
 DEVIATIONS = 8.0
 """Of the error e sqrt(2 k) of a value that passed k operations forward and backward, which is one in the root mean
 square: a single element may be off by this many, as in the kernel court (docs/understand/rounding.md)."""
+SAME = 1e-9
+"""The oracle computed the same thing twice if the results differ by less than this part of their largest element."""
 MEASURED = 4.0
 """And by this many times what moving every parameter by the error of an operation makes of it: where terms cancel."""
 
@@ -85,6 +87,32 @@ class Trace:
                 return
             yield from self._inputs(k)
             yield from self._results(k)
+            yield from self._other_numbers(k)
+
+    def _other_numbers(self, k: int) -> Iterator[Fault]:
+        """A call of which the oracle has other values for one recipe than for the other."""
+        if self.sides[0].recipe == self.sides[1].recipe:
+            return
+        calls = tuple(o[k] for o in self.oracle)
+        for part in ("args", "results"):
+            for j, (x, y) in enumerate(zip(*(getattr(c, part) for c in calls), strict=True)):
+                same = x.shape == y.shape and float(difference(x, y).max(initial=0.0)) <= SAME * largest(x)
+                if same:
+                    continue
+                index = int(np.argmax(difference(x, y))) if x.shape == y.shape else 0
+                mine = tuple(getattr(w.calls[k], part)[j] for w in self.watched)
+                what = str(calls[0]) if part == "results" else f"argument {j} of {calls[0]}"
+                yield self._fault(
+                    Stage.MODEL if part == "results" else Stage.INPUT,
+                    what,
+                    place(index, x.shape),
+                    tuple(_element(m, index) for m in mine),
+                    tuple(_element(o, index) for o in (x, y)),
+                    0.0,
+                    (),
+                    "the oracle has other values too: the recipes differ",
+                )
+                return
 
     def _other_model(self, k: int) -> Fault:
         texts: Any = tuple(_written(w.calls[k]) if k < len(w.calls) else "nothing" for w in self.watched)

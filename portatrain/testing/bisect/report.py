@@ -52,10 +52,13 @@ class Fault:
         """Return what is wrong and where, in one sentence; `names` are those of the two sides."""
         where = f"{self.what}{f', element {self.element}' if self.element else ''}"
         if not self.wrong:
-            return f"the sides compute different things from {where} on{f': {self.hint}' if self.hint else ''}"
+            return f"no defect: the two sides compute different things, first in {where}{self._hint}"
         who = " and ".join(self.wrong)
-        hint = f" ({self.hint})" if self.hint else ""
-        return f"a defect, not rounding: {who} {'is' if len(self.wrong) == 1 else 'are'} wrong in {where}{hint}"
+        return f"a defect, not rounding: {who} {'is' if len(self.wrong) == 1 else 'are'} wrong in {where}{self._hint}"
+
+    @property
+    def _hint(self) -> str:
+        return f" ({self.hint})" if self.hint else ""
 
     def lines(self, names: Sequence[str]) -> list[str]:
         """Return the fault as lines of text."""
@@ -82,19 +85,28 @@ class StepRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Replay:
-    """The result of a replay. sizes: how the recipe was made smaller, in words. notes: what was not judged, and why."""
+    """The result of a replay. sizes: how the recipe was made smaller, in words. notes: what was not judged, and why.
+    elsewhere: of a run whose record the replay does not give again, in a sentence; '' if there is none."""
 
     names: tuple[str, str]
     sizes: str = ""
     rows: Sequence[StepRow] = ()
     fault: Fault | None = None
     notes: Sequence[str] = field(default_factory=list)
+    elsewhere: str = ""
+
+    @property
+    def good(self) -> bool:
+        """True if all differences are rounding."""
+        return self.fault is None and not self.elsewhere
 
     @property
     def sentence(self) -> str:
         """Return the verdict in one sentence."""
         if self.fault is not None:
             return self.fault.sentence(self.names)
+        if self.elsewhere:
+            return self.elsewhere
         worst = max(self.rows, key=lambda row: row.difference, default=None)
         if worst is None:
             return "no step was replayed"

@@ -55,11 +55,15 @@ class Update:
 
     def wrong(self) -> Iterator[Wrong]:
         """Yield what is wrong, the first cause first."""
+        yield from self.rule()
+        yield from self._averages()
+        yield from self._states()
+
+    def rule(self) -> Iterator[Wrong]:
+        """Yield what is wrong in the parameters and slots."""
         if self.side.recipe.precision != "bf16-state":  # which rounds by random numbers
             yield from self._count()
             yield from self._rule()
-        yield from self._averages()
-        yield from self._states()
 
     def _count(self) -> Iterator[Wrong]:
         got, due = int(self.after[COUNT]), int(self.before[COUNT]) + 1

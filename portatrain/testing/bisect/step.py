@@ -278,9 +278,27 @@ class _Step:
             found.append(next(update.wrong(), None))
         wrong = [i for i in (0, 1) if found[i] is not None]
         if not wrong:
-            return None
+            return self._other_rule()
         bad = found[wrong[0]]
         assert bad is not None
+        return self._update_fault(bad, (bad.oracle, bad.oracle), [self.sides[i].name for i in wrong])
+
+    def _other_rule(self) -> Fault | None:
+        """What the second side makes of its gradients, by the recipe of the first."""
+        if self.sides[0].recipe == self.sides[1].recipe:
+            return None
+        update = Update(
+            side=self.sides[0],
+            step=self.step,
+            before=self.arrays[1],
+            gradients=self.gradients[1],
+            after=self.after[1],
+            batch=self.batches[0],
+        )
+        bad = next(update.rule(), None)
+        return None if bad is None else self._update_fault(bad, None, ())
+
+    def _update_fault(self, bad: Wrong, oracle: Any, wrong: Sequence[str]) -> Fault:
         values: Any = tuple(float(np.asarray(a.get(bad.name, np.nan)).flat[bad.index]) for a in self.after)
         return Fault(
             step=self.step,
@@ -288,8 +306,8 @@ class _Step:
             what=bad.what,
             element=bad.element,
             values=values,
-            oracle=(bad.oracle, bad.oracle),
+            oracle=oracle,
             bound=bad.bound,
-            wrong=[self.sides[i].name for i in wrong],
+            wrong=wrong,
             hint=bad.hint,
         )
