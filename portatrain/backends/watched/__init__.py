@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.errors.users_code import shown
+from portatrain.errors.users_code import is_ours, shown
 from portatrain.model.module import Module
 from portatrain.model.ops import Loss, Ops
 
@@ -174,6 +174,12 @@ def _caller(frame: FrameType | None) -> tuple[str, str]:
     while here is not None:
         owner = here.f_locals.get("self")
         if isinstance(owner, Module):
-            return owner.path, f"{shown(here.f_code.co_filename)}, line {here.f_lineno}"
+            return owner.path, _place(here)
         here = here.f_back
-    return "", "?" if frame is None else f"{shown(frame.f_code.co_filename)}, line {frame.f_lineno}"
+    return "", "?" if frame is None else _place(frame)
+
+
+def _place(frame: FrameType) -> str:
+    """Return file and line; of portatrain's own files the module and the line."""
+    file = frame.f_code.co_filename
+    return f"{frame.f_globals['__name__'] if is_ours(file) else shown(file)}, line {frame.f_lineno}"

@@ -76,6 +76,10 @@ class Trace:
             self._near[i] = self._oracle(i, 1)
         return self._near[i]
 
+    def _passed(self, size: float) -> float:
+        """Return the difference of values of scale `size` below which no side can be beyond its own tolerance."""
+        return max(tolerance(size, 0.0, judge.precision) for judge in self.judges)
+
     # ---- forward
 
     def forward(self) -> Iterator[Fault]:
@@ -164,7 +168,7 @@ class Trace:
         calls = tuple(w.calls[k] for w in self.watched)
         for x, y in zip(calls[0].results, calls[1].results, strict=True):
             apart = difference(x, y) if x.shape == y.shape else np.array([np.inf])
-            if float(apart.max(initial=0.0)) <= (tolerance(largest(y), 0.0) if y.dtype.kind == "f" else 0.0):
+            if float(apart.max(initial=0.0)) <= (self._passed(largest(y)) if y.dtype.kind == "f" else 0.0):
                 continue
             errors = [judge.forward(call) for judge, call in zip(self.judges, calls, strict=True)]
             wrong = [i for i, e in enumerate(errors) if e is not None and e.bad]
@@ -204,7 +208,7 @@ class Trace:
                     continue
                 apart = difference(x, y)
                 size = max(largest(x), largest(y))
-                if float(apart.max(initial=0.0)) <= tolerance(size, 0.0):
+                if float(apart.max(initial=0.0)) <= self._passed(size):
                     continue
                 a[k].arg_grads[j], b[k].arg_grads[j] = x, y
                 index = int(np.argmax(apart))

@@ -57,7 +57,7 @@ class Judge:
         return math.sqrt(max(1.0, self.terms / TERMS))
 
     @property
-    def _precision(self) -> str:
+    def precision(self) -> str:
         return "fp32" if self.context.precision == "fp32" else "bf16"
 
     def function(self, call: Call) -> Callable[..., list[np.ndarray]]:
@@ -90,7 +90,7 @@ class Judge:
             if true.dtype.kind == "f":
                 rng = np.random.default_rng(i)
                 size = amplification(lambda *xs, i=i: run(*xs)[i], given, true, rng)
-                allowed = self._wider * tolerance(largest(true), size, self._precision)
+                allowed = self._wider * tolerance(largest(true), size, self.precision)
             else:
                 allowed = 0.0
             apart = difference(got, true)
@@ -123,13 +123,13 @@ class Judge:
                 away = [moved(a, rng) if a.dtype.kind == "f" else a for a in given]
                 cotangents = [None if w is None else moved(w, rng) for w in weights]
                 near.append(abs(self._slope(run, away, cotangents, i, direction) - true) / 1e-6)
-            stages = 1.0 if self._precision == "fp32" else 2.0
+            stages = 1.0 if self.precision == "fp32" else 2.0
             yield Error(
                 part=f"gradient of argument {i}" + (" along a random direction" if what == "direction" else ""),
                 element=place(index, grad.shape) if what == "element" else "",
                 value=float((grad.astype(np.float64) * direction).sum()),
                 oracle=true,
-                allowed=stages * self._wider * tolerance(size, max(near), self._precision),
+                allowed=stages * self._wider * tolerance(size, max(near), self.precision),
             )
 
     def _slope(

@@ -73,8 +73,8 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """A step that was replayed: the losses of both sides, the largest difference of a gradient relative to the largest
-    element of its tensor, that tensor, and the bound of rounding for it."""
+    """A step that was replayed: the losses of both sides, and of the tensor with the gradient that is nearest to the bound
+    of rounding, or farthest beyond it: the difference and that bound, both relative to its largest element."""
 
     step: int
     losses: tuple[float, float]
@@ -107,13 +107,12 @@ class Replay:
             return self.fault.sentence(self.names)
         if self.elsewhere:
             return self.elsewhere
-        worst = max(self.rows, key=lambda row: row.difference, default=None)
+        worst = max(self.rows, key=lambda row: row.difference / max(row.bound, 1e-300), default=None)
         if worst is None:
             return "no step was replayed"
         return (
             f"rounding: in {len(self.rows)} replayed {'step' if len(self.rows) == 1 else 'steps'} every operation, "
-            f"gradient and update of both sides is what the oracle computes from the same numbers; gradients differ by "
-            f"at most {worst.difference:.2g} of their largest element ({worst.tensor})"
+            f"gradient and update of both sides is what the oracle computes from the same numbers"
         )
 
     def as_json(self) -> dict[str, Any]:

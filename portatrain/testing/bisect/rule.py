@@ -181,24 +181,31 @@ class Update:
                 # As it is written: 0.95, and not what rounding makes of it.
                 if below and 0 < (value := round(top / below, 4)) < 1:
                     yield field, value
-        top = below = 0.0
+        sums = np.zeros(4)
+        scale = self.side.recipe.lr_scale(self.step)
         for name in names:
-            before = np.asarray(self.before[f"params/{name}"], np.float64)
-            after = np.asarray(self.after[f"params/{name}"], np.float64)
-            due, _ = optim.step(
-                rule,
-                self.side.definition.params[name],
-                param=before,
-                grad=factor * self.gradients[name].astype(np.float64),
-                slots=self._slots(self.before, name),
-                scale=self.side.recipe.lr_scale(self.step),
-                count=int(self.before[COUNT]) + 1,
-                decay=name in self.side.program.decay,
+            before, after = (np.asarray(a[f"params/{name}"], np.float64) for a in (self.before, self.after))
+            due, plain = (
+                optim.step(
+                    rule,
+                    self.side.definition.params[name],
+                    param=before,
+                    grad=factor * self.gradients[name].astype(np.float64),
+                    slots=self._slots(self.before, name),
+                    scale=scale,
+                    count=int(self.before[COUNT]) + 1,
+                    decay=decays,
+                )[0]
+                for decays in (name in self.side.program.decay, False)
             )
-            top += float(((after - before) * (due - before)).sum())
-            below += float(((due - before) ** 2).sum())
-        if below and top > 0:
-            yield "lr", float(f"{rule.lr * top / below:.5g}")
+            sums[:2] += ((after - before) * (due - before)).sum(), ((due - before) ** 2).sum()
+            if name in self.side.program.decay:
+                shrunk = -rule.lr * scale * before
+                sums[2:] += ((after - plain) * shrunk).sum(), (shrunk**2).sum()
+        if sums[1] and sums[0] > 0:
+            yield "lr", float(f"{rule.lr * sums[0] / sums[1]:.5g}")
+        if sums[3] and sums[2] > 0:
+            yield "weight_decay", float(f"{sums[2] / sums[3]:.3g}")
 
     # ---- beside the rule
 

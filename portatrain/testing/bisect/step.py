@@ -127,13 +127,15 @@ class _Step:
         a, b = self.gradients
         most = max(self._bound(i, 2) for i in (0, 1))
         floor = LEAST * max((largest(g) for g in a.values()), default=0.0)
-        worst, good = (0.0, ""), a.keys() == b.keys()
+        good = a.keys() == b.keys()
+        found = [(0.0, 0.0, most, "")]  # (difference over its bound, difference, bound, name)
         for name in a.keys() & b.keys():
-            size, apart = largest(a[name]), float(difference(a[name], b[name]).max(initial=0.0))
-            relative = apart / max(size, floor, 1e-300)
-            worst = max(worst, (relative, name))
-            good = good and apart <= most * size + floor
-        row = StepRow(step=self.step, losses=self.losses, difference=worst[0], tensor=worst[1], bound=most)
+            size, apart = max(largest(a[name]), 1e-300), float(difference(a[name], b[name]).max(initial=0.0))
+            allowed = most * size + floor
+            found.append((apart / max(allowed, 1e-300), apart / size, allowed / size, name))
+            good = good and apart <= allowed
+        _, apart, allowed, name = max(found)
+        row = StepRow(step=self.step, losses=self.losses, difference=apart, tensor=name, bound=allowed)
         self.rows.append(row)
         return good and abs(self.losses[0] - self.losses[1]) <= most * abs(self.losses[0])
 
@@ -188,6 +190,8 @@ class _Step:
             apart, size = difference(a, b), largest(a)
             if float(apart.max(initial=0.0)) <= max(self._bound(i, 2) for i in (0, 1)) * size:
                 continue
+            if watched is not None and all(self._is_sum(i, name, watched[i]) for i in (0, 1)):
+                continue  # of gradients that have been judged, use by use
             index = int(np.argmax(apart))
             true = [self._true(i, name, index, 0) for i in (0, 1)]
             near = [abs(self._true(i, name, index, 1) - true[i]) for i in (0, 1)]
@@ -209,6 +213,10 @@ class _Step:
                 hint=hint,
             )
         return None
+
+    def _is_sum(self, i: int, name: str, micros: Sequence[Watched]) -> bool:
+        due = np.sum([m.grads[name].astype(np.float64) for m in micros], axis=0) / sum(m.weight for m in micros)
+        return float(difference(self.gradients[i][name], due).max(initial=0.0)) <= self._bound(i, 2) * largest(due)
 
     def _how(self, i: int, name: str, micros: Sequence[Watched]) -> str:
         """Return how the gradients of microbatches give what the step has; each of them is what the oracle has."""
