@@ -304,6 +304,11 @@ def derivative_of_silu_cut(right: Any, ops: Any, x: Any) -> Any:
     return x * torch.sigmoid(x).detach()
 
 
+@operation("silu", "the result of ops.silu", stage=Stage.BACKWARD)
+def result_cut_off(right: Any, ops: Any, x: Any) -> Any:
+    return right(x).detach()
+
+
 class _LowGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Any) -> Any:

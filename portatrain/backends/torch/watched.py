@@ -112,4 +112,7 @@ def _host(t: Tensor) -> np.ndarray:
 
 
 def _grad(t: Tensor) -> np.ndarray | None:
-    return None if not t.requires_grad or t.grad is None else _host(t.grad)
+    """Return the gradient of a tensor, zeros if none arrived; None for a constant."""
+    if not t.requires_grad:
+        return None
+    return np.zeros(tuple(t.shape), np.float32) if t.grad is None else _host(t.grad)

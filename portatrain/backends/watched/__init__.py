@@ -50,8 +50,8 @@ class Call:
         template: (args, options) with a `Slot` in place of every array. Calls with equal templates differ in nothing
             but the values of arrays.
         args, results: the arrays, in order; floating ones in float64 or in the dtype of the framework.
-        arg_grads, result_grads: the gradients of the summed loss with respect to them, None where there is none. That
-            of an argument is the part that flows through this call alone.
+        arg_grads, result_grads: the gradients of the summed loss with respect to them; None for whole numbers and, in
+            torch, for constants. That of an argument is the part that flows through this call alone.
         tags: of each argument, the parameter or State that it is, with its layers; only the oracle knows them.
     """
 

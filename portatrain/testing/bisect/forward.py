@@ -105,7 +105,9 @@ class Trace:
                     continue
                 index = int(np.argmax(difference(x, y))) if x.shape == y.shape else 0
                 mine = tuple(getattr(w.calls[k], part)[j] for w in self.watched)
-                what = str(calls[0]) if part == "results" else f"argument {j} of {calls[0]}"
+                tag = calls[0].tags[j] if part == "args" else None
+                named = f"parameter {tag[0]} as {calls[0]} gets it" if tag else f"argument {j} of {calls[0]}"
+                what = str(calls[0]) if part == "results" else named
                 yield self._fault(
                     Stage.MODEL if part == "results" else Stage.INPUT,
                     what,
@@ -203,14 +205,12 @@ class Trace:
         for k in reversed(range(min(len(a), len(b)))):
             yield from self._after(k)
             for j, (x, y) in enumerate(zip(a[k].arg_grads, b[k].arg_grads, strict=True)):
-                x, y = _zeros(x, a[k].args[j]), _zeros(y, b[k].args[j])
-                if x is None or y is None:
+                if x is None or y is None:  # of a constant, or cut off before it: what gave it is judged then
                     continue
                 apart = difference(x, y)
                 size = max(largest(x), largest(y))
                 if float(apart.max(initial=0.0)) <= self._passed(size):
                     continue
-                a[k].arg_grads[j], b[k].arg_grads[j] = x, y
                 index = int(np.argmax(apart))
                 found = [list(judge.backward(c[k], j, index)) for judge, c in zip(self.judges, (a, b), strict=True)]
                 wrong = [i for i, errors in enumerate(found) if any(e.bad for e in errors)]
@@ -239,9 +239,9 @@ class Trace:
         """The gradient of a result, which comes from the calls after it and from plain arithmetic."""
         calls = tuple(w.calls[k] for w in self.watched)
         for r, (x, y) in enumerate(zip(calls[0].result_grads, calls[1].result_grads, strict=True)):
-            x, y = _zeros(x, calls[0].results[r]), _zeros(y, calls[1].results[r])
-            if x is None or y is None:
+            if (x is None and y is None) or not self._depends(k, r):
                 continue
+            x, y = (np.zeros(c.results[r].shape) if g is None else g for g, c in zip((x, y), calls, strict=True))
             size = max(largest(x), largest(y))
             apart = difference(x, y)
             if float(apart.max(initial=0.0)) <= self.allowed(0, size, 0.0) + self.allowed(1, size, 0.0):
@@ -253,10 +253,15 @@ class Trace:
             wrong = [i for i in (0, 1) if not abs(values[i] - true[i]) <= limits[i]]
             if wrong:
                 what = f"the gradient that arrives at the result of {calls[0]}"
+                cut = "it is zero: the result is cut off" if not np.any((x, y)[wrong[0]]) else ""
                 yield self._fault(
-                    Stage.BACKWARD, what, place(index, x.shape), values, tuple(true), max(limits), wrong, ""
+                    Stage.BACKWARD, what, place(index, x.shape), values, tuple(true), max(limits), wrong, cut
                 )
                 return
+
+    def _depends(self, k: int, r: int) -> bool:
+        """Return whether a result depends on parameters: constants have no gradient in torch, and one in jax."""
+        return bool(difference(self.near(0)[k].results[r], self.oracle[0][k].results[r]).max(initial=0.0) > 0)
 
     def _slope(self, i: int, k: int, r: int, index: int, seed: int) -> float:
         """Return the derivative of the oracle's summed loss by one element of a result."""
@@ -322,13 +327,6 @@ def _written(call: Call) -> str:
     words = [repr(a) for a in args if isinstance(a, (str, int, float, bool))]
     words += [f"{k}={v!r}" for k, v in options.items() if isinstance(v, (str, int, float, bool, type(None)))]
     return f"ops.{call.name}({', '.join(words)})"
-
-
-def _zeros(grad: np.ndarray | None, like: np.ndarray) -> np.ndarray | None:
-    """Return the gradient, zeros for one that does not arrive; None for whole numbers."""
-    if like.dtype.kind != "f":
-        return None
-    return np.zeros(like.shape, np.float32) if grad is None else grad
 
 
 def _element(array: np.ndarray, index: int) -> Any:
