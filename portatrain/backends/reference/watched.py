@@ -43,6 +43,8 @@ def watch_oracle(
         for (number, i), change in (added or {}).items():
             if number == len(calls):
                 results[i] = results[i] + change
+        # A result that is an argument gets an identity of its own: one can then see which call uses which result.
+        results = [r.view() if any(r is a for a in arrays) else r for r in results]
         call.results = [np.asarray(r) for r in results]
         calls.append(call)
         return put_together(template, results)

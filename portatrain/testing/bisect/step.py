@@ -11,7 +11,7 @@ from portatrain.backends.base import Arrays
 from portatrain.backends.reference.differences import directional_derivative
 from portatrain.backends.rounding import bound, positions_in, step_error
 from portatrain.backends.watched import Watched
-from portatrain.testing.bisect.forward import DEVIATIONS, MEASURED, Trace, looks_like
+from portatrain.testing.bisect.forward import DEVIATIONS, DRAWS, MEASURED, Trace, looks_like
 from portatrain.testing.bisect.operations import difference, largest, place
 from portatrain.testing.bisect.report import Fault, Replay, Stage, StepRow
 from portatrain.testing.bisect.rule import Update, Wrong
@@ -194,7 +194,7 @@ class _Step:
                 continue  # of gradients that have been judged, use by use
             index = int(np.argmax(apart))
             true = [self._true(i, name, index, 0) for i in (0, 1)]
-            near = [abs(self._true(i, name, index, 1) - true[i]) for i in (0, 1)]
+            near = [max(abs(self._true(i, name, index, s) - true[i]) for s in range(1, DRAWS + 1)) for i in (0, 1)]
             limits = [DEVIATIONS * self._bound(i, 1) * size + MEASURED * near[i] for i in (0, 1)]
             values = (float(a.flat[index]), float(b.flat[index]))
             wrong = [i for i in (0, 1) if not abs(values[i] - true[i]) <= limits[i]]
