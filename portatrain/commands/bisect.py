@@ -5,8 +5,8 @@ A and B are runs. First their records are compared: recipes field by field, vers
 probes of checkpoints. Then the step is replayed from the last checkpoint that both have, on the backend and mesh of
 each run: a batch is a pure function of its step. --records leaves the replay out.
 
-Without B, A is a recipe, and --a and --b are two settings of it: backend=NAME, mesh=AXES, or any field of the recipe.
-The first steps are then replayed at small size with drawn tokens, as `portatrain check` does it.
+Without B, A is a recipe, and --a and --b are two settings of it: backend=NAME, mesh=AXES, kernel=OPERATION=KERNEL, or
+any field of the recipe. The first steps are then replayed at small size with drawn tokens, as in `portatrain check`.
 
 A replay runs on the CPU. It takes both sides from one state through a step, and judges each by the oracle: the restored
 state, every operation forward, then backward, the sum of the gradients, clipping, the rule. So the answer says whose
@@ -18,6 +18,7 @@ examples:
   portatrain bisect tiny-lm --a backend=jax --b backend=torch
   portatrain bisect my_recipe.py --a backend=jax --b backend=jax --b mesh=fsdp=2
   portatrain bisect tiny-lm --a backend=torch --b backend=torch --b precision=bf16
+  portatrain bisect tiny-lm --a backend=torch --b backend=torch --b kernel=attention=written-out
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.runs import changes
 from portatrain.runs.open import find
-from portatrain.runs.run_dir import RunDir
+from portatrain.runs.run_dir import RunDir, code_sha256
 from portatrain.system import json_files
 from portatrain.system.exit_codes import FOUND, OK
 from portatrain.system.paths import place
@@ -63,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar="FIELD=VALUE",
             action="append",
             default=[],
-            help=f"one setting of side {name.upper()}: backend=torch, mesh=fsdp=2, or a field of the recipe",
+            help=f"one setting of side {name.upper()}: backend=torch, mesh=fsdp=2, kernel=attention=flex, or a "
+            "field of the recipe",
         )
     parser.add_argument("--records", action="store_true", help="compare the records alone, without a replay")
     parser.add_argument(
@@ -119,10 +121,12 @@ def _settings(args: argparse.Namespace, began_s: float) -> int:
 
 
 def _side(recipe: Recipe, option: str, words: Sequence[str]) -> Side:
+    from portatrain.backends.choose_kernel import parse
     from portatrain.testing.bisect.sides import Side
 
     given = {"backend": "", "mesh": ""}
-    fields = []
+    fields: list[str] = []
+    kernels: list[str] = []
     for word in words:
         name, equals, value = word.partition("=")
         if not equals:
@@ -131,12 +135,15 @@ def _side(recipe: Recipe, option: str, words: Sequence[str]) -> Side:
             )
         if name in given:
             given[name] = value
+        elif name == "kernel":
+            kernels.append(value)
         else:
             fields.append(word)
     backend = options.resolved_backend(given["backend"] or None)
     mesh = _mesh(given["mesh"], backend, option)
-    name = ", ".join([backend + (f" on {mesh}" if mesh else ""), *fields])
-    return Side(name=name, recipe=apply_overrides(recipe, fields), backend=backend, mesh=mesh)
+    name = ", ".join([backend + (f" on {mesh}" if mesh else ""), *kernels, *fields])
+    made = apply_overrides(recipe, fields)
+    return Side(name=name, recipe=made, backend=backend, mesh=mesh, kernels=parse(kernels))
 
 
 def _mesh(mesh: str, backend: str, option: str) -> str:
@@ -245,6 +252,9 @@ def _replayed(runs: tuple[RunDir, RunDir], records: Records, most: int, began_s:
     sides = tuple(
         _side_of(run, recipe, name, last, notes) for run, recipe, name in zip(runs, recipes, records.names, strict=True)
     )
+    for run, recipe, name in zip(runs, recipes, records.names, strict=True):
+        if run.run_info().get("code_sha256") != code_sha256(recipe):
+            notes.append(f"{name} began with other code than is here; the replay runs the code here")
     progress("opening the data")
     data = [data_of(recipe, recipe.describe(), run.data()) for run, recipe in zip(runs, recipes, strict=True)]
     batches: list[Any] = []

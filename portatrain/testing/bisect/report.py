@@ -73,8 +73,8 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True)
 class StepRow:
-    """A step that was replayed: the losses of both sides, and of the tensor with the gradient that is nearest to the bound
-    of rounding, or farthest beyond it: the difference and that bound, both relative to its largest element."""
+    """A step that was replayed: the losses of both sides, and of the tensor with the gradient that is nearest to the
+    bound of rounding, or farthest beyond it: the difference and that bound, both relative to its largest element."""
 
     step: int
     losses: tuple[float, float]

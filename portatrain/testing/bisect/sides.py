@@ -23,12 +23,14 @@ Make = Callable[[Program], Backend]
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """A recipe on one setting. name: in words. make: makes the backend, by default that of the name `backend`."""
+    """A recipe on one setting. name: in words. kernels: (operation, kernel) of those that are named. make: makes the
+    backend, by default that of the name `backend`."""
 
     name: str
     recipe: Recipe
     backend: str = "jax"
     mesh: str = ""
+    kernels: tuple[tuple[str, str], ...] = ()
     make: Make | None = None
 
 
@@ -39,7 +41,7 @@ class Running:
         self.name, self.recipe = side.name, side.recipe
         self.program = make_program(side.recipe, mesh=side.mesh)
         # What is computed again or fused is no part of what a step means.
-        made = replace(self.program, remat="none")
+        made = replace(self.program, remat="none", kernels=side.kernels)
         self.backend = (side.make or backend_class(side.backend))(made)
 
     @property
