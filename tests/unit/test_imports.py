@@ -64,6 +64,7 @@ ARRAY_MODULES = tuple(
         "data.",
         "backends",
         "training.trainer",
+        "training.two_runs",
         "training.arrival",
         "training.continuity",
         "training.changed",
