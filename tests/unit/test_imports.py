@@ -93,6 +93,7 @@ ARRAY_MODULES = tuple(
         "checkpoint.object_store",
         "checkpoint.restore",
         "checkpoint.shared_reads",
+        "checkpoint.surgery",
         "checkpoint.host_copies",
         "checkpoint.diff",
         "checkpoint.interop.export_import",
