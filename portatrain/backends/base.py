@@ -107,6 +107,10 @@ class Backend(Protocol):
     Optional method: `cached(state)` returns the model with a cache of keys and values (`backends/decoding.py`), or None
     if this mesh has none. Without it a text is continued by running the model on all of it for every token.
 
+    Optional method: `watch(state, batch, step=...)` runs the forward and backward pass of a step and returns what every
+    operation took and gave, with gradients (`backends/watched`), for each microbatch. Without it `portatrain bisect`
+    compares gradients and updates, and names no operation.
+
     Optional methods: `use_compile_cache(folder)` makes the framework keep compiled programs below `folder`; it returns
     the folder that is used, None if nothing is compiled, or raises OSError if it cannot be written to. `compiled()`
     returns what the process has compiled so far (`backends/compiling.py`).

@@ -8,6 +8,7 @@ has its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -144,6 +145,15 @@ def environment() -> dict[str, object]:
         "executable": sys.executable,
         "packages": dict(sorted(packages.items())),
     }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages of WATCHED that are installed, and of portatrain."""
+    found = {}
+    for name in ("portatrain", *WATCHED):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def differences(code: str | None) -> dict[str, list[str | None]]:

@@ -29,7 +29,7 @@ from typing import Any
 from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
-from portatrain.runs import changes
+from portatrain.runs import changes, code_snapshot
 from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
@@ -271,6 +271,7 @@ class RunDir:
             "began_unix_s": time.time(),
             "command": sys.argv,
             "python": platform.python_version(),
+            "packages": code_snapshot.versions(),
             "code_sha256": code_sha256(recipe),
         }
         json_files.write_json(folder / "attempt.json", {**about, **environment.CLUSTER.get(), **info})

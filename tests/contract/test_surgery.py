@@ -27,7 +27,7 @@ from tests.support.tiny_oracle import Oracle
 
 AT, STEPS = 2, 7
 EXPERTS = ["--set", "model.experts=2", "--surgery", "experts"]
-VOCABULARY = ["--set", "model.vocab=10", "--surgery", "vocabulary"]
+VOCABULARY = ["--set", "model.vocab=8", "--surgery", "vocabulary"]
 
 
 def fork(runs: Path, parent: str, new: str, *words: str) -> RunDir:
@@ -64,7 +64,7 @@ def with_experts(arrays: Arrays, start: Arrays, degree: int) -> Arrays:
 
 def with_ids(arrays: Arrays, start: Arrays, degree: int) -> Arrays:
     def rows(table: np.ndarray) -> np.ndarray:
-        return np.concatenate([table, np.tile(table.mean(0) * (degree == 0), (3, 1))])
+        return np.concatenate([table, np.tile(table.mean(0) * (degree == 0), (1, 1))])
 
     return {name: rows(array) if name in ("table", "out") else array for name, array in arrays.items()}
 
@@ -180,7 +180,7 @@ def test_surgery_after_surgery_and_other_changes_at_one_step(runs: Path) -> None
     assert {"model.experts", "model.vocab", "optimizer.lr", "clip_norm"} <= set(resumed["fields"])
     assert "then mapped" in measured["state"]["optimizer"] and third.is_done
     recipe = third.recipe()
-    assert (recipe.model.experts, recipe.model.vocab, recipe.clip_norm) == (2, 10, 0.5)
+    assert (recipe.model.experts, recipe.model.vocab, recipe.clip_norm) == (2, 8, 0.5)
     assert type(recipe.optimizer).__name__ == "Lion"
 
 

@@ -527,3 +527,10 @@ def test_a_fork_of_a_run_in_a_store_is_made_and_trained_on_other_machines(tmp_pa
     assert [e["verdict"] for e in made.events("resumed")] == ["changed"]
     assert main(["resume", "b", "--runs", "s3://bucket/runs", "--set", "steps=10"]) == 0
     assert len(open_run("s3://bucket/runs/b").curve()) == 6 and read_history(open_run("s3://bucket/runs/b")).steps == 10
+    # A surgery writes a checkpoint of its own into the store.
+    assert main([*fork[:-1], "wide", "--set", "model.vocab=9", "--surgery", "vocabulary"]) == 0
+    elsewhere("fifth")
+    assert main(["resume", "wide", "--runs", "s3://bucket/runs"]) == 0
+    wide = open_run("s3://bucket/runs/wide")
+    assert wide.is_done and [(e["verdict"], e["tensors"]) for e in wide.events("resumed")] == [("changed", "equal")]
+    assert "no method predict" in wide.run_info()["parent"]["surgery"]["proof"]["why"]

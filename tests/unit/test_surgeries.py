@@ -4,7 +4,7 @@ states of small models of all families."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,24 @@ def test_a_router_whose_weights_do_not_add_up_to_one_is_no_claim(other: dict[str
     found, _ = operated(recipe_of(replace(DEEPSEEK, dense_layers=2)), recipe_of(replace(DEEPSEEK, **other)), "experts")
     proved = proof(found)
     assert not proved.claims and "do not add up to 1" in proved.why and proved.difference > 1e-3 * proved.scale
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blind(DecoderConfig):
+    """A decoder without logits, as a model that only has a loss."""
+
+    def build(self) -> Any:
+        model = super().build()
+        model.predict = None  # type: ignore[assignment,method-assign]
+        return model
+
+
+def test_a_model_without_logits_is_measured_by_its_losses() -> None:
+    blind = Blind(**SIZES)
+    proved = proof(operated(recipe_of(blind), recipe_of(replace(blind, layers=3)), "layers")[0])
+    assert proved.claims and proved.holds and (proved.outputs, proved.positions) == ("losses of samples", 3)
+    proved = proof(operated(recipe_of(blind), recipe_of(replace(blind, vocab=30)), "vocabulary")[0])
+    assert not proved.claims and "no method predict" in proved.why and proved.difference > 0.1
 
 
 def test_tensors_in_bfloat16() -> None:

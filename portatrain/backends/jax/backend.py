@@ -25,6 +25,7 @@ from portatrain.backends.jax.ops import JaxOps, partition_spec
 from portatrain.backends.jax.optimizer import RuleState, kept, transformation, xp
 from portatrain.backends.jax.probe import norms
 from portatrain.backends.jax.standalone_ops import COMPUTE, StandaloneOps
+from portatrain.backends.jax.watched import Watches
 from portatrain.backends.kernels import Site
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
@@ -41,7 +42,7 @@ State = dict[str, Any]
 """The state: {'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
-class JaxBackend(About, StandaloneOps):
+class JaxBackend(About, StandaloneOps, Watches):
     """See `portatrain.backends.base.Backend`. `devices`: the devices of the mesh, row-major, if their order matters.
     They may be descriptions of absent devices, to compile for them (`abstract_step`)."""
 
@@ -175,10 +176,8 @@ class JaxBackend(About, StandaloneOps):
 
     def init_state(self) -> State:
         def make(tensor: StateTensor) -> Any:
-            info = tensor.info
-            return self._place(
-                info, lambda at, shape: initial_box(info, self.program.seed, at, shape), self._sharding(tensor)
-            )
+            draw = functools.partial(initial_box, tensor.info, self.program.seed)
+            return self._place(tensor.info, draw, self._sharding(tensor))
 
         return self._assemble(make, 0)
 

@@ -37,6 +37,8 @@ __all__ = ["MeshBackend", "check_processes"]
 class MeshBackend(OneDevice):
     """See `portatrain.backends.base.Backend`. All processes call every method together, with the same global batch."""
 
+    watch: Any = None  # each process has a part of every tensor
+
     def __init__(self, program: Program) -> None:
         check_layout(program.layout, program.definition.params)
         super().__init__(program)

@@ -31,6 +31,7 @@ from portatrain.backends.torch.optimizer import RuleOptimizer, total_norm
 from portatrain.backends.torch.probe import norms
 from portatrain.backends.torch.remat import check_policy, rematerialised
 from portatrain.backends.torch.standalone_ops import COMPUTE, StandaloneOps, words
+from portatrain.backends.torch.watched import Watches
 from portatrain.errors import UserError
 from portatrain.model import remat
 from portatrain.model.across_samples import Across
@@ -55,7 +56,7 @@ class TorchState:
         return self.beside.setdefault("ema", {})
 
 
-class OneDevice(About, Accumulates, StandaloneOps):
+class OneDevice(About, Accumulates, StandaloneOps, Watches):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch"

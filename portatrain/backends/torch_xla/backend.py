@@ -64,6 +64,7 @@ class XlaBackend(OneDevice):
     name = "torch-xla"
     use_compile_cache: Any = None  # torch-xla has a cache of its own (XLA_PERSISTENT_CACHE_PATH)
     start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
+    watch: Any = None  # a step is one program of XLA
 
     def __init__(self, program: Program) -> None:
         self.program, self.definition = program, program.definition

@@ -13,6 +13,8 @@ import numpy as np
 from portatrain.checkpoint.surgery.edits import Edit, Surgery, grown
 from portatrain.model.module import Definition
 
+WITHOUT_LOGITS = "the model has no method predict, so losses were compared, and they count the new ids too"
+
 
 def vocabulary(before: Definition, after: Definition) -> Surgery:
     """Return the surgery to a model with more ids (axis `vocab`)."""
@@ -20,7 +22,8 @@ def vocabulary(before: Definition, after: Definition) -> Surgery:
         edits={
             info.name: _edit(info.name, info.axes.index("vocab"), info.shape[info.axes.index("vocab")])
             for info in grown("vocabulary", ("vocab",), before, after)
-        }
+        },
+        changes="" if callable(getattr(before.model, "predict", None)) else WITHOUT_LOGITS,
     )
 
 

@@ -1,0 +1,262 @@
+"""Judge what a step makes of its gradients: clipping, the optimizer's rule, averages and States.
+
+The oracle takes the side's own gradients. Those in a compiled step may differ from them by rounding, so every element
+of a result lies between what the rule makes of the gradient minus and plus that bound, with the bound of the rule's own
+rounding (`backends/reference/optim_bounds.py`) on either side.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from portatrain.backends.base import Arrays
+from portatrain.backends.reference import optim, optim_bounds
+from portatrain.backends.reference.run import after_step, forward
+from portatrain.backends.rounding import bound, positions_in
+from portatrain.backends.state import COUNT
+from portatrain.optim import Rule
+from portatrain.testing.bisect.operations import difference, largest, place
+from portatrain.testing.bisect.report import Stage
+from portatrain.testing.bisect.sides import Running
+
+U = 2.0**-24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wrong:
+    """A tensor of the new state that is not the oracle's."""
+
+    stage: Stage
+    what: str
+    name: str
+    element: str
+    index: int
+    value: float
+    oracle: float
+    bound: float
+    hint: str
+
+
+@dataclass(kw_only=True)
+class Update:
+    """One step of a side: the state before it, its gradients, the state after it. batch: microbatches."""
+
+    side: Running
+    step: int
+    before: Mapping[str, np.ndarray]
+    gradients: Arrays
+    after: Mapping[str, np.ndarray]
+    batch: Mapping[str, np.ndarray]
+
+    def wrong(self) -> Iterator[Wrong]:
+        """Yield what is wrong, the first cause first."""
+        yield from self.rule()
+        yield from self._averages()
+        yield from self._states()
+
+    def rule(self) -> Iterator[Wrong]:
+        """Yield what is wrong in the parameters and slots."""
+        if self.side.recipe.precision != "bf16-state":  # which rounds by random numbers
+            yield from self._count()
+            yield from self._rule()
+
+    def _count(self) -> Iterator[Wrong]:
+        got, due = int(self.after[COUNT]), int(self.before[COUNT]) + 1
+        if got != due:
+            yield self._found(Stage.AFTER, "the count of applied steps", COUNT, np.array(got), np.array(due), 0.0)
+
+    # ---- the rule
+
+    def _factor(self) -> float:
+        clip = self.side.program.clip_norm
+        norm = optim.global_norm({n: g.astype(np.float64) for n, g in self.gradients.items()})
+        return 1.0 if clip is None or norm <= clip else clip / norm
+
+    def _rule(self) -> Iterator[Wrong]:
+        factor = self._factor()
+        bad = []
+        for name in self.gradients:
+            try:
+                found = self._of_parameter(name, factor)
+            except TypeError:  # a rule that the oracle has no equations for
+                return
+            if found is not None:
+                bad.append((name, found))
+        if not bad:
+            return
+        name, (slot, got, due, limit) = bad[0]
+        kind = type(self.side.recipe.optimizer).__name__
+        what = f"{f'slot {slot}' if slot else 'the update'} of parameter {name} by rule {kind}"
+        stage, hint = self._explained([n for n, _ in bad], factor)
+        if len(bad) > 1:
+            what += f" (and of {len(bad) - 1} more of {len(self.gradients)} parameters)"
+        full = f"opt/{slot}/{name}" if slot else f"params/{name}"
+        yield self._found(stage, what, full, got, due, limit, hint)
+
+    def _of_parameter(
+        self, name: str, factor: float, rule: Rule | None = None, decay: bool | None = None
+    ) -> tuple[str, np.ndarray, np.ndarray, np.ndarray] | None:
+        """Return (slot, values, the oracle's, the bounds) of the first slot of a parameter that is wrong, '' for the
+        parameter itself; None if all is well."""
+        side = self.side
+        info = side.definition.params[name]
+        slots = self._slots(self.before, name)
+        gradient = self.gradients[name].astype(np.float64)
+        positions = positions_in(side.definition, self.batch, microbatches=True)
+        apart = bound(side.definition, positions, side.recipe.precision) * largest(gradient)
+        start: dict[str, Any] = {
+            "param": np.asarray(self.before[f"params/{name}"], np.float64),
+            "slots": slots,
+            "scale": side.recipe.lr_scale(self.step),
+            "count": int(self.before[COUNT]) + 1,
+            "decay": name in side.program.decay if decay is None else decay,
+        }
+        rule = rule or side.recipe.optimizer
+        due = optim.step(rule, info, grad=factor * gradient, **start)
+        own = optim_bounds.allowed(rule, info, grad=factor * gradient, **start)
+        near = [optim.step(rule, info, grad=factor * (gradient + sign * apart), **start) for sign in (-1.0, 1.0)]
+        for slot in (*slots, ""):
+            true = due[1][slot] if slot else due[0]
+            got = self.after[f"opt/{slot}/{name}" if slot else f"params/{name}"]
+            limit = (own[1][slot] if slot else own[0]) + np.max(
+                [np.abs((n[1][slot] if slot else n[0]) - true) for n in near], axis=0
+            )
+            limit = np.broadcast_to(limit, true.shape) + 2 * U * np.abs(true)
+            if not (difference(got, true) <= limit).all():
+                return slot, np.asarray(got), true, limit
+        return None
+
+    def _slots(self, arrays: Mapping[str, np.ndarray], name: str) -> dict[str, np.ndarray]:
+        made = optim.init(self.side.recipe.optimizer, self.side.definition.params[name])
+        return {slot: np.asarray(arrays[f"opt/{slot}/{name}"], np.float64) for slot in made}
+
+    def _explained(self, names: list[str], factor: float) -> tuple[Stage, str]:
+        """Return what one change of the rule explains all of `names`: another decay, clipping or number."""
+
+        def fits(factor: float, rule: Rule | None = None, decay: bool | None = None) -> bool:
+            return all(self._of_parameter(n, factor, rule, decay) is None for n in names)
+
+        decay = self.side.program.decay
+        if all(n not in decay for n in names) and fits(factor, decay=True):
+            return Stage.RULE, "weight decay is applied, and the recipe's patterns leave it out"
+        if all(n in decay for n in names) and fits(factor, decay=False):
+            return Stage.RULE, "weight decay is left out, and the recipe's patterns ask for it"
+        used = self._used_factor(names)
+        if used is not None and fits(used):
+            return Stage.CLIPPING, f"the gradients were multiplied by {used:.6g}, and clipping asks for {factor:.6g}"
+        for number, value in self._numbers(names, factor):
+            rule = dataclasses.replace(self.side.recipe.optimizer, **{number: value})
+            if fits(factor, rule):
+                was = getattr(self.side.recipe.optimizer, number)
+                return Stage.RULE, f"as with {number}={value:.4g}, and the recipe has {number}={was:.4g}"
+        return Stage.RULE, ""
+
+    def _used_factor(self, names: list[str]) -> float | None:
+        """Return the factor of the gradients that a mean of them shows; None if the rule keeps none."""
+        b1 = getattr(self.side.recipe.optimizer, "b1", None)
+        if b1 is None or type(self.side.recipe.optimizer).__name__ != "AdamW":
+            return None
+        top = below = 0.0
+        for name in names:
+            old, new = (np.asarray(a[f"opt/m/{name}"], np.float64) for a in (self.before, self.after))
+            g = (1 - b1) * self.gradients[name].astype(np.float64)
+            top, below = top + float(((new - b1 * old) * g).sum()), below + float((g * g).sum())
+        return top / below if below else None
+
+    def _numbers(self, names: list[str], factor: float) -> Iterator[tuple[str, float]]:
+        """Yield (field, value): what the slots say of a decay rate, or the updates of the learning rate."""
+        rule = self.side.recipe.optimizer
+        if type(rule).__name__ == "AdamW":
+            for field, slot, power in (("b1", "m", 1), ("b2", "v", 2)):
+                top = below = 0.0
+                for name in names:
+                    old, new = (np.asarray(a[f"opt/{slot}/{name}"], np.float64) for a in (self.before, self.after))
+                    x = (factor * self.gradients[name].astype(np.float64)) ** power
+                    top, below = top + float(((new - x) * (old - x)).sum()), below + float(((old - x) ** 2).sum())
+                # As it is written: 0.95, and not what rounding makes of it.
+                if below and 0 < (value := round(top / below, 4)) < 1:
+                    yield field, value
+        sums = np.zeros(4)
+        scale = self.side.recipe.lr_scale(self.step)
+        for name in names:
+            before, after = (np.asarray(a[f"params/{name}"], np.float64) for a in (self.before, self.after))
+            due, plain = (
+                optim.step(
+                    rule,
+                    self.side.definition.params[name],
+                    param=before,
+                    grad=factor * self.gradients[name].astype(np.float64),
+                    slots=self._slots(self.before, name),
+                    scale=scale,
+                    count=int(self.before[COUNT]) + 1,
+                    decay=decays,
+                )[0]
+                for decays in (name in self.side.program.decay, False)
+            )
+            sums[:2] += ((after - before) * (due - before)).sum(), ((due - before) ** 2).sum()
+            if name in self.side.program.decay:
+                shrunk = -rule.lr * scale * before
+                sums[2:] += ((after - plain) * shrunk).sum(), (shrunk**2).sum()
+        if sums[1] and sums[0] > 0:
+            yield "lr", float(f"{rule.lr * sums[0] / sums[1]:.5g}")
+        if sums[3] and sums[2] > 0:
+            yield "weight_decay", float(f"{sums[2] / sums[3]:.3g}")
+
+    # ---- beside the rule
+
+    def _averages(self) -> Iterator[Wrong]:
+        decay = self.side.program.ema_decay
+        if decay is None:
+            return
+        for name in sorted(self.side.program.ema):
+            old, new = (np.asarray(a[f"ema/{name}"], np.float64) for a in (self.before, self.after))
+            param = np.asarray(self.after[f"params/{name}"], np.float64)
+            due = old + (1 - decay) * (param - old)
+            # Four roundings: of the factor, the difference, the product and the sum.
+            limit = 4 * U * np.maximum(np.abs(old), np.abs(param))
+            if not (difference(new, due) <= limit).all():
+                yield self._found(Stage.AFTER, f"the average of parameter {name}", f"ema/{name}", new, due, limit)
+                return
+
+    def _states(self) -> Iterator[Wrong]:
+        side, definition = self.side, self.side.definition
+        if not definition.states:
+            return
+        states = side.states(self.before)
+        n = next(iter(self.batch.values())).shape[0]
+        for i in range(n):
+            micro = {k: v[i] for k, v in self.batch.items()}
+            with np.errstate(all="ignore"):
+                context = side.context(micro, self.step)
+                states = forward(definition, side.parameters(self.before), micro, context, states=states).states
+        positions = positions_in(definition, self.batch, microbatches=True)
+        error = bound(definition, positions, side.recipe.precision, runs=1)
+        for name, due in after_step(definition, states).items():
+            got = np.asarray(self.after[f"state/{name}"])
+            limit = error * largest(due) if due.dtype.kind == "f" else 0.0
+            if not (difference(got, due) <= limit).all():
+                yield self._found(Stage.AFTER, f"State {name}", f"state/{name}", got, np.asarray(due), limit)
+                return
+
+    def _found(
+        self, stage: Stage, what: str, name: str, got: np.ndarray, due: np.ndarray, limit: Any, hint: str = ""
+    ) -> Wrong:
+        limits = np.broadcast_to(np.asarray(limit, np.float64), due.shape)
+        beyond = difference(got, due) / np.maximum(limits, 1e-300)
+        index = int(np.argmax(beyond)) if due.ndim else 0
+        return Wrong(
+            stage=stage,
+            what=what,
+            name=name,
+            element=place(index, due.shape),
+            index=index,
+            value=float(np.asarray(got).flat[index]),
+            oracle=float(due.flat[index]),
+            bound=float(limits.flat[index]),
+            hint=hint,
+        )

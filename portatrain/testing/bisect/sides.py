@@ -1,0 +1,117 @@
+"""A side of a replay: a recipe on a backend and a mesh, its state as logical tensors, and one step of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from portatrain.backends.base import Arrays, Backend, Context, backend_class
+from portatrain.backends.program import Program, make_program
+from portatrain.backends.reference.run import forward, initial_states
+from portatrain.backends.state import COUNT, full_name, initial_box, inventory
+from portatrain.backends.watched import Watched
+from portatrain.model.module import Definition
+from portatrain.recipe import Recipe
+from portatrain.testing.recipe_check.measured import whole
+
+Make = Callable[[Program], Backend]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """A recipe on one setting. name: in words. kernels: (operation, kernel) of those that are named. make: makes the
+    backend, by default that of the name `backend`."""
+
+    name: str
+    recipe: Recipe
+    backend: str = "jax"
+    mesh: str = ""
+    kernels: tuple[tuple[str, str], ...] = ()
+    make: Make | None = None
+
+
+class Running:
+    """A side that runs. Its backend is made once; every step begins at a state that is given as logical tensors."""
+
+    def __init__(self, side: Side) -> None:
+        self.name, self.recipe = side.name, side.recipe
+        self.program = make_program(side.recipe, mesh=side.mesh)
+        # What is computed again or fused is no part of what a step means.
+        made = replace(self.program, remat="none", kernels=side.kernels)
+        self.backend = (side.make or backend_class(side.backend))(made)
+
+    @property
+    def definition(self) -> Definition:
+        return self.program.definition
+
+    @cached_property
+    def _infos(self) -> dict[str, Any]:
+        return {full_name(*t.key): t.info for t in inventory(self.program)}
+
+    def first_state(self) -> Arrays:
+        """Return the state of a fresh run, by full name, in the dtypes of a checkpoint."""
+        found = {
+            name: initial_box(info, self.recipe.seed, (0,) * len(info.shape), info.shape)
+            for name, info in self._infos.items()
+        }
+        return {**found, COUNT: np.zeros((), np.int32)}
+
+    def state(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        """Return a state of the backend with these logical tensors; one that is not among them is as in a new run."""
+
+        def read(role: str, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
+            full = full_name(role, name)
+            if full == COUNT:
+                return np.asarray(arrays[COUNT], np.int32)
+            info = self._infos[full]
+            held = arrays.get(full)
+            if held is None:
+                return initial_box(info, self.recipe.seed, offset, shape)
+            part = held[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
+            return part.astype(info.dtype) if str(part.dtype) != info.dtype else part
+
+        return self.backend.restore_state(read)
+
+    def whole(self, state: Any) -> Arrays:
+        """Return every tensor of a state, whole, by full name."""
+        return whole(self.backend, state)
+
+    def watch(self, state: Any, batch: Mapping[str, np.ndarray], step: int) -> list[Watched] | None:
+        """Return what every operation of a step took and gave; None if this backend cannot say."""
+        watch = getattr(self.backend, "watch", None)
+        return None if watch is None else watch(state, batch, step=step)
+
+    def context(self, micro: Mapping[str, np.ndarray], step: int) -> Context:
+        return Context(
+            seed=self.recipe.seed, step=step, sample=micro.get("sample"), training=True, precision=self.recipe.precision
+        )
+
+    def parameters(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the parameters of a state in float64."""
+        return {n: np.asarray(arrays[f"params/{n}"], np.float64) for n in self.definition.params}
+
+    def states(self, arrays: Mapping[str, np.ndarray]) -> Arrays:
+        """Return the model's States of a state."""
+        first = initial_states(self.definition)
+        return {n: np.asarray(arrays.get(f"state/{n}", first[n])).astype(first[n].dtype) for n in first}
+
+    def objective(self, arrays: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], step: int) -> Any:
+        """Return the function from parameters to the mean loss of a step, with auxiliary losses, in float64."""
+        n = next(iter(batch.values())).shape[0]
+        micros = [{k: v[i] for k, v in batch.items()} for i in range(n)]
+
+        def loss(params: Mapping[str, np.ndarray]) -> float:
+            total = weight = 0.0
+            for micro in micros:
+                with np.errstate(all="ignore"):
+                    context = self.context(micro, step)
+                    found = forward(self.definition, params, micro, context, states=self.states(arrays))
+                assert found.objective is not None
+                total, weight = total + float(found.objective), weight + float(np.sum(found.value.weight_B))
+            return total / weight
+
+        return loss
