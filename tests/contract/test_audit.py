@@ -151,6 +151,7 @@ def test_a_fault_in_jax_is_named(fault: str, tmp_path: Path) -> None:
         assert "shifted by 1" in str(verdict) and "off by +1" in str(verdict)
 
 
+@pytest.mark.full  # flax's modules compile for seconds
 def test_an_nnx_module_and_its_optimizer() -> None:
     nnx = pytest.importorskip("flax.nnx")
 
