@@ -108,7 +108,7 @@ def show(found: Comparison) -> None:
     several = len(found.fields) > MOST_COLUMNS
     fields = ["differs"] if several else found.fields
     priced = any(one.usd is not None for one in found.runs)
-    head = ["run", "state", "step", *fields, f"loss at step {found.common_step}", "validation loss", "tokens", "time"]
+    head = ["run", "state", "step", *fields, f"loss at step {found.common_step}", "validation loss", found.unit, "time"]
     table = Table(*([*head, "USD"] if priced else head))
     for one in found.runs:
         cells = [one.label, one.run.state, f"{one.run.step}/{one.run.steps}"]
