@@ -1,12 +1,15 @@
-"""Pack data into a store that runs read where it is; show, count and verify what is packed.
+"""Pack data into a store that runs read where it is; show, count, check and verify what is packed.
 
-`pack` tokenises the data of a recipe once, in parallel. `show` and `stats` read what a store says of itself. `verify`
-reads every byte of a store, or of the packed data of a run, and names what is damaged. Exit codes: 0 good, 1 damaged,
-2 a user's mistake, 75 storage failed (give the same command again).
+`pack` tokenises the data of a recipe once, in parallel. `show` and `stats` read what a store says of itself. `plan`
+shows what each source gives over a run. `check` looks for documents that are twice, and for text of evaluation sets in
+what is trained on. `verify` reads every byte of a store, or of the packed data of a run, and names what is damaged.
+Exit codes: 0 good, 1 damaged or shared, 2 a user's mistake, 75 storage failed (give the same command again).
 
 examples:
   portatrain data pack my_text.py stores/text --workers 8
+  portatrain data plan my_text.py
   portatrain data stats stores/text
+  portatrain data check stores/text --against stores/questions
   portatrain data verify stores/text
   portatrain data verify runs/first
   portatrain data verify runs/first/data --json
@@ -20,7 +23,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from portatrain.commands import packed
+from portatrain.commands import data_check, data_plan, packed
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
 from portatrain.system.urls import is_remote
@@ -30,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="what", metavar="COMMAND", required=True)
     packed.add_pack(commands)
     packed.add_show(commands)
+    data_check.add_check(commands)
+    data_plan.add_plan(commands)
     about = "read every byte of packed data, and name what is damaged"
     made = commands.add_parser("verify", help=about, description=f"{about.capitalize()}.", allow_abbrev=False)
     made.add_argument("path", metavar="PATH", help="a packed store, a run directory (folders or URLs), or a run's data")
@@ -38,7 +43,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     if args.what != "verify":
-        return {"pack": packed.pack, "show": packed.show, "stats": packed.stats}[args.what](args)
+        parts = {"pack": packed.pack, "show": packed.show, "stats": packed.stats}
+        return (parts | {"check": data_check.check, "plan": data_plan.plan})[args.what](args)
     from portatrain.data import pack
 
     rows: list[dict[str, Any]] = packed.verify_rows(args.path) if packed.is_store(args.path) else []

@@ -12,6 +12,7 @@ import hashlib
 import itertools
 import json
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -62,6 +63,19 @@ class Mixed(Split):
 
     def blank(self, count: int) -> Batch:
         return self._parts[0].blank(count) | {"source": np.zeros(count, np.int32)}
+
+    @property
+    def parts(self) -> Sequence[TokenSplit]:
+        """The splits of the sources."""
+        return self._parts
+
+    def given(self, count: int) -> np.ndarray:
+        """Return how many of the first `count` samples are of each source, (sources,) int64."""
+        block, rest = divmod(count, self._block)
+        piece = int(np.searchsorted(self._first, block, side="right")) - 1
+        whole = self._before[piece] + (block - self._first[piece]) * self._counts[piece]
+        source, _ = self.locate(block * self._block + np.arange(rest))
+        return whole + np.bincount(source, minlength=len(self._parts))
 
     def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source and the source's own sample number, both (B,) int64, of samples (B,) int64."""

@@ -58,7 +58,7 @@ def shipped_recipes() -> dict[str, str]:
 
 def _named_in(source: str) -> list[str]:
     """Return the keys of the dictionary ``RECIPES`` that a module defines; none if it defines no such dictionary."""
-    for statement in ast.parse(source).body:
+    for statement in ast.parse(source).body if "RECIPES" in source else ():
         if not (isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict)):
             continue
         if any(isinstance(target, ast.Name) and target.id == "RECIPES" for target in statement.targets):

@@ -7,8 +7,11 @@ The table is in the code and not in the package's metadata, because a run's own 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from portatrain.errors import UserError, choice
@@ -19,10 +22,26 @@ def _metadata() -> Any:
     return importlib.import_module("importlib.metadata")
 
 
-def all_entry_points() -> list[Any]:
-    """Return the entry points of every kind of plug-in that other packages register."""
-    points = (point for package in _metadata().distributions() for point in package.entry_points)
-    return [point for point in points if point.group.startswith("portatrain.")]
+def entry_points(group: str | None = None) -> list[Any]:
+    """Return the entry points that other packages register, for one kind of plug-in or for every kind.
+
+    The metadata of all installed packages is read once. It is read again after a folder of `sys.path` has changed.
+    """
+    points = _read(tuple((folder, _changed_ns(folder)) for folder in sys.path))
+    return [point for point in points if group is None or point.group == group]
+
+
+@lru_cache(maxsize=1)
+def _read(folders: tuple[tuple[str, int], ...]) -> list[Any]:
+    points = _metadata().entry_points()  # of packages that are on the path twice, the first
+    return [point for group in points.groups if group.startswith("portatrain.") for point in points.select(group=group)]
+
+
+def _changed_ns(folder: str) -> int:
+    try:
+        return os.stat(folder or ".").st_mtime_ns
+    except OSError:
+        return 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +57,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Return every name: portatrain's in the order of the table, then the others."""
-        theirs = {point.name for point in _metadata().entry_points(group=self.group)}
+        theirs = {point.name for point in entry_points(self.group)}
         return [*self.ours, *sorted(theirs - set(self.ours))]
 
     def __contains__(self, name: str) -> bool:
@@ -53,7 +72,7 @@ class Registry:
         """
         if name in self.ours:
             return _metadata().EntryPoint(name, self.ours[name], self.group).load()
-        found = {point.value: point for point in _metadata().entry_points(group=self.group) if point.name == name}
+        found = {point.value: point for point in entry_points(self.group) if point.name == name}
         if not found:
             raise choice(self.kind, name, self.names())
         if len(found) > 1:

@@ -13,6 +13,7 @@ from portatrain.backends import choose_kernel, kernels
 from portatrain.backends.choose_kernel import choose
 from portatrain.backends.kernels import Case, Kernel, Site
 from portatrain.errors import UserError
+from portatrain.system import plugins
 
 BACKENDS = ("jax", "torch", "torch-xla")
 
@@ -187,7 +188,7 @@ def lab_attention() -> None: ...
 @pytest.fixture
 def lab(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     point = importlib.metadata.EntryPoint("lab", f"{__name__}:{request.param}", kernels.GROUP)
-    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [point] if group == kernels.GROUP else [])
+    monkeypatch.setattr(plugins, "entry_points", lambda group: [point] if group == kernels.GROUP else [])
     kernels.others.cache_clear()
     yield
     kernels.others.cache_clear()

@@ -21,7 +21,7 @@ def is_trusted(module: str) -> bool:
         return True
     if top in sys.stdlib_module_names:
         return False
-    if any(top == point.value.partition(":")[0].partition(".")[0] for point in plugins.all_entry_points()):
+    if any(top == point.value.partition(":")[0].partition(".")[0] for point in plugins.entry_points()):
         return True
     file = getattr(sys.modules.get(module), "__file__", None)
     for loaded in loaded_modules():
