@@ -91,10 +91,12 @@ class StepRecords:
         """Return what a checkpoint keeps of the last steps."""
         return {"history": list(self.history), **self.guard.meta()}
 
-    def restore(self, meta: Mapping[str, Any]) -> None:
-        """Go on from what a checkpoint keeps."""
+    def restore(self, meta: Mapping[str, Any], *, changed: bool) -> None:
+        """Go on from what a checkpoint keeps. `changed`: the recipe decides other steps from here on, to which the
+        window for spikes says nothing."""
         self.history.extend(meta.get("history", ()))
-        self.guard.restore(meta)
+        if not changed:
+            self.guard.restore(meta)
 
     def _skip(self, step: int, loss: float, norm: float, limits: Limits | None) -> None:
         """Record a step that changed nothing; `limits`: those that it was beyond, if it is a spike."""

@@ -350,7 +350,7 @@ class Trainer:
         if effect is not None:
             self.event(Kind.CHANGE_MEASURED, step=self.step, **effect)
         self._saves.saved = self.step
-        self._steps.restore(reader.meta)
+        self._steps.restore(reader.meta, changed=effect is not None)
         if found["verdict"] == "unproven" and bounds is not None:
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)

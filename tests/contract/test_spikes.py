@@ -82,6 +82,21 @@ def test_it_is_the_same_after_every_move(planned: Any, tmp_path: Path) -> None:
     check(run, planned)
 
 
+@pytest.mark.full
+def test_a_change_of_the_trajectory_begins_a_new_window(planned: Any, tmp_path: Path) -> None:
+    file, folder = tmp_path / "spiky.py", str(tmp_path / "run")
+    outliers = planned[0].data.outliers
+    file.write_text(f"from tests.support import spiky\ndef recipe():\n    return spiky.recipe({outliers})\n")
+    words = [str(file), "--run-dir", folder, "--backend", BACKENDS[0]]
+    assert main(["train", *words, "--stop-at", "11"]) == 85
+    assert main(["resume", folder, "--set", "optimizer.lr=0.01", "--reason", "slower"]) == 0
+    run = RunDir(Path(folder))
+    rates = [row["lr"] for row in run.curve()]
+    assert rates == [spiky.LR] * 11 + [0.01] * 19
+    # Steps 12 and 13 come before the new window has its least number of steps.
+    assert not {12, 13} & {e["step"] for e in run.events(Kind.SPIKE)} and len(run.events(Kind.CHANGE_MEASURED)) == 1
+
+
 def test_spikes_without_end_end_the_run(planned: Any, tmp_path: Path) -> None:
     recipe = replace(planned[0], max_skips=1)
     with pytest.raises(UserError, match="not finite or is a spike"):
