@@ -59,7 +59,10 @@ def check(run: RunDir, planned: tuple[Recipe, list[Any], np.ndarray]) -> None:
     assert read_history(run).spikes == list(AT)
 
 
-@pytest.mark.parametrize(("backend", "late"), [*((name, False) for name in BACKENDS), (BACKENDS[0], True)])
+LATE = pytest.param(BACKENDS[0], True, marks=pytest.mark.full)
+
+
+@pytest.mark.parametrize(("backend", "late"), [*((name, False) for name in BACKENDS), LATE])
 def test_a_spike_changes_nothing(backend: str, late: bool, planned: Any, tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
     trainer = Trainer(planned[0], run, TrainOptions(backend=backend))
@@ -97,6 +100,7 @@ def test_a_change_of_the_trajectory_begins_a_new_window(planned: Any, tmp_path: 
     assert not {12, 13} & {e["step"] for e in run.events(Kind.SPIKE)} and len(run.events(Kind.CHANGE_MEASURED)) == 1
 
 
+@pytest.mark.full
 def test_spikes_without_end_end_the_run(planned: Any, tmp_path: Path) -> None:
     recipe = replace(planned[0], max_skips=1)
     with pytest.raises(UserError, match="not finite or is a spike"):
