@@ -25,7 +25,9 @@ from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.system.paths import cache_folder
 
-WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
+WITHOUT_EFFECT = (
+    *("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks", "spikes"),
+)
 """Fields of a recipe that the check does not depend on, besides those below."""
 PREFIXES = ("eval_", "checkpoint_", "probe_", "max_skips")
 OURS = ("portatrain", "recipes")

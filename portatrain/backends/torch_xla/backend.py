@@ -62,6 +62,7 @@ class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"
+    takes_limits = False
     use_compile_cache: Any = None  # torch-xla has a cache of its own (XLA_PERSISTENT_CACHE_PATH)
     start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
     watch: Any = None  # a step is one program of XLA

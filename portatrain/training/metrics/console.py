@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -90,7 +91,8 @@ class ConsoleSink:
         if record.step_s > 0 and record.data_wait_s / record.step_s > 0.05:
             parts.append(f"data wait {record.data_wait_s / record.step_s:.0%}")
         if record.skipped:
-            parts.append("skipped: not finite")
+            finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+            parts.append("skipped: a spike" if finite else "skipped: not finite")
         return "  ".join(parts)
 
     def _plain(self, record: StepRecord) -> None:
