@@ -38,6 +38,7 @@ PORTATRAIN: dict[str, tuple[str, str]] = {
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
     "sweep": ("portatrain.commands.sweep", "train a recipe for every point of a grid, and compare the runs"),
     "compare": ("portatrain.commands.compare", "compare runs: a table, and one HTML page"),
+    "audit": ("portatrain.commands.audit", "compare records of a trainer that is not portatrain's"),
     "data": ("portatrain.commands.data", "pack data once for many runs; show and verify what is packed"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),

@@ -9,6 +9,7 @@ import pytest
 
 from portatrain import audit
 
+pytestmark = pytest.mark.full  # importing transformers takes longer than all the rest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 

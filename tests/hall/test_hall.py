@@ -12,6 +12,7 @@ from portatrain.testing import audit
 from tests.hall import ranks
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("jax")
 HERE = Path(__file__).parent
 NAMES = sorted(path.stem for path in HERE.glob("*.py") if path.stem not in ("ranks", "test_hall"))
 FAULTS = {name: importlib.import_module(f"tests.hall.{name}") for name in NAMES}

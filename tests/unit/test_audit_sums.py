@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from portatrain.testing.audit import sums
 
 ml_dtypes = pytest.importorskip("ml_dtypes")
+ROOT = Path(__file__).parents[2]
 SHAPES = [(), (1,), (7,), (3, 5), (4, 4), (2, 3, 4), (600, 700)]
 
 
@@ -84,6 +88,17 @@ def test_the_distance_is_estimated_without_bias() -> None:
         a, b = array((40, 30), seed), array((40, 30), seed + 1000)
         found.append(distance(whole(a).as_json(), whole(b).as_json()) ** 2 / float(((a - b).astype(float) ** 2).sum()))
     assert abs(np.mean(found) - 1) <= 4 * np.sqrt(2 / sums.SIGNS / len(found))
+
+
+def test_the_audit_needs_nothing_of_the_trainer() -> None:
+    """In a process of its own: no framework is loaded, and of portatrain only the errors and the audit itself."""
+    code = (
+        "import sys, numpy; from portatrain import audit; audit.record({'w': numpy.ones(3)});"
+        "print(*(m for m in sys.modules if m.split('.')[0] in ('portatrain', 'jax', 'torch', 'checkpoints_format')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    allowed = ("portatrain.errors", "portatrain.testing.audit")
+    assert [m for m in done.stdout.split() if m.count(".") and not m.startswith(allowed)] == ["portatrain.testing"]
 
 
 def test_zeros_are_one_value_and_so_are_all_nan() -> None:

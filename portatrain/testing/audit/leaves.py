@@ -76,9 +76,9 @@ def _whole(shape: tuple[int, ...], fetch: Callable[[], np.ndarray]) -> Held:
 
 
 def _plain(array: np.ndarray) -> np.ndarray:
-    """Return an array whose elements are real numbers of a dtype that NumPy knows."""
+    """Return an array of real numbers of a dtype that NumPy knows; complex numbers as pairs along one more axis."""
     if np.iscomplexobj(array):
-        return np.stack([array.real, array.imag], axis=-1).reshape(*array.shape[:-1], -1) if array.ndim else array.real
+        return np.stack([array.real, array.imag], axis=-1)
     return array.astype(np.float64) if array.dtype.kind not in "fiub" else array
 
 
@@ -98,10 +98,10 @@ def torch_numpy(tensor: Any) -> np.ndarray:
         "cpu", copy=True
     )  # an array that shares a storage would forbid to resize it, as FSDP does
     if here.is_complex():
-        here = torch.view_as_real(here).reshape(*here.shape[:-1], -1)
+        here = torch.view_as_real(here.resolve_conj())
     if here.is_floating_point() and here.dtype not in (torch.float16, torch.float32, torch.float64):
         here = here.float()
-    return here.resolve_conj().numpy() if hasattr(here, "resolve_conj") else here.numpy()
+    return here.numpy()
 
 
 def _dtensor_boxes(tensor: Any, shape: tuple[int, ...]) -> list[Held]:

@@ -18,7 +18,7 @@ from portatrain.errors import UserError
 from portatrain.testing.audit import batches
 from portatrain.testing.audit.leaves import is_array, is_torch, leaf_of, loaded, torch_numpy
 from portatrain.testing.audit.states import State, plain_name, state_of
-from portatrain.testing.audit.sums import Sums, sums_of
+from portatrain.testing.audit.sums import BLOCKS, SIGNS, WORDS, Sums, sums_of
 
 FORMAT = 1
 NEAR = (-2, -1, 0, 1, 2)
@@ -47,9 +47,39 @@ class Record:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise _no_record(path, str(error)) from None
-        if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("tensors"), dict):
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise _no_record(path, "other content")
+        if (lacks := _damage(data)) is not None:
+            raise _no_record(path, f"a damaged record: {lacks}")
         return cls(data)
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "framework": str, "versions": dict, "ranks": int, "step": (int, type(None)), "optimizer": bool, "tensors": dict,
+    "gradients": dict, "disagree": list, "settings": dict, "counters": dict, "trained": dict, "ties": list,
+    "schedule": (dict, type(None)), "loss": (int, float, type(None)), "batch": (dict, type(None)), "around": dict,
+    "rng": (list, type(None)),
+}  # fmt: skip
+_SUMS: dict[str, type | tuple[type, ...]] = {
+    "shape": list, "dtype": str, "words": dict, "blocks": list, "signs": list, "count": int, "zeros": int, "bad": int,
+    "norm": (int, float), "low": (int, float), "high": (int, float),
+}  # fmt: skip
+
+
+def _damage(data: Mapping[str, Any]) -> str | None:
+    """Return the first field of a record that is missing or of another kind; None if there is none."""
+    for name, kind in _KINDS.items():
+        if name not in data or not isinstance(data[name], kind):
+            return name
+    for part in ("tensors", "gradients"):
+        for key, tensor in data[part].items():
+            for name, kind in _SUMS.items():
+                if not isinstance(tensor, dict) or not isinstance(tensor.get(name), kind):
+                    return f"{name} of {key}"
+            sizes = len(tensor["blocks"]), len(tensor["signs"])
+            if sizes != (BLOCKS, SIGNS) or not set(WORDS) <= tensor["words"].keys():
+                return f"the sums of {key}"
+    return None
 
 
 def load(path: Path | str) -> Record:
@@ -107,7 +137,7 @@ def record(
         "rows": batches.rows_of(batch) if batch is not None else None,
         "around": {str(k): batches.rows_of(b) for k, b in (around or {}).items()},
         "rng": _rng(rng),
-        "loss": _number(loss),
+        "loss": None if loss is None else _number("loss", loss),
         "settings": state.settings,
         "counters": state.counters,
         "trained": state.trained,
@@ -149,11 +179,10 @@ def _local(tensors: Mapping[str, Any], variants: bool) -> dict[str, Any]:
         leaf = leaf_of(tensor)
         boxes = []
         for held in leaf.boxes:
-            array = held.fetch()
-            shape = leaf.shape
-            if array.shape != held.shape:  # complex numbers, as pairs along the last axis
-                shape = (*shape[:-1], 2 * shape[-1]) if shape else shape
-            boxes.append((held.offset, held.shape, sums_of(array, shape, held.offset, variants=variants)))
+            array, shape, offset = held.fetch(), leaf.shape, held.offset
+            if array.ndim > len(shape):  # complex numbers, as pairs
+                shape, offset = (*shape, 2), (*offset, 0)
+            boxes.append((held.offset, held.shape, sums_of(array, shape, offset, variants=variants)))
         found[name] = {"shape": list(leaf.shape), "dtype": leaf.dtype, "boxes": boxes}
     return found
 
@@ -205,7 +234,7 @@ def _whole(name: str, holders: Mapping[int, Any], disagree: list[list[str]]) -> 
             there, known = boxes.setdefault((tuple(offset), tuple(shape)), (rank, sums))
             if known.words["ordered"] != sums.words["ordered"]:
                 disagree.append(["replicas", name, f"the copies on ranks {there} and {rank} differ"])
-    total = Sums()
+    total = Sums(words=dict.fromkeys(WORDS, 0))
     for _, sums in boxes.values():
         total.add(sums)
     if len(boxes) > 1:
@@ -252,13 +281,19 @@ def _union(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _number(value: Any) -> float | None:
-    if value is None:
-        return None
-    if is_torch(value):
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value
-        return float(value.detach())
-    return float(np.asarray(value))
+def _number(what: str, value: Any) -> float:
+    """Return a number of any framework as a float."""
+    try:
+        if is_torch(value):
+            return float((value.full_tensor() if hasattr(value, "full_tensor") else value).detach())
+        return float(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            what,
+            expected="one number, or an array of one",
+            got=f"{type(value).__name__} {str(value)[:60]}",
+            do="Pass a number.",
+        ) from None
 
 
 def _gradients(gradients: Any, model: Any) -> dict[str, Any]:
@@ -304,7 +339,7 @@ def _schedule(schedule: Any, step: int | None, state: State) -> dict[str, Any] |
         return None
     several = schedule if isinstance(schedule, (list, tuple)) else [schedule]
     if all(hasattr(one, "get_last_lr") for one in several):
-        rates = [float(np.asarray(lr)) for one in several for lr in one.get_last_lr()]
+        rates = [_number("the rate of the schedule", lr) for one in several for lr in one.get_last_lr()]
         return {"at": [int(one.last_epoch) for one in several], "rates": rates, "used": state.rates}
     if callable(schedule):
         at = step if step is not None else max(state.counters.values(), default=None)
@@ -315,5 +350,8 @@ def _schedule(schedule: Any, step: int | None, state: State) -> dict[str, Any] |
                 got="no step, and an optimizer that counts none",
                 do="Pass step=...",
             )
-        return {"at": [at], "near": {str(k): float(np.asarray(schedule(at + k))) for k in NEAR if at + k >= 0}}
-    return {"at": [], "rates": [float(np.asarray(schedule))], "used": []}
+        return {
+            "at": [at],
+            "near": {str(k): _number("the value of the schedule", schedule(at + k)) for k in NEAR if at + k >= 0},
+        }
+    return {"at": [], "rates": [_number("schedule", schedule)], "used": []}

@@ -81,6 +81,15 @@ def state_of(model: Any, optimizer: Any) -> State:
     elif nnx is not None and isinstance(optimizer, nnx.Optimizer):
         _optax(state, _pure(nnx, nnx.state(optimizer)))
     else:
+        iterator = hasattr(optimizer, "__next__")
+        leaves = [] if iterator else [leaf for _, leaf in flat(optimizer)]
+        if iterator or (len(leaves) == 1 and leaves[0] is optimizer):
+            raise UserError(
+                "the optimizer of an audit",
+                expected="a torch optimizer or a list of them, an nnx.Optimizer, or the state of an optax optimizer",
+                got=type(optimizer).__name__,
+                do="Pass the optimizer itself; in optax, what `init` and `update` return.",
+            )
         _optax(state, optimizer)
     return state
 
@@ -154,6 +163,8 @@ def _torch_slots(state: State, name: str, parameter: Any, slots: Mapping[str, An
             state.counters[name] = int(value)
         elif is_array(value):
             state.tensors[f"{SLOTS.get(key, key)}/{name}"] = value
+        elif isinstance(value, (list, tuple)) and all(map(is_array, value)):
+            state.tensors |= {f"{key}.{at}/{name}": one for at, one in enumerate(value)}
         elif isinstance(value, int) and not isinstance(value, bool):
             state.counters[f"{name} {key}"] = value
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from portatrain.errors import UserError, choice
@@ -52,8 +52,9 @@ NOTES = {"reshaped", "data-order", "versions"}
 UNIT = {"float64": 2.0**-53, "float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 """The unit roundoff of each dtype that a model computes in."""
 ROOM = 64
-"""A loss may differ by so many roundoffs of itself, a gradient by so many of the norm of all gradients: two orders of
-the same sums. Sums in blocks of at most 64 terms, added pairwise, stay within it."""
+"""A loss may differ by so many roundoffs of itself, a gradient by so many of the norm of all gradients. It is the bound
+of one sum in blocks of 64 terms, relative to its magnitudes (Higham 2002, 4.2). A step has many such sums, of which the
+errors mostly cancel; that they do is an assumption, which a test tries over orders of the sums of a deep model."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +101,19 @@ class Verdict:
         return {fault.kind for fault in self.faults}
 
     def __str__(self) -> str:
-        head = f"audit: {len(self.faults)} faults" if self.faults else "audit: no fault"
+        number = len(self.faults)
+        head = f"audit: {number or 'no'} fault{'s' if number > 1 else ''}"
         lines = [f"{head}, {self.compared} tensors compared"]
         lines += [f"  {line}" for line in _grouped(self.faults)]
         return "\n".join([*lines, *(f"  note: {line}" for line in _grouped(self.notes))])
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON: `faults` and `notes`, each with kind, role, name, layer and text."""
+
+        def plain(found: Iterable[Fault]) -> list[dict[str, str]]:
+            return [{**asdict(fault), "layer": fault.layer} for fault in found]
+
+        return {"faults": plain(self.faults), "notes": plain(self.notes), "compared": self.compared}
 
     def require(self) -> None:
         """Raise UserError unless there is no fault."""
@@ -154,6 +164,7 @@ def check(
 
     Raises UserError as `record` does.
     """
+    _require_record(before)
     return compare(before, record(model, optimizer, brief=True, **now), names=names, allow=allow, precision=precision)
 
 
@@ -166,6 +177,8 @@ def compare(
     precision: str = "float32",
 ) -> Verdict:
     """Compare two records; the arguments are those of `check`."""
+    for one in (before, after):
+        _require_record(one)
     for kind in allow:
         if kind not in KINDS:
             raise choice("allow", kind, KINDS)
@@ -187,18 +200,31 @@ def compare(
     )
 
 
+def _require_record(given: Any) -> None:
+    if not isinstance(given, Record):
+        raise UserError(
+            "a record for the audit",
+            expected="what audit.record or audit.load returned",
+            got=type(given).__name__,
+            do="Record the trainer before the save, and pass that record first.",
+        )
+
+
 def look(before: Record) -> Verdict:
     """Return what is wrong within one record alone: ranks that disagree, parts that repeat, a schedule not applied."""
-    return Verdict(list(alone(before.data)), [], len(before.data["tensors"]))
+    bad = {key: tensor for key, tensor in before.data["tensors"].items() if tensor["bad"]}
+    found = [
+        Fault("non-finite", *split(key), f"{tensor['bad']} of {tensor['count']} elements are not finite")
+        for key, tensor in bad.items()
+        if split(key)[0] != "buffers"  # a mask may hold infinities
+    ]
+    return Verdict([*found, *alone(before.data)], [], len(before.data["tensors"]))
 
 
 def alone(data: Mapping[str, Any]) -> Iterable[Fault]:
-    """Yield what is wrong within one record."""
+    """Yield what is wrong within one record, whatever its numbers are."""
     for kind, key, text in data["disagree"]:
         yield Fault(kind, *split(key), text)
-    for key, tensor in data["tensors"].items():
-        if tensor["bad"]:
-            yield Fault("non-finite", *split(key), f"{tensor['bad']} of {tensor['count']} elements are not finite")
     plan = data["schedule"] or {}
     used, rates = plan.get("used") or [], plan.get("rates") or []
     if len(used) == len(rates):
