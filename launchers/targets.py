@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, carriers, launcher, launcher_names
+from launchers.cluster_options import GENERAL
 from portatrain.errors import UserError, choice
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import stack_of
@@ -34,8 +35,6 @@ RESOURCES = {
     "neuron": "aws.amazon.com/neuron",
 }
 """The resource name in Kubernetes for the chips of each software stack."""
-GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
-"""Options of a cluster that are not for its engine: they replace what the plan says."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from portatrain.backends.program import make_program
 
     for job in new:
+        launcher(job.engine).check_settings(job)
         launcher(job.engine).check(job)
     if change is not None:
         for job in new:

@@ -114,6 +114,9 @@ def run(args: argparse.Namespace) -> int:
         )
         for target in fitting
     ]
+    for job in jobs:
+        if job.engine:  # --dry-run also shows clusters that have none
+            launcher(job.engine).check_settings(job)
     if args.dry_run:
         targets.show(jobs, wanted, recipe)
         return 0
