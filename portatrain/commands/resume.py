@@ -48,9 +48,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", metavar="NAME[,NAME...]", help="the clusters to train on (default: the run's previous ones)"
     )
-    options.add_backend(parser)
-    parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
-    parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
+    previous = "that of the previous attempt; with --cluster, as for launch"
+    options.add_backend(parser, previous)
+    parser.add_argument("--mesh", metavar="AXES", help=f"fsdp=4,tensor=2 (default: {previous})")
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=int,
+        help=f"use N devices; on a CPU, N simulated ones (default: {previous.replace('that', 'those')})",
+    )
     parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
     parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: the previous value)")
     options.add_profile(parser)

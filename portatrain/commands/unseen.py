@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.system.paths import cache_folder
+from portatrain.training.start_times import StartTimes
 
 WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
 """Fields of a recipe that the check does not depend on, besides those below."""
@@ -42,7 +44,9 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
         return
     memory = memory_of(recipe, args)
     print(f"{recipe.name} is new here: `portatrain check` tries it at small size (--no-check skips this)", flush=True)
+    began_s = time.perf_counter()
     report = _checked(args)
+    StartTimes.spent("check", time.perf_counter() - began_s)
     if report is None:
         return
     found = report["found"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers import gcp_tpu, kubernetes, skypilot
+from launchers import gcp_tpu, kubernetes, skypilot, slurm_doctor
 from launchers.base import Option, check_options, launcher, variables
 from launchers.cluster_options import SHARED
 from launchers.yaml_text import to_yaml
@@ -120,3 +120,17 @@ def test_names_are_short_enough_for_every_engine() -> None:
     for one in (long, other):
         # A pod's host name is NAME-slice-INDEX-INDEX, which Kubernetes allows 63 characters.
         assert len(f"{one.name}-slice-99-9999") <= 63 and one.name == one.name.lower()
+
+
+@pytest.mark.parametrize(("said", "advice"), [("Unable to contact slurm controller", "scontrol ping"), ("Nope", "Ask")])
+def test_the_doctor_never_advises_itself(
+    said: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "scontrol", "sinfo"):
+        script = tmp_path / name
+        script.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    ((what, level, text),) = slurm_doctor.look({}, None)
+    assert (what, level) == ("controller", "bad") and said in text
+    assert advice in text and "launch doctor" not in text
