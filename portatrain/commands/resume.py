@@ -38,6 +38,7 @@ from portatrain.runs.changes import Change
 from portatrain.runs.claim import in_use
 from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir, code_sha256
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 LEAVING_S = 10.0
@@ -153,7 +154,7 @@ def change_of(run: RunDir, recipe: Recipe, overrides: Sequence[str], reason: str
         why = f" ({found.unproved})" if found.unproved else ""
         raise UserError(
             f"run {run.path.name}: --set",
-            expected="--reason TEXT, since the change decides the steps from here on",
+            expected="a reason, since this change affects all later steps",
             got=f"no reason for {', '.join(found.named())}{why}",
             do='Say why, for the record: --reason "...". Or leave this run as it is: portatrain fork '
             f"{run.path.name} --at {step} --set ... --run NEW.",
@@ -161,7 +162,7 @@ def change_of(run: RunDir, recipe: Recipe, overrides: Sequence[str], reason: str
     if run.is_done and new.steps <= step:
         raise UserError(
             f"run {run.path.name}",
-            expected=f"more than the {step} steps that it has trained, since it is finished",
+            expected=f"more than the {counted(step, 'steps')} that it has trained, since it is finished",
             got=f"steps={new.steps}",
             do="Give more: --set steps=N.",
         )

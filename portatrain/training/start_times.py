@@ -21,10 +21,11 @@ PARTS = (
     "first_batch",
     "first_step",
 )
-"""check: `portatrain check` of a recipe that `launch` had not checked before. import: Python, portatrain and the framework. devices: joining the other processes and finding devices. data: opening
-or packing it. claim: the claim and the records of the attempt. init: the state of a run without a checkpoint. restore:
-reading the newest checkpoint. verify: the continuity check. first_batch: to the first batch, with hooks and trackers.
-first_step: running it. compile: the time of any part in which a program was traced, compiled or loaded."""
+"""check: `portatrain check` of a recipe that `launch` had not checked before. import: Python, portatrain and the
+framework. devices: joining the other processes and finding devices. data: opening or packing it. claim: the claim and
+the records of the attempt. init: the state of a run without a checkpoint. restore: reading the newest checkpoint.
+verify: the continuity check. first_batch: to the first batch, with hooks and trackers. first_step: running it.
+compile: the time of any part in which a program was traced, compiled or loaded."""
 
 
 class _Compiled(Protocol):

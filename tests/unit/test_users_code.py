@@ -116,7 +116,9 @@ MISTAKES = {
     ),
     "a refusal without its texts": Mistake(
         "    def curve(",
-        "    def check(self, steps):\n        from portatrain.errors import UserError\n        raise UserError('too long')\n\n    def curve(",
+        "    def check(self, steps):\n"
+        "        from portatrain.errors import UserError\n        raise UserError('long')\n\n"
+        "    def curve(",
         r"Decay\.check: expected UserError\(what, expected=.*Give all four texts",
         at="raise UserError",
         also=ANY,
