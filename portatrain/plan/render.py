@@ -96,7 +96,7 @@ def _details(plan: Plan, console: Console) -> None:
     if best is not None:
         console.print(_terms(plan))
         where = Table(
-            "mesh axis", "lies", title=f"{plan.cluster.name} ({plan.used.topology}): how the mesh maps to the hardware"
+            "mesh axis", "where", title=f"{plan.cluster.name} ({plan.used.topology}): how the mesh maps to the hardware"
         )
         for axis, path in zip(("replica", "fsdp", "expert", "context", "tensor"), best.placement.paths, strict=True):
             if path.size > 1:
