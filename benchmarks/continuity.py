@@ -5,7 +5,7 @@
 Trains tiny-lm and tiny-vit, in fp32 and bf16, on three backends and meshes, saves at four steps, and restores every
 checkpoint on five. It does so without fingerprints, as for a checkpoint of an older release, so the other parts of the
 check alone decide. Prints how far each figure of the check went beside its bound, then what the check says to
-the mutants of portatrain.testing.mutants, then the smallest changes that it refuses. docs/run/resume.md has what it
+the mutants of portatrain.testing.mutants, then the smallest changes that it refuses. docs/measured/moves.md has what it
 printed.
 """
 

@@ -1,6 +1,6 @@
 """Run the resume matrix: every pair of backends, with a new mesh and another number of devices at the move.
 
-    python -m benchmarks.resume_matrix [--write]        # half an hour on two cores; --write: into docs/run/resume.md
+    python -m benchmarks.resume_matrix [--write]        # half an hour; --write: into docs/measured/moves.md
 
 tiny-lm with AdamW, accumulation 2, dropout and averages. For every pair: 10 steps on the first backend and mesh, then
 to step 30 on the second. Printed: the verdict at the move, the largest relative difference of the losses of steps 11 to
@@ -230,7 +230,7 @@ def commit() -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="put the table into docs/run/resume.md")
+    parser.add_argument("--write", action="store_true", help="put the table into docs/measured/moves.md")
     parser.add_argument(
         "--only",
         metavar="KIND",
@@ -266,7 +266,7 @@ def main() -> int:
             kept.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
     print(table(found))
     if args.write:
-        path = ROOT / "docs" / "run" / "resume.md"
+        path = ROOT / "docs" / "measured" / "moves.md"
         before, _, rest = path.read_text().partition(MARKS[0])
         after = rest.partition(MARKS[1])[2]
         path.write_text(f"{before}{MARKS[0]}\n{table(found)}\n{MARKS[1]}{after}")

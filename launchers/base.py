@@ -11,7 +11,6 @@ A lab's launcher is a class with the members of `Launcher`, registered under the
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from abc import abstractmethod
@@ -20,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from portatrain.errors import UserError, choice
+from launchers.cluster_options import Option, check_options, missing, option, variables
+from portatrain.errors import UserError
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.chip import Chip
 from portatrain.runs import jobs
@@ -34,18 +34,23 @@ __all__ = [
     "JobRuntime",
     "JobState",
     "Launcher",
+    "Option",
     "Rank",
     "RuntimeInImage",
     "carriers",
+    "check_options",
     "check_shared",
     "commands_in_image",
     "each_sibling",
     "launcher",
     "launcher_names",
+    "missing",
+    "option",
     "runtime_of",
     "supervise_command",
     "tolerantly",
     "train_here",
+    "variables",
 ]
 
 LAUNCHERS = Registry(
@@ -95,6 +100,8 @@ class Launcher(Protocol):
     """The name of the launcher, which `engine = "..."` in clusters.toml gives."""
     example_options: ClassVar[str] = "{ }"
     """The options that a cluster cannot do without, as a TOML table to be filled in."""
+    options: ClassVar[Mapping[str, Option | str]] = {}
+    """The options that a cluster can have, each with its meaning. Others are refused."""
     queues: ClassVar[bool] = True
     """True: jobs wait, several may be handed over for one run, and the first to start claims it; such a launcher needs
     a cluster of clusters.toml. False: a job starts at once, and the launcher's name alone is a cluster."""
@@ -108,9 +115,15 @@ class Launcher(Protocol):
         """Return exactly what `submit` would hand over, as text. Change nothing; need nothing installed."""
         ...
 
+    def check_settings(self, job: Job) -> None:
+        """Raise UserError for what is wrong in the options of the job's cluster. Ask nothing of this machine or of the
+        scheduler: `--dry-run` calls it too."""
+        check_options(job, self.options)
+
     @abstractmethod
     def check(self, job: Job) -> None:
-        """Raise UserError for what would keep the job from ever starting. Change nothing."""
+        """Raise UserError for what would keep the job from ever starting: a folder that its machines will not see, what
+        is not installed, what the scheduler does not have. `check_settings` was called before. Change nothing."""
         ...
 
     @abstractmethod
@@ -343,53 +356,3 @@ def shell(words: list[str]) -> str:
 def exports(variables: Mapping[str, str]) -> list[str]:
     """Return the lines of a shell script that set environment variables."""
     return [f"export {shell([f'{name}={value}'])}" for name, value in variables.items()]
-
-
-def option(job: Job, name: str, kind: type, default: Any = None) -> Any:
-    """Return an option of the job's cluster; UserError if it has another type."""
-    value = job.options.get(name, default)
-    if value is None or (isinstance(value, kind) and not isinstance(value, bool)):
-        return value
-    if kind is bool and isinstance(value, bool):
-        return value
-    raise UserError(
-        f"cluster {job.cluster}: option {name}",
-        expected=f"a {kind.__name__}",
-        got=repr(value),
-        do="Correct it in clusters.toml.",
-    )
-
-
-def variables(job: Job) -> dict[str, str]:
-    """Return the environment variables of the job's processes: the options `env` and `compile_cache` of its cluster.
-
-    Raises:
-        UserError: a name that no variable can have, or values that are not in the record.
-    """
-    found = option(job, "env", dict, {})
-    for name, value in found.items():
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", str(name)) or "\0" in str(value):
-            raise UserError(
-                f"cluster {job.cluster}: option env",
-                expected="names of letters, digits and _, and values without a byte 0",
-                got=repr(name),
-                do="Correct it in clusters.toml.",
-            )
-        if value is None:
-            raise UserError(
-                f"cluster {job.cluster}: variable {name} of option env",
-                expected="a value: only the account and the machine that submitted the job have it",
-                got="none in the record",
-                do=f"Read the values from your clusters.toml: launch resume {job.run} --cluster {job.cluster}",
-            )
-    cache = option(job, "compile_cache", str)
-    placed = {environment.COMPILE_CACHE.name: cache} if cache else {}
-    return {**placed, **{name: str(value) for name, value in found.items()}}
-
-
-def check_options(job: Job, known: Mapping[str, str]) -> None:
-    """Raise UserError for an option that neither the launcher nor every launcher knows."""
-    known = {**known, "compile_cache": "the folder for compiled programs, or off"}
-    for name in job.options:
-        if name not in known:
-            raise choice(f"cluster {job.cluster}: option {name!r} of {job.engine}", name, known)

@@ -18,6 +18,7 @@ from launchers.base import (
     JobRuntime,
     JobState,
     Launcher,
+    Option,
     Rank,
     RuntimeInImage,
     check_options,
@@ -38,17 +39,17 @@ from portatrain.system import environment
 from portatrain.system.environment import whole_number
 
 OPTIONS = {
-    "project": "a Google Cloud project",
-    "zone": "a zone, as in us-east5-a",
-    "runtime": "the TPU software version",
-    "spot": "true for spot capacity",
-    "reservation": "true for reserved capacity",
-    "network": "a VPC network",
-    "service_account": "its e-mail address",
-    "setup": "shell lines before the start: mounts, environment",
-    "python": "the Python to run with",
-    "env": "environment variables",
-    "endpoint": "another API address (for tests)",
+    "project": Option("a Google Cloud project", example='"my-project"'),
+    "zone": Option("a zone, as in us-east5-a", example='"us-east5-a"'),
+    "runtime": Option("the TPU software version", default="one for the chip, such as v2-alpha-tpuv6e"),
+    "spot": Option("true: spot capacity", (bool,), "false"),
+    "reservation": Option("true: reserved capacity", (bool,), "false"),
+    "network": Option("a VPC network", default="the project's default network"),
+    "service_account": Option("the e-mail address of a service account", default="the project's default account"),
+    "setup": Option("shell lines to run before the start: mounts, environment"),
+    "python": Option("the Python of the hosts", default="python3"),
+    "env": Option("environment variables, a table", (dict,)),
+    "endpoint": Option("another API address, for tests", default="Google's"),
 }
 RUNTIMES = {
     "tpu-v4": "tpu-ubuntu2204-base",
@@ -79,6 +80,7 @@ class GcpTpuLauncher(Launcher):
 
     name: ClassVar[str] = "gcp_tpu"
     example_options: ClassVar[str] = '{ project = "PROJECT", zone = "ZONE" }'
+    options: ClassVar[Mapping[str, Option | str]] = OPTIONS
 
     def carries(self, chip: Chip) -> bool:
         return chip.vendor == "google"
@@ -86,16 +88,8 @@ class GcpTpuLauncher(Launcher):
     def materialize(self, job: Job) -> str:
         return to_yaml(request(job))
 
-    def check(self, job: Job) -> None:
+    def check_settings(self, job: Job) -> None:
         check_options(job, OPTIONS)
-        for name, example in (("project", "my-project"), ("zone", "us-east5-a")):
-            if option(job, name, str) is None:
-                raise UserError(
-                    f"cluster {job.cluster}: option {name}",
-                    expected=OPTIONS[name],
-                    got="none",
-                    do=f'Add it in clusters.toml: options = {{ {name} = "{example}" }}.',
-                )
         if job.cluster_shape.get("chip") not in RUNTIMES:
             raise UserError(
                 f"cluster {job.cluster}",
@@ -103,6 +97,8 @@ class GcpTpuLauncher(Launcher):
                 got=str(job.cluster_shape.get("chip")),
                 do="Use another engine.",
             )
+
+    def check(self, job: Job) -> None:
         check_shared(job, None if option(job, "setup", str) else {}, "mount it there in the option setup")
         _client(job)
 

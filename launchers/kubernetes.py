@@ -20,12 +20,14 @@ from launchers.base import (
     JobRuntime,
     JobState,
     Launcher,
+    Option,
     Rank,
     RuntimeInImage,
     check_options,
     commands_in_image,
     each_sibling,
     host_processes,
+    missing,
     option,
     shell,
     variables,
@@ -38,25 +40,26 @@ from portatrain.system.environment import whole_number
 from portatrain.system.exit_codes import RESUMABLE
 from portatrain.system.urls import is_remote
 
+GRACE_S = 60
+VOLUME = "the volume claim that every pod mounts, and its path in the pods: { claim = NAME, path = FOLDER }"
 OPTIONS = {
-    "image": "the container image, with Python and the frameworks",
-    "namespace": "a namespace (default: default)",
-    "queue": "a local queue of Kueue",
-    "priority_class": "a priority class",
-    "volume": "the volume claim to mount and its path in the pods: { claim = NAME, path = FOLDER }",
-    "node_selector": "more node labels to select by",
-    "tolerations": "tolerations of the pods, a list of tables",
-    "service_account": "the service account of the pods",
-    "resources": "resource limits of a pod, in place of the chips of a host",
-    "env": "environment variables",
-    "python": "the Python in the image (default: python3)",
-    "grace_s": "seconds from SIGTERM to the kill (default: 60)",
-    "context": "a context of your kubeconfig",
+    "image": Option("the container image, with Python and the frameworks", example='"registry/image:tag"'),
+    "namespace": Option("a namespace", default="default"),
+    "queue": Option("a local queue of Kueue", default="none: the JobSet starts when nodes are free"),
+    "priority_class": Option("a priority class"),
+    "volume": Option(VOLUME, (dict,), "none: needed unless the runs are in an object store"),
+    "node_selector": Option("more node labels to select by, a table", (dict,)),
+    "tolerations": Option("tolerations of the pods, a list of tables", (list,)),
+    "service_account": Option("the service account of the pods", default="the namespace's default"),
+    "resources": Option("resource limits of a pod, a table", (dict,), "the chips of a host"),
+    "env": Option("environment variables, a table", (dict,)),
+    "python": Option("the Python in the image", default="python3"),
+    "grace_s": Option("seconds from SIGTERM to the kill", (int,), GRACE_S),
+    "context": Option("a context of your kubeconfig", default="its current context"),
 }
 GROUP, VERSION, PLURAL = "jobset.x-k8s.io", "v1alpha2", "jobsets"
 PORT = 8476
 """The port of process 0. Every attempt has new pods with networks of their own, so one number serves all attempts."""
-GRACE_S = 60
 GKE_TPU = {
     "tpu-v4": "tpu-v4-podslice",
     "tpu-v5e": "tpu-v5-lite-podslice",
@@ -72,6 +75,7 @@ class KubernetesLauncher(Launcher):
 
     name: ClassVar[str] = "kubernetes"
     example_options: ClassVar[str] = '{ image = "IMAGE", volume = { claim = "CLAIM", path = "FOLDER" } }'
+    options: ClassVar[Mapping[str, Option | str]] = OPTIONS
 
     def carries(self, chip: Chip) -> bool:
         return chip.stack != "cpu"
@@ -79,17 +83,15 @@ class KubernetesLauncher(Launcher):
     def materialize(self, job: Job) -> str:
         return to_yaml(manifest(job))
 
-    def check(self, job: Job) -> None:
+    def check_settings(self, job: Job) -> None:
         check_options(job, OPTIONS)
-        if option(job, "image", str) is None:
-            raise _missing(job, "image", "the container image with Python and the frameworks", '"registry/image:tag"')
+        volume = option(job, "volume", dict, {})
+        if not is_remote(job.run_dir) and {"claim", "path"} - set(volume):  # pods need no volume for an object store
+            raise missing(job, "volume", VOLUME, '{ claim = "runs", path = "/runs" }')
+
+    def check(self, job: Job) -> None:
         volume = option(job, "volume", dict)
-        if is_remote(job.run_dir):  # every pod can access an object store without a volume
-            _api(job)
-            return
-        if volume is None or {"claim", "path"} - set(volume):
-            raise _missing(job, "volume", "a volume claim that every pod mounts", '{ claim = "runs", path = "/runs" }')
-        if not Path(job.run_dir).is_relative_to(str(volume["path"])):
+        if not is_remote(job.run_dir) and not Path(job.run_dir).is_relative_to(str(volume["path"])):
             raise UserError(
                 f"run directory {job.run_dir}",
                 expected=f"a folder below {volume['path']}, the path of the pods' volume",
@@ -283,15 +285,6 @@ def _selector(shape: Mapping[str, Any]) -> dict[str, str]:
 def _given(job: Job, name: str, key: str, kind: type) -> dict[str, Any]:
     value = option(job, name, kind)
     return {} if value is None else {key: value}
-
-
-def _missing(job: Job, name: str, expected: str, example: str) -> UserError:
-    return UserError(
-        f"cluster {job.cluster}: option {name}",
-        expected=expected,
-        got="none",
-        do=f"Add it in clusters.toml: options = {{ {name} = {example} }}.",
-    )
 
 
 class PodRuntime(RuntimeInImage):

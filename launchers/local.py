@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,7 +15,7 @@ from launchers.base import (
     JobRuntime,
     JobState,
     Launcher,
-    check_options,
+    Option,
     python,
     shell,
     supervise_command,
@@ -27,7 +27,10 @@ from portatrain.runs.claim import process_start
 from portatrain.runs.open import open_run
 from portatrain.system import environment
 
-OPTIONS = {"python": "the Python to run with", "env": "environment variables"}
+OPTIONS = {
+    "python": Option("the Python to run with", default="the Python of `launch`"),
+    "env": Option("environment variables, a table", (dict,)),
+}
 STARTS_WITHIN_S = 20.0
 
 
@@ -39,6 +42,7 @@ class LocalLauncher(Launcher):
 
     name: ClassVar[str] = "local"
     queues: ClassVar[bool] = False
+    options: ClassVar[Mapping[str, Option | str]] = OPTIONS
 
     def materialize(self, job: Job) -> str:
         if not job.detached:
@@ -46,7 +50,7 @@ class LocalLauncher(Launcher):
         return f"{shell(supervise_command(job))}\n# which runs, as often as needed:\n{shell(job.train())}"
 
     def check(self, job: Job) -> None:
-        check_options(job, OPTIONS)
+        return  # this machine has all that it needs
 
     def submit(self, job: Job) -> str:
         run = open_run(job.run_dir, work=True)

@@ -19,9 +19,9 @@ from launchers.base import (
     JobRuntime,
     JobState,
     Launcher,
+    Option,
     Rank,
     RuntimeInImage,
-    check_options,
     check_shared,
     commands_in_image,
     host_processes,
@@ -37,16 +37,16 @@ from portatrain.system.environment import whole_number
 from portatrain.system.exit_codes import RESUMABLE
 
 OPTIONS = {
-    "accelerators": "SkyPilot's name and count a node, as in H100:8",
-    "any_of": "a list of resources tables",
-    "infra": "a cloud, region or context, as in gcp/us-east5",
-    "spot": "true for spot capacity",
-    "image": "an image",
-    "setup": "shell lines, once a machine",
-    "volumes": "a table: folder -> volume",
-    "file_mounts": "a table: folder -> bucket",
-    "env": "environment variables",
-    "python": "the Python there (python3)",
+    "accelerators": Option("SkyPilot's name and the count of a node, as in H100:8", default="from the chip"),
+    "any_of": Option("SkyPilot's resources, a list of tables, in place of the other resources", (list,)),
+    "infra": Option("a cloud, region or context, as in gcp/us-east5", default="SkyPilot's choice"),
+    "spot": Option("true: spot capacity", (bool,), "false"),
+    "image": Option("an image", default="SkyPilot's choice"),
+    "setup": Option("shell lines to run once on every machine"),
+    "volumes": Option("volumes to mount, a table: folder -> volume", (dict,)),
+    "file_mounts": Option("buckets to mount, a table: folder -> bucket", (dict,)),
+    "env": Option("environment variables, a table", (dict,)),
+    "python": Option("the Python of the machines", default="python3"),
 }
 PORT = 8476
 NAMES = {"a100-40": "A100", "a100-80": "A100-80GB", "h100-sxm": "H100", "gaudi3": "Gaudi3"}
@@ -59,6 +59,7 @@ class SkyPilotLauncher(Launcher):
 
     name: ClassVar[str] = "skypilot"
     example_options: ClassVar[str] = '{ infra = "CLOUD" }'
+    options: ClassVar[Mapping[str, Option | str]] = OPTIONS
 
     def carries(self, chip: Chip) -> bool:
         return chip.stack != "cpu"
@@ -67,7 +68,6 @@ class SkyPilotLauncher(Launcher):
         return to_yaml(task(job))
 
     def check(self, job: Job) -> None:
-        check_options(job, OPTIONS)
         mounted = {**option(job, "file_mounts", dict, {}), **option(job, "volumes", dict, {})}
         check_shared(job, None if option(job, "setup", str) else mounted, "mount it: the option volumes or file_mounts")
         _sky(job)

@@ -25,6 +25,7 @@ from launchers.base import (
     JobRuntime,
     JobState,
     Launcher,
+    Option,
     Rank,
     check_options,
     each_sibling,
@@ -45,26 +46,30 @@ from portatrain.system.environment import whole_number
 from portatrain.system.processes import free_port
 from portatrain.system.urls import is_remote
 
-OPTIONS = {
-    "partition": "a partition",
-    "account": "an account",
-    "qos": "a QOS",
-    "gres": "generic resources, as in gpu:h100:8",
-    "constraint": "node features",
-    "time": "a time limit, as in 24:00:00",
-    "signal_s": "seconds before the time limit at which Slurm sends USR1",
-    "grace_s": "seconds from the signal of a preemption to the kill (default: the partition's GraceTime)",
-    "cpus_per_task": "CPUs of a process",
-    "mem": "memory of a node, as in 500G",
-    "exclusive": "true: ask for whole nodes",
-    "setup": "shell lines to run before the start, as in module load cuda",
-    "python": "the Python to run with",
-    "env": "environment variables",
-    "sbatch": "more #SBATCH options, a list of words",
-    "srun": "more options of srun",
-    "hang_s": "seconds without progress after which an attempt counts as hung; 0: never",
-}
 SIGNAL_S = 60
+OPTIONS = {
+    "partition": Option("a partition, or several, as in gpu,spot", default="the default partition of Slurm"),
+    "account": Option("an account", default="the user's default account"),
+    "qos": Option("a QOS", default="the default QOS"),
+    "gres": Option("generic resources, as in gpu:h100:8"),
+    "constraint": Option("node features"),
+    "time": Option("a time limit, as in 24:00:00, or minutes", (str, int), "the limit of the partition"),
+    "signal_s": Option("seconds before the time limit at which Slurm sends USR1", (int,), SIGNAL_S),
+    "grace_s": Option("seconds from the signal of a preemption to the kill", (int,), "the partition's GraceTime"),
+    "cpus_per_task": Option("CPUs of a process", (int,), "the default of Slurm"),
+    "mem": Option("memory of a node, as in 500G, or MiB", (str, int), "the default of the partition"),
+    "exclusive": Option("true: ask for whole nodes", (bool,), "false"),
+    "setup": Option("shell lines to run before the start, as in module load cuda"),
+    "python": Option("the Python to run with", default="the Python of `launch`"),
+    "env": Option("environment variables, a table", (dict,)),
+    "sbatch": Option("more #SBATCH options, a list of words", (list,)),
+    "srun": Option("more options of srun, a list of words", (list,)),
+    "hang_s": Option(
+        "seconds without progress after which an attempt counts as hung; 0: never",
+        (int, float),
+        environment.HANG_S.otherwise,
+    ),
+}
 ENDS_WITHIN_S = 15
 """The seconds for which srun lets the other processes run after one has ended. Normally all end together. If one fails,
 the others wait for it in a collective until srun kills them."""
@@ -78,6 +83,7 @@ class SlurmLauncher(Launcher):
 
     name: ClassVar[str] = "slurm"
     example_options: ClassVar[str] = '{ partition = "PARTITION" }'
+    options: ClassVar[Mapping[str, Option | str]] = OPTIONS
 
     def carries(self, chip: Chip) -> bool:
         return chip.vendor != "google"
@@ -132,11 +138,8 @@ class SlurmLauncher(Launcher):
             ]
         )
 
-    def check(self, job: Job) -> None:
+    def check_settings(self, job: Job) -> None:
         check_options(job, OPTIONS)
-        variables(job)
-        for name, kind in (("sbatch", list), ("srun", list), ("signal_s", int), ("setup", str)):
-            option(job, name, kind)
         if re.search(r'["\n\\]', job.run_dir + job.cwd):
             raise UserError(
                 f"run directory {job.run_dir}",
@@ -144,6 +147,8 @@ class SlurmLauncher(Launcher):
                 got=repr(job.run_dir),
                 do="Choose another --runs.",
             )
+
+    def check(self, job: Job) -> None:
         installed(job.cluster)
         partition = job.options.get("partition")
         known = call(["sinfo", "--noheader", "--format=%R"]).split()

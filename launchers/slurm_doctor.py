@@ -6,14 +6,17 @@ import re
 import secrets
 import socket
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from launchers import slurm_commands
 from launchers.base import shell
-from launchers.slurm_commands import call, installed
+from launchers.slurm_commands import installed
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import existing_ancestor
 
+call = partial(slurm_commands.call, do="Ask the administrator of the cluster what this answer of Slurm means.")
 Finding = tuple[str, str, str]
 TRIAL_S = 30
 

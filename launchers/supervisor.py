@@ -34,6 +34,7 @@ from portatrain.runs.open import open_run
 from portatrain.system import environment
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, MISTAKE, OK, RESUMABLE
 from portatrain.system.stop_signals import SAME_S, stopping_signals
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 from portatrain.system.watchdog import host_name
 
@@ -128,9 +129,8 @@ class Supervisor:
                     attempt.event(Kind.GAVE_UP, why=why, submission=self.job.submission)
                     return code, "over"
                 if self._failures_without_progress() > self.job.max_restarts:
-                    text = (
-                        f"{self.job.max_restarts} restarts in a row brought no new checkpoint; the last attempt: {why}"
-                    )
+                    restarts = counted(self.job.max_restarts, "restarts")
+                    text = f"{restarts} in a row brought no new checkpoint; the last attempt: {why}"
                     attempt.event(Kind.GAVE_UP, why=text, submission=self.job.submission)
                     print(text, file=sys.stderr, flush=True)
                     return code or FAILED, "over"

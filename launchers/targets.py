@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from launchers.base import Job, carriers, launcher, launcher_names
+from launchers.cluster_options import GENERAL
 from portatrain.errors import UserError, choice
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import stack_of
@@ -24,6 +25,7 @@ from portatrain.recipe import Recipe
 from portatrain.runs.code_snapshot import where
 from portatrain.system import terminal
 from portatrain.system.paths import config_folder
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 RESOURCES = {
@@ -34,8 +36,6 @@ RESOURCES = {
     "neuron": "aws.amazon.com/neuron",
 }
 """The resource name in Kubernetes for the chips of each software stack."""
-GENERAL = ("backend", "mesh", "devices", "hosts", "processes")
-"""Options of a cluster that are not for its engine: they replace what the plan says."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +121,7 @@ def _target(cluster: Cluster, mesh: str | None, devices: int | None, backend: st
         raise UserError(
             f"cluster {cluster.name}",
             expected="devices that divide over processes, and processes over hosts",
-            got=f"{devices} devices, {processes} processes, {hosts} hosts",
+            got=f"devices={devices}, processes={processes}, hosts={hosts}",
             do="Correct the options of this cluster in clusters.toml.",
         )
     return Target(
@@ -177,7 +177,7 @@ def _fit(target: Target, recipe: Recipe) -> Target:
     if there != target.devices:
         raise UserError(
             f"cluster {cluster.name}: mesh {target.mesh}",
-            expected=f"a mesh of its {target.devices} devices",
+            expected=f"a mesh of its {counted(target.devices or 0, 'devices')}",
             got=f"one of {there}",
             do="Change the mesh or the count.",
         )
@@ -276,7 +276,7 @@ def _local_plan(recipe: Recipe, job: Job) -> str:
     step_s, memory = float(made["plan"]["step_s"]), float(made["plan"]["memory_total_bytes"])
     return (
         f"plan, if it runs on CPU devices: mesh {mesh}, {step_s:.3g} s a step, {memory / 2**30:.2f} GiB a device, "
-        f"{duration(step_s * recipe.steps)} for {recipe.steps} steps"
+        f"{duration(step_s * recipe.steps)} for {counted(recipe.steps, 'steps')}"
     )
 
 

@@ -208,6 +208,7 @@ RECIPE = {
     "remat": "remat=dots",
     "clip_norm": "clip_norm=none",
     "max_skips": "max_skips=0",
+    "spikes": "spikes=Spikes spikes.window=64",
     "trainable": "trainable=blocks/*",
     "frozen": "frozen=embed/*",
     "lora": "lora=LoRA lora.rank=4",

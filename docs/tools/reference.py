@@ -12,7 +12,7 @@ import argparse
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from docs.tools import examples
@@ -44,6 +44,7 @@ PUBLIC = {
     "portatrain.testing.audit": "The continuity check for trainers that are not portatrain's.",
 }
 """Modules whose exported names are the public surface."""
+TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
 
 
 def recipe_page() -> str:
@@ -318,6 +319,36 @@ def names_page() -> str:
     return page("Public names", *parts)
 
 
+def clusters_page() -> str:
+    from launchers.base import LAUNCHERS, Option, launcher
+    from launchers.cluster_options import GENERAL, SHARED
+
+    def table(options: Mapping[str, Option | str]) -> str:
+        rows = ["| option | type | default | meaning |", "|---|---|---|---|"]
+        for name, one in options.items():
+            assert isinstance(one, Option), name
+            default = "none: it must be given" if one.example else str(one.default) or "none"
+            kinds = " or ".join(TOML_TYPES[kind] for kind in one.kinds)
+            rows.append(f"| `{name}` | {kinds} | {cell(default)} | {cell(one.meaning)} |")
+        return "\n".join(rows)
+
+    parts = [
+        "The table `options` of a cluster in [clusters.toml](../run/launching.md#describe-your-clusters) takes these "
+        "options. `launch`, `launch --dry-run` and `launch doctor` refuse any other one, and a value of another type.",
+        "## Every engine",
+        "These options replace parts of the plan:",
+        table(GENERAL),
+        "This option is for the job:",
+        table(SHARED),
+    ]
+    for name in LAUNCHERS.ours:
+        found = launcher(name)
+        parts += [f"## `{name}`", table(found.options)]
+        if found.example_options.strip("{ }"):
+            parts += ["To begin with:", code(f"options = {found.example_options}", "toml")]
+    return page("Options of clusters", *parts)
+
+
 WRITTEN: dict[str, Callable[[], str]] = {
     "names.md": names_page,
     "recipe.md": recipe_page,
@@ -326,6 +357,7 @@ WRITTEN: dict[str, Callable[[], str]] = {
     "data.md": data_page,
     "hooks.md": hooks_page,
     "changes.md": changes_page,
+    "clusters.md": clusters_page,
     "commands.md": commands_page,
 }
 

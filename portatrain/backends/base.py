@@ -101,6 +101,9 @@ class Backend(Protocol):
     Optional method: `rows_here(samples)` returns which rows of a microbatch of that many samples this process uses,
     (samples,) bool, or None for all. Without it each process reads every sample from a packed store.
 
+    Optional attribute: `takes_limits`, True if `step` has the keyword argument `limits` (`backends/limits.py`): a step
+    beyond them changes nothing and is skipped. Without it a recipe with `spikes` is refused.
+
     Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
     `--profile` is refused.
 

@@ -53,12 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from portatrain.runs.comparison import read
-    from portatrain.runs.open import find, names
+    from portatrain.runs.open import find
 
-    places = [find(name, args.runs).where for name in args.runs_given]
-    if not places:
-        places = [f"{args.runs.rstrip('/')}/{name}" for name in names(args.runs)]
-    found = compared(read(places))
+    named = [find(name, args.runs).where for name in args.runs_given]
+    found = compared(read(named) if named else _all(args.runs))
     if args.json:
         print(json.dumps(found.as_json(), indent=1))
         if args.out is not None:
@@ -69,6 +67,20 @@ def run(args: argparse.Namespace) -> int:
     show(found)
     print(f"{out}: {len(found.runs)} runs over {', '.join(found.axes) or 'nothing: none has trained'}")
     return 0
+
+
+def _all(runs: str) -> list[History]:
+    """Return the histories of all runs of a folder. A damaged run must not hide the others: it is named."""
+    from portatrain.runs.comparison import read
+    from portatrain.runs.open import names
+
+    found = []
+    for name in names(runs):
+        try:
+            found += read([f"{runs.rstrip('/')}/{name}"])
+        except (UserError, OSError) as error:
+            print(f"{name} is left out: {error}", file=sys.stderr)
+    return found
 
 
 def compared(histories: Sequence[History]) -> Comparison:
@@ -108,7 +120,7 @@ def show(found: Comparison) -> None:
     several = len(found.fields) > MOST_COLUMNS
     fields = ["differs"] if several else found.fields
     priced = any(one.usd is not None for one in found.runs)
-    head = ["run", "state", "step", *fields, f"loss at step {found.common_step}", "validation loss", "tokens", "time"]
+    head = ["run", "state", "step", *fields, f"loss at step {found.common_step}", "validation loss", found.unit, "time"]
     table = Table(*([*head, "USD"] if priced else head))
     for one in found.runs:
         cells = [one.label, one.run.state, f"{one.run.step}/{one.run.steps}"]

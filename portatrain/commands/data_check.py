@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from portatrain.commands.packed import stores
 from portatrain.errors import UserError
 from portatrain.system.paths import place
+from portatrain.system.text import counted
 
 if TYPE_CHECKING:
     from portatrain.data.store.layout import Manifest
@@ -60,7 +61,10 @@ def check(args: argparse.Namespace) -> int:
     else:
         for part in parts:
             use = "trained on" if part.trained else "an evaluation set"
-            print(f"{part.name}: {part.stream.documents:,} documents, {part.stream.size:,} tokens, {use}")
+            print(
+                f"{part.name}: {counted(part.stream.documents, 'documents')}, "
+                f"{counted(part.stream.size, 'tokens')}, {use}"
+            )
         for line in [*map(_copied, copies), *(_shares(part, one, args.gram) for part, one in shared.items())]:
             print(line)
         if not copies:
@@ -103,7 +107,10 @@ def _tokenizer(manifest: Manifest) -> str:
 def _copied(one: Copies) -> str:
     where = "twice in it" if one.part is one.other else f"in {one.other.name}, too"
     pairs = ", ".join(f"{a} as {b}" for a, b in one.examples)
-    return f"{one.part.name}: {one.documents:,} documents are {where} (document {pairs}{', ...' * _more(one)})"
+    are = "is" if one.documents == 1 else "are"
+    return (
+        f"{one.part.name}: {counted(one.documents, 'documents')} {are} {where} (document {pairs}{', ...' * _more(one)})"
+    )
 
 
 def _more(one: Copies) -> bool:
@@ -112,7 +119,11 @@ def _more(one: Copies) -> bool:
 
 def _shares(part: Part, one: Shared, gram: int) -> str:
     share = 100 * one.seen / one.grams if one.grams else 0.0
-    short = f"; {one.short:,} documents are too short to compare" if one.short else ""
+    short = (
+        f"; {counted(one.short, 'documents')} {'is' if one.short == 1 else 'are'} too short to compare"
+        if one.short
+        else ""
+    )
     if not one.seen:
         return f"{part.name}: none of its {one.grams:,} runs of {gram} tokens is trained on{short}"
     return (

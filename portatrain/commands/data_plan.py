@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from portatrain.commands.options import add_recipe, resolved_recipe
+from portatrain.system.text import counted
 
 if TYPE_CHECKING:
     from portatrain.data import DataSpec
@@ -60,12 +61,15 @@ def plan(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"steps": recipe.steps, "batch": recipe.batch, "sources": rows, "validation": held}, indent=1))
         return 0
-    print(f"{recipe.name}: {recipe.steps:,} steps of {recipe.batch:,} samples")
+    print(f"{recipe.name}: {counted(recipe.steps, 'steps')} of {counted(recipe.batch, 'samples')}")
     for row in rows:
-        tokens = "" if row["tokens"] is None else f", {row['tokens']:,} tokens"
-        print(f"source {row['source']}, {row['data']}: {row['samples']:,} samples ({100 * row['share']:.2f} %){tokens}")
-        print(f"  {row['epochs']:.2f} epochs of {row['epoch']:,} samples")
-    print(f"validation: {held:,} samples" if held else "validation: nothing is held out")
+        tokens = "" if row["tokens"] is None else f", {counted(row['tokens'], 'tokens')}"
+        print(
+            f"source {row['source']}, {row['data']}: {counted(row['samples'], 'samples')} "
+            f"({100 * row['share']:.2f} %){tokens}"
+        )
+        print(f"  {row['epochs']:.2f} epochs of {counted(row['epoch'], 'samples')}")
+    print(f"validation: {counted(held, 'samples')}" if held else "validation: nothing is held out")
     return 0
 
 

@@ -16,11 +16,15 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import existing_ancestor
 from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
+
+if TYPE_CHECKING:
+    from launchers.targets import Target
 
 Finding = tuple[str, str, str]
 
@@ -53,11 +57,23 @@ def run(args: argparse.Namespace) -> int:
     for what, level, text in [
         *software(),
         *(in_store(args.runs) if remote else in_folder(Path(args.runs))),
+        *cluster_options(target),
         *launcher(target.engine).doctor(target.options, None if remote else Path(args.runs)),
     ]:
         print(f"{level:<5} {what}: {text}", flush=True)
         worst = max(worst, {"ok": 0, "warn": 0, "bad": 1}[level])
     return worst
+
+
+def cluster_options(target: Target) -> Iterator[Finding]:
+    """Check the options of the cluster, as `launch` does before it submits."""
+    from launchers.base import Job, check_options, launcher
+
+    job = Job(run_dir="", recipe="", cluster=target.name, engine=target.engine, options=target.options)
+    try:
+        check_options(job, launcher(target.engine).options)
+    except UserError as error:
+        yield "options", "bad", str(error)
 
 
 def software() -> Iterator[Finding]:

@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     told, began_s, done = trained_model.Told(), time.perf_counter(), [0]
 
     def tell() -> bool:
-        told(lambda: f"{done[0]} of {total} batches")
+        told(lambda: f"{done[0]} of {total} batch{'es' * (total != 1)}")
         done[0] += 1
         return False
 

@@ -1,8 +1,8 @@
 """List the runs of a folder, the most recently active one first.
 
-`differs` shows the fields in which a run differs from other runs of the same recipe, as --set would change them, so the
-runs of a sweep can be compared. `validation loss` is that of the newest evaluation. A fork stands below its parent,
-with the step at which it began.
+`differs` shows the fields in which a run differs from other runs of the same recipe, as --set would change them, so
+the runs of a sweep can be compared. `validation loss` is that of the newest evaluation, `backend` that of the last
+attempt. A fork stands below its parent, with the step at which it began.
 
 examples:
   launch list
@@ -60,14 +60,17 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("run", "state", "step", "train loss", "validation loss", "differs", "where", "attempts", "moved")
+    table = Table(
+        "run", "state", "step", "train loss", "validation loss", "differs", "backend", "where", "attempts", "moved"
+    )
     for (moved_s, now), fields, depth in zip(found, differs, depths, strict=True):
-        where = now.attempts[-1].where if now.attempts else "-"
+        last = now.attempts[-1] if now.attempts else None
+        backend, where = (last.backend or "-", last.where) if last else ("-", "-")
         losses = ("-" if loss is None else f"{loss:.4f}" for loss in (now.loss, now.validation_loss))
         changes = "\n".join(f"{path}={value}" for path, value in fields.items()) or "-"
         at = "" if now.parent is None else f" (from step {now.parent.get('step')} of {now.parent.get('run')})"
         name = f"{'  ' * (depth - 1)}└ {now.run}" if depth else now.run
-        cells = (f"{name}{at}", now.state, f"{now.step}/{now.steps}", *losses, changes, where)
+        cells = (f"{name}{at}", now.state, f"{now.step}/{now.steps}", *losses, changes, backend, where)
         table.add_row(*(Text(cell) for cell in cells), str(len(now.attempts)), f"{age(moved_s)} ago")
     console = terminal.console(200)
     console.print(table)

@@ -81,12 +81,10 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_backend(parser: argparse.ArgumentParser) -> None:
+def add_backend(parser: argparse.ArgumentParser, default: str = "jax if installed, else torch") -> None:
     """Add --backend."""
     parser.add_argument(
-        "--backend",
-        metavar="NAME",
-        help="jax, torch, or another installed backend (default: jax if installed, else torch)",
+        "--backend", metavar="NAME", help=f"jax, torch, or another installed backend (default: {default})"
     )
 
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from portatrain.commands.options import add_recipe, resolved_recipe
 from portatrain.errors import UserError
 from portatrain.system.paths import expand, place
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def _claimed(at: Folder | Bucket) -> Iterator[ClaimHandle]:
             f"packed store {at.where}",
             expected="a folder that can be written",
             got=error.strerror or str(error),
-            do="Mend its permissions, or name another one.",
+            do="Correct its permissions, or name another one.",
         ) from error
     try:
         yield claim
@@ -220,8 +221,8 @@ def _lines(where: str, made: Manifest) -> Iterator[str]:
     ids = f"{made.vocab:,} token ids of {made.dtype}, {made.bos} begins a document"
     yield f"{where}: {ids}, fingerprint {made.fingerprint}"
     for split, facts in made.splits.items():
-        shards = f"{len(facts.sha256):,} shard{'s' * (len(facts.sha256) != 1)}"
-        yield f"  {split}: {facts.documents:,} documents, {facts.tokens:,} tokens, in {shards}"
+        shards = counted(len(facts.sha256), "shards")
+        yield f"  {split}: {counted(facts.documents, 'documents')}, {counted(facts.tokens, 'tokens')}, in {shards}"
 
 
 def stats(args: argparse.Namespace) -> int:

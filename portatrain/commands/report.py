@@ -17,6 +17,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.system.paths import place
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 
@@ -46,5 +47,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             f"file {out}", expected="a writable file", got=str(error), do="Choose another with --out."
         ) from error
-    print(f"{out}: {len(found.curve)} steps, {len(found.attempts)} attempts, {len(found.resume_points)} resume points")
+    points = len(found.resume_points)
+    print(
+        f"{out}: {counted(len(found.curve), 'steps')}, {counted(len(found.attempts), 'attempts')}, "
+        f"{points} resume point{'s' * (points != 1)}"
+    )
     return 0

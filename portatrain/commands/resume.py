@@ -38,6 +38,7 @@ from portatrain.runs.changes import Change
 from portatrain.runs.claim import in_use
 from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir, code_sha256
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 LEAVING_S = 10.0
@@ -48,9 +49,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--cluster", metavar="NAME[,NAME...]", help="the clusters to train on (default: the run's previous ones)"
     )
-    options.add_backend(parser)
-    parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
-    parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")
+    previous = "that of the previous attempt; with --cluster, as for launch"
+    options.add_backend(parser, previous)
+    parser.add_argument("--mesh", metavar="AXES", help=f"fsdp=4,tensor=2 (default: {previous})")
+    parser.add_argument(
+        "--devices",
+        metavar="N",
+        type=int,
+        help=f"use N devices; on a CPU, N simulated ones (default: {previous.replace('that', 'those')})",
+    )
     parser.add_argument("--detach", action="store_true", help="--cluster local: train in the background")
     parser.add_argument("--max-restarts", metavar="N", type=int, help="as for launch (default: the previous value)")
     options.add_profile(parser)
@@ -93,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from portatrain.backends.program import make_program
 
     for job in new:
+        launcher(job.engine).check_settings(job)
         launcher(job.engine).check(job)
     if change is not None:
         for job in new:
@@ -146,7 +154,7 @@ def change_of(run: RunDir, recipe: Recipe, overrides: Sequence[str], reason: str
         why = f" ({found.unproved})" if found.unproved else ""
         raise UserError(
             f"run {run.path.name}: --set",
-            expected="--reason TEXT, since the change decides the steps from here on",
+            expected="a reason, since this change affects all later steps",
             got=f"no reason for {', '.join(found.named())}{why}",
             do='Say why, for the record: --reason "...". Or leave this run as it is: portatrain fork '
             f"{run.path.name} --at {step} --set ... --run NEW.",
@@ -154,7 +162,7 @@ def change_of(run: RunDir, recipe: Recipe, overrides: Sequence[str], reason: str
     if run.is_done and new.steps <= step:
         raise UserError(
             f"run {run.path.name}",
-            expected=f"more than the {step} steps that it has trained, since it is finished",
+            expected=f"more than the {counted(step, 'steps')} that it has trained, since it is finished",
             got=f"steps={new.steps}",
             do="Give more: --set steps=N.",
         )

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from portatrain.commands import options, trained_model
 from portatrain.errors import UserError
+from portatrain.system.text import counted
 
 if TYPE_CHECKING:
     from portatrain.training.generation import Progress
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
     def progress(now: Progress) -> None:
         last["progress"] = now
-        told(lambda: f"{now.texts} of {len(ids)} texts, {now.tokens} tokens{_speed(now)}")
+        told(lambda: f"{now.texts} of {counted(len(ids), 'texts')}, {counted(now.tokens, 'tokens')}{_speed(now)}")
 
     found = model.generate(
         ids,
@@ -89,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     for prompt, text in zip(prompts, found, strict=True):
         print(json.dumps(_as_json(prompt, text, model)) if args.json else _as_text(prompt, text, len(found)))
     now = last["progress"]
-    print(f"{now.tokens} tokens, step {model.step}, {model.backend}{_speed(now)}", file=sys.stderr)
+    print(f"{counted(now.tokens, 'tokens')}, step {model.step}, {model.backend}{_speed(now)}", file=sys.stderr)
     return 0
 
 

@@ -27,6 +27,7 @@ from portatrain.model.layout import Layout, Mesh, axis_warning, unknown_axes
 from portatrain.model.module import Constant, Init, TensorInfo
 from portatrain.recipe import Recipe
 from portatrain.system import terminal
+from portatrain.system.text import counted
 
 BYTES = {"float32": 4, "int32": 4, "bfloat16": 2, "float16": 2, "bool": 1}
 
@@ -172,7 +173,7 @@ def _print(found: Mapping[str, Any]) -> None:
     frozen = found["parameters"] - found["trained_parameters"]
     lines = [
         f"{found['recipe']}: {found['parameters']:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
-        f"mesh {found['mesh']}, {found['devices']} device{'s' if found['devices'] > 1 else ''}, {found['precision']}",
+        f"mesh {found['mesh']}, {counted(found['devices'], 'devices')}, {found['precision']}",
         "a device holds "
         + ", ".join(f"{name} {_size(size)}" for name, size in held.items() if size)
         + f"; together {_size(sum(held.values()))}, without activations (`portatrain plan` has those)",

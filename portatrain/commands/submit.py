@@ -1,9 +1,9 @@
 """Train RECIPE on a cluster. The cluster `local` is this machine, in the foreground.
 
 --cluster takes a list of acceptable clusters, best first. The command plans each of them, and refuses those that the
-recipe cannot run on, with the reason. It submits a job to every other one. The first job to start claims the run; if it
-is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or of
-your clusters.toml, which also names the `engine` that starts jobs. The run directory runs/NAME records everything.
+recipe cannot run on, with the reason. It submits a job to each of the rest. The first job to start claims the run; if
+it is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or
+of your clusters.toml, which also names the `engine` that starts jobs. The run directory runs/NAME records everything.
 
 A recipe with a model, data source or rule of your own is first checked at small size (`portatrain check`), once.
 
@@ -27,6 +27,7 @@ from portatrain.commands import options
 from portatrain.commands.unseen import check_unseen
 from portatrain.errors import UserError
 from portatrain.system.paths import place
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 
@@ -114,6 +115,9 @@ def run(args: argparse.Namespace) -> int:
         )
         for target in fitting
     ]
+    for job in jobs:
+        if job.engine:  # --dry-run also shows clusters that have none
+            launcher(job.engine).check_settings(job)
     if args.dry_run:
         targets.show(jobs, wanted, recipe)
         return 0
@@ -141,7 +145,7 @@ def _check_not_submitted(run_dir: str) -> None:
         raise UserError(
             f"run {name}",
             expected="a name for a new run, or `launch resume` for an existing one",
-            got=f"a run that has {len(there)} job{'s' if len(there) > 1 else ''}",
+            got=f"a run that has {counted(len(there), 'jobs')}",
             do=f"See `launch status {name}`; `launch resume {name}` continues it.",
         )
 

@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,8 +25,11 @@ from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.system.paths import cache_folder
+from portatrain.training.start_times import StartTimes
 
-WITHOUT_EFFECT = ("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks")
+WITHOUT_EFFECT = (
+    *("name", "steps", "batch", "batch_start", "batch_ramp", "accumulation", "seed", "schedule", "hooks", "spikes"),
+)
 """Fields of a recipe that the check does not depend on, besides those below."""
 PREFIXES = ("eval_", "checkpoint_", "probe_", "max_skips")
 OURS = ("portatrain", "recipes")
@@ -41,8 +45,14 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
     if args.no_check or seen(recipe, args):
         return
     memory = memory_of(recipe, args)
-    print(f"{recipe.name} is new here: `portatrain check` tries it at small size (--no-check skips this)", flush=True)
+    print(
+        f"{recipe.name} has not been checked yet; running `portatrain check` first (about a minute; --no-check skips "
+        "it)",
+        flush=True,
+    )
+    began_s = time.perf_counter()
     report = _checked(args)
+    StartTimes.spent("check", time.perf_counter() - began_s)
     if report is None:
         return
     found = report["found"]
@@ -54,8 +64,8 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
             f"recipe {recipe.name}",
             expected="a model that gives the same numbers on every framework and mesh",
             got=f"{len(refusing)} that {'does' if len(refusing) == 1 else 'do'} not, first {refusing[0]['what']}",
-            do=f"Mend what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it as it "
-            "is.",
+            do=f"Correct what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it "
+            "as it is.",
         )
     remember(memory, report)
 
@@ -81,7 +91,8 @@ def suggest(recipe: Recipe, args: argparse.Namespace) -> None:
     """Say in one line that `portatrain check` exists, if the recipe has not been seen. `launch` checks by itself."""
     if not environment.CLUSTER.get() and not seen(recipe, args):
         words = ["portatrain", "check", args.recipe, *(w for given in args.overrides for w in ("--set", given))]
-        print(f"{recipe.name} is new here; this tries it at small size first: {shlex.join(words)}", file=sys.stderr)
+        said = f"{recipe.name} has not been checked on this machine. To check it first: {shlex.join(words)}"
+        print(said, file=sys.stderr)
 
 
 def memory_of(recipe: Recipe, args: argparse.Namespace) -> Path:

@@ -21,6 +21,7 @@ from portatrain.data.sources import documents
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError
 from portatrain.model.rng import Permutation
+from portatrain.system.text import counted
 
 SPLITS = ("train", "validation")
 
@@ -162,7 +163,9 @@ def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> pa
             raise UserError(
                 f"{type(spec).__name__} data",
                 expected=f"at least one document with content in the {split} split",
-                got=f"{int(mine.sum())} of {len(source)} documents, none with content" if mine.any() else "none",
+                got=f"{int(mine.sum())} of {counted(len(source), 'documents')}, none with content"
+                if mine.any()
+                else "none",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",
             )
         # Check before the pack is stored: a stored pack would still be too small after documents are added.
@@ -180,8 +183,8 @@ def require_window(split: str, tokens: int, documents: int, seq_len: int) -> Non
     if tokens < needed:
         raise UserError(
             f"{split} data",
-            expected=f"at least {needed} tokens, one window of seq_len={seq_len} and its last target",
-            got=f"{tokens} tokens in {documents} documents",
+            expected=f"at least {counted(needed, 'tokens')}, one window of seq_len={seq_len} and its last target",
+            got=f"{counted(tokens, 'tokens')} in {counted(documents, 'documents')}",
             do="Add documents, use a smaller seq_len, or change the fraction held out (validation).",
         )
 

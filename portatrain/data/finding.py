@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from portatrain.errors import UserError
 from portatrain.system.paths import expand
+from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class PassedOver:
         out = []
         for reason, (count, names) in sorted(self._found.items()):
             rest = f" and {count - NAMED} more" if count > NAMED else ""
-            out.append(f"{source}: {count} {reason}: {', '.join(names)}{rest}")
+            out.append(f"{source}: {counted(count, reason)}: {', '.join(names)}{rest}")
         return out
 
 
@@ -142,7 +143,7 @@ class _Walk:
             elif path.is_file():
                 yield linked, path
             else:
-                self._pass("links that lead nowhere" if path.is_symlink() and not path.exists() else SPECIAL, path)
+                self._pass("broken links" if path.is_symlink() and not path.exists() else SPECIAL, path)
         if not everything and patterns[-1] != "**":
             inside = {parent for path in seen if path.is_file() for parent in path.parents}
             for folder in folders:  # such as a folder with the name of a file, x.txt
@@ -196,7 +197,7 @@ class _Walk:
             self._passed.add(reason, os.fsencode(path).decode("utf-8", "backslashreplace"))
 
 
-SPECIAL = "pipes, sockets and devices"
+SPECIAL = "special files (pipes, sockets or devices)"
 
 
 def _key(path: Path) -> Key:
@@ -210,5 +211,5 @@ def unreadable(path: Place, error: OSError, kind: str = "file") -> UserError:
         f"data {kind} {path}",
         expected=f"a {kind} that can be read",
         got=error.strerror or str(error),
-        do="Mend its permissions or leave it out.",
+        do="Correct its permissions or leave it out.",
     )

@@ -14,6 +14,7 @@ import numpy as np
 
 from portatrain.errors import UserError
 from portatrain.model.rng import Permutation
+from portatrain.system.text import counted
 
 Batch = dict[str, np.ndarray]
 
@@ -65,7 +66,7 @@ class Split(ABC):
         if count > self.windows:
             raise UserError(
                 f"{self.name} data",
-                expected=f"at least {count} samples, one batch",
+                expected=f"at least {counted(count, 'samples')}, one batch",
                 got=f"{self.windows}",
                 do="Use a smaller batch, a smaller seq_len, or more data.",
             )

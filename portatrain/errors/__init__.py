@@ -9,6 +9,8 @@ from typing import Any, Self
 
 LONGEST = 1000
 """Characters of a user's own text in a message; the middle of a longer text is left out."""
+FEW = 10
+"""The most names that a message lists where a command lists all of them."""
 STORAGE_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EROFS, errno.ENOTCONN, errno.EFBIG)
 """Errors of the operating system that are the storage's, and may be gone when it is tried again."""
 
@@ -83,7 +85,7 @@ def _short(text: str) -> str:
 def choice(what: str, got: str, valid: Iterable[str], more: str = "", *, listed: str = "") -> UserError:
     """Return the error for a name that is not in ``valid``; it suggests the nearest valid names, and says ``more``.
 
-    listed: a sentence that says which command lists the valid names, if they are too many for a message.
+    listed: a sentence that says which command lists the valid names, which may be too many for a message.
     """
 
     import difflib
@@ -92,8 +94,8 @@ def choice(what: str, got: str, valid: Iterable[str], more: str = "", *, listed:
     near = difflib.get_close_matches(got, names, n=3)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     if listed:
-        count = f"one of the {len(names)} that there are" if len(names) > 1 else repr(names[0])
-        return UserError(what, expected=count, got=repr(got), do=f"{hint}{listed}")
+        expected = f"one of {', '.join(names)}" if len(names) <= FEW else "the name of one that exists"
+        return UserError(what, expected=expected, got=f"no such {what.split()[0]}", do=f"{hint}{listed}")
     return UserError(
         what,
         expected=f"one of {', '.join(names) or '(none)'}",

@@ -21,6 +21,10 @@ KINDS = {
     "Recipe": "a recipe that fits together",
 }
 """The base classes of portatrain, and what their subclasses have to do."""
+RETURNING = {"Rule": ("step", "update"), "Schedule": ("curve", "__call__")}
+"""The methods that return what `KINDS` says, where other methods of that class return something else."""
+LISTED = 40
+"""The most attributes of an object that a message lists."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,9 @@ def hint(error: Exception, said: str, place: Place | None) -> Hint:
         return Hint("a method that returns", said, "Correct it.")
     if place.takes:
         return _arguments(place, said)
+    if isinstance(error, TypeError) and "UserError.__init__()" in said:
+        form = "UserError(what, expected=..., got=..., do=...)"
+        return Hint(form, said, "Give all four texts: what is wrong, what was expected, what came, and what to do.")
     if isinstance(error, AttributeError):
         return _attribute(error, said, place) or plain
     computes = place.computes and not isinstance(error, OSError)
@@ -86,7 +93,14 @@ def hint(error: Exception, said: str, place: Place | None) -> Hint:
 
 
 def _expected(place: Place | None) -> str:
-    return KINDS.get(kind_of(place.owner) if place else "", "code that runs")
+    kind = kind_of(place.owner) if place else ""
+    method = _METHOD.search(place.text) if place else None
+    if method and method[1] not in RETURNING.get(kind, (method[1],)):
+        return f"`{method[1]}` to return" + (", or to raise UserError" if method[1] == "check" else "")
+    return KINDS.get(kind, "code that runs")
+
+
+_METHOD = re.compile(r", in (?:\w+\.)+(\w+)$")
 
 
 def kind_of(owner: object) -> str:
@@ -128,8 +142,12 @@ def _attribute(error: AttributeError, said: str, place: Place) -> Hint | None:
             f"no attribute `{name}`",
             f"{near}Set it in __init__, for example self.{name} = Param(embed=64).",
         )
-    near = _near(name, [n for n in dir(owner) if not n.startswith("_")], "")
-    return Hint(f"an attribute of {kind}", said, f"{near}Correct that line, or define `{name}`.")
+    names = [n for n in dir(owner) if not n.startswith("_")]
+    near = _near(name, names, "")
+    if kind_of(owner) and not type(owner).__module__.startswith("portatrain."):
+        return Hint(f"an attribute of {kind}", said, f"{near}Correct that line, or define `{name}` in {kind}.")
+    there = f": {', '.join(names)}" if len(names) <= LISTED else ""
+    return Hint(f"an attribute of {kind}{there}", said, f"{near}Correct that line.")
 
 
 _MISSING = re.compile(r"'(\w+)' object has no attribute '(\w+)'")

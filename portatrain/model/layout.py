@@ -65,7 +65,7 @@ class UnknownAxis:
     def do(self) -> str:
         """What to do about it."""
         meant = f"Did you mean {self.nearest}? " if self.nearest else ""
-        return f"{meant}If that is meant, say so in the recipe: compute={{{self.axis!r}: ()}}."
+        return f"{meant}If that is intended, declare it in the recipe: compute={{{self.axis!r}: ()}}."
 
     def __str__(self) -> str:
         more = f" and {len(self.tensors) - 1} more" if len(self.tensors) > 1 else ""
@@ -110,7 +110,7 @@ def axis_warning(unknown: Sequence[UnknownAxis]) -> str:
     return (
         f"axes {', '.join(names[:-1])} and {names[-1]} of {tensors[0]}{more} are in no mapping, so they are whole on "
         f"every device. {hint}"
-        f"If that is meant, say so in the recipe: compute={{{', '.join(f'{name}: ()' for name in names)}}}."
+        f"If that is intended, declare it in the recipe: compute={{{', '.join(f'{name}: ()' for name in names)}}}."
     )
 
 

@@ -191,6 +191,11 @@ class ArrayOps(Protocol):
         padding: 'valid' none; 'same' zeros, so that L' = ceil(L / stride), an odd one at the end; 'causal' (one
         dimension) all zeros in front, so that no position sees a later one. groups: D/groups outputs see C/groups
         inputs each; groups=C is a depthwise convolution. `ops.bias` adds a bias.
+
+        The axes `patch_rows`, `patch_columns` and `channels` need no mapping: they are whole on every device. An axis
+        that you name yourself, such as height, gives a warning until the recipe declares it, compute={"height": ()}.
+        The kernel's sums run over all axes but the last: fan_in_axes=3 in two dimensions, 2 in one dimension, as in
+        `Param(patch_rows=3, patch_columns=3, channels=16, embed=32, fan_in_axes=3)`.
         """
         ...
 
@@ -205,7 +210,7 @@ class ArrayOps(Protocol):
     def resize(self, x: Array, size: Sizes, *, method: str) -> Array:
         """(B, L, C) or (B, H, W, C) at another size, 'nearest' or 'linear' (bilinear in two dimensions).
 
-        Pixels have centres at (i + 1/2) / n; what lies outside is the edge. No smoothing where it becomes smaller.
+        Pixels have centres at (i + 1/2) / n; what lies outside is the edge. No anti-aliasing when shrinking.
         """
         ...
 

@@ -95,7 +95,9 @@ def _details(plan: Plan, console: Console) -> None:
     best = plan.chosen
     if best is not None:
         console.print(_terms(plan))
-        where = Table("mesh axis", "lies", title=f"{plan.cluster.name} ({plan.used.topology}): where the mesh lies")
+        where = Table(
+            "mesh axis", "where", title=f"{plan.cluster.name} ({plan.used.topology}): how the mesh maps to the hardware"
+        )
         for axis, path in zip(("replica", "fsdp", "expert", "context", "tensor"), best.placement.paths, strict=True):
             if path.size > 1:
                 inside = f"; {path.rate / 1e9:.0f} GB/s a device inside" if path.inner > 1 else ""
@@ -130,7 +132,7 @@ def _terms(plan: Plan) -> Table:
     table.add_section()
     table.add_row("in all", f"{best.memory.total / GIB:.2f}", "in all", _number(best.step_s))
     if (said := plan.interval) is not None:
-        table.add_row("", "", f"{100 * said.level:.0f} % of such runs: {said.why}", _between(plan))
+        table.add_row("", "", f"{100 * said.level:.0f} % interval, from {said.why}", _between(plan))
     table.add_row("of", f"{plan.device_bytes / GIB:.1f}", "efficiency factor", f"{plan.efficiency.value:.3f}")
     if best.kernel:
         table.add_row("", "", "attention kernel", best.kernel)
@@ -143,7 +145,7 @@ def _legend(plans: Iterable[Plan]) -> str:
     bases = sorted({f"{p.cluster.chip.name}: {p.efficiency.basis}" for p in plans if p.efficiency.estimate})
     typical, worst = 100 * efficiency.TYPICAL_ERROR, 100 * efficiency.WORST_ERROR
     lines = [
-        f"MFU: {CONVENTION}; over the nominal peak of the chips that work. kWh: chips at rated power alone.",
+        f"MFU: {CONVENTION}; over the nominal peak of the chips in use. kWh: chips at rated power alone.",
         f"Times: {typical:.0f} % off in the middle and {worst:.0f} % at most on published runs, leave-one-out; "
         f"{100 * LEVEL:.0f} %: the step times that hold so many of them (docs/measured/plan-published.md). "
         "~ rests on an estimate.",

@@ -114,7 +114,7 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Return the FLOPs per second that MFU is relative to, over the chips that work."""
+        """Return the FLOPs per second that MFU is relative to, over the chips in use."""
         chip, one = self.cluster.chip, self.best[0].precision if self.best else "bf16"
         kind = PRECISIONS[one].peak
         return (chip.peaks.get(kind) or chip.peaks["bf16"]).value * 1e12 * self.used.chips

@@ -8,3 +8,4 @@ from portatrain.recipe.loading import shipped_recipes as shipped_recipes
 from portatrain.recipe.origin import Origin as Origin
 from portatrain.recipe.recipe import ModelSpec as ModelSpec
 from portatrain.recipe.recipe import Recipe as Recipe
+from portatrain.recipe.spikes import Spikes as Spikes

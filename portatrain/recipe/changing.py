@@ -104,7 +104,7 @@ ROWS = (
     ),
     Row(
         owner="Recipe",
-        fields="seed clip_norm precision fp8_matmuls trainable frozen lora decay no_decay ema_decay ema",
+        fields="seed clip_norm spikes precision fp8_matmuls trainable frozen lora decay no_decay ema_decay ema",
         kind=Kind.TRAJECTORY,
         why="decides every later step",
     ),
@@ -138,6 +138,7 @@ ROWS = (
             ("Adafactor", "lr weight_decay decay_rate clip eps1 eps2 relative"),
             ("Muon", "lr weight_decay momentum nesterov coefficients eps adamw"),
             ("LoRA", "rank alpha targets"),
+            ("Spikes", "window least loss grad_norm"),
         )
     ),
     *(

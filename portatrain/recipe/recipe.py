@@ -26,6 +26,7 @@ from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
 from portatrain.recipe.origin import Origin
 from portatrain.recipe.retention import Retention
+from portatrain.recipe.spikes import Spikes
 
 MeshAxes = Mapping[str, str | tuple[str, ...]]
 """Logical axis -> the mesh axes that shard it, major first; () leaves it whole on every device."""
@@ -90,8 +91,11 @@ class Recipe:
     clip_norm: float | None = 1.0
     """Maximum global 2-norm of the gradient; a larger gradient is scaled down to it. None: no clipping."""
     max_skips: int = 10
-    """Maximum number of steps that an attempt may skip because the loss or the gradient is not finite; one more ends it
-    with an error."""
+    """Maximum number of steps that an attempt may skip because the loss or the gradient is not finite, or is a spike;
+    one more ends it with an error."""
+    spikes: Spikes | None = config.added_later(None)  # noqa: RUF009
+    """The rule for steps with a loss or a gradient norm far above those before it: their update is skipped. None: only
+    steps that are not finite are skipped."""
 
     # The next fields select parameters by shell patterns (`*`, `?`, `[...]`) over names such as blocks/attn/wq.
     trainable: tuple[str, ...] | None = None

@@ -115,6 +115,11 @@ class Comparison:
         return _varying(self.runs)
 
     @property
+    def unit(self) -> str:
+        """What `tokens` counts: 'tokens', 'samples', or both if the runs differ."""
+        return " or ".join(sorted({one.run.unit for one in self.runs}, reverse=True))
+
+    @property
     def axes(self) -> list[str]:
         """The axes over which at least one run has a curve."""
         return [axis for axis in AXES if any(one.at(axis) for one in self.runs)]

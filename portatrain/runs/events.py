@@ -59,6 +59,9 @@ class Kind(StrEnum):
     """A save was skipped because the previous one is still being written."""
     SKIPPED = "skipped"
     """The update of a step was skipped because its loss or gradient was not finite."""
+    SPIKE = "spike"
+    """The update of a step was skipped because its loss or gradient norm was above the limits of the recipe's `spikes`;
+    with both limits, and its samples as [first, one after the last]."""
     EVAL = "eval"
     """An evaluation; with the fields of `EvalRecord`."""
     EVALUATING = "evaluating_the_whole_validation_split"

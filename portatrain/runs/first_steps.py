@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 
 from portatrain.runs.events import Event, Kind, last
 from portatrain.runs.rows import LONGEST_S, MOST_STEPS
+from portatrain.system.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +54,12 @@ def in_words(event: Mapping[str, Any]) -> str:
 def _compiled(programs: object, reused: object) -> str:
     if not _is_count(programs) or not _is_count(reused) or not (programs or reused):
         return ""
-    return f"{programs} programs compiled, {reused} from the cache"
+    return f"{counted(programs, 'programs')} compiled, {reused} from the cache"
 
 
 def _is_time(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= LONGEST_S
 
 
-def _is_count(value: object) -> bool:
+def _is_count(value: object) -> TypeGuard[int]:
     return type(value) is int and 0 <= value <= MOST_STEPS

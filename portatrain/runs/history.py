@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -148,8 +149,14 @@ class History:
 
     @property
     def skipped(self) -> list[int]:
-        """The steps of the curve without an update, because a loss or gradient was not finite."""
+        """The steps of the curve without an update, because a loss or gradient was not finite or a spike."""
         return [row["step"] for row in self.curve if row.get("skipped")]
+
+    @property
+    def spikes(self) -> list[int]:
+        """Those of `skipped` with finite numbers."""
+        odd = {r["step"] for r in self.curve for key in ("loss", "grad_norm") if not math.isfinite(r.get(key) or 0.0)}
+        return [step for step in self.skipped if step not in odd]
 
     def as_json(self) -> dict[str, Any]:
         """Return the output of `status --json`, as strict JSON data."""

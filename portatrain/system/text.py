@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 
@@ -28,3 +29,15 @@ def age(unix_s: float) -> str:
         if seconds >= size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def counted(number: int, things: str) -> str:
+    """Return a number with what it counts, in the right form: '1 file without content', '2,000 files without content'.
+
+    things: the plural. Its first word that ends in s is the noun; `that are` and `them` behind it take its form, too.
+    """
+    if number != 1:
+        return f"{number:,} {things}"
+    before, noun, rest = re.split(r"\b(\w+s)\b", things, maxsplit=1)
+    noun = f"{noun[:-3]}y" if noun.endswith("ies") else noun[:-1]
+    return f"1 {before}{noun}{rest.replace(' that are ', ' that is ').replace(' them', ' it')}"

@@ -13,7 +13,7 @@ The bounds are derived from lengths, depth and precision of the model (`backends
 rounding more, such as one with norms over few elements, is measured on arrival: if only figures that pass through the
 model are beyond their bounds, its parameters are moved by as much as rounding moves results, and the probe says what
 becomes of that. `python benchmarks/continuity.py` makes hundreds of correct moves, and prints the differences, the
-bounds, and the smallest effect that the check detects without fingerprints (docs/run/resume.md).
+bounds, and the smallest effect that the check detects without fingerprints (docs/measured/moves.md).
 """
 
 from __future__ import annotations

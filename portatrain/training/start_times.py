@@ -6,13 +6,26 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
-PARTS = ("import", "devices", "data", "claim", "init", "restore", "verify", "compile", "first_batch", "first_step")
-"""import: Python, portatrain and the framework. devices: joining the other processes and finding devices. data: opening
-or packing it. claim: the claim and the records of the attempt. init: the state of a run without a checkpoint. restore:
-reading the newest checkpoint. verify: the continuity check. first_batch: to the first batch, with hooks and trackers.
-first_step: running it. compile: the time of any part in which a program was traced, compiled or loaded."""
+PARTS = (
+    "check",
+    "import",
+    "devices",
+    "data",
+    "claim",
+    "init",
+    "restore",
+    "verify",
+    "compile",
+    "first_batch",
+    "first_step",
+)
+"""check: `portatrain check` of a recipe that `launch` had not checked before. import: Python, portatrain and the
+framework. devices: joining the other processes and finding devices. data: opening or packing it. claim: the claim and
+the records of the attempt. init: the state of a run without a checkpoint. restore: reading the newest checkpoint.
+verify: the continuity check. first_batch: to the first batch, with hooks and trackers. first_step: running it.
+compile: the time of any part in which a program was traced, compiled or loaded."""
 
 
 class _Compiled(Protocol):
@@ -29,19 +42,29 @@ class _Compiled(Protocol):
 class StartTimes:
     """The parts so far.
 
-    A second attempt in one process has no part "import", and its time begins when this object is made.
+    A second attempt in one process has neither the part "import" nor "check", and its time begins when this object is
+    made.
     """
 
     _process_is_new = True
+    _earlier: ClassVar[dict[str, float]] = {}
+    """Parts that ended before the trainer was made."""
 
     def __init__(self) -> None:
         age_s = _process_age_s() if StartTimes._process_is_new else 0.0
         StartTimes._process_is_new = False
-        self._last_s = self._began_s = time.perf_counter() - age_s
-        self._parts: dict[str, float] = {}
+        self._began_s = time.perf_counter() - age_s
+        self._parts = {part: seconds for part, seconds in StartTimes._earlier.items() if age_s}
+        self._last_s = self._began_s + sum(self._parts.values())
+        StartTimes._earlier.clear()
         self._compiled: Callable[[], _Compiled] | None = None
         self._before: _Compiled | None = None
         self._compile_s = 0.0
+
+    @classmethod
+    def spent(cls, part: str, seconds: float) -> None:
+        """Note a part that this process spent before it makes the trainer, so that it is not counted as import."""
+        cls._earlier[part] = cls._earlier.get(part, 0.0) + seconds
 
     def watch(self, compiled: Callable[[], _Compiled] | None) -> None:
         """From now on take the time that `compiled` reports out of each part, and into the part "compile"."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from portatrain.backends.base import StepResult
+from portatrain.backends.limits import Limits
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.events import Kind
@@ -16,6 +17,7 @@ from portatrain.training.hook_calls import HookCalls
 from portatrain.training.metrics import RunInfo, StepRecord
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.flops import Peak, mfu
+from portatrain.training.spike_guard import SpikeGuard
 from portatrain.training.view import TrainingView
 
 
@@ -23,8 +25,8 @@ class StepRecords:
     """The records of one attempt's steps.
 
     history: [step, loss] of the last steps, for checkpoints. skipped: the steps that changed nothing, because the loss
-    or the gradient was not finite. replay: the continuity check that compares losses with an earlier attempt's, while
-    it lasts; `judge(step, verdict)` gets its verdict.
+    or the gradient was not finite or a spike. replay: the continuity check that compares losses with those of an
+    earlier attempt, while it lasts; `judge(step, verdict)` gets its verdict. guard: the rule for spikes.
     """
 
     info: RunInfo
@@ -42,6 +44,7 @@ class StepRecords:
         self.history: deque[list[float]] = deque(maxlen=32)
         self.skipped: list[int] = []
         self.replay: continuity.Replay | None = None
+        self.guard = SpikeGuard(recipe.spikes, view.backend)
 
     def start(self) -> None:
         """Time the next step from now, so that a save or an evaluation is not part of a step."""
@@ -80,18 +83,38 @@ class StepRecords:
         if self.replay is not None and (found := self.replay.add(step, loss)) is not None:
             self.replay = None
             self._judge(step, found)
+        limits = self.guard.add(step, loss, norm, skipped=skipped)
         if skipped:
-            self._skip(step, loss, norm)
+            self._skip(step, loss, norm, limits)
 
-    def _skip(self, step: int, loss: float, norm: float) -> None:
+    def meta(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps of the last steps."""
+        return {"history": list(self.history), **self.guard.meta()}
+
+    def restore(self, meta: Mapping[str, Any], *, changed: bool) -> None:
+        """Go on from what a checkpoint keeps. `changed`: the recipe decides other steps from here on, to which the
+        window for spikes says nothing."""
+        self.history.extend(meta.get("history", ()))
+        if not changed:
+            self.guard.restore(meta)
+
+    def _skip(self, step: int, loss: float, norm: float, limits: Limits | None) -> None:
+        """Record a step that changed nothing; `limits`: those that it was beyond, if it is a spike."""
         self.skipped.append(step)
-        self._sinks.event(Kind.SKIPPED, step=step, loss=loss, grad_norm=norm, skipped=len(self.skipped))
+        counted = {"step": step, "loss": loss, "grad_norm": norm, "skipped": len(self.skipped)}
+        if limits is None:
+            self._sinks.event(Kind.SKIPPED, **counted)
+        else:
+            known = {"loss_limit": limits[0], "grad_norm_limit": limits[1]}
+            samples = [self._recipe.samples_after(step - 1), self._recipe.samples_after(step)]
+            self._sinks.event(Kind.SPIKE, **counted, **known, samples=samples)
         if len(self.skipped) > self._recipe.max_skips:
             raise UserError(
                 f"step {step} of {self._recipe.name}",
-                expected=f"at most max_skips={self._recipe.max_skips} steps whose loss or gradient is not finite",
+                expected=f"at most max_skips={self._recipe.max_skips} steps whose loss or gradient is not finite"
+                f"{' or is a spike' if self._recipe.spikes else ''}",
                 got=f"loss {loss}, gradient norm {norm}, the {len(self.skipped)}th such step "
                 f"(first: step {self.skipped[0]})",
-                do="The parameters are from the last finite step. Lower optimizer.lr, lengthen the warm-up, or check "
-                "the data of that step.",
+                do="The parameters are from the last step with an update. Lower optimizer.lr, lengthen the warm-up, or "
+                "check the data of that step.",
             )

@@ -294,9 +294,9 @@ class Trainer:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
-                scale = recipe.lr_scale(step)
+                scale, more = recipe.lr_scale(step), self._steps.guard.arguments(step)
                 with profile.step(step):
-                    self.state, result = self.backend.step(self.state, batch, step=step, scale=scale)
+                    self.state, result = self.backend.step(self.state, batch, step=step, scale=scale, **more)
                 self.step, self._stop.trained = step, True
                 if step == first:
                     self.event(Kind.KERNELS, choices=choose_kernel.taken())
@@ -334,7 +334,7 @@ class Trainer:
 
     def _save(self, *, last: bool = False, by_time: bool = False) -> None:
         """Begin to save the state after `self.step` unless it is saved; with `by_time`, never during another save."""
-        more: dict[str, Any] = {"history": list(self._steps.history)}
+        more = self._steps.meta()
         last_eval = self._evals.last
         if last_eval is not None and last_eval.step == self.step:
             more["metrics"] = {"loss": last_eval.loss, **last_eval.metrics}
@@ -350,7 +350,7 @@ class Trainer:
         if effect is not None:
             self.event(Kind.CHANGE_MEASURED, step=self.step, **effect)
         self._saves.saved = self.step
-        self._steps.history.extend(reader.meta.get("history", ()))
+        self._steps.restore(reader.meta, changed=effect is not None)
         if found["verdict"] == "unproven" and bounds is not None:
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)

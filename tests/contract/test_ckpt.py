@@ -16,6 +16,7 @@ import pytest
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import backend_class, missing
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.interop.hub_tokenizer import GENERATION
 from portatrain.checkpoint.saver import reads
 from portatrain.cli import main
 from portatrain.errors import UserError
@@ -182,6 +183,10 @@ def test_transformers_loads_what_is_exported_and_we_what_it_saves(more: tuple[st
     back = tmp_path / "back"
     words = ["--run-dir", str(back), "--from", "huggingface", *sizes(*more)]
     assert main(["ckpt", "import", str(tmp_path / "theirs"), "tiny-lm", *words]) == 0
+    theirs = (tmp_path / "theirs" / GENERATION).read_bytes()  # how to generate goes along without a tokenizer, too
+    assert not (out / GENERATION).exists() and not (out / "tokenizer.json").exists()
+    assert main(["ckpt", "export", str(back), str(tmp_path / "again"), "--to", "huggingface"]) == 0
+    assert (tmp_path / "again" / GENERATION).read_bytes() == theirs
     there, here = values(back / "checkpoints/step-00000000"), values(run / STEP)
     params = [k for k in here if k.startswith("params/")]
     assert all(there[k].tobytes() == here[k].tobytes() for k in params)

@@ -81,7 +81,7 @@ def test_the_runs_of_a_sweep_are_compared(recipe: Recipe, capsys: Capture) -> No
         assert row["validation_loss"] == last["loss"] != row["loss"]
     assert launch_main(["list"]) == 0
     table = capsys.readouterr().out
-    for said in ("train loss", "validation loss", "optimizer.lr=0.01", "optimizer=Lion"):
+    for said in ("train loss", "validation loss", "backend", "torch", "optimizer.lr=0.01", "optimizer=Lion"):
         assert said in table
     assert f"{rows['b']['validation_loss']:.4f}" in table
 

@@ -191,7 +191,7 @@ def test_a_change_of_the_trajectory_needs_a_reason_and_is_measured(copied: Path,
         sets = [part for word in words for part in ("--set", word)]
         assert resume(copied, "a", *sets) == 2
         said = capsys.readouterr().err
-        assert "expected --reason TEXT" in said and said.count("\n") == 1
+        assert "expected a reason, since this change affects all later steps" in said and said.count("\n") == 1
         assert train(copied, "a", *sets) == 2
         said = capsys.readouterr().err
         assert "portatrain resume a --set" in said and "portatrain fork a" in said and said.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import errno
+import inspect
 import json
 import os
 import pickle
@@ -43,6 +44,11 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
     "a mean over all": ("forward pass", "x.mean()", "ops.mean"),
     "a Python random number": ("forward pass", "random", "planted.py, line"),
     "a Python random number of its own": ("forward pass", "random.Random", "planted.py, line"),
+    "a Python random number in an argument": (
+        "forward pass",
+        "random",
+        f"planted.py, line {inspect.getsourcelines(planted.DrawnInAnArgument.hidden)[1] + 1}.",
+    ),
     "a NumPy random number": ("forward pass", "numpy.random", "planted.py, line"),
     "a NumPy generator made in the pass": ("forward pass", "default_rng", "ops.dropout"),
     "a random number in one call of a hundred": ("forward pass", "random", "planted.py, line"),

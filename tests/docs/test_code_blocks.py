@@ -10,6 +10,7 @@ import json
 import os
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -67,6 +68,7 @@ def _check(block: Block, folder: Path, names: dict[str, object]) -> None:
     if block.language == "python":
         _python(block, folder, names)
     elif block.language == "shell":
+        _shell(block)
         for command in commands.lines(block.text):
             commands.check(command, folder)
             if block.run:
@@ -88,6 +90,12 @@ def _python(block: Block, folder: Path, names: dict[str, object]) -> None:
             make_program(load_recipe(block.title, cwd=folder))
     elif block.page not in FRAGMENTS:
         exec(code, names)
+
+
+def _shell(block: Block) -> None:
+    """A shell reads more than `shlex`: it refuses `--set hooks=()`, for example."""
+    read = subprocess.run(["bash", "-n"], input=block.text, capture_output=True, text=True, timeout=60, check=False)
+    assert read.returncode == 0, f"the shell does not take it: {read.stderr.strip()}"
 
 
 def _toml(block: Block, folder: Path) -> None:

@@ -197,6 +197,7 @@ def test_what_the_api_refuses_is_said(api: type[Api]) -> None:
         ({**POD, "qeue": "x"}, "Did you mean queue"),
     ):
         with pytest.raises(UserError, match=hint):
+            launcher.check_settings(one(options=options))
             launcher.check(one(options=options))
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launchers import gcp_tpu, kubernetes, skypilot
-from launchers.base import check_options, launcher, variables
+from launchers import gcp_tpu, kubernetes, skypilot, slurm_doctor
+from launchers.base import Option, check_options, launcher, variables
+from launchers.cluster_options import SHARED
 from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
 from portatrain.system import environment
@@ -46,6 +47,24 @@ def test_the_cache_of_compiled_programs_and_the_profile_reach_every_engine(name:
         check_options(replace(made, options={"compile_cach": "x"}), {})
     with pytest.raises(UserError, match="option compile_cache: expected a str"):
         variables(replace(made, options={"compile_cache": 3}))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_options_are_refused_before_anything_is_asked_for(name: str) -> None:
+    made = job(*CASES[name])
+    found = launcher(made.engine)
+    found.check_settings(made)
+    known = {**found.options, **SHARED}
+    for option in known:
+        with pytest.raises(UserError, match=f"Did you mean .*{option}"):
+            found.check_settings(replace(made, options={**made.options, option[:-1] + "_": "x"}))
+        with pytest.raises(UserError, match=f"option {option}: expected a "):
+            found.check_settings(replace(made, options={**made.options, option: 1j}))
+    for option in made.options:
+        one = known[option]
+        if isinstance(one, Option) and one.example:
+            with pytest.raises(UserError, match=f"option {option}: expected .*got none"):
+                found.check_settings(replace(made, options={k: v for k, v in made.options.items() if k != option}))
 
 
 def test_a_list_of_both() -> None:
@@ -101,3 +120,17 @@ def test_names_are_short_enough_for_every_engine() -> None:
     for one in (long, other):
         # A pod's host name is NAME-slice-INDEX-INDEX, which Kubernetes allows 63 characters.
         assert len(f"{one.name}-slice-99-9999") <= 63 and one.name == one.name.lower()
+
+
+@pytest.mark.parametrize(("said", "advice"), [("Unable to contact slurm controller", "scontrol ping"), ("Nope", "Ask")])
+def test_the_doctor_never_advises_itself(
+    said: str, advice: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "scontrol", "sinfo"):
+        script = tmp_path / name
+        script.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    ((what, level, text),) = slurm_doctor.look({}, None)
+    assert (what, level) == ("controller", "bad") and said in text
+    assert advice in text and "launch doctor" not in text

@@ -114,6 +114,16 @@ class RarelyDrawn(Base):
         return h_BM if ops.training and random.random() < 0.01 else ops.relu(h_BM)
 
 
+class DrawnInAnArgument(Base):
+    """The line that draws calls another method of the file before it ends."""
+
+    def hidden(self, ops: Any, h_BM: Any) -> Any:
+        return self.scaled(ops, h_BM, 1.0 + random.random())
+
+    def scaled(self, ops: Any, h_BM: Any, factor: float) -> Any:
+        return ops.relu(h_BM) * factor
+
+
 class DrawnWhenBuilt(Base):
     def __init__(self) -> None:
         super().__init__()
@@ -270,6 +280,7 @@ MODELS: dict[str, type[Module]] = {
     "a mean over all": hidden(lambda self, ops, h: h - h.mean()),
     "a Python random number": hidden(lambda self, ops, h: ops.relu(h) * random.random()),
     "a Python random number of its own": hidden(lambda self, ops, h: ops.relu(h) * random.Random(0).random()),
+    "a Python random number in an argument": DrawnInAnArgument,
     "a NumPy random number": hidden(lambda self, ops, h: ops.relu(h) * float(np.random.rand())),
     "a NumPy generator made in the pass": hidden(
         lambda self, ops, h: ops.relu(h) * float(np.random.default_rng(0).normal())

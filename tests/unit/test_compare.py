@@ -164,6 +164,15 @@ def test_mistakes(words: list[str], hint: str, runs: Path, capsys: Capture) -> N
     assert Path("notes.txt").read_text() == "mine"
 
 
+def test_a_damaged_run_is_left_out_unless_it_is_named(runs: Path, capsys: Capture) -> None:
+    (runs / "r0.001-2" / "run.json").write_text("{")
+    assert main(["compare", "--json"]) == 0
+    said = capsys.readouterr()
+    assert len(json.loads(said.out)["runs"]) == 3 and said.err.startswith("r0.001-2 is left out: ")
+    assert main(["compare", "r0.001-2", "r0.001-4"]) == 2
+    assert "a JSON file that portatrain wrote" in capsys.readouterr().err
+
+
 def test_runs_that_have_not_trained_are_listed(runs: Path, capsys: Capture) -> None:
     for name in ("new", "newer"):
         (runs / name).mkdir()

@@ -161,14 +161,14 @@ def _folder(path: Path) -> None:
 
 
 PASSED: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a broken link": (lambda path: path.symlink_to("nowhere"), "links that lead nowhere"),
-    "a link to itself": (lambda path: path.symlink_to(path.name), "links that lead nowhere"),
-    "a pipe": (_pipe, "pipes, sockets and devices"),
-    "a socket": (_socket, "pipes, sockets and devices"),
-    "a device": (lambda path: path.symlink_to("/dev/zero"), "pipes, sockets and devices"),
-    "an empty file": (lambda path: path.touch(), "empty files|documents without content"),
-    "a loop": (lambda path: path.symlink_to(path.parent), "links to a folder that contains them"),
-    "a link out": (lambda path: path.symlink_to(path.parent.parent), "links to a folder that contains them"),
+    "a broken link": (lambda path: path.symlink_to("nowhere"), "1 broken link: "),
+    "a link to itself": (lambda path: path.symlink_to(path.name), "1 broken link: "),
+    "a pipe": (_pipe, "1 special file (pipes, sockets or devices): "),
+    "a socket": (_socket, "1 special file (pipes, sockets or devices): "),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "1 special file (pipes, sockets or devices): "),
+    "an empty file": (lambda path: path.touch(), "1 empty file: |1 document without content: "),
+    "a loop": (lambda path: path.symlink_to(path.parent), "1 link to a folder that contains it"),
+    "a link out": (lambda path: path.symlink_to(path.parent.parent), "1 link to a folder that contains it"),
 }
 
 
@@ -193,7 +193,7 @@ def test_what_is_passed_over_is_counted_and_named(tmp_path: Path, what: str, way
         assert found, f"{source} waits for {what}"
         assert found[0].fingerprint == alone.fingerprint
         if ways == "glob" and what in ("a loop", "a link out"):
-            reason = "folders that a pattern matches|links to a folder"
+            reason = "1 folder that a pattern matches|1 link to a folder"
         (said,) = found[0].passed_over
         assert any(r in said for r in reason.split("|")) and ": 1 " in said and f"bad{suffix}" in said, said
 
@@ -211,7 +211,7 @@ def test_a_folder_with_the_name_of_a_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(WORDS)
     _folder(tmp_path / "b.txt")
     (said,) = open_data(SOURCES["TextFiles"][0](str(tmp_path / "*.txt")), seed=0).passed_over
-    assert "1 folders that a pattern matches" in said and "b.txt" in said
+    assert "1 folder that a pattern matches" in said and "b.txt" in said
     whole = open_data(SOURCES["TextFiles"][0](str(tmp_path / "**" / "*")), seed=0)
     assert len(whole.streams["train"].starts) == 2 and whole.passed_over == ()
 
@@ -262,7 +262,7 @@ def test_bytes_that_are_not_utf_8_are_tokens_and_named(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_bytes(b"caf\xe9 " * 9)
     data = open_data(SOURCES["TextFiles"][0](str(tmp_path)), seed=0, pack_dir=tmp_path / "pack")
     (said,) = data.passed_over
-    assert "1 files that are not UTF-8" in said and "b.txt" in said
+    assert "1 file that is not UTF-8" in said and "b.txt" in said
     assert open_data(SOURCES["TextFiles"][0](str(tmp_path)), seed=0, pack_dir=tmp_path / "pack").passed_over == (said,)
 
 

@@ -75,6 +75,7 @@ ARRAY_MODULES = tuple(
         "training.begin",
         "training.open_data",
         "training.saves",
+        "training.spike_guard",
         "training.step_records",
         "training.view",
         "testing",

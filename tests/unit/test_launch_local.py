@@ -270,6 +270,18 @@ def test_what_a_dry_run_says_of_configuring_a_cluster_configures_it(name: str, p
     assert "not configured" not in capsys.readouterr().out
 
 
+def test_a_dry_run_and_the_doctor_refuse_an_option_that_the_launch_refuses(place: Path, capsys: Capture) -> None:
+    text = '[lab]\nchip = "h100"\ncount = 8\nengine = "slurm"\noptions = { partitio = "gpu" }\n'
+    place.joinpath("clusters.toml").write_text(text)
+    for more in ((), ("--dry-run",)):
+        assert launch_main(["--cluster", "lab", "tiny-lm", *more]) == 2
+        found = capsys.readouterr()
+        assert "option 'partitio' of slurm" in found.err and "Did you mean partition?" in found.err
+        assert "#SBATCH" not in found.out
+    launch_main(["doctor", "lab"])
+    assert "bad   options: cluster lab: option 'partitio'" in capsys.readouterr().out
+
+
 def test_runs_of_others_are_no_obstacle(place: Path, capsys: Capture) -> None:
     for name in ("mine", "theirs"):
         folder = place / "runs" / name

@@ -15,7 +15,7 @@ import pytest
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
-from portatrain.system.text import duration, si
+from portatrain.system.text import counted, duration, si
 from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord, plot
 from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.metrics.flops import Peak, measured_cpu_peak, mfu
@@ -389,3 +389,19 @@ def test_missing_tracker_names_the_install_command(sink: Any, module: str, monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'portatrain\["):
         sink()
+
+
+@pytest.mark.parametrize(
+    ("number", "things", "said"),
+    [
+        (0, "texts", "0 texts"),
+        (1, "attempts", "1 attempt"),
+        (2000, "tokens", "2,000 tokens"),
+        (1, "entries", "1 entry"),
+        (1, "empty files", "1 empty file"),
+        (1, "files that are not UTF-8, of which each byte is a token", None),
+        (1, "links to a folder that contains them", "1 link to a folder that contains it"),
+    ],
+)
+def test_one_thing_is_no_plural(number: int, things: str, said: str | None) -> None:
+    assert counted(number, things) == (said or "1 file that is not UTF-8, of which each byte is a token")

@@ -46,7 +46,7 @@ def test_tables_name_every_cluster(capsys: pytest.CaptureFixture[str]) -> None:
 def test_one_cluster_is_shown_in_detail(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(plan, "llama3-70b", "--cluster", "h100-64") == 0
     text = capsys.readouterr().out
-    for part in ("by term", "where the mesh lies", "why not the others", "optimizer", "GB/s a device"):
+    for part in ("by term", "how the mesh maps to the hardware", "why not the others", "optimizer", "GB/s a device"):
         assert part in text
 
 

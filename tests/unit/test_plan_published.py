@@ -94,9 +94,9 @@ def test_the_farther_the_published_runs_the_wider_the_interval() -> None:
         ("tpu-v6e-256", experts, "bf16", 1, "none with such experts"),
         ("tpu-v4-256", dense, "bf16", 1, "other chips"),
         ("h100-64", PRESETS["llama3-8b"], "bf16", 1, "other chips"),
-        ("tpu-v6e-256", PRESETS["llama3-405b"], "bf16", 1, "none of nearly this size"),
+        ("tpu-v6e-256", PRESETS["llama3-405b"], "bf16", 1, "none near this size"),
         ("h100-64", experts, "bf16", 2, ""),
-        ("mi300x-64", dense, "bf16", 2, "no published run"),
+        ("mi300x-64", dense, "bf16", 2, "runs of other vendors"),
     ):
         found = interval.interval(parse(cluster).chip, shape, precision)
         assert (found.far, says in found.why) == (group, True), (cluster, shape.name, found)

@@ -53,6 +53,7 @@ def attempts(name: str) -> list[tuple[int, int] | None]:
     return [one.steps for one in read_history(RunDir(Path("runs", name))).attempts]
 
 
+@pytest.mark.full
 def test_every_point_is_trained_one_after_the_other_and_compared(capsys: Capture) -> None:
     assert main(WORDS) == 0
     said = capsys.readouterr().out
@@ -99,6 +100,7 @@ def test_killed_with_its_jobs_and_gone_on_with(monkeypatch: pytest.MonkeyPatch, 
     first, second = (RunDir(Path("runs", name)) for name in NAMES)
     assert [row["step"] for row in first.curve()] == list(range(1, 61))
     assert len(first.attempt_numbers()) == 2 and second.attempt_numbers() == [1]
+    assert "Sweep over optimizer.lr" in Path("runs/tiny-lm-compare.html").read_text()
 
 
 @pytest.mark.full

@@ -19,6 +19,7 @@ from portatrain.recipe import apply_overrides, load_recipe
 from portatrain.testing.recipe_check import properties
 from portatrain.testing.recipe_check import run as check
 from portatrain.testing.recipe_check.report import Report, Row
+from portatrain.training.start_times import StartTimes
 from tests.support import planted
 
 ROOT = Path(__file__).parents[2]
@@ -89,6 +90,22 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def launch(kind: str, *more: str) -> int:
     Path("own.py").write_text(RECIPE.format(kind=kind))
     return launch_main(["--cluster", "local", "own.py", *more])
+
+
+def test_the_time_of_a_check_is_not_counted_as_import(asked: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StartTimes, "_earlier", {})
+    assert launch("nothing") == 0 and len(asked) == 1
+    assert 0 < StartTimes._earlier["check"] < 60
+    StartTimes._earlier["check"] = 0.25
+    monkeypatch.setattr(StartTimes, "_process_is_new", True)
+    times = StartTimes()
+    times.mark("import")
+    found = times.fields()
+    assert list(found["parts"]) == ["check", "import"] and found["parts"]["check"] == 0.25
+    assert sum(found["parts"].values()) == pytest.approx(found["total_s"], abs=1e-6)
+    again = StartTimes()
+    again.mark("devices")
+    assert list(again.fields()["parts"]) == ["devices"]
 
 
 def test_a_fault_is_refused_and_not_remembered(asked: list[list[str]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -107,6 +107,28 @@ MISTAKES = {
     "a schedule with other arguments": Mistake(
         "curve(self, step, steps)", "curve(self, step)", r"Decay\.curve", at="def curve"
     ),
+    "a check of a schedule that fails": Mistake(
+        "    def curve(",
+        "    def check(self, steps):\n        int('one')\n\n    def curve(",
+        r"Decay\.check: expected `check` to return, or to raise UserError.*'one'",
+        at="int('one')",
+        also=ANY,
+    ),
+    "a refusal without its texts": Mistake(
+        "    def curve(",
+        "    def check(self, steps):\n"
+        "        from portatrain.errors import UserError\n        raise UserError('long')\n\n"
+        "    def curve(",
+        r"Decay\.check: expected UserError\(what, expected=.*Give all four texts",
+        at="raise UserError",
+        also=ANY,
+    ),
+    "an attribute that the run does not have": Mistake(
+        "        pass\n",
+        "        run.steppe\n",
+        r"hook Watch\.on_step.*: [^.]*definition, .*step.* Did you mean step.*Correct that line\. PORTA",
+        at="run.steppe",
+    ),
     "a hook that raises": Mistake(
         "        pass\n", "        record.losses\n", r"hook Watch\.on_step.*losses", at="record.losses"
     ),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,6 +35,7 @@ from portatrain.backends.deepspeed.engine import (
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
 from portatrain.backends.deepspeed.probe import norms
+from portatrain.backends.limits import NONE, Limits, within
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, initial_box
 from portatrain.backends.torch.accumulation import aux_value
@@ -214,13 +214,13 @@ class ZeroBackend(MeshBackend):
         return self.world.all_reduce(square).sqrt() / held.factor
 
     def step(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits = NONE
     ) -> tuple[TorchState, StepResult]:
         held = zero_state(state)
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         norm = self._norm(state)
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
-        good = math.isfinite(loss_there) and math.isfinite(norm_there)
+        good = within(loss_there, norm_there, limits)
         if good:
             limit, length = self._clipping(norm_there)
             held.zero.override_loss_scale(held.factor * (length / limit))

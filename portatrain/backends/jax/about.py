@@ -20,6 +20,7 @@ from portatrain.model.layout import Layout
 class About:
     """Answer questions about a backend that has devices, jitted functions and arrays of its state."""
 
+    takes_limits = True
     devices: Any
     layout: Layout
     processes: int

@@ -27,6 +27,7 @@ from portatrain.backends.jax.probe import norms
 from portatrain.backends.jax.standalone_ops import COMPUTE, StandaloneOps
 from portatrain.backends.jax.watched import Watches
 from portatrain.backends.kernels import Site
+from portatrain.backends.limits import Limits, within_on_device
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, initial_box, inventory, sample_words
@@ -231,8 +232,7 @@ class JaxBackend(About, StandaloneOps, Watches):
 
     def _deltas(self, state: State, grads: Any, norm: Any, scale: Any) -> tuple[Any, RuleState]:
         """Return (the update of each trained parameter, the next optimizer state)."""
-        clip = self.program.clip_norm
-        if clip is not None:
+        if (clip := self.program.clip_norm) is not None:
             factor = clip_scale(xp, norm, clip)
             grads = {n: g * factor for n, g in grads.items()}
         return self.tx.update(grads, state["opt"], {n: state["params"][n] for n in grads}, scale=scale)
@@ -254,10 +254,10 @@ class JaxBackend(About, StandaloneOps, Watches):
             ema = {n: a + (1 - program.ema_decay) * (params[n] - a) for n, a in ema.items()}
         return {**state, "params": params, "state": states, "ema": ema, "opt": opt}
 
-    def _step(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> tuple[State, Any]:
+    def _step(self, state: State, batch: Any, step: Any, scale: Any, limits: Any = None) -> tuple[State, Any]:
         grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         norm = global_norm(xp, grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
+        good = within_on_device(jnp, loss, norm, limits)
 
         def update() -> State:
             return self._updated(state, grads, norm, tallies, step, scale)
@@ -272,9 +272,9 @@ class JaxBackend(About, StandaloneOps, Watches):
         return new, {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
 
     def step(
-        self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+        self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits | None = None
     ) -> tuple[State, StepResult]:
-        state, found = self._steps(state, self._put(batch, 1), np.int32(step), np.float32(scale))
+        state, found = self._steps(state, self._put(batch, 1), np.int32(step), np.float32(scale), limits)
         return state, StepResult(**found)
 
     def abstract_step(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, tuple[Any, ...]]:

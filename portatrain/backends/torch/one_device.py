@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.kernels import FLEX_DEVICES, Site
+from portatrain.backends.limits import NONE, Limits, within
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, beside_params, initial_box, inventory, sample_words
 from portatrain.backends.token_ids import PREDICTED, TokenIds
@@ -61,6 +61,7 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
 
     name = "torch"
     async_dispatch = False  # a step ends in one wait for the device: is it finite?
+    takes_limits = True
     ops: Any = TorchOps
     process, processes = 0, 1
 
@@ -241,14 +242,14 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
         return grads
 
     def step(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits = NONE
     ) -> tuple[TorchState, StepResult]:
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         grads = self._grads(state)
         norm = self._norm(state)
-        # The host waits once a step for the device, because a step that is not finite must change nothing.
+        # The host waits once a step for the device, because a step that is not within the limits must change nothing.
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
-        good = math.isfinite(loss_there) and math.isfinite(norm_there)
+        good = within(loss_there, norm_there, limits)
         if good:
             limit, length = self._clipping(norm_there)
             if limit < length:

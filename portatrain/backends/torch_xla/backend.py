@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from portatrain.backends.base import Arrays, Context, LocalBox, StepResult
 from portatrain.backends.kernels import Site
+from portatrain.backends.limits import NONE, Limits
 from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
@@ -62,6 +63,7 @@ class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"
+    takes_limits = False
     use_compile_cache: Any = None  # torch-xla has a cache of its own (XLA_PERSISTENT_CACHE_PATH)
     start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
     watch: Any = None  # a step is one program of XLA
@@ -181,9 +183,9 @@ class XlaBackend(OneDevice):
         return torch.stack(squares).sum().sqrt()
 
     def step(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits = NONE
     ) -> tuple[TorchState, StepResult]:
-        assert isinstance(state, XlaState)
+        assert isinstance(state, XlaState) and limits == NONE  # as `takes_limits` says
         numbers: Any = self._numbers(step, scale)
         loss, weight, auxes, tallies = self._accumulate(state, batch, numbers)
         norm = self._norm(state)

@@ -12,6 +12,7 @@ import numpy as np
 from portatrain.checkpoint.interop.families import sizes_from
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import read_config
+from portatrain.checkpoint.interop.hub_tokenizer import GENERATION
 from portatrain.data.encode import Bytes, Encoding, Tokenized
 from portatrain.data.spec import TextFiles
 from portatrain.data.texts import Texts
@@ -19,7 +20,6 @@ from portatrain.errors import UserError
 from portatrain.recipe import Recipe, load_recipe
 from portatrain.system import json_files
 
-GENERATION = "generation_config.json"
 LONGEST = 4096
 """Tokens of a sample of an evaluation, if the model takes longer texts."""
 

@@ -13,13 +13,8 @@ from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
 from portatrain.system.paths import expand
 
-BESIDE = (
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-)
+GENERATION = "generation_config.json"
+BESIDE = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", GENERATION)
 
 
 def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
@@ -56,6 +51,15 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         shutil.copyfile(expand(chats[0]), out / "chat_template.jinja")
         names = [*dict.fromkeys([*names, "chat_template.jinja"])]
     return fields, names
+
+
+def generation(source: Path | None, out: Path) -> list[str]:
+    """Copy how to generate texts from the folder `source` into `out`, unless the tokenizer's folder had that file;
+    return the names of the files. A run whose data has no tokenizer keeps it so."""
+    if source is None or (out / GENERATION).exists() or not (source / GENERATION).is_file():
+        return []
+    shutil.copyfile(source / GENERATION, out / GENERATION)
+    return [GENERATION]
 
 
 def _leaves(data: DataSpec) -> Iterable[DataSpec]:

@@ -15,11 +15,12 @@ from checkpoints_format.dtypes import NUMPY
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_table import Hub, Row
-from portatrain.checkpoint.interop.hub_tokenizer import written
+from portatrain.checkpoint.interop.hub_tokenizer import generation, written
 from portatrain.errors import UserError
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import TensorInfo
 from portatrain.recipe import Recipe
+from portatrain.system.paths import expand
 
 FILE_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -87,9 +88,19 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", d
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     fields, more = written(recipe.data, out)
+    more += generation(begun_from(reader, recipe), out)
     config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": dtype}
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return [*names, INDEX, CONFIG, *more]
+
+
+def begun_from(reader: Reader, recipe: Recipe) -> Path | None:
+    """Return the folder of transformers from which the run began, if the recipe or the checkpoint names one."""
+    imported = reader.meta.get("imported")
+    path = recipe.init
+    if path is None and isinstance(imported, Mapping) and imported.get("format") == "huggingface":
+        path = str(imported.get("path"))
+    return None if path is None else expand(path)
 
 
 def _joined(rows: Sequence[Row], pieces: Sequence[np.ndarray]) -> np.ndarray:

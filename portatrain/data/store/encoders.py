@@ -21,6 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from portatrain.errors import StorageError, UserError
+from portatrain.system.text import counted
 
 Raw = tuple[bytes, str]
 """The bytes of a document, and where it is."""
@@ -65,8 +66,8 @@ class Processes:
                 raise StorageError(
                     "the processes that tokenise",
                     expected="answers",
-                    got=f"one that ended twice ({process.ending()}) on {len(documents)} documents of {size} bytes, "
-                    f"from {documents[0][1]}",
+                    got=f"one that ended twice ({process.ending()}) on {counted(len(documents), 'documents')} "
+                    f"of {size} bytes, from {documents[0][1]}",
                     do="It may have had too little memory: use fewer --workers, and give the same command again.",
                 ) from error
         finally:

@@ -48,6 +48,7 @@ from portatrain.data.store.stream_writer import StreamWriter
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.model.rng import Permutation
 from portatrain.system.paths import cache_folder
+from portatrain.system.text import counted
 
 GROUP_DOCUMENTS = 8192
 GROUP_BYTES = 16 << 20
@@ -117,7 +118,7 @@ def pack(
             f"packed store {at.where}",
             expected="a place that can be written",
             got=f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else ""),
-            do="Free some space or mend the permissions, and give the same command again: it goes on where it was.",
+            do="Free some space or correct the permissions, and rerun the command; it continues where it left off.",
         ) from error
 
 
@@ -280,7 +281,9 @@ class _Packing:
             raise UserError(
                 f"{type(self._spec).__name__} data",
                 expected=f"at least one document with content in the {self._split} split",
-                got=f"{documents} of {len(self._source)} documents, none with content" if documents else "none",
+                got=f"{documents} of {counted(len(self._source), 'documents')}, none with content"
+                if documents
+                else "none",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",
             )
         if self._split == "train":

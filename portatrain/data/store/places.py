@@ -160,7 +160,7 @@ def manifest(at: Place) -> Manifest | None:
             f"packed store {at.where}",
             expected=f"a {MANIFEST} that can be read",
             got=error.strerror or str(error),
-            do="Mend its permissions, or name another store.",
+            do="Correct its permissions, or name another store.",
         ) from error
     return None if data is None else parse(at.where, data)
 

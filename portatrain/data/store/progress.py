@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+from portatrain.system.text import counted
+
 EVERY_S = 2.0
 
 
@@ -33,14 +35,17 @@ class Progress:
         past_s = now_s - self._began_s
         left_s = past_s * (self._total - number) / max(1, number - self._first)
         self._tell(
-            f"{self._split}: {number:,} of {self._total:,} documents ({100 * number / self._total:.1f} %), "
-            f"{tokens:,} tokens, {so_far / past_s / 1e6:.1f} MB/s, {duration(left_s)} left"
+            f"{self._split}: {number:,} of {counted(self._total, 'documents')} ({100 * number / self._total:.1f} %), "
+            f"{counted(tokens, 'tokens')}, {so_far / past_s / 1e6:.1f} MB/s, {duration(left_s)} left"
         )
 
     def end(self, tokens: int) -> None:
         if self._said:
             past_s = time.monotonic() - self._began_s
-            self._tell(f"{self._split}: {self._total:,} documents, {tokens:,} tokens, in {duration(past_s)}")
+            self._tell(
+                f"{self._split}: {counted(self._total, 'documents')}, {counted(tokens, 'tokens')}, "
+                f"in {duration(past_s)}"
+            )
 
 
 def duration(seconds: float) -> str:

@@ -152,7 +152,7 @@ class PackedStream:
             f"packed store {self._at.where}",
             expected=f"shard {name} as it was packed",
             got=f"{problem}, {len(AGAIN_AFTER_S) + 1} times",
-            do="Mend the storage, or restore the shard from a copy (`portatrain data verify` reads all of them), "
+            do="Repair the storage, or restore the shard from a copy (`portatrain data verify` reads all of them), "
             "and resume the run.",
         )
 

@@ -14,6 +14,7 @@ from portatrain.data.store.layout import Manifest, shard_name, sums
 from portatrain.data.store.places import Place
 from portatrain.data.store.progress import EVERY_S, duration
 from portatrain.errors import UserError
+from portatrain.system.text import counted
 
 READ_BYTES = 8 << 20
 SHARDS_AT_ONCE = 4
@@ -34,7 +35,7 @@ def problems(at: Place, manifest: Manifest, tell: Callable[[str], None] = lambda
             if time.monotonic() >= told_s + EVERY_S:
                 told_s = time.monotonic()
                 left_s = (told_s - began_s) * (len(shards) - done) / done
-                tell(f"{done:,} of {len(shards):,} shards read, {duration(left_s)} left")
+                tell(f"{done:,} of {counted(len(shards), 'shards')} read, {duration(left_s)} left")
 
 
 def _problem(at: Place, manifest: Manifest, split: str, number: int) -> str:

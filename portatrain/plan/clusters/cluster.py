@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from portatrain.plan.clusters import slices
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.figures import Figure
+from portatrain.system.text import counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,7 @@ class Cluster:
         if self.chip.kind in ("single", "streaming"):
             return "no scale-up network"
         how = "switched" if self.chip.kind == "switched" else "point to point"
-        return f"{self.domains} domain{'s' if self.domains > 1 else ''} of {self.domain}, {how}"
+        return f"{counted(self.domains, 'domains')} of {self.domain}, {how}"
 
     @property
     def price(self) -> tuple[str, Figure] | None:

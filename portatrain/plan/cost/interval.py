@@ -21,7 +21,7 @@ LEVEL = 0.8
 SPREADS = (0.106, 0.26, 0.457)
 """The width of each group, as |log(predicted / published)|: chip, vendor, other vendors."""
 
-NEAR = ("published runs on this chip", "published runs on other chips of its vendor", "no published run on its vendor")
+NEAR = ("published runs on this chip", "published runs on other chips of its vendor", "published runs of other vendors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def interval(chip: Chip, shape: ModelShape, precision: str) -> Interval:
     for group, name in enumerate((chip.name, chip.vendor)):
         if name in SEEN:
             unlike = _unlike(SEEN[name], shape, precision)
-            found.append((min(2, group + len(unlike)), "; ".join([NEAR[group], *unlike])))
+            found.append((min(2, group + len(unlike)), NEAR[group] + (f" ({', '.join(unlike)})" if unlike else "")))
     far, why = min([*found, (2, NEAR[2])], key=lambda group: group[0])
     return Interval(factor=math.exp(SPREADS[far]), far=far, why=why)
 
@@ -88,7 +88,7 @@ def _unlike(seen: Seen, shape: ModelShape, precision: str) -> list[str]:
     if PRECISIONS[precision].peak not in seen.peaks:
         found.append(f"none in {precision}")
     if not seen.smallest / FARTHER <= shape.active <= seen.largest * FARTHER:
-        found.append("none of nearly this size")
+        found.append("none near this size")
     if shape.experts and shape.capacity == 1.0 and not seen.experts:
         found.append("none with such experts")
     return found

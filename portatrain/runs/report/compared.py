@@ -19,12 +19,7 @@ MORE_STYLE = """
 .line { fill: none; stroke-width: 1.6 } .line:hover { stroke-width: 4 } svg.sample { display: inline; width: 2.2em;
   height: .7em; margin-right: .4em } .best { font-weight: 600 } .wide { overflow-x: auto }
 """
-X_LABELS = {
-    "step": "steps",
-    "tokens": "tokens",
-    "seconds": "seconds of training",
-    "usd": "USD at list prices, for the seconds of training",
-}
+X_LABELS = {"step": "steps", "seconds": "seconds of training", "usd": "USD at list prices, for the seconds of training"}
 WIDE_X = 8.0
 """Values of a field whose largest is at least this multiple of the smallest are drawn on a logarithmic scale."""
 
@@ -78,19 +73,19 @@ def _runs(found: Comparison) -> str:
 
 
 def _curves(found: Comparison, axis: str) -> str:
-    figures = [("loss", "training loss"), ("validation", "validation loss")]
+    figures, label = [("loss", "training loss"), ("validation", "validation loss")], X_LABELS.get(axis, found.unit)
     if axis == "step":
-        figures += [("grad_norm", "gradient norm, before clipping"), ("tokens_per_s", "tokens or samples a second")]
+        figures += [("grad_norm", "gradient norm, before clipping"), ("tokens_per_s", f"{found.unit} a second")]
     out = []
     for name, title in figures:
         curves = [_curve(number, one, name, axis) for number, one in enumerate(found.runs)]
         if any(curve.points for curve in curves):
-            out.append(curves_chart(title, curves, x_label=X_LABELS[axis]))
+            out.append(curves_chart(title, curves, x_label=label))
     left_out = [one.label for one in found.runs if not one.at(axis) and one.run.curve]
     if left_out and out:
         out.append(f"<p class=sub>not recorded for {escape(', '.join(left_out))}</p>")
     legend = _legend([_curve(number, one, "loss", "step") for number, one in enumerate(found.runs)])
-    return section(f"Over {X_LABELS[axis]}", legend + "".join(out)) if out else ""
+    return section(f"Over {label}", legend + "".join(out)) if out else ""
 
 
 def _legend(curves: Sequence[Curve]) -> str:

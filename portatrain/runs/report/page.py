@@ -72,7 +72,11 @@ def _head(run: History) -> str:
         more = "".join(f", {k.replace('_', ' ')} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
         facts.append(f"validation loss {last['loss']:.4f} at step {last.get('step', '?')}{more}")
     if run.skipped:
-        facts.append(f"{len(run.skipped)} step(s) skipped: not finite")
+        spikes = len(run.spikes)
+        if odd := len(run.skipped) - spikes:
+            facts.append(f"{odd} step(s) skipped: not finite")
+        if spikes:
+            facts.append(f"{spikes} step(s) skipped: spikes")
     return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(escape(str(fact)) for fact in facts)}</p>"
 
 

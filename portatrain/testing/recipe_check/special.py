@@ -24,7 +24,7 @@ def special(backend: Any, name: str, used: Collection[str]) -> list[Finding]:
             what=f"op {method}",
             said=f"expected the value and the derivative of every other backend, got others on {name}: {said[0]}"
             + (f" ({len(said) - 1} more)" if len(said) > 1 else ""),
-            do=f"Mend what replaces ops.{method} on {name}, such as a kernel; its docstring states the derivative.",
+            do=f"Correct what replaces ops.{method} on {name}, such as a kernel; its docstring states the derivative.",
         )
         for method, said in bad.items()
     ]

@@ -127,7 +127,14 @@ def _drawing(found: Watch, files: set[str]) -> Iterator[None]:
 
     def calls(frame: FrameType, event: str, _: Any) -> Any:
         last.pop(id(frame), None)
-        return lines if frame.f_code.co_filename in files else None
+        if frame.f_code.co_filename not in files:
+            return None
+        caller = frame.f_back  # it may have drawn in the line of this call, such as in an argument
+        while caller is not None and caller.f_code.co_filename not in files:
+            caller = caller.f_back
+        if caller is not None:
+            compare((caller.f_code.co_filename, caller.f_lineno))
+        return lines
 
     last: dict[int, tuple[str, int]] = {}
     before = sys.gettrace()

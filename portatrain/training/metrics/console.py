@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from portatrain.errors import visible
 from portatrain.runs import first_steps, profiles
 from portatrain.runs.events import Kind
 from portatrain.runs.verdict import effect_in_words, in_words
-from portatrain.system.text import duration, si
+from portatrain.system.text import counted, duration, si
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
 
 
@@ -42,8 +43,9 @@ class ConsoleSink:
         if info.peak_flops:
             peak = f"; MFU is relative to {info.peak_flops / 1e12:.3g} TFLOP/s ({info.peak_source})"
         self._line(
-            f"{info.run}: {info.parameters / 1e6:.2f} M parameters, {info.steps} steps of {info.tokens_per_step} "
-            f"{info.unit}, {info.precision}, {info.backend} on {info.device}, mesh {info.mesh}{peak}"
+            f"{info.run}: {info.parameters / 1e6:.2f} M parameters, {counted(info.steps, 'steps')} of "
+            f"{info.tokens_per_step} {info.unit}, {info.precision}, {info.backend} on {info.device}, mesh {info.mesh}"
+            f"{peak}"
         )
         if self._stream.isatty():
             self._start_progress(info)
@@ -90,7 +92,8 @@ class ConsoleSink:
         if record.step_s > 0 and record.data_wait_s / record.step_s > 0.05:
             parts.append(f"data wait {record.data_wait_s / record.step_s:.0%}")
         if record.skipped:
-            parts.append("skipped: not finite")
+            finite = math.isfinite(record.loss) and math.isfinite(record.grad_norm)
+            parts.append("skipped: a spike" if finite else "skipped: not finite")
         return "  ".join(parts)
 
     def _plain(self, record: StepRecord) -> None:

@@ -154,7 +154,7 @@ def tracker(name: str) -> Sink:
             f"--track {name}",
             expected="a class that can be made without arguments",
             got=f"{type(error).__name__}: {error}",
-            do="Mend its __init__.",
+            do="Correct its __init__.",
         ) from error
     return sink
 

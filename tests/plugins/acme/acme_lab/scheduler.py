@@ -17,7 +17,6 @@ from launchers.base import (
     JobState,
     Launcher,
     Rank,
-    check_options,
     each_sibling,
     option,
     python,
@@ -35,12 +34,12 @@ class AcmeScheduler(Launcher):
 
     name: ClassVar[str] = "acme_scheduler"
     example_options: ClassVar[str] = '{ queue = "FOLDER" }'
+    options: ClassVar[Mapping[str, str]] = OPTIONS
 
     def materialize(self, job: Job) -> str:
         return f"{shell(supervise_command(job))}\n"
 
     def check(self, job: Job) -> None:
-        check_options(job, OPTIONS)
         _queue(job)
 
     def submit(self, job: Job) -> str:
