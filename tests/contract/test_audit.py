@@ -151,6 +151,7 @@ def test_a_fault_in_jax_is_named(fault: str, tmp_path: Path) -> None:
         assert "shifted by 1" in str(verdict) and "off by +1" in str(verdict)
 
 
+@pytest.mark.full  # flax's modules compile for seconds
 def test_an_nnx_module_and_its_optimizer() -> None:
     nnx = pytest.importorskip("flax.nnx")
 
@@ -272,7 +273,6 @@ ODD = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch.compile's own imports
 def test_tensors_of_every_dtype_and_optimizers_of_every_shape() -> None:
     odd = {name: make() for name, make in ODD.items()}
     before = audit.record({"w": rows(0), **odd})
@@ -297,8 +297,17 @@ def test_tensors_of_every_dtype_and_optimizers_of_every_shape() -> None:
         assert audit.check(state, net, optimizer) and len(state.data["tensors"]) > 4, make
     both = [optim.SGD([net.weight], lr=1.0), optim.AdamW([net.bias])]
     assert audit.record(net, both).data["settings"].keys() == {"weight", "bias"}
-    compiled = torch.compile(net)
-    assert audit.check(audit.record(net), compiled)
+
+
+@pytest.mark.full  # torch.compile imports for seconds
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of those imports
+def test_a_compiled_module_is_the_module() -> None:
+    net = torch.nn.Linear(4, 4)
+    assert audit.check(audit.record(net), torch.compile(net))
+    assert audit.check(
+        audit.record({"layer": {"weight": net.weight, "bias": net.bias}}),
+        torch.nn.ModuleDict({"layer": torch.compile(net)}),
+    )
 
 
 def test_a_mistake_is_one_sentence(tmp_path: Path) -> None:
