@@ -107,13 +107,16 @@ class Replay:
             return self.fault.sentence(self.names)
         if self.elsewhere:
             return self.elsewhere
-        worst = max(self.rows, key=lambda row: row.difference / max(row.bound, 1e-300), default=None)
-        if worst is None:
+        if not self.rows:
             return "no step was replayed"
-        return (
-            f"rounding: in {len(self.rows)} replayed {'step' if len(self.rows) == 1 else 'steps'} every operation, "
-            f"gradient and update of both sides is what the oracle computes from the same numbers"
+        within = all(row.difference <= row.bound for row in self.rows)
+        gradients = (
+            "the gradients of both sides agree within the bound of rounding"
+            if within
+            else "every operation that was compared is what the oracle computes from the same numbers"
         )
+        steps = "1 replayed step" if len(self.rows) == 1 else f"{len(self.rows)} replayed steps"
+        return f"rounding: in {steps} {gradients}, and every update is that of the rule"
 
     def as_json(self) -> dict[str, Any]:
         """Return the report as plain data."""
