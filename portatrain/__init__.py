@@ -30,10 +30,14 @@ _PUBLIC = {
     "TrainedModel": "training.trained",
     "load": "training.trained",
     "load_trained": "training.trained",
+    "audit": "testing",
 }
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     __version__: str
+    audit: ModuleType  # `portatrain.testing.audit`: an import here would let the lowest room know a high one
     from portatrain.errors import UserError as UserError
     from portatrain.model.layout import Layout as Layout
     from portatrain.model.layout import Mesh as Mesh
@@ -72,6 +76,7 @@ __all__ = [
     "TrainedModel",
     "load",
     "load_trained",
+    "audit",
 ]
 
 

@@ -35,6 +35,8 @@ PORTATRAIN: dict[str, tuple[str, str]] = {
     "sample": ("portatrain.commands.sample", "continue texts with a trained model"),
     "eval": ("portatrain.commands.eval", "evaluate a trained model: loss and metrics"),
     "report": ("portatrain.commands.report", "write the report of a run as one HTML page"),
+    "sweep": ("portatrain.commands.sweep", "train a recipe for every point of a grid, and compare the runs"),
+    "compare": ("portatrain.commands.compare", "compare runs: a table, and one HTML page"),
     "data": ("portatrain.commands.data", "pack data once for many runs; show and verify what is packed"),
     "ckpt": ("portatrain.commands.ckpt", "list, verify, compare, import and export checkpoints"),
     "clusters": ("portatrain.commands.clusters", "show the chips and clusters that a plan can name"),

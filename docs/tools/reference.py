@@ -41,6 +41,7 @@ PUBLIC = {
     "portatrain.model.layers": "Layers to put a model together from.",
     "portatrain.recipe": "Recipes: load one, change one.",
     "portatrain.training.metrics": "Records of a run, and the sinks that take them.",
+    "portatrain.testing.audit": "The continuity check for trainers that are not portatrain's.",
 }
 """Modules whose exported names are the public surface."""
 TOML_TYPES = {str: "string", int: "integer", float: "float", bool: "boolean", list: "array", dict: "table"}
@@ -297,6 +298,9 @@ def names_page() -> str:
                 parts.append(f"The same as `{seen[id(thing)]}`.")
                 continue
             seen[id(thing)] = where
+            if inspect.ismodule(thing):
+                parts.append(f"The module `{thing.__name__}`: its names are below.")
+                continue
             documented = inspect.isclass(thing) or inspect.isroutine(thing)
             if not documented or not getattr(thing, "__module__", "").startswith("portatrain"):
                 parts.append(f"`{thing}`")

@@ -5,9 +5,15 @@ from there on. Its record holds its parent, the step, and every field that diffe
 adds what the change alone did to loss, gradient and update, measured on the state of that step. Without --set it goes
 on as RUN did. `launch list` and `portatrain report` draw the tree.
 
-A checkpoint holds tensors of fixed shapes, so sizes of the model stay. Slots of the optimizer are kept if its class
-stays, mapped if every slot of the new class has its meaning in the old one, and else start as in a new run. The files
-of the checkpoint are hard links where the file system has them, so a fork costs no storage until it saves.
+A checkpoint holds tensors of fixed shapes, so sizes of the model stay, unless --surgery says how the tensors of the
+model that --set gives are made of those that are there: vocabulary, layers, width (feed-forward, heads), experts (of a
+dense feed-forward part), qk-norm, rope, merge-lora, drop-lora, or a function of yours as FILE.py:FUNCTION. Both models
+are then computed in float64 on the next samples of RUN; the largest difference of their logits is printed and
+recorded, and a surgery that keeps the function is refused if they differ by more than 1e-12 of the largest one.
+
+Slots of the optimizer are kept if its class stays, mapped if every slot of the new class has its meaning in the old
+one, and else start as in a new run. The files of the checkpoint are hard links where the file system has them, so a
+fork without surgery costs no storage until it saves.
 
 This command trains nothing and needs no device: `launch resume NEW` trains the fork, here or on a cluster.
 
@@ -15,6 +21,8 @@ examples:
   portatrain fork tiny-lm --at 800 --set optimizer.lr=1e-4 --run tiny-lm-slow
   portatrain fork tiny-lm --at 800 --set schedule=WSD --set schedule.decay=200 --set steps=1000 --run tiny-lm-cooled
   portatrain fork tiny-lm --at 800 --set data.seq_len=1024 --set batch=2 --run tiny-lm-long --dry-run
+  portatrain fork tiny-lm --at 800 --set model.layers=6 --set steps=1200 --surgery layers --run tiny-lm-deep
+  portatrain fork tiny-lm --at 800 --set lora=none --surgery merge-lora --run tiny-lm-merged
 """
 
 from __future__ import annotations
@@ -25,28 +33,27 @@ import json
 import os
 import queue
 import shutil
-import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from portatrain.commands import options
-from portatrain.commands.recorded import check_data, goes_on, recipe_file, recorded_jobs
+from portatrain.commands.recorded import check_data, goes_on, recipe_file, recorded_jobs, saved_under
 from portatrain.commands.submit import run_path
+from portatrain.commands.surgery import Done, operating, progress
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe, load_recipe
-from portatrain.recipe.changing import Kind, changed, difference
+from portatrain.recipe.changing import Difference, Kind, changed, difference
 from portatrain.runs import changes
 from portatrain.runs.commits import BEGUN_FROM
 from portatrain.runs.open import find, open_run
 from portatrain.runs.run_dir import RunDir, code_sha256
-from portatrain.system.text import si
 
 if TYPE_CHECKING:
     from checkpoints_format import Store
     from portatrain.checkpoint.locations import Location
+    from portatrain.runs.jobs import Job
 
 CHUNK = 64 << 20
 SOURCE = ("backend", "mesh", "devices", "track")
@@ -59,12 +66,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     options.add_changes(parser)
     parser.add_argument("--run", dest="new", metavar="NEW", required=True, help="the name of the new run, in --runs")
+    parser.add_argument(
+        "--surgery",
+        metavar="NAME",
+        help="make the tensors of another model: vocabulary, layers, width, experts, qk-norm, rope, merge-lora, "
+        "drop-lora, or FILE.py:FUNCTION (docs/run/surgery.md)",
+    )
+    parser.add_argument(
+        "--no-proof", action="store_true", help="do not compute both models of a surgery in float64; it is recorded"
+    )
     parser.add_argument("--reason", metavar="TEXT", default="", help="why; it is recorded")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--dry-run", action="store_true", help="print what would change, without writing anything")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.no_proof and args.surgery is None:
+        expected = "--surgery NAME, which has a proof"
+        raise UserError("--no-proof", expected=expected, got="none", do="Leave --no-proof out.")
     parent = find(args.run, args.runs)
     new = open_run(run_path(args.new, args.runs), work=True)
     if (there := new.entries()) is not None:
@@ -79,44 +98,65 @@ def run(args: argparse.Namespace) -> int:
     if job is not None:  # the classes of a recipe file are found once it is loaded
         load_recipe(recipe_file(job), cwd=Path(job.cwd or "."))
     old = Recipe.from_json(changes.from_step(parent.path, args.at))
-    recipe = changed(old, args.overrides, args.at)
+    saved = saved_under(parent, source, args.at)
+    recipe = changed(old, args.overrides, args.at, shapes=args.surgery is None)
     found = difference(old, recipe, args.at, since=changes.last_decided(parent.path))
     _check_left(recipe, args.at)
-    state = goes_on(source, args.at, recipe, old)
-    about: dict[str, Any] = {
+    with contextlib.ExitStack() as stack:
+        done = None
+        if args.surgery is not None:
+            opened = operating(parent, source, args.at, saved, recipe, args.surgery, proved=not args.no_proof)
+            done = stack.enter_context(opened)
+        about = _about(parent, old, found, args)
+        about["state"] = goes_on(source, args.at, recipe, saved) if done is None else done.state()
+        if done is not None:
+            about |= {changes.SURGERY: done.as_json(), changes.SAVED: done.saved.to_json()}
+        elif saved != old:
+            about[changes.SAVED] = saved.to_json()
+        if not args.dry_run:
+            more = _more(parent, about, job)
+            keeps_corpus = not found.named(Kind.CORPUS)
+            _write(parent, source, new, recipe, args.at, more, keeps_corpus=keeps_corpus, done=done)
+    _print(about, args, new, same_code=about["code_sha256"] == code_sha256(recipe), done=done)
+    return 0
+
+
+def _about(parent: RunDir, old: Recipe, found: Difference, args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the record of the fork says of its parent."""
+    info = parent.run_info()
+    return {
         "run": parent.path.name,
         "where": parent.where,
-        "id": parent.run_info().get("id"),
+        "id": info.get("id"),
         "step": args.at,
         "fields": found.as_json(),
         "past": "kept" if not found.decides else found.unproved or "changed from here on",
         "reason": args.reason,
         "overrides": list(args.overrides),
-        "state": state,
-        "code_sha256": parent.run_info().get("code_sha256"),
+        "code_sha256": info.get("code_sha256"),
         "recipe": old.to_json(),
     }
-    if not args.dry_run:
-        info = parent.run_info()
-        more: dict[str, Any] = {
-            changes.PARENT: about,
-            BEGUN_FROM: {"fork": parent.where, "step": args.at},
-            changes.GIVEN: info.get(changes.GIVEN) or info["recipe"],
-        }
-        if job is not None:
-            # What a cluster's job was given says nothing of this machine; --cluster plans it anew.
-            words = {name: getattr(job, name) for name in SOURCE if job.engine == "local" or name == "track"}
-            words |= {"recipe": job.source or job.recipe, "overrides": list(job.overrides), "cwd": job.cwd}
-            more[changes.SOURCE] = words
-        keeps_corpus = not found.named(Kind.CORPUS)
-        _write(parent, source, new, recipe, args.at, more, keeps_corpus=keeps_corpus)
-    _print(about, args, new, same_code=about["code_sha256"] == code_sha256(recipe))
-    return 0
 
 
-def _print(about: dict[str, Any], args: argparse.Namespace, new: RunDir, *, same_code: bool) -> None:
+def _more(parent: RunDir, about: dict[str, Any], job: Job | None) -> dict[str, Any]:
+    """Return the fields of the fork's run.json beside those that every run has."""
+    info = parent.run_info()
+    more: dict[str, Any] = {
+        changes.PARENT: about,
+        BEGUN_FROM: {"fork": parent.where, "step": about["step"]},
+        changes.GIVEN: info.get(changes.GIVEN) or info["recipe"],
+    }
+    if job is not None:
+        # What a cluster's job was given says nothing of this machine; --cluster plans it anew.
+        words = {name: getattr(job, name) for name in SOURCE if job.engine == "local" or name == "track"}
+        words |= {"recipe": job.source or job.recipe, "overrides": list(job.overrides), "cwd": job.cwd}
+        more[changes.SOURCE] = words
+    return more
+
+
+def _print(about: dict[str, Any], args: argparse.Namespace, new: RunDir, *, same_code: bool, done: Done | None) -> None:
     if args.json:
-        shown = {name: value for name, value in about.items() if name != "recipe"}
+        shown = {name: value for name, value in about.items() if name not in ("recipe", changes.SAVED)}
         print(json.dumps({"fork": args.new, "run_dir": new.where, "parent": shown, "written": not args.dry_run}))
         return
     print(f"{args.new} goes on from step {about['step']} of {about['run']}")
@@ -124,6 +164,8 @@ def _print(about: dict[str, Any], args: argparse.Namespace, new: RunDir, *, same
         print(f"  {name}: {was!r} -> {now!r}")
     if not about["fields"]:
         print("  with the same recipe")
+    for line in [] if done is None else done.lines():
+        print(line)
     print(f"  slots of the optimizer: {about['state']['optimizer']}")
     if about["fields"] and not about["state"]["probe"]:
         print("  the checkpoint has no probe (probe_every), so there will be no figures from before the change")
@@ -175,6 +217,7 @@ def _write(
     more: dict[str, Any],
     *,
     keeps_corpus: bool,
+    done: Done | None = None,
 ) -> None:
     """Write the new run: run.json, the packed corpus, the checkpoint. COMMIT is last, so half a fork is no run."""
     from portatrain.checkpoint.errors import explained
@@ -188,7 +231,8 @@ def _write(
             check_data(recipe, new.path / "data")
             new.share_data()
         with explained():
-            copy_checkpoint(source, location_of(new.checkpoints()), step)
+            target = location_of(new.checkpoints())
+            copy_checkpoint(source, target, step) if done is None else done.write(target, step)
     except BaseException:
         if new.locks:  # a folder; what is in a store stays, and its COMMIT is missing
             shutil.rmtree(new.path, ignore_errors=True)
@@ -203,7 +247,7 @@ def copy_checkpoint(source: Location, target: Location, step: int) -> None:
 
     with contextlib.closing(source.open(step)) as old, contextlib.closing(target.open(step, create=True)) as new:
         sizes = {name: size for name in old.list() if name != "COMMIT" and (size := old.size(name)) is not None}
-        say = _progress(sum(sizes.values()))
+        say = progress("copied", sum(sizes.values()))
         for name, size in sizes.items():
             if not (isinstance(old, LocalStore) and isinstance(new, LocalStore)) or not _link(
                 old.path / name, new.path / name
@@ -263,17 +307,3 @@ def _link(source: Path, target: Path) -> bool:
 
 def _linked(source: str, target: str) -> str:
     return target if _link(Path(source), Path(target)) else shutil.copy2(source, target)
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """Return a function that counts bytes, and prints a line every few seconds."""
-    done, said_s = 0, time.monotonic()
-
-    def say(nbytes: int) -> None:
-        nonlocal done, said_s
-        done += nbytes
-        if time.monotonic() - said_s > 3.0:
-            said_s = time.monotonic()
-            print(f"copied {si(done)}B of {si(total)}B", file=sys.stderr)
-
-    return say

@@ -14,17 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.runs.differing import differences
 from portatrain.runs.history import History, read_history
 from portatrain.runs.open import names, open_run
 from portatrain.system import terminal
 from portatrain.system.paths import place
 from portatrain.system.text import age
-
-Owners = tuple[str | None, ...]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -114,57 +111,11 @@ def _tree(runs: list[tuple[float, History]]) -> tuple[list[tuple[float, History]
 
 
 def _differences(runs: list[History]) -> list[dict[str, str]]:
-    """Return, for each run, the fields of its recipe that are not the same in all runs of the recipe of that name.
-
-    A field differs from that of another run only if the objects that have it are of one class.
-    """
-    flat = [dict(_fields(run.recipe)) for run in runs]
-    groups: dict[str, list[dict[str, str]]] = {}
-    for run, mine in zip(runs, flat, strict=True):
-        groups.setdefault(_name(run), []).append(mine)
-    varying = {name: _varying(group) for name, group in groups.items()}
-    return [
-        {path: value for path, value in mine.items() if (path, _owners(path, mine)) in varying[_name(run)]}
-        for run, mine in zip(runs, flat, strict=True)
-    ]
-
-
-def _name(run: History) -> str:
-    return repr(run.recipe.get("name"))
-
-
-def _varying(group: list[dict[str, str]]) -> set[tuple[str, Owners]]:
-    """Return the fields, each with its owners, that have several values in the runs of a group."""
-    found: dict[tuple[str, Owners], set[str | None]] = {}
-    for path in {path: None for mine in group for path in mine}:
-        for mine in group:
-            found.setdefault((path, _owners(path, mine)), set()).add(mine.get(path))
-    return {at for at, values in found.items() if len(values) > 1}
-
-
-def _owners(path: str, mine: Mapping[str, str]) -> Owners:
-    """Return the classes of the objects that have a field, from the outermost in; None for what is no object."""
-    parts = path.split(".")
-    return tuple(mine.get(".".join(parts[:depth])) for depth in range(1, len(parts)))
-
-
-def _fields(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (path, text) of every field of a recipe's JSON, as --set takes them; a class is the value of its path."""
-    if not isinstance(value, Mapping):
-        yield path, _text(value)
-        return
-    if "class" in value and path:
-        yield path, str(value["class"]).rpartition(":")[2]
-    for name, inner in value.items():
-        if name != "class":
-            yield from _fields(inner, f"{path}.{name}" if path else name)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(_text, value)) or "()"
-    if isinstance(value, Mapping):
-        return str(value.get("class", value)).rpartition(":")[2]
-    if isinstance(value, float):
-        return f"{value:g}"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+    """Return, for each run, the fields of its recipe that are not the same in all runs of the recipe of that name."""
+    groups: dict[str, list[int]] = {}
+    for at, run in enumerate(runs):
+        groups.setdefault(repr(run.recipe.get("name")), []).append(at)
+    found: dict[int, dict[str, str]] = {}
+    for group in groups.values():
+        found |= zip(group, differences([runs[at].recipe for at in group]), strict=True)
+    return [found[at] for at in range(len(runs))]

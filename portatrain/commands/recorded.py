@@ -57,6 +57,15 @@ def goes_on(source: Location, step: int, recipe: Recipe, old: Recipe) -> dict[st
         return {**carry(reader, program, old).as_json(), "probe": reader.meta.get("probe") is not None}
 
 
+def saved_under(run: RunDir, source: Location, step: int) -> Recipe:
+    """Return the recipe that a checkpoint of `run` was saved under, from the record of the run."""
+    from checkpoints_format import Reader
+    from portatrain.checkpoint.errors import explained
+
+    with explained(), contextlib.closing(source.open(step)) as store:
+        return Recipe.from_json(changes.saved_under(run.path, step, Reader(store).meta))
+
+
 def check_data(recipe: Recipe, folder: Path) -> None:
     """Raise UserError unless `recipe` can train on the corpus that is packed in `folder`; nothing without one."""
     if folder.is_dir():

@@ -96,7 +96,12 @@ ROWS = (
         why="the samples of all past steps are compared; another batch goes on with the next sample",
     ),
     Row(owner="Recipe", fields="optimizer", kind=Kind.TRAJECTORY, why="its slots are kept, mapped or fresh by rule"),
-    Row(owner="Recipe", fields="model", kind=Kind.TRAJECTORY, why="every tensor must keep its name and shape"),
+    Row(
+        owner="Recipe",
+        fields="model",
+        kind=Kind.TRAJECTORY,
+        why="tensors keep their shapes, except by --surgery of a fork",
+    ),
     Row(
         owner="Recipe",
         fields="seed clip_norm precision fp8_matmuls trainable frozen lora decay no_decay ema_decay ema",
@@ -246,8 +251,9 @@ def _weights(spec: Mixture, last: int) -> Iterator[tuple[float, ...]]:
         yield next(weights for first, weights in reversed(pieces) if first <= block)
 
 
-def changed(old: Recipe, overrides: Sequence[str], step: int) -> Recipe:
-    """Return the recipe that `overrides` make of `old` after `step` steps.
+def changed(old: Recipe, overrides: Sequence[str], step: int, *, shapes: bool = True) -> Recipe:
+    """Return the recipe that `overrides` make of `old` after `step` steps. `shapes`: False allows another model, of
+    which a surgery makes the tensors.
 
     Raises:
         UserError: an unknown field, a value that does not fit, a change of shapes, or no change at all.
@@ -269,7 +275,7 @@ def changed(old: Recipe, overrides: Sequence[str], step: int) -> Recipe:
             got="the values that it has",
             do="Leave --set out to go on with the same recipe.",
         )
-    if old.model != new.model or old.lora != new.lora or old.precision != new.precision:
+    if shapes and (old.model != new.model or old.lora != new.lora or old.precision != new.precision):
         check_shapes(old, new)
     return with_origin(old, new, step)
 
@@ -304,8 +310,8 @@ def check_shapes(old: Recipe, new: Recipe) -> None:
             "change of the model",
             expected="the parameters and states that the run has, each with its shape",
             got="; ".join(found),
-            do="A checkpoint holds tensors of fixed shapes, so a run and its forks keep the sizes of the model. "
-            "Begin a new run with these sizes.",
+            do="A checkpoint holds tensors of fixed shapes. A surgery makes others of them in a fork: portatrain fork "
+            "... --surgery NAME (docs/run/surgery.md). Or begin a new run with these sizes.",
         )
 
 

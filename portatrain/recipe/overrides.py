@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import math
 import sys
 import types
@@ -58,7 +59,7 @@ def parse(text: str, hint: Any, current: object, modules: Iterable[str] = ()) ->
         if not fits(value, hint):
             raise ValueError(text)
         return value
-    if is_config(current) or (isinstance(hint, type) and dataclasses.is_dataclass(hint)):
+    if is_config(current) or (isinstance(hint, type) and any(map(dataclasses.is_dataclass, (hint, *_derived(hint))))):
         return _Chosen(_choose(text, hint, current, modules))
     if isinstance(current, (bool, int, float, str)):
         return parse(text, type(current), None)
@@ -119,11 +120,34 @@ def _plain(value: object) -> object:
 
 
 def _choose(text: str, hint: Any, current: object, modules: Iterable[str] = ()) -> type:
-    """Return the class named `text` that can stand in the place of `current` (None: of nothing)."""
+    """Return the class named `text` that can stand in the place of `current` (None: of nothing). MODULE:CLASS names one
+    of another module, such as recipes.models.mixtral:MixtralConfig."""
+    module, colon, name = text.rpartition(":")
+    if colon and all(part.isidentifier() for part in module.split(".")):
+        modules, text = (*modules, _imported(module, text)), name
     options = alternatives(hint, current, modules)
     if text not in options:
         raise choice(f"class {text!r}", text, options)
     return options[text]
+
+
+def _derived(hint: type) -> Iterable[type]:
+    """Return the classes that are derived from `hint` itself: those of a field such as `Scaling | None`."""
+    return () if hint is object or hint is type else hint.__subclasses__()
+
+
+def _imported(module: str, text: str) -> str:
+    """Import a module and return its name."""
+    try:
+        importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"class {text!r}",
+            expected="MODULE:CLASS, with a module that can be imported here",
+            got=str(error),
+            do="Correct the name, or run the command where the module is.",
+        ) from error
+    return module
 
 
 def alternatives(hint: Any, current: object, modules: Iterable[str] = ()) -> dict[str, type]:

@@ -28,6 +28,10 @@ NAME = "changes.json"
 PARENT, GIVEN, SOURCE = "parent", "given", "source"
 """Fields of a fork's run.json: its parent, the recipe that its command words give, and these words."""
 
+SAVED, SURGERY = "saved", "surgery"
+"""Fields of `PARENT`: the recipe that the fork's checkpoint was saved under, if it is not that of the parent; what a
+surgery did to it, which that checkpoint's meta has too."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
@@ -67,7 +71,7 @@ def of(folder: Path) -> list[Change]:
             "recipe": now,
             "recipe_sha256": info.get("recipe_sha256", ""),
         }
-        fork = {"step": parent.get("step"), "decides": True, "before": parent.get("recipe"), **row}
+        fork = {"step": parent.get("step"), "decides": True, "before": parent.get(SAVED) or parent.get("recipe"), **row}
         found.append(_checked(folder / "run.json", fork))
     for row in json_files.read_object(folder / NAME).get("changes", ()) if (folder / NAME).exists() else ():
         found.append(_checked(folder / NAME, {**row, "before": now} if isinstance(row, dict) else row))
@@ -109,6 +113,16 @@ def from_step(folder: Path, step: int) -> Mapping[str, Any]:
         if change.step <= step:
             found = change.recipe
     return found
+
+
+def saved_under(folder: Path, step: int, meta: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the JSON of the recipe, of those in the record, that the checkpoint of `step` with this `meta` was saved
+    under: until the first save of a fork it is one from before the fork. Without any, that from `step` + 1 on."""
+    now, stored = from_step(folder, step), meta.get("recipe")
+    known = [now, *(one.before for one in reversed(of(folder)) if one.step == step)]
+    if not isinstance(stored, Mapping):
+        return now
+    return next((recipe for recipe in known if not _differ(stored, recipe)), now)
 
 
 def last_decided(folder: Path) -> int:
@@ -250,6 +264,10 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Cha
     fields = {
         k: v for k, v in changed_fields(stored, recipe, trusted=is_trusted).items() if k.split(".")[0] != "origin"
     }
+    if isinstance(operated := meta.get(SURGERY), Mapping):
+        # Its tensors are those after the surgery, its probe is the one before it.
+        there = operated.get("fields")
+        fields |= {**(there if isinstance(there, Mapping) else {}), SURGERY: (None, operated.get("name"))}
     if not fields:
         return None
     changes = [*of(folder), *([] if asked is None else [asked])]
@@ -271,7 +289,7 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Cha
         step=step,
         before=Recipe.from_json(changes[at].before),
         fields={name: list(pair) for name, pair in fields.items()},
-        decides=any(one.decides for one in since),
+        decides=SURGERY in fields or any(one.decides for one in since),
         reason="; ".join(one.reason for one in since if one.reason),
     )
 

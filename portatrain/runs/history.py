@@ -72,6 +72,10 @@ class AttemptHistory:
     """The plan, if one was recorded."""
     profiles: Sequence[ProfileHistory] = ()
     first_step: FirstStep | None = None
+    cluster: str = ""
+    devices: int = 1
+    kind: str = ""
+    """The name of its devices, as the framework gives it."""
 
     @property
     def runs_on(self) -> str:
@@ -315,6 +319,9 @@ def _attempt(
         plan=plan,
         profiles=profiles.of_events(events),
         first_step=first_steps.of_events(events),
+        cluster=str(about.get("cluster") or ""),
+        devices=devices if isinstance(devices := about.get("devices"), int) and devices > 0 else 1,
+        kind=str(about.get("device") or ""),
     )
 
 

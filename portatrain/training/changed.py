@@ -16,7 +16,7 @@ from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.backends.state import COUNT
 from portatrain.checkpoint import fingerprints
-from portatrain.checkpoint.carry import carry
+from portatrain.checkpoint.carry import Carry, carry
 from portatrain.checkpoint.newest import Reader
 from portatrain.checkpoint.restore import restored
 from portatrain.data import OpenData
@@ -82,7 +82,18 @@ def arrive_changed(
         bits = [name for name in fingerprints.compare(backend, state, saved) if name in carried.kept]
     now = record(state)
     found = verdict(reader.meta, now, pending.fields, bits, fresh=COUNT in carried.fresh)
-    return state, found, {"state": carried.as_json(), **effect(reader.meta.get("probe"), now["probe"])}
+    return state, found, {"state": _became(carried, reader.meta), **effect(reader.meta.get("probe"), now["probe"])}
+
+
+def _became(carried: Carry, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what became of the state, as JSON; with the slots of a surgery before it."""
+    found, operated = carried.as_json(), meta.get(changes.SURGERY)
+    if isinstance(operated, Mapping):
+        there = operated.get("slots")
+        slots = ", ".join(f"{n} {fate}" for fate, n in there.items()) if isinstance(there, Mapping) else "none"
+        then = "" if found["optimizer"] == "kept" else f", then {found['optimizer']}"
+        found |= {"optimizer": f"{slots} by surgery {operated.get('name')}{then}"}
+    return found
 
 
 def verdict(
@@ -115,9 +126,20 @@ def effect(was: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, A
     it changed most. `was`: the probe before it; None if the checkpoint has none."""
     found: dict[str, Any] = {"before": None if was is None else _totals(was), "after": _totals(now)}
     if was is not None:
-        compared = continuity.compare(was, now)
+        compared = continuity.compare(_in_both(was, now), now)
         found["largest"] = {k: [json_files.strict(v), at] for k, (v, at) in compared.items() if k != "state"}
     return found
+
+
+def _in_both(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the probe `was` with the norms alone that `now` has of as many layers: surgery makes and drops tensors."""
+
+    def layers(norm: Any) -> tuple[int, ...]:
+        return continuity.as_numbers(norm).shape
+
+    there = now["norms"]
+    norms = {k: v for k, v in was["norms"].items() if k in there and layers(v) == layers(there[k])}
+    return {**was, "norms": norms}
 
 
 def _totals(probe: Mapping[str, Any]) -> dict[str, float | None]:

@@ -14,11 +14,7 @@ import numpy as np
 import pytest
 
 from checkpoints_format import LocalStore, Reader
-from portatrain.backends import reference
-from portatrain.backends.base import Context
 from portatrain.backends.program import make_program
-from portatrain.backends.reference import optim as oracle
-from portatrain.backends.state import initial_box
 from portatrain.cli import launch_main, main
 from portatrain.data import open_data
 from portatrain.recipe import Recipe
@@ -27,6 +23,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.testing.parity import bound_of
 from tests.support import tiny_fork
 from tests.support.running import BACKENDS
+from tests.support.tiny_oracle import Oracle
 
 BACKEND = BACKENDS[-1]
 AT = 6
@@ -100,58 +97,6 @@ def test_a_fork_over_a_move_has_the_bits_of_the_run_that_moved(runs: Path) -> No
 
 
 # ---- the oracle
-
-
-class Oracle:
-    """The state of a run in NumPy float64, with gradients by finite differences."""
-
-    def __init__(self, recipe: Recipe) -> None:
-        self.program = make_program(recipe)
-        self.infos = self.program.definition.params
-        self.params = {
-            n: initial_box(t, recipe.seed, (0,) * len(t.shape), t.shape).astype(np.float64)
-            for n, t in self.infos.items()
-        }
-        self.slots = {n: oracle.init(recipe.optimizer, t) for n, t in self.infos.items()}
-        self.count, self.next = 0, 0
-
-    def step(self, recipe: Recipe, split: Any, step: int) -> float:
-        """Train one step under `recipe` on the next samples; return the loss."""
-        rows = split.batch(self.next, recipe.batch)
-        self.next += recipe.batch
-        names = list(self.params)
-        context = Context(seed=recipe.seed, step=step, training=True)
-
-        def loss(*arrays: np.ndarray) -> float:
-            given = dict(zip(names, arrays, strict=True))
-            found = reference.forward(self.program.definition, given, rows, context)
-            return float(found.objective) / float(np.sum(rows["mask"]))
-
-        arrays = [self.params[n] for n in names]
-        grads = {}
-        for at, name in enumerate(names):
-            grad = np.zeros(arrays[at].shape)
-            for index in np.ndindex(grad.shape):
-                unit = np.zeros(grad.shape)
-                unit[index] = 1.0
-                along = [unit if i == at else None for i in range(len(names))]
-                grad[index] = reference.directional_derivative(loss, arrays, along)
-            grads[name] = grad
-        found = loss(*arrays)
-        factor = min(1.0, float(recipe.clip_norm or np.inf) / oracle.global_norm(grads))
-        self.count += 1
-        for name, info in self.infos.items():
-            self.params[name], self.slots[name] = oracle.step(
-                recipe.optimizer,
-                info,
-                param=self.params[name],
-                grad=grads[name] * factor,
-                slots=self.slots[name],
-                scale=recipe.lr_scale(step),
-                count=self.count,
-                decay=recipe.decays(info),
-            )
-        return found
 
 
 CHANGES = {

@@ -14,6 +14,7 @@ from portatrain.backends.base import backend_class, check_backend, default_backe
 from portatrain.commands.options import check_track
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from tests.support import forks
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
 
@@ -23,8 +24,7 @@ ACME = Path(__file__).parents[1] / "plugins" / "acme"
 def python(*words: str, plugins: bool = True) -> subprocess.CompletedProcess[str]:
     paths = [str(Path.cwd()), *([str(ACME)] if plugins else [])]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    command = [sys.executable, "-m", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    return forks.run([sys.executable, "-m", *words], env=env, timeout=200)
 
 
 def train(run: Path, backend: str, *, plugins: bool = True) -> subprocess.CompletedProcess[str]:
@@ -131,10 +131,10 @@ def test_a_chip_is_listed_and_planned() -> None:
 
 
 def test_packages_are_not_searched_for_names_that_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    def asked() -> None:
+    def asked(group: str | None = None) -> None:
         raise AssertionError("the metadata of packages was read")
 
-    monkeypatch.setattr("portatrain.system.plugins._metadata", asked)
+    monkeypatch.setattr("portatrain.system.plugins.entry_points", asked)
     installed = [name for name in ("jax", "torch") if not missing(name)]
     assert [check_backend(name) for name in installed] == installed
     assert default_backend() == installed[0]

@@ -142,6 +142,7 @@ WHOLE = ("tiny-lm", str(ROOT / "examples" / "recurrent.py"))
 """What the long tests check on all meshes; the soak checks every recipe."""
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(len(BACKENDS) < 2, reason="jax and torch are not both installed")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.full if name in WHOLE else pytest.mark.soak) for name in ALL]

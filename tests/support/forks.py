@@ -280,6 +280,8 @@ def _become(asked: dict[str, Any], fds: list[int], changed: set[tuple[str, str]]
     if parent in os.environ:
         os.environ[parent] = str(here)  # it is this process's parent; a broken connection ends what the other started
     os.chdir(asked["folder"])
+    folders = asked["env"].get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[1:1] = [folder for folder in folders if folder and folder not in sys.path]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     how, what, *words = asked["command"]
     import jax

@@ -20,6 +20,7 @@ from portatrain.runs.claim import live_owner
 from portatrain.runs.history import History, read_history
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
+from tests.support import stand_in
 
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
@@ -27,15 +28,7 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture(autouse=True)
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("REAL_PYTHON", sys.executable)
-    monkeypatch.setenv("FAKE_STEP_S", "0.04")
-    monkeypatch.setenv("FAKES", str(ROOT / "tests" / "support" / "fakes"))
-    options = f'{{ python = "{ROOT}/tests/support/fakes/python" }}'
-    tmp_path.joinpath("clusters.toml").write_text(
-        f'[here]\nchip = "cpu"\ncount = 1\nengine = "local"\noptions = {options}\n'
-    )
+    stand_in.prepare(tmp_path, monkeypatch)
     return tmp_path
 
 

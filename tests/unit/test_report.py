@@ -7,7 +7,6 @@ import math
 import re
 import xml.etree.ElementTree as ET
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -16,33 +15,9 @@ from portatrain.runs.history import kept_checkpoints, read_history
 from portatrain.runs.report.charts import Band, Mark, chart
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.svg import columns, ticks
+from tests.support.records import attempt, row
 
 EVAL = {"event": "eval", "step": 8, "loss": 0.7, "metrics": {"accuracy": 0.5}}
-
-
-def row(step: int, began: int, **more: Any) -> dict[str, Any]:
-    return {
-        "step": step,
-        "loss": 5.0 / step,
-        "grad_norm": 1.0,
-        "lr": 1e-3,
-        "tokens": 100 * step,
-        "tokens_per_s": 50.0,
-        "time_s": 10.0 + 2.0 * (step - began + 1),
-        "step_s": 2.0,
-        "memory_bytes": 2**30,
-        **more,
-    }
-
-
-def attempt(run: Path, number: int, about: dict, rows: list, events: list, plan: dict | None = None) -> None:
-    folder = run / "attempts" / str(number)
-    folder.mkdir(parents=True)
-    (folder / "attempt.json").write_text(json.dumps({"attempt": number, **about}))
-    for name, lines in (("metrics", rows), ("events", events)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-    if plan is not None:
-        (folder / "plan.json").write_text(json.dumps(plan))
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from portatrain.runs.changes import SURGERY
 from portatrain.runs.history import History
 from portatrain.runs.report.tables import section, table
 from portatrain.runs.verdict import shown
@@ -40,7 +41,24 @@ def changes(run: History) -> str:
     if did:
         head = ("after step", "loss", "norm of the gradient", "norm of the update")
         body += f"<p>What the change alone did to the next step:</p>{table(head, did)}"
+    if operated := _surgery(run.parent):
+        body += f"<p>{escape(operated)}</p>"
     return section("Changes of the recipe", body)
+
+
+def _surgery(parent: Mapping[str, Any] | None) -> str:
+    """Return what a surgery in the fork did to the function of the model; '' without one. The record may be damaged."""
+    found = (parent or {}).get(SURGERY)
+    proof = found.get("proof") if isinstance(found, Mapping) else None
+    if not isinstance(found, Mapping) or not isinstance(proof, Mapping):
+        return ""
+    words = f"Surgery {found.get('name')}: the function of the model was {proof.get('function')}"
+    if "largest_difference" not in proof:
+        return f"{words}."
+    return (
+        f"{words}; largest difference of {proof.get('outputs')} in float64 {shown(proof['largest_difference'])}, on "
+        f"{proof.get('samples')} samples, with outputs up to {shown(proof.get('largest_output'))}."
+    )
 
 
 def _sides(event: Mapping[str, Any]) -> tuple[str, ...]:
