@@ -5,7 +5,8 @@ recipe cannot run on, with the reason. It submits a job to each of the rest. The
 it is preempted, the next one resumes from its checkpoint. A cluster is a name of the catalog (tpu-v5p-256, h100-64) or
 of your clusters.toml, which also names the `engine` that starts jobs. The run directory runs/NAME records everything.
 
-A recipe with a model, data source or rule of your own is first checked at small size (`portatrain check`), once.
+A recipe with a model, data source or rule of your own is first checked at small size (`portatrain check`), and
+again after an edit of its file; --no-check skips it.
 
 examples:
   launch --cluster local tiny-lm

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -16,6 +17,7 @@ import pytest
 from checkpoints_format import LocalStore, Reader
 from portatrain.backends.base import backend_class, missing
 from portatrain.backends.program import make_program
+from portatrain.checkpoint.interop import huggingface
 from portatrain.checkpoint.interop.hub_tokenizer import GENERATION
 from portatrain.checkpoint.saver import reads
 from portatrain.cli import main
@@ -194,6 +196,18 @@ def test_transformers_loads_what_is_exported_and_we_what_it_saves(more: tuple[st
     assert not any(there[k].any() for k in there if k.startswith("opt/"))
     assert train(small(*more), RunDir(back), backend=BACKEND, stop_at=1) == 85
     assert [s["verdict"] for s in RunDir(back).events("resumed")] == ["imported"]
+
+
+def test_a_run_that_began_from_a_folder_of_transformers_names_it() -> None:
+    recipe = load_recipe("tiny-lm")
+    for meta, init, folder in (
+        ({}, None, None),
+        ({"imported": {"format": "orbax", "path": "/a"}}, None, None),
+        ({"imported": {"format": "huggingface", "path": "/a"}}, None, Path("/a")),
+        ({}, "/b", Path("/b")),
+    ):
+        reader: Any = SimpleNamespace(meta=meta)
+        assert huggingface.begun_from(reader, dataclasses.replace(recipe, init=init)) == folder
 
 
 def predicted(recipe: Recipe, path: Path, tokens: np.ndarray) -> np.ndarray:

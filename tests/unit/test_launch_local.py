@@ -4,6 +4,7 @@ computes nothing (tests/support/fakes/train.py); tests/faults has the real one."
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -280,6 +281,20 @@ def test_a_dry_run_and_the_doctor_refuse_an_option_that_the_launch_refuses(place
         assert "#SBATCH" not in found.out
     launch_main(["doctor", "lab"])
     assert "bad   options: cluster lab: option 'partitio'" in capsys.readouterr().out
+
+
+def test_a_run_that_there_is_not_is_said_to_be_none(place: Path, capsys: Capture) -> None:
+    for number in range(12):
+        folder = place / "runs" / f"wide-{number}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text('{"recipe": {"steps": 3}}')
+    assert launch_main(["status", "wide-99"]) == 2
+    said = capsys.readouterr().err
+    assert "got no such run. Did you mean wide-9" in said and "wide-4" not in said and "launch list" in said
+    for number in range(2, 12):
+        shutil.rmtree(place / "runs" / f"wide-{number}")
+    assert launch_main(["status", "wide-99"]) == 2
+    assert "expected one of wide-0, wide-1, got no such run" in capsys.readouterr().err
 
 
 def test_runs_of_others_are_no_obstacle(place: Path, capsys: Capture) -> None:
