@@ -2,6 +2,8 @@
 VENV ?= .venv
 RUNS ?= runs
 JOBS ?= 2
+# One more for the tests that every change must pass, since many of them wait for a process that they started.
+TEST_JOBS ?= 3
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
 MATRIX = tests/distributed/test_matrix.py
@@ -33,7 +35,7 @@ setup:  ## make an environment with both frameworks and the packages of the test
 	@.ci/setup $(VENV) dev 5
 
 test: setup lint  ## run ruff, mypy and the tests, in under 15 minutes on two cores
-	$(PYTEST) -m "not full and not engines and not meshes and not soak"
+	$(PYTEST) -n $(TEST_JOBS) -m "not full and not engines and not meshes and not soak"
 
 test-rest: setup  ## run only the tests that `make test` leaves out, but for the parity matrix
 	$(PYTEST) -m "full and not engines and not meshes and not soak" --ignore $(MATRIX)
