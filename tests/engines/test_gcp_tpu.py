@@ -126,9 +126,11 @@ def test_mistakes() -> None:
         ({"sopt": 1}, "spot"),
         ({"setup": None}, "the cluster's machines can access"),
     )
+    launcher = GcpTpuLauncher()
     for options, hint in cases:
         with pytest.raises(UserError, match=hint):
-            GcpTpuLauncher().check(one("127.0.0.1:1", **options))
+            launcher.check_settings(one("127.0.0.1:1", **options))
+            launcher.check(one("127.0.0.1:1", **options))
     wrong = job("gcp_tpu", "h100-64", "fsdp=64", {**GCP, "endpoint": "127.0.0.1:1"})
     with pytest.raises(UserError, match="tpu-v5p"):
-        GcpTpuLauncher().check(wrong)
+        launcher.check_settings(wrong)
