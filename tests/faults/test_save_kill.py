@@ -89,7 +89,10 @@ def operations(tmp_path: Path) -> int:
 
 def newest(folder: Path) -> tuple[int, dict[str, np.ndarray]] | None:
     found = Checkpoints(folder).newest(pytest.fail)  # nothing half-written is ever taken for damaged, or for whole
-    return None if found is None else (found[0], {n: found[1].read(n) for n in found[1].names})
+    if found is None:
+        return None
+    with found[1].store:
+        return found[0], {n: found[1].read(n) for n in found[1].names}
 
 
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
@@ -117,7 +120,8 @@ def test_killed_before_any_operation(tmp_path: Path) -> None:
         reached.add(found[0] if found else 0)
         # Whatever lies there, the next attempt saves, and nothing but its checkpoint is left.
         again = Checkpoints(folder, keep=Retention(last=1), save_name="b")
-        again.newest(pytest.fail)
+        if (there := again.newest(pytest.fail)) is not None:
+            there[1].store.close()
         again.save(4, backend, backend.state(4), {"step": 4})
         again.wait()
         assert again.location.steps() == [4]

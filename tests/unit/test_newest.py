@@ -88,7 +88,10 @@ def look(folder: Path) -> tuple[list[int | str | None], list[list[str]]]:
             return str(error)
         except threading.BrokenBarrierError:
             return "ended"
-        return found and found[0]
+        if found is None:
+            return None
+        found[1].store.close()
+        return found[0]
 
     with ThreadPoolExecutor(PROCESSES, thread_name_prefix="process") as pool:
         return list(pool.map(one, range(PROCESSES))), reports
