@@ -65,7 +65,7 @@ def test_arrays_of_ones_own_move_between_backends(tmp_path: Path) -> None:
     other = cli(
         *("train", str(ACME / "acme_lab" / "own_data.py"), "--run-dir", str(tmp_path / "none"), "--set", "batch=4000")
     )
-    assert other.returncode == 2 and "at least 4000 samples" in other.stderr, other.stderr
+    assert other.returncode == 2 and "at least 4,000 samples" in other.stderr, other.stderr
     assert not (tmp_path / "none").exists()
 
 

@@ -210,7 +210,8 @@ def test_what_a_source_passes_over_is_told_in_every_attempt(corpus: Path) -> Non
     assert train(recipe, run, backend="torch", stop_at=2) == 85
     told = [(e["attempt"], e["what"]) for e in run.events("warning")]
     assert [n for n, _ in told] == [1, 1, 2, 2]
-    assert "1 document without content: empty.txt" in told[0][1] and "gone.txt" in told[1][1]
+    said = " ".join(what for _, what in told[:2])
+    assert "1 document without content: empty.txt" in said and "gone.txt" in said
 
 
 def test_a_batch_without_a_target_is_skipped_and_an_evaluation_of_none_has_no_loss(corpus: Path) -> None:

@@ -87,7 +87,7 @@ def test_windows_of_another_length_from_one_pack(tmp_path, monkeypatch, limit):
     longer = dataclasses.replace(spec, seq_len=64)
     got = open_data(longer, seed=0, pack_dir=tmp_path / "pack")
     assert summary(got) == summary(open_data(longer, seed=0))
-    with pytest.raises(UserError, match="at least 100001 tokens"):
+    with pytest.raises(UserError, match="at least 100,001 tokens"):
         open_data(dataclasses.replace(spec, seq_len=100_000), seed=0, pack_dir=tmp_path / "pack")
 
 

@@ -136,7 +136,8 @@ def test_random_corpora_are_the_same_documents_in_every_kind_of_file(
         assert found(dataclasses.replace(spec, template="{{ n }}/{{ deep.text }}")) == nested, kind
         nulls = sum(not r["text"] for r in records)
         said = streams(dataclasses.replace(spec, paths=str(here)), None)["train"].passed_over
-        assert [f"{nulls} documents without content" in s for s in said if "content" in s] == [True] * bool(nulls)
+        told = f"{nulls} document{'s' * (nulls != 1)} without content"
+        assert [told in s for s in said if "content" in s] == [True] * bool(nulls)
         assert len(said) == bool(nulls) + empty, said
     # the libraries' own readers of the same files
     assert [r["text"] for r in pq.read_table(folder / "parquet" / "full").to_pylist()] == [r["text"] for r in records]

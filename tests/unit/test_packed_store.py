@@ -257,7 +257,7 @@ def test_no_space_in_the_middle_is_one_paragraph_and_goes_on(
             raise OSError(28, "No space left on device", "train-00001.tokens")
         sync(self)
 
-    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"No space left.*train-00001.*goes on"):
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"No space left.*train-00001.*continues"):
         patch.setattr(stream_writer.StreamWriter, "_sync", full)
         packed(spec, tmp_path / "store")
     packed(spec, tmp_path / "store")

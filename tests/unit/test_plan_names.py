@@ -74,7 +74,7 @@ def test_the_2d_kinds_have_eight_shapes(kind: str) -> None:
         ("gaudi3-64", 64, 64, 8, "8 domains of 8, point to point"),
         ("ascend910c-384", 384, 768, 48, "1 domain of 384, switched"),
         ("m4-max-1", 1, 1, 1, "no scale-up network"),
-        ("h100-100000", 100_000, 100_000, 12_500, "12500 domains of 8, switched"),
+        ("h100-100000", 100_000, 100_000, 12_500, "12,500 domains of 8, switched"),
         ("cpu-2", 2, 2, 1, "no scale-up network"),
     ],
 )
