@@ -11,7 +11,10 @@ from portatrain.testing import Case, check_case
 from portatrain.testing.attention_cases import attention_cases
 from tests.support.running import BACKENDS
 
-pytestmark = pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed")
+pytestmark = [
+    pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed"),
+    pytest.mark.usefixtures("compiled_quickly"),
+]
 
 CASES = [
     pytest.param(case, precision, id=f"{case.name}-{precision}")

@@ -16,6 +16,8 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from tests.support.mesh_cases import CASES
 from tests.support.running import BACKENDS, everything, microbatches
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROWS = 16
 
 

@@ -17,6 +17,8 @@ from recipes.models.vit import ViTConfig
 from tests.support.running import BACKENDS, Running, image_batch, microbatches, tokens_batch
 from tests.support.toy_models import Latent, Mixture, Nested, Routed
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def decoder(**options: Any) -> Callable[[], Module]:
     given = {"vocab": 23, "embed": 16, "layers": 2, "heads": 4, "kv_heads": 2, "mlp": 24, **options}

@@ -10,6 +10,8 @@ from portatrain.testing import CASES, Case, check_case
 from portatrain.testing.loss_cases import cross_entropy_case
 from tests.support.running import BACKENDS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 _ALL = [pytest.param(case, precision, id=f"{case.name}-{precision}") for case in CASES for precision in case.precisions]
 
 

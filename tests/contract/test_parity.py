@@ -17,6 +17,8 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing import parity
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 STEPS = 20
 
 # The recipes' own models, data and learning rates; fewer samples a step, so that the check takes seconds.
