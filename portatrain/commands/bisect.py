@@ -55,9 +55,7 @@ SIGNS = 6
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("one", metavar="A", type=place, help="a run, or with --a and --b a recipe")
     parser.add_argument("other", metavar="B", type=place, nargs="?", help="another run")
-    parser.add_argument(
-        "--runs", metavar="DIR", type=place, default="runs", help="the folder with run directories (default: runs)"
-    )
+    options.add_runs(parser)
     for name in ("a", "b"):
         parser.add_argument(
             f"--{name}",

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.system import terminal
 from portatrain.system.paths import place
@@ -40,13 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "runs_given", metavar="RUN", nargs="*", type=place, help="names or run directories (default: all of --runs)"
     )
-    parser.add_argument(
-        "--runs",
-        metavar="DIR",
-        type=place,
-        default="runs",
-        help="the folder or object-store URL with run directories (default: runs)",
-    )
+    options.add_runs(parser)
     parser.add_argument("--out", metavar="FILE", type=Path, help="the page to write (default: compare.html)")
     parser.add_argument("--json", action="store_true", help="print JSON, and write a page only if --out names one")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from portatrain.data.store.overlap import Copies, Part, Shared
 
 GRAM = 13
+"""Tokens of a run, as GPT-3 counts overlap in words (Brown et al. 2020, appendix C)."""
 
 CHECK = f"""Look for documents that are twice, and for text of evaluation sets in what is trained on.
 

@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import existing_ancestor
-from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 if TYPE_CHECKING:
@@ -31,13 +31,7 @@ Finding = tuple[str, str, str]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("cluster", metavar="CLUSTER", help="local, or a cluster of clusters.toml")
-    parser.add_argument(
-        "--runs",
-        metavar="DIR",
-        type=place,
-        default="runs",
-        help="the folder or URL for run directories (default: runs)",
-    )
+    options.add_runs(parser, "for")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,23 +15,17 @@ import argparse
 import json
 import sys
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs.differing import differences
 from portatrain.runs.history import History, read_history
 from portatrain.runs.open import names, open_run
 from portatrain.system import terminal
-from portatrain.system.paths import place
 from portatrain.system.text import age
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--runs",
-        metavar="DIR",
-        type=place,
-        default="runs",
-        help="the folder or URL with run directories (default: runs)",
-    )
+    options.add_runs(parser)
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 

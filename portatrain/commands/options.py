@@ -69,16 +69,21 @@ def folder(text: str) -> Path:
     return Path(place(text))
 
 
-def add_run(parser: argparse.ArgumentParser) -> None:
-    """Add RUN and --runs."""
-    parser.add_argument("run", metavar="RUN", type=place, help="the name of a run, or its run directory")
+def add_runs(parser: argparse.ArgumentParser, use: str = "with") -> None:
+    """Add --runs. `use`: 'with' if a command reads runs that are there, 'for' if it begins them."""
     parser.add_argument(
         "--runs",
         metavar="DIR",
         type=place,
         default="runs",
-        help="the folder or object-store URL with run directories (default: runs)",
+        help=f"the folder or object-store URL {use} run directories (default: runs)",
     )
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add RUN and --runs."""
+    parser.add_argument("run", metavar="RUN", type=place, help="the name of a run, or its run directory")
+    add_runs(parser)
 
 
 def add_backend(parser: argparse.ArgumentParser, default: str = "jax if installed, else torch") -> None:

@@ -15,23 +15,17 @@ import argparse
 import sys
 from collections.abc import Iterator
 
+from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
 from portatrain.runs.history import read_history
 from portatrain.runs.open import find, names, open_run
 from portatrain.runs.run_dir import RunDir
-from portatrain.system.paths import place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", nargs="?", help="the name of a run, or its run directory (default: all)")
-    parser.add_argument(
-        "--runs",
-        metavar="DIR",
-        type=place,
-        default="runs",
-        help="the folder or object-store URL with run directories (default: runs)",
-    )
+    options.add_runs(parser)
     parser.add_argument("--dry-run", action="store_true", help="print the changes without making them")
 
 

@@ -27,7 +27,6 @@ from launchers import targets
 from portatrain.commands import options
 from portatrain.commands.unseen import check_unseen
 from portatrain.errors import UserError
-from portatrain.system.paths import place
 from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
 
@@ -41,13 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--run", metavar="NAME", help="the name of the run (default: the recipe's, with a number if taken)"
     )
-    parser.add_argument(
-        "--runs",
-        metavar="DIR",
-        type=place,
-        default="runs",
-        help="the folder or object-store URL for run directories (default: runs)",
-    )
+    options.add_runs(parser, "for")
     options.add_backend(parser)
     parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")
     parser.add_argument("--devices", metavar="N", type=int, help="use N devices; on a CPU, N simulated ones")

@@ -31,7 +31,6 @@ from typing import TYPE_CHECKING
 
 from portatrain.commands import options, submit
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
-from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 if TYPE_CHECKING:
@@ -60,13 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jobs", metavar="N", type=int, help="train N runs at once (default: 1 on this machine; else all)"
     )
     parser.add_argument("--run", metavar="NAME", help="the runs are called NAME-... (default: the recipe's name)")
-    parser.add_argument(
-        "--runs",
-        metavar="DIR",
-        type=place,
-        default="runs",
-        help="the folder or object-store URL for run directories (default: runs)",
-    )
+    options.add_runs(parser, "for")
     parser.add_argument("--out", metavar="FILE", type=Path, help="the page (default: NAME-compare.html in DIR)")
     options.add_backend(parser)
     parser.add_argument("--mesh", metavar="AXES", help="fsdp=4,tensor=2 (default: the planned one)")

@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=place,
         help="the name of a run, its run directory or URL, a checkpoint's folder, or a folder of transformers",
     )
-    parser.add_argument(
-        "--runs", metavar="DIR", type=place, default="runs", help="the folder or URL with run directories (runs)"
-    )
+    options.add_runs(parser)
     parser.add_argument("--step", metavar="N", type=int, help="step of the checkpoint (default: the newest)")
     parser.add_argument("--ema", action="store_true", help="use the averaged weights")
     parser.add_argument(

@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from portatrain.backends.jax.sharding_constraints import partition_spec
 from portatrain.model.across_samples import Across
 from portatrain.model.layout import Layout
+from portatrain.model.ops import Loss
 
 REPLICA = "replica"
 
@@ -149,6 +150,15 @@ def _start(shapes: Any) -> Any:
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, jnp.float32 if s.dtype == jnp.bfloat16 else s.dtype), shapes)
     auxes = jax.tree_util.tree_map_with_path(lambda p, z: jnp.full(z.shape, -jnp.inf) if _is_max(p) else z, zeros[3])
     return (*zeros[:3], auxes, zeros[4])
+
+
+def summed(loss: Loss, auxes: Mapping[str, Any]) -> Any:
+    """Return the summed loss with the auxiliary losses, whose samples count by their weights."""
+    total = loss.sum
+    for aux in auxes.values():
+        if aux.loss:
+            total = total + aux.loss * jnp.sum(aux.value_B * jax.lax.stop_gradient(loss.weight_B))
+    return total
 
 
 def aux_part(aux: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
 from portatrain.backends.jax import fp8
 from portatrain.backends.jax.about import About
-from portatrain.backends.jax.accumulation import Accumulation, aux_part, aux_value
+from portatrain.backends.jax.accumulation import Accumulation, aux_part, aux_value, summed
 from portatrain.backends.jax.decoding import JaxCached
 from portatrain.backends.jax.flags import compiler_options
 from portatrain.backends.jax.lower import lower
@@ -202,10 +202,7 @@ class JaxBackend(About, StandaloneOps, Watches):
         ops = self._ops(batch, step, training=True, across=across, layout=layout)
         with self.ids.model_runs():
             loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
-        total = loss.sum
-        for aux in ops.auxes.values():
-            if aux.loss:
-                total = total + aux.loss * jnp.sum(aux.value_B * jax.lax.stop_gradient(loss.weight_B))
+        total = summed(loss, ops.auxes)
         auxes = {k: aux_part(a) for k, a in ops.auxes.items()}
         return total, (total, jnp.sum(loss.weight_B), auxes, ops.tallies)
 

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 
 from portatrain.backends.base import check_loss
+from portatrain.backends.jax.accumulation import summed
 from portatrain.backends.watched import Call, Watched, put_together, taken_apart, watching
 from portatrain.model.across_samples import Across
 from portatrain.model.ops import check_layer
@@ -68,10 +69,7 @@ def _watch(backend: Any, state: Any, micro: Mapping[str, np.ndarray], step: int,
         ops = made(**{f.name: getattr(plain, f.name) for f in dataclasses.fields(plain)})
         with backend.ids.model_runs():
             loss = check_loss(backend._module({**frozen, **trained}, states)(ops, placed), backend.definition.model)
-        total = loss.sum
-        for aux in ops.auxes.values():
-            if aux.loss:
-                total = total + aux.loss * jnp.sum(aux.value_B * jax.lax.stop_gradient(loss.weight_B))
+        total = summed(loss, ops.auxes)
         return total, (values, total, jnp.sum(loss.weight_B))
 
     rest = (frozen, state["state"], placed)

@@ -1,6 +1,6 @@
 """Find documents that are twice in packed stores, and what evaluation sets share with what is trained on.
 
-Documents are compared by two 64-bit sums of their tokens, and runs of GRAM tokens by one. The sums go to files in
+Documents are compared by two 64-bit sums of their tokens, and runs of tokens by one. The sums go to files in
 buckets, so that memory does not grow with the stores: about 200 bytes for each of BUCKET_DOCUMENTS documents, 9 for
 each of SLICE_GRAMS runs of tokens of the evaluation sets, and a bit for each document that is trained on.
 """
@@ -20,8 +20,6 @@ from portatrain.data.store.layout import Manifest
 from portatrain.data.store.progress import EVERY_S, duration
 from portatrain.data.store.reading import PackedStream
 
-GRAM = 13
-"""Tokens of a run, as GPT-3 counts overlap in words (Brown et al. 2020, appendix C)."""
 BLOCK = 1 << 18
 BUCKET_DOCUMENTS = 1 << 21
 SLICE_GRAMS = 1 << 26
@@ -91,7 +89,7 @@ def copies(parts: Sequence[Part], tell: Tell = lambda line: None) -> list[Copies
     return [found[key] for key in sorted(found)]
 
 
-def shared(parts: Sequence[Part], gram: int = GRAM, tell: Tell = lambda line: None) -> dict[Part, Shared]:
+def shared(parts: Sequence[Part], gram: int, tell: Tell = lambda line: None) -> dict[Part, Shared]:
     """Return, for each evaluation set, the runs of `gram` tokens that it shares with what is trained on.
 
     A run lies within one document, without the id that begins it.
