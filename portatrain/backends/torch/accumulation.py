@@ -12,7 +12,7 @@ from torch import Tensor
 
 from portatrain.backends.torch.across_samples import joined
 from portatrain.model.across_samples import Across
-from portatrain.model.ops import Aux
+from portatrain.model.ops import Aux, Loss
 
 
 class Accumulates:
@@ -42,10 +42,7 @@ class Accumulates:
                 self._compares = True
                 self._free(state)
                 return self._accumulate(state, batch, step)
-            objective = loss.sum
-            for aux in ops.auxes.values():
-                if aux.loss:
-                    objective = objective + aux.loss * (aux.value_B * loss.weight_B).sum()
+            objective = summed(loss, ops.auxes)
             mine = loss.weight_B.sum()
             # With one microbatch the weight is known before the backward pass, which then scales for free.
             objective = objective / self._over_rows(mine) if n == 1 else objective
@@ -94,6 +91,15 @@ class Accumulates:
     def _reduced(self, state: Any, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]) -> tuple[Any, ...]:
         """Turn sums over this process's rows into sums over the batch; leave the gradients of its parts in `.grad`."""
         return loss, weight, auxes
+
+
+def summed(loss: Loss, auxes: Mapping[str, Aux]) -> Tensor:
+    """Return the summed loss with the auxiliary losses, whose samples count by their weights."""
+    total: Tensor = loss.sum
+    for aux in auxes.values():
+        if aux.loss:
+            total = total + aux.loss * (aux.value_B * loss.weight_B).sum()
+    return total
 
 
 def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from portatrain.backends.torch.accumulation import summed
 from portatrain.backends.torch.losses import chunk_loss, token_losses
 from portatrain.backends.torch.ops import run_block
 from portatrain.backends.watched import Call, Watched, put_together, taken_apart, watching
@@ -33,10 +34,7 @@ class Watches:
                 loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True, across)
                 if across.wanted:
                     return None
-                objective = loss.sum
-                for aux in ops.auxes.values():
-                    if aux.loss:
-                        objective = objective + aux.loss * (aux.value_B * loss.weight_B).sum()
+                objective = summed(loss, ops.auxes)
                 objective.backward()
             grads = {name: np.zeros(self.definition.params[name].shape, np.float32) for name in self.program.trainable}
             for p in state.pieces:
