@@ -72,7 +72,7 @@ def test_a_spike_changes_nothing(backend: str, late: bool, planned: Any, tmp_pat
     check(run, planned)
     assert run.summary()["skipped_steps"] == list(AT)
     assert main(["report", str(run.path)]) == 0
-    assert "3 step(s) skipped: spikes" in (run.path / "report.html").read_text()
+    assert "3 steps skipped: spikes" in (run.path / "report.html").read_text()
 
 
 def test_it_is_the_same_after_every_move(planned: Any, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from portatrain.cli import main
+from portatrain.runs.report.curves import Curve, curves_chart
 from tests.support.records import attempt, row
 
 H100 = {"device": "NVIDIA H100 80GB HBM3", "devices": 8, "mesh": "fsdp=8", "backend": "torch", "framework": "torch 0"}
@@ -97,14 +98,29 @@ def test_the_page_needs_nothing_and_draws_every_axis(runs: Path, capsys: Capture
     ):
         assert said in text, said
     assert "not recorded for r0.001-2, r0.001-4, r0.003-2, r0.003-4" in text  # over USD: a CPU has no price
-    charts = [ET.fromstring(svg) for svg in re.findall(r"<svg viewBox=\"0 0 1000.*?</svg>", text, re.DOTALL)]
-    lines = [len(chart.findall("polyline")) for chart in charts]
+    charts = [ET.fromstring(svg) for svg in re.findall(r"<svg viewBox=\"0 0 1000.*?</text></svg>", text, re.DOTALL)]
+    lines = [len(list(chart.iter("polyline"))) for chart in charts]
     # Sweeps: lr at 2 depths, depth at 2 rates; 4 figures over steps, 2 over tokens, seconds and USD.
     assert lines == [2, 2, 5, 5, 5, 5, 5, 5, 5, 5, 1, 1]
     for chart in charts:
         numbers = [float(v) for p in chart.iter("polyline") for v in p.attrib["points"].replace(",", " ").split()]
         assert numbers and all(0 <= n <= 1000 for n in numbers)
     assert main(["compare"]) == 0  # its own page may be written again
+
+
+@pytest.mark.parametrize(
+    ("first", "whole"), [((4.0, 3.5), True), ((900.0, 700.0), False)], ids=["within reach", "far above"]
+)
+def test_the_scale_holds_the_first_steps_unless_they_would_hide_the_rest(first: tuple, whole: bool) -> None:
+    values = [*first, *(2.0 + i % 2 for i in range(18))]
+    text = curves_chart("loss", [Curve(number=0, label="a", points=list(enumerate(values)))], x_label="steps")
+    box, line = ET.fromstring(text).find("svg"), ET.fromstring(text).find("svg/polyline")
+    assert box is not None and line is not None
+    top = float(box.attrib["y"])
+    at = [float(point.split(",")[1]) for point in line.attrib["points"].split()]
+    assert all(y >= top for y in at[2:])
+    assert all(y >= top for y in at[:2]) is whole  # what lies above the box is cut off, in its true shape
+    assert at[0] < at[1] < min(at[2:])
 
 
 def test_usd_are_the_chips_hours_at_the_price_of_the_cluster(runs: Path, capsys: Capture) -> None:
@@ -141,7 +157,7 @@ def test_a_curve_that_is_not_finite_is_the_worst_and_is_drawn(runs: Path, capsys
     assert said["best"] == "r0.001-2" and said["runs"][0]["result"] == "inf"
     text = Path("x.html").read_text()
     assert "not finite" in text and "nan," not in text
-    for svg in re.findall(r"<svg viewBox=\"0 0 1000.*?</svg>", text, re.DOTALL):
+    for svg in re.findall(r"<svg viewBox=\"0 0 1000.*?</text></svg>", text, re.DOTALL):
         ET.fromstring(svg)
 
 

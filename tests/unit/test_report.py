@@ -91,7 +91,7 @@ def test_the_page_needs_nothing_and_says_all(run: Path, capsys: pytest.CaptureFi
         "rng.word",
         "a &lt;b&gt;reason",
         "torch on 2 x cpu (x86_64), fsdp=2",
-        "2 step(s), 4.0 s",
+        "2 steps, 4.0 s",
         "planned step",
         "1.5 s",
         "not planned: no chip of the catalog",

@@ -38,19 +38,19 @@ class Curve:
 def curves_chart(title: str, curves: Sequence[Curve], *, x_label: str, log_x: bool = False) -> str:
     """Return an SVG of the curves. Values that are not finite are left out.
 
-    The scale of y holds every curve from a tenth of its length on: the first steps of a training would hide the
-    rest. What lies above runs along the upper edge.
+    The scale of y holds all values, unless the first tenth of each curve would take more than half of the height:
+    then it holds the curves from there on, and what lies outside is cut off at the edge.
     """
     shown = [(one, _finite(one.points)) for one in curves]
     shown = [(one, points) for one, points in shown if points]
     if not shown:
         return f'<figure><figcaption>{escape(title)}</figcaption><p class="none">nothing recorded</p></figure>'
     drawn = [(one, [(c[0], c[2]) for c in columns(points, MOST)]) for one, points in shown]
-    tails = [y for _, points in drawn for _, y in points[len(points) // 10 :]]
-    low, high = padded(tails)
-    log = min(tails) > 0 and max(tails) > WIDE * min(tails)
+    held = _held([[y for _, y in points] for _, points in drawn])
+    low, high = padded(held)
+    log = min(held) > 0 and max(held) > WIDE * min(held)
     if log:
-        low, high = min(tails) / 1.1, max(tails) * 1.1
+        low, high = min(held) / 1.1, max(held) * 1.1
     left, right = (f(x for _, points in shown for x, _ in points) for f in (min, max))
     if log_x:
         left, right = left / 1.15, right * 1.15
@@ -62,8 +62,12 @@ def curves_chart(title: str, curves: Sequence[Curve], *, x_label: str, log_x: bo
     y = Scale(low=low, high=high, start=HEIGHT - BOTTOM, end=TOP, log=log)
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     out += frame(x, y, x_label=x_label, y_label="")
+    width, height = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
+    # A picture within the picture cuts off what lies outside of it.
+    box = f'x="{LEFT}" y="{TOP}" width="{width}" height="{height}" viewBox="{LEFT} {TOP} {width} {height}"'
+    out.append(f"<svg {box}>")
     for one, points in drawn:
-        at = [(x(a), y(min(max(b, low), high))) for a, b in points]
+        at = [(x(a), y(max(b, low / 2) if log else b)) for a, b in points]
         line = " ".join(f"{a:.1f},{b:.1f}" for a, b in at)
         dash = f' stroke-dasharray="{one.dash}"' if one.dash else ""
         out.append(
@@ -76,6 +80,7 @@ def curves_chart(title: str, curves: Sequence[Curve], *, x_label: str, log_x: bo
                 f"{value:.5g} at {where:.6g}</title></circle>"
                 for (a, b), (where, value) in zip(at, points, strict=True)
             ]
+    out.append("</svg>")
     scale = ", logarithmic" if log else ""
     out.append(f'<text x="{LEFT}" y="14" class="title">{escape(title)}{scale}</text></svg>')
     return "".join(out)
@@ -88,6 +93,13 @@ def key(curve: Curve) -> str:
         f'<svg class="sample" viewBox="0 0 26 8"><line x1="0" x2="26" y1="4" y2="4" stroke="{curve.colour}" '
         f'stroke-width="3"{dash}/></svg>'
     )
+
+
+def _held(curves: Sequence[Sequence[float]]) -> list[float]:
+    """Return the values that the scale of y must hold."""
+    values = [y for curve in curves for y in curve]
+    tails = [y for curve in curves for y in curve[len(curve) // 10 :]]
+    return values if max(values) - min(values) <= 2 * (max(tails) - min(tails)) else tails
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:

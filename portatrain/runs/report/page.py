@@ -16,7 +16,7 @@ from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.report.tables import section as _section
 from portatrain.runs.report.tables import table as _table
 from portatrain.runs.verdict import in_words
-from portatrain.system.text import duration
+from portatrain.system.text import counted, duration
 
 STYLE = """
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1080px; padding: 0 1em; color: #222;
@@ -62,7 +62,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]], forks: Sequence
 def _head(run: History) -> str:
     reached = run.curve[-1]["step"] if run.curve else 0
     trained_s = sum(float(row.get("step_s", 0.0)) for row in run.curve)
-    facts = [run.state, f"step {reached} of {run.steps}", f"{len(run.attempts)} attempt(s)"]
+    facts = [run.state, f"step {reached} of {run.steps}", counted(len(run.attempts), "attempts")]
     if trained_s:
         facts.append(f"{duration(trained_s)} of training")
     if run.resume_points:
@@ -74,9 +74,9 @@ def _head(run: History) -> str:
     if run.skipped:
         spikes = len(run.spikes)
         if odd := len(run.skipped) - spikes:
-            facts.append(f"{odd} step(s) skipped: not finite")
+            facts.append(counted(odd, "steps skipped: not finite"))
         if spikes:
-            facts.append(f"{spikes} step(s) skipped: spikes")
+            facts.append(counted(spikes, "steps skipped: spikes"))
     return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(escape(str(fact)) for fact in facts)}</p>"
 
 
@@ -157,7 +157,7 @@ def _resume_points(run: History) -> str:
                 str(s.step),
                 f"{s.earlier or '?'} to {s.attempt}",
                 shown,
-                f"{s.retrained} step(s), {s.retrained_s:.1f} s" if s.retrained else "none",
+                f"{counted(s.retrained, 'steps')}, {s.retrained_s:.1f} s" if s.retrained else "none",
                 "" if s.gap_s is None else f"{s.gap_s:.1f} s",
             )
         )
