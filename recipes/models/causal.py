@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from portatrain.checkpoint.interop import Fields, Hub, Row, rope_fields
+from portatrain.checkpoint.interop import Fields, Hub, Row, rope_fields, rope_type
 from portatrain.model.layers import Dropout, Embedding, RMSNorm, places_of
 from portatrain.model.module import Module, Param
 from portatrain.model.ops import Array, Batch, Loss, Ops
@@ -315,13 +315,41 @@ def read_sizes(
     }
 
 
+def types_of(kinds: Sequence[Kind]) -> list[str]:
+    """Return config.json's `layer_types`."""
+    return ["full_attention" if kind.window is None else "sliding_attention" for kind in kinds]
+
+
+def two_ropes(c: CausalConfig, local_theta: float) -> dict[str, Any]:
+    """Return the field of config.json for plain rotary positions of another theta in the layers with a window."""
+    full = {"rope_theta": c.rope_theta, **(rope_type(c.rope_scaling) or {"rope_type": "default"})}
+    local = {"rope_theta": local_theta, "rope_type": "default"}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}}
+
+
+def read_two_ropes(fields: Fields, *, theta: float, local: float) -> tuple[dict[str, Any], float]:
+    """Return the rotary parameters of the layers without a window, and the theta of those with one.
+
+    theta, local: where neither `rope_parameters` nor `rope_theta` says another one.
+    """
+    nested = fields.get("rope_parameters", {})
+    full, sliding = (
+        dict(nested.get(name) or {}) if isinstance(nested, Mapping) else {}
+        for name in ("full_attention", "sliding_attention")
+    )
+    full |= fields.get("rope_scaling") or {}
+    if sliding.get("rope_type", "default") != "default":
+        fields.problem("rope_parameters", "plain rotary positions in the layers with a window", sliding)
+    return {"rope_theta": fields.get("rope_theta", theta), **full}, float(sliding.get("rope_theta", local))
+
+
 def layer_types(kinds: Sequence[Kind], window: int | None) -> dict[str, Any]:
     """Return the fields of config.json for windows in some layers, as Qwen has them."""
     sliding = [kind.window is not None for kind in kinds]
     return {
         "use_sliding_window": any(sliding),
         "sliding_window": window if any(sliding) else None,
-        "layer_types": ["sliding_attention" if s else "full_attention" for s in sliding],
+        "layer_types": types_of(kinds),
         # transformers before 4.50 has no layer_types, and gives a window to all layers from this one on.
         "max_window_layers": sliding.index(True) if any(sliding) else len(sliding),
     }

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from portatrain.checkpoint.interop import Fields, Hub, rope_type
+from portatrain.checkpoint.interop import Fields, Hub
 from portatrain.model.layers import Attention, GatedMLP, OneRMSNorm, layers_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
@@ -29,7 +29,10 @@ from recipes.models.causal import (
     Names,
     hub,
     read_sizes,
+    read_two_ropes,
     sliding_of,
+    two_ropes,
+    types_of,
 )
 
 NORMS: Names = (
@@ -92,7 +95,7 @@ class GemmaConfig(CausalConfig):
             "hidden_activation": "gelu_pytorch_tanh",
             "hidden_act": "gelu_pytorch_tanh",
             "sliding_window": self.window,
-            "layer_types": ["full_attention" if k.window is None else "sliding_attention" for k in self.kinds],
+            "layer_types": types_of(self.kinds),
             "query_pre_attn_scalar": self.query_scale,
             "attention_bias": self.attention_bias,
             "final_logit_softcapping": self.logit_softcap,
@@ -100,14 +103,7 @@ class GemmaConfig(CausalConfig):
         }
         if self.generation == 2:
             return replace(hub(self, "gemma2", "Gemma2ForCausalLM", names, **config), overrides=OVERRIDES)
-        full = {"rope_theta": self.rope_theta, **(rope_type(self.rope_scaling) or {"rope_type": "default"})}
-        config |= {
-            "rope_local_base_freq": self.local_theta,
-            "rope_parameters": {
-                "full_attention": full,
-                "sliding_attention": {"rope_theta": self.local_theta, "rope_type": "default"},
-            },
-        }
+        config |= {"rope_local_base_freq": self.local_theta, **two_ropes(self, self.local_theta)}
         names += QK_NORM
         return replace(hub(self, "gemma3_text", "Gemma3ForCausalLM", names, **config), overrides=OVERRIDES)
 
@@ -169,10 +165,11 @@ def from_hub(fields: Fields) -> GemmaConfig:
     for name in ("hidden_act", "_sliding_window_pattern"):  # transformers does not read them
         fields.get(name)
     fields.only("use_bidirectional_attention", False)
-    local: dict[str, Any] = {} if not three else {"local_theta": _local_theta(fields)}
-    sizes = read_sizes(
-        fields, theta=1e6 if three else 10_000.0, tied=True, head_dim=256, given=_full(fields) if three else None
-    )
+    local: dict[str, Any] = {}
+    given: Mapping[str, Any] | None = None
+    if three:
+        given, local["local_theta"] = read_two_ropes(fields, theta=1e6, local=fields.get("rope_local_base_freq", 1e4))
+    sizes = read_sizes(fields, theta=1e6 if three else 10_000.0, tied=True, head_dim=256, given=given)
     period = int(fields.get("sliding_window_pattern", 6)) if three else 2
     layers = range(sizes["layers"])
     sliding = (
@@ -202,19 +199,3 @@ def from_hub(fields: Fields) -> GemmaConfig:
 def _cap(fields: Fields, name: str, default: float | None) -> float | None:
     found = fields.get(name) if name in fields.config else default
     return None if found is None else fields.number(name, default)
-
-
-def _full(fields: Fields) -> Mapping[str, Any]:
-    """Return the rotary parameters of the layers without a window, in any of the three notations."""
-    nested = fields.get("rope_parameters", {})
-    full = dict(nested.get("full_attention") or {}) if isinstance(nested, Mapping) else {}
-    full |= fields.get("rope_scaling") or {}
-    return {"rope_theta": fields.get("rope_theta", 1e6), **full}
-
-
-def _local_theta(fields: Fields) -> float:
-    nested = fields.get("rope_parameters", {})
-    found = (nested.get("sliding_attention") or {}) if isinstance(nested, Mapping) else {}
-    if found.get("rope_type", "default") != "default":
-        fields.problem("rope_parameters", "plain rotary positions in the layers with a window", found)
-    return float(found.get("rope_theta", fields.get("rope_local_base_freq", 10_000.0)))

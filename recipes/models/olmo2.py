@@ -19,6 +19,7 @@ from recipes.models.causal import (
     MLP,
     CausalConfig,
     CausalLM,
+    Kind,
     Names,
     hub,
     read_sizes,
@@ -53,12 +54,13 @@ class Olmo2Config(CausalConfig):
 class Block(Module):
     """x + norm(attention(x)), then x + norm(mlp(x))."""
 
-    def __init__(self, c: Olmo2Config) -> None:
+    def __init__(self, c: Olmo2Config, kind: Kind) -> None:
         self.attn = Attention(
             embed=c.embed,
             heads=c.heads,
             kv_heads=c.kv,
             head_dim=c.head_size,
+            window=kind.window,
             bias="qkvo" if c.attention_bias else False,
             qk_norm="heads",
             norm_eps=c.norm_eps,
@@ -66,9 +68,10 @@ class Block(Module):
         self.attn_post_norm = rms_norm(c)
         self.mlp = GatedMLP(embed=c.embed, mlp=c.mlp_size)
         self.mlp_post_norm = rms_norm(c)
+        self.rope = kind.rope or 0
 
     def __call__(self, ops: Ops, x_BSE: Array, ropes: tuple[Any, ...], segment_ids: Array | None) -> tuple[Array, None]:
-        x_BSE = x_BSE + self.attn_post_norm(ops, self.attn(ops, x_BSE, ropes[0], segment_ids))
+        x_BSE = x_BSE + self.attn_post_norm(ops, self.attn(ops, x_BSE, ropes[self.rope], segment_ids))
         return x_BSE + self.mlp_post_norm(ops, self.mlp(ops, x_BSE)), None
 
 
@@ -76,7 +79,7 @@ class Olmo2(CausalLM):
     """A language model that predicts the next token; `CausalLM` says what a batch has."""
 
     def __init__(self, c: Olmo2Config) -> None:
-        super().__init__(c, layers_of(c.kinds, lambda kind: Block(c)), rms_norm(c))
+        super().__init__(c, layers_of(c.kinds, lambda kind: Block(c, kind)), rms_norm(c))
 
 
 def from_hub(fields: Fields) -> Olmo2Config:

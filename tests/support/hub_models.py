@@ -18,7 +18,9 @@ from portatrain.data import TokenMemmap
 from portatrain.model.module import describe
 from portatrain.recipe import Recipe, load_recipe
 
-FAMILIES = (*("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3", "phi3", "gpt2"),)
+FAMILIES = (
+    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "phi3", "gpt2"),
+)
 ROUTED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 SEQ = 24
 LONGEST = 64
@@ -61,7 +63,7 @@ def random_config(kind: str, rng: np.random.Generator) -> dict[str, Any]:
         "max_position_embeddings": LONGEST,
     }
     common |= {} if kind == "phi3" else {"head_dim": head_dim}
-    if kind in ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3"):
+    if kind in ("llama", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3"):
         common["attention_bias"] = pick(True, False)
     if kind in ("llama", "smollm3"):
         common["mlp_bias"] = pick(True, False)
@@ -73,15 +75,16 @@ def random_config(kind: str, rng: np.random.Generator) -> dict[str, Any]:
         common |= {"max_window_layers": int(rng.integers(layers + 1))}
     if kind == "smollm3":
         common["no_rope_layer_interval"] = pick(2, 3, 4)
-    if kind.startswith("gemma"):
-        common |= {"sliding_window": pick(3, 7), "query_pre_attn_scalar": pick(4, 9)}
-        common |= {"final_logit_softcapping": pick(None, 5.0)}
+    if kind.startswith("gemma") or kind == "olmo3":
+        common |= {"sliding_window": pick(3, 7)}
         common |= (
             {"layer_types": [pick("full_attention", "sliding_attention") for _ in range(layers)]} if pick(0, 1) else {}
         )
+    if kind.startswith("gemma"):
+        common |= {"query_pre_attn_scalar": pick(4, 9), "final_logit_softcapping": pick(None, 5.0)}
         common |= {"attn_logit_softcapping": pick(None, 3.0)} if kind == "gemma2" else {}
     rope = random_rope(head_dim, rng, ("longrope", "partial") if kind == "phi3" else None)
-    if kind == "gemma3_text":
+    if kind in ("gemma3_text", "olmo3"):
         if rope["rope_type"] == "dynamic":  # transformers 5.23 changes the wrong table of two
             rope = {"rope_type": "linear", "factor": 4.0}
         local = {"rope_type": "default", "rope_theta": pick(50.0, 1000.0)}

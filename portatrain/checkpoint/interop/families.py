@@ -38,6 +38,7 @@ FAMILIES = Registry(
         "gemma2": "recipes.models.gemma:from_hub",
         "gemma3_text": "recipes.models.gemma:from_hub",
         "olmo2": "recipes.models.olmo2:from_hub",
+        "olmo3": "recipes.models.olmo3:from_hub",
         "smollm3": "recipes.models.smollm3:from_hub",
         "phi3": "recipes.models.phi3:from_hub",
         "gpt2": "recipes.models.gpt2:from_hub",
