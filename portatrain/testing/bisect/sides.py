@@ -67,8 +67,9 @@ class Running:
             full = full_name(role, name)
             if full == COUNT:
                 return np.asarray(arrays[COUNT], np.int32)
-            info = self._infos[full]
-            held = arrays.get(full)
+            info, held = self._infos.get(full), arrays.get(full)
+            if info is None:  # of a backend that keeps more than the recipe asks for
+                return np.zeros(shape, np.float32)
             if held is None:
                 return initial_box(info, self.recipe.seed, offset, shape)
             part = held[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
