@@ -31,8 +31,8 @@ def watch_oracle(
     """Run the model in float64; return its calls, without gradients, and the forward pass.
 
     `added`: arrays that are added to results, by (number of the call, number of the result): to see what the loss makes
-    of a small change there. `taken`: arrays in the place of results, by the same numbers: to follow choices that rounding
-    has made.
+    of a small change there. `taken`: arrays in the place of results, by the same numbers: to follow choices that
+    rounding has made.
     """
     calls: list[Call] = []
     tags: dict[int, tuple[str, tuple[int, ...]]] = {}

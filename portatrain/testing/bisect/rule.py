@@ -203,8 +203,8 @@ class Update:
         return top / below if below else None
 
     def _numbers(self, names: list[str], factor: float, rule: Rule) -> Iterator[tuple[str, float]]:
-        """Yield (field, value) of the rule that acts: what the slots say of a decay rate, or the updates of the learning
-        rate."""
+        """Yield (field, value) of the rule that acts: what the slots say of a decay rate, or the updates of the
+        learning rate."""
         if type(rule).__name__ == "AdamW":
             for field, slot, power in (("b1", "m", 1), ("b2", "v", 2)):
                 top = below = 0.0

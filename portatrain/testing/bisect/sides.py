@@ -24,7 +24,8 @@ Make = Callable[[Program], Backend]
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """A recipe on one setting. name: in words. kernels: (operation, kernel) of those that are named. make: makes the
-    backend, by default that of the name `backend`."""
+    backend, by default that of the name `backend`. python: another Python that runs it; '': this one. source: the
+    recipe's file or name, which other processes load."""
 
     name: str
     recipe: Recipe
@@ -32,17 +33,25 @@ class Side:
     mesh: str = ""
     kernels: tuple[tuple[str, str], ...] = ()
     make: Make | None = None
+    python: str = ""
+    source: str = ""
 
 
 class Running:
     """A side that runs. Its backend is made once; every step begins at a state that is given as logical tensors."""
 
     def __init__(self, side: Side) -> None:
-        self.name, self.recipe = side.name, side.recipe
-        self.program = make_program(side.recipe, mesh=side.mesh)
+        self._describe(side)
         # What is computed again or fused is no part of what a step means.
         made = replace(self.program, remat="none", kernels=side.kernels)
         self.backend = (side.make or backend_class(side.backend))(made)
+
+    def _describe(self, side: Side) -> None:
+        self.name, self.recipe = side.name, side.recipe
+        self.program = make_program(side.recipe, mesh=side.mesh)
+
+    def close(self) -> None:
+        """End what runs for this side alone."""
 
     @property
     def definition(self) -> Definition:
@@ -80,6 +89,14 @@ class Running:
     def whole(self, state: Any) -> Arrays:
         """Return every tensor of a state, whole, by full name."""
         return whole(self.backend, state)
+
+    def gradients(self, state: Any, batch: Mapping[str, np.ndarray], step: int) -> tuple[float, Arrays]:
+        """Return the mean loss of a step and its gradients, before clipping; the state stays."""
+        return self.backend.gradients(state, batch, step=step)
+
+    def stepped(self, state: Any, batch: Mapping[str, np.ndarray], step: int, scale: float) -> Any:
+        """Return the state after a step; the given one is used up."""
+        return self.backend.step(state, batch, step=step, scale=scale)[0]
 
     def watch(self, state: Any, batch: Mapping[str, np.ndarray], step: int) -> list[Watched] | None:
         """Return what every operation of a step took and gave; None if this backend cannot say."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from portatrain.testing.bisect.forward import DEVIATIONS, DRAWS, MEASURED, Trace
 from portatrain.testing.bisect.operations import difference, largest, place
 from portatrain.testing.bisect.report import Fault, Replay, Stage, StepRow
 from portatrain.testing.bisect.rule import Update, Wrong
+from portatrain.testing.bisect.served import other_packages, running
 from portatrain.testing.bisect.sides import Running, Side
 
 Rows = Mapping[str, np.ndarray]
@@ -42,12 +44,32 @@ def replay(
     """
     names = (sides[0].name, sides[1].name)
     progress(f"making {names[0]} and {names[1]}")
-    running = (Running(sides[0]), Running(sides[1]))
+    with ExitStack() as stack:
+        made = [_opened(stack, side) for side in sides]
+        return _replayed((made[0], made[1]), batches, first, start, sizes, list(notes), progress)
+
+
+def _opened(stack: ExitStack, side: Side) -> Running:
+    made = running(side)
+    stack.callback(made.close)
+    return made
+
+
+def _replayed(
+    both: tuple[Running, Running],
+    batches: Sequence[tuple[Rows, Rows]],
+    first: int,
+    start: tuple[Arrays, Arrays] | None,
+    sizes: str,
+    said: list[str],
+    progress: Progress,
+) -> Replay:
+    names = (both[0].name, both[1].name)
+    said += other_packages(*both)
     rows: list[StepRow] = []
-    said = list(notes)
-    given = start or (running[0].first_state(), running[1].first_state())
+    given = start or (both[0].first_state(), both[1].first_state())
     for step, pair in enumerate(batches, start=first):
-        one = _Step(running, given, pair, step, progress)
+        one = _Step(both, given, pair, step, progress)
         fault = one.fault()
         rows += one.rows
         said += [note for note in one.notes if note not in said]
@@ -82,7 +104,7 @@ class _Step:
         if (found := self._restored(states)) is not None:
             return found
         measured = [
-            side.backend.gradients(state, batch, step=self.step)
+            side.gradients(state, batch, self.step)
             for side, state, batch in zip(self.sides, states, self.batches, strict=True)
         ]
         self.losses = (float(measured[0][0]), float(measured[1][0]))
@@ -93,8 +115,8 @@ class _Step:
             return found
         self.progress(f"step {self.step}: the update")
         for side, state, batch in zip(self.sides, states, self.batches, strict=True):
-            state, _ = side.backend.step(state, batch, step=self.step, scale=side.recipe.lr_scale(self.step))
-            self.after.append(side.whole(state))
+            after = side.stepped(state, batch, self.step, side.recipe.lr_scale(self.step))
+            self.after.append(side.whole(after))
         return self._updated()
 
     def _restored(self, states: Sequence[Any]) -> Fault | None:
