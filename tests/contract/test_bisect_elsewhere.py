@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import site
 import sys
 import venv
 from pathlib import Path
@@ -40,13 +39,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     venv.EnvBuilder(symlinks=True).create(folder)
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "these.pth").write_text(
-        "\n".join(p for p in sys.path if p.endswith("-packages") or p in site.getsitepackages())
-    )
+    (packages / "these.pth").write_text("\n".join(p for p in sys.path if p.endswith("-packages")))
     (packages / "planted.py").write_text(PLANTED)
-    (packages / "sitecustomize.py").write_text(
-        "import sys\nif 'portatrain' in ' '.join(sys.orig_argv):\n    import planted\n"
-    )
+    (packages / "sitecustomize.py").write_text("import planted\n")
     release = packages / "torch-99.1.dist-info"
     release.mkdir()
     (release / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 99.1\n")
@@ -65,6 +60,7 @@ def test_a_fault_of_a_package_is_found_in_the_environment_that_has_it(
     assert note.endswith(f": torch {torch.__version__.partition('+')[0]} and 99.1") or " and 99.1" in note
 
 
+@pytest.mark.full
 def test_the_same_environment_in_a_process_of_its_own_has_the_same_bits() -> None:
     made = recipe("model.layers=1")
     here = Side(name="here", recipe=made, backend="torch")

@@ -158,20 +158,8 @@ def test_the_curve_after_surgery_is_that_of_the_oracle(what: str, runs: Path) ->
     wanted: list[float] = []
     for backend in BACKENDS:
         new = RunDir(runs / f"{what}-{backend}")
-        words = [
-            "--runs",
-            str(runs),
-            "--at",
-            str(AT),
-            "--set",
-            f"steps={STEPS}",
-            "--run",
-            new.path.name,
-            *case.words,
-            "--surgery",
-            what,
-        ]
-        assert main(["fork", case.base, *words]) == 0
+        words = [*case.words, "--set", f"steps={STEPS}", "--surgery", what]
+        assert main(["fork", case.base, "--runs", str(runs), "--at", str(AT), "--run", new.path.name, *words]) == 0
         assert main(["resume", new.path.name, "--runs", str(runs), "--backend", backend]) == 0
         recipe = new.recipe()
         if not wanted:

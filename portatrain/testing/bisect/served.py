@@ -127,8 +127,7 @@ class Served(Running):
         lines = (self._path / f"said-{r}").read_text(errors="replace").strip().splitlines()
         return UserError(
             f"{self.name} in its own process",
-            expected="a Python of 3.11 or newer that has NumPy, ml_dtypes, rich, google-crc32c and the framework of the "
-            "backend",
+            expected="a Python of 3.11 or newer with NumPy, ml_dtypes, rich, google-crc32c and the backend's framework",
             got=f"it ended with exit code {code}{f': {lines[-1]}' if lines else ''}",
             do="Install them there, or give another Python.",
         )
