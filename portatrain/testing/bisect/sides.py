@@ -14,6 +14,7 @@ from portatrain.backends.program import Program, make_program
 from portatrain.backends.reference.run import forward, initial_states
 from portatrain.backends.state import COUNT, full_name, initial_box, inventory
 from portatrain.backends.watched import Watched
+from portatrain.errors import UserError
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.measured import whole
@@ -35,6 +36,24 @@ class Side:
     make: Make | None = None
     python: str = ""
     source: str = ""
+
+
+def check_shapes(a: Running, b: Running) -> None:
+    """Refuse sides with a parameter or State of two shapes.
+
+    Raises:
+        UserError: there is one.
+    """
+    held = [side.definition.params | side.definition.states for side in (a, b)]
+    for name in held[0].keys() & held[1].keys():
+        mine, other = held[0][name].shape, held[1][name].shape
+        if mine != other:
+            raise UserError(
+                f"{a.name} and {b.name}",
+                expected="one model, so that both sides can begin with the same state",
+                got=f"{name} of shape {list(mine)} and {list(other)}",
+                do="Leave out the fields that set sizes, or give them to both sides.",
+            )
 
 
 class Running:

@@ -17,7 +17,7 @@ from portatrain.testing.bisect.operations import difference, largest, place
 from portatrain.testing.bisect.report import Fault, Replay, Stage, StepRow
 from portatrain.testing.bisect.rule import Update, Wrong
 from portatrain.testing.bisect.served import other_packages, running
-from portatrain.testing.bisect.sides import Running, Side
+from portatrain.testing.bisect.sides import Running, Side, check_shapes
 
 Rows = Mapping[str, np.ndarray]
 Progress = Callable[[str], None]
@@ -65,6 +65,7 @@ def _replayed(
     progress: Progress,
 ) -> Replay:
     names = (both[0].name, both[1].name)
+    check_shapes(*both)
     said += other_packages(*both)
     rows: list[StepRow] = []
     given = start or (both[0].first_state(), both[1].first_state())
