@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 
-import portatrain
 from portatrain.backends.base import Arrays, process_per_device
 from portatrain.backends.watched import Body, Watched
 from portatrain.errors import UserError
@@ -66,7 +65,7 @@ class Served(Running):
             "cwd": os.getcwd(),
         }
         _write(self._path / "job", job)
-        root = str(Path(portatrain.__file__).parent.parent)
+        root = str(Path(__file__).parents[3])
         env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
         if self.processes > 1:
             env |= {"WORLD_SIZE": str(devices), "LOCAL_WORLD_SIZE": str(devices), "MASTER_ADDR": "127.0.0.1"}
