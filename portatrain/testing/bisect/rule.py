@@ -160,8 +160,9 @@ class Update:
         found = []
         rule, inner, path = self._acting(names)
         for field, value in (*self._switches(inner), *self._numbers(names, factor, inner)):
-            other = dataclasses.replace(inner, **{field: value})  # type: ignore[arg-type]
-            if fits(factor, dataclasses.replace(rule, **{path: other}) if path else other):
+            other = dataclasses.replace(inner, **{field: value})
+            whole: Any = {path: other}
+            if fits(factor, dataclasses.replace(rule, **whole) if path else other):
                 name, was = f"{path}.{field}" if path else field, getattr(inner, field)
                 found.append(f"as with {name}={_word(value)}, and the recipe has {name}={_word(was)}")
         true = int(self.before[COUNT]) + 1
