@@ -8,6 +8,9 @@ each run: a batch is a pure function of its step. --records leaves the replay ou
 Without B, A is a recipe, and --a and --b are two settings of it: backend=NAME, mesh=AXES, kernel=OPERATION=KERNEL, or
 any field of the recipe. The first steps are then replayed at small size with drawn tokens, as in `portatrain check`.
 
+--python-a and --python-b name a Python of another environment, whose packages then run that side: the code is the one
+here, and the packages that differ are listed.
+
 A replay runs on the CPU. It takes both sides from one state through a step, and judges each by the oracle: the restored
 state, every operation forward, then backward, the sum of the gradients, clipping, the rule. So the answer says whose
 side is wrong. The exit code is 0 if all differences are rounding, else 1.
@@ -18,7 +21,9 @@ examples:
   portatrain bisect tiny-lm --a backend=jax --b backend=torch
   portatrain bisect my_recipe.py --a backend=jax --b backend=jax --b mesh=fsdp=2
   portatrain bisect tiny-lm --a backend=torch --b backend=torch --b precision=bf16
+  portatrain bisect tiny-lm --a backend=torch --b backend=torch --b mesh=fsdp=2
   portatrain bisect tiny-lm --a backend=torch --b backend=torch --b kernel=attention=written-out
+  portatrain bisect tiny-lm --a backend=torch --b backend=torch --python-b other/bin/python
 """
 
 from __future__ import annotations
@@ -65,6 +70,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             help=f"one setting of side {name.upper()}: backend=torch, mesh=fsdp=2, kernel=attention=flex, or a "
             "field of the recipe",
         )
+    for name in ("a", "b"):
+        parser.add_argument(
+            f"--python-{name}",
+            metavar="PATH",
+            type=place,
+            help=f"the Python that runs side {name.upper()} (default: this one)",
+        )
     parser.add_argument("--records", action="store_true", help="compare the records alone, without a replay")
     parser.add_argument(
         "--steps", metavar="N", type=int, default=20, help="replay at most N steps of two runs (default: 20)"
@@ -106,7 +118,8 @@ def _settings(args: argparse.Namespace, began_s: float) -> int:
 
     on_cpu()  # before the recipe's file, which may import a framework
     recipe = load_recipe(args.one, cwd=Path.cwd())
-    sides = _named(_side(recipe, "--a", args.a), _side(recipe, "--b", args.b))
+    a, b = _side(recipe, "--a", args.a), _side(recipe, "--b", args.b)
+    sides = _named(*(_elsewhere(s, p, args.one) for s, p in ((a, args.python_a), (b, args.python_b))))
     from portatrain.testing.bisect.sized import replay_small
 
     replay = replay_small(sides, progress=_progress(began_s))
@@ -144,20 +157,18 @@ def _side(recipe: Recipe, option: str, words: Sequence[str]) -> Side:
     return Side(name=name, recipe=made, backend=backend, mesh=mesh, kernels=parse(kernels))
 
 
+def _elsewhere(side: Side, python: str | None, source: str) -> Side:
+    """Return the side with the Python that runs it, if one is named, and the recipe's file or name."""
+    name = f"{side.name}, python={python}" if python else side.name
+    return replace(side, name=name, python=python or "", source=source)
+
+
 def _mesh(mesh: str, backend: str, option: str) -> str:
-    """Return the mesh, '' for one device; UserError for one that a replay, which is one process, cannot have."""
-    from portatrain.backends.base import process_per_device
+    """Return the mesh, '' for one device; UserError for one that a replay cannot have."""
     from portatrain.model.layout import Mesh
     from portatrain.testing.recipe_check.processes import DEVICES
 
     devices = Mesh.parse("" if mesh == "1" else mesh).devices
-    if devices > 1 and process_per_device(backend):
-        raise UserError(
-            f"{option} mesh={mesh}",
-            expected=f"one device for backend {backend}",
-            got=f"{devices}, each with a process of its own",
-            do="Use backend=jax for meshes; `portatrain check` compares this backend on meshes by parameter.",
-        )
     if devices > DEVICES:
         raise UserError(
             f"{option} mesh={mesh}",
@@ -195,7 +206,7 @@ def _runs(args: argparse.Namespace, began_s: float) -> int:
     elif records.first is None:
         why = "no step of the records differs by more than rounding"
     else:
-        replay = _replayed(runs, records, args.steps, began_s)
+        replay = _replayed(runs, records, args, began_s)
     if args.json:
         found = {
             "records": records.as_json(),
@@ -219,7 +230,7 @@ def _recipe(run: RunDir, step: int | None) -> Recipe:
     return Recipe.from_json(changes.current(run.path) if step is None else changes.from_step(run.path, step))
 
 
-def _replayed(runs: tuple[RunDir, RunDir], records: Records, most: int, began_s: float) -> Replay:
+def _replayed(runs: tuple[RunDir, RunDir], records: Records, args: argparse.Namespace, began_s: float) -> Replay:
     import numpy as np
 
     from portatrain.backends.program import make_program
@@ -229,7 +240,7 @@ def _replayed(runs: tuple[RunDir, RunDir], records: Records, most: int, began_s:
     from portatrain.training.two_runs import not_reproduced
 
     assert records.first is not None
-    sign, progress = records.first, _progress(began_s)
+    sign, progress, most = records.first, _progress(began_s), args.steps
     # A checkpoint's record is of the state after its step, and of the step that follows. A loss is computed from the
     # state that the step before has left.
     last = min(sign.step + 1 if sign.saved else sign.step, records.steps[1])
@@ -248,7 +259,8 @@ def _replayed(runs: tuple[RunDir, RunDir], records: Records, most: int, began_s:
             )
     notes = list(records.notes)
     sides = tuple(
-        _side_of(run, recipe, name, last, notes) for run, recipe, name in zip(runs, recipes, records.names, strict=True)
+        _elsewhere(_side_of(run, recipe, name, last, notes), python, _source(run))
+        for run, recipe, name, python in zip(runs, recipes, records.names, (args.python_a, args.python_b), strict=True)
     )
     for run, recipe, name in zip(runs, recipes, records.names, strict=True):
         if run.run_info().get("code_sha256") != code_sha256(recipe):
@@ -290,6 +302,14 @@ def _side_of(run: RunDir, recipe: Recipe, name: str, step: int, notes: list[str]
         notes.append(f"{name} is replayed on one device and not on {given}: expected {error.expected}")
         mesh = ""
     return Side(name=name, recipe=recipe, backend=backend, mesh=mesh)
+
+
+def _source(run: RunDir) -> str:
+    job = next(iter(reversed(recorded_jobs(run))), None)
+    if job is None:
+        return ""
+    path = Path(job.cwd or ".", recipe_file(job))
+    return str(path) if path.exists() else recipe_file(job)
 
 
 def _tensors(run: RunDir, step: int) -> dict[str, Any]:

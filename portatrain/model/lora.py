@@ -121,7 +121,7 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         for operand in operands:
             if isinstance(operand, Adapted):
-                return operand.contracted(functools.partial(through, self), spec, operands, dtype)
+                return operand.contracted(self.einsum, spec, operands, dtype)
         return with_fp8(self, einsum, spec, operands, dtype)
 
     return through

@@ -362,6 +362,8 @@ def test_a_damaged_record_is_refused(tmp_path: Path) -> None:
     data = recorded(Torch()).data
     damaged = [{k: v for k, v in data.items() if k != name} for name in data]
     damaged += [{**data, name: "x"} for name in data if name != "framework"]
+    damaged += [{**data, name: [1]} for name in ("disagree", "ties", "rng")]
+    damaged += [{**data, "batch": {"a": 1}}, {**data, "around": {"1": {"arrays": {"x": 7}, "rank_rows": []}}}]
     sums = data["tensors"]["params/0.weight"]
     for name in sums:
         damaged += [{**data, "tensors": {"params/w": {**sums, name: other}}} for other in (None, [], {})]

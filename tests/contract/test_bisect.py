@@ -208,6 +208,9 @@ def test_mistakes_end_in_one_paragraph(runs: Path, tmp_path: Path, capsys: pytes
     assert "similar" in said("base", "agian") or "again" in said("base", "agian")
     assert "no '='" in said("tiny-lm", "--a", "torch", "--b", "backend=torch")
 
+    sizes = [str(runs.parent / "one.py"), "--a", "backend=torch", "--b", "backend=torch", "--b", "model.vocab=9"]
+    assert "of shape [7, 2] and [9, 2]" in said(*sizes) and "\n" not in said(*sizes)
+
     wide = tmp_path / "wide"
     given = ["train", str(runs.parent / "one.py"), "--run-dir", str(wide), "--backend", "torch", "--set", "steps=2"]
     assert main([*given, "--set", "model.embed=4"]) == OK

@@ -116,12 +116,15 @@ def forked(runs: Path) -> dict[str, list[float]]:
     return {}
 
 
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=() if b == BACKEND else pytest.mark.full) for b in BACKENDS])
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_changed_fork_is_the_oracle_that_makes_the_same_change(what: str, runs: Path, forked: Any) -> None:
+def test_a_changed_fork_is_the_oracle_that_makes_the_same_change(
+    what: str, backend: str, runs: Path, forked: Any
+) -> None:
     file, words = CHANGES[what]
-    name = what.replace(" ", "-")
+    name = f"{what.replace(' ', '-')}-{backend}"
     made = fork(runs, f"short-{file[:-3]}", name, 2, *words)
-    assert resume(runs, name) == 0
+    assert resume(runs, name, "--backend", backend) == 0
     recipe = made.recipe()
     old = Recipe.from_json(made.run_info()["parent"]["recipe"])
     mine = Oracle(old)

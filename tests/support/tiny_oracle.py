@@ -25,7 +25,8 @@ class Oracle:
             n: initial_box(t, recipe.seed, (0,) * len(t.shape), t.shape).astype(np.float64)
             for n, t in self.infos.items()
         }
-        self.slots = {n: oracle.init(recipe.optimizer, t) for n, t in self.infos.items()}
+        self.trained = [n for n in self.infos if n in self.program.trainable]
+        self.slots = {n: oracle.init(recipe.optimizer, self.infos[n]) for n in self.trained}
         self.count, self.next = 0, 0
 
     def loss(self, recipe: Recipe, split: Any, step: int) -> float:
@@ -50,7 +51,8 @@ class Oracle:
         names, loss = list(self.params), self._loss(recipe, rows, step)
         arrays = [self.params[n] for n in names]
         grads = {}
-        for at, name in enumerate(names):
+        for name in self.trained:
+            at = names.index(name)
             grad = np.zeros(arrays[at].shape)
             for index in np.ndindex(grad.shape):
                 unit = np.zeros(grad.shape)
@@ -61,7 +63,8 @@ class Oracle:
         found = loss(*arrays)
         factor = min(1.0, float(recipe.clip_norm or np.inf) / oracle.global_norm(grads))
         self.count += 1
-        for name, info in self.infos.items():
+        for name in self.trained:
+            info = self.infos[name]
             self.params[name], self.slots[name] = oracle.step(
                 recipe.optimizer,
                 info,

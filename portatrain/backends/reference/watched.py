@@ -26,11 +26,13 @@ def watch_oracle(
     *,
     states: Arrays | None = None,
     added: Mapping[tuple[int, int], np.ndarray] | None = None,
+    taken: Mapping[tuple[int, int], np.ndarray] | None = None,
 ) -> tuple[list[Call], Forward]:
     """Run the model in float64; return its calls, without gradients, and the forward pass.
 
     `added`: arrays that are added to results, by (number of the call, number of the result): to see what the loss makes
-    of a small change there.
+    of a small change there. `taken`: arrays in the place of results, by the same numbers: to follow choices that
+    rounding has made.
     """
     calls: list[Call] = []
     tags: dict[int, tuple[str, tuple[int, ...]]] = {}
@@ -40,6 +42,9 @@ def watch_oracle(
         call.args, call.tags = [np.asarray(a) for a in arrays], [tags.get(id(a)) for a in arrays]
         results: list[Any] = []
         template = taken_apart(run(arrays), is_array, results)
+        for (number, i), value in (taken or {}).items():
+            if number == len(calls):
+                results[i] = value.astype(np.asarray(results[i]).dtype)
         for (number, i), change in (added or {}).items():
             if number == len(calls):
                 results[i] = results[i] + change

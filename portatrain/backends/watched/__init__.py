@@ -20,14 +20,16 @@ from portatrain.errors.users_code import is_ours, shown
 from portatrain.model.module import Module
 from portatrain.model.ops import Loss, Ops
 
-STRUCTURE = ("stack", "scan", "associative_scan", "across_samples", "experts", "aux", "tally", "update", "name")
+STRUCTURE = ("stack", "scan", "associative_scan", "across_samples", "aux", "tally", "update", "name")
 """Operations that run functions of the model or return nothing. Those within the functions of `stack` are recorded."""
+BODIES = ("experts",)
+"""Operations whose first argument is a function that gets all of its arrays: they are recorded as one call."""
 WATCHED = tuple(
     name
     for name, _ in inspect.getmembers(Ops, inspect.isfunction)
     if not name.startswith("_") and name not in STRUCTURE
 )
-OPAQUE = ("scan", "associative_scan", "across_samples", "experts")
+OPAQUE = ("scan", "associative_scan", "across_samples")
 """Operations within which nothing is recorded: a framework runs their functions in traces of its own."""
 
 
@@ -36,6 +38,14 @@ class Slot:
     """The place of array `i` in the arguments of a call."""
 
     i: int
+
+
+@dataclass(frozen=True)
+class Body:
+    """A function of the model in the arguments of a call, by its name; `run` is that of the framework that ran it."""
+
+    name: str
+    run: Callable[..., Any] = field(compare=False, repr=False)
 
 
 @dataclass(kw_only=True)
@@ -116,6 +126,12 @@ def put_together(template: Any, arrays: Sequence[Any]) -> Any:
     return template
 
 
+def call_with(method: Callable[..., Any], template: Any, arrays: Sequence[Any]) -> Any:
+    """Return what `method` gives for the arguments of a call, with these arrays."""
+    args, options = put_together(template, arrays)
+    return method(*(a.run if isinstance(a, Body) else a for a in args), **options)
+
+
 Watcher = Callable[[Any, Callable[..., Any], Call, list[Any]], Any]
 """(operations, call of the method with arrays in place of the recorded ones, the call, its arrays) -> its result."""
 
@@ -128,22 +144,24 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
     inside = False
 
     def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        otherwise = closed(method) if name in BODIES else method
+
         def call(self: Any, *args: Any, **options: Any) -> Any:
             nonlocal inside
             arrays: list[Any] = []
             try:
                 if inside:
                     raise TypeError
-                template = taken_apart((args, options), is_array, arrays)
+                given = (Body(_named(args[0]), args[0]), *args[1:]) if name in BODIES else args
+                template = taken_apart((given, options), is_array, arrays)
             except TypeError:  # an operation within another, or a weight with factors: its parts are recorded
-                return method(self, *args, **options)
+                return otherwise(self, *args, **options)
             path, place = _caller(sys._getframe(1))
             about = Call(name=name, path=path, place=place, layer=layer_of(self), template=template)
             inside = True
 
             def run(given: Sequence[Any]) -> Any:
-                positional, named = put_together(template, given)
-                return method(self, *positional, **named)
+                return call_with(method.__get__(self), template, given)
 
             try:
                 return watcher(self, run, about, arrays)
@@ -166,6 +184,10 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
     methods = {name: noting(name, getattr(base, name)) for name in WATCHED}
     methods |= {name: closed(getattr(base, name)) for name in OPAQUE}
     return type(f"Watching{base.__name__}", (base,), methods)
+
+
+def _named(body: Any) -> str:
+    return str(getattr(body, "__name__", type(body).__name__))
 
 
 def _caller(frame: FrameType | None) -> tuple[str, str]:

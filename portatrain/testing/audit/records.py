@@ -79,7 +79,26 @@ def _damage(data: Mapping[str, Any]) -> str | None:
             sizes = len(tensor["blocks"]), len(tensor["signs"])
             if sizes != (BLOCKS, SIGNS) or not set(WORDS) <= tensor["words"].keys():
                 return f"the sums of {key}"
-    return None
+    batches = [*([] if data["batch"] is None else [data["batch"]]), *data["around"].values()]
+    inner = {
+        "disagree": all(_words(item) and len(item) == 3 for item in data["disagree"]),
+        "ties": all(_words(group) and group for group in data["ties"]),
+        "batch": all(map(_is_batch, batches)),
+        "rng": _words(data["rng"] or []),
+    }
+    return next((name for name, good in inner.items() if not good), None)
+
+
+def _words(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_batch(batch: Any) -> bool:
+    """Return whether these are rows as `batches.joined` gives them."""
+    if not isinstance(batch, dict) or not isinstance(arrays := batch.get("arrays"), dict):
+        return False
+    sizes = batch.get("rank_rows")
+    return all(map(_words, arrays.values())) and isinstance(sizes, list) and all(isinstance(n, int) for n in sizes)
 
 
 def load(path: Path | str) -> Record:

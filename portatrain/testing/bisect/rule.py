@@ -8,7 +8,7 @@ rounding (`backends/reference/optim_bounds.py`) on either side.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +16,19 @@ import numpy as np
 
 from portatrain.backends.base import Arrays
 from portatrain.backends.reference import optim, optim_bounds
-from portatrain.backends.reference.run import after_step, forward
+from portatrain.backends.reference.run import after_step
+from portatrain.backends.reference.watched import watch_oracle
 from portatrain.backends.rounding import bound, positions_in
 from portatrain.backends.state import COUNT
+from portatrain.errors import UserError
 from portatrain.optim import Rule
 from portatrain.testing.bisect.operations import difference, largest, place
 from portatrain.testing.bisect.report import Stage
 from portatrain.testing.bisect.sides import Running
 
 U = 2.0**-24
+FAR = 10**9
+"""A step at which corrections for the first steps are 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +48,8 @@ class Wrong:
 
 @dataclass(kw_only=True)
 class Update:
-    """One step of a side: the state before it, its gradients, the state after it. batch: microbatches."""
+    """One step of a side: the state before it, its gradients, the state after it. batch: microbatches. taken: for each
+    of them the results in which the side chose otherwise than the oracle, as in `watch_oracle`."""
 
     side: Running
     step: int
@@ -52,10 +57,12 @@ class Update:
     gradients: Arrays
     after: Mapping[str, np.ndarray]
     batch: Mapping[str, np.ndarray]
+    taken: Sequence[Mapping[tuple[int, int], np.ndarray]] = ()
 
     def wrong(self) -> Iterator[Wrong]:
         """Yield what is wrong, the first cause first."""
         yield from self.rule()
+        yield from self._others()
         yield from self._averages()
         yield from self._states()
 
@@ -99,7 +106,7 @@ class Update:
         yield self._found(stage, what, full, got, due, limit, hint)
 
     def _of_parameter(
-        self, name: str, factor: float, rule: Rule | None = None, decay: bool | None = None
+        self, name: str, factor: float, rule: Rule | None = None, decay: bool | None = None, count: int = 0
     ) -> tuple[str, np.ndarray, np.ndarray, np.ndarray] | None:
         """Return (slot, values, the oracle's, the bounds) of the first slot of a parameter that is wrong, '' for the
         parameter itself; None if all is well."""
@@ -113,7 +120,7 @@ class Update:
             "param": np.asarray(self.before[f"params/{name}"], np.float64),
             "slots": slots,
             "scale": side.recipe.lr_scale(self.step),
-            "count": int(self.before[COUNT]) + 1,
+            "count": count or int(self.before[COUNT]) + 1,
             "decay": name in side.program.decay if decay is None else decay,
         }
         rule = rule or side.recipe.optimizer
@@ -136,10 +143,11 @@ class Update:
         return {slot: np.asarray(arrays[f"opt/{slot}/{name}"], np.float64) for slot in made}
 
     def _explained(self, names: list[str], factor: float) -> tuple[Stage, str]:
-        """Return what one change of the rule explains all of `names`: another decay, clipping or number."""
+        """Return what one change of the rule explains all of `names`: another decay, clipping, count or field. Several
+        may, as in the first step, where each of some of them scales the whole update."""
 
-        def fits(factor: float, rule: Rule | None = None, decay: bool | None = None) -> bool:
-            return all(self._of_parameter(n, factor, rule, decay) is None for n in names)
+        def fits(factor: float, rule: Rule | None = None, decay: bool | None = None, count: int = 0) -> bool:
+            return all(self._of_parameter(n, factor, rule, decay, count) is None for n in names)
 
         decay = self.side.program.decay
         if all(n not in decay for n in names) and fits(factor, decay=True):
@@ -149,12 +157,39 @@ class Update:
         used = self._used_factor(names)
         if used is not None and fits(used):
             return Stage.CLIPPING, f"the gradients were multiplied by {used:.6g}, and clipping asks for {factor:.6g}"
-        for number, value in self._numbers(names, factor):
-            rule = dataclasses.replace(self.side.recipe.optimizer, **{number: value})
-            if fits(factor, rule):
-                was = getattr(self.side.recipe.optimizer, number)
-                return Stage.RULE, f"as with {number}={value:.4g}, and the recipe has {number}={was:.4g}"
-        return Stage.RULE, ""
+        found = []
+        rule, inner, path = self._acting(names)
+        for field, value in (*self._switches(inner), *self._numbers(names, factor, inner)):
+            other = dataclasses.replace(inner, **{field: value})
+            whole: Any = {path: other}
+            if fits(factor, dataclasses.replace(rule, **whole) if path else other):
+                name, was = f"{path}.{field}" if path else field, getattr(inner, field)
+                found.append(f"as with {name}={_word(value)}, and the recipe has {name}={_word(was)}")
+        true = int(self.before[COUNT]) + 1
+        counts = {true - 1: f"as in step {true - 1}", true + 1: f"as in step {true + 1}"}
+        for count, words in {**counts, FAR: "without the corrections of the first steps"}.items():
+            if count > 0 and fits(factor, count=count):
+                found.append(words)
+        return Stage.RULE, ", or ".join(found)
+
+    def _acting(self, names: list[str]) -> tuple[Rule, Rule, str]:
+        """Return the recipe's rule, the one that updates `names`, and the field of the first that has the second; ''
+        if they are one."""
+        rule = self.side.recipe.optimizer
+        acting = {rule.rule_for(self.side.definition.params[n]) for n in names}
+        for field in dataclasses.fields(rule):
+            if acting == {getattr(rule, field.name)}:
+                return rule, getattr(rule, field.name), field.name
+        return rule, rule, ""
+
+    def _switches(self, rule: Rule) -> Iterator[tuple[str, bool]]:
+        for field in dataclasses.fields(rule):
+            if isinstance(value := getattr(rule, field.name), bool):
+                try:
+                    dataclasses.replace(rule, **{field.name: not value})
+                except UserError:  # with the other fields
+                    continue
+                yield field.name, not value
 
     def _used_factor(self, names: list[str]) -> float | None:
         """Return the factor of the gradients that a mean of them shows; None if the rule keeps none."""
@@ -168,9 +203,9 @@ class Update:
             top, below = top + float(((new - b1 * old) * g).sum()), below + float((g * g).sum())
         return top / below if below else None
 
-    def _numbers(self, names: list[str], factor: float) -> Iterator[tuple[str, float]]:
-        """Yield (field, value): what the slots say of a decay rate, or the updates of the learning rate."""
-        rule = self.side.recipe.optimizer
+    def _numbers(self, names: list[str], factor: float, rule: Rule) -> Iterator[tuple[str, float]]:
+        """Yield (field, value) of the rule that acts: what the slots say of a decay rate, or the updates of the
+        learning rate."""
         if type(rule).__name__ == "AdamW":
             for field, slot, power in (("b1", "m", 1), ("b2", "v", 2)):
                 top = below = 0.0
@@ -209,6 +244,15 @@ class Update:
 
     # ---- beside the rule
 
+    def _others(self) -> Iterator[Wrong]:
+        """A parameter that is not trained has moved."""
+        for name in sorted(self.side.definition.params.keys() - self.gradients.keys()):
+            got, due = (np.asarray(a[f"params/{name}"]) for a in (self.after, self.before))
+            if not (difference(got, due) <= 0).all():
+                what = f"parameter {name}, which is not trained,"
+                yield self._found(Stage.RULE, what, f"params/{name}", got, due.astype(np.float64), 0.0, "it has moved")
+                return
+
     def _averages(self) -> Iterator[Wrong]:
         decay = self.side.program.ema_decay
         if decay is None:
@@ -233,7 +277,10 @@ class Update:
             micro = {k: v[i] for k, v in self.batch.items()}
             with np.errstate(all="ignore"):
                 context = side.context(micro, self.step)
-                states = forward(definition, side.parameters(self.before), micro, context, states=states).states
+                taken = self.taken[i] if i < len(self.taken) else None
+                params = side.parameters(self.before)
+                _, found = watch_oracle(definition, params, micro, context, states=states, taken=taken)
+                states = found.states
         positions = positions_in(definition, self.batch, microbatches=True)
         error = bound(definition, positions, side.recipe.precision, runs=1)
         for name, due in after_step(definition, states).items():
@@ -260,3 +307,7 @@ class Update:
             bound=float(limits.flat[index]),
             hint=hint,
         )
+
+
+def _word(value: Any) -> str:
+    return str(value) if isinstance(value, bool) else f"{value:.4g}"

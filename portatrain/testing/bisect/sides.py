@@ -14,6 +14,7 @@ from portatrain.backends.program import Program, make_program
 from portatrain.backends.reference.run import forward, initial_states
 from portatrain.backends.state import COUNT, full_name, initial_box, inventory
 from portatrain.backends.watched import Watched
+from portatrain.errors import UserError
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.measured import whole
@@ -24,7 +25,8 @@ Make = Callable[[Program], Backend]
 @dataclass(frozen=True, kw_only=True)
 class Side:
     """A recipe on one setting. name: in words. kernels: (operation, kernel) of those that are named. make: makes the
-    backend, by default that of the name `backend`."""
+    backend, by default that of the name `backend`. python: another Python that runs it; '': this one. source: the
+    recipe's file or name, which other processes load."""
 
     name: str
     recipe: Recipe
@@ -32,17 +34,43 @@ class Side:
     mesh: str = ""
     kernels: tuple[tuple[str, str], ...] = ()
     make: Make | None = None
+    python: str = ""
+    source: str = ""
+
+
+def check_shapes(a: Running, b: Running) -> None:
+    """Refuse sides with a parameter or State of two shapes.
+
+    Raises:
+        UserError: there is one.
+    """
+    held = [side.definition.params | side.definition.states for side in (a, b)]
+    for name in held[0].keys() & held[1].keys():
+        mine, other = held[0][name].shape, held[1][name].shape
+        if mine != other:
+            raise UserError(
+                f"{a.name} and {b.name}",
+                expected="one model, so that both sides can begin with the same state",
+                got=f"{name} of shape {list(mine)} and {list(other)}",
+                do="Leave out the fields that set sizes, or give them to both sides.",
+            )
 
 
 class Running:
     """A side that runs. Its backend is made once; every step begins at a state that is given as logical tensors."""
 
     def __init__(self, side: Side) -> None:
-        self.name, self.recipe = side.name, side.recipe
-        self.program = make_program(side.recipe, mesh=side.mesh)
+        self._describe(side)
         # What is computed again or fused is no part of what a step means.
         made = replace(self.program, remat="none", kernels=side.kernels)
         self.backend = (side.make or backend_class(side.backend))(made)
+
+    def _describe(self, side: Side) -> None:
+        self.name, self.recipe = side.name, side.recipe
+        self.program = make_program(side.recipe, mesh=side.mesh)
+
+    def close(self) -> None:
+        """End what runs for this side alone."""
 
     @property
     def definition(self) -> Definition:
@@ -67,8 +95,9 @@ class Running:
             full = full_name(role, name)
             if full == COUNT:
                 return np.asarray(arrays[COUNT], np.int32)
-            info = self._infos[full]
-            held = arrays.get(full)
+            info, held = self._infos.get(full), arrays.get(full)
+            if info is None:  # of a backend that keeps more than the recipe asks for
+                return np.zeros(shape, np.float32)
             if held is None:
                 return initial_box(info, self.recipe.seed, offset, shape)
             part = held[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))]
@@ -79,6 +108,14 @@ class Running:
     def whole(self, state: Any) -> Arrays:
         """Return every tensor of a state, whole, by full name."""
         return whole(self.backend, state)
+
+    def gradients(self, state: Any, batch: Mapping[str, np.ndarray], step: int) -> tuple[float, Arrays]:
+        """Return the mean loss of a step and its gradients, before clipping; the state stays."""
+        return self.backend.gradients(state, batch, step=step)
+
+    def stepped(self, state: Any, batch: Mapping[str, np.ndarray], step: int, scale: float) -> Any:
+        """Return the state after a step; the given one is used up."""
+        return self.backend.step(state, batch, step=step, scale=scale)[0]
 
     def watch(self, state: Any, batch: Mapping[str, np.ndarray], step: int) -> list[Watched] | None:
         """Return what every operation of a step took and gave; None if this backend cannot say."""

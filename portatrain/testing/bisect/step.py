@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,8 @@ from portatrain.testing.bisect.forward import DEVIATIONS, DRAWS, MEASURED, Trace
 from portatrain.testing.bisect.operations import difference, largest, place
 from portatrain.testing.bisect.report import Fault, Replay, Stage, StepRow
 from portatrain.testing.bisect.rule import Update, Wrong
-from portatrain.testing.bisect.sides import Running, Side
+from portatrain.testing.bisect.served import other_packages, running
+from portatrain.testing.bisect.sides import Running, Side, check_shapes
 
 Rows = Mapping[str, np.ndarray]
 Progress = Callable[[str], None]
@@ -42,12 +44,33 @@ def replay(
     """
     names = (sides[0].name, sides[1].name)
     progress(f"making {names[0]} and {names[1]}")
-    running = (Running(sides[0]), Running(sides[1]))
+    with ExitStack() as stack:
+        made = [_opened(stack, side) for side in sides]
+        return _replayed((made[0], made[1]), batches, first, start, sizes, list(notes), progress)
+
+
+def _opened(stack: ExitStack, side: Side) -> Running:
+    made = running(side)
+    stack.callback(made.close)
+    return made
+
+
+def _replayed(
+    both: tuple[Running, Running],
+    batches: Sequence[tuple[Rows, Rows]],
+    first: int,
+    start: tuple[Arrays, Arrays] | None,
+    sizes: str,
+    said: list[str],
+    progress: Progress,
+) -> Replay:
+    names = (both[0].name, both[1].name)
+    check_shapes(*both)
+    said += other_packages(*both)
     rows: list[StepRow] = []
-    said = list(notes)
-    given = start or (running[0].first_state(), running[1].first_state())
+    given = start or (both[0].first_state(), both[1].first_state())
     for step, pair in enumerate(batches, start=first):
-        one = _Step(running, given, pair, step, progress)
+        one = _Step(both, given, pair, step, progress)
         fault = one.fault()
         rows += one.rows
         said += [note for note in one.notes if note not in said]
@@ -71,6 +94,9 @@ class _Step:
         self.rows: list[StepRow] = []
         self.notes: list[str] = []
         self.after: list[Arrays] = []
+        self._unseen: set[str] = set()
+        self._taken: tuple[list[Any], ...] = ([], [])
+        self._terms: tuple[dict[str, float], ...] = ({}, {})
 
     def fault(self) -> Fault | None:
         """Return the first fault of the step, or None; then `after` has the state after it on both sides."""
@@ -79,17 +105,19 @@ class _Step:
         if (found := self._restored(states)) is not None:
             return found
         measured = [
-            side.backend.gradients(state, batch, step=self.step)
+            side.gradients(state, batch, self.step)
             for side, state, batch in zip(self.sides, states, self.batches, strict=True)
         ]
         self.losses = (float(measured[0][0]), float(measured[1][0]))
         self.gradients = tuple(g for _, g in measured)
+        if (found := self._trained()) is not None:
+            return found
         if not self._same_gradients() and (found := self._traced(states)) is not None:
             return found
         self.progress(f"step {self.step}: the update")
         for side, state, batch in zip(self.sides, states, self.batches, strict=True):
-            state, _ = side.backend.step(state, batch, step=self.step, scale=side.recipe.lr_scale(self.step))
-            self.after.append(side.whole(state))
+            after = side.stepped(state, batch, self.step, side.recipe.lr_scale(self.step))
+            self.after.append(side.whole(after))
         return self._updated()
 
     def _restored(self, states: Sequence[Any]) -> Fault | None:
@@ -116,6 +144,28 @@ class _Step:
         return None
 
     # ---- gradients
+
+    def _trained(self) -> Fault | None:
+        """A parameter that a side trains and its recipe does not, or the other way round."""
+        due = [side.program.trainable for side in self.sides]
+        wrong = {n for g, names in zip(self.gradients, due, strict=True) for n in g.keys() ^ names}
+        differ = wrong or (due[0] ^ due[1])
+        if not differ:
+            return None
+        name = min(differ)
+        values = [name in g for g in self.gradients]
+        true = [name in names for names in due]
+        word = {True: "a gradient", False: "no gradient"}
+        return Fault(
+            step=self.step,
+            stage=Stage.GRADIENT,
+            what=f"parameter {name}, which is {'' if true[0] else 'not '}trained by the recipe",
+            values=(word[values[0]], word[values[1]]),
+            oracle=(word[true[0]], word[true[1]]),
+            bound=0.0,
+            wrong=[side.name for side, got, t in zip(self.sides, values, true, strict=True) if got != t],
+            hint=f"and {len(differ) - 1} more" if len(differ) > 1 else "",
+        )
 
     def _bound(self, i: int, runs: int) -> float:
         side = self.sides[i]
@@ -155,6 +205,8 @@ class _Step:
                 trace = Trace(step=self.step, sides=self.sides, watched=pair, micros=micros, arrays=self.arrays)  # type: ignore[arg-type]
                 if (found := next(trace.forward(), None)) is not None:
                     return found
+                for i in (0, 1):
+                    self._taken[i].append(trace.taken[i])
                 self.progress(f"step {self.step}: every result agrees with the oracle; backward")
                 if (found := next(trace.backward(), None) or self._uses(trace)) is not None:
                     return found
@@ -167,16 +219,23 @@ class _Step:
         sums: list[dict[str, np.ndarray]] = []
         for watched, calls, side in zip(trace.watched, trace.oracle, self.sides, strict=True):
             found = {n: np.zeros(side.definition.params[n].shape) for n in watched.grads}
+            terms = self._terms[len(sums)]
             for call, oracle in zip(watched.calls, calls, strict=True):
+                most = max((largest(g) for g in (*call.arg_grads, *call.result_grads) if g is not None), default=0.0)
                 for tag, grad in zip(oracle.tags, call.arg_grads, strict=True):
                     if tag is not None and grad is not None and tag[0] in found:
                         found[tag[0]][tag[1]] += grad
+                        terms[tag[0]] = max(terms.get(tag[0], 0.0), most)
             sums.append(found)
         for name in sums[0]:
             pairs = [(w.grads[name], s[name]) for w, s in zip(trace.watched, sums, strict=True)]
             wrong = [
-                i for i, (got, due) in enumerate(pairs) if difference(got, due).max() > self._bound(i, 1) * largest(due)
+                i
+                for i, (got, due) in enumerate(pairs)
+                if difference(got, due).max() > self._bound(i, 1) * max(largest(due), self._terms[i].get(name, 0.0))
             ]
+            if len(wrong) == 2:  # there are uses that are no recorded calls
+                self._unseen.add(name)
             if len(wrong) == 1:
                 uses = sum(tag is not None and tag[0] == name for call in trace.oracle[0] for tag in call.tags)
                 hint = f"it is not the sum over the {uses} uses of the parameter in the model"
@@ -187,10 +246,12 @@ class _Step:
         """A gradient of the step that is not the sum of those of its microbatches, or not the oracle's."""
         for name in self.gradients[0]:
             a, b = (g[name] for g in self.gradients)
-            apart, size = difference(a, b), largest(a)
+            apart = difference(a, b)
+            size = max(largest(a), *(self._term(i, name, w) for i, w in enumerate(watched or (None, None))))
             if float(apart.max(initial=0.0)) <= max(self._bound(i, 2) for i in (0, 1)) * size:
                 continue
-            if watched is not None and all(self._is_sum(i, name, watched[i]) for i in (0, 1)):
+            judged = watched is not None and name not in self._unseen
+            if judged and all(self._is_sum(i, name, watched[i]) for i in (0, 1)):  # type: ignore[index]
                 continue  # of gradients that have been judged, use by use
             index = int(np.argmax(apart))
             true = [self._true(i, name, index, 0) for i in (0, 1)]
@@ -216,7 +277,13 @@ class _Step:
 
     def _is_sum(self, i: int, name: str, micros: Sequence[Watched]) -> bool:
         due = np.sum([m.grads[name].astype(np.float64) for m in micros], axis=0) / sum(m.weight for m in micros)
-        return float(difference(self.gradients[i][name], due).max(initial=0.0)) <= self._bound(i, 2) * largest(due)
+        size = max(largest(due), self._term(i, name, micros))
+        return float(difference(self.gradients[i][name], due).max(initial=0.0)) <= self._bound(i, 2) * size
+
+    def _term(self, i: int, name: str, micros: Sequence[Watched] | None) -> float:
+        """Return the largest term of a gradient: a sum that cancels is as far off as its terms. Of keys with a bias the
+        gradient is zero, and rounding is what is left."""
+        return 0.0 if micros is None else self._terms[i].get(name, 0.0) / sum(m.weight for m in micros)
 
     def _how(self, i: int, name: str, micros: Sequence[Watched]) -> str:
         """Return how the gradients of microbatches give what the step has; each of them is what the oracle has."""
@@ -282,6 +349,7 @@ class _Step:
                 gradients=self.gradients[i],
                 after=self.after[i],
                 batch=self.batches[i],
+                taken=self._taken[i],
             )
             found.append(next(update.wrong(), None))
         wrong = [i for i in (0, 1) if found[i] is not None]

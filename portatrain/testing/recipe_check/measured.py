@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Backend
+from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, full_name, inventory
 from portatrain.checkpoint.restore import restored
 from portatrain.checkpoint.saver import Checkpoints
@@ -93,10 +94,19 @@ def measure(
 
 def whole(backend: Backend, state: Any, gather: Gather = lambda mine: [mine]) -> Arrays:
     """Return every tensor of the state whole, by full name, put together from the boxes of all processes."""
-    mine: Boxes = [(full_name(b.role, b.name), b.offset, b.fetch()) for b in backend.local_boxes(state)]
-    shapes = {full_name(t.role, t.info.name): t.info.shape for t in inventory(backend.program)}
+    return put_together(backend.program, gather(boxes_of(backend, state)))
+
+
+def boxes_of(backend: Backend, state: Any) -> Boxes:
+    """Return the boxes of a state that this process holds."""
+    return [(full_name(b.role, b.name), b.offset, b.fetch()) for b in backend.local_boxes(state)]
+
+
+def put_together(program: Program, held: Sequence[Boxes]) -> Arrays:
+    """Return every tensor whole, by full name, from the boxes of all processes."""
+    shapes = {full_name(t.role, t.info.name): t.info.shape for t in inventory(program)}
     found: Arrays = {}
-    for boxes in gather(mine):
+    for boxes in held:
         for name, offset, array in boxes:
             there = found.setdefault(name, np.zeros(shapes.get(name, ()), array.dtype))
             there[tuple(slice(o, o + n) for o, n in zip(offset, array.shape, strict=True))] = array
