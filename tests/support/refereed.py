@@ -1,0 +1,182 @@
+"""A model of two matrices for the tests of the referee, and bits of it that are flipped on one device."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from portatrain import Module, Param
+from portatrain.backends.base import Backend, backend_class
+from portatrain.data import DataSpec
+from portatrain.optim import SGD
+from portatrain.optim.schedules import Constant
+from portatrain.recipe import Recipe, Referee
+
+WIDE, HIDDEN, BATCH = 8, 16, 8
+UINT = {2: np.uint16, 4: np.uint32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points(DataSpec):
+    version: str = "1"
+
+    def __len__(self) -> int:
+        return 64
+
+    def sample(self, index: int) -> dict[str, Any]:
+        x_E = np.random.default_rng(index).normal(0, 1, WIDE).astype(np.float32)
+        return {"x": x_E, "y": np.float32(np.sin(x_E.sum()))}
+
+
+class Net(Module):
+    def __init__(self) -> None:
+        self.up = Param(embed=WIDE, mlp=HIDDEN)
+        self.down = Param(mlp=HIDDEN, fan_in_axes=1)
+
+    def __call__(self, ops: Any, batch: Any) -> Any:
+        h_BM = ops.tanh(ops.einsum("be,em->bm", batch["x"], self.up))
+        error_B = ops.einsum("bm,m->b", h_BM, self.down) - batch["y"]
+        return ops.loss(error_B * error_B, batch["mask"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    def build(self) -> Module:
+        return Net()
+
+
+def recipe(by: str = "devices", every: int = 2, **more: Any) -> Recipe:
+    base: dict[str, Any] = {
+        "name": "refereed",
+        "model": Config(),
+        "data": Points(),
+        "optimizer": SGD(lr=0.05, momentum=0.9),
+        "schedule": Constant(),
+        "steps": 6,
+        "batch": BATCH,
+        "checkpoint_every": 1,
+        "checkpoint_every_s": None,
+        "referee": Referee(every=every, by=by),  # type: ignore[arg-type]
+    }
+    return Recipe(**{**base, **more})
+
+
+def flipped(array: np.ndarray, at: int, bit: int) -> np.ndarray:
+    """Return a copy with bit number `bit` (0 is the lowest) of element number `at` flipped."""
+    found = np.array(array)
+    words = found.reshape(-1).view(UINT[found.dtype.itemsize])
+    words[at % words.size] ^= words.dtype.type(1 << bit)
+    return found
+
+
+@contextmanager
+def flips(backend: str, site: str, device: int, *, at: int = 3, bit: int = 25, name: str = "up") -> Iterator[list[int]]:
+    """Flip a bit of `site`, 'weights', 'activations' or 'gradients', in all that `device` computes alone.
+
+    Yields a list that receives the positions that were made.
+    """
+    made = backend_class(backend)
+    was, seen = made.alone, []  # type: ignore[attr-defined]
+
+    def alone(run: Backend) -> dict[int, Any]:
+        found = was(run)
+        seen.extend(found)
+        if device in found:
+            plant(found[device], site, lambda: (at, bit), name)
+        return found
+
+    replaced = alone if backend == "jax" else staticmethod(alone)
+    with mock.patch.object(made, "alone", replaced):
+        yield seen
+
+
+def plant(one: Any, site: str, where: Callable[[], tuple[int, int]], name: str = "up") -> None:
+    """Make the backend `one` flip a bit of `site`; `where` returns (number of the element, bit)."""
+    if site == "weights":
+        restore = one.restore_state
+
+        def restored(read: Callable[..., np.ndarray]) -> Any:
+            def wrong(role: str, given: str, offset: Any, shape: Any) -> np.ndarray:
+                array = read(role, given, offset, shape)
+                return flipped(array, *where()) if (role, given) == ("params", name) else array
+
+            return restore(wrong)
+
+        one.restore_state = restored
+    elif site == "gradients":
+        compute = one.weighed_gradients
+
+        def computed(*given: Any, **more: Any) -> Any:
+            loss, weight, grads = compute(*given, **more)
+            return loss, weight, {**grads, name: flipped(grads[name], *where())}
+
+        one.weighed_gradients = computed
+    else:
+        compute = one.weighed_gradients
+        ops = _ops(one)
+        tanh = ops.tanh
+
+        def computed(*given: Any, **more: Any) -> Any:
+            with mock.patch.object(ops, "tanh", lambda self, x: _flip_on(one.name, tanh(self, x), where)):
+                return compute(*given, **more)
+
+        one.weighed_gradients = computed
+
+
+def _ops(one: Any) -> Any:
+    if one.name == "jax":
+        from portatrain.backends.jax.ops import JaxOps
+
+        return JaxOps
+    from portatrain.backends.torch.ops import TorchOps
+
+    return TorchOps
+
+
+def _flip_on(backend: str, x: Any, where: Callable[[], tuple[int, int]]) -> Any:
+    """Return `x` with a flipped bit; its gradient passes as it is."""
+    if backend == "torch":
+        import torch
+
+        bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
+        with torch.no_grad():
+            at, bit = where()
+            words = x.detach().clone().reshape(-1).view(bits)
+            words[at % words.numel()] ^= _signed(bit, 8 * x.element_size())
+            wrong = words.view(x.dtype).reshape(x.shape)
+        return _carried_torch()(x, wrong)
+    import jax
+
+    @jax.custom_vjp
+    def carried(x: Any) -> Any:
+        told = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return jax.pure_callback(lambda a: flipped(np.asarray(a), *where()), told, x)
+
+    carried.defvjp(lambda x: (carried(x), None), lambda _, g: (g,))
+    return carried(x)
+
+
+def _signed(bit: int, width: int) -> int:
+    return (1 << bit) - (1 << width if bit == width - 1 else 0)
+
+
+@functools.cache
+def _carried_torch() -> Any:
+    import torch
+
+    class Carried(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any, wrong: Any) -> Any:
+            return wrong.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return grad, None
+
+    return Carried.apply
