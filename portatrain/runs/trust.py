@@ -52,6 +52,25 @@ def doubted(found: Iterable[Mapping[str, Any]], location: Location) -> dict[int,
     return reasons
 
 
+def in_words(event: Mapping[str, Any]) -> str:
+    """Return a sentence for an event `referee_disagreed`."""
+    what = str(event.get("what", "a difference"))
+    return f"the referee found {what} at step {event.get('step')}: {named(event)}"
+
+
+def named(event: Mapping[str, Any]) -> str:
+    """Return the devices that an event `referee_disagreed` accuses, in words."""
+    devices = event.get("devices")
+    rows = [d for d in devices if isinstance(d, Mapping)] if isinstance(devices, list) else []
+    each = ", ".join(f"{d.get('device')} (process {d.get('process')} on {d.get('host')})" for d in rows)
+    if not each:
+        return "no device is named"
+    text = f"device {each}" if len(rows) == 1 else f"devices {each}"
+    if event.get("certain"):
+        return text
+    return f"probably {text}" if len(rows) == 1 else f"one of {text}"
+
+
 def _attempt_of(commit: bytes) -> int | None:
     """Return the number of the attempt whose save a COMMIT names; None if it names none."""
     with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):

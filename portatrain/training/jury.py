@@ -167,7 +167,7 @@ class Jury:
         if flagged := set(np.flatnonzero(evidence.added_up(self._backend, wrong)).tolist()):
             raise Disagreement(
                 expected=f"the gradient that {self._asked} on the host's processor gives, within rounding",
-                what="another gradient of a part of the batch",
+                what="another gradient of a part of the batch on a device than on its host's processor",
                 devices=flagged,
                 certain=False,
             )
@@ -201,8 +201,7 @@ class Jury:
         if odd.any():
             raise Disagreement(
                 expected=f"loss {known[0]:.9g} and gradient norm {known[1]:.9g} within rounding, as its parts have",
-                what="another loss or gradient norm of the step, although each device alone computes its part as "
-                "another does",
+                what="another loss or gradient norm of the step, although its parts agree",
                 devices=[p for p, owner in enumerate(evidence.owners(backend, self.devices)) if odd[owner]],
                 certain=bool(odd.sum() == 1 and backend.processes == self.devices > 1),
             )

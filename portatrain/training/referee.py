@@ -20,6 +20,7 @@ from portatrain.checkpoint.fingerprints import box_sum
 from portatrain.checkpoint.saver import Checkpoints
 from portatrain.errors import MachineError
 from portatrain.recipe import Recipe
+from portatrain.runs import trust
 from portatrain.runs.commits import BEGUN_FROM
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
@@ -80,10 +81,11 @@ class StepReferee:
             found = float(result.loss), float(result.grad_norm)
             stepped_s = time.perf_counter()
             self._jury.compare(parts, found, step)
-            if wrong := unequal_copies(self._backend, state):
-                raise wrong
-        except Disagreement as found_wrong:
-            raise self._ended(step, found_wrong) from None
+            if unequal := unequal_copies(self._backend, state):
+                raise unequal
+        except Disagreement as wrong:
+            # Devices with unequal parameters compute unequal gradients, and the copies say where.
+            raise self._ended(step, unequal_copies(self._backend, state) or wrong) from None
         self.agreed = step
         if self._checkpoints is not None:
             self._checkpoints.protected = step
@@ -99,17 +101,14 @@ class StepReferee:
         hosts = [row.tobytes().decode(errors="replace").strip() for row in words]
         owners = evidence.owners(backend, devices)
         named = [{"device": p, "process": owners[p], "host": hosts[owners[p]]} for p in sorted(found.devices)]
-        self._event(
-            Kind.DISAGREED, step=step, agreed=self.agreed, what=found.what, devices=named, certain=found.certain
-        )
-        text = ", ".join(f"{d['device']} (process {d['process']} on {d['host']})" for d in named)
-        plural = "devices" if len(named) > 1 else "device"
+        accused = {"devices": named, "certain": found.certain}
+        self._event(Kind.DISAGREED, step=step, agreed=self.agreed, what=found.what, **accused)
         return MachineError(
             f"step {step} of {self._recipe.name}",
-            expected=f"{found.expected}",
-            got=f"{found.what}; {plural} {text}" + ("" if found.certain else ", and it is not certain which of them"),
-            do=f"Take {plural} {text} out of use and test the machine. The next attempt goes on from the last commit "
-            f"up to step {self.agreed}, the last agreement; later commits stay, and are not trusted.",
+            expected=found.expected,
+            got=f"{found.what}: {trust.named(accused)}",
+            do="Take the device out of use, and test its machine. The next attempt goes on from the last commit up to "
+            f"step {self.agreed}, the last agreement; later commits are kept, and are not trusted.",
         )
 
 

@@ -76,79 +76,78 @@ def flipped(array: np.ndarray, at: int, bit: int) -> np.ndarray:
 
 
 @contextmanager
-def flips(backend: str, site: str, device: int, *, at: int = 3, bit: int = 25, name: str = "up") -> Iterator[list[int]]:
-    """Flip a bit of `site`, 'weights', 'activations' or 'gradients', in all that `device` computes alone.
-
-    Yields a list that receives the positions that were made.
-    """
+def flips(
+    backend: str, site: str, device: int, *, at: int = 3, bit: int = 25, name: str = "up", since: int = 0
+) -> Iterator[None]:
+    """Flip a bit of `site`, 'weights', 'activations' or 'gradients', in all that `device` computes alone from step
+    `since` on."""
     made = backend_class(backend)
-    was, seen = made.alone, []  # type: ignore[attr-defined]
+    was = made.alone  # type: ignore[attr-defined]
 
     def alone(run: Backend) -> dict[int, Any]:
         found = was(run)
-        seen.extend(found)
         if device in found:
-            plant(found[device], site, lambda: (at, bit), name)
+            plant(found[device], site, lambda step: (at, bit) if step >= since else None, name)
         return found
 
-    replaced = alone if backend == "jax" else staticmethod(alone)
-    with mock.patch.object(made, "alone", replaced):
-        yield seen
+    with mock.patch.object(made, "alone", alone if backend == "jax" else staticmethod(alone)):
+        yield
 
 
-def plant(one: Any, site: str, where: Callable[[], tuple[int, int]], name: str = "up") -> None:
-    """Make the backend `one` flip a bit of `site`; `where` returns (number of the element, bit)."""
-    if site == "weights":
-        restore = one.restore_state
+def plant(one: Any, site: str, where: Callable[[int], tuple[int, int] | None], name: str = "up") -> None:
+    """Make the backend `one` flip a bit of `site` when it computes gradients. `where` returns (number of the element,
+    bit) for a step, or None to flip nothing."""
+    compute, restore, kept = one.weighed_gradients, one.restore_state, {}
 
-        def restored(read: Callable[..., np.ndarray]) -> Any:
+    def restored(read: Callable[..., np.ndarray]) -> Any:
+        kept["read"] = read
+        return restore(read)
+
+    def computed(state: Any, batch: Any, *, step: int) -> Any:
+        place = where(step)
+        if place is None:
+            return compute(state, batch, step=step)
+        if site == "weights":
+
             def wrong(role: str, given: str, offset: Any, shape: Any) -> np.ndarray:
-                array = read(role, given, offset, shape)
-                return flipped(array, *where()) if (role, given) == ("params", name) else array
+                array = kept["read"](role, given, offset, shape)
+                return flipped(array, *place) if (role, given) == ("params", name) else array
 
-            return restore(wrong)
+            return compute(restore(wrong), batch, step=step)
+        if site == "gradients":
+            loss, weight, grads = compute(state, batch, step=step)
+            return loss, weight, {**grads, name: flipped(grads[name], *place)}
+        current.append(place)
+        try:
+            return compute(state, batch, step=step)
+        finally:
+            current.clear()
 
-        one.restore_state = restored
-    elif site == "gradients":
-        compute = one.weighed_gradients
+    current: list[tuple[int, int]] = []
+    one.weighed_gradients, one.restore_state = computed, restored
+    if site == "activations":
+        kind = type(one)
+        made = kind._ops
 
-        def computed(*given: Any, **more: Any) -> Any:
-            loss, weight, grads = compute(*given, **more)
-            return loss, weight, {**grads, name: flipped(grads[name], *where())}
+        def ops(*given: Any, **more: Any) -> Any:
+            found = made(one, *given, **more)
+            tanh = type(found).tanh
+            object.__setattr__(found, "tanh", lambda x: _flip_on(one.name, tanh(found, x), lambda: current))
+            return found
 
-        one.weighed_gradients = computed
-    else:
-        compute = one.weighed_gradients
-        ops = _ops(one)
-        tanh = ops.tanh
-
-        def computed(*given: Any, **more: Any) -> Any:
-            with mock.patch.object(ops, "tanh", lambda self, x: _flip_on(one.name, tanh(self, x), where)):
-                return compute(*given, **more)
-
-        one.weighed_gradients = computed
-
-
-def _ops(one: Any) -> Any:
-    if one.name == "jax":
-        from portatrain.backends.jax.ops import JaxOps
-
-        return JaxOps
-    from portatrain.backends.torch.ops import TorchOps
-
-    return TorchOps
+        one._ops = ops
 
 
-def _flip_on(backend: str, x: Any, where: Callable[[], tuple[int, int]]) -> Any:
-    """Return `x` with a flipped bit; its gradient passes as it is."""
+def _flip_on(backend: str, x: Any, where: Callable[[], list[tuple[int, int]]]) -> Any:
+    """Return `x` with the bits flipped that `where` returns when this runs; its gradient passes as it is."""
     if backend == "torch":
         import torch
 
         bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
         with torch.no_grad():
-            at, bit = where()
             words = x.detach().clone().reshape(-1).view(bits)
-            words[at % words.numel()] ^= _signed(bit, 8 * x.element_size())
+            for at, bit in where():
+                words[at % words.numel()] ^= _signed(bit, 8 * x.element_size())
             wrong = words.view(x.dtype).reshape(x.shape)
         return _carried_torch()(x, wrong)
     import jax
@@ -156,7 +155,7 @@ def _flip_on(backend: str, x: Any, where: Callable[[], tuple[int, int]]) -> Any:
     @jax.custom_vjp
     def carried(x: Any) -> Any:
         told = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax.pure_callback(lambda a: flipped(np.asarray(a), *where()), told, x)
+        return jax.pure_callback(lambda a: functools.reduce(lambda b, w: flipped(b, *w), where(), np.array(a)), told, x)
 
     carried.defvjp(lambda x: (carried(x), None), lambda _, g: (g,))
     return carried(x)
