@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import refereed
 from portatrain.backends.base import missing
 from portatrain.cli import launch_main, main
 from portatrain.errors import MachineError, UserError
@@ -19,7 +20,6 @@ from portatrain.runs.history import kept_checkpoints
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import FAILED
 from portatrain.training.trainer import train
-from tests.support import refereed
 
 BACKENDS = [name for name in ("jax", "torch") if not missing(name)]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from benchmarks import refereed
 from portatrain.backends.base import backend_class, simulate_devices
 from portatrain.errors import MachineError
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.processes import rank
 from portatrain.training.trainer import train
-from tests.support import refereed
 
 FAULTY = 3
 """The step from which on a device is faulty; the checks are of steps 2, 4 and 6."""
@@ -78,8 +78,10 @@ def _at_rest(backend: str, device: int) -> Iterator[None]:
 
     def flipping(self: Any, state: Any, batch: Any, **more: Any) -> Any:
         state, result = step(self, state, batch, **more)
-        if more["step"] == FAULTY:
-            (_flip_torch if backend == "torch" else _flip_jax)(self, state, device)
+        if more["step"] == FAULTY and backend == "torch":
+            _flip_torch(self, state, device)
+        elif more["step"] == FAULTY:
+            state = refereed.flipped_at_rest(self, state, device, 1, 3)
         return state, result
 
     with mock.patch.object(kinds[0], "step", flipping):
@@ -95,19 +97,6 @@ def _flip_torch(backend: Any, state: Any, device: int) -> None:
                 local = getattr(piece.tensor, "_local_tensor", piece.tensor).detach()
                 wrong = torch.from_numpy(refereed.flipped(local.cpu().numpy(), 1, 3))
                 local.copy_(wrong)
-
-
-def _flip_jax(backend: Any, state: Any, device: int) -> None:
-    import jax
-    import numpy as np
-
-    array, flat = state["params"]["down"], list(backend.devices.devices.flat)
-    parts = []
-    for shard in array.addressable_shards:
-        values = np.array(shard.data)
-        wrong = refereed.flipped(values, 1, 3) if flat.index(shard.device) == device else values
-        parts.append(jax.device_put(wrong, shard.device))
-    state["params"]["down"] = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts).copy()
 
 
 @contextmanager

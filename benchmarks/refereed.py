@@ -1,4 +1,4 @@
-"""A model of two matrices for the tests of the referee, and bits of it that are flipped on one device."""
+"""A model of two matrices with a referee, and bits of it that are flipped on one device: for tests and counts."""
 
 from __future__ import annotations
 
@@ -75,12 +75,25 @@ def flipped(array: np.ndarray, at: int, bit: int) -> np.ndarray:
     return found
 
 
+def flipped_at_rest(backend: Any, state: Any, device: int, at: int, bit: int, name: str = "down") -> Any:
+    """Return `state` with a flipped bit in the copy of a parameter that `device` of the jax `backend` holds."""
+    import jax
+
+    array, flat, parts = state["params"][name], list(backend.devices.devices.flat), []
+    for shard in array.addressable_shards:
+        values = np.array(shard.data)
+        wrong = flipped(values, at, bit) if flat.index(shard.device) == device else values
+        parts.append(jax.device_put(wrong, shard.device))
+    put = jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts).copy()
+    return {**state, "params": {**state["params"], name: put}}
+
+
 @contextmanager
 def flips(
     backend: str, site: str, device: int, *, at: int = 3, bit: int = 25, name: str = "up", since: int = 0
 ) -> Iterator[None]:
-    """Flip a bit of `site`, 'weights', 'activations' or 'gradients', in all that `device` computes alone from step
-    `since` on."""
+    """Flip a bit of `site` in all that `device` computes alone from step `since` on: 'weights', 'activations',
+    'backward' (the gradients of activations) or 'gradients'."""
     made = backend_class(backend)
     was = made.alone  # type: ignore[attr-defined]
 
@@ -125,57 +138,61 @@ def plant(one: Any, site: str, where: Callable[[int], tuple[int, int] | None], n
 
     current: list[tuple[int, int]] = []
     one.weighed_gradients, one.restore_state = computed, restored
-    if site == "activations":
-        kind = type(one)
-        made = kind._ops
+    if site in ("activations", "backward"):
+        made = type(one)._ops
 
         def ops(*given: Any, **more: Any) -> Any:
             found = made(one, *given, **more)
-            tanh = type(found).tanh
-            object.__setattr__(found, "tanh", lambda x: _flip_on(one.name, tanh(found, x), lambda: current))
+            tanh, carry = type(found).tanh, _carry_jax if one.name == "jax" else _carry_torch
+            # The forward pass flips bits of activations, the backward pass those of their gradients.
+            places = (lambda: current), (lambda: [])
+            forward, backward = places if site == "activations" else reversed(places)
+            object.__setattr__(found, "tanh", lambda x: carry(tanh(found, x), forward, backward))
             return found
 
         one._ops = ops
 
 
-def _flip_on(backend: str, x: Any, where: Callable[[], list[tuple[int, int]]]) -> Any:
-    """Return `x` with the bits flipped that `where` returns when this runs; its gradient passes as it is."""
-    if backend == "torch":
-        import torch
+Places = Callable[[], list[tuple[int, int]]]
 
-        bits = {2: torch.int16, 4: torch.int32}[x.element_size()]
-        with torch.no_grad():
-            words = x.detach().clone().reshape(-1).view(bits)
-            for at, bit in where():
-                words[at % words.numel()] ^= _signed(bit, 8 * x.element_size())
-            wrong = words.view(x.dtype).reshape(x.shape)
-        return _carried_torch()(x, wrong)
+
+def _carry_jax(x: Any, forward: Places, backward: Places) -> Any:
+    """Return `x` with the bits flipped that `forward` returns when this runs, and its gradient with those of
+    `backward`."""
     import jax
 
-    @jax.custom_vjp
-    def carried(x: Any) -> Any:
+    def through(places: Places, x: Any) -> Any:
         told = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return jax.pure_callback(lambda a: functools.reduce(lambda b, w: flipped(b, *w), where(), np.array(a)), told, x)
+        return jax.pure_callback(
+            lambda a: functools.reduce(lambda b, w: flipped(b, *w), places(), np.array(a)), told, x
+        )
 
-    carried.defvjp(lambda x: (carried(x), None), lambda _, g: (g,))
+    carried = jax.custom_vjp(lambda x: through(forward, x))
+    carried.defvjp(lambda x: (through(forward, x), None), lambda _, g: (through(backward, g),))
     return carried(x)
+
+
+def _carry_torch(x: Any, forward: Places, backward: Places) -> Any:
+    """As `_carry_jax`."""
+    import torch
+
+    def through(places: Places, x: Any) -> Any:
+        words = x.detach().clone().contiguous().reshape(-1).view({2: torch.int16, 4: torch.int32}[x.element_size()])
+        for at, bit in places():
+            words[at % words.numel()] ^= _signed(bit, 8 * x.element_size())
+        return words.view(x.dtype).reshape(x.shape)
+
+    class Carried(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Any) -> Any:
+            return through(forward, x)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Any) -> Any:
+            return through(backward, grad)
+
+    return Carried.apply(x)
 
 
 def _signed(bit: int, width: int) -> int:
     return (1 << bit) - (1 << width if bit == width - 1 else 0)
-
-
-@functools.cache
-def _carried_torch() -> Any:
-    import torch
-
-    class Carried(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Any, wrong: Any) -> Any:
-            return wrong.clone()
-
-        @staticmethod
-        def backward(ctx: Any, grad: Any) -> Any:
-            return grad, None
-
-    return Carried.apply
