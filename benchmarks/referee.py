@@ -51,15 +51,16 @@ def curve(write: bool) -> int:
     if write:
         page = PAGE.read_text(encoding="utf-8")
         before, rest = page.split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
     return 0
 
 
 def table(columns: dict[str, dict[int, float]]) -> Iterator[str]:
-    """Yield the lines of the page's tables: one for each width of numbers, with a row for each bit."""
-    for width in (32, 16):
-        mine = {name: shares for name, shares in columns.items() if len(shares) == width}
-        yield f"Numbers of {width} bits; the sign is bit {width - 1}, the exponent is bits {width - 2} to {width - 9}:"
+    """Yield the lines of the page's tables: one for each precision and width of numbers, with a row for each bit."""
+    for precision, width in (("fp32", 32), ("bf16", 16), ("bf16", 32)):
+        mine = {n.removesuffix(f", {precision}"): s for n, s in columns.items() if n.endswith(precision)}
+        mine = {name: shares for name, shares in mine.items() if len(shares) == width}
+        yield f"{precision}, numbers of {width} bits: sign {width - 1}, exponent {width - 2} to {width - 9}."
         yield ""
         yield f"| bit | {' | '.join(mine)} |"
         yield f"|---|{'---|' * len(mine)}"
@@ -79,18 +80,18 @@ def counted(precision: str) -> Iterator[tuple[str, dict[int, float]]]:
     wide = 16 if precision == "bf16-state" else 32
     for site, width in (("weights", wide), ("activations", wide), ("backward", wide), ("gradients", 32)):
         for by in ("devices", "cpu"):
-            yield f"{site}, {by}", shares(width, seen_by(by, site, backend, recipe, state, batch))
+            yield f"{site}: {by}", shares(width, seen_by(by, site, backend, recipe, state, batch))
     yield (
-        "weights at rest, copies",
+        "weight at rest: copies",
         shares(wide, lambda at, bit: flips_at_rest(backend, state, at, bit, unequal_copies)),
     )
     jury = Jury("cpu", backend, recipe)
     heard = jury.hear(state, batch, 1)
     loss, grads = backend.gradients(state, batch, step=1)
-    yield "summed gradient, norm", shares(32, lambda at, bit: of_sum(jury, heard, loss, grads, at, bit))
+    yield "summed gradient: norm", shares(32, lambda at, bit: of_sum(jury, heard, loss, grads, at, bit))
     norm = norm_of(grads)
     yield (
-        "summed loss, loss",
+        "summed loss",
         shares(
             32,
             lambda at, bit: disagrees(

@@ -11,9 +11,9 @@ from unittest import mock
 
 import numpy as np
 
-from portatrain import Module, Param
 from portatrain.backends.base import Backend, backend_class
 from portatrain.data import DataSpec
+from portatrain.model.module import Module, Param
 from portatrain.optim import SGD
 from portatrain.optim.schedules import Constant
 from portatrain.recipe import Recipe, Referee

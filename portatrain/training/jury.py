@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from checkpoints_format.dtypes import NUMPY
 from portatrain.backends import rounding
 from portatrain.backends.base import Backend, backend_class, missing
 from portatrain.backends.state import COUNT
@@ -254,18 +253,20 @@ def _beyond(apart: Iterable[float], limits: Iterable[float]) -> bool:
 def whole_tensors(backend: Backend, state: Any) -> dict[tuple[str, str], np.ndarray]:
     """Return the parameters and States of a model, whole, on every process; all of them call it together."""
     tensors = backend.program.definition.tensors
-    found = {key: np.zeros(info.shape, NUMPY[info.dtype]) for key, info in tensors.items()}
+    found: dict[tuple[str, str], np.ndarray] = {}
     covered = {key: np.zeros(info.shape, bool) for key, info in tensors.items()}
     for box in backend.local_boxes(state):
         key = box.role, box.name
         at = tuple(slice(o, o + n) for o, n in zip(box.offset, box.shape, strict=True))
-        if key in found and not covered[key][at].all():
-            found[key][at], covered[key][at] = box.fetch().reshape(box.shape), True
-    for role, name in found:
+        if key in tensors and not covered[key][at].all():
+            values = box.fetch()
+            whole = found.setdefault(key, np.zeros(tensors[key].shape, values.dtype))
+            whole[at], covered[key][at] = values.reshape(box.shape), True
+    for role, name in tensors:
         if backend.agree(int(not covered[role, name].all())):
             gather: Any = backend.whole_parameter  # type: ignore[attr-defined]
             whole = gather(state, name) if role == "params" else gather(state, name, role)
-            found[role, name] = whole.astype(found[role, name].dtype)
+            found[role, name] = whole.astype(found[role, name].dtype) if (role, name) in found else whole
     return found
 
 
