@@ -209,6 +209,7 @@ RECIPE = {
     "clip_norm": "clip_norm=none",
     "max_skips": "max_skips=0",
     "spikes": "spikes=Spikes spikes.window=64",
+    "referee": "referee=Referee referee.every=50 referee.by=cpu",
     "trainable": "trainable=blocks/*",
     "frozen": "frozen=embed/*",
     "lora": "lora=LoRA lora.rank=4",

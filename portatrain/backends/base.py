@@ -53,6 +53,8 @@ class LocalBox:
     offset: tuple[int, ...]
     shape: tuple[int, ...]
     fetch: Callable[[], np.ndarray]
+    position: int | None = None
+    """The position in the mesh of the device that holds it; None: that of the process."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +115,13 @@ class Backend(Protocol):
     Optional method: `watch(state, batch, step=...)` runs the forward and backward pass of a step and returns what every
     operation took and gave, with gradients (`backends/watched`), for each microbatch. Without it `portatrain bisect`
     compares gradients and updates, and names no operation.
+
+    Optional methods, without which a recipe with a `referee` is refused: the class's `alone(backend)` returns backends
+    that run the model of `backend`, without slots and averages, on each device of this process alone, by position in
+    the mesh; `on_host(program)` returns one that runs it on the host's processor. They, and `backend` itself, have
+    `weighed_gradients(state, batch, step=...)`: (loss, weight of the batch, gradients), as `gradients`; and
+    `compares_samples`, True once the model has compared samples with each other, so that the gradients of parts of a
+    batch do not add up to that of the whole.
 
     Optional methods: `use_compile_cache(folder)` makes the framework keep compiled programs below `folder`; it returns
     the folder that is used, None if nothing is compiled, or raises OSError if it cannot be written to. `compiled()`

@@ -79,3 +79,13 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
 def weights_alone(program: Program) -> Program:
     """Return the program of the same model without optimizer slots and averages, for use without training."""
     return replace(program, optimizer=SGD(lr=1e-30), ema=frozenset(), ema_decay=None, clip_norm=None)
+
+
+def on_one_device(program: Program) -> Program:
+    """Return the program of the same model, without slots and averages, on a mesh of one device."""
+    return replace(weights_alone(program), layout=replace(program.layout, mesh=Mesh()), order=None)
+
+
+def on_the_host(program: Program) -> Program:
+    """Return the program of the same model for a processor: with the kernels that it has, and not compiled by torch."""
+    return replace(on_one_device(program), kernels=(), compile=False)

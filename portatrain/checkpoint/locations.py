@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -58,9 +58,10 @@ def location_of(where: Path | str) -> Location:
     return FolderLocation(Path(where))
 
 
-def newest_committed(location: Location) -> int | None:
-    """Return the newest step that has a COMMIT, or None. Only the restore verifies its files."""
-    return next((step for step in reversed(location.steps()) if location.committed(step)), None)
+def newest_committed(location: Location, without: Container[int] = ()) -> int | None:
+    """Return the newest step with a COMMIT that is not in `without`, or None. Only the restore verifies its files."""
+    steps = (step for step in reversed(location.steps()) if step not in without)
+    return next((step for step in steps if location.committed(step)), None)
 
 
 def refuse_link(path: Path) -> None:

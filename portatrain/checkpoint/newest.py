@@ -22,8 +22,9 @@ def newest(
     """Return (step, reader) of the newest valid checkpoint, or None if nothing was ever committed.
 
     All processes call it together: process 0 chooses a checkpoint, and each process verifies its part of the files.
-    `agree` is the backend's method. `damaged` receives the steps that were skipped. An uncommitted checkpoint is a save
-    that did not finish and is skipped silently. A damaged one is reported, and the one before it is tried.
+    `agree` is the backend's method. `damaged` has the steps to pass over, and receives those that were skipped.
+    An uncommitted checkpoint is a save that did not finish and is skipped silently. A damaged one is reported, and the
+    one before it is tried.
 
     Raises:
         UserError: there are commits but none verifies, or one has a newer format, which is no damage.
@@ -31,7 +32,7 @@ def newest(
             end replace this one.
     """
     errors: list[str] = []
-    left = [] if process else location.steps()
+    left = [] if process else [step for step in location.steps() if step not in damaged]
 
     def passed_over(step: int, error: FormatError) -> None:
         errors.append(str(error))

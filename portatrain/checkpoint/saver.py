@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -93,18 +93,20 @@ def check_newest(
     fingerprints_of_data: Mapping[str, str | None],
     *,
     accept_drift: bool = False,
+    without: Container[int] = (),
     changed: Callable[[Mapping[str, Any]], Recorded | None] = lambda meta: None,
 ) -> None:
     """Raise UserError if the newest commit is not of this run, before an attempt begins. Reads only the root; damage is
     left to `Checkpoints.newest`.
 
-    `changed` returns what the run's record says of the difference between a checkpoint's recipe and `recipe`.
+    `without`: the steps whose checkpoints are not trusted. `changed` returns what the run's record says of the
+    difference between a checkpoint's recipe and `recipe`.
 
     A newer format or another model is always refused. `accept_drift`: another recipe, other names of axes and other
     data are not. `fingerprints_of_data`: by the name in the meta's 'data'.
     """
     place = location_of(where)
-    for step in reversed(place.steps()):
+    for step in reversed([s for s in place.steps() if s not in without]):
         with contextlib.ExitStack() as opened:
             try:
                 store = opened.enter_context(contextlib.closing(place.open(step)))
@@ -205,6 +207,9 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
+        self._doubted: set[int] = set()
+        self.protected: int | None = None
+        """The last checkpoint up to this step stays, whatever `keep` says."""
         self._committed: list[int] = []
         self._metrics: dict[int, Mapping[str, float]] = {}
         self._plan: tuple[Program, IrregularShards, SaveLayout, dict[str, list[Box]]] | None = None
@@ -267,9 +272,10 @@ class Checkpoints:
                     return
                 self._await_receipts(store)
                 with self.guard():
-                    if step in self._damaged:  # this checkpoint was read and found damaged, so the new one replaces it
+                    if step in self._damaged:  # damaged or not trusted, so the new one replaces it
                         store.delete(COMMIT)
                         self._damaged.discard(step)
+                        self._doubted.discard(step)
                     commit(store, layout, save=self.save_name, meta=lambda notes: _meta(meta, layout, notes))
                 self._committed.append(step)
                 self._metrics[step] = _metrics_of(meta)
@@ -315,7 +321,9 @@ class Checkpoints:
                 if step not in self._metrics:
                     with contextlib.closing(self.location.open(step)) as store:
                         self._metrics[step] = _metrics_of(Reader(store).meta)
-        kept = self.keep.kept(good, self._metrics)
+        kept = self.keep.kept(good, self._metrics) | self._doubted
+        if self.protected is not None:
+            kept |= {step for step in [s for s in good if s <= self.protected][-1:]}
         for step in there:
             if step not in kept:
                 with self.guard():
@@ -353,8 +361,13 @@ class Checkpoints:
 
     # ---- going on
 
-    def newest(self, report: Callable[[str], None], agree: Callable[[int], int] = int) -> tuple[int, Reader] | None:
-        """Return the newest valid checkpoint, see `newest.newest`. The next save of a damaged step replaces it."""
+    def newest(
+        self, report: Callable[[str], None], agree: Callable[[int], int] = int, doubted: Iterable[int] = ()
+    ) -> tuple[int, Reader] | None:
+        """Return the newest valid checkpoint, see `newest.newest`. The next save of a damaged step, or of one of
+        `doubted`, replaces it; until then these are kept and passed over."""
+        self._doubted = set(doubted)
+        self._damaged |= self._doubted
         return newest(self.location, self.process, self.processes, report, agree, self._damaged)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from portatrain.commands import options
 from portatrain.errors import UserError
-from portatrain.runs import jobs
+from portatrain.runs import jobs, trust
 from portatrain.runs.history import History, errors, read_history
 from portatrain.runs.open import find
 from portatrain.system import terminal
@@ -78,6 +78,10 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
     )
     if now.why:
         console.print(f"last attempt: {now.why}", highlight=False, markup=False)
+    for event in now.disagreements:
+        console.print(f"attempt {event['attempt']}: {trust.in_words(event)}", highlight=False, markup=False)
+    for step, why in now.doubted.items():
+        console.print(f"checkpoint of step {step} is not trusted: {why}", highlight=False, markup=False)
     if now.attempts and now.attempts[-1].ended == "failed":
         kept = errors(Path(now.where, "attempts", str(now.attempts[-1].number)))
         if kept and not is_remote(now.where):

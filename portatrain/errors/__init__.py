@@ -44,6 +44,12 @@ class UserError(Exception):
         return cls(error.what, expected=error.expected, got=error.got, do=error.do)
 
 
+class MachineError(UserError):
+    """A failure of a machine, such as a device that computes wrong numbers. A job that ends with it tries again."""
+
+    code = 1
+
+
 class StorageError(UserError):
     """A failure of storage that may be temporary. A job that ends with it is started again."""
 

@@ -8,4 +8,5 @@ from portatrain.recipe.loading import shipped_recipes as shipped_recipes
 from portatrain.recipe.origin import Origin as Origin
 from portatrain.recipe.recipe import ModelSpec as ModelSpec
 from portatrain.recipe.recipe import Recipe as Recipe
+from portatrain.recipe.referee import Referee as Referee
 from portatrain.recipe.spikes import Spikes as Spikes

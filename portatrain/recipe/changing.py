@@ -82,6 +82,8 @@ ROWS = (
         why="saves only read the state",
     ),
     Row(owner="Recipe", fields="hooks", kind=Kind.FREE, why="hooks run between steps"),
+    Row(owner="Recipe", fields="referee", kind=Kind.FREE, why="computes steps again, and changes none"),
+    Row(owner="Referee", fields="every by", kind=Kind.FREE, why="see referee of Recipe"),
     Row(owner="Recipe", fields="max_skips", kind=Kind.FREE, why="decides when a run gives up, and no step"),
     Row(
         owner="Recipe",

@@ -25,6 +25,7 @@ from portatrain.model.precision import stored
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
 from portatrain.recipe.origin import Origin
+from portatrain.recipe.referee import Referee
 from portatrain.recipe.retention import Retention
 from portatrain.recipe.spikes import Spikes
 
@@ -96,6 +97,10 @@ class Recipe:
     spikes: Spikes | None = config.added_later(None)  # noqa: RUF009
     """The rule for steps with a loss or a gradient norm far above those before it: their update is skipped. None: only
     steps that are not finite are skipped."""
+
+    referee: Referee | None = config.added_later(None)  # noqa: RUF009
+    """How often a step is computed a second time, on another device, to find devices that compute wrong numbers. None:
+    never."""
 
     # The next fields select parameters by shell patterns (`*`, `?`, `[...]`) over names such as blocks/attn/wq.
     trainable: tuple[str, ...] | None = None

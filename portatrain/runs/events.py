@@ -62,6 +62,13 @@ class Kind(StrEnum):
     SPIKE = "spike"
     """The update of a step was skipped because its loss or gradient norm was above the limits of the recipe's `spikes`;
     with both limits, and its samples as [first, one after the last]."""
+    AGREED = "referee_agreed"
+    """A step was computed a second time, and all agreed; with what computed it, and the seconds that it took."""
+    DISAGREED = "referee_disagreed"
+    """The second computation of `step` differs, and the attempt ends; with what differs, the devices that are accused
+    (with process and host), whether they are certain, and `agreed`, the step of the last agreement."""
+    NOT_TRUSTED = "checkpoint_not_trusted"
+    """The checkpoint of `step` was passed over, because it was saved after the last agreement before a disagreement."""
     EVAL = "eval"
     """An evaluation; with the fields of `EvalRecord`."""
     EVALUATING = "evaluating_the_whole_validation_split"

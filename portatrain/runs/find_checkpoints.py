@@ -100,7 +100,8 @@ def _remote(url: str) -> list[FoundCheckpoint]:
 
 @contextlib.contextmanager
 def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
-    """Open the checkpoint of `step`, by default the newest committed one. Every error is a UserError."""
+    """Open the checkpoint of `step`, by default the newest committed one that is trusted. Every error is a
+    UserError."""
     found = places(path)
     if step is not None:
         chosen = [p for p in found if p.step == step]
@@ -113,6 +114,15 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
                 do="Choose one of these.",
             )
         found = chosen
+    elif isinstance(found[0].path, Path) and found[0].listed and (Path(path) / "run.json").is_file():
+        doubted = RunDir(Path(path)).doubted()
+        if not (found := [one for one in found if one.step not in doubted]):
+            raise UserError(
+                f"checkpoint {path}",
+                expected="a checkpoint that is trusted",
+                got="only such as were saved after the last agreement before a device computed wrong numbers",
+                do="Resume the run, or name the step to use one of them all the same.",
+            )
     for checkpoint in reversed(found):
         with explained(), contextlib.closing(checkpoint.open()) as store:
             try:

@@ -18,13 +18,13 @@ import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from portatrain.checkpoint.locations import location_of
 from portatrain.errors import LONGEST, UserError
-from portatrain.runs import changes, first_steps, profiles
+from portatrain.runs import changes, first_steps, profiles, trust
 from portatrain.runs import rows as typed
 from portatrain.runs.changes import Change
 from portatrain.runs.claim import Owner
@@ -136,6 +136,11 @@ class History:
     measured: Sequence[Event] = ()
     """What changes of the trajectory did by themselves: the events `change_measured`."""
 
+    disagreements: Sequence[Event] = ()
+    """The events `referee_disagreed`: the devices that a referee named, or suspects."""
+    doubted: Mapping[int, str] = field(default_factory=dict)
+    """The checkpoints that are not trusted since then, with the reasons (`runs/trust.py`)."""
+
     @property
     def validation_loss(self) -> float | None:
         """The loss of the newest evaluation; None if there was none."""
@@ -160,25 +165,15 @@ class History:
 
     def as_json(self) -> dict[str, Any]:
         """Return the output of `status --json`, as strict JSON data."""
-        names = (
-            "run",
-            "state",
-            "step",
-            "steps",
-            "loss",
-            "validation_loss",
-            "tokens_per_s",
-            "committed",
-            "lost_s",
-            "trained_again",
-            "why",
-        )
+        names = ("run", "state", "step", "steps", "loss", "validation_loss", "tokens_per_s", "committed", "lost_s")
         shown = ("number", "where", "backend", "mesh", "began_unix_s", "steps", "kept", "ended", "why", "verdict")
         return json_files.strict(
             {
-                **{name: getattr(self, name) for name in names},
+                **{name: getattr(self, name) for name in (*names, "trained_again", "why")},
                 "parent": None if self.parent is None else {k: self.parent.get(k) for k in ("run", "where", "step")},
                 "changes": [{"step": c.step, "fields": c.fields, "reason": c.reason} for c in self.changes],
+                "disagreements": list(self.disagreements),
+                "doubted": {str(step): why for step, why in self.doubted.items()},
                 "owner": None if self.owner is None else asdict(self.owner),
                 "attempts": [{name: getattr(one, name) for name in shown} for one in self.attempts],
             }
@@ -222,6 +217,8 @@ def read_history(where: RunDir | Path | str) -> History:
         unit=_unit(recipe, events[numbers[-1]] if numbers else ()),
         parent=changes.parent_of(info),
         changes=changed,
+        disagreements=trust.disagreements(run),
+        doubted=run.doubted(),
         measured=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.CHANGE_MEASURED)],
     )
 
@@ -254,10 +251,11 @@ def committed(run: RunDir) -> int | None:
 
 def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:
     """Return step, commit state and bytes of each checkpoint, from COMMIT and file sizes, without reading tensors."""
-    location, found = location_of(run.checkpoints()), []
+    location, doubted, found = location_of(run.checkpoints()), run.doubted(), []
     for step in location.steps():
         sizes = location.sizes(step)
         row: dict[str, Any] = {"step": step, "committed": "COMMIT" in sizes, "bytes": sum(sizes.values())}
+        row["doubted"] = step in doubted
         if row["committed"]:
             try:
                 row["save"] = str(json.loads(location.commit(step))["save"])

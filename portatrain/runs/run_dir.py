@@ -29,7 +29,7 @@ from typing import Any
 from portatrain.checkpoint.locations import location_of, newest_committed
 from portatrain.errors import StorageError, UserError, storage_error
 from portatrain.recipe import Recipe
-from portatrain.runs import changes, code_snapshot
+from portatrain.runs import changes, code_snapshot, trust
 from portatrain.runs import rows as typed
 from portatrain.runs.attempt import Attempt
 from portatrain.runs.claim import Claim, ClaimHandle, Owner, in_use, live_owner
@@ -185,8 +185,13 @@ class RunDir:
         return (self.path / "run.json").exists() and recipe.steps > (changes.current(self.path).get("steps") or 0)
 
     def committed(self) -> int | None:
-        """Return the step of the newest committed checkpoint, or None. Only the restore verifies its files."""
-        return newest_committed(location_of(self.checkpoints()))
+        """Return the step of the newest committed checkpoint that is trusted, or None. Only the restore verifies its
+        files."""
+        return newest_committed(location_of(self.checkpoints()), self.doubted())
+
+    def doubted(self) -> dict[int, str]:
+        """Return the checkpoints that are not trusted, with the reasons (`runs/trust.py`)."""
+        return trust.doubted(trust.disagreements(self), location_of(self.checkpoints()))
 
     def change(self, change: changes.Change) -> None:
         """Record a change of the recipe. If it has more steps than a finished run, that run is no longer finished. The

@@ -5,12 +5,13 @@ Schedulers read them: a job that ends with RESUMABLE is started again, one that 
 
 from __future__ import annotations
 
-from portatrain.errors import StorageError, UserError
+from portatrain.errors import MachineError, StorageError, UserError
 
 OK = 0
 """Done."""
-FAILED = 1
-"""A bug of portatrain, or a failure of the machine: a traceback was printed, and a job tries again."""
+FAILED = MachineError.code
+"""A bug of portatrain, or a failure of the machine (1): a traceback was printed, or a paragraph that names the device
+(`recipe.Referee`), and a job tries again."""
 FOUND = 1
 """A command that checks or compares has found something (`check`, `ckpt verify`, `ckpt diff`); it is printed."""
 MISTAKE = UserError.code

@@ -24,7 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from portatrain.errors import StorageError, UserError, storage_error, users_code
+from portatrain.errors import MachineError, StorageError, UserError, storage_error, users_code
 from portatrain.system import environment, proxies
 from portatrain.system.exit_codes import FAILED, INTERRUPTED, NOT_FAILURES, OK, RESUMABLE
 from portatrain.system.stop_signals import note_left, stopping_signals
@@ -177,7 +177,8 @@ def _explain(processes: list[subprocess.Popen[bytes]], failed: list[int], folder
     r = min(reports, key=lambda k: reports[k]["unix_s"])
     found = reports[r]
     if found["user"] is not None:
-        kind = StorageError if found["code"] == StorageError.code else UserError
+        kinds: tuple[type[UserError], ...] = (StorageError, MachineError)
+        kind = next((one for one in kinds if one.code == found["code"]), UserError)
         said = found["user"]
         error = kind(said["what"], expected=said["expected"], got=said["got"], do=said["do"])
         error.trace, error.kept = said["trace"], said["kept"]

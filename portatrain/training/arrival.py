@@ -42,6 +42,7 @@ def check_before(run: RunDir, backend: Backend, recipe: Recipe, data: OpenData, 
         recipe,
         data_now,
         accept_drift=accept_drift,
+        without=there.doubted(),
         changed=lambda meta: changes.pending(there.path, meta, recipe, asked=asked),
     )
     if recipe.init is not None and newest_committed(location_of(where)) is None:

@@ -15,6 +15,7 @@ from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.stop_signals import StopSignals
 from portatrain.training import keep_best
+from portatrain.training.metrics import RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.jsonl import JsonlSink
 from portatrain.training.stop_requests import StopRequests
@@ -44,6 +45,25 @@ def begin(
     if first:
         backend.agree(attempt.number)
     return attempt, stop
+
+
+def info_of(
+    recipe: Recipe, run: RunDir, backend: Backend, about: Mapping[str, Any], *, attempt: int, first_step: int
+) -> RunInfo:
+    """Return the constants of an attempt; `about` is the backend's description of its device."""
+    return RunInfo.of(
+        recipe,
+        backend.program.definition,
+        run_dir=run.path,
+        attempt=attempt,
+        first_step=first_step,
+        backend=backend.name,
+        device=str(about["device"]),
+        devices=int(about["devices"]),
+        mesh=str(backend.program.layout.mesh),
+        # Only process 0, which has the sinks, needs the id.
+        id="" if backend.process else str(run.run_info().get("id", "")),
+    )
 
 
 def probable_mistakes(recipe: Recipe, definition: Definition, data: OpenData) -> Iterator[str]:

@@ -30,17 +30,17 @@ from portatrain.system.memory import peak_rss_bytes
 from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, profiling
 from portatrain.training.arrival import check_before
-from portatrain.training.begin import begin, probable_mistakes
+from portatrain.training.begin import begin, info_of, probable_mistakes
 from portatrain.training.changed import arrive_at
 from portatrain.training.compile_cache import CompileCache
 from portatrain.training.evaluation import Evaluations
 from portatrain.training.hook_calls import HookCalls, check_hooks
-from portatrain.training.metrics import RunInfo
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.plot import draw
 from portatrain.training.open_data import data_of, rows_here
 from portatrain.training.options import TrainOptions as TrainOptions
 from portatrain.training.profiling import Profile, StepRange
+from portatrain.training.referee import StepReferee
 from portatrain.training.saves import Saves
 from portatrain.training.start_times import StartTimes
 from portatrain.training.step_records import StepRecords
@@ -105,6 +105,7 @@ class Trainer:
         )
         self.hooks = HookCalls(self.view)
         self._steps = StepRecords(recipe, self.view, self.hooks, self.sinks, self._judge)
+        self._referee = StepReferee(recipe, self.backend, self.event)
         self._evals = Evaluations(
             self.view, self.hooks, self.backend, self.sinks, lambda: self._stop_requested() is not None
         )
@@ -162,7 +163,10 @@ class Trainer:
         self._saves = Saves(self.checkpoints, self.recipe, self.backend, self.data, self.event)
         found = self._newest(attempt)
         self.step = int(found.meta["step"]) if found else 0
-        self._info = self._steps.info = self._run_info(attempt.number, about)
+        self._referee.begin(self.run_dir, self.checkpoints, self.step)
+        self._info = self._steps.info = info_of(
+            self.recipe, self.run_dir, self.backend, about, attempt=attempt.number, first_step=self.step + 1
+        )
         attempt.note("plan.json", of_run(self.recipe, self.mesh, str(about["device"])))
         self._told = True
         self.sinks.start(self._info)
@@ -208,31 +212,15 @@ class Trainer:
         else:
             attempt.event(Kind.END, status=self._status, **self._summary)
 
-    def _run_info(self, attempt: int, about: Mapping[str, Any]) -> RunInfo:
-        """Return the constants of the attempt; `about` is the backend's description of its device."""
-        return RunInfo.of(
-            self.recipe,
-            self.definition,
-            run_dir=self.run_dir.path,
-            attempt=attempt,
-            first_step=self.step + 1,
-            backend=self.backend.name,
-            device=str(about["device"]),
-            devices=int(about["devices"]),
-            mesh=str(self.mesh),
-            id=self._run_id(),
-        )
-
-    def _run_id(self) -> str:
-        """Return the id in run.json; only process 0, which has the sinks, needs it."""
-        return "" if self.backend.process else str(self.run_dir.run_info().get("id", ""))
-
     def _newest(self, attempt: Attempt | NullAttempt) -> Any:
         """Return the newest checkpoint that verifies, the same for all processes; None if there is none."""
         if not self.backend.process and not self.run_dir.locks:
             self.checkpoints.remove_unfinished()
+        doubted = {} if self.backend.process else self.run_dir.doubted()
+        for step, why in doubted.items():
+            attempt.event(Kind.NOT_TRUSTED, step=step, what=why)
         found = self.checkpoints.newest(
-            lambda text: attempt.event(Kind.CHECKPOINT_DAMAGED, what=text), self.backend.agree
+            lambda text: attempt.event(Kind.CHECKPOINT_DAMAGED, what=text), self.backend.agree, doubted
         )
         return found[1] if found else None
 
@@ -296,7 +284,7 @@ class Trainer:
                 self._stop.at("step", step)
                 scale, more = recipe.lr_scale(step), self._steps.guard.arguments(step)
                 with profile.step(step):
-                    self.state, result = self.backend.step(self.state, batch, step=step, scale=scale, **more)
+                    self.state, result = self._referee.step(self.state, batch, step=step, scale=scale, more=more)
                 self.step, self._stop.trained = step, True
                 if step == first:
                     self.event(Kind.KERNELS, choices=choose_kernel.taken())
@@ -329,6 +317,7 @@ class Trainer:
         if self._pending is not None:
             pending, self._pending = self._pending, None
             self._steps.add(*pending, self._memory_bytes())
+            self._referee.saw(pending[1])
 
     # ---- saving and resuming
 

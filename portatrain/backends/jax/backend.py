@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from portatrain.backends import fp8_chips
-from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.base import Arrays, StepResult, check_loss
 from portatrain.backends.jax import fp8
 from portatrain.backends.jax.about import About
 from portatrain.backends.jax.accumulation import Accumulation, aux_part, aux_value, summed
 from portatrain.backends.jax.decoding import JaxCached
 from portatrain.backends.jax.flags import compiler_options
+from portatrain.backends.jax.held import Held, as_it_is
 from portatrain.backends.jax.lower import lower
 from portatrain.backends.jax.mesh import device_mesh, join
 from portatrain.backends.jax.ops import JaxOps, partition_spec
@@ -43,11 +44,12 @@ State = dict[str, Any]
 """The state: {'params', 'state', 'ema': {name: array}, 'opt': RuleState}."""
 
 
-class JaxBackend(About, StandaloneOps, Watches):
+class JaxBackend(About, Held, StandaloneOps, Watches):
     """See `portatrain.backends.base.Backend`. `devices`: the devices of the mesh, row-major, if their order matters.
     They may be descriptions of absent devices, to compile for them (`abstract_step`)."""
 
     name = "jax"
+    compares_samples = False
 
     def __init__(self, program: Program, devices: Sequence[Any] | None = None) -> None:
         self.program, self.definition, self.layout = program, program.definition, program.layout
@@ -190,7 +192,7 @@ class JaxBackend(About, StandaloneOps, Watches):
             share, lies = shares.get(tensor.key), self._sharding(tensor)
             parts = self._sharding(tensor, share)
             placed = self._place(tensor.info, lambda at, shape: read(tensor.role, tensor.info.name, at, shape), parts)
-            return placed if share is None else jax.jit(_as_it_is, out_shardings=lies)(placed)
+            return placed if share is None else jax.jit(as_it_is, out_shardings=lies)(placed)
 
         return self._assemble(make, int(read(COUNT, "", (), ())))
 
@@ -202,6 +204,7 @@ class JaxBackend(About, StandaloneOps, Watches):
         ops = self._ops(batch, step, training=True, across=across, layout=layout)
         with self.ids.model_runs():
             loss = check_loss(self._module({**frozen, **trained}, states)(ops, batch), self.definition.model)
+        self.compares_samples = self.compares_samples or across.calls > 0
         total = summed(loss, ops.auxes)
         auxes = {k: aux_part(a) for k, a in ops.auxes.items()}
         return total, (total, jnp.sum(loss.weight_B), auxes, ops.tallies)
@@ -294,8 +297,14 @@ class JaxBackend(About, StandaloneOps, Watches):
         return self._steps, (state, shapes, step, scale)
 
     def gradients(self, state: State, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
-        grads, loss, *_ = self._gradients_of(state, self._put(batch, 1), np.int32(step))
-        return float(loss), {n: np.array(g) for n, g in grads.items()}
+        loss, _, grads = self.weighed_gradients(state, batch, step=step)
+        return loss, grads
+
+    def weighed_gradients(
+        self, state: State, batch: Mapping[str, np.ndarray], *, step: int
+    ) -> tuple[float, float, Arrays]:
+        grads, loss, weight, *_ = self._gradients_of(state, self._put(batch, 1), np.int32(step))
+        return float(loss), float(weight), {n: np.array(g) for n, g in grads.items()}
 
     # ---- without an update
 
@@ -363,34 +372,3 @@ class JaxBackend(About, StandaloneOps, Watches):
             else:  # which would first have all processes compare what they were given
                 placed[key] = jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
         return placed
-
-    # ---- what it holds and runs on
-
-    def local_boxes(self, state: State) -> Iterator[LocalBox]:
-        for tensor, array in self.state_arrays(state):
-            for shard in array.addressable_shards:
-                bounds = [s.indices(n) for s, n in zip(shard.index, array.shape, strict=True)]
-                yield LocalBox(
-                    name=tensor.info.name,
-                    role=tensor.role,
-                    offset=tuple(b[0] for b in bounds),
-                    shape=shard.data.shape,
-                    fetch=functools.partial(np.array, shard.data),
-                )
-        count = state["opt"].count
-        yield LocalBox(name="", role=COUNT, offset=(), shape=(), fetch=lambda: np.array(count))
-
-    def whole_parameter(self, state: State, name: str) -> np.ndarray:
-        """Return a parameter whole, on every process; all of them call it together."""
-        array = state["params"][name]
-        if self.processes > 1:  # a process can read only its own shards
-            array = jax.jit(_as_it_is, out_shardings=self._replicated)(array)
-        return np.array(array)
-
-    def irregular_shards(self, state: Any) -> IrregularShards:
-        return {}
-
-
-def _as_it_is(x: Any) -> Any:
-    """Return a jitted function that changes a sharding. Tensors of one shape share a program through it."""
-    return x

@@ -21,6 +21,7 @@ class Accumulates:
 
     _compares = False
     """True once a model has compared samples of different microbatches."""
+    compares_samples = False
     _forward: Callable[..., Any]
     _put: Callable[..., dict[str, Tensor]]
     _grads: Callable[..., list[Tensor]]
@@ -38,6 +39,7 @@ class Accumulates:
             self._begin(state, last=i == n - 1)
             across = Across(microbatches=n, index=i, held=held)
             loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True, across)
+            self.compares_samples = self.compares_samples or across.calls > 0
             if across.wanted:  # known once the model has run; nothing has been added up yet
                 self._compares = True
                 self._free(state)

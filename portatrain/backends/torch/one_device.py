@@ -301,14 +301,20 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
         return {n: torch.stack(ts).reshape(infos[n].shape) if infos[n].stack_dims else ts[0] for n, ts in parts.items()}
 
     def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
-        loss, *_ = self._accumulate(state, batch, step)
+        loss, _, grads = self.weighed_gradients(state, batch, step=step)
+        return loss, grads
+
+    def weighed_gradients(
+        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int
+    ) -> tuple[float, float, Arrays]:
+        loss, weight, *_ = self._accumulate(state, batch, step)
         self._grads(state)
         found = {n: np.zeros(self.definition.params[n].shape, np.float32) for n in sorted(self.program.trainable)}
         for p in state.pieces:
             if p.role == "params" and p.tensor.grad is not None:
                 found[p.name][p.index] = p.tensor.grad.cpu().numpy()
         state.optimizer.zero_grad(set_to_none=True)
-        return float(loss), found
+        return float(loss), float(weight), found
 
     # ---- without an update
 

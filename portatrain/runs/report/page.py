@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from portatrain.errors import visible
-from portatrain.runs import profiles
+from portatrain.runs import profiles, trust
 from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report import changed
 from portatrain.runs.report.changed import Fork
@@ -77,6 +77,9 @@ def _head(run: History) -> str:
             facts.append(counted(odd, "steps skipped: not finite"))
         if spikes:
             facts.append(counted(spikes, "steps skipped: spikes"))
+    facts += [f"attempt {event['attempt']}: {trust.in_words(event)}" for event in run.disagreements]
+    if run.doubted:
+        facts.append(f"not trusted: the checkpoints of steps {', '.join(map(str, run.doubted))}")
     return f"<h1>{escape(run.run)}</h1><p class=sub>{' · '.join(escape(str(fact)) for fact in facts)}</p>"
 
 
@@ -223,10 +226,10 @@ def _profiles(run: History) -> str:
 
 
 def _checkpoints(checkpoints: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        (str(c["step"]), "committed" if c["committed"] else "not committed", _mib(c["bytes"]), str(c.get("save", "")))
-        for c in checkpoints
-    ]
+    def state(one: Mapping[str, Any]) -> str:
+        return "not committed" if not one["committed"] else "not trusted" if one.get("doubted") else "committed"
+
+    rows = [(str(c["step"]), state(c), _mib(c["bytes"]), str(c.get("save", ""))) for c in checkpoints]
     if not rows:
         return ""
     return _section("Checkpoints that are kept", _table(("step", "state", "bytes", "save"), rows))
