@@ -88,11 +88,35 @@ def remember(memory: Path, report: Mapping[str, Any]) -> None:
 
 
 def suggest(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Say in one line that `portatrain check` exists, if the recipe has not been seen. `launch` checks by itself."""
+    """Say in one line that `portatrain check` exists, if the recipe has not been seen. `launch` checks by itself.
+
+    Raises:
+        UserError: the recipe accumulates, and a loss depends on the other samples of a microbatch.
+    """
     if not environment.CLUSTER.get() and not seen(recipe, args):
+        if recipe.accumulation > 1:
+            _refuse_across_samples(recipe)
         words = ["portatrain", "check", args.recipe, *(w for given in args.overrides for w in ("--set", given))]
         said = f"{recipe.name} has not been checked on this machine. To check it first: {shlex.join(words)}"
         print(said, file=sys.stderr)
+
+
+def _refuse_across_samples(recipe: Recipe) -> None:
+    """Microbatches know nothing of each other, so such a loss would be another one without a word."""
+    from portatrain.testing.recipe_check.run import samples_alone
+
+    try:
+        found = samples_alone(recipe)
+    except Exception:
+        return  # training says what is wrong with the model
+    if found:
+        raise UserError(
+            f"recipe {recipe.name}, accumulation={recipe.accumulation}: {found[0].what}",
+            expected="samples whose losses do not depend on each other, because each microbatch has a part of them",
+            got=found[0].said,
+            do=f"{found[0].do} With accumulation=1 the loss is that of the whole batch; {environment.CHECK.name}=0 "
+            "trains it as it is.",
+        )
 
 
 def memory_of(recipe: Recipe, args: argparse.Namespace) -> Path:

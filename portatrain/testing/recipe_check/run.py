@@ -70,6 +70,16 @@ def check_recipe(
     return _Check(recipe, source, backends, meshes, progress).run()
 
 
+def samples_alone(recipe: Recipe) -> list[Finding]:
+    """Return what is found in the oracle alone of samples that influence each other, at small size: seconds at most.
+
+    Nothing is found where this cannot be told: a model that the oracle does not run says so in the whole check.
+    """
+    check = _Check(recipe, None, (), (), lambda row: None)
+    subject, found = check._smallest()
+    return [] if subject is None or found else [f for f in properties.samples(subject) if f.numbers and not f.failed]
+
+
 class _Skip(Exception):
     """A check that cannot be run here, with the reason."""
 
