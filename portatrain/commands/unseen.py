@@ -25,6 +25,7 @@ from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.system.paths import cache_folder
+from portatrain.system.text import counted
 from portatrain.training.start_times import StartTimes
 
 WITHOUT_EFFECT = (
@@ -62,8 +63,8 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
     if refusing:
         raise UserError(
             f"recipe {recipe.name}",
-            expected="a model that gives the same numbers on every framework and mesh",
-            got=f"{len(refusing)} that {'does' if len(refusing) == 1 else 'do'} not, first {refusing[0]['what']}",
+            expected="a model that learns what it is given, alike on every framework and mesh",
+            got=f"{counted(len(refusing), 'findings')}, first {refusing[0]['what']}",
             do=f"Correct what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it "
             "as it is.",
         )

@@ -185,7 +185,9 @@ def test_transformers_loads_what_is_exported_and_we_what_it_saves(more: tuple[st
     back = tmp_path / "back"
     words = ["--run-dir", str(back), "--from", "huggingface", *sizes(*more)]
     assert main(["ckpt", "import", str(tmp_path / "theirs"), "tiny-lm", *words]) == 0
-    theirs = json.loads((tmp_path / "theirs" / GENERATION).read_bytes())  # how to generate goes along without a tokenizer, too
+    theirs = json.loads(
+        (tmp_path / "theirs" / GENERATION).read_bytes()
+    )  # how to generate goes along without a tokenizer, too
     assert not (out / GENERATION).exists() and not (out / "tokenizer.json").exists()
     assert main(["ckpt", "export", str(back), str(tmp_path / "again"), "--to", "huggingface"]) == 0
     assert json.loads((tmp_path / "again" / GENERATION).read_bytes()) == theirs

@@ -20,6 +20,7 @@ from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check import oracle, properties
 from portatrain.testing.recipe_check import subject as subjects
 from portatrain.testing.recipe_check.compare import Sensitivity, differences, same_state, sensitivity, unreached
+from portatrain.testing.recipe_check.future import future
 from portatrain.testing.recipe_check.measured import Measured, measure, saved_and_restored
 from portatrain.testing.recipe_check.processes import DEVICES, on_meshes
 from portatrain.testing.recipe_check.report import FORWARD, Finding, Report, Row
@@ -100,6 +101,7 @@ class _Check:
     def run(self) -> Report:
         subject = self._subject()
         if subject is not None:
+            self._row("the next token unseen", lambda: future(subject))
             self._row("parameters reached", lambda: properties.reached(subject))
             self._row("optimizer rule", lambda: properties.rule(subject))
             self._frameworks(subject)
