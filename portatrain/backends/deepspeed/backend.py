@@ -367,17 +367,11 @@ class ZeroBackend(MeshBackend):
         held = zero_state(state)
         params: list[Any] = [p.tensor for p in held.pieces if p.role == "params"]
         flats = {id(part.flat): part.flat for part in held.parts.values()}
-        slots = sum(t.nbytes for f in flats.values() for t in held.client.slots_of(f).values())
+        opt = sum(f.nbytes + sum(t.nbytes for t in held.client.slots_of(f).values()) for f in flats.values())
         here = sum((p if self.stage < 3 else p.ds_tensor).nbytes for p in params)
         beside = {role: sum(t.nbytes for t in by_piece.values()) for role, by_piece in held.beside.items()}
         states = sum(p.tensor.nbytes for p in held.pieces if p.role == "state")
-        found = {
-            "params": here,
-            "opt": slots + sum(f.nbytes for f in flats.values()),
-            "ema": 0,
-            **beside,
-            "state": states,
-        }
+        found = {"params": here, "opt": opt, "ema": 0, **beside, "state": states}
         peak = peak_bytes(self.device)
         return found if peak is None else {**found, "peak": peak}
 
