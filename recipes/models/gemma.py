@@ -170,9 +170,8 @@ def from_hub(fields: Fields) -> GemmaConfig:
         fields.get(name)
     fields.only("use_bidirectional_attention", False)
     local: dict[str, Any] = {} if not three else {"local_theta": _local_theta(fields)}
-    sizes = read_sizes(
-        fields, theta=1e6 if three else 10_000.0, tied=True, head_dim=256, given=_full(fields) if three else None
-    )
+    theta, given = (1e6, _full(fields)) if three else (10_000.0, None)
+    sizes = read_sizes(fields, theta=theta, tied=True, head_dim=256, kv_heads=4, given=given)
     period = int(fields.get("sliding_window_pattern", 6)) if three else 2
     layers = range(sizes["layers"])
     sliding = (
