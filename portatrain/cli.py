@@ -190,7 +190,7 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         )
         return _say(where)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        _tell("\ninterrupted")
         return INTERRUPTED
     except SystemExit as end:  # argparse, after --help
         return end.code if isinstance(end.code, int) else 0
@@ -213,12 +213,20 @@ def _say(error: UserError) -> int:
 
     more = where(error)
     if error.trace and environment.TRACEBACK.get():
-        print(error.trace, file=sys.stderr)
+        _tell(error.trace)
     elif error.trace:
         kept = f"; {error.kept} has it." if error.kept else "."
         more = f" {environment.TRACEBACK.name}=1 shows the traceback{kept}"
-    print(f"error: {error}{more}", file=sys.stderr)
+    _tell(f"error: {error}{more}")
     return error.code
+
+
+def _tell(text: str) -> None:
+    """Print to standard error. A full disk behind it, or a reader that is gone, changes no exit code."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it at exit, which must not fail
 
 
 if __name__ == "__main__":

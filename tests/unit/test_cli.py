@@ -395,3 +395,11 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "portatrain", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()[0]) == (0, "portatrain")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+@pytest.mark.parametrize("words", [["plan", "nosuch"], ["ckpt", "ls", "nosuch"]])
+def test_a_full_disk_behind_the_errors_leaves_the_exit_code(words: list[str]) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-m", "portatrain", *words], stdout=full, stderr=full, check=False)
+    assert done.returncode == 2
