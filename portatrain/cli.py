@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``portatrain``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     training = words[:1] == ["train"]
+    _open_streams()
     with contextlib.nullcontext() if training else cleaned():
         return _guarded(lambda: run(words), places=not training)
 
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``launch``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     with cleaned() if words[:1] and words[0] in LAUNCH else contextlib.nullcontext():
         return _guarded(lambda: _launch(words))
 
@@ -204,6 +206,18 @@ def _explained(error: Exception) -> UserError | None:
     from portatrain.errors.users_code import explained
 
     return explained(error)
+
+
+def _open_streams() -> None:
+    """Put the null device where the caller closed a standard stream: Python has None there, which no writer expects,
+    and the next file that is opened would get the stream's number, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
 
 
 def _say(error: UserError) -> int:

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -403,3 +404,11 @@ def test_a_full_disk_behind_the_errors_leaves_the_exit_code(words: list[str]) ->
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "portatrain", *words], stdout=full, stderr=full, check=False)
     assert done.returncode == 2
+
+
+@pytest.mark.parametrize(("closed", "code"), [("<&-", 0), (">&-", 0), ("2>&-", 0), ("<&- >&- 2>&-", 0)])
+def test_streams_that_are_closed_end_no_command(closed: str, code: int, tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -c 'import portatrain.cli as c, sys; sys.exit(c.launch_main([\"list\"]))'"
+    there = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, env=there, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (code, b"")
