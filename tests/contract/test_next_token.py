@@ -47,6 +47,7 @@ def test_what_a_batch_of_next_tokens_is() -> None:
     good = {"tokens": tokens, "targets": tokens + 1}
     assert is_next_tokens(good)
     assert is_next_tokens({**good, "mask": np.ones((2, 6), np.float32)})
+    assert is_next_tokens({**good, "mask": np.ones(2, np.float32)})  # of whole samples
     elsewhere = np.where(np.arange(6) == 2, 0, tokens + 1).astype(np.int32)
     assert not is_next_tokens({"tokens": tokens, "targets": elsewhere})
     assert is_next_tokens(

@@ -66,18 +66,26 @@ def is_next_tokens(batch: Batch) -> bool:
         return False
     if tokens.dtype.kind not in "iu" or targets.dtype.kind not in "iu" or tokens.shape[1] < 2:
         return False
-    counts = np.asarray(batch.get("mask", np.ones(tokens.shape)))[:, :-1] > 0
+    counts = _counts(batch)[:, :-1]
     return bool(counts.any() and ((tokens[:, 1:] == targets[:, :-1]) | ~counts).all())
+
+
+def _counts(batch: Batch) -> np.ndarray:
+    """Return which positions count, (samples, positions) bool; a mask may also be one of whole samples."""
+    shape, mask = batch["tokens"].shape, np.asarray(batch.get("mask", 1.0))
+    if mask.shape == shape[:1]:
+        mask = mask[:, None]
+    fits = mask.ndim in (0, 2) and all(m in (1, n) for m, n in zip(mask.shape, shape, strict=False))
+    return np.broadcast_to(mask > 0, shape) if fits else np.ones(shape, bool)
 
 
 def _changed(batch: Batch) -> Iterator[Batch]:
     """Yield the batch with one token of each sample changed to another one of the batch, within a document."""
     rng, tokens = np.random.default_rng(5), batch["tokens"]
-    known, inside = np.unique(tokens), np.ones(tokens[:, 1:].shape, bool)
-    for name in ("mask", "segment_ids"):
-        if name in batch:
-            array = np.asarray(batch[name])
-            inside &= array[:, :-1] > 0 if name == "mask" else array[:, 1:] == array[:, :-1]
+    known, inside = np.unique(tokens), _counts(batch)[:, :-1]
+    segments = np.asarray(batch.get("segment_ids", 0))
+    if segments.shape == tokens.shape:
+        inside = inside & (segments[:, 1:] == segments[:, :-1])
     if len(known) < 2:
         return
     for _ in range(ROUNDS):
@@ -98,8 +106,9 @@ def _predictions(subject: Subject, batch: Batch) -> list[Prediction]:
         """Keep the arguments of cross-entropies."""
 
         def cross_entropy(self, x: Any, table_VE: Any, targets: Any, *, mask: Any = None, **options: Any) -> Any:
-            labels = np.asarray(unwrapped(targets)).ravel()
-            weights = np.ones(labels.shape) if mask is None else np.asarray(unwrapped(mask), float).ravel()
+            whole = np.asarray(unwrapped(targets))
+            labels = whole.ravel()
+            weights = np.broadcast_to(1.0 if mask is None else unwrapped(mask), whole.shape).ravel()
             features = np.asarray(unwrapped(x))
             found.append((features.reshape(-1, features.shape[-1]), labels, weights))
             return super().cross_entropy(x, table_VE, targets, mask=mask, **options)
