@@ -92,7 +92,7 @@ def assert_whole(run: RunDir) -> None:
     assert run.events("end")[-1]["status"] == "done" and run.summary()["status"] == "done"
 
 
-@pytest.mark.parametrize(("error", "characters"), zip(ERRORS, (0, 400, 0, 400), strict=True))
+@pytest.mark.parametrize(("error", "characters"), list(zip(ERRORS, (0, 400, 0, 400), strict=True)))
 def test_standard_output_and_error_break(
     error: str, characters: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
