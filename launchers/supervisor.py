@@ -183,8 +183,9 @@ class Supervisor:
         The outcome is 'done', 'preempted', 'stopped', 'cancelled', 'failed' or 'hung'.
         """
         where = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
-        facts = launcher(self.job.engine).scheduler_facts(os.environ)
-        attempt.event(Kind.LANDED, **where, id=self.job.id, scheduler=dict(facts))
+        engine = launcher(self.job.engine)
+        facts = dict(engine.scheduler_facts(os.environ))
+        attempt.event(Kind.LANDED, **where, id=self.job.id, queues=engine.queues, scheduler=facts)
         changed = differences(self._code())
         if changed:
             attempt.event(Kind.ENVIRONMENT_DIFFERS, packages=changed)

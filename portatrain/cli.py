@@ -70,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``portatrain``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     training = words[:1] == ["train"]
+    _open_streams()
     with contextlib.nullcontext() if training else cleaned():
         return _guarded(lambda: run(words), places=not training)
 
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch_main(argv: Sequence[str] | None = None) -> int:
     """Run the command ``launch``; return its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    _open_streams()
     with cleaned() if words[:1] and words[0] in LAUNCH else contextlib.nullcontext():
         return _guarded(lambda: _launch(words))
 
@@ -190,7 +192,7 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         )
         return _say(where)
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
+        _tell("\ninterrupted")
         return INTERRUPTED
     except SystemExit as end:  # argparse, after --help
         return end.code if isinstance(end.code, int) else 0
@@ -206,6 +208,18 @@ def _explained(error: Exception) -> UserError | None:
     return explained(error)
 
 
+def _open_streams() -> None:
+    """Put the null device where the caller closed a standard stream: Python has None there, which no writer expects,
+    and the next file that is opened would get the stream's number, and what libraries print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
 def _say(error: UserError) -> int:
     """Print a user's mistake as one paragraph; return its exit code."""
     from portatrain.errors.users_code import where
@@ -213,12 +227,20 @@ def _say(error: UserError) -> int:
 
     more = where(error)
     if error.trace and environment.TRACEBACK.get():
-        print(error.trace, file=sys.stderr)
+        _tell(error.trace)
     elif error.trace:
         kept = f"; {error.kept} has it." if error.kept else "."
         more = f" {environment.TRACEBACK.name}=1 shows the traceback{kept}"
-    print(f"error: {error}{more}", file=sys.stderr)
+    _tell(f"error: {error}{more}")
     return error.code
+
+
+def _tell(text: str) -> None:
+    """Print to standard error. A full disk behind it, or a reader that is gone, changes no exit code."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it at exit, which must not fail
 
 
 if __name__ == "__main__":

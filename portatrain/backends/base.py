@@ -100,6 +100,9 @@ class Backend(Protocol):
     Optional method: `add_up(words)` returns the sums of `words`, (n,) uint64, over all processes, modulo 2^64. Without
     it a run in several processes does not compare fingerprints of its tensors (checkpoint/fingerprints.py).
 
+    Optional method: `unequal_copies(state)` returns (role, name) of the tensors of which this process holds a further
+    copy, beside those of `local_boxes`, that differs in a bit. Their fingerprints count as different.
+
     Optional method: `rows_here(samples)` returns which rows of a microbatch of that many samples this process uses,
     (samples,) bool, or None for all. Without it each process reads every sample from a packed store.
 

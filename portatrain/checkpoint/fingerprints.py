@@ -173,7 +173,7 @@ def compare(backend: Backend, state: Any, saved: Mapping[str, str]) -> list[str]
     """Return the names of the tensors of which a bit differs from `saved`, on any device; the same on all processes.
 
     All processes call it together. It compares the sum of the parts with the fingerprint, and each further copy of a
-    part with the copy that was summed.
+    part with the copy that was summed. A backend may hold copies of another form (`unequal_copies`).
     """
     layout = format_layout(backend.program, backend.irregular_shards(state), backend.processes, owners_of(backend))
     numbers = {t.name: i for i, t in enumerate(layout.tensors)}
@@ -199,6 +199,8 @@ def compare(backend: Backend, state: Any, saved: Mapping[str, str]) -> list[str]
             for number, box, value in found:
                 parts.all[number].held += box.size
                 parts.all[number].total += value
+    for role, name in getattr(backend, "unequal_copies", lambda state: ())(state):
+        unequal[numbers[full_name(role, name)]] += np.uint64(1)
     mine = [p.total % 2**64 if p.owner == backend.process else 0 for p in parts.all]
     totals = added_up(backend, np.array(mine, np.uint64))
     now = dict.fromkeys(numbers, 0)

@@ -17,7 +17,7 @@ from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs
 from portatrain.runs.events import Kind, has
-from portatrain.runs.history import errors, read_history
+from portatrain.runs.history import WAITING, errors, read_history
 from portatrain.runs.open import find
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
@@ -128,7 +128,7 @@ def _ended(run: RunDir, number: int) -> bool:
     if has(events, Kind.LEFT, Kind.GAVE_UP) or max(run.attempt_numbers(), default=0) > number:
         return True
     now = read_history(run)
-    return now.over or (now.state in ("LOST", "REQUEUED") and bool(now.attempts))
+    return now.over or (now.state in WAITING and bool(now.attempts))
 
 
 def _next(run: RunDir, number: int) -> int:
@@ -139,7 +139,7 @@ def _next(run: RunDir, number: int) -> int:
         if later:
             return later[0]
         now = read_history(run)
-        if now.over or (now.state in ("LOST", "REQUEUED") and not _queued(run)):
+        if now.over or (now.state in WAITING and not _queued(run)):
             return 0
         time.sleep(POLL_S if run.locks else 10 * POLL_S)
 

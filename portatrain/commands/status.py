@@ -17,7 +17,7 @@ from pathlib import Path
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.runs import jobs, trust
-from portatrain.runs.history import History, errors, read_history
+from portatrain.runs.history import WAITING, History, errors, read_history
 from portatrain.runs.open import find
 from portatrain.system import terminal
 from portatrain.system.text import age
@@ -119,7 +119,7 @@ def _print(now: History, there: list[dict[str, object]]) -> None:
 
 def _next(now: History) -> str:
     """Return what a user can do with a run that ended before its last step; '' for any other run."""
-    if now.state not in ("LOST", "FAILED", "REQUEUED", "CANCELLED"):
+    if now.state not in (*WAITING, "FAILED", "CANCELLED"):
         return ""
     place = f"step {now.committed}" if now.committed is not None else "the first step, because no checkpoint was saved"
     resumes = f"`launch resume {now.run}` continues from {place}"

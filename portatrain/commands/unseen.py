@@ -25,6 +25,7 @@ from portatrain.recipe import Recipe
 from portatrain.system import environment, json_files
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.system.paths import cache_folder
+from portatrain.system.text import counted
 from portatrain.training.start_times import StartTimes
 
 WITHOUT_EFFECT = (
@@ -62,8 +63,8 @@ def check_unseen(recipe: Recipe, args: argparse.Namespace) -> None:
     if refusing:
         raise UserError(
             f"recipe {recipe.name}",
-            expected="a model that gives the same numbers on every framework and mesh",
-            got=f"{len(refusing)} that {'does' if len(refusing) == 1 else 'do'} not, first {refusing[0]['what']}",
+            expected="a model that learns what it is given, alike on every framework and mesh",
+            got=f"{counted(len(refusing), 'findings')}, first {refusing[0]['what']}",
             do=f"Correct what stands above; `portatrain check {args.recipe}` says more, and --no-check launches it "
             "as it is.",
         )
@@ -88,11 +89,35 @@ def remember(memory: Path, report: Mapping[str, Any]) -> None:
 
 
 def suggest(recipe: Recipe, args: argparse.Namespace) -> None:
-    """Say in one line that `portatrain check` exists, if the recipe has not been seen. `launch` checks by itself."""
+    """Say in one line that `portatrain check` exists, if the recipe has not been seen. `launch` checks by itself.
+
+    Raises:
+        UserError: the recipe accumulates, and a loss depends on the other samples of a microbatch.
+    """
     if not environment.CLUSTER.get() and not seen(recipe, args):
+        if recipe.accumulation > 1:
+            _refuse_across_samples(recipe)
         words = ["portatrain", "check", args.recipe, *(w for given in args.overrides for w in ("--set", given))]
         said = f"{recipe.name} has not been checked on this machine. To check it first: {shlex.join(words)}"
         print(said, file=sys.stderr)
+
+
+def _refuse_across_samples(recipe: Recipe) -> None:
+    """Microbatches know nothing of each other, so such a loss would be another one without a word."""
+    from portatrain.testing.recipe_check.run import samples_alone
+
+    try:
+        found = samples_alone(recipe)
+    except Exception:
+        return  # training says what is wrong with the model
+    if found:
+        raise UserError(
+            f"recipe {recipe.name}, accumulation={recipe.accumulation}: {found[0].what}",
+            expected="samples whose losses do not depend on each other, because each microbatch has a part of them",
+            got=found[0].said,
+            do=f"{found[0].do} With accumulation=1 the loss is that of the whole batch; {environment.CHECK.name}=0 "
+            "trains it as it is.",
+        )
 
 
 def memory_of(recipe: Recipe, args: argparse.Namespace) -> Path:

@@ -114,6 +114,13 @@ def has(events: Sequence[Event], *kinds: Kind) -> bool:
     return any(event.get("event") in kinds for event in events)
 
 
+def comes_back(events: Sequence[Event]) -> bool:
+    """Return whether a scheduler starts the run again after the attempt of these events: not if it ran in a terminal,
+    or in the background of one machine."""
+    landed = last(events, Kind.LANDED)
+    return landed is not None and bool(landed.get("queues", landed.get("engine") != "local"))
+
+
 def how_it_ended(events: Sequence[Event]) -> str:
     """Return how an attempt ended: 'done', 'preempted', 'stopped', 'interrupted', 'cancelled', 'failed' or 'hung'.
 

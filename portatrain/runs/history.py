@@ -4,12 +4,12 @@ QUEUED      no attempt has begun
 STARTING    an attempt holds the claim and has not trained yet
 RUNNING     an attempt holds the claim and trains
 PREEMPTING  an attempt holds the claim, has been asked to stop and is saving
-REQUEUED    the last attempt saved and ended; the next attempt resumes from there
+REQUEUED    the last attempt saved and ended; the scheduler starts the next one
+STOPPED     the last attempt saved and ended, and nothing starts another one: `launch resume` does
 SUCCEEDED   the run has the mark DONE
 FAILED      ended by a user's mistake, or too many failures without progress
 CANCELLED   a user cancelled the run
-LOST        the last attempt ended without a record of why; the next one resumes from the last commit
-"""
+LOST        the last attempt ended without a record of why; the next one resumes from the last commit"""
 
 from __future__ import annotations
 
@@ -28,15 +28,17 @@ from portatrain.runs import changes, first_steps, profiles, trust
 from portatrain.runs import rows as typed
 from portatrain.runs.changes import Change
 from portatrain.runs.claim import Owner
-from portatrain.runs.events import Event, Kind, has, how_it_ended, last, of_kind, why_it_ended
+from portatrain.runs.events import Event, Kind, comes_back, has, how_it_ended, last, of_kind, why_it_ended
 from portatrain.runs.first_steps import FirstStep
 from portatrain.runs.open import open_run
 from portatrain.runs.profiles import ProfileHistory
 from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system import json_files
 
-STATES = ("QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "SUCCEEDED", "FAILED", "CANCELLED", "LOST")
 OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
+STATES = ("QUEUED", "STARTING", "RUNNING", "PREEMPTING", "REQUEUED", "STOPPED", "LOST", *OVER)
+WAITING = ("REQUEUED", "STOPPED", "LOST")
+"""Of a run that is not over and that no attempt holds."""
 LOST = "lost"
 """The end of an attempt that no longer holds the claim and of which no event tells how it ended."""
 
@@ -288,9 +290,9 @@ def _state(
         return "RUNNING" if rows[attempts[-1].number] else "STARTING"
     if not attempts:
         return "QUEUED"
-    if attempts[-1].ended == "failed":
-        return "REQUEUED" if left else "FAILED"
-    return "LOST" if attempts[-1].ended == LOST else "REQUEUED"
+    if attempts[-1].ended == "failed" and not left:
+        return "FAILED"
+    return "LOST" if attempts[-1].ended == LOST else "REQUEUED" if comes_back(newest) else "STOPPED"
 
 
 def _attempt(

@@ -157,7 +157,7 @@ READ_ONCE = Variable[bool | None](
 )
 CHECK = Variable[bool](
     name="PORTATRAIN_CHECK",
-    about="0: `launch` does not run `portatrain check` for recipes that it has not seen.",
+    about="0: `launch` does not run `portatrain check` for recipes that it has not seen, nor `train` a part of it.",
     kind="one of 0, 1",
     read=_flag,
     default=True,

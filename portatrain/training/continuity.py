@@ -28,6 +28,7 @@ import numpy as np
 from portatrain.backends import rounding
 from portatrain.backends.base import Backend
 from portatrain.backends.state import COUNT
+from portatrain.checkpoint.begun import IMPORTED
 from portatrain.data import Split, batch_hash
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
@@ -181,9 +182,9 @@ def verdict(
     bits: dict[str, Any] = {"tensors": "not compared" if changed is None else "equal"}
     if changed:
         bits = {"tensors": list(changed)}
-    if "imported" in before:
+    if IMPORTED in before:
         said = "broken" if changed or fields else "imported"
-        return {"verdict": said, "differs": list(fields), "failed": [], "from": before["imported"], **bits}
+        return {"verdict": said, "differs": list(fields), "failed": [], "from": before[IMPORTED], **bits}
     differs = [*exact_differences(before, now), *fields]
     was = before.get("probe")
     if was is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from portatrain.backends.base import StepResult
 from portatrain.backends.limits import Limits
+from portatrain.checkpoint.begun import BEGAN, begun
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
 from portatrain.runs.events import Kind
@@ -45,6 +46,7 @@ class StepRecords:
         self.skipped: list[int] = []
         self.replay: continuity.Replay | None = None
         self.guard = SpikeGuard(recipe.spikes, view.backend)
+        self._began: Mapping[str, Any] = {}
 
     def start(self) -> None:
         """Time the next step from now, so that a save or an evaluation is not part of a step."""
@@ -88,13 +90,14 @@ class StepRecords:
             self._skip(step, loss, norm, limits)
 
     def meta(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps of the last steps."""
-        return {"history": list(self.history), **self.guard.meta()}
+        """Return what a checkpoint keeps of the last steps, and of the import from which the run began."""
+        return {"history": list(self.history), **self.guard.meta(), **({BEGAN: self._began} if self._began else {})}
 
     def restore(self, meta: Mapping[str, Any], *, changed: bool) -> None:
         """Go on from what a checkpoint keeps. `changed`: the recipe decides other steps from here on, to which the
         window for spikes says nothing."""
         self.history.extend(meta.get("history", ()))
+        self._began = begun(meta)
         if not changed:
             self.guard.restore(meta)
 

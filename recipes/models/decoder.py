@@ -221,7 +221,7 @@ def from_hub(fields: Fields) -> DecoderConfig:
     llama = fields.kind == "llama"
     fields.only("hidden_act", "silu")
     return DecoderConfig(
-        **read_sizes(fields),
+        **read_sizes(fields, kv_heads=None if llama else 8),
         window=fields.optional("sliding_window", None if llama else 4096),
         attention_bias=fields.flag("attention_bias", False) if llama else False,
         mlp_bias=fields.flag("mlp_bias", False) if llama else False,

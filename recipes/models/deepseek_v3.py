@@ -261,7 +261,7 @@ def from_hub(fields: Fields) -> DeepseekV3Config:
     pass_over_losses(fields)
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "qk_head_dim"):
         fields.get(name)  # the layer that predicts one token more is not read; the others decide nothing
-    sizes = read_sizes(fields)
+    sizes = read_sizes(fields, kv_heads=128)
     if sizes.pop("kv_heads") != sizes["heads"]:
         fields.problem("num_key_value_heads", str(sizes["heads"]))
     sizes.pop("head_dim")

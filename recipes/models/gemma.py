@@ -166,10 +166,11 @@ def from_hub(fields: Fields) -> GemmaConfig:
         fields.get(name)
     fields.only("use_bidirectional_attention", False)
     local: dict[str, Any] = {}
+    theta = 1e6 if three else 10_000.0
     given: Mapping[str, Any] | None = None
     if three:
-        given, local["local_theta"] = read_two_ropes(fields, theta=1e6, local=fields.get("rope_local_base_freq", 1e4))
-    sizes = read_sizes(fields, theta=1e6 if three else 10_000.0, tied=True, head_dim=256, given=given)
+        given, local["local_theta"] = read_two_ropes(fields, theta=theta, local=fields.get("rope_local_base_freq", 1e4))
+    sizes = read_sizes(fields, theta=theta, tied=True, head_dim=256, kv_heads=4, given=given)
     period = int(fields.get("sliding_window_pattern", 6)) if three else 2
     layers = range(sizes["layers"])
     sliding = (

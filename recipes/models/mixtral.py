@@ -81,7 +81,7 @@ def from_hub(fields: Fields) -> MixtralConfig:
     fields.only("hidden_act", "silu")
     fields.only("router_jitter_noise", 0.0)
     pass_over_losses(fields)
-    sizes = read_sizes(fields, eps=1e-5, kv_heads=8)
+    sizes = read_sizes(fields, theta=1e6, eps=1e-5, kv_heads=8)
     return MixtralConfig(
         **{**sizes, "mlp": None},
         expert_mlp=sizes["mlp"],

@@ -113,6 +113,8 @@ def from_hub(fields: Fields) -> Phi3Config:
     fields.only("hidden_act", "silu")
     for name in ("resid_pdrop", "embd_pdrop"):  # dropout while training, which a recipe decides
         fields.get(name)
+    # transformers reads this field before the one in the rotary parameters, and has a default for it.
+    fields.config = {"original_max_position_embeddings": 4096, **fields.config}
     _, scaling, part = fields.rope(partial=True)
     if scaling is not None and not isinstance(scaling, LongScaling):
         fields.problem("rope_scaling", "none or longrope, the only one that a Phi-3 has")

@@ -84,5 +84,5 @@ class Qwen2(CausalLM):
 def from_hub(fields: Fields) -> Qwen2Config:
     """Return the sizes of a Qwen 2 or 2.5. Defaults are those of Qwen2Config."""
     fields.only("hidden_act", "silu")
-    sizes = read_sizes(fields)
+    sizes = read_sizes(fields, kv_heads=32)
     return Qwen2Config(**sizes, **read_layer_types(fields, sizes["layers"], default=4096))

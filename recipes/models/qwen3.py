@@ -95,7 +95,7 @@ class Qwen3(CausalLM):
 def from_hub(fields: Fields) -> Qwen3Config:
     """Return the sizes of a Qwen 3. Defaults are those of Qwen3Config in transformers."""
     fields.only("hidden_act", "silu")
-    sizes = read_sizes(fields, head_dim=128)
+    sizes = read_sizes(fields, head_dim=128, kv_heads=32)
     return Qwen3Config(
         **sizes,
         attention_bias=fields.flag("attention_bias", False),

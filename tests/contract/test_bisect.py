@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from benchmarks.generated_parity.cells import generated
 from portatrain.backends.base import backend_class
 from portatrain.cli import main
 from portatrain.recipe import apply_overrides
@@ -21,7 +22,6 @@ from portatrain.testing.bisect.report import Replay, Stage
 from portatrain.testing.bisect.sides import Side
 from portatrain.testing.bisect.step import replay
 from tests.support import tiny_fork
-from tests.support.generated_cells import generated
 from tests.support.running import BACKENDS
 
 torch = pytest.importorskip("torch")

@@ -185,10 +185,12 @@ def test_transformers_loads_what_is_exported_and_we_what_it_saves(more: tuple[st
     back = tmp_path / "back"
     words = ["--run-dir", str(back), "--from", "huggingface", *sizes(*more)]
     assert main(["ckpt", "import", str(tmp_path / "theirs"), "tiny-lm", *words]) == 0
-    theirs = (tmp_path / "theirs" / GENERATION).read_bytes()  # how to generate goes along without a tokenizer, too
+    theirs = json.loads(
+        (tmp_path / "theirs" / GENERATION).read_bytes()
+    )  # how to generate goes along without a tokenizer, too
     assert not (out / GENERATION).exists() and not (out / "tokenizer.json").exists()
     assert main(["ckpt", "export", str(back), str(tmp_path / "again"), "--to", "huggingface"]) == 0
-    assert (tmp_path / "again" / GENERATION).read_bytes() == theirs
+    assert json.loads((tmp_path / "again" / GENERATION).read_bytes()) == theirs
     there, here = values(back / "checkpoints/step-00000000"), values(run / STEP)
     params = [k for k in here if k.startswith("params/")]
     assert all(there[k].tobytes() == here[k].tobytes() for k in params)
@@ -196,6 +198,9 @@ def test_transformers_loads_what_is_exported_and_we_what_it_saves(more: tuple[st
     assert not any(there[k].any() for k in there if k.startswith("opt/"))
     assert train(small(*more), RunDir(back), backend=BACKEND, stop_at=1) == 85
     assert [s["verdict"] for s in RunDir(back).events("resumed")] == ["imported"]
+    shutil.rmtree(tmp_path / "theirs")  # the run keeps it, at every step and without the folder
+    assert main(["ckpt", "export", str(back), str(tmp_path / "later"), "--to", "huggingface"]) == 0
+    assert json.loads((tmp_path / "later" / GENERATION).read_bytes()) == theirs
 
 
 def test_a_run_that_began_from_a_folder_of_transformers_names_it() -> None:
@@ -203,11 +208,13 @@ def test_a_run_that_began_from_a_folder_of_transformers_names_it() -> None:
     for meta, init, folder in (
         ({}, None, None),
         ({"imported": {"format": "orbax", "path": "/a"}}, None, None),
-        ({"imported": {"format": "huggingface", "path": "/a"}}, None, Path("/a")),
-        ({}, "/b", Path("/b")),
+        ({"imported": {"format": "huggingface", "path": "/a"}}, None, "/a"),
+        ({"began_from": {"format": "huggingface", "path": "/a"}}, None, "/a"),
+        ({"began_from": "damaged"}, None, None),
+        ({}, "/b", "/b"),
     ):
         reader: Any = SimpleNamespace(meta=meta)
-        assert huggingface.begun_from(reader, dataclasses.replace(recipe, init=init)) == folder
+        assert huggingface.begun_from(reader, dataclasses.replace(recipe, init=init)).get("path") == folder
 
 
 def predicted(recipe: Recipe, path: Path, tokens: np.ndarray) -> np.ndarray:

@@ -16,6 +16,7 @@ from portatrain.backends import reference
 from portatrain.checkpoint.interop import export_import
 from portatrain.checkpoint.interop.families import FAMILIES as REGISTERED
 from portatrain.checkpoint.interop.families import sizes_from
+from portatrain.checkpoint.interop.hub_config import differences
 from portatrain.errors import UserError
 from portatrain.model.module import describe
 from portatrain.optim import AdamW
@@ -223,3 +224,35 @@ def test_a_field_that_a_family_cannot_compute_is_named(kind: str) -> None:
     for name, value in ((activation.get(kind, "hidden_act"), "quick_gelu"), ("a_new_option", 3)):
         with pytest.raises(UserError, match=name):
             sizes_from({**config, name: value})
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_field_that_is_missing_has_the_default_of_transformers(kind: str) -> None:
+    """Every field of every family, left out or null: the function that transformers makes of it, or a refusal."""
+    known = transformers.AutoConfig.for_model(**random_config(kind, np.random.default_rng(7)))
+    full = {**json.loads(known.to_json_string(use_diff=False)), "model_type": kind}
+    wrong, refused = [], 0
+    for name in sorted(full.keys() - {"model_type"}):
+        for config in ({n: v for n, v in full.items() if n != name}, {**full, name: None}):
+            try:
+                made = type(known).from_dict(json.loads(json.dumps(config)))
+            except Exception:
+                continue  # transformers takes no such config
+            meant = {**json.loads(made.to_json_string(use_diff=False)), "model_type": kind}
+            try:
+                mine = sizes_from(config)
+            except UserError:
+                refused += 1
+                continue
+            if list(differences(mine.huggingface().config, sizes_from(meant).huggingface().config, {})):
+                wrong.append((name, config.get(name, "left out"), meant.get(name)))
+    assert not wrong and refused < 2 * len(full) / 3
+
+
+@pytest.mark.parametrize("scaling", [{"rope_type": "dynamic", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}])
+def test_a_length_that_a_scaling_reads_is_not_guessed(scaling: dict[str, Any]) -> None:
+    full = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    full |= {"vocab_size": 64, "intermediate_size": 48, "rope_scaling": scaling}
+    assert sizes_from({**full, "max_position_embeddings": 512}).rope_scaling.original == 512
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        sizes_from(full)

@@ -66,7 +66,7 @@ def test_its_recipe_is_the_one_of_today(run: RunDir) -> None:
 def test_commands_read_it(run: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert launch_main(["status", "run", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["step"], found["steps"]) == ("REQUEUED", STOPPED, STEPS)
+    assert (found["state"], found["step"], found["steps"]) == ("STOPPED", STOPPED, STEPS)
     assert main(["ckpt", "ls", "run"]) == 0
     assert str(STOPPED) in capsys.readouterr().out.split()
     assert main(["report", "run"]) == 0

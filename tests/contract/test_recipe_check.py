@@ -71,13 +71,14 @@ IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
     "a parameter of a Stack that is not used": ("parameters reached", "parameter layers_1/spare", ""),
     "the number of samples": ("samples alone", "op ops.", "depends on the others"),
     "a mean over the microbatch": ("samples alone", "ops.mean in", "in training"),
+    "a mean that is tallied": ("samples alone", "State level", "ops.tally"),
+    "a call that is tallied": ("samples alone", "State level", "ops.tally"),
     "a mean over the batch in evaluation": ("samples alone", "ops.mean in", "in evaluation"),
     "a misspelt axis": ("axes", "axis 'mpl'", "Did you mean mlp"),
     "a division by zero": ("forward pass", "the loss", "finite"),
     "an error": ("forward pass", "the model in training", "planted.py, line"),
 }
 ON_A_BACKEND: dict[str, tuple[str, str, str]] = {
-    "a mean that is tallied": ("{0}, accumulation 2", "State level", "ops.tally"),
     "a root of zero": ("{0}, one device", "the gradient of bias, into", "expected finite numbers"),
     "a parameter behind stop_gradient": ("parameters reached", "parameter spare", "gradient is zero"),
 }

@@ -259,7 +259,7 @@ def test_a_run_directory_in_s3_goes_on_on_another_machine(
     capsys.readouterr()
     assert launch_main(["status", url, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["state"], found["step"], found["committed"]) == ("REQUEUED", 5, 5)
+    assert (found["state"], found["step"], found["committed"]) == ("STOPPED", 5, 5)
     assert main(words("train tiny-lm", url, "--backend", backend)) == 0
     assert main(words("train tiny-lm", url, "--backend", backend)) == 2
     assert "one that is finished" in capsys.readouterr().err

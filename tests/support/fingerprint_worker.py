@@ -32,6 +32,9 @@ class Found:
     """The tensors that an honest restore is said to have changed: none."""
     flipped: Counter[str] = field(default_factory=Counter)
     """The single bits that changed, each in another tensor or another restore, by role; of process 0."""
+    copies: Counter[str] = field(default_factory=Counter)
+    """The parameters of which a bit changed in the copy that DeepSpeed keeps beside the one that is saved; of all
+    processes."""
     missed: list[str] = field(default_factory=list)
     """Restores after which not exactly the changed tensors were named."""
 
@@ -63,6 +66,8 @@ def look(backend: Any, folder: str, flips: int, seed: int) -> Found:
         assert saved is not None and set(saved) == set(reader.names)
         state = backend.restore_state(reads(reader))
         found.honest = fingerprints.compare(backend, state, saved)
+        if hasattr(backend, "unequal_copies"):
+            change_copies(backend, state, saved, found)
         held = bits_of(backend, state)
         for number in itertools.count():
             if done >= flips:
@@ -80,6 +85,33 @@ def look(backend: Any, folder: str, flips: int, seed: int) -> Found:
             if not backend.process:
                 found.flipped.update(map(role_of, changed))
     raise AssertionError("never here")
+
+
+def change_copies(backend: Any, state: Any, saved: Any, found: Found) -> None:
+    """Change one bit of each copy of a parameter that is not saved, one after another, each on one process."""
+    for i, piece in enumerate(state.pieces):
+        part = state.parts.get(i)
+        if part is None or (piece.name in found.copies):
+            continue
+        copy = part.values if backend.stage < 3 else piece.tensor.ds_tensor.detach()[: part.n]
+        mine = part.n > 0 and backend.process == i % 2
+        holders = fingerprints.added_up(backend, np.array([mine], np.uint64))[0]
+        bits, at, bit = copy.view(torch_int32()), i % max(part.n, 1), 1 << i % 31
+        if mine:
+            bits[at] ^= bit
+        named = fingerprints.compare(backend, state, saved)
+        if mine:
+            bits[at] ^= bit
+        wanted = [full_name(piece.role, piece.name)] if holders else []
+        found.copies[piece.name] += int(holders)
+        if named != wanted:
+            found.missed.append(f"{named} for a copy of {wanted}")
+
+
+def torch_int32() -> Any:
+    import torch
+
+    return torch.int32
 
 
 def bits_of(backend: Any, state: Any) -> dict[str, list[bytes]]:

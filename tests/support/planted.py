@@ -201,6 +201,14 @@ class MeanTallied(Base):
         return ops.relu(h_BM)
 
 
+class CallTallied(MeanTallied):
+    """A State that counts calls: as many as there are microbatches."""
+
+    def hidden(self, ops: Any, h_BM: Any) -> Any:
+        ops.tally(self, level=0.0 * ops.weight(self.level) + 1.0)
+        return ops.relu(h_BM)
+
+
 class Normalised(Base):
     """Batch normalisation: by the mean of a microbatch."""
 
@@ -297,6 +305,7 @@ MODELS: dict[str, type[Module]] = {
     "a counter": Calls,
     "a counter in an object": KeptInDict,
     "a mean that is tallied": MeanTallied,
+    "a call that is tallied": CallTallied,
     "a mean over the microbatch": Normalised,
     "a mean over the batch in evaluation": hidden(
         lambda self, ops, h: (

@@ -6,6 +6,7 @@ import importlib.util
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -395,3 +396,20 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
 def test_python_dash_m_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "portatrain", "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.split()[0]) == (0, "portatrain")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no /dev/full")
+def test_a_full_disk_behind_the_errors_leaves_the_exit_code() -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "portatrain", "plan", "nosuch"], stdout=full, stderr=full, check=False
+        )
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_end_no_command(closed: str, tmp_path: Path) -> None:
+    command = f"{shlex.quote(sys.executable)} -c 'import portatrain.cli as c, sys; sys.exit(c.launch_main([\"list\"]))'"
+    there = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(f"{command} {closed}", shell=True, cwd=tmp_path, env=there, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from portatrain.errors import UserError
 from portatrain.runs.claim import Claim, Owner, boot_id, holder, process_start
+from portatrain.runs.events import Kind
+from portatrain.runs.history import read_history
 from portatrain.runs.run_dir import RunDir, merge
 from portatrain.system import json_files
 from tests.support.small_recipe import make
@@ -52,6 +54,29 @@ def test_later_attempts_replace_what_they_trained_again(tmp_path: Path) -> None:
     curve = [(row["step"], row["loss"], row["attempt"]) for row in run.curve()]
     assert curve == [(1, 1.0, 1), (2, 1.0, 1), (3, 1.0, 1), (4, 2.0, 2), (5, 2.0, 2), (6, 2.0, 2), (7, 2.0, 2)]
     assert run.attempt_numbers() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("ended", ["interrupted", "preempted", "stopped"])
+@pytest.mark.parametrize(
+    ("landed", "state"),
+    [
+        (None, "STOPPED"),
+        ({"engine": "local", "queues": False}, "STOPPED"),
+        ({"engine": "local"}, "STOPPED"),  # as earlier releases wrote it
+        ({"engine": "slurm"}, "REQUEUED"),
+        ({"engine": "acme", "queues": True}, "REQUEUED"),
+    ],
+)
+def test_a_run_is_requeued_only_if_something_starts_it_again(
+    landed: dict[str, object] | None, state: str, ended: str, tmp_path: Path
+) -> None:
+    run = RunDir(tmp_path)
+    with run.begin(RECIPE) as attempt:
+        if landed is not None:
+            attempt.event(Kind.LANDED, **landed)
+        attempt.metrics({"step": 1, "loss": 1.0})
+        attempt.event(Kind.END, status=ended)
+    assert read_history(run).state == state
 
 
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), max_size=5))

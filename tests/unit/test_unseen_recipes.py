@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 from portatrain.cli import launch_main, main
 from portatrain.commands import check as check_command
 from portatrain.commands import unseen
+from portatrain.errors import UserError
 from portatrain.recipe import apply_overrides, load_recipe
 from portatrain.testing.recipe_check import properties
 from portatrain.testing.recipe_check import run as check
@@ -283,3 +285,24 @@ def test_a_check_that_finds_a_fault_or_tries_one_framework_is_not_remembered(
         Path("own.py").write_text(RECIPE.format(kind=kind))
         main(["check", "own.py", *words])
         assert not list(Path("cache").rglob("*.json")), kind
+
+
+@pytest.mark.parametrize("kind", ["a mean over the microbatch", "a mean that is tallied", "an einsum of two samples"])
+def test_train_refuses_losses_of_a_microbatch(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Only under accumulation, only if the recipe was not checked, and only if checks are on."""
+    recipe = planted.recipe(kind, accumulation=2)
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(RECIPE.format(kind=kind))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PORTATRAIN_CHECK", "1")
+    args = argparse.Namespace(recipe="own.py", overrides=[])
+    with pytest.raises(UserError, match="accumulation=2") as refused:
+        unseen.suggest(recipe, args)
+    assert "PORTATRAIN_CHECK=0" in refused.value.do
+    unseen.suggest(planted.recipe(kind), args)
+    unseen.suggest(planted.recipe("nothing", accumulation=2), args)
+    assert capsys.readouterr().err.count("has not been checked") == 2
+    monkeypatch.setenv("PORTATRAIN_CHECK", "0")
+    unseen.suggest(recipe, args)

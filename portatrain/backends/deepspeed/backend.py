@@ -31,6 +31,7 @@ from portatrain.backends.deepspeed.engine import (
     in_rows,
     outside_of_stacks,
     settings,
+    unequal_copies,
     zero_state,
 )
 from portatrain.backends.deepspeed.optimizer import FlatOptimizer
@@ -285,6 +286,7 @@ class ZeroBackend(MeshBackend):
         return found
 
     restore_shared: Any = None  # it reads flat ranges of its own
+    unequal_copies = unequal_copies
 
     def _predicted(self, state: TorchState, ops: Any, batch: Mapping[str, Tensor]) -> Tensor:
         return zero_state(state).engine("predict", ops, batch)
@@ -353,8 +355,7 @@ class ZeroBackend(MeshBackend):
         return found
 
     def _frozen(self, p: Any) -> tuple[Tensor, int]:
-        """Return (this process's elements, the index of the first) of a parameter that DeepSpeed shards and never
-        updates."""
+        """Return (this process's elements, the index of the first) of a parameter that is sharded and never updated."""
         shard = p.tensor.ds_tensor
         start = self.world.rank * shard.ds_numel
         mine = max(0, min(shard.ds_numel, p.tensor.ds_numel - start))
@@ -366,12 +367,11 @@ class ZeroBackend(MeshBackend):
         held = zero_state(state)
         params: list[Any] = [p.tensor for p in held.pieces if p.role == "params"]
         flats = {id(part.flat): part.flat for part in held.parts.values()}
-        slots = sum(t.nbytes for f in flats.values() for t in held.client.slots_of(f).values())
-        copies = sum(f.nbytes for f in flats.values())
+        opt = sum(f.nbytes + sum(t.nbytes for t in held.client.slots_of(f).values()) for f in flats.values())
         here = sum((p if self.stage < 3 else p.ds_tensor).nbytes for p in params)
         beside = {role: sum(t.nbytes for t in by_piece.values()) for role, by_piece in held.beside.items()}
         states = sum(p.tensor.nbytes for p in held.pieces if p.role == "state")
-        found = {"params": here, "opt": slots + copies, "ema": 0, **beside, "state": states}
+        found = {"params": here, "opt": opt, "ema": 0, **beside, "state": states}
         peak = peak_bytes(self.device)
         return found if peak is None else {**found, "peak": peak}
 

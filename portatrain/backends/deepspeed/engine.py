@@ -63,6 +63,24 @@ def zero_state(state: TorchState) -> ZeroState:
     return state
 
 
+def unequal_copies(backend: Any, state: TorchState) -> list[tuple[str, str]]:
+    """Return (role, name) of the parameters of which this process holds two copies that differ in a bit.
+
+    DeepSpeed computes with one copy of a parameter and updates another, which replaces the first one at the next step.
+    `local_boxes` has the first one in stages 1 and 2, and the second one in stage 3.
+    """
+    held, found = zero_state(state), []
+    for i, part in held.parts.items():
+        piece: Any = held.pieces[i]
+        if backend.stage < 3:
+            computed = piece.tensor.detach().flatten()[part.start : part.start + part.n]
+        else:
+            computed = piece.tensor.ds_tensor.detach()[: part.n]
+        if not torch.equal(computed.view(torch.int32), part.values.view(torch.int32)):
+            found.append((piece.role, piece.name))
+    return found
+
+
 class Root(nn.Module):
     """Wrap the model for the engine. Results are plain tensors, because DeepSpeed's hooks must see them."""
 

@@ -16,9 +16,11 @@ from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import make_program
 from portatrain.backends.state import COUNT, initial_box
 from portatrain.checkpoint import fingerprints
+from portatrain.checkpoint.begun import IMPORTED
 from portatrain.checkpoint.errors import explained
 from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.interop import huggingface, trees
+from portatrain.checkpoint.interop.hub_tokenizer import generation_of
 from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
@@ -139,8 +141,8 @@ def import_from(
             )
         given = _taken(found, shapes, whole=meta is not None, what=f"folder {source}")
     if meta is None:
-        about = {"format": kind, "path": str(source)}
-        meta = {"step": 0, "imported": about, "recipe_sha256": recipe.sha256, "recipe": recipe.to_json()}
+        about = {"format": kind, "path": str(source), **(generation_of(source) if kind == "huggingface" else {})}
+        meta = {"step": 0, IMPORTED: about, "recipe_sha256": recipe.sha256, "recipe": recipe.to_json()}
     step = int(meta["step"])
 
     def values(name: str, dtype: str) -> Values:

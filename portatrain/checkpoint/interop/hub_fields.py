@@ -97,7 +97,7 @@ class Fields:
         problem.
         """
         self._taken |= {*hub_rope.FIELDS, "original_max_position_embeddings"}
-        longest = self.config.get("max_position_embeddings") or 2048
+        longest = self.config.get("max_position_embeddings")
         found = hub_rope.read_rope(self.config, self.what, theta=theta, longest=longest, given=given)
         if found[2] != 1 and not partial:
             self.problem("partial_rotary_factor", "1", found[2])

@@ -38,16 +38,18 @@ def inside(config: Mapping[str, Any]) -> Any:
 
 
 def read_rope(
-    config: Mapping[str, Any], what: str, *, theta: float, longest: int, given: Mapping[str, Any] | None = None
+    config: Mapping[str, Any], what: str, *, theta: float, longest: int | None, given: Mapping[str, Any] | None = None
 ) -> tuple[float, Scaling | None, float]:
     """Return (theta, scaling, the part of a head's features that is rotated).
 
     Args:
-        theta: the default of the model's type. longest: `max_position_embeddings`, which some scalings read.
+        theta: the default of the model's type. longest: `max_position_embeddings`, which some scalings read; None if
+            the config has none.
         given: the mapping of a kind of layers, in models where these differ; None: that of the whole config.
 
     Raises:
-        UserError: nested parameters where there should be one set, an unknown rotary type, a missing or unknown field.
+        UserError: nested parameters where there should be one set, an unknown rotary type, a missing or unknown field,
+            or no `max_position_embeddings` where the scaling reads it: its default is another one in each type.
     """
     held = inside(config) if given is None else given
     if not isinstance(held, Mapping) or any(isinstance(v, Mapping) for v in held.values()):
@@ -69,13 +71,16 @@ def read_rope(
         raise UserError(about, expected=", ".join(fields), got=", ".join(more), do="Remove them, or convert the model.")
     if missing := sorted(k for k, required in fields.items() if required and held.get(k) is None):
         raise UserError(about, expected=", ".join(missing), got="no such field", do="Fetch the model again.")
-    return base, _scaling(kind, held, config, longest), rotated
+    return base, _scaling(kind, held, config, longest or 0, about), rotated
 
 
-def _scaling(kind: str, held: Mapping[str, Any], config: Mapping[str, Any], longest: int) -> Scaling | None:
+def _scaling(kind: str, held: Mapping[str, Any], config: Mapping[str, Any], longest: int, about: str) -> Scaling | None:
     # Phi-3 holds the length beside the parameters, and transformers lets that one decide.
     beside = config.get("original_max_position_embeddings")
     original = int(beside or held.get("original_max_position_embeddings") or longest)
+    read = {"dynamic": longest, "longrope": longest if held.get("factor") is None else original}
+    if not read.get(kind, original if kind not in ("default", "linear") else 1):
+        raise UserError(about, expected="max_position_embeddings", got="no such field", do="Fetch the model again.")
     factor = held.get("factor")
     if kind == "linear":
         return LinearScaling(factor=float(held["factor"]))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from portatrain.data.encode import encoding
 from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
+from portatrain.system import json_files
 from portatrain.system.paths import expand
 
 GENERATION = "generation_config.json"
@@ -53,12 +54,24 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     return fields, names
 
 
-def generation(source: Path | None, out: Path) -> list[str]:
-    """Copy how to generate texts from the folder `source` into `out`, unless the tokenizer's folder had that file;
-    return the names of the files. A run whose data has no tokenizer keeps it so."""
-    if source is None or (out / GENERATION).exists() or not (source / GENERATION).is_file():
+def generation_of(source: Path) -> dict[str, Any]:
+    """Return how to generate texts, as an import from the folder `source` keeps it; {} if the folder does not say."""
+    path = source / GENERATION
+    return {"generation": json_files.read_object(path)} if path.is_file() else {}
+
+
+def generation(begun: Mapping[str, Any], out: Path) -> list[str]:
+    """Write how to generate texts into `out`, unless the tokenizer's folder had that file; return the names of the
+    files. `begun`: that from which the run began, with the contents of the file or the path of its folder. A run whose
+    data has no tokenizer keeps it so."""
+    if (out / GENERATION).exists():
         return []
-    shutil.copyfile(source / GENERATION, out / GENERATION)
+    if "generation" in begun:
+        (out / GENERATION).write_text(json.dumps(begun["generation"], indent=2) + "\n", encoding="utf-8")
+    elif "path" in begun and (there := expand(str(begun["path"])) / GENERATION).is_file():
+        shutil.copyfile(there, out / GENERATION)
+    else:
+        return []
     return [GENERATION]
 
 

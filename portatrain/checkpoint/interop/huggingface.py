@@ -7,11 +7,13 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from checkpoints_format import Box, Reader
 from checkpoints_format.dtypes import NUMPY
+from portatrain.checkpoint.begun import begun
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_table import Hub, Row
@@ -20,7 +22,6 @@ from portatrain.errors import UserError
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import TensorInfo
 from portatrain.recipe import Recipe
-from portatrain.system.paths import expand
 
 FILE_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -94,13 +95,13 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", d
     return [*names, INDEX, CONFIG, *more]
 
 
-def begun_from(reader: Reader, recipe: Recipe) -> Path | None:
-    """Return the folder of transformers from which the run began, if the recipe or the checkpoint names one."""
-    imported = reader.meta.get("imported")
-    path = recipe.init
-    if path is None and isinstance(imported, Mapping) and imported.get("format") == "huggingface":
-        path = str(imported.get("path"))
-    return None if path is None else expand(path)
+def begun_from(reader: Reader, recipe: Recipe) -> Mapping[str, Any]:
+    """Return what names the folder of transformers from which the run began: its `path`, or what an import kept of it.
+    {} if the recipe and the checkpoint name none."""
+    if recipe.init is not None:
+        return {"path": recipe.init}
+    found = begun(reader.meta)
+    return found if found.get("format") == "huggingface" else {}
 
 
 def _joined(rows: Sequence[Row], pieces: Sequence[np.ndarray]) -> np.ndarray:

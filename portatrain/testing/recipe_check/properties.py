@@ -18,7 +18,7 @@ from portatrain.testing.guard import CLOSE, check_rows_independent
 from portatrain.testing.recipe_check.blame import Call, crossing, parting, recording
 from portatrain.testing.recipe_check.oracle import random_numbers
 from portatrain.testing.recipe_check.report import Finding
-from portatrain.testing.recipe_check.subject import MODES, Arrays, Subject, explained, losses, tried
+from portatrain.testing.recipe_check.subject import MODES, Arrays, Subject, explained, first_states, losses, tried
 from portatrain.testing.recipe_check.watch import watching
 
 REPEATS = 24
@@ -93,25 +93,29 @@ def samples(subject: Subject) -> list[Finding]:
                     do="Never use the size of the batch: write -1 for it in a reshape.",
                 )
             ]
-    if subject.over_batch and "across_samples" not in subject.used:  # which is whole over all microbatches
+    halved = subject.over_batch or subject.definition.states
+    if halved and "across_samples" not in subject.used:  # which is whole over all microbatches
         return [found for training, mode in MODES.items() for found in _halves(subject, training, mode)][:1]
     return []
 
 
 def _halves(subject: Subject, training: bool, mode: str) -> list[Finding]:
-    """Two halves of the batch have the losses that they have together: reductions over the batch enter no loss."""
+    """Two halves of the batch have the losses that they have together: reductions over the batch enter no loss. What
+    they add to States is together what the whole batch adds."""
     context = Context(seed=subject.recipe.seed, step=1, training=training)
     half = len(subject.batch["sample"]) // 2
-    losses = []
+    losses, added = [], []
+    first = first_states(subject)
     for rows in (slice(None), slice(half), slice(half, None)):
         batch = {name: array[rows] for name, array in subject.batch.items()}
         with np.errstate(all="ignore"):
             found = forward(subject.definition, subject.moved, batch, context)
         auxes = [aux.value_B for _, aux in sorted(found.auxes.items()) if aux.loss]
         losses.append(np.stack([found.value.loss_B, found.value.weight_B, *auxes]))
+        added.append({name: value.astype(np.float64) - first[name] for name, value in found.states.items()})
     together, apart = losses[0], np.concatenate(losses[1:], axis=1)
     if np.abs(together - apart).max() <= CLOSE * max(1.0, float(np.abs(together).max())):
-        return []
+        return [_not_added_up(name, mode) for name in first if _differs(added[0], added[1:], name)]
     worst = int(np.argmax(np.abs(together - apart).max(0)))
     return [
         Finding(
@@ -122,6 +126,19 @@ def _halves(subject: Subject, training: bool, mode: str) -> list[Finding]:
             "samples in ops.across_samples.",
         )
     ]
+
+
+def _differs(whole: Arrays, halves: list[Arrays], name: str) -> bool:
+    apart = np.abs(whole[name] - sum(half[name] for half in halves)).max(initial=0.0)
+    return bool(apart > CLOSE * max(1.0, float(np.abs(whole[name]).max(initial=0.0))))
+
+
+def _not_added_up(name: str, mode: str) -> Finding:
+    return Finding(
+        what=f"State {name}",
+        said=f"expected two halves of a batch to add what the whole batch adds, got another sum, in {mode}",
+        do="ops.tally adds up over microbatches: give it sums over samples, not means, and divide in after_step.",
+    )
 
 
 def _crossing(subject: Subject, training: bool, error: UserError) -> Finding:

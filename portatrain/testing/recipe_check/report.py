@@ -17,8 +17,8 @@ class Finding:
 
     check: the name of the check; '' is the row's. what: the op, parameter, State, rule or axis. said:
     what was expected and found. do: what to do about it. numbers: True if a run's numbers would differ between
-    frameworks, meshes or attempts, or if a parameter would never learn; False if a run would only be slower or larger
-    than it has to be. failed: the check itself failed, which says nothing of the recipe.
+    frameworks, meshes or attempts, or if it would learn less than it seems to; False if a run would only be slower or
+    larger than it has to be. failed: the check itself failed, which says nothing of the recipe.
     """
 
     check: str = ""

@@ -20,6 +20,7 @@ from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check import oracle, properties
 from portatrain.testing.recipe_check import subject as subjects
 from portatrain.testing.recipe_check.compare import Sensitivity, differences, same_state, sensitivity, unreached
+from portatrain.testing.recipe_check.future import future
 from portatrain.testing.recipe_check.measured import Measured, measure, saved_and_restored
 from portatrain.testing.recipe_check.processes import DEVICES, on_meshes
 from portatrain.testing.recipe_check.report import FORWARD, Finding, Report, Row
@@ -70,6 +71,16 @@ def check_recipe(
     return _Check(recipe, source, backends, meshes, progress).run()
 
 
+def samples_alone(recipe: Recipe) -> list[Finding]:
+    """Return what is found in the oracle alone of samples that influence each other, at small size: seconds at most.
+
+    Nothing is found where this cannot be told: a model that the oracle does not run says so in the whole check.
+    """
+    check = _Check(recipe, None, (), (), lambda row: None)
+    subject, found = check._smallest()
+    return [] if subject is None or found else [f for f in properties.samples(subject) if f.numbers and not f.failed]
+
+
 class _Skip(Exception):
     """A check that cannot be run here, with the reason."""
 
@@ -90,6 +101,7 @@ class _Check:
     def run(self) -> Report:
         subject = self._subject()
         if subject is not None:
+            self._row("the next token unseen", lambda: future(subject))
             self._row("parameters reached", lambda: properties.reached(subject))
             self._row("optimizer rule", lambda: properties.rule(subject))
             self._frameworks(subject)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ MESHES = {
 }
 RULES = ("AdamW", "AdamW", "AdamW", "SGD", "Lion")
 STEPS = 20
+PLACES = 5
+"""Cells of one model in `placed`."""
 BACKENDS = ("jax", "torch")
 
 
@@ -72,3 +75,21 @@ def generated(seed: int, count: int, *, devices: tuple[int, ...] = (1, 2, 4)) ->
             )
         )
     return found
+
+
+def placed(seed: int, count: int) -> list[Cell]:
+    """Return cells of which every `PLACES` are one model in several places: torch on one device, which is what the
+    losses of the others are compared with, one on jax and the rest on torch, on meshes that differ.
+
+    The reference in float64 and the baseline are made once for a model, and jax compiles for minutes what torch
+    computes in seconds.
+    """
+    rng = random.Random(f"places {seed}")
+    meshes = [(n, mesh) for n in MESHES for mesh in MESHES[n]]
+    found: list[Cell] = []
+    for model in generated(seed, -(-count // PLACES), devices=(1,)):
+        jax = rng.choice(meshes)
+        others = rng.sample([m for m in meshes if m[1]], PLACES - 2)
+        for backend, (devices, mesh) in (("torch", (1, "")), ("jax", jax), *(("torch", m) for m in others)):
+            found.append(dataclasses.replace(model, backend=backend, devices=devices, mesh=mesh))
+    return found[:count]
