@@ -92,7 +92,6 @@ def test_the_default_changes_no_hash_and_bad_values_are_refused() -> None:
             make(**changes)
 
 
-@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_run_without_a_rule_by_steps_is_saved_by_time(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -149,7 +148,7 @@ def test_the_last_evaluation_is_as_large_as_the_recipe_says(
 ) -> None:
     recipe = small("steps=2", "eval_batches=3", "eval_final_batches=none", *given)
     run = RunDir(tmp_path / "run")
-    assert train(recipe, run, backend=BACKENDS[-1]) == 0
+    assert train(recipe, run, backend=BACKENDS[0]) == 0
     (found,) = run.events("eval")
     held = open_data(recipe.data, seed=0).validation
     assert held is not None
