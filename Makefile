@@ -17,7 +17,7 @@ TEST_ENV = $(CACHE_ENV) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
 PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup hall test test-full test-rest test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
+.PHONY: help demo demo-move setup hall test test-full test-rest test-both test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ test: setup lint  ## run ruff, mypy and the tests, in under 15 minutes on two co
 
 test-rest: setup  ## run only the tests that `make test` leaves out, but for the parity matrix
 	$(PYTEST) -m "full and not engines and not meshes and not soak" --ignore $(MATRIX)
+
+test-both: setup  ## run the tests of `make test` and `make test-rest` at once: workers collect once, files share runs
+	$(PYTEST) -n $(TEST_JOBS) --timeout 450 -m "not engines and not meshes and not soak" --ignore $(MATRIX)
 
 hall: setup  ## build public faults of other trainers again in small, and show that the audit sees each; docs/understand/hall.md
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not soak" tests/hall

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -38,11 +39,12 @@ def stdlib_files(root: Path | None = None) -> Files:
     """Return the library modules of the running interpreter that `Stdlib` includes."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     out_of_scope = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
-    files = [
-        (path.relative_to(root).as_posix(), path)
-        for path in root.rglob("*.py")
-        if not (out_of_scope.intersection(path.relative_to(root).parts) or path.name.startswith("_sysconfigdata"))
-    ]
+    files: Files = []
+    for folder, inside, names in os.walk(root):
+        inside[:] = [name for name in inside if name not in out_of_scope]  # site-packages may be most of what is there
+        here = Path(folder)
+        prefix = "" if here == root else f"{here.relative_to(root).as_posix()}/"
+        files += [(prefix + n, here / n) for n in names if n.endswith(".py") and not n.startswith("_sysconfigdata")]
     if not files:
         raise UserError(
             "data source stdlib",

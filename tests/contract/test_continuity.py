@@ -90,6 +90,7 @@ PROBED = [
 ]
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize(("name", "rule"), PROBED)
 def test_a_probe_is_the_step_that_comes_and_changes_nothing(name: str, rule: str) -> None:
     recipe = small(f"optimizer={rule}", "frozen=('blocks/attn/wq',)")

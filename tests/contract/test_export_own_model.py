@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.support import forks
 from tests.support.running import BACKENDS
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    with forks.serving():
+        yield
+
+
 def portatrain(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "portatrain", *words]
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    env = {**os.environ, "PYTHONPATH": str(ROOT), forks.QUICK: "1"}
+    return forks.run([sys.executable, "-m", "portatrain", *words], cwd=folder, env=env, timeout=200)
 
 
 @pytest.mark.parametrize("to", ["torch", "nnx"])

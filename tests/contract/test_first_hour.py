@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from portatrain.backends.base import missing
+from tests.support import forks
 
 ROOT = Path(__file__).parents[2]
 BACKENDS = [n for n in ("jax", "torch") if not missing(n)]
@@ -27,16 +29,20 @@ def place(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    with forks.serving():
+        yield
+
+
+def in_a_process(place: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), forks.QUICK: "1"}
+    return forks.run([sys.executable, *words], cwd=place, env=env, timeout=280)
+
+
 def call(place: Path, name: str, *words: str) -> str:
     """What a command prints that is given in the folder `place`."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM.format(name=name), *words],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    done = in_a_process(place, "-c", PROGRAM.format(name=name), *words)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -68,14 +74,7 @@ def test_a_recipe_that_init_wrote_is_launched_and_moves(place: Path) -> None:
     call(place, "main", "init", "my_recipe.py", "--model", "own", "--paths", "corpus")
     assert "my-recipe: 82,112 parameters" in call(place, "main", "show", "my_recipe.py")
     words = ["my_recipe.py", "--run-dir", "runs/moves", "--set", "steps=8", "--set", "schedule.warmup=1"]
-    stopped = subprocess.run(
-        [sys.executable, "-m", "portatrain", "train", *words, "--backend", "torch", "--stop-at", "4"],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    stopped = in_a_process(place, "-m", "portatrain", "train", *words, "--backend", "torch", "--stop-at", "4")
     assert stopped.returncode == 85, stopped.stderr
     before = (place / "runs/moves/loss.svg").read_text()  # drawn at the end of every attempt, by `train` too
     call(place, "main", "train", *words, "--backend", "jax")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from portatrain.backends.base import missing
 from portatrain.runs.run_dir import RunDir
+from tests.support import forks
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the package builds on torch")
 
@@ -18,10 +20,15 @@ ACME = Path(__file__).parents[1] / "plugins" / "acme"
 SMALL = ["steps=4", "batch=8", "model.layers=1", "model.embed=32"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    with forks.serving():
+        yield
+
+
 def cli(*words: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path.cwd()), str(ACME)))}
-    command = [sys.executable, "-m", "portatrain.cli", *words]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200, check=False)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join((str(Path.cwd()), str(ACME))), forks.QUICK: "1"}
+    return forks.run([sys.executable, "-m", "portatrain.cli", *words], env=env, timeout=200)
 
 
 def settings(*assignments: str) -> list[str]:

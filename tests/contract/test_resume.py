@@ -100,11 +100,11 @@ def flip(path: Path) -> None:
 
 def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(tmp_path: Path, undisturbed: list) -> None:
     run = RunDir(tmp_path / "run")
-    assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
+    assert train(small("checkpoint_every=3"), run, backend=BACKENDS[-1], stop_at=8) == 85
     folder = run.path / "checkpoints"
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000006", "step-00000008"]  # two are kept
     flip(max((folder / "step-00000008").rglob("*.safetensors"), key=lambda p: p.stat().st_size))
-    assert train(small("checkpoint_every=3"), run, backend="jax") == 0
+    assert train(small("checkpoint_every=3"), run, backend=BACKENDS[-1]) == 0
     assert [e["step"] for e in run.events("resumed")] == [6]
     assert len(run.events("checkpoint_damaged")) == 1
     assert max(abs(a - b) / a for a, b in zip(undisturbed, losses(run), strict=True)) <= 1e-6
@@ -112,19 +112,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_one_before_taken(tmp_path: 
 
 def test_no_checkpoint_that_verifies_is_refused_and_nothing_lost(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    assert train(small(), run, backend="jax", stop_at=4) == 85
+    assert train(small(), run, backend=BACKENDS[-1], stop_at=4) == 85
     flip(max((run.path / "checkpoints").rglob("*.safetensors"), key=lambda p: p.stat().st_size))
     before = {p: p.read_bytes() for p in (run.path / "checkpoints").rglob("*") if p.is_file()}
     with pytest.raises(UserError, match="one that verifies"):
-        train(small(), run, backend="jax")
+        train(small(), run, backend=BACKENDS[-1])
     assert before == {p: p.read_bytes() for p in (run.path / "checkpoints").rglob("*") if p.is_file()}
 
 
 def test_an_uncommitted_save_is_not_taken_for_one(tmp_path: Path) -> None:
     run = RunDir(tmp_path / "run")
-    assert train(small("checkpoint_every=3"), run, backend="jax", stop_at=8) == 85
+    assert train(small("checkpoint_every=3"), run, backend=BACKENDS[-1], stop_at=8) == 85
     lose(run, 8)
-    assert train(small("checkpoint_every=3"), run, backend="jax") == 0
+    assert train(small("checkpoint_every=3"), run, backend=BACKENDS[-1]) == 0
     assert [e["step"] for e in run.events("resumed")] == [6]
     assert run.events("checkpoint_damaged") == []
 

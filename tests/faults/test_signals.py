@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from portatrain.runs.run_dir import RunDir
+from tests.support import forks
 
 OPTIONS = [
     f"--set={o}"
@@ -91,17 +92,44 @@ sys.exit(main())
 """
 
 
-def start(run: Path, *more: str, program: str = PLAIN, **env: str) -> subprocess.Popen:
+@pytest.fixture(scope="module", autouse=True)
+def processes() -> Iterator[None]:
+    with forks.serving():
+        yield
+
+
+class Process:
+    """A command in a fork, and what it writes to standard error."""
+
+    def __init__(self, command: list[str], env: dict[str, str]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
+        self._fork = forks.start(command, env=env, stdout=1, stderr=self._errors.fileno())
+        self.poll, self.kill, self.send_signal = self._fork.poll, self._fork.kill, self._fork.send_signal
+
+    @property
+    def returncode(self) -> int | None:
+        return self._fork.returncode
+
+    def ended(self, timeout: float = 60) -> str:
+        """Wait for its end; return what it wrote."""
+        try:
+            self._fork.wait(timeout)
+        finally:
+            self.kill()
+        self._errors.seek(0)
+        with self._errors:
+            return self._errors.read()
+
+
+def start(run: Path, *more: str, program: str = PLAIN, **env: str) -> Process:
     command = [sys.executable, "-c", program, "train", "tiny-lm", "--run-dir", str(run), *OPTIONS, *more]
-    return subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1", **env}
-    )
+    return Process(command, {**os.environ, forks.QUICK: "1", **env})
 
 
-def wait_until(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 90) -> None:
+def wait_until(condition: Callable[[], bool], process: Process, seconds: float = 90) -> None:
     end = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.ended()
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.05)
 
@@ -116,7 +144,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(number: int, code: int, tmp_pat
     process = start(run)
     wait_until(lambda: steps(run) > 5, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    errors = process.ended(timeout=60)
     assert process.returncode == code, errors
     assert "Traceback" not in errors
     reached = steps(run)
@@ -124,7 +152,7 @@ def test_a_signal_ends_the_step_saves_and_leaves(number: int, code: int, tmp_pat
     assert committed[-1] == f"step-{reached:08d}"
     assert not (run / "DONE").exists() and not (run / "claim").exists()
     again = start(run, f"--stop-at={reached + 3}")
-    _, errors = again.communicate(timeout=90)
+    errors = again.ended(timeout=90)
     assert again.returncode == 85, errors
     assert steps(run) == reached + 3
     assert [e["verdict"] for e in RunDir(run).events("resumed")] == ["continuous"]
@@ -135,10 +163,10 @@ def test_a_killed_run_goes_on_from_its_last_commit(tmp_path: Path) -> None:
     process = start(run)
     wait_until(lambda: bool(list((run / "checkpoints").glob("*/COMMIT"))) and steps(run) > 30, process)
     process.kill()
-    process.communicate(timeout=60)
+    process.ended()
     newest = max(int(p.parent.name[5:]) for p in (run / "checkpoints").glob("*/COMMIT"))
     again = start(run, f"--stop-at={newest + 5}", "--backend=torch")
-    _, errors = again.communicate(timeout=90)
+    errors = again.ended(timeout=90)
     assert again.returncode == 85, errors
     (seam,) = RunDir(run).events("resumed")
     assert (seam["step"], seam["verdict"]) == (newest, "continuous")
@@ -146,9 +174,9 @@ def test_a_killed_run_goes_on_from_its_last_commit(tmp_path: Path) -> None:
     assert [row["step"] for row in curve] == list(range(1, newest + 6))  # no step missing, none twice
 
 
-def ends(process: subprocess.Popen, code: int, within_s: float) -> str:
+def ends(process: Process, code: int, within_s: float) -> str:
     """What it wrote to standard error, where it has ended so within that time."""
-    _, errors = process.communicate(timeout=within_s)
+    errors = process.ended(timeout=within_s)
     assert process.returncode == code and "Traceback" not in errors, errors
     return errors
 

@@ -30,7 +30,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ("backends.jax", "backends.torch", "checkpoint.saver", "training.trainer")
+PRELOADED = ("backends.jax", "backends.torch", "checkpoint.saver", "training.trainer", "training.metrics.flops")
 ROOT = Path(__file__).parents[2]
 SOCKET = "FORKS_OF_TESTS"
 FRAMEWORKS = ("JAX_", "TORCH", "OMP_", "MKL_")
@@ -50,12 +50,14 @@ def _readable(files: list[Any], timeout: float | None = None) -> list[Any]:
 class Forked:
     """One process, with the methods of `subprocess.Popen` that are used here."""
 
-    def __init__(self, command: Sequence[str], env: Mapping[str, str], fds: Sequence[int], path: str) -> None:
+    def __init__(
+        self, command: Sequence[str], env: Mapping[str, str], folder: Path | None, fds: Sequence[int], path: str
+    ) -> None:
         self.returncode: int | None = None
         self.args = list(command)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.connect(path)
-        asked = json.dumps({"command": list(command), "env": dict(env), "folder": os.getcwd()}).encode()
+        asked = json.dumps({"command": list(command), "env": dict(env), "folder": str(folder or Path.cwd())}).encode()
         self._socket.sendmsg(
             [len(asked).to_bytes(8, "big")], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
         )
@@ -133,17 +135,28 @@ def serving() -> Iterator[None]:
 
 
 def start(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, stdin: int | None = None, stdout: int, stderr: int
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    stdin: int | None = None,
+    stdout: int,
+    stderr: int,
 ) -> Forked:
-    """Start `[python, "-m", module, ...]` or `[python, "-c", code, ...]`; the others are descriptors of open files."""
+    """Start `[python, "-m", module, ...]` or `[python, "-c", code, ...]`; `stdin` and the like are descriptors."""
     assert command[0] == sys.executable and command[1] in ("-m", "-c"), command
     with open(os.devnull, "rb") as nothing:
         fds = [nothing.fileno() if stdin is None else stdin, stdout, stderr]
-        return Forked(command[1:], os.environ if env is None else env, fds, server())
+        return Forked(command[1:], os.environ if env is None else env, cwd, fds, server())
 
 
 def run(
-    command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout: float = 300, merged: bool = False
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout: float = 300,
+    merged: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run a command as `subprocess.run(..., capture_output=True, text=True)` does.
 
@@ -154,7 +167,7 @@ def run(
         subprocess.TimeoutExpired: it was killed after `timeout` seconds; `output` has what it said.
     """
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = start(command, env=env, stdout=out.fileno(), stderr=(out if merged else err).fileno())
+        process = start(command, env=env, cwd=cwd, stdout=out.fileno(), stderr=(out if merged else err).fileno())
         try:
             process.wait(timeout)
         except subprocess.TimeoutExpired as error:
@@ -194,6 +207,7 @@ def serve(path: str) -> Callable[[], Any] | None:
     before = dict(os.environ)
     for name in PRELOADED:
         importlib.import_module(f"portatrain.{name}")
+    sys.modules["portatrain.training.metrics.flops"].measured_cpu_peak()  # every run of a fork would take half a second
     made = {k: v for k, v in os.environ.items() if before.get(k) != v}
     gc.freeze()  # so that a collection in a fork does not write to memory that all share
     woken, wake = socket.socketpair()

@@ -44,6 +44,7 @@ def written(name: str, *words: str) -> Recipe:
     return load_recipe(name)
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize(("model", "data"), COMBINATIONS)
 def test_every_combination_trains_alike_on_both_frameworks(corpus: Path, model: str, data: str) -> None:
     paths = {"text": ["--paths", "texts"], "tokens": ["--paths", "small.bin"], "images": []}[data]

@@ -10,6 +10,7 @@ MFU compares implementations of one model and cannot exceed 1. The config of a m
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 
@@ -22,11 +23,13 @@ class Peak:
     source: str
 
 
+@functools.cache
 def measured_cpu_peak(*, budget_s: float = 0.5, size: int = 1024) -> Peak:
     """Measure for about ``budget_s`` the fastest float32 matrix product of ``size`` by NumPy on this machine.
 
     No data sheet gives the sustained rate of a CPU, and its cores may be shared. So this is a measurement of the
-    machine at this moment, with the threads of NumPy's BLAS, and the record calls it so.
+    machine at this moment, with the threads of NumPy's BLAS, and the record calls it so. A process measures once:
+    all its attempts run on one machine.
     """
     import numpy as np
 
