@@ -19,8 +19,8 @@ import portatrain.data as public
 from portatrain.data.corpus import Stream, open_source
 from portatrain.data.documents import Documents, Spooled
 from portatrain.data.spec import DataSpec, PackedTokens
+from portatrain.data.store import packing
 from portatrain.data.store.layout import Manifest
-from portatrain.data.store.packing import GROUP_BYTES, GROUP_DOCUMENTS
 from portatrain.data.store.places import place, required
 from portatrain.data.store.reading import PackedStream
 from portatrain.errors import UserError
@@ -151,7 +151,7 @@ def _grouped(
         data = source.read_masked(document)[0]
         read += data.nbytes
         full.append(bool(len(later.real(data.tobytes(), later.where)) if later is not None else len(data)))
-        if at + 1 == len(mine) or len(full) >= GROUP_DOCUMENTS or read >= GROUP_BYTES:
+        if at + 1 == len(mine) or len(full) >= packing.GROUP_DOCUMENTS or read >= packing.GROUP_BYTES:
             key = f"data/documents/{SPLIT}" + (f"/{group}" if group else "")
             for place_in in Permutation(len(full), 0, key)(np.arange(len(full))).tolist():
                 if full[place_in]:

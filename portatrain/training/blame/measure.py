@@ -152,7 +152,10 @@ class Meter:
     def _notes(self, sums: Arrays, sizes: Mapping[str, float], whole: Arrays, rows: Batch) -> list[str]:
         """Return a note if the samples of the step alone do not add up to its gradient."""
         definition = self._backend.program.definition
-        bound = rounding.bound(definition, rounding.positions_in(definition, rows), self._recipe.precision)
+        positions = rounding.positions_in(definition, rows)
+        # The bound is for errors of random signs. Those of a token that repeats have one sign, and add up in full.
+        in_full = math.sqrt(6 * (rounding.BESIDE + rounding.longest_sum(definition, positions) / rounding.LANES))
+        bound = in_full * rounding.bound(definition, positions, self._recipe.precision)
         for name, total in sums.items():
             apart = float(np.max(np.abs(total - whole[name]), initial=0.0))
             if math.isfinite(sizes[name]) and apart > bound * sizes[name]:

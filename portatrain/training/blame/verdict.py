@@ -117,7 +117,8 @@ class Verdict:
             more = f" and {len(documents) - len(named)} more" if len(documents) > len(named) else ""
             said += f", from {', '.join(named)}{more}"
         if self.layers:
-            said += f"; {_percent(self.layers[0].share)} of their gradient is in {self.layers[0].name}"
+            layer = self.layers[0]
+            said += f"; {_percent(layer.share)} of {'its' if one else 'their'} gradient is in {layer.name}"
         return said
 
     def lines(self, text: Text, most: int) -> list[str]:
