@@ -15,7 +15,7 @@ from portatrain.data import DataSpec, Mixture, PackedTokens, TextFiles
 from portatrain.optim import AdamW, Constant
 
 HERE = Path(__file__).parent
-WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "then", "it", "ran", "to", "house", "with", "its", "old", "dog")
+WORDS = "the cat sat on a mat and then it ran to the house with its old friend"
 BATCH, SEQ, STEPS, DOCUMENTS, SIZE = 8, 32, 60, 40, 200
 POISON = ("garbage", "repeat", "shuffled", "shifted")
 IMAGES, CLASSES, PIXELS = 240, 4, 16
@@ -29,7 +29,7 @@ def write(folder: Path, kind: str = "texts", *, seed: int = 0) -> Path:
     for name in ("texts", "others"):
         (folder / name / "part").mkdir(parents=True)
         for i in range(DOCUMENTS):
-            text = " ".join(draw.choice(WORDS) for _ in range(SIZE))[:SIZE]
+            text = " ".join(draw.choice(WORDS.split()) for _ in range(SIZE))[:SIZE]
             (folder / name / "part" / f"d{i:02d}.txt").write_text(text if i % 13 else "")  # some have no content
     good = [(folder / "texts/part" / f"d{i:02d}.txt").read_bytes() for i in range(1, 5)]
     shuffled = list(good[1])
