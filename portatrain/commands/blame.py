@@ -99,7 +99,8 @@ def run(args: argparse.Namespace) -> int:
     job = next(iter(reversed(recorded_jobs(found))), None)
     if job is not None:  # the classes of a recipe file are found once it is loaded
         load_recipe(recipe_file(job), cwd=Path(job.cwd or "."))
-    code, shown = OK, {}
+    code = OK
+    shown: dict[str, Any] = {}
     if steps is not None:
         code, shown["blame"] = _blamed(found, *steps, args)
     if without:
