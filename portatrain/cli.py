@@ -31,6 +31,7 @@ PORTATRAIN: dict[str, tuple[str, str]] = {
     "fork": ("portatrain.commands.fork", "go on from a checkpoint of a run in a new run, with another recipe"),
     "check": ("portatrain.commands.check", "check a recipe before a run: small, on every framework"),
     "bisect": ("portatrain.commands.bisect", "find where two runs part, or two settings of one recipe"),
+    "blame": ("portatrain.commands.blame", "find the samples behind a spike, and train on without them"),
     "show": ("portatrain.commands.show", "show a recipe's parameters: shape, sharding, bytes per device"),
     "plan": ("portatrain.commands.plan", "plan a recipe for clusters: mesh, memory, time and cost"),
     "sample": ("portatrain.commands.sample", "continue texts with a trained model"),

@@ -203,6 +203,7 @@ RECIPE = {
     "batch_ramp": "batch_start=2 batch_ramp=100 accumulation=4",
     "seed": "seed=1",
     "init": "init=models/my-llama",
+    "leave_out": "leave_out=51:54,60",
     "precision": "precision=bf16",
     "fp8_matmuls": "fp8_matmuls=*/mlp/* precision=fp8",
     "remat": "remat=dots",

@@ -38,6 +38,10 @@ class Images(Split):
             "sample": sample,
         }
 
+    def window_of(self, sample: int) -> int:
+        """Return which image of the split the sample of that number is."""
+        return int(self._order(np.array([sample]))[0])
+
     def blank(self, count: int) -> Batch:
         return blank(count)
 
@@ -62,6 +66,12 @@ def open_digits(spec: Digits, seed: int, pack_dir: Path | None) -> dict[str, Spl
     }
 
 
+def held_out(images: int, spec: Digits) -> np.ndarray:
+    """Return (images,) bool, True for the images of the validation split."""
+    drawn = rng.words(0, "data/split/digits", 0, images) >> np.uint64(11)
+    return drawn.astype(np.float64) * 2.0**-53 < spec.validation
+
+
 def _produce(spec: Digits, writer: packs.Writer) -> packs.Meta:
     try:
         from sklearn.datasets import load_digits
@@ -73,8 +83,7 @@ def _produce(spec: Digits, writer: packs.Writer) -> packs.Meta:
             do="Run: pip install 'portatrain[data]'",
         ) from error
     pixels, labels = load_digits(return_X_y=True)  # (1797, 64) float64 of whole numbers 0..16
-    drawn = rng.words(0, "data/split/digits", 0, len(labels)) >> np.uint64(11)
-    held = drawn.astype(np.float64) * 2.0**-53 < spec.validation
+    held = held_out(len(labels), spec)
     for name, mine in zip(SPLITS, (~held, held), strict=True):
         if not mine.any() and (name == "train" or spec.validation):
             raise UserError(

@@ -54,6 +54,10 @@ class Arrays(Split):
             out["mask"][:] = 1
         return out | {"sample": sample}
 
+    def index_of(self, sample: int) -> int:
+        """Return the index, in the source, of the sample of that number."""
+        return int(self._indices[self._order(np.array([sample]))[0]])
+
     def blank(self, count: int) -> Batch:
         return blank(self._like, count)
 

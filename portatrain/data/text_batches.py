@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -28,6 +29,15 @@ def blank(count: int, seq_len: int) -> Batch:
     names = ("tokens", "targets", "segment_ids", "positions")
     empty = {k: np.zeros((count, seq_len), np.int32) for k in names}
     return {**empty, "mask": np.zeros((count, seq_len), np.float32), "sample": np.full(count, -1, np.int64)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Columns [column, column + count) of a sample: tokens from `token` of the stream on, all of one document."""
+
+    column: int
+    count: int
+    token: int
 
 
 class TokenSplit(Split):
@@ -59,6 +69,10 @@ class TokenSplit(Split):
     @abstractmethod
     def at(self, sample: np.ndarray) -> Batch:
         """Return the samples with the numbers ``sample``, (B,) int64."""
+
+    @abstractmethod
+    def pieces(self, sample: int) -> list[Piece]:
+        """Return the documents in the sample of that number, one piece each, in the order of their segments."""
 
     def blank(self, count: int) -> Batch:
         return blank(count, self.seq_len)
@@ -104,6 +118,16 @@ class Windows(TokenSplit):
             "sample": sample.astype(np.int64),
         }
 
+    def pieces(self, sample: int) -> list[Piece]:
+        number = np.array([sample])
+        first = int(self._order(number)[0]) * self.seq_len
+        segment_S = self.at(number)["segment_ids"][0]
+        found = []
+        for segment in range(1, int(segment_S.max()) + 1):
+            column = np.flatnonzero(segment_S == segment)
+            found.append(Piece(column=int(column[0]), count=len(column), token=first + int(column[0])))
+        return found
+
 
 class Whole(TokenSplit):
     """Samples of whole documents: several that fit together, or one each (``single``). Padding follows them."""
@@ -135,3 +159,10 @@ class Whole(TokenSplit):
                 out["positions"][row, here] = np.arange(count)
                 at += count
         return out
+
+    def pieces(self, sample: int) -> list[Piece]:
+        found, at = [], 0
+        for document, begin, count in self._samples[int(self._order(np.array([sample]))[0])]:
+            found.append(Piece(column=at, count=count, token=int(self.stream.starts[document]) + begin))
+            at += count
+        return found

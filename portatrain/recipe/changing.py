@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+from portatrain.data.ranges import below, in_words
 from portatrain.data.spec import Mixture
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
@@ -109,6 +110,12 @@ ROWS = (
         fields="seed clip_norm spikes precision fp8_matmuls trainable frozen lora decay no_decay ema_decay ema",
         kind=Kind.TRAJECTORY,
         why="decides every later step",
+    ),
+    Row(
+        owner="Recipe",
+        fields="leave_out",
+        kind=Kind.TRAJECTORY,
+        why="samples that were trained on cannot be left out; those that follow move up, with their numbers",
     ),
     Row(owner="Recipe", fields="init", kind=Kind.TRAJECTORY, why="the weights at step 0; a later step has its own"),
     Row(owner="Recipe", fields="data", kind=Kind.CORPUS, why="another class of source"),
@@ -215,7 +222,7 @@ def difference(old: Recipe, new: Recipe, step: int, *, since: int = 0) -> Differ
     """Return how `new` differs from `old`, in a run that has trained `step` steps under `old` since step `since`.
 
     Raises:
-        UserError: `new` ends before the present step.
+        UserError: `new` ends before the present step, or leaves out what was trained on.
     """
     if new.steps < step:
         raise UserError(
@@ -224,10 +231,25 @@ def difference(old: Recipe, new: Recipe, step: int, *, since: int = 0) -> Differ
             got=str(new.steps),
             do="Give a larger number, or fork the run at an earlier step.",
         )
+    _check_left_out(old, new, step)
     changed = {k: v for k, v in changed_fields(old.to_json(), new).items() if k.split(".")[0] != "origin"}
     fields = {name: (was, now, kind_of(name, new)) for name, (was, now) in changed.items()}
     later = any(kind is Kind.LATER for _, _, kind in fields.values())
     return Difference(fields=fields, unproved=_unproved(old, new, step, since) if later else "")
+
+
+def _check_left_out(old: Recipe, new: Recipe, step: int) -> None:
+    """Raise UserError if `new` leaves out other samples, of those up to the last one that was trained on."""
+    end = old.numbers_of(step)[1] if step else 0
+    was, now = below(old.left_out, end), below(new.left_out, end)
+    if was == now:
+        return
+    raise UserError(
+        "leave_out",
+        expected=f"samples from {end} on: those before were trained on, or left out, in the steps up to {step}",
+        got=f"{', '.join(in_words(now)) or 'none'} of those before, and not {', '.join(in_words(was)) or 'none'}",
+        do="Fork the run at a checkpoint before the first of these samples: portatrain fork RUN --at STEP --run NEW.",
+    )
 
 
 def _unproved(old: Recipe, new: Recipe, step: int, since: int) -> str:

@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from portatrain import config
+from portatrain.data.ranges import Ranges, number_at, ranges
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
 from portatrain.errors.users_code import line_of, line_of_method
@@ -78,6 +79,9 @@ class Recipe:
     init: str | None = config.added_later(None)
     """A folder of transformers (config.json and .safetensors) with the weights that the run begins with, instead of
     random ones: fine-tuning. ``model`` must be the model of its config.json."""
+    leave_out: tuple[str, ...] = config.added_later(())
+    """Samples that are not trained on; those that follow move up. 51 is sample 51; 51:54 are samples 51, 52 and 53. ():
+    none."""
 
     precision: Literal["fp32", "bf16", "bf16-state", "fp8"] = "fp32"
     """The dtypes. fp32: float32 throughout. bf16: computation in bfloat16; parameters and optimizer state in float32.
@@ -199,6 +203,7 @@ class Recipe:
                 got=str(self.batch),
                 do=f"Use the nearest valid size: batch={' or batch='.join(sizes)}.",
             )
+        self.left_out  # noqa: B018  # raises
         self._check_ramp()
         self.schedule.check(self.steps)
         self.retention  # noqa: B018  # raises
@@ -277,9 +282,19 @@ class Recipe:
         return {k: v.reshape(-1, self.microbatch, *v.shape[1:]) for k, v in rows.items()}
 
     def samples_after(self, step: int) -> int:
-        """Return the number of samples in steps 1 to ``step``: the index of the first sample of the next step."""
+        """Return the number of samples in steps 1 to ``step``: the place of the first sample of the next step."""
         begun = self.origin
         return self._samples(step) if begun is None else begun.samples + self._samples(step) - self._samples(begun.step)
+
+    def numbers_of(self, step: int) -> tuple[int, int]:
+        """Return (number of the first sample of ``step``, 1 + that of its last one); ``leave_out`` may lie between."""
+        first, end = self.samples_after(step - 1), self.samples_after(step)
+        return number_at(first, self.left_out), 1 + number_at(end - 1, self.left_out)
+
+    @property
+    def left_out(self) -> Ranges:
+        """The numbers in ``leave_out``."""
+        return ranges(self.leave_out, f"recipe {self.name}: leave_out")
 
     def tokens_after(self, step: int, per_sample: int) -> int:
         """Return the number of tokens in steps 1 to ``step``, with ``per_sample`` in each sample since the origin."""

@@ -21,6 +21,7 @@ from portatrain.backends import rounding
 from portatrain.backends.base import Backend, StepResult
 from portatrain.backends.program import Program, make_program
 from portatrain.data import open_data
+from portatrain.data.left_out import LeftOut
 from portatrain.optim import Adafactor, Lion
 from portatrain.recipe import Recipe
 
@@ -66,7 +67,7 @@ class Verdict:
 
 def batches(recipe: Recipe, steps: int) -> Batches:
     """Return the first global batches of a recipe, split into its microbatches."""
-    split = open_data(recipe.data, seed=recipe.seed).train
+    split = LeftOut(open_data(recipe.data, seed=recipe.seed).train, recipe.left_out)
     cut = []
     for step in range(steps):
         rows = split.batch(recipe.samples_after(step), recipe.batch_at(step + 1))

@@ -34,7 +34,7 @@ from portatrain.training.open_data import data_of
 LEFT_OUT: Mapping[str, tuple[str, ...]] = {
     "seed": ("rng.seed", "rng.word", "data.next_batch"),
     "data": ("data.fingerprint", "data.validation", "data.next_batch"),
-    **dict.fromkeys(BATCH, ("data.next_batch",)),
+    **dict.fromkeys((*BATCH, "leave_out"), ("data.next_batch",)),
     **dict.fromkeys(("steps", "schedule", "optimizer"), ("schedule.learning_rate",)),
 }
 """Field of a recipe -> the fields of the exact part that another value of it changes."""

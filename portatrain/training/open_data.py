@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from portatrain.data import OpenData, open_data
+from portatrain.data.left_out import LeftOut
 from portatrain.data.read_ahead import Rows
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
@@ -16,7 +18,8 @@ from portatrain.recipe import Recipe
 
 
 def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
-    """Open the data, packed into `folder`. If the data is not usable, `folder` and its parents are left unchanged.
+    """Open the data, packed into `folder`, without the samples that the recipe leaves out. If the data is not usable,
+    `folder` and its parents are left unchanged.
 
     Raises UserError if there is less than one batch, or if the data has more ids than the model's vocabulary.
     """
@@ -31,7 +34,7 @@ def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
             for parent in made[1:]:
                 parent.rmdir()
         raise
-    return data
+    return replace(data, train=LeftOut(data.train, recipe.left_out)) if recipe.leave_out else data
 
 
 def rows_here(backend: Any, recipe: Recipe) -> Rows:

@@ -109,8 +109,7 @@ class StepRecords:
             self._sinks.event(Kind.SKIPPED, **counted)
         else:
             known = {"loss_limit": limits[0], "grad_norm_limit": limits[1]}
-            samples = [self._recipe.samples_after(step - 1), self._recipe.samples_after(step)]
-            self._sinks.event(Kind.SPIKE, **counted, **known, samples=samples)
+            self._sinks.event(Kind.SPIKE, **counted, **known, samples=list(self._recipe.numbers_of(step)))
         if len(self.skipped) > self._recipe.max_skips:
             raise UserError(
                 f"step {step} of {self._recipe.name}",

@@ -238,3 +238,16 @@ def test_the_slots_that_mean_something_are_slots_of_the_rules() -> None:
                 without = {slot for slot in mine.slots(info) if mine.meaning(slot) is None}
                 assert without <= {"v_row", "v_col"} and mine.meaning("other") is None
     assert SGD(lr=1.0, momentum=0.75).meaning("m") == (AdamW(lr=1.0).meaning("m")[0], 0.25)
+
+
+def test_what_was_trained_on_cannot_be_left_out() -> None:
+    """Step 4 is the last one trained: samples 0 to 31, or up to 33 without two of them."""
+    old, out = recipe(), recipe(leave_out=("3", "5"))
+    assert old.numbers_of(4) == (24, 32) and out.numbers_of(1) == (0, 10) and out.numbers_of(4) == (26, 34)
+    found = difference(old, recipe(leave_out=("32:34", "90")), 4)
+    assert found.decides and found.named() == ["leave_out"]
+    assert difference(out, recipe(leave_out=("3", "5", "34")), 4).decides
+    assert difference(old, out, 0).decides  # nothing is trained yet
+    for was, now in ((old, recipe(leave_out=("31:33",))), (out, old), (out, recipe(leave_out=("3", "5", "33")))):
+        with pytest.raises(UserError, match="Fork the run at a checkpoint before"):
+            difference(was, now, 4)
