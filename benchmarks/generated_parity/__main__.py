@@ -1,9 +1,10 @@
 """Hold generated cells (model, options, mesh, backend) to the derived bound, and print how near they come to it.
 
-    python -m benchmarks.generated_parity [--cells 500] [--seed 16] [--folder runs/generated-parity] [--minutes 30]
+    python -m benchmarks.generated_parity [--cells 500] [--seed 16] [--folder docs/measured/parity-soak] [--minutes 30]
 
-It can be interrupted at any time: finished cells are kept in the folder, and the next call goes on with the others. The
-exit code is 1 if a cell is beyond its bound. --minutes N starts no further models after N minutes.
+It can be interrupted at any time: finished cells are kept in the file seed-N.jsonl of the folder, and the next call
+goes on with the others. The exit code is 1 if a cell is beyond its bound. --minutes N starts no further models after N
+minutes.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def main() -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.generated_parity", description=__doc__)
     parser.add_argument("--cells", type=int, default=500)
     parser.add_argument("--seed", type=int, default=16)
-    parser.add_argument("--folder", type=Path, default=Path("runs/generated-parity"))
+    parser.add_argument("--folder", type=Path, default=Path("docs/measured/parity-soak"))
     parser.add_argument("--minutes", type=float, default=float("inf"))
     args = parser.parse_args()
-    cells, folder = placed(args.seed, args.cells), args.folder / f"seed-{args.seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    record, began_s = folder / "held.jsonl", time.monotonic()
+    cells = placed(args.seed, args.cells)
+    args.folder.mkdir(parents=True, exist_ok=True)
+    record, began_s = args.folder / f"seed-{args.seed}.jsonl", time.monotonic()
     found = {row["number"]: Held(**row["held"]) for row in map(json.loads, _lines(record))}
     for first in range(0, len(cells), CHUNK):
         due = [n for n in range(first, min(first + CHUNK, len(cells))) if n not in found]
@@ -42,9 +43,9 @@ def main() -> int:
         if time.monotonic() - began_s > args.minutes * 60:
             print("generated_parity: the minutes are over; the next call continues", flush=True)
             break
-        for number, held in _chunk(cells, first, folder).items():
+        for number, held in _chunk(cells, first, args.folder / f"traces-{args.seed}-{first}").items():
             found[number] = held
-            row = {"number": number, "cell": str(cells[number]), "held": dataclasses.asdict(held)}
+            row = {"number": number, "held": dataclasses.asdict(held)}
             with record.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
             print(f"{number}: {cells[number]}: {held}", flush=True)
@@ -53,10 +54,10 @@ def main() -> int:
     return 1 if any(h.failures for h in found.values()) else 0
 
 
-def _chunk(cells: list[Cell], first: int, folder: Path) -> dict[int, Held]:
-    work = folder / f"traces-{first}"
-    work.mkdir(exist_ok=True)
+def _chunk(cells: list[Cell], first: int, work: Path) -> dict[int, Held]:
+    """Hold the cells from `first` on. An interrupted chunk goes on from the traces in `work`."""
     numbers = range(first, min(first + CHUNK, len(cells)))
+    work.mkdir(exist_ok=True)
     mine = dict(traces([(n, cells[n]) for n in numbers], work))
     found = {}
     for model in range(first, numbers.stop, PLACES):
