@@ -11,13 +11,13 @@ from __future__ import annotations
 import argparse
 import platform
 import random
+import subprocess
 import sys
 import sysconfig
 import tempfile
 from collections import Counter
 from pathlib import Path
 
-from portatrain.cli import main as portatrain
 from portatrain.data.in_sample import parts_of
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.blame.run import blame
@@ -66,8 +66,8 @@ def main() -> int:
         folder.mkdir()
         corpus(folder)
         words = [part for word in [*RUN.split(), f"data.paths={folder}"] for part in ("--set", word)]
-        if portatrain(["train", "tiny-lm", "--run-dir", str(where), "--backend", options.backend, *words]):
-            return 1
+        train = [sys.executable, "-m", "portatrain", "train", "tiny-lm", "--run-dir", str(where), *words]
+        subprocess.run([*train, "--backend", options.backend], check=True)
         run = RunDir(where)
         verdict, recipe = blame(run, first, last, most=100, tell=lambda line: print(line, file=sys.stderr))
         data = data_of(recipe, recipe.describe(), run.data())

@@ -73,6 +73,7 @@ ARRAY_MODULES = tuple(
         "training.generation",
         "training.left_to_right",
         "training.begin",
+        "training.blame",
         "training.evidence",
         "training.jury",
         "training.open_data",
