@@ -61,7 +61,7 @@ class Served(Running):
             "source": side.source,
             "backend": side.backend,
             "mesh": side.mesh,
-            "kernels": side.kernels,
+            "named_kernels": side.kernels,
             "cwd": os.getcwd(),
         }
         _write(self._path / "job", job)
@@ -192,8 +192,9 @@ def main(folder: Path, rank: int, parent: int) -> None:
     try:
         if job["source"]:
             load_recipe(job["source"], cwd=Path(job["cwd"]))  # its classes are then found by their names
-        settings = {key: job[key] for key in ("name", "backend", "mesh", "kernels")}
-        here = Running(Side(recipe=Recipe.from_json(job["recipe"]), **settings))
+        settings = {key: job[key] for key in ("name", "backend", "mesh")}
+        recipe = Recipe.from_json(job["recipe"])
+        here = Running(Side(recipe=recipe, kernels=job["named_kernels"], **settings))
         found: Any = packages()
     except UserError as error:
         found = error
