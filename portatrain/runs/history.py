@@ -9,7 +9,8 @@ STOPPED     the last attempt saved and ended, and nothing starts another one: `l
 SUCCEEDED   the run has the mark DONE
 FAILED      ended by a user's mistake, or too many failures without progress
 CANCELLED   a user cancelled the run
-LOST        the last attempt ended without a record of why; the next one resumes from the last commit"""
+LOST        the last attempt ended without a record of why; the next one resumes from the last commit
+"""
 
 from __future__ import annotations
 
@@ -194,6 +195,11 @@ def read_history(where: RunDir | Path | str) -> History:
     attempts = [
         _attempt(run, n, events[n], rows[n], curve, alive=owner is not None and n == numbers[-1]) for n in numbers
     ]
+
+    def said(kind: Kind) -> list[Event]:
+        return [{**e, "attempt": n} for n in numbers for e in of_kind(events[n], kind)]
+
+    disagreements = said(Kind.DISAGREED)
     info = run.run_info() if (run.path / "run.json").exists() else {}
     changed = changes.of(run.path) if info else []
     recipe = changed[-1].recipe if changed else info.get("recipe", {})
@@ -214,14 +220,14 @@ def read_history(where: RunDir | Path | str) -> History:
         recipe=recipe,
         recipe_sha256=changed[-1].recipe_sha256 if changed else info.get("recipe_sha256", ""),
         curve=curve,
-        evals=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.EVAL)],
+        evals=said(Kind.EVAL),
         resume_points=_resume_points(attempts, rows, events),
         unit=_unit(recipe, events[numbers[-1]] if numbers else ()),
         parent=changes.parent_of(info),
         changes=changed,
-        disagreements=trust.disagreements(run),
-        doubted=run.doubted(),
-        measured=[{**e, "attempt": n} for n in numbers for e in of_kind(events[n], Kind.CHANGE_MEASURED)],
+        disagreements=disagreements,
+        doubted=trust.doubted(disagreements, location_of(run.checkpoints())),
+        measured=said(Kind.CHANGE_MEASURED),
     )
 
 

@@ -40,7 +40,7 @@ class Olmo3Config(Olmo2Config):
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kind of each layer. Rotary table 0 is for the layers without a window."""
-        sliding = self.sliding or tuple(bool((i + 1) % 4) for i in range(self.layers))
+        sliding = self.sliding or usual(self.layers)
         return tuple(Kind(window=self.window, rope=1) if s else Kind() for s in sliding)
 
     def huggingface(self) -> Hub:
@@ -55,6 +55,11 @@ class Olmo3Config(Olmo2Config):
             **two_ropes(self, self.local_theta),
         }
         return replace(made, config=config, overrides={**HUB_FIELDS, "layer_types": "model.sliding"})
+
+
+def usual(layers: int) -> tuple[bool, ...]:
+    """Return whether each layer has the window, if nothing else is said: all but every fourth."""
+    return tuple(bool((i + 1) % 4) for i in range(layers))
 
 
 class Olmo3(Olmo2):
@@ -77,12 +82,11 @@ def from_hub(fields: Fields) -> Olmo3Config:
         fields.problem("rope_theta", f"{theta:g}, or rope_parameters with a sliding_attention of its own")
     given, local = read_two_ropes(fields, theta=theta, local=theta)
     sizes = read_sizes(fields, theta=theta, eps=1e-5, given=given)
-    layers = range(sizes["layers"])
     named = fields.config.get("layer_types") is not None
     return Olmo3Config(
         **sizes,
         attention_bias=fields.flag("attention_bias", False),
         local_theta=local,
         window=fields.size("sliding_window", 4096),
-        sliding=tuple(sliding_of(fields, sizes["layers"]) if named else (bool((i + 1) % 4) for i in layers)),
+        sliding=tuple(sliding_of(fields, sizes["layers"])) if named else usual(sizes["layers"]),
     )

@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 
 from portatrain.backends.base import missing
-from portatrain.data import TextFiles
-from portatrain.optim import AdamW, Constant
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.metrics import Sink
 from portatrain.training.metrics.console import ConsoleSink
 from portatrain.training.trainer import train
-from recipes.models.decoder import DecoderConfig
+from tests.support.counting_texts import recipe_in
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the runs train on torch")
 
@@ -70,20 +68,7 @@ class Raising:
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    for n in range(8):
-        (tmp_path / f"{n}.txt").write_text(f"{n} and {n} make {2 * n}.\n" * 8)
-    return Recipe(
-        name="told",
-        model=DecoderConfig(vocab=256, embed=16, layers=1, heads=2),
-        data=TextFiles(paths=str(tmp_path / "*.txt"), seq_len=16, validation=0.4),
-        optimizer=AdamW(lr=1e-3),
-        schedule=Constant(),
-        steps=4,
-        batch=4,
-        eval_every=2,
-        eval_batches=1,
-        checkpoint_every=2,
-    )
+    return recipe_in(tmp_path, "told", checkpoint_every=2)
 
 
 def assert_whole(run: RunDir) -> None:

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 
 from portatrain.backends.base import missing
-from portatrain.data import DataSpec, Mixture, Stdlib, TextFiles
+from portatrain.data import DataSpec, Mixture, Stdlib
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
-from portatrain.optim import AdamW, Constant
 from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.hook_calls import HookCalls
 from portatrain.training.hooks import Hook, TextSample, TrigramBaseline
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
+from tests.support.counting_texts import recipe_in
 
 pytestmark = pytest.mark.skipif(bool(missing("torch")), reason="the runs train on torch")
 
@@ -57,19 +57,7 @@ class Raises(Hook):
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Recipe:
-    for n in range(8):
-        (tmp_path / f"{n}.txt").write_text(f"{n} and {n} make {2 * n}.\n" * 8)
-    return Recipe(
-        name="hooked",
-        model=DecoderConfig(vocab=256, embed=16, layers=1, heads=2),
-        data=TextFiles(paths=str(tmp_path / "*.txt"), seq_len=16, validation=0.4),
-        optimizer=AdamW(lr=1e-3),
-        schedule=Constant(),
-        steps=4,
-        batch=4,
-        eval_every=2,
-        eval_batches=1,
-    )
+    return recipe_in(tmp_path, "hooked")
 
 
 @pytest.mark.parametrize("method", ["check", "on_start", "on_step", "on_evaluation", "on_save"])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -93,7 +93,7 @@ class Meter:
             tell(f"step {step}: sample {i + 1} of {count}")
             found, part = self._one(one, first + i, step, total, count)
             share = _dot(part, whole) / square if part and math.isfinite(square) and square else None
-            samples.append(_with_share(found, share))
+            samples.append(replace(found, share=share))
             for name, values in part.items():
                 sums[name] += values
                 sizes[name] += float(np.max(np.abs(values), initial=0.0))
@@ -173,7 +173,3 @@ def _each(rows: Batch) -> list[Batch]:
 
 def _dot(a: Arrays, b: Arrays) -> float:
     return math.fsum(float(np.vdot(a[n].astype(np.float64), b[n].astype(np.float64))) for n in a)
-
-
-def _with_share(found: Measured, share: float | None) -> Measured:
-    return Measured(**{**vars(found), "share": share})
