@@ -181,9 +181,20 @@ def _misfit(error: Exception) -> FunctionType | None:
     functions: list[FunctionType] = [
         f for f in gc.get_objects() if type(f) is FunctionType and f.__qualname__ == match[1]
     ]
-    mine = [f for f in functions if _is_users_file(f.__code__.co_filename)]
+    mine = [f for f in functions if _is_users_file(f.__code__.co_filename) and _refuses(f, str(error))]
     named = [f for f in mine if _named(f) is f]
-    return next(iter(named or mine), None)
+    loaded = list(sys.modules)  # in order: of two files that have the name, the one loaded last is in use
+    return max(named or mine, key=lambda f: loaded.index(f.__module__) if f.__module__ in loaded else -1, default=None)
+
+
+def _refuses(function: FunctionType, message: str) -> bool:
+    """Return whether a function would refuse a call with this message: another one may have its name."""
+    code = function.__code__
+    arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    if taken := re.search(r"takes (?:from \d+ to )?(\d+) positional", message):
+        return code.co_argcount == int(taken[1])
+    in_it = [name in arguments for name in re.findall(r"'(\w+)'", message.partition("()")[2])]
+    return not any(in_it) if "unexpected keyword" in message else all(in_it)
 
 
 def _named(function: FunctionType) -> object:

@@ -141,12 +141,13 @@ def _import_file(path: Path, shipped: Mapping[str, str], *, what: str) -> Module
         sys.path.append(str(path.parent))
     module = ModuleType(module_name)
     module.__dict__.update(__file__=str(path), __source__=source)
+    sys.modules.pop(module_name, None)  # so that the modules stand in the order in which they were loaded
     sys.modules[module_name] = module  # dataclasses look up their module while it runs
     try:
         # An import loader would leave a __pycache__ beside the user's file.
         _run(what, lambda: exec(compile(source, str(path), "exec"), module.__dict__))
     except UserError:
-        sys.modules.pop(module_name)
+        del sys.modules[module_name]
         if previous is not None:
             sys.modules[module_name] = previous
         raise

@@ -61,7 +61,13 @@ def test_a_fault_of_a_package_is_found_in_the_environment_that_has_it(
 
 
 @pytest.mark.full
-def test_the_same_environment_in_a_process_of_its_own_has_the_same_bits() -> None:
+def test_the_same_environment_in_a_process_of_its_own_has_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "site-packages/tools/_vendor"  # what setuptools puts on the path once it is imported
+    (own / "oddity-1.0.dist-info").mkdir(parents=True)
+    (own / "oddity-1.0.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: oddity\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(own)
     made = recipe("model.layers=1")
     here = Side(name="here", recipe=made, backend="torch")
     there = Side(name="there", recipe=made, backend="torch", python=sys.executable, source="tiny-lm")

@@ -100,9 +100,10 @@ def test_poisoned_documents_are_named_in_every_kind_of_source(kind: str, tmp_pat
     if kind == "packed":
         shutil.move(tmp_path / "store", made / "store")
     run = trained(made, "run", backend=BACKENDS[0])
-    assert check_named(run, 21, 60) >= 8
+    first = 31 if kind == "mixture" else 21  # letters are no surprise before: it has seen half the texts
+    assert check_named(run, first, 60) >= 8
     if kind != "images":
-        verdict, _ = blame(run, 21, 60, most=99)
+        verdict, _ = blame(run, first, 60, most=99)
         named = {Path(part.file or "").stem for part, _, _ in verdict.documents()}
         assert named == set(poisoned.POISON)
 

@@ -219,6 +219,22 @@ def test_train(
         assert kept.read_text().splitlines()[-1] in said  # `launch status` shows the last line
 
 
+@pytest.mark.parametrize("name", [name for name in MISTAKES if "arguments" in name])
+@pytest.mark.parametrize("same", [False, True])
+def test_another_file_has_the_same_names(
+    same: bool, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One without the mistake, and one with the same mistake: the file that runs is named."""
+    monkeypatch.chdir(tmp_path)
+    others = [tmp_path / f"other-{i}.py" for i in range(2)]
+    for other in others:
+        text = planted(tmp_path, MISTAKES[name]).read_text() if same else GOOD
+        other.write_text(text.replace("import numpy", "\nimport numpy", 1))
+    kept = [load_recipe(str(other)) for other in others]
+    assert len(kept) == 2
+    test_train(name, "torch", tmp_path, capfd, monkeypatch)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
 def test_show_and_plan(
     name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

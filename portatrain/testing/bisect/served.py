@@ -11,6 +11,7 @@ import importlib.metadata
 import os
 import pickle
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -167,9 +168,13 @@ def other_packages(a: Running, b: Running) -> list[str]:
 
 
 def packages() -> dict[str, str]:
-    """Return the versions of Python and of all packages of this environment, the first of a name on the path."""
+    """Return the versions of Python and of all packages of this environment, the first of a name on the path.
+
+    A copy that a package has of another one (setuptools puts the folder of its own on the path) is none of them.
+    """
     found = {"python": platform.python_version()}
-    for one in importlib.metadata.distributions():
+    installed = [path for path in sys.path if not re.search(r"[/\\](site|dist)-packages[/\\].", path)]
+    for one in importlib.metadata.distributions(path=installed):
         name = (one.metadata["Name"] or "").lower().replace("-", "_")
         if name and name != "portatrain":  # its code is this one
             found.setdefault(name, one.version)

@@ -106,7 +106,7 @@ class Meter:
         return MeasuredStep(step=step, loss=loss, norm=math.sqrt(square), samples=samples, others=others, notes=notes)
 
     def documents(self, split: Split, sample: Measured, parts: Sequence[Part]) -> list[InDocument]:
-        """Return the documents of a sample: what it is with the targets of each alone. The largest share is first."""
+        """Return the documents of a sample: what it is with the targets of each alone."""
         row = split.batch(sample.place, 1)
         if "segment_ids" not in row or len(parts) < 2:
             return [InDocument(part=part, weight=sample.weight, loss=sample.loss, share=1.0) for part in parts]
@@ -123,7 +123,7 @@ class Meter:
             loss, grads = self._gradients(mine)
             share = weight / sample.weight * _dot(grads, whole) / square if square and math.isfinite(square) else None
             out.append(InDocument(part=part, weight=weight, loss=loss, share=share))
-        return sorted(out, key=lambda one: -(one.share if one.share is not None else one.loss))
+        return out
 
     def _one(self, row: Batch, place: int, step: int, total: float, count: int) -> tuple[Measured, Arrays]:
         """Return a sample, and its part of the gradient of a batch of weight `total`; no part if it has no target."""

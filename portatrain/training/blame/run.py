@@ -12,7 +12,7 @@ from portatrain.recipe import Recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.blame.measure import Meter
 from portatrain.training.blame.replayed import replay_to
-from portatrain.training.blame.verdict import WIDTH, Judged, Verdict, judge, layers_of
+from portatrain.training.blame.verdict import WIDTH, Judged, Verdict, by_blame, judge, layers_of
 
 SHOWN = 3
 """Samples that are shown for a step of which none stands out."""
@@ -52,7 +52,8 @@ def blame(
         for i, one in enumerate(shown):
             mine = parts[one.sample.number]
             inside = meter.documents(data.train, one.sample, mine) if out and i < CUT else []
-            by_number[one.sample.number] = replace(one, parts=mine, documents=inside)
+            ranked = by_blame(one, inside, measured)
+            by_number[one.sample.number] = replace(one, parts=mine, documents=ranked)
         steps.append(measured)
         judged += [by_number.get(one.sample.number, one) for one in found]
         notes += measured.notes

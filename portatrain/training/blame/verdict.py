@@ -204,13 +204,30 @@ def judge(steps: Sequence[MeasuredStep], width: float = WIDTH) -> list[Judged]:
     return sorted(out, key=lambda one: (-one.off, one.sample.step, one.sample.number))
 
 
+def by_blame(one: Judged, documents: Sequence[InDocument], step: MeasuredStep) -> list[InDocument]:
+    """Return the documents of a sample, the one first that takes it farthest out: with a loss that stands out, the one
+    of the largest excess over the median, times its targets; else the one of the largest share of the gradient."""
+    if abs(one.loss_off) < one.norm_off and all(d.share is not None for d in documents):
+        return sorted(documents, key=lambda d: -(d.share or 0.0))
+    middle = _middle([s.loss for s in (*step.samples, *step.others) if s.weight])
+
+    def excess(d: InDocument) -> float:
+        return d.weight * (d.loss - middle) * math.copysign(1, one.loss_off) if math.isfinite(d.loss) else math.inf
+
+    return sorted(documents, key=lambda d: -excess(d))
+
+
+def _middle(values: Sequence[float]) -> float:
+    """Return the median of the finite ones of some values; 0 if none is."""
+    return statistics.median([x for x in values if math.isfinite(x)] or [0.0])
+
+
 def deviations(value: float, values: Sequence[float]) -> float:
     """Return how far a value is from the median of some, of which those that are not finite do not count."""
     if not math.isfinite(value):
         return math.inf
-    known = [x for x in values if math.isfinite(x)]
-    middle = statistics.median(known)
-    spread = statistics.median(abs(x - middle) for x in known)
+    middle = _middle(values)
+    spread = _middle([abs(x - middle) for x in values])
     band = max(SIGMA * spread, FLOOR * abs(middle))
     return (value - middle) / band if band else (0.0 if value == middle else math.copysign(math.inf, value - middle))
 
