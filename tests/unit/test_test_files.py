@@ -17,8 +17,8 @@ OTHERS = sorted(
     for package in ("benchmarks", "examples", "portatrain", "launchers", "recipes", "checkpoints_format")
     for path in (ROOT / package).rglob("*.py")
 )
-# Recipe files and packages that a test copies into a folder of its own, where they import their neighbours.
 SELF = Path(__file__).name
+# Recipe files and packages that a test copies into a folder of its own, where they import their neighbours.
 COPIED = {"pace", "acme_chip"}
 HELPERS = {path.stem for path in TESTS if not path.stem.startswith(("test_", "__"))} - COPIED
 
