@@ -45,7 +45,7 @@ class Record:
         """Read a record from a file; raises UserError if it is none."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise _no_record(path, str(error)) from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise _no_record(path, "other content")
