@@ -108,31 +108,42 @@ def test_a_fault_on_a_mesh_of_processes_is_named_by_its_operation(
 
 @pytest.mark.full
 @pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2", "context=2", "expert=2"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_operations_on_a_mesh_of_processes(mesh: str, precision: str) -> None:
+def test_operations_on_a_mesh_of_processes(mesh: str) -> None:
     """What the processes recorded, put together, is what one device records, up to rounding."""
-    made = dataclasses.replace(MODELS["experts with losses"](), precision=precision)
+    made = MODELS["experts with losses"]()
     batch = made.microbatches(dict(next(iter(batches_of(made, made.describe())))))
-    settings = {"recipe": made, "backend": "torch", "source": "tiny-lm"}
     found = []
-    for side in (Side(name="one", **settings), Side(name="mesh", mesh=mesh, **settings)):
+    for side in (
+        Side(name="one", recipe=made, backend="torch"),
+        Side(name="m", recipe=made, backend="torch", mesh=mesh),
+    ):
         runs = running(side)
         try:
             found.append(runs.watch(runs.state(runs.first_state()), batch, 1))
         finally:
             runs.close()
     (one,), (parts,) = found
-    near = 1e-5 if precision == "fp32" else 0.1
-    assert parts.weight == one.weight and parts.loss == pytest.approx(one.loss, rel=near)
+    assert parts.weight == one.weight and parts.loss == pytest.approx(one.loss, rel=1e-5)
     assert [c.template for c in parts.calls] == [c.template for c in one.calls]
     for mine, its in zip(parts.calls, one.calls, strict=True):
         for part in ("args", "results", "arg_grads", "result_grads"):
             for a, b in zip(getattr(mine, part), getattr(its, part), strict=True):
                 assert (a is None) == (b is None), (part, str(its))
-                if a is not None and (precision == "fp32" or b.dtype.kind == "f"):
+                if a is not None:
                     assert a.shape == b.shape, (part, str(its))
-                    if precision == "fp32":
-                        assert np.abs(a - b).max(initial=0) <= near * max(np.abs(b).max(initial=0), 1e-30), str(its)
+                    assert np.abs(a - b).max(initial=0) <= 1e-5 * np.abs(b).max(initial=0), (part, str(its))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2"])
+def test_bfloat16_on_a_mesh_is_rounding(mesh: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at operation by operation, though the gradients agree. FSDP2 hands out parameters that are rounded."""
+    monkeypatch.setattr("portatrain.testing.bisect.step._Step._same_gradients", lambda self: False)
+    made = recipe("model.layers=1", "model.dropout=0.1")
+    low = dataclasses.replace(made, precision="bf16")
+    sides = Side(name="one", recipe=made, backend="torch"), Side(name="mesh", recipe=low, backend="torch", mesh=mesh)
+    found = replay(sides, [(b, b) for b in batches(made, 1)])
+    assert found.good, found.sentence
 
 
 @pytest.mark.meshes
