@@ -94,6 +94,18 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 UPCYCLED: dict[str, tuple[Any, Any]] = {
     "a decoder to Mixtral": (PLAIN, MIXTRAL),
     "Qwen 3 to its mixture": (DENSE_QWEN, Qwen3MoeConfig(**ROUTED, normalise=True)),
+    "Qwen 3 with experts in every second layer": (
+        replace(DENSE_QWEN, layers=4),
+        Qwen3MoeConfig(**{**ROUTED, "layers": 4}, normalise=True, routed=(False, True) * 2),
+    ),
+    "Qwen 3 with experts in the last layers": (
+        replace(DENSE_QWEN, layers=4),
+        Qwen3MoeConfig(**{**ROUTED, "layers": 4}, normalise=True, routed=(False, True, True, True)),
+    ),
+    "DeepSeek with its first layer dense": (
+        replace(DEEPSEEK, layers=3, dense_layers=3),
+        replace(DEEPSEEK, layers=3, dense_layers=1),
+    ),
     "one expert a token": (PLAIN, replace(MIXTRAL, chosen=1)),
     "all experts": (PLAIN, replace(MIXTRAL, chosen=4)),
 }
@@ -283,6 +295,25 @@ def test_experts_share_the_gradient_of_the_dense_part() -> None:
     assert not found.stored("opt/m/blocks/mlp/router/weight").any()
 
 
+def test_experts_in_some_layers_keep_the_others_with_their_slots() -> None:
+    """Layers 1 and 3 of four are routed, so one Stack of two layers a period holds them."""
+    before = replace(DENSE_QWEN, layers=4)
+    after = Qwen3MoeConfig(**{**ROUTED, "layers": 4}, normalise=True, routed=(False, True) * 2)
+    found, state = operated(recipe_of(before), recipe_of(after), "experts")
+    for role in ("params", "ema", "opt/m", "opt/v"):
+        for layer, rows in ((0, [0, 2]), (1, [1, 3])):
+            for part in ("attn/wq", "mlp_norm/scale"):
+                made = found.stored(f"{role}/blocks/runs/0/layer/{layer}/{part}")
+                assert np.array_equal(made, state[f"{role}/blocks/{part}"][rows])
+        down = found.stored(f"{role}/blocks/runs/0/layer/1/mlp/experts/down")
+        share = {"opt/m": 0.25, "opt/v": 0.0625}.get(role, 1.0)
+        assert all(
+            np.array_equal(down[:, i], np.float32(share) * state[f"{role}/blocks/mlp/down"][[1, 3]]) for i in range(4)
+        )
+        dense = found.stored(f"{role}/blocks/runs/0/layer/0/mlp/down")
+        assert np.array_equal(dense, state[f"{role}/blocks/mlp/down"][[0, 2]])
+
+
 class Unknown(AdamW):
     """A rule of your own that does not say what its slots mean."""
 
@@ -402,6 +433,18 @@ MISTAKES: dict[str, tuple[str, Any, Any, str]] = {
     "no experts": ("experts", PLAIN, replace(PLAIN, mlp=9), "expected a new model with a MixtureMLP"),
     "experts of another size": ("experts", PLAIN, replace(MIXTRAL, expert_mlp=3), "of shape [2, 8, 3]"),
     "experts with other parts": ("experts", replace(PLAIN, mlp_bias=True), replace(MIXTRAL, vocab=21), "embed/table ("),
+    "experts in more layers": (
+        "experts",
+        replace(DEEPSEEK, layers=3, dense_layers=2),
+        replace(DEEPSEEK, layers=3, dense_layers=1),
+        "expected layers that were in one Stack before",
+    ),
+    "experts and more layers": (
+        "experts",
+        PLAIN,
+        replace(MIXTRAL, layers=3),
+        "expected the 2 layers that the model has",
+    ),
     "no norms": ("qk-norm", PLAIN, PLAIN, "expected new tensors q_norm/scale and k_norm/scale"),
     "stretched sizes": ("rope", PLAIN, replace(PLAIN, vocab=21), "expected the same sizes"),
     "no LoRA": ("merge-lora", PLAIN, PLAIN, "there is nothing to merge or to drop"),
