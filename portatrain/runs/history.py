@@ -15,7 +15,6 @@ LOST        the last attempt ended without a record of why; the next one resumes
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -151,6 +150,11 @@ class History:
         return next((float(loss) for loss in reversed(losses) if isinstance(loss, (int, float))), None)
 
     @property
+    def validation_metrics(self) -> dict[str, float]:
+        """The metrics of the newest evaluation; {} if there was none."""
+        return dict(self.evals[-1].get("metrics") or {}) if self.evals else {}
+
+    @property
     def over(self) -> bool:
         """True if no job will continue the run without a user."""
         return self.state in OVER
@@ -168,7 +172,18 @@ class History:
 
     def as_json(self) -> dict[str, Any]:
         """Return the output of `status --json`, as strict JSON data."""
-        names = ("run", "state", "step", "steps", "loss", "validation_loss", "tokens_per_s", "committed", "lost_s")
+        names = (
+            "run",
+            "state",
+            "step",
+            "steps",
+            "loss",
+            "validation_loss",
+            "validation_metrics",
+            "tokens_per_s",
+            "committed",
+            "lost_s",
+        )
         shown = ("number", "where", "backend", "mesh", "began_unix_s", "steps", "kept", "ended", "why", "verdict")
         return json_files.strict(
             {
@@ -266,8 +281,8 @@ def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:
         row["doubted"] = step in doubted
         if row["committed"]:
             try:
-                row["save"] = str(json.loads(location.commit(step))["save"])
-            except (ValueError, KeyError, TypeError, RecursionError, OSError):
+                row["save"] = str(json_files.loads(location.commit(step))["save"])
+            except (ValueError, KeyError, TypeError, OSError):
                 row["committed"] = False
         found.append(row)
     return found
