@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import pytest
 
 from portatrain.backends.reference.watched import watch_oracle
 from portatrain.testing.bisect.choices import Choices, Open
-from portatrain.testing.bisect.report import Replay
+from portatrain.testing.bisect.report import Replay, Stage
 from portatrain.testing.bisect.sides import Running, Side
 from portatrain.testing.bisect.step import replay
 from portatrain.testing.recipe_check.small import batches_of
@@ -17,6 +18,7 @@ from tests.support.running import BACKENDS
 
 torch = pytest.importorskip("torch")
 
+from portatrain.backends.torch.one_device import OneDevice  # noqa: E402
 from tests.support.planted_families import FAMILIES, MODELS  # noqa: E402  # needs torch
 
 QUICK = (
@@ -136,6 +138,22 @@ def test_choices_that_rounding_may_decide() -> None:
         side.objective(arrays, batch, 1, taken)(side.parameters(arrays)) for taken in ((), made.with_others(found[:1]))
     ]
     assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
+class Larger(OneDevice):
+    """Every gradient of a step is larger by 30 %."""
+
+    def _accumulate(self, state: Any, batch: Any, step: int) -> Any:
+        found = super()._accumulate(state, batch, step)
+        torch._foreach_mul_(self._grads(state), 1.3)
+        return found
+
+
+def test_choices_that_rounding_may_decide_hide_no_wrong_sum() -> None:
+    made = dataclasses.replace(MODELS["experts with losses"](), precision="bf16")
+    wrong = Side(name="wrong", recipe=made, make=Larger)
+    fault = replayed(Side(name="right", recipe=made, backend="torch"), wrong, 1).fault
+    assert fault is not None and (fault.stage, fault.wrong) == (Stage.GRADIENT, ["wrong"])
 
 
 @pytest.mark.soak
