@@ -59,6 +59,7 @@ class ZeroBackend(MeshBackend):
     """See `portatrain.backends.base.Backend`. `stage` is the stage of ZeRO."""
 
     stage = 0
+    watch: Any = None  # DeepSpeed has the gradients
 
     def __init__(self, program: Program) -> None:
         check(program, backend=self.name, stage=self.stage)
