@@ -393,6 +393,19 @@ def test_lora_is_merged_or_dropped(model: Any) -> None:
     assert np.array_equal(dropped.stored("params/blocks/attn/wq"), state["params/blocks/attn/wq"])
 
 
+@pytest.mark.parametrize("model", [MIXTRAL, DEEPSEEK], ids=["Mixtral", "latents"])
+def test_lora_of_experts_is_merged(model: Any) -> None:
+    lora = LoRA(rank=2, alpha=3.0)
+    found, state = operated(recipe_of(model, lora=lora), recipe_of(model), "merge-lora")
+    proved = proof(found)
+    assert proved.claims and proved.difference <= BOUND * proved.scale
+    names = [n.removesuffix("/lora_a") for n in state if n.startswith("params/") and n.endswith("experts/up/lora_a")]
+    assert names
+    for name in names:
+        w, a, b = (state[f"{name}{end}"].astype(np.float64) for end in ("", "/lora_a", "/lora_b"))
+        assert np.allclose(found.new()[name.removeprefix("params/")], w + 1.5 * np.einsum("lxer,lxrm->lxem", a, b))
+
+
 # ---- one of your own, and mistakes
 
 
