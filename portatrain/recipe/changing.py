@@ -82,6 +82,7 @@ ROWS = (
         kind=Kind.FREE,
         why="saves only read the state",
     ),
+    Row(owner="Recipe", fields="statistics_every", kind=Kind.FREE, why="statistics only read the step"),
     Row(owner="Recipe", fields="hooks", kind=Kind.FREE, why="hooks run between steps"),
     Row(owner="Recipe", fields="referee", kind=Kind.FREE, why="computes steps again, and changes none"),
     Row(owner="Referee", fields="every by", kind=Kind.FREE, why="see referee of Recipe"),

@@ -125,6 +125,8 @@ class StepRecord:
     """True if the update was skipped because loss or gradient was not finite."""
     aux: Mapping[str, float] = field(default_factory=dict)
     """The values that the model recorded by ``ops.aux``."""
+    statistics: Mapping[str, float] = field(default_factory=dict)
+    """The norms of parameters, gradients and updates, by tensor and layer, in the steps of ``statistics_every``."""
 
 
 @dataclass(frozen=True, kw_only=True)
