@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -187,8 +188,28 @@ print(make_table(lm_eval.simple_evaluate(model=model, tasks=sys.argv[3].split(",
 """
 
 
-def table(printed: str) -> list[str]:
-    return [line for line in printed.splitlines() if line.startswith("|")]
+def printed(text: str) -> dict[tuple[str, str], tuple[str, str]]:
+    """Return (task, metric) -> (value, standard error) of the harness's table, as it is printed."""
+    found, task = {}, ""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if line.startswith("|") and len(cells) == 9 and cells[4].strip("-:") not in ("", "Metric"):
+            task = cells[0] or task
+            found[task, cells[4]] = cells[6], cells[8]
+    return found
+
+
+def the_same(ours: dict[tuple[str, str], tuple[str, str]], theirs: dict[tuple[str, str], tuple[str, str]]) -> None:
+    """All printed digits are the same, but those of perplexities of words and answers. These are exp(x) of a mean of
+    sums of many tokens, printed to more digits than float32 logits decide: they agree within the tolerance of x."""
+    assert set(ours) == set(theirs)
+    for (task, metric), (value, error) in theirs.items():
+        if metric in ("perplexity", "word_perplexity"):
+            x = math.log(float(value))
+            bound = float(value) * tolerance(x, x) + 1e-4  # and half a digit of each
+            assert abs(float(ours[task, metric][0]) - float(value)) <= bound, (task, metric)
+        else:
+            assert ours[task, metric] == (value, error), (task, metric)
 
 
 @pytest.mark.full
@@ -204,13 +225,13 @@ def test_the_harness_prints_the_same_for_the_run_and_for_its_export(adds: bool, 
     folder, names = harness_tasks.definitions(tmp_path), ",".join(harness_tasks.TASKS)
     run, hub = str(tmp_path / "run"), str(tmp_path / "hub")
     assert main(["ckpt", "export", run, hub, "--to", "huggingface"]) == 0
-    theirs = table(harness_here(tmp_path, "-c", THEIRS, hub, str(folder), names))
-    assert len(theirs) == 10  # the head, and 8 metrics
+    theirs = printed(harness_here(tmp_path, "-c", THEIRS, hub, str(folder), names))
+    assert len(theirs) == 8 and theirs["choose", "acc"][0] not in ("0.0000", "1.0000")
     tasks = ["--tasks", names, "--task-folder", str(folder)]
     for where, backend in ((run, "torch"), (run, "jax"), (hub, "torch")):
         if backend in BACKENDS:
             words = ["-m", "portatrain", "eval", where, "--backend", backend, "--max-length", "64", *tasks]
-            assert table(harness_here(tmp_path, *words)) == theirs, (where, backend)
+            the_same(printed(harness_here(tmp_path, *words)), theirs)
     found = {one.task: one for one in results(RunDir(run))}
     assert set(found) == set(harness_tasks.TASKS)
     assert all(one.step == made.steps and one.samples == 14 for one in found.values())
