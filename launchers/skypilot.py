@@ -6,7 +6,6 @@ its user (it brings about a hundred packages): the task file needs nothing, subm
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import tempfile
@@ -33,6 +32,7 @@ from launchers.yaml_text import to_yaml
 from portatrain.errors import UserError
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.slices import RULES
+from portatrain.system import json_files
 from portatrain.system.environment import whole_number
 from portatrain.system.exit_codes import RESUMABLE
 
@@ -84,7 +84,7 @@ class SkyPilotLauncher(Launcher):
         if job.id is None:
             return JobState(state="gone", reason="never submitted")
         _sky(job)
-        rows = json.loads(_call(job, ["sky", "jobs", "queue", "--output", "json"]) or "[]")
+        rows = _rows(_call(job, ["sky", "jobs", "queue", "--output", "json"]))
         found = [row for row in rows if row.get("job_name") == job.id]
         if not found:
             return JobState(state="gone")
@@ -120,6 +120,18 @@ class SkyPilotLauncher(Launcher):
 
     def runtime(self, job: Job) -> JobRuntime:
         return ManagedJobRuntime(job)
+
+
+def _rows(text: str) -> list[dict[str, Any]]:
+    """Return the jobs that `sky jobs queue` printed as JSON."""
+    try:
+        rows = json_files.loads(text.strip() or "[]")
+    except ValueError:
+        rows = None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        do = "Run it by hand; a warning among its lines may be the reason."
+        raise UserError("sky jobs queue --output json", expected="a list of jobs", got=repr(text[:200]), do=do)
+    return rows
 
 
 def task(job: Job) -> dict[str, Any]:

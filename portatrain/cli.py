@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import NoReturn
 
-from portatrain.errors import UserError, choice, storage_error
+from portatrain.errors import STORAGE_ERRNOS, StorageError, UserError, choice, storage_error
 from portatrain.system import proxies
 from portatrain.system.exit_codes import INTERRUPTED
 from portatrain.system.terminal import cleaned
@@ -182,16 +182,9 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
             return _say(storage)
         if (mistake := _explained(error)) is not None:
             return _say(mistake)
-        if not places or error.errno not in PLACES:
+        if not places or (found := _of_files(error)) is None:
             raise
-        name = f" {error.filename}" if error.filename else ""
-        where = UserError(
-            "the file system",
-            expected="a path that can be used",
-            got=f"{error.strerror}{name}",
-            do="Choose another path or a shorter name, free some space, or fix the permissions.",
-        )
-        return _say(where)
+        return _say(found)
     except KeyboardInterrupt:
         _tell("\ninterrupted")
         return INTERRUPTED
@@ -201,6 +194,22 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         if (mistake := _explained(error)) is None:
             raise
         return _say(mistake)
+
+
+def _of_files(error: OSError) -> UserError | None:
+    """Return the paragraph for an error of the file system in a command that trains nothing; None for another error."""
+    name = f" {error.filename}" if error.filename else ""
+    got = f"{error.strerror or error}{name}"
+    if error.errno in PLACES:
+        do = "Choose another path or a shorter name, free some space, or fix the permissions."
+        return UserError("the file system", expected="a path that can be used", got=got, do=do)
+    if error.errno in STORAGE_ERRNOS:
+        do = "Give the command again once the storage answers."
+        return StorageError("the file system", expected="files that can be read and written", got=got, do=do)
+    if name:
+        do = "See what else uses it, and give the command again."
+        return UserError("the file system", expected="files that stay as they are meanwhile", got=got, do=do)
+    return None
 
 
 def _explained(error: Exception) -> UserError | None:

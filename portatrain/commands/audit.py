@@ -19,6 +19,7 @@ import json
 from pathlib import Path
 
 from portatrain.errors import UserError
+from portatrain.system import json_files
 from portatrain.system.exit_codes import FOUND
 
 
@@ -50,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _names(path: Path) -> dict[str, str]:
     try:
-        names = json.loads(path.read_text(encoding="utf-8"))
+        names = json_files.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         names = str(error)
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):

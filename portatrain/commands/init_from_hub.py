@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.system import json_files
 
 LONGEST = 1024
 """Tokens of a sample, if the model takes longer texts."""
@@ -105,7 +106,7 @@ def _opening(folder: Path) -> str | None:
     """Return the token that opens a text, or else the one that ends it; None if the folder names neither."""
     path = folder / "tokenizer_config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        found = json_files.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
         return None
     for name in ("bos_token", "eos_token"):

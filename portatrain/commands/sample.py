@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from portatrain.commands import options, trained_model
 from portatrain.errors import UserError
+from portatrain.system import json_files
 from portatrain.system.text import counted
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _prompts(args: argparse.Namespace) -> list[Prompt]:
         return [*found, *lines]
     for number, line in enumerate(lines, start=1):
         try:
-            prompt = json.loads(line)["prompt"]
+            prompt = json_files.loads(line)["prompt"]
         except (ValueError, KeyError, TypeError) as error:
             raise _no_prompt(f"{what}: line {number}", f"{type(error).__name__}: {error}") from error
         if not isinstance(prompt, str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ import numpy as np
 
 from portatrain.data.finding import Files, PassedOver, Place, unreadable
 from portatrain.errors import UserError, choice
+from portatrain.system import json_files
 
 FILE_MARK = b"ARROW1\0\0"
 STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
@@ -35,7 +35,7 @@ class ArrowRows:
         for name, place in files:
             folder, _, base = name.rpartition("/")
             if base == SPLITS:
-                splits = _json(place).get("splits", [])
+                splits = _list(_json(place), "splits")
                 raise UserError(
                     f"data folder {_above(place)}",
                     expected="the folder of one split",
@@ -44,7 +44,8 @@ class ArrowRows:
                     "another one can be in validation_paths.",
                 )
             if base == "state.json":
-                listed[folder] = {str(one.get("filename")) for one in _json(place).get("_data_files", [])}
+                rows = _list(_json(place), "_data_files")
+                listed[folder] = {str(one.get("filename")) for one in rows if isinstance(one, dict)}
         out = []
         for name, place in files:
             folder, _, base = name.rpartition("/")
@@ -181,10 +182,15 @@ def rows_of(batch: Any, skip: int, place: Place, at: int) -> Iterator[dict[str, 
         yield row
 
 
+def _list(found: dict[str, Any], key: str) -> list[Any]:
+    """Return the list under `key`; [] if something else is there."""
+    return rows if isinstance(rows := found.get(key), list) else []
+
+
 def _json(place: Place) -> dict[str, Any]:
     try:
         with place.open("rb") as file:
-            found = json.loads(file.read())
+            found = json_files.loads(file.read())
         if isinstance(found, dict):
             return found
     except OSError as error:

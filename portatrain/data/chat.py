@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.errors import UserError
+from portatrain.system import json_files
 from portatrain.system.paths import expand
 
 Span = tuple[int, int]
@@ -135,7 +136,7 @@ def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(_text(path))
+        found = json_files.loads(_text(path))
     except ValueError as error:
         raise UserError(
             f"data file {path}",
@@ -149,7 +150,8 @@ def _config(path: Path) -> dict[str, Any]:
 def _special_tokens(folder: Path | None) -> list[str]:
     found = _config(folder / "tokenizer.json").get("added_tokens") if folder else None
     rows = found if isinstance(found, list) else []
-    return [one["content"] for one in rows if isinstance(one, dict) and one.get("special") and one.get("content")]
+    contents = [one.get("content") for one in rows if isinstance(one, dict) and one.get("special")]
+    return [content for content in contents if content and isinstance(content, str)]
 
 
 def _content(token: Any) -> str:

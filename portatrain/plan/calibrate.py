@@ -7,9 +7,10 @@ reads first.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
@@ -17,6 +18,7 @@ from portatrain.plan import recorded
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.cost import efficiency
 from portatrain.recipe import Recipe
+from portatrain.runs import rows
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
 
@@ -99,7 +101,7 @@ def fit(attempts: Sequence[Seen]) -> list[Change]:
 def keep(changes: Sequence[Change]) -> Path:
     """Write the factors to the user's config folder, beside the factors of other chips; return the file."""
     path = efficiency.own_file()
-    known = json_files.read_json(path) if path.is_file() else {}
+    known = json_files.read_object(path) if path.is_file() else {}
     known |= {one.chip: {"factor": one.after, "attempts": one.attempts} for one in changes}
     path.parent.mkdir(parents=True, exist_ok=True)
     json_files.write_json(path, known)
@@ -110,9 +112,13 @@ def _attempt(run: RunDir, recipe: Recipe, number: int) -> Seen | str:
     path = run.path / "attempts" / str(number) / "plan.json"
     if not path.is_file():
         return "no plan.json"
-    plan = json_files.read_json(path)
+    plan = json_files.read_object(path)
     if not plan.get("planned"):
         return str(plan.get("why", "not planned"))
+    try:
+        step_s, total_bytes = _planned(plan)
+    except ValueError as error:
+        raise rows.damaged(path, error) from error
     measured = recorded.measured(run.rows(number, "metrics"))
     if measured is None:
         return "too few steps"
@@ -120,12 +126,24 @@ def _attempt(run: RunDir, recipe: Recipe, number: int) -> Seen | str:
     return Seen(
         where=f"{run.path.name}, attempt {number}",
         chip=plan["chip"],
-        planned_s=plan["plan"]["step_s"],
+        planned_s=step_s,
         measured_s=measured["step_s"],
-        planned_bytes=plan["plan"]["memory_total_bytes"],
+        planned_bytes=total_bytes,
         measured_bytes=measured["memory_bytes"],
         factor=_factor(recipe, mesh, plan["device"], measured["step_s"]),
     )
+
+
+def _planned(plan: Mapping[str, Any]) -> tuple[float, float]:
+    """Return the planned seconds of a step and the bytes on a device; ValueError if plan.json is damaged."""
+    made = plan.get("plan")
+    if plan.get("chip") not in tuple(CHIPS) or not isinstance(made, dict):
+        raise ValueError("no chip of the catalog, or no plan")
+    if not isinstance(plan.get("mesh"), str) or not isinstance(plan.get("device"), str):
+        raise ValueError("'mesh' or 'device' is no text")
+    if not (step_s := rows.bounded(made.get("step_s"), "step_s", rows.LONGEST_S)):
+        raise ValueError("'step_s' is 0")
+    return step_s, rows.bounded(made.get("memory_total_bytes"), "memory_total_bytes", 1e30)
 
 
 def _factor(recipe: Recipe, mesh: Mesh, device: str, measured_s: float) -> float | None:

@@ -73,10 +73,18 @@ def of(folder: Path) -> list[Change]:
         }
         fork = {"step": parent.get("step"), "decides": True, "before": parent.get(SAVED) or parent.get("recipe"), **row}
         found.append(_checked(folder / "run.json", fork))
-    for row in json_files.read_object(folder / NAME).get("changes", ()) if (folder / NAME).exists() else ():
+    for row in _rows(folder / NAME):
         found.append(_checked(folder / NAME, {**row, "before": now} if isinstance(row, dict) else row))
         now = found[-1].recipe
     return found
+
+
+def _rows(path: Path) -> list[Any]:
+    """Return the rows of changes.json, none if it is missing; UserError if it holds no list of them."""
+    rows = json_files.read_object(path).get("changes") if path.exists() else []
+    if not isinstance(rows, list):
+        raise typed.damaged(path, "'changes' is no list")
+    return rows
 
 
 def _checked(path: Path, row: object) -> Change:
@@ -199,8 +207,7 @@ def change(found: Difference, recipe: Recipe, step: int, *, reason: str, overrid
 
 def rows_with(folder: Path, change: Change) -> dict[str, Any]:
     """Return the content of changes.json with one more change."""
-    path = folder / NAME
-    there = list(json_files.read_object(path).get("changes", ())) if path.exists() else []
+    there = _rows(folder / NAME)
     row = {name: value for name, value in asdict(change).items() if name != "before"}
     return {"changes": [*there, row]}
 

@@ -265,10 +265,10 @@ class Claim:
 def holder(path: Path) -> Owner | None:
     """Return the owner of the claim at ``path``; None if there is no claim."""
     try:
-        return owner_of(json.loads(path.read_text(encoding="utf-8")))
+        return owner_of(json_files.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
-    except (ValueError, TypeError, KeyError, RecursionError, IsADirectoryError) as error:
+    except (ValueError, TypeError, KeyError, IsADirectoryError) as error:
         raise UserError(
             str(path),
             expected="a claim that portatrain wrote",

@@ -161,14 +161,22 @@ def differences(code: str | None) -> dict[str, list[str | None]]:
     path = Path(code) / "environment.json" if code else None
     if path is None or not path.exists():
         return {}
-    there = json_files.read_json(path)
+    there = json_files.read_object(path)
+    packages = there.get("packages")
+    if not isinstance(packages, dict) or "python" not in there:
+        raise UserError(
+            str(path),
+            expected="the versions that portatrain wrote",
+            got="something else",
+            do="Restore the file from a copy, or resume with --new-code.",
+        )
     pairs: dict[str, list[str | None]] = {"python": [there["python"], platform.python_version()]}
     for name in WATCHED:
         try:
             here: str | None = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             here = None
-        pairs[name] = [there["packages"].get(name), here]
+        pairs[name] = [packages.get(name), here]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 

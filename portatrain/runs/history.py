@@ -15,7 +15,6 @@ LOST        the last attempt ended without a record of why; the next one resumes
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -288,8 +287,8 @@ def kept_checkpoints(run: RunDir) -> list[dict[str, Any]]:
         row["doubted"] = step in doubted
         if row["committed"]:
             try:
-                row["save"] = str(json.loads(location.commit(step))["save"])
-            except (ValueError, KeyError, TypeError, RecursionError, OSError):
+                row["save"] = str(json_files.loads(location.commit(step))["save"])
+            except (ValueError, KeyError, TypeError, OSError):
                 row["committed"] = False
         found.append(row)
     return found

@@ -25,6 +25,7 @@ from typing import Any
 
 from portatrain.errors import UserError
 from portatrain.runs.claim import BEAT_S, LEASE_S, Owner, in_use, owner_of
+from portatrain.system import json_files
 from portatrain.system.object_store import Objects, Version
 
 NAME = "claim"
@@ -157,11 +158,11 @@ def _body(owner: Owner) -> bytes:
 
 def _owner(data: bytes, objects: Objects) -> Owner | None:
     try:
-        row: dict[str, Any] = json.loads(data)
+        row: dict[str, Any] = json_files.loads(data)
         if "released" in row:
             return None
         return owner_of(row)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"object {objects.url}/{NAME}",
             expected="a claim that portatrain wrote",

@@ -8,7 +8,6 @@ that a later attempt commits replaces it, and is trusted.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from typing import Any, Protocol
 from portatrain.checkpoint.locations import Location
 from portatrain.errors import UserError
 from portatrain.runs.events import Kind, of_kind
+from portatrain.system import json_files
 
 
 class Record(Protocol):
@@ -73,7 +73,7 @@ def named(event: Mapping[str, Any]) -> str:
 
 def _attempt_of(commit: bytes) -> int | None:
     """Return the number of the attempt whose save a COMMIT names; None if it names none."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-        save = re.fullmatch(r"a(\d+)", str(json.loads(commit)["save"]))
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        save = re.fullmatch(r"a(\d+)", str(json_files.loads(commit)["save"]))
         return int(save[1]) if save else None
     return None

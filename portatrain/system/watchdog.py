@@ -154,8 +154,10 @@ def beats(folder: Path) -> dict[int, dict[str, Any]]:
     for path in (folder / "beats").glob("rank-*.json"):
         try:
             row = json_files.loads(path.read_text())
-            found[int(row["process"])] = row
-        except (OSError, ValueError, KeyError):
+            whole = all(type(row[key]) is int for key in ("process", "step")) and row["phase"] in PHASES
+            if whole and isinstance(row["unix_s"], (int, float)) and "host" in row:
+                found[row["process"]] = row
+        except (OSError, ValueError, KeyError, TypeError):
             continue
     return found
 

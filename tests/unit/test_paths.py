@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import ast
 import errno
 import fcntl
 import os
 import pwd
 import re
-from collections.abc import Callable
+from argparse import Namespace
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from portatrain.checkpoint.interop import hub_config, trees
+import portatrain
+from portatrain.checkpoint.interop import hub_config, huggingface, trees
 from portatrain.cli import launch_main, main
+from portatrain.commands import audit as audit_command
+from portatrain.commands import sample
+from portatrain.data.chat import chat_template
 from portatrain.data.open import open_data
-from portatrain.data.spec import Jsonl, TextFiles
+from portatrain.data.spec import Arrow, Jsonl, TextFiles
 from portatrain.errors import UserError
 from portatrain.plan.clusters.clusters_toml import read
 from portatrain.plan.cost import efficiency
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files, watchdog
 from portatrain.system.paths import expand, place
+from portatrain.testing import audit
 
 LATIN1 = os.fsdecode(b"caf\xe9.txt")
 DEEP = "[" * 100_000
@@ -96,7 +103,41 @@ READERS: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an export": (trees.META, lambda file: trees.read_meta(file.parent)),
     "clusters": ("clusters.toml", read),
     "factors": ("efficiency.json", efficiency._own),
+    "a record of an audit": ("before.json", audit.load),
+    "names of an audit": ("names.json", audit_command._names),
+    "a tokenizer's facts": ("tokenizer_config.json", lambda file: chat_template(str(file.parent), None)),
+    "a dataset": ("state.json", lambda file: open_data(Arrow(paths=str(file.parent), seq_len=16), seed=1)),
+    "prompts": ("prompts.jsonl", lambda file: sample._prompts(Namespace(prompt=[], ids=[], prompts=str(file)))),
+    "weights": ("model.safetensors.index.json", lambda file: huggingface._files(file.parent)),
 }
+
+
+OWN = ("portatrain/plan/compilers/worker.py", "portatrain/system/processes.py")
+"""Modules that read only what another process of the same command wrote."""
+
+
+def readings(path: Path) -> Iterator[ast.Call]:
+    """The calls of json.loads and json.load, without those of text that the module has just made itself, and without
+    those in a `try` that knows of JSON that is nested too deep."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    safe: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try) and any(h.type and "RecursionError" in ast.unparse(h.type) for h in node.handlers):
+            safe |= {inner for statement in node.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("json.loads", "json.load") and node not in safe:
+            argument = ast.unparse(node.args[0])
+            if not argument.startswith("json.dumps(") and not argument.endswith(".as_bytes()"):
+                yield node
+
+
+def test_json_of_others_is_read_by_the_function_that_knows_its_depth() -> None:
+    """`json.loads` ends in a RecursionError, which no reader of a damaged file expects; `json_files.loads` does not."""
+    root = Path(portatrain.__file__).parents[1]
+    files = [*root.glob("portatrain/**/*.py"), *root.glob("launchers/**/*.py")]
+    found = [f"{f.relative_to(root)}:{call.lineno}" for f in files for call in readings(f)]
+    assert len(files) > 200 and [line for line in found if line.partition(":")[0] not in OWN] == []
+    assert {line.partition(":")[0] for line in found} == set(OWN)
 
 
 @pytest.mark.parametrize("name", READERS)

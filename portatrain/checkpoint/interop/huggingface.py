@@ -22,6 +22,7 @@ from portatrain.errors import UserError
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import TensorInfo
 from portatrain.recipe import Recipe
+from portatrain.system import json_files
 
 FILE_BYTES = 4 << 30
 INDEX = "model.safetensors.index.json"
@@ -215,10 +216,10 @@ def _files(source: Path) -> dict[str, Path]:
     index, wanted = source / INDEX, {}
     if index.exists():
         try:
-            wanted = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            wanted = json_files.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(wanted.values()))
             good = all(isinstance(n, str) and isinstance(f, str) for n, f in wanted.items())
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise _no_index(index, f"{type(error).__name__}: {error}") from error
         if not good or any(Path(name).name != name for name in names):
             raise _no_index(index, "other names")

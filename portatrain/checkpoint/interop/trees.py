@@ -79,8 +79,8 @@ def read_meta(source: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json_files.loads(path.read_text()))
-    except (ValueError, OSError) as error:
+        return dict(json_files.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(
             f"file {path}", expected="the JSON that an export wrote", got=str(error), do="Export again, or remove it."
         ) from error

@@ -6,12 +6,12 @@ holds the two together. One factor for a chip with several published rows, one f
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.plan.clusters.chip import Chip
+from portatrain.system import json_files
 from portatrain.system.paths import config_folder
 
 
@@ -69,8 +69,8 @@ def _own(path: Path) -> dict[str, float]:
     if not path.is_file():
         return {}
     try:
-        found = {name: float(entry["factor"]) for name, entry in json.loads(path.read_text("utf-8")).items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        found = {name: float(entry["factor"]) for name, entry in json_files.loads(path.read_text("utf-8")).items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         found = {"?": 0.0}
         told = f"{type(error).__name__}: {error}"
     else:

@@ -15,6 +15,7 @@ from portatrain.runs.report.by_source import by_source
 from portatrain.runs.report.by_task import by_task
 from portatrain.runs.report.changed import Fork
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
+from portatrain.runs.report.layers import layers
 from portatrain.runs.report.tables import section as _section
 from portatrain.runs.report.tables import table as _table
 from portatrain.runs.verdict import in_words
@@ -51,6 +52,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]], forks: Sequence
             _resume_points(run),
             changed.forks(run, forks),
             changed.changes(run),
+            layers(run),
             _first_steps(run),
             _plans(run),
             _profiles(run),

@@ -75,7 +75,7 @@ def _row(line: bytes) -> dict[str, Any]:
     """A line of metrics.jsonl; empty for one that a crash cut short."""
     try:
         return dict(json_files.loads(line))
-    except ValueError:
+    except (ValueError, TypeError):
         return {}
 
 
