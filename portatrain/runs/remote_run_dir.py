@@ -94,15 +94,18 @@ class RemoteRun(RunDir):
                 there |= {o.name: o.tag for o in self.objects.below(folder)}
         wanted = {n: tag for n, tag in there.items() if _is_record(n) or (logs and n.endswith((".log", ".txt")))}
         self.path.mkdir(parents=True, exist_ok=True)
-        index = self.path / TAGS
-        known: dict[str, str] = json_files.read_json(index) if index.exists() else {}
+        index, known = self.path / TAGS, {}
+        with contextlib.suppress(UserError):  # a damaged index of a copy: all is fetched again
+            known = json_files.read_object(index) if index.exists() else {}
         for name in set(known) - set(there):
             (self.path / name).unlink(missing_ok=True)
         kept = {n: tag for n, tag in known.items() if n in there}
         for name, tag in sorted(wanted.items()):
-            if kept.get(name) != tag or not (self.path / name).exists():
+            _, size, written = tag.rsplit(" ", 2)
+            # A crash may have left less of a file than the index says.
+            if kept.get(name) != tag or not _has(self.path / name, int(size)):
                 self._fetch(name)
-                written_s = float(tag.rpartition(" ")[2])
+                written_s = float(written)
                 os.utime(self.path / name, (written_s, written_s))
                 kept[name] = tag
         json_files.write_json(index, kept)
@@ -312,6 +315,10 @@ def localized(words: Iterable[str], code: str | None) -> list[str]:
 
 def _pack_json_last(name: str) -> tuple[bool, str]:
     return name.endswith(f"/{PACK}"), name
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
 
 
 def _is_record(name: str) -> bool:
