@@ -1,7 +1,7 @@
 """List, verify and compare checkpoints, and convert them to and from other formats.
 
 PATH is a run directory (its newest committed checkpoint, or --step N), the folder of one checkpoint, or a URL
-(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a user's mistake.
+(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a user's mistake, 75 the storage does not answer.
 
 examples:
   portatrain ckpt ls runs/first
