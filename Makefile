@@ -6,6 +6,7 @@ JOBS ?= 2
 TEST_JOBS ?= 3
 PYTEST_ARGS ?=
 MATRIX_ARGS ?=
+GPU_PROOF_ARGS ?=
 MATRIX = tests/distributed/test_matrix.py
 
 # One thread per process, because the test processes share the cores. The other variables keep an installed libtpu from
@@ -17,7 +18,7 @@ TEST_ENV = $(CACHE_ENV) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
 PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup hall test test-full test-rest test-both test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
+.PHONY: help demo demo-move setup hall gpu-proof test test-full test-rest test-both test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +70,10 @@ soak-engines: setup  ## preempt and kill one run 50 times at random moments on t
 	@.ci/slurm
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -s -m "engines and soak" --timeout 14400 tests/engines
 
+gpu-proof:  ## prove numbers, a move, kernels and speed on the one GPU of this machine; GPU_PYTHON=... if you have an environment
+	$(if $(GPU_PYTHON),,@.ci/setup $(VENV)-gpu dev,cuda 20)
+	$(or $(GPU_PYTHON),$(VENV)-gpu/bin/python) -m benchmarks.gpu_proof $(GPU_PROOF_ARGS)
+
 plan-accuracy:  ## compare the planner with the real compilers for TPUs and NVIDIA GPUs, without the devices; takes hours
 	@.ci/setup $(VENV)-plan dev,tpu,cuda 20
 	$(TEST_ENV) $(VENV)-plan/bin/python -m benchmarks.plan_accuracy --write
@@ -104,5 +109,5 @@ format: setup  ## format the code, and let ruff fix its findings
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the environment and the caches, but keep runs
-	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky $(VENV)-xla $(VENV)-docs build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-s3 $(VENV)-sky $(VENV)-xla $(VENV)-docs $(VENV)-gpu build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

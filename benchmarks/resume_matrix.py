@@ -21,6 +21,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,16 +83,22 @@ def run(kind: str, module: str, words: list[str]) -> tuple[int, str]:
     return done.returncode, (done.stderr.strip().splitlines() or ["no word"])[-1]
 
 
-def train(at: Path, kind: str, mesh: str, *more: str) -> tuple[int, str]:
-    sizes = [word for size in SIZES for word in ("--set", size)]
-    words = ["train", "tiny-lm", "--run-dir", str(at), "--backend", kind, "--mesh", mesh, *sizes, *more]
+def train(
+    at: Path, kind: str, mesh: str, *more: str, recipe: str = "tiny-lm", given: Sequence[str] = SIZES
+) -> tuple[int, str]:
+    """Train a recipe with the fields `given`; return (exit code, last line of output)."""
+    sizes = [word for size in given for word in ("--set", size)]
+    words = ["train", recipe, "--run-dir", str(at), "--backend", kind, "--mesh", mesh, *sizes, *more]
     return run(kind, "portatrain.cli", words)
 
 
-def carry(source: Path, target: Path, kind: str, mesh: str) -> str | None:
+def carry(
+    source: Path, target: Path, kind: str, mesh: str, *, recipe: str = "tiny-lm", given: Sequence[str] = SIZES
+) -> str | None:
     """Restore the checkpoint `source` on a backend and save its state at `target`; return the error, or None."""
     shutil.rmtree(target, ignore_errors=True)
-    words = {"source": str(source), "target": str(target), "backend": kind, "mesh": mesh}
+    words: Row = {"source": str(source), "target": str(target), "backend": kind, "mesh": mesh}
+    words |= {"recipe": recipe, "given": list(given)}
     code, error = run(kind, "benchmarks.resume_matrix", ["--carry", json.dumps(words)])
     return None if code == 0 else f"failed: {error}"
 
@@ -116,7 +123,7 @@ def worker(args: argparse.Namespace) -> int:
     from portatrain.model.layout import Mesh
     from portatrain.recipe import apply_overrides, load_recipe
 
-    program = make_program(apply_overrides(load_recipe("tiny-lm"), SIZES), mesh=args.mesh)
+    program = make_program(apply_overrides(load_recipe(args.recipe), args.given), mesh=args.mesh)
     simulate_devices(args.backend, Mesh.parse(args.mesh).devices)
     backend = backend_class(args.backend)(program)
     with LocalStore(args.source) as store:
@@ -126,7 +133,7 @@ def worker(args: argparse.Namespace) -> int:
         saving = Checkpoints(
             Path(args.target), save_name="carried", process=backend.process, processes=backend.processes
         )
-        saving.save(STEP, backend, state, dict(reader.meta))
+        saving.save(reader.meta["step"], backend, state, dict(reader.meta))
         saving.wait()
     backend.agree(0)
     return 0
@@ -176,13 +183,15 @@ def move(first: str, second: str, scratch: Path) -> Row:
     }
 
 
-def losses(scratch: Path, name: str, kind: str, mesh: str) -> list[float]:
+def losses(
+    scratch: Path, name: str, kind: str, mesh: str, *, recipe: str = "tiny-lm", given: Sequence[str] = SIZES
+) -> list[float]:
     """Return the curve of a run that never moved."""
     from portatrain.runs.run_dir import RunDir
 
     at = scratch / name
     if not (at / "DONE").exists():
-        code, error = train(at, kind, mesh)
+        code, error = train(at, kind, mesh, recipe=recipe, given=given)
         if code:
             raise SystemExit(f"resume matrix: the run that never moves failed: {error}")
     return [row["loss"] for row in RunDir(at).curve()]

@@ -31,7 +31,8 @@ class StepResult:
 
     loss: mean over the weight of the global batch. grad_norm: 2-norm of the gradient of all parameters, before
     clipping. skipped: 1 if the loss or the gradient was not finite and the state is unchanged, else 0. weight: total
-    weight of the global batch.
+    weight of the global batch. aux: the metrics of `ops.aux` by name. layers: those with reduce='layers', each (layers,
+    ...).
     """
 
     loss: Any
@@ -39,6 +40,13 @@ class StepResult:
     skipped: Any
     weight: Any
     aux: Mapping[str, Any] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, metrics: Mapping[str, Any], **fields: Any) -> StepResult:
+        """Return a result whose `metrics` are those of layers and the others."""
+        layers = {name: value for name, value in metrics.items() if value.ndim}
+        return cls(aux={k: v for k, v in metrics.items() if k not in layers}, layers=layers, **fields)
 
 
 @dataclass(frozen=True, kw_only=True)

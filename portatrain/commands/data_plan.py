@@ -34,7 +34,7 @@ def add_plan(commands: Any) -> None:
 
 def plan(args: argparse.Namespace) -> int:
     from portatrain.data import Mixture, open_data
-    from portatrain.data.mixture import Mixed
+    from portatrain.data.mixture import Mixed, source_names
 
     recipe = resolved_recipe(args)
     spec, total = recipe.data, recipe.steps * recipe.batch
@@ -43,11 +43,13 @@ def plan(args: argparse.Namespace) -> int:
     if isinstance(data.train, Mixed) and isinstance(spec, Mixture):
         given, windows = data.train.given(total).tolist(), [part.windows for part in data.train.parts]
         sources: list[DataSpec] = list(spec.sources)
+        names = source_names(spec)
     else:
-        given, windows, sources = [total], [data.train.windows], [spec]
+        given, windows, sources, names = [total], [data.train.windows], [spec], ("source-0",)
     rows = [
         {
             "source": number,
+            "name": names[number],
             "data": _name(source),
             "samples": count,
             "share": count / total if total else 0.0,
@@ -65,8 +67,7 @@ def plan(args: argparse.Namespace) -> int:
     for row in rows:
         tokens = "" if row["tokens"] is None else f", {counted(row['tokens'], 'tokens')}"
         print(
-            f"source {row['source']}, {row['data']}: {counted(row['samples'], 'samples')} "
-            f"({100 * row['share']:.2f} %){tokens}"
+            f"{row['name']}, {row['data']}: {counted(row['samples'], 'samples')} ({100 * row['share']:.2f} %){tokens}"
         )
         print(f"  {row['epochs']:.2f} epochs of {counted(row['epoch'], 'samples')}")
     print(f"validation: {counted(held, 'samples')}" if held else "validation: nothing is held out")

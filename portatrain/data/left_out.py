@@ -21,7 +21,7 @@ class LeftOut(Split):
     def __init__(self, whole: Split, left_out: Ranges) -> None:
         self.whole, self.left_out = whole, left_out
         self.name, self.windows, self.fingerprint = whole.name, whole.windows, whole.fingerprint
-        self.bytes_per_target = whole.bytes_per_target
+        self.bytes_per_target, self.groups = whole.bytes_per_target, whole.groups
 
     def batch(self, start: int, count: int) -> Batch:
         return _joined([self.whole.batch(*run) for run in runs_of(start, count, self.left_out)])

@@ -12,12 +12,13 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from portatrain.data.spec import Mixture
-from portatrain.data.split import Batch, Split, samples
+from portatrain.data.split import Batch, Group, Split, samples
 from portatrain.data.text_batches import TokenSplit
 from portatrain.errors import UserError
 from portatrain.model.rng import Permutation
@@ -47,6 +48,7 @@ class Mixed(Split):
         rule = [spec.block, self._first.tolist(), self._counts.tolist(), [p.fingerprint for p in parts]]
         self.fingerprint = hashlib.sha256(json.dumps(["portatrain.mixture.1", *rule]).encode()).hexdigest()
         self.bytes_per_target = _bytes_per_target(parts)
+        self.groups = _groups(spec, dict(enumerate(parts)))
 
     def batch(self, start: int, count: int) -> Batch:
         return self.part(start, count, np.ones(count, bool))
@@ -97,34 +99,40 @@ class Chained(Split):
     """The windows of several splits, interleaved. A mixture is evaluated on it.
 
     Every prefix has windows of each source in proportion to the windows that the source has, so an evaluation on the
-    first batches reads all sources.
+    first batches reads all sources. ``held``: the splits by the numbers of their sources, in ascending order; a source
+    of which nothing is held out has none. A batch has the same ``source`` as in training.
     """
 
-    def __init__(self, parts: list[TokenSplit], *, name: str) -> None:
-        self.name, self._parts = name, parts
+    def __init__(self, spec: Mixture, held: Mapping[int, TokenSplit], *, name: str) -> None:
+        parts = list(held.values())
+        self.name, self._held = name, held
         # Window i of n of a source stands at (i + 1/2) / n of the whole; of equals, the earlier source is first.
         place = np.concatenate([(np.arange(p.windows) + 0.5) / p.windows for p in parts])
         order = np.argsort(place, kind="stable")
         self.windows = len(order)
-        self._source = np.repeat(np.arange(len(parts), dtype=np.int32), [p.windows for p in parts])[order]
+        self._source = np.repeat(np.array(list(held), np.int32), [p.windows for p in parts])[order]
         self._number = np.concatenate([np.arange(p.windows) for p in parts])[order]
         text = json.dumps(["portatrain.chained.2", [p.fingerprint for p in parts]])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.bytes_per_target = _bytes_per_target(parts)
+        self.groups = _groups(spec, held)
 
     def batch(self, start: int, count: int) -> Batch:
         sample = samples(start, count)
         window = sample % self.windows
         source, number = self._source[window], self._number[window]
-        out = {k: np.repeat(v, count, axis=0) for k, v in self._parts[0].blank(1).items()}
+        out = {k: np.repeat(v, count, axis=0) for k, v in self._blank(1).items()}
         for s in np.unique(source).tolist():
             here = source == s
-            for key, value in self._parts[s].at(number[here]).items():
+            for key, value in self._held[s].at(number[here]).items():
                 out[key][here] = value
         return out | {"sample": sample, "source": source.astype(np.int32)}
 
     def blank(self, count: int) -> Batch:
-        return self._parts[0].blank(count) | {"source": np.zeros(count, np.int32)}
+        return self._blank(count) | {"source": np.zeros(count, np.int32)}
+
+    def _blank(self, count: int) -> Batch:
+        return next(iter(self._held.values())).blank(count)
 
 
 def check(spec: Mixture) -> None:
@@ -135,6 +143,15 @@ def check(spec: Mixture) -> None:
             expected="at least one source and a block of at least one sample",
             got=f"{len(spec.sources)} sources and block={spec.block}",
             do="Give the sources; a block of about a thousand samples fits most mixtures.",
+        )
+    if spec.names and (
+        len(spec.names) != len(spec.sources) or not all(re.fullmatch(r"[\w.-]+", name) for name in spec.names)
+    ):
+        raise UserError(
+            "Mixture names",
+            expected=f"{len(spec.sources)} names of letters, digits, '.', '_' and '-', one a source",
+            got=", ".join(map(repr, spec.names)),
+            do="Name every source, or none. Sources with the same name are reported together.",
         )
     lengths = [getattr(s, "seq_len", None) for s in spec.sources]
     if None in lengths or len(set(lengths)) > 1:
@@ -171,6 +188,22 @@ def check(spec: Mixture) -> None:
                 got=f"none of source {lost[0]} with weight {weights[lost[0]]}",
                 do="Use a larger block or a larger weight, or remove the source.",
             )
+
+
+def source_names(spec: Mixture) -> tuple[str, ...]:
+    """Return the name of each source, in order."""
+    return spec.names or tuple(f"source-{number}" for number in range(len(spec.sources)))
+
+
+def _groups(spec: Mixture, parts: Mapping[int, TokenSplit]) -> tuple[Group, ...]:
+    """Return the sources `parts`, by number, in groups of one name, in the order of their first source."""
+    numbers: dict[str, list[int]] = {}
+    for number in parts:
+        numbers.setdefault(source_names(spec)[number], []).append(number)
+    return tuple(
+        Group(name=name, sources=tuple(mine), bytes_per_target=_bytes_per_target([parts[n] for n in mine]))
+        for name, mine in numbers.items()
+    )
 
 
 def _bytes_per_target(parts: list[TokenSplit]) -> float | None:

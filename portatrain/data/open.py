@@ -126,10 +126,10 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
             do="Use one tokenizer for all sources.",
         )
     parts = [_windows(s, f, seed, f"data/source/{i}") for i, (s, f) in enumerate(zip(spec.sources, found, strict=True))]
-    held = [p["validation"] for p in parts if "validation" in p]
+    held = {number: p["validation"] for number, p in enumerate(parts) if "validation" in p}
     return OpenData(
         train=Mixed(spec, [p["train"] for p in parts], name="train", seed=seed),
-        validation=Chained(held, name="validation") if held else None,
+        validation=Chained(spec, held, name="validation") if held else None,
         vocab=vocabs[0],
         streams={},
         **_told(found),

@@ -214,6 +214,9 @@ class Mixture(DataSpec):
     schedule: tuple[tuple[int, tuple[float, ...]], ...] = ()
     """Later changes of the weights: pairs (first block, weights), with increasing first blocks of at least 1. (): the
     weights do not change."""
+    names: tuple[str, ...] = added_later(())
+    """A name for each source. Evaluations report ``loss/NAME`` and ``bits_per_byte/NAME``; sources with the same name
+    are reported together. (): source-0, source-1 and so on."""
 
     def tokens_per_sample(self) -> int | None:
         """Return the number of tokens of a sample, which is the same for all sources."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,21 @@ from portatrain.model.rng import Permutation
 from portatrain.system.text import counted
 
 Batch = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Sources of a split of which an evaluation reports the loss by itself.
+
+    Attributes:
+        name: what the metrics are called by: ``loss/NAME``, ``bits_per_byte/NAME``.
+        sources: the values of ``source`` in a batch that belong to it.
+        bytes_per_target: source bytes per predicted token of these sources, or None; see `Split`.
+    """
+
+    name: str
+    sources: tuple[int, ...]
+    bytes_per_target: float | None
 
 
 class Split(ABC):
@@ -29,12 +45,14 @@ class Split(ABC):
             window length. It does not depend on the location of the source.
         bytes_per_target: source bytes per predicted token, or None if targets do not represent bytes. Bits per byte
             are nats per target / (ln 2 * bytes_per_target).
+        groups: the sources of a mixture, by name; a batch then has ``source``. (): there is one source.
     """
 
     name: str
     windows: int
     fingerprint: str
     bytes_per_target: float | None = None
+    groups: tuple[Group, ...] = ()
 
     @abstractmethod
     def batch(self, start: int, count: int) -> Batch:

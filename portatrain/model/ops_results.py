@@ -11,7 +11,7 @@ from portatrain.errors.users_code import line_of_method
 Array = Any
 """A jax.Array, a torch.Tensor or a numpy.ndarray, depending on the backend."""
 
-REDUCTIONS = ("mean", "sum", "max")
+REDUCTIONS = ("mean", "sum", "max", "layers")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class Aux:
     """A value that `ops.aux` recorded.
 
     value_B: (B,) float32, combined over `count` calls (layers, modules) by `reduce`: 'mean' and 'sum' add, 'max' takes
-    the maximum. loss: the factor with which it enters the training loss; 0 for a metric only.
+    the maximum; with 'layers' it is (B, count, ...), the values of the calls in the order of the model. loss: the
+    factor with which it enters the training loss; 0 for a metric only.
     """
 
     value_B: Array
@@ -42,8 +43,9 @@ class Aux:
     reduce: str
     loss: float
 
-    def join(self, name: str, other: Aux, maximum: Any) -> Aux:
-        """Return this value combined with `other`, recorded under the same `name`; `maximum` is elementwise.
+    def join(self, name: str, other: Aux, maximum: Any, concatenate: Any) -> Aux:
+        """Return this value combined with `other`, recorded under the same `name`; `maximum` is elementwise, and
+        `concatenate` takes arrays and an axis.
 
         Raises:
             UserError: the two calls gave different `reduce` or `loss`.
@@ -55,20 +57,44 @@ class Aux:
                 got=f"{other.reduce!r}, {other.loss}",
                 do="Use another name.",
             )
+        if self.reduce == "layers":
+            if self.value_B.shape[2:] != other.value_B.shape[2:]:
+                raise UserError(
+                    f"ops.aux({name!r}, reduce='layers')",
+                    expected=f"values of one shape in every call, (B, {_shape(self.value_B)})",
+                    got=f"(B, {_shape(other.value_B)})",
+                    do="Use another name for other layers.",
+                )
+            both = concatenate((self.value_B, other.value_B), 1)
+            return Aux(both, self.count + other.count, self.reduce, self.loss)
         both = maximum if self.reduce == "max" else (lambda a, b: a + b)
         return Aux(both(self.value_B, other.value_B), self.count + other.count, self.reduce, self.loss)
 
 
-def check_aux(name: str, value_B: Array, reduce: str) -> None:
+def _shape(value: Array) -> str:
+    return ", ".join(map(str, value.shape[2:]))
+
+
+def check_aux(name: str, value_B: Array, reduce: str, loss: float = 0.0) -> None:
     """Check the arguments of an `ops.aux` call.
 
     Raises:
-        UserError: `reduce` is not in REDUCTIONS, or value_B does not have one value per sample.
+        UserError: `reduce` is not in REDUCTIONS, value_B does not have one value per sample, or a value of layers is
+            a loss.
     """
     if reduce not in REDUCTIONS:
         raise UserError(
             f"ops.aux({name!r})", expected=f"reduce in {REDUCTIONS}", got=repr(reduce), do="Use one of those."
         )
+    if reduce == "layers" and loss:
+        raise UserError(
+            f"ops.aux({name!r}, reduce='layers')",
+            expected="a metric only, loss=0.0",
+            got=f"loss={loss}",
+            do="Add it to the loss in a call under another name, with reduce='mean'.",
+        )
+    if reduce == "layers" and getattr(value_B, "ndim", 0) >= 1:
+        return
     if getattr(value_B, "ndim", 0) != 1:
         raise UserError(
             f"ops.aux({name!r})",

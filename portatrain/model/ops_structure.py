@@ -96,6 +96,8 @@ class StructureOps(Protocol):
         value_B: (B,). Calls under one name (layers, modules) are combined first, then the samples of the global batch:
         reduce='mean', 'sum' or 'max'. With loss=c the training loss grows by c times the sum of value_B over the calls,
         each sample weighted by its loss weight. Recomputed activations are counted once.
+        reduce='layers' keeps the calls apart: value_B may be (B, ...), and the metric is (layers, ...), the mean over
+        samples for each call in the order of the model. It is recorded in training only, and is no loss.
         bf16: values are cast to float32. Raises UserError for another `reduce`, another shape, or calls under one name
         that disagree.
         Example: `ops.aux("router_entropy", entropy_B, loss=1e-3)`

@@ -131,6 +131,7 @@ ROWS = (
     ),
     Row(owner="Digits", fields="validation", kind=Kind.CORPUS, why=_PACKED),
     Row(owner="Mixture", fields="sources", kind=Kind.CORPUS, why=_PACKED),
+    Row(owner="Mixture", fields="names", kind=Kind.FREE, why="what evaluations call the sources"),
     Row(owner="Mixture", fields="schedule", kind=Kind.LATER, why="the weights of all past blocks are compared"),
     Row(
         owner="Mixture",

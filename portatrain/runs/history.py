@@ -150,6 +150,11 @@ class History:
         return next((float(loss) for loss in reversed(losses) if isinstance(loss, (int, float))), None)
 
     @property
+    def validation_metrics(self) -> dict[str, float]:
+        """The metrics of the newest evaluation; {} if there was none."""
+        return dict(self.evals[-1].get("metrics") or {}) if self.evals else {}
+
+    @property
     def over(self) -> bool:
         """True if no job will continue the run without a user."""
         return self.state in OVER
@@ -167,7 +172,18 @@ class History:
 
     def as_json(self) -> dict[str, Any]:
         """Return the output of `status --json`, as strict JSON data."""
-        names = ("run", "state", "step", "steps", "loss", "validation_loss", "tokens_per_s", "committed", "lost_s")
+        names = (
+            "run",
+            "state",
+            "step",
+            "steps",
+            "loss",
+            "validation_loss",
+            "validation_metrics",
+            "tokens_per_s",
+            "committed",
+            "lost_s",
+        )
         shown = ("number", "where", "backend", "mesh", "began_unix_s", "steps", "kept", "ended", "why", "verdict")
         return json_files.strict(
             {

@@ -31,10 +31,12 @@ def evaluate(
     """Return (mean loss over the targets, samples, metrics) of `split`, or of its first `batches` batches.
 
     A batch has `batch` samples. Metrics are the means over samples of every `ops.aux`, and bits per byte if a target
-    represents bytes. Returns None if `stopped()` becomes true during the evaluation.
+    represents bytes; of a mixture also ``loss/NAME`` and ``bits_per_byte/NAME`` of every source of which a target was
+    read. Sums are float64, over the results of each sample, which every process has. Returns None if `stopped()`
+    becomes true during the evaluation.
     """
     totals: dict[str, float] = {}
-    loss = weight = 0.0
+    whole, groups = np.zeros(2), {group: np.zeros(2) for group in split.groups}  # sums of loss and of weight
     samples = 0
     for index, rows in enumerate(split.once(batch)):
         if index == batches:
@@ -43,16 +45,34 @@ def evaluate(
             return None
         found = backend.eval(state, rows)
         real = rows["sample"] >= 0  # the last batch is padded with blank rows
-        loss += float(found.pop("loss_B")[real].sum(dtype=np.float64))
-        weight += float(found.pop("weight_B")[real].sum(dtype=np.float64))
+        sums_2B = np.stack([found.pop("loss_B")[real], found.pop("weight_B")[real]]).astype(np.float64)
+        whole += sums_2B.sum(axis=1)
+        for group, sums in groups.items():
+            sums += sums_2B[:, np.isin(rows["source"][real], group.sources)].sum(axis=1)
         samples += int(real.sum())
         for name, value_B in found.items():
             totals[name] = totals.get(name, 0.0) + float(value_B[real].sum(dtype=np.float64))
-    mean = loss / weight if weight else math.nan  # of windows without a target, as of long questions in chats
+    mean = _mean(whole)
     metrics = {name: value / samples for name, value in totals.items()}
     if split.bytes_per_target:
-        metrics["bits_per_byte"] = mean / math.log(2) / split.bytes_per_target
+        metrics["bits_per_byte"] = _bits(mean, split.bytes_per_target)
+    read = {group: _mean(sums) for group, sums in groups.items() if sums[1]}
+    metrics |= {f"loss/{group.name}": value for group, value in read.items()}
+    metrics |= {
+        f"bits_per_byte/{group.name}": _bits(value, group.bytes_per_target)
+        for group, value in read.items()
+        if group.bytes_per_target
+    }
     return mean, samples, metrics
+
+
+def _mean(sums: np.ndarray) -> float:
+    """Return loss / weight; NaN of windows without a target, as of long questions in chats."""
+    return float(sums[0] / sums[1]) if sums[1] else math.nan
+
+
+def _bits(nats: float, bytes_per_target: float) -> float:
+    return nats / math.log(2) / bytes_per_target
 
 
 class Evaluations:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -20,6 +21,19 @@ from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.spike_guard import SpikeGuard
 from portatrain.training.view import TrainingView
+
+NUMBERS = 256
+"""The numbers of layers that a step records in the mean, at most."""
+
+
+def _layers(found: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """Return the metrics of layers as lists, if they are due at this step."""
+    n = sum(math.prod(value.shape) for value in found.values())
+    return {k: _rounded(v.tolist()) for k, v in found.items()} if n and step % -(-n // NUMBERS) == 0 else {}
+
+
+def _rounded(x: Any) -> Any:
+    return [_rounded(y) for y in x] if isinstance(x, list) else float(f"{x:.6g}")
 
 
 class StepRecords:
@@ -77,6 +91,7 @@ class StepRecords:
             data_wait_s=waited_s,
             skipped=skipped,
             aux={k: float(v) for k, v in result.aux.items()},
+            layers=_layers(result.layers, step),
         )
         self._sinks.step(record)
         self._view.metrics |= {"loss": loss, "grad_norm": norm, "lr": record.lr, **record.aux}

@@ -83,7 +83,7 @@ TORCH: dict[str, tuple[Callable[[Torch], Any], dict[str, Any], set[str], str]] =
     "weights zeroed": (lambda t: change(t.model[2].weight, torch.zeros_like), {}, {"zeroed"}, W),
     "frozen": (lambda t: t.model[2].bias.requires_grad_(False), {}, {"frozen"}, B),
     "loss": (lambda t: None, {"loss": 4.0}, {"loss"}, "loss/"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("fault", TORCH)

@@ -89,9 +89,17 @@ def test_the_trainer_of_transformers(tmp_path: Path) -> None:
 
     def trainer(before: Any = None) -> Any:
         options = transformers.TrainingArguments(
-            output_dir=str(tmp_path), max_steps=6, save_steps=3, report_to=[], use_cpu=True, disable_tqdm=True,
-            per_device_train_batch_size=4, learning_rate=1e-3, save_total_limit=4, logging_steps=100,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            max_steps=6,
+            save_steps=3,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            per_device_train_batch_size=4,
+            learning_rate=1e-3,
+            save_total_limit=4,
+            logging_steps=100,
+        )
         recorder = Recorder(before)
         return transformers.Trainer(model=model(seed=3), args=options, train_dataset=Rows(), callbacks=[recorder])
 

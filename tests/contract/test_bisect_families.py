@@ -10,6 +10,7 @@ from portatrain.testing.bisect.report import Replay
 from portatrain.testing.bisect.sides import Side
 from portatrain.testing.bisect.step import replay
 from portatrain.testing.recipe_check.small import batches_of
+from tests.support.running import BACKENDS
 
 torch = pytest.importorskip("torch")
 
@@ -20,6 +21,7 @@ QUICK = (
     "down of the first expert twice",
     "factors scaled by another alpha",
     "a frozen table trained",
+    "factor cut off",
     "no correction of the bias",
     "Muon's AdamW with another rate",
 )
@@ -74,17 +76,33 @@ def test_a_gradient_of_zero_may_be_anything_small() -> None:
     assert found.good, found.sentence
 
 
+def clean(what: str, steps: int, *pairs: tuple[str, str]) -> None:
+    """Check that these pairs of sides, which are sound, are judged so."""
+    made = MODELS[what]()
+    low = dataclasses.replace(made, precision="bf16")
+    sides = {
+        "torch": Side(name="torch", recipe=made, backend="torch"),
+        "jax": Side(name="jax", recipe=made),
+        "torch in bf16": Side(name="torch in bf16", recipe=low, backend="torch"),
+        "jax in bf16": Side(name="jax in bf16", recipe=low),
+    }
+    for pair in pairs:
+        found = replayed(sides[pair[0]], sides[pair[1]], steps)
+        assert found.good, (what, *pair, found.sentence)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(len(BACKENDS) < 2, reason="one framework is installed")
+@pytest.mark.usefixtures("compiled_quickly")
+def test_a_gradient_that_no_trained_parameter_uses_may_be_missing() -> None:
+    """Before the first factor of LoRA torch computes no gradient, and jax does."""
+    clean("LoRA", 1, ("torch", "jax in bf16"))
+
+
 @pytest.mark.soak
 @pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize("what", MODELS)
 def test_clean_pairs(what: str) -> None:
-    """torch in fp32 beside jax, torch in bfloat16, and jax in bfloat16."""
-    made = MODELS[what]()
-    low = dataclasses.replace(made, precision="bf16")
-    for other in (
-        Side(name="jax", recipe=made),
-        Side(name="bf16", recipe=low, backend="torch"),
-        Side(name="jax in bf16", recipe=low),
-    ):
-        found = replayed(Side(name="torch", recipe=made, backend="torch"), other)
-        assert found.good, (other.name, found.sentence)
+    """torch in fp32 beside jax, torch in bfloat16 and jax in bfloat16, and both in bfloat16."""
+    clean(what, 2, ("torch", "jax"), ("torch", "torch in bf16"), ("torch", "jax in bf16"))
+    clean(what, 2, ("jax in bf16", "torch in bf16"))

@@ -39,15 +39,17 @@ for case, mesh, ragged in json.loads(sys.argv[1]):
     batch = CASES[case].batches()[0]
     placed = backend._put(batch, 1)
     compiled = backend._gradients_of.lower(state, placed, np.int32(1)).compile()
-    grads, loss, *_ = compiled(state, placed, np.int32(1))
+    grads, loss, _, auxes, _ = compiled(state, placed, np.int32(1))
+    loads = np.asarray(auxes["router_loads"]["layers"])
     grads = {n: np.array(g) for n, g in grads.items()}
     gathered = [line for line in compiled.as_text().splitlines() if re.search(r"= \\S+ all-gather(-start)?\\(", line)]
-    one_loss, one = found.setdefault((case), (float(loss), grads))
+    one_loss, one, due = found.setdefault((case), (float(loss), grads, loads))
     worst = max(float(np.abs(g - one[n]).max() / np.abs(one[n]).max()) for n, g in grads.items())
     # The weights of all four experts of a layer, which no device may have.
     of_all = re.compile(r"f32\\[4,(16,(24|12)|(24|12),16)\\]")
     whole = [line for line in gathered if of_all.search(line.split(" all-gather")[0])]
-    print(json.dumps([case, mesh, abs(float(loss) / one_loss - 1), worst, len(whole)]))
+    same_loads = bool((loads == due).all() and loads.sum())
+    print(json.dumps([case, mesh, abs(float(loss) / one_loss - 1), worst, len(whole), same_loads]))
 """
 
 
@@ -61,9 +63,10 @@ def _run(cells: list[tuple[str, str, bool]]) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row[:2] for row in rows] == [list(cell[:2]) for cell in cells]
-    for case, mesh, loss, gradient, whole in rows:
+    for case, mesh, loss, gradient, whole, same_loads in rows:
         print(case, mesh, loss, gradient)
         assert loss < 1e-6 and gradient < 1.5e-6, (case, mesh, loss, gradient)
+        assert same_loads, (case, mesh)
         assert whole == 0 or "expert" not in mesh, (case, mesh, whole)
 
 

@@ -152,7 +152,7 @@ MISTAKES = {
     "no LoRA": (["--surgery", "merge-lora"], "The run has no LoRA"),
     "no proof of nothing": (["--no-proof"], "expected --surgery NAME, which has a proof"),
     "another module": (["--set", "model=nowhere.at_all:Sizes", "--surgery", "experts"], "MODULE:CLASS"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", MISTAKES)

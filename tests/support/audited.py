@@ -112,9 +112,14 @@ class Torch:
             loss = self.loss(self.step)
         self.model.train(was)
         return {
-            "model": self.model, "optimizer": self.optimizer, "schedule": self.schedule, "step": self.step,
-            "batch": rows(self.step), "loss": loss, "around": {k: rows(abs(self.step + k)) for k in (-1, 1)},
-        }  # fmt: skip
+            "model": self.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "step": self.step,
+            "batch": rows(self.step),
+            "loss": loss,
+            "around": {k: rows(abs(self.step + k)) for k in (-1, 1)},
+        }
 
     def save(self, path: Path) -> None:
         import torch
@@ -178,9 +183,13 @@ class Jax:
         import optax
 
         return {
-            "model": self.params, "optimizer": self.optimizer, "step": self.step, "batch": rows(self.step),
-            "schedule": optax.cosine_decay_schedule(1e-2, 50), "around": {k: rows(abs(self.step + k)) for k in (-1, 1)},
-        }  # fmt: skip
+            "model": self.params,
+            "optimizer": self.optimizer,
+            "step": self.step,
+            "batch": rows(self.step),
+            "schedule": optax.cosine_decay_schedule(1e-2, 50),
+            "around": {k: rows(abs(self.step + k)) for k in (-1, 1)},
+        }
 
     def save(self, path: Path) -> None:
         import jax

@@ -24,6 +24,7 @@ class Measured:
     skipped: list[int]
     weights: list[float]
     aux: list[dict[str, float]]
+    layers: list[dict[str, np.ndarray]]
     gradients: dict[str, np.ndarray]
     first: dict[tuple[str, str], np.ndarray]
     """All tensors after the first step, by role and name."""
@@ -39,7 +40,7 @@ def measure(make: Callable[[Program], Backend], case: Case, mesh: str, gather: G
     batches = case.batches()
     state = backend.init_state()
     _, gradients = backend.gradients(state, batches[0], step=1)
-    found = Measured([], [], [], [], [], gradients, {}, {}, {}, None, {})
+    found = Measured([], [], [], [], [], [], gradients, {}, {}, {}, None, {})
     for step, batch in enumerate(batches, start=1):
         state, result = backend.step(state, batch, step=step, scale=min(1.0, step / 3))
         found.losses.append(float(result.loss))
@@ -47,6 +48,7 @@ def measure(make: Callable[[Program], Backend], case: Case, mesh: str, gather: G
         found.skipped.append(int(result.skipped))
         found.weights.append(float(result.weight))
         found.aux.append({k: float(v) for k, v in result.aux.items()})
+        found.layers.append({k: np.asarray(v.tolist()) for k, v in result.layers.items()})
         if step == 1:
             found.first = tensors(backend, state, gather)
     found.last = tensors(backend, state, gather)
@@ -59,7 +61,7 @@ def measure(make: Callable[[Program], Backend], case: Case, mesh: str, gather: G
     if case.predicts:
         found.predicted = backend.predict(state, rows)
     found.bytes = backend.describe_memory(state)
-    same = gather((found.losses, found.norms, found.skipped, found.aux))
+    same = gather((found.losses, found.norms, found.skipped, found.aux, found.layers))
     if any(repr(s) != repr(same[0]) for s in same):
         raise AssertionError(f"processes disagree: {same}")
     return found

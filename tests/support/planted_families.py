@@ -59,6 +59,10 @@ def _gpt2() -> Recipe:
     return lm(GPT2Config(vocab=40, embed=16, layers=2, heads=2, positions=32))
 
 
+def _lora(**fields: Any) -> Recipe:
+    return lm(lora=LoRA(rank=2, **fields))
+
+
 def _vit(*sets: str) -> Recipe:
     small = ["model.embed=16", "model.layers=1", "model.heads=2", "model.mlp=16", "batch=4", "schedule.warmup=2"]
     made = apply_overrides(load_recipe("tiny-vit"), [*small, *sets])
@@ -163,6 +167,16 @@ def variance_by_n_less_one(right: Any, ops: Any, x: Any, scale: Any = None, bias
     return (x - mean) / std * scale + bias
 
 
+# ---- LoRA
+
+
+@operation(_lora, "einsum", "ops.einsum('bsz,zhd->bshd')", stage=Stage.BACKWARD, hint="cut off")
+def factor_cut_off(right: Any, ops: Any, spec: Any, *args: Any, **o: Any) -> Any:
+    """In the first layer, where a step can only be seen to depend on the factor once it is no longer zero."""
+    found = right(spec, *args, **o)
+    return found.detach() if "z" in spec.split("->")[0].split(",")[0] and int(ops.layer or 0) == 0 else found
+
+
 # ---- images
 
 
@@ -257,8 +271,10 @@ MODELS: dict[str, Callable[[], Recipe]] = {
     "windows in some layers": _windows,
     "learned positions": _gpt2,
     "images": _vit,
-    "LoRA": lambda: lm(lora=LoRA(rank=2)),
+    "LoRA": _lora,
+    "LoRA on queries": lambda: _lora(targets=("*/wq",)),
     "a frozen table": lambda: lm(None, "frozen=('embed/*',)"),
+    "norms and routers frozen": lambda: _latent("frozen=('*norm/scale','*/router/*')"),
     "accumulation": lambda: lm(None, "accumulation=2", "model.dropout=0.2"),
     "Lion": lambda: lm(optimizer=Lion(lr=1e-3)),
     "Adafactor": lambda: lm(optimizer=Adafactor(lr=1e-2)),
@@ -270,10 +286,10 @@ MODELS: dict[str, Callable[[], Recipe]] = {
 """Recipes for clean pairs."""
 
 
-def _lora(alpha: float) -> Callable[[Program], Any]:
+def _other_alpha(alpha: float) -> Callable[[Program], Any]:
     from portatrain.backends.program import make_program
 
-    return lambda program: OneDevice(make_program(lm(lora=LoRA(rank=2, alpha=alpha))))
+    return lambda program: OneDevice(make_program(_lora(alpha=alpha)))
 
 
 def _row(recipe: Any, make: Any, stage: Stage, where: str, hint: str = "", step: int = 1) -> Planted:
@@ -291,14 +307,10 @@ FAMILIES |= {
     ),
     "balance moves the other way": _row(_latent, backend(_after=_other_sign), Stage.AFTER, "router/balance"),
     "factors scaled by another alpha": _row(
-        lambda: lm(lora=LoRA(rank=2, alpha=4.0)),
-        _lora(8.0),
-        Stage.INPUT,
-        "argument 0 of ops.einsum",
-        "plain arithmetic",
+        lambda: _lora(alpha=4.0), _other_alpha(8.0), Stage.INPUT, "argument 0 of ops.einsum", "plain arithmetic"
     ),
     "weights under LoRA trained": _row(
-        lambda: lm(lora=LoRA(rank=2)),
+        _lora,
         program(trainable=lambda program: frozenset(program.definition.params)),
         Stage.GRADIENT,
         "not trained by the recipe",

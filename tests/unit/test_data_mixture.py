@@ -107,10 +107,24 @@ def test_blocks_are_shuffled_by_the_seed():
 
 def test_evaluation_reads_every_window_of_every_source():
     held = parts(3, permuted=False)
-    split = Chained(held, name="validation")
+    spec = Mixture(sources=(Stdlib(seq_len=4),) * 3, weights=(1.0,) * 3)
+    split = Chained(spec, dict(enumerate(held)), name="validation")
     assert split.windows == sum(p.windows for p in held)
     assert sum(float(b["mask"].sum()) for b in split.once(5)) == sum(20 + 7 * i for i in range(3))
     assert split.bytes_per_target == 1.0
+
+
+def test_a_source_keeps_its_number_and_name_if_an_earlier_one_holds_nothing_out():
+    held = parts(3, permuted=False)
+    spec = Mixture(sources=(Stdlib(seq_len=4),) * 4, weights=(1.0,) * 4, names=("web", "code", "none", "code"))
+    split = Chained(spec, {0: held[0], 1: held[1], 3: held[2]}, name="validation")
+    assert [(g.name, g.sources) for g in split.groups] == [("web", (0,)), ("code", (1, 3))]
+    for row in next(iter(split.once(split.windows)))["source"].tolist():
+        assert row != 2
+    batch = split.batch(0, split.windows)
+    for source, part in ((0, held[0]), (1, held[1]), (3, held[2])):
+        assert batch["tokens"][batch["source"] == source].tolist() == part.batch(0, part.windows)["tokens"].tolist()
+    assert [g.name for g in mixed((1.0, 0.0)).groups] == ["source-0", "source-1"]
 
 
 BAD = [
@@ -125,6 +139,9 @@ BAD = [
     ({"schedule": ((5, (1.0, 1.0)), (5, (1.0, 2.0)))}, "increasing first blocks, from 1"),
     ({"schedule": ((5, (1.0,)),)}, "schedule at block 5"),
     ({"sources": (Stdlib(seq_len=8), Stdlib(seq_len=9))}, "the same seq_len"),
+    ({"names": ("code",)}, "2 names"),
+    ({"names": ("code", "")}, "2 names"),
+    ({"names": ("code", "a/b")}, "2 names"),
 ]
 
 

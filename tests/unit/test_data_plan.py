@@ -70,8 +70,8 @@ def test_sources_give_what_is_said(mixed: Path, steps: int, capsys: pytest.Captu
 def test_in_words(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", "plan", str(mixed)]) == 0
     out = capsys.readouterr().out
-    assert "mixed: 13 steps of 4 samples" in out and "source 1, TokenMemmap('b.bin'):" in out and " epochs of " in out
+    assert "mixed: 13 steps of 4 samples" in out and "source-1, TokenMemmap('b.bin'):" in out and " epochs of " in out
     assert main(["data", "plan", "tiny-vit", "--set", "steps=60"]) == 0
     out = capsys.readouterr().out
-    assert "source 0, Digits: " in out and "tokens" not in out
+    assert "source-0, Digits: " in out and "tokens" not in out
     assert main(["data", "plan", "no-such-recipe"]) == 2

@@ -112,6 +112,8 @@ def test_losses_and_statistics() -> None:
     entropy = -(scores * np.log(scores)).sum(-1).mean(1)
     np.testing.assert_allclose(found.auxes["router_entropy"].value_B, entropy, rtol=1e-12)
     np.testing.assert_array_equal(found.auxes["router_largest_share"].value_B, share_BX.max(-1))
+    np.testing.assert_array_equal(found.auxes["router_loads"].value_B[:, 0], share_BX * 14)
+    np.testing.assert_allclose(found.auxes["router_entropies"].value_B[:, 0], entropy, rtol=1e-12)
     expected = loss.sum + 0.5 * balance_B.sum() + 0.25 * z_B.sum()
     np.testing.assert_allclose(found.auxes["router_balance"].loss, 0.5)
     np.testing.assert_allclose(

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "vocabulary, tied": ("vocabulary", PLAIN, {"vocab": 27}),
     "vocabulary, untied": ("vocabulary", GPT2, {"vocab": 33}),
     "vocabulary with a softcap": ("vocabulary", GEMMA, {"vocab": 21}),
-}  # fmt: skip
+}
 UPCYCLED: dict[str, tuple[Any, Any]] = {
     "a decoder to Mixtral": (PLAIN, MIXTRAL),
     "Qwen 3 to its mixture": (DENSE_QWEN, Qwen3MoeConfig(**ROUTED, normalise=True)),

@@ -1,8 +1,11 @@
-"""What a file of tests may import: helpers of tests/support or of its own folder by their full name, never tests."""
+"""What a file of tests may import: helpers of tests/support or of its own folder by their full name, never tests.
+
+And no file turns the formatter off."""
 
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ OTHERS = sorted(
     for package in ("benchmarks", "examples", "portatrain", "launchers", "recipes", "checkpoints_format")
     for path in (ROOT / package).rglob("*.py")
 )
+SELF = Path(__file__).name
 # Recipe files and packages that a test copies into a folder of its own, where they import their neighbours.
 COPIED = {"pace", "acme_chip"}
 HELPERS = {path.stem for path in TESTS if not path.stem.startswith(("test_", "__"))} - COPIED
@@ -45,6 +49,12 @@ def mistakes(source: str) -> list[str]:
         or name in HELPERS  # a helper under a second name: it would be loaded twice
         or name.startswith("tests.conftest")
     )
+
+
+def test_ruff_formats_every_line() -> None:
+    off = re.compile(r"#\s*fmt:\s*(off|skip)")
+    assert off.search("x = [1,2]  # fmt: skip")
+    assert not [path for path in (*TESTS, *OTHERS) if off.search((ROOT / path).read_text()) and path.name != SELF]
 
 
 @pytest.mark.parametrize("path", TESTS, ids=str)

@@ -230,13 +230,8 @@ class ZeroBackend(MeshBackend):
             self._after(state, step, tallies)
         else:
             self._drop(held)
-        return state, StepResult(
-            loss=loss,
-            grad_norm=norm,
-            skipped=int(not good),
-            weight=weight,
-            aux={k: aux_value(v) for k, v in auxes.items()},
-        )
+        metrics = {k: aux_value(v) for k, v in auxes.items()}
+        return state, StepResult.of(metrics, loss=loss, grad_norm=norm, skipped=int(not good), weight=weight)
 
     @staticmethod
     def _drop(held: ZeroState) -> None:

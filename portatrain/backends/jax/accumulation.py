@@ -166,8 +166,13 @@ def aux_part(aux: Any) -> dict[str, Any]:
     count = jnp.float32(aux.count * aux.value_B.shape[0])
     if aux.reduce == "max":
         return {"max": jnp.max(aux.value_B)}
+    if aux.reduce == "layers":
+        return {"layers": jnp.sum(aux.value_B, axis=0), "count": jnp.float32(aux.value_B.shape[0])}
     return {"sum": jnp.sum(aux.value_B)} | ({"count": count} if aux.reduce == "mean" else {})
 
 
 def aux_value(part: dict[str, Any]) -> Any:
+    """Return the metric of an accumulated part."""
+    if "layers" in part:
+        return part["layers"] / part["count"]
     return part["max"] if "max" in part else part["sum"] / part.get("count", 1.0)

@@ -275,7 +275,7 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
         self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits | None = None
     ) -> tuple[State, StepResult]:
         state, found = self._steps(state, self._put(batch, 1), np.int32(step), np.float32(scale), limits)
-        return state, StepResult(**found)
+        return state, StepResult.of(found.pop("aux"), **found)
 
     def abstract_step(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, tuple[Any, ...]]:
         """Return the function that `step` calls and its arguments without contents, to compile without a device. Only

@@ -341,7 +341,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         self.named |= named
         for key, values_NB in auxes.items():
             one = recorded[key]
-            value_B = jnp.max(values_NB, axis=0) if one.reduce == "max" else jnp.sum(values_NB, axis=0)
+            value_B = _of_layers(values_NB, one.reduce)
             self._record(key, dataclasses.replace(one, value_B=value_B, count=one.count * stack.n))
         for key, value in tallies.items():
             self.tallies[key] = self.tallies[key] + value if key in self.tallies else value
@@ -352,11 +352,16 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         return checkpoint_name(x, name) if self.remat.by_name else x
 
     def aux(self, name: str, value_B: Any, *, reduce: str = "mean", loss: float = 0.0) -> None:
-        check_aux(name, value_B, reduce)
+        check_aux(name, value_B, reduce, loss)
+        if reduce == "layers":
+            if not self.training:
+                return
+            value_B = jax.lax.stop_gradient(value_B)[:, None]
         self._record(name, Aux(value_B.astype(jnp.float32), 1, reduce, loss))
 
     def _record(self, name: str, aux: Aux) -> None:
-        self.auxes[name] = self.auxes[name].join(name, aux, jnp.maximum) if name in self.auxes else aux
+        held = self.auxes.get(name)
+        self.auxes[name] = aux if held is None else held.join(name, aux, jnp.maximum, jnp.concatenate)
 
     def tally(self, module: Any, **values: Any) -> None:
         if not self.training:
@@ -365,3 +370,11 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
             full = f"{module.path}/{key}" if module.path else key
             value = jax.lax.stop_gradient(value).astype(plain(getattr(module, key)).dtype)
             self.tallies[full] = self.tallies[full] + value if full in self.tallies else value
+
+
+def _of_layers(values_NB: Any, reduce: str) -> Any:
+    """Combine what each of N layers of a Stack recorded: (B,), or (B, N * calls, ...) with reduce='layers'."""
+    if reduce == "layers":
+        values_BN = jnp.moveaxis(values_NB, 0, 1)
+        return values_BN.reshape(values_BN.shape[0], -1, *values_BN.shape[3:])
+    return jnp.max(values_NB, axis=0) if reduce == "max" else jnp.sum(values_NB, axis=0)

@@ -302,9 +302,12 @@ class ReferenceOps(ReferenceArrays, ReferenceExperts):
         return x
 
     def aux(self, name: str, value_B: Array, *, reduce: str = "mean", loss: float = 0.0) -> None:
-        check_aux(name, value_B, reduce)
-        new = Aux(value_B, 1, reduce, loss)
-        self.auxes[name] = self.auxes[name].join(name, new, np.maximum) if name in self.auxes else new
+        check_aux(name, value_B, reduce, loss)
+        if reduce == "layers" and not self.training:
+            return
+        new = Aux(value_B[:, None] if reduce == "layers" else value_B, 1, reduce, loss)
+        held = self.auxes.get(name)
+        self.auxes[name] = new if held is None else held.join(name, new, np.maximum, np.concatenate)
 
     def tally(self, module: Module, **values: Array) -> None:
         if not self.training:

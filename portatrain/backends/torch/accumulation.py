@@ -109,11 +109,20 @@ def _join_aux(so_far: dict[str, Tensor] | None, aux: Aux) -> dict[str, Tensor]:
     if aux.reduce == "max":
         high = aux.value_B.max()
         return {"max": high if so_far is None else torch.maximum(so_far["max"], high)}
+    if aux.reduce == "layers":
+        count = torch.tensor(float(aux.value_B.shape[0]))
+        found = {"layers": aux.value_B.sum(0), "count": count}
+        return found if so_far is None else {k: v + so_far[k] for k, v in found.items()}
     found = {"sum": aux.value_B.sum(), "count": torch.tensor(float(aux.count * math.prod(aux.value_B.shape)))}
     if aux.reduce == "sum":
         found.pop("count")
     return found if so_far is None else {k: v + so_far[k] for k, v in found.items()}
 
 
-def aux_value(part: dict[str, Tensor]) -> Tensor:
-    return part["max"] if "max" in part else part["sum"] / part.get("count", torch.tensor(1.0))
+def aux_value(part: Mapping[str, Any]) -> Tensor:
+    """Return the metric of an accumulated part."""
+    if "max" in part:
+        value: Tensor = part["max"]
+        return value
+    value = part["layers" if "layers" in part else "sum"]
+    return value / part["count"] if "count" in part else value

@@ -133,10 +133,12 @@ class MeshBackend(OneDevice):
 
     def _summed(self, loss: Any, weight: Any, auxes: dict[str, dict[str, Tensor]]) -> tuple[Any, ...]:
         """Turn sums over this process's rows into sums over the batch."""
-        sums = [plain(loss), plain(weight)]
+        parts = [plain(loss), plain(weight)]
         places = [(name, kind) for name in sorted(auxes) for kind in sorted(auxes[name]) if kind != "max"]
-        sums += [plain(auxes[name][kind]).to(self.device) for name, kind in places]
-        loss, weight, *rest = self.world.all_reduce(torch.stack(sums), BATCH_MESH_AXES).unbind()
+        parts += [plain(auxes[name][kind]).to(self.device) for name, kind in places]
+        sums = self.world.all_reduce(torch.cat([x.reshape(-1) for x in parts]), BATCH_MESH_AXES)
+        cut = sums.split([x.numel() for x in parts])
+        loss, weight, *rest = (x.reshape(like.shape) for x, like in zip(cut, parts, strict=True))
         found: dict[str, dict[str, Tensor]] = {name: {} for name in auxes}
         for (name, kind), value in zip(places, rest, strict=True):
             found[name][kind] = value

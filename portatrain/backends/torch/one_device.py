@@ -257,13 +257,8 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
                 torch._foreach_mul_(grads, limit / length)
             state.optimizer.step(scale=scale)
             self._after(state, step, tallies)
-        return state, StepResult(
-            loss=loss,
-            grad_norm=norm,
-            skipped=int(not good),
-            weight=weight,
-            aux={k: aux_value(v) for k, v in auxes.items()},
-        )
+        metrics = {k: aux_value(v) for k, v in auxes.items()}
+        return state, StepResult.of(metrics, loss=loss, grad_norm=norm, skipped=int(not good), weight=weight)
 
     def _clipping(self, norm: float) -> tuple[float, float]:
         """Return the factor of the gradients, of which `norm` is the norm, as (numerator, denominator)."""

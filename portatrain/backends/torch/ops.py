@@ -337,11 +337,16 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
         return self.training and policy.by_name and name in policy.names
 
     def aux(self, name: str, value_B: Tensor, *, reduce: str = "mean", loss: float = 0.0) -> None:
-        check_aux(name, value_B, reduce)
+        check_aux(name, value_B, reduce, loss)
+        if reduce == "layers":
+            if not self.training:
+                return
+            value_B = value_B.detach()[:, None]
         self._record(name, Aux(value_B.float(), 1, reduce, loss))
 
     def _record(self, name: str, aux: Aux) -> None:
-        self.auxes[name] = self.auxes[name].join(name, aux, torch.maximum) if name in self.auxes else aux
+        held = self.auxes.get(name)
+        self.auxes[name] = aux if held is None else held.join(name, aux, torch.maximum, torch.cat)
 
     def tally(self, module: Any, **values: Tensor) -> None:
         if not self.training:

@@ -23,6 +23,7 @@ from portatrain.backends.program import Program
 from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
 from portatrain.backends.token_ids import PREDICTED, TokenIds
+from portatrain.backends.torch.accumulation import aux_value
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
@@ -192,8 +193,8 @@ class XlaBackend(OneDevice):
         good = torch.isfinite(loss) & torch.isfinite(norm)
         self._update(state, numbers, norm, good)
         self._follow(state, numbers, tallies, good)
-        aux = {k: v["max"] if "max" in v else v["sum"] / float(v.get("count", 1.0)) for k, v in auxes.items()}
-        found = StepResult(loss=loss, grad_norm=norm, skipped=1 - good.to(torch.int32), weight=weight, aux=aux)
+        aux = {k: aux_value({n: float(x) if n == "count" else x for n, x in v.items()}) for k, v in auxes.items()}
+        found = StepResult.of(aux, loss=loss, grad_norm=norm, skipped=1 - good.to(torch.int32), weight=weight)
         state.optimizer.zero_grad(set_to_none=True)
         self._sync()
         return state, found

@@ -38,7 +38,8 @@ class Router(Module):
 
     Metrics, by sample and mean over layers: `router_balance`, which is 1 for an even load; `router_z`;
     `router_entropy`, of a token's scores, in nats; and `router_largest_share`, the largest part of a sample's choices
-    that one expert has, the largest of all samples and layers.
+    that one expert has, the largest of all samples and layers. By layer, and mean over the samples of the step:
+    `router_loads` (layers, X), how many of a sample's choices fell on each expert, and `router_entropies` (layers,).
 
     Raises:
         UserError: more chosen experts than there are, unknown scores, or groups that do not fit.
@@ -112,14 +113,18 @@ class Router(Module):
             ops.tally(self, load=ops.sum(chosen_BSX, axes, over=("batch", "seq")))
         sums_BS1 = scores_BSX.sum(-1)[..., None]
         shares_BSX = scores_BSX if self.scores == "softmax" else scores_BSX / sums_BS1
-        load_BX = ops.mean(ops.stop_gradient(chosen_BSX), axes, over=("seq",)) / self.experts_per_token
+        loads_BX = ops.sum(ops.stop_gradient(chosen_BSX), axes, over=("seq",))
+        load_BX = loads_BX / (chosen_BSX.shape[1] * self.experts_per_token)
         balance_B = (load_BX * ops.mean(shares_BSX, axes, over=("seq",))).sum(-1) * self.experts
         ops.aux("router_balance", balance_B, loss=self.balance_loss)
         z_BS = ops.logsumexp(logits_BSX)
         ops.aux("router_z", ops.mean(z_BS * z_BS, ("batch", "seq"), over=("seq",)), loss=self.z_loss)
         quiet_BSX = ops.stop_gradient(shares_BSX)
         entropy_BS = -(quiet_BSX * ops.log(quiet_BSX + 1e-30)).sum(-1)
-        ops.aux("router_entropy", ops.mean(entropy_BS, ("batch", "seq"), over=("seq",)))
+        entropy_B = ops.mean(entropy_BS, ("batch", "seq"), over=("seq",))
+        ops.aux("router_entropy", entropy_B)
+        ops.aux("router_entropies", entropy_B, reduce="layers")
+        ops.aux("router_loads", loads_BX, reduce="layers")
         ops.aux("router_largest_share", ops.max(load_BX), reduce="max")
 
     def after_step(self, ops: Any) -> None:

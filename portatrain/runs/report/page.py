@@ -11,8 +11,10 @@ from portatrain.errors import visible
 from portatrain.runs import profiles, trust
 from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report import changed
+from portatrain.runs.report.by_source import by_source
 from portatrain.runs.report.changed import Fork
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
+from portatrain.runs.report.layers import layers
 from portatrain.runs.report.tables import section as _section
 from portatrain.runs.report.tables import table as _table
 from portatrain.runs.verdict import in_words
@@ -43,10 +45,12 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]], forks: Sequence
             f"<style>{STYLE}</style></head><body>",
             _head(run),
             _charts(run),
+            by_source(run),
             _attempts(run),
             _resume_points(run),
             changed.forks(run, forks),
             changed.changes(run),
+            layers(run),
             _first_steps(run),
             _plans(run),
             _profiles(run),
@@ -69,7 +73,8 @@ def _head(run: History) -> str:
         facts.append(f"{duration(run.lost_s)} lost to restarts")
     last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
     if last:
-        more = "".join(f", {k.replace('_', ' ')} {v:.4g}" for k, v in (last.get("metrics") or {}).items())
+        whole = {k: v for k, v in (last.get("metrics") or {}).items() if "/" not in k}  # those of sources: a table
+        more = "".join(f", {k.replace('_', ' ')} {v:.4g}" for k, v in whole.items())
         facts.append(f"validation loss {last['loss']:.4f} at step {last.get('step', '?')}{more}")
     if run.skipped:
         spikes = len(run.spikes)

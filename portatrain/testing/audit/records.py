@@ -55,15 +55,37 @@ class Record:
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "framework": str, "versions": dict, "ranks": int, "step": (int, type(None)), "optimizer": bool, "tensors": dict,
-    "gradients": dict, "disagree": list, "settings": dict, "counters": dict, "trained": dict, "ties": list,
-    "schedule": (dict, type(None)), "loss": (int, float, type(None)), "batch": (dict, type(None)), "around": dict,
+    "framework": str,
+    "versions": dict,
+    "ranks": int,
+    "step": (int, type(None)),
+    "optimizer": bool,
+    "tensors": dict,
+    "gradients": dict,
+    "disagree": list,
+    "settings": dict,
+    "counters": dict,
+    "trained": dict,
+    "ties": list,
+    "schedule": (dict, type(None)),
+    "loss": (int, float, type(None)),
+    "batch": (dict, type(None)),
+    "around": dict,
     "rng": (list, type(None)),
-}  # fmt: skip
+}
 _SUMS: dict[str, type | tuple[type, ...]] = {
-    "shape": list, "dtype": str, "words": dict, "blocks": list, "signs": list, "count": int, "zeros": int, "bad": int,
-    "norm": (int, float), "low": (int, float), "high": (int, float),
-}  # fmt: skip
+    "shape": list,
+    "dtype": str,
+    "words": dict,
+    "blocks": list,
+    "signs": list,
+    "count": int,
+    "zeros": int,
+    "bad": int,
+    "norm": (int, float),
+    "low": (int, float),
+    "high": (int, float),
+}
 
 
 def _damage(data: Mapping[str, Any]) -> str | None:

@@ -13,9 +13,15 @@ from portatrain.errors import UserError
 from portatrain.testing.audit.leaves import flat, is_array, is_torch, loaded
 
 SLOTS = {
-    "exp_avg": "m", "mu": "m", "exp_avg_sq": "v", "nu": "v",
-    "momentum_buffer": "momentum", "trace": "momentum", "max_exp_avg_sq": "v_max", "nu_max": "v_max",
-}  # fmt: skip
+    "exp_avg": "m",
+    "mu": "m",
+    "exp_avg_sq": "v",
+    "nu": "v",
+    "momentum_buffer": "momentum",
+    "trace": "momentum",
+    "max_exp_avg_sq": "v_max",
+    "nu_max": "v_max",
+}
 """Names of optimizer slots in torch and optax, and the one name that records use."""
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Modules that compilation, sharding and remat put around a module; its parameters keep their names without them."""

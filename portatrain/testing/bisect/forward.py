@@ -12,10 +12,19 @@ from portatrain.backends.reference.differences import directional_derivative
 from portatrain.backends.reference.watched import watch_oracle
 from portatrain.backends.rounding import bound, positions_in, step_error
 from portatrain.backends.watched import Call, Watched
-from portatrain.testing.bisect.operations import Error, Judge, difference, largest, place
+from portatrain.testing.bisect.operations import (
+    Error,
+    Judge,
+    difference,
+    index_of,
+    largest,
+    looks_like,
+    place,
+    value_at,
+)
 from portatrain.testing.bisect.report import Fault, Stage
 from portatrain.testing.bisect.sides import Running
-from portatrain.testing.tolerance import tolerance
+from portatrain.testing.tolerance import MOVE, tolerance
 
 Pair = tuple[Any, Any]
 DEVIATIONS = 8.0
@@ -26,6 +35,8 @@ SAME = 1e-9
 DRAWS = 3
 CHOICES = ("sign", "floor")
 """Operations with results that are numbers and jump, as whole numbers and truth values do."""
+HELD = ("stop_gradient", *CHOICES)
+"""Operations through which no gradient goes."""
 MEASURED = 4.0
 """And by this many times what moving every parameter by the error of an operation makes of it, the most of DRAWS: where
 terms cancel."""
@@ -56,6 +67,7 @@ class Trace:
                 if call.template == true.template:
                     call.template = true.template  # with the functions of the oracle's model
         self._moved: dict[int, list[Sequence[Call]]] = {}
+        self._reached: Sequence[Call] | None = None
         self.judges = tuple(
             Judge(context=side.context(micro, self.step), terms=max(positions_in(side.definition, micro), 64))
             for side, micro in zip(self.sides, self.micros, strict=True)
@@ -142,8 +154,8 @@ class Trace:
                     Stage.MODEL if part == "results" else Stage.INPUT,
                     what,
                     place(index, x.shape),
-                    tuple(_element(m, index) for m in mine),
-                    tuple(_element(o, index) for o in (x, y)),
+                    tuple(value_at(m, index) for m in mine),
+                    tuple(value_at(o, index) for o in (x, y)),
                     0.0,
                     (),
                     "the oracle has other values too: the recipes differ",
@@ -188,8 +200,8 @@ class Trace:
             Stage.INPUT,
             what,
             place(index, true.shape),
-            tuple(_element(c.args[j], index) for c in calls),
-            tuple(_element(o[k].args[j], index) for o in self.oracle),
+            tuple(value_at(c.args[j], index) for c in calls),
+            tuple(value_at(o[k].args[j], index) for o in self.oracle),
             limit,
             wrong,
             looks_like(mine, true) or ("" if tag or true.dtype.kind != "f" else BETWEEN),
@@ -213,7 +225,7 @@ class Trace:
         bad = errors[wrong[0]]
         assert bad is not None
         number = int(bad.part.removeprefix("result") or 0)
-        at = _index(bad.element, calls[0].results[number].shape)
+        at = index_of(bad.element, calls[0].results[number].shape)
         both = [judge.forward(call, (number, at)) for judge, call in zip(self.judges, calls, strict=True)]
         return self._fault(
             stage,
@@ -229,8 +241,13 @@ class Trace:
     # ---- backward
 
     def backward(self) -> Iterator[Fault]:
-        """Yield the first fault of the backward pass, which begins at the last call."""
+        """Yield the first fault of the backward pass, which begins at the last call.
+
+        Where one side has no gradient at all, nothing before has asked for one: so the cause is the first such call.
+        """
         a, b = (w.calls for w in self.watched)
+        for k in range(min(len(a), len(b))):
+            yield from self._after(k, missing=True)
         for k in reversed(range(min(len(a), len(b)))):
             yield from self._after(k)
             for j, (x, y) in enumerate(zip(a[k].arg_grads, b[k].arg_grads, strict=True)):
@@ -264,11 +281,13 @@ class Trace:
             "it is zero: the use is cut off" if not np.any(self.watched[wrong[0]].calls[k].arg_grads[j]) else "",
         )
 
-    def _after(self, k: int) -> Iterator[Fault]:
-        """The gradient of a result, which comes from the calls after it and from plain arithmetic."""
+    def _after(self, k: int, missing: bool = False) -> Iterator[Fault]:
+        """The gradient of a result, which comes from the calls after it and from plain arithmetic. missing: only one
+        that a side does not have, else only those that both have."""
         calls = tuple(w.calls[k] for w in self.watched)
         for r, (x, y) in enumerate(zip(calls[0].result_grads, calls[1].result_grads, strict=True)):
-            if (x is None and y is None) or not self._depends(k, r):
+            none = (x is None) + (y is None)
+            if none != missing or (none and not self._trains(k, r)):
                 continue
             x, y = (np.zeros(c.results[r].shape) if g is None else g for g, c in zip((x, y), calls, strict=True))
             size = max(largest(x), largest(y))
@@ -285,7 +304,7 @@ class Trace:
             wrong = [i for i in (0, 1) if not abs(values[i] - true[i]) <= limits[i]]
             if wrong:
                 what = f"the gradient that arrives at the result of {calls[0]}"
-                cut = "it is zero: the result is cut off" if not np.any((x, y)[wrong[0]]) else ""
+                cut = "" if np.any((x, y)[wrong[0]]) else self._cut(calls[wrong[0]], missing)
                 yield self._fault(
                     Stage.BACKWARD, what, place(index, x.shape), values, tuple(true), max(limits), wrong, cut
                 )
@@ -303,9 +322,34 @@ class Trace:
             largest(total), 0.0, self.judges[i].precision
         )
 
-    def _depends(self, k: int, r: int) -> bool:
-        """Return whether a result depends on parameters: constants have no gradient in torch, and one in jax."""
-        return self.near(0, k, "results", r) > 0
+    def _cut(self, call: Call, missing: bool) -> str:
+        before = missing and all(g is None for g in call.arg_grads)
+        return f"it is zero: {'all that the call gets' if before else 'the result'} is cut off"
+
+    def _trains(self, k: int, r: int) -> bool:
+        """Return whether a gradient can go on from a result to a parameter that is trained. If none can, torch computes
+        no gradient there and jax does, and no step has any use for it."""
+        if self._reached is None:
+            side, calls = self.sides[0], self.oracle[0]
+            rng = np.random.default_rng(0)
+            params = dict(side.parameters(self.arrays[0]))
+            for name in side.program.trainable:  # by an amount and not a part of it: a factor of LoRA is zero at first
+                params[name] = params[name] + MOVE * rng.standard_normal(params[name].shape)
+            held = {
+                (number, i): result
+                for number, call in enumerate(calls)
+                for i, result in enumerate(call.results)
+                if call.name in HELD or result.dtype.kind != "f"
+            }
+            self._reached, _ = watch_oracle(
+                side.definition,
+                params,
+                self.micros[0],
+                side.context(self.micros[0], self.step),
+                states=side.states(self.arrays[0]),
+                taken={**held, **self.taken[0]},
+            )
+        return bool(np.any(self._reached[k].results[r] != self.oracle[0][k].results[r]))
 
     def _slope(self, i: int, k: int, r: int, index: int, seed: int) -> float:
         """Return the derivative of the oracle's summed loss by one element of a result."""
@@ -346,37 +390,9 @@ class Trace:
         )
 
 
-def looks_like(got: np.ndarray, true: np.ndarray) -> str:
-    """Return what `got` is, if it is `true` in another order; '' if that is not seen."""
-    if got.shape != true.shape:
-        return f"it has the shape {list(got.shape)} and not {list(true.shape)}"
-    if (
-        got.ndim >= 2
-        and got.shape[-1] == got.shape[-2]
-        and np.array_equal(got, true.swapaxes(-1, -2).astype(got.dtype))
-    ):
-        return "its last two axes are transposed"
-    if got.ndim >= 1:
-        rows = true.reshape(len(true), -1).astype(got.dtype)
-        mine = got.reshape(len(got), -1)
-        at = [next((r for r in range(len(rows)) if np.array_equal(rows[r], row)), None) for row in mine]
-        if None not in at and at != list(range(len(rows))):
-            return f"its rows are the rows {at} of what they should be"
-    return ""
-
-
 def _written(call: Call) -> str:
     """Return a call with its numbers and words, without its arrays."""
     args, options = call.template
     words = [repr(a) for a in args if isinstance(a, (str, int, float, bool))]
     words += [f"{k}={v!r}" for k, v in options.items() if isinstance(v, (str, int, float, bool, type(None)))]
     return f"ops.{call.name}({', '.join(words)})"
-
-
-def _element(array: np.ndarray, index: int) -> Any:
-    value = array.flat[index] if index < array.size else np.nan
-    return int(value) if array.dtype.kind in "iub" else float(value)
-
-
-def _index(element: str, shape: tuple[int, ...]) -> int:
-    return int(np.ravel_multi_index([int(i) for i in element.strip("[]").split(",")], shape)) if element else 0

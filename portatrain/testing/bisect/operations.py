@@ -200,6 +200,36 @@ def place(index: int, shape: tuple[int, ...]) -> str:
     return str([int(i) for i in np.unravel_index(index, shape)]) if shape else ""
 
 
+def value_at(array: np.ndarray, index: int) -> Any:
+    """Return the element at a flat index, NaN beyond the end."""
+    value = array.flat[index] if index < array.size else np.nan
+    return int(value) if array.dtype.kind in "iub" else float(value)
+
+
+def index_of(element: str, shape: tuple[int, ...]) -> int:
+    """Return the flat index of a place as `place` writes it; 0 for ''."""
+    return int(np.ravel_multi_index([int(i) for i in element.strip("[]").split(",")], shape)) if element else 0
+
+
+def looks_like(got: np.ndarray, true: np.ndarray) -> str:
+    """Return what `got` is, if it is `true` in another order; '' if that is not seen."""
+    if got.shape != true.shape:
+        return f"it has the shape {list(got.shape)} and not {list(true.shape)}"
+    if (
+        got.ndim >= 2
+        and got.shape[-1] == got.shape[-2]
+        and np.array_equal(got, true.swapaxes(-1, -2).astype(got.dtype))
+    ):
+        return "its last two axes are transposed"
+    if got.ndim >= 1:
+        rows = true.reshape(len(true), -1).astype(got.dtype)
+        mine = got.reshape(len(got), -1)
+        at = [next((r for r in range(len(rows)) if np.array_equal(rows[r], row)), None) for row in mine]
+        if None not in at and at != list(range(len(rows))):
+            return f"its rows are the rows {at} of what they should be"
+    return ""
+
+
 def _ratio(error: Error) -> float:
     apart = float(difference(np.array(error.value), np.array(error.oracle)))
     return apart / max(error.allowed, 1e-300)

@@ -12,8 +12,8 @@ from portatrain.backends.base import Arrays
 from portatrain.backends.reference.differences import directional_derivative
 from portatrain.backends.rounding import bound, positions_in, step_error
 from portatrain.backends.watched import Watched
-from portatrain.testing.bisect.forward import DEVIATIONS, DRAWS, MEASURED, Trace, looks_like
-from portatrain.testing.bisect.operations import difference, largest, place
+from portatrain.testing.bisect.forward import DEVIATIONS, DRAWS, MEASURED, Trace
+from portatrain.testing.bisect.operations import difference, largest, looks_like, place
 from portatrain.testing.bisect.report import Fault, Replay, Stage, StepRow
 from portatrain.testing.bisect.rule import Update, Wrong
 from portatrain.testing.bisect.served import other_packages, running

@@ -109,7 +109,7 @@ def losses(
     with np.errstate(all="ignore"):
         found = forward(definition, subject.moved if params is None else params, subject.batch, context)
     auxes = [found.auxes[name] for name in sorted(found.auxes)]
-    values = [found.value.loss_B, found.value.weight_B, *(aux.value_B for aux in auxes if states or aux.loss)]
+    values = [found.value.loss_B, found.value.weight_B, *(aux.value_B.ravel() for aux in auxes if states or aux.loss)]
     if states:
         values += [found.states[name].astype(np.float64).ravel() for name in sorted(found.states)]
     return np.concatenate(values)

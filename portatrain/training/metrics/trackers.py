@@ -20,9 +20,18 @@ from portatrain.training.metrics.record import EvalRecord, RunInfo, Sink, StepRe
 
 
 def scalars(record: StepRecord | EvalRecord, prefix: str) -> dict[str, float]:
-    """Return the numbers of ``record`` by ``prefix/name``: nested ones flattened, without None and the step."""
-    found = {}
-    for name, value in asdict(record).items():
+    """Return the numbers of ``record`` by ``prefix/name``: nested ones flattened, without None and the step.
+
+    A number of a layer is ``prefix/name/layer``; of a list of numbers the least and the largest are
+    ``prefix/name/layer/min`` and ``/max``.
+    """
+    found: dict[str, float] = {}
+    fields = asdict(record)
+    for name, layers in fields.pop("layers", {}).items():
+        for layer, value in enumerate(layers):
+            at = f"{prefix}/{name}/{layer}"
+            found |= {f"{at}/min": min(value), f"{at}/max": max(value)} if isinstance(value, list) else {at: value}
+    for name, value in fields.items():
         for key, number in value.items() if isinstance(value, dict) else ((name, value),):
             if key != "step" and number is not None:
                 found[f"{prefix}/{key}"] = float(number)

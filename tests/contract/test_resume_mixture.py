@@ -1,0 +1,29 @@
+"""A mixture of experts that moves from jax over the expert axis to torch over fsdp and to jax on one device."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.resume_mixture import LEGS, move, wrong
+from portatrain.backends.base import missing
+
+pytestmark = pytest.mark.skipif(
+    any(missing(name) for name in ("jax", "torch")), reason="jax and torch are not both installed"
+)
+
+
+@pytest.mark.full
+@pytest.mark.timeout(600)
+def test_a_mixture_moves_and_comes_back_with_the_same_bits(tmp_path: Path) -> None:
+    row = move(tmp_path)
+    print(row)
+    assert not wrong(row), row
+
+
+def test_what_is_wrong() -> None:
+    good = {"verdicts": ["continuous"] * (len(LEGS) - 1), "worst": 9e-7, "back": "same bits"}
+    assert not wrong(good)
+    bad = [{"verdicts": ["continuous", "broken"]}, {"worst": float("nan")}, {"worst": 2e-6}, {"back": "1 of 9 differ"}]
+    assert all(wrong({**good, **change}) for change in (*bad, {"failed": "leg 1"}))
