@@ -75,7 +75,9 @@ def _probe(value: Any) -> bool:
 
 def _fingerprints(value: Any) -> bool:
     tensors = value.get("tensors") if _object(value) else None
-    return _object(tensors) and _text(value.get("algorithm")) and all(map(_text, tensors.values()))
+    if not isinstance(tensors, Mapping):
+        return False
+    return _text(value.get("algorithm")) and all(map(_text, tensors.values()))
 
 
 FIELDS: Mapping[str, tuple[Check, str]] = {
