@@ -101,11 +101,10 @@ class RemoteRun(RunDir):
             (self.path / name).unlink(missing_ok=True)
         kept = {n: tag for n, tag in known.items() if n in there}
         for name, tag in sorted(wanted.items()):
-            _, size, written = tag.rsplit(" ", 2)
             # A crash may have left less of a file than the index says.
-            if kept.get(name) != tag or not _has(self.path / name, int(size)):
+            if kept.get(name) != tag or not _has(self.path / name, _size(tag)):
                 self._fetch(name)
-                written_s = float(written)
+                written_s = float(tag.rpartition(" ")[2])
                 os.utime(self.path / name, (written_s, written_s))
                 kept[name] = tag
         json_files.write_json(index, kept)
@@ -241,10 +240,10 @@ class RemoteRun(RunDir):
         for name in ("run.json", "checkpoints.json"):
             if not (self.path / name).exists() and self.objects.exists(name):
                 self._fetch(name)
-        there = {o.name for o in self.objects.below("data")}
+        there = {o.name: _size(o.tag) for o in self.objects.below("data")}
         for name in sorted(there, key=_pack_json_last):
             # A pack without its pack.json was cut while it was sent: it is packed again here.
-            if f"{name.rpartition('/')[0]}/{PACK}" in there and not (self.path / name).exists():
+            if f"{name.rpartition('/')[0]}/{PACK}" in there and not _has(self.path / name, there[name]):
                 self._fetch(name)
         return self.path / "data"
 
@@ -315,6 +314,11 @@ def localized(words: Iterable[str], code: str | None) -> list[str]:
 
 def _pack_json_last(name: str) -> tuple[bool, str]:
     return name.endswith(f"/{PACK}"), name
+
+
+def _size(tag: str) -> int:
+    """Return the bytes of an object with this tag."""
+    return int(tag.rsplit(" ", 2)[1])
 
 
 def _has(path: Path, size: int) -> bool:

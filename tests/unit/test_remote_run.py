@@ -133,6 +133,19 @@ def test_a_damaged_copy_on_this_machine_is_fetched_again(damage: bytes) -> None:
         assert read_history(open_run(URL)).as_json() == good, file
 
 
+def test_a_cut_file_of_packed_data_is_fetched_again() -> None:
+    run = open_run(URL, work=True)
+    with run.begin(RECIPE):
+        pass
+    folder = run.data()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("pack.json", "train-tokens.bin"):
+        (folder / name).write_bytes(b"x" * 40)
+    run.share_data()
+    (folder / "train-tokens.bin").write_bytes(b"x" * 7)
+    assert (open_run(URL, work=True).data() / "train-tokens.bin").read_bytes() == b"x" * 40
+
+
 def test_another_machine_goes_on_with_the_next_attempt(elsewhere: Any) -> None:
     with open_run(URL, work=True).begin(RECIPE) as attempt:
         attempt.metrics({"step": 1, "loss": 1.0, "time_s": 0.1})
