@@ -228,7 +228,7 @@ def _write(
     try:
         new.create(recipe, **more)
         if keeps_corpus and (packed := parent.data()).is_dir():
-            shutil.copytree(packed, new.path / "data", copy_function=_linked)
+            _copy_folder(packed, new.path / "data")
             check_data(recipe, new.path / "data")
             new.share_data()
         with explained():
@@ -306,5 +306,12 @@ def _link(source: Path, target: Path) -> bool:
         return False
 
 
-def _linked(source: str, target: str) -> str:
-    return target if _link(Path(source), Path(target)) else shutil.copy2(source, target)
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files, by hard links where there are any. The first error of the file system is raised as it is;
+    `shutil.copytree` would gather them in an error without a number."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _copy_folder(path, target / path.name)
+        elif not _link(path, target / path.name):
+            shutil.copy2(path, target / path.name)
