@@ -160,9 +160,14 @@ def factored(body: Callable[..., Any], params: tuple[Any, ...]) -> tuple[Callabl
         return body, tuple(flat)
 
     def run(ops: Any, x_NE: Any, *held: Any) -> Any:
-        given, at = [], 0
+        given: list[Any] = []
+        at = 0
         for p, is_adapted in zip(params, adapted, strict=True):
-            given.append(Factored(*held[at : at + 3], p.scale) if is_adapted else held[at])
+            if is_adapted:
+                weight, a, b = held[at : at + 3]
+                given.append(Factored(weight, a, b, p.scale))
+            else:
+                given.append(held[at])
             at += 3 if is_adapted else 1
         return body(ops, x_NE, *given)
 
