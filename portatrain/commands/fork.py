@@ -6,10 +6,11 @@ adds what the change alone did to loss, gradient and update, measured on the sta
 on as RUN did. `launch list` and `portatrain report` draw the tree.
 
 A checkpoint holds tensors of fixed shapes, so sizes of the model stay, unless --surgery says how the tensors of the
-model that --set gives are made of those that are there: vocabulary, layers, width (feed-forward, heads), experts (of a
-dense feed-forward part), qk-norm, rope, merge-lora, drop-lora, or a function of yours as FILE.py:FUNCTION. Both models
-are then computed in float64 on the next samples of RUN; the largest difference of their logits is printed and
-recorded, and a surgery that keeps the function is refused if they differ by more than 1e-12 of the largest one.
+model that --set gives are made of those that are there: vocabulary, layers, width (feed-forward, heads), embed (whole
+multiples), experts (of a dense feed-forward part), qk-norm, rope, merge-lora, drop-lora, or a function of yours as
+FILE.py:FUNCTION. Both models are then computed in float64 on the next samples of RUN; the largest difference of their
+logits is printed and recorded, and a surgery that keeps the function is refused if they differ by more than 1e-12 of
+the largest one.
 
 Slots of the optimizer are kept if its class stays, mapped if every slot of the new class has its meaning in the old
 one, and else start as in a new run. The files of the checkpoint are hard links where the file system has them, so a
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--surgery",
         metavar="NAME",
-        help="make the tensors of another model: vocabulary, layers, width, experts, qk-norm, rope, merge-lora, "
+        help="make the tensors of another model: vocabulary, layers, width, embed, experts, qk-norm, rope, merge-lora, "
         "drop-lora, or FILE.py:FUNCTION (docs/run/surgery.md)",
     )
     parser.add_argument(

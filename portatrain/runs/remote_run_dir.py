@@ -24,7 +24,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
-from portatrain.runs import code_snapshot, remote_claim
+from portatrain.runs import code_snapshot, remote_claim, tasks
 from portatrain.runs.claim import BEAT_S, ClaimHandle, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
@@ -89,7 +89,7 @@ class RemoteRun(RunDir):
         """Update the copy from the store; `logs`: with the output of processes."""
         top, folders = self.objects.top()
         there = {o.name: o.tag for o in top if o.name != remote_claim.NAME}
-        for folder in ("attempts", "jobs"):
+        for folder in ("attempts", "jobs", tasks.FOLDER):
             if folder in folders:
                 there |= {o.name: o.tag for o in self.objects.below(folder)}
         wanted = {n: tag for n, tag in there.items() if _is_record(n) or (logs and n.endswith((".log", ".txt")))}
@@ -329,7 +329,7 @@ def _is_record(name: str) -> bool:
     parts = name.split("/")
     if len(parts) == 1:
         return name.endswith(".json") or name in MARKS
-    return name.endswith((".json", ".jsonl")) and len(parts) == (2 if parts[0] == "jobs" else 3)
+    return name.endswith((".json", ".jsonl")) and len(parts) == (3 if parts[0] == "attempts" else 2)
 
 
 def main() -> None:

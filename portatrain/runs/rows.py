@@ -32,8 +32,9 @@ def metric(row: dict[str, Any]) -> dict[str, Any]:
         whole(row, key, most=10**24)
     if row.get("mfu") is not None:
         row["mfu"] = json_files.number(row["mfu"])
-    if "aux" in row:
-        row["aux"] = numbers(row["aux"] or {}, "aux")
+    for key in ("aux", "statistics"):
+        if key in row:
+            row[key] = numbers(row[key] or {}, key)
     return row
 
 
