@@ -10,7 +10,15 @@ import pytest
 from portatrain.cli import main
 from tests.support.running import BACKENDS
 
-SMALL = ("steps=1", "batch=4", "model.layers=1", "eval_every=none", "eval_final_batches=1", "hooks=()")
+SMALL = (
+    "steps=1",
+    "schedule.warmup=0",
+    "batch=4",
+    "model.layers=1",
+    "eval_every=none",
+    "eval_final_batches=1",
+    "hooks=()",
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="the digits are scikit-learn's")
