@@ -288,7 +288,7 @@ def test_every_field_with_odd_values(runs: Path, file: str, capsysbinary: pytest
 
 @pytest.mark.full
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("file", ["changes.json", "run.json", "attempts/2/plan.json", "jobs/1.json"])
+@pytest.mark.parametrize("file", ["changes.json", "run.json", "jobs/1.json"])
 def test_every_field_under_every_further_command(
     runs: Path, file: str, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:

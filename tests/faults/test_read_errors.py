@@ -115,7 +115,7 @@ def failing(path: str, number: int, *, times: int = 1) -> Seen:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("number", "times"), [(errno.EIO, 1), (errno.ESTALE, -1)])
+@pytest.mark.parametrize(("number", "times"), [(errno.EIO, 1), pytest.param(errno.ESTALE, -1, marks=pytest.mark.soak)])
 def test_a_run_goes_on_after_a_read_error_in_any_of_its_files(
     number: int, times: int, here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
