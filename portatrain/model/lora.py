@@ -2,8 +2,8 @@
 
 With `lora=LoRA(rank=8)` in a recipe, `adapt` replaces the targeted weights of the built model. W keeps its name. Its
 factors are named 'blocks/attn/wq/lora_a' and 'blocks/attn/wq/lora_b' and have W's logical axes, so the mesh axes that
-shard W shard them too. Models and layers need no change: given an adapted weight, `ops.einsum` contracts with W, and
-with A and then B.
+shard W shard them too. Models and layers need no change: given an adapted weight, `ops.einsum` and
+`ops.grouped_matmul` contract with W, and with A and then B.
 """
 
 from __future__ import annotations
@@ -127,16 +127,58 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
     return through
 
 
+@dataclass(frozen=True)
+class Factored:
+    """A weight of experts and its factors, which a body of `ops.experts` hands to `ops.grouped_matmul`.
+
+    weight: (X, E, F). a: (X, E, rank). b: (X, rank, F). scale: of the product of a and b.
+    """
+
+    weight: Any
+    a: Any
+    b: Any
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.weight.shape)
+
+    def multiplied(self, grouped_matmul: Callable[[Any, Any], Any], x_NE: Any) -> Any:
+        """Return `grouped_matmul` of the rows with the adapted weight, (N, F)."""
+        low_NR = grouped_matmul(x_NE, self.a) * self.scale
+        return grouped_matmul(x_NE, self.weight) + grouped_matmul(low_NR, self.b)
+
+
+def factored(body: Callable[..., Any], params: tuple[Any, ...]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return a body of `ops.experts` and its params with each adapted weight as three: the weight and its factors. The
+    given body gets a `Factored` of them."""
+    adapted = [isinstance(p, Adapted) for p in params]
+    flat: list[Any] = []
+    for p in params:
+        flat += [not_adapted(q) for q in ((p.base, p.lora_a, p.lora_b) if isinstance(p, Adapted) else (p,))]
+    if not any(adapted):
+        return body, tuple(flat)
+
+    def run(ops: Any, x_NE: Any, *held: Any) -> Any:
+        given, at = [], 0
+        for p, is_adapted in zip(params, adapted, strict=True):
+            given.append(Factored(*held[at : at + 3], p.scale) if is_adapted else held[at])
+            at += 3 if is_adapted else 1
+        return body(ops, x_NE, *given)
+
+    return run, tuple(flat)
+
+
 def not_adapted(p: Any) -> Any:
-    """Return `p`, which an operation other than einsum uses; of a weight with matmuls in fp8, the parameter.
+    """Return `p`, which an operation uses that takes no adapted weight; of a weight with matmuls in fp8, the parameter.
 
     Raises:
         UserError: `p` is an adapted weight.
     """
-    if isinstance(p, Adapted):
+    if isinstance(p, (Adapted, Factored)):
         raise UserError(
-            f"LoRA on {p.path}",
-            expected="a weight that only ops.einsum uses",
+            f"LoRA on {p.path}" if isinstance(p, Adapted) else "LoRA on a weight of experts",
+            expected="a weight that only ops.einsum and ops.grouped_matmul use",
             got="a use in another operation",
             do="Exclude it from LoRA.targets.",
         )

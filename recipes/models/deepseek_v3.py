@@ -20,6 +20,7 @@ from recipes.models.routed import (
     OVERRIDES,
     LayerKind,
     MixtureConfig,
+    chosen_of,
     count,
     experts_of,
     feed_forward,
@@ -266,11 +267,12 @@ def from_hub(fields: Fields) -> DeepseekV3Config:
         fields.problem("num_key_value_heads", str(sizes["heads"]))
     sizes.pop("head_dim")
     held = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    experts = experts_of(fields, "n_routed_experts", 256)
     return DeepseekV3Config(
         **sizes,
         mscale=float(held.get("mscale_all_dim") or 0.0),
-        experts=experts_of(fields, "n_routed_experts", 256),
-        chosen=fields.size("num_experts_per_tok", 8),
+        experts=experts,
+        chosen=chosen_of(fields, experts, 8),
         expert_mlp=fields.size("moe_intermediate_size", 2048),
         dense_layers=count(fields, "first_k_dense_replace", 3),
         shared_experts=count(fields, "n_shared_experts", 1),

@@ -14,7 +14,15 @@ from portatrain.model.layers import Attention, Experts, layers_of, places_of
 from portatrain.model.module import Module, Param
 from portatrain.model.ops import Array, Ops
 from recipes.models.causal import ATTENTION, ATTENTION_BIASES, PRE_NORMS, CausalLM, read_sizes, rms_norm, sliding_of
-from recipes.models.routed import OVERRIDES, LayerKind, MixtureConfig, feed_forward, mixture_hub, pass_over_losses
+from recipes.models.routed import (
+    OVERRIDES,
+    LayerKind,
+    MixtureConfig,
+    chosen_of,
+    feed_forward,
+    mixture_hub,
+    pass_over_losses,
+)
 
 FIELDS = {**OVERRIDES, "swiglu_limit": "model.limit", "swiglu_alpha": "model.alpha", "layer_types": "model.sliding"}
 
@@ -165,11 +173,12 @@ def from_hub(fields: Fields) -> GptOssConfig:
     sliding: tuple[bool, ...] = ()
     if fields.get("layer_types") is not None:
         sliding = tuple(sliding_of(fields, sizes["layers"]))
+    experts = fields.size("num_local_experts", 128)
     return GptOssConfig(
         **{**sizes, "mlp": None},
         expert_mlp=sizes["mlp"],
-        experts=fields.size("num_local_experts", 128),
-        chosen=fields.size("num_experts_per_tok", 4),
+        experts=experts,
+        chosen=chosen_of(fields, experts, 4),
         attention_bias=fields.flag("attention_bias", True),
         window=window,
         sliding=sliding,

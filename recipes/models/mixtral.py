@@ -14,7 +14,7 @@ from portatrain.model.layers import Attention, layers_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
 from recipes.models.causal import ATTENTION, PRE_NORMS, CausalLM, read_sizes, rms_norm
-from recipes.models.routed import LayerKind, MixtureConfig, feed_forward, mixture_hub, pass_over_losses
+from recipes.models.routed import LayerKind, MixtureConfig, chosen_of, feed_forward, mixture_hub, pass_over_losses
 
 EXPERT = (("w1.weight", "gate"), ("w3.weight", "up"), ("w2.weight", "down"))
 
@@ -82,10 +82,11 @@ def from_hub(fields: Fields) -> MixtralConfig:
     fields.only("router_jitter_noise", 0.0)
     pass_over_losses(fields)
     sizes = read_sizes(fields, theta=1e6, eps=1e-5, kv_heads=8)
+    experts = fields.size("num_local_experts", 8)
     return MixtralConfig(
         **{**sizes, "mlp": None},
         expert_mlp=sizes["mlp"],
-        experts=fields.size("num_local_experts", 8),
-        chosen=fields.size("num_experts_per_tok", 2),
+        experts=experts,
+        chosen=chosen_of(fields, experts, 2),
         window=fields.optional("sliding_window"),
     )

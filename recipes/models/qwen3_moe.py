@@ -14,7 +14,15 @@ from portatrain.model.layers import Attention, layers_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
 from recipes.models.causal import ATTENTION, ATTENTION_BIASES, PRE_NORMS, QK_NORM, CausalLM, read_sizes, rms_norm
-from recipes.models.routed import LayerKind, MixtureConfig, experts_of, feed_forward, mixture_hub, pass_over_losses
+from recipes.models.routed import (
+    LayerKind,
+    MixtureConfig,
+    chosen_of,
+    experts_of,
+    feed_forward,
+    mixture_hub,
+    pass_over_losses,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,11 +113,12 @@ def from_hub(fields: Fields) -> Qwen3MoeConfig:
     if not isinstance(dense, list) or not all(isinstance(i, int) for i in dense):
         fields.problem("mlp_only_layers", "a list of numbers of layers")
         dense = []
+    experts = experts_of(fields, "num_experts", 128)
     return Qwen3MoeConfig(
         **sizes,
         expert_mlp=fields.size("moe_intermediate_size", 768),
-        experts=experts_of(fields, "num_experts", 128),
-        chosen=fields.size("num_experts_per_tok", 8),
+        experts=experts,
+        chosen=chosen_of(fields, experts, 8),
         normalise=fields.flag("norm_topk_prob", False),
         attention_bias=fields.flag("attention_bias", False),
         window=window if fields.flag("use_sliding_window", False) else None,

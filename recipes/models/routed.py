@@ -137,6 +137,15 @@ def experts_of(fields: Fields, name: str, default: int) -> int:
     return fields.size(name if name in fields.config else "num_local_experts", default)
 
 
+def chosen_of(fields: Fields, experts: int, default: int) -> int:
+    """Return the number of experts of a token, at most `experts`."""
+    found = fields.size("num_experts_per_tok", default)
+    if found > experts:
+        fields.problem("num_experts_per_tok", f"at most {experts}, the number of experts", found)
+        return experts
+    return found
+
+
 def count(fields: Fields, name: str, default: int) -> int:
     """Return a whole number of at least 0."""
     found = fields.get(name, default)

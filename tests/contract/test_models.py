@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from portatrain.backends.reference import directional_derivative
+from portatrain.model.lora import LoRA, adapt
 from portatrain.model.module import Module
 from portatrain.optim import SGD
 from portatrain.testing.tolerance import amplification, moved, tolerance
@@ -59,6 +60,8 @@ MODELS: dict[str, Callable[[], Module]] = {
     "vit": vit,
     "routed": routed,
     "mixture": mixture,
+    "mixture, adapted": lambda: adapt(mixture(), LoRA(rank=2, targets=("*/experts/*", "*/shared/*"))),
+    "latent, adapted": lambda: adapt(latent(q_rank=9)(), LoRA(rank=2, targets=("*/attn/*",))),
     "nested": nested,
 }
 

@@ -37,6 +37,8 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "routed"),
         ("expert=2", "routed"),
         ("expert=2", "mixture"),
+        ("expert=2", "mixture, LoRA"),
+        ("expert=2", "mixture, bf16"),
         ("fsdp=2", "lm, LoRA"),
         ("tensor=2", "lm, growing batch, averages"),
         ("fsdp=2", "lm, remat"),
@@ -107,6 +109,8 @@ MESHES = {
 MIXTURES = {
     "mixture": ("context=2", "expert=4", "expert=2,context=2"),
     "mixture, clamped with biases": ("tensor=2", "expert=2,tensor=2"),
+    "mixture, bf16": ("expert=4", "fsdp=2,expert=2", "expert=2,tensor=2", "expert=2,context=2"),
+    "mixture, LoRA": ("tensor=2", "expert=2,tensor=2", "fsdp=2,expert=2"),
 }
 """The meshes on which the long tests try mixtures of experts."""
 

@@ -111,6 +111,14 @@ def _mixture(*, layers: int = 1, clamped: bool = False) -> Mixture:
     return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped)
 
 
+def _adapted_mixture() -> Module:
+    model = adapt(_mixture(clamped=True), LoRA(rank=4, targets=("*/experts/*",)))
+    for module in describe(model).modules.values():
+        if isinstance(module, Adapted):
+            module.lora_b.init = Normal(std=0.05)
+    return model
+
+
 def _all(name: str) -> bool:
     return True
 
@@ -180,6 +188,10 @@ CASES: dict[str, Case] = {
     "mixture": Case(model=_mixture(layers=2), accumulation=2, predicts=False),
     "mixture, one layer": Case(model=_mixture(), predicts=False),
     "mixture, clamped with biases": Case(model=_mixture(clamped=True), accumulation=2, steps=2, predicts=False),
+    "mixture, bf16": Case(model=_mixture(), accumulation=2, predicts=False, options={"precision": "bf16"}),
+    "mixture, LoRA": Case(
+        model=_adapted_mixture(), accumulation=2, steps=2, predicts=False, options={"trainable": is_factor}
+    ),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
     "towers": Case(model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, optimizer=AdamW(lr=1e-4)),
     "towers, groups in a microbatch": Case(

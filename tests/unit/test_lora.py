@@ -14,11 +14,18 @@ from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.model.module import Module, Param, describe
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from recipes.models.decoder import DecoderConfig
+from recipes.models.deepseek_v3 import DeepseekV3Config
+from recipes.models.gpt_oss import GptOssConfig
+from recipes.models.mixtral import MixtralConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import BACKENDS, image_batch, microbatches, parameters, program, tokens_batch
 from tests.support.toy_models import Routed
 
 DECODER = DecoderConfig(vocab=32, embed=16, layers=2, heads=4, kv_heads=2, mlp=24)
+ROUTED = {"vocab": 32, "embed": 16, "layers": 2, "heads": 2, "mlp": 8, "experts": 4, "chosen": 2, "expert_mlp": 6}
+LATENT = {"q_rank": 6, "kv_rank": 6, "nope_dim": 4, "rope_dim": 4, "value_dim": 4, "dense_layers": 1}
+MIXTRAL, DEEPSEEK = MixtralConfig(**ROUTED), DeepseekV3Config(**ROUTED, **LATENT)
+GPT_OSS = GptOssConfig(**ROUTED, window=3, sliding=(True, False))
 VIT = ViTConfig(rows=8, columns=8, channels=1, patch=2, classes=10, embed=16, layers=2, heads=2, mlp=24)
 
 
@@ -47,8 +54,11 @@ def routed() -> Module:
         (DECODER.build, tokens_batch(vocab=32, batch=3, seq=8)),
         (VIT.build, image_batch(classes=10, batch=3)),
         (routed, tokens_batch(vocab=32, batch=3, seq=8)),
+        (MIXTRAL.build, tokens_batch(vocab=32, batch=3, seq=8)),
+        (DEEPSEEK.build, tokens_batch(vocab=32, batch=3, seq=8)),
+        (GPT_OSS.build, tokens_batch(vocab=32, batch=3, seq=8)),
     ],
-    ids=["decoder", "vit", "experts"],
+    ids=["decoder", "vit", "experts gathered", "Mixtral", "latents and a mixture", "experts with biases"],
 )
 def test_it_computes_the_weight_plus_the_product(build, batch) -> None:
     """In float64, beside the model whose weights are W + alpha / rank * A B."""
@@ -163,7 +173,9 @@ class Read(Module):
 def test_another_use_of_an_adapted_weight_is_refused(name: str) -> None:
     found = describe(adapt(Read(), LoRA(rank=2)))
     batch = {"x": np.ones((2, 8), np.float32), "mask": np.ones(2, np.float32), "sample": np.arange(2)}
-    with pytest.raises(UserError, match=r"LoRA on w: expected a weight that only ops\.einsum uses"):
+    with pytest.raises(
+        UserError, match=r"LoRA on w: expected a weight that only ops\.einsum and ops\.grouped_matmul use"
+    ):
         if name == "reference":
             reference.forward(found, parameters(found), batch, Context(), states={})
         else:

@@ -59,6 +59,7 @@ class ZeroBackend(MeshBackend):
     """See `portatrain.backends.base.Backend`. `stage` is the stage of ZeRO."""
 
     stage = 0
+    watch: Any = None  # DeepSpeed has the gradients
     takes_statistics = False  # `probe` measures them
 
     def __init__(self, program: Program) -> None:

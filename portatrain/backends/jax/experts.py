@@ -21,6 +21,7 @@ from portatrain.backends import choose_kernel
 from portatrain.backends.kernels import Case
 from portatrain.errors import UserError
 from portatrain.model.layout import Layout, Spec
+from portatrain.model.lora import Factored, factored, not_adapted
 from portatrain.model.ops_checks import check_quiet, recorded
 from portatrain.model.ops_experts import check_body, check_experts, check_grouped, outside
 
@@ -67,6 +68,7 @@ class JaxExperts:
             raise UserError(
                 "ops.experts", expected="a call outside of a body", got="a call in one", do="Call it alone."
             )
+        body, params = factored(body, params)
         given = [self.weight(p) for p in params]
         check_experts(x_BSE, experts_BSC, weights_BSC, [tuple(p.shape) for p in given])
         x_BSE = x_BSE.astype(self.compute)
@@ -78,6 +80,9 @@ class JaxExperts:
     def grouped_matmul(self, x_NE: Any, w_XEF: Any) -> Any:
         rows = self.rows if self.rows is not None else outside("ops.grouped_matmul")
         check_grouped("ops.grouped_matmul", x_NE, w_XEF.shape)
+        if isinstance(w_XEF, Factored):  # a factor contracts what the weight does: a part of the sum is one of both
+            over, _ = rows.of(w_XEF.weight)
+            return rows.completed(w_XEF.multiplied(lambda x, w: self._grouped(x, w, rows), x_NE), over)
         over, _ = rows.of(w_XEF)
         return rows.completed(self._grouped(x_NE, w_XEF, rows), over)
 
@@ -90,6 +95,7 @@ class JaxExperts:
 
     def grouped_bias(self, x_NF: Any, p_XF: Any) -> Any:
         rows = self.rows if self.rows is not None else outside("ops.grouped_bias")
+        p_XF = not_adapted(p_XF)
         check_grouped("ops.grouped_bias", x_NF, p_XF.shape)
         each_NF = _of_expert(p_XF.astype(jnp.float32), rows.sizes_X, len(x_NF))
         total = (x_NF.astype(jnp.float32) + each_NF).astype(x_NF.dtype)
@@ -186,9 +192,6 @@ def _plain(p: Any) -> Any:
 
 def _held(ops: Any, p: Any) -> tuple[Spec, Spec, tuple[tuple[int, tuple[str, ...]], ...]]:
     """Return the specs of a param as stored and as used, and the (dimension, mesh axes) that are gathered between."""
-    from portatrain.model.lora import not_adapted
-
-    p = not_adapted(p)
     whole: Spec = ((),) * _plain(p).ndim
     is_param = hasattr(p, "get_metadata")
     used = (ops._spec(p, "compute") if is_param else ()) or whole

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.errors import UserError
-from portatrain.model.lora import not_adapted
+from portatrain.model.lora import Factored, factored, not_adapted
 from portatrain.model.ops_checks import check_quiet, recorded
 from portatrain.model.ops_experts import check_body, check_experts, check_grouped, outside
 
@@ -24,7 +24,7 @@ class ReferenceExperts:
     def experts(
         self, body: Callable[..., Any], x_BSE: Array, experts_BSC: Array, weights_BSC: Array, *params: Array
     ) -> Array:
-        held = [not_adapted(p) for p in params]
+        body, held = factored(body, params)
         n = check_experts(x_BSE, experts_BSC, weights_BSC, [np.shape(p) for p in held])
         if experts_BSC.size and not (experts_BSC.min() >= 0 and experts_BSC.max() < n):
             raise UserError(
@@ -56,6 +56,8 @@ class ReferenceExperts:
     def grouped_matmul(self, x_NE: Array, w_XEF: Array) -> Array:
         expert_N = self._expert_N if self._expert_N is not None else outside("ops.grouped_matmul")
         check_grouped("ops.grouped_matmul", x_NE, w_XEF.shape)
+        if isinstance(w_XEF, Factored):
+            return w_XEF.multiplied(self.grouped_matmul, x_NE)
         out_NF = np.zeros((len(x_NE), w_XEF.shape[2]))
         for i, w_EF in enumerate(w_XEF):
             out_NF[expert_N == i] = x_NE[expert_N == i] @ w_EF
@@ -63,5 +65,6 @@ class ReferenceExperts:
 
     def grouped_bias(self, x_NF: Array, p_XF: Array) -> Array:
         expert_N = self._expert_N if self._expert_N is not None else outside("ops.grouped_bias")
+        p_XF = not_adapted(p_XF)
         check_grouped("ops.grouped_bias", x_NF, p_XF.shape)
         return x_NF + p_XF[expert_N]

@@ -19,7 +19,7 @@ import numpy as np
 from portatrain.backends.reference.ops import ReferenceOps
 from portatrain.backends.reference.trees import tree_map
 from portatrain.errors import UserError
-from portatrain.model.lora import adapts
+from portatrain.model.lora import Factored, adapts, factored
 from portatrain.model.module import Module
 from portatrain.model.ops import Ops
 
@@ -254,10 +254,36 @@ def _method(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def _experts(experts: Callable[..., Any]) -> Callable[..., Any]:
+    """`experts`, whose adapted weights are taken apart before arrays are unwrapped."""
+
+    @functools.wraps(experts)
+    def call(self: Any, body: Callable[..., Any], x: Any, chosen: Any, weights: Any, *params: Any) -> Any:
+        body, params = factored(body, params)
+        return experts(self, body, x, chosen, weights, *params)
+
+    return call
+
+
+def _grouped(grouped_matmul: Callable[..., Any]) -> Callable[..., Any]:
+    """`grouped_matmul`, which multiplies by the parts of an adapted weight one after another."""
+
+    @functools.wraps(grouped_matmul)
+    def call(self: Any, x: Any, w: Any) -> Any:
+        if isinstance(w, Factored):
+            return w.multiplied(self.grouped_matmul, x)
+        return grouped_matmul(self, x, w)
+
+    return call
+
+
+_ADAPTS = {"experts": _experts, "grouped_matmul": _grouped}
+
 for _name, _ in inspect.getmembers(Ops, inspect.isfunction):
     if not _name.startswith("_"):
         if _name == "einsum":  # within what adapts it, so that a factor is unwrapped too
             setattr(GuardedOps, _name, adapts(_method(inspect.unwrap(ReferenceOps.einsum))))
         else:
-            setattr(GuardedOps, _name, _method(getattr(ReferenceOps, _name)))
+            _made = _method(getattr(ReferenceOps, _name))
+            setattr(GuardedOps, _name, _ADAPTS[_name](_made) if _name in _ADAPTS else _made)
 GuardedOps.einsum_fp8 = _method(ReferenceOps.einsum_fp8)  # type: ignore[method-assign]

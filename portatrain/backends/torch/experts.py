@@ -12,7 +12,7 @@ from torch import Tensor
 
 from portatrain.backends import choose_kernel, kernels
 from portatrain.errors import UserError
-from portatrain.model.lora import not_adapted
+from portatrain.model.lora import Factored, factored, not_adapted
 from portatrain.model.ops_checks import check_quiet, recorded
 from portatrain.model.ops_experts import check_body, check_experts, check_grouped, outside
 
@@ -41,7 +41,7 @@ class TorchExperts:
 
     def experts(self, body: Callable[..., Any], x_BSE: Any, experts_BSC: Any, weights_BSC: Any, *params: Any) -> Any:
         self._not_inside()
-        params = tuple(not_adapted(p) for p in params)
+        body, params = factored(body, params)
         n = check_experts(x_BSE, experts_BSC, weights_BSC, [tuple(p.shape) for p in params])
         held = [self._expert_param(p) for p in params]
         mine, run = same_number(held), self._body(body, held)
@@ -93,6 +93,8 @@ class TorchExperts:
     def grouped_matmul(self, x_NE: Any, w_XEF: Any) -> Any:
         rows = self.rows if self.rows is not None else outside("ops.grouped_matmul")
         check_grouped("ops.grouped_matmul", x_NE, tuple(w_XEF.shape))
+        if isinstance(w_XEF, Factored):
+            return w_XEF.multiplied(self.grouped_matmul, x_NE)
         compute = self.static.compute
         return self._grouped(x_NE.to(compute), w_XEF.to(compute), rows)
 
@@ -105,6 +107,7 @@ class TorchExperts:
 
     def grouped_bias(self, x_NF: Any, p_XF: Any) -> Any:
         rows = self.rows if self.rows is not None else outside("ops.grouped_bias")
+        p_XF = not_adapted(p_XF)
         check_grouped("ops.grouped_bias", x_NF, tuple(p_XF.shape))
         return self._biased(x_NF, p_XF, rows)
 

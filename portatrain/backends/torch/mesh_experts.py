@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from portatrain.backends.torch.experts import Rows, TorchExperts, order_of, permuted, same_number
 from portatrain.backends.torch.mesh import World
 from portatrain.errors import UserError
-from portatrain.model.lora import not_adapted
+from portatrain.model.lora import Factored, factored, not_adapted
 from portatrain.model.ops_experts import check_experts, check_grouped, outside
 
 
@@ -60,7 +60,7 @@ class MeshExperts(RowExperts):
 
     def experts(self, body: Callable[..., Any], x_BSE: Any, experts_BSC: Any, weights_BSC: Any, *params: Any) -> Any:
         self._not_inside()
-        params = tuple(not_adapted(p) for p in params)
+        body, params = factored(body, params)
         x, experts, weights = (self._value(v) for v in (x_BSE, experts_BSC, weights_BSC))
         n = check_experts(x, experts, weights, [tuple(p.shape) for p in params])
         mesh = self.world.mesh
@@ -103,7 +103,12 @@ class MeshExperts(RowExperts):
     def grouped_matmul(self, x_NE: Any, w_XEF: Any) -> Any:
         rows = self.rows if self.rows is not None else outside("ops.grouped_matmul")
         check_grouped("ops.grouped_matmul", x_NE, tuple(w_XEF.shape))
+        if isinstance(w_XEF, Factored):
+            return w_XEF.multiplied(self.grouped_matmul, x_NE)
         at = w_XEF.placements[0]
+        if isinstance(x_NE.placements[0], Partial) and at == Replicate():  # a factor: parts of a sum stay parts
+            x = _part(x_NE, Partial(), Replicate()).to(self.static.compute)
+            return _made(self.world, self._grouped(x, w_XEF.to_local(grad_placements=[Partial()]), rows), Partial())
         contracted, kept = at == Shard(1), at == Shard(2)
         x_at, grad_at = (Shard(1),) * 2 if contracted else (Replicate(), Partial() if kept else Replicate())
         x = _part(x_NE, x_at, grad_at).to(self.static.compute)
@@ -112,6 +117,7 @@ class MeshExperts(RowExperts):
 
     def grouped_bias(self, x_NF: Any, p_XF: Any) -> Any:
         rows = self.rows if self.rows is not None else outside("ops.grouped_bias")
+        p_XF = not_adapted(p_XF)
         check_grouped("ops.grouped_bias", x_NF, tuple(p_XF.shape))
         x_at, p_at = x_NF.placements[0], p_XF.placements[0]
         if isinstance(x_at, Partial) and p_at == Replicate():  # once, on the first of the processes
