@@ -299,13 +299,17 @@ def test_a_flipped_bit_is_named_by_verify_and_ends_an_attempt_as_storage(
     assert len(stream.read(made.shard_blocks * TOKENS, made.shard_blocks * TOKENS + 9)) == 9  # it is read again
 
 
+SIZE = 47
+"""Targets of a window: no divisor of a shard, so that windows lie across both of its ends."""
+
+
 @pytest.mark.parametrize("kind", ["bytes", "chats"])
 @pytest.mark.parametrize("number", [0, 1, -1])
 def test_a_shard_that_is_skipped_is_blank_and_all_else_as_it_was(
     kind: str, number: int, at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = packed(specs(at)[kind], tmp_path / "store", shard_bytes=20_000)
-    store = PackedTokens(path=str(tmp_path / "store"), seq_len=48)
+    store = PackedTokens(path=str(tmp_path / "store"), seq_len=SIZE)
     shards = sorted((tmp_path / "store").glob("train-*.tokens"))
     assert len(shards) > 2
     whole = open_data(store, seed=4).train
@@ -319,7 +323,7 @@ def test_a_shard_that_is_skipped_is_blank_and_all_else_as_it_was(
     span = made.shard_blocks * TOKENS
     first = shards.index(lost) * span
     # (windows, S + 1): which tokens of each window are lost
-    at_token = whole._order(windows)[:, None] * 48 + np.arange(49)
+    at_token = whole._order(windows)[:, None] * SIZE + np.arange(SIZE + 1)
     gone = (first <= at_token) & (at_token < first + span) & (at_token < made.splits["train"].tokens)
     assert gone.any() and not gone.all()
     assert np.array_equal(after["sample"], before["sample"])
@@ -332,8 +336,8 @@ def test_a_shard_that_is_skipped_is_blank_and_all_else_as_it_was(
     edge = gone[:, :-2] != gone[:, 1:-1]
     inside = after["segment_ids"][:, 1:] > 0
     assert cut_after[edge & inside].all() and (edge & inside).any()  # and the blank is apart from both sides
-    restarts = np.where(after["segment_ids"] > 0, np.arange(48) - after["positions"], -1)
-    assert (after["positions"][:, 1:][cut_after & inside] == 0).all() and restarts.max() < 48
+    restarts = np.where(after["segment_ids"] > 0, np.arange(SIZE) - after["positions"], -1)
+    assert (after["positions"][:, 1:][cut_after & inside] == 0).all() and restarts.max() < SIZE
     rows = np.arange(40) % 3 == 0
     part = data.train.part(7, 40, rows)  # a process that reads its own rows
     whole_part = data.train.batch(7, 40)
