@@ -78,9 +78,9 @@ plan-accuracy:  ## compare the planner with the real compilers for TPUs and NVID
 	@.ci/setup $(VENV)-plan dev,tpu,cuda 20
 	$(TEST_ENV) $(VENV)-plan/bin/python -m benchmarks.plan_accuracy --write
 
-test-s3:  ## test checkpoints and packed stores in a simulated S3, in a separate environment
+test-s3:  ## test checkpoints, packed stores and blame in a simulated S3, in a separate environment
 	@.ci/setup $(VENV)-s3 s3-test 3
-	$(TEST_ENV) $(VENV)-s3/bin/python -m pytest $(PYTEST_ARGS) tests/faults/test_s3.py tests/faults/test_packed_s3.py
+	$(TEST_ENV) $(VENV)-s3/bin/python -m pytest $(PYTEST_ARGS) tests/faults/test_s3.py tests/faults/test_packed_s3.py tests/faults/test_blame_s3.py
 
 test-skypilot:  ## test task files with SkyPilot's own parser, in a separate environment
 	@.ci/setup $(VENV)-sky sky-test 3

@@ -16,7 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from portatrain.errors import STORAGE_ERRNOS, StorageError, UserError, choice, storage_error
 from portatrain.system import proxies
@@ -175,7 +175,7 @@ def _guarded(call: Callable[[], int], *, places: bool = True) -> int:
         return _say(error)
     except BrokenPipeError:
         # The reader closed the pipe (`portatrain plan | head`); Python's flush at exit must not fail because of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _to_nowhere(sys.stdout)
         return 0
     except OSError as error:
         if not places and (storage := storage_error(error)) is not None:
@@ -250,7 +250,15 @@ def _tell(text: str) -> None:
     try:
         print(text, file=sys.stderr, flush=True)
     except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  # Python flushes it at exit, which must not fail
+        with contextlib.suppress(OSError, ValueError):
+            _to_nowhere(sys.stderr)
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _to_nowhere(stream: TextIO) -> None:
+    """Drop what a stream still holds and will get: Python flushes it at exit, also one that was replaced, and must not
+    fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 if __name__ == "__main__":

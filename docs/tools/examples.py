@@ -228,6 +228,7 @@ RECIPE = {
     "checkpoint_keep_best": "checkpoint_keep_best=min:loss",
     "checkpoint_busy": "checkpoint_busy=skip",
     "probe_every": "probe_every=2",
+    "statistics_every": "statistics_every=100",
 }
 """Field -> assignments to tiny-lm, separated by a blank."""
 

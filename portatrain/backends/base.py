@@ -32,7 +32,7 @@ class StepResult:
     loss: mean over the weight of the global batch. grad_norm: 2-norm of the gradient of all parameters, before
     clipping. skipped: 1 if the loss or the gradient was not finite and the state is unchanged, else 0. weight: total
     weight of the global batch. aux: the metrics of `ops.aux` by name. layers: those with reduce='layers', each (layers,
-    ...).
+    ...). statistics: the norms of the step, named as by `Backend.probe`, if they were asked for.
     """
 
     loss: Any
@@ -40,6 +40,7 @@ class StepResult:
     skipped: Any
     weight: Any
     aux: Mapping[str, Any] = field(default_factory=dict)
+    statistics: Mapping[str, Any] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -116,6 +117,10 @@ class Backend(Protocol):
 
     Optional attribute: `takes_limits`, True if `step` has the keyword argument `limits` (`backends/limits.py`): a step
     beyond them changes nothing and is skipped. Without it a recipe with `spikes` is refused.
+
+    Optional attribute: `takes_statistics`, True if `step` has the keyword argument `statistics`: with True the result
+    has the norms that `probe` gives of parameters, gradients and updates. Without it a recipe with `statistics_every`
+    probes before these steps, which costs a step each.
 
     Optional method: `start_trace()` starts a trace of this process and returns it (`backends/profile.py`). Without it
     `--profile` is refused.

@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from checkpoints_format import FormatError
-from portatrain.errors import UserError
+from checkpoints_format import FormatError, StoreError
+from portatrain.errors import StorageError, UserError
 
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Raise any FormatError inside the context as a UserError."""
+    """Raise any FormatError inside the context as a UserError, or as a StorageError if the storage failed."""
     try:
         yield
     except FormatError as error:
-        raise UserError.of(error) from error
+        raise (StorageError if isinstance(error, StoreError) else UserError).of(error) from error

@@ -8,6 +8,7 @@ from checkpoints_format import Box, Explicit, Planner, Reader, SaveLayout, SaveM
 from portatrain.backends.base import IrregularShards
 from portatrain.backends.program import Program
 from portatrain.backends.state import COUNT, StateTensor, full_name, inventory
+from portatrain.checkpoint.meta import wrong
 from portatrain.errors import UserError
 
 
@@ -61,9 +62,16 @@ def written_by(layout: SaveLayout, writer: int) -> dict[str, list[Box]]:
 
 def check_step(reader: Reader, step: int, what: str) -> None:
     """Raise UserError if the checkpoint in the folder of `step` is one of another step: the folder was renamed, or is a
-    copy."""
+    copy; or if its meta has a field of another type than a save writes."""
+    if (bad := wrong(reader.meta)) is not None:
+        raise UserError(
+            f"{what}: {bad[0]} in its meta",
+            expected=bad[1],
+            got=bad[2],
+            do="Its root was changed after the save: restore another checkpoint.",
+        )
     saved = reader.meta.get("step")
-    if isinstance(saved, int) and saved != step:
+    if saved is not None and saved != step:
         raise UserError(
             what,
             expected=f"the checkpoint of step {step}, as its folder's name says",

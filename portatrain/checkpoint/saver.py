@@ -28,6 +28,7 @@ from checkpoints_format import (
     Reader,
     SaveLayout,
     Store,
+    StoreError,
     Want,
     Writer,
     commit,
@@ -113,6 +114,8 @@ def check_newest(
                 reader = Reader(store)
             except NewerFormatError as error:
                 raise UserError.of(error) from error
+            except StoreError as error:  # it may be the newest one: to check another in its place proves nothing
+                raise StorageError.of(error) from error
             except FormatError:
                 continue
             what = store.describe("COMMIT")

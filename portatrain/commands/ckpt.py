@@ -1,7 +1,7 @@
 """List, verify and compare checkpoints, and convert them to and from other formats.
 
 PATH is a run directory (its newest committed checkpoint, or --step N), the folder of one checkpoint, or a URL
-(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a user's mistake.
+(s3://...). Exit codes: 0 good or equal, 1 damaged or different, 2 a user's mistake, 75 the storage does not answer.
 
 examples:
   portatrain ckpt ls runs/first
@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.commands import options
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
+from portatrain.system.exit_codes import FOUND, OK
 
 TO = ("huggingface", "orbax", "dcp", "torch", "nnx")
 FROM = ("huggingface", "orbax", "dcp")
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def ls(args: argparse.Namespace) -> int:
-    from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader
+    from checkpoints_format import FormatError, NewerFormatError, NotCommittedError, Reader, StoreError
     from portatrain.runs.find_checkpoints import places
 
     rows: list[dict[str, Any]] = []
@@ -137,6 +138,8 @@ def ls(args: argparse.Namespace) -> int:
             row["state"] = "not committed: a save that did not finish"
         except NewerFormatError as error:
             row |= {"state": "of a newer format", "error": str(error)}
+        except StoreError as error:
+            row |= {"state": "could not be read", "error": str(error)}
         except FormatError as error:
             row |= {"state": "damaged", "error": str(error)}
         rows.append(row)
@@ -193,7 +196,7 @@ class _Told:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from checkpoints_format import NewerFormatError, NotCommittedError, Reader
+    from checkpoints_format import NewerFormatError, NotCommittedError, Reader, StoreError
     from portatrain.checkpoint.errors import explained
     from portatrain.checkpoint.format_layout import check_step, check_tiles
     from portatrain.runs.find_checkpoints import places
@@ -214,7 +217,11 @@ def verify(args: argparse.Namespace) -> int:
                     reader = Reader(store)
                     row["bytes"] = sum(r.length for records in reader.root.packs for r in records)
                     told = _Told(str(place.path), row["bytes"])
-                    row["problems"] = [str(problem) for problem in reader.problems(told.read)]
+                    for problem in reader.problems(told.read):
+                        if isinstance(problem, StoreError):
+                            row["unread"] = str(problem)
+                        else:
+                            row["problems"].append(str(problem))
                     if place.step is not None:
                         check_step(reader, place.step, store.describe("COMMIT"))
                     check_tiles(reader)
@@ -224,6 +231,8 @@ def verify(args: argparse.Namespace) -> int:
                     row["uncommitted"] = True
                 except NewerFormatError as error:
                     row |= {"problems": [str(error)], "newer": True}
+        except StorageError as error:
+            row["unread"] = str(error)
         except UserError as error:
             row["problems"] = [*row["problems"], str(error)]
     if args.json:
@@ -232,6 +241,8 @@ def verify(args: argparse.Namespace) -> int:
         for row in rows:
             if row.get("uncommitted"):
                 print(f"{row['path']}: not committed, a save that did not finish")
+            elif "unread" in row and not row["problems"]:
+                print(f"{row['path']}: could not be read\n  {row['unread']}")
             elif row["problems"]:
                 print(
                     f"{row['path']}: {'of a newer format' if row.get('newer') else 'DAMAGED'}",
@@ -240,7 +251,9 @@ def verify(args: argparse.Namespace) -> int:
                 )
             else:
                 print(f"{row['path']}: good, {_size(row['bytes'])} read")
-    return int(any(row["problems"] for row in rows))
+    if any(row["problems"] for row in rows):
+        return FOUND
+    return StorageError.code if any("unread" in row for row in rows) else OK
 
 
 def diff(args: argparse.Namespace) -> int:
@@ -330,9 +343,9 @@ def bring(args: argparse.Namespace) -> int:
         )
     run = RunDir(folder)
     run.check(recipe)
-    # A run whose import was killed has run.json and no checkpoint, so that `train` does not take it for a new one.
-    run.create(recipe, **{BEGUN_FROM: {"format": args.format, "path": str(args.source.absolute())}})
     try:
+        # A run whose import was killed has run.json and no checkpoint, so that `train` does not take it for a new one.
+        run.create(recipe, **{BEGUN_FROM: {"format": args.format, "path": str(args.source.absolute())}})
         step = import_from(
             args.source,
             args.format,

@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from portatrain.commands import data_check, data_plan, packed
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
+from portatrain.system.exit_codes import FOUND, OK
 from portatrain.system.paths import expand
 from portatrain.system.urls import is_remote
 
@@ -55,16 +56,24 @@ def run(args: argparse.Namespace) -> int:
             found = pack.verify(folder)
             row["bytes"] = sum(array.nbytes for array in found.arrays.values())
             row["passed_over"] = list(found.facts.get("passed_over", ()))
+        except StorageError as error:
+            row["unread"] = str(error)
         except UserError as error:
             row["problem"] = str(error)
     if args.json:
         print(json.dumps(rows, indent=1))
     for row in () if args.json else rows:
-        said = f"DAMAGED\n  {row['problem']}" if "problem" in row else f"good, {row['bytes']} bytes read"
+        said = f"good, {row.get('bytes')} bytes read"
+        if "unread" in row:
+            said = f"could not be read\n  {row['unread']}"
+        elif "problem" in row:
+            said = f"DAMAGED\n  {row['problem']}"
         print(f"{row['path']}: {said}")
         for sentence in row.get("passed_over", ()):
             print(f"  {sentence}")
-    return int(any("problem" in row for row in rows))
+    if any("problem" in row for row in rows):
+        return FOUND
+    return StorageError.code if any("unread" in row for row in rows) else OK
 
 
 def _packs(given: str) -> list[Path]:

@@ -62,6 +62,7 @@ def plan(args: argparse.Namespace) -> int:
     held = 0 if data.validation is None else data.validation.windows
     if args.json:
         print(json.dumps({"steps": recipe.steps, "batch": recipe.batch, "sources": rows, "validation": held}, indent=1))
+        data.train.check_end(total)
         return 0
     print(f"{recipe.name}: {counted(recipe.steps, 'steps')} of {counted(recipe.batch, 'samples')}")
     for row in rows:
@@ -71,6 +72,7 @@ def plan(args: argparse.Namespace) -> int:
         )
         print(f"  {row['epochs']:.2f} epochs of {counted(row['epoch'], 'samples')}")
     print(f"validation: {counted(held, 'samples')}" if held else "validation: nothing is held out")
+    data.train.check_end(total)
     return 0
 
 

@@ -3,11 +3,15 @@
 By default the data is the validation split of the run, as the run's own evaluations read it. --set data... takes other
 data, and then all of it. The loss is the mean over the targets that count.
 
+--tasks evaluates on tasks of EleutherAI's lm-evaluation-harness instead (pip install 'portatrain[lm-eval]'), those of
+--task-folder or of the package. Nothing is downloaded. Results are recorded in the run, at the step of the checkpoint.
+
 examples:
   portatrain eval runs/first
   portatrain eval first --step 2000 --ema --json
   portatrain eval runs/first --set data=TextFiles --set data.paths=my/texts
   portatrain eval exported --set data.paths=my/texts --batches 20
+  portatrain eval first --tasks sums,facts --task-folder my_tasks
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from portatrain.commands import options, trained_model
+from portatrain.commands import eval_tasks, options, trained_model
 from portatrain.errors import UserError
 from portatrain.system import json_files
 
@@ -43,14 +47,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change the data: --set data=TextFiles --set data.paths=FOLDER, --set data.seq_len=512",
     )
     parser.add_argument("--split", choices=SPLITS, help="default: validation; with --set all, which holds nothing out")
-    parser.add_argument("--batch", metavar="N", type=int, help="samples of a batch (default: those of a step)")
+    parser.add_argument(
+        "--batch", metavar="N", type=int, help="samples of a batch (default: those of a step; with --tasks 8)"
+    )
     parser.add_argument("--batches", metavar="N", type=int, help="evaluate the first N batches only")
+    eval_tasks.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     options.positive("--batch", args.batch)
     options.positive("--batches", args.batches)
+    eval_tasks.check(args)
+    if args.tasks is not None:
+        return eval_tasks.run(args)
     for text in args.overrides:
         if not text.startswith(("data=", "data.")):
             raise UserError(

@@ -6,10 +6,11 @@ adds what the change alone did to loss, gradient and update, measured on the sta
 on as RUN did. `launch list` and `portatrain report` draw the tree.
 
 A checkpoint holds tensors of fixed shapes, so sizes of the model stay, unless --surgery says how the tensors of the
-model that --set gives are made of those that are there: vocabulary, layers, width (feed-forward, heads), experts (of a
-dense feed-forward part), qk-norm, rope, merge-lora, drop-lora, or a function of yours as FILE.py:FUNCTION. Both models
-are then computed in float64 on the next samples of RUN; the largest difference of their logits is printed and
-recorded, and a surgery that keeps the function is refused if they differ by more than 1e-12 of the largest one.
+model that --set gives are made of those that are there: vocabulary, layers, width (feed-forward, heads), embed (whole
+multiples), experts (of a dense feed-forward part), qk-norm, rope, merge-lora, drop-lora, or a function of yours as
+FILE.py:FUNCTION. Both models are then computed in float64 on the next samples of RUN; the largest difference of their
+logits is printed and recorded, and a surgery that keeps the function is refused if they differ by more than 1e-12 of
+the largest one.
 
 Slots of the optimizer are kept if its class stays, mapped if every slot of the new class has its meaning in the old
 one, and else start as in a new run. The files of the checkpoint are hard links where the file system has them, so a
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--surgery",
         metavar="NAME",
-        help="make the tensors of another model: vocabulary, layers, width, experts, qk-norm, rope, merge-lora, "
+        help="make the tensors of another model: vocabulary, layers, width, embed, experts, qk-norm, rope, merge-lora, "
         "drop-lora, or FILE.py:FUNCTION (docs/run/surgery.md)",
     )
     parser.add_argument(
@@ -227,7 +228,7 @@ def _write(
     try:
         new.create(recipe, **more)
         if keeps_corpus and (packed := parent.data()).is_dir():
-            shutil.copytree(packed, new.path / "data", copy_function=_linked)
+            _copy_folder(packed, new.path / "data")
             check_data(recipe, new.path / "data")
             new.share_data()
         with explained():
@@ -305,5 +306,12 @@ def _link(source: Path, target: Path) -> bool:
         return False
 
 
-def _linked(source: str, target: str) -> str:
-    return target if _link(Path(source), Path(target)) else shutil.copy2(source, target)
+def _copy_folder(source: Path, target: Path) -> None:
+    """Copy a folder of files, by hard links where there are any. The first error of the file system is raised as it is;
+    `shutil.copytree` would gather them in an error without a number."""
+    target.mkdir()
+    for path in sorted(source.iterdir()):
+        if path.is_dir():
+            _copy_folder(path, target / path.name)
+        elif not _link(path, target / path.name):
+            shutil.copy2(path, target / path.name)

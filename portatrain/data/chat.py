@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portatrain.errors import UserError
+from portatrain.errors import UserError, of_reading
 from portatrain.system import json_files
 from portatrain.system.paths import expand
 
@@ -162,7 +162,7 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
+        raise of_reading(error)(
             f"data file {path}", expected="a file of text that can be read", got=str(error), do="Check the path."
         ) from error
 

@@ -102,6 +102,14 @@ class Tokenized:
     def __call__(self, data: bytes, where: str) -> np.ndarray:
         return np.array(self._tokenizer.encode(_text(data, where), add_special_tokens=False).ids, np.uint32)
 
+    def special(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens that the file itself adds."""
+        return list(self._tokenizer.encode(text, add_special_tokens=True).ids)
+
+    def token(self, number: int) -> str:
+        """Return the token with that id as it is written in a text; '' if it has none."""
+        return self._tokenizer.id_to_token(number) or ""
+
     def many(self, documents: Sequence[tuple[bytes, str]]) -> list[np.ndarray]:
         """Return what calls for each (data, where) would return; the library encodes them in one call."""
         texts = [_text(data, where) for data, where in documents]

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from portatrain.errors import UserError
+from portatrain.errors import UserError, of_reading
 from portatrain.system.paths import expand
 from portatrain.system.text import counted
 from portatrain.system.urls import is_remote
@@ -207,7 +207,7 @@ def _key(path: Path) -> Key:
 
 def unreadable(path: Place, error: OSError, kind: str = "file") -> UserError:
     """Return the error for a file or folder of a source that cannot be read."""
-    return UserError(
+    return of_reading(error)(
         f"data {kind} {path}",
         expected=f"a {kind} that can be read",
         got=error.strerror or str(error),

@@ -36,6 +36,9 @@ class LeftOut(Split):
     def blank(self, count: int) -> Batch:
         return self.whole.blank(count)
 
+    def check_end(self, end: int) -> None:
+        self.whole.check_end(end)
+
     def once(self, count: int) -> Iterator[Batch]:
         return self.whole.once(count)
 

@@ -20,8 +20,11 @@ import numpy as np
 from portatrain.data.spec import Mixture
 from portatrain.data.split import Batch, Group, Split, samples
 from portatrain.data.text_batches import TokenSplit
-from portatrain.errors import UserError
+from portatrain.errors import UserError, choice
 from portatrain.model.rng import Permutation
+from portatrain.system.text import counted
+
+EXHAUSTED = ("repeat", "error")
 
 
 def counts(weights: tuple[float, ...], block: int) -> np.ndarray:
@@ -37,7 +40,7 @@ class Mixed(Split):
     """A mixture of token splits in the proportions of ``spec``. A batch has their arrays and ``source`` (B,) int32."""
 
     def __init__(self, spec: Mixture, parts: list[TokenSplit], *, name: str, seed: int) -> None:
-        self.name, self._parts, self._seed, self._block = name, parts, seed, spec.block
+        self.name, self._parts, self._seed, self._block, self._spec = name, parts, seed, spec.block, spec
         pieces = [(0, spec.weights), *spec.schedule]
         self._first = np.array([first for first, _ in pieces], np.int64)
         self._counts = np.stack([counts(weights, spec.block) for _, weights in pieces])  # (pieces, sources)
@@ -78,6 +81,20 @@ class Mixed(Split):
         whole = self._before[piece] + (block - self._first[piece]) * self._counts[piece]
         source, _ = self.locate(block * self._block + np.arange(rest))
         return whole + np.bincount(source, minlength=len(self._parts))
+
+    def check_end(self, end: int) -> None:
+        if self._spec.exhausted == "repeat":
+            return
+        for name, source, wanted, part in zip(
+            source_names(self._spec), self._spec.sources, self.given(end).tolist(), self._parts, strict=True
+        ):
+            if wanted > part.windows:
+                raise UserError(
+                    f"source {name} of the mixture ({type(source).__name__})",
+                    expected=f"at most the {counted(part.windows, 'samples')} that it has, as exhausted='error' says",
+                    got=f"a run that takes {wanted}: {wanted / part.windows:.2f} epochs",
+                    do="Lower its weight, shorten the run, add data, or set exhausted='repeat'.",
+                )
 
     def locate(self, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source and the source's own sample number, both (B,) int64, of samples (B,) int64."""
@@ -153,6 +170,8 @@ def check(spec: Mixture) -> None:
             got=", ".join(map(repr, spec.names)),
             do="Name every source, or none. Sources with the same name are reported together.",
         )
+    if spec.exhausted not in EXHAUSTED:
+        raise choice("Mixture exhausted", str(spec.exhausted), EXHAUSTED)
     lengths = [getattr(s, "seq_len", None) for s in spec.sources]
     if None in lengths or len(set(lengths)) > 1:
         raise UserError(

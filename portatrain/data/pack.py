@@ -32,7 +32,7 @@ from typing import Any
 
 import numpy as np
 
-from portatrain.errors import StorageError, UserError, storage_error
+from portatrain.errors import StorageError, UserError, of_reading, storage_error
 from portatrain.system import json_files
 
 FORMAT = "portatrain-pack-1"
@@ -275,7 +275,7 @@ def read(pack_dir: Path, identity: Meta | None, splits: tuple[str, ...], *, whol
         try:
             array = np.memmap(path, dtype, mode="r").view(np.ndarray) if want else np.empty(0, dtype)
         except OSError as error:
-            raise _damaged(pack_dir, f"{path.name} to be readable", str(error)) from error
+            raise _unread(pack_dir, path.name, error) from error
         # The starts are read all over at every batch, and are small beside the tokens.
         at_once = whole or name.endswith("-starts")
         if at_once and hashlib.sha256(array.data).hexdigest() != entry["sha256"]:
@@ -304,7 +304,7 @@ def _read_sums(pack_dir: Path, name: str, array: np.ndarray, about: Meta) -> np.
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise _damaged(pack_dir, f"{path.name} to be readable", error.strerror or str(error)) from error
+        raise _unread(pack_dir, path.name, error) from error
     if hashlib.sha256(data).hexdigest() != about["sha256"] or len(data) != 4 * -(-array.nbytes // BLOCK_BYTES):
         raise _damaged(pack_dir, f"{path.name} with SHA-256 {about['sha256']}", "other bytes")
     return np.frombuffer(data, "<u4")
@@ -321,7 +321,9 @@ def _meta(pack_dir: Path) -> Meta:
             got="a folder without one" if pack_dir.is_dir() else "something else",
             do="Name another folder; nothing was changed in this one.",
         ) from error
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise _unread(pack_dir, path.name, error) from error
+    except ValueError as error:
         raise _damaged(pack_dir, "a pack.json that can be read", str(error)) from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         got = meta.get("format") if isinstance(meta, dict) else meta
@@ -355,6 +357,15 @@ def _well_formed(meta: Meta) -> bool:
 def _check(meta: Meta) -> str:
     text = json.dumps({k: v for k, v in meta.items() if k != "check"}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unread(pack_dir: Path, name: str, error: OSError) -> UserError:
+    return of_reading(error)(
+        f"pack {pack_dir}",
+        expected=f"{name} to be readable",
+        got=error.strerror or str(error),
+        do="See that its storage answers, restore it from a copy, or delete it and pack again.",
+    )
 
 
 def _damaged(pack_dir: Path, expected: str, got: str) -> UserError:

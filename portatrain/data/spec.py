@@ -187,6 +187,9 @@ class PackedTokens(DataSpec):
     seq_len: int
     fingerprint: str = ""
     """The fingerprint that the store must have, as ``portatrain data show`` prints it. '': any."""
+    skip_shards: tuple[str, ...] = added_later(())
+    """Shards that are damaged or away, such as train-00003.tokens, and are not read: their tokens are blank, are no
+    targets, and nothing attends to them. All samples keep their numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +220,9 @@ class Mixture(DataSpec):
     names: tuple[str, ...] = added_later(())
     """A name for each source. Evaluations report ``loss/NAME`` and ``bits_per_byte/NAME``; sources with the same name
     are reported together. (): source-0, source-1 and so on."""
+    exhausted: Literal["repeat", "error"] = added_later("repeat")
+    """What happens if the run needs more samples of a source than it has: repeat begins its next epoch, in another
+    order; error refuses the run before it begins."""
 
     def tokens_per_sample(self) -> int | None:
         """Return the number of tokens of a sample, which is the same for all sources."""

@@ -79,6 +79,9 @@ class Split(ABC):
                 batch = {k: np.concatenate((v, blank[k])) for k, v in batch.items()}
             yield batch
 
+    def check_end(self, end: int) -> None:  # noqa: B027  most splits repeat
+        """Raise UserError if samples [0, end) repeat a source that must not be repeated."""
+
     def require(self, count: int) -> None:
         """Raise UserError if the split has fewer than ``count`` distinct samples."""
         if count > self.windows:

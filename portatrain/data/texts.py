@@ -19,11 +19,13 @@ class Texts:
         encoding: from bytes to ids and back; None if the data are ids, of which no text is known.
         opens: the ids before a text, as in training, where every document begins with one.
         stops: the ids at which a text ends. Documents follow each other, so the id that opens the next one ends this.
+        first: the id before the first token of a text that nothing precedes; None if none is known.
     """
 
     encoding: Encoding | None
     opens: tuple[int, ...]
     stops: frozenset[int]
+    first: int | None = None
 
     def ids(self, text: str, what: str = "prompt") -> list[int]:
         """Return the ids of a text, opened. Raises UserError if no encoding is known."""
@@ -58,7 +60,7 @@ def texts_of(data: DataSpec) -> Texts:
         names = ", ".join(sorted(str((each and each[0]) or "bytes") for each in given))
         raise UserError("the data", expected="one tokenizer", got=names, do="Give the prompts as token ids.")
     made = encoding(*(given.pop() or (None, None)))
-    return Texts(encoding=made, opens=(int(made.bos),), stops=frozenset({int(made.bos)}))
+    return Texts(encoding=made, opens=(int(made.bos),), stops=frozenset({int(made.bos)}), first=int(made.bos))
 
 
 def _tokenizer(source: DataSpec) -> tuple[str | None, str | None] | None:

@@ -56,6 +56,12 @@ class StorageError(UserError):
     code = 75  # EX_TEMPFAIL of sysexits.h
 
 
+def of_reading(error: BaseException) -> type[UserError]:
+    """Return the class of the error for a file that cannot be read: `StorageError` if it is the storage's fault, which
+    may be gone when it is tried again, so that no passing fault ends a run for good; else `UserError`."""
+    return StorageError if isinstance(error, OSError) and error.errno in STORAGE_ERRNOS else UserError
+
+
 def storage_error(error: OSError) -> StorageError | None:
     """The error for storage that failed while a run used it: full, over its quota, away; None for other errors."""
     if error.errno not in STORAGE_ERRNOS:

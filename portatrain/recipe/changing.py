@@ -82,6 +82,7 @@ ROWS = (
         kind=Kind.FREE,
         why="saves only read the state",
     ),
+    Row(owner="Recipe", fields="statistics_every", kind=Kind.FREE, why="statistics only read the step"),
     Row(owner="Recipe", fields="hooks", kind=Kind.FREE, why="hooks run between steps"),
     Row(owner="Recipe", fields="referee", kind=Kind.FREE, why="computes steps again, and changes none"),
     Row(owner="Referee", fields="every by", kind=Kind.FREE, why="see referee of Recipe"),
@@ -129,9 +130,16 @@ ROWS = (
             (packed, Kind.CORPUS, _PACKED),
         )
     ),
+    Row(
+        owner="PackedTokens",
+        fields="skip_shards",
+        kind=Kind.TRAJECTORY,
+        why="samples keep their numbers; tokens of a shard that is skipped are blank from then on",
+    ),
     Row(owner="Digits", fields="validation", kind=Kind.CORPUS, why=_PACKED),
     Row(owner="Mixture", fields="sources", kind=Kind.CORPUS, why=_PACKED),
     Row(owner="Mixture", fields="names", kind=Kind.FREE, why="what evaluations call the sources"),
+    Row(owner="Mixture", fields="exhausted", kind=Kind.FREE, why="decides whether a run begins, and no sample"),
     Row(owner="Mixture", fields="schedule", kind=Kind.LATER, why="the weights of all past blocks are compared"),
     Row(
         owner="Mixture",

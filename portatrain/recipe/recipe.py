@@ -157,6 +157,9 @@ class Recipe:
     """Every n-th checkpoint stores the probe for the continuity check (1: all do), and so does the last one of a run
     that is asked to stop."""
 
+    statistics_every: int | None = config.added_later(None)
+    """Steps between records of the norms of every parameter, gradient and update, by layer. None: none are recorded."""
+
     hooks: tuple[Any, ...] = ()
     """Hooks to call from the training loop (``portatrain.training.hooks``). (): none."""
 
@@ -180,7 +183,13 @@ class Recipe:
             "checkpoint_keep": 1,
             "probe_every": 1,
         }
-        for name in ("eval_every", "eval_final_batches", "checkpoint_every", "checkpoint_keep_every"):
+        for name in (
+            "eval_every",
+            "eval_final_batches",
+            "checkpoint_every",
+            "checkpoint_keep_every",
+            "statistics_every",
+        ):
             if getattr(self, name) not in (None, "all"):
                 least[name] = 1
         for name, bound in least.items():

@@ -24,6 +24,7 @@ FREE = (
     "checkpoint_keep_best",
     "checkpoint_busy",
     "probe_every",
+    "statistics_every",
     "hooks",
 )
 """The fields that do not decide the curve. The data is compared by its fingerprint, which other paths leave the same.

@@ -79,6 +79,12 @@ class Attempt:
         self.write("summary.json", dict(summary))
         self.write("DONE", {"attempt": self.number, "unix_s": time.time()})
 
+    def abandon(self) -> None:
+        """Close the files of an attempt that could not begin."""
+        for file in (self._events, self._metrics):
+            with contextlib.suppress(OSError):
+                file.close()
+
     def close(self) -> None:
         """Close the files and release the claim; the claim is released even if closing fails."""
         with ExitStack() as stack:

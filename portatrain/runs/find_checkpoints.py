@@ -10,7 +10,7 @@ from pathlib import Path
 from checkpoints_format import LocalStore, NotCommittedError, Reader, Store
 from portatrain.checkpoint import locations
 from portatrain.checkpoint.errors import explained
-from portatrain.errors import UserError
+from portatrain.errors import UserError, of_reading
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import json_files
 from portatrain.system.urls import SCHEMES
@@ -67,7 +67,7 @@ def places(given: Path | str) -> list[FoundCheckpoint]:
             what, expected="a folder that can be read", got="no permission", do="Ask for it, or copy the folder."
         ) from error
     except OSError as error:
-        raise UserError(
+        raise of_reading(error)(
             what, expected="a folder that can be read", got=str(error), do="Restore it from a copy, or check the path."
         ) from error
     if not steps:

@@ -33,6 +33,8 @@ from portatrain.runs.first_steps import FirstStep
 from portatrain.runs.open import open_run
 from portatrain.runs.profiles import ProfileHistory
 from portatrain.runs.run_dir import RunDir, merge
+from portatrain.runs.tasks import TaskResult
+from portatrain.runs.tasks import results as task_results
 from portatrain.system import json_files
 
 OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
@@ -138,6 +140,8 @@ class History:
     measured: Sequence[Event] = ()
     """What changes of the trajectory did by themselves: the events `change_measured`."""
 
+    tasks: Sequence[TaskResult] = ()
+    """The results of evaluation tasks, by task and step."""
     disagreements: Sequence[Event] = ()
     """The events `referee_disagreed`: the devices that a referee named, or suspects."""
     doubted: Mapping[int, str] = field(default_factory=dict)
@@ -190,6 +194,7 @@ class History:
                 **{name: getattr(self, name) for name in (*names, "trained_again", "why")},
                 "parent": None if self.parent is None else {k: self.parent.get(k) for k in ("run", "where", "step")},
                 "changes": [{"step": c.step, "fields": c.fields, "reason": c.reason} for c in self.changes],
+                "tasks": [asdict(one) for one in self.tasks],
                 "disagreements": list(self.disagreements),
                 "doubted": {str(step): why for step, why in self.doubted.items()},
                 "owner": None if self.owner is None else asdict(self.owner),
@@ -243,6 +248,7 @@ def read_history(where: RunDir | Path | str) -> History:
         disagreements=disagreements,
         doubted=trust.doubted(disagreements, location_of(run.checkpoints())),
         measured=said(Kind.CHANGE_MEASURED),
+        tasks=task_results(run),
     )
 
 

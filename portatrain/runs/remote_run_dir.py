@@ -24,7 +24,7 @@ from pathlib import Path
 
 from portatrain.errors import UserError
 from portatrain.recipe import Recipe
-from portatrain.runs import code_snapshot, remote_claim
+from portatrain.runs import code_snapshot, remote_claim, tasks
 from portatrain.runs.claim import BEAT_S, ClaimHandle, Owner
 from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment, json_files
@@ -89,18 +89,20 @@ class RemoteRun(RunDir):
         """Update the copy from the store; `logs`: with the output of processes."""
         top, folders = self.objects.top()
         there = {o.name: o.tag for o in top if o.name != remote_claim.NAME}
-        for folder in ("attempts", "jobs"):
+        for folder in ("attempts", "jobs", tasks.FOLDER):
             if folder in folders:
                 there |= {o.name: o.tag for o in self.objects.below(folder)}
         wanted = {n: tag for n, tag in there.items() if _is_record(n) or (logs and n.endswith((".log", ".txt")))}
         self.path.mkdir(parents=True, exist_ok=True)
-        index = self.path / TAGS
-        known: dict[str, str] = json_files.read_json(index) if index.exists() else {}
+        index, known = self.path / TAGS, {}
+        with contextlib.suppress(UserError):  # a damaged index of a copy: all is fetched again
+            known = json_files.read_object(index) if index.exists() else {}
         for name in set(known) - set(there):
             (self.path / name).unlink(missing_ok=True)
         kept = {n: tag for n, tag in known.items() if n in there}
         for name, tag in sorted(wanted.items()):
-            if kept.get(name) != tag or not (self.path / name).exists():
+            # A crash may have left less of a file than the index says.
+            if kept.get(name) != tag or not _has(self.path / name, _size(tag)):
                 self._fetch(name)
                 written_s = float(tag.rpartition(" ")[2])
                 os.utime(self.path / name, (written_s, written_s))
@@ -238,10 +240,10 @@ class RemoteRun(RunDir):
         for name in ("run.json", "checkpoints.json"):
             if not (self.path / name).exists() and self.objects.exists(name):
                 self._fetch(name)
-        there = {o.name for o in self.objects.below("data")}
+        there = {o.name: _size(o.tag) for o in self.objects.below("data")}
         for name in sorted(there, key=_pack_json_last):
             # A pack without its pack.json was cut while it was sent: it is packed again here.
-            if f"{name.rpartition('/')[0]}/{PACK}" in there and not (self.path / name).exists():
+            if f"{name.rpartition('/')[0]}/{PACK}" in there and not _has(self.path / name, there[name]):
                 self._fetch(name)
         return self.path / "data"
 
@@ -314,11 +316,20 @@ def _pack_json_last(name: str) -> tuple[bool, str]:
     return name.endswith(f"/{PACK}"), name
 
 
+def _size(tag: str) -> int:
+    """Return the bytes of an object with this tag."""
+    return int(tag.rsplit(" ", 2)[1])
+
+
+def _has(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
 def _is_record(name: str) -> bool:
     parts = name.split("/")
     if len(parts) == 1:
         return name.endswith(".json") or name in MARKS
-    return name.endswith((".json", ".jsonl")) and len(parts) == (2 if parts[0] == "jobs" else 3)
+    return name.endswith((".json", ".jsonl")) and len(parts) == (3 if parts[0] == "attempts" else 2)
 
 
 def main() -> None:

@@ -32,9 +32,28 @@ def metric(row: dict[str, Any]) -> dict[str, Any]:
         whole(row, key, most=10**24)
     if row.get("mfu") is not None:
         row["mfu"] = json_files.number(row["mfu"])
-    if "aux" in row:
-        row["aux"] = numbers(row["aux"] or {}, "aux")
+    for key in ("aux", "statistics"):
+        if key in row:
+            row[key] = numbers(row[key] or {}, key)
+    if "layers" in row:
+        row["layers"] = of_layers(row["layers"] or {})
     return row
+
+
+def of_layers(value: object) -> dict[str, list[Any]]:
+    """Return the metrics of layers: by name a number for each layer, or a list of numbers for each; ValueError for
+    anything else."""
+    if not isinstance(value, dict) or not all(isinstance(rows, list) and rows for rows in value.values()):
+        raise ValueError("'layers' is no object of lists")
+    found: dict[str, list[Any]] = {}
+    for name, rows in value.items():
+        if any(isinstance(row, list) for row in rows):
+            if not all(isinstance(row, list) and row for row in rows):
+                raise ValueError("'layers' has numbers beside lists")
+            found[str(name)] = [[json_files.number(x) for x in row] for row in rows]
+        else:
+            found[str(name)] = [json_files.number(x) for x in rows]
+    return found
 
 
 def event(row: dict[str, Any]) -> dict[str, Any]:

@@ -268,6 +268,14 @@ class RunDir:
             self.began(attempt.folder)
         else:
             attempt = self.new_attempt(claim)
+        try:
+            self._note_begin(attempt, recipe, info, claim)
+        except BaseException:
+            attempt.abandon()
+            raise
+        return attempt
+
+    def _note_begin(self, attempt: Attempt, recipe: Recipe, info: Mapping[str, Any], claim: ClaimHandle) -> None:
         number, folder = attempt.number, attempt.folder
         about = {
             "attempt": number,
@@ -289,7 +297,6 @@ class RunDir:
         for change in changes.of(self.path)[told:]:
             attempt.event(Kind.RECIPE_CHANGED, step=change.step, fields=change.fields, why=change.reason)
         self.send()
-        return attempt
 
     def checkpoints(self, url: str | None = None) -> Path | str:
         """Return the location of the checkpoints: ``checkpoints`` in the run directory, or the URL in checkpoints.json.

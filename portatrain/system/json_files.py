@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from portatrain.errors import UserError
+from portatrain.errors import UserError, of_reading
 
 
 def write_json(path: Path, data: object) -> None:
@@ -61,7 +61,7 @@ def read_json(path: Path) -> Any:
     try:
         return loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(
+        raise of_reading(error)(
             str(path),
             expected="a JSON file that portatrain wrote",
             got=str(error),
@@ -125,7 +125,7 @@ def read_lines(path: Path, check: Callable[[dict[str, Any]], dict[str, Any]] = l
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
-        raise UserError(
+        raise of_reading(error)(
             str(path), expected="a file that can be read", got=str(error), do="Restore the file from a copy."
         ) from error
     rows = []

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from sys import float_info
 
 POINTS = 600
 """The largest number of columns of a curve; if there are more steps, a column shows their mean and their range."""
@@ -33,13 +34,14 @@ class Scale:
 
     def __call__(self, value: float) -> float:
         low, high, value = (math.log10(v) if self.log else v for v in (self.low, self.high, value))
-        return self.start + (self.end - self.start) * (value - low) / (high - low)
+        return self.start + (self.end - self.start) * ((value / 2 - low / 2) / (high / 2 - low / 2))
 
     def ticks(self, about: int) -> list[float]:
         """Return round numbers within the scale; on a logarithmic scale, 1, 2 and 5 times the powers of ten."""
         if not self.log:
             return ticks(self.low, self.high, about)
-        powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
+        least, most = (float_info.min_10_exp, float_info.max_10_exp - 1)
+        powers = range(max(least, math.floor(math.log10(self.low))), min(most, math.ceil(math.log10(self.high))) + 1)
         few = [10.0**p for p in powers if self.low <= 10.0**p <= self.high]
         many = [m * 10.0**p for p in powers for m in (1, 2, 5) if self.low <= m * 10.0**p <= self.high]
         return few if len(few) >= 3 else many
@@ -50,8 +52,8 @@ def padded(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
     if high - low < 1e-12 * max(abs(high), 1e-300):
         return low - 0.5 * (abs(low) or 1), high + 0.5 * (abs(high) or 1)
-    pad = 0.04 * (high - low)
-    return low - pad, high + pad
+    pad = 0.04 * high - 0.04 * low
+    return max(low - pad, -float_info.max), min(high + pad, float_info.max)
 
 
 def frame(x: Scale, y: Scale, *, x_label: str, y_label: str, x_ticks: int = 8, y_ticks: int = 5) -> list[str]:

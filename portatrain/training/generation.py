@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from collections.abc import Generator as Stream
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,8 @@ class Generator:
         if self._cached is None:
             return f"backend {self._backend.name} has no cache on this mesh"
         program = self._backend.program
-        return why_no_cache(self._cached, program.definition, program.precision)
+        with self._of_tokens():
+            return why_no_cache(self._cached, program.definition, program.precision)
 
     @functools.cached_property
     def _cached(self) -> Any:
@@ -110,8 +112,14 @@ class Generator:
                 model whose predictions depend on later tokens.
         """
         _check(prompts, max_tokens, rows)
-        try:
+        with self._of_tokens():
             return self._continued(prompts, max_tokens, drawing or Drawing(), frozenset(stop), rows, progress)
+
+    @contextmanager
+    def _of_tokens(self) -> Iterator[None]:
+        """Raise UserError if the model reads something of a batch that a text does not give."""
+        try:
+            yield
         except KeyError as error:
             key = error.args[0] if error.args else None
             if not isinstance(key, str) or key in BATCH:

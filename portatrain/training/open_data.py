@@ -27,6 +27,7 @@ def data_of(recipe: Recipe, definition: Definition, folder: Path) -> OpenData:
     data = open_data(recipe.data, seed=recipe.seed, pack_dir=folder)
     try:
         data.train.require(recipe.batch)
+        data.train.check_end(recipe.numbers_of(recipe.steps)[1])
         _check_vocab(recipe, definition, data.vocab)
     except UserError:
         if folder in made and folder.exists():  # a source of arrays is not packed

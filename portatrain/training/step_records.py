@@ -20,6 +20,7 @@ from portatrain.training.metrics import RunInfo, StepRecord
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.flops import Peak, mfu
 from portatrain.training.spike_guard import SpikeGuard
+from portatrain.training.statistics import flat
 from portatrain.training.view import TrainingView
 
 NUMBERS = 256
@@ -66,8 +67,12 @@ class StepRecords:
         """Time the next step from now, so that a save or an evaluation is not part of a step."""
         self._ended_s = time.perf_counter()
 
-    def add(self, step: int, result: StepResult, waited_s: float, memory_bytes: int | None) -> None:
+    def add(
+        self, step: int, result: StepResult, waited_s: float, statistics: Mapping[str, Any], memory_bytes: int | None
+    ) -> None:
         """Record a step that took until now and waited `waited_s` for data. This waits for the device.
+
+        statistics: norms that were measured before the step; without any, those of the result.
 
         Raises UserError if more than `max_skips` steps were skipped, or if the replay finds another curve.
         """
@@ -91,6 +96,7 @@ class StepRecords:
             data_wait_s=waited_s,
             skipped=skipped,
             aux={k: float(v) for k, v in result.aux.items()},
+            statistics=flat(statistics or result.statistics),
             layers=_layers(result.layers, step),
         )
         self._sinks.step(record)

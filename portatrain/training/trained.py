@@ -148,6 +148,15 @@ class TrainedModel:
         context = self.recipe.data.tokens_per_sample()
         return Generator(self._backend, lambda: self._state, context=context, cache=False)
 
+    def check_left_to_right(self, size: int) -> None:
+        """Raise UserError if the model has no `predict`, or if a prediction changes with a later token.
+
+        size: the number of positions to try it on.
+        """
+        from portatrain.training.left_to_right import check_causal
+
+        check_causal(self.predict, self._backend, size)
+
     def _check_predict(self) -> None:
         from portatrain.training.generation import no_predict
 

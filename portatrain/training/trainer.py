@@ -43,6 +43,7 @@ from portatrain.training.profiling import Profile, StepRange
 from portatrain.training.referee import StepReferee
 from portatrain.training.saves import Saves
 from portatrain.training.start_times import StartTimes
+from portatrain.training.statistics import Statistics
 from portatrain.training.step_records import StepRecords
 from portatrain.training.view import TrainingView
 
@@ -109,8 +110,9 @@ class Trainer:
         self._evals = Evaluations(
             self.view, self.hooks, self.backend, self.sinks, lambda: self._stop_requested() is not None
         )
-        self._pending: tuple[int, StepResult, float] | None = None
-        """A step that has been started and not recorded: its number, its result and its wait for data."""
+        self._statistics = Statistics(recipe, self.backend)
+        self._pending: tuple[int, StepResult, float, Mapping[str, Any]] | None = None
+        """A step that has been started and not recorded: number, result, wait for data, norms measured before it."""
 
     # ---- the loop
 
@@ -282,7 +284,9 @@ class Trainer:
                     break
                 batch = recipe.microbatches(rows)
                 self._stop.at("step", step)
-                scale, more = recipe.lr_scale(step), self._steps.guard.arguments(step)
+                scale = recipe.lr_scale(step)
+                more = {**self._steps.guard.arguments(step), **self._statistics.arguments(step)}
+                norms = self._statistics.before(self.state, batch, step, scale)
                 with profile.step(step):
                     self.state, result = self._referee.step(self.state, batch, step=step, scale=scale, more=more)
                 self.step, self._stop.trained = step, True
@@ -291,7 +295,7 @@ class Trainer:
                 # If the backend runs steps asynchronously, the results of a step are read after the next one has been
                 # started, so that the device never waits.
                 self._record_pending()
-                self._pending = (step, result, waited_s)
+                self._pending = (step, result, waited_s, norms)
                 evaluates = recipe.eval_every and step % recipe.eval_every == 0 and step < recipe.steps
                 saves = recipe.checkpoint_every and step % recipe.checkpoint_every == 0 and step < self.last_step
                 profiled = profile.ends(step)

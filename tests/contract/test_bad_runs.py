@@ -29,7 +29,7 @@ TINY = [
 
 RECIPE = """
 import dataclasses
-from portatrain import TextFiles
+from portatrain.data import TextFiles
 from recipes.tiny_lm import recipe as tiny_lm
 
 def recipe():

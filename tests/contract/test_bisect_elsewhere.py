@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import venv
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from portatrain.cli import main
 from portatrain.system.exit_codes import FOUND, OK
+from portatrain.testing.bisect.served import running
 from portatrain.testing.bisect.sides import Side
 from portatrain.testing.bisect.step import replay
-from tests.support.planted_steps import batches, recipe
+from portatrain.testing.recipe_check.small import batches_of
 
 torch = pytest.importorskip("torch")
+
+from tests.support.planted_families import MODELS  # noqa: E402  # needs torch
+from tests.support.planted_steps import batches, recipe  # noqa: E402
 
 PLANTED = '''
 """Stands for a release of torch in which one function is another one."""
@@ -86,6 +92,59 @@ def test_a_python_that_does_not_run_ends_in_one_paragraph(
     assert main(["bisect", "tiny-lm", *SMALL, "--python-b", python]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert said in error and "Traceback" not in error
+
+
+@pytest.mark.full
+def test_a_fault_on_a_mesh_of_processes_is_named_by_its_operation(
+    other: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each process has its rows; the oracle judges what they are together."""
+    assert main(["bisect", "tiny-lm", *SMALL, "--python-b", str(other), "--b", "mesh=fsdp=2", "--json"]) == FOUND
+    fault = json.loads(capsys.readouterr().out)["fault"]
+    assert fault["what"].startswith("ops.silu in blocks/mlp, layer 0") and fault["stage"] == "forward"
+    assert len(fault["wrong"]) == 1 and "fsdp=2" in fault["wrong"][0]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", ["fsdp=2", "tensor=2", "context=2", "expert=2"])
+def test_operations_on_a_mesh_of_processes(mesh: str) -> None:
+    """What the processes recorded, put together, is what one device records, up to rounding."""
+    made = MODELS["experts with losses"]()
+    batch = made.microbatches(dict(next(iter(batches_of(made, made.describe())))))
+    found = []
+    for side in (
+        Side(name="one", recipe=made, backend="torch"),
+        Side(name="m", recipe=made, backend="torch", mesh=mesh),
+    ):
+        runs = running(side)
+        try:
+            found.append(runs.watch(runs.state(runs.first_state()), batch, 1))
+        finally:
+            runs.close()
+    (one,), (parts,) = found
+    assert parts.weight == one.weight and parts.loss == pytest.approx(one.loss, rel=1e-5)
+    assert [c.template for c in parts.calls] == [c.template for c in one.calls]
+    for mine, its in zip(parts.calls, one.calls, strict=True):
+        for part in ("args", "results", "arg_grads", "result_grads"):
+            for a, b in zip(getattr(mine, part), getattr(its, part), strict=True):
+                assert (a is None) == (b is None), (part, str(its))
+                if a is not None:
+                    assert a.shape == b.shape, (part, str(its))
+                    assert np.abs(a - b).max(initial=0) <= 1e-5 * np.abs(b).max(initial=0), (part, str(its))
+
+
+@pytest.mark.full
+def test_bfloat16_on_a_mesh_is_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at operation by operation, though the gradients agree. FSDP2 hands out parameters that are rounded."""
+    monkeypatch.setattr("portatrain.testing.bisect.step._Step._same_gradients", lambda self: False)
+    made = recipe("model.layers=1", "model.dropout=0.1")
+    low = dataclasses.replace(made, precision="bf16")
+    sides = (
+        Side(name="one", recipe=made, backend="torch"),
+        Side(name="mesh", recipe=low, backend="torch", mesh="fsdp=2"),
+    )
+    found = replay(sides, [(b, b) for b in batches(made, 1)])
+    assert found.good, found.sentence
 
 
 @pytest.mark.meshes

@@ -20,9 +20,12 @@ import pytest
 from portatrain.backends.base import missing
 from portatrain.cli import launch_main, main
 from portatrain.recipe import apply_overrides, load_recipe
+from portatrain.recipe.changing import difference
+from portatrain.runs import changes
 from portatrain.runs.claim import Owner
 from portatrain.runs.jobs import Job
 from portatrain.runs.run_dir import RunDir
+from portatrain.system import json_files
 from portatrain.training.trainer import train
 from tests.support.sizes import SIZES
 
@@ -40,8 +43,32 @@ COMMANDS: dict[str, Command] = {
     "reconcile": lambda: launch_main(["reconcile", "bad", "--dry-run"]),
     "ckpt ls": lambda: main(["ckpt", "ls", "runs/bad"]),
 }
+NEW = ("--run", "new", "--dry-run")
+FURTHER: dict[str, Command] = {
+    "compare": lambda: main(["compare", "good", "bad", "--out", "compared.html"]),
+    "compare --json": lambda: main(["compare", "bad", "good", "--json"]),
+    "bisect": lambda: main(["bisect", "good", "bad", "--records"]),
+    "bisect --json": lambda: main(["bisect", "bad", "good", "--records", "--json"]),
+    "fork": lambda: main(["fork", "bad", "--at", "4", "--set", "optimizer.lr=1e-7", *NEW]),
+    "fork --json": lambda: main(["fork", "bad", "--at", "4", "--json", *NEW]),
+    "surgery": lambda: main(
+        ["fork", "bad", "--at", "4", "--set=model.layers=2", "--surgery=layers", "--no-proof", *NEW]
+    ),
+    "blame": lambda: main(["blame", "bad", "--step", "5", "--dry-run"]),
+    "blame --json": lambda: main(["blame", "bad", "--dry-run", "--json"]),
+    "a change": lambda: main(["resume", "bad", "--set", "optimizer.lr=1e-7", "--reason", "x", "--dry-run"]),
+    "a cluster": lambda: launch_main(["resume", "bad", "--cluster", "local", "--dry-run"]),
+    "data verify": lambda: main(["data", "verify", "runs/bad"]),
+    "ckpt show": lambda: main(["ckpt", "show", "runs/bad"]),
+    "ckpt verify": lambda: main(["ckpt", "verify", "runs/bad", "--json"]),
+    "ckpt diff": lambda: main(["ckpt", "diff", "runs/bad", "runs/good"]),
+    "calibrate": lambda: main(["plan", "--calibrate", "runs/bad"]),
+}
+"""Commands that read the record too; each damage meets some of them in turn, and in the long tests all."""
+ALL = COMMANDS | FURTHER
 FILES = (
     "run.json",
+    "changes.json",
     "claim",
     "summary.json",
     "checkpoints.json",
@@ -91,6 +118,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert train(recipe, RunDir(bad), backend=BACKEND, stop_at=stop) == 85
     for number in (1, 2):
         (bad / "attempts" / str(number) / "rank-0.log").write_text("a line\n")
+    slower = apply_overrides(recipe, ["optimizer.lr=1e-4"])
+    change = changes.change(difference(recipe, slower, 5, since=0), slower, 5, reason="slower")
+    json_files.write_json(bad / changes.NAME, changes.rows_with(bad, change))
     job = Job(run_dir=str(bad), recipe="tiny-lm", cluster="local", engine="local", overrides=SIZES, backend=BACKEND)
     job.write().submitted("999999999 0")
     shutil.copytree(bad, base / "runs" / "good")
@@ -192,7 +222,7 @@ def paths(row: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 def tried(capsysbinary: pytest.CaptureFixture[bytes], name: str, what: str) -> str:
     """Run a command; what it printed. The test fails unless it ends with a code and at most a paragraph."""
     try:
-        code = COMMANDS[name]()
+        code = ALL[name]()
     except BaseException as error:  # what the command line would show as a traceback
         raise AssertionError(f"{name} with {what}: {type(error).__name__}: {error}") from error
     out, err = (text.decode(errors="replace") for text in capsysbinary.readouterr())
@@ -217,10 +247,11 @@ def test_every_file_in_every_way_under_every_command(
     ways = [*whole_damage(path), *(odd_names(path) if path.is_dir() else ())]
     kept = runs / "kept"
     shutil.copytree(bad, kept, symlinks=True)
+    turn = itertools.cycle(FURTHER)
     try:
-        for what, damage in ways:
+        for number, (what, damage) in enumerate(ways):
             damage()
-            for name in COMMANDS:
+            for name in (*COMMANDS, *([next(turn)] if number % 3 == 0 else ())):
                 tried(capsysbinary, name, f"{file}: {what}")
             if path.is_symlink() or path.is_file():
                 path.unlink()
@@ -244,7 +275,7 @@ def test_every_field_with_odd_values(runs: Path, file: str, capsysbinary: pytest
     if not path.exists():
         path.write_text(json.dumps({"url": "s3://nowhere/at-all"}))
     good = path.read_bytes()
-    turn = itertools.cycle(COMMANDS)
+    turn = itertools.cycle(ALL if file == changes.NAME else COMMANDS)
     try:
         for what, damage in field_damage(path):
             damage()
@@ -253,6 +284,23 @@ def test_every_field_with_odd_values(runs: Path, file: str, capsysbinary: pytest
         path.write_bytes(good)
         if not (runs / "runs" / "good" / file).exists():
             path.unlink()
+
+
+@pytest.mark.full
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("file", ["changes.json", "run.json", "jobs/1.json"])
+def test_every_field_under_every_further_command(
+    runs: Path, file: str, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    path = runs / "runs" / "bad" / file
+    good, turn = path.read_bytes(), itertools.cycle(FURTHER)
+    try:
+        for number, (what, damage) in enumerate(field_damage(path)):
+            damage()
+            for name in FURTHER if file == changes.NAME and number % 4 == 0 else [next(turn)]:
+                tried(capsysbinary, name, f"{file}: {what}")
+    finally:
+        path.write_bytes(good)
 
 
 def test_every_field_of_a_run_of_the_foreground(runs: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import pytest
 from checkpoints_format import LocalStore, Reader
 from portatrain.checkpoint.interop import trees
 from portatrain.checkpoint.interop.trusted_code import is_trusted
+from portatrain.checkpoint.meta import FIELDS, NEEDED
 from portatrain.cli import main
 from portatrain.errors import UserError
-from portatrain.recipe import Recipe
+from portatrain.recipe import Recipe, load_recipe, shipped_recipes
 from portatrain.recipe.same import FREE, changed_fields, deciding_changes
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants
@@ -276,6 +279,86 @@ def test_changed_tensors_of_an_export_are_refused_without_a_probe(
     assert imported(source, kind, run.path, drift="edited") == 0
     with pytest.raises(UserError, match=f"bits different in {name}"):
         train(small(), run, backend=BACKEND)
+
+
+ODD = (None, "x", "²", -1, 1.5, 10**30, True, [], [[1]], {}, {"a": {"b": None}})
+"""Values that a field of a meta may have after a hand or another program has edited it."""
+
+
+@pytest.mark.parametrize("name", [*FIELDS, "the file"])
+def test_an_export_with_a_damaged_record_is_refused_by_the_field(
+    name: str, exported: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    if "dcp" not in exported:
+        pytest.skip("torch is not installed")
+    source = tmp_path / "edited"
+    shutil.copytree(exported["dcp"], source)
+    file, meta = source / trees.META, json.loads((exported["dcp"] / trees.META).read_text())
+    texts = [(json.dumps({**meta, name: v}), name in FIELDS and FIELDS[name][0](v)) for v in ODD]
+    if name == "the file":
+        texts = [(text, False) for text in ("7", "null", "[]", '"x"', "{}", "[" * 100_000, "\xff")]
+    elif name in NEEDED:
+        texts.append((json.dumps({k: v for k, v in meta.items() if k != name}), False))
+    for text, good in texts:
+        file.write_text(text)
+        code = imported(source, "dcp", tmp_path / "run")
+        said = capsys.readouterr().err
+        if good:  # of the right type: the continuity check sees what is in it
+            assert code == 0, said
+            shutil.rmtree(tmp_path / "run")
+            continue
+        assert code == 2 and "the JSON that an export of a run wrote" in said, (text[-60:], said)
+        assert name == "the file" or f"{name}: " in said, said
+        assert not list((tmp_path / "run").rglob("*.json")), text[-60:]
+
+
+@pytest.mark.parametrize(("name", "value"), [("probe", []), ("data", "x"), ("history", 7), ("step", True)])
+def test_a_checkpoint_whose_record_was_changed_after_the_save_is_refused(
+    name: str, value: Any, left: RunDir, tmp_path: Path
+) -> None:
+    def change(values: Any, meta: mutants.Meta, recipe: Recipe) -> None:
+        meta[name] = value
+
+    run = other(left, tmp_path / "run", small())
+    mutants.rewrite(run.path / STEP, change, small())
+    with pytest.raises(UserError, match=f"{name} in its meta: expected"):
+        train(small(), run, backend=BACKEND)
+    assert run.attempt_numbers() == []
+
+
+def leaves(data: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Every value of a recipe's JSON that is no object, with its path."""
+    if not isinstance(data, dict):
+        yield path, data
+        return
+    for key, inner in data.items():
+        yield from leaves(inner, (*path, key))
+
+
+def another(value: Any) -> Any:
+    """The value nearest to `value`, or one more."""
+    if isinstance(value, bool) or value is None:
+        return not value
+    if isinstance(value, float):
+        return math.nextafter(value, math.inf)
+    return value + 1 if isinstance(value, int) else [*value, "x"] if isinstance(value, list) else f"{value}x"
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_field_of_every_shipped_recipe_decides_or_is_free(name: str) -> None:
+    """Each value of the stored recipe is changed by the least that there is."""
+    recipe = load_recipe(name)
+    stored = json.dumps(recipe.to_json())
+    found = list(leaves(json.loads(stored)))
+    for path, value in found:
+        data = json.loads(stored)
+        inner = data
+        for key in path[:-1]:
+            inner = inner[key]
+        inner[path[-1]] = another(value)
+        changes = deciding_changes({"recipe": data, "recipe_sha256": "0" * 64}, recipe, trusted=is_trusted)
+        assert bool(changes) == (path[0] not in FREE), (path, value, changes)
+    assert len(found) > 50
 
 
 def test_another_validation_document_is_noticed(exported: dict[str, Path], tmp_path: Path) -> None:

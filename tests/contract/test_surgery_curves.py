@@ -81,6 +81,21 @@ def with_features(arrays: Arrays, start: Arrays, degree: int) -> Arrays:
     return {**found, "blocks/mlp/down": np.concatenate([down, 0 * down[:, :1]], axis=1)}
 
 
+def twice_as_wide(arrays: Arrays, start: Arrays, degree: int) -> Arrays:
+    """Every feature is there twice. What reads features has half of each weight, and what makes the halves differ."""
+    found = {}
+    for name, array in arrays.items():
+        reads = name.rpartition("/")[2] in ("wq", "wk", "wv", "gate", "up")
+        axis = 1 if reads else array.ndim - 1
+        whole = reads or name == "final_norm/scale"  # its gradient is the old one in each copy
+        share = 0.5 if whole and degree == 0 else 1.0 if whole or degree == 0 else 0.5**degree
+        found[name] = np.concatenate([share * array] * 2, axis)
+        if reads and degree == 0:
+            first, second = np.split(start[name], 2, axis)
+            found[name] += np.concatenate([first - second, second - first], axis) / 2
+    return found
+
+
 def with_norms(arrays: Arrays, start: Arrays, degree: int) -> Arrays:
     found, g_LE = dict(arrays), arrays["blocks/attn_norm/scale"]
     for letter in "qk":
@@ -120,6 +135,7 @@ CASES = {
     "vocabulary": Case("dense", ("--set", "model.vocab=8"), with_ids),
     "layers": Case("decoder", ("--set", "model.layers=2"), with_layers),
     "width": Case("decoder", ("--set", "model.mlp=3"), with_features),
+    "embed": Case("decoder", ("--set", "model.embed=4"), twice_as_wide),
     "qk-norm": Case("decoder", ("--set", "model.qk_norm=true"), with_norms),
     "rope": Case(
         "decoder", ("--set", "model.rope_scaling=LinearScaling", "--set", "model.rope_scaling.factor=2"), as_it_is

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 
 from checkpoints_format.dtypes import NUMPY
+from portatrain.backends import reference
 from portatrain.backends.program import Program, make_program
 from portatrain.backends.state import COUNT, full_name, inventory
 from portatrain.checkpoint.surgery import Operated, Proof, Surgery, chosen, prove
 from portatrain.data import Stdlib
 from portatrain.model.lora import LoRA
+from portatrain.model.module import Definition
 from portatrain.optim import AdamW, Constant, Rule
 from portatrain.recipe import Recipe
 
@@ -54,9 +56,23 @@ def operated(before: Recipe, after: Recipe, surgery: str | Surgery) -> tuple[Ope
     return Operated(state.__getitem__, {n: a.shape for n, a in state.items()}, was, now, surgery), state
 
 
+def rows() -> dict[str, np.ndarray]:
+    """Return random tokens."""
+    ids = np.random.default_rng(1).integers(0, 20, (3, SEQ + 1))
+    return {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": np.ones((3, SEQ))}
+
+
+def slope(model: Definition, params: dict[str, np.ndarray], name: str, at: tuple[int, ...]) -> float:
+    """Return the derivative of the summed loss on `rows` for one element of a parameter, by central differences."""
+    found = []
+    for h in (1e-5, -1e-5):
+        moved = {n: np.array(p, np.float64) for n, p in params.items()}
+        moved[name][at] += h
+        found.append(float(reference.forward(model, moved, rows()).value.sum))
+    return (found[0] - found[1]) / 2e-5
+
+
 def proof(found: Operated) -> Proof:
     """Return the proof on random tokens."""
     before, after = found.before.definition, found.after.definition
-    ids = np.random.default_rng(1).integers(0, 20, (3, SEQ + 1))
-    rows = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "mask": np.ones((3, SEQ))}
-    return prove(found, before, after, rows)
+    return prove(found, before, after, rows())

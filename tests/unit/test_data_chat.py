@@ -89,7 +89,7 @@ CHATS = [
     chat("what?", "the answer ", " and then\n", "<|im_end|> more \ufdd0\n", "no answer yet"),
     chat("é🙂", "an é🙂 within"),
     chat("", ""),
-    [*chat("use a tool"), {"role": "assistant", "tool_calls": [{"name": "é", "n": 1}], "content": ""}],
+    [*chat("use a tool"), {"role": "assistant", "tool_calls": [{"n": 1, "name": "é"}], "content": ""}],
     [*chat("use", "it"), {"role": "tool", "content": "<&'\"é>"}, {"role": "assistant", "content": "done"}],
 ]
 

@@ -140,6 +140,7 @@ BAD = [
     ({"schedule": ((5, (1.0,)),)}, "schedule at block 5"),
     ({"sources": (Stdlib(seq_len=8), Stdlib(seq_len=9))}, "the same seq_len"),
     ({"names": ("code",)}, "2 names"),
+    ({"exhausted": "stop"}, "exhausted"),
     ({"names": ("code", "")}, "2 names"),
     ({"names": ("code", "a/b")}, "2 names"),
 ]

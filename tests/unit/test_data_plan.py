@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,9 @@ import pytest
 
 from portatrain.cli import main
 from portatrain.data import open_data
+from portatrain.errors import UserError
 from portatrain.recipe.loading import load_recipe
+from portatrain.training.open_data import data_of
 
 MIXED = '''"""Three sources whose shares change."""
 
@@ -65,6 +68,30 @@ def test_sources_give_what_is_said(mixed: Path, steps: int, capsys: pytest.Captu
         assert row["epochs"] == count / row["epoch"] and row["share"] == count / (4 * steps)
     assert [row["epoch"] for row in said["sources"]] == [part.windows for part in data.train.parts]
     assert data.validation is not None and said["validation"] == data.validation.windows
+
+
+@pytest.mark.parametrize("steps", [1, 5, 10, 13, 15, 16, 40])
+def test_an_exhausted_source_is_an_error_by_choice(
+    mixed: Path, steps: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["data", "plan", str(mixed), "--set", f"steps={steps}", "--json"]
+    assert main(words) == 0
+    over = [row for row in json.loads(capsys.readouterr().out)["sources"] if row["epochs"] > 1]
+    assert main([*words, "--set", "data.exhausted=error"]) == (2 if over else 0)
+    error = capsys.readouterr().err
+    recipe = replace(load_recipe(str(mixed)), steps=steps)
+    chosen = replace(recipe, data=replace(recipe.data, exhausted="error"))
+    if not over:
+        data_of(chosen, chosen.describe(), tmp_path / "run/data")
+        return
+    first = over[0]
+    said = (
+        f"source source-{first['source']} of the mixture (TokenMemmap): expected at most the {first['epoch']} samples"
+    )
+    assert said in error and f"a run that takes {first['samples']}: {first['epochs']:.2f} epochs" in error
+    with pytest.raises(UserError, match="of the mixture"):
+        data_of(chosen, chosen.describe(), tmp_path / "run/data")
+    assert not (tmp_path / "run").exists()  # nothing is left behind
 
 
 def test_in_words(mixed: Path, capsys: pytest.CaptureFixture[str]) -> None:

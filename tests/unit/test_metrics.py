@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import itertools
+import math
 import re
 import sys
 import xml.etree.ElementTree as ET
@@ -15,6 +17,7 @@ import pytest
 
 from portatrain.errors import UserError
 from portatrain.runs.run_dir import RunDir
+from portatrain.system import svg
 from portatrain.system.text import counted, duration, si
 from portatrain.training.metrics import EvalRecord, RunInfo, StepRecord, plot
 from portatrain.training.metrics.console import ConsoleSink
@@ -405,3 +408,18 @@ def test_missing_tracker_names_the_install_command(sink: Any, module: str, monke
 )
 def test_one_thing_is_no_plural(number: int, things: str, said: str | None) -> None:
     assert counted(number, things) == (said or "1 file that is not UTF-8, of which each byte is a token")
+
+
+NUMBERS = (0.0, 5e-324, 1e-308, 1.0, 3.4e38, 1e308, 1.7e308, -1e308, -1.7e308)
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_scales_of_the_smallest_and_the_largest_numbers(log: bool) -> None:
+    """A record may hold any finite number; a picture of it has few ticks, and ends no command."""
+    for low, high in itertools.combinations(sorted(NUMBERS), 2):
+        ends = (low, high) if log else svg.padded([low, high])
+        if log and low <= 0:
+            continue
+        scale = svg.Scale(low=ends[0], high=ends[1], start=0, end=100, log=log)
+        assert len(scale.ticks(5)) < 2000 and all(math.isfinite(scale(v)) for v in (low, high)), (low, high)
+        assert svg.frame(scale, scale, x_label="a", y_label="b")

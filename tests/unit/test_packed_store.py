@@ -299,6 +299,59 @@ def test_a_flipped_bit_is_named_by_verify_and_ends_an_attempt_as_storage(
     assert len(stream.read(made.shard_blocks * TOKENS, made.shard_blocks * TOKENS + 9)) == 9  # it is read again
 
 
+SIZE = 47
+"""Targets of a window: no divisor of a shard, so that windows lie across both of its ends."""
+
+
+@pytest.mark.parametrize("kind", ["bytes", "chats"])
+@pytest.mark.parametrize("number", [0, 1, -1])
+def test_a_shard_that_is_skipped_is_blank_and_all_else_as_it_was(
+    kind: str, number: int, at: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = packed(specs(at)[kind], tmp_path / "store", shard_bytes=20_000)
+    store = PackedTokens(path=str(tmp_path / "store"), seq_len=SIZE)
+    shards = sorted((tmp_path / "store").glob("train-*.tokens"))
+    assert len(shards) > 2
+    whole = open_data(store, seed=4).train
+    windows = np.arange(whole.windows)
+    before = whole.batch(0, whole.windows)
+    lost = shards[number]
+    lost.unlink()
+    skipping = dataclasses.replace(store, skip_shards=(lost.name,))
+    data = open_data(skipping, seed=4)
+    after = data.train.batch(0, whole.windows)
+    span = made.shard_blocks * TOKENS
+    first = shards.index(lost) * span
+    # (windows, S + 1): which tokens of each window are lost
+    at_token = whole._order(windows)[:, None] * SIZE + np.arange(SIZE + 1)
+    gone = (first <= at_token) & (at_token < first + span) & (at_token < made.splits["train"].tokens)
+    assert gone.any() and not gone.all()
+    assert np.array_equal(after["sample"], before["sample"])
+    for key, there in (("tokens", gone[:, :-1]), ("targets", gone[:, 1:])):
+        assert np.array_equal(after[key], np.where(there, 0, before[key]))
+    assert np.array_equal(after["mask"], before["mask"] * ~gone[:, 1:] * ~gone[:, :-1])
+    cut_before, cut_after = (np.diff(b["segment_ids"], axis=1) != 0 for b in (before, after))
+    inner = ~gone[:, :-2] & ~gone[:, 1:-1]
+    assert np.array_equal(cut_after[inner], cut_before[inner])  # documents are apart where they were
+    edge = gone[:, :-2] != gone[:, 1:-1]
+    inside = after["segment_ids"][:, 1:] > 0
+    assert cut_after[edge & inside].all() and (edge & inside).any()  # and the blank is apart from both sides
+    restarts = np.where(after["segment_ids"] > 0, np.arange(SIZE) - after["positions"], -1)
+    assert (after["positions"][:, 1:][cut_after & inside] == 0).all() and restarts.max() < SIZE
+    rows = np.arange(40) % 3 == 0
+    part = data.train.part(7, 40, rows)  # a process that reads its own rows
+    whole_part = data.train.batch(7, 40)
+    assert all(np.array_equal(part[key][rows], whole_part[key][rows]) for key in part)
+    (said,) = data.passed_over[-1:]
+    tokens = min(span, made.splits["train"].tokens - first)
+    assert f"1 shard of train skipped by choice ({lost.name}): {tokens} of" in said
+    assert data.train.fingerprint == whole.fingerprint
+    with pytest.raises(StorageError, match=f"data.skip_shards={lost.name}"):
+        open_data(store, seed=4).train.batch(0, whole.windows)
+    with pytest.raises(UserError, match="train-00099"):
+        open_data(dataclasses.replace(store, skip_shards=("train-00099.tokens",)), seed=4)
+
+
 def test_a_shard_that_is_away_for_a_moment_is_waited_for(
     at: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

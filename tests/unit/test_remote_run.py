@@ -117,6 +117,35 @@ def test_a_run_from_begin_to_done(elsewhere: Any) -> None:
         open_run(URL, work=True).begin(RECIPE)
 
 
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\0" * 40], ids=repr)
+def test_a_damaged_copy_on_this_machine_is_fetched_again(damage: bytes) -> None:
+    """Every file of the copy, its index too, as a machine leaves it that lost its power."""
+    with open_run(URL, work=True).begin(RECIPE, {"backend": "jax"}) as attempt:
+        attempt.metrics({"step": 1, "loss": 0.5, "grad_norm": 1.0, "time_s": 0.5})
+        attempt.event("eval", step=1, loss=0.25)
+        attempt.finish({"status": "done"})
+    good = read_history(open_run(URL)).as_json()
+    copy = open_run(URL).path
+    files = [f for f in copy.rglob("*") if f.is_file() and f.suffix in (".json", ".jsonl")]
+    assert {f.name for f in files} >= {"run.json", "metrics.jsonl", "events.jsonl", remote_run_dir.TAGS}
+    for file in files:
+        file.write_bytes(damage)
+        assert read_history(open_run(URL)).as_json() == good, file
+
+
+def test_a_cut_file_of_packed_data_is_fetched_again() -> None:
+    run = open_run(URL, work=True)
+    with run.begin(RECIPE):
+        pass
+    folder = run.data()
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("pack.json", "train-tokens.bin"):
+        (folder / name).write_bytes(b"x" * 40)
+    run.share_data()
+    (folder / "train-tokens.bin").write_bytes(b"x" * 7)
+    assert (open_run(URL, work=True).data() / "train-tokens.bin").read_bytes() == b"x" * 40
+
+
 def test_another_machine_goes_on_with_the_next_attempt(elsewhere: Any) -> None:
     with open_run(URL, work=True).begin(RECIPE) as attempt:
         attempt.metrics({"step": 1, "loss": 1.0, "time_s": 0.1})

@@ -25,10 +25,13 @@ from recipes.models.gpt2 import GPT2Config
 from recipes.models.gpt_oss import GptOssConfig
 from recipes.models.mixtral import MixtralConfig
 from recipes.models.olmo2 import Olmo2Config
+from recipes.models.olmo3 import Olmo3Config
+from recipes.models.phi3 import Phi3Config
+from recipes.models.qwen2 import Qwen2Config
 from recipes.models.qwen3 import Qwen3Config
 from recipes.models.qwen3_moe import Qwen3MoeConfig
 from recipes.models.smollm3 import SmolLM3Config
-from tests.support.operating import operated, proof, recipe_of
+from tests.support.operating import operated, proof, recipe_of, slope
 
 SIZES: dict[str, Any] = {"vocab": 20, "embed": 8, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 4, "mlp": 6}
 ROUTED: dict[str, Any] = {**SIZES, "experts": 4, "chosen": 2, "expert_mlp": 6}
@@ -46,6 +49,11 @@ SMOLLM3 = SmolLM3Config(**{**SIZES, **FOUR}, window=3, rotated=(True, False) * 2
 DEEPSEEK = DeepseekV3Config(**ROUTED, **LATENT)
 DENSE_QWEN = Qwen3Config(**SIZES)
 PLAIN = DecoderConfig(**SIZES)
+OLMO3 = Olmo3Config(**{**SIZES, "kv_heads": 4})
+GEMMA_3 = replace(GEMMA, generation=3, tied=False)
+PHI3 = Phi3Config(**SIZES)
+QWEN2 = Qwen2Config(**SIZES)
+QWEN_MOE = Qwen3MoeConfig(**ROUTED)
 
 CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "layers of a decoder with all biases and sinks": ("layers", DECODER, {"layers": 5}),
@@ -64,6 +72,21 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "more groups of heads": ("width", DECODER, {"heads": 8, "kv_heads": 4}),
     "more heads of both kinds, and norms": ("width", QK_NORMED, {"heads": 9, "kv_heads": 3}),
     "heads and feed-forward": ("width", PLAIN, {"heads": 8, "mlp": 12}),
+    "features of a decoder with all biases and sinks": ("embed", DECODER, {"embed": 16}),
+    "features of a decoder, three times, untied": ("embed", replace(PLAIN, tied=False), {"embed": 24}),
+    "features of a decoder with norms of queries": ("embed", QK_NORMED, {"embed": 16}),
+    "features of OLMo 2": ("embed", OLMO2, {"embed": 16}),
+    "features of OLMo 3": ("embed", OLMO3, {"embed": 16}),
+    "features of Gemma 2, scaled and tied": ("embed", GEMMA, {"embed": 24}),
+    "features of Gemma 3, scaled": ("embed", GEMMA_3, {"embed": 16}),
+    "features of SmolLM 3": ("embed", SMOLLM3, {"embed": 16}),
+    "features of Phi 3": ("embed", PHI3, {"embed": 16}),
+    "features of Qwen 2": ("embed", QWEN2, {"embed": 16}),
+    "features of Qwen 3": ("embed", DENSE_QWEN, {"embed": 16}),
+    "features of Mixtral": ("embed", MIXTRAL, {"embed": 16}),
+    "features of Qwen 3's mixture": ("embed", QWEN_MOE, {"embed": 16}),
+    "features of gpt-oss": ("embed", GPT_OSS, {"embed": 16}),
+    "features of DeepSeek V3": ("embed", DEEPSEEK, {"embed": 16}),
     "vocabulary, tied": ("vocabulary", PLAIN, {"vocab": 27}),
     "vocabulary, untied": ("vocabulary", GPT2, {"vocab": 33}),
     "vocabulary with a softcap": ("vocabulary", GEMMA, {"vocab": 21}),
@@ -71,6 +94,18 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
 UPCYCLED: dict[str, tuple[Any, Any]] = {
     "a decoder to Mixtral": (PLAIN, MIXTRAL),
     "Qwen 3 to its mixture": (DENSE_QWEN, Qwen3MoeConfig(**ROUTED, normalise=True)),
+    "Qwen 3 with experts in every second layer": (
+        replace(DENSE_QWEN, layers=4),
+        Qwen3MoeConfig(**{**ROUTED, "layers": 4}, normalise=True, routed=(False, True) * 2),
+    ),
+    "Qwen 3 with experts in the last layers": (
+        replace(DENSE_QWEN, layers=4),
+        Qwen3MoeConfig(**{**ROUTED, "layers": 4}, normalise=True, routed=(False, True, True, True)),
+    ),
+    "DeepSeek with its first layer dense": (
+        replace(DEEPSEEK, layers=3, dense_layers=3),
+        replace(DEEPSEEK, layers=3, dense_layers=1),
+    ),
     "one expert a token": (PLAIN, replace(MIXTRAL, chosen=1)),
     "all experts": (PLAIN, replace(MIXTRAL, chosen=4)),
 }
@@ -219,6 +254,34 @@ def test_new_heads_go_behind_those_of_their_group() -> None:
     assert np.array_equal(slot[:, [0, 1, 3, 4]], state["opt/v/blocks/attn/wo"]) and not slot[:, [2, 5]].any()
 
 
+def test_each_copy_of_a_feature_gets_its_share_of_the_gradient() -> None:
+    """The slots are made of a mean as the gradients are: of three elements of every tensor, by finite differences. The
+    copies of what writes differ, as those of what reads do, so it is their mean."""
+    found, _ = operated(recipe_of(GEMMA), recipe_of(replace(GEMMA, embed=16)), "embed")
+    after, before, rng = found.new(), found.old(), np.random.default_rng(2)
+    for name, edit in found.surgery.edits.items():
+        axis = found.after.definition.params[name].axes.index("embed")
+        for _ in range(3):
+            at = tuple(int(rng.integers(n)) for n in before[name].shape)
+            other = (*at[:axis], at[axis] + 8, *at[axis + 1 :])
+            old = slope(found.before.definition, before, name, at)
+            new = np.mean([slope(found.after.definition, after, name, i) for i in (at, other)])
+            assert edit.slots is not None
+            share = [edit.slots(np.ones(before[name].shape), degree)[at] for degree in (1, 2)]
+            assert abs(new - share[0] * old) <= 1e-6 * max(1.0, abs(old)), name
+            assert share[1] == pytest.approx(share[0] ** 2)
+        assert np.array_equal(*np.split(found.stored(f"opt/v/{name}"), 2, axis))
+
+
+def test_copies_of_a_feature_do_not_stay_equal() -> None:
+    """What reads the copies differs, and adds up to the old weight."""
+    found, state = operated(recipe_of(PLAIN), recipe_of(replace(PLAIN, embed=16)), "embed")
+    made, was = found.new()["blocks/mlp/gate"], state["params/blocks/mlp/gate"].astype(np.float64)
+    first, second = np.split(made, 2, 1)
+    assert np.allclose(first + second, was, rtol=1e-12, atol=1e-12) and np.abs(first - second).max() > 0.1
+    assert np.array_equal(*np.split(found.new()["blocks/mlp/down"], 2, 2))
+
+
 def test_experts_share_the_gradient_of_the_dense_part() -> None:
     """An expert of four gets a quarter of the gradient: a quarter of its mean, a sixteenth of that of its square."""
     found, state = operated(recipe_of(PLAIN), recipe_of(MIXTRAL), "experts")
@@ -230,6 +293,25 @@ def test_experts_share_the_gradient_of_the_dense_part() -> None:
     assert names_of(found, "fresh") == {f"{role}/blocks/mlp/router/weight" for role in ("opt/m", "opt/v", "ema")}
     assert found.as_json()["dropped"] == [f"blocks/mlp/{part}" for part in ("down", "gate", "up")]
     assert not found.stored("opt/m/blocks/mlp/router/weight").any()
+
+
+def test_experts_in_some_layers_keep_the_others_with_their_slots() -> None:
+    """Layers 1 and 3 of four are routed, so one Stack of two layers a period holds them."""
+    before = replace(DENSE_QWEN, layers=4)
+    after = Qwen3MoeConfig(**{**ROUTED, "layers": 4}, normalise=True, routed=(False, True) * 2)
+    found, state = operated(recipe_of(before), recipe_of(after), "experts")
+    for role in ("params", "ema", "opt/m", "opt/v"):
+        for layer, rows in ((0, [0, 2]), (1, [1, 3])):
+            for part in ("attn/wq", "mlp_norm/scale"):
+                made = found.stored(f"{role}/blocks/runs/0/layer/{layer}/{part}")
+                assert np.array_equal(made, state[f"{role}/blocks/{part}"][rows])
+        down = found.stored(f"{role}/blocks/runs/0/layer/1/mlp/experts/down")
+        share = {"opt/m": 0.25, "opt/v": 0.0625}.get(role, 1.0)
+        assert all(
+            np.array_equal(down[:, i], np.float32(share) * state[f"{role}/blocks/mlp/down"][[1, 3]]) for i in range(4)
+        )
+        dense = found.stored(f"{role}/blocks/runs/0/layer/0/mlp/down")
+        assert np.array_equal(dense, state[f"{role}/blocks/mlp/down"][[0, 2]])
 
 
 class Unknown(AdamW):
@@ -354,12 +436,28 @@ MISTAKES: dict[str, tuple[str, Any, Any, str]] = {
     "a size that stays": ("vocabulary", PLAIN, replace(PLAIN, norm_eps=0.1), "expected a larger size of vocab"),
     "embed": ("width", PLAIN, replace(PLAIN, embed=12), "expected another size of heads and kv_heads and mlp alone"),
     "head_dim": ("width", PLAIN, replace(PLAIN, head_dim=6), "got head_dim 4 before, 6 after"),
+    "head_dim with embed": ("embed", PLAIN, replace(PLAIN, embed=16, head_dim=8), "so no weights give the old scores"),
+    "head_dim of GPT-2": ("embed", GPT2, replace(GPT2, embed=16, mlp=32), "its default is embed / heads"),
+    "no whole multiple": ("embed", PLAIN, replace(PLAIN, embed=12), "expected a whole multiple of the features"),
+    "features stay": ("embed", PLAIN, PLAIN, "expected a larger size of embed"),
     "another axis": ("layers", PLAIN, replace(PLAIN, layers=3, mlp=9), "expected another size of layers alone"),
     "other parts": ("layers", PLAIN, replace(QK_NORMED, layers=3), "got new: blocks/attn/k_norm/scale"),
     "too few heads": ("width", PLAIN, replace(PLAIN, kv_heads=4), "at least 2 query heads for each of the 4"),
     "no experts": ("experts", PLAIN, replace(PLAIN, mlp=9), "expected a new model with a MixtureMLP"),
     "experts of another size": ("experts", PLAIN, replace(MIXTRAL, expert_mlp=3), "of shape [2, 8, 3]"),
     "experts with other parts": ("experts", replace(PLAIN, mlp_bias=True), replace(MIXTRAL, vocab=21), "embed/table ("),
+    "experts in more layers": (
+        "experts",
+        replace(DEEPSEEK, layers=3, dense_layers=2),
+        replace(DEEPSEEK, layers=3, dense_layers=1),
+        "expected layers that were in one Stack before",
+    ),
+    "experts and more layers": (
+        "experts",
+        PLAIN,
+        replace(MIXTRAL, layers=3),
+        "expected the 2 layers that the model has",
+    ),
     "no norms": ("qk-norm", PLAIN, PLAIN, "expected new tensors q_norm/scale and k_norm/scale"),
     "stretched sizes": ("rope", PLAIN, replace(PLAIN, vocab=21), "expected the same sizes"),
     "no LoRA": ("merge-lora", PLAIN, PLAIN, "there is nothing to merge or to drop"),

@@ -43,7 +43,7 @@ from portatrain.backends.torch.accumulation import aux_value
 from portatrain.backends.torch.devices import peak_bytes
 from portatrain.backends.torch.lower import Piece, lower
 from portatrain.backends.torch.mesh_backend import MeshBackend
-from portatrain.backends.torch.one_device import OneDevice, TorchState
+from portatrain.backends.torch.one_device import Batch, OneDevice, TorchState
 from portatrain.backends.torch.optimizer import total_norm
 from portatrain.backends.torch.row_ops import RowOps
 from portatrain.model.across_samples import Across
@@ -59,6 +59,8 @@ class ZeroBackend(MeshBackend):
     """See `portatrain.backends.base.Backend`. `stage` is the stage of ZeRO."""
 
     stage = 0
+    watch: Any = None  # DeepSpeed has the gradients
+    takes_statistics = False  # `probe` measures them
 
     def __init__(self, program: Program) -> None:
         check(program, backend=self.name, stage=self.stage)
@@ -215,7 +217,14 @@ class ZeroBackend(MeshBackend):
         return self.world.all_reduce(square).sqrt() / held.factor
 
     def step(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits = NONE
+        self,
+        state: TorchState,
+        batch: Batch,
+        *,
+        step: int,
+        scale: float,
+        limits: Limits = NONE,
+        statistics: bool = False,
     ) -> tuple[TorchState, StepResult]:
         held = zero_state(state)
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)

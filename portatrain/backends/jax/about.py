@@ -21,12 +21,14 @@ class About:
     """Answer questions about a backend that has devices, jitted functions and arrays of its state."""
 
     takes_limits = True
+    takes_statistics = True
     devices: Any
     layout: Layout
     processes: int
     state_arrays: Any
     _platform: str
     _steps: Any
+    _measured: Any
     _evals: Any
     _predicts: Any
     _gradients_of: Any
@@ -42,7 +44,7 @@ class About:
         return {**found, **({"peak": max(peaks)} if peaks else {})}
 
     def graphs(self) -> int:
-        jitted: list[Any] = [self._steps, self._evals, self._predicts, self._gradients_of, self._probes]
+        jitted: list[Any] = [self._steps, self._measured, self._evals, self._predicts, self._gradients_of, self._probes]
         return sum(f._cache_size() for f in jitted)
 
     def agree(self, value: int) -> int:

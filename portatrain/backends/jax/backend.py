@@ -78,6 +78,9 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
         read: Any = self._replicated if self.processes > 1 else None
         jit = functools.partial(jax.jit, compiler_options=options)
         self._steps = jit(self._step, donate_argnums=0, out_shardings=(shardings, read))
+        self._measured = jit(
+            functools.partial(self._step, measured=True), donate_argnums=0, out_shardings=(shardings, read)
+        )
         self._evals = jit(self._eval, out_shardings=read, static_argnums=3)
         self._predicts = jit(self._predict, out_shardings=read, static_argnums=3)
         self._gradients_of = jit(self._accumulate, out_shardings=read)
@@ -254,7 +257,9 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
             ema = {n: a + (1 - program.ema_decay) * (params[n] - a) for n, a in ema.items()}
         return {**state, "params": params, "state": states, "ema": ema, "opt": opt}
 
-    def _step(self, state: State, batch: Any, step: Any, scale: Any, limits: Any = None) -> tuple[State, Any]:
+    def _step(
+        self, state: State, batch: Any, step: Any, scale: Any, limits: Any = None, *, measured: bool = False
+    ) -> tuple[State, Any]:
         grads, loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         norm = global_norm(xp, grads)
         good = within_on_device(jnp, loss, norm, limits)
@@ -269,12 +274,23 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
             new = jax.tree.map(lambda a, b: jnp.where(good, a, b), update(), state)
         aux = {k: aux_value(v) for k, v in auxes.items()}
         skipped = 1 - good.astype(jnp.int32)
-        return new, {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
+        found = {"loss": loss, "grad_norm": norm, "skipped": skipped, "weight": weight, "aux": aux}
+        if measured:
+            found["statistics"] = self._norms(state, grads, norm, scale, roles=("params",))
+        return new, found
 
     def step(
-        self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits | None = None
+        self,
+        state: State,
+        batch: Mapping[str, np.ndarray],
+        *,
+        step: int,
+        scale: float,
+        limits: Limits | None = None,
+        statistics: bool = False,
     ) -> tuple[State, StepResult]:
-        state, found = self._steps(state, self._put(batch, 1), np.int32(step), np.float32(scale), limits)
+        run = self._measured if statistics else self._steps
+        state, found = run(state, self._put(batch, 1), np.int32(step), np.float32(scale), limits)
         return state, StepResult.of(found.pop("aux"), **found)
 
     def abstract_step(self, batch: Mapping[str, np.ndarray]) -> tuple[Any, tuple[Any, ...]]:
@@ -310,9 +326,15 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
 
     def _probe(self, state: State, batch: Mapping[str, Any], step: Any, scale: Any) -> dict[str, Any]:
         grads, *_ = self._accumulate(state, batch, step)
-        deltas, _ = self._deltas(state, grads, global_norm(xp, grads), scale)
+        return self._norms(state, grads, global_norm(xp, grads), scale)
+
+    def _norms(
+        self, state: State, grads: Any, norm: Any, scale: Any, roles: Sequence[str] | None = None
+    ) -> dict[str, Any]:
+        deltas, _ = self._deltas(state, grads, norm, scale)
         wide = self.devices.devices.flat[0].platform in ("cpu", "gpu", "cuda", "rocm")
-        return norms(self.definition.params, self.state_arrays(state), grads, deltas, wide=wide)
+        arrays = [(t, a) for t, a in self.state_arrays(state) if roles is None or t.role in roles]
+        return norms(self.definition.params, arrays, grads, deltas, wide=wide)
 
     def probe(self, state: State, batch: Mapping[str, np.ndarray], *, step: int, scale: float) -> Arrays:
         found = self._probes(state, self._put(batch, 1), np.int32(step), np.float32(scale))

@@ -21,6 +21,7 @@ from portatrain.backends.torch.host import to_torch
 from portatrain.backends.torch.mesh import World, check_processes, join
 from portatrain.backends.torch.mesh_ops import MeshOps
 from portatrain.backends.torch.mesh_values import plain
+from portatrain.backends.torch.mesh_watched import MeshWatches
 from portatrain.backends.torch.one_device import OneDevice, TorchState
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.backends.torch.parallel import Sharded, check_layout, shard_module
@@ -34,10 +35,8 @@ from portatrain.model.module import TensorInfo
 __all__ = ["MeshBackend", "check_processes"]
 
 
-class MeshBackend(OneDevice):
+class MeshBackend(MeshWatches, OneDevice):
     """See `portatrain.backends.base.Backend`. All processes call every method together, with the same global batch."""
-
-    watch: Any = None  # each process has a part of every tensor
 
     def __init__(self, program: Program) -> None:
         check_layout(program.layout, program.definition.params)
@@ -159,14 +158,19 @@ class MeshBackend(OneDevice):
     def gradients(self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int) -> tuple[float, Arrays]:
         """Return whole gradients, on every process, for checks of small models."""
         loss, *_ = self._accumulate(state, batch, step)
+        found = self._whole_gradients(state)
+        _sharded(state).zero_grad()
+        return float(loss), found
+
+    def _whole_gradients(self, state: TorchState) -> Arrays:
+        """Return the summed gradients, whole, on every process."""
         params = self.definition.params
         found = {n: np.zeros(params[n].shape, np.float32) for n in sorted(self.program.trainable)}
         for p in state.pieces:
             if p.role == "params" and p.tensor.grad is not None:
                 spec = self.world.layout.tensor_spec(params[p.name])[len(p.index) :]
                 found[p.name][p.index] = self.world.gather_tensor(p.tensor.grad, spec).cpu().numpy()
-        _sharded(state).zero_grad()
-        return float(loss), found
+        return found
 
     # ---- without an update
 

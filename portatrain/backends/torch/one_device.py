@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,12 +56,15 @@ class TorchState:
         return self.beside.setdefault("ema", {})
 
 
+Batch = Mapping[str, np.ndarray]
+
+
 class OneDevice(About, Accumulates, StandaloneOps, Watches):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch"
     async_dispatch = False  # a step ends in one wait for the device: is it finite?
-    takes_limits = True
+    takes_limits = takes_statistics = True
     ops: Any = TorchOps
     process, processes = 0, 1
 
@@ -242,7 +245,14 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
         return grads
 
     def step(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits = NONE
+        self,
+        state: TorchState,
+        batch: Batch,
+        *,
+        step: int,
+        scale: float,
+        limits: Limits = NONE,
+        statistics: bool = False,
     ) -> tuple[TorchState, StepResult]:
         loss, weight, auxes, tallies = self._accumulate(state, batch, step)
         grads = self._grads(state)
@@ -250,15 +260,17 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
         # The host waits once a step for the device, because a step that is not within the limits must change nothing.
         loss_there, norm_there = torch.stack([loss, norm]).tolist()
         good = within(loss_there, norm_there, limits)
+        limit, length = self._clipping(norm_there)
+        found = self._norms(state, limit / length, scale, ("params",)) if statistics else {}
         if good:
-            limit, length = self._clipping(norm_there)
             if limit < length:
                 # A quotient of float32 numbers rounded from float64 is the correctly rounded float32 one.
                 torch._foreach_mul_(grads, limit / length)
             state.optimizer.step(scale=scale)
             self._after(state, step, tallies)
         metrics = {k: aux_value(v) for k, v in auxes.items()}
-        return state, StepResult.of(metrics, loss=loss, grad_norm=norm, skipped=int(not good), weight=weight)
+        numbers: Any = {"loss": loss, "grad_norm": norm, "skipped": int(not good), "weight": weight}
+        return state, StepResult.of(metrics, **numbers, statistics=found)
 
     def _clipping(self, norm: float) -> tuple[float, float]:
         """Return the factor of the gradients, of which `norm` is the norm, as (numerator, denominator)."""
@@ -317,7 +329,11 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
         self._accumulate(state, batch, step)
         self._grads(state)
         limit, length = self._clipping(float(self._norm(state)))
-        return norms(self, state, clip=limit / length, scale=scale, counts=self._counts, total=self._total)
+        return self._norms(state, limit / length, scale)
+
+    def _norms(self, state: TorchState, clip: float, scale: float, roles: Sequence[str] | None = None) -> Arrays:
+        more: Any = {"counts": self._counts, "total": self._total, "roles": roles}
+        return norms(self, state, clip=clip, scale=scale, **more)
 
     def _counts(self, info: TensorInfo, role: str) -> bool:
         """Return whether this process's part of a tensor is, of equal copies, the one that counts."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,9 +45,10 @@ def norms(
     scale: float,
     counts: Callable[[TensorInfo, str], bool],
     total: Callable[[Tensor], Tensor],
+    roles: Sequence[str] | None = None,
 ) -> Arrays:
     """Return norms, see `Backend.probe`. The gradients of the mean loss are in `.grad`; the update multiplies by
-    `clip`.
+    `clip`. roles: the roles of the state that are wanted; None: all.
 
     `counts(tensor, role)` returns whether this process's part is, of equal copies, the one that counts. `total` sums
     over all processes.
@@ -60,7 +61,8 @@ def norms(
 
     for tensor, index, held in backend.state_arrays(state):
         info = tensor.info
-        add(tensor.role, info, index, held, tensor.laid_out_as)
+        if roles is None or tensor.role in roles:
+            add(tensor.role, info, index, held, tensor.laid_out_as)
         if tensor.role == "params" and held in optimizer.infos:
             add("grad", info, index, held.grad, "params")
             add("update", info, index, optimizer.delta(held, held.grad * clip, scale), "params")

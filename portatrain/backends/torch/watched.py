@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -28,37 +29,58 @@ class Watches:
         found = []
         for i in range(n):
             kept: list[tuple[Call, list[Any], list[Any]]] = []
-            state.optimizer.zero_grad(set_to_none=True)
+            self._begun(state)
             with _eager(self, kept):
                 across = Across(microbatches=n, index=i)
                 loss, ops = self._forward(state, self._put({k: v[i] for k, v in batch.items()}), step, True, across)
                 if across.wanted:
                     return None
                 objective = summed(loss, ops.auxes)
-                objective.backward()
-            grads = {name: np.zeros(self.definition.params[name].shape, np.float32) for name in self.program.trainable}
-            for p in state.pieces:
-                if p.role == "params" and p.tensor.grad is not None:
-                    grads[p.name][p.index] = _host(p.tensor.grad)
+                grads = self._ended(state, objective)
             for call, args, results in kept:
-                call.arg_grads, call.result_grads = ([_grad(t) for t in given] for given in (args, results))
+                call.arg_grads, call.result_grads = ([self._grad(t) for t in given] for given in (args, results))
             found.append(
                 Watched(
                     calls=[call for call, *_ in kept],
-                    loss=float(objective.detach()),
-                    weight=float(loss.weight_B.sum()),
+                    loss=float(self._seen(objective)),
+                    weight=float(self._seen(loss.weight_B).sum()),
                     grads=grads,
                 )
             )
-        state.optimizer.zero_grad(set_to_none=True)
         return found
+
+    def _seen(self, t: Tensor) -> np.ndarray:
+        return host(t)
+
+    def _grad(self, t: Tensor) -> np.ndarray | None:
+        """Return the gradient of a tensor, zeros if none arrived; None for a constant."""
+        return self._seen_gradient(t) if t.requires_grad else None
+
+    def _seen_gradient(self, t: Tensor) -> np.ndarray:
+        return np.zeros(tuple(t.shape), np.float32) if t.grad is None else host(t.grad)
+
+    def _begun(self: Any, state: Any) -> None:
+        state.optimizer.zero_grad(set_to_none=True)
+
+    def _ended(self: Any, state: Any, objective: Tensor) -> dict[str, np.ndarray]:
+        """Run the backward pass; return the gradients of the parameters, whole, and leave none behind."""
+        objective.backward()
+        grads = {name: np.zeros(self.definition.params[name].shape, np.float32) for name in self.program.trainable}
+        for p in state.pieces:
+            if p.role == "params" and p.tensor.grad is not None:
+                grads[p.name][p.index] = host(p.tensor.grad)
+        state.optimizer.zero_grad(set_to_none=True)
+        return grads
 
 
 @contextmanager
 def _eager(backend: Any, kept: list[tuple[Call, list[Any], list[Any]]]) -> Iterator[None]:
     """Let the backend run blocks as they are written, with operations that note their calls in `kept`."""
     before = {name: vars(backend).get(name) for name in ("ops", "remat", "_runners")}
-    backend.ops = watching(backend.ops, _is_tensor, lambda *a: _noted(kept, *a), _layer)
+    plain = backend.ops
+    base: Any = plain.func if isinstance(plain, functools.partial) else plain
+    made = watching(base, _is_tensor, lambda *a: _noted(backend, kept, *a), _layer)
+    backend.ops = functools.partial(made, **plain.keywords) if isinstance(plain, functools.partial) else made
     backend.remat = remat.parse("none")
     backend._runners = {"run_block": run_block, "run_again": run_block, "losses": (token_losses, chunk_loss)}
     try:
@@ -79,12 +101,12 @@ def _layer(ops: Any) -> int | None:
     return int(ops.layer) if ops.across is None else None
 
 
-def _noted(kept: list[Any], ops: Any, run: Any, call: Call, arrays: list[Tensor]) -> Any:
+def _noted(backend: Any, kept: list[Any], ops: Any, run: Any, call: Call, arrays: list[Tensor]) -> Any:
     given = [_own(t) for t in arrays]
     results: list[Tensor] = []
     result = run(given)
     template = taken_apart(result, _is_tensor, results)
-    call.args, call.results = [_host(t) for t in arrays], [_host(t) for t in results]
+    call.args, call.results = [backend._seen(t) for t in arrays], [backend._seen(t) for t in results]
     # A result that is an argument itself gets a name of its own: gradients are of this call alone.
     own = [r.view_as(r) if r.requires_grad and any(r is g for g in given) else r for r in results]
     for t in (*given, *own):
@@ -104,13 +126,8 @@ def _own(t: Tensor) -> Tensor:
     return view
 
 
-def _host(t: Tensor) -> np.ndarray:
+def host(t: Tensor) -> np.ndarray:
+    """Return a copy of a tensor in NumPy; of one in bfloat16, in float32."""
     t = t.detach()
-    return (t.float() if t.dtype == torch.bfloat16 else t).cpu().numpy().copy()
-
-
-def _grad(t: Tensor) -> np.ndarray | None:
-    """Return the gradient of a tensor, zeros if none arrived; None for a constant."""
-    if not t.requires_grad:
-        return None
-    return np.zeros(tuple(t.shape), np.float32) if t.grad is None else _host(t.grad)
+    # A copy first: FSDP2 frees the memory of parameters, and cannot once NumPy has a view of it.
+    return (t.float() if t.dtype == torch.bfloat16 else t.clone()).cpu().numpy()

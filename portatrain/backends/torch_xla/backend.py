@@ -24,7 +24,7 @@ from portatrain.backends.row_padding import pad_rows
 from portatrain.backends.state import COUNT, StateTensor, bytes_by_kind, sample_words, slot_tensors
 from portatrain.backends.token_ids import PREDICTED, TokenIds
 from portatrain.backends.torch.accumulation import aux_value
-from portatrain.backends.torch.one_device import OneDevice, TorchState
+from portatrain.backends.torch.one_device import Batch, OneDevice, TorchState
 from portatrain.backends.torch.ops import Static, run_block
 from portatrain.backends.torch.optimizer import xp
 from portatrain.backends.torch.standalone_ops import COMPUTE
@@ -64,7 +64,7 @@ class XlaBackend(OneDevice):
     """See `portatrain.backends.base.Backend`."""
 
     name = "torch-xla"
-    takes_limits = False
+    takes_limits = takes_statistics = False
     use_compile_cache: Any = None  # torch-xla has a cache of its own (XLA_PERSISTENT_CACHE_PATH)
     start_trace: Any = None  # torch.profiler does not see the operations of XLA's programs
     watch: Any = None  # a step is one program of XLA
@@ -184,9 +184,16 @@ class XlaBackend(OneDevice):
         return torch.stack(squares).sum().sqrt()
 
     def step(
-        self, state: TorchState, batch: Mapping[str, np.ndarray], *, step: int, scale: float, limits: Limits = NONE
+        self,
+        state: TorchState,
+        batch: Batch,
+        *,
+        step: int,
+        scale: float,
+        limits: Limits = NONE,
+        statistics: bool = False,
     ) -> tuple[TorchState, StepResult]:
-        assert isinstance(state, XlaState) and limits == NONE  # as `takes_limits` says
+        assert isinstance(state, XlaState) and limits == NONE and not statistics  # as `takes_limits` and the other say
         numbers: Any = self._numbers(step, scale)
         loss, weight, auxes, tallies = self._accumulate(state, batch, numbers)
         norm = self._norm(state)

@@ -17,7 +17,7 @@ from typing import Any
 from portatrain.checkpoint.interop.families import FAMILIES, family_of, sizes_from
 from portatrain.checkpoint.interop.hub_fields import HARMLESS
 from portatrain.checkpoint.interop.hub_table import Hub
-from portatrain.errors import UserError
+from portatrain.errors import UserError, of_reading
 from portatrain.system import json_files
 
 FILE = "config.json"
@@ -51,7 +51,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             do="Fetch the model again, with all its files.",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"file {path}", expected="JSON", got=str(error), do="Fetch it again.") from error
+        raise of_reading(error)(f"file {path}", expected="JSON", got=str(error), do="Fetch it again.") from error
     if not isinstance(found, dict):
         raise UserError(f"file {path}", expected="a JSON object", got=type(found).__name__, do="Fetch it again.")
     return found

@@ -53,11 +53,13 @@ def texts_of_folder(folder: Path) -> Texts:
     config = read_config(folder)
     more = json_files.read_object(folder / GENERATION) if (folder / GENERATION).is_file() else {}
     stops = frozenset(_ids(more.get("eos_token_id", config.get("eos_token_id"))))
+    first = next(iter([*_ids(config.get("bos_token_id")), *_ids(config.get("eos_token_id"))]), None)
     if (folder / "tokenizer.json").is_file():
-        return Texts(encoding=Special(str(folder), None), opens=(), stops=stops)
+        return Texts(encoding=Special(str(folder), None), opens=(), stops=stops, first=first)
     is_bytes = config.get("vocab_size") == Bytes.vocab
     encoding: Encoding | None = Bytes() if is_bytes else None
-    return Texts(encoding=encoding, opens=tuple(_ids(config.get("bos_token_id"))) if is_bytes else (), stops=stops)
+    opens = tuple(_ids(config.get("bos_token_id"))) if is_bytes else ()
+    return Texts(encoding=encoding, opens=opens, stops=stops, first=first)
 
 
 def _ids(value: Any) -> Iterable[int]:

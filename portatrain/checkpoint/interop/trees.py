@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from checkpoints_format import Reader
-from portatrain.errors import UserError
+from portatrain.checkpoint.meta import NEEDED, wrong
+from portatrain.errors import UserError, of_reading
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import Definition, Module, Param, Stack, State
 from portatrain.system import json_files
@@ -79,11 +80,19 @@ def read_meta(source: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json_files.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(
-            f"file {path}", expected="the JSON that an export wrote", got=str(error), do="Export again, or remove it."
+        meta = json_files.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(meta, dict):
+            raise ValueError(f"{meta!r:.60}")
+        if (bad := wrong(meta, NEEDED)) is not None:
+            raise ValueError(f"{bad[0]}: {bad[2]} instead of {bad[1]}")
+    except (ValueError, OSError) as error:
+        raise of_reading(error)(
+            f"file {path}",
+            expected="the JSON that an export of a run wrote",
+            got=str(error),
+            do="Export again, or remove it to begin a new run with the parameters alone.",
         ) from error
+    return meta
 
 
 # ---- Orbax

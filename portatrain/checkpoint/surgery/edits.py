@@ -137,6 +137,15 @@ def _axis(what: str, name: str, axis: str, was: int, now: int, may: set[str]) ->
             got=str(now),
             do="A surgery only lets sizes grow, since a smaller one would leave out what was trained.",
         )
+    if axis == "head_dim":
+        return UserError(
+            f"surgery {what}: {name}",
+            expected=f"the old head_dim of {was}: the scale head_dim^-0.5 of scores and the rotary frequencies "
+            "theta^(-2i / head_dim) follow from it, so no weights give the old scores at every distance",
+            got=f"head_dim {was} before, {now} after",
+            do=f"Set head_dim={was}, if the model has that field: its default is embed / heads. More heads are another "
+            "surgery (width).",
+        )
     return UserError(
         f"surgery {what}: {name}",
         expected=f"another size of {only} alone",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from portatrain.checkpoint.surgery.edits import Surgery, Transform
+from portatrain.checkpoint.surgery.embed import embed
 from portatrain.checkpoint.surgery.experts import experts
 from portatrain.checkpoint.surgery.layers import layers
 from portatrain.checkpoint.surgery.lora import drop_lora, merge_lora
@@ -21,6 +22,7 @@ NAMES: Mapping[str, Transform] = {
     "vocabulary": vocabulary,
     "layers": layers,
     "width": width,
+    "embed": embed,
     "experts": experts,
     "qk-norm": qk_norm,
     "rope": rope,

@@ -4,9 +4,8 @@ New hidden features and heads have the initial values of a new run, and the weig
 add nothing, exactly. Query heads keep their key-value head: each key-value head gets the same number of new query
 heads, after its own. Slots of new elements start at zero.
 
-`embed` and `head_dim` cannot grow in this way. A norm divides by the mean over all features, so more features change
-its result (and eps keeps a scale from undoing that exactly); rotary frequencies and the scale of scores follow from
-`head_dim`.
+`embed` has a surgery of its own (`embed.py`). `head_dim` cannot grow: the rotary frequencies theta^(-2i / head_dim) and
+the scale head_dim^-0.5 of scores follow from it, so no weights give the old scores at every distance.
 """
 
 from __future__ import annotations

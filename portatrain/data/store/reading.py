@@ -12,7 +12,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import cached_property
 from pathlib import Path
@@ -23,9 +23,10 @@ from portatrain.data.spec import PackedTokens
 from portatrain.data.store.cache import Cache
 from portatrain.data.store.layout import TOKENS, Manifest, are_targets, opened, shard_name, sums
 from portatrain.data.store.places import Bucket, Place, place, required
-from portatrain.errors import StorageError, UserError
+from portatrain.errors import StorageError, UserError, choice
 from portatrain.system import environment
 from portatrain.system.paths import cache_folder
+from portatrain.system.text import counted
 
 PIECE_BLOCKS = 8
 READS_AT_ONCE = 16
@@ -39,10 +40,14 @@ class PackedStream:
     """A split of a packed store, with the members of `corpus.Stream` that windows and hooks use.
 
     scattered: whether its windows should be permuted although it is not trained on, since neighbours in the stream are
-    neighbours in the source.
+    neighbours in the source. skip: the names of shards that are not read; their tokens are blank.
     """
 
-    def __init__(self, at: Place, manifest: Manifest, split: str, pool: Pool, cache: Cache | None) -> None:
+    def __init__(
+        self, at: Place, manifest: Manifest, split: str, pool: Pool, cache: Cache | None, skip: Sequence[str] = ()
+    ) -> None:
+        shards = {shard_name(split, n): n for n in range(len(manifest.splits[split].sha256))}
+        self._skipped = frozenset(number for name, number in shards.items() if name in skip)
         self._at, self._manifest, self._split, self._pool, self._cache = at, manifest, split, pool, cache
         self._facts, self._kind = manifest.splits[split], manifest.block()
         self.vocab, self.bos, self.bytes = manifest.vocab, manifest.bos, self._facts.bytes
@@ -56,29 +61,37 @@ class PackedStream:
 
     def rows(self, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [b, b + size) for each of ``begin``, (B,), as (B, size) int32, zeros after the end; and (B,
-        size) bool twice: True where a document begins, and False where a token is no target."""
+        size) bool twice: True where a document begins, and False where a token is no target.
+
+        Tokens of a shard that is skipped are 0 and no targets. They are apart from what is before and after them, as
+        documents are.
+        """
         tokens = np.zeros((len(begin), size), np.int32)
         opens = np.zeros((len(begin), size), bool)
-        counted = np.ones((len(begin), size), bool)
+        are_counted = np.ones((len(begin), size), bool)
         wanted: dict[tuple[int, int, int], Future[np.ndarray]] = {}
         pieces = []
         for b in begin.tolist():
             mine = self._pieces(b, min(b + size, self.size))
             pieces.append(mine)
             for piece in mine:
-                if piece not in wanted:
+                if piece not in wanted and piece[0] not in self._skipped:
                     wanted[piece] = self._pool.submit(functools.partial(self._piece, *piece))
         found = {piece: self._wait(piece, future) for piece, future in wanted.items()}
         for row, (b, mine) in enumerate(zip(begin.tolist(), pieces, strict=True)):
             for shard, first, count in mine:
-                blocks = found[shard, first, count]
                 at = (shard * self._manifest.shard_blocks + first) * TOKENS
                 low, high = max(b, at), min(b + size, self.size, at + count * TOKENS)
+                if shard in self._skipped:
+                    are_counted[row, low - b : high - b] = False
+                    opens[row, [low - b, min(high - b, size - 1)]] = True
+                    continue
+                blocks = found[shard, first, count]
                 tokens[row, low - b : high - b] = blocks["tokens"].reshape(-1)[low - at : high - at]
-                opens[row, low - b : high - b] = opened(blocks)[low - at : high - at]
+                opens[row, low - b : high - b] |= opened(blocks)[low - at : high - at]
                 if (targets := are_targets(blocks)) is not None:
-                    counted[row, low - b : high - b] = targets[low - at : high - at]
-        return tokens, opens, counted
+                    are_counted[row, low - b : high - b] = targets[low - at : high - at]
+        return tokens, opens, are_counted
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """Return tokens [first, stop), as many as there are."""
@@ -153,7 +166,8 @@ class PackedStream:
             expected=f"shard {name} as it was packed",
             got=f"{problem}, {len(AGAIN_AFTER_S) + 1} times",
             do="Repair the storage, or restore the shard from a copy (`portatrain data verify` reads all of them), "
-            "and resume the run.",
+            "and resume the run. To go on without it, leave it out by choice: a change of the recipe with "
+            f"--set data.skip_shards={name}.",
         )
 
     def _wait(self, piece: tuple[int, int, int], future: Future[np.ndarray]) -> np.ndarray:
@@ -246,7 +260,31 @@ def streams_of(spec: PackedTokens) -> dict[str, PackedStream]:
     gib = environment.DATA_CACHE_GIB.get()
     folder = environment.DATA_CACHE.get() or cache_folder() / "data"
     cache = _cache(folder, int(gib * 2**30)) if isinstance(at, Bucket) and gib else None
-    return {split: PackedStream(at, found, split, _pool, cache) for split in found.splits}
+    skip, said = spec.skip_shards, _skipped(spec, at, found)
+    made = {split: PackedStream(at, found, split, _pool, cache, skip) for split in found.splits}
+    for stream in made.values():
+        stream.passed_over = (*stream.passed_over, *said)
+    return made
+
+
+def _skipped(spec: PackedTokens, at: Place, manifest: Manifest) -> list[str]:
+    """Return a sentence for each split of which shards are skipped. Raises UserError if there is no such shard."""
+    said, known = [], set()
+    for split, facts in manifest.splits.items():
+        names = [shard_name(split, n) for n in range(len(facts.sha256))]
+        known |= set(names)
+        blank = [n for n, name in enumerate(names) if name in spec.skip_shards]
+        if blank:
+            whole = manifest.shard_blocks * TOKENS
+            tokens = sum(min(whole, facts.tokens - n * whole) for n in blank)
+            said.append(
+                f"packed store {at.where}: {counted(len(blank), 'shards')} of {split} skipped by choice "
+                f"({', '.join(names[n] for n in blank)}): {tokens} of {facts.tokens} tokens are blank"
+            )
+    for name in spec.skip_shards:
+        if name not in known:
+            raise choice(f"skip_shards of packed store {at.where}", name, known)
+    return said
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import numpy as np
 from portatrain.data.store.layout import Manifest, shard_name, sums
 from portatrain.data.store.places import Place
 from portatrain.data.store.progress import EVERY_S, duration
-from portatrain.errors import UserError
+from portatrain.errors import StorageError, UserError
 from portatrain.system.text import counted
 
 READ_BYTES = 8 << 20
@@ -58,6 +58,8 @@ def _problem(at: Place, manifest: Manifest, split: str, number: int) -> str:
                 first = block * kind.itemsize
                 return f"shard {name}: another CRC-32 than was written, in bytes {first:,} to {first + kind.itemsize:,}"
             digest.update(data)
+    except StorageError:  # no damage: another try may read it
+        raise
     except (OSError, UserError) as error:
         return f"shard {name}: it cannot be read: {error}"
     if digest.hexdigest() != manifest.splits[split].sha256[number]:

@@ -3,6 +3,7 @@
 Your own model may use them, subclass them or do without them.
 """
 
+from portatrain.model.layers._alternating import Group as Group
 from portatrain.model.layers._alternating import layers_of as layers_of
 from portatrain.model.layers._alternating import places_of as places_of
 from portatrain.model.layers._attention import Attention as Attention

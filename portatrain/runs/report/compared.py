@@ -9,6 +9,7 @@ from html import escape
 from portatrain.errors import visible
 from portatrain.runs.comparison import Compared, Comparison, Sweep, numeric
 from portatrain.runs.report.by_source import several_by_source
+from portatrain.runs.report.by_task import several_by_task
 from portatrain.runs.report.curves import Curve, curves_chart, key
 from portatrain.runs.report.page import STYLE
 from portatrain.runs.report.tables import section, table
@@ -38,6 +39,7 @@ def page(found: Comparison) -> str:
         *(_sweep(found, sweep) for sweep in found.sweeps),
         *(_curves(found, axis) for axis in found.axes),
         several_by_source([(one.label, one.run) for one in found.runs]),
+        several_by_task([(one.label, one.run) for one in found.runs]),
         _fields(found),
         _prices(found),
         "</body></html>",

@@ -12,6 +12,7 @@ from portatrain.runs import profiles, trust
 from portatrain.runs.history import AttemptHistory, History
 from portatrain.runs.report import changed
 from portatrain.runs.report.by_source import by_source
+from portatrain.runs.report.by_task import by_task
 from portatrain.runs.report.changed import Fork
 from portatrain.runs.report.charts import VERDICTS, Band, Mark, chart
 from portatrain.runs.report.layers import layers
@@ -46,6 +47,7 @@ def page(run: History, checkpoints: Sequence[Mapping[str, Any]], forks: Sequence
             _head(run),
             _charts(run),
             by_source(run),
+            by_task(run),
             _attempts(run),
             _resume_points(run),
             changed.forks(run, forks),

@@ -22,6 +22,7 @@ from portatrain.backends.rounding import bound, positions_in
 from portatrain.backends.state import COUNT
 from portatrain.errors import UserError
 from portatrain.optim import Rule
+from portatrain.testing.bisect.choices import MOST, Choices
 from portatrain.testing.bisect.operations import difference, largest, place
 from portatrain.testing.bisect.report import Stage
 from portatrain.testing.bisect.sides import Running
@@ -58,6 +59,8 @@ class Update:
     after: Mapping[str, np.ndarray]
     batch: Mapping[str, np.ndarray]
     taken: Sequence[Mapping[tuple[int, int], np.ndarray]] = ()
+    unjudged: bool = False
+    """Set by `wrong` if rounding may decide so many choices that States are not judged."""
 
     def wrong(self) -> Iterator[Wrong]:
         """Yield what is wrong, the first cause first."""
@@ -271,24 +274,41 @@ class Update:
         side, definition = self.side, self.side.definition
         if not definition.states:
             return
-        states = side.states(self.before)
-        n = next(iter(self.batch.values())).shape[0]
-        for i in range(n):
-            micro = {k: v[i] for k, v in self.batch.items()}
-            with np.errstate(all="ignore"):
-                context = side.context(micro, self.step)
-                taken = self.taken[i] if i < len(self.taken) else None
-                params = side.parameters(self.before)
-                _, found = watch_oracle(definition, params, micro, context, states=states, taken=taken)
-                states = found.states
         positions = positions_in(definition, self.batch, microbatches=True)
         error = bound(definition, positions, side.recipe.precision, runs=1)
-        for name, due in after_step(definition, states).items():
+        due = self._states_after(self.taken)
+        limits = {n: error * largest(d) if d.dtype.kind == "f" else 0.0 for n, d in due.items()}
+        wrong = [n for n in due if not (self._off(n, due[n]) <= limits[n]).all()]
+        if not wrong:
+            return
+        # Other choices give other loads, and rounding may decide them.
+        choices = Choices(side=side, arrays=self.before, batch=self.batch, step=self.step, taken=self.taken)
+        found = choices.open()
+        if len(found) > MOST:
+            self.unjudged = True
+            return
+        others = [due, *(self._states_after(taken) for taken in choices.several(found))]
+        for name in wrong:
+            low, high = (pick([other[name] for other in others], axis=0) for pick in (np.min, np.max))
             got = np.asarray(self.after[f"state/{name}"])
-            limit = error * largest(due) if due.dtype.kind == "f" else 0.0
-            if not (difference(got, due) <= limit).all():
-                yield self._found(Stage.AFTER, f"State {name}", f"state/{name}", got, np.asarray(due), limit)
+            limit = limits[name] + np.maximum(due[name] - low, high - due[name])
+            if not (self._off(name, due[name]) <= limit).all():
+                yield self._found(Stage.AFTER, f"State {name}", f"state/{name}", got, np.asarray(due[name]), limit)
                 return
+
+    def _off(self, name: str, due: np.ndarray) -> np.ndarray:
+        return difference(np.asarray(self.after[f"state/{name}"]), due)
+
+    def _states_after(self, taken: Sequence[Mapping[tuple[int, int], np.ndarray]]) -> dict[str, np.ndarray]:
+        """Return the States after the step, in the oracle, with these results in the place of its own."""
+        side, states = self.side, self.side.states(self.before)
+        for i in range(next(iter(self.batch.values())).shape[0]):
+            micro = {k: v[i] for k, v in self.batch.items()}
+            given = side.definition, side.parameters(self.before), micro, side.context(micro, self.step)
+            with np.errstate(all="ignore"):
+                _, found = watch_oracle(*given, states=states, taken=taken[i] if i < len(taken) else None)
+            states = found.states
+        return after_step(side.definition, states)
 
     def _found(
         self, stage: Stage, what: str, name: str, got: np.ndarray, due: np.ndarray, limit: Any, hint: str = ""

@@ -24,12 +24,14 @@ from typing import Any
 import numpy as np
 
 from portatrain.backends.base import Arrays, process_per_device
+from portatrain.backends.reference.watched import watch_oracle
 from portatrain.backends.watched import Body, Watched
 from portatrain.errors import UserError
 from portatrain.model.layout import Mesh
 from portatrain.recipe import Recipe, load_recipe
 from portatrain.system.processes import free_port
 from portatrain.testing.bisect.sides import Running, Side
+from portatrain.testing.bisect.together import together
 from portatrain.testing.recipe_check.measured import boxes_of, put_together
 
 POLL_S = 0.005
@@ -135,6 +137,7 @@ class Served(Running):
     # ---- what a side does
 
     def state(self, arrays: Mapping[str, np.ndarray]) -> Any:
+        self._arrays = arrays
         self._ask("state", dict(arrays))
         return None
 
@@ -150,8 +153,16 @@ class Served(Running):
         return None
 
     def watch(self, state: Any, batch: Mapping[str, np.ndarray], step: int) -> list[Watched] | None:
-        found: list[Watched] | None = self._ask("watch", dict(batch), step)[0]
-        return found
+        found: list[list[Watched] | None] = self._ask("watch", dict(batch), step)
+        if self.processes == 1 or found[0] is None:
+            return found[0]
+        made = []
+        for m, parts in enumerate(zip(*(one or () for one in found), strict=True)):
+            micro = {k: v[m] for k, v in batch.items()}
+            given = self.parameters(self._arrays), micro, self.context(micro, step)
+            whole, _ = watch_oracle(self.definition, *given, states=self.states(self._arrays))
+            made.append(together(self.program.layout.mesh, parts, whole))
+        return made
 
 
 def other_packages(a: Running, b: Running) -> list[str]:
@@ -251,4 +262,6 @@ def _gone(*given: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    from portatrain.testing.bisect import served  # what it sends belongs to that module, and not to __main__
+
+    served.main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

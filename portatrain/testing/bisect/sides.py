@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,10 @@ import numpy as np
 
 from portatrain.backends.base import Arrays, Backend, Context, backend_class
 from portatrain.backends.program import Program, make_program
+from portatrain.backends.reference.differences import directional_derivative
 from portatrain.backends.reference.run import forward, initial_states
+from portatrain.backends.reference.watched import watch_oracle
+from portatrain.backends.rounding import positions_in, step_error
 from portatrain.backends.state import COUNT, full_name, initial_box, inventory
 from portatrain.backends.watched import Watched
 from portatrain.errors import UserError
@@ -136,19 +139,53 @@ class Running:
         first = initial_states(self.definition)
         return {n: np.asarray(arrays.get(f"state/{n}", first[n])).astype(first[n].dtype) for n in first}
 
-    def objective(self, arrays: Mapping[str, np.ndarray], batch: Mapping[str, np.ndarray], step: int) -> Any:
-        """Return the function from parameters to the mean loss of a step, with auxiliary losses, in float64."""
+    def objective(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        batch: Mapping[str, np.ndarray],
+        step: int,
+        taken: Sequence[Mapping[tuple[int, int], np.ndarray]] = (),
+    ) -> Any:
+        """Return the function from parameters to the mean loss of a step, with auxiliary losses, in float64. taken: for
+        each microbatch results in the place of the oracle's, as `watch_oracle` takes them."""
         n = next(iter(batch.values())).shape[0]
         micros = [{k: v[i] for k, v in batch.items()} for i in range(n)]
 
         def loss(params: Mapping[str, np.ndarray]) -> float:
             total = weight = 0.0
-            for micro in micros:
+            for i, micro in enumerate(micros):
+                given = self.definition, params, micro, self.context(micro, step)
                 with np.errstate(all="ignore"):
-                    context = self.context(micro, step)
-                    found = forward(self.definition, params, micro, context, states=self.states(arrays))
+                    if i < len(taken) and taken[i]:
+                        _, found = watch_oracle(*given, states=self.states(arrays), taken=taken[i])
+                    else:
+                        found = forward(*given, states=self.states(arrays))
                 assert found.objective is not None
                 total, weight = total + float(found.objective), weight + float(np.sum(found.value.weight_B))
             return total / weight
 
         return loss
+
+    def true_gradient(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        batch: Mapping[str, np.ndarray],
+        step: int,
+        name: str,
+        index: int,
+        *,
+        seed: int = 0,
+        taken: Sequence[Mapping[tuple[int, int], np.ndarray]] = (),
+    ) -> float:
+        """Return an element, by its flat index, of the gradient of `objective` for parameter `name`; with a seed at
+        parameters that are moved by rounding."""
+        params = self.parameters(arrays)
+        if seed:
+            rng = np.random.default_rng(seed)
+            positions = positions_in(self.definition, batch, microbatches=True)
+            size = step_error(self.definition, positions, self.recipe.precision)
+            params = {n: p * (1 + size * rng.standard_normal(p.shape)) for n, p in params.items()}
+        loss = self.objective(arrays, batch, step, taken)
+        unit = np.zeros(params[name].shape)
+        unit.flat[index] = 1.0
+        return directional_derivative(lambda p: loss({**params, name: p}), [params[name]], [unit])

@@ -21,7 +21,10 @@ class JsonlSink:
         self._attempt.event(Kind.START, **about)
 
     def step(self, record: StepRecord) -> None:
-        self._attempt.metrics(asdict(record))
+        row = asdict(record)
+        if not record.statistics:
+            del row["statistics"]  # most steps have none
+        self._attempt.metrics(row)
 
     def eval(self, record: EvalRecord) -> None:
         self._attempt.event(Kind.EVAL, **asdict(record))
