@@ -75,7 +75,7 @@ def test_what_is_gone_in_s3_ends_in_one_paragraph(
     assert "expected a step that the run has trained, got steps 1 to 30" in said("--step", "31")
     assert "at most 1 steps before it" in said("--step", "28", "--replay", "1")
     proxy.fault = lambda method, path, number: 403 if method == "GET" else None
-    assert said("--step", "28", code=MISTAKE).startswith("error: ")
+    assert said("--step", "28", code=STORAGE).startswith("error: ")
     proxy.fault = lambda method, path, number: 404 if method == "GET" and "/pack-" in path else None
     gone = said("--step", "28", code=STORAGE)
     assert "step-00000025/pack-a1-00000-0000.safetensors: expected to read it, got no such object" in gone
