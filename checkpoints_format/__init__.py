@@ -18,6 +18,7 @@ from .errors import AlreadyCommittedError as AlreadyCommittedError
 from .errors import FormatError as FormatError
 from .errors import MissingFileError as MissingFileError
 from .errors import NewerFormatError as NewerFormatError
+from .errors import NoBucketError as NoBucketError
 from .errors import NotCommittedError as NotCommittedError
 from .errors import StoreError as StoreError
 from .layout import Explicit as Explicit

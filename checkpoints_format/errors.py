@@ -42,6 +42,10 @@ class StoreError(FormatError):
     """The storage failed. The checkpoint itself may be valid."""
 
 
+class NoBucketError(StoreError):
+    """There is no bucket of the name in the URL: a mistake, unless the bucket was there before."""
+
+
 def shorten(value: object, limit: int = 120) -> str:
     """Return the ``repr`` of a value for a message, at most ``limit`` characters even for a hostile file."""
 

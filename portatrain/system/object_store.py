@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping
@@ -15,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from checkpoints_format import FormatError, MissingFileError, StoreError
+from checkpoints_format import FormatError, MissingFileError, NoBucketError, StoreError
 from portatrain.errors import StorageError, UserError
 from portatrain.system import environment
 
@@ -31,6 +32,8 @@ RETRY = {
     "backoff": {"init_backoff": timedelta(seconds=0.5), "max_backoff": timedelta(seconds=15), "base": 2},
 }
 """Retries for checkpoints."""
+NO_BUCKET = "NoSuchBucket|ContainerNotFound|bucket does not exist"
+"""How S3, Azure and Google say so in a listing."""
 PART_BYTES = 32 << 20
 Version = dict[str, str]
 _worked: set[tuple[str, str]] = set()
@@ -173,7 +176,8 @@ class Objects:
             with explained(f"object {self.url}/{name}" if name else self.url, expected):
                 yield
         except FormatError as error:
-            refused = error.got == "no permission" and did not in _worked
+            never = error.got == "no permission" or isinstance(error, NoBucketError)
+            refused = never and did not in _worked
             kind = UserError if refused or isinstance(error, MissingFileError) else StorageError
             raise kind.of(error) from error
         _worked.add(did)
@@ -240,6 +244,9 @@ def explained(what: str, expected: str) -> Iterator[None]:
             what, expected=expected, got="no permission", do="Check the credentials in the environment, and the bucket."
         ) from error
     except obstore.exceptions.BaseError as error:
+        if re.search(NO_BUCKET, str(error)):
+            do = "Check the name of the bucket, and the account."
+            raise NoBucketError(what, expected=expected, got="no such bucket", do=do) from error
         got = " ".join(str(error).partition("Debug source")[0].split())[:300]
         raise StoreError(
             what, expected=expected, got=got, do="Look at the store; checkpoints already committed are untouched."

@@ -65,6 +65,16 @@ def writers() -> Iterator[tuple[str, Callable[[JsonlSink, Any, float], None], Ca
         lambda s, run, x: s.step(replace(STEP, aux={"a": x})),
         lambda r: r.rows(1, "metrics")[0]["aux"]["a"],
     )
+    yield (
+        "step.statistics",
+        lambda s, run, x: s.step(replace(STEP, statistics={"a": x})),
+        lambda r: r.rows(1, "metrics")[0]["statistics"]["a"],
+    )
+    yield (
+        "step.layers",
+        lambda s, run, x: s.step(replace(STEP, layers={"a": [x, 1.0]})),
+        lambda r: r.rows(1, "metrics")[0]["layers"]["a"][0],
+    )
     yield "eval.loss", lambda s, run, x: s.eval(replace(EVAL, loss=x)), lambda r: r.events(Kind.EVAL)[0]["loss"]
     yield (
         "eval.metrics",
@@ -88,8 +98,9 @@ def writers() -> Iterator[tuple[str, Callable[[JsonlSink, Any, float], None], Ca
 
 
 def test_every_field_of_a_record_is_tried_or_a_clock() -> None:
-    clocks = {"step", "tokens", "time_s", "step_s", "tokens_per_s", "memory_bytes", "data_wait_s", "skipped", "aux"}
-    assert {f.name for f in fields(StepRecord)} == clocks | set(MEASURED)
+    clocks = {"step", "tokens", "time_s", "step_s", "tokens_per_s", "memory_bytes", "data_wait_s", "skipped"}
+    mappings = {"aux", "layers", "statistics"}  # tried apart
+    assert {f.name for f in fields(StepRecord)} == clocks | mappings | set(MEASURED)
     assert set(asdict(EVAL)) == {"step", "loss", "samples", "time_s", "eval_s", "metrics"}
 
 
