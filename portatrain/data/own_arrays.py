@@ -36,6 +36,7 @@ class Arrays(Split):
         self.name, self.windows = name, len(indices)
         self._what, self._get, self._indices = what, get, indices
         self._like = read(what, get, int(indices[0]))
+        self._again(int(indices[0]))
         like = {key: [value.dtype.str, list(value.shape)] for key, value in sorted(self._like.items())}
         digest = hashlib.sha256(json.dumps(["portatrain.arrays.1", name, facts, like]).encode())
         digest.update(np.ascontiguousarray(indices, "<i8").data)
@@ -60,6 +61,19 @@ class Arrays(Split):
 
     def blank(self, count: int) -> Batch:
         return blank(self._like, count)
+
+    def _again(self, index: int) -> None:
+        """Raise UserError if a second call gives another sample: a run that goes on would train on other data."""
+        found = read(self._what, self._get, index)
+        self._same(index, found)
+        for key, value in self._like.items():
+            if not np.array_equal(value, found[key], equal_nan=value.dtype.kind == "f"):
+                raise UserError(
+                    f"{self._what}({index}), key {key!r}",
+                    expected="the same values at every call",
+                    got="others at the second call",
+                    do="Draw from np.random.default_rng(index), and keep no state between calls.",
+                )
 
     def _same(self, index: int, found: Sample) -> None:
         """Raise UserError unless a sample has the keys, shapes and dtypes of the first one."""
@@ -88,6 +102,13 @@ def read(what: str, get: Callable[[int], Mapping[str, Any]], index: int) -> Samp
     """Return one sample as arrays of numbers of at most 32 bits. Raises UserError for what is not such a sample."""
     try:
         found = get(index)
+        if not isinstance(found, Mapping):
+            raise UserError(
+                f"{what}({index})",
+                expected="a dictionary of numbers and arrays",
+                got=type(found).__name__,
+                do='Return {"x": ..., "y": ...}.',
+            )
         arrays = {key: np.asarray(value) for key, value in found.items()}
     except Exception as error:
         if mistake := explained(error, f"{what}({index})"):

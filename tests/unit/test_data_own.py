@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,6 +114,9 @@ class Nothing(DataSpec):
     seq_len: int = 8
 
 
+CALLS = itertools.count()
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -128,6 +132,15 @@ class Nothing(DataSpec):
         (
             wrong(Pairs, "sample", lambda self, i: {"x": np.zeros(1 + i)}),
             r"key 'x': expected what the first sample has",
+        ),
+        (wrong(Pairs, "sample", lambda self, i: (1.0, 2.0)), r"Pairs.sample\(\d+\): expected a dictionary.*got tuple"),
+        (
+            wrong(Pairs, "sample", lambda self, i: {"x": np.random.default_rng().normal()}),
+            r"Pairs.sample\(\d+\), key 'x': expected the same values at every call.*default_rng\(index\)",
+        ),
+        (
+            wrong(Pairs, "sample", lambda self, i: {"x": 1, "y": np.float32(next(CALLS))}),
+            "key 'y': expected the same values",
         ),
         (Pairs(version=""), "Pairs.version: expected a text"),
         (Pairs(size=0), "at least one sample in the train split"),
