@@ -100,19 +100,8 @@ def transformers(job: Job) -> dict[str, Any]:
     recipe = recipe_of(job)
     model: Any = recipe.model
     where = "cpu" if job["device"] == "cpu" else "cuda"
-    config = LlamaConfig(
-        vocab_size=model.vocab,
-        hidden_size=model.embed,
-        intermediate_size=model.mlp,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
-        max_position_embeddings=job["seq"],
-        tie_word_embeddings=model.tied,
-        attn_implementation="sdpa",
-        use_cache=False,
-    )
+    here = {"max_position_embeddings": job["seq"], "attn_implementation": "sdpa", "use_cache": False}
+    config = LlamaConfig.from_dict({**model.huggingface().config, **here})
     with torch.device(where):
         net = LlamaForCausalLM(config)
     net.gradient_checkpointing_enable()
