@@ -128,7 +128,8 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that raises UserError instead of printing its own errors."""
 
     def error(self, message: str) -> NoReturn:
-        options = [option for action in self._actions for option in action.option_strings]
+        helps = {"/".join(a.option_strings) or str(a.metavar or a.dest): a.help for a in self._actions}
+        options = [option for a in self._actions for option in a.option_strings if a.dest != "help"]
         what, expected, got, hint = self.prog, "arguments that it has", message, ""
         if (unknown := message.removeprefix("unrecognized arguments: ")) != message:
             got = unknown
@@ -136,6 +137,7 @@ class Parser(argparse.ArgumentParser):
             hint = f"Did you mean {near[0]}? " if near and unknown.startswith("-") else ""
         elif (missing := message.removeprefix("the following arguments are required: ")) != message:
             expected, got = missing, "none"
+            hint = "".join(f"{name}: {about}. " for name in missing.split(", ") if (about := helps.get(name)))
         elif match := re.fullmatch(r"argument ([^:]+): (?:(expected .*)|(invalid .*))", message):
             what = f"{self.prog}: {match[1]}"
             expected, got = (match[2].removeprefix("expected "), "none") if match[2] else ("a valid value", match[3])

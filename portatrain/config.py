@@ -129,11 +129,15 @@ def check_types(config: object) -> None:
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
         if not fits(value, hint):
+            wanted, do = describe(hint), "Set it to a value of that type."
+            if get_origin(hint) is tuple and Any in get_args(hint):  # of objects, such as hooks
+                wanted = f"a tuple, such as {name}=({type(value).__name__}(...),), or () for none"
+                do = "Put a comma after the only element." if not isinstance(value, list) else "Write () for []."
             raise UserError(
                 f"field {name} of {type(config).__name__}",
-                expected=describe(hint),
+                expected=wanted,
                 got=f"{value!r} ({type(value).__name__})",
-                do="Set it to a value of that type.",
+                do=do,
             )
 
 

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.text import Text
 
     table = Table(
-        "run", "state", "step", "train loss", "validation loss", "differs", "backend", "where", "attempts", "moved"
+        "run", "state", "step", "train loss", "validation loss", "differs", "backend", "where", "attempts", "last write"
     )
     for (moved_s, now), fields, depth in zip(found, differs, depths, strict=True):
         last = now.attempts[-1] if now.attempts else None

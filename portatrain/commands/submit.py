@@ -35,7 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_recipe(parser)
     options.add_init(parser)
     parser.add_argument(
-        "--cluster", metavar="NAME[,NAME...]", required=True, help="the acceptable clusters, best first"
+        "--cluster",
+        metavar="NAME[,NAME...]",
+        required=True,
+        help="the acceptable clusters, best first; local is this machine",
     )
     parser.add_argument(
         "--run", metavar="NAME", help="the name of the run (default: the recipe's, with a number if taken)"

@@ -73,7 +73,8 @@ def parts_of(
         source, number = split.locate(np.array(samples, np.int64))
         for s in np.unique(source).tolist():
             mine = {int(number[i]): samples[i] for i in np.flatnonzero(source == s).tolist()}
-            name = f"{type(spec.sources[s]).__name__} (source {s} of the mixture)"
+            kind = type(spec.sources[s]).__name__
+            name = f"{spec.names[s]} ({kind}, source {s})" if spec.names else f"{kind} (source {s} of the mixture)"
             found = _of_tokens(spec.sources[s], name, split.parts[s], list(mine), tell)
             out |= {mine[n]: parts for n, parts in found.items()}
         return out

@@ -12,9 +12,10 @@ from __future__ import annotations
 import errno
 import functools
 import inspect
+import linecache
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType, FunctionType, TracebackType
 
@@ -134,6 +135,7 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
     if at is not None:
         frame, _ = frames[at]
         ours = [f for f, _ in frames[at + 1 :] if is_ours(f.f_code.co_filename)]
+        named = _values(*frames[at])
         return Place(
             text=_in_words(frames[at]),
             owner=frame.f_locals.get("self"),
@@ -141,6 +143,8 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
             last=at == len(frames) - 1,
             computes=any(kind_of(f.f_locals.get("self")) in ("Module", "Rule") for f, _ in frames[: at + 1]),
             numpy=any(f.f_globals.get("__name__", "").partition(".")[0] == "numpy" for f, _ in frames[at + 1 :]),
+            mappings=tuple((name, one) for name, one in named if isinstance(one, Mapping)),
+            classes=tuple(one for _, one in named if isinstance(one, type)),
         )
     function = _misfit(error)
     if function is not None:
@@ -151,6 +155,13 @@ def _place(frames: list[tuple[FrameType, int]], at: int | None, error: Exception
     if _files_of(type(owner)) and (line := line_of(type(owner))):
         return Place(text=f"{type(owner).__qualname__}{line}", owner=owner, class_itself=True)
     return None
+
+
+def _values(frame: FrameType, line: int) -> list[tuple[str, object]]:
+    """Return the values that a line of code names, with their names."""
+    words = re.findall(r"[^\W\d]\w*", linecache.getline(frame.f_code.co_filename, line))
+    held = {**frame.f_globals, **frame.f_locals}
+    return [(word, held[word]) for word in dict.fromkeys(words) if word in held]
 
 
 def _is_public_method(frame: FrameType) -> bool:
@@ -216,6 +227,8 @@ def _is_recipes(frame: FrameType) -> bool:
 
 
 def _is_users(frame: FrameType) -> bool:
+    if frame.f_code.co_filename == "<string>":  # a method that @dataclass made
+        return False
     return _is_users_file(frame.f_code.co_filename) or _is_recipes(frame)
 
 

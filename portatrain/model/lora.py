@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 
 from portatrain.config import check_types
 from portatrain.errors import UserError, choice
+from portatrain.errors.einsum import einsum_error
 from portatrain.model.fp8 import FACTORS, unquantised, with_fp8
 from portatrain.model.module import BATCH_AXES, Module, Param, children, describe
 
@@ -119,6 +120,8 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(einsum)
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
+        if not isinstance(spec, str) or "->" not in spec or "." in spec:  # NumPy takes them, and a mesh cannot
+            raise einsum_error(spec)
         for operand in operands:
             if isinstance(operand, Adapted):
                 return operand.contracted(self.einsum, spec, operands, dtype)

@@ -127,7 +127,8 @@ def _choose(text: str, hint: Any, current: object, modules: Iterable[str] = ()) 
         modules, text = (*modules, _imported(module, text)), name
     options = alternatives(hint, current, modules)
     if text not in options:
-        raise choice(f"class {text!r}", text, options)
+        more = " A class of your own is MODULE:CLASS, such as my_package.mine:Mine, or stands in the recipe's file."
+        raise choice(f"class {text!r}", text, options, more)
     return options[text]
 
 

@@ -301,6 +301,15 @@ class Replay:
         }
 
 
+def _cause(step: int, found: Mapping[str, Any]) -> str:
+    if list(found["differs"]) == ["data.next_batch"] and found.get("tensors") == "equal":
+        return (
+            f"The state is, to the bit, but the data source gives other samples of step {step + 1}: a file that it "
+            "reads has changed, or its code gives others at every call. Restore the file."
+        )
+    return "Look for a changed model, corpus or seed."
+
+
 def refusal(step: int, found: Mapping[str, Any]) -> UserError:
     """Return the error for a broken verdict, with the numbers."""
     got = [f"{name} different" for name in found["differs"]]
@@ -318,7 +327,7 @@ def refusal(step: int, found: Mapping[str, Any]) -> UserError:
         expected="counts, data, random words, learning rate and every bit of the state equal, and the next step's "
         "losses, gradients and updates within rounding",
         got="; ".join(got),
-        do="This is not the run that was saved. Look for a changed model, corpus or seed. To continue anyway, give "
+        do=f"This is not the run that was saved. {_cause(step, found)} To continue anyway, give "
         "--accept-drift REASON, which is recorded.",
     )
 

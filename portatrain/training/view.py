@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,8 +59,15 @@ class TrainingView:
         return self.recipe.steps
 
     def event(self, kind: str, **fields: Any) -> None:
-        """Send an event to every sink; it becomes a line of events.jsonl."""
-        self._event(kind, **fields)
+        """Send an event to every sink; it becomes a line of events.jsonl.
+
+        fields: numbers, text, True, False, None, and lists and dictionaries of these. An array of one element is a
+        number.
+
+        Raises:
+            UserError: a field is something else.
+        """
+        self._event(kind, **{name: _plain(value, f"event {kind!r}, field {name}") for name, value in fields.items()})
 
     def evaluate(self, batch: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return 'loss_B', 'weight_B' and every `ops.aux` a sample, without dropout. `batch` has leading axis B."""
@@ -115,3 +123,23 @@ class TrainingView:
                 do="Use jax in one process or torch, or read the parameter from a checkpoint.",
             )
         return found
+
+
+def _plain(value: Any, what: str) -> Any:
+    """Return the value of a field of an event as JSON has it."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one, f"{what}, key {key!r}") for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(one, f"{what}, element {i}") for i, one in enumerate(value)]
+    shape = getattr(value, "shape", None)
+    if shape is not None and math.prod(shape) == 1:
+        return _plain(value.item(), what)
+    size = "" if shape is None else f" of shape {tuple(shape)}"
+    raise UserError(
+        what,
+        expected="numbers, text, True, False, None, or lists and dictionaries of these",
+        got=f"{type(value).__name__}{size}",
+        do="Give a number such as float(x.mean()), a list such as x.tolist(), or a text such as str(x).",
+    )

@@ -176,6 +176,13 @@ def test_bounds_are_on_differences_of_a_probe() -> None:
     assert continuity.compare(was, same)["loss"][0] == float("inf")
 
 
+def test_samples_that_changed_behind_their_fingerprint_are_named() -> None:
+    found = {"differs": ["data.next_batch"], "failed": [], "tensors": "equal"}
+    assert "other samples of step 5: a file that it reads has changed" in str(continuity.refusal(4, found))
+    for other in ({"tensors": ["params/a"]}, {"differs": ["data.next_batch", "rng.word"]}):
+        assert "a changed model, corpus or seed" in str(continuity.refusal(4, {**found, **other}))
+
+
 def test_a_meta_without_its_exact_part_is_broken() -> None:
     meta: Mapping[str, Any] = {
         "step": 1,

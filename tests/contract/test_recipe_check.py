@@ -28,6 +28,7 @@ from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from portatrain.testing.recipe_check.small import candidates
 from portatrain.testing.recipe_check.subject import explained
 from tests.support import planted
+from tests.support.own_recipe import GOOD
 from tests.support.running import BACKENDS
 
 # fault -> (check, part of what is named, part of the sentence)
@@ -288,3 +289,34 @@ def test_another_derivative_at_a_kink_is_found(monkeypatch: pytest.MonkeyPatch) 
     cls: Any = backend_class("torch")
     monkeypatch.setattr(cls.ops, "relu", lambda self, x: torch.maximum(x, torch.zeros_like(x)))
     assert_named(found("nothing", "torch"), ("operations at special points, torch", "op relu", "relu at points"))
+
+
+OF_A_FRAMEWORK = {
+    "jax": ("import jax.numpy as jnp\n        return jnp.tanh(x)", "an array handed to jax"),
+    "torch": ("import torch\n        return torch.tanh(x)", "operations of `ops` in a model"),
+    "scipy": ("import scipy.special as s\n        return x * float(s.erf(0.5))", None),
+}
+
+
+@pytest.mark.parametrize("framework", OF_A_FRAMEWORK)
+def test_a_function_of_a_framework_is_named_with_its_line(framework: str, tmp_path: Path) -> None:
+    """It is imported where it is used, and modules may draw random numbers as they are imported."""
+    line, said = OF_A_FRAMEWORK[framework]
+    drawing = tmp_path / f"draws_for_{framework}.py"
+    drawing.write_text("import numpy as np\nSEED = np.random.rand()\nRNG = np.random.default_rng(0).random()\n")
+    text = GOOD.replace("np.full(4, index / 12, np.float32)", "np.full(4, index / 12 + 0.1, np.float32)")
+    inside = f"\n        sys.path.append({str(tmp_path)!r})\n        import {drawing.stem}\n        {line}"
+    text = text.replace("import numpy", "import sys\nimport numpy").replace(
+        'return ops.einsum("be,e->b", x_BE, self.out)', 'return self.scaled(ops.einsum("be,e->b", x_BE, self.out))'
+    )
+    text = text.replace("class Net(", f"    def scaled(self, x):{inside}\n\nclass Net(")
+    file = tmp_path / "own.py"
+    file.write_text(text)
+    report = check_recipe(load_recipe(str(file)), backends=())
+    if said is None:
+        assert not report.findings
+        return
+    (finding,) = report.findings
+    assert said in f"{finding.what}: {finding.said}" and finding.check == "forward pass", finding
+    at = text[: text.index(line.splitlines()[-1].strip())].count("\n") + 1
+    assert f"own.py, line {at}, in Head.scaled" in finding.what, finding

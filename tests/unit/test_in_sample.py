@@ -16,6 +16,7 @@ from portatrain.data.left_out import LeftOut
 from portatrain.data.ranges import below, in_words, merged, number_at, ranges, runs_of
 from portatrain.data.store import packing
 from portatrain.errors import UserError
+from tests.support import named_mixture
 from tests.support.packed import corpus, packed, tokenizer
 
 
@@ -146,3 +147,11 @@ def test_ids_and_images(tmp_path: Path) -> None:
         row = data.train.batch(number, 1)
         np.testing.assert_array_equal(row["image"].ravel() * 16, pixels[part.document].astype(np.float32))
         assert part.values is not None and part.values["label"] == labels[part.document] == row["label"][0]
+
+
+def test_a_mixture_says_its_own_names(tmp_path: Path) -> None:
+    """Two sources may have one name, so the number is said too."""
+    spec = named_mixture.mixture(tmp_path)
+    said = {part.source for parts in parts_of(spec, open_data(spec, seed=1), range(40)).values() for part in parts}
+    known = {f"{name} (TextFiles, source {number})" for number, name in enumerate(spec.names)}
+    assert said <= known and len(said) > 2, (said, known)

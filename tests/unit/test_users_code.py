@@ -52,10 +52,21 @@ ANY = ("show", "plan")
 MISTAKES = {
     "unknown op": Mistake("ops.tanh(", "ops.tanhh(", r"ops\.tanhh\. Did you mean ops\.tanh\?.*which-ops\.md"),
     "op of torch": Mistake(TANH, "ops.maxpool(x_BE)", r"Block\.__call__.*ops\.maxpool.*ops\.pool.*which-ops\.md"),
-    "einsum letters": Mistake('"be,em->bm"', '"bse,em->bm"', r"Block\.__call__.*ops\.einsum"),
-    "einsum output": Mistake('"be,em->bm"', '"be,em->bq"', r"Block\.__call__.*ops\.einsum"),
+    "einsum letters": Mistake(
+        '"be,em->bm"', '"bse,em->bm"', r"Block\.__call__.*3 letters 'bse' for the 2 axes of \(\d, 4"
+    ),
+    "einsum output": Mistake('"be,em->bm"', '"be,em->bq"', r"Block\.__call__.*ops\.einsum of q, which no operand has"),
+    "einsum output twice": Mistake('"be,em->bm"', '"be,em->bb"', r"Block\.__call__.*ops\.einsum of b more than once"),
     "einsum shapes": Mistake(
-        '"be,em->bm", x_BE, self.w', '"be,em->bm", x_BE[:, :3], self.w', r"ops\.einsum of .*\(\d, 3\), \(4, 4\)"
+        '"be,em->bm", x_BE, self.w',
+        '"be,em->bm", x_BE[:, :3], self.w',
+        r"one size for the letter e of .*einsum of 3 in 'be', \(\d, 3\), and 4 in 'em', \(4, 4\)",
+    ),
+    "einsum operands": Mistake('"be,em->bm"', '"be->bm"', r"1 operands, as many as .*einsum of 2, of \(\d, 4\)"),
+    "einsum without an arrow": Mistake('"be,em->bm"', '"be,em"', r"a letter for each axis.*got 'be,em'"),
+    "einsum with dots": Mistake('"be,em->bm"', '"...e,em->...m"', r"a letter for each axis.*`\.\.\.` is not one"),
+    "einsum without a spec": Mistake(
+        '"be,em->bm", x_BE', "x_BE", r"ops\.einsum: .*got an array in the place of the spec", at="return x_BE + ops"
     ),
     "einsum of None": Mistake('"be,em->bm", x_BE, self.w', '"be,em->bm", None, self.w', r"Block\.__call__"),
     "shapes in arithmetic": Mistake("x_BE + ops", "x_BE[:, :3] + ops", r"Block\.__call__"),
@@ -83,7 +94,10 @@ MISTAKES = {
     "a loss that is a number": Mistake("ops.loss(error_B * error_B,", "ops.loss(0.5,", r"ops\.loss.*float"),
     "a loss that is no vector": Mistake("ops.loss(error_B * error_B,", "ops.loss(x_BE,", r"ops\.loss.*\(4, 4\)"),
     "other arguments": Mistake("__call__(self, ops, batch)", "__call__(self, batch)", r"Net\.__call__.*\(ops, batch\)"),
-    "another key": Mistake('batch["y"]', 'batch["target"]', r"Net\.__call__.*target"),
+    "another key": Mistake('batch["y"]', 'batch["xs"]', r"a key of `batch`: .*x, y, got .*'xs'\. Did you mean x\?"),
+    "a key as an attribute": Mistake(
+        'batch["y"]', "batch.y", r"a key in brackets.*Write \[\"y\"\] in the place of \.y\."
+    ),
     "a block with other arguments": Mistake(
         "ops, x_BE):\n        return x_BE +",
         "x_BE):\n        return x_BE +",
@@ -132,6 +146,32 @@ MISTAKES = {
     "a hook that raises": Mistake(
         "        pass\n", "        record.losses\n", r"hook Watch\.on_step.*losses", at="record.losses"
     ),
+    "a hook that is not frozen": Mistake(
+        f"{FROZEN}class Watch",
+        "@dataclass\nclass Watch",
+        r"a frozen dataclass.*@dataclass\(frozen=True",
+        at="@dataclass\nclass Watch",
+        also=ANY,
+    ),
+    "a hook that keeps something": Mistake(
+        "        pass\n",
+        "        self.last = record.loss\n",
+        r"hook Watch\.on_step.*whose fields never change",
+        at="self.last",
+    ),
+    "a hook beside a tuple": Mistake(
+        "hooks=(Watch(),)",
+        "hooks=Watch()",
+        r"field hooks.*a tuple, such as hooks=\(Watch\(\.\.\.\),\)",
+        at="return Recipe(",
+        also=ANY,
+    ),
+    "an event with an array": Mistake(
+        "        pass\n",
+        "        run.event('seen', each=[np.ones(3)])\n",
+        r"event 'seen', field each, element 0: expected numbers.*ndarray of shape \(3,\).*x\.tolist\(\)",
+        at="run.event",
+    ),
     "a hook with other arguments": Mistake(
         "(self, run, record)", "(self, run)", r"hook Watch\.on_step", at="def on_step"
     ),
@@ -173,7 +213,13 @@ MISTAKES = {
         "    return Recipe(", "    [].pop()\n    return Recipe(", "in recipe.*IndexError", also=ANY
     ),
     "recipe() of another type": Mistake("    return Recipe(", "    return dict(", "dict", at="def recipe", also=ANY),
-    "a field that there is not": Mistake("steps=2", "step=2", "recipe.*step", at="return Recipe(", also=ANY),
+    "a field that there is not": Mistake(
+        "steps=2",
+        "step=2",
+        r"recipe.*arguments of Recipe: .*got step\. Did you mean steps",
+        at="return Recipe(",
+        also=ANY,
+    ),
 }
 WITHOUT_LINE = ("a sample of another shape", "a sample of text", "no recipe()")
 

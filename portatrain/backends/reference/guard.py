@@ -11,7 +11,9 @@ from __future__ import annotations
 import functools
 import inspect
 import operator
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,6 +68,7 @@ RENAMED = {
 }
 """What takes the place of names of NumPy, jax and torch that are no operation's."""
 
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "torch", "scipy", "einops", "tensorflow", "keras")
 _BOTH = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and_", "or_", "xor", "lshift", "rshift")
 _COMPARE = ("lt", "le", "gt", "ge", "eq", "ne")
 _ONE = ("neg", "pos", "invert")
@@ -164,10 +167,12 @@ class GuardedArray:
         raise refused("a loop over an array", "an index, ops.split or ops.scan")
 
     def __array__(self, *_: Any, **__: Any) -> Any:
-        raise refused("an array handed to NumPy", "operations of ops")
+        raise refused(f"an array handed to {_library() or 'NumPy'}", "operations of ops")
 
     def __array_function__(self, func: Any, *_: Any) -> Any:
         name = getattr(func, "__name__", "?")
+        if library := _library():
+            raise refused(f"an array handed to {library}", "an operation of ops, which is the same on every framework")
         raise refused(
             f"numpy.{name} of an array",
             RENAMED.get(name) or (f"ops.{name}(x, ...)" if hasattr(Ops, name) else "an operation of ops"),
@@ -178,6 +183,17 @@ class GuardedArray:
         if method != "__call__" or options or ufunc.__name__ not in (*known, "equal", "not_equal"):
             return self.__array_function__(ufunc)
         return _arithmetic(ufunc, *inputs)  # a NumPy number on the left
+
+
+def _library() -> str:
+    """Return the package that calls NumPy for a model, such as jax; '' if the model calls it itself."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
+        if package not in ("numpy", "portatrain"):
+            return package if package in LIBRARIES else ""
+        frame = frame.f_back
+    return ""
 
 
 def _arithmetic(function: Callable[..., Any], *operands: Any) -> GuardedArray:

@@ -6,6 +6,7 @@ Each takes a `Subject` and returns findings; none if all is well.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.blame import OPERATIONS, place_of
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.subject import MODES, Subject, explained, states_after_step, tried
-from portatrain.testing.recipe_check.watch import Watch, watching
+from portatrain.testing.recipe_check.watch import Watch, watched
 
 
 def axes(recipe: Recipe, definition: Definition) -> list[Finding]:
@@ -43,10 +44,8 @@ def runs(subject: Subject) -> list[Finding]:
     model's own, attributes that are set."""
     found: list[Finding] = []
     for training, mode in MODES.items():
-        with watching(subject.definition) as watch:
-            value, error = tried(
-                lambda training=training: subject.run(subject.moved, training=training, operations=_noting(subject))
-            )
+        run = partial(subject.run, subject.moved, training=training, operations=_noting(subject))
+        watch, (value, error) = watched(partial(tried, run), subject.definition)
         found += random_numbers(watch, mode) + _assigned(subject.definition, watch, mode)
         if error is not None and not found:
             found.append(explained(error, f"the model in {mode}"))
@@ -55,17 +54,16 @@ def runs(subject: Subject) -> list[Finding]:
         if found:
             break
     if not found and hasattr(subject.definition.model, "predict"):
-        with watching(subject.definition) as watch:
-            _, error = tried(
-                lambda: subject.run(subject.moved, training=False, method="predict", operations=_noting(subject))
-            )
+        run = partial(subject.run, subject.moved, training=False, method="predict", operations=_noting(subject))
+        watch, (_, error) = watched(partial(tried, run), subject.definition)
         found += random_numbers(watch, "predict") + _assigned(subject.definition, watch, "predict")
         if isinstance(error, UserError) and not found:
             found.append(explained(error, "the model's predict"))
         subject.predicts = error is None  # another error may say that it takes other arguments, such as a cache
     if not found and subject.definition.states:
-        with watching(subject.definition) as watch:
-            _, error = tried(lambda: states_after_step(subject, subject.moved))
+        watch, (_, error) = watched(
+            lambda: tried(lambda: states_after_step(subject, subject.moved)), subject.definition
+        )
         found += random_numbers(watch, "after_step") + _assigned(subject.definition, watch, "after_step")
         if error is not None and not found:
             found.append(explained(error, "the model's after_step"))

@@ -19,7 +19,7 @@ from portatrain.testing.recipe_check.blame import Call, crossing, parting, recor
 from portatrain.testing.recipe_check.oracle import random_numbers
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.subject import MODES, Arrays, Subject, explained, first_states, losses, tried
-from portatrain.testing.recipe_check.watch import watching
+from portatrain.testing.recipe_check.watch import watched
 
 REPEATS = 24
 REPEATS_S = 1.5
@@ -187,8 +187,9 @@ def unreached(name: str, shape: tuple[int, ...], why: str) -> Finding:
 def rule(subject: Subject) -> list[Finding]:
     """The optimizer's rule gives finite updates, the same twice, in NumPy."""
     recipe, what = subject.recipe, f"rule {type(subject.recipe.optimizer).__name__}"
-    with watching(subject.definition, recipe.optimizer) as watch:
-        twice, error = tried(lambda: [_updates(subject) for _ in range(2)])
+    watch, (twice, error) = watched(
+        lambda: tried(lambda: [_updates(subject) for _ in range(2)]), subject.definition, recipe.optimizer
+    )
     do = "A rule computes with xp and its arguments alone."
     if found := random_numbers(watch, f"the update of {what}"):
         return [replace(finding, what=what, do=do) for finding in found]

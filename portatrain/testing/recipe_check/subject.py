@@ -84,7 +84,9 @@ def explained(error: Exception, where: str) -> Finding:
     if isinstance(error, UserError):
         failed = isinstance(error, (CheckFailed, StorageError))
         said = f"expected {error.expected}, got {error.got}"
-        return Finding(what=error.what, said=said, do=error.do, numbers=not failed, failed=failed)
+        at = "" if getattr(error, "trace", "") else users_code.at_line(error)  # a message with a trace has the line
+        what = f"{error.what} ({at})" if at and at not in error.what else error.what
+        return Finding(what=what, said=said, do=error.do, numbers=not failed, failed=failed)
     line = users_code.at_line(error, called=True)
     paragraph = users_code.explained(error, where if line else "")
     if paragraph is not None:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,15 +22,20 @@ from portatrain.errors.users_code import is_ours, shown
 from portatrain.model.module import Definition, Module
 from portatrain.testing.recipe_check.blame import place_of
 
+T = TypeVar("T")
 RANDOM, GENERATOR, RANDOM_STATE = random.Random, np.random.Generator, np.random.RandomState
 
 
 @dataclass(kw_only=True)
 class Watch:
-    """What was seen, in order: (what drew, place) of random numbers; (class, attribute, place) of attributes set."""
+    """What was seen, in order: (what drew, place) of random numbers; (class, attribute, place) of attributes set.
+
+    imported: modules were imported, which may draw numbers themselves.
+    """
 
     drawn: list[tuple[str, str]] = field(default_factory=list)
     assigned: list[tuple[type, str, str]] = field(default_factory=list)
+    imported: bool = False
 
 
 def files_of(definition: Definition, *others: object) -> set[str]:
@@ -47,9 +52,25 @@ def files_of(definition: Definition, *others: object) -> set[str]:
 @contextmanager
 def watching(definition: Definition, *others: object) -> Iterator[Watch]:
     """Watch this thread until the end of the block, in the files of the model's classes and those of `others`."""
-    found, files = Watch(), files_of(definition, *others)
-    with _setting(found), _making(found, files), _drawing(found, files):
-        yield found
+    found, files, modules = Watch(), files_of(definition, *others), len(sys.modules)
+    try:
+        with _setting(found), _making(found, files), _drawing(found, files):
+            yield found
+    finally:
+        found.imported = len(sys.modules) > modules
+
+
+def watched(call: Callable[[], T], definition: Definition, *others: object) -> tuple[Watch, T]:
+    """Return what was seen while `call` ran, and its result. It runs again if it imported modules."""
+    with watching(definition, *others) as watch:
+        result = call()
+    if not watch.imported:
+        return watch, result
+    assigned = watch.assigned
+    with watching(definition, *others) as watch:
+        result = call()
+    watch.assigned[:0] = assigned
+    return watch, result
 
 
 @contextmanager
