@@ -222,7 +222,12 @@ def from_json(data: Any, *, trusted: Callable[[str], bool] = lambda module: True
 
 def sha256(value: object) -> str:
     """Return the SHA-256, in hex, of the canonical JSON of ``value``: sorted keys, no spaces, shortest floats."""
-    text = json.dumps(to_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return sha256_of_json(to_json(value))
+
+
+def sha256_of_json(data: object) -> str:
+    """Return the SHA-256, in hex, of plain data in that form. Raises ValueError or TypeError if JSON cannot hold it."""
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -146,6 +146,13 @@ def saved_in(meta: Mapping[str, Any]) -> dict[str, str] | None:
     return {str(k): str(v) for k, v in tensors.items()} if isinstance(tensors, Mapping) else {}
 
 
+def unknown_algorithm(meta: Mapping[str, Any]) -> str | None:
+    """Return the algorithm of a checkpoint's fingerprints if this version does not know it, else None."""
+    found = meta.get(FIELD)
+    name = found.get("algorithm") if isinstance(found, Mapping) else None
+    return None if found is None or name == ALGORITHM else str(name)
+
+
 def changed(saved: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     """Return the names of the tensors of which the fingerprints differ, or of which one side has none."""
     return [*(n for n in now if saved.get(n) != now[n]), *(n for n in saved if n not in now)]

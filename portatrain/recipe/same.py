@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from portatrain import config
 from portatrain.errors import UserError
 from portatrain.recipe.recipe import Recipe
 
@@ -57,12 +58,21 @@ def deciding_changes(
 ) -> dict[str, tuple[Any, Any]]:
     """Return the fields that decide the curve in which `recipe` differs from the recipe in a checkpoint's meta.
 
-    A meta without a recipe, as of tensors that no run has saved, differs in nothing. `trusted`: as in `changed_fields`.
+    A meta without a recipe, as of tensors that no run has saved, differs in nothing. A hash counts if it is that of the
+    recipe beside it, since either may have been edited. `trusted`: as in `changed_fields`.
     """
     stored = meta.get("recipe")
-    if not isinstance(stored, Mapping) or meta.get("recipe_sha256") == recipe.sha256:
+    if not isinstance(stored, Mapping) or (meta.get("recipe_sha256") == recipe.sha256 == _sha256(stored)):
         return {}
     return {k: v for k, v in changed_fields(stored, recipe, trusted=trusted).items() if k.split(".")[0] not in FREE}
+
+
+def _sha256(stored: Mapping[str, Any]) -> str:
+    """Return the hash of a recipe's JSON as it stands; '' if it has none."""
+    try:
+        return config.sha256_of_json(stored)
+    except (TypeError, ValueError):
+        return ""
 
 
 def in_words(changes: Mapping[str, tuple[Any, Any]], most: int = 6) -> str:

@@ -66,6 +66,8 @@ def arrive(
     definition = backend.program.definition
     state = restored(backend, reader)
     fields = [f"recipe.{name}" for name in deciding_changes(reader.meta, recipe, trusted=is_trusted)]
+    if fingerprints.unknown_algorithm(reader.meta):
+        fields.append("fingerprints.algorithm")  # a newer release wrote it; what cannot be compared is not equal
     changed, now = _changed(backend, state, reader.meta), record(state)
     bounds = Bounds.of(definition, recipe.precision, positions)
     error = rounding.step_error(definition, positions, recipe.precision)

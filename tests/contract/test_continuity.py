@@ -249,3 +249,17 @@ def test_a_mutant_that_keeps_every_norm_is_refused_by_its_fingerprint(
     (seam,) = run.events("resumed")
     assert set(seam["tensors"]) == seen and seam["verdict"] == "broken"
     assert not seam["failed"]  # the probe sees nothing of it
+
+
+def test_fingerprints_that_this_version_cannot_compare_refuse(left: tuple[Recipe, Path], tmp_path: Path) -> None:
+    recipe, stopped = left
+    run = RunDir(tmp_path / "run")
+    shutil.copytree(stopped, run.path)
+
+    def newer(values: mutants.Values, meta: mutants.Meta, recipe: Recipe) -> None:
+        meta["fingerprints"]["algorithm"] = "splitmix64-product-2"
+
+    mutants.rewrite(run.path / "checkpoints/step-00000004", newer, recipe, fingerprints=True)
+    with pytest.raises(UserError, match=r"got fingerprints\.algorithm different"):
+        train(recipe, run, backend=BACKENDS[-1])
+    assert run.events("resumed")[0]["tensors"] == "not compared"

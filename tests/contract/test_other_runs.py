@@ -111,6 +111,15 @@ def test_a_recipe_of_an_older_release_is_the_same() -> None:
     assert deciding_changes({"step": 1}, recipe, trusted=is_trusted) == {}
 
 
+def test_a_hash_beside_an_edited_recipe_is_not_trusted() -> None:
+    recipe = small()
+    stored = json.loads(json.dumps(recipe.to_json()))
+    meta = {"recipe": stored, "recipe_sha256": recipe.sha256}
+    assert deciding_changes(meta, recipe, trusted=is_trusted) == {}
+    stored["optimizer"]["weight_decay"] = 0.25
+    assert set(deciding_changes(meta, recipe, trusted=is_trusted)) == {"optimizer.weight_decay"}
+
+
 def naming_other_code(values: Any, meta: mutants.Meta, recipe: Recipe) -> None:
     meta["recipe"]["model"]["class"], meta["recipe_sha256"] = "code_of_others:Sizes", "0" * 64
 

@@ -165,6 +165,13 @@ def import_from(
         Writer(store, layout, save="import").write(sources, note=sums.note)
         prints = fingerprints.joined(layout, [sums.note()])
         saved = fingerprints.saved_in(meta)
+        if (name := fingerprints.unknown_algorithm(meta)) and not accept_drift:
+            raise UserError(
+                f"folder {source}",
+                expected=f"fingerprints by {fingerprints.ALGORITHM}",
+                got=f"some by {name}, which this version cannot compare",
+                do="Import it with the release that exported it. To go on all the same, give --accept-drift REASON.",
+            )
         if saved is not None and not accept_drift and (bad := fingerprints.changed(saved, prints["tensors"])):
             raise UserError(
                 f"folder {source}",
