@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from portatrain.backends import rounding
 from portatrain.backends.reference import fp8 as oracle
 from portatrain.model.context_chunks import computed, dealt, imbalance, in_order
 from portatrain.system.processes import run_processes
@@ -82,6 +83,7 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         *((f"{other},expert=2", "routed") for other in ("replica=2", "fsdp=2", "context=2", "tensor=2")),
         ("expert=4", "routed"),
         ("fsdp=2,expert=2", "mixture"),
+        ("expert=2,tensor=2", "mixture, bf16"),
         ("fsdp=2,expert=2", "routed, Muon"),
         ("fsdp=2,expert=2", "routed, bf16"),
     ],
@@ -109,12 +111,14 @@ MESHES = {
 MIXTURES = {
     "mixture": ("context=2", "expert=4", "expert=2,context=2"),
     "mixture, clamped with biases": ("tensor=2", "expert=2,tensor=2"),
-    # Not over tensor: parts of a bfloat16 sum are rounded before they are added, and the router's gradient, in which
-    # terms cancel, then differs by 3.4e-2 from one process; the bound is 3.1e-2.
-    "mixture, bf16": ("expert=4", "fsdp=2,expert=2", "expert=2,context=2"),
+    "mixture, bf16": ("expert=4", "fsdp=2,expert=2", "expert=2,context=2", "tensor=2", "expert=2,tensor=2"),
     "mixture, LoRA": ("tensor=2", "expert=2,tensor=2", "fsdp=2,expert=2"),
 }
 """The meshes on which the long tests try mixtures of experts."""
+HALVES = {(mesh, "mixture, bf16"): "mixture in halves, bf16" for mesh in ("tensor=2", "expert=2,tensor=2")}
+"""The case that one process runs in place of the case on a mesh. Over tensor, parts of a sum are rounded to bfloat16
+before they are added. This model amplifies that: the gradient of its router is 2.9e-2 off float64 on one process, and
+3.4e-2 off one process on such a mesh. If one process rounds the same parts, it is 3.0e-3."""
 
 
 def _applies(mesh: str, case: str) -> bool:
@@ -222,11 +226,27 @@ def _check(found: Any, alone: Callable[[str], Measured], case: str) -> None:
 def test_a_mesh_follows_one_process(mesh: str, case: str, group: Any, alone: Any) -> None:
     n = next(n for n in CELLS if (mesh, case) in CELLS[n])
     found, seconds = group(n)[f"{mesh}: {case}"]
+    case = HALVES.get((mesh, case), case)
     _check(found, alone, case)
     one = alone(case)
-    worst = max(np.abs(found.gradients[k] - g).max() / (np.abs(g).max() or 1.0) for k, g in one.gradients.items())
+    worst = _worst(found, one)
     loss = np.nanmax(np.abs(np.array(found.losses) / np.array(one.losses) - 1))
     print(f"{mesh}, {case}: gradient {worst:.1e}, loss {loss:.1e}, {seconds:.1f} s")
+
+
+@pytest.mark.timeout(300)
+def test_in_bf16_a_sum_over_tensor_is_the_sum_of_its_rounded_parts(group: Any, alone: Any) -> None:
+    mesh, case = "expert=2,tensor=2", "mixture, bf16"
+    found, _ = group(4)[f"{mesh}: {case}"]
+    definition, batch = CASES[case].program("").definition, CASES[case].batches()[0]
+    bound = rounding.bound(definition, rounding.positions_in(definition, batch, microbatches=True), "bf16")
+    halves, whole = (_worst(found, alone(c)) for c in (HALVES[mesh, case], case))
+    print(f"{halves:.1e} from one process with the same parts, {whole:.1e} from one with whole sums, bound {bound:.1e}")
+    assert halves <= bound < whole
+
+
+def _worst(many: Measured, one: Measured) -> float:
+    return max(np.abs(many.gradients[k] - g).max() / (np.abs(g).max() or 1.0) for k, g in one.gradients.items())
 
 
 @pytest.mark.timeout(300)
@@ -341,6 +361,7 @@ def test_all_cells(n: int, alone: Any, tmp_path: Path) -> None:
     failures = []
     for mesh, case in FULL[n]:
         value, _ = found[f"{mesh}: {case}"]
-        wrong = differences(alone(case), value, case) if isinstance(value, Measured) else [value]
+        known = HALVES.get((mesh, case), case)
+        wrong = differences(alone(known), value, known) if isinstance(value, Measured) else [value]
         failures += [f"{mesh}, {case}: {w}" for w in wrong]
     assert not failures, "\n".join(failures)

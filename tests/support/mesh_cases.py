@@ -107,8 +107,8 @@ def _routed() -> Routed:
     return Routed(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, rate=0.01)
 
 
-def _mixture(*, layers: int = 1, clamped: bool = False) -> Mixture:
-    return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped)
+def _mixture(*, layers: int = 1, clamped: bool = False, halves: bool = False) -> Mixture:
+    return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped, halves=halves)
 
 
 def _adapted_mixture() -> Module:
@@ -189,6 +189,9 @@ CASES: dict[str, Case] = {
     "mixture, one layer": Case(model=_mixture(), predicts=False),
     "mixture, clamped with biases": Case(model=_mixture(clamped=True), accumulation=2, steps=2, predicts=False),
     "mixture, bf16": Case(model=_mixture(), accumulation=2, predicts=False, options={"precision": "bf16"}),
+    "mixture in halves, bf16": Case(
+        model=_mixture(halves=True), accumulation=2, predicts=False, options={"precision": "bf16"}
+    ),
     "mixture, LoRA": Case(
         model=_adapted_mixture(), accumulation=2, steps=2, predicts=False, options={"trainable": is_factor}
     ),

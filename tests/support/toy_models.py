@@ -5,6 +5,7 @@ B batch, S seq, E embed, X experts, N layers, T cache, K kv_heads, D head_dim, M
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from portatrain.model.layers import Dropout, Embedding, GatedMLP, LatentAttention, Linear, MixtureMLP, RMSNorm, Router
@@ -132,10 +133,41 @@ class ClampedExperts(GatedExperts):
         return ops.grouped_bias(ops.grouped_matmul(hidden_NM, down), down_bias)
 
 
+def _halves(ops: Any, params: Sequence[Any]) -> list[list[Any]]:
+    """Return the weights of each half of the hidden features, as two processes of tensor have them: the axis `mlp` of
+    gate, up and down is the last, the last and the last but one."""
+    arrays = [ops.weight(p) for p in params]
+    half = arrays[0].shape[-1] // 2
+    return [
+        [*(a[..., at] for a in arrays[:2]), arrays[2][..., at, :]] for at in (slice(0, half), slice(half, 2 * half))
+    ]
+
+
+class MLPInHalves(GatedMLP):
+    """A sum of two parts, each of which is rounded."""
+
+    def __call__(self, ops: Any, x_BSE: Any) -> Any:
+        parts = []
+        for gate_EM, up_EM, down_ME in _halves(ops, (self.gate, self.up, self.down)):
+            up_BSM = ops.einsum("bse,em->bsm", x_BSE, up_EM)
+            hidden_BSM = ops.silu(ops.einsum("bse,em->bsm", x_BSE, gate_EM)) * up_BSM
+            parts.append(ops.einsum("bsm,me->bse", hidden_BSM, down_ME))
+        return parts[0] + parts[1]
+
+
+class ExpertsInHalves(GatedExperts):
+    """A sum of two parts, each of which is rounded."""
+
+    def __call__(self, ops: Any, x_BSE: Any, experts_BSC: Any, weights_BSC: Any) -> Any:
+        halves = _halves(ops, self.params())
+        first, second = (ops.experts(self.expert, x_BSE, experts_BSC, weights_BSC, *half) for half in halves)
+        return first + second
+
+
 class MixtureBlock(Module):
     """A mixture as DeepSeek-V3 has it (sigmoid, groups, a balance without a loss, a shared expert), or as gpt-oss."""
 
-    def __init__(self, *, embed: int, mlp: int, experts: int, chosen: int, clamped: bool) -> None:
+    def __init__(self, *, embed: int, mlp: int, experts: int, chosen: int, clamped: bool, halves: bool) -> None:
         self.norm = RMSNorm(embed=embed)
         sizes = {"embed": embed, "experts": experts, "chosen": chosen}
         if clamped:
@@ -145,8 +177,8 @@ class MixtureBlock(Module):
             router = Router(**sizes, scores="sigmoid", groups=2, chosen_groups=1, scale=2.5, balance_rate=0.01)
             self.mixture = MixtureMLP(
                 router=router,
-                experts=GatedExperts(embed=embed, mlp=mlp, experts=experts),
-                shared=GatedMLP(embed=embed, mlp=mlp),
+                experts=(ExpertsInHalves if halves else GatedExperts)(embed=embed, mlp=mlp, experts=experts),
+                shared=(MLPInHalves if halves else GatedMLP)(embed=embed, mlp=mlp),
                 shared_gate=True,
             )
 
@@ -155,11 +187,14 @@ class MixtureBlock(Module):
 
 
 class Mixture(Module):
-    """Embedding, a Stack of mixtures, a tied output."""
+    """Embedding, a Stack of mixtures, a tied output. `halves`: sums over hidden features are rounded as two processes
+    of the mesh axis tensor round them."""
 
-    def __init__(self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, clamped: bool) -> None:
+    def __init__(
+        self, *, vocab: int, embed: int, layers: int, experts: int, chosen: int, clamped: bool, halves: bool = False
+    ) -> None:
         self.embed = Embedding(vocab=vocab, embed=embed, init=1.0)
-        block = MixtureBlock(embed=embed, mlp=embed + 8, experts=experts, chosen=chosen, clamped=clamped)
+        block = MixtureBlock(embed=embed, mlp=embed + 8, experts=experts, chosen=chosen, clamped=clamped, halves=halves)
         self.blocks = Stack(block, layers)
 
     def __call__(self, ops: Any, batch: Any) -> Any:

@@ -162,3 +162,10 @@ def test_a_compiled_block_takes_torchs_grouped_matmul_in_bfloat16_only() -> None
     for dtype, name in (("bfloat16", "grouped_mm"), ("float32", "written-out")):
         case = Case(site=Site(backend="torch"), dtype=dtype, shape=(64, 16, 32, 4), traits=frozenset({"compiled"}))
         assert choose("grouped_matmul", case).kernel.name == name
+
+
+def test_torchs_grouped_matmul_is_not_taken_in_float64() -> None:
+    """The gradients that others are held to are computed in it (`benchmarks/exact_gradients.py`)."""
+    for dtype, name in (("float64", "written-out"), ("float32", "grouped_mm")):
+        case = Case(site=Site(backend="torch"), dtype=dtype, shape=(64, 16, 32, 4))
+        assert choose("grouped_matmul", case).kernel.name == name
