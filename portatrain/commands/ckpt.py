@@ -10,6 +10,7 @@ examples:
   portatrain ckpt diff runs/first/checkpoints/step-00000100 runs/first/checkpoints/step-00000200
   portatrain ckpt export runs/first exported --to huggingface
   portatrain ckpt import exported tiny-lm --run-dir runs/second --from huggingface
+  portatrain ckpt import models/SmolLM3-3B --run-dir runs/third --from huggingface
 """
 
 from __future__ import annotations
@@ -17,8 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shlex
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -93,7 +92,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step(made)
     made = command("import", "start a run from a checkpoint in another format")
     made.add_argument("source", metavar="SOURCE", type=options.folder, help="the folder to read")
-    options.add_recipe(made)
+    options.add_recipe(
+        made, required=False, default="with --from huggingface, the one that `init --from` writes for the folder"
+    )
     made.add_argument(
         "--run-dir", metavar="DIR", type=options.folder, required=True, help="the run directory to create"
     )
@@ -110,7 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    return {"ls": ls, "show": show, "verify": verify, "diff": diff, "export": export, "import": bring}[args.what](args)
+    if args.what == "import":
+        from portatrain.commands.ckpt_import import bring
+
+        return bring(args)
+    return {"ls": ls, "show": show, "verify": verify, "diff": diff, "export": export}[args.what](args)
 
 
 def ls(args: argparse.Namespace) -> int:
@@ -322,50 +327,6 @@ def load_recipe_file(path: Path | str, given: str | None) -> None:
             with contextlib.suppress(UserError):
                 load_recipe(recipe, cwd=Path(cwd))
                 return
-
-
-def bring(args: argparse.Namespace) -> int:
-    from checkpoints_format import LocalStore
-    from portatrain.checkpoint.interop.export_import import import_from
-    from portatrain.checkpoint.locations import step_name
-    from portatrain.commands import options
-    from portatrain.runs.commits import BEGUN_FROM
-    from portatrain.runs.run_dir import RunDir
-
-    recipe, folder = options.resolved_recipe(args), Path(args.run_dir)
-    made = not folder.exists()
-    if not made and any(folder.iterdir()):
-        raise UserError(
-            f"run directory {folder}",
-            expected="an unused name",
-            got="a folder that is not empty",
-            do="Choose another name; nothing in it was changed.",
-        )
-    run = RunDir(folder)
-    run.check(recipe)
-    try:
-        # A run whose import was killed has run.json and no checkpoint, so that `train` does not take it for a new one.
-        run.create(recipe, **{BEGUN_FROM: {"format": args.format, "path": str(args.source.absolute())}})
-        step = import_from(
-            args.source,
-            args.format,
-            recipe,
-            lambda step: LocalStore(folder / "checkpoints" / step_name(step), create=True),
-            accept_drift=args.accept_drift is not None,
-        )
-    except BaseException:  # without its checkpoint, the run would start from random weights
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        (folder / "run.json").unlink(missing_ok=True)
-        if made:
-            with contextlib.suppress(OSError):  # somebody put a file there
-                folder.rmdir()
-        raise
-    words = ["portatrain", "train", args.recipe, "--run-dir", str(args.run_dir)]
-    words += [word for override in args.overrides for word in ("--set", override)]
-    if args.accept_drift is not None:
-        words += ["--accept-drift", args.accept_drift]
-    print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")
-    return 0
 
 
 def _size(nbytes: float) -> str:

@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
 def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
     """Return the recipe for `path`: the template of `model`, reading `data` from `paths`."""
-    text = _named("own_images.py" if (model, data) == ("own", "images") else FILES[model], path)
+    text = named("own_images.py" if (model, data) == ("own", "images") else FILES[model], path)
     if data == "images" and paths:
         raise UserError(
             "--paths",
@@ -112,12 +112,12 @@ def _fine_tune(args: argparse.Namespace, path: Path) -> int:
             got=" ".join(f"--{name} {getattr(args, name)}" for name in ("model", "data") if getattr(args, name)),
             do="Leave them out; --paths names your texts.",
         )
-    _write(path, text_of(_named("finetune.py", path), args.source, args.paths))
+    _write(path, text_of(named("finetune.py", path), args.source, args.paths))
     print(f"{path}: fine-tune {args.source}\n\n  launch --cluster local {path}\n  portatrain show {path}")
     return 0
 
 
-def _named(template: str, path: Path) -> str:
+def named(template: str, path: Path) -> str:
     """Return a template with the name of the recipe in the file `path`."""
     if path.suffix != ".py":
         raise UserError(f"file {path}", expected="a name that ends in .py", got=repr(path.name), do=f"Use {path}.py.")

@@ -1,4 +1,4 @@
-"""The recipe that a folder of transformers implies, for `portatrain init --from`."""
+"""The recipe that a folder of transformers implies, for `portatrain init --from` and `portatrain ckpt import`."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ LONGEST = 1024
 """Tokens of a sample, if the model takes longer texts."""
 
 
-def recipe_text(template: str, folder: Path, paths: Sequence[str]) -> str:
+def recipe_text(template: str, folder: Path, paths: Sequence[str], *, imported: bool = False) -> str:
     """Return `template` with the sizes of the model in `folder`, its tokenizer, and the texts in `paths`.
+
+    imported: the run has the weights already, so the recipe does not begin with those of the folder.
 
     Raises:
         UserError: no config.json, a model that no family computes, or no tokenizer for texts.
@@ -39,6 +41,11 @@ def recipe_text(template: str, folder: Path, paths: Sequence[str]) -> str:
     imports = "".join(f"from {name} import {', '.join(sorted(classes[name]))}\n" for name in sorted(classes))
     old_data = template[template.index("# Data:") : template.index("\n\n\ndef recipe")]
     text = template.replace(before, imports).replace(old_data, f"{about}\nDATA = {data}")
+    if imported:
+        about = "# A folder of transformers; each process reads its own ranges of the .safetensors files.\n"
+        text = text.replace("        init=INIT,\n", "").replace(
+            about, "# The folder of transformers, for its tokenizer.\n"
+        )
     return text.replace('INIT = "FOLDER"', f"INIT = {_quoted(str(folder.absolute()))}").replace(
         "MODEL = DecoderConfig(vocab=256, embed=64, layers=2, heads=4)", f"MODEL = {model}"
     )

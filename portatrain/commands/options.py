@@ -12,13 +12,13 @@ from portatrain.system.paths import place
 from portatrain.system.urls import is_remote
 
 
-def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add RECIPE and --set."""
+def add_recipe(parser: argparse.ArgumentParser, *, required: bool = True, default: str = "") -> None:
+    """Add RECIPE and --set. default: what is taken without RECIPE, in words."""
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
         nargs=None if required else "?",
-        help="a Python file, or the name of a shipped recipe (tiny-lm)",
+        help=f"a Python file, or the name of a shipped recipe (tiny-lm){f' (default: {default})' if default else ''}",
     )
     parser.add_argument(
         "--set",

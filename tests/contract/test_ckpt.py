@@ -329,6 +329,12 @@ BAD: dict[str, Callable[[Path, Path], list[str]]] = {
         "--from",
         "dcp",
     ],
+    "import without a recipe of a folder without a config.json": lambda run, tmp: [
+        *("import", str(_foreign(tmp / "e")), "--run-dir", str(tmp / "r"), "--from", "huggingface")
+    ],
+    "import without a recipe of a format that names no model": lambda run, tmp: [
+        *("import", str(_foreign(tmp / "e")), "--run-dir", str(tmp / "r"), "--from", "dcp")
+    ],
     "import into a run": lambda run, tmp: [
         "import",
         str(_foreign(tmp / "e")),

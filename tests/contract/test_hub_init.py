@@ -17,6 +17,7 @@ from portatrain.cli import main
 from portatrain.errors import UserError
 from portatrain.model.lora import LoRA
 from portatrain.recipe import Recipe, load_recipe
+from portatrain.runs.run_dir import RunDir
 from recipes.models.gemma import GemmaConfig
 from tests.support.hub_models import made, ours
 from tests.support.running import BACKENDS, everything
@@ -88,6 +89,37 @@ def test_a_folder_of_another_model_leaves_no_run(
     assert main(words) == 2
     told = capsys.readouterr().err
     assert "gemma3_text" in told and "Traceback" not in told and not (tmp_path / "run" / "run.json").exists()
+
+
+def test_an_import_finds_the_recipe_in_config_json(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, words = (
+        tmp_path / "tuned",
+        ["--from", "huggingface", "--set", "schedule.warmup=0", "--set", "batch=2", "--set", "steps=1"],
+    )
+    assert main(["ckpt", "import", str(folder), "--run-dir", str(run), *words]) == 0
+    told = capsys.readouterr().out
+    assert f"{run / 'recipe.py'}: the recipe that config.json implies, a GemmaConfig of recipes.models.gemma" in told
+    assert f"portatrain init my_recipe.py --from {folder}" in told
+    recipe = load_recipe(str(run / "recipe.py"))
+    assert (recipe.name, recipe.init, recipe.model) == ("tuned", None, ours(folder)[0].model)
+    # The command that it prints goes on from these weights, with the fields that were set.
+    command = told.strip().rpartition("Continue with: portatrain ")[2].split()
+    assert main([*command, "--backend", BACKENDS[-1]]) == 0
+    (resumed,) = RunDir(run).events("resumed")
+    assert resumed["verdict"] == "imported" and len(RunDir(run).curve()) == 1
+
+    other = tmp_path / "granite"
+    other.mkdir()
+    (other / "config.json").write_text(json.dumps({**CONFIG, "model_type": "granite"}))
+    assert main(["ckpt", "import", str(other), "--run-dir", str(tmp_path / "none"), "--from", "huggingface"]) == 2
+    assert "model_type 'granite': expected one of" in capsys.readouterr().err and not (tmp_path / "none").exists()
+    # Weights that are not of its config.json: neither the recipe nor the directory stays.
+    (other / "config.json").write_text(json.dumps({**CONFIG, "vocab_size": 300}))
+    (other / "model.safetensors").symlink_to(folder / "model.safetensors")
+    assert main(["ckpt", "import", str(other), "--run-dir", str(tmp_path / "none"), "--from", "huggingface"]) == 2
+    assert "other shapes" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_texts_without_a_tokenizer_are_refused(folder: Path, tmp_path: Path) -> None:
