@@ -4,7 +4,8 @@ The supervisor takes the claim, so that only one of several acceptable jobs runs
 to them, and decides what follows by the record and the exit code of an attempt:
 
     0 and DONE       the run is over
-    85               the run is saved: requeue the job if the scheduler preempted it; if a user ended it, do not
+    85               the run is saved: requeue the job if the scheduler preempted it; if a user ended it, do not; if it
+                     went back before a spike, start another attempt
     2                a user's mistake: the run is over, with no second try
     anything else    a failure, also of storage (75): start another attempt, until --max-restarts attempts in a row
                      brought no new commit
@@ -138,6 +139,10 @@ class Supervisor:
                     continue
                 if not self.asked:
                     return code if code > 0 else FAILED, "failed"
+            elif not self.asked and outcome == Kind.WENT_BACK:
+                if self.runtime.restarts:
+                    continue
+                return RESUMABLE, "preempted"
             elif not self.asked and outcome == "preempted":
                 # The processes of the attempt received a request to stop and this process did not: it was a notice of
                 # the cloud, or a signal that somebody sent to them directly.
@@ -180,7 +185,7 @@ class Supervisor:
     def _attempt(self, attempt: Attempt) -> tuple[int, str, str]:
         """Run an attempt; return (exit code, outcome, reason).
 
-        The outcome is 'done', 'preempted', 'stopped', 'cancelled', 'failed' or 'hung'.
+        The outcome is 'done', 'preempted', 'stopped', 'cancelled', 'went_back', 'failed' or 'hung'.
         """
         where = {"job": self.job.number, "engine": self.job.engine, "cluster": self.job.cluster, "host": host_name()}
         engine = launcher(self.job.engine)
@@ -239,6 +244,8 @@ class Supervisor:
         if self.asked or code in (RESUMABLE, INTERRUPTED):
             ends = [e.get("status") for e in of_kind(events, Kind.END)]
             if ends or code == RESUMABLE:
+                if ends and ends[-1] == Kind.WENT_BACK:
+                    return Kind.WENT_BACK.value, ""
                 return ("stopped" if ends and ends[-1] in ("stopped", "interrupted") else "preempted"), ""
             return "preempted", "it was ended before it could record a reason"
         how = f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -209,7 +209,7 @@ RECIPE = {
     "remat": "remat=dots",
     "clip_norm": "clip_norm=none",
     "max_skips": "max_skips=0",
-    "spikes": "spikes=Spikes spikes.window=64",
+    "spikes": "spikes=Spikes spikes.window=64 spikes.action=rewind",
     "referee": "referee=Referee referee.every=50 referee.by=cpu",
     "trainable": "trainable=blocks/*",
     "frozen": "frozen=embed/*",

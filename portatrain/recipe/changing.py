@@ -86,6 +86,7 @@ ROWS = (
     Row(owner="Recipe", fields="hooks", kind=Kind.FREE, why="hooks run between steps"),
     Row(owner="Recipe", fields="referee", kind=Kind.FREE, why="computes steps again, and changes none"),
     Row(owner="Referee", fields="every by", kind=Kind.FREE, why="see referee of Recipe"),
+    Row(owner="Spikes", fields="max_rewinds", kind=Kind.FREE, why="decides when a run gives up, and no step"),
     Row(owner="Recipe", fields="max_skips", kind=Kind.FREE, why="decides when a run gives up, and no step"),
     Row(
         owner="Recipe",
@@ -156,7 +157,7 @@ ROWS = (
             ("Adafactor", "lr weight_decay decay_rate clip eps1 eps2 relative"),
             ("Muon", "lr weight_decay momentum nesterov coefficients eps adamw"),
             ("LoRA", "rank alpha targets"),
-            ("Spikes", "window least loss grad_norm"),
+            ("Spikes", "window least loss grad_norm action before after"),
         )
     ),
     *(

@@ -99,8 +99,8 @@ class Recipe:
     """Maximum number of steps that an attempt may skip because the loss or the gradient is not finite, or is a spike;
     one more ends it with an error."""
     spikes: Spikes | None = config.added_later(None)  # noqa: RUF009
-    """The rule for steps with a loss or a gradient norm far above those before it: their update is skipped. None: only
-    steps that are not finite are skipped."""
+    """The rule for steps with a loss or a gradient norm far above those before it: their update is skipped, or the run
+    goes back and leaves their samples out. None: only steps that are not finite are skipped."""
 
     referee: Referee | None = config.added_later(None)  # noqa: RUF009
     """How often a step is computed a second time, on another device, to find devices that compute wrong numbers. None:
@@ -324,7 +324,9 @@ class Recipe:
     @property
     def retention(self) -> Retention:
         """The rule for keeping checkpoints."""
-        return Retention(last=self.checkpoint_keep, every=self.checkpoint_keep_every, best=self.checkpoint_keep_best)
+        back = self.spikes.before if self.spikes is not None else 0
+        last, every, best = self.checkpoint_keep, self.checkpoint_keep_every, self.checkpoint_keep_best
+        return Retention(last=last, every=every, best=best, back=back)
 
     def describe(self) -> Definition:
         """Build the model, with its LoRA factors if any, and return its tensors in the dtypes of ``precision``."""

@@ -1,4 +1,5 @@
-"""The rule for keeping checkpoints: the newest k, every n-th step, the best by a metric. Nothing here deletes any."""
+"""The rule for keeping checkpoints: the newest k, every n-th step, the best by a metric, and one to go back to. Nothing
+here deletes any."""
 
 from __future__ import annotations
 
@@ -24,6 +25,11 @@ class Retention:
     best: str | None = None
     """Also keep the best checkpoint by 'min:NAME' or 'max:NAME', with NAME a metric of the evaluation after the
     checkpoint's step. A checkpoint without such an evaluation does not count. None: no others."""
+    back: int = 0
+    """To go back to: also keep the newest checkpoint that is at least this many steps older than the newest one, and
+    the oldest one that is not, which takes its place in time. 0: no others."""
+    floor: int = 0
+    """A run does not go back behind this step: checkpoints before it do not count for ``back``."""
 
     def __post_init__(self) -> None:
         if self.best is not None:
@@ -50,6 +56,10 @@ class Retention:
         """
         ordered = sorted(steps)
         keep = set(ordered[-self.last :])
+        if self.back and ordered:
+            able = [s for s in ordered if s >= self.floor]
+            old = [s for s in able if s <= ordered[-1] - self.back]
+            keep |= {*old[-1:], *able[len(old) :][:1]}
         if self.every is not None:
             keep |= {s for s in ordered if s % self.every == 0}
         if self.best is not None:

@@ -6,8 +6,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from portatrain.config import check_types
+from portatrain.config import added_later, check_types
 from portatrain.errors import UserError
 
 LAG = 2
@@ -24,7 +25,8 @@ Seen = tuple[int, float, float]
 
 @dataclass(frozen=True, kw_only=True)
 class Spikes:
-    """Skip the update of a step with a loss, or a gradient norm, far above those of the steps before it.
+    """Skip the update of a step with a loss, or a gradient norm, far above those of the steps before it; or go back to
+    the last checkpoint before it and leave its samples out.
 
     Over the last ``window`` steps that had an update, without the newest one, let m be the median and d the median of
     abs(x - m). A step is a spike if its value is above m + width * max(1.4826 d, 0.01 abs(m)). For normal numbers,
@@ -46,6 +48,17 @@ class Spikes:
     """The width for the loss, in deviations. None: the loss is not judged."""
     grad_norm: float | None = 6.0
     """The width for the gradient norm, in deviations. None: the norm is not judged."""
+    action: Literal["skip", "rewind"] = added_later("skip")
+    """skip: the step changes nothing, and the next one takes the next samples. rewind: the run goes back to a
+    checkpoint before the step, leaves its samples out (``leave_out`` of the recipe), and trains on; a step that is not
+    finite is then a spike, too."""
+    before: int = added_later(0)
+    """Number of steps before a spike whose samples a rewind leaves out as well, at least 0."""
+    after: int = added_later(0)
+    """Number of steps after a spike whose samples a rewind leaves out as well, at least 0."""
+    max_rewinds: int = added_later(10)
+    """Maximum number of rewinds without a checkpoint behind the spike before; one more spike ends the run with an
+    error, at least 1."""
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -55,6 +68,11 @@ class Spikes:
             self._refuse("window", "at least 4 steps", "A usual window is 128.")
         if not 4 <= self.least <= self.window:
             self._refuse("least", f"from 4 to window={self.window}", "A usual choice is half of the window.")
+        for name, least in (("before", 0), ("after", 0), ("max_rewinds", 1)):
+            if getattr(self, name) < least:
+                self._refuse(name, f"an integer of at least {least}", "Use a larger number.")
+        if self.action == "skip" and (self.before or self.after):
+            self._refuse("action", "rewind, since before and after are of a rewind", "Use action=rewind.")
         for name in ("loss", "grad_norm"):
             if (width := getattr(self, name)) is not None and not 0 < width < math.inf:
                 self._refuse(name, "a number above 0, or none", "A usual width is 6.")

@@ -52,6 +52,13 @@ class Change:
     unix_s: float = 0.0
     before: Mapping[str, Any] = field(default_factory=dict)
     """The recipe before it, as JSON."""
+    rewound_from: int | None = None
+    """The step of the spike for which the run went back to `step`; None for any other change."""
+
+    @property
+    def leaves_out(self) -> bool:
+        """True if it changes nothing but the samples that later steps leave out."""
+        return {name.split(".")[0] for name in self.fields} == {"leave_out"}
 
 
 def parent_of(info: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -103,6 +110,8 @@ def _checked(path: Path, row: object) -> Change:
             raise ValueError("'recipe_sha256' of a change is no text")
         row["unix_s"] = typed.bounded(row.get("unix_s", 0.0), "unix_s", typed.LATEST_S)
         typed.whole(row["recipe"], "steps")
+        if row.get("rewound_from") is not None:
+            typed.whole(row, "rewound_from")
         return Change(**{f.name: row[f.name] for f in fields_of(Change) if f.name in row})
     except (ValueError, TypeError) as error:
         raise typed.damaged(path, error) from error
@@ -134,8 +143,15 @@ def saved_under(folder: Path, step: int, meta: Mapping[str, Any]) -> Mapping[str
 
 
 def last_decided(folder: Path) -> int:
-    """Return the step of the last change of the trajectory; 0 if there was none."""
-    return max((change.step for change in of(folder) if change.decides), default=0)
+    """Return the step of the last change of the trajectory; 0 if there was none.
+
+    A change that only leaves samples out does not count, unless the run began with it: the steps before it are those of
+    a run that left them out from its first step.
+    """
+    forked = parent_of(typed.run_info(folder / "run.json")) is not None
+    found = of(folder)
+    decided = (one.step for i, one in enumerate(found) if one.decides and (not one.leaves_out or (forked and not i)))
+    return max(decided, default=0)
 
 
 def settled(folder: Path, asked: Recipe) -> Recipe:
@@ -209,6 +225,8 @@ def rows_with(folder: Path, change: Change) -> dict[str, Any]:
     """Return the content of changes.json with one more change."""
     there = _rows(folder / NAME)
     row = {name: value for name, value in asdict(change).items() if name != "before"}
+    if change.rewound_from is None:
+        del row["rewound_from"]
     return {"changes": [*there, row]}
 
 
@@ -282,7 +300,8 @@ def pending(folder: Path, meta: Mapping[str, Any], recipe: Recipe, *, asked: Cha
     if at is None:
         return None
     since = changes[at:]
-    late = next((one for one in since if one.decides and one.step != step), None)
+    # One that only leaves later samples out can be met before its step, too.
+    late = next((c for c in since if c.decides and c.step != step and not (c.leaves_out and c.step > step)), None)
     if late is not None:
         raise UserError(
             f"run directory {folder.name}",

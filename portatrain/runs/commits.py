@@ -11,7 +11,7 @@ from portatrain.errors import StorageError, UserError
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
 
-AT_STEP = (Kind.COMMITTED, Kind.RESUMED, Kind.STOPPED, Kind.INTERRUPTED, Kind.PREEMPTED)
+AT_STEP = (Kind.COMMITTED, Kind.RESUMED, Kind.STOPPED, Kind.INTERRUPTED, Kind.PREEMPTED, Kind.WENT_BACK)
 """The events that say that there was a commit of their step when they were written."""
 
 BEGUN_FROM = "begun_from"
@@ -41,7 +41,7 @@ def newest_recorded(run: RunDir) -> Recorded | None:
         for event in reversed(rows):
             kind, step = event.get("event"), event.get("step")
             if kind in AT_STEP and isinstance(step, int):
-                return Recorded(step=step, attempt=number)
+                return None if kind == Kind.WENT_BACK and not step else Recorded(step=step, attempt=number)
             if kind == Kind.LEFT and isinstance(event.get("committed"), int) and not (seen and seen.attempt):
                 seen = Recorded(step=event["committed"], attempt=number)  # what the supervisor saw by names
     return seen

@@ -62,6 +62,9 @@ class Kind(StrEnum):
     SPIKE = "spike"
     """The update of a step was skipped because its loss or gradient norm was above the limits of the recipe's `spikes`;
     with both limits, and its samples as [first, one after the last]."""
+    WENT_BACK = "went_back"
+    """The run went back to the checkpoint of `step`, because of a spike, and leaves its samples out; with the step of
+    the spike and the samples as [first, one after the last]. The attempt ends, and another one goes on."""
     AGREED = "referee_agreed"
     """A step was computed a second time, and all agreed; with what computed it, and the seconds that it took."""
     DISAGREED = "referee_disagreed"
@@ -122,7 +125,8 @@ def comes_back(events: Sequence[Event]) -> bool:
 
 
 def how_it_ended(events: Sequence[Event]) -> str:
-    """Return how an attempt ended: 'done', 'preempted', 'stopped', 'interrupted', 'cancelled', 'failed' or 'hung'.
+    """Return how an attempt ended: 'done', 'preempted', 'stopped', 'interrupted', 'cancelled', 'went_back', 'failed' or
+    'hung'.
 
     The supervisor's event takes precedence over the attempt's own; '' if there is neither.
     """

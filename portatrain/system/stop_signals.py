@@ -112,6 +112,19 @@ class StopSignals:
                     self._first_s = time.monotonic()
                 self.asked = kind
 
+    def agreed(self, agree: Callable[[int], int], *, save: bool = False) -> str | None:
+        """Return the action that all processes take now: None, "save" if one of them passes `save`, or a stop request.
+
+        One exchange per step decides both: `agree` returns the largest number of all processes. A stop request
+        (`STRENGTHS`) outranks a save, because a stop saves as well. A request that arrives during the exchange counts
+        in the next one.
+        """
+        kinds = (None, "save", *STRENGTHS[1:])
+        found = kinds[agree(kinds.index("save" if save and self.asked is None else self.asked))]
+        if found != "save":
+            self.strengthen(found)
+        return found
+
     @contextmanager
     def staying(self) -> Iterator[None]:
         """Delay an immediate exit while entered, so that the record of the exit is complete."""

@@ -47,6 +47,11 @@ class SpikeGuard:
         """Return the keyword arguments of the backend's `step`."""
         return {} if self._rule is None else {"limits": self.limits(step)}
 
+    @property
+    def rewinds(self) -> bool:
+        """True if the run goes back before a spike."""
+        return self._rule is not None and self._rule.action == "rewind"
+
     def add(self, step: int, loss: float, norm: float, *, skipped: bool) -> Limits | None:
         """Note the result of a step; return its limits if it is a spike."""
         if self._rule is None:
@@ -54,7 +59,9 @@ class SpikeGuard:
         if not skipped:
             self._seen.append((step, loss, norm))
             return None
-        return self.limits(step) if math.isfinite(loss) and math.isfinite(norm) else None
+        limits = self.limits(step)
+        judged = self.rewinds and any(map(math.isfinite, limits))  # then one that is not finite is beyond, too
+        return limits if judged or (math.isfinite(loss) and math.isfinite(norm)) else None
 
     def meta(self) -> dict[str, Any]:
         """Return what a checkpoint keeps."""

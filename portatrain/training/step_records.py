@@ -19,6 +19,7 @@ from portatrain.training.hook_calls import HookCalls
 from portatrain.training.metrics import RunInfo, StepRecord
 from portatrain.training.metrics.broadcast import Broadcast
 from portatrain.training.metrics.flops import Peak, mfu
+from portatrain.training.rewind import Spike
 from portatrain.training.spike_guard import SpikeGuard
 from portatrain.training.statistics import flat
 from portatrain.training.view import TrainingView
@@ -31,6 +32,14 @@ def _layers(found: Mapping[str, Any], step: int) -> dict[str, Any]:
     """Return the metrics of layers as lists, if they are due at this step."""
     n = sum(math.prod(value.shape) for value in found.values())
     return {k: _rounded(v.tolist()) for k, v in found.items()} if n and step % -(-n // NUMBERS) == 0 else {}
+
+
+def _above(*values: tuple[str, float, float]) -> str:
+    """Return the values, given as (name, value, limit), that are above their limits or not finite, in words."""
+    found = [
+        f"{name} {x:.6g} above {most:.6g}" if x > most else f"{name} {x}" for name, x, most in values if not x <= most
+    ]
+    return " and ".join(found)
 
 
 def _rounded(x: Any) -> Any:
@@ -74,7 +83,8 @@ class StepRecords:
 
         statistics: norms that were measured before the step; without any, those of the result.
 
-        Raises UserError if more than `max_skips` steps were skipped, or if the replay finds another curve.
+        Raises UserError if more than `max_skips` steps were skipped, or if the replay finds another curve; Spike if the
+        run is to go back before this step.
         """
         loss, norm, skipped = float(result.loss), float(result.grad_norm), bool(int(result.skipped))
         now_s = time.perf_counter()
@@ -131,6 +141,8 @@ class StepRecords:
         else:
             known = {"loss_limit": limits[0], "grad_norm_limit": limits[1]}
             self._sinks.event(Kind.SPIKE, **counted, **known, samples=list(self._recipe.numbers_of(step)))
+            if self.guard.rewinds:
+                raise Spike(step, _above(("loss", loss, limits[0]), ("gradient norm", norm, limits[1])))
         if len(self.skipped) > self._recipe.max_skips:
             raise UserError(
                 f"step {step} of {self._recipe.name}",

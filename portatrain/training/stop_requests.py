@@ -8,6 +8,7 @@ with StopRequests(attempt, ..., sinks=sinks) as stop:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -59,15 +60,16 @@ class StopRequests:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+        self.signals.on_asked = self.signals.on_leaving = lambda what: None  # nobody records it any more
 
     @property
     def asked(self) -> str | None:
         """The strongest request received here or agreed on by all processes: 'interrupt', 'preempt' or None."""
         return self.signals.asked
 
-    def strengthen(self, kind: str | None) -> None:
-        """Adopt the request that all processes have agreed on, unless this process has received a stronger one."""
-        self.signals.strengthen(kind)
+    def agreed(self, agree: Callable[[int], int], *, save: bool = False) -> str | None:
+        """Return the action that all processes take now, as `StopSignals.agreed`."""
+        return self.signals.agreed(agree, save=save)
 
     @property
     def trained(self) -> bool:

@@ -7,6 +7,7 @@ exit_code = trainer.run()
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import time
 from collections.abc import Mapping
@@ -25,9 +26,9 @@ from portatrain.recipe import Recipe
 from portatrain.runs.attempt import Attempt, NullAttempt
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
+from portatrain.system import environment
 from portatrain.system.exit_codes import INTERRUPTED, OK, RESUMABLE
 from portatrain.system.memory import peak_rss_bytes
-from portatrain.system.stop_signals import STRENGTHS
 from portatrain.training import continuity, profiling
 from portatrain.training.arrival import check_before
 from portatrain.training.begin import begin, info_of, probable_mistakes
@@ -41,6 +42,7 @@ from portatrain.training.open_data import data_of, rows_here
 from portatrain.training.options import TrainOptions as TrainOptions
 from portatrain.training.profiling import Profile, StepRange
 from portatrain.training.referee import StepReferee
+from portatrain.training.rewind import Rewind, Spike, go_back, kept
 from portatrain.training.saves import Saves
 from portatrain.training.start_times import StartTimes
 from portatrain.training.statistics import Statistics
@@ -51,11 +53,20 @@ from portatrain.training.view import TrainingView
 def train(recipe: Recipe, run: RunDir, **options: Any) -> int:
     """Train `recipe` in `run`, from its newest checkpoint. `options` are the fields of `TrainOptions`.
 
+    An attempt that goes back before a spike is followed by another one: here, or by the supervisor that started it.
+
     Returns the exit code: 0 done, 85 saved to be resumed, 130 interrupted and saved.
 
     Raises UserError for options that conflict, before anything is written, and later if losses stay non-finite.
     """
-    return Trainer(recipe, run, TrainOptions(**options)).run()
+    while True:
+        trainer = Trainer(recipe, run, TrainOptions(**options))
+        code = trainer.run()
+        if trainer.rewound is None or environment.CLAIM.get():
+            return code
+        recipe = trainer.rewound.recipe
+        del trainer
+        gc.collect()  # there may be memory for one state
 
 
 class Trainer:
@@ -90,6 +101,8 @@ class Trainer:
         self.state: Any = None
         self.step = 0
         """The number of steps trained so far."""
+        self.rewound: Rewind | None = None
+        """Where another attempt goes on, if this one ended before a spike."""
         self._begun = False
         self._status, self._told = "failed", False
         """The status at the end of the attempt, and True if its sinks have been started."""
@@ -156,7 +169,7 @@ class Trainer:
         """Run the attempt from restore to last save; set `_status` and `_summary`."""
         self.checkpoints = Checkpoints(
             self.run_dir.checkpoints(self.options.checkpoints),
-            keep=self.recipe.retention,
+            keep=kept(self.recipe, self.run_dir, self.backend),
             save_name=f"a{attempt.number}",
             process=self.backend.process,
             processes=self.backend.processes,
@@ -187,25 +200,50 @@ class Trainer:
         if beyond := self.checkpoints.beyond_bytes(self.backend, self.state):
             self.event(Kind.SAVES_EXCEED_MEMORY, training_waits_for_gib_written=round(beyond / 2**30, 3))
         self.hooks.call("on_start")
-        self._loop(Profile(self._profiled, self.backend, attempt.folder, self.step, self.event))
-        self._stop.at("save", self.step)
-        self._save(last=True)
-        self.checkpoints.wait()
-        self._saves.tell_commits()
+        try:
+            self._loop(Profile(self._profiled, self.backend, attempt.folder, self.step, self.event))
+        except Spike as spike:
+            self._rewind(attempt, spike)
+        else:
+            self._stop.at("save", self.step)
+            self._save(last=True)
+            self.checkpoints.wait()
+            self._saves.tell_commits()
         self.backend.agree(0)  # end together: a launcher may kill the other processes after the first exit
         self._stop.at("eval", self.step)
-        self._summary = self._finish() if self.step == self.recipe.steps else self._results()
+        over = self.rewound is None and self.step == self.recipe.steps
+        self._summary = self._finish() if over else self._results()
         # If the request came during the final evaluation, the run is not done: the next attempt only evaluates.
         stop_requested = self._stop_requested()
-        if stop_requested is None and self.step == self.recipe.steps:
+        if stop_requested is None and over:
             attempt.finish({"status": "done", **self._summary})
             self._status, self._stop.signals.finished = "done", True
         else:
             preempted = Kind.CANCELLED if self._stop.cancelled else Kind.PREEMPTED
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": preempted}
-            self._status = str(ends.get(stop_requested or "", Kind.STOPPED))
-            self.event(self._status, step=self.step, of=self.recipe.steps)
+            if stop_requested is not None:
+                self.rewound = None  # no attempt follows at once
+            self._status = str(ends.get(stop_requested or "", Kind.WENT_BACK if self.rewound else Kind.STOPPED))
+            if self.rewound is None:  # otherwise that event is there
+                self.event(self._status, step=self.step, of=self.recipe.steps)
             attempt.write("summary.json", {"status": self._status, **self._summary})
+
+    def _rewind(self, attempt: Attempt | NullAttempt, spike: Spike) -> None:
+        """Record that the run goes back before `spike`; the step of this attempt is then the one to go on from."""
+        self._stop.at("save", self.step)
+        self.state = self._pending = None
+        self.checkpoints.wait()
+        self._saves.tell_commits()
+        self.rewound = go_back(
+            spike,
+            self.recipe,
+            self.data.train.check_end,
+            self.backend,
+            self.run_dir,
+            attempt,
+            self.checkpoints.location,
+        )
+        self.step, self._stop.trained = self.rewound.step, False
 
     def _end(self, attempt: Attempt | NullAttempt) -> None:
         """Report the end of the attempt to the sinks, or only to its record if they have not been started."""
@@ -228,22 +266,8 @@ class Trainer:
 
     def _stop_requested(self) -> str | None:
         """Return the strongest stop request of all processes, or None; all processes stop after the same step."""
-        agreed = self._agreed()
+        agreed = self._stop.agreed(self.backend.agree)
         return None if agreed == "save" else agreed
-
-    def _agreed(self, *, save: bool = False) -> str | None:
-        """Return the action that all processes take now: None, "save" if one of them passes `save`, or a stop request.
-
-        One exchange per step decides both. A stop request (`STRENGTHS`) outranks a save, because a stop saves as well.
-        A request that arrives during the exchange counts in the next one.
-        """
-        kinds = (None, "save", *STRENGTHS[1:])
-        stop_requested = self._stop.asked
-        wanted = "save" if save and stop_requested is None else stop_requested
-        agreed = kinds[self.backend.agree(kinds.index(wanted))]
-        if agreed != "save":
-            self._stop.strengthen(agreed)
-        return agreed
 
     def _loop(self, profile: Profile) -> None:
         recipe = self.recipe
@@ -272,7 +296,8 @@ class Trainer:
                     self._start.mark("first_batch")
                 self._stop.at("agree", step)
                 # The clock of process 0 decides for all processes.
-                agreed = self._agreed(save=not self.backend.process and self._saves.due(self.step))
+                due = not self.backend.process and self._saves.due(self.step)
+                agreed = self._stop.agreed(self.backend.agree, save=due)
                 if agreed == "save":
                     self._record_pending()
                     self._stop.at("save", self.step)
@@ -343,7 +368,9 @@ class Trainer:
         if effect is not None:
             self.event(Kind.CHANGE_MEASURED, step=self.step, **effect)
         self._saves.saved = self.step
-        self._steps.restore(reader.meta, changed=effect is not None)
+        # To leave later samples out does not make the window of steps before them another one.
+        decides = effect is not None and {name.split(".")[0] for name in found["fields"]} != {"leave_out"}
+        self._steps.restore(reader.meta, changed=decides)
         if found["verdict"] == "unproven" and bounds is not None:
             self._steps.replay = continuity.Replay.of(self.run_dir.curve(), self.step, bounds.replay)
         self._judge(self.step, found)

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +18,7 @@ from portatrain.runs.run_dir import RunDir
 from portatrain.system.stop_signals import StopSignals
 from portatrain.training import save_timer
 from portatrain.training.save_timer import SaveTimer
-from portatrain.training.trainer import Trainer, train
+from portatrain.training.trainer import train
 from tests.support.running import BACKENDS
 from tests.support.short_runs import losses, small
 from tests.support.small_recipe import make
@@ -74,8 +73,7 @@ def test_process_0_decides_and_a_stop_comes_first() -> None:
         for asked, save in processes:
             stop, mine = StopSignals(), []
             stop.asked = asked
-            backend = SimpleNamespace(agree=lambda value, mine=mine, most=largest: mine.append(value) or most)
-            found = Trainer._agreed(SimpleNamespace(_stop=stop, backend=backend), save=save)  # type: ignore[arg-type]
+            found = stop.agreed(lambda value, mine=mine, most=largest: mine.append(value) or most, save=save)
             assert len(mine) == 1 and mine[0] <= largest  # one exchange
         assert found == all_do
         assert stop.asked == (all_do if all_do != "save" else None)

@@ -28,6 +28,8 @@ def pair(index: int) -> tuple[np.ndarray, float]:
 @dataclass(frozen=True, kw_only=True)
 class Points(DataSpec):
     outliers: tuple[int, ...] = ()
+    by: str = "40"
+    """What is added to the y of an outlier."""
     version: str = "1"
 
     def __len__(self) -> int:
@@ -35,7 +37,7 @@ class Points(DataSpec):
 
     def sample(self, index: int) -> dict[str, Any]:
         x, y = pair(index)
-        return {"x": x.astype(np.float32), "y": np.float32(y + 40 * (index in self.outliers))}
+        return {"x": x.astype(np.float32), "y": np.float32(y + float(self.by) if index in self.outliers else y)}
 
 
 class Linear(Module):

@@ -79,6 +79,7 @@ ARRAY_MODULES = tuple(
         "training.jury",
         "training.open_data",
         "training.referee",
+        "training.rewind",
         "training.saves",
         "training.spike_guard",
         "training.statistics",

@@ -197,6 +197,14 @@ def test_a_crash_is_only_another_attempt(monkeypatch: pytest.MonkeyPatch) -> Non
     until(ended, "the supervisor has left")
 
 
+def test_an_attempt_that_went_back_is_followed_by_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FAKE", "spike-once")
+    start("--max-restarts", "0")  # it is no failure
+    until(lambda: [a.ended for a in now().attempts] == ["went_back", "done"], "the end")
+    until(ended, "the supervisor has left")
+    assert now().attempts[1].steps == (21, 60)
+
+
 def test_a_hang_is_ended_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FAKE", "hang")
     monkeypatch.setenv("PORTATRAIN_HANG_S", "1")

@@ -36,3 +36,16 @@ def test_of_equals_the_newest_is_the_best() -> None:
 def test_a_goal_that_is_none_is_refused_with_the_recipe(best: str) -> None:
     with pytest.raises(UserError, match="min:NAME or max:NAME"):
         make(checkpoint_keep_best=best)
+
+
+@pytest.mark.parametrize("every", [1, 3, 7, 20])
+@pytest.mark.parametrize("back", [1, 5, 12])
+def test_there_is_always_one_to_go_back_to(every: int, back: int) -> None:
+    """However often a run saves, it can go back `back` steps before any step, and not much further than that."""
+    rule, there, floor = Retention(last=1, back=back, floor=9), [9], 9
+    for newest in range(9 + every, 100, every):
+        there = sorted(rule.kept([*there, newest], {}))
+        assert len(there) <= 3
+        for spike in range(newest + 1, newest + every + 1):
+            able = [step for step in there if floor <= step < max(spike - back, floor + 1)]
+            assert able and spike - max(able) <= 2 * (back + every)

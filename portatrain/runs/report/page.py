@@ -78,6 +78,8 @@ def _head(run: History) -> str:
         whole = {k: v for k, v in (last.get("metrics") or {}).items() if "/" not in k}  # those of sources: a table
         more = "".join(f", {k.replace('_', ' ')} {v:.4g}" for k, v in whole.items())
         facts.append(f"validation loss {last['loss']:.4f} at step {last.get('step', '?')}{more}")
+    if rewinds := [change for change in run.changes if change.rewound_from is not None]:
+        facts.append(counted(len(rewinds), "times back before a spike"))
     if run.skipped:
         spikes = len(run.spikes)
         if odd := len(run.skipped) - spikes:

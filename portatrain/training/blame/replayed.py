@@ -83,7 +83,12 @@ def replay_to(run: RunDir, first: int, last: int, *, most: int, tell: Tell = lam
     recipe = Recipe.from_json(changes.from_step(run.path, start))
     for step in range(start + 1, last):
         later = Recipe.from_json(changes.from_step(run.path, step))
-        if later != recipe and difference(recipe, later, start).decides:
+        if later == recipe:
+            continue
+        found = difference(recipe, later, start)
+        if set(found.fields) == {"leave_out"}:  # the steps before it are those of a run that left them out, too
+            recipe = later
+        elif found.decides:
             raise UserError(
                 f"run {run.path.name}, steps {first} to {last}",
                 expected=f"a commit of step {step}, after which the run was changed, or steps on one side of it",

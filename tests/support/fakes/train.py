@@ -69,6 +69,10 @@ def main() -> int:
                         time.sleep(3600)
                     time.sleep(STEP_S)
                     attempt.metrics({"step": step, "loss": 1 / step, "time_s": 0.0})
+                    if how == "spike-once" and step == 25 and attempt.number == 1:
+                        attempt.event("went_back", step=20, spike=25, samples=[0, 1])
+                        attempt.event("end", status="went_back")
+                        return RESUMABLE
                     if step % 20 == 0:
                         save(run, attempt, step)
                 save(run, attempt, step)
