@@ -21,6 +21,7 @@ _PUBLIC = {
     "Ops": "model.ops",
     "RopeScaling": "model.rope",
     "LoRA": "model.lora",
+    "MuP": "model.widths",
     "Recipe": "recipe",
     "Retention": "recipe.retention",
     "Hook": "training.hooks",
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from portatrain.model.module import State as State
     from portatrain.model.ops import Ops as Ops
     from portatrain.model.rope import RopeScaling as RopeScaling
+    from portatrain.model.widths import MuP as MuP
     from portatrain.recipe import Recipe as Recipe
     from portatrain.recipe.retention import Retention as Retention
     from portatrain.training.hooks import Hook as Hook
@@ -67,6 +69,7 @@ __all__ = [
     "Ops",
     "RopeScaling",
     "LoRA",
+    "MuP",
     "Recipe",
     "Retention",
     "Hook",

@@ -195,6 +195,7 @@ RECIPE = {
     "model": "model.layers=2",
     "data": "data.seq_len=64",
     "optimizer": "optimizer=Lion",
+    "parametrization": "parametrization=MuP parametrization.base={'embed':32,'heads':1,'kv_heads':1,'mlp':96}",
     "schedule": "schedule=WSD",
     "steps": "steps=1000",
     "batch": "batch=64",

@@ -1,6 +1,7 @@
 """Show every parameter of RECIPE: shape, axes, sharding, bytes per device, initialiser, trained or not, decay.
 
-With precision fp8 it also shows the weights whose matmuls are computed from 8-bit operands.
+With precision fp8 it also shows the weights whose matmuls are computed from 8-bit operands. With a parametrization it
+shows how each parameter has grown since the base width, the factor of its learning rate, and its multiplier.
 
 The mesh is that of --mesh, or the planned mesh of --cluster, or one device. A warning names each axis that no mapping
 has, such as a misspelt one, because it is not sharded. The command trains nothing and needs no framework.
@@ -18,13 +19,15 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from portatrain.commands import options
 from portatrain.errors import UserError
 from portatrain.model.fp8 import quantised_names
+from portatrain.model.layers import Attention, LatentAttention
 from portatrain.model.layout import Layout, Mesh, axis_warning, unknown_axes
-from portatrain.model.module import Constant, Init, TensorInfo
+from portatrain.model.module import Constant, Definition, Init, TensorInfo
 from portatrain.recipe import Recipe
 from portatrain.system import terminal
 from portatrain.system.text import counted
@@ -94,6 +97,9 @@ def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
                 "trains": trains,
                 "decays": trains and recipe.decays(tensor),
                 "fp8": tensor.name in low,
+                "kind": tensor.kind,
+                "lr_factor": tensor.lr,
+                "multiplier": tensor.multiplier,
             }
         )
     trained = [t for t in definition.params.values() if recipe.trains(t.name)]
@@ -104,6 +110,10 @@ def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
         "mesh": str(mesh),
         "devices": mesh.devices,
         "precision": recipe.precision,
+        "lr": recipe.optimizer.lr,
+        "parametrization": None if recipe.parametrization is None else type(recipe.parametrization).__name__,
+        "axes_since_base": _since_base(recipe, definition),
+        "attention_scales": _scales(definition) if recipe.parametrization is not None else {},
         "tensors": rows,
         "parameters": definition.parameters,
         "trained_parameters": sum(t.size for t in trained),
@@ -153,8 +163,11 @@ def _print(found: Mapping[str, Any]) -> None:
 
     console = terminal.console(180)
     in_fp8 = any(row["fp8"] for row in found["tensors"])
+    grows = found["parametrization"] is not None
     table = Table(
-        "tensor", "shape", "split over", "a device", "starts as", "dtype", "trains", "decays", *["matmuls"] * in_fp8
+        *("tensor", "shape", "split over", "a device", "starts as", "dtype", "trains", "decays"),
+        *["matmuls"] * in_fp8,
+        *["kind", "lr", "gives"] * grows,
     )
     for row in found["tensors"]:
         table.add_row(
@@ -167,6 +180,7 @@ def _print(found: Mapping[str, Any]) -> None:
             "yes" if row["trains"] else "no",
             "yes" if row["decays"] else "no",
             *["fp8" if row["fp8"] else ""] * in_fp8,
+            *[row["kind"], f"x {row['lr_factor']:.4g}", _gives(row)] * grows,
         )
     console.print(table)
     held = found["bytes_per_device"]
@@ -178,9 +192,46 @@ def _print(found: Mapping[str, Any]) -> None:
         + ", ".join(f"{name} {_size(size)}" for name, size in held.items() if size)
         + f"; together {_size(sum(held.values()))}, without activations (`portatrain plan` has those)",
     ]
+    if grows:
+        axes = found["axes_since_base"].items()
+        grown = [f"{axis} {was} -> {now}" for axis, (was, now) in axes if was != now]
+        same = [f"{axis} {now}" for axis, (was, now) in axes if was == now]
+        lines.append(
+            f"{found['parametrization']}: since the base width "
+            + (", ".join(grown) or "nothing has grown")
+            + (f"; as there: {', '.join(same)}" if same else "")
+        )
+        lines.append(f"lr x 1 is {found['lr']:.4g}; docs/start/widths.md explains the kinds")
+        lines += [f"{path}: scores of attention times {scale:.4g}" for path, scale in found["attention_scales"].items()]
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)
     if found["axis_warning"]:
         print(f"warning: {found['axis_warning']}", file=sys.stderr)
+
+
+def _gives(row: Mapping[str, Any]) -> str:
+    if row["multiplier"] == 1:
+        return ""
+    return f"x {row['multiplier']:.4g}" + (" as an output" if row["kind"] == "table" else "")
+
+
+def _since_base(recipe: Recipe, definition: Definition) -> dict[str, list[int]]:
+    """Return axis -> [size at the base width, size here], of all axes but batch axes; an axis of several sizes is left
+    out."""
+    if recipe.parametrization is None:
+        return {}
+    base = replace(recipe, model=recipe.parametrization.spec_at_base(recipe.model)).describe()
+    found: dict[str, set[tuple[int, int]]] = {}
+    for name, info in definition.params.items():
+        pairs = zip(info.axes, base.params[name].shape, info.shape, strict=True)
+        for axis, was, now in list(pairs)[info.batch_dims :]:
+            found.setdefault(axis, set()).add((was, now))
+    return {axis: list(next(iter(sizes))) for axis, sizes in found.items() if len(sizes) == 1}
+
+
+def _scales(definition: Definition) -> dict[str, float]:
+    """Return the scales of attention that differ from head_dim^-0.5, by the path of the module."""
+    found = {p: m.scale for p, m in definition.modules.items() if isinstance(m, (Attention, LatentAttention))}
+    return {path: scale for path, scale in found.items() if scale is not None}
 
 
 def _size(nbytes: int) -> str:

@@ -19,6 +19,7 @@ from portatrain.errors import UserError, choice
 from portatrain.errors.einsum import einsum_error
 from portatrain.model.fp8 import FACTORS, unquantised, with_fp8
 from portatrain.model.module import BATCH_AXES, Module, Param, children, describe
+from portatrain.model.scaled import Scaled, unscaled
 
 RANK_AXIS = "lora_rank"
 
@@ -115,15 +116,15 @@ class Adapted(Module):
 
 
 def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the method `einsum` of an `Ops` class, extended to adapted weights and to weights whose matmuls are in
-    fp8."""
+    """Return the method `einsum` of an `Ops` class, extended to adapted weights, to parameters with a multiplier and to
+    weights whose matmuls are in fp8."""
 
     @functools.wraps(einsum)
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
         if not isinstance(spec, str) or "->" not in spec or "." in spec:  # NumPy takes them, and a mesh cannot
             raise einsum_error(spec)
         for operand in operands:
-            if isinstance(operand, Adapted):
+            if isinstance(operand, (Adapted, Scaled)):
                 return operand.contracted(self.einsum, spec, operands, dtype)
         return with_fp8(self, einsum, spec, operands, dtype)
 
@@ -178,10 +179,11 @@ def factored(body: Callable[..., Any], params: tuple[Any, ...]) -> tuple[Callabl
 
 
 def not_adapted(p: Any) -> Any:
-    """Return `p`, which an operation uses that takes no adapted weight; of a weight with matmuls in fp8, the parameter.
+    """Return `p`, which an operation uses that takes no adapted weight; of a weight with matmuls in fp8 and of a table
+    with a multiplier, the parameter.
 
     Raises:
-        UserError: `p` is an adapted weight.
+        UserError: `p` is an adapted weight, or an output weight with a multiplier.
     """
     if isinstance(p, (Adapted, Factored)):
         raise UserError(
@@ -190,7 +192,7 @@ def not_adapted(p: Any) -> Any:
             got="a use in another operation",
             do="Exclude it from LoRA.targets.",
         )
-    return unquantised(p)
+    return unquantised(unscaled(p))
 
 
 def adapt(model: Module, lora: LoRA) -> Module:

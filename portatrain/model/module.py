@@ -228,6 +228,12 @@ class TensorInfo:
     """The dtype in which the value is kept between steps."""
     stack_dims: int = 0
     """The number of leading axes that belong to Stacks; torch holds one tensor per index of these."""
+    lr: float = 1.0
+    """The factor of the optimizer's learning rate for this tensor; weight decay per step does not change with it."""
+    kind: str = ""
+    """How it has grown since the base width (`portatrain.model.widths`); '' in the standard parametrization."""
+    multiplier: float = 1.0
+    """The factor of what it gives where its features are contracted."""
 
     @property
     def inputs(self) -> int:

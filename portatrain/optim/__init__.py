@@ -10,6 +10,7 @@ from portatrain.optim.base import Info as Info
 from portatrain.optim.base import Rule as Rule
 from portatrain.optim.base import Slot as Slot
 from portatrain.optim.base import decays_by_default as decays_by_default
+from portatrain.optim.base import lr_factor as lr_factor
 from portatrain.optim.clip import clip_scale as clip_scale
 from portatrain.optim.clip import global_norm as global_norm
 from portatrain.optim.declared import declared_slots as declared_slots

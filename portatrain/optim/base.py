@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from portatrain.config import check_types
 from portatrain.errors import UserError
-from portatrain.errors.users_code import line_of_method
+from portatrain.errors.users_code import line_of, line_of_method
 
 Array = Any
 """A numpy.ndarray, jax.Array, torch.Tensor or DTensor: the array type of the namespace ``xp``."""
@@ -65,6 +65,11 @@ class Info(Protocol):
         """The number of axes, after the batch axes, that the forward pass contracts; 0 for embeddings and biases."""
 
 
+def lr_factor(info: Info) -> float:
+    """Return the factor of the learning rate of a tensor: its attribute ``lr``; 1 if it has none."""
+    return getattr(info, "lr", 1.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slot:
     """One tensor of optimizer state. It starts at zero."""
@@ -85,7 +90,9 @@ class Rule:
     (Loshchilov & Hutter 2019, arXiv:1711.05101), the same for all rules::
 
         lr     = rule.lr * schedule(step, steps)
-        param' = param - step(g, p, slots, lr, t) - lr * weight_decay * param
+        param' = param - step(g, p, slots, lr * info.lr, t) - lr * weight_decay * param
+
+    ``info.lr`` is 1, except with a parametrization (``portatrain.model.widths``).
 
     Raises:
         UserError: ``lr`` is not above 0, ``weight_decay`` is below 0, or a field has the wrong type.
@@ -108,6 +115,26 @@ class Rule:
     def slots(self, info: Info) -> dict[str, Slot]:
         """Return the optimizer state of this tensor, by slot name."""
         raise TypeError(f"{type(self).__name__} does not define slots(self, info)")
+
+    def width_factor(self, info: Info, *, fan_in: float, fan_out: float, multiplier: float) -> float:
+        """Return the factor of ``lr`` with which a step changes what this tensor gives as much as at the base width.
+
+        Args:
+            info: the tensor.
+            fan_in, fan_out: the growth of its contracted and of its other axes; fan_in is 1 if it contracts none.
+            multiplier: the factor of what it gives.
+
+        Raises:
+            UserError: the rule does not say.
+        """
+        kind = type(self)
+        raise UserError(
+            f"optimizer {kind.__qualname__}{line_of(kind)}",
+            expected="a method width_factor, with parametrization=MuP",
+            got="a rule that does not say how its learning rate depends on the width",
+            do="Define it. If the size of a step does not depend on that of the gradient, as in Adam, return "
+            "1 / (fan_in * multiplier); if it is proportional to the gradient, fan_out / (fan_in * multiplier**2).",
+        )
 
     def meaning(self, slot: str) -> tuple[str, float] | None:
         """Return what a slot holds, in words, and the factor that makes it that; None if no other rule has its like.
@@ -151,8 +178,9 @@ class Rule:
 
         Results have the dtype of ``grad``, since Python numbers do not promote in NumPy 2, JAX or torch.
         """
-        lr = self.lr * scale
-        found = self.step(xp, info=info, grad=grad, param=param, slots=slots, lr=lr, count=count)
+        lr, factor = self.lr * scale, lr_factor(info)
+        mine = lr if factor == 1 else lr * factor
+        found = self.step(xp, info=info, grad=grad, param=param, slots=slots, lr=mine, count=count)
         step, new_slots = self._checked(found, info=info, grad=grad, slots=slots)
         if decay and self.weight_decay:
             step = step + (lr * self.weight_decay) * param

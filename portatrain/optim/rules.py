@@ -58,6 +58,9 @@ class AdamW(Rule):
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info), "v": full_slot(info)}
 
+    def width_factor(self, info: Info, *, fan_in: float, fan_out: float, multiplier: float) -> float:
+        return 1 / (fan_in * multiplier)  # elements of a step have a size of their own
+
     def meaning(self, slot: str) -> tuple[str, float] | None:
         return {"m": (MEAN, 1.0), "v": (SQUARE, 1.0)}.get(slot)
 
@@ -98,6 +101,9 @@ class Lion(Rule):
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info)}
 
+    def width_factor(self, info: Info, *, fan_in: float, fan_out: float, multiplier: float) -> float:
+        return 1 / (fan_in * multiplier)  # elements of a step have a size of their own
+
     def meaning(self, slot: str) -> tuple[str, float] | None:
         return {"m": (MEAN, 1.0)}.get(slot)
 
@@ -134,6 +140,9 @@ class SGD(Rule):
 
     def slots(self, info: Info) -> dict[str, Slot]:
         return {"m": full_slot(info)} if self.momentum else {}
+
+    def width_factor(self, info: Info, *, fan_in: float, fan_out: float, multiplier: float) -> float:
+        return fan_out / (fan_in * multiplier**2)  # a step is proportional to the gradient, which has the multiplier
 
     def meaning(self, slot: str) -> tuple[str, float] | None:
         return {"m": (MEAN, 1.0 - self.momentum)}.get(slot)  # it adds gradients up
@@ -198,6 +207,10 @@ class Adafactor(Rule):
             "v_row": Slot(axes=info.axes[:split], shape=info.shape[:split]),
             "v_col": Slot(axes=info.axes[:batch] + out_axes, shape=info.shape[:batch] + out_shape),
         }
+
+    def width_factor(self, info: Info, *, fan_in: float, fan_out: float, multiplier: float) -> float:
+        factor = 1 / (fan_in * multiplier)
+        return math.sqrt(factor) if self.relative else factor  # relative: the rms of a hidden matrix is fan_in^-1/2
 
     def meaning(self, slot: str) -> tuple[str, float] | None:
         return {"v": (SQUARE, 1.0)}.get(slot)
@@ -306,6 +319,14 @@ class Muon(Rule):
         rule = self.rule_for(info)
         update = super().update if rule is self else rule.update
         return update(xp, info=info, **arguments)
+
+    def width_factor(self, info: Info, *, fan_in: float, fan_out: float, multiplier: float) -> float:
+        # The largest singular value of a step is to grow as sqrt(out / in) (Yang, Simon & Bernstein 2023,
+        # arXiv:2310.17813, condition 1); the factor max(1, out / in) does so only where out is the larger one.
+        batch, split = info.batch_dims, info.batch_dims + info.fan_in_axes
+        ratio = math.prod(info.shape[split:]) / math.prod(info.shape[batch:split])
+        grown = fan_out / fan_in
+        return math.sqrt(grown * max(1.0, ratio / grown) / max(1.0, ratio)) / multiplier
 
     def meaning(self, slot: str) -> tuple[str, float] | None:
         return {"m": (MEAN, 1.0)}.get(slot)

@@ -109,7 +109,8 @@ ROWS = (
     ),
     Row(
         owner="Recipe",
-        fields="seed clip_norm spikes precision fp8_matmuls trainable frozen lora decay no_decay ema_decay ema",
+        fields="seed clip_norm spikes parametrization precision fp8_matmuls trainable frozen lora decay no_decay "
+        "ema_decay ema",
         kind=Kind.TRAJECTORY,
         why="decides every later step",
     ),
@@ -157,6 +158,7 @@ ROWS = (
             ("Adafactor", "lr weight_decay decay_rate clip eps1 eps2 relative"),
             ("Muon", "lr weight_decay momentum nesterov coefficients eps adamw"),
             ("LoRA", "rank alpha targets"),
+            ("MuP", "base lr init fixed"),
             ("Spikes", "window least loss grad_norm action before after"),
         )
     ),

@@ -6,6 +6,7 @@ part of a recipe: they may change between the attempts of a run, and the loss cu
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 import re
@@ -18,13 +19,15 @@ from portatrain import config
 from portatrain.data.ranges import Ranges, number_at, ranges
 from portatrain.data.spec import DataSpec
 from portatrain.errors import UserError, choice
-from portatrain.errors.users_code import line_of, line_of_method
+from portatrain.errors.users_code import line_of
 from portatrain.model.fp8 import quantise
 from portatrain.model.lora import LoRA, adapt, is_factor
-from portatrain.model.module import Definition, Module, describe
+from portatrain.model.module import Definition, describe
 from portatrain.model.precision import stored
+from portatrain.model.widths import MuP, with_widths
 from portatrain.optim import Info, Rule, decays_by_default
 from portatrain.optim.schedules import Schedule
+from portatrain.recipe.building import built, built_at_base, lr_factor
 from portatrain.recipe.origin import Origin
 from portatrain.recipe.referee import Referee
 from portatrain.recipe.retention import Retention
@@ -59,6 +62,9 @@ class Recipe:
     """The source of the data and how it is cut into samples."""
     optimizer: Rule
     """The update rule, with its learning rate."""
+    parametrization: MuP | None = config.added_later(None)  # noqa: RUF009
+    """How initial values, learning rates and multipliers follow the width of the model, such as MuP. None: the standard
+    parametrization; the learning rate is that of ``optimizer`` for all parameters."""
     schedule: Schedule
     """The multiplier of the learning rate at each step."""
 
@@ -213,6 +219,13 @@ class Recipe:
                 do=f"Use the nearest valid size: batch={' or batch='.join(sizes)}.",
             )
         self.left_out  # noqa: B018  # raises
+        for name in ("lora", "init"):
+            if self.parametrization is not None and getattr(self, name) is not None:
+                self._refuse(
+                    name,
+                    "none, with a parametrization, which decides initial values and multipliers",
+                    f"Set {name}=none, or parametrization=none: the weights that a run begins with bring their own.",
+                )
         self._check_ramp()
         self.schedule.check(self.steps)
         self.retention  # noqa: B018  # raises
@@ -330,26 +343,15 @@ class Recipe:
 
     def describe(self) -> Definition:
         """Build the model, with its LoRA factors if any, and return its tensors in the dtypes of ``precision``."""
-        kind = type(self.model)
-        if not callable(getattr(self.model, "build", None)):
-            raise UserError(
-                f"recipe {self.name}: model {kind.__qualname__}{line_of(kind)}",
-                expected="a configuration with a method build() that returns a portatrain.Module",
-                got="a class without build()",
-                do="Add it: def build(self): return Model(self).",
-            )
-        model = self.model.build()
-        if not isinstance(model, Module):
-            raise UserError(
-                f"recipe {self.name}: model",
-                expected=f"a portatrain.Module from {kind.__name__}.build()",
-                got=f"{model!r}{line_of_method(self.model, 'build')}",
-                do="Return the model at the end of build().",
-            )
+        model, widths = built(self.model, self.name), None
+        if self.parametrization is not None:
+            widths = self.parametrization.apply(model, built_at_base(self.parametrization, self.model, self.name))
         model = model if self.lora is None else adapt(model, self.lora)
         if self.precision == "fp8":
-            return quantise(model, self.fp8_matmuls)
-        return stored(describe(model), self.precision)
+            found = quantise(model, self.fp8_matmuls)
+        else:
+            found = stored(describe(model), self.precision)
+        return found if widths is None else with_widths(found, widths, functools.partial(lr_factor, self.optimizer))
 
     def trains(self, name: str) -> bool:
         """Return True if the recipe trains the parameter ``name``."""

@@ -103,7 +103,8 @@ def sign_bound(recipe: Recipe, baseline: Trace, bound: float) -> float:
     steps = len(baseline.losses)
     near = sum(int((np.abs(g) <= bound * np.abs(g).max(initial=0.0)).sum()) for g in baseline.gradients.values())
     largest = max(float(np.abs(g).max(initial=0.0)) for g in baseline.gradients.values())
-    turned = 2 * recipe.optimizer.lr * largest * math.sqrt(max(1, near) * steps)
+    factor = max(info.lr for info in recipe.describe().params.values())
+    turned = 2 * factor * recipe.optimizer.lr * largest * math.sqrt(max(1, near) * steps)
     return bound + turned / min(abs(loss) for loss in baseline.losses)
 
 

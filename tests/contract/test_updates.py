@@ -27,14 +27,16 @@ INFOS = {
             fan_in_axes=inputs,
             init=Constant(value=0.0),
             stack_dims=batch,
+            lr=lr,
         )
-        for name, shape, axes, batch, inputs in (
-            ("embed/table", (256, 32), ("vocab", "embed"), 0, 0),
-            ("blocks/attn/wq", (3, 32, 4, 8), ("layers", "embed", "heads", "head_dim"), 1, 1),
-            ("blocks/attn/wo", (3, 4, 8, 32), ("layers", "heads", "head_dim", "embed"), 1, 2),
-            ("blocks/mlp/up", (3, 32, 96), ("layers", "embed", "mlp"), 1, 1),
-            ("blocks/norm/scale", (3, 32), ("layers", "embed"), 1, 0),
-            ("final_norm/scale", (32,), ("embed",), 0, 0),
+        for name, shape, axes, batch, inputs, lr in (
+            ("embed/table", (256, 32), ("vocab", "embed"), 0, 0, 1.0),
+            ("blocks/attn/wq", (3, 32, 4, 8), ("layers", "embed", "heads", "head_dim"), 1, 1, 1.0),
+            ("blocks/attn/wo", (3, 4, 8, 32), ("layers", "heads", "head_dim", "embed"), 1, 2, 1.0),
+            ("blocks/mlp/up", (3, 32, 96), ("layers", "embed", "mlp"), 1, 1, 1.0),
+            ("blocks/mlp/gate", (3, 32, 96), ("layers", "embed", "mlp"), 1, 1, 0.3),  # a factor of the learning rate
+            ("blocks/norm/scale", (3, 32), ("layers", "embed"), 1, 0, 1.0),
+            ("final_norm/scale", (32,), ("embed",), 0, 0, 4.0),
         )
     )
 }

@@ -35,6 +35,7 @@ CELLS = [
     ("replica=2", "routed"),
     ("fsdp=2", "nested"),
     ("fsdp=2", "lm, LoRA"),
+    ("fsdp=2", "lm, muP"),
     ("fsdp=2", "lm, growing batch, averages"),
     ("fsdp=2", "towers"),
     ("fsdp=2", "lm, remat"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,9 @@ from portatrain.model.layout import Layout, Mesh
 from portatrain.model.lora import Adapted, LoRA, adapt, is_factor
 from portatrain.model.module import Module, Normal, describe
 from portatrain.model.precision import stored
+from portatrain.model.widths import MuP, with_widths
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
+from portatrain.recipe.building import lr_factor
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import image_batch, tokens_batch
@@ -45,11 +48,17 @@ class Case:
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Laid over the layout's params mapping."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    base: Mapping[str, Any] | None = None
+    """The fields of the model at the base width of muP. None: the standard parametrization."""
 
     def program(self, mesh: str) -> Program:
         model = self.model if isinstance(self.model, Module) else self.model.build()
+        mup = None if self.base is None else MuP(base=self.base)
+        widths = None if mup is None else mup.apply(model, mup.spec_at_base(self.model).build())
         precision = self.options.get("precision", "fp32")
         definition = quantise(model) if precision == "fp8" else stored(describe(model), precision)
+        if widths is not None:
+            definition = with_widths(definition, widths, functools.partial(lr_factor, self.optimizer))
         names = frozenset(definition.params)
         given: dict[str, Any] = {
             "trainable": names,
@@ -172,6 +181,11 @@ CASES: dict[str, Case] = {
     "lm, Lion": Case(model=_lm(), optimizer=Lion(lr=3e-5)),
     "lm, LoRA": Case(
         model=_adapted(), accumulation=2, options={"trainable": is_factor, "ema_decay": 0.9, "ema": is_factor}
+    ),
+    "lm, muP": Case(
+        model=_lm(mlp=48, dropout=0.1, attention_bias=True),
+        accumulation=2,
+        base={"embed": 16, "heads": 2, "kv_heads": 1, "head_dim": 4},  # mlp does not grow: an output and an input
     ),
     "routed": Case(model=_routed(), accumulation=2, predicts=False),
     "routed, Muon": Case(model=_routed(), optimizer=Muon(lr=0.02), predicts=False),

@@ -13,6 +13,7 @@ from portatrain import data, optim
 from portatrain.data import Mixture, Stdlib, TextFiles
 from portatrain.errors import UserError
 from portatrain.model.lora import LoRA
+from portatrain.model.widths import MuP
 from portatrain.optim import SGD, WSD, AdamW, Constant, Cosine, Rule, Schedule
 from portatrain.recipe import Origin, Recipe, Referee, Spikes, apply_overrides, load_recipe
 from portatrain.recipe.changing import ROWS, Kind, changed, difference, kind_of, merged, with_origin
@@ -20,7 +21,7 @@ from tests.support.small_recipe import make
 
 BASES = (data.DataSpec, Rule, Schedule)
 FOUND = [getattr(data, name) for name in data.__all__] + list(vars(optim).values())
-PARTS = [Recipe, Origin, LoRA, Spikes, Referee]
+PARTS = [Recipe, Origin, LoRA, MuP, Spikes, Referee]
 PARTS += [cls for cls in FOUND if inspect.isclass(cls) and issubclass(cls, BASES) and cls not in BASES]
 
 

@@ -71,6 +71,9 @@ def test_every_number_of_a_small_recipe(capsys: Capture) -> None:
         "trains": True,
         "decays": True,
         "fp8": False,
+        "kind": "",
+        "lr_factor": 1.0,
+        "multiplier": 1.0,
     }
     table = rows["embed/table"]
     assert (table["trains"], table["decays"], table["split"]) == (False, False, [["tensor"], ["fsdp"]])
@@ -81,6 +84,24 @@ def test_every_number_of_a_small_recipe(capsys: Capture) -> None:
     assert (held["gradients"], held["averages"], held["optimizer"]) == (trained, trained, 2 * trained)
     assert found["parameters"] - found["trained_parameters"] == 256 * 128
     assert (found["mesh"], found["devices"]) == ("fsdp=2,tensor=2", 4)
+    assert (found["lr"], found["parametrization"], found["axes_since_base"]) == (3e-3, None, {})
+
+
+def test_what_the_width_makes_of_every_parameter(capsys: Capture) -> None:
+    words = ["tiny-lm", "--set", "parametrization=MuP", "--set", "parametrization.base={'embed':64,'head_dim':16}"]
+    found = shown(capsys, *words)
+    rows = {row["name"]: (row["kind"], row["lr_factor"], row["multiplier"]) for row in found["tensors"]}
+    assert rows["embed/table"] == ("table", 1, 0.5) and rows["blocks/attn/wq"] == ("hidden", 0.5, 1)
+    assert rows["blocks/mlp/up"] == ("output", 1, 0.5)  # mlp is the same at the base
+    assert found["attention_scales"] == {"blocks/attn": 0.125}  # 16^-0.5 * 16 / 32
+    assert found["axes_since_base"] == {
+        **{"embed": [64, 128], "head_dim": [16, 32]},
+        **{"vocab": [256, 256], "heads": [4, 4], "kv_heads": [2, 2], "mlp": [384, 384]},
+    }
+    assert main(["show", *words]) == 0
+    out, _ = capsys.readouterr()
+    assert "embed 64 -> 128, head_dim 16 -> 32; as there: vocab 256, heads 4, kv_heads 2, mlp 384" in out
+    assert "x 0.5 as an output" in out and "blocks/attn: scores of attention times 0.125" in out
 
 
 @pytest.mark.parametrize("name", [n for n in ("jax", "torch") if not missing(n)])

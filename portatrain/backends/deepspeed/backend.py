@@ -139,12 +139,13 @@ class ZeroBackend(MeshBackend):
         for p in pieces:
             if p.role == "params":
                 p.tensor.requires_grad_(p.name in program.trainable)
+        kinds = {p.name: (p.name in program.decay, self.definition.params[p.name].lr) for p in trained}
         groups = [
-            {"params": [p.tensor for p in trained if (p.name in program.decay) == decays], "decay": decays}
-            for decays in (True, False)
+            {"params": [p.tensor for p in trained if kinds[p.name] == kind], "decay": kind[0], "factor": kind[1]}
+            for kind in sorted(set(kinds.values()), reverse=True)
         ]
         any_info = next(iter(self.definition.params.values()))
-        client = FlatOptimizer(program.optimizer, [g for g in groups if g["params"]], any_info)
+        client = FlatOptimizer(program.optimizer, groups, any_info)
         root = Root(module)
         engine, *_ = deepspeed.initialize(model=root, optimizer=client, config=settings(self.stage))
         if self.stage == 3:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from portatrain.optim import Rule
 
 class FlatOptimizer(torch.optim.Optimizer):
     """Apply an elementwise rule. DeepSpeed replaces the parameters by flat parts of many of them, one group each;
-    group['decay'] says whether weight decay applies.
+    group['decay'] says whether weight decay applies, and group['factor'] is that of the learning rate.
 
     Call `begin` before every step: stage 3 calls `step` once for each of its sub-groups.
     """
@@ -46,19 +47,28 @@ class FlatOptimizer(torch.optim.Optimizer):
                 if flat.grad is None:
                     continue
                 slots = self.slots_of(flat)
-                delta, new = self.updated(flat.grad, flat, slots, group["decay"], self.count, self.scale)
+                delta, new = self.updated(
+                    flat.grad, flat, slots, group["decay"], group["factor"], self.count, self.scale
+                )
                 flat.add_(delta)
                 for slot, value in new.items():
                     slots[slot].copy_(value)
 
     def updated(
-        self, grad: Tensor, param: Tensor, slots: dict[str, Tensor], decay: bool, count: int, scale: float
+        self,
+        grad: Tensor,
+        param: Tensor,
+        slots: dict[str, Tensor],
+        decay: bool,
+        factor: float,
+        count: int,
+        scale: float,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return (the change of `param`, the new slots) of step `count`. Changes nothing."""
         namespace: Any = xp
         delta, new = self.rule.update(
             namespace,
-            info=self.info,
+            info=dataclasses.replace(self.info, lr=factor),
             grad=grad,
             param=param,
             slots=slots,

@@ -39,8 +39,7 @@ def norms(backend: Any, held: ZeroState, *, clip: float, scale: float) -> Arrays
         add(f"grad/{piece.name}", info, piece.index, flat, whole=True)
         mine = flat[part.start : part.start + part.n].to(part.flat.device) * clip
         slots = {name: part.of(slot) for name, slot in held.client.slots_of(part.flat).items()}
-        delta, _ = held.client.updated(
-            mine, part.values, slots, piece.name in backend.program.decay, held.client.count + 1, scale
-        )
+        decays = piece.name in backend.program.decay
+        delta, _ = held.client.updated(mine, part.values, slots, decays, info.lr, held.client.count + 1, scale)
         add(f"update/{piece.name}", info, piece.index, delta, whole=False)
     return listed.found(lambda squares: backend.world.all_reduce(squares.to(backend.device)))

@@ -34,6 +34,7 @@ from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import Scaling, rotary
+from portatrain.model.scaled import looks_up, scores
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int32": jnp.int32, "bool": jnp.bool_}
 
@@ -150,6 +151,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         if self.ids is not None and shape:
             self.ids.note(self.given, ids, shape[0])
 
+    @looks_up
     def embed(self, table_VE: Any, ids: Any) -> Any:
         # The table keeps its stored sharding on the mesh, because the rows that were looked up are smaller.
         self._note(table_VE, ids)
@@ -280,6 +282,7 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
 
     # ---- losses
 
+    @scores
     def cross_entropy(
         self,
         x: Any,

@@ -24,6 +24,7 @@ from portatrain.errors import UserError
 from portatrain.model.lora import Factored, adapts, factored
 from portatrain.model.module import Module
 from portatrain.model.ops import Ops
+from portatrain.model.scaled import looks_up, scores
 
 RENAMED = {
     "T": "ops.transpose(x, axes)",
@@ -294,11 +295,14 @@ def _grouped(grouped_matmul: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _ADAPTS = {"experts": _experts, "grouped_matmul": _grouped}
+_PARTS = {"einsum": adapts, "embed": looks_up, "cross_entropy": scores}
+"""What takes a module in place of a parameter apart, by operation: it goes around the guard, so that the guard sees the
+parameter alone."""
 
 for _name, _ in inspect.getmembers(Ops, inspect.isfunction):
     if not _name.startswith("_"):
-        if _name == "einsum":  # within what adapts it, so that a factor is unwrapped too
-            setattr(GuardedOps, _name, adapts(_method(inspect.unwrap(ReferenceOps.einsum))))
+        if _name in _PARTS:
+            setattr(GuardedOps, _name, _PARTS[_name](_method(inspect.unwrap(getattr(ReferenceOps, _name)))))
         else:
             _made = _method(getattr(ReferenceOps, _name))
             setattr(GuardedOps, _name, _ADAPTS[_name](_made) if _name in _ADAPTS else _made)

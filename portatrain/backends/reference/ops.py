@@ -22,6 +22,7 @@ from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.module import Module, Param, Stack, State
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.rope import Scaling, rotary
+from portatrain.model.scaled import looks_up, scores
 
 Array = np.ndarray
 
@@ -72,6 +73,7 @@ class ReferenceOps(ReferenceArrays, ReferenceExperts):
         """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
         return fp8.product(form, x, w)
 
+    @looks_up
     def embed(self, table_VE: Array, ids: Array) -> Array:
         if ids.size and not (ids.min() >= 0 and ids.max() < len(table_VE)):
             raise UserError(
@@ -233,6 +235,7 @@ class ReferenceOps(ReferenceArrays, ReferenceExperts):
 
     # ---- losses
 
+    @scores
     def cross_entropy(
         self,
         x: Array,

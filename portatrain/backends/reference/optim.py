@@ -59,7 +59,8 @@ def step(
         p, g = new_param[index], np.asarray(grad, np.float64)[index]
         s = {name: value[index] for name, value in new_slots.items()}
         acting = rule.adamw if isinstance(rule, Muon) and not _muon_takes(info) else rule
-        eta = acting.lr * float(scale)
+        base = acting.lr * float(scale)
+        eta = base * getattr(info, "lr", 1.0)
         if isinstance(acting, AdamW):
             out, s = _adamw(acting, p, g, s, eta, count)
         elif isinstance(acting, Lion):
@@ -72,8 +73,8 @@ def step(
             out, s = _muon(acting, p, g, s, eta, info.fan_in_axes)
         else:
             raise TypeError(f"the reference has no equations for {type(acting).__name__}")
-        # Decoupled decay uses the old parameter and changes neither gradient nor slots.
-        new_param[index] = out - (eta * acting.weight_decay * p if decay else 0.0)
+        # Decoupled decay uses the old parameter, changes neither gradient nor slots, and is alike for all tensors.
+        new_param[index] = out - (base * acting.weight_decay * p if decay else 0.0)
         for name, value in s.items():
             new_slots[name][index] = value
     return new_param, new_slots

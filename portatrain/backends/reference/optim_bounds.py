@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from portatrain.backends.reference import optim as reference
-from portatrain.optim import SGD, Adafactor, AdamW, Info, Lion, Muon, Rule
+from portatrain.optim import SGD, Adafactor, AdamW, Info, Lion, Muon, Rule, lr_factor
 
 Float = NDArray[np.float64]
 
@@ -51,8 +51,9 @@ def allowed(
     """
     bounds = np.zeros(info.shape), {name: np.zeros(np.shape(value)) for name, value in slots.items()}
     acting = rule.rule_for(info)
-    lr = acting.lr * scale
-    wd = acting.weight_decay if decay else 0.0
+    factor = lr_factor(info)
+    lr = acting.lr * scale * factor
+    wd = acting.weight_decay / factor if decay else 0.0
     for index in np.ndindex(*info.shape[: info.batch_dims]):
         p, g = (np.asarray(x, np.float64)[index] for x in (param, grad))
         s = {name: np.asarray(value, np.float64)[index] for name, value in slots.items()}

@@ -13,6 +13,7 @@ from portatrain.backends.torch.losses import cross_entropy
 from portatrain.backends.torch.row_ops import RowOps
 from portatrain.backends.torch.vocab_parallel import vocab_parallel_loss
 from portatrain.model.ops import Loss
+from portatrain.model.scaled import scores
 
 
 class MeshLosses(RowOps):
@@ -24,6 +25,7 @@ class MeshLosses(RowOps):
     _from: Callable[..., Any]
     _beside: Callable[..., list[Any]]
 
+    @scores
     def cross_entropy(
         self,
         x: Any,

@@ -33,6 +33,7 @@ from portatrain.model import dropout_hash
 from portatrain.model.fp8 import Form, unquantised
 from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.rope import Scaling
+from portatrain.model.scaled import looks_up, unscaled
 
 Placements = Sequence[Placement]
 
@@ -74,7 +75,7 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
 
     def _value(self, x: Any) -> Any:
         """Return x as a DTensor over the mesh's context and tensor axes."""
-        x = unquantised(x)
+        x = unquantised(unscaled(x))
         if isinstance(x, nn.Parameter):
             return Weight.apply(of_all_experts(x, self.world), self.world)
         if isinstance(x, DTensor) or not isinstance(x, Tensor):
@@ -114,8 +115,9 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
     # ---- parameters and contractions
 
     def weight(self, p: Any) -> Any:
+        p = not_adapted(p)
         value = self._value(p)
-        return value.to(self.static.compute) if isinstance(unquantised(p), nn.Parameter) else value
+        return value.to(self.static.compute) if isinstance(p, nn.Parameter) else value
 
     @adapts
     def einsum(self, spec: str, *operands: Any, dtype: str | None = None) -> Any:
@@ -157,6 +159,7 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
             result.append(Replicate() if letter is None else Shard(out.index(letter)) if letter in out else Partial())
         return [self._local(x, p, g) for x, p, g in zip(xs, placements, grads, strict=True)], result, sharded
 
+    @looks_up
     def embed(self, table_VE: Any, ids: Any) -> Any:
         """Look rows up in a table that is sharded over vocab: each process gives its rows, else zeros, as a Partial
         sum."""

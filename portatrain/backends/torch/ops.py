@@ -34,6 +34,7 @@ from portatrain.model.lora import adapts, not_adapted
 from portatrain.model.ops import Aux, Loss, check_aux, check_layer, check_samples
 from portatrain.model.remat import POLICIES, Policy, check_used
 from portatrain.model.rope import Scaling, rotary
+from portatrain.model.scaled import looks_up, scores
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int32": torch.int32, "bool": torch.bool}
 
@@ -123,6 +124,7 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
         if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):
             self.ids.note(self.given, ids, table_VE.shape[0])
 
+    @looks_up
     def embed(self, table_VE: Tensor, ids: Tensor) -> Tensor:
         self._note(table_VE, ids)
         if self.static.compute != torch.float32:
@@ -263,6 +265,7 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
 
     # ---- losses
 
+    @scores
     def cross_entropy(
         self,
         x: Tensor,

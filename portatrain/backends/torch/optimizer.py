@@ -17,7 +17,7 @@ from portatrain.backends.state import slot_tensors
 from portatrain.backends.torch.lower import Piece
 from portatrain.model import dropout_hash, precision
 from portatrain.model.module import TensorInfo
-from portatrain.optim import SGD, AdamW, Rule
+from portatrain.optim import SGD, AdamW, Rule, lr_factor
 
 
 class _Namespace:
@@ -70,8 +70,8 @@ def slice_info(info: TensorInfo) -> TensorInfo:
 NATIVE_SLOTS: dict[type, dict[str, str]] = {AdamW: {"m": "exp_avg", "v": "exp_avg_sq"}, SGD: {"m": "momentum_buffer"}}
 
 
-def _native(rule: Any, params: list[Tensor], decays: bool) -> torch.optim.Optimizer:
-    decay = rule.weight_decay if decays else 0.0
+def _native(rule: Any, params: list[Tensor], decays: bool, factor: float) -> torch.optim.Optimizer:
+    decay = rule.weight_decay / factor if decays else 0.0  # torch multiplies it by the learning rate of the group
     if isinstance(rule, AdamW):
         return torch.optim.AdamW(
             params, lr=rule.lr, betas=(rule.b1, rule.b2), eps=rule.eps, weight_decay=decay, fused=True
@@ -94,25 +94,25 @@ class RuleOptimizer(torch.optim.Optimizer):
         self.stacked = {p.tensor: (infos[p.name], p.index) for p in pieces}
         self.slot_infos = {p.tensor: slot_tensors(rule, infos[p.name]) for p in pieces}
         self.infos = {p.tensor: (slice_info(infos[p.name]), p.name) for p in pieces}
-        self.natives: list[tuple[Any, torch.optim.Optimizer]] = []
+        self.natives: list[tuple[float, torch.optim.Optimizer]] = []
         self.plain: list[Tensor] = []
-        groups: dict[tuple[Any, bool], list[Tensor]] = {}
+        groups: dict[tuple[Any, bool, float], list[Tensor]] = {}
         for tensor, (info, name) in self.infos.items():
             mine = rule.rule_for(info)
             if _runs_native(mine, tensor, name in decay):
-                groups.setdefault((mine, name in decay), []).append(tensor)
+                groups.setdefault((mine, name in decay, lr_factor(info)), []).append(tensor)
             else:
                 self.plain.append(tensor)
             for slot in mine.slots(info):
                 zeros = torch.zeros(self.slot_shape(tensor, slot), dtype=tensor.dtype, device=tensor.device)
                 self.state[tensor][self.slot(tensor, slot)] = zeros
-        for (mine, decays), tensors in groups.items():
-            native = _native(mine, tensors, decays)
+        for (mine, decays, factor), tensors in groups.items():
+            native = _native(mine, tensors, decays, factor)
             for tensor in tensors:
                 if isinstance(mine, AdamW):
                     self.state[tensor]["step"] = torch.zeros((), device=tensor.device)
                 native.state[tensor] = self.state[tensor]  # one dict: ours is theirs
-            self.natives.append((mine, native))
+            self.natives.append((mine.lr * factor, native))
 
     def slot(self, tensor: Tensor, slot: str) -> str:
         """Return the key in `state[tensor]` of the rule's `slot`."""
@@ -182,9 +182,9 @@ class RuleOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None, *, scale: float = 1.0) -> None:  # type: ignore[override]
         self.count += 1
-        for mine, native in self.natives:
+        for lr, native in self.natives:
             for group in native.param_groups:
-                group["lr"] = mine.lr * scale
+                group["lr"] = lr * scale
             native.step()
         if not self.plain:
             return

@@ -21,6 +21,7 @@ from portatrain.backends.torch_xla.devices import Devices, on_cpu
 from portatrain.backends.torch_xla.losses import Cut, cross_entropy
 from portatrain.model.lora import adapts
 from portatrain.model.ops import Loss
+from portatrain.model.scaled import scores
 
 
 class _SummedInTwoSteps(torch.autograd.Function):
@@ -126,6 +127,7 @@ class XlaOps(TorchOps):
 
     # ---- losses
 
+    @scores
     def cross_entropy(
         self,
         x: Tensor,

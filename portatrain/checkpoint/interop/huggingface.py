@@ -42,6 +42,15 @@ def hub_of(recipe: Recipe) -> Hub:
             do="Give its sizes a method huggingface() that returns a portatrain.checkpoint.interop.Hub, as "
             "recipes/models/decoder.py has. --to orbax, dcp, torch and nnx need none.",
         )
+    if recipe.parametrization is not None:
+        grown = [info.name for info in recipe.describe().params.values() if info.kind not in ("same", "fixed")]
+        if grown:
+            raise UserError(
+                f"recipe {recipe.name}: parametrization",
+                expected="a model that computes with its weights alone, as those of transformers do",
+                got=f"muP at another width than the base, with multipliers that config.json cannot state ({grown[0]})",
+                do="Export --to orbax, dcp, torch or nnx, and use portatrain.load_trained to compute with it.",
+            )
     return made()
 
 

@@ -185,6 +185,17 @@ class Operated:
             for n, t in now.items()
             if n not in edits and (n not in was or was[n].shape != t.shape)
         ]
+        scaled = [
+            f"{n} ({was[n].multiplier:g} before, {t.multiplier:g} after)"
+            for n, t in now.items()
+            if n in was and was[n].multiplier != t.multiplier
+        ]
+        if scaled:
+            raise _wrong(
+                "the multipliers of muP that the run has: with others the new model would compute something else",
+                scaled,
+                "Grow what they do not depend on (mlp, heads, layers, vocab), or begin a new run at that width.",
+            )
         if left:
             raise _wrong(
                 "every other tensor in both models, in one shape",
