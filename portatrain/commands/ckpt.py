@@ -327,6 +327,7 @@ def load_recipe_file(path: Path | str, given: str | None) -> None:
 def bring(args: argparse.Namespace) -> int:
     from checkpoints_format import LocalStore
     from portatrain.checkpoint.interop.export_import import import_from
+    from portatrain.checkpoint.interop.huggingface import hub_of, left_out
     from portatrain.checkpoint.locations import step_name
     from portatrain.commands import options
     from portatrain.runs.commits import BEGUN_FROM
@@ -364,6 +365,8 @@ def bring(args: argparse.Namespace) -> int:
     words += [word for override in args.overrides for word in ("--set", override)]
     if args.accept_drift is not None:
         words += ["--accept-drift", args.accept_drift]
+    if args.format == "huggingface" and (said := left_out(args.source, hub_of(recipe))):
+        print(said)
     print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")
     return 0
 

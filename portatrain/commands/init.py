@@ -103,6 +103,7 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
 
 
 def _fine_tune(args: argparse.Namespace, path: Path) -> int:
+    from portatrain.commands.init_from_hub import left_out
     from portatrain.commands.init_from_hub import recipe_text as text_of
 
     if args.data is not None or args.model != "decoder":
@@ -113,7 +114,10 @@ def _fine_tune(args: argparse.Namespace, path: Path) -> int:
             do="Leave them out; --paths names your texts.",
         )
     _write(path, text_of(_named("finetune.py", path), args.source, args.paths))
-    print(f"{path}: fine-tune {args.source}\n\n  launch --cluster local {path}\n  portatrain show {path}")
+    said = left_out(args.source)
+    print(
+        f"{path}: fine-tune {args.source}\n{said and said + chr(10)}\n  launch --cluster local {path}\n  portatrain show {path}"
+    )
     return 0
 
 
