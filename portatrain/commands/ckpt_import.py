@@ -23,6 +23,7 @@ RECIPE_FILE = "recipe.py"
 def bring(args: argparse.Namespace) -> int:
     from checkpoints_format import LocalStore
     from portatrain.checkpoint.interop.export_import import import_from
+    from portatrain.checkpoint.interop.huggingface import hub_of, left_out
     from portatrain.checkpoint.locations import step_name
     from portatrain.runs.commits import BEGUN_FROM
     from portatrain.runs.run_dir import RunDir
@@ -72,6 +73,8 @@ def bring(args: argparse.Namespace) -> int:
             f"other data or another rate, give --set, or RECIPE: `portatrain init my_recipe.py --from {args.source}` "
             "writes one to edit."
         )
+    if args.format == "huggingface" and (said := left_out(args.source, hub_of(recipe))):
+        print(said)
     print(f"{args.run_dir}: a checkpoint of step {step}. Continue with: {shlex.join(words)}")
     return 0
 

@@ -103,6 +103,7 @@ def recipe_text(model: str, data: str, paths: Sequence[str], path: Path) -> str:
 
 
 def _fine_tune(args: argparse.Namespace, path: Path) -> int:
+    from portatrain.commands.init_from_hub import left_out
     from portatrain.commands.init_from_hub import recipe_text as text_of
 
     if args.data is not None or args.model != "decoder":
@@ -113,7 +114,9 @@ def _fine_tune(args: argparse.Namespace, path: Path) -> int:
             do="Leave them out; --paths names your texts.",
         )
     _write(path, text_of(named("finetune.py", path), args.source, args.paths))
-    print(f"{path}: fine-tune {args.source}\n\n  launch --cluster local {path}\n  portatrain show {path}")
+    lines = [f"{path}: fine-tune {args.source}", left_out(args.source)]
+    next_ones = [f"\n  launch --cluster local {path}", f"  portatrain show {path}"]
+    print("\n".join([*filter(None, lines), *next_ones]))
     return 0
 
 

@@ -51,6 +51,16 @@ def recipe_text(template: str, folder: Path, paths: Sequence[str], *, imported: 
     )
 
 
+def left_out(folder: Path) -> str:
+    """Return a sentence about the tensors of `folder` that the recipe's model does not have and that are passed over;
+    '' if there are none."""
+    from portatrain.checkpoint.interop import huggingface
+    from portatrain.checkpoint.interop.families import sizes_from
+    from portatrain.checkpoint.interop.hub_config import read_config
+
+    return huggingface.left_out(folder, sizes_from(read_config(folder)).huggingface())
+
+
 def source_of(value: Any, classes: dict[str, set[str]], indent: int = 0) -> str:
     """Return Python source that makes `value`, a config or plain data; its classes are added to `classes` by module.
     Fields with their defaults are left out."""

@@ -192,14 +192,12 @@ class CausalLM(Module):
 
     def __call__(self, ops: Ops, batch: Batch) -> Loss:
         """Return the summed cross-entropy, in nats."""
-        return ops.cross_entropy(
-            self.hidden(ops, batch),
-            self.output_table,
-            batch["targets"],
-            mask=batch.get("mask"),
-            z_loss=self.config.z_loss,
-            softcap=self.logit_softcap,
-        )
+        return self.loss_of(ops, self.hidden(ops, batch), batch["targets"], batch.get("mask"))
+
+    def loss_of(self, ops: Ops, x_BSE: Array, targets: Array, mask: Array | None) -> Loss:
+        """Return the summed cross-entropy of normalised features, in nats."""
+        z_loss, cap = self.config.z_loss, self.logit_softcap
+        return ops.cross_entropy(x_BSE, self.output_table, targets, mask=mask, z_loss=z_loss, softcap=cap)
 
     def predict(self, ops: Ops, batch: Batch) -> Array:
         """Return the logits, (B, S, V) float32. The batch needs no targets."""
@@ -214,13 +212,17 @@ class CausalLM(Module):
 
     def hidden(self, ops: Ops, batch: Batch) -> Array:
         """Return the normalised features before the output table, (B, S, E)."""
+        return self.features(ops, batch)[0]
+
+    def features(self, ops: Ops, batch: Batch) -> tuple[Array, tuple[Any, ...]]:
+        """Return (the normalised features before the output table (B, S, E), what every layer took beside them)."""
         tokens, positions = batch["tokens"], batch.get("positions")
         if positions is None:
             positions = ops.arange(tokens.shape[1])
         shared = self.shared(ops, positions, batch.get("segment_ids"))
         x_BSE = ops.shard(self.embedded(ops, tokens, positions), "batch", "res_seq", None)
         x_BSE, _ = self.blocks(ops, self.embed_dropout(ops, x_BSE), *shared)
-        return ops.shard(self.final_norm(ops, x_BSE), "batch", "seq", None)
+        return ops.shard(self.final_norm(ops, x_BSE), "batch", "seq", None), shared
 
     def embedded(self, ops: Ops, tokens: Array, positions: Array) -> Array:
         """Return the features of the tokens before the first layer, (B, S, E)."""

@@ -1,5 +1,5 @@
 """DeepSeek-V3 (DeepSeek-AI 2024, arXiv:2412.19437): latent attention, first layers dense, then experts that a sigmoid
-router chooses within groups, balanced without a loss, beside shared ones. It has no multi-token prediction.
+router chooses within groups, balanced without a loss, beside shared ones. Multi-token prediction is in `ahead.py`.
 
 Shape letters: B batch, S seq, E embed.
 """
@@ -11,11 +11,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row
+from portatrain.config import added_later
 from portatrain.model.layers import LatentAttention, layers_of, places_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
 from portatrain.model.rope import YarnScaling
-from recipes.models.causal import PRE_NORMS, CausalLM, read_sizes, rms_norm
+from recipes.models.ahead import AheadLM, rows_of
+from recipes.models.causal import PRE_NORMS, read_sizes, rms_norm
 from recipes.models.routed import (
     OVERRIDES,
     LayerKind,
@@ -24,6 +26,7 @@ from recipes.models.routed import (
     count,
     experts_of,
     feed_forward,
+    feed_forward_rows,
     mixture_hub,
     pass_over_losses,
 )
@@ -42,6 +45,9 @@ FIELDS = {
     "first_k_dense_replace": "model.dense_layers",
     "rope_interleave": "model.interleaved",
 }
+
+MOST = 8
+"""Layers of a folder that predict further tokens, at most; DeepSeek-V3 has one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +83,10 @@ class DeepseekV3Config(MixtureConfig):
     (`mscale_all_dim` of config.json)."""
     interleaved: bool = True
     """The files of transformers hold rotary features in pairs; ours are in halves. It changes no model of ours."""
+    predict_depth: int = added_later(0)
+    """Number of modules that predict further tokens, one more each; see `ahead.AheadLM`."""
+    predict_weight: float = added_later(0.3)
+    """Weight of the mean of their losses."""
 
     def build(self) -> DeepseekV3:
         """Return the model."""
@@ -93,6 +103,7 @@ class DeepseekV3Config(MixtureConfig):
             rope_dim=4,
             value_dim=8,
             dense_layers=min(self.dense_layers, 1),
+            predict_depth=min(self.predict_depth, 2),
             groups=2 if self.groups > 1 and made.experts == 4 else 1,
             chosen_groups=min(self.chosen_groups, 2) if self.groups > 1 and made.experts == 4 else 1,
         )
@@ -112,20 +123,27 @@ class DeepseekV3Config(MixtureConfig):
     @property
     def kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each layer."""
-        return tuple(LayerKind(routed=i >= self.dense_layers) for i in range(self.layers))
+        return self.all_kinds[: self.layers]
+
+    @property
+    def all_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each layer, and of the layer of each module that predicts a further token."""
+        return tuple(LayerKind(routed=i >= self.dense_layers) for i in range(self.layers + self.predict_depth))
 
     def flops_per_sample(self, seq_len: int) -> float:
         """Return the floating-point operations of forward and backward for one sample of `seq_len` tokens: 6 per token
         for each weight of a matrix that the token meets, and 6 per pair of a query and a key that it sees for each
-        feature of the two contractions of attention. Nothing is recomputed."""
+        feature of the two contractions of attention. Nothing is recomputed. A module that predicts a further token has
+        a layer, a projection and the output table."""
         e, h = self.embed, self.heads
         queries = h * self.head_size * (e if self.q_rank is None else self.q_rank) + e * (self.q_rank or 0)
         keys = e * (self.kv_rank + self.rope_dim) + self.kv_rank * h * (self.nope_dim + self.value_dim)
         attention = queries + keys + h * self.value_dim * e
         routed = self.active_mlp + 3 * e * self.expert_mlp * self.shared_experts
-        weights = sum(attention + (routed if k.routed else 3 * e * self.mlp_size) for k in self.kinds)
-        pairs = self.layers * seq_len * seq_len / 2
-        return 6.0 * (weights + self.vocab * e) * seq_len + 6.0 * h * (self.head_size + self.value_dim) * pairs
+        weights = sum(attention + (routed if k.routed else 3 * e * self.mlp_size) for k in self.all_kinds)
+        weights += self.vocab * e + self.predict_depth * (2 * e * e + self.vocab * e)
+        pairs = len(self.all_kinds) * seq_len * seq_len / 2
+        return 6.0 * weights * seq_len + 6.0 * h * (self.head_size + self.value_dim) * pairs
 
     def huggingface(self) -> Hub:
         """Return the config and the tensor names of the same model in transformers."""
@@ -155,18 +173,27 @@ class DeepseekV3Config(MixtureConfig):
             v_head_dim=self.value_dim,
             attention_bias=False,
             rope_interleave=self.interleaved,
-            num_nextn_predict_layers=0,
+            num_nextn_predict_layers=self.predict_depth,
         )
         config = dict(made.config)
         if isinstance(self.rope_scaling, YarnScaling) and self.mscale:
             for name in ("rope_scaling", "rope_parameters"):
                 config[name] = {**config[name], "mscale_all_dim": self.mscale}
         rows = [row for i, place in enumerate(places_of(self.kinds, "blocks")) for row in self._rows(i, *place)]
+        for depth in range(self.predict_depth):
+            i, path = self.layers + depth, f"ahead/{depth}/layer"
+            theirs = f"model.layers.{i}"
+            rows += rows_of(depth, theirs, tied=self.tied)
+            rows += (Row(theirs=f"{theirs}.{name}", ours=f"{path}/{ours}", layer=0) for name, ours, _ in PRE_NORMS)
+            rows += feed_forward_rows(self, i, self.all_kinds[i], path, 0)
+            rows += self._rows(i, path, 0)
+        first = self.layers + self.predict_depth
         return Hub(
             config=config,
             rows=(*made.rows, *rows),
             overrides=FIELDS,
-            passed_over=(f"model.layers.{self.layers}.",),  # the layer that predicts one token more
+            passed_over=tuple(f"model.layers.{i}." for i in range(first, first + MOST)),
+            takes_them="model.predict_depth",
         )
 
     def _rows(self, i: int, path: str, index: int) -> list[Row]:
@@ -196,7 +223,7 @@ class DeepseekV3Config(MixtureConfig):
                 row("self_attn.q_a_layernorm.weight", "attn/q_norm/scale"),
                 row("self_attn.q_b_proj.weight", "attn/wq", rows=1, grouped=(n + r, query)),
             ]
-        if self.kinds[i].routed:
+        if self.all_kinds[i].routed:
             found.append(row("mlp.gate.e_score_correction_bias", "mlp/router/balance", state=True))
             if self.shared_experts:
                 found += [
@@ -240,11 +267,13 @@ class Block(Module):
         return x_BSE + self.mlp(ops, self.mlp_norm(ops, x_BSE)), None
 
 
-class DeepseekV3(CausalLM):
-    """A language model that predicts the next token; `CausalLM` says what a batch has."""
+class DeepseekV3(AheadLM):
+    """A language model that predicts the next token, and in training those after it (`predict_depth`); `CausalLM` says
+    what a batch has."""
 
     def __init__(self, c: DeepseekV3Config) -> None:
-        super().__init__(c, layers_of(c.kinds, lambda kind: Block(c, kind)), rms_norm(c))
+        ahead = [Block(c, kind) for kind in c.all_kinds[c.layers :]]
+        super().__init__(c, layers_of(c.kinds, lambda kind: Block(c, kind)), rms_norm(c), ahead=ahead)
 
     def shared(self, ops: Ops, positions: Array, segment_ids: Array | None) -> tuple[Any, ...]:
         """Return what every layer takes beside the features: the rotary table, and the segment ids."""
@@ -261,7 +290,7 @@ def from_hub(fields: Fields) -> DeepseekV3Config:
     fields.only("moe_layer_freq", 1)
     pass_over_losses(fields)
     for name in ("num_nextn_predict_layers", "num_mtp_layers", "ep_size", "qk_head_dim"):
-        fields.get(name)  # the layer that predicts one token more is not read; the others decide nothing
+        fields.get(name)  # they decide no logits; `predict_depth` says which further layers are read
     sizes = read_sizes(fields, kv_heads=128)
     if sizes.pop("kv_heads") != sizes["heads"]:
         fields.problem("num_key_value_heads", str(sizes["heads"]))

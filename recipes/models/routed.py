@@ -107,20 +107,34 @@ def mixture_hub(
     expert's matrices; empty if the family adds its own rows. more: fields of config.json.
     """
     made = hub(c, model_type, architecture, names, **more)
-    rows = list(made.rows)
-    for i, (kind, (path, index)) in enumerate(zip(c.kinds, places_of(c.kinds, "blocks"), strict=True)):
-        layer = f"model.layers.{i}"
-        if not kind.routed:
-            rows += (
-                Row(theirs=f"{layer}.{theirs}", ours=f"{path}/{ours}", layer=index, rows=inputs)
-                for theirs, ours, inputs in MLP
-            )
-        elif expert:
-            rows.append(
-                Row(theirs=f"{layer}.{part}.gate.weight", ours=f"{path}/mlp/router/weight", layer=index, rows=1)
-            )
-            rows += _expert_rows(f"{layer}.{part}.experts", f"{path}/mlp/experts", index, c.experts, expert)
-    return replace(made, rows=tuple(rows), overrides=OVERRIDES)
+    places = zip(c.kinds, places_of(c.kinds, "blocks"), strict=True)
+    rows = [
+        row
+        for i, (kind, (path, index)) in enumerate(places)
+        for row in feed_forward_rows(c, i, kind, path, index, part=part, expert=expert)
+    ]
+    return replace(made, rows=(*made.rows, *rows), overrides=OVERRIDES)
+
+
+def feed_forward_rows(
+    c: Any,
+    i: int,
+    kind: LayerKind,
+    path: str,
+    index: int,
+    *,
+    part: str = "mlp",
+    expert: Sequence[tuple[str, str]] = EXPERT,
+) -> Iterable[Row]:
+    """Return the rows of the feed-forward part of layer `i`, which lies at `path` and `index`; the others as in
+    `mixture_hub`."""
+    layer = f"model.layers.{i}"
+    if not kind.routed:
+        for theirs, ours, inputs in MLP:
+            yield Row(theirs=f"{layer}.{theirs}", ours=f"{path}/{ours}", layer=index, rows=inputs)
+    elif expert:
+        yield Row(theirs=f"{layer}.{part}.gate.weight", ours=f"{path}/mlp/router/weight", layer=index, rows=1)
+        yield from _expert_rows(f"{layer}.{part}.experts", f"{path}/mlp/experts", index, c.experts, expert)
 
 
 def _expert_rows(theirs: str, ours: str, layer: int, experts: int, names: Sequence[tuple[str, str]]) -> Iterable[Row]:

@@ -221,7 +221,7 @@ def by_file_names(kind: str, held: Mapping[str, np.ndarray]) -> dict[str, np.nda
 def as_ours(hub: Hub, shapes: Mapping[str, tuple[int, ...]], theirs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays under the names of transformers (weights, gradients) under our names."""
     found = {name: np.zeros(shape) for name, shape in shapes.items()}
-    for row in hub.rows:
+    for row in hub.read:
         if row.state:
             continue
         inner = row.inner(shapes[row.ours])

@@ -20,6 +20,7 @@ from portatrain.model.widths import MuP, with_widths
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from portatrain.recipe.building import lr_factor
 from recipes.models.decoder import DecoderConfig
+from recipes.models.deepseek_v3 import DeepseekV3Config
 from recipes.models.vit import ViTConfig
 from tests.support.running import image_batch, tokens_batch
 from tests.support.toy_models import Latent, Mixture, Nested, Routed, Ruled, TwoTowers
@@ -116,6 +117,14 @@ def _routed() -> Routed:
     return Routed(vocab=VOCAB, embed=16, layers=2, experts=4, chosen=2, rate=0.01)
 
 
+_AHEAD = DeepseekV3Config(
+    **{"vocab": VOCAB, "embed": 16, "layers": 1, "dense_layers": 1, "heads": 4, "mlp": 24, "predict_depth": 2},
+    **{"experts": 4, "chosen": 2, "expert_mlp": 16, "groups": 2, "tied": False},
+    **{"q_rank": 12, "kv_rank": 8, "nope_dim": 4, "rope_dim": 4, "value_dim": 6},
+)
+"""A dense layer, and two routed ones that predict further tokens."""
+
+
 def _mixture(*, layers: int = 1, clamped: bool = False, halves: bool = False) -> Mixture:
     return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped, halves=halves)
 
@@ -209,6 +218,7 @@ CASES: dict[str, Case] = {
     "mixture, LoRA": Case(
         model=_adapted_mixture(), accumulation=2, steps=2, predicts=False, options={"trainable": is_factor}
     ),
+    "routed, further tokens": Case(model=_AHEAD, accumulation=2),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
     "towers": Case(model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, optimizer=AdamW(lr=1e-4)),
     "towers, groups in a microbatch": Case(

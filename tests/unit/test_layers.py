@@ -24,6 +24,7 @@ from portatrain.model.layers import (
 )
 from portatrain.model.module import Definition, Module, Param, Stack, describe
 from recipes.models.decoder import DecoderConfig
+from recipes.models.deepseek_v3 import DeepseekV3Config
 from recipes.models.vit import ViTConfig
 
 RNG = np.random.default_rng(0)
@@ -310,7 +311,7 @@ class Counting(ReferenceOps):
     def attention(self, q_BSHD: Any, k_BTKD: Any, v_BTKD: Any, **options: Any) -> Any:
         b, s, h, d = q_BSHD.shape
         pairs: float = s * s
-        if options["causal"]:
+        if options.get("causal", True):
             pairs = sum(min(i + 0.5, options.get("window") or s) for i in range(s))
         self.flops += 6 * b * h * (d + v_BTKD.shape[3]) * pairs
         return super().attention(q_BSHD, k_BTKD, v_BTKD, **options)
@@ -335,6 +336,16 @@ def counted(config: Any, batch: dict[str, np.ndarray]) -> float:
 def test_flops_of_the_decoder(window: int | None, value_size: int | None) -> None:
     sizes = {"vocab": 40, "embed": 16, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 24}
     config = DecoderConfig(**sizes, window=window, value_head_dim=value_size, sinks=value_size is not None)
+    ids = np.zeros((1, 10), np.int32)
+    batch = {"tokens": ids, "targets": ids, "mask": ids, "segment_ids": ids, "positions": np.arange(10)[None]}
+    assert config.flops_per_sample(10) == counted(config, batch)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_flops_of_further_tokens(depth: int) -> None:
+    sizes = {"vocab": 40, "embed": 16, "layers": 2, "heads": 4, "mlp": 24, "experts": 2, "chosen": 1, "expert_mlp": 8}
+    latent = {"q_rank": 8, "kv_rank": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 5}
+    config = DeepseekV3Config(**sizes, **latent, dense_layers=4, predict_depth=depth)
     ids = np.zeros((1, 10), np.int32)
     batch = {"tokens": ids, "targets": ids, "mask": ids, "segment_ids": ids, "positions": np.arange(10)[None]}
     assert config.flops_per_sample(10) == counted(config, batch)

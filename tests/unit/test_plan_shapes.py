@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.tensors import LogicalTensor, Sizes
 from portatrain.plan.cost.workload import on_mesh
 from portatrain.recipe import apply_overrides, load_recipe
+from recipes.models.deepseek_v3 import DeepseekV3Config
 
 
 @pytest.mark.parametrize(
@@ -148,6 +150,21 @@ def test_value_heads_of_their_own_size_are_counted() -> None:
     assert (
         on_mesh(shape, (1, 1, 1, 1, 2)).held == on_mesh(plain, (1, 1, 1, 1, 2)).held - 4 * 128 * 8 * 6 / 2 + 4 * 4 / 2
     )
+
+
+@pytest.mark.parametrize(("layers", "dense", "depth"), [(4, 2, 0), (4, 1, 1), (3, 1, 2), (6, 3, 3)])
+def test_further_tokens_are_counted_and_equal_stacks_too(layers: int, dense: int, depth: int) -> None:
+    """Also where Stacks have equal lengths. The output table is multiplied with once for each further token, and is in
+    memory once."""
+    sizes = {"vocab": 64, "embed": 32, "heads": 4, "mlp": 48, "experts": 4, "chosen": 2, "expert_mlp": 24}
+    latent = {"q_rank": 12, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+    config = DeepseekV3Config(**sizes, **latent, layers=layers, dense_layers=dense, predict_depth=depth, tied=False)
+    recipe = dataclasses.replace(load_recipe("tiny-lm"), model=config)
+    shape = shape_of(recipe)
+    assert shape.layers == layers + depth
+    assert shape.model_flops == pytest.approx(6 * shape.active + 3 * shape.attention_flops)
+    assert shape.parameters == recipe.describe().parameters
+    assert on_mesh(shape, (1, 2, 1, 1, 1)).head == 64 * 32
 
 
 def test_a_vision_recipe_plans_from_its_tensors() -> None:

@@ -24,7 +24,7 @@ HARMLESS = frozenset(
         *("label2id", "problem_type", "task_specific_params", "tokenizer_class", "prefix", "chunk_size_feed_forward"),
         *("is_encoder_decoder", "finetuning_task", "use_bfloat16", "tf_legacy_loss", "_attn_implementation"),
         *("attn_implementation", "_attn_implementation_autoset", "_flash_attn_2_enabled", "model_type"),
-        *("cache_implementation", "num_labels", "output_scores", "use_flash_attn"),
+        *("cache_implementation", "num_labels", "output_scores", "use_flash_attn", "num_nextn_predict_layers"),
     )
 )
 

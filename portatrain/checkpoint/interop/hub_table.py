@@ -28,6 +28,8 @@ class Row:
         our groups lie at the places `order` of one of theirs.
     stacked: the number of first axes of our slice that their tensor has, too, such as experts.
     state: ours is a State, and not a parameter.
+    copy: their tensor is a second one of ours that another row has, such as a table that is shared: it is written, and
+        passed over when a folder is read.
     """
 
     theirs: str
@@ -39,6 +41,7 @@ class Row:
     grouped: tuple[int, tuple[int, ...]] | None = None
     stacked: int = 0
     state: bool = False
+    copy: bool = False
 
     @property
     def full(self) -> str:
@@ -181,4 +184,11 @@ class Hub:
     overrides: Mapping[str, str] = field(default_factory=dict)
     """A name in config.json -> the recipe's field for it, for messages."""
     passed_over: tuple[str, ...] = ()
-    """How the names of tensors begin that a folder may hold and that transformers does not read either."""
+    """How the names of tensors begin that a folder may hold, and that neither the model nor transformers reads."""
+    takes_them: str = ""
+    """The recipe's field that says how many of the layers that are passed over the model has; '' if there is none."""
+
+    @property
+    def read(self) -> tuple[Row, ...]:
+        """The rows whose tensors are read from a folder."""
+        return tuple(row for row in self.rows if not row.copy)

@@ -171,8 +171,8 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
     hub, what = hub_of(recipe), f"folder {source}"
     check(source, hub, recipe.name)
     there = _files(source)
-    wanted = _sharing(hub.rows)
-    missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys())
+    wanted, copies = _sharing(hub.read), {row.theirs for row in hub.rows if row.copy}
+    missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys() - copies)
     more = [n for n in more if not (n.endswith(BUFFERS) or n.startswith(hub.passed_over))]
     wrong = []
     for name in sorted(wanted.keys() & there.keys()):
@@ -195,7 +195,7 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
             do="Set the recipe's sizes to those of config.json, or import another model.",
         )
     rows: dict[str, list[Row]] = {}
-    for row in hub.rows:
+    for row in hub.read:
         rows.setdefault(row.full, []).append(row)
 
     def values(ours: str) -> Callable[[Box], np.ndarray]:
@@ -214,6 +214,17 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
         return of
 
     return {ours: values(ours) for ours in rows}
+
+
+def left_out(source: Path, hub: Hub) -> str:
+    """Return a sentence about the tensors of the folder `source` that the model passes over; '' if there are none, or
+    no weights."""
+    held = any(source.glob("*.safetensors")) and hub.passed_over
+    names = sorted(n for n in _files(source) if n.startswith(hub.passed_over)) if held else []
+    if not names:
+        return ""
+    more = f"; {hub.takes_them} says how many of these layers the model has" if hub.takes_them else ""
+    return f"left out: {len(names)} tensors of {source}, {names[0]} to {names[-1]}{more}"
 
 
 def _files(source: Path) -> dict[str, Path]:

@@ -67,7 +67,8 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
 
 
 def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTensor, ...]:
-    """Return the parameters of a model. The last table over the vocabulary is the one that the loss multiplies with."""
+    """Return the parameters of a model. The last table over the vocabulary is the one that the loss multiplies with:
+    once, and once more for each of the `predict_depth` further tokens that the model says it predicts."""
     tables = [name for name, info in definition.params.items() if "vocab" in info.axes and not info.fan_in_axes]
     return tuple(
         LogicalTensor(
@@ -77,7 +78,7 @@ def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTens
             batch_dims=info.batch_dims,
             fan_in_axes=info.fan_in_axes,
             trainable=recipe.trains(info.name),
-            matmul=info.name == tables[-1] if tables else False,
+            matmul=1 + getattr(definition.model, "predict_depth", 0) if tables and info.name == tables[-1] else 0,
         )
         for info in definition.params.values()
     )

@@ -177,7 +177,7 @@ class ModelShape:
 def derive(shape: ModelShape) -> tuple[LogicalTensor, ...]:
     """Return the parameters of a Llama-like model of these sizes: norms, attention, feed-forward, experts, ends."""
     table = _tensor("embed", 0, 0, vocab=shape.vocab, embed=shape.embed)
-    found = [replace(table, matmul=shape.tied)]
+    found = [replace(table, matmul=int(shape.tied))]
     first = shape.dense_layers if shape.experts else shape.layers
     if first:
         mlp = shape.dense_mlp if shape.experts else shape.mlp
@@ -320,12 +320,11 @@ def from_tensors(
     for tensor in tensors:
         for axis, size in zip(tensor.axes, tensor.shape, strict=True):
             sizes[axis] = max(sizes.get(axis, 0), size)
-    lengths = {t.shape[0] for t in tensors if t.batch_dims and t.axes[0] != "experts"}
     made = [t.name.rpartition("/")[0] for t in tensors if t.fan_in_axes and t.axes[-1] == "mlp"]
     experts = sizes.get("experts", 0)
     known: dict[str, object] = {
         "embed": sizes.get("embed") or max((t.shape[-1] for t in tensors), default=1),
-        "layers": sum(lengths) or 1,
+        "layers": _layers(tensors) or 1,
         "heads": sizes.get("heads", 0),
         "kv_heads": sizes.get("kv_heads", sizes.get("heads", 0)),
         "head_dim": sizes.get("head_dim", 1),
@@ -343,3 +342,15 @@ def from_tensors(
         tensors=tensors,
         **(known | options),  # type: ignore[arg-type]
     )
+
+
+def _layers(tensors: tuple[LogicalTensor, ...]) -> int:
+    """Return the number of layers: those with attention, counted by the matrix of its result under its most frequent
+    name; without attention the sum of the different lengths of Stacks."""
+    stacked = [t for t in tensors if t.batch_dims and t.axes[0] != "experts"]
+    found: dict[str, int] = {}
+    for tensor in stacked:
+        if "heads" in tensor.axes[tensor.batch_dims :][: tensor.fan_in_axes]:
+            name = "/".join(tensor.name.split("/")[-2:])
+            found[name] = found.get(name, 0) + tensor.shape[0]
+    return max(found.values(), default=sum({t.shape[0] for t in stacked}))

@@ -19,8 +19,9 @@ Sizes = tuple[int, int, int, int, int]
 @dataclass(frozen=True, kw_only=True)
 class LogicalTensor:
     """One parameter. ``axes``: its dimensions. The first ``batch_dims`` of them count copies (layers,
-    experts); the forward pass contracts the next ``fan_in_axes`` (0: a lookup, a scale, a bias). ``matmul``: it is
-    multiplied with every token although ``fan_in_axes`` is 0 (an output table, which is also a lookup)."""
+    experts); the forward pass contracts the next ``fan_in_axes`` (0: a lookup, a scale, a bias). ``matmul``: how often
+    it is multiplied with every token although ``fan_in_axes`` is 0 (an output table, which is also a lookup): once, and
+    once more for each further token that the model predicts."""
 
     name: str
     shape: tuple[int, ...]
@@ -28,7 +29,7 @@ class LogicalTensor:
     batch_dims: int = 0
     fan_in_axes: int = 1
     trainable: bool = True
-    matmul: bool = False
+    matmul: int = 0
 
     @property
     def size(self) -> int:
@@ -61,8 +62,9 @@ class Group:
     """The sum of all parameters that shard alike and are used alike.
 
     ``layers``: the length of their stack (0: outside of any). ``active``: the numbers that a token is multiplied with
-    (of a matmul, scaled by the share of the experts that the token visits). ``role``: the part of a layer (qkv,
-    projected, hidden, down), or ends for parameters outside of layers.
+    (of a matmul, scaled by the share of the experts that the token visits, and as often as it is). ``passes``: how
+    often an output table is, else 1. ``role``: the part of a layer (qkv, projected, hidden, down), or ends for
+    parameters outside of layers.
     """
 
     params: tuple[Split, ...]
@@ -72,6 +74,7 @@ class Group:
     numel: int
     trainable: int
     active: float
+    passes: int = 1
 
     @property
     def routed(self) -> bool:
@@ -102,15 +105,25 @@ def group(
     for tensor in tensors:
         layers = tensor.shape[0] if tensor.batch_dims and tensor.axes[0] != "experts" else 0
         key = (_splits(tensor, by_params), _splits(tensor, by_compute), layers, _role(tensor, layers))
-        multiplied = tensor.fan_in_axes > 0 or tensor.matmul
+        multiplied = 1 if tensor.fan_in_axes > 0 else tensor.matmul
         share = experts_share if "experts" in tensor.axes[: tensor.batch_dims] else 1.0
-        total = sums.setdefault(key, [0, 0, 0.0])
+        total = sums.setdefault(key, [0, 0, 0.0, 1])
         total[0] += tensor.size
         total[1] += tensor.size * tensor.trainable
         total[2] += tensor.size * share * multiplied
+        total[3] = max(total[3], multiplied)
     return tuple(
-        Group(params=p, compute=c, layers=layers, role=role, numel=int(n), trainable=int(trainable), active=active)
-        for (p, c, layers, role), (n, trainable, active) in sums.items()
+        Group(
+            params=p,
+            compute=c,
+            layers=layers,
+            role=role,
+            numel=int(n),
+            trainable=int(trainable),
+            active=active,
+            passes=int(passes),
+        )
+        for (p, c, layers, role), (n, trainable, active, passes) in sums.items()
     )
 
 

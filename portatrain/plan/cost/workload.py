@@ -163,8 +163,9 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         else:
             gathered_ends += gathered
             ends += part.numel / cut
-            if part.active / cut > head:
-                head, trained_head = part.active / cut, part.active / mine * (part.trainable / part.numel)
+            table = part.active / part.passes
+            if table / cut > head:
+                head, trained_head = table / cut, table / mine * (part.trainable / part.numel)
                 head_gathered = head if mine > cut else 0.0
             trained_ends += part.trainable / mine
         spread = _unsharded(part, mesh)
