@@ -45,11 +45,13 @@ class Case:
     params: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """Laid over the layout's params mapping."""
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    scaling: str = "row"
+    """What shares a scale in precision fp8."""
 
     def program(self, mesh: str) -> Program:
         model = self.model if isinstance(self.model, Module) else self.model.build()
         precision = self.options.get("precision", "fp32")
-        definition = quantise(model) if precision == "fp8" else stored(describe(model), precision)
+        definition = quantise(model, scaling=self.scaling) if precision == "fp8" else stored(describe(model), precision)
         names = frozenset(definition.params)
         given: dict[str, Any] = {
             "trainable": names,
@@ -206,5 +208,8 @@ CASES: dict[str, Case] = {
         model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all}
     ),
     "lm, fp8": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "fp8"}),
+    "lm, fp8, a scale for a tensor": Case(
+        model=_lm(dropout=0.1), accumulation=2, options={"precision": "fp8"}, scaling="tensor"
+    ),
     "lm, bf16": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16"}),
 }
