@@ -191,6 +191,8 @@ def _planned_mesh(cluster: Cluster, recipe: Recipe, devices: int | None) -> str:
 
     remats = (recipe.remat,) if recipe.remat in REMATS else tuple(REMATS)
     made = plan(recipes.shape_of(recipe), cluster, remats=remats)
+    if made.refusal is not None:
+        raise made.refusal
     if made.chosen is None or not made.fits or made.used.devices != devices:
         from portatrain.plan import render
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.gpu_proof.jobs import Jobs
 from benchmarks.gpu_proof.speed import layers_that_fit, matmul_flops
-from portatrain.backends.kernels import TABLE
+from portatrain.backends.kernels import TABLE, TRIED
 from portatrain.runs.run_dir import RunDir
 from portatrain.system.exit_codes import FOUND, OK, RESUMABLE
 from portatrain.testing import parity as checks
@@ -96,7 +96,9 @@ def move(jobs: Jobs, found: Found) -> Found:
 def court(jobs: Jobs, found: Found) -> Found:
     """Try the kernels of the table for the installed frameworks on the device."""
     rows = []
-    pairs = dict.fromkeys((k.name, k.operation, b) for k in TABLE for b in k.backends if b in found["backends"])
+    pairs = dict.fromkeys(
+        (k.name, k.operation, b) for k in TABLE if k.operation in TRIED for b in k.backends if b in found["backends"]
+    )
     for name, operation, backend in pairs:
         on = {"jax": "gpu", "torch": "cuda"}[backend] if jobs.device != "cpu" else "cpu"
         words = [

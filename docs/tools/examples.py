@@ -207,6 +207,7 @@ RECIPE = {
     "leave_out": "leave_out=51:54,60",
     "precision": "precision=bf16",
     "fp8_matmuls": "fp8_matmuls=*/mlp/* precision=fp8",
+    "fp8_scaling": "fp8_scaling=tensor precision=fp8",
     "remat": "remat=dots",
     "clip_norm": "clip_norm=none",
     "max_skips": "max_skips=0",

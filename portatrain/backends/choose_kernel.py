@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from portatrain.backends.kernels import OPERATIONS, Case, Kernel, Named, rows
+from portatrain.backends import fp8_chips
+from portatrain.backends.kernels import OPERATIONS, Case, Kernel, Named, Site, rows
 from portatrain.errors import UserError, choice
 
 
@@ -60,8 +61,40 @@ _taken: dict[tuple[str, Case], Choice] = {}
 
 
 def first(operation: str, case: Case) -> Kernel:
-    """Return the first kernel of the table that covers the case, which runs unless another is named."""
-    return next(k for k in rows(operation, case.site.backend) if k.refuses(case) is None)
+    """Return the first kernel of the table that covers the case, which runs unless another is named.
+
+    Raises UserError if none does, which only an fp8 matmul meets: every other operation has a row for all cases.
+    """
+    found = next((k for k in rows(operation, case.site.backend) if k.refuses(case) is None), None)
+    if found is None:
+        raise _uncovered(f"kernel of {operation}", operation, case)
+    return found
+
+
+def fp8_refusal(site: Site, chip: str) -> UserError | None:
+    """Return the error if no kernel at `site` computes the matmuls of precision fp8, else None. `chip`: its name."""
+    case = Case(site=site, dtype="bfloat16", shape=(1, 1, 1), traits=frozenset({"row-scales"}))
+    if any(k.refuses(case) is None for k in rows("fp8_matmul", site.backend)):
+        return None
+    return _uncovered(f"precision fp8 on {chip}", "fp8_matmul", case)
+
+
+def check_fp8(site: Site, chip: str) -> None:
+    """Raise `fp8_refusal`."""
+    if (error := fp8_refusal(site, chip)) is not None:
+        raise error
+
+
+def _uncovered(what: str, operation: str, case: Case) -> UserError:
+    known = rows(operation, case.site.backend)
+    reasons = "; ".join(f"{k.name}: {k.refuses(case)}" for k in known)
+    anyway = f" `portatrain train --kernel {operation}={known[-1].name}` runs it anyway, slowly." if known else ""
+    return UserError(
+        what,
+        expected=f"a chip with 8-bit matmuls ({fp8_chips.CHIPS}), or a CPU, which emulates them",
+        got=f"no kernel for it ({reasons or f'the backend {case.site.backend} has none'})",
+        do=f"Use --set precision=bf16, or another chip.{anyway}",
+    )
 
 
 def choose(operation: str, case: Case) -> Choice:

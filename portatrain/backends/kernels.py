@@ -17,14 +17,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from portatrain.backends import fp8_chips
 from portatrain.errors import UserError, choice
 from portatrain.system.plugins import Registry
 
 GROUP = "portatrain.kernels"
 """The entry-point group in which other packages register rows: each entry is a `Kernel` or a sequence of them."""
 KERNELS_OF_OTHERS = Registry(kind="kernel", group=GROUP, ours={})
-OPERATIONS = ("attention", "grouped_matmul")
+OPERATIONS = ("attention", "grouped_matmul", "fp8_matmul")
 """The operations with more than one implementation."""
+TRIED = ("attention", "grouped_matmul")
+"""The operations that the kernel court tries. Those of `fp8_matmul` have no gradients of their own:
+`tests/contract/test_fp8.py` compares them with the oracle."""
 SCORES_BYTES = 256 << 20
 """The largest size of the float32 scores of attention on a device at one time, on jax."""
 
@@ -38,19 +42,22 @@ Named = tuple[tuple[str, str], ...]
 @dataclass(frozen=True, kw_only=True)
 class Site:
     """Where operations run. backend: 'jax', 'torch' (DeepSpeed too) or 'torch-xla'. device: the framework's
-    name of the kind of device. mesh: the mesh as text, in the form that `Mesh` prints."""
+    name of the kind of device. mesh: the mesh as text, in the form that `Mesh` prints. formats: those of the chip's
+    8-bit matmuls, a word of `fp8_chips`; '' if it has none."""
 
     backend: str
     device: str = "cpu"
     mesh: str = "1"
+    formats: str = ""
     named: Named = ()
 
     @classmethod
-    def of(cls, program: Any, *, backend: str, device: str) -> Site:
+    def of(cls, program: Any, *, backend: str, device: str, formats: str = "") -> Site:
         """Return the site of `program`; raise UserError if it names a kernel that `backend` does not have."""
         for operation, name in program.kernels:
             rows(operation, backend, name)
-        return cls(backend=backend, device=device, mesh=str(program.layout.mesh), named=tuple(program.kernels))
+        mesh, named = str(program.layout.mesh), tuple(program.kernels)
+        return cls(backend=backend, device=device, mesh=mesh, formats=formats, named=named)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,9 +65,10 @@ class Case:
     """Everything that decides which kernel runs.
 
     shape: the sizes on one device; for attention (B, S, T, H, K, D), as `Ops.attention` names them; for a grouped
-    matmul (N, E, F, X), for N rows and X experts. traits: for a grouped matmul 'compiled', in a block that torch
-    compiles; for attention, those of 'causal',
-    'window', 'segments', 'segment-pair' (queries and keys have segments of their own), 'positions', 'prefix', 'alibi',
+    matmul (N, E, F, X), for N rows and X experts; for an fp8 matmul (M, K, N), on jax those over all devices. traits:
+    for a grouped matmul 'compiled', in a block that torch compiles; for an fp8 matmul 'row-scales' or 'tensor-scales';
+    for attention, those of 'causal', 'window', 'segments', 'segment-pair' (queries and keys have segments of their
+    own), 'positions', 'prefix', 'alibi',
     'softcap' and 'sinks' that the call has, 'value-size' if value heads are not of size D, and 'uneven' if the queries
     do not divide over the devices that hold them; on jax also 'cross' if there are not as many keys as queries,
     'uneven-batch' and 'uneven-heads'. A kernel that returns the log-sum-exp of the scores covers sinks by
@@ -105,7 +113,14 @@ class Kernel:
     grouped_matmul: function(x_NE, w_XEF, *, sizes_X) returns (N, F). The rows of x are sorted by expert: sizes_X[i] of
     them, integers of 0 or more, are multiplied by w_XEF[i]. Rows past the sum of the sizes give zeros, and their
     gradient is zero, no matter what they hold. A sum in float32; the result has the dtype of x. The backend adds
-    `precision` on jax, and nothing on torch. `python -m portatrain.testing.kernels NAME` tests an implementation.
+    `precision` on jax, and nothing on torch.
+
+    fp8_matmul: function(product, a, b, *, formats, dtype) returns the einsum of `product` (`model.fp8.Product`). a, b:
+    pairs of float32 arrays: values over their scales, not rounded yet, with the axes of `product.a.term`, and
+    scales, powers of two, with the axes of `product.a.left`. The values are rounded to `product.a.kind`, multiplied,
+    added in float32, and multiplied by both scales; the result has the dtype `dtype`. formats: see `Site`.
+
+    `python -m portatrain.testing.kernels NAME` tests an implementation.
     """
 
     operation: str
@@ -251,6 +266,14 @@ def _grouped_mm_refuses(case: Case) -> str | None:
     return None if case.shape[0] and x else "there are no rows"
 
 
+def _8_bit_refuses(case: Case) -> str | None:
+    return fp8_chips.refuses_8_bit(case.site.device, case.site.formats)
+
+
+def _emulated_refuses(case: Case) -> str | None:
+    return fp8_chips.refuses_emulation(case.site.device, ("fp8_matmul", "emulated") in case.site.named)
+
+
 # ---- the table
 
 TABLE: tuple[Kernel, ...] = (
@@ -338,6 +361,34 @@ TABLE: tuple[Kernel, ...] = (
         name="written-out",
         backends=("torch", "torch-xla"),
         where="portatrain.backends.torch.grouped_matmul:written_out",
+    ),
+    Kernel(
+        operation="fp8_matmul",
+        name="float8",
+        backends=("jax",),
+        where="portatrain.backends.jax.fp8:float8",
+        refuses=_8_bit_refuses,
+    ),
+    Kernel(
+        operation="fp8_matmul",
+        name="scaled_mm",
+        backends=("torch",),
+        where="portatrain.backends.torch.fp8:scaled_mm",
+        refuses=_8_bit_refuses,
+    ),
+    Kernel(
+        operation="fp8_matmul",
+        name="emulated",
+        backends=("jax",),
+        where="portatrain.backends.jax.fp8:emulated",
+        refuses=_emulated_refuses,
+    ),
+    Kernel(
+        operation="fp8_matmul",
+        name="emulated",
+        backends=("torch",),
+        where="portatrain.backends.torch.fp8:emulated",
+        refuses=_emulated_refuses,
     ),
 )
 

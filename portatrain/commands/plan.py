@@ -89,7 +89,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the command; return 0 even if the recipe fits on no cluster, because that is a valid answer."""
+    """Run the command; return 0 even if the recipe fits on no cluster, because that is a valid answer.
+
+    Raises UserError if the chip of every cluster refuses the recipe's precision.
+    """
     if args.calibrate:
         return _calibrate(args)
     if args.recipe is None:
@@ -112,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
         for cluster in clusters
     ]
     took_s = time.perf_counter() - began_s
+    if all(one.refusal for one in plans) and plans[0].refusal is not None:
+        raise plans[0].refusal
     checks: dict[str, dict[str, object]] = {}
     if args.json:
         if args.compile:

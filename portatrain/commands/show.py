@@ -142,6 +142,8 @@ def _planned(cluster: str, given: str, recipe: Recipe) -> str:
     remats = (recipe.remat,) if recipe.remat in REMATS else tuple(REMATS)
     there = names.resolve(cluster, files=clusters_toml.files(given))
     made = plan(recipes.shape_of(recipe), there, remats=remats)
+    if made.refusal is not None:
+        raise made.refusal
     if made.chosen is None:
         raise UserError(
             f"cluster {cluster} for {recipe.name}",

@@ -16,12 +16,18 @@ In an einsum of several axes, the contracted axes together are k, the other axes
 activation m, and axes in all three terms (experts) count independent products. A scale is a function of one row, so it
 depends neither on the microbatch nor on the mesh. This is the rowwise recipe of torchao (`rowwise_with_gw_hp`).
 
+That is `fp8_scaling="row"`. With "tensor" all values of a tensor share a scale: those of a weight in one layer (and of
+one expert), and those of an activation or a gradient in one sample, which is the first axis of x. The scale is over the
+whole tensor, however a mesh cuts it. A sample and not a microbatch, because a step must not depend on how its samples
+are dealt out to microbatches. An einsum that contracts the first axis of x has a scale for each row.
+
 `quantise` replaces each chosen `Param` by a module that has its name, as LoRA does. Layouts, patterns over names,
 optimizers and checkpoints see the parameter alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -58,15 +64,53 @@ E5M2 = Format("float8_e5m2", digits=2, least=-14, most=15)
 """For gradients: up to 57344."""
 
 
+SCALINGS = ("row", "tensor")
+"""What shares a scale."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """An operand of a product: its term, its format, and the letters of the axes whose values share a scale."""
+
+    term: str
+    kind: Format
+    shared: str
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes whose values share a scale."""
+        return axes_of(self.shared, self.term)
+
+    @property
+    def left(self) -> str:
+        """The letters of the axes that its scales have."""
+        return "".join(c for c in self.term if c not in self.shared)
+
+
+@dataclass(frozen=True)
+class Product:
+    """An einsum of two operands of 8 bits, over the letters `over`."""
+
+    a: Side
+    b: Side
+    out: str
+    over: str
+
+    @property
+    def spec(self) -> str:
+        return f"{self.a.term},{self.b.term}->{self.out}"
+
+
 @dataclass(frozen=True)
 class Form:
-    """An einsum of an activation and a parameter, in this order, as a product of matrices: its terms, and the letters
-    that are contracted (k)."""
+    """An einsum of an activation and a parameter, in this order, as a product of matrices: its terms, the letters that
+    are contracted (k), and what shares a scale, one of `SCALINGS`."""
 
     x: str
     w: str
     out: str
     k: str
+    scaling: str = "row"
 
     @property
     def n(self) -> str:
@@ -74,19 +118,36 @@ class Form:
         return "".join(c for c in self.w if c not in self.x)
 
     @property
-    def forward(self) -> str:
-        """The spec of the product."""
-        return f"{self.x},{self.w}->{self.out}"
+    def forward(self) -> Product:
+        """The product, from the activation and the parameter."""
+        return Product(Side(self.x, E4M3, self._of_values(self.x, self.k)), self._weight(self.k), self.out, self.k)
 
     @property
-    def of_x(self) -> str:
-        """The spec of the gradient of the activation, from the gradient of the result and the parameter."""
-        return f"{self.out},{self.w}->{self.x}"
+    def of_x(self) -> Product:
+        """The gradient of the activation, from the gradient of the result and the parameter."""
+        return Product(Side(self.out, E5M2, self._of_values(self.out, self.n)), self._weight(self.n), self.x, self.n)
 
     @property
     def of_w(self) -> str:
         """The spec of the gradient of the parameter, from the activation and the gradient of the result."""
         return f"{self.x},{self.out}->{self.w}"
+
+    def sizes(self, x: Sequence[int], w: Sequence[int]) -> tuple[int, int, int]:
+        """Return (m, k, n) of the product of arrays of these shapes; independent products count in m."""
+        of = dict(zip(self.x + self.w, (*x, *w), strict=True))
+        # Lists: torch.compile takes no generators here.
+        m = math.prod([of[c] for c in self.x if c not in self.k])
+        return m, math.prod([of[c] for c in self.k]), math.prod([of[c] for c in self.n])
+
+    @property
+    def _whole(self) -> bool:
+        return self.scaling == "tensor" and self.x[0] in self.out
+
+    def _of_values(self, term: str, over: str) -> str:
+        return "".join(c for c in term if c != self.x[0]) if self._whole else over
+
+    def _weight(self, over: str) -> Side:
+        return Side(self.w, E4M3, "".join(c for c in self.w if c in self.k + self.n) if self._whole else over)
 
 
 def axes_of(letters: str, term: str) -> tuple[int, ...]:
@@ -94,15 +155,14 @@ def axes_of(letters: str, term: str) -> tuple[int, ...]:
     return tuple(i for i, c in enumerate(term) if c in letters)
 
 
-def aligned(term: str, over: str, out: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
-    """Return (a permutation, the index that then adds axes of size 1), with which the scales of an operand, which have
-    the axes of `term` without those of `over`, broadcast over a result with the axes `out`."""
-    letters = "".join(c for c in term if c not in over)
-    order = tuple(letters.index(c) for c in out if c in letters)
-    return order, tuple(slice(None) if c in letters else None for c in out)  # type: ignore[misc]
+def aligned(left: str, out: str) -> tuple[tuple[int, ...], tuple[int | None, ...]]:
+    """Return (a permutation, the index that then adds axes of size 1), with which scales that have the axes `left`
+    broadcast over a result with the axes `out`."""
+    order = tuple(left.index(c) for c in out if c in left)
+    return order, tuple(slice(None) if c in left else None for c in out)  # type: ignore[misc]
 
 
-def form_of(spec: str, parameter: int) -> Form | None:
+def form_of(spec: str, parameter: int, scaling: str = "row") -> Form | None:
     """Return the form of the einsum `spec`, of which the operand at `parameter` (0 or 1) is the parameter; None if it
     is no product of matrices: it contracts nothing, a letter is in one term alone or twice in one, or one of the two
     operands has no axis of its own in the result."""
@@ -116,7 +176,7 @@ def form_of(spec: str, parameter: int) -> Form | None:
     if not (set(out) <= set(x) | set(w)) or not (set(x) ^ set(w) <= set(out)):
         return None
     k = "".join(c for c in x if c in w and c not in out)
-    return Form(x, w, out, k) if k and set(w) - set(x) and set(x) - set(w) else None
+    return Form(x, w, out, k, scaling) if k and set(w) - set(x) and set(x) - set(w) else None
 
 
 class Quantised(Module):
@@ -124,8 +184,9 @@ class Quantised(Module):
 
     unnamed: ClassVar[tuple[str, ...]] = ("base",)
 
-    def __init__(self, base: Param) -> None:
+    def __init__(self, base: Param, scaling: str = "row") -> None:
         self.base = base
+        self.scaling = scaling
 
 
 def unquantised(p: Any) -> Any:
@@ -141,7 +202,9 @@ def with_fp8(ops: Any, einsum: Callable[..., Any], spec: str, operands: Sequence
     """
     plain = [unquantised(x) for x in operands]
     chosen = [i for i, x in enumerate(operands) if isinstance(x, Quantised)]
-    form = form_of(spec, chosen[0]) if len(chosen) == 1 and len(plain) == 2 and dtype is None else None
+    if len(chosen) != 1 or len(plain) != 2 or dtype is not None:
+        return einsum(ops, spec, *plain, dtype=dtype)
+    form = form_of(spec, chosen[0], operands[chosen[0]].scaling)
     if form is None:
         return einsum(ops, spec, *plain, dtype=dtype)
     return ops.einsum_fp8(form, plain[1 - chosen[0]], plain[chosen[0]])
@@ -182,8 +245,9 @@ def chosen(params: Iterable[TensorInfo], patterns: Sequence[str] | None) -> froz
     return names
 
 
-def quantise(model: Module, patterns: Sequence[str] | None = None) -> Definition:
+def quantise(model: Module, patterns: Sequence[str] | None = None, scaling: str = "row") -> Definition:
     """Replace the chosen weights of `model` by `Quantised` ones, in place, and return the definition of the model.
+    `scaling`: what shares a scale, one of `SCALINGS`.
 
     The tensors and their names stay as they are.
     """
@@ -193,7 +257,7 @@ def quantise(model: Module, patterns: Sequence[str] | None = None) -> Definition
 
     def held(value: Any) -> Any:
         if isinstance(value, Param):
-            return made.setdefault(id(value), Quantised(value)) if found.owners[id(value)] in names else value
+            return made.setdefault(id(value), Quantised(value, scaling)) if found.owners[id(value)] in names else value
         items = list(value.values()) if isinstance(value, dict) else value
         if not isinstance(items, (list, tuple)) or not any(isinstance(item, Param) for item in items):
             return value

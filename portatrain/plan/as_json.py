@@ -98,7 +98,7 @@ def candidate(one: Candidate) -> dict[str, Any]:
 def status(plan: Plan) -> str:
     if plan.best:
         return "fits" if plan.fits else "fits-with"
-    return "not-planned" if plan.cluster.chip.unplanned else "does-not-fit"
+    return "not-planned" if plan.unplanned else "does-not-fit"
 
 
 def confidence(plan: Plan) -> dict[str, Any]:

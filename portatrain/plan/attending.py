@@ -1,12 +1,17 @@
-"""Name the kernels that run, and price that of attention: ask the table of kernels that the backends ask."""
+"""Name the kernels that run, price that of attention, and say on which chips precision fp8 has one: ask the table of
+kernels that the backends ask."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from portatrain.backends.choose_kernel import first
+from portatrain.backends import fp8_chips
+from portatrain.backends.choose_kernel import first, fp8_refusal
 from portatrain.backends.kernels import Case, Kernel, Site
+from portatrain.errors import UserError
 from portatrain.model.attention_rules import head_share
+from portatrain.plan.clusters.chip import Chip
+from portatrain.plan.clusters.gpu_devices import AMD_DEVICES, DEVICES
 from portatrain.plan.cost.policy import Precision, Tuning
 from portatrain.plan.cost.shapes import ModelShape
 from portatrain.plan.cost.tensors import Sizes
@@ -44,6 +49,30 @@ def grouped_name_of(shape: ModelShape, mesh: Sizes, rows: int, precision: Precis
         shape.memo[key] = first("grouped_matmul", Case(site=site, dtype=_dtype(precision), shape=sizes)).name
     found: str = shape.memo[key]
     return found
+
+
+def formats_of(chip: Chip) -> str:
+    """Return the formats of a chip's 8-bit matmuls, a word of `fp8_chips`; '' if it has none.
+
+    A chip that is neither a TPU nor in the list of GPUs has those of `model/fp8.py` if its rate is higher for fp8 than
+    for bf16.
+    """
+    if chip.jax_kind:
+        return fp8_chips.of_tpu(chip.jax_kind)
+    if chip.name in DEVICES:
+        major, minor = DEVICES[chip.name].capability
+        return fp8_chips.of_nvidia(f"{major}.{minor}")
+    if chip.name in AMD_DEVICES:
+        return fp8_chips.of_amd(AMD_DEVICES[chip.name].isa)
+    faster = {"fp8", "bf16"} <= chip.peaks.keys() and chip.peaks["fp8"].value > chip.peaks["bf16"].value
+    return fp8_chips.OCP if faster else ""
+
+
+def refusal(chip: Chip, precision: Precision, tuning: Tuning) -> UserError | None:
+    """Return the error if no kernel on the chip computes the matmuls of a precision, else None."""
+    if precision.peak != "fp8":
+        return None
+    return fp8_refusal(Site(backend=tuning.backend, device=tuning.device, formats=formats_of(chip)), chip.name)
 
 
 def _dtype(precision: Precision) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from portatrain.errors import UserError
-from portatrain.plan.attending import priced
+from portatrain.plan.attending import priced, refusal
 from portatrain.plan.clusters import names
 from portatrain.plan.clusters.catalog import CHIPS
 from portatrain.plan.clusters.cluster import Cluster
@@ -43,9 +43,9 @@ def least_bytes(shape: ModelShape, cluster: Cluster, precision: str) -> float | 
 
 
 def could_fit(shape: ModelShape, cluster: Cluster, precision: str) -> bool:
-    if cluster.chip.unplanned:
-        return False
     kind, room = PRECISIONS[precision], cluster.chip.memory_bytes / cluster.chip.devices_per_chip
+    if cluster.chip.unplanned or refusal(cluster.chip, kind, tuning_of(cluster.chip.stack)) is not None:
+        return False
     # Evenly divided, weights, gradients and optimizer state need this much. Most questions end here.
     each = shape.parameters * (kind.param + kind.grad + shape.slot_bytes * kind.slots) / cluster.devices
     trains_all = all(tensor.trainable for tensor in shape.all_tensors)

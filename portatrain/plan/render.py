@@ -80,8 +80,8 @@ def _overview(plans: Sequence[Plan]) -> Table:
 
 
 def _misfit(plan: Plan) -> str:
-    if plan.cluster.chip.unplanned:
-        return f"not planned: {plan.cluster.chip.unplanned}"
+    if plan.unplanned:
+        return f"not planned: {plan.unplanned}"
     if plan.short_bytes is None:
         return f"no mesh divides the sizes of the recipe. Possible changes: {'; '.join(plan.hints)}."
     near = next((r.nearest for r in plan.refused if r.reason.startswith("does not fit")), "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from portatrain.errors import UserError
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost.efficiency import Efficiency
@@ -76,7 +77,8 @@ class Counts:
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """The answer for one cluster. ``used``: the part of the cluster that works. ``shape``: the recipe as planned.
-    ``asked``: the recipe as given, which differs from ``shape`` if only another batch divides."""
+    ``asked``: the recipe as given, which differs from ``shape`` if only another batch divides. ``unplanned``: why no
+    plan was made; '' if one was. ``refusal``: the error, if the chip does not compute in the recipe's precision."""
 
     asked: ModelShape
     shape: ModelShape
@@ -89,6 +91,11 @@ class Plan:
     hints: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     counts: Counts = field(default_factory=Counts)
+    refusal: UserError | None = None
+
+    @property
+    def unplanned(self) -> str:
+        return self.cluster.chip.unplanned or (str(self.refusal) if self.refusal else "")
 
     @property
     def chosen(self) -> Candidate | None:

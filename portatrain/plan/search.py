@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from portatrain.errors import UserError, choice
-from portatrain.plan.attending import grouped_name_of, name_of, priced
+from portatrain.plan.attending import grouped_name_of, name_of, priced, refusal
 from portatrain.plan.clusters import catalog
 from portatrain.plan.clusters.cluster import Cluster
 from portatrain.plan.cost import efficiency as factors
@@ -177,7 +177,8 @@ def plan(
 
     ``precisions``: the precisions to choose from; by default the recipe's alone, because another one changes the
     numbers. ``mesh`` and ``accumulation`` restrict the plan to one value. ``tuning`` replaces the tuning of the chip's
-    stack. ``hints=False`` leaves out the changes that would make the recipe fit.
+    stack. ``hints=False`` leaves out the changes that would make the recipe fit. A precision that the chip does not
+    compute in is left out; if none is left, the plan has the error, and is none.
 
     Raises:
       UserError: an unknown precision or remat policy, or a ``mesh`` that does not fit recipe and cluster.
@@ -189,7 +190,9 @@ def plan(
                 raise choice(what, name, valid)
     factor = efficiency or factors.of(cluster.chip)
     reached = catalog.reached_by(cluster.chip)
-    if cluster.chip.unplanned:
+    errors = {n: refusal(cluster.chip, PRECISIONS[n], tuning or tuning_of(cluster.chip.stack)) for n in names}
+    names, refused = tuple(n for n in names if errors[n] is None), [e for e in errors.values() if e is not None]
+    if cluster.chip.unplanned or not names:
         return Plan(
             asked=shape,
             shape=shape,
@@ -197,12 +200,14 @@ def plan(
             used=cluster,
             efficiency=factor,
             notes=(reached,) if reached else (),
-            hints=(f"{cluster.chip.name}: {cluster.chip.unplanned}",),
+            hints=(f"{cluster.chip.name}: {cluster.chip.unplanned or refused[0]}",),
+            refusal=None if names else refused[0],
         )
     if mesh is not None:
         _check_mesh(shape, cluster, mesh)
     search = _search(shape, cluster, names, remats, factor, tuning, mesh, accumulation)
-    used, planned, notes = cluster, shape, [reached] if reached else []
+    used, planned = cluster, shape
+    notes = [*([reached] if reached else []), *(f"{error.what} is left out: {error.got}" for error in refused)]
     if not search.meshes and mesh is None:
         part = meshes.most_usable(shape, cluster)
         if part is not None and 2 * part.chips > cluster.chips:

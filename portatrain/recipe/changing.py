@@ -109,8 +109,8 @@ ROWS = (
     ),
     Row(
         owner="Recipe",
-        fields="seed clip_norm spikes parametrization precision fp8_matmuls trainable frozen lora decay no_decay "
-        "ema_decay ema",
+        fields="seed clip_norm spikes parametrization precision fp8_matmuls fp8_scaling trainable frozen lora decay "
+        "no_decay ema_decay ema",
         kind=Kind.TRAJECTORY,
         why="decides every later step",
     ),

@@ -96,6 +96,9 @@ class Recipe:
     fp8_matmuls: tuple[str, ...] | None = config.added_later(None)
     """Name patterns of the weights whose matmuls precision fp8 computes from 8-bit operands. None: all that
     ``portatrain.model.fp8.can_quantise`` takes. No effect with other precisions."""
+    fp8_scaling: Literal["row", "tensor"] = config.added_later("row")
+    """What shares a scale in the matmuls of precision fp8. row: each row and column that a product contracts. tensor:
+    all values of a weight in a layer, and of an activation or a gradient in a sample."""
     remat: str = "none"
     """The remat policy: which activations the backward pass recomputes instead of keeping. none: it keeps all. See
     ``portatrain.model.remat``."""
@@ -348,7 +351,7 @@ class Recipe:
             widths = self.parametrization.apply(model, built_at_base(self.parametrization, self.model, self.name))
         model = model if self.lora is None else adapt(model, self.lora)
         if self.precision == "fp8":
-            found = quantise(model, self.fp8_matmuls)
+            found = quantise(model, self.fp8_matmuls, self.fp8_scaling)
         else:
             found = stored(describe(model), self.precision)
         return found if widths is None else with_widths(found, widths, functools.partial(lr_factor, self.optimizer))

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from portatrain.backends.choose_kernel import choose
+from portatrain.backends.kernels import Case, Kernel, Site
 from portatrain.backends.reference import fp8 as oracle
-from portatrain.model.fp8 import E4M3, E5M2, Form, Format, axes_of, form_of
+from portatrain.model.fp8 import E4M3, E5M2, SCALINGS, Form, Format, axes_of, form_of
 from tests.support.running import BACKENDS
 
 SPECS = {
@@ -59,13 +61,20 @@ def operands(name: str, x: np.ndarray, term: str, over: str, kind: Format) -> tu
     from portatrain.backends.torch import fp8 as torch_fp8
 
     values, scale = torch_fp8.scaled(torch.from_numpy(x), term, over, kind)
-    return torch_fp8.emulated(values, kind).numpy(), scale.numpy()
+    return torch_fp8.rounded(values, kind).numpy(), scale.numpy()
+
+
+def kernel_of(name: str, formats: str) -> Kernel:
+    """Return the kernel that runs on a device with these formats; '' is a CPU."""
+    site = Site(backend=name, device="gpu" if formats else "cpu", formats=formats)
+    return choose("fp8_matmul", Case(site=site, dtype="bfloat16", shape=(8, 8, 8))).kernel
 
 
 def contracted(
-    name: str, form: Form, x: np.ndarray, w: np.ndarray, g: np.ndarray, device: str = "emulated"
+    name: str, form: Form, x: np.ndarray, w: np.ndarray, g: np.ndarray, formats: str = ""
 ) -> list[np.ndarray]:
-    """Return the product and both gradients in a framework, all float32."""
+    """Return the product and both gradients in a framework, all float32, as on a device with these formats."""
+    kernel = kernel_of(name, formats)
     if name == "jax":
         import jax
         import jax.numpy as jnp
@@ -73,7 +82,7 @@ def contracted(
         from portatrain.backends.jax import fp8
 
         def of(x: Any, w: Any) -> Any:
-            return fp8.contraction(form, jnp.bfloat16, w.dtype, (None, None), device, x, w)
+            return fp8.contraction(form, jnp.bfloat16, w.dtype, (None, None), (kernel, formats), x, w)
 
         @jax.jit
         def both(x: Any, w: Any, g: Any) -> Any:
@@ -86,7 +95,8 @@ def contracted(
     from portatrain.backends.torch import fp8 as torch_fp8
 
     a, b = (torch.from_numpy(v).requires_grad_() for v in (x, w))
-    y = torch_fp8.contraction(form, a.bfloat16(), b.bfloat16(), device)
+    torch_fp8.load_kernels()
+    y = torch_fp8.contraction(form, a.bfloat16(), b.bfloat16(), kernel.where, formats)
     return [v.float().detach().numpy() for v in (y, *torch.autograd.grad(y, (a, b), torch.from_numpy(g).bfloat16()))]
 
 
@@ -103,10 +113,11 @@ def test_operands_have_the_bits_of_the_oracle(name: str, kind: Format) -> None:
 
 
 @pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("spec", SPECS)
-def test_products_and_gradients_are_those_of_the_oracle(name: str, spec: str) -> None:
+def test_products_and_gradients_are_those_of_the_oracle(name: str, scaling: str, spec: str) -> None:
     """The operands have the same bits, so sums in float32 and one rounding to bfloat16 are all that differs."""
-    form = form_of(spec, 1)
+    form = form_of(spec, 1, scaling)
     assert form is not None
     sizes = {c: n for t, s in zip((form.x, form.w), SPECS[spec], strict=True) for c, n in zip(t, s, strict=True)}
     rng = np.random.default_rng(5)
@@ -144,16 +155,18 @@ def _matmul(a: Any, b: Any, *, scale_a: Any, scale_b: Any, out_dtype: Any, use_f
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-@pytest.mark.parametrize("device", ["ocp", "fnuz"])
+@pytest.mark.parametrize("formats", ["ocp", "fnuz"])
+@pytest.mark.parametrize("scaling", SCALINGS)
 @pytest.mark.parametrize("spec", ["bse,ehd->bshd", "bshd,hde->bse", "bxse,xem->bxsm"])
 def test_products_of_8_bit_arrays_are_those_of_the_emulation(
-    name: str, device: str, spec: str, monkeypatch: pytest.MonkeyPatch
+    name: str, formats: str, scaling: str, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The arrays that a GPU or TPU multiplies, in its own formats, give the same result: here a CPU multiplies them."""
     if name == "torch":
         monkeypatch.setattr("torch._scaled_mm", _matmul)
-    form = form_of(spec, 1)
+    form = form_of(spec, 1, scaling)
     assert form is not None
+    assert kernel_of(name, formats).name == {"jax": "float8", "torch": "scaled_mm"}[name]
     sizes = {c: n for t, s in zip((form.x, form.w), SPECS[spec], strict=True) for c, n in zip(t, s, strict=True)}
     rng = np.random.default_rng(7)
     # Powers of two times small integers: all sums are exact, in any order.
@@ -161,8 +174,42 @@ def test_products_of_8_bit_arrays_are_those_of_the_emulation(
         (rng.integers(-8, 8, s) * np.exp2(rng.integers(-6, 1, s))).astype(np.float32)
         for s in ([sizes[c] for c in t] for t in (form.x, form.w, form.out))
     )
-    for a, b in zip(contracted(name, form, x, w, g, device), contracted(name, form, x, w, g), strict=True):
+    for a, b in zip(contracted(name, form, x, w, g, formats), contracted(name, form, x, w, g), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
+@pytest.mark.filterwarnings("default")  # of torch's tracer, which turns warnings into errors of its own
+@pytest.mark.parametrize("spec", ["bse,ehd->bshd", "bxse,xem->bxsm"])
+def test_torch_compile_traces_the_product_of_a_gpu(spec: str) -> None:
+    """As a whole, without a break: blocks are compiled on GPUs by default."""
+    import torch
+
+    from portatrain.backends.torch import fp8 as torch_fp8
+
+    form = form_of(spec, 1)
+    assert form is not None
+    product = form.forward
+
+    def run(x: Any, w: Any) -> Any:
+        sides = zip((x, w), (product.a, product.b), strict=True)
+        found = [torch_fp8.scaled(v, side.term, side.shared, side.kind) for v, side in sides]
+        return torch_fp8.scaled_mm(product, *found, formats="ocp", dtype=torch.bfloat16)
+
+    x, w = (torch.ones(shape, dtype=torch.bfloat16) for shape in SPECS[spec])
+    y = torch.compile(run, fullgraph=True, backend="eager")(x, w)
+    assert torch.equal(y, run(x, w)) and (y == SPECS[spec][0][-1]).all()  # a CPU has torch._scaled_mm too
+
+
+def test_what_shares_a_scale() -> None:
+    row, whole = (form_of("bxse,xem->bxsm", 1, scaling) for scaling in SCALINGS)
+    assert row is not None and whole is not None
+    assert [(p.a.shared, p.b.shared) for p in (row.forward, row.of_x)] == [("e", "e"), ("m", "m")]
+    # One for each sample, and one for the weight of each expert.
+    assert [(p.a.left, p.b.left) for p in (whole.forward, whole.of_x)] == [("b", "x"), ("b", "x")]
+    assert form_of("sbe,em->bm", 1) is None
+    turned = form_of("esb,em->sbm", 1, "tensor")  # its first axis is contracted: no axis of samples
+    assert turned is not None and (turned.forward.a.left, turned.forward.b.left) == ("sb", "m")
 
 
 def test_form() -> None:

@@ -65,6 +65,9 @@ CELLS: dict[int, list[tuple[str, str]]] = {
         ("fsdp=2", "lm, bf16 state"),
         ("fsdp=2", "lm, fp8"),
         ("tensor=2", "lm, fp8"),
+        ("fsdp=2", "lm, fp8, a scale for a tensor"),
+        ("tensor=2", "lm, fp8, a scale for a tensor"),
+        ("context=2", "lm, fp8, a scale for a tensor"),
     ],
     4: [
         *((mesh, PLAIN[0]) for mesh in ("replica=2,fsdp=2", "fsdp=2,tensor=2", "context=2,tensor=2")),
@@ -279,12 +282,13 @@ def test_every_mutant_is_tried() -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("cut", ["contracted", "kept"])
-def test_a_row_in_fp8_that_is_sharded_has_one_scale(cut: str, group: Any) -> None:
+@pytest.mark.parametrize("scaling", fp8_rows.FORMS)
+def test_what_shares_a_scale_has_one_however_it_is_sharded(scaling: str, cut: str, group: Any) -> None:
     """Numbers of one shard are so small beside those of the other that a scale of their own would show."""
     found, _ = group(2)["rows in fp8"]
     assert isinstance(found, dict), found
-    form, (x, w, g) = fp8_rows.FORM, fp8_rows.arrays()
-    y, dx = found[cut]
+    form, (x, w, g) = fp8_rows.FORMS[scaling], fp8_rows.arrays(scaling)
+    y, dx = found[scaling, cut]
     np.testing.assert_allclose(y, oracle.product(form, x, w), rtol=2.0**-7, atol=0)
     np.testing.assert_allclose(dx, oracle.gradients(form, x, w, g)[0], rtol=2.0**-7, atol=0)
 

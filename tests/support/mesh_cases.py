@@ -51,13 +51,15 @@ class Case:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base: Mapping[str, Any] | None = None
     """The fields of the model at the base width of muP. None: the standard parametrization."""
+    scaling: str = "row"
+    """What shares a scale in precision fp8."""
 
     def program(self, mesh: str) -> Program:
         model = self.model if isinstance(self.model, Module) else self.model.build()
         mup = None if self.base is None else MuP(base=self.base)
         widths = None if mup is None else mup.apply(model, mup.spec_at_base(self.model).build())
         precision = self.options.get("precision", "fp32")
-        definition = quantise(model) if precision == "fp8" else stored(describe(model), precision)
+        definition = quantise(model, scaling=self.scaling) if precision == "fp8" else stored(describe(model), precision)
         if widths is not None:
             definition = with_widths(definition, widths, functools.partial(lr_factor, self.optimizer))
         names = frozenset(definition.params)
@@ -233,5 +235,8 @@ CASES: dict[str, Case] = {
         model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16-state", "ema_decay": 0.9, "ema": _all}
     ),
     "lm, fp8": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "fp8"}),
+    "lm, fp8, a scale for a tensor": Case(
+        model=_lm(dropout=0.1), accumulation=2, options={"precision": "fp8"}, scaling="tensor"
+    ),
     "lm, bf16": Case(model=_lm(dropout=0.1), accumulation=2, options={"precision": "bf16"}),
 }

@@ -222,3 +222,29 @@ def test_a_ragged_exchange_counts_the_rows_of_all_devices_once() -> None:
     mesh = {"replica": 1, "fsdp": 1, "expert": 4, "context": 1, "tensor": 1}
     found = hlo.measure(RAGGED, mesh)
     assert (found.bytes, found.calls) == ({"expert": 2 * 4 * 8 * 16 * 4}, {"expert": 2})
+
+
+def test_matmuls_count_by_the_types_of_their_operands() -> None:
+    """A product counts as one of 8 bits if both of its operands are, not if they were before a conversion."""
+    text = MODULE.replace("TRIPS", "").replace(
+        "%fused (p: f32[8,16], q: f32[16,16]) -> f32[8,16] {",
+        """%low (p: f8e5m2[8,16], q: f8e4m3fn[16,16], r: bf16[16,16]) -> f32[8,16] {
+  %p = f8e5m2[8,16]{1,0} parameter(0)
+  %q = f8e4m3fn[16,16]{1,0} parameter(1)
+  %c = f16[8,16]{1,0} convert(%p)
+  %h = f16[16,16]{1,0} convert(%q)
+  %d = f32[8,16]{1,0} dot(%p, %q), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %e = f32[8,16]{1,0} dot(%c, %h), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %s = f32[8,16]{1,0} add(%d, %e)
+}
+
+%fused (p: f32[8,16], q: f32[16,16]) -> f32[8,16] {""",
+    )
+    text = text.replace(
+        "  ROOT %p = f32[8,16]{1,0} collective-permute",
+        "  %f = f32[8,16]{1,0} fusion(%x, %w, %w), kind=kOutput, calls=%low\n"
+        "  ROOT %p = f32[8,16]{1,0} collective-permute",
+    )
+    found = hlo.measure(text, MESH)
+    assert found.dots == {"f32 x f32": 6, "f8e5m2 x f8e4m3fn": 1, "f16 x f16": 1}
+    assert (found.flops, found.flops_fp8) == (8 * 2 * 8 * 16 * 16, 2 * 8 * 16 * 16)

@@ -12,8 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, StepResult, check_loss
+from portatrain.backends.choose_kernel import check_fp8
 from portatrain.backends.jax import fp8
 from portatrain.backends.jax.about import About
 from portatrain.backends.jax.accumulation import Accumulation, aux_part, aux_value, summed
@@ -66,10 +66,11 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
         self.flat_paths = [path for path, _ in skeleton]
         # A state leaves a step with the sharding that it came with; otherwise the next step would compile again.
         shardings = self._assemble(self._sharding, None)
-        platform = self.devices.devices.flat[0].platform
-        self._platform = platform
-        self.site = Site.of(program, backend="jax", device=platform)
-        self._fp8 = fp8.formats_of(self.devices.devices.flat[0]) if program.precision == "fp8" else fp8_chips.EMULATED
+        first = self.devices.devices.flat[0]
+        self._platform = platform = first.platform
+        self.site = Site.of(program, backend="jax", device=platform, formats=fp8.formats_of(first))
+        if program.precision == "fp8":
+            check_fp8(self.site, first.device_kind)
         # On a CPU a running step takes the cores that would prepare the next one; small steps run in the calling
         # thread.
         self.async_dispatch = platform != "cpu"
@@ -127,7 +128,6 @@ class JaxBackend(About, Held, StandaloneOps, Watches):
             layout=layout or self.layout,
             devices=self.devices if self.layout.mesh.devices > 1 else None,
             site=self.site,
-            fp8=self._fp8,
             given=batch,
             ids=self.ids,
             across=across or Across(),

@@ -1,8 +1,8 @@
-"""The matmuls of precision fp8 in JAX; `model/fp8.py` defines them.
+"""The matmuls of precision fp8 in JAX; `model/fp8.py` defines them, and the table of kernels says which runs.
 
-On devices with 8-bit matmuls the operands are arrays of float8, and the compiler sees their product. AMD's gfx942 has
-formats of its own, without negative zero: half of a number of `E4M3` or `E5M2` is a number of these, so values are
-halved, the product is multiplied by four, and the result is the same. Elsewhere the rounded operands are float32.
+`float8` multiplies arrays of float8, so the compiler sees their product. AMD's gfx942 has formats of its own, without
+negative zero: half of a number of `E4M3` or `E5M2` is a number of these, so values are halved, the product is
+multiplied by four, and the result is the same. `emulated` multiplies the rounded operands in float32.
 """
 
 from __future__ import annotations
@@ -14,27 +14,24 @@ import jax
 import jax.numpy as jnp
 
 from portatrain.backends import fp8_chips
-from portatrain.backends.fp8_chips import EMULATED, FNUZ
+from portatrain.backends.fp8_chips import FNUZ
 from portatrain.backends.jax.low_precision import Gathering, laid
-from portatrain.model.fp8 import E4M3, E5M2, Form, Format, aligned, axes_of
+from portatrain.backends.kernels import Kernel
+from portatrain.model.fp8 import E4M3, E5M2, Form, Format, Product, aligned
 
 _HALVED = {E4M3.name: jnp.float8_e4m3fnuz, E5M2.name: jnp.float8_e5m2fnuz}
+Operand = tuple[Any, Any]
+"""(Values over their scales, not rounded yet; the scales), both float32."""
 
 
 def formats_of(device: Any) -> str:
-    """Return the formats of a device's 8-bit matmuls, a word of `fp8_chips`; raise UserError if it has none."""
-    if device.platform == "cpu":
-        return EMULATED
+    """Return the formats of a device's 8-bit matmuls, a word of `fp8_chips`; '' if it has none."""
     kind = str(device.device_kind)
+    if device.platform == "cpu":
+        return ""
     if device.platform == "tpu":
-        return fp8_chips.checked(fp8_chips.of_tpu(kind), kind)
-    capability = str(getattr(device, "compute_capability", ""))
-    found = None
-    if capability.startswith("gfx"):
-        found = fp8_chips.of_amd(capability)
-    elif capability:
-        found = fp8_chips.of_nvidia(capability)
-    return fp8_chips.checked(found, kind)
+        return fp8_chips.of_tpu(kind)
+    return fp8_chips.of_gpu(str(getattr(device, "compute_capability", "")), kind)
 
 
 def scaled(x: Any, axes: tuple[int, ...], kind: Format) -> tuple[Any, Any]:
@@ -67,47 +64,56 @@ def rounded(x: Any, kind: Format) -> Any:
     return jax.lax.round(x * inverse, jax.lax.RoundingMethod.TO_NEAREST_EVEN) * power
 
 
-def _operand(x: Any, axes: tuple[int, ...], kind: Format, device: str) -> tuple[Any, Any]:
-    values, scale = scaled(x, axes, kind)
-    if device == EMULATED:
-        return rounded(values, kind), scale
-    if device == FNUZ:
-        return (0.5 * values).astype(_HALVED[kind.name]), 2 * scale
-    return values.astype(kind.name), scale
+def _multiplied(product: Product, a: Any, b: Any, scales: tuple[Any, Any], dtype: Any) -> Any:
+    """Return the einsum of two arrays times their scales. HIGHEST: of float32 operands no digit is lost, and of 8-bit
+    operands the products are added in float32 on GPUs that would otherwise add them in fewer digits."""
+    total = jnp.einsum(product.spec, a, b, preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST)
+    for side, scale in zip((product.a, product.b), scales, strict=True):
+        order, index = aligned(side.left, product.out)
+        total = total * scale.transpose(order)[index]
+    return total.astype(dtype)
 
 
-def _product(spec: str, a: tuple[Any, Format], b: tuple[Any, Format], over: str, device: str, dtype: Any) -> Any:
-    inputs, _, out = spec.partition("->")
-    operands, scales = [], []
-    for (array, kind), term in zip((a, b), inputs.split(","), strict=True):
-        values, scale = _operand(array, axes_of(over, term), kind, device)
-        order, index = aligned(term, over, out)
-        operands.append(values)
-        scales.append(scale.transpose(order)[index])
-    precision = jax.lax.Precision.HIGHEST if device == EMULATED else None
-    total = jnp.einsum(spec, *operands, preferred_element_type=jnp.float32, precision=precision)
-    return (total * scales[0] * scales[1]).astype(dtype)
+def emulated(product: Product, a: Operand, b: Operand, *, formats: str, dtype: Any) -> Any:
+    """Round the operands, and multiply them in float32. See `Kernel`."""
+    return _multiplied(product, rounded(a[0], product.a.kind), rounded(b[0], product.b.kind), (a[1], b[1]), dtype)
+
+
+def float8(product: Product, a: Operand, b: Operand, *, formats: str, dtype: Any) -> Any:
+    """Multiply arrays of float8. See `Kernel`."""
+    values, scales = [], []
+    for (x, scale), side in ((a, product.a), (b, product.b)):
+        values.append((0.5 * x).astype(_HALVED[side.kind.name]) if formats == FNUZ else x.astype(side.kind.name))
+        scales.append(2 * scale if formats == FNUZ else scale)
+    return _multiplied(product, values[0], values[1], (scales[0], scales[1]), dtype)
+
+
+How = tuple[Kernel, str]
+"""The kernel that multiplies, and the formats of the devices."""
+
+
+def _product(product: Product, a: Any, b: Any, how: How, dtype: Any) -> Any:
+    kernel, formats = how
+    found = [scaled(x, side.axes, side.kind) for x, side in ((a, product.a), (b, product.b))]
+    return kernel.load()(product, *found, formats=formats, dtype=dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def contraction(form: Form, compute: Any, kind: Any, gathering: Gathering, device: str, x: Any, w: Any) -> Any:
+def contraction(form: Form, compute: Any, kind: Any, gathering: Gathering, how: How, x: Any, w: Any) -> Any:
     """Return the product `form` in dtype `compute`, as `low_precision.contraction` does: w is a parameter of dtype
-    `kind`, which is all-gathered first, and its gradient is reduce-scattered. `device`: a word of `fp8_chips`."""
-    return _contraction(form, compute, kind, gathering, device, x, w)[0]
+    `kind`, which is all-gathered first, and its gradient is reduce-scattered."""
+    return _contraction(form, compute, kind, gathering, how, x, w)[0]
 
 
-def _contraction(form: Form, compute: Any, kind: Any, gathering: Gathering, device: str, x: Any, w: Any) -> Any:
+def _contraction(form: Form, compute: Any, kind: Any, gathering: Gathering, how: How, x: Any, w: Any) -> Any:
     used, stored = gathering
     low = laid(w.astype(compute), stored)
-    one, two = (x.astype(compute), E4M3), (laid(low, used), E4M3)
-    return _product(form.forward, one, two, form.k, device, compute), (x, low)
+    return _product(form.forward, x.astype(compute), laid(low, used), how, compute), (x, low)
 
 
-def _contraction_back(
-    form: Form, compute: Any, kind: Any, gathering: Gathering, device: str, saved: Any, g: Any
-) -> Any:
+def _contraction_back(form: Form, compute: Any, kind: Any, gathering: Gathering, how: How, saved: Any, g: Any) -> Any:
     (x, low), (used, stored) = saved, gathering
-    dx = _product(form.of_x, (g, E5M2), (laid(low, used), E4M3), form.n, device, compute).astype(x.dtype)
+    dx = _product(form.of_x, g, laid(low, used), how, compute).astype(x.dtype)
     dw = jnp.einsum(form.of_w, x.astype(compute), g, preferred_element_type=jnp.float32)
     return dx, laid(dw, stored).astype(kind)
 

@@ -14,7 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import NamedSharding
 
-from portatrain.backends.fp8_chips import EMULATED
+from portatrain.backends import choose_kernel
 from portatrain.backends.jax import fp8
 from portatrain.backends.jax.across_samples import AcrossSamples
 from portatrain.backends.jax.attention import SITE
@@ -24,7 +24,7 @@ from portatrain.backends.jax.losses import cross_entropy
 from portatrain.backends.jax.low_precision import contraction, low_rows, transposable
 from portatrain.backends.jax.ops_arrays import JaxArrays
 from portatrain.backends.jax.sharding_constraints import OnMesh, gathered, partition_spec, plain
-from portatrain.backends.kernels import Site
+from portatrain.backends.kernels import Case, Site
 from portatrain.backends.token_ids import TokenIds
 from portatrain.model import dropout_hash
 from portatrain.model.across_samples import Across
@@ -86,8 +86,6 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
     layout: Layout | None = None
     devices: jax.sharding.Mesh | None = None
     site: Site = SITE
-    fp8: str = EMULATED
-    """The formats of the devices' 8-bit matmuls, a word of `fp8_chips`."""
     auxes: dict[str, Aux] = dataclasses.field(default_factory=dict)
     tallies: dict[str, Any] = dataclasses.field(default_factory=dict)
     named: set[str] = dataclasses.field(default_factory=set)
@@ -135,7 +133,14 @@ class JaxOps(OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
         split = self._split((form.x, form.w), (x, w))
         x = self._along(plain(x), form.x, split)
-        product = fp8.contraction(form, self.compute, plain(w).dtype, self._gathering(w), self.fp8, x, plain(w))
+        case = Case(
+            site=self.site,
+            dtype=jnp.dtype(self.compute).name,
+            shape=form.sizes(x.shape, plain(w).shape),
+            traits=frozenset({f"{form.scaling}-scales"}),
+        )
+        how = (choose_kernel.choose("fp8_matmul", case).kernel, self.site.formats)
+        product = fp8.contraction(form, self.compute, plain(w).dtype, self._gathering(w), how, x, plain(w))
         return self._along(product, form.out, split)
 
     def _product(self, spec: str, operands: Sequence[Any]) -> Any:

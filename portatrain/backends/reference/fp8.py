@@ -5,7 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 
-from portatrain.model.fp8 import E4M3, E5M2, Form, Format, aligned, axes_of
+from portatrain.model.fp8 import Form, Format, Product, aligned
 
 Array = np.ndarray
 
@@ -40,23 +40,22 @@ def _scale(largest: float, kind: Format) -> float:
 
 def product(form: Form, x: Array, w: Array) -> Array:
     """Return the einsum `form` of an activation and a parameter, float64."""
-    return _scaled(form.forward, (x, E4M3), (w, E4M3), form.k)
+    return _multiplied(form.forward, x, w)
 
 
 def gradients(form: Form, x: Array, w: Array, g: Array) -> tuple[Array, Array]:
     """Return the gradients of x and of w, given the gradient `g` of the result."""
     low_x, low_g = _bfloat16(x), _bfloat16(g)
     with np.errstate(invalid="ignore"):
-        return _scaled(form.of_x, (g, E5M2), (w, E4M3), form.n), np.einsum(form.of_w, low_x, low_g)
+        return _multiplied(form.of_x, g, w), np.einsum(form.of_w, low_x, low_g)
 
 
-def _scaled(spec: str, a: tuple[Array, Format], b: tuple[Array, Format], over: str) -> Array:
-    inputs, _, out = spec.partition("->")
+def _multiplied(product: Product, a: Array, b: Array) -> Array:
     found, scales = [], []
-    for (array, kind), term in zip((a, b), inputs.split(","), strict=True):
-        values, scale = rounded(array, axes_of(over, term), kind)
-        order, index = aligned(term, over, out)
+    for array, side in ((a, product.a), (b, product.b)):
+        values, scale = rounded(array, side.axes, side.kind)
+        order, index = aligned(side.left, product.out)
         found.append(values)
         scales.append(scale.transpose(order)[index])
     with np.errstate(invalid="ignore"):
-        return np.einsum(spec, *found) * scales[0] * scales[1]
+        return np.einsum(product.spec, *found) * scales[0] * scales[1]

@@ -1,8 +1,8 @@
-"""The matmuls of precision fp8 in torch; `model/fp8.py` defines them.
+"""The matmuls of precision fp8 in torch; `model/fp8.py` defines them, and the table of kernels says which runs.
 
-On GPUs with 8-bit matmuls the products run in `torch._scaled_mm`, which takes a scale for each row and each column and
-adds in float32. AMD's gfx942 has formats of its own, without negative zero: half of a number of `E4M3` or `E5M2` is a
-number of these, so values are halved and scales doubled. On a CPU the rounded operands are multiplied in float32.
+`scaled_mm` is `torch._scaled_mm`, which takes a scale for each row and each column and adds in float32. AMD's gfx942
+has formats of its own, without negative zero: half of a number of `E4M3` or `E5M2` is a number of these, so values are
+halved and scales doubled. `emulated` multiplies the rounded operands in float32.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from portatrain.backends import fp8_chips
-from portatrain.backends.fp8_chips import EMULATED, FNUZ
-from portatrain.model.fp8 import E4M3, E5M2, Form, Format, aligned, axes_of
+from portatrain.backends import choose_kernel, fp8_chips, kernels
+from portatrain.backends.fp8_chips import FNUZ
+from portatrain.model.fp8 import E4M3, E5M2, Form, Format, Product, aligned, axes_of
 
 _TYPES = {E4M3.name: torch.float8_e4m3fn, E5M2.name: torch.float8_e5m2}
 _HALVED = {E4M3.name: torch.float8_e4m3fnuz, E5M2.name: torch.float8_e5m2fnuz}
@@ -26,21 +26,25 @@ _MULTIPLE = 16
 
 
 def formats_of(device: torch.device, kind: str) -> str:
-    """Return the formats of a device's 8-bit matmuls, a word of `fp8_chips`; raise UserError if it has none. `kind`:
-    the name of its row in `devices.DEVICES`."""
-    if device.type == "cpu":
-        return EMULATED
+    """Return the formats of a device's 8-bit matmuls, a word of `fp8_chips`; '' if it has none. `kind`: the name of its
+    row in `devices.DEVICES`."""
     if device.type != "cuda":
-        return fp8_chips.checked(None, kind)
+        return ""
     found = torch.cuda.get_device_properties(device)
-    if kind == "rocm":
-        return fp8_chips.checked(fp8_chips.of_amd(found.gcnArchName), found.name)
-    return fp8_chips.checked(fp8_chips.of_nvidia(f"{found.major}.{found.minor}"), found.name)
+    capability = found.gcnArchName if kind == "rocm" else f"{found.major}.{found.minor}"
+    return fp8_chips.of_gpu(capability, found.name)
 
 
+def name_of(device: torch.device, kind: str) -> str:
+    """Return the name of a device, for a message."""
+    return torch.cuda.get_device_properties(device).name if device.type == "cuda" else kind
+
+
+Operand = tuple[Tensor, Tensor]
+"""(Values over their scales, not rounded yet; the scales), both float32."""
 Most = Callable[[Tensor, str], Tensor]
-"""A function of the largest values of rows, as the bits of float32 numbers without sign, and the letters of the axes
-that are a row. It returns the largest values of the whole rows if a process has a part of each."""
+"""A function of the largest values, as the bits of float32 numbers without sign, and the letters of the axes that share
+a scale. It returns the largest values over all processes if each has a part."""
 
 
 def _own(largest: Tensor, over: str) -> Tensor:
@@ -48,8 +52,8 @@ def _own(largest: Tensor, over: str) -> Tensor:
 
 
 def scaled(x: Tensor, term: str, over: str, kind: Format, most: Most = _own) -> tuple[Tensor, Tensor]:
-    """Return (x over its scales, not rounded yet; the scales), both float32. The axes of `over` in `term` together are
-    a row; the scales have none of them."""
+    """Return an `Operand`. The values along the axes of `over` in `term` share a scale; the scales have none of these
+    axes."""
     axes = axes_of(over, term)
     bits = x.float().contiguous().view(torch.int32)
     size = bits & 0x7FFFFFFF
@@ -70,49 +74,40 @@ def scaled(x: Tensor, term: str, over: str, kind: Format, most: Most = _own) -> 
     return bits.view(torch.float32) * inverse, scale
 
 
-def emulated(x: Tensor, kind: Format) -> Tensor:
+def rounded(x: Tensor, kind: Format) -> Tensor:
     """Round float32 numbers to the format; the result is float32."""
     return x.to(_TYPES[kind.name]).float()
 
 
-def product(
-    spec: str, a: tuple[Tensor, Format], b: tuple[Tensor, Format], over: str, device: str, most: Most = _own
-) -> Tensor:
-    """Return einsum(spec, a, b) from 8-bit operands, with the dtype of b. The letters `over` are contracted."""
-    inputs, _, out = spec.partition("->")
-    terms = inputs.split(",")
-    found = [scaled(array, term, over, kind, most) for (array, kind), term in zip((a, b), terms, strict=True)]
-    if device != EMULATED and b[0].dtype == torch.bfloat16:
-        return _multiplied(spec, found, (a[1], b[1]), over, device)
-    total = torch.einsum(spec, *(emulated(values, kind) for (values, _), (_, kind) in zip(found, (a, b), strict=True)))
-    for (_, scale), term in zip(found, terms, strict=True):
-        order, index = aligned(term, over, out)
+def emulated(product: Product, a: Operand, b: Operand, *, formats: str, dtype: torch.dtype) -> Tensor:
+    """Round the operands, and multiply them in float32. See `Kernel`."""
+    total = torch.einsum(product.spec, rounded(a[0], product.a.kind), rounded(b[0], product.b.kind))
+    for (_, scale), side in ((a, product.a), (b, product.b)):
+        order, index = aligned(side.left, product.out)
         total = total * scale.permute(order)[index]
-    return total.to(b[0].dtype)
+    return total.to(dtype)
 
 
-def _multiplied(
-    spec: str, found: list[tuple[Tensor, Tensor]], kinds: tuple[Format, Format], over: str, device: str
-) -> Tensor:
-    """Return the product by `torch._scaled_mm`, one call for each element of the batch letters."""
-    inputs, _, out = spec.partition("->")
-    terms = inputs.split(",")
-    batch = "".join(c for c in terms[0] if c in terms[1] and c not in over)
-    sizes = {c: n for (x, _), term in zip(found, terms, strict=True) for c, n in zip(term, x.shape, strict=True)}
-    k = math.prod(sizes[c] for c in over)
+def scaled_mm(product: Product, a: Operand, b: Operand, *, formats: str, dtype: torch.dtype) -> Tensor:
+    """Multiply by `torch._scaled_mm`, one call for each element of the batch letters. See `Kernel`."""
+    out, over = product.out, product.over
+    batch = "".join(c for c in product.a.term if c in product.b.term and c not in over)
+    sizes = {c: n for (x, _), side in ((a, product.a), (b, product.b)) for c, n in zip(side.term, x.shape, strict=True)}
+    k = math.prod([sizes[c] for c in over])  # a list: torch.compile takes no generator here
     flat, scales, own = [], [], []
-    types = _HALVED if device == FNUZ else _TYPES
-    for (x, scale), term, kind in zip(found, terms, kinds, strict=True):
-        free = "".join(c for c in term if c not in batch + over)
-        rows = math.prod(sizes[c] for c in free)
-        x = x.permute([term.index(c) for c in batch + free + over]).reshape(-1, rows, k)
-        left = "".join(c for c in term if c not in over)
-        scale = scale.permute([left.index(c) for c in batch + free]).reshape(-1, rows)
-        if device == FNUZ:
+    types = _HALVED if formats == FNUZ else _TYPES
+    for (x, scale), side in ((a, product.a), (b, product.b)):
+        kind = types[side.kind.name]
+        free = "".join(c for c in side.term if c not in batch + over)
+        rows = math.prod([sizes[c] for c in free])
+        x = x.permute([side.term.index(c) for c in batch + free + over]).reshape(-1, rows, k)
+        order, index = aligned(side.left, batch + free)
+        scale = scale.permute(order)[index].expand([sizes[c] for c in batch + free]).reshape(-1, rows)
+        if formats == FNUZ:
             x, scale = 0.5 * x, 2 * scale
         # Rows of zeros with the scale 1 make up the sizes.
-        x = torch.nn.functional.pad(x.to(types[kind.name]).view(torch.uint8), (0, -k % _MULTIPLE, 0, -rows % _MULTIPLE))
-        flat.append(x.view(types[kind.name]))
+        x = torch.nn.functional.pad(x.to(kind).view(torch.uint8), (0, -k % _MULTIPLE, 0, -rows % _MULTIPLE))
+        flat.append(x.view(kind))
         scales.append(torch.nn.functional.pad(scale, (0, -rows % _MULTIPLE), value=1.0))
         own.append((free, rows))
     products = [
@@ -123,29 +118,66 @@ def _multiplied(
     ]
     y = torch.stack(products)[:, : own[0][1], : own[1][1]]
     letters = batch + own[0][0] + own[1][0]
-    return y.reshape([sizes[c] for c in letters]).permute([letters.index(c) for c in out])
+    return y.reshape([sizes[c] for c in letters]).permute([letters.index(c) for c in out]).to(dtype)
+
+
+LOADED: dict[str, Callable[..., Tensor]] = {}
+"""Implementations by `Kernel.where`."""
+
+
+@torch.compiler.assume_constant_result
+def kernel_of(
+    backend: str,
+    device: str,
+    mesh: str,
+    formats: str,
+    named: kernels.Named,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    scaling: str,
+) -> str:
+    """Return the key in `LOADED` of the kernel that runs. Arguments and result are constants only, so torch.compile
+    calls this once and does not trace it."""
+    site = kernels.Site(backend=backend, device=device, mesh=mesh, formats=formats, named=named)
+    traits = frozenset({f"{scaling}-scales"})
+    case = kernels.Case(site=site, dtype=str(dtype).removeprefix("torch."), shape=shape, traits=traits)
+    kernel = choose_kernel.choose("fp8_matmul", case).kernel
+    LOADED.setdefault(kernel.where, kernel.load())
+    return kernel.where
+
+
+def load_kernels() -> None:
+    """Fill `LOADED` with every kernel that may run, because a compiled block cannot import the functions that it
+    calls."""
+    for kernel in kernels.rows("fp8_matmul", "torch"):
+        LOADED.setdefault(kernel.where, kernel.load())
+
+
+def _product(product: Product, a: Tensor, b: Tensor, where: str, formats: str, most: Most) -> Tensor:
+    found = [scaled(x, side.term, side.shared, side.kind, most) for x, side in ((a, product.a), (b, product.b))]
+    return LOADED[where](product, *found, formats=formats, dtype=b.dtype)
 
 
 class _Contraction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, form: Form, device: str, most: Most) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor, form: Form, where: str, formats: str, most: Most) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.form, ctx.device, ctx.most = form, device, most
-        return product(form.forward, (x, E4M3), (w, E4M3), form.k, device, most)
+        ctx.form, ctx.how = form, (where, formats, most)
+        return _product(form.forward, x, w, where, formats, most)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
         (x, w), form = ctx.saved_tensors, ctx.form
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = product(form.of_x, (g, E5M2), (w, E4M3), form.n, ctx.device, ctx.most)
+            dx = _product(form.of_x, g, w, *ctx.how)
         if ctx.needs_input_grad[1]:
             dw = torch.einsum(form.of_w, x, g)
-        return dx, dw, None, None, None
+        return dx, dw, None, None, None, None
 
 
-def contraction(form: Form, x: Tensor, w: Tensor, device: str, most: Most = _own) -> Tensor:
+def contraction(form: Form, x: Tensor, w: Tensor, where: str, formats: str, most: Most = _own) -> Tensor:
     """Return the product `form` of an activation and a parameter, both in the compute dtype, and in this dtype.
-    `device`: a word of `fp8_chips`."""
-    return _Contraction.apply(x, w, form, device, most)
+    `where`: the key of a kernel in `LOADED`. `formats`: a word of `fp8_chips`."""
+    return _Contraction.apply(x, w, form, where, formats, most)

@@ -128,8 +128,8 @@ class MeshOps(MeshAttention, MeshArrays, MeshLosses, MeshExperts, RowOps):
         return self._from(self.parts.einsum(spec, *parts, dtype=dtype), result)
 
     def einsum_fp8(self, form: Form, x: Any, w: Any, **options: Any) -> Any:
-        """Contract as `einsum` does. The largest value of a row that is sharded is that of all its shards."""
-        (x, w), result, sharded = self._parts_of(form.forward, (x, w))
+        """Contract as `einsum` does. The largest value of what shares a scale is that of all its shards."""
+        (x, w), result, sharded = self._parts_of(form.forward.spec, (x, w))
 
         def most(largest: Tensor, over: str) -> Tensor:
             axes = [axis for axis, letter in sharded.items() if letter in over]

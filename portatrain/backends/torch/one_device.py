@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from portatrain.backends import fp8_chips
 from portatrain.backends.base import Arrays, IrregularShards, LocalBox, StepResult, check_loss
+from portatrain.backends.choose_kernel import check_fp8
 from portatrain.backends.kernels import FLEX_DEVICES, Site
 from portatrain.backends.limits import NONE, Limits, within
 from portatrain.backends.program import Program
@@ -82,10 +82,12 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
                 do="Use bf16, or a newer torch.",
             )
         self.compiles = program.compile if program.compile is not None else row.compiles
-        self.site = Site.of(program, backend="torch", device=self.device.type)
-        self._fp8 = fp8.formats_of(self.device, row.name) if program.precision == "fp8" else fp8_chips.EMULATED
-        attention.load_kernels()
-        experts.load_kernels()
+        formats = fp8.formats_of(self.device, row.name)
+        self.site = Site.of(program, backend="torch", device=self.device.type, formats=formats)
+        if program.precision == "fp8":
+            check_fp8(self.site, fp8.name_of(self.device, row.name))
+        for kinds in (attention, experts, fp8):
+            kinds.load_kernels()
         self._after_step = needs_after_step(self.definition)
         self._graphs = 0
         self.remat = remat.parse(program.remat)
@@ -128,13 +130,7 @@ class OneDevice(About, Accumulates, StandaloneOps, Watches):
 
     def _ops(self, batch: Mapping[str, Tensor], step: int, training: bool) -> TorchOps:
         static = Static(
-            training,
-            COMPUTE[self.program.precision],
-            self.remat,
-            self.program.layout,
-            ops=self.ops,
-            site=self.site,
-            fp8=self._fp8,
+            training, COMPUTE[self.program.precision], self.remat, self.program.layout, ops=self.ops, site=self.site
         )
         sample = batch.get("sample")
         return self.ops(

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from portatrain.backends.fp8_chips import EMULATED
 from portatrain.backends.kernels import Site
 from portatrain.backends.token_ids import TokenIds
 from portatrain.backends.torch import fp8
@@ -55,8 +54,6 @@ class Static:
     """The class of operations, TorchOps unless a mesh needs another one."""
     site: Site = SITE
     """The facts that decide which kernels run."""
-    fp8: str = EMULATED
-    """The formats of the device's 8-bit matmuls, a word of `fp8_chips`."""
     calls: bool = False
     """True if blocks are run by their own call, with the hooks that other libraries put on it."""
 
@@ -117,8 +114,12 @@ class TorchOps(AcrossSamples, TorchArrays, TorchExperts):
 
     def einsum_fp8(self, form: Form, x: Tensor, w: Tensor, **options: Any) -> Tensor:
         """Return the product of precision fp8 (`model/fp8.py`) of an activation and a parameter."""
-        compute = self.static.compute
-        return fp8.contraction(form, x.to(compute), w.to(compute), self.static.fp8, **options)
+        compute, site = self.static.compute, self.static.site
+        sizes = form.sizes(tuple(x.shape), tuple(w.shape))
+        where = fp8.kernel_of(
+            site.backend, site.device, site.mesh, site.formats, site.named, compute, sizes, form.scaling
+        )
+        return fp8.contraction(form, x.to(compute), w.to(compute), where, site.formats, **options)
 
     def _note(self, table_VE: Tensor, ids: Tensor) -> None:
         if not torch.compiler.is_compiling() and self.ids is not None and isinstance(table_VE, Tensor):

@@ -75,6 +75,8 @@ def rows(predicted: Predicted, found: Answer) -> list[tuple[str, float | None, f
         ("peak memory", predicted.peak_bytes, compiled, GIB, "GiB"),
         ("matmul FLOPs", predicted.flops, found.flops, 1e12, "TFLOP"),
     ]
+    if asked := found.raw.get("traced_flops_fp8"):  # what the program asks for, beside what the compiler made of it
+        made.append(("of them in 8 bits", asked, found.raw.get("flops_fp8"), 1e12, "TFLOP"))
     told = found.collectives
     for axes in sorted({*predicted.collectives, *(told or {})}):
         made.append(
@@ -108,6 +110,8 @@ def as_json(predicted: Predicted, found: Answer) -> dict[str, Any]:
             "peak_bytes": found.peak_bytes,
             "needs_bytes": found.needs_bytes,
             "flops": found.flops,
+            "flops_fp8": found.raw.get("flops_fp8"),
+            "dots": found.raw.get("dots"),
             "collective_bytes": dict(found.collectives) if found.collectives is not None else None,
             "compiler": found.compiler,
             "seconds": found.seconds,

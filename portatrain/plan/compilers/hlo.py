@@ -24,12 +24,22 @@ _MESH_GROUPS = re.compile(
 
 @dataclass
 class Found:
-    """The figures of one device and one run of the module. ``bytes``: bytes of the gathered arrays of collectives,
-    by mesh axes (joined by ``+``), an all-reduce counted twice. ``calls``: the number of collectives."""
+    """The figures of one device and one run of the module. ``flops_fp8``: those of matmuls of two 8-bit floats.
+    ``dots``: the number of matmuls, by the types of their operands ('bf16 x bf16'). ``bytes``: bytes of the gathered
+    arrays of collectives, by mesh axes (joined by ``+``), an all-reduce counted twice. ``calls``: the number of
+    collectives."""
 
     flops: float = 0.0
+    flops_fp8: float = 0.0
+    dots: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, float] = field(default_factory=dict)
     calls: dict[str, float] = field(default_factory=dict)
+
+    def multiply(self, times: float, flops: float, kinds: Sequence[str]) -> None:
+        both = " x ".join(kinds)
+        self.dots[both] = self.dots.get(both, 0.0) + times
+        self.flops += times * flops
+        self.flops_fp8 += times * flops * all(kind.startswith("f8") for kind in kinds)
 
     def add(self, axes: str, times: float, moved: float) -> None:
         self.bytes[axes] = self.bytes.get(axes, 0.0) + times * moved
@@ -45,7 +55,7 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
         one = computations[name]
         for line in one.lines:
             if line.opcode in ("dot", "convolution"):
-                found.flops += times * _flops(one, line)
+                found.multiply(times, _flops(one, line), [kind for x in line.operands[:2] for kind in _kind(one, x)])
             elif line.opcode == "custom-call":
                 found.flops += times * _kernel_flops(one, line)
             kind = line.opcode.removesuffix("-start")
@@ -84,6 +94,11 @@ def _kernel_flops(one: Computation, line: Instruction) -> float:
     of_keys, of_values = _KERNEL_MATMULS[named[6]]
     heads = math.prod(elements(one.type_of(line.operands[2]))[0][1][:-2])  # of the queries, (B, H, S, D)
     return 2.0 * heads * blocks * queries * keys * (of_keys * size + of_values * values)
+
+
+def _kind(one: Computation, name: str) -> list[str]:
+    """Return the type of the numbers of an array, in a list; of an operand that is not found, an empty one."""
+    return [kind for kind, _ in elements(one.type_of(name))[:1]]
 
 
 def _flops(one: Computation, line: Instruction) -> float:

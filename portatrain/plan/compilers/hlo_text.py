@@ -9,6 +9,11 @@ from dataclasses import dataclass, field
 
 BYTES = {
     "pred": 1,
+    "f8e4m3fn": 1,
+    "f8e5m2": 1,
+    "f8e4m3fnuz": 1,
+    "f8e5m2fnuz": 1,
+    "f8e8m0fnu": 1,
     "s4": 0.5,
     "u4": 0.5,
     "s8": 1,

@@ -22,7 +22,7 @@ from portatrain.plan.result import Candidate, Plan
 from portatrain.system import json_files
 from portatrain.system.paths import cache_folder
 
-FORMAT = 1
+FORMAT = 2
 PACKAGES = (
     "jax",
     "jaxlib",

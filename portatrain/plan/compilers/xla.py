@@ -48,6 +48,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "devices": len(devices),
         "kernel_choices": choose_kernel.taken(),
         "traced_flops": flops(traced.jaxpr.jaxpr) / len(devices),
+        "traced_flops_fp8": flops(traced.jaxpr.jaxpr, fp8=True) / len(devices),
     }
     stage("compiling, which may take minutes")
     with tempfile.TemporaryDirectory() as folder:
@@ -72,7 +73,13 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
     if not text:
         return found
     counted = hlo.measure(text, backend.layout.mesh.sizes)
-    return found | {"flops": counted.flops, "collective_bytes": counted.bytes, "collective_calls": counted.calls}
+    return found | {
+        "flops": counted.flops,
+        "flops_fp8": counted.flops_fp8,
+        "dots": counted.dots,
+        "collective_bytes": counted.bytes,
+        "collective_calls": counted.calls,
+    }
 
 
 def _written(folder: Path) -> tuple[str, list[str]]:
@@ -93,14 +100,15 @@ def batch_of(data: DataSpec, batch: int, accumulation: int) -> dict[str, np.ndar
     return {k: v.reshape(accumulation, batch // accumulation, *v.shape[1:]) for k, v in made.items()}
 
 
-def flops(jaxpr: Any) -> float:
-    """Return the FLOPs of all matmuls of a traced program, over all devices. Loops count as often as they run, and
-    recomputation counts too."""
+def flops(jaxpr: Any, *, fp8: bool = False) -> float:
+    """Return the FLOPs of all matmuls of a traced program, or of those of 8-bit floats alone, over all devices. Loops
+    count as often as they run, and recomputation counts too."""
     total = 0.0
     for equation in jaxpr.eqns:
-        inside = sum(flops(getattr(sub, "jaxpr", sub)) for sub in _inner(equation.params.values()))
+        inside = sum(flops(getattr(sub, "jaxpr", sub), fp8=fp8) for sub in _inner(equation.params.values()))
         total += inside * (equation.params["length"] if equation.primitive.name == "scan" else 1)
-        if equation.primitive.name == "dot_general":
+        eight = all(x.aval.dtype.name.startswith("float8") for x in equation.invars[:2])
+        if equation.primitive.name == "dot_general" and (eight or not fp8):
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += (

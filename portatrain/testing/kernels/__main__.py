@@ -29,7 +29,7 @@ from dataclasses import asdict
 from importlib.util import find_spec
 from typing import NoReturn
 
-from portatrain.backends.kernels import OPERATIONS, TABLE, Kernel, others
+from portatrain.backends.kernels import TABLE, TRIED, Kernel, others
 from portatrain.errors import UserError, choice
 from portatrain.system.exit_codes import FOUND, INTERRUPTED, OK
 from portatrain.testing.kernels.court import RUNNERS, Verdict, judge, runner, sample, select, trials
@@ -57,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     made.add_argument("name", metavar="NAME", nargs="?", help="the name of a kernel in the table")
-    made.add_argument("--operation", choices=OPERATIONS, help="its operation (default: every one with that name)")
+    made.add_argument("--operation", choices=TRIED, help="its operation (default: every one with that name)")
     made.add_argument("--backend", choices=tuple(RUNNERS), help="its backend (default: every one that is installed)")
     made.add_argument("--device", default="cpu", help="the framework's name of the kind of device (default: cpu)")
     made.add_argument(
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
 def _rows(args: argparse.Namespace) -> Iterator[tuple[str, Kernel]]:
     """Yield (backend, kernel) of every row that the court has a place for."""
     for kernel in (*others(), *TABLE):
-        wanted = kernel.operation == (args.operation or kernel.operation)
+        wanted = kernel.operation in TRIED and kernel.operation == (args.operation or kernel.operation)
         for backend in kernel.backends if wanted else ():
             if backend in RUNNERS and backend == (args.backend or backend):
                 yield backend, kernel
@@ -150,7 +150,7 @@ class _Progress:
 
 def _list(args: argparse.Namespace) -> None:
     if args.cases != "*":
-        for operation in [args.operation] if args.operation else OPERATIONS:
+        for operation in [args.operation] if args.operation else TRIED:
             for trial in select(operation, args.cases, empty=True):
                 print(f"{operation:15} {' '.join(trial.dtypes):17} {trial.name}")
         return
@@ -158,7 +158,7 @@ def _list(args: argparse.Namespace) -> None:
     for backend, kernel in _rows(args):
         whose = "portatrain" if id(kernel) in ours else kernel.where.partition(".")[0]
         print(f"{kernel.operation:15} {backend:6} {kernel.name:15} {whose}")
-    for operation in OPERATIONS:
+    for operation in TRIED:
         found = trials(operation)
         print(f"{operation}: {len(found)} cases, {sum(len(t.dtypes) for t in found)} with their dtypes")
 
