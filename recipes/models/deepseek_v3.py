@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row
-from portatrain.config import added_later
 from portatrain.model.layers import LatentAttention, layers_of, places_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
 from portatrain.model.rope import YarnScaling
+from portatrain.recipe import added_later
 from recipes.models.ahead import AheadLM, rows_of
 from recipes.models.causal import PRE_NORMS, read_sizes, rms_norm
 from recipes.models.routed import (
