@@ -114,10 +114,10 @@ def _fine_tune(args: argparse.Namespace, path: Path) -> int:
             do="Leave them out; --paths names your texts.",
         )
     _write(path, text_of(_named("finetune.py", path), args.source, args.paths))
-    said = left_out(args.source)
-    print(
-        f"{path}: fine-tune {args.source}\n{said and said + chr(10)}\n  launch --cluster local {path}\n  portatrain show {path}"
-    )
+    print(f"{path}: fine-tune {args.source}")
+    if said := left_out(args.source):
+        print(said)
+    print(f"\n  launch --cluster local {path}\n  portatrain show {path}")
     return 0
 
 
