@@ -114,9 +114,10 @@ def _fine_tune(args: argparse.Namespace, path: Path) -> int:
             do="Leave them out; --paths names your texts.",
         )
     _write(path, text_of(named("finetune.py", path), args.source, args.paths))
-    lines = [f"{path}: fine-tune {args.source}", left_out(args.source)]
-    next_ones = [f"\n  launch --cluster local {path}", f"  portatrain show {path}"]
-    print("\n".join([*filter(None, lines), *next_ones]))
+    print(f"{path}: fine-tune {args.source}")
+    if said := left_out(args.source):
+        print(said)
+    print(f"\n  launch --cluster local {path}\n  portatrain show {path}")
     return 0
 
 

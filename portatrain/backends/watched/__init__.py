@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from portatrain.errors.users_code import is_ours, shown
+from portatrain.model.lora import factored
 from portatrain.model.module import Module
 from portatrain.model.ops import Loss, Ops
 
@@ -152,9 +153,9 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
             try:
                 if inside:
                     raise TypeError
-                given = (Body(_named(args[0]), args[0]), *args[1:]) if name in BODIES else args
+                given = _with_body(args) if name in BODIES else args
                 template = taken_apart((given, options), is_array, arrays)
-            except TypeError:  # an operation within another, or a weight with factors: its parts are recorded
+            except TypeError:  # an operation within another, or an einsum of an adapted weight: its parts are recorded
                 return otherwise(self, *args, **options)
             path, place = _caller(sys._getframe(1))
             about = Call(name=name, path=path, place=place, layer=layer_of(self), template=template)
@@ -186,8 +187,11 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
     return type(f"Watching{base.__name__}", (base,), methods)
 
 
-def _named(body: Any) -> str:
-    return str(getattr(body, "__name__", type(body).__name__))
+def _with_body(args: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the arguments of `experts` with its body as a `Body`, and each adapted weight as the weight and its
+    factors."""
+    body, params = factored(args[0], tuple(args[4:]))
+    return (Body(str(getattr(args[0], "__name__", type(args[0]).__name__)), body), *args[1:4], *params)
 
 
 def _caller(frame: FrameType | None) -> tuple[str, str]:
