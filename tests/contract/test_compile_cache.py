@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 from collections.abc import Iterator
@@ -108,6 +109,31 @@ def test_a_folder_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, mo
     (event,) = run.events(Kind.NO_COMPILE_CACHE)
     assert "Not a directory" in event["what"] and str(tmp_path / "file") in event["what"]
     assert "no compile cache: " in said.getvalue() and not run.events(Kind.COMPILE_CACHE)
+
+
+@pytest.mark.usefixtures("no_cache_of_the_user")
+def test_a_folder_of_the_user_that_cannot_be_written_is_told_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only the one that portatrain chooses: a framework would tell of it at every program, or not at all."""
+    import jax
+
+    from portatrain.backends.jax import compile_cache as of_jax
+    from portatrain.backends.torch import compile_cache as of_torch
+
+    (tmp_path / "file").write_text("not a folder")
+    bad = str(tmp_path / "file" / "cache")
+    monkeypatch.setenv(of_torch.FOLDER, bad)
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        for given, refused in ((bad, True), ("gs://bucket/cache", False)):
+            jax.config.update("jax_compilation_cache_dir", given)
+            with pytest.raises(NotADirectoryError) if refused else contextlib.nullcontext():
+                of_jax.use(tmp_path / "ours", "cpu")
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    with pytest.raises(NotADirectoryError):
+        of_torch.use(tmp_path / "ours")
 
 
 @pytest.mark.usefixtures("no_cache_of_the_user")

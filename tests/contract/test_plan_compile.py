@@ -244,3 +244,20 @@ def test_the_answer_is_kept_by_what_it_depends_on(tmp_path: Path) -> None:
     one = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1})
     other = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1})
     assert one.key != other.key and one.key == job.Request(**vars(one)).key
+
+
+def test_an_answer_that_cannot_be_kept_is_given_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(targets, "check_installed", lambda wanted: None)
+
+    def compiled(question: Path, path: Path, *_: object) -> None:
+        assert question.is_file()
+        path.write_text('{"fits": true, "compiler": "a test", "seconds": 1.0}')
+
+    monkeypatch.setattr(job, "_run", compiled)
+    target = targets.target(parse("h100-8"))
+    asked = job.Request(compiler="cuda", recipe="llama3-1b", overrides=(), mesh="", options=target.options)
+    told: list[str] = []
+    assert job.answer(asked, target, tell=told.append).compiler == "a test"
+    assert len(told) == 1 and "will not be kept" in told[0] and str(tmp_path / "file") in told[0]

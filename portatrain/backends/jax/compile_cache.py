@@ -54,7 +54,7 @@ def use(folder: Path, platform: str) -> Path:
     config: Any = jax.config
     given = config.jax_compilation_cache_dir  # of JAX_COMPILATION_CACHE_DIR, or of code of the user
     if given and given != _ours:
-        return Path(given)
+        return Path(given) if "://" in given else made_writable(Path(given))
     machine = f"-{cpu_key()}" if platform == "cpu" else ""
     mine = made_writable(folder / f"jax-{jax.__version__}-jaxlib-{jaxlib.__version__}-{platform}{machine}")
     if str(mine) != given:

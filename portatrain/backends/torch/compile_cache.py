@@ -51,7 +51,7 @@ def use(folder: Path) -> Path:
 
     given = os.environ.get(FOLDER)
     if given and given not in (_ours, default_cache_dir()):  # inductor itself sets its default one
-        return Path(given)
+        return made_writable(Path(given))
     mine = made_writable(folder / f"torch-{torch.__version__}-{cpu_key()}")
     os.environ[FOLDER] = _ours = str(mine)
     return mine

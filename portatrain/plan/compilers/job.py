@@ -108,6 +108,7 @@ def answer(
     asked: Request, target: Target, *, tell: Callable[[str], None], fresh: bool = False, limit_s: float = 3600
 ) -> Answer:
     """Return the answer, from the cache unless ``fresh``. ``tell`` gets a line at every stage and every few seconds.
+    An answer that cannot be kept is given all the same.
 
     Raises:
       UserError: the compiler is not installed, or it failed for another reason than memory.
@@ -116,12 +117,17 @@ def answer(
     if path.is_file() and not fresh:
         return _read(path, cached=True)
     targets.check_installed(target)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+        except OSError as error:  # read-only, full, or no folder
+            tell(f"the answer will not be kept: {error}")
+            path = Path(folder) / "answer.json"
         question = Path(folder) / "request.json"
         question.write_text(json.dumps(asdict(asked)), encoding="utf-8")
         _run(question, path, target, tell, limit_s)
-    return _read(path, cached=False)
+        return _read(path, cached=False)
 
 
 def versions() -> dict[str, str]:
