@@ -221,11 +221,12 @@ class Trainer:
         else:
             preempted = Kind.CANCELLED if self._stop.cancelled else Kind.PREEMPTED
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": preempted}
+            went = self.rewound is not None
+            self._status = str(ends.get(stop_requested or "", Kind.WENT_BACK if went else Kind.STOPPED))
+            if not went:  # otherwise its event says from where the run goes on
+                self.event(self._status, step=self.step, of=self.recipe.steps)
             if stop_requested is not None:
                 self.rewound = None  # no attempt follows at once
-            self._status = str(ends.get(stop_requested or "", Kind.WENT_BACK if self.rewound else Kind.STOPPED))
-            if self.rewound is None:  # otherwise that event is there
-                self.event(self._status, step=self.step, of=self.recipe.steps)
             attempt.write("summary.json", {"status": self._status, **self._summary})
 
     def _rewind(self, attempt: Attempt | NullAttempt, spike: Spike) -> None:
