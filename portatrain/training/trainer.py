@@ -291,7 +291,7 @@ class Trainer:
                     self._steps.start()
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
-                rows = batches.get(lambda: self._stop.asked is not None)
+                rows = batches.get(lambda: self._stop.asked is not None, self._waits)
                 waited_s = time.perf_counter() - waited_s
                 if step == first:
                     self._start.mark("first_batch")
@@ -341,6 +341,9 @@ class Trainer:
                 if evaluates or saves or profiled:
                     self._steps.start()
             self._record_pending()
+
+    def _waits(self, waited_s: float) -> None:
+        self.event(Kind.DATA_WAIT, step=self.step + 1, waited_s=round(waited_s, 1))
 
     def _record_pending(self) -> None:
         """Record the step that has been started and not recorded, if there is one. This waits for the device."""
