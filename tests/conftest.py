@@ -23,6 +23,8 @@ for _name, _value in {
     "PORTATRAIN_CHECK": "0",
     # No test leaves compiled programs in the cache folder of whoever runs it.
     "PORTATRAIN_COMPILE_CACHE": "off",
+    # Nor packed corpora; test_pack_cache.py has a cache of its own.
+    "PORTATRAIN_PACK_CACHE": "off",
 }.items():
     os.environ.setdefault(_name, _value)
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from portatrain.config import left_out
 from portatrain.data import pack as packs
+from portatrain.data import pack_cache
 from portatrain.data.documents import Documents, Spooled, check_ids_of
 from portatrain.data.own import gives_documents
 from portatrain.data.own_documents import OwnDocuments
@@ -118,7 +119,7 @@ def identity(spec: DataSpec) -> dict[str, Any]:
 
 def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
     """Return the packed streams of a token source, by split; no ``validation`` if no document is held out."""
-    pack = packs.make(identity(spec), SPLITS, lambda writer: _produce(spec, writer), pack_dir)
+    pack, why = _pack(spec, pack_dir)
     meaning = pack.facts["meaning"]
     out = {}
     for split in SPLITS:
@@ -131,13 +132,24 @@ def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
                 bos=meaning["bos"],
                 bytes=pack.facts[f"{split}_bytes"],
                 fingerprint=pack.fingerprints[split],
-                passed_over=tuple(pack.facts.get("passed_over", ())),
+                passed_over=(*pack.facts.get("passed_over", ()), *([why] if why else [])),
                 targets=pack.arrays.get(f"{split}-targets"),
                 target_blocks=pack.blocks.get(f"{split}-targets"),
                 blocks=pack.blocks.get(f"{split}-tokens"),
                 verification=pack.verification,
             )
     return out
+
+
+def _pack(spec: DataSpec, pack_dir: Path | None) -> tuple[packs.Pack, str | None]:
+    """Return the pack of a source, by way of the cache if it is packed into a folder; and why that was not possible."""
+
+    def produce(writer: packs.Writer) -> packs.Meta:
+        return _produce(spec, writer)
+
+    if pack_dir is None or packs.is_there(pack_dir):
+        return packs.make(identity(spec), SPLITS, produce, pack_dir), None
+    return pack_cache.make(spec, identity(spec), SPLITS, produce, pack_dir)
 
 
 def open_source(spec: DataSpec) -> Documents:

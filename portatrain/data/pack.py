@@ -197,7 +197,7 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
     Raises:
         UserError: the folder cannot be written, or has a damaged corpus or one with another identity.
     """
-    if pack_dir is not None and pack_dir.exists() and not (pack_dir.is_dir() and not any(pack_dir.iterdir())):
+    if pack_dir is not None and is_there(pack_dir):
         return read(pack_dir, identity, splits)
     if pack_dir is None:
         writer = Writer(None)
@@ -225,8 +225,7 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
                 json.dump(meta, file, indent=1)
                 file.flush()
                 os.fsync(file.fileno())
-            _sync_folder(partial)
-            _rename(partial, pack_dir)
+            settle(partial, pack_dir)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if not pack_dir.exists():
@@ -240,6 +239,11 @@ def make(identity: Meta, splits: tuple[str, ...], produce: Callable[[Writer], Me
             do="Free some space, change the permissions, or name another folder.",
         ) from error
     return read(pack_dir, identity, splits)
+
+
+def is_there(pack_dir: Path) -> bool:
+    """Return whether there is anything at ``pack_dir`` but an empty folder."""
+    return pack_dir.exists() and not (pack_dir.is_dir() and not any(pack_dir.iterdir()))
 
 
 def read(pack_dir: Path, identity: Meta | None, splits: tuple[str, ...], *, whole: bool = False) -> Pack:
@@ -392,7 +396,9 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def _rename(partial: Path, pack_dir: Path) -> None:
+def settle(partial: Path, pack_dir: Path) -> None:
+    """Give a whole pack its name, unless another process was first. OSError if that fails."""
+    _sync_folder(partial)
     try:
         os.rename(partial, pack_dir)
     except OSError:

@@ -18,6 +18,8 @@ import numpy as np
 from portatrain.data.split import Batch, Split
 
 CLOSE_WITHIN_S = 2.0
+SAY_AFTER_S = 10.0
+"""A wait for a batch is told after this time, and again whenever it has doubled."""
 Rows = Callable[[int], np.ndarray | None]
 
 
@@ -57,8 +59,12 @@ class Prefetch(Iterator[Batch]):
         assert batch is not None
         return batch
 
-    def get(self, stopped: Callable[[], bool]) -> Batch | None:
-        """Wait for the next batch and return it; return None if ``stopped()`` becomes true before it is ready."""
+    def get(self, stopped: Callable[[], bool], waits: Callable[[float], None] = lambda waited_s: None) -> Batch | None:
+        """Wait for the next batch and return it; return None if ``stopped()`` becomes true before it is ready.
+
+        ``waits`` is called with the seconds of a wait of SAY_AFTER_S, and again at twice, four times ... as many.
+        """
+        began_s, say_s = time.monotonic(), SAY_AFTER_S
         while self._error is None:
             if self._stop.is_set():
                 raise StopIteration
@@ -67,6 +73,9 @@ class Prefetch(Iterator[Batch]):
             except queue.Empty:
                 if stopped():
                     return None
+                if (waited_s := time.monotonic() - began_s) >= say_s:
+                    waits(waited_s)
+                    say_s = 2 * waited_s
                 continue
             if not isinstance(got, BaseException):
                 return got

@@ -35,6 +35,17 @@ def documents(spec: DataSpec) -> Documents:
     raise TypeError(f"{type(spec).__name__} is not a source of tokens")
 
 
+def documents_files(spec: DataSpec) -> Files | None:
+    """Return all files that decide the documents of a source of text, in order, without reading them; None if other
+    files do as well, as a chat template, or if it is another kind of source."""
+    if isinstance(spec, Stdlib):
+        return stdlib_files()
+    if isinstance(spec, TextFiles) or (isinstance(spec, _Records) and spec.messages is None):
+        files, held, _ = _both(spec)
+        return files + [(f"validation/{name}", path) for name, path in held]
+    return None
+
+
 def stdlib_files(root: Path | None = None) -> Files:
     """Return the library modules of the running interpreter that `Stdlib` includes."""
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root

@@ -340,7 +340,7 @@ class Recipe:
     @property
     def retention(self) -> Retention:
         """The rule for keeping checkpoints."""
-        back = self.spikes.before if self.spikes is not None else 0
+        back = self.spikes.before if self.spikes is not None and self.spikes.action == "rewind" else 0
         last, every, best = self.checkpoint_keep, self.checkpoint_keep_every, self.checkpoint_keep_best
         return Retention(last=last, every=every, best=best, back=back)
 

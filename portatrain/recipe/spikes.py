@@ -53,9 +53,9 @@ class Spikes:
     checkpoint before the step, leaves its samples out (``leave_out`` of the recipe), and trains on; a step that is not
     finite is then a spike, too."""
     before: int = added_later(0)
-    """Number of steps before a spike whose samples a rewind leaves out as well, at least 0."""
+    """Number of steps before a spike whose samples a rewind leaves out as well, at least 0. No effect with skip."""
     after: int = added_later(0)
-    """Number of steps after a spike whose samples a rewind leaves out as well, at least 0."""
+    """Number of steps after a spike whose samples a rewind leaves out as well, at least 0. No effect with skip."""
     max_rewinds: int = added_later(10)
     """Maximum number of rewinds without a checkpoint behind the spike before; one more spike ends the run with an
     error, at least 1."""
@@ -71,8 +71,6 @@ class Spikes:
         for name, least in (("before", 0), ("after", 0), ("max_rewinds", 1)):
             if getattr(self, name) < least:
                 self._refuse(name, f"an integer of at least {least}", "Use a larger number.")
-        if self.action == "skip" and (self.before or self.after):
-            self._refuse("action", "rewind, since before and after are of a rewind", "Use action=rewind.")
         for name in ("loss", "grad_norm"):
             if (width := getattr(self, name)) is not None and not 0 < width < math.inf:
                 self._refuse(name, "a number above 0, or none", "A usual width is 6.")

@@ -57,6 +57,9 @@ class Kind(StrEnum):
     """The save of the state after `step` is committed. A later attempt expects its checkpoint (`runs/commits.py`)."""
     SAVE_SKIPPED = "save_skipped"
     """A save was skipped because the previous one is still being written."""
+    DATA_WAIT = "waiting_for_data"
+    """Process 0 has waited `waited_s` seconds for the batch of `step`, and waits on. If it waits for a shard of a
+    packed store, standard error has its name."""
     SKIPPED = "skipped"
     """The update of a step was skipped because its loss or gradient was not finite."""
     SPIKE = "spike"

@@ -200,6 +200,16 @@ DATA_CACHE_GIB = Variable[float](
     otherwise="20",
     set_by=YOU,
 )
+PACK_CACHE = Variable[str](
+    name="PORTATRAIN_PACK_CACHE",
+    about="The folder for packed corpora of text, which other runs of this machine copy instead of packing; `off`: "
+    "keep none.",
+    kind="a folder, or off",
+    read=str,
+    default="",
+    otherwise="`portatrain/packs` in the user's cache folder",
+    set_by=YOU,
+)
 COMPILE_CACHE = Variable[str](
     name="PORTATRAIN_COMPILE_CACHE",
     about="The folder for compiled programs, which later attempts reuse; `off`: keep none. JAX_COMPILATION_CACHE_DIR "

@@ -221,11 +221,12 @@ class Trainer:
         else:
             preempted = Kind.CANCELLED if self._stop.cancelled else Kind.PREEMPTED
             ends = {"interrupt": Kind.INTERRUPTED, "preempt": preempted}
+            went = self.rewound is not None
+            self._status = str(ends.get(stop_requested or "", Kind.WENT_BACK if went else Kind.STOPPED))
+            if not went:  # otherwise its event says from where the run goes on
+                self.event(self._status, step=self.step, of=self.recipe.steps)
             if stop_requested is not None:
                 self.rewound = None  # no attempt follows at once
-            self._status = str(ends.get(stop_requested or "", Kind.WENT_BACK if self.rewound else Kind.STOPPED))
-            if self.rewound is None:  # otherwise that event is there
-                self.event(self._status, step=self.step, of=self.recipe.steps)
             attempt.write("summary.json", {"status": self._status, **self._summary})
 
     def _rewind(self, attempt: Attempt | NullAttempt, spike: Spike) -> None:
@@ -290,7 +291,7 @@ class Trainer:
                     self._steps.start()
                 waited_s = time.perf_counter()
                 self._stop.at("data", step)
-                rows = batches.get(lambda: self._stop.asked is not None)
+                rows = batches.get(lambda: self._stop.asked is not None, self._waits)
                 waited_s = time.perf_counter() - waited_s
                 if step == first:
                     self._start.mark("first_batch")
@@ -340,6 +341,9 @@ class Trainer:
                 if evaluates or saves or profiled:
                     self._steps.start()
             self._record_pending()
+
+    def _waits(self, waited_s: float) -> None:
+        self.event(Kind.DATA_WAIT, step=self.step + 1, waited_s=round(waited_s, 1))
 
     def _record_pending(self) -> None:
         """Record the step that has been started and not recorded, if there is one. This waits for the device."""

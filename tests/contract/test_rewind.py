@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,12 @@ from portatrain.recipe import Recipe
 from portatrain.runs import changes
 from portatrain.runs.events import Kind
 from portatrain.runs.run_dir import RunDir
+from portatrain.system.stop_signals import StopSignals
+from portatrain.training.hooks import Hook
+from portatrain.training.metrics import StepRecord
 from portatrain.training.options import TrainOptions
 from portatrain.training.trainer import Trainer, train
+from portatrain.training.view import TrainingView
 from tests.support import spiky
 
 BACKENDS = [name for name in ("jax", "torch") if not missing(name)]
@@ -189,6 +193,30 @@ def test_before_the_first_checkpoint_it_begins_again(order: list[int], tmp_path:
     assert run.events(Kind.WENT_BACK)[0]["step"] == 0 and not run.events(Kind.RESUMED)
     other = told(replace(recipe, steps=14), ("44:48",), RunDir(tmp_path / "told"), BACKENDS[-1])
     assert bits(run) == bits(other)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stops(Hook):
+    """Asks the run to stop, as a signal does, when it has a spike."""
+
+    def on_step(self, run: TrainingView, record: StepRecord) -> None:
+        if record.skipped:
+            SIGNALS[0].strengthen("preempt")
+
+
+SIGNALS: list[StopSignals] = []
+
+
+@pytest.mark.parametrize("every", [None, 4])
+def test_asked_to_stop_while_it_goes_back(every: int | None, order: list[int], tmp_path: Path) -> None:
+    recipe = spiked(order, (12,), checkpoint_every=every, hooks=(Stops(),))
+    run = RunDir(tmp_path / "run")
+    with StopSignals() as signals:
+        SIGNALS[:] = [signals]
+        assert train(recipe, run, backend=BACKENDS[-1], signals=signals) == 85
+    assert [e["status"] for e in run.events(Kind.END)] == ["preempted"] and len(run.events(Kind.WENT_BACK)) == 1
+    assert train(changes.settled(run.path, recipe), run, backend=BACKENDS[-1]) == 0
+    assert bits(run) == bits(told(recipe, ("44:48",), RunDir(tmp_path / "told"), BACKENDS[-1]))
 
 
 def test_what_is_gone_is_not_gone_back_to(order: list[int], tmp_path: Path) -> None:

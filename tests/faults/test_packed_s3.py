@@ -5,21 +5,39 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from portatrain.cli import main
-from portatrain.data import PackedTokens, TextFiles, batch_hash, open_data
+from portatrain.data import PackedTokens, TextFiles, batch_hash, open_data, read_ahead
 from portatrain.data.store import packing, reading, stream_writer
 from portatrain.data.store.cache import Cache
 from portatrain.errors import StorageError, UserError
+from portatrain.optim import AdamW, Constant
+from portatrain.recipe import Recipe
+from portatrain.runs.events import Kind
+from portatrain.runs.run_dir import RunDir
 from portatrain.system import environment
 from portatrain.system.object_store import Objects
+from portatrain.training.hooks import Hook
+from portatrain.training.metrics import StepRecord
+from portatrain.training.trainer import train
+from portatrain.training.view import TrainingView
+from recipes.models.decoder import DecoderConfig
 from tests.support.packed import RECIPE, contents, corpus, packed, tokenizer
 from tests.support.s3 import Proxy, s3
 
 pytest.importorskip("obstore")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slow(Hook):
+    """Every step takes 0.2 s more."""
+
+    def on_step(self, run: TrainingView, record: StepRecord) -> None:
+        time.sleep(0.2)
 
 
 @pytest.fixture
@@ -183,3 +201,58 @@ def test_two_packers_on_one_url(there: tuple[str, Proxy], tmp_path: Path, capsys
     claim.release()
     assert main(["data", "pack", str(tmp_path / "r.py"), url]) == 0
     assert "unfinished" not in " ".join(objects(url))
+
+
+def test_a_run_hides_the_latency_waits_out_a_stall_and_names_a_flipped_bit(
+    there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every request takes 50 ms, and steps take longer than that, as those that a store is for."""
+    url, proxy = there
+    monkeypatch.setenv(environment.DATA_CACHE_GIB.name, "0")
+    monkeypatch.setattr(read_ahead, "SAY_AFTER_S", 0.3)
+    monkeypatch.setattr(reading, "SAY_AFTER_S", 0.3)
+    packed(text(tmp_path), url)
+    recipe = Recipe(
+        name="packed",
+        model=DecoderConfig(vocab=256, embed=16, layers=1, heads=2),
+        data=PackedTokens(path=url, seq_len=16),
+        optimizer=AdamW(lr=1e-3),
+        schedule=Constant(),
+        steps=12,
+        batch=4,
+        checkpoint_every=4,
+        hooks=(Slow(),),
+    )
+    proxy.fault = lambda method, path, number: 0.05 if ".tokens" in path else None
+    run = RunDir(tmp_path / "run")
+    assert train(recipe, run, backend="jax") == 0
+    rows = run.curve()[3:]  # the first compiles, and two batches are read meanwhile
+    share = sum(row["data_wait_s"] for row in rows) / sum(row["step_s"] for row in rows)
+    with capsys.disabled():
+        print(f"50 ms a request: data wait is {share:.2%} of a step")
+    assert share < 0.01 and not run.events(Kind.DATA_WAIT)
+
+    at, stalls = [0], (6, 7)
+
+    def stalling(method: str, path: str, number: int) -> float | None:
+        at[0] += ".tokens" in path
+        return 2.0 if ".tokens" in path and at[0] in stalls else None
+
+    proxy.fault = stalling
+    stalled = RunDir(tmp_path / "stalled")
+    assert train(recipe, stalled, backend="jax") == 0
+    assert stalled.events(Kind.DATA_WAIT) and "waiting for shard train-" in capsys.readouterr().err
+    assert [row["loss"] for row in stalled.curve()] == [row["loss"] for row in run.curve()]
+
+    proxy.fault = lambda method, path, number: None
+    name = "train-00000.tokens"
+    whole = Objects(url).get(name)[0]  # type: ignore[index]
+    Objects(url).put(name, whole[:70] + bytes([whole[70] ^ 16]) + whole[71:])
+    damaged = RunDir(tmp_path / "damaged")
+    with pytest.raises(
+        StorageError, match=r"shard train-00000\.tokens has another CRC-32 than was written, in block 0"
+    ):
+        train(recipe, damaged, backend="jax")
+    Objects(url).put(name, whole)
+    assert train(recipe, damaged, backend="jax") == 0  # once it is repaired, the run goes on
+    assert [row["loss"] for row in damaged.curve()] == [row["loss"] for row in run.curve()]

@@ -70,7 +70,10 @@ def _head(run: History) -> str:
     trained_s = sum(float(row.get("step_s", 0.0)) for row in run.curve)
     facts = [run.state, f"step {reached} of {run.steps}", counted(len(run.attempts), "attempts")]
     if trained_s:
-        facts.append(f"{duration(trained_s)} of training")
+        waited = sum(float(row.get("data_wait_s") or 0.0) for row in run.curve) / trained_s
+        facts.append(
+            f"{duration(trained_s)} of training" + (f", {waited:.0%} waiting for data" if waited >= 0.01 else "")
+        )
     if run.resume_points:
         facts.append(f"{duration(run.lost_s)} lost to restarts")
     last = next((e for e in reversed(run.evals) if e.get("loss") is not None), None)
