@@ -118,7 +118,11 @@ def identity(spec: DataSpec) -> dict[str, Any]:
 
 def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
     """Return the packed streams of a token source, by split; no ``validation`` if no document is held out."""
-    pack = packs.make(identity(spec), SPLITS, lambda writer: _produce(spec, writer), pack_dir)
+    return streams_in(packs.make(identity(spec), SPLITS, lambda writer: _produce(spec, writer), pack_dir))
+
+
+def streams_in(pack: packs.Pack) -> dict[str, Stream]:
+    """Return the streams of a pack, by split."""
     meaning = pack.facts["meaning"]
     out = {}
     for split in SPLITS:
@@ -163,7 +167,7 @@ def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> pa
             raise UserError(
                 f"{type(spec).__name__} data",
                 expected=f"at least one document with content in the {split} split",
-                got=f"{int(mine.sum())} of {counted(len(source), 'documents')}, none with content"
+                got=f"{int(mine.sum())} of {counted(len(source), 'documents')}, all {source.nothing}"
                 if mine.any()
                 else "none",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",
