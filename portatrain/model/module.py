@@ -171,6 +171,8 @@ class Module:
     unnamed: ClassVar[tuple[str, ...]] = ()
     """Attributes that add no part to a name: their Param has the name of the module itself, and their Module its
     path."""
+    never_trained: ClassVar[tuple[str, ...]] = ()
+    """Shell patterns over names below this module: parameters that no recipe may train, as of a frozen copy."""
     starts_as: str | None = None
     """The path of another module of the model ('': the model itself). The tensors of this module begin with the initial
     values of those with the same names there, also if a folder gives them: a frozen copy, or one that is trained in
