@@ -264,6 +264,7 @@ DATA = {
     "Megatron": 'Megatron(paths="corpus_text_document.idx", seq_len=256, vocab=50_257, separator=50_256)',
     "TokenMemmap": 'TokenMemmap(paths="tokens.bin", seq_len=256, vocab=50_257, separator=50_256)',
     "PackedTokens": 'PackedTokens(path="stores/text", seq_len=256)',
+    "Preferences": 'Preferences(paths="pairs.jsonl", tokenizer="models/chat", bos="<s>", seq_len=2048)',
     "Digits": "Digits(validation=0.2)",
     "Mixture": ('Mixture(sources=(Stdlib(seq_len=256), TextFiles(paths="corpus", seq_len=256)), weights=(0.7, 0.3))'),
 }

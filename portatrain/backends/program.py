@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
-from portatrain.errors import choice
+from portatrain.errors import UserError, choice
 from portatrain.model import remat
 from portatrain.model.layout import Layout, Mesh
 from portatrain.model.module import Definition
@@ -56,6 +57,7 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
     definition = recipe.describe()
     params = definition.params
     recipe.check_names(params)
+    _check_frozen(recipe, definition)
     layout = Layout.of(definition, Mesh.parse(mesh), compute=recipe.compute, params=recipe.params)
     for info in params.values():
         if recipe.trains(info.name):
@@ -74,6 +76,21 @@ def make_program(recipe: Recipe, *, mesh: str = "") -> Program:
         remat=recipe.remat,
         seed=recipe.seed,
     )
+
+
+def _check_frozen(recipe: Recipe, definition: Definition) -> None:
+    """Raise UserError if the recipe trains what a module of the model says is never trained."""
+    for module in definition.modules.values():
+        for pattern in module.never_trained:
+            full = f"{module.path}/{pattern}".lstrip("/")
+            trained = [n for n in definition.params if recipe.trains(n) and fnmatchcase(n, full)]
+            if trained:
+                raise UserError(
+                    f"recipe {recipe.name}: frozen",
+                    expected=f"{full!r}, which a {type(module).__name__} never trains",
+                    got=f"a recipe that trains {len(trained)} of them, such as {trained[0]}",
+                    do=f"Write frozen=({full!r},).",
+                )
 
 
 def weights_alone(program: Program) -> Program:

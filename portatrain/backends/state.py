@@ -101,10 +101,13 @@ def slot_tensors(rule: Rule, info: TensorInfo) -> dict[str, TensorInfo]:
 
 
 def initial_box(tensor: TensorInfo, seed: int, offset: tuple[int, ...], shape: tuple[int, ...]) -> np.ndarray:
-    """Return the initial values of a box of `tensor`, a pure function of seed, name and logical index."""
+    """Return the initial values of a box of `tensor`, a pure function of seed, name and logical index; the name is that
+    of the tensor with whose values it starts."""
     if isinstance(tensor.init, Constant):
         return np.full(shape, tensor.init.value, NUMPY[tensor.dtype])
-    values = truncated_normal(seed, tensor.name, tensor.shape, std=tensor.init.std, offset=offset, box=shape)
+    values = truncated_normal(
+        seed, tensor.start or tensor.name, tensor.shape, std=tensor.init.std, offset=offset, box=shape
+    )
     return values.astype(NUMPY[tensor.dtype], copy=False)
 
 

@@ -97,7 +97,7 @@ def _pack_one(spec: DataSpec, out: str, workers: int, args: argparse.Namespace) 
         raise UserError(
             f"data spec {type(spec).__name__}",
             expected="documents of text or token ids that are not packed yet",
-            got="a packed store" if isinstance(spec, PackedTokens) else "images or arrays",
+            got="a packed store" if isinstance(spec, PackedTokens) else "images or arrays, or pairs of chats",
             do="Copy the store as it is." if isinstance(spec, PackedTokens) else "Train on them as they are.",
         )
     at = place_of(out)

@@ -92,7 +92,7 @@ def facts(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
                 "axes": list(tensor.axes),
                 "split": [list(over) for over in layout.tensor_spec(tensor)],
                 "bytes_per_device": held(tensor),
-                "init": _init(tensor.init),
+                "init": f"as {tensor.start}" if tensor.start else _init(tensor.init),
                 "dtype": tensor.dtype,
                 "trains": trains,
                 "decays": trains and recipe.decays(tensor),

@@ -1,7 +1,8 @@
 """Data: specs of sources, and the sequence of samples that they define as a function of (spec, seed) alone.
 
-A batch is made in `text_batches.py` (text), `digits.py` (images), `own_arrays.py` (arrays of your own) or `mixture.py`
-(several sources). `open.py` puts them together from a spec, and `read_ahead.py` makes the next batches in a thread.
+A batch is made in `text_batches.py` (text), `digits.py` (images), `own_arrays.py` (arrays of your own),
+`preferences.py` (pairs of chats) or `mixture.py` (several sources). `open.py` puts them together from a spec, and
+`read_ahead.py` makes the next batches in a thread.
 
 Specs are frozen dataclasses that load nothing, so recipes import fast; names that need NumPy, such as `open_data`, are
 imported at their first use. This room imports NumPy and `portatrain.model.rng`, and no framework.
@@ -22,6 +23,7 @@ from portatrain.data.spec import (
     Mixture,
     PackedTokens,
     Parquet,
+    Preferences,
     Stdlib,
     TextFiles,
     TokenMemmap,
@@ -54,6 +56,7 @@ __all__ = [
     "OpenData",
     "PackedTokens",
     "Parquet",
+    "Preferences",
     "Split",
     "Stdlib",
     "TextFiles",

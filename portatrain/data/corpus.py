@@ -119,7 +119,11 @@ def identity(spec: DataSpec) -> dict[str, Any]:
 
 def streams(spec: DataSpec, pack_dir: Path | None) -> dict[str, Stream]:
     """Return the packed streams of a token source, by split; no ``validation`` if no document is held out."""
-    pack, why = _pack(spec, pack_dir)
+    return streams_in(*_pack(spec, pack_dir))
+
+
+def streams_in(pack: packs.Pack, why: str | None = None) -> dict[str, Stream]:
+    """Return the streams of a pack, by split. why: what its reader should know of how it was packed."""
     meaning = pack.facts["meaning"]
     out = {}
     for split in SPLITS:
@@ -175,7 +179,7 @@ def _write_splits(spec: DataSpec, source: Documents, writer: packs.Writer) -> pa
             raise UserError(
                 f"{type(spec).__name__} data",
                 expected=f"at least one document with content in the {split} split",
-                got=f"{int(mine.sum())} of {counted(len(source), 'documents')}, none with content"
+                got=f"{int(mine.sum())} of {counted(len(source), 'documents')}, all {source.nothing}"
                 if mine.any()
                 else "none",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",

@@ -14,6 +14,7 @@ from portatrain.data.left_out import LeftOut
 from portatrain.data.mixture import Mixed
 from portatrain.data.open import OpenData
 from portatrain.data.own_arrays import Arrays
+from portatrain.data.preferences import Pairs
 from portatrain.data.spec import DataSpec, Digits, Mixture
 from portatrain.data.split import Split
 from portatrain.data.text_batches import Piece, TokenSplit
@@ -28,7 +29,7 @@ class Part:
 
     Attributes:
         source: the class of the source; of a mixture with its place in it.
-        document: the number in the packed stream, or the index in a source of arrays.
+        document: the number in the packed stream, the index in a source of arrays, or the number of a packed pair.
         file, index: the file of the document within its source and the index there; None if unknown.
         why: why they are unknown; "" if they are known, or if there are none.
         first: how many tokens of the document come before, without the one that opens it.
@@ -113,7 +114,7 @@ def _of_arrays(spec: DataSpec, name: str, data: OpenData, split: Split, number: 
         held = 0 if data.validation is None else data.validation.windows
         index = int(np.flatnonzero(~held_out(split.windows + held, spec))[split.window_of(number)])
     else:
-        assert isinstance(split, Arrays)
+        assert isinstance(split, (Arrays, Pairs))
         index = split.index_of(number)
     row = {k: v[0] for k, v in split.batch(number, 1).items() if k not in ("sample", "mask")}
     values = {k: v.tolist() if v.size <= SHOWN else f"{v.dtype} {list(v.shape)}" for k, v in row.items()}

@@ -20,13 +20,15 @@ from portatrain.data.own import gives_arrays, gives_tokens, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
 from portatrain.data.pack import Verification
-from portatrain.data.spec import PACKINGS, DataSpec, Digits, Mixture, PackedTokens
+from portatrain.data.preferences import open_pairs
+from portatrain.data.spec import PACKINGS, DataSpec, Digits, Mixture, PackedTokens, Preferences
 from portatrain.data.split import Batch, Split
 from portatrain.data.store.reading import PackedStream, streams_of
 from portatrain.data.text_batches import TokenSplit, Whole, Windows
 from portatrain.data.text_batches import blank as blank_windows
 from portatrain.errors import UserError, choice
 from portatrain.system.paths import expand
+from portatrain.system.text import counted
 
 Streams = Mapping[str, Stream | PackedStream]
 
@@ -88,6 +90,8 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     if isinstance(spec, Digits):
         splits = open_digits(spec, seed, pack_dir)
         return OpenData(train=splits["train"], validation=splits.get("validation"), vocab=10, streams={})
+    if isinstance(spec, Preferences):
+        return _open_preferences(spec, seed, pack_dir)
     if isinstance(spec, Mixture):
         return _open_mixture(spec, seed, pack_dir)
     if not gives_tokens(spec) and gives_arrays(spec):
@@ -105,6 +109,21 @@ def open_data(spec: DataSpec, *, seed: int, pack_dir: Path | str | None = None) 
     )
 
 
+def _open_preferences(spec: Preferences, seed: int, pack_dir: Path | None) -> OpenData:
+    pairs = open_pairs(spec, seed, pack_dir)
+    train = pairs["train"].stream
+    longer = sum(split.longer for split in pairs.values())
+    told = (f"Preferences: {counted(longer, 'pairs')} longer than seq_len={spec.seq_len}",) if longer else ()
+    return OpenData(
+        train=pairs["train"],
+        validation=pairs.get("validation"),
+        vocab=train.vocab,
+        streams={},
+        passed_over=(*train.passed_over, *told),
+        verifications=() if train.verification is None else (train.verification,),
+    )
+
+
 def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
     check(spec)
     for source in spec.sources:
@@ -113,7 +132,7 @@ def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
             raise UserError(
                 "Mixture sources",
                 expected="token sources, or sources of documents",
-                got=f"{type(source).__name__}, which gives arrays",
+                got=f"{type(source).__name__}, which is neither",
                 do="Leave it out of the mixture, or mix inside a source of arrays of your own.",
             )
     found = [_streams(s, pack_dir / f"source-{i}" if pack_dir else None) for i, s in enumerate(spec.sources)]
@@ -170,10 +189,10 @@ def _check(spec: DataSpec) -> None:
             "data spec",
             expected="a frozen dataclass that derives from portatrain.data.DataSpec",
             got=f"a {kind}",
-            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, PackedTokens, Parquet, Stdlib, "
-            "TextFiles, TokenMemmap, or derive one of your own.",
+            do="Use one of ArrayRecords, Arrow, Digits, Jsonl, Megatron, Mixture, PackedTokens, Parquet, "
+            "Preferences, Stdlib, TextFiles, TokenMemmap, or derive one of your own.",
         )
-    if not (gives_tokens(spec) or isinstance(spec, (Digits, Mixture)) or gives_arrays(spec)):
+    if not (gives_tokens(spec) or isinstance(spec, (Digits, Mixture, Preferences)) or gives_arrays(spec)):
         raise refusal(spec)
     values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
     if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:

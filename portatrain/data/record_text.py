@@ -143,6 +143,48 @@ class Chat:
         return Made(encoded(text, where), answers)
 
 
+class Pair:
+    """Two chats of which one was preferred. A side is a list of messages, or with a prompt also the text of an answer;
+    the prompt is a list of messages, or the text of one message of the user."""
+
+    def __init__(self, chosen: str, rejected: str, prompt: str | None, template: ChatTemplate) -> None:
+        self._sides, self._prompt, self._template = (chosen, rejected), prompt, template
+        self.fields = (*self._sides, *(() if prompt is None else (prompt,)))
+
+    def __call__(self, record: Any, where: str) -> tuple[Made, Made]:
+        """Return the chosen and the rejected chat; an answer that both have at the same place is not one of theirs.
+
+        Raises UserError for a record that lacks a side or the prompt, and for what is not a chat.
+        """
+        held = _object(record, where)
+        before = [] if self._prompt is None else self._messages(held, self._prompt, where, "user")
+        (one, ours), (other, theirs) = (
+            self._template([*before, *self._messages(held, name, where, "assistant")], f"{where}, field {name!r}")
+            for name in self._sides
+        )
+        same = {span for span in {*ours} & {*theirs} if one[: span[1]] == other[: span[1]]}
+        made = [
+            Made(encoded(text, where), [s for s in spans if s not in same])
+            for text, spans in ((one, ours), (other, theirs))
+        ]
+        return made[0], made[1]
+
+    def _messages(self, record: Mapping[str, Any], name: str, where: str, role: str) -> list[Any]:
+        found = record.get(name)
+        if isinstance(found, str) and found and self._prompt is not None:
+            return [{"role": role, "content": found}]
+        if isinstance(found, list) and found:
+            return found
+        there = f"no such field, only {', '.join(map(str, record)) or 'an empty object'}"
+        nothing = "nothing" if found is None or found in ("", []) else type(found).__name__
+        raise UserError(
+            f"{where}, field {name!r}",
+            expected=f"a list of messages{'' if self._prompt is None else ', or a text'}, since a pair has two sides",
+            got=nothing if name in record else there,
+            do="Write what is missing, remove the record, or name the fields by chosen, rejected and prompt.",
+        )
+
+
 def the(record: Mapping[str, Any], name: str, where: str) -> Any:
     """Return a field. Raises UserError if the record does not have it."""
     if name not in record:

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from portatrain.data.documents import EMPTY, Documents
-from portatrain.data.encode import encoding
+from portatrain.data.encode import Encoding, encoding
 from portatrain.data.finding import Files, PassedOver, Place
-from portatrain.data.record_text import Make, maker
+from portatrain.data.record_text import Made, Make, maker
 from portatrain.data.spec import ArrayRecords, Arrow, Jsonl, Parquet, _Records
 from portatrain.errors import UserError
 
@@ -40,11 +40,13 @@ class Reader(Protocol):
 
 
 class RecordDocuments(Documents):
-    """The documents that ``spec`` makes of the records of its files."""
+    """The documents that ``spec`` makes of the records of its files; ``fields``: further ones that are read."""
 
-    def __init__(self, files: Files, held_out: Files, passed: PassedOver, spec: _Records) -> None:
+    def __init__(
+        self, files: Files, held_out: Files, passed: PassedOver, spec: _Records, fields: tuple[str, ...] = ()
+    ) -> None:
         self._make: Make = maker(spec)
-        self._reader = reader(spec, self._make.fields)
+        self._reader = reader(spec, tuple(dict.fromkeys((*self._make.fields, *fields))))
         files, held_out = (self._reader.chosen(part, passed) for part in (files, held_out))
         super().__init__(files, held_out, passed)
         self._encode = encoding(spec.tokenizer, spec.bos)
@@ -67,20 +69,18 @@ class RecordDocuments(Documents):
         return tokens, size
 
     def read_masked(self, number: int) -> tuple[np.ndarray, np.ndarray | None, int | None]:
-        where, record = self._record(number)
+        where, record = self.record(number)
         made = self._make(record, where)
         if made is None:
             return np.empty(0, np.uint8), np.empty(0, bool) if self.masked else None, 0
         if made.answers is None:
             return self._encode(made.text, where), None, len(made.text)
-        tokens, mask = self._encode.masked(made.text.decode(), made.answers, where)
-        if len(tokens) and tokens[0] == self.bos and self._encode.named:
-            tokens, mask = tokens[1:], mask[1:]  # the template wrote the token that opens every document here
+        tokens, mask = ids_of(made, self._encode, where)
         if not mask.any():
             tokens, mask = tokens[:0], mask[:0]
         return tokens, mask, None
 
-    def _record(self, number: int) -> tuple[str, Any]:
+    def record(self, number: int) -> tuple[str, Any]:
         """Return the name of a record for messages, and the record."""
         f, index = int(self.file[number]), int(self.index[number])
         place = self.files[f][1]
@@ -99,6 +99,14 @@ class RecordDocuments(Documents):
         if self._open is not None:
             with closing(self._open):  # type: ignore[type-var]  # readers are generators
                 self._open = None
+
+
+def ids_of(made: Made, encode: Encoding, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the ids of a chat without the token that opens every document, and (n,) bool, those of its answers."""
+    tokens, mask = encode.masked(made.text.decode(), made.answers or [], where)
+    if len(tokens) and tokens[0] == encode.bos and encode.named:
+        return tokens[1:], mask[1:]  # the template wrote that token
+    return tokens, mask
 
 
 def reader(spec: _Records, fields: tuple[str, ...]) -> Reader:

@@ -15,7 +15,7 @@ from portatrain.data.encode import Bytes, Encoding, encoding
 from portatrain.data.finding import Files, PassedOver, Place, find, unreadable
 from portatrain.data.megatron import MegatronDocuments
 from portatrain.data.records import RecordDocuments
-from portatrain.data.spec import DataSpec, Megatron, Stdlib, TextFiles, TokenMemmap, _Files, _Records
+from portatrain.data.spec import DataSpec, Megatron, Preferences, Stdlib, TextFiles, TokenMemmap, _Files, _Records
 from portatrain.data.token_files import TokenDocuments
 from portatrain.errors import UserError
 
@@ -25,13 +25,13 @@ def documents(spec: DataSpec) -> Documents:
     if isinstance(spec, Stdlib):
         return _TextDocuments(stdlib_files(), [], PassedOver(), encoding(spec.tokenizer, spec.bos))
     if isinstance(spec, TextFiles):
-        return _TextDocuments(*_both(spec), encoding(spec.tokenizer, spec.bos))
+        return _TextDocuments(*both(spec), encoding(spec.tokenizer, spec.bos))
     if isinstance(spec, _Records):
-        return RecordDocuments(*_both(spec), spec)
+        return RecordDocuments(*both(spec), spec)
     if isinstance(spec, TokenMemmap):
-        return TokenDocuments(*_both(spec), spec)
+        return TokenDocuments(*both(spec), spec)
     if isinstance(spec, Megatron):
-        return MegatronDocuments(*_both(spec), spec)
+        return MegatronDocuments(*both(spec), spec)
     raise TypeError(f"{type(spec).__name__} is not a source of tokens")
 
 
@@ -66,7 +66,8 @@ def stdlib_files(root: Path | None = None) -> Files:
     return sorted(files)
 
 
-def _both(spec: _Files) -> tuple[Files, Files, PassedOver]:
+def both(spec: _Files | Preferences) -> tuple[Files, Files, PassedOver]:
+    """Return the files of a source, those that it holds out, and what was found and is not read."""
     kind = type(spec).__name__
     if not spec.paths:
         raise _unnamed(kind, spec)
@@ -90,10 +91,11 @@ WANTED = {
     "Parquet": "Parquet files",
     "Arrow": "Arrow files",
     "ArrayRecords": "ArrayRecord files",
+    "Preferences": "files of pairs of chats",
 }
 
 
-def _unnamed(kind: str, spec: _Files) -> UserError:
+def _unnamed(kind: str, spec: _Files | Preferences) -> UserError:
     """Return the error for a spec without paths, whose recipe expects the user to set them."""
     what = WANTED.get(kind, "files of token ids")
     if isinstance(spec, TokenMemmap):

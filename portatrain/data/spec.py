@@ -93,7 +93,7 @@ def has_tokens(spec: DataSpec) -> bool:
 
 def has_text(spec: DataSpec) -> bool:
     """Return True for a source of text of this module; without a tokenizer each of its tokens is a byte."""
-    return isinstance(spec, _Text)
+    return isinstance(spec, (_Text, Preferences))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +190,35 @@ class PackedTokens(DataSpec):
     skip_shards: tuple[str, ...] = added_later(())
     """Shards that are damaged or away, such as train-00003.tokens, and are not read: their tokens are blank, are no
     targets, and nothing attends to them. All samples keep their numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences(DataSpec):
+    """Pairs of chats of which one was preferred, for DPO; each record has one pair, and so has each sample.
+
+    The chats are rendered by a chat template, as those of ``messages`` are. Targets are the answers in which the two
+    differ. In a sample the chosen chat is segment 1, the rejected one segment 2, and padding follows; a pair that is
+    longer than a sample is passed over, counted and named.
+    """
+
+    paths: str | tuple[str, ...]
+    validation_paths: str | tuple[str, ...] = ()
+    seq_len: int
+    """Number of targets in a sample, of both sides together."""
+    validation: float = 0.1
+    """Fraction of the pairs to hold out for validation, selected by a hash of the record's name."""
+    format: Literal["jsonl", "parquet", "arrow"] = "jsonl"
+    """What the files are, as `Jsonl`, `Parquet` and `Arrow` read them."""
+    chosen: str = "chosen"
+    """The field with the preferred chat: a list of messages, or a text, which is one answer to ``prompt``."""
+    rejected: str = "rejected"
+    """The field with the other chat, in the same form."""
+    prompt: str | None = None
+    """The field with the messages that both sides begin with, or a text, which is one message of the user. None: each
+    side is a whole chat."""
+    tokenizer: str | None = None
+    bos: str | None = None
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ import hashlib
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from portatrain.errors import UserError
@@ -169,7 +169,14 @@ class Module:
     site: int = 0
     """`site_of(path)`, a 31-bit integer that distinguishes the dropout of this module. `describe` sets it."""
     unnamed: ClassVar[tuple[str, ...]] = ()
-    """Attributes that add no part to a name: their Param has the name of the module itself."""
+    """Attributes that add no part to a name: their Param has the name of the module itself, and their Module its
+    path."""
+    never_trained: ClassVar[tuple[str, ...]] = ()
+    """Shell patterns over names below this module: parameters that no recipe may train, as of a frozen copy."""
+    starts_as: str | None = None
+    """The path of another module of the model ('': the model itself). The tensors of this module begin with the initial
+    values of those with the same names there, also if a folder gives them: a frozen copy, or one that is trained in
+    another way. None: values of its own."""
 
     def __call__(self, ops: Any, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(f"{type(self).__name__} does not define __call__(self, ops, ...)")
@@ -234,6 +241,8 @@ class TensorInfo:
     """How it has grown since the base width (`portatrain.model.widths`); '' in the standard parametrization."""
     multiplier: float = 1.0
     """The factor of what it gives where its features are contracted."""
+    start: str = ""
+    """The tensor with whose initial values it begins (`Module.starts_as`). '': its own."""
 
     @property
     def inputs(self) -> int:
@@ -312,10 +321,12 @@ def describe(model: Module) -> Definition:
 
     Raises:
         UserError: a name that a native module class already uses, one object tied across different Stacks, an axis
-            that repeats in a tensor, or a model without parameters.
+            that repeats in a tensor, a `starts_as` without tensors of the same names and shapes, or a model without
+            parameters.
     """
     found = Definition(model=model, params={}, states={}, owners={}, modules={})
     _walk(found, model, "", (), seen={})
+    _set_starts(found)
     if not found.params:
         raise UserError(
             type(model).__name__,
@@ -339,7 +350,8 @@ def _walk(
         # The block has its Stack's path: in torch this is the path of the list of layers.
         _walk(found, module.block, path, (*stack, (module.axis, module.n)), seen)
         return
-    found.modules[path or "."] = module
+    place = path or "."  # which an unnamed module shares with the one that holds it
+    found.modules[f"{place} {type(module).__name__}" if place in found.modules else place] = module
     inner = stack
     for name, value in children(module):
         full = "/".join(part for part in (path, name) if part)
@@ -352,6 +364,26 @@ def _walk(
             found.owners[id(value)] = full
             info = _info(value, full, inner)
             (found.params if info.role == "params" else found.states)[full] = info
+
+
+def _set_starts(found: Definition) -> None:
+    for path, module in found.modules.items():
+        if module.starts_as is None:
+            continue
+        for group in (found.params, found.states):
+            for name, info in group.items():
+                if not name.startswith(f"{path}/"):
+                    continue
+                start = f"{module.starts_as}{name[len(path) :]}".lstrip("/")
+                like = group.get(start)
+                if like is None or like.shape != info.shape:
+                    raise UserError(
+                        f"{type(module).__name__}.starts_as of {path}",
+                        expected=f"a tensor {start} of shape {info.shape}, as {name} has",
+                        got="none" if like is None else f"shape {like.shape}",
+                        do="Name the path of a module with the same tensors, and adapt both by LoRA, or none.",
+                    )
+                group[name] = replace(info, start=start, init=like.init)
 
 
 def _info(value: Param | State, name: str, stack: tuple[tuple[str, int], ...]) -> TensorInfo:

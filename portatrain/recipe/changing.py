@@ -139,6 +139,13 @@ ROWS = (
         why="samples keep their numbers; tokens of a shard that is skipped are blank from then on",
     ),
     Row(owner="Digits", fields="validation", kind=Kind.CORPUS, why=_PACKED),
+    Row(owner="Preferences", fields="seq_len", kind=Kind.TRAJECTORY, why=_WINDOW),
+    Row(
+        owner="Preferences",
+        fields=f"{_FILES} format chosen rejected prompt tokenizer bos chat_template",
+        kind=Kind.CORPUS,
+        why=_PACKED,
+    ),
     Row(owner="Mixture", fields="sources", kind=Kind.CORPUS, why=_PACKED),
     Row(owner="Mixture", fields="names", kind=Kind.FREE, why="what evaluations call the sources"),
     Row(owner="Mixture", fields="exhausted", kind=Kind.FREE, why="decides whether a run begins, and no sample"),

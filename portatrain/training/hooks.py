@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from portatrain.data.own import gives_documents
-from portatrain.data.spec import DataSpec, Mixture, PackedTokens, has_text
+from portatrain.data.spec import DataSpec, Mixture, PackedTokens, Preferences, has_text
 from portatrain.errors import UserError
 from portatrain.runs.events import Kind
 from portatrain.training.metrics.record import EvalRecord, StepRecord
@@ -55,8 +55,9 @@ class TrigramBaseline(Hook):
 
     def check(self, recipe: Recipe, definition: Definition) -> None:
         _require_bytes(self, recipe)
-        if isinstance(recipe.data, Mixture):
-            raise _unfit(self, recipe, "one source of text", "a Mixture, which has no single stream of bytes")
+        if isinstance(recipe.data, (Mixture, Preferences)):
+            kind = type(recipe.data).__name__
+            raise _unfit(self, recipe, "one source of text", f"{kind}, which has no single stream of bytes")
 
     def on_end(self, run: TrainingView) -> Mapping[str, Any]:
         from portatrain.data import KneserNey

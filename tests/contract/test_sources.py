@@ -24,6 +24,7 @@ from portatrain.data import (
     Mixture,
     PackedTokens,
     Parquet,
+    Preferences,
     Stdlib,
     TextFiles,
     TokenMemmap,
@@ -42,6 +43,7 @@ from portatrain.system.json_files import number
 from portatrain.training.hooks import TextSample, TrigramBaseline
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
+from recipes.models.preference import REFERENCE, DPOConfig
 from recipes.models.vit import ViTConfig
 from tests.support.packed import packed
 
@@ -95,6 +97,7 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
             DECODER,
             BYTES,
         ),
+        "Preferences": lambda: (_pairs(at), DPOConfig(policy=DECODER), BYTES),
         "own documents": lambda: (Sums(seq_len=16), DECODER, BYTES),
         "own arrays": lambda: (Lines(), LineConfig(), IMAGES),
         "Digits": lambda: (
@@ -108,7 +111,7 @@ def of(source: str, at: Path) -> tuple[DataSpec, object, str]:
 
 RECORDS = ("Jsonl.gz", "Jsonl.zst", "Parquet", "Arrow", "ArrayRecords")
 SOURCES = ["TextFiles", "Jsonl", "Stdlib", "TokenMemmap", "Mixture", "own documents", "own arrays", "Digits"]
-SOURCES += [*RECORDS, "Megatron", "best-fit", "single", "chat", "PackedTokens", "Mixture of stores"]
+SOURCES += [*RECORDS, "Megatron", "best-fit", "single", "chat", "Preferences", "PackedTokens", "Mixture of stores"]
 
 
 def _records(name: str, at: Path) -> DataSpec:
@@ -154,11 +157,20 @@ def _chat(at: Path) -> DataSpec:
     return Jsonl(paths=paths, seq_len=16, validation=0.3, messages="chat", chat_template=template)
 
 
+def _pairs(at: Path) -> DataSpec:
+    template = _chat(at).chat_template  # type: ignore[attr-defined]
+    asked = [{"role": "user", "content": "?"}]
+    sides = ([[*asked, {"role": "assistant", "content": text * n}] for text in "ab"] for n in (1, 2))
+    (at / "pairs.jsonl").write_text("".join(json.dumps({"chosen": c, "rejected": r}) + "\n" for c, r in [*sides] * 16))
+    return Preferences(paths=str(at / "pairs.jsonl"), seq_len=16, validation=0.3, chat_template=template)
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ACME))
     data, model, kind = of(source, corpus)
-    hooks = (TextSample(prompt="1 ", length=3), *((TrigramBaseline(),) if "Mixture" not in source else ()))
+    single = "Mixture" not in source and source != "Preferences"  # one stream of bytes
+    hooks = (TextSample(prompt="1 ", length=3), *((TrigramBaseline(),) if single else ()))
     recipe = Recipe(
         name="table",
         model=model,  # type: ignore[arg-type]
@@ -169,6 +181,7 @@ def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.Monkey
         batch=4,
         eval_every=1,
         eval_batches=1,
+        frozen=(REFERENCE,) if source == "Preferences" else (),
     )
     run = RunDir(corpus / "run")
     if kind == BYTES:
@@ -190,7 +203,7 @@ def test_a_source_in_a_run(source: str, corpus: Path, monkeypatch: pytest.Monkey
     assert shape.batch == 4 and (kind == IMAGES or shape.seq_len == 16)
     summary = run.summary()
     assert not run.events("hook_failed") and (kind == BYTES) == ("sample" in summary)
-    assert ("references" in summary) == (kind == BYTES and "Mixture" not in source)
+    assert ("references" in summary) == (kind == BYTES and single)
     blank = {k: (v.shape, v.dtype) for k, v in blank_batch(data, 3).items()}
     batch = open_data(data, seed=0).train.batch(0, 3)
     assert blank == {k: (v.shape, v.dtype) for k, v in batch.items()}

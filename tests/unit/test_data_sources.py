@@ -319,7 +319,7 @@ BAD = [
     ("TextFiles", {"paths": "nowhere/in/*.txt"}, ["nowhere/in", "Check the path"]),
     ("TextFiles", {"paths": "small/one.txt/*.txt"}, ["one.txt/", "Check the path"]),
     ("TextFiles", {"paths": ("small", "nowhere")}, ["nowhere"]),
-    ("TextFiles", {"paths": "empty", "validation": 0}, ["at least one document", "0 tokens|none with content"]),
+    ("TextFiles", {"paths": "empty", "validation": 0}, ["at least one document", "0 tokens|all documents without"]),
     ("TextFiles", {"paths": "small", "validation": 0}, ["at least 9 tokens", "seq_len=8", "got 6 tokens in 1 "]),
     ("TextFiles", {"paths": "latin", "validation": 1e-9}, ["validation split", "validation_paths"]),
     ("TextFiles", {"paths": "small", "validation": 1.0}, ["fraction", "1.0"]),

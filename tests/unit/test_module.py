@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from portatrain.backends.state import initial_box
 from portatrain.errors import UserError
 from portatrain.model.module import (
     RESERVED_NAMES,
@@ -226,6 +227,28 @@ def test_reserved_names_are_refused(name: str) -> None:
 def test_a_name_with_a_dot_is_refused() -> None:
     with pytest.raises(UserError, match=r"without '\.'"):
         describe(Holder(by_key={"a.b": Param(embed=4)}))
+
+
+def test_a_module_starts_as_another_one() -> None:
+    class Pair(Module):
+        unnamed = ("own",)
+
+        def __init__(self, starts_as: str = "", mlp: int = 6) -> None:
+            self.own, self.copy = Holder(at=Leaf(), n=State(embed=2)), Holder(at=Leaf(), n=State(embed=2, init="ones"))
+            self.copy.at.w, self.copy.starts_as = Param(embed=4, mlp=mlp, init=0.5), starts_as
+
+    found = describe(Pair())
+    assert list(found.params) == ["at/w", "copy/at/w"] and list(found.states) == ["n", "copy/n"]
+    assert [t.start for t in found.tensors.values()] == ["", "at/w", "", "n"]
+    assert found.params["copy/at/w"].init == found.params["at/w"].init == Normal(std=0.5)
+    assert found.states["copy/n"].init == Constant(value=0.0)
+    assert [m.path for m in found.modules.values()] == ["", "", "at", "copy", "copy/at"]
+    own, copy = (initial_box(found.params[n], 3, (1, 2), (2, 3)) for n in ("at/w", "copy/at/w"))
+    assert (own == copy).all() and own.any()
+    with pytest.raises(UserError, match=r"a tensor at/w of shape \(4, 5\), as copy/at/w has, got shape \(4, 6\)"):
+        describe(Pair(mlp=5))
+    with pytest.raises(UserError, match=r"a tensor elsewhere/at/w .* got none"):
+        describe(Pair("elsewhere"))
 
 
 @pytest.mark.parametrize("model", [Holder(x=1), Holder(blocks=Stack(Holder(s=State(embed=2)), 2))])

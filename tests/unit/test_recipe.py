@@ -353,7 +353,16 @@ def test_file_loads_with_its_neighbours_and_round_trips(tmp_path: Path) -> None:
 
 def test_shipped_recipes_load_by_name_and_by_file_alike() -> None:
     shipped = shipped_recipes()
-    assert list(shipped) == ["llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b", "tiny-lm", "tiny-vit"]
+    assert list(shipped) == [
+        "llama3-1b",
+        "llama3-8b",
+        "llama3-70b",
+        "llama3-405b",
+        "tiny-chat",
+        "tiny-dpo",
+        "tiny-lm",
+        "tiny-vit",
+    ]
     for name, module in shipped.items():
         by_name = load_recipe(name)
         file = Path(__file__).parents[2] / f"{module.replace('.', '/')}.py"

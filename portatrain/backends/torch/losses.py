@@ -118,7 +118,8 @@ def cross_entropy(
     x_TE, targets_T = x.flatten(0, -2).to(table_VE.dtype), targets.flatten()
     mask_T = None if mask is None else mask.detach().float().flatten()
     n = max(1, min(tokens, -(-tokens * table_VE.shape[0] * 4 // CHUNK_BYTES)))
-    if n > 1 and torch.is_grad_enabled():
+    # Of a frozen model, such as a reference beside the one that is trained, no gradient is formed.
+    if n > 1 and torch.is_grad_enabled() and (x_TE.requires_grad or table_VE.requires_grad):
         total, loss_T = _Chunked.apply(x_TE, table_VE, targets_T, mask_T, z_loss, softcap, n, chunk)
         loss_B = loss_T.view(b, tokens // b).sum(1)
     else:

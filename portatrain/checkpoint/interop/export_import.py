@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from checkpoints_format import Box, Reader, Store, Writer, commit
 from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import make_program
-from portatrain.backends.state import COUNT, initial_box
+from portatrain.backends.state import COUNT, full_name, initial_box
 from portatrain.checkpoint import fingerprints
 from portatrain.checkpoint.begun import IMPORTED
 from portatrain.checkpoint.errors import explained
@@ -139,7 +139,8 @@ def import_from(
                 do="Give the --set values of that run. To go on with this recipe all the same, give --accept-drift "
                 f"REASON; to begin a new run with the parameters alone, remove {trees.META} from the folder.",
             )
-        given = _taken(found, shapes, whole=meta is not None, what=f"folder {source}")
+        copies = {full_name(*key) for key, info in program.definition.tensors.items() if info.start}
+        given = _taken(found, shapes, copies, whole=meta is not None, what=f"folder {source}")
     if meta is None:
         about = {"format": kind, "path": str(source), **(generation_of(source) if kind == "huggingface" else {})}
         meta = {"step": 0, IMPORTED: about, "recipe_sha256": recipe.sha256, "recipe": recipe.to_json()}
@@ -151,12 +152,11 @@ def import_from(
         role, _, rest = name.partition("/")
         if role == "ema":
             return values(f"params/{rest}", dtype)
-        if role == "state":
-            info = program.definition.states[rest]
+        if (info := program.definition.tensors.get((role, rest))) is not None:
+            if info.start:
+                return values(f"{role}/{info.start}", dtype)
+            # Factors of LoRA, which the source may lack; States.
             return lambda box: initial_box(info, recipe.seed, box.offset, box.shape)
-        if role == "params":  # factors of LoRA, which the source may lack
-            param = program.definition.params[rest]
-            return lambda box: initial_box(param, recipe.seed, box.offset, box.shape)
         return lambda box: np.zeros(box.shape, NUMPY[dtype])
 
     with explained(), contextlib.closing(store_of(step)) as store:
@@ -184,14 +184,21 @@ def import_from(
 
 
 def _taken(
-    found: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]], *, whole: bool, what: str
+    found: Mapping[str, np.ndarray],
+    shapes: Mapping[str, tuple[int, ...]],
+    copies: Collection[str],
+    *,
+    whole: bool,
+    what: str,
 ) -> dict[str, Values]:
-    """Return the tensors of `shapes`: all of them if `whole`, else the parameters. Raises UserError if any is
-    missing."""
+    """Return the tensors of `shapes`: all of them if `whole`, else the parameters, of which factors of LoRA and
+    `copies`, which begin with the values of others, may be missing. Raises UserError if any other is missing."""
     if not any(n.startswith("params/") for n in found):
         found = {f"params/{n}": a for n, a in found.items()}
     wanted = {
-        n: s for n, s in shapes.items() if whole or (n.startswith("params/") and (n in found or not is_factor(n)))
+        n: s
+        for n, s in shapes.items()
+        if whole or (n.startswith("params/") and (n in found or not (is_factor(n) or n in copies)))
     }
     missing = sorted(wanted.keys() - found.keys())
     more = sorted(n for n in found.keys() - shapes.keys() if n != COUNT)

@@ -52,11 +52,12 @@ def reader_of(folder: Path, recipe: Recipe, program: Program) -> Read:
         info = held.get((role, name))
         if info is None:  # the count of applied steps
             return np.zeros(shape, np.int32)
-        if (full := full_name("params" if role == "ema" else role, name)) in given:
+        like = tensors.get(("params" if role == "ema" else role, name))
+        if like is None:  # slots
+            return np.zeros(shape, NUMPY[info.dtype])
+        if (full := full_name(like.role, like.start or name)) in given:
             return given[full](Box(offset, shape)).astype(NUMPY[info.dtype], copy=False)
-        if role in ("params", "ema", "state"):  # factors of LoRA, which no folder has; States
-            start = program.definition.states[name] if role == "state" else program.definition.params[name]
-            return initial_box(start, recipe.seed, offset, shape).astype(NUMPY[info.dtype], copy=False)
-        return np.zeros(shape, NUMPY[info.dtype])  # slots
+        # Factors of LoRA, which no folder has; States.
+        return initial_box(like, recipe.seed, offset, shape).astype(NUMPY[info.dtype], copy=False)
 
     return read

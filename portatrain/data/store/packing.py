@@ -281,7 +281,7 @@ class _Packing:
             raise UserError(
                 f"{type(self._spec).__name__} data",
                 expected=f"at least one document with content in the {self._split} split",
-                got=f"{documents} of {counted(len(self._source), 'documents')}, none with content"
+                got=f"{documents} of {counted(len(self._source), 'documents')}, all {self._source.nothing}"
                 if documents
                 else "none",
                 do="Add documents, change validation (the fraction held out), or name validation_paths.",

@@ -17,7 +17,7 @@ import numpy as np
 from portatrain.data.open import blank_batch
 from portatrain.data.own import gives_arrays, gives_tokens
 from portatrain.data.own_arrays import open_arrays
-from portatrain.data.spec import DataSpec, Digits, Mixture
+from portatrain.data.spec import DataSpec, Digits, Mixture, Preferences
 from portatrain.errors import UserError
 from portatrain.model.module import Definition
 from portatrain.recipe import Recipe
@@ -89,7 +89,7 @@ def _shortened(data: DataSpec) -> DataSpec:
 
 
 def _is_tokens(data: DataSpec) -> bool:
-    return isinstance(data, Mixture) or gives_tokens(data)
+    return isinstance(data, (Mixture, Preferences)) or gives_tokens(data)
 
 
 def too_large(recipe: Recipe, definition: Definition) -> UserError | None:
