@@ -41,7 +41,7 @@ def documents_files(spec: DataSpec) -> Files | None:
     if isinstance(spec, Stdlib):
         return stdlib_files()
     if isinstance(spec, TextFiles) or (isinstance(spec, _Records) and spec.messages is None):
-        files, held, _ = _both(spec)
+        files, held, _ = both(spec)
         return files + [(f"validation/{name}", path) for name, path in held]
     return None
 
