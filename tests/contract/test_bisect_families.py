@@ -27,6 +27,7 @@ QUICK = (
     "factors scaled by another alpha",
     "a frozen table trained",
     "factor cut off",
+    "factor of experts cut off",
     "no correction of the bias",
     "Muon's AdamW with another rate",
 )

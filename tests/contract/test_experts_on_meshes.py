@@ -82,4 +82,5 @@ def test_other_meshes_and_the_exchange_of_accelerators() -> None:
     cells += [("mixture, one layer", "fsdp=2,expert=2", False)]
     cells += [("mixture, clamped with biases", mesh, False) for mesh in ("", "expert=2,tensor=2")]
     cells += [("mixture, LoRA", mesh, False) for mesh in ("", "expert=2,tensor=2")]
+    cells += [("routed, further tokens", mesh, False) for mesh in ("", "fsdp=2,expert=2")]
     _run(cells)

@@ -29,7 +29,6 @@ FOUR = [
     ("context=2,tensor=2", "lm, untied, all options"),
     ("expert=4", "routed"),
     ("expert=4", "mixture"),
-    ("context=2,tensor=2", "routed, further tokens"),
     ("expert=2,tensor=2", "mixture, LoRA"),
     ("fsdp=2,expert=2", "mixture, bf16"),
     ("fsdp=2,tensor=2", "lm, LoRA"),

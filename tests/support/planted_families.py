@@ -19,7 +19,7 @@ from portatrain.backends.program import Program
 from portatrain.backends.torch.one_device import OneDevice
 from portatrain.backends.torch.ops import TorchOps
 from portatrain.data import Digits
-from portatrain.model.lora import LoRA
+from portatrain.model.lora import LoRA, factored
 from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon
 from portatrain.recipe import Recipe, apply_overrides, load_recipe
 from portatrain.testing.bisect.report import Stage
@@ -61,6 +61,10 @@ def _gpt2() -> Recipe:
 
 def _lora(**fields: Any) -> Recipe:
     return lm(lora=LoRA(rank=2, **fields))
+
+
+def _lora_of_experts() -> Recipe:
+    return _experts(lora=LoRA(rank=2, targets=("*/experts/*",)))
 
 
 def _vit(*sets: str) -> Recipe:
@@ -177,6 +181,12 @@ def factor_cut_off(right: Any, ops: Any, spec: Any, *args: Any, **o: Any) -> Any
     return found.detach() if "z" in spec.split("->")[0].split(",")[0] and int(ops.layer or 0) == 0 else found
 
 
+@operation(_lora_of_experts, "experts", "gate/lora_b in ops.experts", stage=Stage.BACKWARD, hint="cut off")
+def factor_of_experts_cut_off(right: Any, ops: Any, body: Any, *args: Any) -> Any:
+    body, params = factored(body, args[3:])
+    return right(body, *args[:3], *(p.detach() if i == 2 else p for i, p in enumerate(params)))
+
+
 # ---- images
 
 
@@ -272,6 +282,7 @@ MODELS: dict[str, Callable[[], Recipe]] = {
     "learned positions": _gpt2,
     "images": _vit,
     "LoRA": _lora,
+    "LoRA on experts": _lora_of_experts,
     "LoRA on queries": lambda: _lora(targets=("*/wq",)),
     "a frozen table": lambda: lm(None, "frozen=('embed/*',)"),
     "norms and routers frozen": lambda: _latent("frozen=('*norm/scale','*/router/*')"),
