@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +19,7 @@ from portatrain.backends.reference import fp8 as oracle
 from portatrain.model.fp8 import E4M3, E5M2, SCALINGS, Form, Format, axes_of, form_of
 from tests.support.running import BACKENDS
 
+ROOT = Path(__file__).parents[2]
 SPECS = {
     "bse,em->bsm": ((2, 5, 12), (12, 7)),
     "bse,ehd->bshd": ((2, 3, 8), (8, 4, 6)),
@@ -176,6 +182,20 @@ def test_products_of_8_bit_arrays_are_those_of_the_emulation(
     )
     for a, b in zip(contracted(name, form, x, w, g, formats), contracted(name, form, x, w, g), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.skipif("jax" not in BACKENDS, reason="jax is not installed")
+def test_a_mesh_of_jax_changes_no_bit() -> None:
+    """The largest value of what shares a scale is over all shards. The operands are such that no sum is rounded."""
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "tests.support.fp8_on_a_mesh"]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rounded = {name: found.pop(name) for name in [name for name in found if name.endswith("rounded")]}
+    assert len(found) == 4 and not any(found.values()), found
+    # A scale of a shard alone would show: of all, one rounds where one of each row does not.
+    assert rounded == {"row, rounded": [], "tensor, rounded": ["result", "gradient of x"]}, rounded
 
 
 @pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")

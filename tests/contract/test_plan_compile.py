@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
+from benchmarks import fp8_matmuls
 from portatrain.cli import main
+from portatrain.errors import UserError
 from portatrain.plan.clusters.gpu_devices import DEVICES
 from portatrain.plan.clusters.names import parse
 from portatrain.plan.compilers import gpus, job, targets
@@ -244,6 +246,18 @@ def test_the_answer_is_kept_by_what_it_depends_on(tmp_path: Path) -> None:
     one = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=8",), mesh="fsdp=4", options={"a": 1})
     other = job.Request(compiler="tpu", recipe="llama3-8b", overrides=("batch=16",), mesh="fsdp=4", options={"a": 1})
     assert one.key != other.key and one.key == job.Request(**vars(one)).key
+
+
+@pytest.mark.full
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chip", fp8_matmuls.CLUSTERS)
+def test_the_compilers_keep_the_matmuls_of_8_bits(chip: str) -> None:
+    target = targets.target(parse(fp8_matmuls.CLUSTERS[chip]))
+    try:
+        targets.check_installed(target)
+    except UserError as error:
+        pytest.skip(str(error))
+    assert "| 100.0 % |" in fp8_matmuls.row(chip, "fsdp=8", "tensor")
 
 
 def test_an_answer_that_cannot_be_kept_is_given_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

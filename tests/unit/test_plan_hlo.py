@@ -248,3 +248,27 @@ def test_matmuls_count_by_the_types_of_their_operands() -> None:
     found = hlo.measure(text, MESH)
     assert found.dots == {"f32 x f32": 6, "f8e5m2 x f8e4m3fn": 1, "f16 x f16": 1}
     assert (found.flops, found.flops_fp8) == (8 * 2 * 8 * 16 * 16, 2 * 8 * 16 * 16)
+
+
+def test_a_matmul_of_a_library_counts() -> None:
+    """As XLA writes a call of cuBLASLt for 8-bit operands, and of hipBLASLt by the same name."""
+    call = (
+        "%u = (f32[8,16]{1,0}, s8[64]{0}) custom-call(%a, %b, %one, %one), "
+        'custom_call_target="__cublas$lt$matmul$f8", backend_config={"gemm_backend_config":{"dot_dimension_numbers":'
+        '{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"]}}}'
+    )
+    text = f"""
+ENTRY %main (a: f8e5m2[8,32], b: f8e4m3fn[16,32]) -> f32[8,16] {{
+  %a = f8e5m2[8,32]{{1,0}} parameter(0)
+  %b = f8e4m3fn[16,32]{{1,0}} parameter(1)
+  %one = f32[] constant(1)
+  {call}
+  ROOT %y = f32[8,16]{{1,0}} get-tuple-element(%u), index=0
+}}
+"""
+    found = hlo.measure(text, MESH)
+    assert found.dots == {"f8e5m2 x f8e4m3fn": 1} and found.flops == found.flops_fp8 == 2 * 8 * 16 * 32
+    plain = hlo.measure(
+        text.replace("$matmul$f8", "$matmul").replace("f8e5m2", "bf16").replace("f8e4m3fn", "bf16"), MESH
+    )
+    assert (plain.flops, plain.flops_fp8, plain.dots) == (found.flops, 0, {"bf16 x bf16": 1})

@@ -5,6 +5,10 @@ from __future__ import annotations
 from portatrain.plan.clusters.chip import Chip
 from portatrain.plan.clusters.gpu_devices import AMD_DEVICES, DEVICES
 
+CUDA, ROCM = "13.0.0", "7.0.0"
+"""Versions of the vendors' libraries. Without one XLA takes them for older than any, and calls no matmul of 8 bits of
+cuBLASLt or hipBLASLt."""
+
 
 def description(chip: Chip) -> str:
     """Return the text form of XLA's GpuTargetConfigProto for ``chip``, one of those in `gpu_devices`."""
@@ -20,6 +24,7 @@ platform_name: "CUDA"
 device_description_str: "{one.name}"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
 gpu_device_info {{
+  runtime_version: "{CUDA}"
   cuda_compute_capability {{ major: {major} minor: {minor} }}
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -51,6 +56,7 @@ platform_name: "ROCM"
 device_description_str: "{one.name}"
 dnn_version_info {{ major: 3 minor: 5 patch: 0 }}
 gpu_device_info {{
+  runtime_version: "{ROCM}"
   rocm_compute_capability {{ gcn_arch_name: "{one.isa}:sramecc+:xnack-" }}
   threads_per_block_limit: 1024
   threads_per_warp: 64

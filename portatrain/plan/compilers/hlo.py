@@ -56,6 +56,10 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
         for line in one.lines:
             if line.opcode in ("dot", "convolution"):
                 found.multiply(times, _flops(one, line), [kind for x in line.operands[:2] for kind in _kind(one, x)])
+            elif line.opcode == "custom-call" and (contracted := _LIBRARY.search(line.rest)):
+                dims = [int(n) for n in re.findall(r"\d+", contracted[1])]
+                kinds = [kind for x in line.operands[:2] for kind in _kind(one, x)]
+                found.multiply(times, _library_flops(one, line, dims), kinds)
             elif line.opcode == "custom-call":
                 found.flops += times * _kernel_flops(one, line)
             kind = line.opcode.removesuffix("-start")
@@ -77,6 +81,17 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
 
 
 # ---- matmuls
+
+_LIBRARY = re.compile(r'custom_call_target="__cublas\$.*"lhs_contracting_dimensions":\[([^\]]*)\]')
+"""A call of cuBLAS, cuBLASLt or, by the same name, AMD's libraries."""
+
+
+def _library_flops(one: Computation, line: Instruction, contracted: Sequence[int]) -> float:
+    """Return 2 x multiplications of a matmul of a library; the first array of its result is the product."""
+    left = elements(one.type_of(line.operands[0]))
+    if not left:
+        return 0.0
+    return 2.0 * math.prod(elements(line.type)[0][1]) * math.prod(left[0][1][n] for n in contracted)
 
 
 _KERNEL = re.compile(r"attention_of_(\d+)_blocks_of_(\d+)x(\d+)_and_sizes_(\d+)_(\d+)\b.*?splash_m[hq]a_(fwd|dq|dkv)")
