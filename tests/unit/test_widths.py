@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import re
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from recipes.models.deepseek_v3 import DeepseekV3Config
 from recipes.models.gpt_oss import GptOssConfig
 from recipes.models.mixtral import MixtralConfig
 from recipes.models.vit import ViTConfig
+from tests.docs.pages import ROOT
 from tests.support.running import image_batch, parameters, tokens_batch
 
 BASE = {"embed": 32, "heads": 4, "kv_heads": 2, "mlp": 48}
@@ -334,3 +336,15 @@ def test_a_surgery_that_changes_multipliers_is_refused_and_one_that_does_not_is_
     with pytest.raises(UserError, match="every other tensor"):  # the next check: nothing is made of the wider tensors
         operated(mlp=192)
     assert hub_of(recipe(base={"embed": 64})) is not None  # the base width itself
+
+
+def test_the_page_of_the_study_is_of_the_kept_results() -> None:
+    from benchmarks import widths
+
+    held = json.loads((ROOT / widths.KEPT).read_text(encoding="utf-8"))
+    page = (ROOT / widths.PAGE).read_text(encoding="utf-8")
+    for part, (lines, picture) in widths.PARTS.items():
+        drawn = ROOT / widths.PICTURES / f"width-{part}.svg"
+        if part == "sizes" or drawn.exists():
+            said = f"run python -m benchmarks.widths {part} --write"
+            assert "\n".join(lines(held)) in page and drawn.read_text(encoding="utf-8") == picture(held), said
