@@ -243,6 +243,7 @@ class Trainer:
             self.run_dir,
             attempt,
             self.checkpoints.location,
+            self.event,
         )
         self.step, self._stop.trained = self.rewound.step, False
 
