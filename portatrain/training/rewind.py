@@ -74,11 +74,11 @@ def without_spike(recipe: Recipe, rule: Spikes, step: int, floor: int) -> tuple[
 def go_back(
     spike: Spike,
     recipe: Recipe,
-    check_end: Callable[[int], None],
     backend: Backend,
     run: RunDir,
     attempt: Attempt | NullAttempt,
     location: Location,
+    check_end: Callable[[int], None],
     event: Callable[..., None],
 ) -> Rewind:
     """Record a rewind; all processes call it. No save is running.
