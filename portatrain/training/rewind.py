@@ -74,13 +74,16 @@ def without_spike(recipe: Recipe, rule: Spikes, step: int, floor: int) -> tuple[
 def go_back(
     spike: Spike,
     recipe: Recipe,
-    check_end: Callable[[int], None],
     backend: Backend,
     run: RunDir,
     attempt: Attempt | NullAttempt,
     location: Location,
+    check_end: Callable[[int], None],
+    event: Callable[..., None],
 ) -> Rewind:
-    """Record a rewind; all processes call it. No save is running. `check_end`: of the data, as in `Split`.
+    """Record a rewind; all processes call it. No save is running.
+
+    `check_end`: of the data, as in `Split`. `event`: reports an event of this attempt.
 
     Raises:
         UserError: there were `max_rewinds` since the checkpoint to go back to; that checkpoint is gone; or the data has
@@ -97,7 +100,7 @@ def go_back(
         to = _checkpoint(run, location, floor, first, spike)
         _check_number(run, rule, to, spike)
         change = changes.change(difference(recipe, new, to), new, to, reason=str(spike))
-        attempt.event(Kind.WENT_BACK, what=str(spike), step=to, spike=spike.step, samples=list(samples))
+        event(Kind.WENT_BACK, what=str(spike), step=to, spike=spike.step, samples=list(samples))
         for step in location.steps():
             if step > to:
                 with attempt.guard():

@@ -235,15 +235,8 @@ class Trainer:
         self.state = self._pending = None
         self.checkpoints.wait()
         self._saves.tell_commits()
-        self.rewound = go_back(
-            spike,
-            self.recipe,
-            self.data.train.check_end,
-            self.backend,
-            self.run_dir,
-            attempt,
-            self.checkpoints.location,
-        )
+        location, check_end = self.checkpoints.location, self.data.train.check_end
+        self.rewound = go_back(spike, self.recipe, self.backend, self.run_dir, attempt, location, check_end, self.event)
         self.step, self._stop.trained = self.rewound.step, False
 
     def _end(self, attempt: Attempt | NullAttempt) -> None:
