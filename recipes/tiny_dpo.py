@@ -20,7 +20,7 @@ def recipe() -> Recipe:
         model=DPOConfig(policy=MODEL, beta=0.1),
         frozen=(REFERENCE,),
         data=Preferences(paths="chats/pairs.jsonl", tokenizer="chats/tokenizer", bos=TEXT, seq_len=160),
-        optimizer=AdamW(lr=1e-4, b2=0.95, weight_decay=0.0),
+        optimizer=AdamW(lr=2e-5, b2=0.95, weight_decay=0.0),
         schedule=Cosine(warmup=10, min_ratio=0.1),
         steps=60,
         batch=8,

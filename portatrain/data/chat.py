@@ -16,11 +16,15 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from portatrain.data.spec import DataSpec, Preferences
 from portatrain.errors import UserError, of_reading
 from portatrain.system import json_files
 from portatrain.system.paths import expand
+
+if TYPE_CHECKING:
+    from portatrain.data.encode import Encoding
 
 Span = tuple[int, int]
 ROLE = "assistant"
@@ -130,6 +134,18 @@ def chat_template(tokenizer: str | None, path: str | None) -> ChatTemplate:
         got="none" if tokenizer else "neither a tokenizer nor chat_template",
         do="Copy it there from the model's repository, or name a file of yours by chat_template.",
     )
+
+
+def ending(spec: DataSpec, encode: Encoding) -> int | None:
+    """Return the id that ends an answer, that of the eos_token beside the tokenizer of a source of chats; None if there
+    is none, or if it is no such source."""
+    path = getattr(spec, "tokenizer", None)
+    if path is None or not (isinstance(spec, Preferences) or getattr(spec, "messages", None)):
+        return None
+    file = expand(path)
+    token = _config((file if file.is_dir() else file.parent) / "tokenizer_config.json").get("eos_token")
+    ids = [] if token is None else encode(_content(token).encode(), f"eos_token of {path}").tolist()
+    return int(ids[0]) if len(ids) == 1 else None
 
 
 def _config(path: Path) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from portatrain.data.chat import ending
 from portatrain.data.encode import Encoding, encoding
 from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Megatron, Mixture, PackedTokens, TokenMemmap, has_text
@@ -18,7 +19,8 @@ class Texts:
     Attributes:
         encoding: from bytes to ids and back; None if the data are ids, of which no text is known.
         opens: the ids before a text, as in training, where every document begins with one.
-        stops: the ids at which a text ends. Documents follow each other, so the id that opens the next one ends this.
+        stops: the ids at which a text ends. Documents follow each other, so the id that opens the next one ends this;
+            after chats also the one that ends an answer.
         first: the id before the first token of a text that nothing precedes; None if none is known.
     """
 
@@ -60,7 +62,8 @@ def texts_of(data: DataSpec) -> Texts:
         names = ", ".join(sorted(str((each and each[0]) or "bytes") for each in given))
         raise UserError("the data", expected="one tokenizer", got=names, do="Give the prompts as token ids.")
     made = encoding(*(given.pop() or (None, None)))
-    return Texts(encoding=made, opens=(int(made.bos),), stops=frozenset({int(made.bos)}), first=int(made.bos))
+    ends = {end for s in sources if (end := ending(s, made)) is not None}
+    return Texts(encoding=made, opens=(int(made.bos),), stops=frozenset({int(made.bos), *ends}), first=int(made.bos))
 
 
 def _tokenizer(source: DataSpec) -> tuple[str | None, str | None] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +51,25 @@ def _check_vocab(recipe: Recipe, definition: Definition, ids: int) -> None:
     tables = tables if recipe.data.tokens_per_sample() else sorted(tables)[-1:]
     rows, name = min(tables, default=(ids, ""))
     if rows < ids:
+        do = f"Set {_vocab_field(recipe.model, 'model') or 'the vocabulary of the model'}={ids}"
+        if recipe.init is not None:
+            do = f"Take the tokenizer of the weights that the run begins with, {recipe.init}"
+        if rows == ids - 1 and getattr(recipe.data, "tokenizer", None) and getattr(recipe.data, "bos", None) is None:
+            do += ", or name the token that opens a document (data.bos): without one, an id is added for it"
         raise UserError(
             f"recipe {recipe.name}: model",
             expected=f"a vocabulary of at least the data's {ids} ids",
             got=f"{name} with {rows}",
-            do=f"Set model.vocab={ids}.",
+            do=f"{do}.",
         )
+
+
+def _vocab_field(spec: Any, path: str) -> str | None:
+    """Return the dotted field of a model's sizes that sets its vocabulary; None if none is called so."""
+    if not is_dataclass(spec):
+        return None
+    names = [field.name for field in fields(spec)]
+    if "vocab" in names:
+        return f"{path}.vocab"
+    inner = (_vocab_field(getattr(spec, name), f"{path}.{name}") for name in names)
+    return next(filter(None, inner), None)

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from portatrain.backends.base import backend_class
 from portatrain.errors import UserError, users_code
 from portatrain.recipe import load_recipe, shipped_recipes
-from portatrain.testing.recipe_check import processes, properties, small
+from portatrain.testing.recipe_check import compare, processes, properties, small
 from portatrain.testing.recipe_check.blame import place_of
+from portatrain.testing.recipe_check.measured import Measured
 from portatrain.testing.recipe_check.report import Finding
 from portatrain.testing.recipe_check.run import MESHES, check_recipe
 from portatrain.testing.recipe_check.small import candidates
@@ -320,3 +322,19 @@ def test_a_function_of_a_framework_is_named_with_its_line(framework: str, tmp_pa
     assert said in f"{finding.what}: {finding.said}" and finding.check == "forward pass", finding
     at = text[: text.index(line.splitlines()[-1].strip())].count("\n") + 1
     assert f"own.py, line {at}, in Head.scaled" in finding.what, finding
+
+
+def test_a_metric_that_is_a_difference_of_large_numbers_is_not_blamed_for_its_rounding() -> None:
+    """As a reward margin is: its bound grows by how far it moves when every parameter moves by its last bit."""
+
+    def measured(margin: float) -> Measured:
+        return Measured(loss={"moved": 1.0}, gradients={"moved": {}}, evaluated={"margin": np.array([margin])})
+
+    def found(margin: float, near: float) -> list[str]:
+        one = measured(0.05)
+        pair = ("one device", "a mesh")
+        near_one = compare.sensitivity(one, measured(near))
+        return [f.what for f in compare.differences(one, measured(margin), near_one, names=pair, rule="", start={})]
+
+    assert found(0.05 + 4e-6, near=0.05 + 1e-6) == []
+    assert found(0.05 + 4e-6, near=0.05) == found(0.05 + 4e-5, near=0.05 + 1e-6) == ["evaluation, margin"]

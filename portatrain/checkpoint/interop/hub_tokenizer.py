@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from portatrain.data.chat import ending
 from portatrain.data.encode import encoding
 from portatrain.data.own import gives_documents
 from portatrain.data.spec import DataSpec, Mixture
@@ -21,7 +22,8 @@ BESIDE = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.js
 def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     """Copy the tokenizer of `data` into the folder `out`; return (fields for config.json, names of the files).
 
-    Our documents end where the next one opens, so the id that opens a document is also the id at which to stop.
+    Our documents end where the next one opens, so the id that opens a document is also the id at which to stop; after
+    chats it is the one that ends an answer.
     Raises UserError if the tokenizer's file is no longer there.
     """
     sources = list(_leaves(data))
@@ -30,8 +32,10 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
         separator = getattr(sources[0], "separator", None) if len(given) == 1 else None
         return ({} if separator is None else {"bos_token_id": separator, "eos_token_id": separator}), []
     ((path, bos),) = given
-    opens = int(encoding(path, bos).bos)
-    fields = {"bos_token_id": opens, "eos_token_id": opens}
+    encode = encoding(path, bos)
+    opens = int(encode.bos)
+    ends = next((end for s in sources if (end := ending(s, encode)) is not None), opens)
+    fields = {"bos_token_id": opens, "eos_token_id": ends}
     if path is None:  # bytes are their own ids
         return fields, []
     file = expand(path)

@@ -36,6 +36,8 @@ class Sensitivity:
 
     loss: Mapping[str, float]
     gradients: Mapping[str, Mapping[str, float]]
+    evaluated: Mapping[str, float]
+    """By the name of what an evaluation gives."""
 
 
 def sensitivity(one: Measured, near: Measured) -> Sensitivity:
@@ -45,6 +47,7 @@ def sensitivity(one: Measured, near: Measured) -> Sensitivity:
             point: {n: largest(g - near.gradients[point][n]) for n, g in gradients.items()}
             for point, gradients in one.gradients.items()
         },
+        evaluated={key: largest(a.astype(np.float64) - near.evaluated[key]) for key, a in one.evaluated.items()},
     )
 
 
@@ -73,7 +76,7 @@ def differences(
     gradients = list(_gradients(one, other, near, names))
     if gradients:
         return gradients
-    found = list(_evaluated(one, other, names)) if other.evaluated else []
+    found = list(_evaluated(one, other, near, names)) if other.evaluated else []
     if found or not other.losses:
         return found
     if found := list(_states(one, other, names)):
@@ -119,10 +122,10 @@ def _gradients(one: Measured, other: Measured, near: Sensitivity, names: tuple[s
         return
 
 
-def _evaluated(one: Measured, other: Measured, names: tuple[str, str]) -> Iterator[Finding]:
+def _evaluated(one: Measured, other: Measured, near: Sensitivity, names: tuple[str, str]) -> Iterator[Finding]:
     for key in sorted(one.evaluated.keys() | other.evaluated.keys()):
         a, b = one.evaluated.get(key), other.evaluated.get(key)
-        if not _close(a, b, LOSS):
+        if not _close(a, b, LOSS, SENSITIVITY * near.evaluated.get(key, 0.0)):
             yield Finding(
                 what=f"evaluation, {key}",
                 said=f"expected the same values without training, got {_shown(a)} with {names[0]} and {_shown(b)} with "
@@ -188,10 +191,12 @@ def _later(one: Measured, other: Measured, near: Sensitivity, names: tuple[str, 
             return
 
 
-def _close(a: np.ndarray | None, b: np.ndarray | None, bound: float) -> bool:
+def _close(a: np.ndarray | None, b: np.ndarray | None, bound: float, moved: float = 0.0) -> bool:
     if a is None or b is None or a.shape != b.shape:
         return False
-    return largest(a.astype(np.float64) - b) <= bound * max(largest(a), 1e-30) or np.array_equal(a, b, equal_nan=True)
+    return largest(a.astype(np.float64) - b) <= bound * max(largest(a), 1e-30) + moved or np.array_equal(
+        a, b, equal_nan=True
+    )
 
 
 def _shown(array: np.ndarray | None) -> str:
