@@ -81,12 +81,14 @@ def _summary(cells: list[Cell], found: dict[int, Held], seed: int) -> str:
     places = Counter(f"{cells[n].backend} on {cells[n].devices}" for n in found)
     beyond = [f"{cells[n]}: {f}" for n, h in sorted(found.items()) for f in h.failures]
     largest = max((h.gradient for h in found.values()), default=0.0)
+    amplified = sum(h.amplified for h in found.values())
     models, most = len({n // PLACES for n in found}), max((h.loss for h in found.values()), default=0.0)
     return "\n".join(
         (
             f"seed {seed}: {len(found)} of {len(cells)} cells, {models} models: {dict(sorted(places.items()))}",
             f"  of the bound, gradients reach {largest:.2f}, losses {most:.2f}",
             f"  the bound is {1 / largest if largest else float('inf'):.1f} times the largest seen",
+            *([f"  {amplified} judged by the drift of one device"] if amplified else []),
             *(beyond or [f"  {len(beyond)} beyond the bound"]),
         )
     )

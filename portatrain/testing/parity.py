@@ -26,7 +26,7 @@ from portatrain.optim import Adafactor, Lion
 from portatrain.recipe import Recipe
 
 FLOOR_FACTOR = 4.0
-"""The largest drift of Adafactor's losses, over its own floor."""
+"""The largest drift of losses that amplify rounding, over the drift of one device from itself (`floor`)."""
 FLOOR_ORDERS = 4
 """Reorderings that a floor is the largest of: the drift of one says little."""
 
