@@ -171,7 +171,8 @@ def sweep_lines(held: Mapping[str, Any]) -> list[str]:
         at = min(range(len(RATES)), key=base.__getitem__)
         for width in WIDTHS:
             losses = losses_of(held, kind, width)
-            rate = f"2^{best(losses):.1f}"
+            edge = min(range(len(losses)), key=losses.__getitem__) == len(losses) - 1
+            rate = f"2^{best(losses):.1f}" + (" or more" if edge else "")
             rows.append(f"| {said} | {width} | {rate} | {min(losses):.3f} | {losses[at]:.3f} |")
     return [
         "## The best learning rate",
