@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from portatrain import MuP
 from portatrain.data import Stdlib, open_data
+from portatrain.model.widths import MuP
 from portatrain.optim import AdamW, Cosine
 from portatrain.recipe import Recipe
 from portatrain.system import svg
