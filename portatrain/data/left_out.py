@@ -33,6 +33,12 @@ class LeftOut(Split):
             at += here
         return _joined(parts)
 
+    def ahead(self, start: int, count: int, rows: np.ndarray | None) -> None:
+        at = 0
+        for first, here in runs_of(start, count, self.left_out):
+            self.whole.ahead(first, here, None if rows is None else rows[at : at + here])
+            at += here
+
     def blank(self, count: int) -> Batch:
         return self.whole.blank(count)
 

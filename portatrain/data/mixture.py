@@ -69,6 +69,12 @@ class Mixed(Split):
     def blank(self, count: int) -> Batch:
         return self._parts[0].blank(count) | {"source": np.zeros(count, np.int32)}
 
+    def ahead(self, start: int, count: int, rows: np.ndarray | None) -> None:
+        sample = samples(start, count)
+        source, number = self.locate(sample if rows is None else sample[rows])
+        for s in np.unique(source).tolist():
+            self._parts[s].ahead_at(number[source == s])
+
     @property
     def parts(self) -> Sequence[TokenSplit]:
         """The splits of the sources."""

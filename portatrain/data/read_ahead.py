@@ -125,12 +125,15 @@ def _read(
     ready: queue.Queue[Batch | BaseException],
     stop: threading.Event,
 ) -> None:
-    for count in counts:
-        if stop.is_set():
-            return
+    now = next(counts, None)
+    while now is not None and not stop.is_set():
+        count, now = now, next(counts, None)
         item: Batch | BaseException
         try:
             mine = rows(count)
+            split.ahead(start, count, mine)
+            if now is not None:
+                split.ahead(start + count, now, rows(now))
             item = split.batch(start, count) if mine is None else split.part(start, count, mine)
         except BaseException as error:
             item = error

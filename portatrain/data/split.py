@@ -79,6 +79,10 @@ class Split(ABC):
                 batch = {k: np.concatenate((v, blank[k])) for k, v in batch.items()}
             yield batch
 
+    def ahead(self, start: int, count: int, rows: np.ndarray | None) -> None:  # noqa: B027  # most splits are here
+        """Begin to fetch what `batch`, or `part` with ``rows``, is about to read, and do not wait for it. It may be
+        called from the thread that reads, and changes no sample."""
+
     def check_end(self, end: int) -> None:  # noqa: B027  most splits repeat
         """Raise UserError if samples [0, end) repeat a source that must not be repeated."""
 

@@ -66,6 +66,13 @@ class TokenSplit(Split):
     def batch(self, start: int, count: int) -> Batch:
         return self.at(samples(start, count))
 
+    def ahead(self, start: int, count: int, rows: np.ndarray | None) -> None:
+        sample = samples(start, count)
+        self.ahead_at(sample if rows is None else sample[rows])
+
+    def ahead_at(self, sample: np.ndarray) -> None:
+        """Begin to fetch what `at` is about to read."""
+
     @abstractmethod
     def at(self, sample: np.ndarray) -> Batch:
         """Return the samples with the numbers ``sample``, (B,) int64."""
@@ -99,6 +106,10 @@ class Windows(TokenSplit):
         for key, value in self.at(sample[rows]).items():
             out[key][rows] = value
         return out | {"sample": sample}
+
+    def ahead_at(self, sample: np.ndarray) -> None:
+        if isinstance(self.stream, PackedStream):
+            self.stream.ahead(self._order(sample) * self.seq_len, self.seq_len + 1)
 
     def at(self, sample: np.ndarray) -> Batch:
         size, begin = self.seq_len, self._order(sample) * self.seq_len

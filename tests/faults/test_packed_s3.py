@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from portatrain.cli import main
-from portatrain.data import PackedTokens, TextFiles, batch_hash, open_data, read_ahead
+from portatrain.data import Mixture, PackedTokens, Split, TextFiles, batch_hash, open_data, prefetch, read_ahead
+from portatrain.data.left_out import LeftOut
 from portatrain.data.store import packing, reading, stream_writer
 from portatrain.data.store.cache import Cache
 from portatrain.errors import StorageError, UserError
@@ -32,11 +34,15 @@ from tests.support.s3 import Proxy, s3
 pytest.importorskip("obstore")
 
 
+TRAINED: list[int] = []
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slow(Hook):
-    """Every step takes 0.2 s more."""
+    """Every step takes 0.2 s more, and is noted in TRAINED."""
 
     def on_step(self, run: TrainingView, record: StepRecord) -> None:
+        TRAINED.append(record.step)
         time.sleep(0.2)
 
 
@@ -175,6 +181,42 @@ def test_a_stall_is_told(
     assert "waiting for shard train-" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_the_requests_of_two_batches_are_in_flight(
+    mixed: bool, there: tuple[str, Proxy], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is read ahead are the pieces of the batch that follows, each once; batches are the same."""
+    url, proxy = there
+    monkeypatch.setenv(environment.DATA_CACHE_GIB.name, "0")
+    spec = text(tmp_path)
+    packed(spec, url)
+    packed(spec, tmp_path / "folder")
+
+    def opened(path: str) -> Split:
+        one = PackedTokens(path=path, seq_len=16)
+        data = open_data(Mixture(sources=(one, one), weights=(0.5, 0.5)) if mixed else one, seed=2)
+        return LeftOut(data.train, ((5, 7),))
+
+    flying, most, lock = 0, 0, threading.Lock()
+
+    def late(method: str, path: str, number: int) -> None:
+        nonlocal flying, most
+        with lock:
+            flying += 1
+            most = max(most, flying)
+        time.sleep(0.2)
+        with lock:
+            flying -= 1
+
+    split, same = opened(url), opened(str(tmp_path / "folder"))
+    rows = np.array([True, False])
+    proxy.fault = late
+    with prefetch(split, 3, 2, rows=lambda count: rows) as batches:
+        for n in range(8):
+            assert batch_hash(next(batches)) == batch_hash(same.part(3 + 2 * n, 2, rows))
+    assert most >= 2  # one row of each batch is of this process, and has one piece or two
+
+
 def test_the_cache_keeps_within_its_budget(tmp_path: Path) -> None:
     budget = 1 << 20
     caches = [Cache(tmp_path, budget) for _ in range(3)]  # as many processes
@@ -220,7 +262,6 @@ def test_a_run_hides_the_latency_waits_out_a_stall_and_names_a_flipped_bit(
         schedule=Constant(),
         steps=12,
         batch=4,
-        checkpoint_every=4,
         hooks=(Slow(),),
     )
     proxy.fault = lambda method, path, number: 0.05 if ".tokens" in path else None
@@ -232,14 +273,18 @@ def test_a_run_hides_the_latency_waits_out_a_stall_and_names_a_flipped_bit(
         print(f"50 ms a request: data wait is {share:.2%} of a step")
     assert share < 0.01 and not run.events(Kind.DATA_WAIT)
 
-    at, stalls = [0], (6, 7)
+    TRAINED.clear()
+    stalled, stalls = RunDir(tmp_path / "stalled"), [True]
 
-    def stalling(method: str, path: str, number: int) -> float | None:
-        at[0] += ".tokens" in path
-        return 2.0 if ".tokens" in path and at[0] in stalls else None
+    def stalling(method: str, path: str, number: int) -> None:
+        """One request, when four steps are trained, is answered only when the run has said that it waits."""
+        if ".tokens" in path and len(TRAINED) >= 4 and stalls:
+            stalls.clear()
+            end_s = time.monotonic() + 50
+            while not stalled.events(Kind.DATA_WAIT) and time.monotonic() < end_s:
+                time.sleep(0.1)
 
     proxy.fault = stalling
-    stalled = RunDir(tmp_path / "stalled")
     assert train(recipe, stalled, backend="jax") == 0
     assert stalled.events(Kind.DATA_WAIT) and "waiting for shard train-" in capsys.readouterr().err
     assert [row["loss"] for row in stalled.curve()] == [row["loss"] for row in run.curve()]

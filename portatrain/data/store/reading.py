@@ -30,6 +30,8 @@ from portatrain.system.text import counted
 
 PIECE_BLOCKS = 8
 READS_AT_ONCE = 16
+PIECES_AHEAD = 2 * READS_AT_ONCE
+"""Pieces that are fetched, or have been, before the batch that they are for is read; at most 9 MiB of them."""
 AGAIN_AFTER_S = (0.5, 2.0, 5.0)
 SAY_AFTER_S = 10.0
 LARGEST_ARRAY = 1 << 30
@@ -58,6 +60,7 @@ class PackedStream:
         self.scattered = split != "train" and self._facts.groups > 1
         self._per_piece = PIECE_BLOCKS if isinstance(at, Bucket) else 0
         self._mark = manifest.fingerprint[:16]
+        self._ahead: dict[tuple[int, int, int], Future[np.ndarray]] = {}
 
     def rows(self, begin: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return tokens [b, b + size) for each of ``begin``, (B,), as (B, size) int32, zeros after the end; and (B,
@@ -76,7 +79,8 @@ class PackedStream:
             pieces.append(mine)
             for piece in mine:
                 if piece not in wanted and piece[0] not in self._skipped:
-                    wanted[piece] = self._pool.submit(functools.partial(self._piece, *piece))
+                    begun = self._ahead.pop(piece, None)
+                    wanted[piece] = self._begun(piece) if begun is None else begun
         found = {piece: self._wait(piece, future) for piece, future in wanted.items()}
         for row, (b, mine) in enumerate(zip(begin.tolist(), pieces, strict=True)):
             for shard, first, count in mine:
@@ -92,6 +96,19 @@ class PackedStream:
                 if (targets := are_targets(blocks)) is not None:
                     are_counted[row, low - b : high - b] = targets[low - at : high - at]
         return tokens, opens, are_counted
+
+    def ahead(self, begin: np.ndarray, size: int) -> None:
+        """Begin to fetch pieces of what ``rows`` is about to be asked for, from an object store only. The requests of
+        one batch are then in flight while those of the one before are waited for."""
+        for b in begin.tolist() if self._per_piece else ():
+            for piece in self._pieces(b, min(b + size, self.size)):
+                if len(self._ahead) >= PIECES_AHEAD:
+                    return
+                if piece not in self._ahead and piece[0] not in self._skipped:
+                    self._ahead[piece] = self._begun(piece)
+
+    def _begun(self, piece: tuple[int, int, int]) -> Future[np.ndarray]:
+        return self._pool.submit(functools.partial(self._piece, *piece))
 
     def read(self, first: int, stop: int) -> np.ndarray:
         """Return tokens [first, stop), as many as there are."""
