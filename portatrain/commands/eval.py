@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     loss, samples, metrics = found
     result: dict[str, Any] = {
         "loss": loss,
-        **({"perplexity": math.exp(min(loss, 700.0))} if recipe.data.tokens_per_sample() else {}),
+        **_perplexity(recipe, loss),
         **metrics,
         "samples": samples,
         "split": name,
@@ -99,6 +99,14 @@ def run(args: argparse.Namespace) -> int:
     for name, value in result.items():
         print(f"{name.replace('_', ' '):<16} {f'{value:.6g}' if isinstance(value, float) else value}")
     return 0
+
+
+def _perplexity(recipe: Recipe, loss: float) -> dict[str, float]:
+    """Return the perplexity, by name, if the loss is a mean over targets; that of preferences is one over pairs."""
+    from portatrain.data.spec import Preferences
+
+    of_targets = recipe.data.tokens_per_sample() and not isinstance(recipe.data, Preferences)
+    return {"perplexity": math.exp(min(loss, 700.0))} if of_targets else {}
 
 
 def _default(args: argparse.Namespace) -> str:

@@ -60,7 +60,7 @@ def make(
     if where is not None and key is not None:
         entry = where / key
         try:
-            _filled(entry, identity, splits, produce)
+            _filled(entry, identity, splits, _of_same_files(spec, identity, produce, key))
             _take(entry, pack_dir)
             _keep_within(where, entry)
         except _Unusable as error:
@@ -115,9 +115,7 @@ def _filled(entry: Path, identity: packs.Meta, splits: tuple[str, ...], produce:
     try:
         entry.parent.mkdir(parents=True, exist_ok=True)
         if entry.exists() and not _is_whole(entry):
-            aside = entry.with_name(f".{entry.name}.damaged-{uuid.uuid4().hex[:12]}")
-            os.rename(entry, aside)
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(entry)
         probe = entry.with_name(f".probe-{uuid.uuid4().hex[:12]}")
         probe.mkdir()  # so that what follows fails for another reason
         probe.rmdir()
@@ -129,6 +127,19 @@ def _filled(entry: Path, identity: packs.Meta, splits: tuple[str, ...], produce:
         if error.what == f"pack {entry}":  # the folder, and not the source
             raise _Unusable(str(error.__cause__ or error.got)) from error
         raise
+
+
+def _of_same_files(spec: DataSpec, identity: packs.Meta, produce: Produce, key: str) -> Produce:
+    """Return `produce`; it raises _Unusable, and there is no entry, if the files of the source are no longer those of
+    `key`: an entry would hold other documents than its name says, for every run after this one."""
+
+    def made(writer: packs.Writer) -> packs.Meta:
+        meta = produce(writer)
+        if key_of(spec, identity) != key:
+            raise _Unusable("a file of the source has changed while it was packed")
+        return meta
+
+    return made
 
 
 def _is_whole(entry: Path) -> bool:
@@ -170,5 +181,13 @@ def _keep_within(where: Path, entry: Path) -> None:
             if sum(sizes.values()) <= BUDGET_BYTES:
                 break
             if path != entry:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove(path)
                 del sizes[path]
+
+
+def _remove(entry: Path) -> None:
+    """Remove an entry at once: who copies it at this moment has all of its files, or an OSError. OSError if another
+    process was first."""
+    aside = entry.with_name(f".{entry.name}.removed-{uuid.uuid4().hex[:12]}")
+    os.rename(entry, aside)
+    shutil.rmtree(aside, ignore_errors=True)

@@ -19,7 +19,8 @@ depends neither on the microbatch nor on the mesh. This is the rowwise recipe of
 That is `fp8_scaling="row"`. With "tensor" all values of a tensor share a scale: those of a weight in one layer (and of
 one expert), and those of an activation or a gradient in one sample, which is the first axis of x. The scale is over the
 whole tensor, however a mesh cuts it. A sample and not a microbatch, because a step must not depend on how its samples
-are dealt out to microbatches. An einsum that contracts the first axis of x has a scale for each row.
+are dealt out to microbatches. An einsum whose first axis of x is no axis of samples, because it is contracted or the
+parameter has it too (experts), has a scale for each row.
 
 `quantise` replaces each chosen `Param` by a module that has its name, as LoRA does. Layouts, patterns over names,
 optimizers and checkpoints see the parameter alone.
@@ -141,7 +142,7 @@ class Form:
 
     @property
     def _whole(self) -> bool:
-        return self.scaling == "tensor" and self.x[0] in self.out
+        return self.scaling == "tensor" and self.x[0] in self.out and self.x[0] not in self.w
 
     def _of_values(self, term: str, over: str) -> str:
         return "".join(c for c in term if c != self.x[0]) if self._whole else over

@@ -28,12 +28,11 @@ class Scaled(Module):
 
     def contracted(self, einsum: Callable[..., Any], spec: str, operands: tuple[Any, ...], dtype: str | None) -> Any:
         """Return `einsum(spec, *operands)` with this parameter, one of the operands, and its multiplier."""
-        inputs, _, out = spec.replace(" ", "").partition("->")
         at = next(i for i, x in enumerate(operands) if x is self)
+        product = einsum(spec, *operands[:at], self.base, *operands[at + 1 :], dtype=dtype)  # refuses a wrong spec
+        inputs, _, out = spec.replace(" ", "").partition("->")
         mine = inputs.split(",")[at]
-        plain = (*operands[:at], self.base, *operands[at + 1 :])
         grown = math.prod(n for letter, n in zip(mine, self.growth, strict=True) if letter not in out)
-        product = einsum(spec, *plain, dtype=dtype)
         return product if grown == 1 else product * (1 / grown)
 
 

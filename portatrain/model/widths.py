@@ -151,7 +151,7 @@ class Width:
     fan_in: float
     """Growth of the contracted axes."""
     fan_out: float
-    """Growth of the others."""
+    """Growth of the others; of a table, of its features."""
     growth: tuple[float, ...]
     """Growth of each axis, without the axes of Stacks."""
     lr: float
@@ -179,6 +179,9 @@ def _width(info: TensorInfo, base: TensorInfo, fixed: bool, lr: float) -> Width:
     ratios = [n / m for n, m in zip(info.shape, base.shape, strict=True)]
     split = info.batch_dims + info.fan_in_axes
     fan_in, fan_out = math.prod(ratios[info.batch_dims : split]), math.prod(ratios[split:])
+    table = not info.fan_in_axes and _is_table(info)
+    if table:
+        fan_out = math.prod(ratios[split + 1 :])  # more rows change neither a row nor what is contracted with it
     if fixed:
         kind = "fixed"
     elif fan_in == 1 and fan_out == 1:
@@ -186,7 +189,7 @@ def _width(info: TensorInfo, base: TensorInfo, fixed: bool, lr: float) -> Width:
     elif info.fan_in_axes:
         kind = "input" if fan_in == 1 else "output" if fan_out == 1 else "hidden"
     else:
-        kind = "table" if _is_table(info) else "vector"
+        kind = "table" if table else "vector"
     return Width(kind=kind, fan_in=fan_in, fan_out=fan_out, growth=tuple(ratios[info.stack_dims :]), lr=lr)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row
+from portatrain.errors import UserError
 from portatrain.model.layers import LatentAttention, layers_of, places_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
@@ -87,6 +88,16 @@ class DeepseekV3Config(MixtureConfig):
     """Number of modules that predict further tokens, one more each; see `ahead.AheadLM`."""
     predict_weight: float = added_later(0.3)
     """Weight of the mean of their losses."""
+
+    def __post_init__(self) -> None:
+        for name in ("predict_depth", "predict_weight"):
+            if not getattr(self, name) >= 0:
+                raise UserError(
+                    f"DeepseekV3Config.{name}",
+                    expected="a number of at least 0",
+                    got=repr(getattr(self, name)),
+                    do="predict_depth=0 is a model without modules for further tokens.",
+                )
 
     def build(self) -> DeepseekV3:
         """Return the model."""

@@ -228,6 +228,11 @@ def test_what_shares_a_scale() -> None:
     # One for each sample, and one for the weight of each expert.
     assert [(p.a.left, p.b.left) for p in (whole.forward, whole.of_x)] == [("b", "x"), ("b", "x")]
     assert form_of("sbe,em->bm", 1) is None
+    # Experts first: their axis is none of samples, and what shares a scale must not depend on the microbatch.
+    first, by_row = (form_of("xbe,xem->xbm", 1, scaling) for scaling in reversed(SCALINGS))
+    assert first is not None and by_row is not None
+    for one, other in ((first.forward, by_row.forward), (first.of_x, by_row.of_x)):
+        assert (one.a.left, one.b.left) == (other.a.left, other.b.left) and "b" in one.a.left
     turned = form_of("esb,em->sbm", 1, "tensor")  # its first axis is contracted: no axis of samples
     assert turned is not None and (turned.forward.a.left, turned.forward.b.left) == ("sb", "m")
 

@@ -13,11 +13,12 @@ import pytest
 
 import portatrain
 from portatrain.cli import main
+from portatrain.commands import eval as eval_command
 from portatrain.data import TextFiles
 from portatrain.errors import UserError
 from portatrain.optim import AdamW
 from portatrain.optim.schedules import Constant
-from portatrain.recipe import Recipe
+from portatrain.recipe import Recipe, load_recipe
 from portatrain.runs.run_dir import RunDir
 from portatrain.training.trainer import train
 from recipes.models.decoder import DecoderConfig
@@ -232,3 +233,11 @@ def test_greedy_texts_are_those_of_transformers(
     with torch.no_grad():
         want = theirs(torch.tensor([tokens]), labels=torch.tensor([tokens])).loss.item()
     assert abs(float(model.evaluate(batch)["loss_B"][0]) / 5 - want) < 1e-5 * max(1.0, want)
+
+
+@pytest.mark.parametrize(
+    ("name", "has"), [("tiny-lm", True), ("tiny-chat", True), ("tiny-vit", False), ("tiny-dpo", False)]
+)
+def test_a_loss_that_is_no_mean_over_targets_has_no_perplexity(name: str, has: bool) -> None:
+    found = eval_command._perplexity(load_recipe(name), math.log(2))
+    assert found == ({"perplexity": pytest.approx(2)} if has else {})

@@ -213,6 +213,56 @@ def test_it_keeps_within_its_budget(cache: Path, tmp_path: Path, monkeypatch: py
     assert entries(cache) == sorted([names[0], names[3]])
 
 
+def test_a_source_that_changes_while_it_is_packed_makes_no_entry(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or every later run of the former files would read the new ones."""
+    spec, produce = texts(tmp_path / "texts"), corpus._produce
+    former = seen(spec, tmp_path / "former" / "data")
+    (entry,) = entries(cache)
+    pack_cache._remove(cache / entry)
+    file = tmp_path / "texts" / "3.txt"
+    text = file.read_text()
+
+    def changing(spec: DataSpec, writer: Any) -> Any:
+        file.write_text("another document")
+        return produce(spec, writer)
+
+    monkeypatch.setattr(corpus, "_produce", changing)
+    data = open_data(spec, seed=3, pack_dir=tmp_path / "meanwhile" / "data")
+    assert any("has changed while it was packed" in said for said in data.passed_over)
+    assert data.fingerprint != former[0] and entries(cache) == []
+    monkeypatch.setattr(corpus, "_produce", produce)
+    file.write_text(text)
+    assert seen(spec, tmp_path / "again" / "data") == former
+
+
+def test_an_entry_is_copied_whole_or_not_at_all(
+    cache: Path, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run removes it for room, whatever the moment; a copy of a part would be a damaged pack."""
+    spec = texts(tmp_path / "texts")
+    former = seen(spec, tmp_path / "former" / "data")
+    (name,) = entries(cache)
+    iterdir = Path.iterdir
+
+    def removed_first(path: Path) -> Any:
+        if path == cache / name:
+            pack_cache._remove(path)
+        return iterdir(path)
+
+    removed = []
+    monkeypatch.setattr(pack_cache.shutil, "rmtree", lambda path, **_: removed.append(path))  # it takes its time
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", removed_first)
+        pack_dir = tmp_path / "again" / "data"
+        pack_dir.parent.mkdir()
+        with pytest.raises(pack_cache._Unusable):
+            pack_cache._take(cache / name, pack_dir)
+    assert removed and not pack_dir.exists()
+    assert seen(spec, pack_dir) == former
+
+
 def _pack(spec: DataSpec, pack_dir: Path, start: Any, results: Any) -> None:
     start.wait()
     results.put(seen(spec, pack_dir))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from portatrain import MuP
 from portatrain.backends import reference
 from portatrain.backends.base import Context
 from portatrain.backends.reference.watched import watch_oracle
@@ -59,6 +61,14 @@ def test_rows_lie_one_after_another(definition: Definition, mesh: str) -> None:
             factor = 1 if tag is not None or of_rows else blocks
             assert (got is None) == (due is None)
             assert got is None or np.allclose(got, factor * due, rtol=1e-12, atol=1e-14), (str(true), tag)
+
+
+def test_a_parameter_with_a_multiplier_is_recorded_as_one_without(definition: Definition) -> None:
+    """bisect compares the calls of two models; an argument that has its default value is none that differs."""
+    scaled = replace(recipe_of(MODEL), parametrization=MuP(base={"embed": 4})).describe()
+    assert scaled.params["blocks/attn/wq"].multiplier == 0.5
+    here, there = (recorded(one, slice(0, 3)).calls for one in (definition, scaled))
+    assert [(call.name, call.template) for call in here] == [(call.name, call.template) for call in there]
 
 
 def same(mine: Sequence[np.ndarray], true: Sequence[np.ndarray]) -> None:

@@ -237,6 +237,28 @@ def test_factors_by_name() -> None:
     assert recipe(lr={"*/wq": 0.5}, fixed=("*/wq",)).describe().params["blocks/attn/wq"].lr == 0.5
 
 
+def test_more_rows_of_a_table_are_no_growth() -> None:
+    """A row that is looked up, and features that are contracted with one, do not depend on the number of rows."""
+    for rule in (AdamW(lr=1e-2), SGD(lr=1e-2)):
+        plain, more = (
+            recipe(optimizer=rule, base=base).describe().params["embed/table"] for base in (BASE, {**BASE, "vocab": 16})
+        )
+        assert (more.kind, more.lr, more.multiplier) == (plain.kind, plain.lr, plain.multiplier) == ("table", plain.lr, 0.5)
+        alone = recipe(optimizer=rule, base={"vocab": 16}).describe().params["embed/table"]
+        assert (alone.kind, alone.lr, alone.multiplier) == ("same", 1.0, 1.0)
+
+
+def test_a_wrong_einsum_is_explained_as_without_a_multiplier() -> None:
+    table = Scaled(Param(vocab=8, embed=4, fan_in_axes=0), (1.0, 2.0))
+
+    def einsum(spec: str, *operands: Any, dtype: Any = None) -> Any:
+        raise UserError("ops.einsum", expected="", got=spec, do="")
+
+    for spec in ("bse,vex->bsv", "bse->bs"):
+        with pytest.raises(UserError, match=re.escape(spec)):
+            table.contracted(einsum, spec, (np.zeros((2, 3, 4)), table), None)
+
+
 def test_the_command_line_sets_it() -> None:
     base = "parametrization.base={'embed':32,'heads':1,'kv_heads':1,'mlp':96}"
     made = apply_overrides(load_recipe("tiny-lm"), ["parametrization=MuP", base, "parametrization.lr={'*/wq':2}"])
