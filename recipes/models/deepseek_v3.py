@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row
+from portatrain.errors import UserError
 from portatrain.model.layers import LatentAttention, layers_of, places_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
@@ -89,7 +90,16 @@ class DeepseekV3Config(MixtureConfig):
     """Weight of the mean of their losses."""
 
     def build(self) -> DeepseekV3:
-        """Return the model."""
+        """Return the model.
+
+        Raises:
+            UserError: `predict_depth` or `predict_weight` is below 0.
+        """
+        for name in ("predict_depth", "predict_weight"):
+            if not (value := getattr(self, name)) >= 0:
+                raise UserError(
+                    f"model.{name}", expected="0 or more", got=repr(value), do="With predict_depth=0 there are none."
+                )
         return DeepseekV3(self)
 
     def small(self) -> DeepseekV3Config:
