@@ -135,7 +135,8 @@ class ConsoleSink:
                 self._line(line)
             return
         what = f": {fields.pop('what')}" if "what" in fields else ""
-        more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+        short = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in fields.items()}
+        more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in short.items())
         self._line(f"{kind.replace('_', ' ')}{what}{': ' + more if more else ''}")
 
     def end(self, summary: Mapping[str, object]) -> None:
