@@ -124,15 +124,37 @@ def fits(value: object, hint: Any) -> bool:
     return True
 
 
+def _of_objects(hint: Any) -> bool:
+    """Return True if an annotation wants objects with methods, of which `fits` knows no class: hooks, a protocol."""
+    if get_origin(hint) is tuple:
+        return Any in get_args(hint)
+    return isinstance(hint, type) and hint is not Any and hint not in (type, object) and not is_mapping(hint)
+
+
 def check_types(config: object) -> None:
     """Raise UserError for the first field of ``config`` whose value does not fit its annotation."""
     for name, hint in hints(type(config)).items():
         value = getattr(config, name)
+        held = value if get_origin(hint) is tuple and isinstance(value, tuple) else (value,)
+        made = [one for one in held if isinstance(one, type)] if _of_objects(hint) else []
+        if made:
+            raise UserError(
+                f"field {name} of {type(config).__name__}",
+                expected="an object",
+                got=f"the class {made[0].__name__}",
+                do=f"Write parentheses behind it: {made[0].__name__}(...), or {made[0].__name__}() if it needs no "
+                "arguments.",
+            )
         if not fits(value, hint):
             wanted, do = describe(hint), "Set it to a value of that type."
             if get_origin(hint) is tuple and Any in get_args(hint):  # of objects, such as hooks
-                wanted = f"a tuple, such as {name}=({type(value).__name__}(...),), or () for none"
-                do = "Put a comma after the only element." if not isinstance(value, list) else "Write () for []."
+                first = value[0] if isinstance(value, list) and value else value
+                wanted = f"a tuple, such as {name}=({type(first).__name__}(...),), or () for none"
+                do = "Put a comma after the only element."
+                if isinstance(value, list):
+                    do = "Write parentheses in place of the brackets, and a comma after the only element."
+                if value == []:
+                    wanted, do = "a tuple, () for none", "Write () for []."
             raise UserError(
                 f"field {name} of {type(config).__name__}",
                 expected=wanted,

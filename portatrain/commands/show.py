@@ -203,6 +203,8 @@ def _print(found: Mapping[str, Any]) -> None:
             + (", ".join(grown) or "nothing has grown")
             + (f"; as there: {', '.join(same)}" if same else "")
         )
+        if less := [axis for axis, (was, now) in axes if now < was]:
+            lines.append(f"narrower than its base in {', '.join(less)}: `base` is where the learning rate was tuned")
         lines.append(f"lr x 1 is {found['lr']:.4g}; docs/start/widths.md explains the kinds")
         lines += [f"{path}: scores of attention times {scale:.4g}" for path, scale in found["attention_scales"].items()]
     console.print("\n".join(lines), soft_wrap=True, markup=False, highlight=False)

@@ -88,7 +88,18 @@ class ChatTemplate:
         try:
             return str(self._template.render(messages=chat, **self._special, **given))
         except Exception as error:  # a template is a program: it may fail in any way
+            if type(error) is jinja_module(self._name).TemplateError:  # it calls raise_exception
+                raise UserError(
+                    where,
+                    expected=f"a chat that {_bare(self._name)} accepts",
+                    got=f"its refusal: {error}",
+                    do="Correct the chat; or change a copy of the template, and name the copy by chat_template.",
+                ) from error
             raise failed(f"{self._name} on {where}", error, "") from error
+
+
+def _bare(name: str) -> str:
+    return name if name.startswith("the ") else f"the {name}"
 
 
 def _checked(messages: Any, where: str) -> list[dict[str, Any]]:
@@ -113,6 +124,13 @@ def chat_template(tokenizer: str | None, path: str | None) -> ChatTemplate:
     folder = None
     if tokenizer is not None:
         file = expand(tokenizer)
+        if not file.exists():
+            raise UserError(
+                f"tokenizer {tokenizer}",
+                expected="a tokenizer.json or a folder that has one",
+                got="no such file or folder",
+                do="Check the path; relative paths start at the working directory.",
+            )
         folder = file if file.is_dir() else file.parent
     config = _config(folder / "tokenizer_config.json") if folder else {}
     special = {name: _content(config[name]) for name in SPECIAL if config.get(name) is not None}

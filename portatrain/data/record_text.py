@@ -181,7 +181,9 @@ class Pair:
             f"{where}, field {name!r}",
             expected=f"a list of messages{'' if self._prompt is None else ', or a text'}, since a pair has two sides",
             got=nothing if name in record else there,
-            do="Write what is missing, remove the record, or name the fields by chosen, rejected and prompt.",
+            do="If it is the text of one answer, name the field of its question: prompt='prompt'."
+            if isinstance(found, str) and found
+            else "Write what is missing, remove the record, or name the fields by chosen, rejected and prompt.",
         )
 
 

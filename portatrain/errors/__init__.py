@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Any, Self
 
 LONGEST = 1000
@@ -92,6 +93,28 @@ def _short(text: str) -> str:
     if text.endswith(".") and not text.endswith(".."):
         text = text[:-1]
     return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+
+
+def no_match(what: str, pattern: str, names: Iterable[str]) -> UserError:
+    """Return the error for a name pattern that matches none of ``names``; it suggests a pattern of nearly this spelling
+    that matches some."""
+    import difflib
+
+    known = sorted(names)
+    words = sorted({word for name in known for word in name.split("/")})
+    parts = []
+    for part in pattern.split("/"):
+        near = [] if part in words or set("*?[") & set(part) else difflib.get_close_matches(part, words, n=1)
+        parts.append(near[0] if near else part)
+    guess = "/".join(parts)
+    near = [guess] if any(fnmatchcase(name, guess) for name in known) else difflib.get_close_matches(pattern, known)
+    hint = f"Did you mean {' or '.join(near)}? " if near else ""
+    return UserError(
+        what,
+        expected=f"a name or a pattern of {', '.join(known) or '(none)'}",
+        got=f"{pattern!r}, which matches none",
+        do=f"{hint}`*` stands for any text, `/` included: '*/wq'.",
+    )
 
 
 def choice(what: str, got: str, valid: Iterable[str], more: str = "", *, listed: str = "") -> UserError:

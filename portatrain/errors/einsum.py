@@ -63,9 +63,31 @@ def fault(spec: object, shapes: Sequence[tuple[int, ...] | None]) -> tuple[str, 
     return None
 
 
+def apart(spec: str) -> tuple[str, str, str] | None:
+    """Return what is wrong with letters that should be one, as e and f in "bse,fm->bsm"; None if all is well.
+
+    NumPy sums each of two such axes by itself, and the result is not that of the product that was meant.
+    """
+    inputs, _, out = spec.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    alone = [(c, term) for term in terms for c in term if inputs.count(c) == 1 and c not in out]
+    found = [f"{c} in {term!r}" for i, (c, term) in enumerate(alone) if term not in [other for _, other in alone[:i]]]
+    if len(found) < 2:
+        return None
+    return (
+        f"one letter for the axes that {spec!r} contracts with each other",
+        f"{' and '.join(found)}, each of which no other operand and not the result has",
+        "Give both axes the same letter. To sum over them one by one, use ops.sum.",
+    )
+
+
 def einsum_error(spec: object) -> UserError:
-    """Return the error for a spec that is none of `FORM`'s form, such as "be,em" or "...e,em->...m"."""
-    expected, got, do = fault(spec, ()) or (f"a spec such as {FORM}", repr(spec), "Write every axis as a letter.")
+    """Return the error for a spec that is none of `FORM`'s form, such as "be,em" or "...e,em->...m", or that has axes
+    `apart`."""
+    found = fault(spec, ())
+    if isinstance(spec, str) and "->" in spec and "." not in spec:
+        found = apart(spec)
+    expected, got, do = found or (f"a spec such as {FORM}", repr(spec), "Write every axis as a letter.")
     return UserError("ops.einsum", expected=expected, got=got, do=do)
 
 

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError, no_match
 from portatrain.model.module import Definition, Module, Param, TensorInfo, children, describe
 
 KERNEL_AXES = frozenset({"height", "width", "length", "patch_rows", "patch_columns"})
@@ -234,7 +234,7 @@ def chosen(params: Iterable[TensorInfo], patterns: Sequence[str] | None) -> froz
     able = [info.name for info in params if can_quantise(info)]
     for pattern in patterns or ():
         if not any(fnmatchcase(name, pattern) for name in able):
-            raise choice(f"pattern {pattern!r} of fp8_matmuls", pattern, able)
+            raise no_match("fp8_matmuls", pattern, able)
     names = frozenset(n for n in able if patterns is None or any(fnmatchcase(n, pattern) for pattern in patterns))
     if not names:
         raise UserError(

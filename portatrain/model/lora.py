@@ -15,8 +15,8 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from portatrain.config import check_types
-from portatrain.errors import UserError, choice
-from portatrain.errors.einsum import einsum_error
+from portatrain.errors import UserError, no_match
+from portatrain.errors.einsum import apart, einsum_error
 from portatrain.model.fp8 import FACTORS, unquantised, with_fp8
 from portatrain.model.module import BATCH_AXES, Module, Param, children, describe
 from portatrain.model.scaled import Scaled, unscaled
@@ -121,7 +121,8 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(einsum)
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
-        if not isinstance(spec, str) or "->" not in spec or "." in spec:  # NumPy takes them, and a mesh cannot
+        # NumPy takes them, and a mesh cannot; it also takes axes apart, which are a misspelt letter.
+        if not isinstance(spec, str) or "->" not in spec or "." in spec or apart(spec):
             raise einsum_error(spec)
         for operand in operands:
             if isinstance(operand, (Adapted, Scaled)):
@@ -205,7 +206,7 @@ def adapt(model: Module, lora: LoRA) -> Module:
     able = [n for n, t in found.params.items() if t.fan_in_axes and "vocab" not in t.axes]
     for pattern in lora.targets:
         if not any(fnmatchcase(name, pattern) for name in able):
-            raise choice(f"pattern {pattern!r} of LoRA.targets", pattern, able)
+            raise no_match("LoRA.targets", pattern, able)
     chosen = {n for n in able if any(fnmatchcase(n, pattern) for pattern in lora.targets)}
     made: dict[int, Adapted] = {}
 

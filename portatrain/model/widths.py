@@ -33,7 +33,7 @@ from typing import Any
 
 from portatrain.config import check_types, fits, hints
 from portatrain.config import describe as describe_type
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError, choice, no_match
 from portatrain.model.layers import Attention, LatentAttention
 from portatrain.model.module import Constant, Definition, Init, Module, Normal, Param, TensorInfo, children, describe
 from portatrain.model.scaled import Scaled
@@ -124,11 +124,19 @@ class MuP:
         for field in ("lr", "init", "fixed"):
             for pattern in getattr(self, field) or ():
                 if not any(fnmatchcase(name, pattern) for name in here.params):
-                    raise choice(f"MuP.{field}: pattern {pattern!r}", pattern, list(here.params))
+                    raise no_match(f"MuP.{field}", pattern, here.params)
         found = {}
         for name, info in here.params.items():
             fixed = any(fnmatchcase(name, pattern) for pattern in self.fixed)
             found[name] = _width(info, there.params[name], fixed, _product(self.lr, name))
+        other = [name for name, info in here.params.items() if info.shape != there.params[name].shape]
+        if other and all(width.kind == "same" for width in found.values()):
+            raise UserError(
+                "MuP.base",
+                expected="a field that grows with the width, such as embed, heads or mlp",
+                got=f"{', '.join(self.base)}, which changes the number of layers or experts alone",
+                do="Name what is wider than in the model whose learning rate was tuned; depth is no part of it.",
+            )
         _scale_attention(here, there)
 
         def init_of(name: str) -> Init:

@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from portatrain import config
 from portatrain.data.ranges import Ranges, number_at, ranges
 from portatrain.data.spec import DataSpec
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError, no_match
 from portatrain.errors.users_code import line_of
 from portatrain.model.fp8 import quantise
 from portatrain.model.lora import LoRA, adapt, is_factor
@@ -384,7 +384,7 @@ class Recipe:
         for field in ("trainable", "frozen", "decay", "no_decay", "ema"):
             for pattern in getattr(self, field) or ():
                 if not any(fnmatchcase(name, pattern) for name in known):
-                    raise choice(f"recipe {self.name}: pattern {pattern!r} of {field}", pattern, known)
+                    raise no_match(f"recipe {self.name}: {field}", pattern, known)
         if not any(self.trains(name) for name in known):
             self._refuse("trainable", "at least one parameter to train", f"Choose among {', '.join(known)}.")
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row, rope_fields, rope_type
+from portatrain.errors import UserError
 from portatrain.model.layers import Dropout, Embedding, RMSNorm, places_of
 from portatrain.model.module import Module, Param
 from portatrain.model.ops import Array, Batch, Loss, Ops
@@ -77,6 +78,13 @@ class Kind:
     """Which of the model's rotary tables turns queries and keys. None: no rotary positions."""
 
 
+def check_sizes(config: Any) -> None:
+    """Raise UserError for a size of a language model that is below 1; None stands for a default, and 0 does not."""
+    for name in ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "value_head_dim", "mlp"):
+        if (size := getattr(config, name, None)) is not None and size < 1:
+            raise UserError(f"model.{name}", expected="an integer of at least 1", got=repr(size), do="Enlarge it.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class CausalConfig:
     """The sizes that every family has."""
@@ -101,6 +109,9 @@ class CausalConfig:
     """The eps of all norms."""
     z_loss: float = 0.0
     """Weight of the z-loss; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
     def small(self) -> Any:
         """Return the same kind of model with small sizes, for `portatrain check`."""

@@ -24,6 +24,7 @@ from recipes.models.causal import (
     PRE_NORMS,
     CausalLM,
     Kind,
+    check_sizes,
     hub,
     read_sizes,
 )
@@ -75,6 +76,9 @@ class DecoderConfig:
     def build(self) -> Decoder:
         """Return the model."""
         return Decoder(self)
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
     def small(self) -> DecoderConfig:
         """Return the same kind of decoder with small sizes, for `portatrain check`."""

@@ -100,7 +100,16 @@ class DeepseekV3Config(MixtureConfig):
                 )
 
     def build(self) -> DeepseekV3:
-        """Return the model."""
+        """Return the model.
+
+        Raises:
+            UserError: `predict_depth` or `predict_weight` is below 0.
+        """
+        for name in ("predict_depth", "predict_weight"):
+            if not (value := getattr(self, name)) >= 0:
+                raise UserError(
+                    f"model.{name}", expected="0 or more", got=repr(value), do="With predict_depth=0 there are none."
+                )
         return DeepseekV3(self)
 
     def small(self) -> DeepseekV3Config:

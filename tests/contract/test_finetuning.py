@@ -74,7 +74,7 @@ BAD: dict[str, tuple[object, str, list[str], str]] = {
         {"messages": [{"role": "tool", "content": "?"}]},
         "",
         [],
-        "line 3, field 'messages': expected a Jinja template that renders, got TemplateError: a message of the role",
+        "accepts, got its refusal: a message of the role tool",
     ),
     "a template that fails": (ROW, "{{ messages[7].content }}", [], "got UndefinedError"),
     "a template that is none": (ROW, "{% for m in messages %}", [], "got TemplateSyntaxError"),

@@ -356,7 +356,7 @@ MISTAKES = {
     "a shape": (["--at", "6", "--run", "new", "--set", "model.embed=3"], r"table ([7, 2] before, [7, 3] now)"),
     "an unknown field": (["--at", "6", "--run", "new", "--set", "optimizer.rate=3"], "field 'rate' of AdamW"),
     "a value": (["--at", "6", "--run", "new", "--set", "optimizer.lr=fast"], "expected a number"),
-    "a pattern": (["--at", "6", "--run", "new", "--set", "frozen=('tabel',)"], "pattern 'tabel' of frozen"),
+    "a pattern": (["--at", "6", "--run", "new", "--set", "frozen=('tabel',)"], "got 'tabel', which matches none"),
     "nothing left": (["--at", "26", "--run", "new"], "nothing left to train"),
     "the origin": (["--at", "6", "--run", "new", "--set", "origin=none"], "one that portatrain sets"),
     "a name": (["--at", "6", "--run", "../new"], "1 to 63 letters"),

@@ -211,3 +211,9 @@ def test_a_further_layer_is_left_out_and_told_or_comes_in_and_out_with_its_bits(
     assert not huggingface.left_out(folder, recipe.model.huggingface())
     with pytest.raises(UserError, match=r"not there: model\.layers\.3\."):
         _imported(folder, 2, tmp_path / "more")
+
+
+@pytest.mark.parametrize("field", ["predict_depth", "predict_weight"])
+def test_fewer_than_no_modules_are_refused(field: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.{field}: expected 0 or more, got -1"):
+        replace(sizes_from(CONFIG | {"num_hidden_layers": 2}), **{field: -1}).build()

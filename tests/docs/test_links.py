@@ -50,6 +50,14 @@ def test_every_page_is_in_the_sites_navigation() -> None:
     assert named - brought == there
 
 
+def test_the_index_lists_every_page() -> None:
+    """README.md says so."""
+    index = ROOT / "docs" / "index.md"
+    named = {target.partition("#")[0] for target in LINK.findall(index.read_text(encoding="utf-8"))}
+    there = {str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md") if not p.name.endswith(".in.md")}
+    assert there - named == {"index.md"}
+
+
 def test_pages_that_code_and_text_name_exist() -> None:
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode:

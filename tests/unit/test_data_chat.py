@@ -232,7 +232,11 @@ THINKING = """\
     [
         ("{{ x", CHATS[0], "expected a Jinja template that renders, got TemplateSyntaxError"),
         ("{% generation %}", CHATS[0], "TemplateSyntaxError.*endgeneration"),
-        ("{{ raise_exception('roles must alternate') }}", CHATS[0], "got TemplateError: roles must alternate"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            CHATS[0],
+            "a chat that .* accepts, got its refusal: roles must alt",
+        ),
         ("{{ messages[9].content }}", CHATS[0], "UndefinedError"),
         ("{{ strftime_now('%d') }}", CHATS[0], "'strftime_now' is undefined"),
         ("{{ messages.append(1) }}", CHATS[0], "SecurityError"),
@@ -244,6 +248,7 @@ THINKING = """\
         (TAGGED, [{"role": "user", "content": "\ud800"}], "UTF-8 can encode"),
         (None, CHATS[0], "expected a chat template: chat_template.jinja beside it"),
         ("nowhere", CHATS[0], "a file of text that can be read"),
+        ("no tokenizer", CHATS[0], "expected a tokenizer.json or a folder that has one, got no such file"),
     ],
 )
 def test_bad_chats_end_in_one_paragraph(
@@ -255,6 +260,8 @@ def test_bad_chats_end_in_one_paragraph(
     more = {}
     if template == "nowhere":
         more["chat_template"] = str(tmp_path / "nowhere")
+    elif template == "no tokenizer":
+        folder.rename(tmp_path / "elsewhere")
     elif template is not None:
         (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(UserError, match=said) as caught:

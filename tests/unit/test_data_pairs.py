@@ -154,7 +154,11 @@ BAD: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a side is null": ({"chosen": [ASKED, RIGHT], "rejected": None}, {}, "since a pair has two sides, got nothing"),
     "a side is empty": ({"chosen": [], "rejected": [ASKED, WRONG]}, {}, "field 'chosen': expected .* got nothing"),
     "an empty text": ({"p": "?", "chosen": "2", "rejected": ""}, {"prompt": "p"}, "field 'rejected': .* got nothing"),
-    "a text without a prompt": ({"chosen": "2", "rejected": "3"}, {}, "a list of messages, since .* got str"),
+    "a text without a prompt": (
+        {"chosen": "2", "rejected": "3"},
+        {},
+        "a list of messages, since .* got str.*prompt='prompt'",
+    ),
     "the prompt is missing": (
         {"chosen": "2", "rejected": "3"},
         {"prompt": "p"},

@@ -25,6 +25,7 @@ from portatrain.model.layers import (
 from portatrain.model.module import Definition, Module, Param, Stack, describe
 from recipes.models.decoder import DecoderConfig
 from recipes.models.deepseek_v3 import DeepseekV3Config
+from recipes.models.qwen3 import Qwen3Config
 from recipes.models.vit import ViTConfig
 
 RNG = np.random.default_rng(0)
@@ -283,6 +284,11 @@ def test_every_bias_is_named_so() -> None:
         ),
         (lambda: Attention(embed=8, heads=4, kv_heads=3, head_dim=2), "kv_heads divides"),
         (lambda: Attention(embed=8, heads=4, kv_heads=4, head_dim=3), "an even head_dim"),
+        (lambda: Attention(embed=8, heads=4, kv_heads=4, head_dim=2, window=0), "at least 1, or None, got window=0"),
+        (lambda: Attention(embed=8, heads=4, kv_heads=4, head_dim=2, softcap=0.0), "above 0, or None, got softcap=0.0"),
+        (lambda: DecoderConfig(vocab=8, embed=8, layers=1, heads=0), "model.heads: expected an integer of at least 1"),
+        (lambda: DecoderConfig(vocab=8, embed=8, layers=1, heads=2, mlp=0), "model.mlp: expected an integer of at"),
+        (lambda: Qwen3Config(vocab=8, embed=8, layers=0, heads=2), "model.layers: expected an integer of at least 1"),
         (lambda: MLP(embed=3, mlp=4, activation="gleu"), "Did you mean gelu"),
         (lambda: GatedMLP(embed=3, mlp=4, activation="swish"), "one of gelu, gelu_tanh, relu, silu"),
     ],

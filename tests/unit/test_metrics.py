@@ -67,7 +67,7 @@ def play(sink: Any, steps: int = 20) -> None:
     for step in range(1, steps + 1):
         sink.step(record(step))
     sink.eval(EvalRecord(step=steps, loss=3.0, samples=8, time_s=9.0, eval_s=0.1, metrics={"bits_per_byte": 4.328}))
-    sink.event("skipped", step=3)
+    sink.event("skipped", step=3, loss=2.557283878326416)
     sink.end({"status": "done"})
 
 
@@ -85,7 +85,7 @@ def test_console_without_a_terminal_prints_plain_lines() -> None:
     # A mean that forgets a tenth a step lags behind a line of slope -0.1 by 0.9 (1 - 0.9^9) = 0.5513 at step 10.
     assert "step 10/20  mean loss 4.5513  2 k tokens/s  MFU 4.0%  eta 0:05" in text
     assert "step 20: validation loss 3.0000  bits per byte 4.328" in text
-    assert "skipped: step 3" in text
+    assert "skipped: step 3, loss 2.55728\n" in text
     assert "\x1b" not in text
 
 

@@ -316,7 +316,7 @@ def test_rules_by_name() -> None:
     assert not make().decays(norm)
     assert make(decay=("*norm*",)).decays(norm)
 
-    with pytest.raises(UserError, match=r"pattern 'blocks/attn/wk'.*Did you mean blocks/attn/wq"):
+    with pytest.raises(UserError, match=r"got 'blocks/attn/wk', which matches none.*Did you mean blocks/attn/wq"):
         make(frozen=("blocks/attn/wk",)).check_names(names)
     with pytest.raises(UserError, match="at least one parameter"):
         make(frozen=("*",)).check_names(names)

@@ -102,6 +102,9 @@ def test_what_the_width_makes_of_every_parameter(capsys: Capture) -> None:
     out, _ = capsys.readouterr()
     assert "embed 64 -> 128, head_dim 16 -> 32; as there: vocab 256, heads 4, kv_heads 2, mlp 384" in out
     assert "x 0.5 as an output" in out and "blocks/attn: scores of attention times 0.125" in out
+    assert "narrower" not in out
+    wider = ["show", *words[:-1], "parametrization.base={'embed':256,'head_dim':64}"]
+    assert "narrower than its base in embed, head_dim: " in _out(capsys, wider)
 
 
 @pytest.mark.parametrize("name", [n for n in ("jax", "torch") if not missing(n)])
@@ -211,7 +214,8 @@ def test_the_axis_of_a_stack_is_known() -> None:
         (["tiny-lm", "--mesh", "fsdp=2", "--cluster", "h100-8"], "got both"),
         (["tiny-lm", "--cluster", "h10-8"], "Did you mean h100"),
         (["llama3-405b", "--cluster", "h100-8"], "portatrain plan llama3-405b"),
-        (["tiny-lm", "--set", "frozen=embd/*"], "embed/table"),
+        (["tiny-lm", "--set", "frozen=embd/*"], "Did you mean embed/*?"),
+        (["tiny-lm", "--set", "model.mlp=0"], "model.mlp: expected an integer of at least 1, got 0"),
         (["tiny-ml"], "Did you mean tiny-lm"),
     ],
 )

@@ -56,6 +56,11 @@ MISTAKES = {
         '"be,em->bm"', '"bse,em->bm"', r"Block\.__call__.*3 letters 'bse' for the 2 axes of \(\d, 4"
     ),
     "einsum output": Mistake('"be,em->bm"', '"be,em->bq"', r"Block\.__call__.*ops\.einsum of q, which no operand has"),
+    "einsum with two letters for one axis": Mistake(
+        '"be,em->bm"',
+        '"be,fm->bm"',
+        r"ops\.einsum: expected one letter .* got e in 'be' and f in 'fm'.*the same letter",
+    ),
     "einsum output twice": Mistake('"be,em->bm"', '"be,em->bb"', r"Block\.__call__.*ops\.einsum of b more than once"),
     "einsum shapes": Mistake(
         '"be,em->bm", x_BE, self.w',
@@ -165,6 +170,19 @@ MISTAKES = {
         r"field hooks.*a tuple, such as hooks=\(Watch\(\.\.\.\),\)",
         at="return Recipe(",
         also=ANY,
+    ),
+    "a hook without parentheses": Mistake(
+        "hooks=(Watch(),)",
+        "hooks=(Watch,)",
+        r"field hooks.*got the class Watch.*Watch\(\.\.\.\)",
+        "return Recipe(",
+        ANY,
+    ),
+    "hooks in a list": Mistake(
+        "hooks=(Watch(),)", "hooks=[Watch()]", r"hooks=\(Watch\(\.\.\.\),\).*in place of the br", "return Recipe(", ANY
+    ),
+    "a model without parentheses": Mistake(
+        "model=Config()", "model=Config", r"field model.*got the class Config", "return Recipe(", ANY
     ),
     "an event with an array": Mistake(
         "        pass\n",

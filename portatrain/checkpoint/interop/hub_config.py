@@ -47,8 +47,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"folder {folder}",
             expected=f"a {FILE}, which decides what the weights compute",
-            got="none",
-            do="Fetch the model again, with all its files.",
+            got="none" if folder.is_dir() else "no such folder",
+            do="Fetch the model again, with all its files." if folder.is_dir() else "Check the path.",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise of_reading(error)(f"file {path}", expected="JSON", got=str(error), do="Fetch it again.") from error

@@ -87,8 +87,8 @@ class ConsoleSink:
     def _status(self, record: StepRecord) -> str:
         unit = self._info.unit if self._info else "tokens"
         parts = [f"mean loss {self._loss:.4f}", f"{si(self._rate)} {unit}/s"]
-        if record.mfu is not None:
-            parts.append(f"MFU {record.mfu:.1%}")
+        if record.mfu is not None and record.tokens_per_s > 0:  # of the same steps as the rate
+            parts.append(f"MFU {record.mfu * self._rate / record.tokens_per_s:.1%}")
         if record.step_s > 0 and record.data_wait_s / record.step_s > 0.05:
             parts.append(f"data wait {record.data_wait_s / record.step_s:.0%}")
         if record.skipped:
@@ -135,7 +135,8 @@ class ConsoleSink:
                 self._line(line)
             return
         what = f": {fields.pop('what')}" if "what" in fields else ""
-        more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in fields.items())
+        short = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in fields.items()}
+        more = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in short.items())
         self._line(f"{kind.replace('_', ' ')}{what}{': ' + more if more else ''}")
 
     def end(self, summary: Mapping[str, object]) -> None:
