@@ -90,26 +90,15 @@ class DeepseekV3Config(MixtureConfig):
     """Weight of the mean of their losses."""
 
     def __post_init__(self) -> None:
-        for name in ("predict_depth", "predict_weight"):
-            if not getattr(self, name) >= 0:
-                raise UserError(
-                    f"DeepseekV3Config.{name}",
-                    expected="a number of at least 0",
-                    got=repr(getattr(self, name)),
-                    do="predict_depth=0 is a model without modules for further tokens.",
-                )
-
-    def build(self) -> DeepseekV3:
-        """Return the model.
-
-        Raises:
-            UserError: `predict_depth` or `predict_weight` is below 0.
-        """
+        super().__post_init__()
         for name in ("predict_depth", "predict_weight"):
             if not (value := getattr(self, name)) >= 0:
                 raise UserError(
                     f"model.{name}", expected="0 or more", got=repr(value), do="With predict_depth=0 there are none."
                 )
+
+    def build(self) -> DeepseekV3:
+        """Return the model."""
         return DeepseekV3(self)
 
     def small(self) -> DeepseekV3Config:
