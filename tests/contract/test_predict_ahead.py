@@ -148,8 +148,8 @@ def test_backends_have_its_gradients_for_any_microbatch(backend: str, n: int) ->
 @pytest.mark.parametrize("wrong", [{"predict_depth": -1}, {"predict_weight": -0.1}])
 def test_less_than_nothing_is_refused(wrong: dict[str, Any]) -> None:
     """A depth of -1 would be a model without its last layer."""
-    sizes = dict(vocab=64, embed=16, layers=3, heads=2, experts=4, chosen=2, expert_mlp=8)
-    latent = dict(q_rank=None, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
+    sizes: dict[str, Any] = dict(vocab=64, embed=16, layers=3, heads=2, experts=4, chosen=2, expert_mlp=8)
+    latent: dict[str, Any] = dict(q_rank=None, kv_rank=8, nope_dim=8, rope_dim=4, value_dim=8)
     with pytest.raises(UserError, match=f"{next(iter(wrong))}.*at least 0"):
         DeepseekV3Config(**{**sizes, **latent, **wrong})
 

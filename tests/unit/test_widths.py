@@ -243,7 +243,11 @@ def test_more_rows_of_a_table_are_no_growth() -> None:
         plain, more = (
             recipe(optimizer=rule, base=base).describe().params["embed/table"] for base in (BASE, {**BASE, "vocab": 16})
         )
-        assert (more.kind, more.lr, more.multiplier) == (plain.kind, plain.lr, plain.multiplier) == ("table", plain.lr, 0.5)
+        assert (
+            (more.kind, more.lr, more.multiplier)
+            == (plain.kind, plain.lr, plain.multiplier)
+            == ("table", plain.lr, 0.5)
+        )
         alone = recipe(optimizer=rule, base={"vocab": 16}).describe().params["embed/table"]
         assert (alone.kind, alone.lr, alone.multiplier) == ("same", 1.0, 1.0)
 

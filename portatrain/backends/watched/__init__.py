@@ -146,7 +146,9 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
 
     def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         otherwise = closed(method) if name in BODIES else method
-        defaults = {p.name: p.default for p in inspect.signature(method).parameters.values() if p.default is not p.empty}
+        defaults = {
+            p.name: p.default for p in inspect.signature(method).parameters.values() if p.default is not p.empty
+        }
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
             nonlocal inside
@@ -155,7 +157,9 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
                 if inside:
                     raise TypeError
                 given = _with_body(args) if name in BODIES else args
-                said = {key: value for key, value in options.items() if key not in defaults or value is not defaults[key]}
+                said = {
+                    key: value for key, value in options.items() if key not in defaults or value is not defaults[key]
+                }
                 template = taken_apart((given, said), is_array, arrays)
             except TypeError:  # an operation within another, or an einsum of an adapted weight: its parts are recorded
                 return otherwise(self, *args, **options)
