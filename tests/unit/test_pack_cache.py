@@ -252,7 +252,7 @@ def test_an_entry_is_copied_whole_or_not_at_all(
         return iterdir(path)
 
     removed = []
-    monkeypatch.setattr(pack_cache.shutil, "rmtree", lambda path, **_: removed.append(path))  # it takes its time
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path))  # it takes its time
     with monkeypatch.context() as patch:
         patch.setattr(Path, "iterdir", removed_first)
         pack_dir = tmp_path / "again" / "data"

@@ -56,9 +56,9 @@ class Attention(Module):
                 got=f"heads={heads}, kv_heads={kv_heads}",
                 do="Use kv_heads=heads for multi-head attention, or kv_heads=1 to share one.",
             )
-        for name, value, least in (("window", window, "a window of at least 1"), ("softcap", softcap, "one above 0")):
-            if value is not None and value <= 0:
-                raise UserError("Attention", expected=f"{least}, or None", got=f"{name}={value}", do="None: no limit.")
+        for name, limit, least in (("window", window, "a window of at least 1"), ("softcap", softcap, "one above 0")):
+            if limit is not None and limit <= 0:
+                raise UserError("Attention", expected=f"{least}, or None", got=f"{name}={limit}", do="None: no limit.")
         if head_dim % 2:
             raise UserError(
                 "Attention",
