@@ -134,7 +134,7 @@ class MuP:
             raise UserError(
                 "MuP.base",
                 expected="a field that grows with the width, such as embed, heads or mlp",
-                got=f"{', '.join(self.base)}, which changes the number of layers or experts alone",
+                got=f"{', '.join(self.base)}, which changes the number of layers, experts or rows of a table alone",
                 do="Name what is wider than in the model whose learning rate was tuned; depth is no part of it.",
             )
         _scale_attention(here, there)

@@ -243,13 +243,10 @@ def test_more_rows_of_a_table_are_no_growth() -> None:
         plain, more = (
             recipe(optimizer=rule, base=base).describe().params["embed/table"] for base in (BASE, {**BASE, "vocab": 16})
         )
-        assert (
-            (more.kind, more.lr, more.multiplier)
-            == (plain.kind, plain.lr, plain.multiplier)
-            == ("table", plain.lr, 0.5)
-        )
-        alone = recipe(optimizer=rule, base={"vocab": 16}).describe().params["embed/table"]
-        assert (alone.kind, alone.lr, alone.multiplier) == ("same", 1.0, 1.0)
+        assert (more.kind, more.lr, more.multiplier) == (plain.kind, plain.lr, plain.multiplier)
+        assert (plain.kind, plain.multiplier) == ("table", 0.5)
+        with pytest.raises(UserError, match="got vocab, which changes the number of layers, experts or rows"):
+            recipe(optimizer=rule, base={"vocab": 16}).describe()
 
 
 def test_a_wrong_einsum_is_explained_as_without_a_multiplier() -> None:
