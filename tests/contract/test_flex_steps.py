@@ -33,8 +33,8 @@ BATCH = microbatches(tokens_batch(vocab=64, batch=4, seq=40), 2)
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = one_device.Site.of
 
-    def of(program: Any, *, backend: str, device: str) -> Any:
-        return dataclasses.replace(plain(program, backend=backend, device=device), device="cuda")
+    def of(program: Any, *, device: str, **given: Any) -> Any:
+        return dataclasses.replace(plain(program, device=device, **given), device="cuda")
 
     monkeypatch.setattr(one_device.Site, "of", of)
 

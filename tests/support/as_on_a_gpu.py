@@ -19,9 +19,9 @@ def flex_on_a_cpu() -> Iterator[None]:
     """FlexAttention runs by the reference of its operator, also with the small heads for which a GPU has no kernel."""
     plain = kernels.Site.of
 
-    def of(program: Any, *, backend: str, device: str) -> Any:
+    def of(program: Any, *, device: str, **given: Any) -> Any:
         named = (("attention", "flex"),)
-        return dataclasses.replace(plain(program, backend=backend, device=device), device="cuda", named=named)
+        return dataclasses.replace(plain(program, device=device, **given), device="cuda", named=named)
 
     rows = tuple(dataclasses.replace(r, refuses=lambda case: None) if r.name == "flex" else r for r in kernels.TABLE)
     with mock.patch.object(kernels.Site, "of", of), mock.patch.object(kernels, "TABLE", rows):
