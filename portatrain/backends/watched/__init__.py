@@ -146,9 +146,8 @@ def watching(base: type, is_array: Callable[[Any], bool], watcher: Watcher, laye
 
     def noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         otherwise = closed(method) if name in BODIES else method
-        defaults = {
-            p.name: p.default for p in inspect.signature(method).parameters.values() if p.default is not p.empty
-        }
+        declared = inspect.signature(getattr(Ops, name, method)).parameters.values()  # an override may take **options
+        defaults = {p.name: p.default for p in declared if p.default is not p.empty}
 
         def call(self: Any, *args: Any, **options: Any) -> Any:
             nonlocal inside
