@@ -98,11 +98,20 @@ def _remote(url: str) -> list[FoundCheckpoint]:
     return [FoundCheckpoint(path=f"{url.rstrip('/')}/{locations.step_name(s)}", step=s) for s in steps]
 
 
+def _none_trusted(path: Path | str) -> UserError:
+    return UserError(
+        f"checkpoint {path}",
+        expected="a checkpoint that is trusted",
+        got="only such as were saved after the last agreement before a device computed wrong numbers",
+        do="Resume the run, or name the step to use one of them all the same.",
+    )
+
+
 @contextlib.contextmanager
 def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
     """Open the checkpoint of `step`, by default the newest committed one that is trusted. Every error is a
     UserError."""
-    found = places(path)
+    found, distrusts = places(path), False
     if step is not None:
         chosen = [p for p in found if p.step == step]
         if not chosen:
@@ -115,20 +124,19 @@ def opened(path: Path | str, step: int | None = None) -> Iterator[Reader]:
             )
         found = chosen
     elif isinstance(found[0].path, Path) and found[0].listed and (Path(path) / "run.json").is_file():
-        doubted = RunDir(Path(path)).doubted()
-        if not (found := [one for one in found if one.step not in doubted]):
-            raise UserError(
-                f"checkpoint {path}",
-                expected="a checkpoint that is trusted",
-                got="only such as were saved after the last agreement before a device computed wrong numbers",
-                do="Resume the run, or name the step to use one of them all the same.",
-            )
+        doubted, there = RunDir(Path(path)).doubted(), len(found)
+        found = [one for one in found if one.step not in doubted]
+        distrusts = len(found) < there
+        if not found:
+            raise _none_trusted(path)
     for checkpoint in reversed(found):
         with explained(), contextlib.closing(checkpoint.open()) as store:
             try:
                 reader = Reader(store)
             except NotCommittedError:
                 if checkpoint is found[0]:
+                    if distrusts:  # the others are committed, and not trusted
+                        raise _none_trusted(path) from None
                     raise
                 continue
             from portatrain.checkpoint.format_layout import check_step, check_tiles  # with NumPy: a listing needs none
