@@ -81,14 +81,14 @@ def apart(spec: str) -> tuple[str, str, str] | None:
     )
 
 
-def einsum_error(spec: object) -> UserError:
-    """Return the error for a spec that is none of `FORM`'s form, such as "be,em" or "...e,em->...m", or that has axes
-    `apart`."""
-    found = fault(spec, ())
-    if isinstance(spec, str) and "->" in spec and "." not in spec:
-        found = apart(spec)
-    expected, got, do = found or (f"a spec such as {FORM}", repr(spec), "Write every axis as a letter.")
-    return UserError("ops.einsum", expected=expected, got=got, do=do)
+def check_spec(spec: object) -> None:
+    """Raise UserError for a spec that is none of `FORM`'s form, such as "be,em" or "...e,em->...m", which NumPy takes
+    and a mesh cannot, and for one with axes `apart`."""
+    formed = isinstance(spec, str) and "->" in spec and "." not in spec
+    found = apart(str(spec)) if formed else fault(spec, ())
+    if found is not None:
+        expected, got, do = found
+        raise UserError("ops.einsum", expected=expected, got=got, do=do)
 
 
 def _shown(shape: tuple[int, ...] | None) -> str:

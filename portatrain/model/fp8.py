@@ -35,7 +35,8 @@ from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 from portatrain.errors import UserError, no_match
-from portatrain.model.module import Definition, Module, Param, TensorInfo, children, describe
+from portatrain.model.module import Definition, Module, Param, TensorInfo, describe
+from portatrain.model.replacing import replace_held
 
 KERNEL_AXES = frozenset({"height", "width", "length", "patch_rows", "patch_columns"})
 """Axes of the kernels of convolutions: their weights stay in bfloat16."""
@@ -267,19 +268,7 @@ def quantise(model: Module, patterns: Sequence[str] | None = None, scaling: str 
             return value  # a native list holds parameters or modules, not both: it stays in bfloat16
         return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 
-    seen: set[int] = set()
-
-    def walk(module: Module) -> None:
-        if id(module) in seen or isinstance(module, Quantised):
-            return
-        seen.add(id(module))
-        inner = [value for _, value in children(module) if isinstance(value, Module)]
-        for name, value in list(vars(module).items()):
-            setattr(module, name, held(value))
-        for child in inner:
-            walk(child)
-
-    walk(model)
+    replace_held(model, lambda _, value: held(value), stop=lambda module: isinstance(module, Quantised))
     return describe(model)
 
 

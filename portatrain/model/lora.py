@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 from portatrain.config import check_types
 from portatrain.errors import UserError, no_match
-from portatrain.errors.einsum import apart, einsum_error
+from portatrain.errors.einsum import check_spec
 from portatrain.model.fp8 import FACTORS, unquantised, with_fp8
-from portatrain.model.module import BATCH_AXES, Module, Param, children, describe
+from portatrain.model.module import BATCH_AXES, Module, Param, describe
+from portatrain.model.replacing import replace_held
 from portatrain.model.scaled import Scaled, unscaled
 
 RANK_AXIS = "lora_rank"
@@ -121,9 +122,7 @@ def adapts(einsum: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(einsum)
     def through(self: Any, spec: str, *operands: Any, dtype: str | None = None) -> Any:
-        # NumPy takes them, and a mesh cannot; it also takes axes apart, which are a misspelt letter.
-        if not isinstance(spec, str) or "->" not in spec or "." in spec or apart(spec):
-            raise einsum_error(spec)
+        check_spec(spec)
         for operand in operands:
             if isinstance(operand, (Adapted, Scaled)):
                 return operand.contracted(self.einsum, spec, operands, dtype)
@@ -228,17 +227,5 @@ def adapt(model: Module, lora: LoRA) -> Module:
             )
         return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 
-    seen: set[int] = set()
-
-    def walk(module: Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        inner = [value for _, value in children(module) if isinstance(value, Module)]
-        for name, value in list(vars(module).items()):
-            setattr(module, name, held(name, value))
-        for child in inner:
-            walk(child)
-
-    walk(model)
+    replace_held(model, held)
     return model

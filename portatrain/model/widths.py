@@ -35,7 +35,8 @@ from portatrain.config import check_types, fits, hints
 from portatrain.config import describe as describe_type
 from portatrain.errors import UserError, choice, no_match
 from portatrain.model.layers import Attention, LatentAttention
-from portatrain.model.module import Constant, Definition, Init, Module, Normal, Param, TensorInfo, children, describe
+from portatrain.model.module import Constant, Definition, Init, Module, Normal, Param, TensorInfo, describe
+from portatrain.model.replacing import replace_held
 from portatrain.model.scaled import Scaled
 
 
@@ -267,16 +268,4 @@ def _replace(model: Module, found: Definition, widths: Mapping[str, Width], init
         new = [held(item) for item in items]
         return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
 
-    seen: set[int] = set()
-
-    def walk(module: Module) -> None:
-        if id(module) in seen:
-            return
-        seen.add(id(module))
-        inner = [value for _, value in children(module) if isinstance(value, Module)]
-        for name, value in list(vars(module).items()):
-            setattr(module, name, held(value))
-        for child in inner:
-            walk(child)
-
-    walk(model)
+    replace_held(model, lambda _, value: held(value))
