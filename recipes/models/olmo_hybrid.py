@@ -81,6 +81,8 @@ class OlmoHybridConfig(olmo2.Olmo2Config):
     """Positions that the convolution in a gated delta net sees."""
     doubled: bool = True
     """The writing strength in a gated delta net is in (0, 2) rather than (0, 1)."""
+    chunk: int = 64
+    """Positions that a gated delta net computes at once; the results depend on it by rounding alone."""
     recurrent: tuple[bool, ...] = ()
     """Whether each layer is a gated delta net. Empty: all but each fourth, and all but the last if there are fewer."""
     rotary: bool = False
@@ -88,7 +90,7 @@ class OlmoHybridConfig(olmo2.Olmo2Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("key_heads", "value_heads", "key_size", "value_size", "taps"):
+        for name in ("key_heads", "value_heads", "key_size", "value_size", "taps", "chunk"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise UserError(f"model.{name}", expected="an integer of at least 1", got=repr(size), do="Enlarge it.")
         if self.recurrent and len(self.recurrent) != self.layers:
@@ -108,9 +110,8 @@ class OlmoHybridConfig(olmo2.Olmo2Config):
         made: OlmoHybridConfig = super(OlmoHybridConfig, replace(self, recurrent=(), layers=2)).small()
         groups = self.delta["value_heads"] // self.delta["key_heads"]
         heads = min(self.delta["key_heads"], 2)
-        return replace(
-            made, key_heads=heads, value_heads=heads * min(groups, 2), key_size=8, value_size=12, taps=min(self.taps, 3)
-        )
+        sizes = {"key_heads": heads, "value_heads": heads * min(groups, 2), "key_size": 8, "value_size": 12}
+        return replace(made, **sizes, taps=min(self.taps, 3), chunk=min(self.chunk, 8))
 
     @property
     def delta(self) -> dict[str, int]:
@@ -212,7 +213,7 @@ class DeltaBlock(Module):
 
     def __init__(self, c: OlmoHybridConfig) -> None:
         self.delta_norm = rms_norm(c)
-        self.delta = GatedDeltaNet(embed=c.embed, **c.delta, taps=c.taps, doubled=c.doubled)
+        self.delta = GatedDeltaNet(embed=c.embed, **c.delta, taps=c.taps, doubled=c.doubled, chunk=c.chunk)
         self.mlp_norm = rms_norm(c)
         self.mlp = GatedMLP(embed=c.embed, mlp=c.mlp_size)
 

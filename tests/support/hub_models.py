@@ -255,7 +255,7 @@ def by_file_names(kind: str, held: Mapping[str, np.ndarray]) -> dict[str, np.nda
 
 
 def _cut_kernels(held: Mapping[str, Any]) -> dict[str, Any]:
-    """The kernels of queries, keys and values, which an OLMo Hybrid in transformers has in one tensor, each by itself."""
+    """The kernels of queries, keys and values by themselves; an OLMo Hybrid in transformers has them in one tensor."""
     found = dict(held)
     for name in [n for n in held if n.endswith("linear_attn.conv1d.weight")]:
         kernels, at = found.pop(name), name.removesuffix("conv1d.weight")

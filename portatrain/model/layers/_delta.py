@@ -100,7 +100,8 @@ class GatedDeltaNet(Module):
             ops.name(ops.einsum(spec, x_BSE, w), "qkv")
             for spec, w in (("bse,egk->bsgk", self.wq), ("bse,egk->bsgk", self.wk), ("bse,ehv->bshv", self.wv))
         )
-        before = [None if documents_BS is None else same_before(ops, documents_BS, n) for n in range(1, self.taps)]
+        earlier = range(1, min(self.taps, x_BSE.shape[1]))
+        before = [None if documents_BS is None else same_before(ops, documents_BS, n) for n in earlier]
         q_BSGK, k_BSGK, v_BSHV = (
             ops.silu(causal_taps(ops, x, w, before))
             for x, w in ((q_BSGK, self.q_conv), (k_BSGK, self.k_conv), (v_BSHV, self.v_conv))
@@ -110,16 +111,8 @@ class GatedDeltaNet(Module):
         rise_BSH = ops.softplus(rise_BSH + ops.cast(ops.weight(self.decay_bias), "float32"))
         log_decay_BSH = -ops.exp(ops.cast(ops.weight(self.decay_log), "float32")) * rise_BSH
         strength_BSH = self.most * ops.sigmoid(ops.einsum("bse,eh->bsh", x_BSE, self.strength, dtype="float32"))
-        out_BSHV = gated_delta_rule(
-            ops,
-            q_BSHK,
-            k_BSHK,
-            ops.cast(v_BSHV, "float32"),
-            log_decay_BSH,
-            strength_BSH,
-            documents_BS,
-            chunk=self.chunk,
-        )
+        rule = (q_BSHK, k_BSHK, ops.cast(v_BSHV, "float32"), log_decay_BSH, strength_BSH)
+        out_BSHV = gated_delta_rule(ops, *rule, documents_BS, chunk=self.chunk)
         gate_BSHV = ops.einsum("bse,ehv->bshv", x_BSE, self.gate)
         gated_BSHV = self.out_norm(ops, out_BSHV) * ops.silu(ops.cast(gate_BSHV, "float32"))
         out_BSE = ops.einsum("bshv,hve->bse", ops.cast(gated_BSHV, "compute"), self.wo)
@@ -152,16 +145,18 @@ def causal_taps(ops: Ops, x_BSGK: Array, kernel: Array, same: list[Array | None]
     """Return the causal depthwise convolution of x, in its shape and dtype: the sum over n of x[s - n] times
     kernel[taps - 1 - n], computed in float32, over positions of the same document.
 
-    kernel: (taps, G, K). same: for n from 1, whether the position n before is of the same document, (B, S), or None.
+    kernel: (taps, G, K). same: for n from 1 to taps - 1, or S - 1 if there are fewer positions, whether the position n
+        before is of the same document, (B, S), or None.
     """
     kernel_TGK = ops.cast(ops.weight(kernel), "float32")
     x = ops.cast(x_BSGK, "float32")
-    found = x * kernel_TGK[len(same)]
-    for n, same_BS in enumerate(same[: x.shape[1] - 1], start=1):
+    last: int = kernel_TGK.shape[0] - 1
+    found = x * kernel_TGK[last]
+    for n, same_BS in enumerate(same, start=1):
         moved = ops.pad(x[:, :-n], axis=1, before=n)
         if same_BS is not None:
             moved = ops.where(same_BS[:, :, None, None], moved, 0.0)
-        found = found + moved * kernel_TGK[len(same) - n]
+        found = found + moved * kernel_TGK[last - n]
     return ops.cast(found, "compute")
 
 
@@ -300,8 +295,8 @@ def _unit(ops: Ops, x: Array) -> Array:
 
 
 def _rates(heads: int) -> Values:
-    """Return initial `decay_log` of each head: the logarithms of the quantiles of the uniform distribution from 0 to 16,
-    from which the published implementation draws them."""
+    """Return initial `decay_log` of each head: the logarithms of the quantiles of the uniform distribution from 0 to
+    16, from which the published implementation draws them."""
     return Values(values=tuple(_rounded(math.log(16 * (h + 0.5) / heads)) for h in range(heads)))
 
 

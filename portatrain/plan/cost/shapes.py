@@ -69,8 +69,10 @@ class Recurrence:
 class ModelShape:
     """A decoder (or encoder) and its training. ``batch``: samples per step over all devices.
 
+    ``layers`` counts those with attention, and ``recurrence`` the others, if there are any.
+
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
-    ``dense_layers``, of size ``dense_mlp``. ``layers`` counts those with attention, if there are others. ``capacity``: the tokens that experts compute over the tokens sent to them
+    ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
     (1: dropless). ``options``: the traits of attention besides 'causal' and 'value-size', as the table of kernels names
     them; by default documents are packed. ``value_dim``: the size of a value head, if not ``head_dim``.
     ``slot_bytes``: bytes of optimizer state per trained parameter. ``flops_per_sample``: the model's own figure, for

@@ -103,8 +103,8 @@ class OnMesh:
     mask shows to the busiest device of context over the mean, if every device keeps its own queries. ``dealt``: part of
     the queries that move if they are dealt out. ``heads``: the sizes of a key head and of a value head. ``routed``: the
     part of ``matmul`` that belongs to experts which a router chooses. ``recurrent_flops``: per token, of chunks of
-    recurrences, forward. ``exact_flops``: those in float32, forward and backward. ``experts``: those on a device, of one layer.
-    ``one_hot``: the numbers per token of a matmul that sorts tokens by expert, if experts have a capacity."""
+    recurrences, forward; ``exact_flops``: those in float32, forward and backward. ``experts``: those on a device, of
+    one layer. ``one_hot``: the numbers per token of a matmul that sorts tokens by expert, if they have a capacity."""
 
     mesh: Sizes
     rows: int
