@@ -1,4 +1,4 @@
-"""A mixture of experts, and a hybrid of recurrent layers and attention, on meshes; the mixture moves from jax over the expert axis to torch over fsdp and to jax on one device."""
+"""Runs on meshes and over moves: a mixture of experts, and a hybrid of recurrent layers and attention."""
 
 from __future__ import annotations
 
