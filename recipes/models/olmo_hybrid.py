@@ -43,6 +43,8 @@ DELTA: Names = (
     ("linear_attn.o_norm.weight", "delta/out_norm/scale", None),
     ("linear_attn.o_proj.weight", "delta/wo", 2),
 )
+THETA = 10_000.0
+"""Base of the rotary frequencies if nothing says another one, or that there are none."""
 OTHER_NAMES = {"attention_layer_norm": "input_layernorm", "feedforward_layer_norm": "post_attention_layernorm"}
 """Names of norms in the released files, and of other ones in files that transformers saves."""
 OVERRIDES = {
@@ -53,7 +55,6 @@ OVERRIDES = {
     "linear_value_head_dim": "model.value_size",
     "linear_conv_kernel_dim": "model.taps",
     "linear_allow_neg_eigval": "model.doubled",
-    "rope_parameters": "model.rotary",
 }
 
 
@@ -145,6 +146,7 @@ class OlmoHybridConfig(olmo2.Olmo2Config):
                 do="Export --to orbax, dcp, torch or nnx.",
             )
         fields = {
+            "eos_token_id": None,  # the default of the type is an id beyond a smaller table
             "attention_bias": self.attention_bias,
             "layer_types": ["linear_attention" if kind.recurrent else "full_attention" for kind in kinds],
             "linear_num_key_heads": delta["key_heads"],
@@ -155,7 +157,9 @@ class OlmoHybridConfig(olmo2.Olmo2Config):
             "linear_allow_neg_eigval": self.doubled,
         }
         made = hub(self, "olmo_hybrid", "OlmoHybridForCausalLM", (), **fields)
-        config = {**made.config} if self.rotary else {**made.config, "rope_parameters": None}
+        # transformers rotates by theta 10,000 unless the field is there and null.
+        none: dict[str, Any] = dict.fromkeys(("rope_theta", "rope_scaling", "rope_parameters"))
+        config = {**made.config, **({} if self.rotary else none)}
         overrides = {**HUB_FIELDS, **OVERRIDES}
         return replace(
             made,
@@ -254,12 +258,12 @@ def from_hub(fields: Fields) -> OlmoHybridConfig:
     fields.only("hidden_act", "silu")
     for name in ("a_log_min", "a_log_max", "dt_min", "dt_max", "dt_init_floor"):  # how weights began
         fields.get(f"linear_{name}")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    theta = rope.get("rope_theta") if isinstance(rope, dict) else None
-    rotary = theta is not None or fields.get("rope_theta") is not None
+    rope = fields.get("rope_scaling") or fields.get("rope_parameters")
+    given = rope if isinstance(rope, dict) and "rope_theta" in rope else fields.config
+    rotary = given.get("rope_theta", THETA) is not None  # null: no rotary positions, as in the released model
     sizes = read_sizes(fields)
     if not rotary:
-        sizes |= {"rope_theta": 10_000.0, "rope_scaling": None}
+        sizes |= {"rope_theta": THETA, "rope_scaling": None}
     layers, heads = sizes["layers"], sizes["heads"]
     keys = fields.size("linear_num_key_heads", heads)
     size = fields.size("linear_key_head_dim", max(1, int(0.75 * sizes["embed"] / keys)))

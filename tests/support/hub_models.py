@@ -173,7 +173,9 @@ def _recurrent_config(heads: int, layers: int, pick: Any, rng: np.random.Generat
     rope = random_rope(head_dim, rng)
     if rope["rope_type"] == "dynamic":
         found["max_position_embeddings"] = pick(8, SEQ, LONGEST)
-    return {**found, "rope_parameters": pick(None, {"rope_theta": pick(50.0, 1e4), **rope})}
+    if pick(True, False):
+        return {**found, "rope_theta": None, "rope_parameters": None}
+    return {**found, "rope_parameters": {"rope_theta": pick(50.0, 1e4), **rope}}
 
 
 def random_rope(head_dim: int, rng: np.random.Generator, of: tuple[str, ...] | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from tests.support.running import tokens_batch
 
 Array = np.ndarray
 SMALL = OlmoHybridConfig(
-    **{"vocab": 13, "embed": 6, "layers": 2, "heads": 2, "mlp": 8, "chunk": 3},
+    **{"vocab": 13, "embed": 8, "layers": 2, "heads": 2, "mlp": 8, "chunk": 3},
     **{"key_heads": 1, "value_heads": 2, "key_size": 3, "value_size": 5},
 )
 UNIT = 2.0**-53
@@ -220,8 +220,8 @@ def test_the_planner_knows_both_kinds_of_layers() -> None:
     definition = describe(replace(c, vocab=256).build())
     shape = shape_of(recipe(layers=5, recurrent=c.recurrent))
     assert shape.layers == 2 and shape.recurrence is not None and shape.recurrence.layers == 3
-    assert (shape.heads, shape.head_dim) == (2, 3) and shape.recurrence.value_size == 5
+    assert (shape.heads, shape.head_dim) == (2, 4) and shape.recurrence.value_size == 5
     assert shape.parameters == definition.parameters
     weights = sum(i.size for i in definition.params.values() if i.fan_in_axes) + 256 * c.embed
-    states, pairs = 3 * 2 * 3 * 5, 2 * 12 * 2 * 3 * 256**2 / 2
+    states, pairs = 3 * 2 * 3 * 5, 2 * 12 * 2 * 4 * 256**2 / 2
     assert replace(c, vocab=256).flops_per_sample(256) == 256 * (6 * weights + 18 * states) + pairs
