@@ -336,10 +336,10 @@ class Layout:
                 for axis in _tuple(axes):
                     if axis not in MESH_AXES:
                         raise choice(f"mapping {logical!r}", axis, MESH_AXES)
+        self._check_context(model)
         for tensor in model.tensors.values():
             self.tensor_spec(tensor)
         used = {a for t in model.tensors.values() for dim in self.tensor_spec(t) for a in dim}
-        self._check_context(model)
         if self.mesh.expert > 1 and "expert" not in used:
             raise UserError(
                 f"mesh {self.mesh}",

@@ -28,7 +28,7 @@ from tests.support.running import tokens_batch
 
 Array = np.ndarray
 SMALL = OlmoHybridConfig(
-    **{"vocab": 13, "embed": 8, "layers": 2, "heads": 2, "mlp": 8, "chunk": 3},
+    **{"vocab": 14, "embed": 8, "layers": 2, "heads": 2, "mlp": 8, "chunk": 3},
     **{"key_heads": 1, "value_heads": 2, "key_size": 3, "value_size": 5},
 )
 UNIT = 2.0**-53
