@@ -111,7 +111,12 @@ class OlmoHybridConfig(olmo2.Olmo2Config):
         made: OlmoHybridConfig = super(OlmoHybridConfig, replace(self, recurrent=(), layers=2)).small()
         groups = self.delta["value_heads"] // self.delta["key_heads"]
         heads = min(self.delta["key_heads"], 2)
-        sizes = {"key_heads": heads, "value_heads": heads * min(groups, 2), "key_size": 8, "value_size": 12}
+        sizes: dict[str, Any] = {
+            "key_heads": heads,
+            "value_heads": heads * min(groups, 2),
+            "key_size": 8,
+            "value_size": 12,
+        }
         return replace(made, **sizes, taps=min(self.taps, 3), chunk=min(self.chunk, 8))
 
     @property

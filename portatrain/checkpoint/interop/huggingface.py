@@ -176,7 +176,7 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
     sizes, wrong = {}, []
     for name, each in wanted.items():
         every = [row.whole_shape(row.their_shape(row.inner(shapes[row.full]))) for row in each]
-        sizes[name] = tuple(max(sizes) for sizes in zip(*every, strict=True))
+        sizes[name] = tuple(max(ends) for ends in zip(*every, strict=True))
     held = {name: Stored.whole(*there[name]) for name in sorted(wanted.keys() & there.keys())}
     cut_anew(hub, held, sizes)
     for name, tensor in held.items():
