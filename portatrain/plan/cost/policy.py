@@ -181,6 +181,10 @@ ATTENTION_SHARE = 0.75
 ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward pass over its forward pass: five matmuls (scores again) against two."""
 
+EXACT_PASSES = 6.0
+"""Passes of a matrix unit for a product of float32 operands under bf16, as XLA computes it on TPUs. GPUs without TF32
+take more; an estimate there."""
+
 MEMORY_SHARE = 0.85
 """The share of the nominal memory bandwidth that streaming kernels reach."""
 

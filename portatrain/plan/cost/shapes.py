@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,8 +32,44 @@ class MLA:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """The sizes of recurrent layers with a matrix as the state of a head, computed in chunks
+    (`portatrain.model.layers.GatedDeltaNet`). ``layers``: their number, beside ``ModelShape.layers``."""
+
+    layers: int
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    chunk: int
+
+    @property
+    def flops(self) -> float:
+        """Return the FLOPs per token of a layer's chunks in the forward pass, without the weights, in products whose
+        operands have the compute dtype."""
+        c, k, v = self.chunk, self.key_size, self.value_size
+        return 2.0 * self.value_heads * (c * k + c * v + 3 * k * v)
+
+    @property
+    def exact_flops(self) -> tuple[float, float]:
+        """Return those in products of float32, forward and backward: the triangular systems, their inverses and what is
+        solved with them. An inverse has the gradient of its last two products alone."""
+        c, k, v = self.chunk, self.key_size, self.value_size
+        levels, others = 2 * math.ceil(math.log2(c)), c * (2 * k + v)
+        return 2.0 * self.value_heads * ((levels + 2) * c * c + others), 4.0 * self.value_heads * (2 * c * c + others)
+
+    @property
+    def numbers(self) -> float:
+        """Return the float32 numbers per token that the backward pass of a layer's chunks reads: five arrays of pairs
+        of positions, queries, keys and what is solved with them."""
+        return float(self.value_heads * (5 * self.chunk + 5 * self.key_size + 4 * self.value_size))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A decoder (or encoder) and its training. ``batch``: samples per step over all devices.
+
+    ``layers`` counts those with attention, and ``recurrence`` the others, if there are any.
 
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
     ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
@@ -63,6 +100,7 @@ class ModelShape:
     dense_layers: int = 0
     dense_mlp: int = 0
     mla: MLA | None = None
+    recurrence: Recurrence | None = None
     value_dim: int | None = None
     slot_bytes: float = ADAM_BYTES
     precision: str = "bf16"

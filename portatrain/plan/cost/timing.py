@@ -10,6 +10,7 @@ from portatrain.plan.cost.placement import Placement
 from portatrain.plan.cost.policy import (
     ATTENTION_BACKWARD,
     ATTENTION_SHARE,
+    EXACT_PASSES,
     FP32_SHARE,
     LOGITS_PASSES,
     MEMORY_SHARE,
@@ -190,9 +191,14 @@ def step_time(
     attention = slower * attention_flops(work, tuning) * tokens / rate.attention
     attention_back = ATTENTION_BACKWARD * attention * slower_back / slower
     if tuning.scores != "on-chip":
-        scores = 4 * tokens * work.scores * sum(kind.n for kind in work.kinds) / rate.memory
+        attending = sum(kind.n for kind in work.kinds if not kind.chunks)
+        scores = 4 * tokens * work.scores * attending / rate.memory
         attention += tuning.scores_passes[0] * scores
         attention_back += tuning.scores_passes[1] * scores
+    # Chunks of a recurrence are recomputed unless everything is kept.
+    exact, exact_back = (EXACT_PASSES * flops for flops in work.exact_flops)
+    chunks = (work.recurrent_flops + exact) * tokens / rate.matmul
+    matmul, matmul_back = matmul + chunks, matmul_back + (2 * work.recurrent_flops + exact_back) * tokens / rate.matmul
     sorting = 0.0 if work.one_hot else tuning.sorting
     each = (kind.n * (kind.streamed + sorting * kind.sorted) for kind in work.kinds)
     # Both one-hot tables, of places and of weights, are written and read.
@@ -200,7 +206,8 @@ def step_time(
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
     again = (
-        matmul * (once_more / ahead if ahead else 0.0)
+        (matmul - chunks) * (once_more / ahead if ahead else 0.0)
+        + (0.0 if remat.everything else chunks)
         + attention * (1 - remat.attention)
         + elementwise * (1 - remat.normed)
     )

@@ -63,6 +63,9 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
     again = 2 * tokens * multiplied(work, remat)[2]
     attention = attention_flops(work, tuning) * tokens
     again += attention * (1 - remat.attention)
+    # Chunks of a recurrence count as matmuls; their backward pass is not twice the forward one.
+    exact, exact_back = work.exact_flops
+    again += tokens * (exact_back - 2 * exact + (0.0 if remat.everything else work.recurrent_flops + exact))
 
     # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
     # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
@@ -89,7 +92,7 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
         gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
         lookup = tokens * work.embed * (width + 4) if work.vocab else 0.0
     return Volumes(
-        matmul=2 * per_token * tokens,
+        matmul=(2 * per_token + work.recurrent_flops + exact) * tokens,
         attention=attention,
         again=again,
         gather=gathered * width,
