@@ -1,7 +1,7 @@
 """mistral-7b: a decoder with the sizes of the released Mistral 7B v0.1, 7.24 billion parameters.
 
-Sizes are those of config.json of mistralai/Mistral-7B-v0.1 (the defaults of transformers' MistralConfig). In its
-tokenizer 1 (`<s>`) begins a document. The training data is yours: files of token ids, named with
+Sizes are those of config.json of mistralai/Mistral-7B-v0.1 (the defaults of transformers' MistralConfig, but for the
+eps of norms). In its tokenizer 1 (`<s>`) begins a document. The training data is yours: files of token ids, named with
 ``--set data.paths=/data/tokens/*.bin`` (uint16, with the id 1 before every document). This recipe is planned; no test
 trains it.
 

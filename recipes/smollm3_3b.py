@@ -1,7 +1,7 @@
 """smollm3-3b: a decoder with the sizes of the released SmolLM3, 3.08 billion parameters.
 
-Sizes are those of config.json of HuggingFaceTB/SmolLM3-3B (the defaults of transformers' SmolLM3Config). Its base of
-the rotary frequencies is the one that later stages with longer texts brought. In its tokenizer 128001
+Sizes are those of config.json of HuggingFaceTB/SmolLM3-3B (the defaults of transformers' SmolLM3Config, but for the
+base of the rotary frequencies, which later stages with longer texts raised to the one here). In its tokenizer 128001
 (`<|end_of_text|>`) ends a document. The training data is yours: files of token ids, named with
 ``--set data.paths=/data/tokens/*.bin`` (uint32, with the id 128001 between documents). This recipe is planned; no test
 trains it.
