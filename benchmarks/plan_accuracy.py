@@ -164,11 +164,11 @@ ROWS = (
     # Mixtures: as planned, and of Mixtral where the plan has no expert axis also with one.
     _mixtral(cluster="b200-256", mesh="fsdp=32,expert=8", remat="dots", blind=False),
     _mixtral(cluster="mi355x-256", mesh="fsdp=32,expert=8", remat="attention"),
+    _mixtral(cluster="b200-256", mesh="fsdp=32,expert=8", compiler="fsdp2"),
+    _mixtral(cluster="mi355x-256", mesh="fsdp=32,expert=8", compiler="fsdp2"),
     _mixtral(cluster="tpu-v5p-256", mesh="fsdp=32,tensor=4", accumulation=8, remat="none"),
     _mixtral(cluster="tpu-v5p-256", mesh="fsdp=16,expert=8", remat="attention"),
     _mixtral(cluster="tpu-7x-256", mesh="fsdp=128,expert=2", remat="attention"),
-    _deepseek(cluster="b200-256", mesh="fsdp=128,expert=2", accumulation=6),
-    _deepseek(cluster="mi355x-256", mesh="fsdp=256", accumulation=3),
     _deepseek(cluster="tpu-v5p-512", mesh="fsdp=64,expert=4", accumulation=30),
     _deepseek(cluster="tpu-7x-256", mesh="fsdp=128,tensor=2", accumulation=20),
 )

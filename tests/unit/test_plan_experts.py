@@ -11,6 +11,7 @@ from portatrain.plan.clusters.names import parse
 from portatrain.plan.cost.policy import PRECISIONS, REMATS, TUNING
 from portatrain.plan.cost.shapes import PRESETS, ModelShape
 from portatrain.plan.cost.timing import idle, longer, multiplied, rates
+from portatrain.plan.cost.volumes import volumes
 from portatrain.plan.cost.workload import OnMesh, on_mesh
 
 ONE = (1, 1, 1, 1, 1)
@@ -64,6 +65,18 @@ def test_a_grouped_matmul_computes_a_tile_for_both_of_its_experts() -> None:
         touched = sum(int(((k + 1) * each - 1) // tile - (k * each) // tile + 1) for k in range(experts))
         assert longer(work, tokens, tuning) == pytest.approx(touched * tile / rows, abs=1.01 * tile / rows)
     assert longer(_work(PRESETS["llama3-8b"]), tokens, tuning) == 1.0
+
+
+def test_xla_on_gpus_multiplies_every_row_with_every_expert() -> None:
+    """As compiled for 256 B200s, where the buffer of a device has room for the rows of all eight of an exchange."""
+    tuning = replace(TUNING["jax-gpu"], room=True)
+    for mesh in (ONE, (1, 1, 2, 1, 1), (1, 1, 8, 1, 1)):
+        assert longer(_work(MIXTRAL, mesh), 16_384, tuning) == 8
+    plain, much = (
+        volumes(_work(MIXTRAL), tokens=2.0, remat=REMATS["block"], precision=PRECISIONS["bf16"], tuning=t)
+        for t in (replace(tuning, all_experts=False), tuning)
+    )
+    assert much.flops(1) - plain.flops(1) == pytest.approx(7 * EXPERTS * 2 * 2.0 * 4)  # forward, backward twice, again
 
 
 def test_only_what_experts_multiply_takes_longer() -> None:

@@ -138,6 +138,8 @@ def longer(work: OnMesh, tokens: float, tuning: Tuning) -> float:
     chosen = max((kind.copies for kind in work.kinds), default=0.0)
     if not chosen or work.one_hot:
         return 1.0
+    if tuning.all_experts:  # the room of the buffer, over the expert axis, times the experts of a device
+        return (work.mesh[EXPERT] if tuning.room else 1.0) * work.experts
     return 1 + tuning.boundary * work.experts / (tokens * chosen)
 
 
