@@ -77,7 +77,7 @@ def recipe(name: str = "qwen3-8b") -> Recipe:
         "norm_eps": 1e-6,
     }
     if size.expert_mlp:
-        experts = {"experts": 128, "chosen": 8, "expert_mlp": size.expert_mlp, "balance_loss": 0.001}
+        experts: dict[str, Any] = {"experts": 128, "chosen": 8, "expert_mlp": size.expert_mlp, "balance_loss": 0.001}
         model: Qwen3Config | Qwen3MoeConfig = Qwen3MoeConfig(**sizes, **experts)
     else:
         model = Qwen3Config(**sizes, mlp=size.mlp)
