@@ -69,6 +69,8 @@ def recipe(name: str = "gpt2") -> Recipe:
         batch=size.batch,
         precision="bf16",
         remat="block",
+        compute={"positions": ()},  # the table of positions is whole along them
+        frozen=("blocks/attn/k_bias",),  # a bias of keys changes no softmax, as no key is rotated; files have it
         eval_every=1000,
         checkpoint_every=500,
     )
