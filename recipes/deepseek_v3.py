@@ -4,8 +4,8 @@ Sizes are those of config.json of deepseek-ai/DeepSeek-V3 (the defaults of trans
 scaling of rotary positions, which came after pre-training. As in the release there is one module that predicts a
 further token: 11.6 billion more parameters, 14 with its two tables, which are the model's own. In its tokenizer 0
 (`<｜begin▁of▁sentence｜>`) begins a document. The training data is yours: files of token ids, named with
-``--set data.paths=/data/tokens/*.bin`` (uint32, with the id 0 before every document). This recipe is planned and
-compiled; no test trains it.
+``--set data.paths=/data/tokens/*.bin`` (uint32, with the id 0 before every document). This recipe is planned;
+no test trains it.
 
 Source of the hyperparameters: DeepSeek-V3 Technical Report (DeepSeek-AI 2024, arXiv:2412.19437), section 4.2: 14.8
 trillion tokens in texts of 4,096; AdamW with beta 0.9 and 0.95 and weight decay 0.1; 2,000 steps of warm-up to 2.2e-4,

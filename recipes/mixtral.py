@@ -3,7 +3,7 @@
 Sizes are those of config.json of mistralai/Mixtral-8x7B-v0.1 (the defaults of transformers' MixtralConfig) and of
 Mixtral-8x22B-Instruct-v0.1. In their tokenizers 1 (`<s>`) begins a document. The training data is yours: files of token
 ids, named with ``--set data.paths=/data/tokens/*.bin`` (uint16, with the id 1 before every document). These recipes are
-planned and compiled; no test trains them.
+planned, and mixtral-8x7b was compiled for 256 B200s; no test trains them.
 
 Nothing has been published about how they were trained (Jiang et al. 2024, arXiv:2401.04088). Learning rates, warm-up,
 decay and tokens a step are those that Llama 3 had at about as many active parameters (`llama3.py`); the weight of the
