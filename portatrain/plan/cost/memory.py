@@ -184,7 +184,7 @@ def _layer_numbers(kind: LayerKind, remat: Remat, width: float) -> float:
     """Return numbers per token during the backward pass of a layer's feed-forward or recurrence: the layer's recomputed
     values, and the gradients of the hidden width or of the chunks."""
     again = (1 - remat.qkv) * (kind.q + kind.kv) + (1 - remat.attention) * kind.out + (1 - remat.projected) * kind.res
-    hidden = (1 - remat.hidden) * kind.ways * kind.mlp + kind.ways * kind.mlp
+    hidden = kind.ways * (kind.mlp - kind.kept_hidden(remat)) + kind.ways * kind.mlp
     chunks = kind.chunks * 4 / width
     gradients = max(hidden, (1 if remat.everything else 2) * chunks + (hidden - kind.ways * kind.mlp))
     return again + gradients + 2 * kind.wide + 2 * kind.copies * kind.wide

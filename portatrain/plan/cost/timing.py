@@ -139,6 +139,8 @@ def longer(work: OnMesh, tokens: float, tuning: Tuning) -> float:
     chosen = max((kind.copies for kind in work.kinds), default=0.0)
     if not chosen or work.one_hot:
         return 1.0
+    if tuning.all_experts:  # the room of the buffer, over the expert axis, times the experts of a device
+        return (work.mesh[EXPERT] if tuning.room else 1.0) * work.experts
     return 1 + tuning.boundary * work.experts / (tokens * chosen)
 
 
@@ -147,14 +149,17 @@ def multiplied(work: OnMesh, remat: Remat, grouped: float = 1.0) -> tuple[float,
     experts count ``grouped`` times.
 
     Recomputed is everything that is not kept, except the last projection of a block (down) and the ends. A router needs
-    the results of its experts for the gradients of their weights, so it needs their last projection too.
+    the results of its experts for the gradients of their weights, so it needs their last projection too. If values are
+    chosen by kind of operation, nothing of experts is kept (`LayerKind.kept_hidden`).
     """
     lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
     numbers = {role: n + (grouped - 1) * work.routed[role] for role, n in work.matmul.items()}
     forward = sum(numbers.values())
     again = sum(numbers[role] * part for role, part in lost.items())
-    if not (remat.everything or remat.matmuls):
+    if not remat.everything:
         again += grouped * work.routed["down"]
+    if remat.matmuls:
+        again += remat.hidden * grouped * work.routed["hidden"]
     # One matmul takes tokens to their places and one takes results back; the places have no gradient, the weights do.
     return forward + 2 * work.one_hot, 2 * forward + 3 * work.one_hot, again + (1 - remat.normed) * work.one_hot
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.cost.policy import ATTENTION_BACKWARD, Precision, Remat, Tuning
-from portatrain.plan.cost.timing import attention_flops, exchanged, multiplied, summed, travelled
+from portatrain.plan.cost.timing import attention_flops, exchanged, longer, multiplied, summed, travelled
 from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 
@@ -59,8 +59,9 @@ class Volumes:
 def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, tuning: Tuning) -> Volumes:
     """Return the volumes of a microbatch of ``tokens`` (T) on a device."""
     width, mesh = precision.compute, work.mesh
-    per_token = sum(work.matmul.values())
-    again = 2 * tokens * multiplied(work, remat)[2]
+    grouped = longer(work, tokens, tuning) if tuning.all_experts else 1.0
+    per_token = sum(work.matmul.values()) + (grouped - 1) * sum(work.routed.values())
+    again = 2 * tokens * multiplied(work, remat, grouped)[2]
     attention = attention_flops(work, tuning) * tokens
     again += attention * (1 - remat.attention)
     # Chunks of a recurrence count as matmuls; their backward pass is not twice the forward one.

@@ -42,7 +42,14 @@ class LayerKind:
         """Return the widths of buffers that have room for ``room`` times the rows that experts get on average."""
         if room == 1.0 or not self.copies:
             return self
-        return replace(self, copies=room * self.copies, mlp=self.mlp + (room - 1) * self.routed)
+        return replace(
+            self, copies=room * self.copies, mlp=self.mlp + (room - 1) * self.routed, routed=room * self.routed
+        )
+
+    def kept_hidden(self, remat: Remat) -> float:
+        """Return the width of gate, and of up, that is kept. If values are chosen by kind of operation, that of experts
+        is not: a grouped matmul is neither jax's ``dot_general`` nor torch's ``mm``."""
+        return remat.hidden * (self.mlp - (self.routed if remat.matmuls else 0.0))
 
     def kept(self, remat: Remat, width: float, *, static: bool) -> float:
         """Return the numbers of ``width`` bytes per token that one layer keeps from forward to backward.
@@ -52,21 +59,23 @@ class LayerKind:
         feed-forward: its widths, the activation and the product, and in XLA (``static``) two more factors of the
         activation's derivative. If values are chosen by kind of operation, torch also keeps the result of the last
         projection, which nothing needs, and the results of projections that tensor shards by rows, before they are
-        summed.
+        summed; those of experts are none of them.
         """
         copies = 2 * self.copies * self.wide  # the inputs and the results of experts
         if remat.everything:
             hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
             chunks = self.chunks * 4 / width
             return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden + chunks
-        more = 2 * self.wide - remat.projected * self.res if remat.matmuls and not static else 0.0
+        more = 0.0
+        if remat.matmuls and not static:
+            more = (2 if self.mlp > self.routed else 1) * self.wide - remat.projected * self.res
         return (
             self.res
             + remat.qkv * (self.q + self.kv)
             + remat.attention * self.out
             + remat.projected * self.res
             + more
-            + remat.hidden * self.ways * self.mlp
+            + self.ways * self.kept_hidden(remat)
             + remat.product * self.mlp
             + remat.normed * (2 * self.wide + copies)
         )
