@@ -45,7 +45,8 @@ the matrices of `LatentAttention` that make heads from a latent, which have no a
 UNSPLIT = frozenset(
     {
         *("layers", "head_dim", "value_dim", "nope_dim", "rope_dim", "q_rank", "kv_rank"),
-        *("patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank", "joined"),
+        *("patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank", "joined", "positions"),
+        *("projected", "scalar", "modulations", "frequencies"),
     }
 )
 """The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
