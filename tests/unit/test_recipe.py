@@ -359,8 +359,10 @@ def test_shipped_recipes_load_by_name_and_by_file_alike() -> None:
         "llama3-70b",
         "llama3-405b",
         "tiny-chat",
+        "tiny-dit",
         "tiny-dpo",
         "tiny-lm",
+        "tiny-siglip",
         "tiny-vit",
     ]
     for name, module in shipped.items():
