@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from portatrain.config import require
 from portatrain.data import DataSpec
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class Pictures(DataSpec):
     """Fraction of the pictures to hold out for validation, selected by a hash of the picture's number."""
     version: ClassVar[str] = "1"
     vocab: ClassVar[int] = VOCAB
+
+    def check_fields(self) -> None:
+        """Raise UserError for a field whose value is out of range."""
+        super().check_fields()
+        require(self, "count", self.count >= 1, "the number of pictures, at least 1")
 
     def __len__(self) -> int:
         return self.count

@@ -14,6 +14,7 @@ from portatrain.errors import UserError
 from portatrain.model.layers import MLP, Attention, Dropout, LayerNorm
 from portatrain.model.module import Module, Stack
 from portatrain.model.ops import Array, Ops
+from recipes.models.causal import check_sizes
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu", "silu": "silu"}
 """An activation's name in transformers -> ours. gelu_new and gelu_pytorch_tanh are one function."""
@@ -46,11 +47,7 @@ class EncoderSizes:
     """The eps of all norms."""
 
     def __post_init__(self) -> None:
-        sizes = [field for field in ("embed", "layers", "heads", "mlp", "rows", "columns", "channels", "patch")]
-        sizes += ["classes", "vocab", "positions"]
-        for name in sizes:
-            if (size := getattr(self, name, None)) is not None and size < 1:
-                raise UserError(f"model.{name}", expected="an integer of at least 1", got=repr(size), do="Enlarge it.")
+        check_sizes(self)
         if self.embed % (2 * self.heads):
             raise UserError(
                 type(self).__name__,

@@ -16,6 +16,7 @@ from portatrain.errors import UserError
 from portatrain.model.layers import MLP, Embedding, LayerNorm, Linear, PatchEmbedding
 from portatrain.model.module import Constant, Module, Param
 from portatrain.model.ops import Array, Batch, Loss, Ops
+from recipes.models.causal import check_sizes
 from recipes.models.encoder import (
     Encoder,
     EncoderSizes,
@@ -77,6 +78,9 @@ class SigLIPConfig:
     text: TextTower
     group: int | None = None
     """The number of consecutive samples whose pairs are compared. None: all samples of the step's batch."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
     @property
     def vocab(self) -> int:

@@ -206,7 +206,7 @@ def check(kind: str, seed: int, tmp_path: Path) -> None:
     check_round_trip(c, tmp_path, "bfloat16" if seed % 2 else "float32")
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("kind", VISION)
 def test_a_random_model_is_transformers(kind: str, seed: int, tmp_path: Path) -> None:
     check(kind, seed, tmp_path)
@@ -278,7 +278,7 @@ def test_a_folder_becomes_a_recipe_that_trains(tmp_path: Path) -> None:
     recipe = load_recipe(file)
     assert recipe.model == sizes and recipe.init == str(tmp_path / "hub")
     run = ["--run-dir", str(tmp_path / "run"), "--backend", "torch"]
-    small = [f"--set={word}" for word in ("steps=2", "batch=4", "schedule.warmup=1", "eval_every=none")]
+    small = [f"--set={word}" for word in ("steps=2", "batch=4", "schedule.warmup=1", "data.validation=0")]
     assert main(["train", file, *run, *small]) == 0
     assert main(["ckpt", "export", str(tmp_path / "run"), str(tmp_path / "out"), "--to", "huggingface"]) == 0
     tuned = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "out")
