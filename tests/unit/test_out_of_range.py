@@ -36,6 +36,7 @@ MAY_BE_0 = {
     "router_z_loss",
     "seed",
     "separator",
+    "unlabelled",
     "validation",
     "warmup",
     "weight_decay",
