@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from portatrain.data import DataSpec
 from portatrain.errors import UserError
-from portatrain.system.paths import expand
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,7 +32,7 @@ class NpzFile(DataSpec):
 
         what, do = f"NpzFile path {self.path}", 'Write one with np.savez("images.npz", image=images, label=labels).'
         try:
-            with np.load(expand(self.path)) as opened:
+            with np.load(os.path.expanduser(self.path)) as opened:
                 found = {name: opened[name] for name in opened.files}
         except (OSError, ValueError, TypeError, AttributeError, EOFError) as error:
             raise UserError(what, expected="a .npz file of numbers", got=str(error), do=do) from error

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from portatrain.config import require
 from portatrain.data import DataSpec
+from portatrain.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,10 @@ class Pictures(DataSpec):
     def check_fields(self) -> None:
         """Raise UserError for a field whose value is out of range."""
         super().check_fields()
-        require(self, "count", self.count >= 1, "the number of pictures, at least 1")
+        if self.count < 1:
+            raise UserError(
+                "Pictures.count", expected="at least 1 picture", got=str(self.count), do="Use a larger number."
+            )
 
     def __len__(self) -> int:
         return self.count

@@ -47,9 +47,9 @@ def draw(args: argparse.Namespace) -> int:
     """Write the images that the command asks for."""
     import numpy as np
 
-    import portatrain
+    from portatrain.training.trained import load
 
-    made = portatrain.load(args.run, backend=args.backend)
+    made = load(args.run, backend=args.backend)
     config = made.recipe.model
     if not isinstance(config, DiTConfig):
         raise UserError(
@@ -59,7 +59,7 @@ def draw(args: argparse.Namespace) -> int:
             do="Train tiny-dit, and name its run.",
         )
     if made.recipe.ema_decay is not None and not args.no_ema:
-        made = portatrain.load(args.run, backend=args.backend, ema=True)
+        made = load(args.run, backend=args.backend, ema=True)
     try:
         classes = [int(n) for n in args.labels.split(",")] if args.labels else list(range(config.classes))
     except ValueError:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from portatrain.config import require
 from portatrain.model.layers import MLP, Attention, Dropout, LayerNorm, PatchEmbedding
 from portatrain.model.module import Module, Param, Stack
 from portatrain.model.ops import Array, Batch, Loss, Ops
+from recipes.models.causal import check_sizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,9 +30,7 @@ class ViTConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("rows", "columns", "channels", "patch", "classes", "embed", "layers", "heads", "mlp"):
-            if (size := getattr(self, name)) is not None:
-                require(self, name, size >= 1, "an integer of at least 1")
+        check_sizes(self)
 
     def build(self) -> ViT:
         return ViT(self)
