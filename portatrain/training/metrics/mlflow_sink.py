@@ -14,8 +14,12 @@ from portatrain.system import json_files
 from portatrain.training.metrics.record import EvalRecord, RunInfo, StepRecord
 from portatrain.training.metrics.trackers import imported, run_key, scalars
 
-EVERY_S, MOST = 1.0, 1000
-"""Numbers are sent after so many seconds, or before they are more than a request of MLflow takes."""
+EVERY_S = 10.0
+"""Numbers are sent after so many seconds, since training waits for the request."""
+MOST = 1000
+"""The most numbers that a request of MLflow takes."""
+HELD = 10 * MOST
+"""Numbers that are kept before they are sent, at most about so many."""
 LONGEST = 500
 """Characters of a parameter that every store of MLflow takes."""
 TAG = "portatrain.run"
@@ -92,7 +96,7 @@ class MlflowSink:
 
         now = int(time.time() * 1000)
         self._held += [Metric(named(name), value, now, step) for name, value in values.items()]
-        if len(self._held) >= MOST // 2 or time.monotonic() - self._sent_s > EVERY_S:
+        if len(self._held) >= HELD or time.monotonic() - self._sent_s > EVERY_S:
             self._send()
 
     def _send(self) -> None:
