@@ -17,6 +17,7 @@ from portatrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from portatrain.training.generation import Continued
+    from portatrain.training.trained import TrainedModel
 
 
 class TrainingView:
@@ -76,6 +77,13 @@ class TrainingView:
     def predict(self, batch: Mapping[str, np.ndarray]) -> np.ndarray:
         """Return the model's `predict` on a batch of samples."""
         return self._backend.predict(self._state(), batch)
+
+    def model(self) -> TrainedModel:
+        """Return the model as it is now, for what takes a trained model, such as `evaluate_tasks`. Every process must
+        use it together, and it ends with the next step, which changes the weights."""
+        from portatrain.training.trained import TrainedModel
+
+        return TrainedModel(self.recipe, self.step, self._backend, self._state())
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.7, top_p: float = 1.0
