@@ -18,7 +18,7 @@ TEST_ENV = $(CACHE_ENV) OMP_NUM_THREADS=1 JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1
 XLA_PYTHON = $(addprefix PORTATRAIN_XLA_PYTHON=,$(wildcard $(VENV)-xla/bin/python))
 PYTEST = $(TEST_ENV) $(XLA_PYTHON) $(VENV)/bin/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
-.PHONY: help demo demo-move setup hall gpu-proof test test-full test-rest test-both test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
+.PHONY: help demo demo-move setup hall gpu-proof test test-full test-rest test-both test-hand test-matrix test-meshes test-s3 test-skypilot test-xla test-engines matrix soak soak-engines plan-accuracy docs pages lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,13 +36,16 @@ setup:  ## make an environment with both frameworks and the packages of the test
 	@.ci/setup $(VENV) dev 5
 
 test: setup lint  ## run ruff, mypy and the tests, in under 15 minutes on two cores
-	$(PYTEST) -n $(TEST_JOBS) -m "not full and not engines and not meshes and not soak"
+	$(PYTEST) -n $(TEST_JOBS) -m "not full and not hand and not engines and not meshes and not soak"
 
-test-rest: setup  ## run only the tests that `make test` leaves out, but for the parity matrix
-	$(PYTEST) -m "full and not engines and not meshes and not soak" --ignore $(MATRIX)
+test-rest: setup  ## run only the tests that `make test` leaves out, but for the parity matrix and `make test-hand`
+	$(PYTEST) -m "full and not hand and not engines and not meshes and not soak" --ignore $(MATRIX)
 
 test-both: setup  ## run the tests of `make test` and `make test-rest` at once: workers collect once, files share runs
-	$(PYTEST) -n $(TEST_JOBS) --timeout 450 -m "not engines and not meshes and not soak" --ignore $(MATRIX)
+	$(PYTEST) -n $(TEST_JOBS) --timeout 450 -m "not hand and not engines and not meshes and not soak" --ignore $(MATRIX)
+
+test-hand: setup  ## test what takes minutes in compilers; run it by hand, since .ci/run has no time for it
+	$(PYTEST) -m "hand and not engines and not meshes and not soak"
 
 hall: setup  ## build public faults of other trainers again in small, and show that the audit sees each; docs/understand/hall.md
 	$(TEST_ENV) $(VENV)/bin/python -m pytest $(PYTEST_ARGS) -m "not soak" tests/hall

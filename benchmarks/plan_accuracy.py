@@ -59,6 +59,14 @@ class Row:
         return f"{self.recipe} on {self.cluster}: {self.mesh}, {batch}, {self.remat}{more}{how}"
 
 
+def _mixtral(*, blind: bool = True, **row: Any) -> Row:
+    return Row(recipe="mixtral-8x7b", batch=1024, seq_len=4096, blind=blind, **row)
+
+
+def _deepseek(**row: Any) -> Row:
+    return Row(recipe="deepseek-v3", batch=15_360, seq_len=4096, blind=True, **row)
+
+
 ROWS = (
     # What `portatrain plan llama3-8b --cluster tpu-v5p-256 --compile` plans and compiles.
     Row(
@@ -153,6 +161,16 @@ ROWS = (
     Row(recipe="llama3-70b", cluster="mi325x-64", mesh="fsdp=64", batch=64, blind=True),
     Row(recipe="llama3-1b", cluster="mi355x-8", mesh="fsdp=8", batch=32, accumulation=2, remat="none", blind=True),
     Row(recipe="llama3-8b", cluster="mi355x-64", mesh="replica=2,fsdp=32", batch=128, blind=True),
+    # Mixtures: as planned, and of Mixtral where the plan has no expert axis also with one.
+    _mixtral(cluster="b200-256", mesh="fsdp=32,expert=8", remat="dots", blind=False),
+    _mixtral(cluster="mi355x-256", mesh="fsdp=32,expert=8", remat="attention"),
+    _mixtral(cluster="b200-256", mesh="fsdp=32,expert=8", compiler="fsdp2"),
+    _mixtral(cluster="mi355x-256", mesh="fsdp=32,expert=8", compiler="fsdp2"),
+    _mixtral(cluster="tpu-v5p-256", mesh="fsdp=32,tensor=4", accumulation=8, remat="none"),
+    _mixtral(cluster="tpu-v5p-256", mesh="fsdp=16,expert=8", remat="attention"),
+    _mixtral(cluster="tpu-7x-256", mesh="fsdp=128,expert=2", remat="attention"),
+    _deepseek(cluster="tpu-v5p-512", mesh="fsdp=64,expert=4", accumulation=30),
+    _deepseek(cluster="tpu-7x-256", mesh="fsdp=128,tensor=2", accumulation=20),
 )
 
 

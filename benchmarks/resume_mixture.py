@@ -27,6 +27,8 @@ from recipes.models.deepseek_v3 import DeepseekV3Config
 LEGS = (("jax", "expert=4"), ("torch", "fsdp=3"), ("jax", ""))
 """Backend and mesh of each third of the run."""
 STEP, STEPS = 3, 9
+FILE = str(Path(__file__).resolve())
+Legs = tuple[tuple[str, str], ...]
 
 
 def recipe() -> Recipe:
@@ -65,21 +67,22 @@ def recipe() -> Recipe:
     )
 
 
-def move(scratch: Path) -> Row:
-    """Return what the moves found: verdicts, worst, back; or failed."""
-    file = str(Path(__file__).resolve())
+def move(scratch: Path, file: str = FILE, legs: Legs = LEGS, step: int = STEP) -> Row:
+    """Return what the moves found, of the recipe of a file that goes on after every `step` steps on the next of `legs`:
+    verdicts, worst, back; or failed."""
+    scratch.mkdir(exist_ok=True)
     baseline = losses(scratch, "whole", "jax", "", recipe=file, given=())
     at = scratch / "moved"
-    for number, (kind, mesh) in enumerate(LEGS, start=1):
-        last = number == len(LEGS)
-        stop = () if last else ("--stop-at", str(number * STEP))
+    for number, (kind, mesh) in enumerate(legs, start=1):
+        last = number == len(legs)
+        stop = () if last else ("--stop-at", str(number * step))
         code, error = train(at, kind, mesh, *stop, recipe=file, given=())
         if code != (0 if last else 85):
             return {"failed": f"leg {number}, {kind} {mesh}: {error}"}
     curve = [row["loss"] for row in RunDir(at).curve()]
-    first = at / "checkpoints" / f"step-{STEP:08d}"
+    first = at / "checkpoints" / f"step-{step:08d}"
     source = first
-    for number, (kind, mesh) in enumerate((*LEGS[1:], LEGS[0])):
+    for number, (kind, mesh) in enumerate((*legs[1:], legs[0])):
         target = scratch / f"carried-{number}"
         if error := carry(source, target, kind, mesh, recipe=file, given=()):
             return {"failed": f"carried to {kind} {mesh}: {error}"}
@@ -91,9 +94,9 @@ def move(scratch: Path) -> Row:
     }
 
 
-def wrong(row: Row) -> bool:
+def wrong(row: Row, legs: Legs = LEGS) -> bool:
     """Return whether a value is out of bounds."""
-    moves = len(LEGS) - 1
+    moves = len(legs) - 1
     return (
         "failed" in row
         or row["verdicts"] != ["continuous"] * moves
@@ -102,14 +105,19 @@ def wrong(row: Row) -> bool:
     )
 
 
-def main() -> int:
-    with tempfile.TemporaryDirectory() as scratch:
-        row = move(Path(scratch))
-    print(" -> ".join(f"{kind} {mesh or 'one device'}" for kind, mesh in LEGS))
+def show(row: Row, legs: Legs = LEGS) -> None:
+    """Print what the moves found."""
+    print(" -> ".join(f"{kind} {mesh or 'one device'}" for kind, mesh in legs))
     if "failed" in row:
         print(row["failed"])
     else:
         print(f"verdicts: {', '.join(row['verdicts'])}; losses: {row['worst']:.1e}; there and back: {row['back']}")
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as scratch:
+        row = move(Path(scratch))
+    show(row)
     return int(wrong(row))
 
 

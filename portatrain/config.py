@@ -131,6 +131,15 @@ def _of_objects(hint: Any) -> bool:
     return isinstance(hint, type) and hint is not Any and hint not in (type, object) and not is_mapping(hint)
 
 
+def require(config: object, field: str, good: bool, expected: str) -> None:
+    """Raise UserError for ``config.field`` unless ``good`` is true; ``expected`` describes the valid values."""
+    if not good:
+        owner = type(config).__name__
+        raise UserError(
+            f"{owner}.{field}", expected=expected, got=repr(getattr(config, field)), do=f"Change {field} of {owner}."
+        )
+
+
 def check_types(config: object) -> None:
     """Raise UserError for the first field of ``config`` whose value does not fit its annotation."""
     for name, hint in hints(type(config)).items():

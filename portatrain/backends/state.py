@@ -15,7 +15,7 @@ import numpy as np
 
 from checkpoints_format.dtypes import NUMPY
 from portatrain.backends.program import Program
-from portatrain.model.module import Constant, TensorInfo
+from portatrain.model.module import Constant, TensorInfo, Values
 from portatrain.model.precision import averaged
 from portatrain.model.rng import truncated_normal
 from portatrain.optim import Rule, declared_slots
@@ -105,6 +105,10 @@ def initial_box(tensor: TensorInfo, seed: int, offset: tuple[int, ...], shape: t
     of the tensor with whose values it starts."""
     if isinstance(tensor.init, Constant):
         return np.full(shape, tensor.init.value, NUMPY[tensor.dtype])
+    if isinstance(tensor.init, Values):
+        given = np.array(tensor.init.values, np.float32).reshape(tensor.shape[tensor.stack_dims :])
+        at = tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
+        return np.broadcast_to(given, tensor.shape)[at].astype(NUMPY[tensor.dtype])
     values = truncated_normal(
         seed, tensor.start or tensor.name, tensor.shape, std=tensor.init.std, offset=offset, box=shape
     )

@@ -1,8 +1,8 @@
 """Predict how a recipe would run on each of several clusters: mesh, memory, time, cost, and the reasons.
 
 The plan is arithmetic on nominal figures: it runs nothing, and needs no accelerator and no framework. RECIPE is a file,
-a shipped recipe (tiny-lm, llama3-1b, llama3-8b, llama3-70b, llama3-405b) or a preset shape (llama2-70b, mixtral-8x7b,
-deepseek-v3). `portatrain clusters` lists chips; a cluster is CHIP-COUNT or a name of your clusters.toml.
+a shipped recipe (tiny-lm, llama3-8b, qwen3-8b, mixtral-8x7b, deepseek-v3 and more: docs/start/released.md) or a preset
+shape (llama2-70b). `portatrain clusters` lists chips; a cluster is CHIP-COUNT or a name of your clusters.toml.
 
 examples:
   portatrain plan llama3-8b --cluster tpu-v5p-256,h100-64,mi300x-64

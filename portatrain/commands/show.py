@@ -27,7 +27,7 @@ from portatrain.errors import UserError
 from portatrain.model.fp8 import quantised_names
 from portatrain.model.layers import Attention, LatentAttention
 from portatrain.model.layout import Layout, Mesh, axis_warning, unknown_axes
-from portatrain.model.module import Constant, Definition, Init, TensorInfo
+from portatrain.model.module import Constant, Definition, Init, TensorInfo, Values
 from portatrain.recipe import Recipe
 from portatrain.system import terminal
 from portatrain.system.text import counted
@@ -157,6 +157,8 @@ def _planned(cluster: str, given: str, recipe: Recipe) -> str:
 def _init(init: Init) -> str:
     if isinstance(init, Constant):
         return {0.0: "zeros", 1.0: "ones"}.get(init.value, f"{init.value:g}")
+    if isinstance(init, Values):
+        return f"values {min(init.values):.4g} to {max(init.values):.4g}"
     return f"normal {init.std:.4g}"
 
 

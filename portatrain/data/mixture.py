@@ -9,31 +9,18 @@ pieces of the schedule. Any n can therefore be located without state.
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
-import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from portatrain.data.mixture_fields import counts
 from portatrain.data.spec import Mixture
 from portatrain.data.split import Batch, Group, Split, samples
 from portatrain.data.text_batches import TokenSplit
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError
 from portatrain.model.rng import Permutation
 from portatrain.system.text import counted
-
-EXHAUSTED = ("repeat", "error")
-
-
-def counts(weights: tuple[float, ...], block: int) -> np.ndarray:
-    """Return the samples of each source in a block, (sources,) int64, by largest remainders; ties: earlier first."""
-    share = [block * w / math.fsum(weights) for w in weights]
-    out = np.array([math.floor(s) for s in share], np.int64)
-    rest = sorted(range(len(share)), key=lambda i: (out[i] - share[i], i))
-    out[rest[: block - int(out.sum())]] += 1
-    return out
 
 
 class Mixed(Split):
@@ -43,7 +30,7 @@ class Mixed(Split):
         self.name, self._parts, self._seed, self._block, self._spec = name, parts, seed, spec.block, spec
         pieces = [(0, spec.weights), *spec.schedule]
         self._first = np.array([first for first, _ in pieces], np.int64)
-        self._counts = np.stack([counts(weights, spec.block) for _, weights in pieces])  # (pieces, sources)
+        self._counts = np.array([counts(weights, spec.block) for _, weights in pieces], np.int64)  # (pieces, sources)
         # (pieces, sources): the number of samples of each source before the piece begins
         given = self._counts[:-1] * np.diff(self._first)[:, None]
         self._before = np.concatenate((np.zeros((1, len(parts)), np.int64), np.cumsum(given, axis=0)))
@@ -156,63 +143,6 @@ class Chained(Split):
 
     def _blank(self, count: int) -> Batch:
         return next(iter(self._held.values())).blank(count)
-
-
-def check(spec: Mixture) -> None:
-    """Raise UserError if the fields of a mixture are invalid or do not fit together."""
-    if not spec.sources or spec.block < 1:
-        raise UserError(
-            "Mixture",
-            expected="at least one source and a block of at least one sample",
-            got=f"{len(spec.sources)} sources and block={spec.block}",
-            do="Give the sources; a block of about a thousand samples fits most mixtures.",
-        )
-    if spec.names and (
-        len(spec.names) != len(spec.sources) or not all(re.fullmatch(r"[\w.-]+", name) for name in spec.names)
-    ):
-        raise UserError(
-            "Mixture names",
-            expected=f"{len(spec.sources)} names of letters, digits, '.', '_' and '-', one a source",
-            got=", ".join(map(repr, spec.names)),
-            do="Name every source, or none. Sources with the same name are reported together.",
-        )
-    if spec.exhausted not in EXHAUSTED:
-        raise choice("Mixture exhausted", str(spec.exhausted), EXHAUSTED)
-    lengths = [getattr(s, "seq_len", None) for s in spec.sources]
-    if None in lengths or len(set(lengths)) > 1:
-        raise UserError(
-            "Mixture sources",
-            expected="token sources with the same seq_len",
-            got=", ".join(f"{type(s).__name__}(seq_len={n})" for s, n in zip(spec.sources, lengths, strict=True)),
-            do="Give every source the same seq_len; images and mixtures cannot be sources.",
-        )
-    firsts = [0, *(first for first, _ in spec.schedule)]
-    if any(b <= a for a, b in itertools.pairwise(firsts)):
-        raise UserError(
-            "Mixture schedule",
-            expected="increasing first blocks, from 1",
-            got=str(firsts[1:]),
-            do="Sort the pieces; before the first piece, `weights` apply.",
-        )
-    for what, weights in (("weights", spec.weights), *((f"schedule at block {f}", w) for f, w in spec.schedule)):
-        ok = (
-            len(weights) == len(spec.sources) and all(math.isfinite(w) and w >= 0 for w in weights) and sum(weights) > 0
-        )
-        if not ok:
-            raise UserError(
-                f"Mixture {what}",
-                expected=f"{len(spec.sources)} finite weights of at least 0, not all 0",
-                got=str(weights),
-                do="Give one weight per source.",
-            )
-        lost = [i for i, (w, c) in enumerate(zip(weights, counts(weights, spec.block), strict=True)) if w and not c]
-        if lost:
-            raise UserError(
-                f"Mixture {what}",
-                expected=f"at least one sample of every weighted source in a block of {spec.block}",
-                got=f"none of source {lost[0]} with weight {weights[lost[0]]}",
-                do="Use a larger block or a larger weight, or remove the source.",
-            )
 
 
 def source_names(spec: Mixture) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import numpy as np
 from portatrain.data.corpus import Stream, streams
 from portatrain.data.digits import blank as blank_digits
 from portatrain.data.digits import open_digits
-from portatrain.data.mixture import Chained, Mixed, check
+from portatrain.data.mixture import Chained, Mixed
 from portatrain.data.own import gives_arrays, gives_tokens, refusal
 from portatrain.data.own_arrays import blank as blank_arrays
 from portatrain.data.own_arrays import example, open_arrays
@@ -26,7 +25,7 @@ from portatrain.data.split import Batch, Split
 from portatrain.data.store.reading import PackedStream, streams_of
 from portatrain.data.text_batches import TokenSplit, Whole, Windows
 from portatrain.data.text_batches import blank as blank_windows
-from portatrain.errors import UserError, choice
+from portatrain.errors import UserError
 from portatrain.system.paths import expand
 from portatrain.system.text import counted
 
@@ -125,7 +124,6 @@ def _open_preferences(spec: Preferences, seed: int, pack_dir: Path | None) -> Op
 
 
 def _open_mixture(spec: Mixture, seed: int, pack_dir: Path | None) -> OpenData:
-    check(spec)
     for source in spec.sources:
         _check(source)
         if not gives_tokens(source):
@@ -194,20 +192,7 @@ def _check(spec: DataSpec) -> None:
         )
     if not (gives_tokens(spec) or isinstance(spec, (Digits, Mixture, Preferences)) or gives_arrays(spec)):
         raise refusal(spec)
-    values = {f.name: getattr(spec, f.name) for f in dataclasses.fields(spec)}
-    if "seq_len" in values and not 1 <= values["seq_len"] < 2**31:
-        raise UserError(
-            f"{kind} seq_len", expected="at least 1", got=str(values["seq_len"]), do="Set the targets per window."
-        )
-    if "validation" in values and not 0 <= values["validation"] < 1:
-        raise UserError(
-            f"{kind} validation",
-            expected="a fraction of the documents, from 0 to below 1",
-            got=str(values["validation"]),
-            do="Set the fraction to hold out, such as 0.1.",
-        )
-    if (packing := values.get("packing", PACKINGS[0])) not in PACKINGS:
-        raise choice(f"{kind} packing", str(packing), PACKINGS)
+    spec.check_fields()  # a class of its own may have replaced __post_init__
 
 
 def is_packable(spec: DataSpec) -> bool:

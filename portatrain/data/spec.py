@@ -33,17 +33,43 @@ A source of your own derives from `DataSpec` and has the methods of one of the P
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, fields
 from typing import Literal
 
-from portatrain.config import added_later
+from portatrain.config import added_later, require
+from portatrain.data import mixture_fields
+from portatrain.errors import choice
 
 PACKINGS = ("windows", "best-fit", "single")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataSpec:
-    """Base class of all data specs."""
+    """Base class of all data specs.
+
+    Raises:
+        UserError: a field that sources share, ``seq_len``, ``validation`` or ``packing``, is out of range.
+    """
+
+    def __post_init__(self) -> None:
+        self.check_fields()
+
+    def check_fields(self) -> None:
+        """Raise UserError for a field that sources share and whose value is out of range."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, least, below, words in (
+            ("seq_len", 1, 2**31, "the number of targets in a sample, at least 1"),
+            ("vocab", 1, math.inf, "the number of token ids, at least 1"),
+            ("separator", 0, math.inf, "a token id, at least 0, or none"),
+        ):
+            if (value := given.get(name)) is not None or name == "seq_len" in given:
+                require(self, name, isinstance(value, int) and least <= value < below, words)
+        held_out, packing = given.get("validation", 0.0), given.get("packing", PACKINGS[0])
+        fraction = isinstance(held_out, (int, float)) and 0 <= held_out < 1
+        require(self, "validation", fraction, "a fraction of the documents to hold out, from 0 to below 1")
+        if packing not in PACKINGS:
+            raise choice(f"{type(self).__name__} packing", str(packing), PACKINGS)
 
     def tokens_per_sample(self) -> int | None:
         """Return the number of tokens of a sample; None if a sample is not a sequence of tokens."""
@@ -252,6 +278,10 @@ class Mixture(DataSpec):
     exhausted: Literal["repeat", "error"] = added_later("repeat")
     """What happens if the run needs more samples of a source than it has: repeat begins its next epoch, in another
     order; error refuses the run before it begins."""
+
+    def check_fields(self) -> None:
+        super().check_fields()
+        mixture_fields.check(self)
 
     def tokens_per_sample(self) -> int | None:
         """Return the number of tokens of a sample, which is the same for all sources."""

@@ -31,6 +31,8 @@ COMPUTE: Mapping[str, Axes] = {
     "res_seq": ("context", "tensor"),
     "heads": "tensor",
     "kv_heads": "tensor",
+    "key_heads": "tensor",
+    "value_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
     "experts": "expert",
@@ -46,6 +48,7 @@ UNSPLIT = frozenset(
     {
         *("layers", "head_dim", "value_dim", "nope_dim", "rope_dim", "q_rank", "kv_rank"),
         *("patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank", "joined"),
+        *("key_size", "value_size", "taps"),
     }
 )
 """The axes of the layers and models that come with portatrain which no default mapping names: they are whole on every
@@ -333,6 +336,7 @@ class Layout:
                 for axis in _tuple(axes):
                     if axis not in MESH_AXES:
                         raise choice(f"mapping {logical!r}", axis, MESH_AXES)
+        self._check_context(model)
         for tensor in model.tensors.values():
             self.tensor_spec(tensor)
         used = {a for t in model.tensors.values() for dim in self.tensor_spec(t) for a in dim}
@@ -344,6 +348,13 @@ class Layout:
                 do="Use fsdp or replica for a dense model.",
             )
 
+    def _check_context(self, model: Definition) -> None:
+        """Raise UserError if the mesh splits positions and a module of `model` says `whole_sequence`."""
+        whole = [path for path, module in model.modules.items() if getattr(module, "whole_sequence", False)]
+        if self.mesh.context == 1 or not whole:
+            return
+        raise split_positions(f"{whole[0]} ({type(model.modules[whole[0]]).__name__})", self.mesh.context)
+
     def check_batch(self, microbatch: int, seq_len: int | None = None) -> None:
         """Raise UserError unless the samples of a microbatch, and their positions, divide evenly over the mesh."""
 
@@ -351,3 +362,13 @@ class Layout:
             over = self.spec((axis,), what="a batch")[0]
             if size is not None and size % self.mesh.over(over):
                 raise self.uneven("a microbatch", axis, size, over)
+
+
+def split_positions(layer: str, context: int) -> UserError:
+    """Return the error for a mesh axis context of that size and a recurrent `layer`."""
+    return UserError(
+        f"mesh axis context={context}",
+        expected=f"context=1: {layer} is recurrent, and a position needs the state that the one before it leaves",
+        got=f"{context} devices with a part of the positions each",
+        do="Give these devices to fsdp or tensor; remat='block' and a smaller microbatch save memory for long samples.",
+    )

@@ -45,7 +45,14 @@ class Constant:
     value: float
 
 
-Init = Normal | Constant
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """Initialise to given numbers, in row-major order, each copy in a Stack alike: such as a decay for each head."""
+
+    values: tuple[float, ...]
+
+
+Init = Normal | Constant | Values
 _NAMED_INITS = {"zeros": Constant(value=0.0), "ones": Constant(value=1.0)}
 
 
@@ -54,7 +61,7 @@ def _init(given: str | float | Init | None) -> Init | None:
         if given not in _NAMED_INITS:
             raise UserError(
                 "init",
-                expected="'zeros', 'ones', a standard deviation, Normal(std=...) or Constant(value=...)",
+                expected="'zeros', 'ones', a standard deviation, Normal(std=...), Constant(value=...) or Values(...)",
                 got=repr(given),
                 do="Leave init out to get the standard deviation 1/sqrt(fan-in).",
             )
@@ -85,14 +92,15 @@ class Param:
             contracts: 1 for most weights, 2 for an output projection over (heads, head_dim), 0 for an embedding, a
             norm's scale or a bias. Their sizes multiply to the fan-in. They are also the rows of the matrix that Muon
             and Adafactor see.
-        init: 'zeros', 'ones', a standard deviation, `Normal` or `Constant`. The default is a normal with standard
-            deviation 1/sqrt(fan-in), or 0.02 if fan_in_axes is 0.
+        init: 'zeros', 'ones', a standard deviation, `Normal`, `Constant` or `Values`. The default is a normal with
+            standard deviation 1/sqrt(fan-in), or 0.02 if fan_in_axes is 0.
         inputs: the former name of `fan_in_axes`, deprecated.
 
     Use one object in two places to tie weights.
 
     Raises:
-        UserError: a size below 1, an unknown `init`, or more `fan_in_axes` than there are axes.
+        UserError: a size below 1, an unknown `init`, `Values` of another number than there are elements, or more
+            `fan_in_axes` than there are axes.
     """
 
     def __init__(
@@ -103,6 +111,13 @@ class Param:
             fan_in_axes = inputs
         self.axes = _sizes("Param", axes)
         self.fan_in_axes, self.init = fan_in_axes, _init(init)
+        if isinstance(self.init, Values) and len(self.init.values) != math.prod(axes.values()):
+            raise UserError(
+                f"Param({', '.join(f'{axis}={size}' for axis, size in axes.items())})",
+                expected=f"{math.prod(axes.values())} initial values, one for each element",
+                got=str(len(self.init.values)),
+                do="Give Values(values=...) as many numbers as the axes have elements.",
+            )
         free = sum(axis not in BATCH_AXES for axis in axes)
         if not 0 <= fan_in_axes <= free:
             raise UserError(

@@ -65,8 +65,10 @@ class Ops(ArrayOps, ExpertOps, StructureOps, Protocol):
         """Contract one to three operands, as `numpy.einsum` does with an explicit output.
 
         spec: lower-case letters with '->', such as "bse,ehd->bshd". The result has the compute dtype; `dtype='float32'`
-        keeps the float32 sum, for values that rounding would harm (router logits).
-        bf16: operands are cast to bfloat16, products are summed in float32, the result is bfloat16.
+        keeps the float32 sum, for values that rounding would harm (router logits). `dtype='exact'` is the same for
+        operands that rounding would harm too, such as the inverse of a matrix: they are not cast to the compute dtype.
+        bf16: operands are cast to bfloat16, products are summed in float32, the result is bfloat16; with 'exact',
+        activations stay float32, which costs several passes of a matrix unit.
         Example: `q_BSHD = ops.einsum("bse,ehd->bshd", x_BSE, self.wq)`
         """
         ...

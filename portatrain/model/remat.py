@@ -6,7 +6,7 @@ only: gradients are those of `none`.
 | policy | kept activations of a block, besides its input |
 |---|---|
 | `none` | all: nothing is recomputed |
-| `dots` | the results of contractions without a batch dimension: activations times weights |
+| `dots` | the results of contractions without a batch dimension: activations times weights; nothing inside experts |
 | `attention` | the results of attention, so that a fused kernel does not run again |
 | `block` | none |
 | `keep:A+B` | the activations that `ops.name` names A and B, and no others |

@@ -8,13 +8,25 @@ tests compare it with that.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from portatrain.config import require
 from portatrain.errors import UserError
 
 
 class Scaling:
-    """Base class of the scalings: how rotary frequencies change for contexts that are longer than those trained."""
+    """Base class of the scalings: how rotary frequencies change for contexts that are longer than those trained.
+
+    Raises:
+        UserError: a number of a scaling is not finite and above 0.
+    """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):  # type: ignore[arg-type]  # every scaling is a dataclass
+            value = getattr(self, field.name)
+            for number in value if isinstance(value, tuple) else (value,):
+                good = number is None or isinstance(number, bool) or 0 < number < math.inf
+                require(self, field.name, good, "finite, and above 0")
 
     def at(self, length: int) -> Scaling:
         """Return the scaling for texts of `length` positions, which no longer depends on the length."""
@@ -31,7 +43,15 @@ def plain(dim: int, theta: float) -> tuple[float, ...]:
 
 
 def rotary(dim: int, theta: float, scaling: Scaling | None, length: int) -> tuple[tuple[float, ...], float]:
-    """Return (dim/2 frequencies, in radians per position; the factor of cosine and sine) for texts of `length`."""
+    """Return (dim/2 frequencies, in radians per position; the factor of cosine and sine) for texts of `length`.
+
+    Raises:
+        UserError: theta is not finite and above 0.
+    """
+    if not 0 < theta < math.inf:
+        raise UserError(
+            "theta of ops.rope_table", expected="a finite number above 0", got=repr(theta), do="A usual one is 10000."
+        )
     return (plain(dim, theta), 1.0) if scaling is None else scaling.at(length).scaled(dim, theta)
 
 
@@ -51,6 +71,10 @@ class RopeScaling(Scaling):
     """Turns within ``original`` positions from which a frequency does not change."""
     original: int = 8192
     """Context length, in positions, for which the model was trained first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "high", self.high > self.low, f"above low={self.low}")
 
     def scaled(self, dim: int, theta: float) -> tuple[tuple[float, ...], float]:
         def one(frequency: float) -> float:

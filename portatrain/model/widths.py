@@ -35,7 +35,7 @@ from portatrain.config import check_types, fits, hints
 from portatrain.config import describe as describe_type
 from portatrain.errors import UserError, choice, no_match
 from portatrain.model.layers import Attention, LatentAttention
-from portatrain.model.module import Constant, Definition, Init, Module, Normal, Param, TensorInfo, describe
+from portatrain.model.module import Constant, Definition, Init, Module, Normal, Param, TensorInfo, Values, describe
 from portatrain.model.replacing import replace_held
 from portatrain.model.scaled import Scaled
 
@@ -145,6 +145,10 @@ class MuP:
             given = here.params[name].init if width.kind == "fixed" else there.params[name].init
             if isinstance(given, Constant):
                 return replace(given, value=given.value * extra)
+            if isinstance(given, Values):  # as the model itself gives them, at any width
+                own = here.params[name].init
+                assert isinstance(own, Values)
+                return Values(values=tuple(value * extra for value in own.values))
             return Normal(std=given.std * extra * (width.fan_in**-0.5 if width.kind == "hidden" else 1.0))
 
         _replace(model, here, found, init_of)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from portatrain.config import check_types
+from portatrain.config import check_types, require
 from portatrain.errors import UserError
 from portatrain.errors.users_code import line_of, line_of_method
 
@@ -208,15 +208,6 @@ class Rule:
             expected=expected,
             got=got,
             do="Return the update and every slot that slots(info) declares, each in its shape.",
-        )
-
-
-def require(config: object, field: str, good: bool, expected: str) -> None:
-    """Raise UserError for ``config.field`` unless ``good`` is true; ``expected`` describes the valid values."""
-    if not good:
-        owner = type(config).__name__
-        raise UserError(
-            f"{owner}.{field}", expected=expected, got=repr(getattr(config, field)), do=f"Change {field} of {owner}."
         )
 
 

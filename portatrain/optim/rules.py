@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from portatrain.config import require
 from portatrain.optim.base import (
     Array,
     ArrayNamespace,
@@ -21,7 +22,6 @@ from portatrain.optim.base import (
     bias_correction,
     full_slot,
     matrix_rows,
-    require,
 )
 
 MEAN, SQUARE = "a moving mean of the gradient", "a moving mean of the squared gradient"

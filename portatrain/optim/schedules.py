@@ -17,9 +17,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from portatrain.config import check_types
+from portatrain.config import check_types, require
 from portatrain.errors import UserError
-from portatrain.optim.base import require
 
 
 @dataclass(frozen=True, kw_only=True)

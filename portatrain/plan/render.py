@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -141,7 +141,7 @@ def _terms(plan: Plan) -> Table:
     return table
 
 
-def _legend(plans: Iterable[Plan]) -> str:
+def _legend(plans: Sequence[Plan]) -> str:
     bases = sorted({f"{p.cluster.chip.name}: {p.efficiency.basis}" for p in plans if p.efficiency.estimate})
     typical, worst = 100 * efficiency.TYPICAL_ERROR, 100 * efficiency.WORST_ERROR
     lines = [
@@ -150,6 +150,8 @@ def _legend(plans: Iterable[Plan]) -> str:
         f"{100 * LEVEL:.0f} %: the step times that hold so many of them (docs/measured/plan-published.md). "
         "~ rests on an estimate.",
     ]
+    if not (asked := plans[0].asked).vocab:
+        lines.append(f"{asked.name} has no tokens: tok counts the {asked.seq_len} positions of a sample.")
     if bases:
         lines.append(f"Efficiency factors that are estimates: {'; '.join(bases)}.")
     return "\n".join(lines)

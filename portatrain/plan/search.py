@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from portatrain.errors import UserError, choice
+from portatrain.model.layout import split_positions
 from portatrain.plan.attending import grouped_name_of, name_of, priced, refusal
 from portatrain.plan.clusters import catalog
 from portatrain.plan.clusters.cluster import Cluster
@@ -24,7 +25,7 @@ from portatrain.plan.cost.policy import PRECISIONS, REMATS, Precision, Remat, Tu
 from portatrain.plan.cost.shapes import ModelShape
 from portatrain.plan.cost.tensors import Sizes
 from portatrain.plan.cost.timing import Rates, rates, step_time
-from portatrain.plan.cost.workload import OnMesh, on_mesh
+from portatrain.plan.cost.workload import CONTEXT, OnMesh, on_mesh
 from portatrain.plan.hints import what_would
 from portatrain.plan.result import Candidate, Counts, Plan, Refused, slowest_term
 
@@ -289,6 +290,8 @@ def _check_mesh(shape: ModelShape, cluster: Cluster, mesh: Sizes) -> None:
             got=f"{devices}",
             do="Change the mesh or the cluster.",
         )
+    if shape.recurrence and mesh[CONTEXT] > 1:
+        raise split_positions(f"a layer of {shape.name}", mesh[CONTEXT])
     if not meshes.rules(shape).fits(mesh):
         checks = meshes.rules(shape)
         bad = next(s for s in (*checks.splits, checks.batch) if not s.fits(mesh))

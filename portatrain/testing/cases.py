@@ -40,6 +40,13 @@ _EINSUMS: tuple[tuple[str, tuple[tuple[int, ...], ...]], ...] = (
 )
 
 
+def _near_one(ops: Any, x: Any, y: Any) -> Any:
+    """The product of x and y, by way of 1 + x / 1024: operands rounded to bfloat16 would lose it."""
+    one = ops.cast(x, "float32") * 0.0 + 1.0
+    products = [ops.einsum("bij,bjk->bik", a, y, dtype="exact") for a in (one + x / 1024, one)]
+    return 1024 * (products[0] - products[1])
+
+
 def _einsum_cases() -> list[Case]:
     cases = [
         Case(name=f"einsum {spec}", fn=lambda ops, *xs, spec=spec: ops.einsum(spec, *xs), args=normal(*shapes))
@@ -50,6 +57,22 @@ def _einsum_cases() -> list[Case]:
             name="einsum into float32",
             fn=lambda ops, x, w: ops.einsum("bse,ex->bsx", x, w, dtype="float32"),
             args=normal((2, 5, 6), (6, 4)),
+        )
+    )
+    cases.append(
+        Case(
+            name="einsum of exact operands",
+            fn=lambda ops, x, y: ops.einsum("bij,bjk->bik", x, y, dtype="exact"),
+            args=normal((2, 5, 6), (2, 6, 4)),
+            precisions=FP32,
+        )
+    )
+    cases.append(
+        Case(
+            name="einsum of exact operands that bfloat16 does not hold",
+            fn=_near_one,
+            args=normal((2, 5, 6), (2, 6, 4)),
+            precisions=("bf16",),
         )
     )
     cases.append(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ def _distinct(rng: Rng, b: int, s: int, x: int, c: int) -> np.ndarray:
     return np.stack([rng.permutation(x)[:c] for _ in range(b * s)]).reshape(b, s, c).astype(np.int32)
 
 
-def expert_cases() -> list[Case]:
+@functools.cache  # the same objects, so that the oracle answers each once a process (`oracle.answers`)
+def expert_cases() -> tuple[Case, ...]:
     b, s, e, m, x = 2, 5, 8, 12, 4
     weights = {"gate": (x, e, m), "up": (x, e, m), "down": (x, m, e)}
     biases = {"gate": (x, m), "up": (x, m), "down": (x, e)}
@@ -67,4 +69,4 @@ def expert_cases() -> list[Case]:
             ),
         )
     )
-    return cases
+    return tuple(cases)

@@ -5,8 +5,9 @@ Shape letters: B batch, S seq, E embed, V vocab.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row, rope_fields, rope_type
@@ -78,11 +79,30 @@ class Kind:
     """Which of the model's rotary tables turns queries and keys. None: no rotary positions."""
 
 
+MAY_BE_0 = ("dense_layers", "predict_depth", "rotary")
+"""Whole numbers of a config that are not sizes."""
+ABOVE_0 = ("limit", "_scale", "softcap", "theta")
+"""How the names of numbers end that something is divided, multiplied or bounded by."""
+
+
 def check_sizes(config: Any) -> None:
-    """Raise UserError for a size of a language model that is below 1; None stands for a default, and 0 does not."""
-    for name in ("vocab", "embed", "layers", "heads", "kv_heads", "head_dim", "value_head_dim", "mlp"):
-        if (size := getattr(config, name, None)) is not None and size < 1:
-            raise UserError(f"model.{name}", expected="an integer of at least 1", got=repr(size), do="Enlarge it.")
+    """Raise UserError for a size of a model that is below 1, or another number that is negative.
+
+    A field that is None stands for a default, and 0 does not.
+    """
+    for field in fields(config):
+        number, name = getattr(config, field.name), f"model.{field.name}"
+        if isinstance(number, bool) or not isinstance(number, (int, float)):
+            continue
+        if field.name.endswith(ABOVE_0):
+            good, expected = 0 < number < math.inf, "a finite number above 0"
+        elif isinstance(number, float):
+            good, expected = 0 <= number < math.inf, "a finite number of at least 0"
+        else:
+            least = 0 if field.name in MAY_BE_0 else 1
+            good, expected = number >= least, f"an integer of at least {least}"
+        if not good:
+            raise UserError(name, expected=expected, got=repr(number), do="Enlarge it.")
 
 
 @dataclass(frozen=True, kw_only=True)

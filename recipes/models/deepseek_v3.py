@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from portatrain.checkpoint.interop import Fields, Hub, Row
-from portatrain.errors import UserError
 from portatrain.model.layers import LatentAttention, layers_of, places_of
 from portatrain.model.module import Module
 from portatrain.model.ops import Array, Ops
@@ -88,14 +87,6 @@ class DeepseekV3Config(MixtureConfig):
     """Number of modules that predict further tokens, one more each; see `ahead.AheadLM`."""
     predict_weight: float = added_later(0.3)
     """Weight of the mean of their losses."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("predict_depth", "predict_weight"):
-            if not (value := getattr(self, name)) >= 0:
-                raise UserError(
-                    f"model.{name}", expected="0 or more", got=repr(value), do="With predict_depth=0 there are none."
-                )
 
     def build(self) -> DeepseekV3:
         """Return the model."""

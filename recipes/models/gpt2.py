@@ -14,7 +14,7 @@ from portatrain.errors import UserError
 from portatrain.model.layers import MLP, Attention, LayerNorm
 from portatrain.model.module import Module, Param, Stack
 from portatrain.model.ops import Array, Ops
-from recipes.models.causal import CausalLM, Kind, flops
+from recipes.models.causal import CausalLM, Kind, check_sizes, flops
 
 ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
 # A tensor of a layer: its name in transformers, ours, and the number of contracted axes; None: a vector as it is.
@@ -54,6 +54,9 @@ class GPT2Config:
     """The eps of all norms."""
     z_loss: float = 0.0
     """Weight of the z-loss; 0 switches it off."""
+
+    def __post_init__(self) -> None:
+        check_sizes(self)
 
     def build(self) -> GPT2:
         """Return the model."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from portatrain.config import require
 from portatrain.model.layers import MLP, Attention, Dropout, LayerNorm, PatchEmbedding
 from portatrain.model.module import Module, Param, Stack
 from portatrain.model.ops import Array, Batch, Loss, Ops
@@ -27,6 +28,11 @@ class ViTConfig:
     mlp: int | None = None
     dropout: float = 0.0
     norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "columns", "channels", "patch", "classes", "embed", "layers", "heads", "mlp"):
+            if (size := getattr(self, name)) is not None:
+                require(self, name, size >= 1, "an integer of at least 1")
 
     def build(self) -> ViT:
         return ViT(self)

@@ -22,10 +22,15 @@ from tests.support.running import BACKENDS
 ON_ACCELERATORS = ("flex", "splash")
 """Kernels that refuse every one of these cases on a CPU; they have tests of their own."""
 ROWS = [
-    (name, row.name) for name in BACKENDS for row in kernels.rows("attention", name) if row.name not in ON_ACCELERATORS
+    # test_ops.py runs these cases, too, and they are short enough for what is written out.
+    pytest.param(name, row.name, marks=pytest.mark.full if row.name == "written-out" else ())
+    for name in BACKENDS
+    for row in kernels.rows("attention", name)
+    if row.name not in ON_ACCELERATORS
 ]
 
 
+@pytest.mark.usefixtures("compiled_quickly")
 @pytest.mark.parametrize(("backend", "kernel"), ROWS)
 def test_a_kernel_is_right_where_it_applies(backend: str, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SCORES_BYTES", 1)  # else nothing is long enough to be cut into chunks

@@ -18,7 +18,7 @@ from tests.support import forks
 from tests.support.short_runs import losses
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODELS = ("conv_net", "diffusion", "two_towers", "recurrent", "encoder_decoder", "mixture")
+MODELS = ("conv_net", "diffusion", "two_towers", "recurrent", "encoder_decoder", "mixture", "hybrid")
 SMALL = ("steps=9", "schedule.warmup=2", "batch=16", "accumulation=2", "eval_every=none", "eval_final_batches=2")
 BOUND = 1e-6
 

@@ -79,7 +79,7 @@ def test_microbatches_change_nothing(name: str, scaling: str) -> None:
         assert np.abs(gradient - others[key]).max() <= bound * np.abs(gradient).max(), key
 
 
-@pytest.mark.full
+@pytest.mark.hand
 @pytest.mark.filterwarnings("default")  # of torch's tracer, which turns warnings into errors of its own
 @pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
 def test_compiled_blocks_follow_blocks_that_are_not() -> None:

@@ -92,7 +92,7 @@ def test_operations_of_a_torch_layer(shape: Shape) -> None:
     assert many.total - few.total == known, difference(many.operations, few.operations)
 
 
-@pytest.mark.full
+@pytest.mark.hand
 @pytest.mark.timeout(900)
 def test_a_compiled_torch_layer_runs_no_more_kernels_than_by_hand() -> None:
     """Neither than one compiled by itself, nor than one within a model compiled whole; but for the norm of each matrix,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from portatrain.recipe import Recipe, load_recipe, shipped_recipes
+from portatrain.recipe import Recipe, load_recipe
 from portatrain.testing.recipe_check.future import future, is_next_tokens
 from portatrain.testing.recipe_check.run import check_recipe
 from portatrain.testing.recipe_check.small import Small, batches_of, candidates
 from portatrain.testing.recipe_check.subject import Subject, subject_of
 from tests.support import next_token
+from tests.support.shipped import each
 
 
 def small(recipe: Recipe) -> Subject:
@@ -37,7 +38,7 @@ def test_the_whole_check_says_it() -> None:
     assert check_recipe(next_token.recipe("two tokens ahead"), backends=()).findings == []
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", each())
 def test_nothing_is_found_in_shipped_recipes(name: str) -> None:
     assert future(small(load_recipe(name))) == []
 

@@ -20,13 +20,14 @@ from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.checkpoint.meta import FIELDS, NEEDED
 from portatrain.cli import main
 from portatrain.errors import UserError
-from portatrain.recipe import Recipe, load_recipe, shipped_recipes
+from portatrain.recipe import Recipe, load_recipe
 from portatrain.recipe.same import FREE, changed_fields, deciding_changes
 from portatrain.runs.run_dir import RunDir
 from portatrain.testing import mutants
 from portatrain.training.trained import load
 from portatrain.training.trainer import train
 from tests.support.running import BACKENDS
+from tests.support.shipped import each
 from tests.support.short_runs import SMALL, small
 
 BACKEND, STEP = BACKENDS[-1], "checkpoints/step-00000002"
@@ -353,7 +354,7 @@ def another(value: Any) -> Any:
     return value + 1 if isinstance(value, int) else [*value, "x"] if isinstance(value, list) else f"{value}x"
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", each())
 def test_every_field_of_every_shipped_recipe_decides_or_is_free(name: str) -> None:
     """Each value of the stored recipe is changed by the least that there is."""
     recipe = load_recipe(name)

@@ -196,7 +196,7 @@ def test_a_gpu_is_found_by_the_name_that_its_description_has(name: str) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["mixtral-8x7b", "--cluster", "h100-64"], "a preset shape"),
+        (["llama2-70b", "--cluster", "h100-64"], "a preset shape"),
         (["llama3-1b", "--cluster", "mi300x-64", "--compiler", "tpu"], "a TPU of generation"),
         (["llama3-1b", "--cluster", "mi300x-64", "--compiler", "cuda"], "h100-sxm"),
         (["llama3-1b", "--cluster", "h100-64", "--compiler", "rocm"], "mi300x"),

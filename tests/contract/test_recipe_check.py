@@ -32,6 +32,7 @@ from portatrain.testing.recipe_check.subject import explained
 from tests.support import planted
 from tests.support.own_recipe import GOOD
 from tests.support.running import BACKENDS
+from tests.support.shipped import USUAL, each
 
 # fault -> (check, part of what is named, part of the sentence)
 IN_THE_ORACLE: dict[str, tuple[str, str, str]] = {
@@ -128,14 +129,14 @@ ALL = [*shipped_recipes(), *EXAMPLES]
 
 def distinct() -> list[str]:
     """Recipes that differ once they are small; the larger ones of a family are the same model then."""
-    made = {}
-    for name in ALL:
+    made: dict[str, str] = {}
+    for name in [*USUAL, *ALL]:
         small = next(candidates(load_recipe(name)))[0].to_json()
         made.setdefault(json.dumps([small["model"], small["data"]], sort_keys=True), name)
     return list(made.values())
 
 
-@pytest.mark.parametrize("name", distinct())
+@pytest.mark.parametrize("name", each(distinct()))
 def test_nothing_is_found_in_shipped_recipes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(properties, "REPEATS_S", 0.1)
     report = check_recipe(load_recipe(name), backends=())

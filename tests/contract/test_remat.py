@@ -147,7 +147,7 @@ def compiled_gradients(policy: str) -> dict[str, np.ndarray]:
 # torch's compiler imports what torch calls deprecated, and looks at the .grad of every tensor it is given.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.full
+@pytest.mark.hand
 @pytest.mark.timeout(900)
 @pytest.mark.skipif("torch" not in BACKENDS, reason="torch is not installed")
 @pytest.mark.parametrize("policy", ["block", "dots", "attention", "keep:hidden"])

@@ -1,4 +1,4 @@
-"""A mixture of experts that moves from jax over the expert axis to torch over fsdp and to jax on one device."""
+"""Runs on meshes and over moves: a mixture of experts, and a hybrid of recurrent layers and attention."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import resume_hybrid
+from benchmarks.resume_matrix import BOUND
 from benchmarks.resume_mixture import LEGS, move, wrong
 from portatrain.backends.base import missing
 
@@ -20,6 +22,16 @@ def test_a_mixture_moves_and_comes_back_with_the_same_bits(tmp_path: Path) -> No
     row = move(tmp_path)
     print(row)
     assert not wrong(row), row
+
+
+@pytest.mark.full
+@pytest.mark.timeout(1200)
+def test_a_hybrid_has_one_curve_on_every_mesh_and_moves(tmp_path: Path) -> None:
+    found = resume_hybrid.curves(tmp_path)
+    row = move(tmp_path / "moves", resume_hybrid.FILE, resume_hybrid.LEGS, resume_hybrid.STEPS // 3)
+    print(found, row)
+    assert all(worst <= BOUND for worst in found.values()), found
+    assert not wrong(row, resume_hybrid.LEGS), row
 
 
 def test_what_is_wrong() -> None:

@@ -124,7 +124,11 @@ def test_an_honest_move_is_accepted(case: Any, step: int) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(c, marks=pytest.mark.soak if i % 4 else pytest.mark.full, id=" ".join(map(str, c)))
+        pytest.param(
+            c,
+            marks=pytest.mark.soak if i % 4 else pytest.mark.hand if i % 12 else pytest.mark.full,
+            id=" ".join(map(str, c)),
+        )
         for i, c in enumerate(GENERATED)
     ],
 )

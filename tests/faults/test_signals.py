@@ -44,6 +44,8 @@ read = read_ahead._read
 class Stalls:
     def __init__(self, split):
         self.split = split
+    def __getattr__(self, name):
+        return getattr(self.split, name)
     def batch(self, start, count):
         if start >= 40:
             time.sleep(3600)

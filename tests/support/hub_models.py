@@ -22,6 +22,7 @@ FAMILIES = (
     *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "olmo3", "smollm3", "phi3", "gpt2"),
 )
 ROUTED = ("mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+RECURRENT = ("olmo_hybrid",)
 SEQ = 24
 LONGEST = 64
 
@@ -50,6 +51,8 @@ def random_config(kind: str, rng: np.random.Generator) -> dict[str, Any]:
         }
     if kind in ROUTED:
         return {**common, **_routed_config(kind, heads, layers, pick, rng)}
+    if kind in RECURRENT:
+        return {**common, **_recurrent_config(heads, max(layers, 2), pick, rng)}
     divisors = [n for n in range(1, heads + 1) if heads % n == 0]
     head_dim, free = pick(4, 6, 8, 12), kind in ("mistral", "qwen2", "qwen3")
     hidden = heads * head_dim if kind == "phi3" else pick(12, 20, 28) if free else heads * pick(4, 6)
@@ -142,6 +145,39 @@ def _routed_config(kind: str, heads: int, layers: int, pick: Any, rng: np.random
     return {**found, "rope_parameters": {"rope_theta": pick(50.0, 1e4), **rope}}
 
 
+def _recurrent_config(heads: int, layers: int, pick: Any, rng: np.random.Generator) -> dict[str, Any]:
+    """The fields of an OLMo Hybrid: key heads that serve several value heads, odd sizes, any order of its two kinds of
+    layers, with and without rotary positions."""
+    key_heads, head_dim = pick(1, 2, 3), pick(4, 6, 8)
+    types = [pick("linear_attention", "full_attention") for _ in range(layers)]
+    if len(set(types)) == 1:
+        types[int(rng.integers(layers))] = {"linear_attention": "full_attention"}.get(types[0], "linear_attention")
+    found: dict[str, Any] = {
+        "hidden_size": pick(12, 20, 28),
+        "intermediate_size": pick(20, 36),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": pick(*(n for n in range(1, heads + 1) if heads % n == 0)),
+        "head_dim": head_dim,
+        "rms_norm_eps": pick(1e-6, 1e-4),
+        "max_position_embeddings": LONGEST,
+        "attention_bias": pick(True, False),
+        "layer_types": types,
+        "linear_num_key_heads": key_heads,
+        "linear_num_value_heads": key_heads * pick(1, 2, 3),
+        "linear_key_head_dim": pick(3, 6, 8),
+        "linear_value_head_dim": pick(4, 5, 12),
+        "linear_conv_kernel_dim": pick(1, 2, 4),
+        "linear_allow_neg_eigval": pick(True, False),
+    }
+    rope = random_rope(head_dim, rng)
+    if rope["rope_type"] == "dynamic":
+        found["max_position_embeddings"] = pick(8, SEQ, LONGEST)
+    if pick(True, False):
+        return {**found, "rope_theta": None, "rope_parameters": None}
+    return {**found, "rope_parameters": {"rope_theta": pick(50.0, 1e4), **rope}}
+
+
 def random_rope(head_dim: int, rng: np.random.Generator, of: tuple[str, ...] | None = None) -> dict[str, Any]:
     """Rotary parameters of a random type; `of`: longrope, for a part of a head, or neither."""
     types = ("default", "linear", "dynamic", "llama3", "yarn", "longrope") if of is None else ("default", "longrope")
@@ -203,6 +239,8 @@ def ours(folder: Path) -> tuple[Recipe, dict[str, np.ndarray], dict[str, np.ndar
 def by_file_names(kind: str, held: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Arrays by the names of a model's parameters in transformers 5, in which the experts of a layer are one tensor, by
     the names of its files."""
+    if kind == "olmo_hybrid":
+        return _cut_kernels(held)
     found: dict[str, np.ndarray] = {}
     parts = ("w1", "w3", "w2") if kind == "mixtral" else ("gate_proj", "up_proj", "down_proj")
     for name, array in held.items():
@@ -215,6 +253,19 @@ def by_file_names(kind: str, held: Mapping[str, np.ndarray]) -> dict[str, np.nda
             cut = np.split(each, 2) if last == "gate_up_proj" else [each]
             for part, piece in zip(parts[:2] if len(cut) == 2 else parts[2:], cut, strict=True):
                 found[f"{path}.{x}.{part}.weight"] = piece
+    return found
+
+
+def _cut_kernels(held: Mapping[str, Any]) -> dict[str, Any]:
+    """The kernels of queries, keys and values by themselves; an OLMo Hybrid in transformers has them in one tensor."""
+    found = dict(held)
+    for name in [n for n in held if n.endswith("linear_attn.conv1d.weight")]:
+        kernels, at = found.pop(name), name.removesuffix("conv1d.weight")
+        first = 0
+        for part in "qkv":
+            last = first + held[f"{at}{part}_proj.weight"].shape[0]
+            found[f"{at}{part}_conv1d.weight"] = kernels[first:last]
+            first = last
     return found
 
 

@@ -21,6 +21,7 @@ from portatrain.optim import SGD, Adafactor, AdamW, Lion, Muon, Rule
 from portatrain.recipe.building import lr_factor
 from recipes.models.decoder import DecoderConfig
 from recipes.models.deepseek_v3 import DeepseekV3Config
+from recipes.models.olmo_hybrid import OlmoHybridConfig
 from recipes.models.vit import ViTConfig
 from tests.support.running import image_batch, tokens_batch
 from tests.support.toy_models import Latent, Mixture, Nested, Routed, Ruled, TwoTowers
@@ -127,6 +128,13 @@ _AHEAD = DeepseekV3Config(
 """A dense layer, and two routed ones that predict further tokens."""
 
 
+_HYBRID = OlmoHybridConfig(
+    **{"vocab": VOCAB, "embed": 16, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 32, "tied": False, "chunk": 6},
+    **{"key_heads": 2, "value_heads": 4, "key_size": 4, "value_size": 6, "recurrent": (True, True, False)},
+)
+"""Chunks that do not divide the positions."""
+
+
 def _mixture(*, layers: int = 1, clamped: bool = False, halves: bool = False) -> Mixture:
     return Mixture(vocab=VOCAB, embed=16, layers=layers, experts=4, chosen=2, clamped=clamped, halves=halves)
 
@@ -221,6 +229,7 @@ CASES: dict[str, Case] = {
         model=_adapted_mixture(), accumulation=2, steps=2, predicts=False, options={"trainable": is_factor}
     ),
     "routed, further tokens": Case(model=_AHEAD, accumulation=2),
+    "hybrid": Case(model=_HYBRID, accumulation=2),
     "nested": Case(model=Nested(vocab=VOCAB, embed=16, layers=2, inner=2, rate=0.1), accumulation=2, predicts=False),
     "towers": Case(model=TwoTowers(vocab=VOCAB, embed=16, rate=0.1), accumulation=2, optimizer=AdamW(lr=1e-4)),
     "towers, groups in a microbatch": Case(

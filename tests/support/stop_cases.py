@@ -44,6 +44,15 @@ def wait_for(condition: Callable[[], bool], said: Callable[[], str], seconds: fl
         time.sleep(0.01)
 
 
+def alive(pid: int) -> bool:
+    """Return whether a process runs, or has ended and was not waited for."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def tell(folder: Path, row: Row, pids: list[int]) -> None:
     """Send the request, then let the processes that wait go on."""
     for i, name in enumerate(row["request"].split()):

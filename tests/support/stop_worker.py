@@ -94,6 +94,9 @@ def arrange(phase: str, folder: Path) -> None:
             def __init__(self, split: Any) -> None:
                 self.split = split
 
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.split, name)
+
             def batch(self, start: int, count: int) -> Any:
                 if start >= (AT_STEP - 1) * count:
                     pause.wait()

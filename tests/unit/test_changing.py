@@ -134,7 +134,7 @@ def test_a_later_piece_of_a_mixture_keeps_the_order_of_past_samples(first: int, 
     def order(spec: Mixture) -> tuple[np.ndarray, np.ndarray]:
         mixed = object.__new__(Mixed)
         pieces = [(0, spec.weights), *spec.schedule]
-        from portatrain.data.mixture import counts
+        from portatrain.data.mixture_fields import counts
 
         mixed._seed, mixed._block = 0, spec.block
         mixed._first = np.array([at for at, _ in pieces])

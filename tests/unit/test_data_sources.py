@@ -345,7 +345,7 @@ BAD = [
     ("TokenMemmap", {"paths": "ids", "vocab": 70_000}, ["vocab", "65536", "70000"]),
     ("TokenMemmap", {"paths": "ids", "vocab": 256, "separator": 256}, ["separator", "0 to 255"]),
     ("TokenMemmap", {"paths": "ids", "vocab": 0}, ["vocab"]),
-    ("Digits", {"validation": 1.5}, ["Digits validation", "1.5"]),
+    ("Digits", {"validation": 1.5}, ["Digits.validation", "1.5"]),
     ("Digits", {"validation": 1e-9}, ["Digits validation", "none in validation"]),
 ]
 

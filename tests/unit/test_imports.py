@@ -96,6 +96,7 @@ ARRAY_MODULES = tuple(
         "checkpoint.fingerprints",
         "checkpoint.interop.hub_folder",
         "checkpoint.interop.hub_start",
+        "checkpoint.interop.hub_stored",
         "checkpoint.interop.hub_tokenizer",
         "checkpoint.newest",
         "checkpoint.object_store",

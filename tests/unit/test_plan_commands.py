@@ -75,6 +75,12 @@ def test_presets_take_overrides(capsys: pytest.CaptureFixture[str]) -> None:
     assert (found["batch"], found["seq_len"]) == (64, 4096)
 
 
+def test_a_token_of_data_without_tokens_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, told in (("tiny-vit", True), ("tiny-lm", False)):
+        assert call(plan, recipe, "--cluster", "h100-8") == 0
+        assert ("tok counts the 16 positions" in " ".join(capsys.readouterr().out.split())) is told
+
+
 def test_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "cost.svg"
     assert call(plan, "llama3-8b", "--cluster", "h100-64,tpu-v5p-256", "--plot", str(target), "--json") == 0

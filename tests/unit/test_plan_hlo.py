@@ -66,6 +66,7 @@ def test_a_loop_counts_as_often_as_it_runs(trips: str) -> None:
     assert found.calls == {"fsdp": 6 + 1, "tensor": 1, "fsdp+tensor": 1}
     array = 8 * 16 * 4
     assert found.bytes == {"fsdp": 6 * 16 * 16 * 4 + array, "tensor": 2 * array, "fsdp+tensor": array}
+    assert found.kinds["fsdp"] == {"all-gather": 6 * 16 * 16 * 4, "collective-permute": array}
 
 
 INLINE = "  %one = s32[] constant(2)\n  %copied = s32[] copy(%i)\n  %next = s32[] add(%copied, %one)\n"

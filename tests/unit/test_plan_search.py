@@ -175,7 +175,7 @@ def test_the_boundary_is_sharp() -> None:
     assert not any("less than 5 %" in note for note in with_memory(least * 1.5).notes)
 
 
-@pytest.mark.parametrize(("name", "cluster"), [("mixtral-8x7b", "h100-1024"), ("deepseek-v3", "gb200-2016")])
+@pytest.mark.parametrize(("name", "cluster"), [("mixtral-8x7b", "h100-1024"), ("deepseek-v3", "tpu-v5p-512")])
 def test_mixtures_of_experts_use_the_expert_axis_where_it_pays(name: str, cluster: str) -> None:
     found = plan(PRESETS[name], parse(cluster))
     assert found.best and found.best[0].mesh[2] > 1

@@ -167,6 +167,17 @@ def test_further_tokens_are_counted_and_equal_stacks_too(layers: int, dense: int
     assert on_mesh(shape, (1, 2, 1, 1, 1)).head == 64 * 32
 
 
+@pytest.mark.parametrize(("dense", "shared", "depth"), [(0, 0, 0), (2, 1, 0), (1, 2, 1)])
+def test_layers_with_and_without_experts_have_widths_of_their_own(dense: int, shared: int, depth: int) -> None:
+    """All of them are called mlp, whatever they lie in."""
+    sizes = {"vocab": 64, "embed": 32, "heads": 4, "mlp": 480, "experts": 4, "chosen": 2, "expert_mlp": 24}
+    latent = {"q_rank": 12, "kv_rank": 8, "nope_dim": 8, "rope_dim": 4, "value_dim": 8}
+    more = {"dense_layers": dense, "shared_experts": shared, "predict_depth": depth, "tied": False}
+    recipe = dataclasses.replace(load_recipe("tiny-lm"), model=DeepseekV3Config(**sizes, **latent, **more, layers=5))
+    routed = (5 - dense + depth, 24.0 * (2 + shared), True)
+    assert shape_of(recipe).stacks == (((dense, 480.0, False), routed) if dense else (routed,))
+
+
 def test_a_vision_recipe_plans_from_its_tensors() -> None:
     shape = shape_of(find("tiny-vit"))
     assert (shape.seq_len, shape.vocab, shape.causal, shape.gated, shape.heads) == (16, 0, False, False, 4)

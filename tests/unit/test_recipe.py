@@ -354,14 +354,19 @@ def test_file_loads_with_its_neighbours_and_round_trips(tmp_path: Path) -> None:
 def test_shipped_recipes_load_by_name_and_by_file_alike() -> None:
     shipped = shipped_recipes()
     assert list(shipped) == [
-        "llama3-1b",
-        "llama3-8b",
-        "llama3-70b",
-        "llama3-405b",
-        "tiny-chat",
-        "tiny-dpo",
-        "tiny-lm",
-        "tiny-vit",
+        "deepseek-v3",
+        *(f"gemma{size}" for size in ("2-2b", "2-9b", "2-27b", "3-1b", "3-4b", "3-12b", "3-27b")),
+        *("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"),
+        *("gpt-oss-20b", "gpt-oss-120b"),
+        *("llama3-1b", "llama3-8b", "llama3-70b", "llama3-405b"),
+        "mistral-7b",
+        *("mixtral-8x7b", "mixtral-8x22b"),
+        *("olmo2-7b", "olmo2-13b", "olmo2-32b", "olmo3-7b"),
+        *("phi3-mini", "phi3-medium"),
+        "qwen2-7b",
+        *(f"qwen3-{size}" for size in ("4b", "8b", "14b", "32b", "30b-a3b", "235b-a22b")),
+        "smollm3-3b",
+        *("tiny-chat", "tiny-dpo", "tiny-lm", "tiny-vit"),
     ]
     for name, module in shipped.items():
         by_name = load_recipe(name)

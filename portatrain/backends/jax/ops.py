@@ -122,6 +122,8 @@ class JaxOps(Measured, OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         letters, _, out = spec.replace(" ", "").partition("->")
         terms = letters.split(",")
         split = self._split(terms, operands)
+        if dtype == "exact":
+            return self._exact(spec, operands, split, terms, out)
         if dtype is None and self._is_low(operands[-1]) and transposable(spec):
             x, w = (plain(value) for value in operands)
             x = self._along(x, terms[0], split)
@@ -133,6 +135,12 @@ class JaxOps(Measured, OnMesh, AcrossSamples, JaxArrays, JaxExperts):
         product = contract(
             *arrays, precision=self._precision, preferred_element_type=DTYPES[dtype] if dtype else self.compute
         )
+        return self._along(product, out, split)
+
+    def _exact(self, spec: str, operands: Sequence[Any], split: Any, terms: Sequence[str], out: str) -> Any:
+        arrays = [self.weight(x).astype(jnp.float32) for x in operands]
+        arrays = [self._along(x, its, split) for x, its in zip(arrays, terms, strict=True)]
+        product = jnp.einsum(spec, *arrays, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
         return self._along(product, out, split)
 
     def einsum_fp8(self, form: Form, x: Any, w: Any) -> Any:

@@ -12,7 +12,7 @@ from portatrain.backends.base import Context
 from portatrain.backends.reference.guard import GuardedOps, guarded, unwrapped
 from portatrain.backends.reference.ops import ReferenceOps
 from portatrain.model.bind import bind
-from portatrain.model.module import Constant, Definition
+from portatrain.model.module import Constant, Definition, Values
 from portatrain.model.ops import Aux, Loss
 from portatrain.model.state_updates import run_after_step
 
@@ -110,6 +110,9 @@ def initial(definition: Definition, seed: int = 0) -> dict[str, np.ndarray]:
     for name, info in definition.params.items():
         if isinstance(info.init, Constant):
             values = np.full(info.shape, info.init.value)
+        elif isinstance(info.init, Values):
+            given = np.array(info.init.values).reshape(info.shape[info.stack_dims :])
+            values = np.broadcast_to(given, info.shape)
         else:
             values = rng.normal(0, info.init.std, info.shape)
         made[name] = values.astype(np.float32).astype(np.float64)

@@ -108,9 +108,12 @@ class TorchOps(Measured, AcrossSamples, TorchArrays, TorchExperts):
     @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
         compute = self.static.compute
-        xs = [x.to(compute) for x in operands]
-        if dtype is not None and DTYPES[dtype] != compute:
-            xs = [x.to(DTYPES[dtype]) for x in xs]  # the products stay exact, the sum is kept unrounded
+        if dtype == "exact":
+            xs = [self.weight(x).float() for x in operands]
+        else:
+            xs = [x.to(compute) for x in operands]
+            if dtype is not None and DTYPES[dtype] != compute:
+                xs = [x.to(DTYPES[dtype]) for x in xs]  # the products stay exact, the sum is kept unrounded
         plan = _plan(spec) if torch.compiler.is_compiling() else _cached_plan(spec)
         if plan is None:
             return torch.einsum(spec, *xs)

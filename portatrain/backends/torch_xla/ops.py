@@ -65,6 +65,8 @@ class XlaOps(TorchOps):
 
     @adapts
     def einsum(self, spec: str, *operands: Tensor, dtype: str | None = None) -> Tensor:
+        if dtype == "exact":
+            return torch.einsum(spec, *(self.weight(x).float() for x in operands))
         xs = [x.to(self.static.compute) for x in operands]
         if dtype is not None:
             xs = [x.to(DTYPES[dtype]) for x in xs]  # the products stay exact, the sum is kept unrounded

@@ -39,6 +39,7 @@ FAMILIES = Registry(
         "gemma3_text": "recipes.models.gemma:from_hub",
         "olmo2": "recipes.models.olmo2:from_hub",
         "olmo3": "recipes.models.olmo3:from_hub",
+        "olmo_hybrid": "recipes.models.olmo_hybrid:from_hub",
         "smollm3": "recipes.models.smollm3:from_hub",
         "phi3": "recipes.models.phi3:from_hub",
         "gpt2": "recipes.models.gpt2:from_hub",

@@ -26,6 +26,7 @@ class Row:
     part: (start, stop) or (start, stop, step) in their output axis, if several rows share their tensor.
     grouped: (size, order), if their output axis is a row of groups of `size`, such as heads, and the outputs of one of
         our groups lie at the places `order` of one of theirs.
+    depthwise: their matrix has an axis of size 1 between output and input, as the kernel of a depthwise Conv1d.
     stacked: the number of first axes of our slice that their tensor has, too, such as experts.
     state: ours is a State, and not a parameter.
     copy: their tensor is a second one of ours that another row has, such as a table that is shared: it is written, and
@@ -39,6 +40,7 @@ class Row:
     transposed: bool = True
     part: tuple[int, int] | tuple[int, int, int] | None = None
     grouped: tuple[int, tuple[int, ...]] | None = None
+    depthwise: bool = False
     stacked: int = 0
     state: bool = False
     copy: bool = False
@@ -83,7 +85,8 @@ class Row:
         if not self.rows:
             return array.reshape(-1)
         matrix = array.reshape(math.prod(array.shape[: self.rows]), -1)
-        return matrix.T.copy() if self.transposed else matrix
+        matrix = matrix.T.copy() if self.transposed else matrix
+        return matrix[:, None] if self.depthwise else matrix
 
     def their_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of `out` for our slice of `shape`."""
@@ -94,7 +97,8 @@ class Row:
         if not self.rows:
             return (math.prod(shape),)
         inputs, outputs = math.prod(shape[: self.rows]), math.prod(shape[self.rows :])
-        return (outputs, inputs) if self.transposed else (inputs, outputs)
+        found = (outputs, inputs) if self.transposed else (inputs, outputs)
+        return (found[0], 1, found[1]) if self.depthwise else found
 
     def whole_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the smallest shape of their whole tensor that holds this row, given that of `out`."""
@@ -155,12 +159,14 @@ class Row:
         if self.rows:
             inputs = merged(0, self.rows)
             axes = [*axes, inputs] if self.transposed else [inputs, *axes]
+            axes = [axes[0], np.zeros(1, np.int64), axes[1]] if self.depthwise else axes
         if not all(len(a) for a in axes):
             return np.zeros(box.shape, np.float32)
         held = np.asarray(their[tuple(slice(int(a.min()), int(a.max()) + 1) for a in axes)])
         for axis, places in enumerate(axes):
             if not np.array_equal(places - places.min(), np.arange(held.shape[axis])):
                 held = held.take(places - places.min(), axis=axis)
+        held = held[:, 0] if self.depthwise else held
         return (held.T if self.rows and self.transposed else held).reshape(box.shape)
 
 
@@ -183,6 +189,10 @@ class Hub:
     rows: tuple[Row, ...]
     overrides: Mapping[str, str] = field(default_factory=dict)
     """A name in config.json -> the recipe's field for it, for messages."""
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    """A part of a name that some folders have -> what the rows have in its place."""
+    pieces: tuple[tuple[str, ...], ...] = ()
+    """Tensors that count joined along their first axis, because some folders cut what is joined at other places."""
     passed_over: tuple[str, ...] = ()
     """How the names of tensors begin that a folder may hold, and that neither the model nor transformers reads."""
     takes_them: str = ""

@@ -16,6 +16,7 @@ from checkpoints_format.dtypes import NUMPY
 from portatrain.checkpoint.begun import begun
 from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
+from portatrain.checkpoint.interop.hub_stored import Stored, cut_anew, under_our_names
 from portatrain.checkpoint.interop.hub_table import Hub, Row
 from portatrain.checkpoint.interop.hub_tokenizer import generation, written
 from portatrain.errors import UserError
@@ -166,22 +167,21 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
     shapes: of our parameters and States, by their full names ('params/...', 'state/...').
     Raises UserError for a folder without weights, and for names and shapes that are not the model's, all listed.
     """
-    from safetensors import safe_open
-
     hub, what = hub_of(recipe), f"folder {source}"
     check(source, hub, recipe.name)
-    there = _files(source)
+    there = under_our_names(hub, _files(source))
     wanted, copies = _sharing(hub.read), {row.theirs for row in hub.rows if row.copy}
     missing, more = sorted(wanted.keys() - there.keys()), sorted(there.keys() - wanted.keys() - copies)
     more = [n for n in more if not (n.endswith(BUFFERS) or n.startswith(hub.passed_over))]
-    wrong = []
-    for name in sorted(wanted.keys() & there.keys()):
-        with safe_open(there[name], framework="numpy") as opened:
-            found = tuple(opened.get_slice(name).get_shape())
-        each = [row.whole_shape(row.their_shape(row.inner(shapes[row.full]))) for row in wanted[name]]
-        shape = tuple(max(sizes) for sizes in zip(*each, strict=True))
-        if found != shape:
-            wrong.append(f"{name} of {list(found)} for {list(shape)}")
+    sizes, wrong = {}, []
+    for name, each in wanted.items():
+        every = [row.whole_shape(row.their_shape(row.inner(shapes[row.full]))) for row in each]
+        sizes[name] = tuple(max(ends) for ends in zip(*every, strict=True))
+    held = {name: Stored.whole(*there[name]) for name in sorted(wanted.keys() & there.keys())}
+    cut_anew(hub, held, sizes)
+    for name, tensor in held.items():
+        if tensor.shape != sizes[name]:
+            wrong.append(f"{name} of {list(tensor.shape)} for {list(sizes[name])}")
     if missing or more or wrong:
         listed = [
             f"{kind}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
@@ -206,9 +206,8 @@ def read(source: Path, recipe: Recipe, shapes: Mapping[str, tuple[int, ...]]) ->
                 at = tuple(index - start for index, start in zip(row.leading, box.offset[:n], strict=True))
                 if not all(0 <= index < size for index, size in zip(at, box.shape[:n], strict=True)):
                     continue
-                with safe_open(there[row.theirs], framework="numpy") as opened:
-                    inner = Box(box.offset[n:], box.shape[n:])
-                    out[at] = row.taken(opened.get_slice(row.theirs), inner, row.inner(shapes[ours]))
+                inner = Box(box.offset[n:], box.shape[n:])
+                out[at] = row.taken(held[row.theirs], inner, row.inner(shapes[ours]))
             return out
 
         return of

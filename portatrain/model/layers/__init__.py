@@ -11,6 +11,8 @@ from portatrain.model.layers._basic import Dropout as Dropout
 from portatrain.model.layers._basic import Embedding as Embedding
 from portatrain.model.layers._basic import Linear as Linear
 from portatrain.model.layers._basic import PatchEmbedding as PatchEmbedding
+from portatrain.model.layers._delta import GatedDeltaNet as GatedDeltaNet
+from portatrain.model.layers._delta import documents_of as documents_of
 from portatrain.model.layers._experts import Experts as Experts
 from portatrain.model.layers._experts import MixtureMLP as MixtureMLP
 from portatrain.model.layers._experts import Router as Router

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from portatrain.errors import UserError
@@ -20,12 +21,20 @@ def _one_axis(owner: str, axis: dict[str, int]) -> dict[str, int]:
     return axis
 
 
+def _at_least_0(owner: str, eps: float) -> float:
+    if not 0 <= eps < math.inf:  # also not a number
+        raise UserError(
+            f"eps of {owner}", expected="a finite number of at least 0", got=repr(eps), do="A usual eps is 1e-6."
+        )
+    return eps
+
+
 class RMSNorm(Module):
     """`RMSNorm(embed=512)`: x / sqrt(mean(x^2) + eps) * scale over the last axis (Zhang and Sennrich 2019, eq. 4)."""
 
     def __init__(self, *, eps: float = 1e-6, **axis: int) -> None:
         self.scale = Param(**_one_axis("RMSNorm", axis), fan_in_axes=0, init="ones")
-        self.eps = eps
+        self.eps = _at_least_0(type(self).__name__, eps)
 
     def __call__(self, ops: Ops, x: Array) -> Array:
         """Return x, (..., N), normalised, in the shape and dtype of x; computed in float32."""
@@ -39,7 +48,7 @@ class LayerNorm(Module):
     def __init__(self, *, eps: float = 1e-6, bias: bool = True, **axis: int) -> None:
         self.scale = Param(**_one_axis("LayerNorm", axis), fan_in_axes=0, init="ones")
         self.bias: Any = Param(**axis, fan_in_axes=0, init="zeros") if bias else None
-        self.eps = eps
+        self.eps = _at_least_0(type(self).__name__, eps)
 
     def __call__(self, ops: Ops, x: Array) -> Array:
         """Return x, (..., N), normalised, in the shape and dtype of x; computed in float32."""
@@ -52,7 +61,7 @@ class OneRMSNorm(Module):
 
     def __init__(self, *, eps: float = 1e-6, **axis: int) -> None:
         self.scale = Param(**_one_axis("OneRMSNorm", axis), fan_in_axes=0, init="zeros")
-        self.eps = eps
+        self.eps = _at_least_0(type(self).__name__, eps)
 
     def __call__(self, ops: Ops, x: Array) -> Array:
         """Return x, (..., N), normalised, in the shape of x and the compute dtype; computed in float32."""
@@ -66,7 +75,7 @@ class HeadsRMSNorm(Module):
 
     def __init__(self, *, eps: float = 1e-6, **axes: int) -> None:
         self.scale = Param(**axes, fan_in_axes=0, init="ones")
-        self.axes, self.eps = tuple(axes), eps
+        self.axes, self.eps = tuple(axes), _at_least_0("HeadsRMSNorm", eps)
 
     def __call__(self, ops: Ops, x_BSHD: Array) -> Array:
         """Return x, (B, S, H, D), normalised, in its shape and the compute dtype; computed in float32."""

@@ -113,6 +113,7 @@ def as_json(predicted: Predicted, found: Answer) -> dict[str, Any]:
             "flops_fp8": found.raw.get("flops_fp8"),
             "dots": found.raw.get("dots"),
             "collective_bytes": dict(found.collectives) if found.collectives is not None else None,
+            "collective_kinds": found.raw.get("collective_kinds"),
             "compiler": found.compiler,
             "seconds": found.seconds,
             "cached": found.cached,

@@ -26,13 +26,14 @@ _MESH_GROUPS = re.compile(
 class Found:
     """The figures of one device and one run of the module. ``flops_fp8``: those of matmuls of two 8-bit floats.
     ``dots``: the number of matmuls, by the types of their operands ('bf16 x bf16'). ``bytes``: bytes of the gathered
-    arrays of collectives, by mesh axes (joined by ``+``), an all-reduce counted twice. ``calls``: the number of
-    collectives."""
+    arrays of collectives, by mesh axes (joined by ``+``), an all-reduce counted twice. ``kinds``: the same bytes by
+    mesh axes and operation, as the compiler names it. ``calls``: the number of collectives."""
 
     flops: float = 0.0
     flops_fp8: float = 0.0
     dots: dict[str, float] = field(default_factory=dict)
     bytes: dict[str, float] = field(default_factory=dict)
+    kinds: dict[str, dict[str, float]] = field(default_factory=dict)
     calls: dict[str, float] = field(default_factory=dict)
 
     def multiply(self, times: float, flops: float, kinds: Sequence[str]) -> None:
@@ -41,8 +42,10 @@ class Found:
         self.flops += times * flops
         self.flops_fp8 += times * flops * all(kind.startswith("f8") for kind in kinds)
 
-    def add(self, axes: str, times: float, moved: float) -> None:
+    def add(self, axes: str, kind: str, times: float, moved: float) -> None:
         self.bytes[axes] = self.bytes.get(axes, 0.0) + times * moved
+        of_axes = self.kinds.setdefault(axes, {})
+        of_axes[kind] = of_axes.get(kind, 0.0) + times * moved
         self.calls[axes] = self.calls.get(axes, 0.0) + times
 
 
@@ -50,7 +53,7 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
     """Measure a module whose devices are numbered row-major over the mesh with these axis sizes."""
     computations = read(text)
     found = Found()
-    in_pieces: dict[str, tuple[float, float, str]] = {}
+    in_pieces: dict[str, tuple[float, float, str, str]] = {}
     for name, times in multiplicity(computations).items():
         one = computations[name]
         for line in one.lines:
@@ -72,11 +75,12 @@ def measure(text: str, sizes: Mapping[str, int]) -> Found:
                 if channel and "async_collective_fusion_config" in line.rest:
                     # On a TPU one collective appears in every fusion that runs beside it, inner loops among them. It
                     # starts as often as the least frequent of these fusions.
-                    in_pieces[channel[1]] = min(in_pieces.get(channel[1], (times, moved, axes)), (times, moved, axes))
+                    piece = (times, moved, axes, kind)
+                    in_pieces[channel[1]] = min(in_pieces.get(channel[1], piece), piece)
                     continue
-                found.add(axes, times, moved)
-    for times, moved, axes in in_pieces.values():
-        found.add(axes, times, moved)
+                found.add(axes, kind, times, moved)
+    for times, moved, axes, kind in in_pieces.values():
+        found.add(axes, kind, times, moved)
     return found
 
 

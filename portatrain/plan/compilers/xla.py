@@ -78,6 +78,7 @@ def run(asked: Mapping[str, Any], stage: Callable[[str], None]) -> dict[str, Any
         "flops_fp8": counted.flops_fp8,
         "dots": counted.dots,
         "collective_bytes": counted.bytes,
+        "collective_kinds": counted.kinds,
         "collective_calls": counted.calls,
     }
 

@@ -141,7 +141,7 @@ def _again(kind: LayerKind, remat: Remat, width: float) -> float:
     """Return the numbers per token of one layer's backward pass besides kept values: its values, which autograd keeps
     while they are recomputed, and the gradients of the hidden widths."""
     values = kind.kept(REMATS["none"], width, static=False) - kind.kept(remat, width, static=False)
-    return values + kind.ways * kind.mlp
+    return values + kind.ways * kind.mlp + kind.chunks * 4 / width
 
 
 def _static(
@@ -163,7 +163,7 @@ def _static(
     scores = 4 * tokens * work.scores if tuning.scores != "on-chip" else 0.0
     if tuning.scores == "chunk":
         scores = min(max(SCORES_CHUNK_BYTES, scores / work.seq), scores)
-    working = max((_layer_numbers(kind, remat) for kind in work.kinds), default=0.0) * tokens * width
+    working = max((_layer_numbers(kind, remat, width) for kind in work.kinds), default=0.0) * tokens * width
     attending = max((_attention_numbers(kind) for kind in work.kinds), default=0.0) * tokens * width
     busy = max(working, attending + SCORES_COPIES * scores) + 2 * stream
     in_layer = (sums + layers, copies + layer + table, 0.0, busy)
@@ -180,12 +180,14 @@ def _static(
     return max(in_layer, in_loss, in_update, key=sum)
 
 
-def _layer_numbers(kind: LayerKind, remat: Remat) -> float:
-    """Return numbers per token during the backward pass of a layer's feed-forward: the layer's recomputed values, and
-    the gradients of the hidden width."""
+def _layer_numbers(kind: LayerKind, remat: Remat, width: float) -> float:
+    """Return numbers per token during the backward pass of a layer's feed-forward or recurrence: the layer's recomputed
+    values, and the gradients of the hidden width or of the chunks."""
     again = (1 - remat.qkv) * (kind.q + kind.kv) + (1 - remat.attention) * kind.out + (1 - remat.projected) * kind.res
-    hidden = (1 - remat.hidden) * kind.ways * kind.mlp + kind.ways * kind.mlp
-    return again + hidden + 2 * kind.wide + 2 * kind.copies * kind.wide
+    hidden = kind.ways * (kind.mlp - kind.kept_hidden(remat)) + kind.ways * kind.mlp
+    chunks = kind.chunks * 4 / width
+    gradients = max(hidden, (1 if remat.everything else 2) * chunks + (hidden - kind.ways * kind.mlp))
+    return again + gradients + 2 * kind.wide + 2 * kind.copies * kind.wide
 
 
 def _attention_numbers(kind: LayerKind) -> float:

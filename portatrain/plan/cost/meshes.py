@@ -67,6 +67,8 @@ def legal(shape: ModelShape, devices: int, per_domain: int, refused: dict[str, i
         sizes[axis] = []
         for size in divisors(devices) if axis in useful else (1,):
             why = checks.axis(axis, size)
+            if axis == CONTEXT and size > 1 and shape.recurrence:
+                why = "context would split the positions of recurrent layers"
             if why is None and axis == TENSOR and size > per_domain:
                 why = "the tensor axis would leave its fast domain"
             if why is None:
@@ -98,7 +100,7 @@ def _cores(shape: ModelShape, most: int, per_domain: int) -> Iterator[int]:
     checks, useful = rules(shape), used_axes(shape)
 
     def allowed(axis: int, limit: int) -> list[int]:
-        if axis not in useful:
+        if axis not in useful or (axis == CONTEXT and shape.recurrence):
             return [1]
         bound = max((s.size for s in checks.splits if axis in s.over), default=1)
         return [n for n in range(1, min(limit, bound) + 1) if bound % n == 0 and checks.axis(axis, n) is None]

@@ -94,8 +94,10 @@ class Tuning:
     any policy but ``none``. ``room``: shapes are static, so buffers of experts have room for the rows of all devices of
     the expert axis. `portatrain.plan.attending` sets both, as the backends of portatrain do it.
     ``boundary``: rows that a grouped matmul multiplies in vain for each expert: where one expert's rows end inside of a
-    tile, the tile is computed for both of its experts. ``sorting``: how often the copies of tokens that experts get
-    would go through memory, forward, in the time that it takes to sort them and to bring them back (see `SORTING`).
+    tile, the tile is computed for both of its experts. ``all_experts``: a grouped matmul multiplies every row of its
+    buffer with every expert of the device, and keeps one of the products (XLA on GPUs, of ``ragged_dot``).
+    ``sorting``: how often the copies of tokens that experts get would go through memory, forward, in the time that it
+    takes to sort them and to bring them back (see `SORTING`).
     ``scores_passes``: how often scores that are not on the chip go through its memory, forward and backward.
     """
 
@@ -120,6 +122,7 @@ class Tuning:
     static: bool = False
     fragmentation: float = 0.03
     boundary: int = 64
+    all_experts: bool = False
     sorting: float = 4.0
 
 
@@ -145,7 +148,13 @@ TUNING = {
     "torch-cuda": Tuning(),
     # The jax backend on NVIDIA and AMD, as XLA compiles it; a plan does not choose it there.
     "jax-gpu": Tuning(
-        backend="jax", keeps_ends=False, runtime_bytes=0.0, twice_grads=True, static=True, fragmentation=0.0
+        backend="jax",
+        keeps_ends=False,
+        runtime_bytes=0.0,
+        twice_grads=True,
+        static=True,
+        fragmentation=0.0,
+        all_experts=True,
     ),
     "torch-rocm": Tuning(),
     "neuron": Tuning(
@@ -180,6 +189,10 @@ ATTENTION_SHARE = 0.75
 
 ATTENTION_BACKWARD = 2.5
 """FLOPs of attention's backward pass over its forward pass: five matmuls (scores again) against two."""
+
+EXACT_PASSES = 6.0
+"""Passes of a matrix unit for a product of float32 operands under bf16, as XLA computes it on TPUs. GPUs without TF32
+take more; an estimate there."""
 
 MEMORY_SHARE = 0.85
 """The share of the nominal memory bandwidth that streaming kernels reach."""

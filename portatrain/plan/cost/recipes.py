@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from portatrain.errors import choice
+from portatrain.model.layers import GatedDeltaNet
 from portatrain.model.module import Definition
 from portatrain.optim import declared_slots
 from portatrain.plan.cost.policy import PRECISIONS
-from portatrain.plan.cost.shapes import PRESETS, ModelShape, from_tensors
+from portatrain.plan.cost.shapes import PRESETS, ModelShape, Recurrence, from_tensors
 from portatrain.plan.cost.tensors import LogicalTensor
 from portatrain.recipe import Recipe, load_recipe, shipped_recipes
 
@@ -55,6 +58,7 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         options=_options(definition, packed=recipe.data.tokens_per_sample() is not None),
         causal=all(getattr(module, "causal", True) for module in modules),
         tied=not any(t.matmul for t in tensors[1:]),
+        **_recurrence(definition, tensors),
         experts_per_token=max((getattr(module, "experts_per_token", 0) for module in modules), default=0),
         slot_bytes=(slots + averaged) / numel if numel else 0.0,
         precision=recipe.precision,
@@ -64,6 +68,24 @@ def shape_of(recipe: Recipe | ModelShape) -> ModelShape:
         params=dict(recipe.params or {}),
         source=f"recipe {recipe.name}",
     )
+
+
+def _recurrence(definition: Definition, tensors: tuple[LogicalTensor, ...]) -> dict[str, Any]:
+    """Return the shape's fields for recurrent layers: what they are, and how many others there are."""
+    found: list[Recurrence] = []
+    for path, module in definition.modules.items():
+        if isinstance(module, GatedDeltaNet):
+            rates = definition.params[f"{path}/decay_log"]
+            n = math.prod(rates.shape[: rates.stack_dims])
+            found.append(Recurrence(layers=n, **module.sizes))
+    if not found:
+        return {}
+    layers = sum(each.layers for each in found)
+    fields: dict[str, Any] = {"recurrence": replace(max(found, key=lambda each: each.flops), layers=layers)}
+    if not any("heads" in t.axes for t in tensors):
+        fields["layers"] = 1  # no layer has attention; the shape counts one, without width
+        fields["recurrence"] = replace(fields["recurrence"], layers=max(1, layers - 1))
+    return fields
 
 
 def logical_tensors(definition: Definition, recipe: Recipe) -> tuple[LogicalTensor, ...]:

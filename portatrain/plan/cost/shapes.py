@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -31,8 +32,44 @@ class MLA:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Recurrence:
+    """The sizes of recurrent layers with a matrix as the state of a head, computed in chunks
+    (`portatrain.model.layers.GatedDeltaNet`). ``layers``: their number, beside ``ModelShape.layers``."""
+
+    layers: int
+    key_heads: int
+    value_heads: int
+    key_size: int
+    value_size: int
+    chunk: int
+
+    @property
+    def flops(self) -> float:
+        """Return the FLOPs per token of a layer's chunks in the forward pass, without the weights, in products whose
+        operands have the compute dtype."""
+        c, k, v = self.chunk, self.key_size, self.value_size
+        return 2.0 * self.value_heads * (c * k + c * v + 3 * k * v)
+
+    @property
+    def exact_flops(self) -> tuple[float, float]:
+        """Return those in products of float32, forward and backward: the triangular systems, their inverses and what is
+        solved with them. An inverse has the gradient of its last two products alone."""
+        c, k, v = self.chunk, self.key_size, self.value_size
+        levels, others = 2 * math.ceil(math.log2(c)), c * (2 * k + v)
+        return 2.0 * self.value_heads * ((levels + 2) * c * c + others), 4.0 * self.value_heads * (2 * c * c + others)
+
+    @property
+    def numbers(self) -> float:
+        """Return the float32 numbers per token that the backward pass of a layer's chunks reads: five arrays of pairs
+        of positions, queries, keys and what is solved with them."""
+        return float(self.value_heads * (5 * self.chunk + 5 * self.key_size + 4 * self.value_size))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
     """A decoder (or encoder) and its training. ``batch``: samples per step over all devices.
+
+    ``layers`` counts those with attention, and ``recurrence`` the others, if there are any.
 
     With ``experts`` > 0 the feed-forward layers are mixtures of experts of hidden size ``mlp``, except the first
     ``dense_layers``, of size ``dense_mlp``. ``capacity``: the tokens that experts compute over the tokens sent to them
@@ -58,11 +95,12 @@ class ModelShape:
     options: frozenset[str] = frozenset({"segments"})
     experts: int = 0
     experts_per_token: int = 0
-    shared_experts: int = 0
+    shared_experts: float = 0
     capacity: float = 1.0
     dense_layers: int = 0
     dense_mlp: int = 0
     mla: MLA | None = None
+    recurrence: Recurrence | None = None
     value_dim: int | None = None
     slot_bytes: float = ADAM_BYTES
     precision: str = "bf16"
@@ -218,7 +256,7 @@ def _block(shape: ModelShape, path: str, n: int, mlp: int, *, experts: int) -> l
     made += [_tensor(f"{path}/experts/{way}", 1, n, experts=experts, embed=e, mlp=mlp) for way in ways]
     made.append(_tensor(f"{path}/experts/down", 1, n, experts=experts, mlp=mlp, embed=e))
     if shape.shared_experts:
-        wide = mlp * shape.shared_experts
+        wide = round(mlp * shape.shared_experts)
         made += [_tensor(f"{path}/shared/{way}", 1, n, embed=e, mlp=wide) for way in ways]
         made.append(_tensor(f"{path}/shared/down", 1, n, mlp=wide, embed=e))
     return made
@@ -305,7 +343,8 @@ PRESETS: dict[str, ModelShape] = {
         ),
     )
 }
-"""Shapes by name. Their batches are those of our recipes; the models' own batches were ramped or unpublished."""
+"""Shapes by name, beside the recipes of the same names. Batches are those of the recipes; the models' own batches were
+ramped or unpublished."""
 
 
 def from_tensors(
@@ -322,6 +361,8 @@ def from_tensors(
             sizes[axis] = max(sizes.get(axis, 0), size)
     made = [t.name.rpartition("/")[0] for t in tensors if t.fan_in_axes and t.axes[-1] == "mlp"]
     experts = sizes.get("experts", 0)
+    if experts:
+        options = _feed_forward(tensors) | options
     known: dict[str, object] = {
         "embed": sizes.get("embed") or max((t.shape[-1] for t in tensors), default=1),
         "layers": _layers(tensors) or 1,
@@ -342,6 +383,30 @@ def from_tensors(
         tensors=tensors,
         **(known | options),  # type: ignore[arg-type]
     )
+
+
+def _feed_forward(tensors: tuple[LogicalTensor, ...]) -> dict[str, object]:
+    """Return the sizes of feed-forward parts in a model with experts: `mlp` of an expert, `shared_experts` of what lies
+    beside the experts in the same part, `dense_layers` and `dense_mlp` of the parts without experts."""
+    last = [t for t in tensors if "mlp" in t.axes[t.batch_dims :][: t.fan_in_axes]]  # from the hidden width back
+    routed = {t.name.rsplit("/", 2)[0] for t in last if "experts" in t.axes}
+    width: dict[str, int] = {"experts": 0, "shared": 0, "dense": 0}
+    dense_layers = 0
+    for tensor in last:
+        size = tensor.shape[tensor.axes.index("mlp")]
+        beside = any(tensor.name.startswith(f"{part}/") for part in routed)
+        kind = "experts" if "experts" in tensor.axes else "shared" if beside else "dense"
+        width[kind] = max(width[kind], size)
+        if kind == "dense":
+            dense_layers += tensor.shape[0] if tensor.batch_dims else 1
+    if not width["experts"]:
+        return {}
+    return {
+        "mlp": width["experts"],
+        "shared_experts": width["shared"] / width["experts"],
+        "dense_layers": dense_layers,
+        "dense_mlp": width["dense"],
+    }
 
 
 def _layers(tensors: tuple[LogicalTensor, ...]) -> int:

@@ -133,11 +133,12 @@ def _role(tensor: LogicalTensor, layers: int) -> str:
         return "ends"
     first = tensor.batch_dims
     taken, made = tensor.axes[first : first + tensor.fan_in_axes], tensor.axes[first + tensor.fan_in_axes :]
-    if "heads" in taken:
+    if {"heads", "value_heads"} & set(taken):
         return "projected"
     if "mlp" in taken:
         return "down"
-    return "qkv" if {"heads", "kv_heads", "q_rank", "kv_rank"} & set(made) else "hidden"
+    makes = {"heads", "kv_heads", "q_rank", "kv_rank", "key_heads", "value_heads"}
+    return "qkv" if makes & set(made) else "hidden"
 
 
 def _splits(tensor: LogicalTensor, mapping: Mapping[str, Axes]) -> tuple[Split, ...]:

@@ -10,6 +10,7 @@ from portatrain.plan.cost.placement import Placement
 from portatrain.plan.cost.policy import (
     ATTENTION_BACKWARD,
     ATTENTION_SHARE,
+    EXACT_PASSES,
     FP32_SHARE,
     LOGITS_PASSES,
     MEMORY_SHARE,
@@ -138,6 +139,8 @@ def longer(work: OnMesh, tokens: float, tuning: Tuning) -> float:
     chosen = max((kind.copies for kind in work.kinds), default=0.0)
     if not chosen or work.one_hot:
         return 1.0
+    if tuning.all_experts:  # the room of the buffer, over the expert axis, times the experts of a device
+        return (work.mesh[EXPERT] if tuning.room else 1.0) * work.experts
     return 1 + tuning.boundary * work.experts / (tokens * chosen)
 
 
@@ -146,14 +149,17 @@ def multiplied(work: OnMesh, remat: Remat, grouped: float = 1.0) -> tuple[float,
     experts count ``grouped`` times.
 
     Recomputed is everything that is not kept, except the last projection of a block (down) and the ends. A router needs
-    the results of its experts for the gradients of their weights, so it needs their last projection too.
+    the results of its experts for the gradients of their weights, so it needs their last projection too. If values are
+    chosen by kind of operation, nothing of experts is kept (`LayerKind.kept_hidden`).
     """
     lost = {"qkv": 1 - remat.qkv, "projected": 1 - remat.projected, "hidden": 1 - remat.hidden}
     numbers = {role: n + (grouped - 1) * work.routed[role] for role, n in work.matmul.items()}
     forward = sum(numbers.values())
     again = sum(numbers[role] * part for role, part in lost.items())
-    if not (remat.everything or remat.matmuls):
+    if not remat.everything:
         again += grouped * work.routed["down"]
+    if remat.matmuls:
+        again += remat.hidden * grouped * work.routed["hidden"]
     # One matmul takes tokens to their places and one takes results back; the places have no gradient, the weights do.
     return forward + 2 * work.one_hot, 2 * forward + 3 * work.one_hot, again + (1 - remat.normed) * work.one_hot
 
@@ -190,9 +196,14 @@ def step_time(
     attention = slower * attention_flops(work, tuning) * tokens / rate.attention
     attention_back = ATTENTION_BACKWARD * attention * slower_back / slower
     if tuning.scores != "on-chip":
-        scores = 4 * tokens * work.scores * sum(kind.n for kind in work.kinds) / rate.memory
+        attending = sum(kind.n for kind in work.kinds if not kind.chunks)
+        scores = 4 * tokens * work.scores * attending / rate.memory
         attention += tuning.scores_passes[0] * scores
         attention_back += tuning.scores_passes[1] * scores
+    # Chunks of a recurrence are recomputed unless everything is kept.
+    exact, exact_back = (EXACT_PASSES * flops for flops in work.exact_flops)
+    chunks = (work.recurrent_flops + exact) * tokens / rate.matmul
+    matmul, matmul_back = matmul + chunks, matmul_back + (2 * work.recurrent_flops + exact_back) * tokens / rate.matmul
     sorting = 0.0 if work.one_hot else tuning.sorting
     each = (kind.n * (kind.streamed + sorting * kind.sorted) for kind in work.kinds)
     # Both one-hot tables, of places and of weights, are written and read.
@@ -200,7 +211,8 @@ def step_time(
     elementwise = streamed / rate.memory
     logits = LOGITS_PASSES * 4 * work.vocab * tokens / rate.memory
     again = (
-        matmul * (once_more / ahead if ahead else 0.0)
+        (matmul - chunks) * (once_more / ahead if ahead else 0.0)
+        + (0.0 if remat.everything else chunks)
         + attention * (1 - remat.attention)
         + elementwise * (1 - remat.normed)
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from portatrain.model.layout import MESH_AXES
 from portatrain.plan.cost.policy import ATTENTION_BACKWARD, Precision, Remat, Tuning
-from portatrain.plan.cost.timing import attention_flops, exchanged, multiplied, summed, travelled
+from portatrain.plan.cost.timing import attention_flops, exchanged, longer, multiplied, summed, travelled
 from portatrain.plan.cost.workload import CONTEXT, EXPERT, FSDP, TENSOR, OnMesh
 
 
@@ -59,10 +59,14 @@ class Volumes:
 def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, tuning: Tuning) -> Volumes:
     """Return the volumes of a microbatch of ``tokens`` (T) on a device."""
     width, mesh = precision.compute, work.mesh
-    per_token = sum(work.matmul.values())
-    again = 2 * tokens * multiplied(work, remat)[2]
+    grouped = longer(work, tokens, tuning) if tuning.all_experts else 1.0
+    per_token = sum(work.matmul.values()) + (grouped - 1) * sum(work.routed.values())
+    again = 2 * tokens * multiplied(work, remat, grouped)[2]
     attention = attention_flops(work, tuning) * tokens
     again += attention * (1 - remat.attention)
+    # Chunks of a recurrence count as matmuls; their backward pass is not twice the forward one.
+    exact, exact_back = work.exact_flops
+    again += tokens * (exact_back - 2 * exact + (0.0 if remat.everything else work.recurrent_flops + exact))
 
     # Tensor parallelism gathers before and scatters after attention and feed-forward, and again in the backward pass.
     # Normed inputs that were not kept are gathered again, and the projection's sum is scattered again. The embedding
@@ -89,7 +93,7 @@ def volumes(work: OnMesh, *, tokens: float, remat: Remat, precision: Precision, 
         gathered, ends = work.gathered_layers + work.head_gathered, work.head_gathered
         lookup = tokens * work.embed * (width + 4) if work.vocab else 0.0
     return Volumes(
-        matmul=2 * per_token * tokens,
+        matmul=(2 * per_token + work.recurrent_flops + exact) * tokens,
         attention=attention,
         again=again,
         gather=gathered * width,

@@ -7,6 +7,7 @@ seq_len / context. Widths are numbers per token.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from portatrain.model.context_chunks import computed, dealt, imbalance, in_order, pairs
 from portatrain.model.layout import MESH_AXES
@@ -22,7 +23,8 @@ ROLES = ("qkv", "projected", "hidden", "down", "ends")
 class LayerKind:
     """The widths of one kind of layer on a device. ``n``: layers. ``res``: the residual stream as it is sharded
     between blocks. ``wide``: the stream inside blocks. ``q``: queries, and attention's result. ``mlp``: the hidden
-    width that a token passes, ``routed`` of it in experts. ``copies``: copies of a token that experts get."""
+    width that a token passes, ``routed`` of it in experts. ``copies``: copies of a token that experts get. ``chunks``:
+    the numbers of 4 bytes that the backward pass of a recurrence reads; such layers have no scores of attention."""
 
     n: int
     res: float
@@ -34,12 +36,20 @@ class LayerKind:
     ways: int
     copies: float
     routed: float = 0.0
+    chunks: float = 0.0
 
     def with_room(self, room: float) -> LayerKind:
         """Return the widths of buffers that have room for ``room`` times the rows that experts get on average."""
         if room == 1.0 or not self.copies:
             return self
-        return replace(self, copies=room * self.copies, mlp=self.mlp + (room - 1) * self.routed)
+        return replace(
+            self, copies=room * self.copies, mlp=self.mlp + (room - 1) * self.routed, routed=room * self.routed
+        )
+
+    def kept_hidden(self, remat: Remat) -> float:
+        """Return the width of gate, and of up, that is kept. If values are chosen by kind of operation, that of experts
+        is not: a grouped matmul is neither jax's ``dot_general`` nor torch's ``mm``."""
+        return remat.hidden * (self.mlp - (self.routed if remat.matmuls else 0.0))
 
     def kept(self, remat: Remat, width: float, *, static: bool) -> float:
         """Return the numbers of ``width`` bytes per token that one layer keeps from forward to backward.
@@ -49,20 +59,23 @@ class LayerKind:
         feed-forward: its widths, the activation and the product, and in XLA (``static``) two more factors of the
         activation's derivative. If values are chosen by kind of operation, torch also keeps the result of the last
         projection, which nothing needs, and the results of projections that tensor shards by rows, before they are
-        summed.
+        summed; those of experts are none of them.
         """
         copies = 2 * self.copies * self.wide  # the inputs and the results of experts
         if remat.everything:
             hidden = (2 * self.ways + (2 if static else 0)) * self.mlp
-            return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden
-        more = 2 * self.wide - remat.projected * self.res if remat.matmuls and not static else 0.0
+            chunks = self.chunks * 4 / width
+            return 4 * self.res * 4 / width + 2 * self.wide + copies + self.q + self.kv + self.out + hidden + chunks
+        more = 0.0
+        if remat.matmuls and not static:
+            more = (2 if self.mlp > self.routed else 1) * self.wide - remat.projected * self.res
         return (
             self.res
             + remat.qkv * (self.q + self.kv)
             + remat.attention * self.out
             + remat.projected * self.res
             + more
-            + remat.hidden * self.ways * self.mlp
+            + self.ways * self.kept_hidden(remat)
             + remat.product * self.mlp
             + remat.normed * (2 * self.wide + copies)
         )
@@ -71,7 +84,7 @@ class LayerKind:
     def streamed(self) -> float:
         """Return the numbers per token that elementwise operations of the forward pass read or write: two norms, two
         additions, RoPE, the feed-forward's product."""
-        return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp
+        return 10 * self.res + 2 * (self.q + self.kv) + (self.ways + 1) * self.mlp + 4 * self.chunks
 
     @property
     def sorted(self) -> float:
@@ -98,8 +111,9 @@ class OnMesh:
     out over context in chunks, and a chunk leaves out the keys that it does not see. ``busiest``: the pairs that the
     mask shows to the busiest device of context over the mean, if every device keeps its own queries. ``dealt``: part of
     the queries that move if they are dealt out. ``heads``: the sizes of a key head and of a value head. ``routed``: the
-    part of ``matmul`` that belongs to experts which a router chooses. ``experts``: those on a device, of one layer.
-    ``one_hot``: the numbers per token of a matmul that sorts tokens by expert, if experts have a capacity."""
+    part of ``matmul`` that belongs to experts which a router chooses. ``recurrent_flops``: per token, of chunks of
+    recurrences, forward; ``exact_flops``: those in float32, forward and backward. ``experts``: those on a device, of
+    one layer. ``one_hot``: the numbers per token of a matmul that sorts tokens by expert, if they have a capacity."""
 
     mesh: Sizes
     rows: int
@@ -130,6 +144,8 @@ class OnMesh:
     embed: int
     vocab: float
     seq: float
+    recurrent_flops: float = 0.0
+    exact_flops: tuple[float, float] = (0.0, 0.0)
 
 
 def on_mesh(shape: ModelShape, mesh: Sizes) -> OnMesh:
@@ -202,7 +218,16 @@ def _sum(shape: ModelShape, mesh: Sizes) -> OnMesh:
         embed=shape.embed,
         vocab=shape.vocab / tensor,
         seq=shape.seq_len / context,
+        **_chunks(shape, tensor),
     )
+
+
+def _chunks(shape: ModelShape, tensor: int) -> dict[str, Any]:
+    if shape.recurrence is None:
+        return {}
+    share = shape.recurrence.layers / tensor
+    forward, back = shape.recurrence.exact_flops
+    return {"recurrent_flops": share * shape.recurrence.flops, "exact_flops": (share * forward, share * back)}
 
 
 def _over_context(shape: ModelShape, context: int) -> tuple[float, float, float]:
@@ -245,6 +270,22 @@ def _kinds(shape: ModelShape, tensor: int) -> tuple[LayerKind, ...]:
                 ways=2 if shape.gated else 1,
                 copies=float(shape.experts_per_token) if routed else 0.0,
                 routed=shape.mlp * shape.experts_per_token / tensor if routed else 0.0,
+            )
+        )
+    if (layer := shape.recurrence) is not None:
+        keys, values = layer.value_heads * layer.key_size, layer.value_heads * layer.value_size
+        found.append(
+            LayerKind(
+                n=layer.layers,
+                res=shape.embed / tensor,
+                wide=float(shape.embed),
+                q=keys / tensor,
+                out=2 * values / tensor,  # the result and its gate
+                kv=(keys + values) / tensor,
+                mlp=shape.mlp / tensor,
+                ways=2 if shape.gated else 1,
+                copies=0.0,
+                chunks=layer.numbers / tensor,
             )
         )
     return tuple(found)

@@ -12,7 +12,7 @@ from portatrain.backends.base import Context
 from portatrain.backends.reference.run import Forward, after_step, forward, initial_states
 from portatrain.backends.state import initial_box
 from portatrain.errors import StorageError, UserError, users_code
-from portatrain.model.module import Constant, Definition
+from portatrain.model.module import Definition, Normal
 from portatrain.recipe import Recipe
 from portatrain.testing.recipe_check.report import CheckFailed, Finding
 from portatrain.testing.recipe_check.small import Batch, Small
@@ -63,7 +63,10 @@ def subject_of(small: Small) -> Subject:
     for name, info in small.definition.params.items():
         origin = (0,) * len(info.shape)
         start = initial_box(info, small.recipe.seed, origin, info.shape).astype(np.float64)
-        size = 0.3 * info.init.std if not isinstance(info.init, Constant) else 0.1 * max(1.0, abs(info.init.value))
+        if isinstance(info.init, Normal):
+            size: Any = 0.3 * info.init.std
+        else:
+            size = 0.1 * np.maximum(1.0, np.abs(start))
         initial[name] = start
         moved[name] = (start + size * rng.normal(size=info.shape)).astype(np.float32).astype(np.float64)
     return Subject(small=small, initial=initial, moved=moved)
