@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ def recipe_text(template: str, folder: Path, paths: Sequence[str], *, imported: 
     model = source_of(sizes, classes)
     longest = config.get("max_position_embeddings", config.get("n_positions"))
     seq_len = min(longest, LONGEST) if isinstance(longest, int) and longest > 0 else LONGEST
-    kind, about, data = _data(folder, paths, seq_len, sizes.vocab)
-    classes.setdefault("portatrain.data", set()).add(kind)
+    shapes = getattr(sizes, "sample_shapes", None)
+    if shapes is None:
+        kind, about, data = _data(folder, paths, seq_len, sizes.vocab)
+    else:
+        kind, about, data = _arrays(folder, paths, shapes())
+    classes.setdefault("portatrain.data" if shapes is None else "recipes.arrays", set()).add(kind)
     before = "from portatrain.data import Stdlib\nfrom portatrain.optim import AdamW, Cosine\n"
     before += "from portatrain.recipe import Recipe\nfrom recipes.models.decoder import DecoderConfig\n"
     classes |= {"portatrain.optim": {"AdamW", "Cosine"}, "portatrain.recipe": {"Recipe"}}
@@ -44,7 +48,8 @@ def recipe_text(template: str, folder: Path, paths: Sequence[str], *, imported: 
     if imported:
         about = "# A folder of transformers; each process reads its own ranges of the .safetensors files.\n"
         text = text.replace("        init=INIT,\n", "").replace(
-            about, "# The folder of transformers, for its tokenizer.\n"
+            about,
+            f"# The folder of transformers, {'for its tokenizer' if shapes is None else 'which gave the weights'}.\n",
         )
     return text.replace('INIT = "FOLDER"', f"INIT = {_quoted(str(folder.absolute()))}").replace(
         "MODEL = DecoderConfig(vocab=256, embed=64, layers=2, heads=4)", f"MODEL = {model}"
@@ -117,6 +122,25 @@ def _data(folder: Path, paths: Sequence[str], seq_len: int, vocab: int) -> tuple
         "# Data: a document is a file; paths are files, folders or globs, from the folder in which the run is started."
     )
     return "TextFiles", about, f"TextFiles(paths={given}, seq_len={seq_len}, validation=0.1{more})"
+
+
+def _arrays(folder: Path, paths: Sequence[str], shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, str, str]:
+    """Return (class, comment, source) of the data of a model that reads arrays of these shapes."""
+    if len(paths) > 1:
+        raise UserError(
+            "--paths",
+            expected="one .npz file, since this model reads no texts",
+            got=", ".join(paths),
+            do="Put all samples into one file: np.savez('images.npz', image=images, label=labels).",
+        )
+    listed = ", ".join(f"{name} {('samples', *shape)}".replace("'", "") for name, shape in shapes.items())
+    about = f"# Data: a .npz file of NumPy, with the arrays {listed}.\n"
+    path = folder / "preprocessor_config.json"
+    found = json_files.read_object(path) if path.is_file() else {}
+    if {"image_mean", "image_std"} <= found.keys():
+        about += f"# Pixels are those of transformers: (value / 255 - {found['image_mean']}) / {found['image_std']}.\n"
+    about += "# Any other source is a class with `sample(index)` (docs/start/own-data.md)."
+    return "NpzFile", about, f"NpzFile(path={_quoted(paths[0] if paths else 'images.npz')}, validation=0.1)"
 
 
 def _opening(folder: Path) -> str | None:

@@ -47,7 +47,8 @@ the matrices of `LatentAttention` that make heads from a latent, which have no a
 UNSPLIT = frozenset(
     {
         *("layers", "head_dim", "value_dim", "nope_dim", "rope_dim", "q_rank", "kv_rank"),
-        *("patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank", "joined"),
+        *("patches", "patch_rows", "patch_columns", "channels", "classes", "lora_rank", "joined", "positions"),
+        *("projected", "scalar", "modulations", "frequencies"),
         *("key_size", "value_size", "taps"),
     }
 )

@@ -79,7 +79,7 @@ class Kind:
     """Which of the model's rotary tables turns queries and keys. None: no rotary positions."""
 
 
-MAY_BE_0 = ("dense_layers", "predict_depth", "rotary")
+MAY_BE_0 = ("shared_experts", "dense_layers", "predict_depth", "rotary")
 """Whole numbers of a config that are not sizes."""
 ABOVE_0 = ("limit", "_scale", "softcap", "theta")
 """How the names of numbers end that something is divided, multiplied or bounded by."""

@@ -1,4 +1,6 @@
-"""The models of examples/: one curve on jax, torch and a mesh, and over moves; losses fall."""
+"""The models of examples/, and two recipes whose samples meet or are given noise: one curve on jax, torch and a
+mesh, and over moves.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,17 @@ from tests.support import forks
 from tests.support.short_runs import losses
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-MODELS = ("conv_net", "diffusion", "two_towers", "recurrent", "encoder_decoder", "mixture", "hybrid")
+MODELS = (
+    "conv_net",
+    "diffusion",
+    "two_towers",
+    "recurrent",
+    "encoder_decoder",
+    "mixture",
+    "hybrid",
+    "tiny-siglip",
+    "tiny-dit",
+)
 SMALL = ("steps=9", "schedule.warmup=2", "batch=16", "accumulation=2", "eval_every=none", "eval_final_batches=2")
 BOUND = 1e-6
 
@@ -26,7 +38,12 @@ pytestmark = pytest.mark.skipif(bool(missing("jax") or missing("torch")), reason
 
 
 def recipe(name: str) -> Recipe:
-    return apply_overrides(load_recipe(str(EXAMPLES / f"{name}.py")), list(SMALL))
+    return apply_overrides(load_recipe(named(name)), list(SMALL))
+
+
+def named(name: str) -> str:
+    """What a command takes: the name of a recipe, or a file of examples/."""
+    return name if "-" in name else str(EXAMPLES / f"{name}.py")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +54,7 @@ def processes() -> Iterator[None]:
 
 def on_two(name: str, run: Path, *more: str, code: int) -> None:
     """Train on two processes."""
-    words = [str(EXAMPLES / f"{name}.py"), "--run-dir", str(run), "--mesh", "fsdp=2", *more]
+    words = [named(name), "--run-dir", str(run), "--mesh", "fsdp=2", *more]
     sizes = [word for size in SMALL for word in ("--set", size)]
     command = [sys.executable, "-m", "portatrain.cli", "train", *words, *sizes]
     done = forks.run(command)

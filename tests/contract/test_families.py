@@ -25,6 +25,7 @@ from portatrain.testing.tolerance import MOVE, UNIT_ROUNDOFF, amplification, tol
 from recipes.models.olmo_hybrid import OTHER_NAMES
 from tests.support.hub_models import FAMILIES, RECURRENT, ROUTED, SEQ, as_ours, by_file_names, made, ours, random_config
 from tests.support.running import BACKENDS, Running, microbatches
+from tests.support.vision_models import VISION
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -219,7 +220,7 @@ def test_backends_compute_what_the_oracle_does(kind: str, backend: str, tmp_path
 
 
 def test_the_table_of_cases_has_every_family() -> None:
-    assert set(EVERY) == set(REGISTERED.ours)
+    assert {*EVERY, *VISION} == set(REGISTERED.ours)
 
 
 def test_a_model_that_no_family_covers_is_told_the_nearest() -> None:

@@ -80,6 +80,25 @@ def test_a_box_reads_its_own_part_of_a_file(rows: int, transposed: bool, part: A
     assert file.elements == 1
 
 
+@pytest.mark.parametrize(
+    ("axes", "shape"), [((3, 2, 0, 1), (2, 3, 4, 5)), ((None, 0, 1), (4, 3)), ((None, None, 0), (5,)), ((None,), ())]
+)
+def test_a_row_may_order_axes_and_add_axes_of_size_one(axes: tuple[int | None, ...], shape: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    array = rng.normal(size=shape).astype(np.float32)
+    row = Row(theirs="x", ours="x", axes=axes)
+    theirs = row.out(array)
+    named = array.transpose([axis for axis in axes if axis is not None])
+    assert theirs.flags.c_contiguous and theirs.shape == row.their_shape(shape) == row.whole_shape(theirs.shape)
+    assert (theirs == np.expand_dims(named, tuple(n for n, axis in enumerate(axes) if axis is None))).all()
+    for _ in range(20):
+        ends = [sorted(rng.choice(n + 1, 2, replace=False)) for n in shape]
+        box = Box(tuple(int(a) for a, _ in ends), tuple(int(b - a) for a, b in ends))
+        file = Counting(theirs)
+        assert (row.taken(file, box, shape) == array[box.slices()]).all()
+        assert file.elements == np.prod(box.shape)
+
+
 class Counting:
     """A file's tensor that counts the elements that are read of it."""
 

@@ -14,6 +14,8 @@ from portatrain.model.module import Module
 from portatrain.optim import SGD
 from portatrain.testing.tolerance import amplification, moved, tolerance
 from recipes.models.decoder import DecoderConfig
+from recipes.models.dit import DiTConfig
+from recipes.models.siglip import ImageTower, SigLIPConfig, TextTower
 from recipes.models.vit import ViTConfig
 from tests.support.running import BACKENDS, Running, image_batch, microbatches, tokens_batch
 from tests.support.toy_models import Latent, Mixture, Nested, Routed
@@ -29,6 +31,18 @@ def decoder(**options: Any) -> Callable[[], Module]:
 def vit() -> Module:
     sizes = {"rows": 8, "columns": 8, "channels": 1, "patch": 2, "classes": 5, "embed": 16, "layers": 2, "heads": 2}
     return ViTConfig(**sizes, dropout=0.2).build()
+
+
+def dit() -> Module:
+    """Noise, times and hidden classes are drawn; the modulations are not 0, as `parameters` makes them."""
+    sizes = {"rows": 8, "columns": 8, "channels": 1, "patch": 4, "classes": 5, "embed": 16, "layers": 2, "heads": 2}
+    return DiTConfig(**sizes, frequencies=3, unlabelled=0.3).build()
+
+
+def towers() -> Module:
+    sizes: dict[str, Any] = {"embed": 16, "layers": 1, "heads": 2, "mlp": 24}
+    image = ImageTower(**sizes, size=8, channels=1, patch=4)
+    return SigLIPConfig(image=image, text=TextTower(**{**sizes, "embed": 12}, vocab=23, positions=6)).build()
 
 
 def routed() -> Module:
@@ -58,6 +72,8 @@ MODELS: dict[str, Callable[[], Module]] = {
     "latent": latent(q_rank=9, scale=0.4, window=4),
     "latent, queries from the input": latent(softcap=3.0),
     "vit": vit,
+    "dit": dit,
+    "towers": towers,
     "routed": routed,
     "mixture": mixture,
     "mixture, adapted": lambda: adapt(mixture(), LoRA(rank=2, targets=("*/experts/*", "*/shared/*"))),
@@ -70,7 +86,9 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def batch_for(make: Callable[[], Module]) -> dict[str, np.ndarray]:
-    return image_batch(classes=5, batch=4) if make is vit else tokens_batch(vocab=23, batch=4, seq=10)
+    if make is towers:
+        return image_batch(classes=5, batch=4) | {"tokens": tokens_batch(vocab=23, batch=4, seq=6)["tokens"]}
+    return image_batch(classes=5, batch=4) if make in (vit, dit) else tokens_batch(vocab=23, batch=4, seq=10)
 
 
 def bounds(running: Running, what: Callable[[Any], np.ndarray], batch: Any, **options: Any) -> tuple[np.ndarray, float]:
@@ -95,13 +113,13 @@ def bounds(running: Running, what: Callable[[Any], np.ndarray], batch: Any, **op
 def test_evaluation(backend: str, make: Callable[[], Module]) -> None:
     running, batch = Running(backend, make()), batch_for(make)
     found = running.backend.eval(running.state, batch)
-    exact, most = bounds(running, lambda f: f.value.loss_B, batch)
+    exact, most = bounds(running, lambda f: f.value.loss_B, batch, step=0)
     assert np.abs(found["loss_B"] - exact).max() <= most
-    forward = running.oracle(batch)
+    forward = running.oracle(batch, step=0)
     assert np.array_equal(found["weight_B"], forward.value.weight_B)
     assert set(found) == {"loss_B", "weight_B", *forward.auxes}
     for name, aux in forward.auxes.items():
-        exact, most = bounds(running, lambda f, name=name: f.auxes[name].value_B, batch)
+        exact, most = bounds(running, lambda f, name=name: f.auxes[name].value_B, batch, step=0)
         share = aux.count if aux.reduce == "mean" else 1
         assert np.abs(found[name] - exact / share).max() <= most, name
 

@@ -16,6 +16,7 @@ import pytest
 
 from portatrain.model.module import Constant, Definition, Module, describe
 from portatrain.recipe import load_recipe, shipped_recipes
+from recipes.models.class_token_vit import ClassTokenViTConfig
 from recipes.models.decoder import DecoderConfig
 from recipes.models.vit import ViTConfig
 
@@ -28,7 +29,12 @@ MODELS: dict[str, Callable[[], Module]] = {
     "decoder": _DECODER.build,
     "decoder-untied-qk-norm": replace(_DECODER, tied=False, qk_norm=True).build,
     "vit": _VIT.build,
+    "class-token-vit": ClassTokenViTConfig(
+        rows=8, columns=8, channels=1, patch=2, classes=10, embed=32, layers=2, heads=4
+    ).build,
     "tiny-lm": lambda: load_recipe("tiny-lm").model.build(),
+    "tiny-siglip": lambda: load_recipe("tiny-siglip").model.build(),
+    "tiny-dit": lambda: load_recipe("tiny-dit").model.build(),
     "tiny-vit": lambda: load_recipe("tiny-vit").model.build(),
     "llama3-8b": lambda: load_recipe("llama3-8b").model.build(),
     "llama3-1b": lambda: load_recipe("llama3-1b").model.build(),

@@ -366,7 +366,7 @@ def test_shipped_recipes_load_by_name_and_by_file_alike() -> None:
         "qwen2-7b",
         *(f"qwen3-{size}" for size in ("4b", "8b", "14b", "32b", "30b-a3b", "235b-a22b")),
         "smollm3-3b",
-        *("tiny-chat", "tiny-dpo", "tiny-lm", "tiny-vit"),
+        *("tiny-chat", "tiny-dit", "tiny-dpo", "tiny-lm", "tiny-siglip", "tiny-vit"),
     ]
     for name, module in shipped.items():
         by_name = load_recipe(name)

@@ -20,7 +20,7 @@ from portatrain.checkpoint.begun import IMPORTED
 from portatrain.checkpoint.errors import explained
 from portatrain.checkpoint.format_layout import format_layout
 from portatrain.checkpoint.interop import huggingface, trees
-from portatrain.checkpoint.interop.hub_tokenizer import generation_of
+from portatrain.checkpoint.interop.hub_tokenizer import kept_of
 from portatrain.checkpoint.interop.trusted_code import is_trusted
 from portatrain.errors import UserError
 from portatrain.model.lora import is_factor
@@ -142,7 +142,7 @@ def import_from(
         copies = {full_name(*key) for key, info in program.definition.tensors.items() if info.start}
         given = _taken(found, shapes, copies, whole=meta is not None, what=f"folder {source}")
     if meta is None:
-        about = {"format": kind, "path": str(source), **(generation_of(source) if kind == "huggingface" else {})}
+        about = {"format": kind, "path": str(source), **(kept_of(source) if kind == "huggingface" else {})}
         meta = {"step": 0, IMPORTED: about, "recipe_sha256": recipe.sha256, "recipe": recipe.to_json()}
     step = int(meta["step"])
 

@@ -47,6 +47,8 @@ FAMILIES = Registry(
         "qwen3_moe": "recipes.models.qwen3_moe:from_hub",
         "deepseek_v3": "recipes.models.deepseek_v3:from_hub",
         "gpt_oss": "recipes.models.gpt_oss:from_hub",
+        "vit": "recipes.models.class_token_vit:from_hub",
+        "siglip": "recipes.models.siglip:from_hub",
     },
 )
 

@@ -29,6 +29,8 @@ class Row:
     depthwise: their matrix has an axis of size 1 between output and input, as the kernel of a depthwise Conv1d.
     stacked: the number of first axes of our slice that their tensor has, too, such as experts.
     state: ours is a State, and not a parameter.
+    axes: of a row without `rows`, the order of their axes, each by the number of ours; None is an axis of size 1 of
+        theirs, such as the batch of a table of positions, or the only one where ours has none.
     copy: their tensor is a second one of ours that another row has, such as a table that is shared: it is written, and
         passed over when a folder is read.
     """
@@ -44,6 +46,7 @@ class Row:
     stacked: int = 0
     state: bool = False
     copy: bool = False
+    axes: tuple[int | None, ...] | None = None
 
     @property
     def full(self) -> str:
@@ -70,6 +73,11 @@ class Row:
         return shape[len(self.leading) :]
 
     @property
+    def _ours(self) -> tuple[int, ...]:
+        """Our axes in the order of theirs, of a row with `axes`."""
+        return tuple(axis for axis in self.axes or () if axis is not None)
+
+    @property
     def _each(self) -> Row:
         """The row of one element of the first axis that both tensors have."""
         return replace(self, stacked=self.stacked - 1)
@@ -80,6 +88,8 @@ class Row:
 
         if self.stacked:
             return np.stack([self._each.out(each) for each in array])
+        if self.axes is not None:
+            return np.ascontiguousarray(array.transpose(self._ours)).reshape(self.their_shape(array.shape))
         if self.rows is None:
             return array
         if not self.rows:
@@ -92,6 +102,8 @@ class Row:
         """Return the shape of `out` for our slice of `shape`."""
         if self.stacked:
             return (shape[0], *self._each.their_shape(shape[1:]))
+        if self.axes is not None:
+            return tuple(1 if axis is None else shape[axis] for axis in self.axes)
         if self.rows is None:
             return shape
         if not self.rows:
@@ -141,6 +153,12 @@ class Row:
             first, n = box.offset[0], box.shape[0]
             found = [self._each.taken(_At(their, i), inner, shape[1:]) for i in range(first, first + n)]
             return np.stack(found) if found else np.zeros(box.shape, np.float32)
+        if self.axes is not None:
+            if 0 in box.shape:
+                return np.zeros(box.shape, np.float32)
+            whole = [slice(0, 1) if axis is None else box.slices()[axis] for axis in self.axes]
+            held = np.asarray(their[tuple(whole)]).reshape([box.shape[axis] for axis in self._ours])
+            return held.transpose(np.argsort(self._ours))
 
         def merged(first: int, last: int) -> np.ndarray:  # the merged indexes of our axes first .. last-1
             sizes = shape[first:last]

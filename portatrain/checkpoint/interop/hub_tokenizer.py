@@ -1,4 +1,5 @@
-"""Export the tokenizer's files beside the weights, with the ids that open and end a text."""
+"""Export what a folder of transformers has beside weights and sizes: the tokenizer's files, with the ids that open and
+end a text, how texts are generated and images prepared, and the names of classes."""
 
 from __future__ import annotations
 
@@ -16,6 +17,10 @@ from portatrain.system import json_files
 from portatrain.system.paths import expand
 
 GENERATION = "generation_config.json"
+KEPT = {"generation": GENERATION, "preprocessor": "preprocessor_config.json"}
+"""A name in the meta of an imported checkpoint -> the file whose contents it keeps."""
+LABELS = "labels"
+"""The name of the classes there."""
 BESIDE = ("tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json", "added_tokens.json", GENERATION)
 
 
@@ -58,25 +63,45 @@ def written(data: DataSpec, out: Path) -> tuple[dict[str, Any], list[str]]:
     return fields, names
 
 
-def generation_of(source: Path) -> dict[str, Any]:
-    """Return how to generate texts, as an import from the folder `source` keeps it; {} if the folder does not say."""
-    path = source / GENERATION
-    return {"generation": json_files.read_object(path)} if path.is_file() else {}
+def kept_of(source: Path) -> dict[str, Any]:
+    """Return what an import from the folder `source` keeps of it beside weights and sizes: how texts are generated and
+    images prepared, and the names of classes."""
+    found: dict[str, Any] = {
+        key: json_files.read_object(source / name) for key, name in KEPT.items() if (source / name).is_file()
+    }
+    labels = json_files.read_object(source / "config.json").get("id2label")
+    return found | ({LABELS: labels} if isinstance(labels, dict) else {})
 
 
-def generation(begun: Mapping[str, Any], out: Path) -> list[str]:
-    """Write how to generate texts into `out`, unless the tokenizer's folder had that file; return the names of the
-    files. `begun`: that from which the run began, with the contents of the file or the path of its folder. A run whose
-    data has no tokenizer keeps it so."""
-    if (out / GENERATION).exists():
-        return []
-    if "generation" in begun:
-        (out / GENERATION).write_text(json.dumps(begun["generation"], indent=2) + "\n", encoding="utf-8")
-    elif "path" in begun and (there := expand(str(begun["path"])) / GENERATION).is_file():
-        shutil.copyfile(there, out / GENERATION)
-    else:
-        return []
-    return [GENERATION]
+def kept(begun: Mapping[str, Any], out: Path) -> list[str]:
+    """Write how texts are generated and images prepared into `out`, unless the tokenizer's folder had the file; return
+    the names of the files. `begun`: that from which the run began, with the contents of the files or the path of their
+    folder. A run whose data has no tokenizer keeps them so."""
+    names = []
+    for key, name in KEPT.items():
+        if (out / name).exists():
+            continue
+        if key in begun:
+            (out / name).write_text(json.dumps(begun[key], indent=2) + "\n", encoding="utf-8")
+        elif "path" in begun and (there := expand(str(begun["path"])) / name).is_file():
+            shutil.copyfile(there, out / name)
+        else:
+            continue
+        names.append(name)
+    return names
+
+
+def classes(begun: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json with the names of classes, for a model that has some in `config`: those of the
+    folder from which the run began, if they are as many."""
+    ours, theirs = config.get("id2label"), begun.get(LABELS)
+    if ours is None:
+        return {}
+    if theirs is None and "path" in begun and (there := expand(str(begun["path"])) / "config.json").is_file():
+        theirs = json_files.read_object(there).get("id2label")
+    if not isinstance(theirs, Mapping) or theirs.keys() != ours.keys():
+        return {}
+    return {"id2label": dict(theirs), "label2id": {name: int(n) for n, name in theirs.items()}}
 
 
 def _leaves(data: DataSpec) -> Iterable[DataSpec]:

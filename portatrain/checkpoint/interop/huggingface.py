@@ -18,7 +18,7 @@ from portatrain.checkpoint.interop.hub_config import FILE as CONFIG
 from portatrain.checkpoint.interop.hub_config import check
 from portatrain.checkpoint.interop.hub_stored import Stored, cut_anew, under_our_names
 from portatrain.checkpoint.interop.hub_table import Hub, Row
-from portatrain.checkpoint.interop.hub_tokenizer import generation, written
+from portatrain.checkpoint.interop.hub_tokenizer import classes, kept, written
 from portatrain.errors import UserError
 from portatrain.model.lora import FACTORS
 from portatrain.model.module import TensorInfo
@@ -100,8 +100,10 @@ def export(reader: Reader, recipe: Recipe, out: Path, *, role: str = "params", d
     index = {"metadata": {"total_size": total}, "weight_map": weights}
     (out / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     fields, more = written(recipe.data, out)
-    more += generation(begun_from(reader, recipe), out)
-    config = {"max_position_embeddings": _longest(recipe, hub), **hub.config, **fields, "torch_dtype": dtype}
+    began = begun_from(reader, recipe)
+    more += kept(began, out)
+    length = {"max_position_embeddings": _longest(recipe, hub)} if "vocab_size" in hub.config else {}
+    config = {**length, **hub.config, **classes(began, hub.config), **fields, "torch_dtype": dtype}
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     return [*names, INDEX, CONFIG, *more]
 
