@@ -124,9 +124,10 @@ class Tasks(Hook):
 
     def on_evaluation(self, run: TrainingView, record: EvalRecord) -> None:
         from portatrain.training.harness import evaluate_tasks
+        from portatrain.training.trained import TrainedModel
 
         found = evaluate_tasks(
-            run.model(),
+            TrainedModel(run.recipe, run.step, *run.live()),
             self.tasks,
             folder=self.folder,
             fewshot=self.fewshot,

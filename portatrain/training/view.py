@@ -17,7 +17,6 @@ from portatrain.recipe import Recipe
 
 if TYPE_CHECKING:
     from portatrain.training.generation import Continued
-    from portatrain.training.trained import TrainedModel
 
 
 class TrainingView:
@@ -78,12 +77,10 @@ class TrainingView:
         """Return the model's `predict` on a batch of samples."""
         return self._backend.predict(self._state(), batch)
 
-    def model(self) -> TrainedModel:
-        """Return the model as it is now, for what takes a trained model, such as `evaluate_tasks`. Every process must
-        use it together, and it ends with the next step, which changes the weights."""
-        from portatrain.training.trained import TrainedModel
-
-        return TrainedModel(self.recipe, self.step, self._backend, self._state())
+    def live(self) -> tuple[Backend, Any]:
+        """Return the backend and its state as it is now, of which a hook makes a `TrainedModel`. Every process must use
+        it together, and the state ends with the next step, which changes the weights."""
+        return self._backend, self._state()
 
     def generate(
         self, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float = 0.7, top_p: float = 1.0

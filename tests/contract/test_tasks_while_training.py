@@ -71,6 +71,7 @@ def test_what_is_missing_is_said_before_the_run_writes(tmp_path: Path, monkeypat
         )
 
 
+@pytest.mark.full
 @pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs lm_eval: pip install 'portatrain[lm-eval]'"
 )
